@@ -1,0 +1,34 @@
+"""Packages: the library `megatron_fuse` and, released with it but free of it, `fuse_kernels`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-fuse",
+    version="0.1.0",
+    description="Progressive fusion of several large language models into one, on Megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megatron_fuse", "megatron_fuse.*"]), "fuse_kernels"],
+    # kernels/ itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
+    package_dir={"fuse_kernels": "kernels/fuse_kernels"},
+    install_requires=[
+        "torch>=2.7",
+        "megatron-core>=0.16,<0.17",
+        "numpy>=2",
+        "transformers>=5",
+        "tokenizers",
+        "sentencepiece",
+        "tiktoken",
+        "safetensors",
+        "psutil",  # megatron-core's checkpoint writers need it and do not declare it: without it, saving hangs
+        "pydantic>=2",
+        "PyYAML",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "triton"],
+        "test": ["pytest", "hypothesis", "ruff"],
+    },
+)
