@@ -1,0 +1,31 @@
+"""Options: what a recipe can say, how it is read, and the paper's schedules by name."""
+
+from megatron_fuse.recipe.loading import (
+    add_recipe_arguments,
+    dump_recipe,
+    load_recipe,
+    make_recipe,
+    recipe_from_arguments,
+)
+from megatron_fuse.recipe.options import (
+    ModelOptions,
+    Recipe,
+    RewardModelOptions,
+    SourceOptions,
+)
+from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase
+
+__all__ = [
+    "PRESETS",
+    "ModeWeights",
+    "ModelOptions",
+    "Phase",
+    "Recipe",
+    "RewardModelOptions",
+    "SourceOptions",
+    "add_recipe_arguments",
+    "dump_recipe",
+    "load_recipe",
+    "make_recipe",
+    "recipe_from_arguments",
+]

@@ -1,0 +1,221 @@
+"""What a recipe can say: every option of every stage, typed, with its default and its meaning.
+
+Keys carry Megatron-LM's names where Megatron has one. An unknown key is an error. Paths are taken relative to the directory in
+which the command runs. `Field(description=...)` is what `--help` prints.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_fuse.recipe.presets import PRESETS, Phase
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes a directory name
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class ModelOptions(Options):
+    model: str = Field(description="Hugging Face model directory, or a hub name that is already in the local cache")
+    chat_template: str | None = Field(
+        None, description="vicuna_v1.1, llama2, chatml, alpaca or a .jinja file; default: the tokenizer's own"
+    )
+    system: str | None = Field(None, description="system message where an example has none")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class SourceOptions(ModelOptions):
+    dtype: Precision = Field("bf16", description="precision in which the source model runs")
+    device_map: str | None = Field(None, description="'auto' spreads a model over several GPUs")
+    responses: Path | None = Field(
+        None, description="JSONL {id, response} that exists already, instead of generating answers"
+    )
+
+
+class RewardModelOptions(ModelOptions):
+    dtype: Precision = Field("bf16", description="precision in which the reward model runs")
+
+
+class DataOptions(Options):
+    path: Path = Field(description="instruction file (JSONL)")
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "orca"] = Field(
+        "auto", description="row form of the file"
+    )
+    samples: Positive | None = Field(None, description="seeded random sample of so many examples; default: all")
+    held_out: Annotated[int, Field(ge=0)] = Field(
+        0, description="examples kept out of training, on which CE and KL are evaluated"
+    )
+    too_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="what happens to a response that does not fit --seq-length in every model"
+    )
+    shard_size: Positive = Field(512, description="examples per shard, the unit of parallel and resumed work")
+
+
+class ResponseOptions(Options):
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="sampling temperature (paper silent); 0 is greedy"
+    )
+    top_p: Share = Field(1.0, description="nucleus sampling (paper silent)")
+    max_new_tokens: Positive = Field(512, description="tokens of the source's own tokenizer")
+    batch_size: Positive = Field(32, description="prompts generated together")
+
+
+class ScoringOptions(Options):
+    batch_size: Positive = Field(16, description="conversations scored together")
+
+
+class CaptureOptions(Options):
+    top_k: Annotated[int, Field(ge=1, le=128)] = Field(10, description="most entries stored per token")
+    top_p: Share = Field(0.95, description="entries are dropped once those before them hold this mass")
+    filter: Literal["full_vocabulary", "hugging_face"] = Field(
+        "full_vocabulary",
+        description="top-p over the T=1 probabilities of the whole vocabulary, or in Hugging Face's sampling order: "
+        "temperature, then top-k, then top-p over what is left",
+    )
+    temperatures: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="temperatures whose log-sum-exp is stored; default: the loss's teacher_temperature"
+    )
+    batch_tokens: Positive = Field(8192, description="padded tokens per forward pass")
+
+
+class AlignmentOptions(Options):
+    vocabulary_map: Literal["exact"] = Field("exact", description="source token -> target token")
+    unmatched: Literal["skip"] = Field("skip", description="target position whose byte offset is no source boundary")
+
+
+class SelectionOptions(Options):
+    training: Literal["sum", "per_byte"] = Field("sum", description="cross-entropy compared between sources (MinCE)")
+    inference: Literal["vote"] = Field("vote", description="which source's own answer wins")
+    strongest: Name | None = Field(
+        None, description="reward model whose score breaks a tie of votes; default: the first of reward_models"
+    )
+
+
+class LossOptions(Options):
+    teacher_temperature: Annotated[float, Field(gt=0)] = 2.0
+    student_temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature_squared: bool = Field(False, description="multiply KL by student_temperature^2 (Hinton et al. 2015)")
+    tail: Literal["bucket", "renormalize", "ignore"] = Field(
+        "bucket", description="what becomes of the teacher's mass outside the stored entries"
+    )
+    implementation: Literal["auto", "torch", "triton", "reference"] = "auto"
+
+
+class ScheduleOptions(Options):
+    preset: Literal[tuple(PRESETS)] | None = Field(None, description="phases by name")  # type: ignore[valid-type]
+    phases: list[Phase] | None = Field(None, description="phases written out")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.preset is None) == (self.phases is None):
+            raise ValueError("give exactly one of preset and phases")
+        if self.phases == []:
+            raise ValueError("phases is empty")
+        return self
+
+    def resolve(self) -> list[Phase]:
+        return PRESETS[self.preset] if self.preset else list(self.phases or [])
+
+
+class ParallelOptions(Options):
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+
+
+class TrainingOptions(Options):
+    seq_length: Positive = Field(2048, description="most target tokens of one conversation, in every stage")
+    micro_batch_size: Positive = Field(1, description="sequences per forward pass and data-parallel rank")
+    global_batch_size: Positive = Field(128, description="examples per step")
+    lr: Annotated[float, Field(gt=0)] = 1.5e-5
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr_warmup_iters: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="maximal gradient norm; 0 switches clipping off")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of parameters and activations; bf16 keeps fp32 masters"
+    )
+    recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    train_iters: Positive | None = Field(
+        None, description="stop after so many steps; the schedule stays that of the whole run"
+    )
+    save: Path | None = Field(None, description="checkpoint directory; default: WORKDIR/training/checkpoints")
+    load: Path | None = Field(None, description="checkpoint directory to continue from; default: the save directory")
+    save_interval: Positive | None = Field(
+        None, description="steps between checkpoints; default: at the end of phases only"
+    )
+    log_interval: Positive = 1
+    eval_interval: Positive | None = Field(
+        None, description="steps between evaluations; default: at the end of phases only"
+    )
+    tensorboard_dir: Path | None = Field(None, description="default: WORKDIR/training/tensorboard")
+
+
+class ExportOptions(Options):
+    path: Path | None = Field(None, description="Hugging Face directory of the fused model; default: WORKDIR/export")
+    dtype: Precision = "bf16"
+    checkpoint: Literal["best", "latest"] = Field("best", description="best by held-out cross-entropy, or the last one")
+
+
+class Recipe(Options):
+    """One fusion run: what is fused, from which data, how it is captured, aligned, chosen and learned."""
+
+    workdir: Path = Field(description="directory of all artefacts")
+    seed: int = 1234
+    target: ModelOptions
+    sources: dict[Name, SourceOptions] = Field(min_length=1)
+    reward_models: dict[Name, RewardModelOptions] = Field(default_factory=dict)
+    data: DataOptions
+    responses: ResponseOptions = ResponseOptions()
+    scoring: ScoringOptions = ScoringOptions()
+    capture: CaptureOptions = CaptureOptions()
+    alignment: AlignmentOptions = AlignmentOptions()
+    selection: SelectionOptions = SelectionOptions()
+    loss: LossOptions = LossOptions()
+    schedule: ScheduleOptions
+    parallel: ParallelOptions = ParallelOptions()
+    training: TrainingOptions = TrainingOptions()
+    export: ExportOptions = ExportOptions()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        captured = self.capture.temperatures
+        if captured is not None and self.loss.teacher_temperature not in captured:
+            raise ValueError(
+                f"loss.teacher_temperature is {self.loss.teacher_temperature} but capture.temperatures is {captured}: add it there"
+            )
+        strongest = self.selection.strongest
+        if strongest is not None and strongest not in self.reward_models:
+            raise ValueError(
+                f"selection.strongest is {strongest!r} but reward_models has {sorted(self.reward_models)}: name one of them"
+            )
+        if self.uses_inference_mode and len(self.sources) > 1 and not self.reward_models:
+            raise ValueError(
+                "schedule gives the inference mode a weight, several sources answer and reward_models is empty: "
+                "name at least one reward model to vote, or use a preset without inference mode (csft, fuse)"
+            )
+        return self
+
+    @property
+    def phases(self) -> list[Phase]:
+        return self.schedule.resolve()
+
+    @property
+    def uses_inference_mode(self) -> bool:
+        return any(phase.inference.weight > 0 for phase in self.phases)
+
+    @property
+    def capture_temperatures(self) -> list[float]:
+        return self.capture.temperatures or [self.loss.teacher_temperature]

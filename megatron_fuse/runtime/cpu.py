@@ -1,0 +1,86 @@
+"""Megatron-core 0.16 on a machine without CUDA: everything that it needs there, and nothing anywhere else.
+
+Megatron-core asks torch.cuda for its device, its streams and its random state, writes `device="cuda"` into factories and
+compares `tensor.type()` with "torch.cuda.FloatTensor". `enable_cpu_megatron` answers those questions with the CPU's, for the
+whole process; where CUDA is present it does nothing. Sequence parallelism is out of reach here: the local RMSNorm refuses it.
+"""
+
+import functools
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _NoStream:
+    """The one stream of a CPU: there is nothing to wait for."""
+
+    def wait_stream(self, *_: object) -> None: ...
+
+    def wait_event(self, *_: object) -> None: ...
+
+    def record_event(self, *_: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _names_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns every CUDA device named to a torch function into the CPU, and lets a CPU tensor answer as a CUDA type."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to and any(_names_cuda(argument) for argument in args):
+            args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers sort parameters by the string "torch.cuda.<dtype>Tensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=False) -> None:  # type: ignore[no-untyped-def]
+    """Megatron's gradient clipping without the assertion that gradients are CUDA tensors."""
+    coefficient = max_norm / (total_norm + 1.0e-6)
+    if coefficient >= 1.0:
+        return
+    name = "decoupled_grad" if use_decoupled_grad else "grad"
+    for parameter in [parameters] if isinstance(parameters, torch.Tensor) else parameters:
+        gradient = getattr(parameter, name, None)
+        if gradient is not None:
+            gradient.mul_(coefficient)
+
+
+@functools.cache
+def enable_cpu_megatron() -> bool:
+    """Prepares this process for Megatron-core without CUDA. Returns False, and touches nothing, where CUDA is present."""
+    if torch.cuda.is_available():
+        return False
+    stream = _NoStream()
+    cuda = torch.cuda
+    # One function object for each name: torch.compile's table of known functions refuses an object with two names.
+    cuda.current_device = lambda: CPU
+    cuda.current_stream = lambda *_, **__: stream
+    cuda.default_stream = lambda *_, **__: stream
+    cuda.synchronize = lambda *_, **__: None
+    cuda.set_device = lambda *_, **__: None
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    _CudaMeansCpu().__enter__()
+
+    import megatron.core.optimizer.optimizer as megatron_optimizer
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_optimizer.clip_grad_by_total_norm_fp32 = _clip_by_total_norm
+    return True

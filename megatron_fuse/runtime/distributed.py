@@ -1,0 +1,128 @@
+"""Device, process groups and seeds of one rank, set up once and passed on explicitly."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.runtime.cpu import enable_cpu_megatron
+from megatron_fuse.runtime.optimizer import fused_adam_library, install_group_step_adamw
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This rank's place in the layout. All sizes are counts of ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    virtual_pipeline_parallel_size: int | None
+    data_parallel_size: int
+    data_parallel_rank: int
+    is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
+    reports: bool  # exactly one rank: the first tensor and data rank of the last stage, the one that knows the loss
+
+    def print(self, message: str) -> None:
+        """Prints on the reporting rank only."""
+        if self.reports:
+            print(message, flush=True)
+
+
+def quiet_third_party_warnings() -> None:
+    """Megatron-core warns at import about every optional library that is absent; our banner says it once instead."""
+    import warnings
+
+    warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*[Ff]alling back.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
+
+
+def start_runtime(
+    *,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    virtual_pipeline_parallel_size: int | None = None,
+    seed: int = 1234,
+    timeout_minutes: float = 30,
+) -> Runtime:
+    """Joins the processes that torchrun started (or runs alone) and builds Megatron's process groups.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError if the layout does not divide the number of processes. May be called
+    again with another layout in the same processes: the old groups of Megatron are given up first.
+    """
+    quiet_third_party_warnings()
+    on_cpu = enable_cpu_megatron()
+    install_group_step_adamw()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    model_parallel_size = tensor_parallel_size * pipeline_parallel_size
+    if world_size % model_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size {pipeline_parallel_size} "
+            f"needs a multiple of {model_parallel_size} processes, torchrun started {world_size}: "
+            f"set --nproc-per-node (times nodes) to a multiple of {model_parallel_size}"
+        )
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend, timeout = ("gloo" if on_cpu else "nccl"), timedelta(minutes=timeout_minutes)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        pipeline_model_parallel_size=pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    data_parallel_rank = parallel_state.get_data_parallel_rank()
+    return Runtime(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_parallel_rank,
+        is_last_stage=is_last_stage,
+        reports=is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0,
+    )
+
+
+def banner(runtime: Runtime) -> str:
+    """What runs where, in a few lines; loud where the machine has no GPU."""
+    optimizer = fused_adam_library() or "GroupStepAdamW (torch)"
+    lines = [
+        f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP {runtime.pipeline_parallel_size}"
+        f" x DP {runtime.data_parallel_size}"
+        + (f" (virtual PP {runtime.virtual_pipeline_parallel_size})" if runtime.virtual_pipeline_parallel_size else ""),
+        f"device: {runtime.device.type}   backend: {dist.get_backend()}   Adam: {optimizer}",
+    ]
+    if runtime.device.type == "cpu":
+        lines.append("NO GPU: Megatron-core runs on gloo through megatron_fuse/runtime/cpu.py; correct, not fast")
+    width = max(map(len, lines))
+    return "\n".join(["=" * width, *lines, "=" * width])
+
+
+def stop_runtime() -> None:
+    """Gives up all process groups; safe to call when there are none."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

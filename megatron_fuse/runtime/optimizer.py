@@ -1,0 +1,79 @@
+"""An AdamW whose step count survives a Megatron checkpoint.
+
+Megatron-core saves what a parameter group holds and the moments of each parameter. Apex's and Transformer Engine's FusedAdam
+keep `step` in the group; torch's AdamW keeps it beside the moments, where Megatron drops it without a word, so that a resumed
+run starts its bias correction afresh. Without either library, this optimizer takes torch's place on every device.
+"""
+
+import importlib.util
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) with `step` held in the parameter group, as FusedAdam holds it."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_: object) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            # Counted also where this rank holds none of the group's parameters, so that every rank saves the same step.
+            group["step"] = group.get("step", 0) + 1
+            if not parameters:
+                continue
+            for parameter in parameters:
+                state = self.state[parameter]
+                if "exp_avg" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+            adamw(
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def fused_adam_library() -> str | None:
+    """Name of the installed library whose FusedAdam Megatron-core uses, None where there is none."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return "transformer_engine"
+    # The `apex` on PyPI is another project: NVIDIA's has a module `optimizers`.
+    try:
+        if importlib.util.find_spec("apex.optimizers") is not None:
+            return "apex"
+    except ModuleNotFoundError:
+        pass
+    return None
+
+
+def install_group_step_adamw() -> bool:
+    """Makes Megatron-core use GroupStepAdamW where neither Transformer Engine nor apex is installed; tells whether it did.
+
+    Megatron decides at import which Adam it has, and treats `step` by that decision: the flags say "apex" because the group
+    step is apex's convention.
+    """
+    if fused_adam_library() is not None:
+        return False
+    import megatron.core.optimizer as megatron_optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+
+    megatron_optimizer.Adam = distributed_optimizer.Adam = GroupStepAdamW
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = True
+    distributed_optimizer.USING_APEX_OPTIMIZER = True
+    return True
