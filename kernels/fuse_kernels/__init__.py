@@ -1,0 +1,9 @@
+"""Fused losses for distillation from sparse teachers, over logits that may be split across a tensor-parallel group.
+
+Shapes, everywhere in this package: n rows (tokens), v columns of this rank's vocabulary shard, k stored teacher entries,
+a rows that take part in the loss (a <= n), e entries whose column lies in this shard.
+"""
+
+from fuse_kernels.loss import IMPLEMENTATIONS, TAILS, sparse_kl_cross_entropy
+
+__all__ = ["IMPLEMENTATIONS", "TAILS", "sparse_kl_cross_entropy"]

@@ -1,0 +1,68 @@
+"""The loss written densely, for tests: a teacher tensor as large as the logits and plain autograd.
+
+Deliberately shares nothing with the fast implementations beyond the choice of rows: no merged repeats, no unified target.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fuse_kernels.rows import ActiveRows, VocabularyShard
+
+
+def reference_loss(
+    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, ce, kl [a] from logits [n, v], in the logits' precision (half types in fp32).
+
+    Under tensor parallelism every rank gathers the whole vocabulary; shards must be equally wide and in rank order.
+    """
+    if shard.group is not None:
+        width, rank = logits.shape[1], dist.get_rank(shard.group)
+        if shard.start != rank * width:
+            raise ValueError(f"vocab_start is {shard.start}, but rank {rank} with {width} columns needs {rank * width}")
+        logits = _GatherVocabulary.apply(logits, shard.group)
+    logits = logits if rows.index is None else logits[rows.index]
+    z = logits[:, : shard.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    zero = z.new_zeros(())
+
+    has_label = rows.labels >= 0
+    ce = -z.log_softmax(1).gather(1, rows.labels.clamp(min=0)[:, None])[:, 0]
+    ce = torch.where(has_label, ce, zero)
+
+    live = rows.teacher_ids >= 0
+    ids = rows.teacher_ids.clamp(min=0)
+    teacher = torch.zeros_like(z).scatter_add(1, ids, rows.teacher_logprobs.to(z.dtype).exp().where(live, zero))
+    stored_columns = torch.zeros_like(z).scatter_add(1, ids, live.to(z.dtype)) > 0
+    m = teacher.sum(1)
+    if tail == "renormalize":
+        teacher = teacher / m.where(m > 0, 1)[:, None]
+    log_q = (z / temperature).log_softmax(1)
+    kl = (teacher.xlogy(teacher) - torch.where(teacher > 0, teacher * log_q, zero)).sum(1)
+    if tail == "bucket":
+        # A row without any column off the ids has no tail; its mask is lifted because logsumexp(-inf ...) has no gradient.
+        covered = stored_columns.all(1)
+        log_student_tail = log_q.masked_fill(stored_columns & ~covered[:, None], -torch.inf).logsumexp(1)
+        left = (1 - m).clamp(min=0).where(~covered, zero)
+        kl = kl + left.xlogy(left) - left * log_student_tail
+    kl = torch.where(live.any(1), kl, zero)
+
+    return rows.ce_weight.to(z.dtype) * ce + rows.kl_weight.to(z.dtype) * kl, ce, kl
+
+
+class _GatherVocabulary(torch.autograd.Function):
+    """[n, v] on each rank -> [n, ranks * v] on all. One all-gather forward; backward takes this rank's columns.
+
+    No sum over ranks backward: every rank computes the same loss from the same gathered logits, so the gradient is whole.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, group):
+        ctx.first, ctx.width = dist.get_rank(group) * logits.shape[1], logits.shape[1]
+        shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, logits.contiguous(), group=group)
+        return torch.cat(shards, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[:, ctx.first : ctx.first + ctx.width], None

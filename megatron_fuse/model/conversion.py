@@ -1,0 +1,280 @@
+"""Weights between a Hugging Face model directory and this rank's part of a GPTModel, at any TP x PP x virtual PP.
+
+One table, `weight_blocks`, says which rectangles of which Hugging Face tensors make up a Megatron parameter; loading copies
+along it in one direction and exporting in the other. Nothing is computed, so that a round trip returns every bit.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.gpt import FusionGPTModel
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
+
+EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# What the tokenizer, the chat template and generation need beside the weights.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",  # SentencePiece
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+# Buffers that transformers wrote before 2023; they follow from the config.
+IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class WeightBlock:
+    """A rectangle shared by a Hugging Face tensor and a Megatron parameter, whole in every dimension but `dim`."""
+
+    tensor: str
+    dim: int
+    start: int  # in the Hugging Face tensor, elements of `dim`
+    at: int  # in the Megatron parameter
+    size: int
+
+
+def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers' order."""
+    a = architecture
+    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
+    for layer in range(a.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+            if a.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
+            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden_size)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden_size, query)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
+        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden_size, a.ffn_hidden_size)
+        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden_size,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden_size,)
+    shapes[FINAL_NORM] = (a.hidden_size,)
+    if not a.tied_embeddings:
+        shapes[OUTPUT] = (a.vocab_size, a.hidden_size)
+    return shapes
+
+
+def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int) -> list[WeightBlock]:
+    """The blocks of one Megatron parameter on one tensor-parallel rank.
+
+    parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer counted over the whole
+    model. Rows of the vocabulary's padding belong to no block. Raises KeyError for a name that no GPTModel of ours has.
+
+    linear_qkv holds, per key/value group, the group's query heads, its key and its value; linear_fc1 the rank's part of the
+    gate, then its part of the up projection.
+    """
+    a = architecture
+
+    def part(tensor: str, dim: int, length: int) -> list[WeightBlock]:
+        share = length // tensor_size
+        return [WeightBlock(tensor, dim, tensor_rank * share, 0, share)]
+
+    def vocabulary(tensor: str) -> list[WeightBlock]:
+        share = a.padded_vocab_size // tensor_size
+        start = tensor_rank * share
+        size = min(a.vocab_size - start, share)
+        return [WeightBlock(tensor, 0, start, 0, size)] if size > 0 else []
+
+    def query_key_value(prefix: str, kind: str) -> Iterator[WeightBlock]:
+        groups, d = a.num_query_groups // tensor_size, a.head_dim
+        queries = a.num_attention_heads // a.num_query_groups * d
+        at = 0
+        for group in range(tensor_rank * groups, (tensor_rank + 1) * groups):
+            for name, size in (("q_proj", queries), ("k_proj", d), ("v_proj", d)):
+                yield WeightBlock(f"{prefix}self_attn.{name}.{kind}", 0, group * size, at, size)
+                at += size
+
+    def gate_and_up(prefix: str) -> list[WeightBlock]:
+        share = a.ffn_hidden_size // tensor_size
+        names = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        return [WeightBlock(name, 0, tensor_rank * share, i * share, share) for i, name in enumerate(names)]
+
+    def whole(tensor: str) -> list[WeightBlock]:
+        return [WeightBlock(tensor, 0, 0, 0, a.hidden_size)]
+
+    if not (in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)):
+        return {
+            "embedding.word_embeddings.weight": lambda: vocabulary(EMBEDDING),
+            "output_layer.weight": lambda: vocabulary(EMBEDDING if a.tied_embeddings else OUTPUT),
+            "decoder.final_layernorm.weight": lambda: whole(FINAL_NORM),
+        }[parameter]()
+    prefix, name = f"model.layers.{in_layer[1]}.", in_layer[2]
+    return {
+        "input_layernorm.weight": lambda: whole(f"{prefix}input_layernorm.weight"),
+        "self_attention.linear_qkv.layer_norm_weight": lambda: whole(f"{prefix}input_layernorm.weight"),
+        "self_attention.linear_qkv.weight": lambda: list(query_key_value(prefix, "weight")),
+        "self_attention.linear_qkv.bias": lambda: list(query_key_value(prefix, "bias")),
+        "self_attention.linear_proj.weight": lambda: part(
+            f"{prefix}self_attn.o_proj.weight", 1, a.num_attention_heads * a.head_dim
+        ),
+        "pre_mlp_layernorm.weight": lambda: whole(f"{prefix}post_attention_layernorm.weight"),
+        "mlp.linear_fc1.layer_norm_weight": lambda: whole(f"{prefix}post_attention_layernorm.weight"),
+        "mlp.linear_fc1.weight": lambda: gate_and_up(prefix),
+        "mlp.linear_fc2.weight": lambda: part(f"{prefix}mlp.down_proj.weight", 1, a.ffn_hidden_size),
+    }[name]()
+
+
+@torch.no_grad()
+def load_hugging_face_weights(model_chunks: Sequence[torch.nn.Module], model_dir: str | os.PathLike) -> None:
+    """Fills this rank's parameters from the weight files of a Hugging Face model directory.
+
+    model_chunks: FusionGPTModels, bare or wrapped (Float16Module, DistributedDataParallel); load before the optimizer copies
+    the parameters. Values are cast to each parameter's dtype; rows of the vocabulary's padding become zero. No collectives.
+    Raises UserError, the same on every rank, naming a missing, unexpected or misshapen tensor.
+    """
+    files = WeightFiles(model_dir)
+    chunks = [_bare(chunk) for chunk in model_chunks]
+    _check_tensors(files, chunks[0].architecture)
+    for chunk in chunks:
+        for parameter, blocks in parameter_blocks(chunk):
+            if sum(block.size for block in blocks) < parameter.shape[blocks[0].dim if blocks else 0]:
+                parameter.zero_()
+            for block in blocks:
+                values = files.read(block.tensor, block.dim, block.start, block.size)
+                parameter.narrow(block.dim, block.at, block.size).copy_(values)
+
+
+def hugging_face_state_dict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All weights of a whole model (TP=1, PP=1) under transformers' names, on the CPU, without the vocabulary's padding.
+
+    dtype: None keeps each parameter's own. Raises ValueError if this rank does not hold the whole model.
+    """
+    tensor = _assembler(model, dtype)
+    return {name: tensor(name) for name in hugging_face_shapes(_bare(model).architecture)}
+
+
+def save_hugging_face_model(
+    model: torch.nn.Module,
+    reference_dir: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    dtype: str = "bf16",
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a whole model (TP=1, PP=1) as a Hugging Face directory: safetensors, config, tokenizer, chat template.
+
+    reference_dir: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
+    (fp32, bf16 or fp16) put into its config. The directory appears under its name only when it is complete.
+    Raises UserError for an unknown dtype, an output_dir that is already there, or a reference of another architecture.
+    """
+    reference, output = Path(reference_dir), Path(output_dir)
+    if dtype not in DTYPES:
+        raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if output.exists():
+        raise UserError(f"{output} already exists: remove it or choose another directory")
+    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
+    architecture = _bare(model).architecture
+    if (config["architectures"], config["vocab_size"]) != ([architecture.family], architecture.vocab_size):
+        raise UserError(
+            f"{reference / 'config.json'} is of {config['architectures']} with vocabulary {config['vocab_size']}, the model to "
+            f"export of {architecture.family} with {architecture.vocab_size}: give the directory that the target was made from"
+        )
+    tensor = _assembler(model, DTYPES[dtype])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        write_weight_files(temporary, hugging_face_shapes(architecture), tensor, DTYPES[dtype], shard_bytes)
+        for pattern in CARRIED_FILES:
+            for file in filter(Path.is_file, reference.glob(pattern)):
+                carried = temporary / file.relative_to(reference)
+                carried.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, carried)
+        config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
+        config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bare(model: torch.nn.Module) -> FusionGPTModel:
+    while not isinstance(model, FusionGPTModel):
+        model = model.module
+    return model
+
+
+def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[WeightBlock]]]:
+    """Every parameter of this rank's bare model chunk with its blocks."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in model.namedparameter_blocks():
+        if in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
+            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1  # over the whole model; names count in the chunk
+            name = f"decoder.layers.{layer}.{in_layer[2]}"
+        yield parameter, weight_blocks(name, model.architecture, rank, size)
+
+
+def _check_tensors(files: WeightFiles, architecture: Architecture) -> None:
+    expected = hugging_face_shapes(architecture)
+    found = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
+    if architecture.tied_embeddings:
+        found.discard(
+            OUTPUT
+        )  # some checkpoints hold the tied weight twice; transformers does not read the second either
+    where = files.model_dir
+    if missing := sorted(expected.keys() - found):
+        raise UserError(f"{where} lacks {_first(missing)}, which {architecture.origin} asks for: fetch the model again")
+    if unexpected := sorted(found - expected.keys()):
+        raise UserError(
+            f"{where} holds {_first(unexpected)}, which a {architecture.family} of {architecture.origin} does not have"
+        )
+    for name, shape in expected.items():
+        if files.shape(name) != shape:
+            raise UserError(
+                f"{name} in {where} has shape {list(files.shape(name))}, but {architecture.origin} asks for {list(shape)}: "
+                "the weights belong to another config"
+            )
+    if tied_twice:
+        embedding, output = (files.read(name, 0, 0, architecture.vocab_size) for name in (EMBEDDING, OUTPUT))
+        if not torch.equal(embedding, output):
+            raise UserError(
+                f"{where}: {OUTPUT} differs from {EMBEDDING}, but {architecture.origin} has tie_word_embeddings true: "
+                "set it to false there"
+            )
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
+
+
+def _assembler(model: torch.nn.Module, dtype: torch.dtype | None):  # type: ignore[no-untyped-def]
+    """A function from a Hugging Face name to that tensor on the CPU, so that an export holds few of them at a time."""
+    bare = _bare(model)
+    if not (bare.pre_process and bare.post_process) or parallel_state.get_tensor_model_parallel_world_size() > 1:
+        raise ValueError("only a whole model (TP=1, PP=1) can be exported: load its checkpoint in one process first")
+    shapes = hugging_face_shapes(bare.architecture)
+    sources: dict[str, list[tuple[Tensor, WeightBlock]]] = {name: [] for name in shapes}
+    for parameter, blocks in parameter_blocks(bare):
+        for block in blocks:
+            sources[block.tensor].append((parameter.detach(), block))
+
+    def tensor(name: str) -> Tensor:
+        blocks = sources[name]
+        result = torch.empty(shapes[name], dtype=dtype or blocks[0][0].dtype)
+        for parameter, block in blocks:
+            rows = parameter.narrow(block.dim, block.at, block.size)
+            result.narrow(block.dim, block.start, block.size).copy_(rows)
+        return result
+
+    return tensor

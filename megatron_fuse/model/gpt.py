@@ -1,0 +1,287 @@
+"""The target as Megatron-core's GPTModel, with the fusion loss computed inside it.
+
+Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stored teacher entries per token, n = s b tokens.
+"""
+
+import importlib.util
+from dataclasses import dataclass, fields
+
+import torch
+from fuse_kernels import sparse_kl_cross_entropy
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture, check_layout
+
+
+@dataclass(frozen=True)
+class FusionLossOptions:
+    """How a token's loss is formed; the words are those of fuse_kernels.sparse_kl_cross_entropy.
+
+    temperature: the student's. The factor T^2, like phases, modes and lambdas, is part of the weights in FusionTargets.
+    """
+
+    temperature: float = 1.0
+    tail: str = "bucket"  # bucket | renormalize | ignore
+    implementation: str = "auto"  # auto | triton | torch | reference
+
+
+@dataclass(frozen=True)
+class FusionTargets:
+    """What each position is taught; goes where GPTModel expects `labels`. Row t is about token t + 1."""
+
+    labels: Tensor  # [b, s] int64, -100 = none
+    teacher_ids: Tensor  # [b, s, k] int64, -1 = empty slot
+    teacher_logprobs: Tensor  # [b, s, k] fp32, natural log at the KL temperature
+    ce_weight: Tensor  # [b, s] fp32
+    kl_weight: Tensor  # [b, s] fp32
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "FusionTargets":
+        """The same targets on another device."""
+        return FusionTargets(
+            *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
+        )
+
+
+class FusionGPTModel(GPTModel):
+    """This rank's part of the target. With FusionTargets as `labels` the last stage returns losses, never logits.
+
+    Logits would be copied twice on their way out: GPTModel transposes them, Float16Module casts them to fp32.
+    Without labels it answers as GPTModel does: logits [b, s, v/p], padded columns included.
+    `attention_mask=None` is a causal mask.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        *,
+        seq_length: int,
+        loss_options: FusionLossOptions,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            layer_spec(config),
+            vocab_size=architecture.padded_vocab_size,
+            max_sequence_length=seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        self.architecture = architecture
+        self.loss_options = loss_options
+        frequencies = self.rotary_pos_emb.inv_freq
+        self.rotary_pos_emb.inv_freq = torch.tensor(
+            architecture.inverse_frequencies, dtype=torch.float32, device=frequencies.device
+        )
+        _mark_tensor_parallel_weights(self)
+
+    def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
+        """The fusion loss of every position, in GPTModel's place for its cross entropy.
+
+        logits [s, b, v/p] as the output layer leaves them. Returns [3, b, s] fp32: loss (differentiable, weighted), CE and KL
+        (detached, unweighted). Collectives: the kernel's, over the tensor-parallel group; none here.
+        """
+        if not isinstance(labels, FusionTargets):
+            raise TypeError(f"labels must be FusionTargets, not {type(labels).__name__}")
+        sequence, batch, columns = logits.shape
+        group = self.pg_collection.tp
+
+        def rows(of: Tensor) -> Tensor:  # [b, s, ...] -> [n, ...], in the order of the logits
+            return of.transpose(0, 1).reshape(sequence * batch, *of.shape[2:])
+
+        losses = sparse_kl_cross_entropy(
+            logits.view(sequence * batch, columns),
+            rows(labels.labels),
+            rows(labels.teacher_ids),
+            rows(labels.teacher_logprobs),
+            ce_weight=rows(labels.ce_weight),
+            kl_weight=rows(labels.kl_weight),
+            temperature=self.loss_options.temperature,
+            tail=self.loss_options.tail,
+            vocab_size=self.architecture.vocab_size,
+            vocab_start=group.rank() * columns,
+            group=group,
+            implementation=self.loss_options.implementation,
+        )
+        return torch.stack([rows_.view(sequence, batch).t() for rows_ in losses])
+
+
+def transformer_config(
+    architecture: Architecture,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    transformer_impl: str = "auto",
+    perform_initialization: bool = False,
+    **megatron_options: object,
+) -> TransformerConfig:
+    """Megatron's config of this architecture at this layout.
+
+    transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine where it and CUDA are there, else local.
+    perform_initialization: False leaves parameters unset, since a target's weights always come from a checkpoint.
+    megatron_options: further TransformerConfig fields by Megatron's own names, e.g. recompute_granularity.
+    Raises UserError as check_layout does, and for an implementation or sequence parallelism that this machine cannot run.
+    """
+    check_layout(
+        architecture,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+    )
+    implementation = resolve_transformer_impl(transformer_impl)
+    if sequence_parallel and implementation == "local":
+        raise UserError(
+            "--sequence-parallel needs Transformer Engine, which is not in use here: leave it out or install it"
+        )
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, object] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": architecture.initializer_range,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        # Megatron takes any number, 1 included, for "interleaved", which a pipeline of one chunk per rank is not.
+        "virtual_pipeline_model_parallel_size": virtual_chunks(virtual_pipeline_model_parallel_size),
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype is torch.bfloat16,
+        "fp16": params_dtype is torch.float16,
+        "transformer_impl": implementation,
+        "perform_initialization": perform_initialization,
+        "use_cpu_initialization": not on_gpu,
+        "calculate_per_token_loss": False,
+        # Kernels that exist on a GPU only, or only with Transformer Engine or apex.
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "deallocate_pipeline_outputs": on_gpu,
+        "batch_p2p_comm": on_gpu,
+        "apply_rope_fusion": implementation == "transformer_engine",
+        "gradient_accumulation_fusion": on_gpu and _installed("fused_weight_gradient_mlp_cuda"),
+        "masked_softmax_fusion": False,
+    }
+    return TransformerConfig(**(options | megatron_options))
+
+
+def build_model(
+    architecture: Architecture,
+    config: TransformerConfig,
+    *,
+    seq_length: int,
+    loss_options: FusionLossOptions | None = None,
+    vp_stage: int | None = None,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+) -> FusionGPTModel:
+    """One model chunk of this rank, its parameters unset unless config.perform_initialization.
+
+    pre_process, post_process: whether the chunk holds the embedding and the output layer; by default Megatron's process groups,
+    which must exist, say so. vp_stage: which chunk, under virtual pipeline parallelism. Parameters are on the GPU where there
+    is one; linear and embedding weights in config.params_dtype, norms in fp32 until Float16Module casts them.
+    Raises UserError if seq_length (tokens) does not fit the architecture.
+    """
+    check_layout(architecture, seq_length=seq_length)
+    place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    if pre_process is None:
+        pre_process = parallel_state.is_pipeline_first_stage(**place)
+    if post_process is None:
+        post_process = parallel_state.is_pipeline_last_stage(**place)
+    return FusionGPTModel(
+        architecture,
+        config,
+        seq_length=seq_length,
+        loss_options=loss_options or FusionLossOptions(),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+
+
+def build_model_chunks(
+    architecture: Architecture,
+    config: TransformerConfig,
+    *,
+    seq_length: int,
+    loss_options: FusionLossOptions | None = None,
+) -> list[FusionGPTModel]:
+    """All model chunks of this rank, in order: one, or as many as virtual pipeline parallelism asks for."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages = [None] if virtual is None else range(virtual)
+    options = {"seq_length": seq_length, "loss_options": loss_options}
+    return [build_model(architecture, config, vp_stage=stage, **options) for stage in stages]
+
+
+def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | None:
+    """Chunks per pipeline rank as Megatron wants them: None where there is but one."""
+    size = virtual_pipeline_model_parallel_size
+    return None if size in (None, 1) else size
+
+
+def resolve_transformer_impl(transformer_impl: str) -> str:
+    """`auto` decided for this machine. Raises UserError for an unknown word or a missing Transformer Engine."""
+    available = torch.cuda.is_available() and _installed("transformer_engine")
+    if transformer_impl == "auto":
+        return "transformer_engine" if available else "local"
+    if transformer_impl == "transformer_engine" and not available:
+        raise UserError(
+            "--transformer-impl transformer_engine needs CUDA and the package transformer_engine: use local or auto"
+        )
+    if transformer_impl not in ("local", "transformer_engine"):
+        raise UserError(f"--transformer-impl is {transformer_impl!r}: choose auto, local or transformer_engine")
+    return transformer_impl
+
+
+def layer_spec(config: TransformerConfig):  # type: ignore[no-untyped-def]  # Megatron's ModuleSpec
+    """The transformer layer that config.transformer_impl names."""
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    return get_gpt_layer_local_spec(normalization="RMSNorm")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _mark_tensor_parallel_weights(model: GPTModel) -> None:
+    """Marks sharded weights as sharded, which Megatron does only while it initialises them.
+
+    Unmarked, they pass for copies of one another: the gradient norm would count the shard of rank 0 alone.
+    """
+    dimensions = {
+        tensor_parallel_layers.VocabParallelEmbedding: 0,
+        tensor_parallel_layers.ColumnParallelLinear: 0,
+        tensor_parallel_layers.RowParallelLinear: 1,
+    }
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)

@@ -1,0 +1,1 @@
+"""Source models: what answers, and whose distributions are captured."""

@@ -1,0 +1,129 @@
+"""Source models in process: finding, identifying and loading Hugging Face model directories. Nothing here uses the network."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import ModelOptions
+from megatron_fuse.storage import sha256_of_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_EDGE = 64 * 1024
+_SAMPLE = 4 * 1024
+
+
+def this_device() -> torch.device:
+    """This process's GPU under torchrun, the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def resolve_model(model: str, where: str) -> Path:
+    """Directory of a model given as a directory or as a hub name that is already in the local cache.
+
+    `where` is the recipe key (`target.model`), for the error. Raises UserError where there is no such directory or it has no config.json.
+    """
+    directory = Path(model).expanduser()
+    if not directory.is_dir():
+        directory = _cached_snapshot(model)
+        if directory is None:
+            raise UserError(f"{where}: {model!r} is neither a directory nor a model in the local Hugging Face cache")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{where}: {directory} has no config.json: name a Hugging Face model directory")
+    return directory
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def model_fingerprint(model_dir: Path) -> str:
+    """sha256 that identifies a model's configuration and weights without reading all of them (under a second for 7B).
+
+    Covers config.json and, of every weight file, its name, size, safetensors header, first and last 64 KiB and the first 4 KiB
+    of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were.
+    """
+    files = sorted(path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
+    parts = [(model_dir / "config.json").read_bytes()]
+    for path in files:
+        parts += [path.name.encode(), *_samples(path)]
+    return sha256_of_bytes(*parts)
+
+
+def _samples(path: Path) -> list[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def read(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
+
+        parts = [str(size).encode(), read(0, _EDGE), read(max(size - _EDGE, 0), _EDGE)]
+        if path.suffix != ".safetensors":
+            return parts + [read(offset, _SAMPLE) for offset in range(0, size, max(size // 256, 1))]
+        try:
+            (length,) = struct.unpack("<Q", read(0, 8))
+            header = read(8, length)
+            tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise UserError(f"{path}: not a safetensors file ({error}): copy it again") from error
+        return [*parts, header, *(read(8 + length + tensor["data_offsets"][0], _SAMPLE) for tensor in tensors)]
+
+
+def max_positions(config: Any) -> int | None:
+    """Most tokens that a model can read, from its Hugging Face config; None where it states no limit."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def load_model(
+    auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model", **keywords: Any
+) -> Any:
+    """What `auto_class.from_pretrained` gives, in evaluation mode and without gradients.
+
+    `device` defaults to this process's own; `options.device_map`, where set, places the model instead. `where` is the recipe key
+    of the options (`sources.mpt`), for errors. Options without a dtype (the target's) load in fp32.
+    """
+    directory = resolve_model(options.model, f"{where}.model")
+    device_map = getattr(options, "device_map", None)
+    try:
+        loaded = auto_class.from_pretrained(
+            directory,
+            dtype=DTYPES[getattr(options, "dtype", "fp32")],
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+            **({"device_map": device_map} if device_map else {}),
+            **keywords,
+        )
+    except (OSError, ValueError, ImportError) as error:  # transformers' own words for missing, unreadable or unknown
+        raise UserError(f"{where}.model: cannot load {directory}: {error}") from error
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.eval().requires_grad_(False)
+    if not device_map:
+        model.to(device or this_device())
+    return loaded
+
+
+def load_causal_lm(options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
+    """The language model of a source or target; see load_model."""
+    return load_model(AutoModelForCausalLM, options, device, where)

@@ -1,0 +1,58 @@
+"""Tokenizers of every family behind one interface: `load_tokenizer(path) -> Tokenizer`."""
+
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.tokenization.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+EXPECTED = (
+    "a directory with tokenizer.json, with a SentencePiece tokenizer.model, with vocab.json and merges.txt, "
+    "or with one *.tiktoken rank file; or such a .model or .tiktoken file itself"
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer from local files. Raises UserError that names what is expected when there is none."""
+    path = Path(path)
+    # Each library is imported only when its kind of file is met: transformers alone costs a second.
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return _hugging_face(path)
+        if (path / "tokenizer.model").is_file():
+            return _sentence_piece(path / "tokenizer.model")
+        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            return _hugging_face(path)
+        ranks = sorted(path.glob("*.tiktoken"))
+        if len(ranks) == 1:
+            return _tiktoken(ranks[0])
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
+        raise UserError(f"{path}: no tokenizer found: expected {EXPECTED}; found {found}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory: expected {EXPECTED}")
+    if path.suffix == ".tiktoken":
+        return _tiktoken(path)
+    if path.suffix == ".model":
+        return _sentence_piece(path)
+    if path.name == "tokenizer.json":
+        return _hugging_face(path.parent)
+    raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
+
+
+def _hugging_face(directory: Path) -> Tokenizer:
+    from megatron_fuse.tokenization.hugging_face import load_hugging_face
+
+    return load_hugging_face(directory)
+
+
+def _sentence_piece(path: Path) -> Tokenizer:
+    from megatron_fuse.tokenization.sentence_piece import load_sentence_piece
+
+    return load_sentence_piece(path)
+
+
+def _tiktoken(path: Path) -> Tokenizer:
+    from megatron_fuse.tokenization.tiktoken_ranks import load_tiktoken
+
+    return load_tiktoken(path)

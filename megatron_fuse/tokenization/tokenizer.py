@@ -1,0 +1,99 @@
+"""What every other room knows about a tokenizer: ids, the exact bytes of every id, special tokens, a chat template."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Backend(Protocol):
+    """The library that cuts text into ids; one per kind of tokenizer file."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]: ...
+
+    def encode_continuation(self, text: str) -> list[int]: ...
+
+    def hugging_face(self) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """One interface over Hugging Face fast tokenizers, SentencePiece models and tiktoken ranks.
+
+    token_bytes[i] are the bytes that id i stands for in the MIDDLE of a text, read from the vocabulary (byte-level
+    table, pieces and <0xNN>, ranks), never from character offsets, which cannot split a character. Special tokens and
+    holes in the numbering have b"".
+    """
+
+    name: str
+    token_bytes: list[bytes]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    special_ids: frozenset[int]
+    added_tokens: dict[str, int]
+    """Text -> id of all tokens that are matched as whole strings: the special ones, and others such as `<|im_end|>`."""
+    adds_bos: bool
+    chat_template: str | None
+    sha256: str
+    """Of everything that decides ids and bytes; the chat template is not part of it."""
+    backend: Backend = field(repr=False)
+
+    @property
+    def vocab_size(self) -> int:
+        """1 + largest id; config.vocab_size of a model may be larger (padding) and is not known here."""
+        return len(self.token_bytes)
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int64 [vocab_size]: len(token_bytes[i])."""
+        return np.fromiter(map(len, self.token_bytes), dtype=np.int64, count=self.vocab_size)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text that stands at the beginning, without BOS and EOS.
+
+        special: strings of special tokens become their ids (the text of a template); else they stay plain text.
+        """
+        return self.backend.encode(text, special=special)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that follows other text: no dummy prefix, no Unicode normalisation, special strings are text.
+
+        The joined token_bytes are the text's UTF-8 wherever the vocabulary can spell it (always with byte-level BPE,
+        byte fallback and tiktoken).
+        """
+        return self.backend.encode_continuation(text) if text else []
+
+    def joined_bytes(self, ids: Iterable[int]) -> bytes:
+        """The concatenated token_bytes; ids beyond the vocabulary (padded logits) add nothing."""
+        table, size = self.token_bytes, self.vocab_size
+        return b"".join([table[i] for i in ids if 0 <= i < size])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids as a continuation: special tokens left out, a leading space kept, broken UTF-8 replaced."""
+        return self.joined_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_text(self, token: int) -> str | None:
+        """The string of a special or added token (`</s>`), for templates; None for an unknown one."""
+        return self._added_text.get(token)
+
+    def hugging_face(self) -> Any:
+        """A transformers tokenizer with the same vocabulary, for saving beside an exported model."""
+        return self.backend.hugging_face()
+
+    @cached_property
+    def _added_text(self) -> dict[int, str]:
+        return {token: text for text, token in self.added_tokens.items()}
+
+
+def hash_parts(parts: Sequence[str | bytes]) -> str:
+    """sha256 over parts with their lengths, so that no two lists of parts run together into the same bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

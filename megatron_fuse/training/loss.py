@@ -1,0 +1,52 @@
+"""The forward step that Megatron's pipeline schedules call, and what becomes of its losses.
+
+Megatron divides a loss by the number of micro-batches, and its data parallelism averages gradients over the ranks. Our weights
+already hold the one denominator of the global batch, so the loss is multiplied by both beforehand.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_fuse.training.batches import MODES, MicroBatch
+
+ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
+
+
+def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> ForwardStep:
+    """forward_step(data_iterator, model) for get_forward_backward_func. Its report is a tensor [2 modes x (CE, KL), + loss]."""
+
+    def forward_step(data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        batch = next(data_iterator)
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.targets)
+
+        def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            """losses [3, b, s]: weighted loss, CE, KL."""
+            loss = losses[0].sum()
+            of_mode = torch.nn.functional.one_hot(batch.mode, len(MODES)).to(losses.dtype)  # [b, modes]
+            sums = of_mode.t() @ losses[1:].detach().sum(dim=2).t()  # [modes, (CE, KL)]
+            report = torch.cat([sums.flatten(), loss.detach()[None]])
+            return loss * (micro_batches * data_parallel_size), {"sums": report}
+
+        return output, loss_function
+
+    return forward_step
+
+
+def reduce_report(reports: list[dict[str, Tensor]], supervised_tokens: dict[str, int]) -> dict[str, float]:
+    """Means over the global batch from the micro-batch reports of a last-stage rank: `loss`, `ce/MODE`, `kl/MODE`.
+
+    One all-reduce over the data-parallel group; to be called on every rank of the last pipeline stage. ce and kl are in nats per
+    supervised token of the mode; loss is the weighted sum that was minimised.
+    """
+    sums = torch.stack([report["sums"] for report in reports]).to(torch.float64).sum(0)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    values = {"loss": sums[-1].item()}
+    for mode, (ce, kl) in zip(MODES, sums[:-1].view(len(MODES), 2).tolist(), strict=True):
+        if supervised_tokens.get(mode):
+            values[f"ce/{mode}"] = ce / supervised_tokens[mode]
+            values[f"kl/{mode}"] = kl / supervised_tokens[mode]
+    return values

@@ -1,0 +1,109 @@
+"""Which examples a step sees, under which weights and learning rate: a pure function of consumed samples.
+
+A sample is one example; in a phase with two modes both its documents go into the same step. A phase is a whole number of steps:
+batches run on over the epochs inside a phase and never cross a phase, so its last batch may be short.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Phase
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the schedule. `iteration` counts from 0."""
+
+    iteration: int
+    phase_index: int
+    phase: Phase
+    examples: np.ndarray  # [<= global_batch_size] positions among the training examples, 0 to n - 1
+    consumed_samples: int  # after this step
+    ends_phase: bool
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """phases over `examples` training examples in batches of global_batch_size examples."""
+
+    phases: tuple[Phase, ...]
+    examples: int
+    global_batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.examples == 0:
+            raise UserError(
+                "the fusion data holds no training example: see the counts of the instructions' manifest.json"
+            )
+
+    def _phase_samples(self, index: int) -> int:
+        return self.phases[index].epochs * self.examples
+
+    def _phase_steps(self, index: int) -> int:
+        return -(-self._phase_samples(index) // self.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self._phase_steps(index) for index in range(len(self.phases)))
+
+    @property
+    def total_samples(self) -> int:
+        return sum(self._phase_samples(index) for index in range(len(self.phases)))
+
+    def step(self, consumed_samples: int) -> Step | None:
+        """The step after so many samples, None at the end.
+
+        Raises UserError where no step of this schedule starts, as after a run with another batch size or another data size.
+        """
+        first, iteration = 0, 0
+        for index, phase in enumerate(self.phases):
+            samples = self._phase_samples(index)
+            position = consumed_samples - first
+            if position < samples:
+                if position % self.global_batch_size:
+                    raise UserError(
+                        f"the checkpoint has consumed {consumed_samples} samples, where no step of this schedule begins: "
+                        f"continue with the --global-batch-size (now {self.global_batch_size}) and data of the first run"
+                    )
+                last = min(position + self.global_batch_size, samples)
+                return Step(
+                    iteration=iteration + position // self.global_batch_size,
+                    phase_index=index,
+                    phase=phase,
+                    examples=self._examples(index, position, last),
+                    consumed_samples=first + last,
+                    ends_phase=last == samples,
+                )
+            first += samples
+            iteration += self._phase_steps(index)
+        return None
+
+    def _examples(self, phase_index: int, first: int, last: int) -> np.ndarray:
+        earlier_epochs = sum(phase.epochs for phase in self.phases[:phase_index])
+        picked = []
+        for epoch in range(first // self.examples, -(-last // self.examples)):
+            order = _epoch_order(self.seed, earlier_epochs + epoch, self.examples)
+            start = epoch * self.examples
+            picked.append(order[max(first - start, 0) : last - start])
+        return np.concatenate(picked)
+
+
+def learning_rate(iteration: int, total: int, *, lr: float, min_lr: float = 0.0, warmup: int = 0) -> float:
+    """Linear warm-up, then cosine from lr to min_lr over the rest of the run, as Megatron-LM counts it.
+
+    iteration counts from 0: without warm-up the first step has lr, the step after the last would have min_lr.
+    """
+    if iteration < warmup:
+        return lr * (iteration + 1) / warmup
+    progress = min((iteration - warmup) / max(total - warmup, 1), 1.0)
+    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,77 @@
+"""The target as a recipe names it: built at this rank's place in the layout, and exported from any checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
+from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
+from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.training.checkpoint import (
+    CheckpointFacts,
+    load_checkpoint,
+    model_facts,
+    save_checkpoint,
+    versions,
+)
+
+
+def read_target(recipe: Recipe) -> Architecture:
+    """The target's architecture, refused before anything is built if it cannot be laid out as the recipe says."""
+    architecture = read_architecture(recipe.target.model)
+    layout = recipe.parallel
+    check_layout(
+        architecture,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        seq_length=recipe.training.seq_length,
+    )
+    return architecture
+
+
+def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
+    """This rank's model chunks with the Hugging Face weights of recipe.target. Needs a started runtime."""
+    layout, training, loss = recipe.parallel, recipe.training, recipe.loss
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = transformer_config(
+        architecture,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        transformer_impl=layout.transformer_impl,
+        **(recompute if training.recompute else {}),
+    )
+    options = FusionLossOptions(
+        temperature=loss.student_temperature, tail=loss.tail, implementation=loss.implementation
+    )
+    chunks = build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
+    load_hugging_face_weights(chunks, recipe.target.model)
+    return chunks
+
+
+def export_checkpoint(checkpoint: Path, reference: str, output: Path, dtype: str) -> None:
+    """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
+
+    reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
+    dtype: fp32, bf16 or fp16. Needs a runtime started with one process.
+    """
+    architecture = read_architecture(reference)
+    config = transformer_config(architecture, params_dtype=torch.float32)
+    chunks = build_model_chunks(architecture, config, seq_length=architecture.max_position_embeddings)
+    load_checkpoint(checkpoint, chunks, None, architecture)
+    save_hugging_face_model(chunks[0], reference, output, dtype)
+
+
+def import_hugging_face(model_dir: str, output: Path) -> Path:
+    """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load."""
+    architecture = read_architecture(model_dir)
+    config = transformer_config(architecture, params_dtype=torch.float32)
+    chunks = build_model_chunks(architecture, config, seq_length=architecture.max_position_embeddings)
+    load_hugging_face_weights(chunks, model_dir)
+    facts = CheckpointFacts(
+        iteration=0, consumed_samples=0, model=model_facts(architecture), run={}, best_loss=None, versions=versions()
+    )
+    return save_checkpoint(output, chunks, None, facts)

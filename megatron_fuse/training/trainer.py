@@ -1,0 +1,274 @@
+"""The loop: one Megatron optimizer step after another along the schedule, evaluation and checkpoints in between."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.runtime import Runtime
+from megatron_fuse.storage import Workspace
+from megatron_fuse.training import checkpoint
+from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
+from megatron_fuse.training.logging import TrainingLog
+from megatron_fuse.training.loss import make_forward_step, reduce_report
+from megatron_fuse.training.schedule import Schedule, learning_rate
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything of one run that stays the same from step to step. Build it with `make_trainer`."""
+
+    recipe: Recipe
+    runtime: Runtime
+    architecture: Architecture
+    chunks: list[torch.nn.Module]  # this rank's model chunks as built, for checkpoints
+    wrapped: list[DistributedDataParallel]
+    optimizer: Any
+    dataset: FusionDataset
+    schedule: Schedule
+    log: TrainingLog
+
+    @property
+    def save_directory(self) -> Path:
+        return self.recipe.training.save or Workspace(self.recipe.workdir).training / "checkpoints"
+
+
+def make_trainer(
+    recipe: Recipe, runtime: Runtime, architecture: Architecture, chunks: list[torch.nn.Module], dataset: FusionDataset
+) -> Trainer:
+    """Wraps the model chunks (weights loaded) for data parallelism, mixed precision and optimization by Megatron-core."""
+    options, layout = recipe.training, recipe.parallel
+    bf16 = options.precision == "bf16"
+    config = chunks[0].config
+    modules = [Float16Module(config, chunk) for chunk in chunks] if bf16 else chunks
+    wrapped = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=layout.overlap_grad_reduce,
+                use_distributed_optimizer=layout.use_distributed_optimizer,
+            ),
+            module,
+        )
+        for module in modules
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if layout.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=layout.use_distributed_optimizer,
+        ),
+        wrapped,
+    )
+    schedule = Schedule(
+        phases=tuple(recipe.phases),
+        examples=len(dataset.train),
+        global_batch_size=options.global_batch_size,
+        seed=recipe.seed,
+    )
+    log = TrainingLog(
+        options.tensorboard_dir or Workspace(recipe.workdir).training / "tensorboard",
+        total_steps=schedule.total_steps,
+        log_interval=options.log_interval,
+        active=runtime.reports,
+    )
+    return Trainer(recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, log)
+
+
+def train(trainer: Trainer) -> None:
+    """Runs the schedule from the last checkpoint, or from the start, to its end or to --train-iters."""
+    options = trainer.recipe.training
+    facts = _resume(trainer)
+    facts = facts or checkpoint.CheckpointFacts(
+        iteration=0,
+        consumed_samples=0,
+        model=checkpoint.model_facts(trainer.architecture),
+        run=run_facts(trainer.recipe, trainer.dataset),
+        best_loss=None,
+        versions=checkpoint.versions(),
+    )
+    last_step = min(trainer.schedule.total_steps, options.train_iters or trainer.schedule.total_steps)
+    if facts.iteration == 0:
+        _evaluate(trainer, facts.iteration)
+    while facts.iteration < last_step:
+        step = trainer.schedule.step(facts.consumed_samples)
+        assert step is not None
+        lr = learning_rate(
+            step.iteration,
+            trainer.schedule.total_steps,
+            lr=options.lr,
+            min_lr=options.min_lr,
+            warmup=options.lr_warmup_iters,
+        )
+        weights = phase_weights(step.phase, kl_factor=_kl_factor(trainer.recipe))
+        batch = _plan(trainer, trainer.dataset.train[step.examples], weights)
+        values = _train_step(trainer, batch, lr, step.iteration)
+        facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
+        trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
+
+        pause = step.ends_phase or facts.iteration == last_step
+        evaluates = pause or _is_due(facts.iteration, options.eval_interval)
+        loss = _evaluate(trainer, facts.iteration) if evaluates else None
+        improved = loss is not None and (facts.best_loss is None or loss < facts.best_loss)
+        facts = replace(facts, best_loss=loss) if improved else facts
+        if pause or improved or _is_due(facts.iteration, options.save_interval):
+            checkpoint.save_checkpoint(trainer.save_directory, trainer.chunks, trainer.optimizer, facts)
+            if improved and dist.get_rank() == 0:
+                checkpoint.write_tracker(trainer.save_directory, checkpoint.BEST, facts.iteration)
+    trainer.log.close()
+
+
+def run_facts(recipe: Recipe, dataset: FusionDataset) -> dict[str, Any]:
+    """What makes a resumed run the same run: samples, their order, and what is learned from each."""
+    return {
+        "phases": json.loads(json.dumps([phase.model_dump(by_alias=True) for phase in recipe.phases])),
+        "global_batch_size": recipe.training.global_batch_size,
+        "seed": recipe.seed,
+        "loss": recipe.loss.model_dump(exclude={"implementation"}),
+        "data": dataset.sha256,
+    }
+
+
+def _resume(trainer: Trainer) -> checkpoint.CheckpointFacts | None:
+    load = trainer.recipe.training.load
+    path = checkpoint.named_checkpoint(load or trainer.save_directory)
+    if path is None:
+        if load is not None:
+            raise UserError(f"--load {load}: no {checkpoint.LATEST} there: name a directory that --save wrote")
+        return None
+    mend = f"put the old value back, or start a new run with another --save than {trainer.save_directory}"
+    found = checkpoint.read_facts(path)
+    checkpoint.refuse_other(path, "checkpoint", found.run, run_facts(trainer.recipe, trainer.dataset), mend)
+    facts = checkpoint.load_checkpoint(path, trainer.chunks, trainer.optimizer, trainer.architecture)
+    trainer.runtime.print(f"continuing from {path} at iteration {facts.iteration}")
+    return facts
+
+
+def _is_due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _kl_factor(recipe: Recipe) -> float:
+    return recipe.loss.student_temperature**2 if recipe.loss.temperature_squared else 1.0
+
+
+def _plan(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
+    return plan_batch(
+        trainer.dataset,
+        examples,
+        weights,
+        micro_batch_size=trainer.recipe.training.micro_batch_size,
+        data_parallel_size=trainer.runtime.data_parallel_size,
+    )
+
+
+def _forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    runtime, size = trainer.runtime, trainer.recipe.training.micro_batch_size
+
+    def micro_batch_iterator() -> Iterator[MicroBatch]:
+        return micro_batches(
+            trainer.dataset,
+            batch,
+            micro_batch_size=size,
+            data_parallel_rank=runtime.data_parallel_rank,
+            data_parallel_size=runtime.data_parallel_size,
+            with_targets=runtime.is_last_stage,
+            device=runtime.device,
+        )
+
+    # Virtual pipeline chunks walk the same micro-batches, each with an iterator of its own.
+    iterators = [micro_batch_iterator() for _ in trainer.wrapped]
+    return get_forward_backward_func()(
+        forward_step_func=make_forward_step(
+            micro_batches=batch.micro_batches, data_parallel_size=runtime.data_parallel_size
+        ),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=trainer.wrapped if len(trainer.wrapped) > 1 else trainer.wrapped[0],
+        num_microbatches=batch.micro_batches,
+        seq_length=batch.seq_length,
+        micro_batch_size=size,
+        forward_only=forward_only,
+    )
+
+
+def _train_step(trainer: Trainer, batch: GlobalBatch, lr: float, iteration: int) -> dict[str, float]:
+    """One optimizer step. Returns the batch's means on last-stage ranks, the gradient norm on every rank."""
+    for chunk in trainer.wrapped:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+    reports = _forward_backward(trainer, batch, forward_only=False)
+    successful, grad_norm, _ = trainer.optimizer.step()
+    if not successful or (grad_norm is not None and not math.isfinite(grad_norm)):
+        raise FloatingPointError(
+            f"gradient norm {grad_norm} at iteration {iteration + 1} on examples "
+            f"{[trainer.dataset.example_ids[example] for _, example in batch.documents]}"
+        )
+    values = reduce_report(reports, batch.supervised_tokens) if trainer.runtime.is_last_stage else {}
+    return values | {"grad norm": grad_norm or 0.0}
+
+
+def _evaluate(trainer: Trainer, iteration: int) -> float | None:
+    """Held-out CE and KL of both modes. Returns the training mode's CE in nats per token, the same on every rank."""
+    dataset = trainer.dataset
+    if len(dataset.held_out) == 0:
+        return None
+    modes = {"inference", "training"} if trainer.recipe.uses_inference_mode else {"training"}
+    for chunk in trainer.wrapped:
+        chunk.eval()
+    totals: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    size = trainer.recipe.training.global_batch_size
+    with torch.no_grad():
+        for first in range(0, len(dataset.held_out), size):
+            batch = _plan(trainer, dataset.held_out[first : first + size], dict.fromkeys(sorted(modes), (1.0, 1.0)))
+            reports = _forward_backward(trainer, batch, forward_only=True)
+            values = reduce_report(reports, batch.supervised_tokens) if trainer.runtime.is_last_stage else {}
+            for mode, tokens in batch.supervised_tokens.items():
+                counts[mode] = counts.get(mode, 0) + tokens
+                for name in (f"ce/{mode}", f"kl/{mode}"):
+                    totals[name] = totals.get(name, 0.0) + values.get(name, 0.0) * tokens
+    for chunk in trainer.wrapped:
+        chunk.train()
+    means = {name: total / max(counts[name.split("/")[1]], 1) for name, total in totals.items()}
+    means |= {f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in sorted(modes)}
+    trainer.log.evaluation(iteration, means, len(dataset.held_out))
+    return _from_last_stage(trainer, means["ce/training"])
+
+
+def _from_last_stage(trainer: Trainer, value: float) -> float:
+    """The last pipeline stage's value on every rank, so that all agree whether a checkpoint is the best."""
+    shared = torch.tensor([value], dtype=torch.float64, device=trainer.runtime.device)
+    dist.broadcast(
+        shared,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return shared.item()

@@ -1,0 +1,87 @@
+"""Small random Hugging Face models of every supported family, and the batches and losses to compare on."""
+
+from pathlib import Path
+
+import torch
+from fuse_kernels import sparse_kl_cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+SEQUENCE, BATCH, ENTRIES, MICRO_BATCHES = 33, 3, 5, 2
+TEMPERATURE, TAIL = 2.0, "bucket"
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so short that all three bands of the scaling are in use
+}
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def small_config(name: str) -> PreTrainedConfig:
+    """Vocabulary 1003 is no multiple of anything; 1024 needs no padding; 900 leaves the last of two shards mostly real."""
+    return {
+        "llama2": lambda: LlamaConfig(**_SIZES, vocab_size=1003),
+        # head_dim is not hidden_size / heads; grouped queries; output tied
+        "llama3": lambda: LlamaConfig(
+            **_SIZES, vocab_size=1024, num_key_value_heads=2, head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
+        ),
+        "mistral": lambda: MistralConfig(
+            **_SIZES, vocab_size=900, num_key_value_heads=2, head_dim=24, sliding_window=SEQUENCE, rms_norm_eps=1e-5
+        ),
+        "qwen2": lambda: Qwen2Config(**_SIZES, vocab_size=1003, num_key_value_heads=2, tie_word_embeddings=True),
+    }[name]()
+
+
+NAMES = ("llama2", "llama3", "mistral", "qwen2")
+
+
+def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:
+    """A model whose every parameter is random: biases of 0 and norms of 1 would hide a swapped tensor."""
+    model = AutoModelForCausalLM.from_config(small_config(name))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(1 + 0.2 * noise if "norm" in parameter_name else 0.15 * noise)
+    model.save_pretrained(directory)
+    return directory
+
+
+def random_batches(vocab_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches with ignored labels, empty teacher slots and rows of weight 0. ids [b, s], the rest as FusionTargets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> dict[str, torch.Tensor]:
+        shape = (BATCH, SEQUENCE)
+        labels = torch.randint(vocab_size, shape, generator=generator)
+        teacher_ids = torch.randint(vocab_size, (*shape, ENTRIES), generator=generator)
+        teacher = torch.rand((*shape, ENTRIES), generator=generator) + 0.1
+        teacher_ids[torch.rand(teacher_ids.shape, generator=generator) < 0.2] = -1
+        labels[torch.rand(shape, generator=generator) < 0.2] = -100
+        return {
+            "ids": torch.randint(vocab_size, shape, generator=generator),
+            "labels": labels,
+            "teacher_ids": teacher_ids,
+            "teacher_logprobs": (0.9 * teacher / teacher.sum(-1, keepdim=True)).log(),
+            "ce_weight": torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7),
+            "kl_weight": torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7),
+        }
+
+    return [one() for _ in range(MICRO_BATCHES)]
+
+
+def expected_losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[3, b, s] from transformers' whole logits [b, s, v], dense, without shards and without padding."""
+    rows = {key: value.flatten(0, 1) for key, value in batch.items() if key != "ids"}
+    losses = sparse_kl_cross_entropy(
+        logits.flatten(0, 1), **rows, temperature=TEMPERATURE, tail=TAIL, implementation="reference"
+    )
+    return torch.stack(losses).view(3, BATCH, SEQUENCE)

@@ -1,0 +1,168 @@
+"""Configs are read as transformers reads them; what the target could not reproduce, or a layout not hold, is refused early."""
+
+import json
+
+import pytest
+import small_targets as small
+import torch
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import check_layout, read_architecture
+
+VICUNA_7B = {  # config.json of lmsys/vicuna-7b-v1.5, as published
+    "_name_or_path": "vicuna-7b-v1.5",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 0,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def write_config(directory, **changes):
+    config = {**VICUNA_7B, **changes}
+    config = {key: value for key, value in config.items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_vicuna_7b(tmp_path):
+    architecture = read_architecture(write_config(tmp_path))
+    assert (architecture.num_layers, architecture.num_query_groups, architecture.head_dim) == (32, 32, 128)
+    assert (architecture.vocab_size, architecture.padded_vocab_size) == (32000, 32000)
+    assert not architecture.tied_embeddings and not architecture.qkv_bias and architecture.sliding_window is None
+    check_layout(architecture, tensor_model_parallel_size=8, pipeline_model_parallel_size=4, seq_length=2048)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),  # Vicuna's 16k variant
+        LlamaConfig(head_dim=96, rope_parameters=small.LLAMA3_ROPE),
+        # Llama 3.1 as published, in the form of transformers 4
+        LlamaConfig(
+            rope_theta=500000.0,
+            max_position_embeddings=131072,
+            rope_scaling={
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        ),
+        MistralConfig(head_dim=160),
+        Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+    ],
+    ids=["default", "linear", "llama3", "llama3.1", "mistral", "qwen2"],
+)
+def test_inverse_frequencies_are_those_of_transformers_to_the_bit(config):
+    ours = torch.tensor(read_architecture(config).inverse_frequencies, dtype=torch.float32)
+    assert torch.equal(ours, LlamaRotaryEmbedding(config).inv_freq)
+
+
+@pytest.mark.parametrize("name", small.NAMES)
+def test_a_config_reads_the_same_from_disk(tmp_path, name):
+    config = small.small_config(name)
+    config.architectures = [read_architecture(config).family]
+    config.save_pretrained(tmp_path)
+    assert read_architecture(tmp_path) == read_architecture(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["MptForCausalLM"], "model_type": "mpt"}, "MptForCausalLM is not supported: choose .*Qwen2"),
+        ({"architectures": ["NoSuchClass"], "model_type": "nobody"}, "NoSuchClass"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["MistralForCausalLM"]}, r"MistralForCausalLM \(model_type llama\)"),
+        ({"architectures": ...}, "no key 'architectures'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads is 3.*num_attention_heads \(32\)"),
+        ({"head_dim": 33}, "even rotary dimension"),  # transformers' own complaints, with the file named
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ],
+)
+def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        read_architecture(write_config(tmp_path, **changes))
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "does not exist"), ("{", "not a usable"), ("[]", "not a usable")])
+def test_a_missing_or_broken_config_is_refused(tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_architecture(tmp_path)
+
+
+def test_a_config_object_of_another_class_is_refused():
+    with pytest.raises(UserError, match="gpt2"):
+        read_architecture(GPT2Config())
+
+
+# 1003: odd; 1024: a multiple already; 1: less than one multiple; 32001: one token was added
+@pytest.mark.parametrize(("vocab_size", "padded"), [(1003, 1024), (1024, 1024), (1, 128), (32001, 32128)])
+def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded):
+    assert read_architecture(LlamaConfig(vocab_size=vocab_size)).padded_vocab_size == padded
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"tensor_model_parallel_size": 3}, r"3 does not divide num_attention_heads \(4\).*choose one of 1, 2$"),
+        ({"tensor_model_parallel_size": 4}, r"4 does not divide num_key_value_heads \(2\).*choose one of 1, 2$"),
+        ({"tensor_model_parallel_size": 0}, "at least 1"),
+        ({"pipeline_model_parallel_size": 3}, r"3 does not divide num_hidden_layers \(4\)"),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4}, "2 x .* 4 does not divide"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs --pipeline-model-parallel-size of at least 2"),
+        ({"seq_length": 129}, r"129 is longer than max_position_embeddings \(128\)"),
+        ({"seq_length": 34}, r"34 is longer than sliding_window \(33\)"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(layout, said):
+    with pytest.raises(UserError, match=said):
+        check_layout(read_architecture(small.small_config("mistral")), **layout)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "seq_length": 33},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": 1},
+    ],
+)
+def test_a_layout_that_can_be_is_accepted(layout):
+    check_layout(read_architecture(small.small_config("mistral")), **layout)
+
+
+# Megatron would split either: heads 6 over TP 3, but not this feed-forward network, nor 128 columns
+@pytest.mark.parametrize(("ffn", "vocab", "said"), [(172, 384, "intermediate_size"), (174, 128, "padded vocabulary")])
+def test_every_sharded_dimension_is_checked(ffn, vocab, said):
+    config = LlamaConfig(hidden_size=96, num_attention_heads=6, intermediate_size=ffn, vocab_size=vocab)
+    with pytest.raises(UserError, match=said):
+        check_layout(read_architecture(config), tensor_model_parallel_size=3)

@@ -1,0 +1,45 @@
+"""Convert between Hugging Face model directories and Megatron checkpoints, in one process, without a GPU.
+
+    python tools/convert_checkpoint.py --from-megatron runs/x/training/checkpoints --reference models/target --output fused
+    python tools/convert_checkpoint.py --from-hugging-face models/target --output checkpoints
+
+A Megatron checkpoint may have been written at any TP x PP x DP. --reference gives config, tokenizer and chat template.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.runtime import start_runtime, stop_runtime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument(
+        "--from-megatron", type=Path, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
+    )
+    direction.add_argument("--from-hugging-face", type=Path, help="model directory with safetensors")
+    parser.add_argument("--reference", help="Hugging Face directory of the same architecture (--from-megatron)")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the exported weights")
+    arguments = parser.parse_args()
+    if arguments.from_megatron and not arguments.reference:
+        raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
+    start_runtime()
+    from megatron_fuse.training import checkpoint, target
+
+    if arguments.from_megatron:
+        path = arguments.from_megatron
+        path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
+        if path is None:
+            raise UserError(f"{arguments.from_megatron}: no {checkpoint.LATEST} and no facts.json: not a checkpoint")
+        target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype)
+    else:
+        path = target.import_hugging_face(str(arguments.from_hugging_face), arguments.output)
+    print(f"wrote {arguments.output}")
+    stop_runtime()
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
