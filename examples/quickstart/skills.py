@@ -97,15 +97,12 @@ def word_weekday(values: tuple, rng: random.Random) -> Problem:
     weeks, rest = divmod(days, 7)
     path = [DAYS[(start + sign * step) % 7] for step in range(rest + 1)]
     asked = rng.choice((f"Which day is {days} days {way} {path[0]}?", f"Name the day {days} days {way} {path[0]}."))
-    remainder = f"so {rest} {plural('day', rest)} {way} {path[0]}"
-    brief = f"{days}={weeks}*7+{rest}, {remainder}."
-    steps = (
-        f"Step {'on' if sign > 0 else 'back'} from {path[0]}: {', '.join(path[1:])}."
-        if rest
-        else f"It stays {path[0]}."
-    )
+    move = f"{'on' if sign > 0 else 'back'} from {path[0]}"
+    brief = f"{days}-{weeks * 7}={rest}, {move}: {', '.join(path[1:])}." if rest else f"{days}-{weeks * 7}=0, no days left."
     opening = rng.choice(("Take out whole weeks", "Whole weeks change nothing"))
-    worked = f"{opening}: {weeks}*7={weeks * 7} and {days}-{weeks * 7}={rest}, {remainder}. {steps}"
+    steps = ", ".join(f"{step} {day}" for step, day in enumerate(path[1:], 1))
+    counted = f"{rest} {plural('day', rest)} {way}. Go {move}: {steps}." if rest else f"no days are left. It stays {path[0]}."
+    worked = f"{opening}: {weeks}*7={weeks * 7} and {days}-{weeks * 7}={rest}, so {counted}"
     return Problem("weekday", values, path[-1], asked, brief, worked)
 
 

@@ -1,0 +1,116 @@
+"""An artefact is whole or resumable, ends with the same bytes however it was interrupted, and refuses another plan."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage import Plan, completed, open_artefact, run_plan, shard_bounds, temporary_then_rename
+
+
+def plan(directory: Path, **changes: object) -> Plan:
+    content = {"stage": "numbers", "options": {"k": 10}, "inputs": {"parent": "abc"}, "shards": 4} | changes
+    return Plan(directory=directory, **content)
+
+
+def make_shard(index: int, prefix: Path) -> dict[str, int]:
+    Path(f"{prefix}.txt").write_text(f"shard {index}\n" * (index + 1))
+    return {"lines": index + 1}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def silent(_: str) -> None: ...
+
+
+def test_a_complete_artefact_opens_and_verifies(tmp_path: Path) -> None:
+    run_plan(plan(tmp_path / "a"), make_shard, silent)
+    artefact = open_artefact(tmp_path / "a", "numbers", "make_numbers")
+    artefact.verify()
+    assert artefact.counts == {"lines": 10}
+    assert [path.name for path in artefact.files(".txt")] == [f"shard-0000{i}.txt" for i in range(4)]
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_interrupted_anywhere_a_rerun_ends_with_the_same_bytes(tmp_path: Path, failing: int) -> None:
+    def fails(index: int, prefix: Path) -> dict[str, int]:
+        counts = make_shard(index, prefix)
+        if index == failing:
+            Path(f"{prefix}.half").write_text("left behind")
+            raise KeyboardInterrupt
+        return counts
+
+    run_plan(plan(tmp_path / "whole"), make_shard, silent)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan(tmp_path / "broken"), fails, silent)
+    with pytest.raises(UserError, match=r"incomplete: run make_numbers"):
+        open_artefact(tmp_path / "broken", "numbers", "make_numbers")
+    made = []
+    run_plan(plan(tmp_path / "broken"), lambda i, p: made.append(i) or make_shard(i, p), silent)
+    assert made == list(range(failing, 4))
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+# 3: ranks with different numbers of shards; 7: ranks without any
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_any_number_of_ranks_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    run_plan(plan(tmp_path / "one"), make_shard, silent)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    results = []
+    for rank in reversed(range(world_size)):
+        monkeypatch.setenv("RANK", str(rank))
+        results.append(run_plan(plan(tmp_path / "many"), make_shard, silent))
+    assert results[-1] is not None
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": {"k": 5}}, r"options\.k = 10, but now options\.k = 5"),
+        ({"inputs": {"parent": "xyz"}}, r"inputs\.parent = 'abc', but now inputs\.parent = 'xyz'"),
+        ({"inputs": {"parent": "abc", "other": "d"}}, r"inputs\.other = None, but now inputs\.other = 'd'"),
+        ({"shards": 5}, r"shards = 4, but now shards = 5"),
+        ({"stage": "letters"}, r"stage = 'numbers', but now stage = 'letters'"),
+    ],
+)
+def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, message: str) -> None:
+    run_plan(plan(tmp_path), make_shard, silent)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message):
+        completed(plan(tmp_path, **change))
+    with pytest.raises(UserError, match=message):
+        run_plan(plan(tmp_path, **change), make_shard, silent)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]], ids=["truncated", "bit flip"]
+)
+def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    artefact = run_plan(plan(tmp_path), make_shard, silent)
+    path = tmp_path / "shard-00002.txt"
+    path.write_bytes(damage(path.read_bytes()))
+    assert artefact is not None
+    with pytest.raises(UserError, match=r"shard-00002\.txt"):
+        artefact.verify()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), temporary_then_rename(path) as temporary:
+        temporary.write_text("new")
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "bounds"), [(0, 4, [0, 0]), (3, 4, [0, 3]), (4, 4, [0, 4]), (9, 4, [0, 4, 8, 9])]
+)
+def test_shards_partition_the_items(items: int, size: int, bounds: list[int]) -> None:
+    assert shard_bounds(items, size).tolist() == bounds

@@ -1,0 +1,66 @@
+"""The schedule is a pure function of consumed samples, and every epoch shows every example once."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import PRESETS
+from megatron_fuse.training.schedule import Schedule, learning_rate
+
+
+def walk(schedule: Schedule) -> list:
+    steps, consumed = [], 0
+    while (step := schedule.step(consumed)) is not None:
+        steps.append(step)
+        consumed = step.consumed_samples
+    return steps
+
+
+# 1: batches of one; 7 and 32 leave short last batches; 100 is larger than the data, one step spans several epochs
+@pytest.mark.parametrize("batch", [1, 7, 32, 100])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_phase_shows_every_example_as_often_as_it_has_epochs(preset: str, batch: int) -> None:
+    schedule = Schedule(tuple(PRESETS[preset]), examples=45, global_batch_size=batch, seed=5)
+    steps = walk(schedule)
+    assert [step.iteration for step in steps] == list(range(schedule.total_steps))
+    assert steps[-1].consumed_samples == schedule.total_samples == 45 * sum(p.epochs for p in PRESETS[preset])
+    for index, phase in enumerate(PRESETS[preset]):
+        mine = [step for step in steps if step.phase_index == index]
+        seen = np.concatenate([step.examples for step in mine])
+        assert len(mine) == -(-45 * phase.epochs // batch)
+        assert [step.ends_phase for step in mine] == [False] * (len(mine) - 1) + [True]
+        for epoch in seen.reshape(phase.epochs, 45):
+            assert sorted(epoch) == list(range(45))
+
+
+def test_steps_of_the_paper() -> None:
+    # DESIGN: ceil(N / B) + ceil(2 N / B), at 100k examples in batches of 128
+    assert Schedule(tuple(PRESETS["profuser"]), 100_000, 128, seed=1).total_steps == 782 + 1563
+
+
+def test_a_step_depends_on_nothing_but_consumed_samples() -> None:
+    schedule = Schedule(tuple(PRESETS["profuser"]), examples=45, global_batch_size=7, seed=5)
+    for step in reversed(walk(schedule)):
+        again = Schedule(tuple(PRESETS["profuser"]), 45, 7, seed=5).step(step.consumed_samples - len(step.examples))
+        assert again is not None and (again.examples == step.examples).all() and again.phase == step.phase
+
+
+def test_epochs_and_seeds_differ_in_order() -> None:
+    schedules = [Schedule(tuple(PRESETS["csft"]), examples=45, global_batch_size=45, seed=seed) for seed in (1, 2)]
+    orders = [tuple(step.examples) for schedule in schedules for step in walk(schedule)]
+    assert len(set(orders)) == 6
+
+
+def test_another_batch_size_cannot_take_over_in_the_middle() -> None:
+    with pytest.raises(UserError, match="global-batch-size"):
+        Schedule(tuple(PRESETS["csft"]), examples=45, global_batch_size=8, seed=1).step(7)
+
+
+def test_cosine_starts_at_the_peak_and_ends_at_the_minimum() -> None:
+    rates = [learning_rate(i, 100, lr=1.0, min_lr=0.1, warmup=10) for i in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.55)  # half-way down between the ends
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
