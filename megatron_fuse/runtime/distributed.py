@@ -61,6 +61,8 @@ def start_runtime(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if virtual_pipeline_parallel_size == 1:  # which Megatron would take for an interleaved schedule
+        virtual_pipeline_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model_parallel_size = tensor_parallel_size * pipeline_parallel_size
     if world_size % model_parallel_size:

@@ -50,11 +50,13 @@ def plan_batch(
     *,
     micro_batch_size: int,
     data_parallel_size: int,
+    micro_batch_multiple: int = 1,
 ) -> GlobalBatch:
     """The documents of these examples in the modes that have a weight.
 
     examples [n]: indices of the dataset. weights: mode -> (weight of the mode's mean CE, of its mean KL). Examples without a
-    document in a mode (no answer won, or it does not fit) have only the other.
+    document in a mode (no answer won, or it does not fit) have only the other. micro_batch_multiple: the number of micro-batches
+    is rounded up to it with empty ones, as Megatron's interleaved schedule needs.
     """
     documents: list[tuple[str, int]] = []
     supervised = dict.fromkeys(weights, 0)
@@ -70,13 +72,14 @@ def plan_batch(
         mode: tuple(weight / supervised[mode] if supervised[mode] else 0.0 for weight in pair)
         for mode, pair in weights.items()
     }
+    micro_batch_count = -(-len(documents) // (micro_batch_size * data_parallel_size))
     return GlobalBatch(
         documents=documents,
         weights=per_token,
         supervised_tokens=supervised,
         tokens=tokens,
         seq_length=max(-(-longest // SEQUENCE_MULTIPLE), 1) * SEQUENCE_MULTIPLE,
-        micro_batches=max(-(-len(documents) // (micro_batch_size * data_parallel_size)), 1),
+        micro_batches=max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple,
     )
 
 

@@ -1,17 +1,27 @@
 """The target as a recipe names it: built at this rank's place in the layout, and exported from any checkpoint."""
 
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.storage import Workspace, write_json
 from megatron_fuse.training.checkpoint import (
+    BEST,
+    LATEST,
     CheckpointFacts,
     load_checkpoint,
     model_facts,
+    named_checkpoint,
+    read_facts,
     save_checkpoint,
     versions,
 )
@@ -56,13 +66,45 @@ def export_checkpoint(checkpoint: Path, reference: str, output: Path, dtype: str
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
 
     reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
-    dtype: fp32, bf16 or fp16. Needs a runtime started with one process.
+    dtype: fp32, bf16 or fp16. output must not exist. Needs a runtime started with one process.
     """
     architecture = read_architecture(reference)
     config = transformer_config(architecture, params_dtype=torch.float32)
     chunks = build_model_chunks(architecture, config, seq_length=architecture.max_position_embeddings)
     load_checkpoint(checkpoint, chunks, None, architecture)
     save_hugging_face_model(chunks[0], reference, output, dtype)
+
+
+def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
+    """Exports the recipe's best (or latest) checkpoint; returns the model directory and the checkpoint.
+
+    An earlier export, known by its fusion.json, is replaced if the checkpoint has moved on. Raises UserError where there is no
+    checkpoint, or where something else is in the place of the export.
+    """
+    directory = recipe.training.save or Workspace(recipe.workdir).training / "checkpoints"
+    wanted = BEST if recipe.export.checkpoint == "best" else LATEST
+    # Without a held-out split there is no best one.
+    checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
+    if checkpoint is None:
+        raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
+    output = recipe.export.path or Workspace(recipe.workdir).export
+    origin = {"checkpoint": str(checkpoint), "facts": asdict(read_facts(checkpoint)), "dtype": recipe.export.dtype}
+    record = output / "fusion.json"
+    if output.exists() and not record.exists():
+        raise UserError(f"export.path: {output} exists and is no export of ours: move it or choose another directory")
+    if output.exists() and json.loads(record.read_text(encoding="utf-8")) == origin:
+        return output, checkpoint
+    temporary = output.with_name(f".{output.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    export_checkpoint(checkpoint, recipe.target.model, temporary, recipe.export.dtype)
+    if recipe.target.chat_template is not None:
+        template = load_format(recipe.target, "target").template
+        (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_json(temporary / record.name, origin)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+    return output, checkpoint
 
 
 def import_hugging_face(model_dir: str, output: Path) -> Path:

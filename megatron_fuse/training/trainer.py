@@ -179,12 +179,14 @@ def _kl_factor(recipe: Recipe) -> float:
 
 
 def _plan(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
+    runtime = trainer.runtime
     return plan_batch(
         trainer.dataset,
         examples,
         weights,
         micro_batch_size=trainer.recipe.training.micro_batch_size,
-        data_parallel_size=trainer.runtime.data_parallel_size,
+        data_parallel_size=runtime.data_parallel_size,
+        micro_batch_multiple=runtime.pipeline_parallel_size if runtime.virtual_pipeline_parallel_size else 1,
     )
 
 

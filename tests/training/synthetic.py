@@ -1,0 +1,98 @@
+"""A fusion dataset of random documents and a tiny random target, for tests of training that need no stage before it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_fuse.fusion_data import Document
+from megatron_fuse.recipe import Recipe, make_recipe
+
+
+class SyntheticDataset:
+    """The reader's interface over documents drawn from a seed. Some examples have no winning answer; one has no teacher rows."""
+
+    def __init__(
+        self, *, examples: int = 53, held_out: int = 6, vocab_size: int = 503, entries: int = 5, seed: int = 0
+    ):
+        rng = np.random.default_rng(seed)
+        self.entries_per_row = entries
+        self.example_ids = [f"example-{index}" for index in range(examples + held_out)]
+        self.train, self.held_out = np.arange(examples), np.arange(examples, examples + held_out)
+        self.sha256 = f"synthetic-{seed}-{examples}"
+        self.documents: dict[tuple[str, int], Document | None] = {}
+        for index in range(examples + held_out):
+            for mode in ("inference", "training"):
+                missing = mode == "inference" and index % 11 == 3
+                self.documents[mode, index] = None if missing else self._draw(rng, vocab_size, rows=index != 5)
+
+    def _draw(self, rng: np.random.Generator, vocab_size: int, *, rows: bool) -> Document:
+        prompt, response = rng.integers(2, 9), rng.integers(1, 21)
+        counts = rng.integers(0, self.entries_per_row + 1, response).astype(np.uint8) * np.uint8(rows)
+        # A row's mass: at most 0.9, spread at random over its entries.
+        logprobs = [np.log(0.9 * rng.dirichlet(np.ones(count))) for count in counts if count]
+        ids = [rng.choice(vocab_size, count, replace=False) for count in counts if count]
+        return Document(
+            tokens=rng.integers(0, vocab_size, prompt + response),
+            supervised=np.arange(prompt + response) >= prompt,
+            counts=counts,
+            match=(counts > 0).astype(np.uint8),
+            entry_ids=np.concatenate([*ids, np.zeros(0, np.int64)]),
+            entry_logprobs=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
+        )
+
+    def _per_example(self, mode: str, of_document: Any) -> np.ndarray:
+        chosen = (self.documents[mode, index] for index in range(len(self.example_ids)))
+        return np.array([0 if document is None else of_document(document) for document in chosen])
+
+    def lengths(self, mode: str) -> np.ndarray:
+        return self._per_example(mode, lambda document: len(document.tokens))
+
+    def supervised_tokens(self, mode: str) -> np.ndarray:
+        return self._per_example(mode, lambda document: document.supervised.sum())
+
+    def document(self, mode: str, example: int) -> Document:
+        found = self.documents[mode, example]
+        assert found is not None
+        return found
+
+
+def make_tiny_target(directory: Path, *, vocab_size: int = 503, tied: bool = False) -> Path:
+    """A random Llama of four layers (room for PP=2 with two virtual chunks) with grouped-query attention."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,  # logits far from uniform, so that every part of the loss counts
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_tiny_recipe(workdir: Path, target: Path, **sections: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "workdir": str(workdir),
+        "target": {"model": str(target)},
+        "sources": {"a": {"model": str(target)}},
+        "data": {"path": "none.jsonl"},
+        "schedule": {"preset": "profuser"},
+        "training": {
+            "seq_length": 32,
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "lr": 1e-3,
+            "precision": "fp32",
+            "train_iters": 20,
+        },
+    }
+    for section, options in sections.items():
+        content[section] = {**content.get(section, {}), **options}
+    return make_recipe(content)

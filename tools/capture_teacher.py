@@ -1,0 +1,34 @@
+"""Captures what every source predicts over responses: its likeliest tokens and the exact mass of the rest.
+
+    python tools/capture_teacher.py --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode training|inference]
+    torchrun --nproc-per-node 8 tools/capture_teacher.py --recipe ...         # rank r takes every 8th shard
+
+Writes WORKDIR/captures/SOURCE/MODE; by default every source in every mode that the recipe's schedule learns from. Mode training
+reads the ground-truth response, mode inference the source's own. Interrupted, it continues where it stopped.
+"""
+
+import argparse
+
+from megatron_fuse.capture import MODES, capture
+from megatron_fuse.errors import exit_code
+from megatron_fuse.fusion_data import modes_with_teacher
+from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser)
+    parser.add_argument("--source", action="append", metavar="NAME", help="only this source; may be repeated")
+    parser.add_argument("--mode", choices=MODES, help="only this mode")
+    arguments = parser.parse_args()
+    recipe = recipe_from_arguments(arguments)
+    for source in arguments.source or recipe.sources:
+        for mode in [arguments.mode] if arguments.mode else modes_with_teacher(recipe):
+            artefact = capture(recipe, source, mode)
+            if artefact:
+                counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
+                print(f"{artefact.directory}: {counts}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,21 @@
+"""Reads an instruction file, samples it, cuts responses to length, splits off the held-out examples.
+
+    python tools/prepare_instructions.py --recipe examples/quickstart/recipe.yaml
+
+Writes WORKDIR/instructions. Rows that cannot be used are listed in examples.bad_rows.jsonl there, with line and reason.
+"""
+
+from megatron_fuse.errors import exit_code
+from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.recipe import load_recipe
+
+
+def main() -> None:
+    artefact = prepare_instructions(load_recipe(__doc__))
+    if artefact:
+        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
+        print(f"{artefact.directory}: {counts}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

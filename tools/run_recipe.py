@@ -1,0 +1,125 @@
+"""Run everything of a recipe that is not yet done, in order: data stages, training under torchrun, export.
+
+    python tools/run_recipe.py --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
+    python tools/run_recipe.py --recipe R.yaml --plan         # what is done, what will run, what it may cost
+    python tools/run_recipe.py --recipe R.yaml --until "fusion data"
+
+Interrupted at any point, the same command continues. A source added to the recipe later runs that source's stages only.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.pipeline import check_files, count_tokens, data_stages, measured_flops_per_second, training_flops
+from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
+from megatron_fuse.storage import Workspace, temporary_then_rename
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_recipe_arguments(parser)
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of every stage")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the stages with their state and cost, and run nothing"
+    )
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    arguments = parser.parse_args()
+    recipe = recipe_from_arguments(arguments)
+    check_files(recipe)
+    names = [stage.name for stage in data_stages(recipe)] + ["training", "export"]
+    if arguments.until and arguments.until not in names:
+        raise UserError(f"--until {arguments.until!r}: the stages of this recipe are {', '.join(names)}")
+    if arguments.plan:
+        print_plan(recipe)
+        return
+    resolved = write_resolved_recipe(recipe)
+    for name in names:
+        run_stage(name, recipe, resolved, arguments.nproc_per_node)
+        if name == arguments.until:
+            break
+
+
+def run_stage(name: str, recipe: Recipe, resolved: Path, processes: int) -> None:
+    if name == "training":
+        run(["pretrain_fuse.py", "--recipe", str(resolved)], processes)
+    elif name == "export":
+        run(["tools/export_model.py", "--recipe", str(resolved)], 1)
+    else:
+        # Counted anew for every stage: its plan depends on what the stages before it wrote.
+        (stage,) = [stage for stage in data_stages(recipe) if stage.name == name]
+        if stage.is_done() and name != "fusion data":  # which also chooses between the sources, in a second
+            print(f"{name}: done", flush=True)
+            return
+        run([stage.tool, "--recipe", str(resolved)], processes)
+
+
+def run(command: list[str], processes: int) -> None:
+    """Runs one of our scripts, under torchrun where there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script, *options = command
+    print(
+        f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(command)}",
+        flush=True,
+    )
+    start = time.perf_counter()
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
+    finished = subprocess.run([*launcher, str(ROOT / script), *options], env=environment, check=False)
+    if finished.returncode:
+        raise UserError(
+            f"{script} ended with exit code {finished.returncode}: mend what it says above and run this again"
+        )
+    print(f"  {script}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def write_resolved_recipe(recipe: Recipe) -> Path:
+    """The recipe with all overrides, which every stage then reads."""
+    path = recipe.workdir / "recipe.yaml"
+    with temporary_then_rename(path) as temporary:
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+    return path
+
+
+def print_plan(recipe: Recipe) -> None:
+    rate = measured_flops_per_second()
+    print(f"{recipe.workdir}: about {count_tokens(recipe):,} response tokens per pass; rough estimates, one process")
+    print(f"{'artefact':<44} {'state':<16} {'disk':>10} {'time':>10}")
+    for stage in data_stages(recipe):
+        for work in stage.works:
+            state = work.state()
+            cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
+            print(f"{work.name:<44} {state:<16} {cost[0]:>10} {cost[1]:>10}")
+    checkpoints = recipe.training.save or Workspace(recipe.workdir).training / "checkpoints"
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
+    print(f"{'training':<44} {state:<16} {'':>10} {readable_seconds(training_flops(recipe) / rate):>10}")
+    exported = (recipe.export.path or Workspace(recipe.workdir).export).exists()
+    print(f"{'export':<44} {'done' if exported else 'to do':<16}")
+
+
+def readable_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def readable_seconds(seconds: float) -> str:
+    if seconds < 1:
+        return "< 1 s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
