@@ -1,87 +1,9 @@
-"""A pool of ranks, started once per test run: starting four gloo processes costs ten seconds and more."""
+"""Fixtures of all tests."""
 
-import os
-import queue
-import socket
-import traceback
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch.multiprocessing as multiprocessing
-
-MOST_RANKS = 4
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _serve(tasks: Any, results: Any) -> None:
-    """A worker: for each task it becomes one rank of a world, calls the function, and leaves the world again."""
-    import torch
-
-    torch.set_num_threads(1)
-    while (task := tasks.get()) is not None:
-        rank, world_size, port, function, arguments = task
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        try:
-            results.put((rank, function(*arguments), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-        finally:
-            from megatron_fuse.runtime import stop_runtime
-
-            stop_runtime()
-
-
-class RankPool:
-    """ranks(world_size, function, *arguments) -> the function's result on every rank, in order of rank.
-
-    function is a module-level function; it calls `megatron_fuse.runtime.start_runtime`, or torch.distributed itself.
-    """
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(MOST_RANKS)]
-        self.workers = [context.Process(target=_serve, args=(t, self.results), daemon=False) for t in self.tasks]
-        for worker in self.workers:
-            worker.start()
-
-    def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 180) -> list[Any]:
-        port = _free_port()
-        for rank in range(world_size):
-            self.tasks[rank].put((rank, world_size, port, function, arguments))
-        answers: dict[int, Any] = {}
-        while len(answers) < world_size:
-            try:
-                rank, value, error = self.results.get(timeout=timeout)
-            except queue.Empty:
-                self.close()
-                pytest.exit(
-                    f"ranks {set(range(world_size)) - set(answers)} gave no answer in {timeout} s", returncode=3
-                )
-            if error:
-                # The other ranks hang in their collectives: only a new pool is clean.
-                self.close()
-                self.__init__()  # type: ignore[misc]
-                pytest.fail(f"rank {rank} of {world_size}:\n{error}", pytrace=False)
-            answers[rank] = value
-        return [answers[rank] for rank in range(world_size)]
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.kill()
-            worker.join()
+from rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,9 @@ def main() -> None:
         "--from-megatron", type=Path, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
     )
     direction.add_argument("--from-hugging-face", type=Path, help="model directory with safetensors")
-    parser.add_argument("--reference", help="Hugging Face directory of the same architecture (--from-megatron)")
+    parser.add_argument(
+        "--reference", type=Path, help="Hugging Face directory of the same architecture (--from-megatron)"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the exported weights")
     arguments = parser.parse_args()
@@ -36,7 +38,7 @@ def main() -> None:
             raise UserError(f"{arguments.from_megatron}: no {checkpoint.LATEST} and no facts.json: not a checkpoint")
         target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype)
     else:
-        path = target.import_hugging_face(str(arguments.from_hugging_face), arguments.output)
+        path = target.import_hugging_face(arguments.from_hugging_face, arguments.output)
     print(f"wrote {arguments.output}")
     stop_runtime()
 

@@ -46,6 +46,11 @@ class Architecture:
         """The same at every layout, so that a checkpoint fits all of them."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens up to which this model computes what transformers computes: attention here has no window."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
 
 def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architecture:
     """The architecture of a Hugging Face model directory or config.

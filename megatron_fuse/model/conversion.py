@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 
@@ -181,13 +181,14 @@ def save_hugging_face_model(
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     if output.exists():
         raise UserError(f"{output} already exists: remove it or choose another directory")
-    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
-    architecture = _bare(model).architecture
-    if (config["architectures"], config["vocab_size"]) != ([architecture.family], architecture.vocab_size):
-        raise UserError(
-            f"{reference / 'config.json'} is of {config['architectures']} with vocabulary {config['vocab_size']}, the model to "
-            f"export of {architecture.family} with {architecture.vocab_size}: give the directory that the target was made from"
-        )
+    architecture, theirs = _bare(model).architecture, read_architecture(reference)
+    for field in fields(architecture):
+        ours, other = getattr(architecture, field.name), getattr(theirs, field.name)
+        if field.compare and ours != other:
+            raise UserError(
+                f"the model to export has {field.name} {ours!r}, but {theirs.origin} has {other!r}: "
+                "give the directory that the target was made from"
+            )
     tensor = _assembler(model, DTYPES[dtype])
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -199,6 +200,7 @@ def save_hugging_face_model(
                 carried = temporary / file.relative_to(reference)
                 carried.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, carried)
+        config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
         config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -217,40 +219,33 @@ def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[Weigh
     """Every parameter of this rank's bare model chunk with its blocks."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in model.namedparameter_blocks():
+    for name, parameter in model.named_parameters():
         if in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1  # over the whole model; names count in the chunk
+            # Names count a chunk's layers from 0, layer_number all of the model's from 1.
+            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1
             name = f"decoder.layers.{layer}.{in_layer[2]}"
         yield parameter, weight_blocks(name, model.architecture, rank, size)
 
 
 def _check_tensors(files: WeightFiles, architecture: Architecture) -> None:
+    where, config = files.model_dir, architecture.origin
     expected = hugging_face_shapes(architecture)
     found = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
-    if architecture.tied_embeddings:
-        found.discard(
-            OUTPUT
-        )  # some checkpoints hold the tied weight twice; transformers does not read the second either
-    where = files.model_dir
+    tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= found
     if missing := sorted(expected.keys() - found):
-        raise UserError(f"{where} lacks {_first(missing)}, which {architecture.origin} asks for: fetch the model again")
-    if unexpected := sorted(found - expected.keys()):
-        raise UserError(
-            f"{where} holds {_first(unexpected)}, which a {architecture.family} of {architecture.origin} does not have"
-        )
+        raise UserError(f"{where} lacks {_first(missing)}, which {config} asks for: fetch the model again")
+    if unexpected := sorted(found - expected.keys() - ({OUTPUT} if tied_twice else set())):
+        raise UserError(f"{where} holds {_first(unexpected)}, which {architecture.family} by {config} does not have")
     for name, shape in expected.items():
-        if files.shape(name) != shape:
+        if (stored := files.shape(name)) != shape:
             raise UserError(
-                f"{name} in {where} has shape {list(files.shape(name))}, but {architecture.origin} asks for {list(shape)}: "
+                f"{name} in {where} has shape {list(stored)}, but {config} asks for {list(shape)}: "
                 "the weights belong to another config"
             )
-    if tied_twice:
+    if tied_twice:  # some checkpoints hold the tied weight under both names
         embedding, output = (files.read(name, 0, 0, architecture.vocab_size) for name in (EMBEDDING, OUTPUT))
         if not torch.equal(embedding, output):
-            raise UserError(
-                f"{where}: {OUTPUT} differs from {EMBEDDING}, but {architecture.origin} has tie_word_embeddings true: "
-                "set it to false there"
-            )
+            raise UserError(f"{where}: {OUTPUT} differs from {EMBEDDING}: set tie_word_embeddings to false in {config}")
 
 
 def _first(names: Iterable[str]) -> str:

@@ -196,7 +196,7 @@ def build_model(
     architecture: Architecture,
     config: TransformerConfig,
     *,
-    seq_length: int,
+    seq_length: int | None = None,
     loss_options: FusionLossOptions | None = None,
     vp_stage: int | None = None,
     pre_process: bool | None = None,
@@ -207,7 +207,7 @@ def build_model(
     pre_process, post_process: whether the chunk holds the embedding and the output layer; by default Megatron's process groups,
     which must exist, say so. vp_stage: which chunk, under virtual pipeline parallelism. Parameters are on the GPU where there
     is one; linear and embedding weights in config.params_dtype, norms in fp32 until Float16Module casts them.
-    Raises UserError if seq_length (tokens) does not fit the architecture.
+    seq_length: tokens, None for as many as the architecture takes; UserError if that is too many for it.
     """
     check_layout(architecture, seq_length=seq_length)
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -218,7 +218,7 @@ def build_model(
     return FusionGPTModel(
         architecture,
         config,
-        seq_length=seq_length,
+        seq_length=seq_length or architecture.max_seq_length,
         loss_options=loss_options or FusionLossOptions(),
         pre_process=pre_process,
         post_process=post_process,
@@ -230,7 +230,7 @@ def build_model_chunks(
     architecture: Architecture,
     config: TransformerConfig,
     *,
-    seq_length: int,
+    seq_length: int | None = None,
     loss_options: FusionLossOptions | None = None,
 ) -> list[FusionGPTModel]:
     """All model chunks of this rank, in order: one, or as many as virtual pipeline parallelism asks for."""
@@ -272,7 +272,7 @@ def _installed(package: str) -> bool:
 
 
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:
-    """Marks sharded weights as sharded, which Megatron does only while it initialises them.
+    """Marks sharded weights as sharded, which Megatron's own layers do only while they initialise them.
 
     Unmarked, they pass for copies of one another: the gradient norm would count the shard of rank 0 alone.
     """
@@ -281,7 +281,10 @@ def _mark_tensor_parallel_weights(model: GPTModel) -> None:
         tensor_parallel_layers.ColumnParallelLinear: 0,
         tensor_parallel_layers.RowParallelLinear: 1,
     }
-    for module in model.modules():
+    for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], 1)
+            stride = (
+                2 if name.endswith("linear_fc1") else 1
+            )  # a shard is two pieces: of the gate, and of the up projection
+            tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], stride)

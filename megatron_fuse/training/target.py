@@ -12,7 +12,7 @@ from megatron_fuse.model.architecture import Architecture, check_layout, read_ar
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.sources.huggingface import load_format, resolve_model
 from megatron_fuse.storage import Workspace, write_json
 from megatron_fuse.training.checkpoint import (
     BEST,
@@ -27,9 +27,13 @@ from megatron_fuse.training.checkpoint import (
 )
 
 
+def target_directory(recipe: Recipe) -> Path:
+    return resolve_model(recipe.target.model, "target.model")
+
+
 def read_target(recipe: Recipe) -> Architecture:
     """The target's architecture, refused before anything is built if it cannot be laid out as the recipe says."""
-    architecture = read_architecture(recipe.target.model)
+    architecture = read_architecture(target_directory(recipe))
     layout = recipe.parallel
     check_layout(
         architecture,
@@ -58,11 +62,11 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
         temperature=loss.student_temperature, tail=loss.tail, implementation=loss.implementation
     )
     chunks = build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
-    load_hugging_face_weights(chunks, recipe.target.model)
+    load_hugging_face_weights(chunks, target_directory(recipe))
     return chunks
 
 
-def export_checkpoint(checkpoint: Path, reference: str, output: Path, dtype: str) -> None:
+def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: str) -> None:
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
 
     reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
@@ -70,7 +74,7 @@ def export_checkpoint(checkpoint: Path, reference: str, output: Path, dtype: str
     """
     architecture = read_architecture(reference)
     config = transformer_config(architecture, params_dtype=torch.float32)
-    chunks = build_model_chunks(architecture, config, seq_length=architecture.max_position_embeddings)
+    chunks = build_model_chunks(architecture, config)
     load_checkpoint(checkpoint, chunks, None, architecture)
     save_hugging_face_model(chunks[0], reference, output, dtype)
 
@@ -96,7 +100,7 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
         return output, checkpoint
     temporary = output.with_name(f".{output.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    export_checkpoint(checkpoint, recipe.target.model, temporary, recipe.export.dtype)
+    export_checkpoint(checkpoint, target_directory(recipe), temporary, recipe.export.dtype)
     if recipe.target.chat_template is not None:
         template = load_format(recipe.target, "target").template
         (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -107,11 +111,11 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
     return output, checkpoint
 
 
-def import_hugging_face(model_dir: str, output: Path) -> Path:
+def import_hugging_face(model_dir: Path, output: Path) -> Path:
     """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load."""
     architecture = read_architecture(model_dir)
     config = transformer_config(architecture, params_dtype=torch.float32)
-    chunks = build_model_chunks(architecture, config, seq_length=architecture.max_position_embeddings)
+    chunks = build_model_chunks(architecture, config)
     load_hugging_face_weights(chunks, model_dir)
     facts = CheckpointFacts(
         iteration=0, consumed_samples=0, model=model_facts(architecture), run={}, best_loss=None, versions=versions()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from fuse_kernels import sparse_kl_cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
@@ -32,7 +33,12 @@ def small_config(name: str) -> PreTrainedConfig:
         "llama2": lambda: LlamaConfig(**_SIZES, vocab_size=1003),
         # head_dim is not hidden_size / heads; grouped queries; output tied
         "llama3": lambda: LlamaConfig(
-            **_SIZES, vocab_size=1024, num_key_value_heads=2, head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
+            **_SIZES,
+            vocab_size=1024,
+            num_key_value_heads=2,
+            head_dim=32,
+            rope_parameters=LLAMA3_ROPE,
+            tie_word_embeddings=True,
         ),
         "mistral": lambda: MistralConfig(
             **_SIZES, vocab_size=900, num_key_value_heads=2, head_dim=24, sliding_window=SEQUENCE, rms_norm_eps=1e-5
@@ -53,6 +59,13 @@ def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:
         parameter.data.copy_(1 + 0.2 * noise if "norm" in parameter_name else 0.15 * noise)
     model.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A directory with config and weights for every name."""
+    root = tmp_path_factory.mktemp("targets")
+    return {name: save_small_model(name, root / name) for name in NAMES}
 
 
 def random_batches(vocab_size: int, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -56,7 +56,9 @@ def test_vicuna_7b(tmp_path):
     "config",
     [
         LlamaConfig(),
-        LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),  # Vicuna's 16k variant
+        LlamaConfig(
+            rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+        ),  # Vicuna's 16k variant
         LlamaConfig(head_dim=96, rope_parameters=small.LLAMA3_ROPE),
         # Llama 3.1 as published, in the form of transformers 4
         LlamaConfig(
@@ -166,3 +168,8 @@ def test_every_sharded_dimension_is_checked(ffn, vocab, said):
     config = LlamaConfig(hidden_size=96, num_attention_heads=6, intermediate_size=ffn, vocab_size=vocab)
     with pytest.raises(UserError, match=said):
         check_layout(read_architecture(config), tensor_model_parallel_size=3)
+
+
+def test_the_longest_sequence_is_the_shorter_of_positions_and_window():
+    assert read_architecture(MistralConfig(sliding_window=4096, max_position_embeddings=32768)).max_seq_length == 4096
+    assert read_architecture(MistralConfig(sliding_window=None, max_position_embeddings=32768)).max_seq_length == 32768

@@ -1,14 +1,23 @@
 """The GPTModel built from a config computes what transformers computes, at every layout: logits, losses and all gradients."""
 
+# ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
+
 import numpy as np
 import pytest
 import small_targets as small
 import torch
+from small_targets import small_models
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SEED = 7
 # tensor, pipeline, virtual: alone, each kind of split, and all that change where a weight lies
-LAYOUTS = {"one": (1, 1, None), "tp2": (2, 1, None), "pp2": (1, 2, None), "pp2-vpp2": (1, 2, 2), "tp2-pp2": (2, 2, None)}
+LAYOUTS = {
+    "one": (1, 1, None),
+    "tp2": (2, 1, None),
+    "pp2": (1, 2, None),
+    "pp2-vpp2": (1, 2, 2),
+    "tp2-pp2": (2, 2, None),
+}
 
 
 def start(layout, model_dir, **options):
@@ -44,7 +53,7 @@ def forward_logits(model_dir):
 
 @pytest.mark.parametrize("name", small.NAMES)
 def test_logits_equal_transformers(ranks, small_models, name):
-    ours = torch.from_numpy(ranks(1).run(forward_logits, small_models[name])[0])
+    ours = torch.from_numpy(ranks(1, forward_logits, small_models[name])[0])
     model = AutoModelForCausalLM.from_pretrained(small_models[name])
     ids = small.random_batches(model.config.vocab_size, SEED)[0]["ids"]
     with torch.no_grad():
@@ -89,7 +98,9 @@ def train_once(layout, model_dir):
             for block in blocks:
                 place = (block.dim, block.at, block.size)
                 weight, gradient = parameter.detach().narrow(*place), parameter.grad.narrow(*place)
-                if getattr(parameter, "tensor_model_parallel", False) or first_tensor_rank:  # norms: the same on all ranks
+                if (
+                    getattr(parameter, "tensor_model_parallel", False) or first_tensor_rank
+                ):  # norms: the same on all ranks
                     parts.append((block, weight.numpy(), gradient.numpy()))
     return [micro["losses"] for micro in report], parts
 
@@ -113,7 +124,7 @@ def expected(small_models):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name):
     tensor, pipeline, _ = LAYOUTS[layout]
-    results = ranks(tensor * pipeline).run(train_once, LAYOUTS[layout], small_models[name])
+    results = ranks(tensor * pipeline, train_once, LAYOUTS[layout], small_models[name])
     weights, losses = expected[name]
 
     last_stage = [found for found, _ in results if found]
@@ -127,13 +138,19 @@ def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, ex
     for _, parts in results:
         for block, weight, gradient in parts:
             place = (block.dim, block.start, block.size)
-            assert torch.equal(torch.from_numpy(weight), weights[block.tensor].narrow(*place)), f"{block} is not the same bits"
-            gradients[block.tensor].narrow(*place).add_(torch.from_numpy(gradient))  # a tied weight has two parts under PP
+            assert torch.equal(torch.from_numpy(weight), weights[block.tensor].narrow(*place)), (
+                f"{block} is not the same bits"
+            )
+            gradients[block.tensor].narrow(*place).add_(
+                torch.from_numpy(gradient)
+            )  # a tied weight has two parts under PP
             seen[block.tensor].narrow(*place).fill_(True)
     for key, weight in weights.items():
         assert seen[key].all(), f"{key} is on no rank"
         scale = weight.grad.abs().max().item()
-        torch.testing.assert_close(gradients[key], weight.grad, atol=2e-5 * scale, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            gradients[key], weight.grad, atol=2e-5 * scale, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}"
+        )
 
 
 def tensor_parallel_marks(model_dir):
@@ -150,7 +167,7 @@ def tensor_parallel_marks(model_dir):
 
 def test_weights_that_are_not_initialised_are_marked_as_sharded_all_the_same(ranks, small_models):
     """The gradient norm counts an unmarked shard on rank 0 alone."""
-    for initialised, unset in ranks(2).run(tensor_parallel_marks, small_models["qwen2"]):
+    for initialised, unset in ranks(2, tensor_parallel_marks, small_models["qwen2"]):
         assert unset == initialised
         assert initialised["decoder.layers.0.mlp.linear_fc2.weight"] == (True, 1, 1)
 
@@ -167,11 +184,16 @@ def half_precision_losses(model_dir):
     batch = small.random_batches(architecture.vocab_size, SEED)[0]
     output = model(batch.pop("ids"), None, None, labels=FusionTargets(**batch).to("cpu"))
     output[0].sum().backward()
-    return str(output.dtype), list(output.shape), output[1].detach().numpy(), {str(p.grad.dtype) for p in model.parameters()}
+    return (
+        str(output.dtype),
+        list(output.shape),
+        output[1].detach().numpy(),
+        {str(p.grad.dtype) for p in model.parameters()},
+    )
 
 
 def test_losses_are_fp32_in_a_wrapped_bf16_model(ranks, small_models, expected):
-    dtype, shape, cross_entropy, gradient_dtypes = ranks(1).run(half_precision_losses, small_models["llama2"])[0]
+    dtype, shape, cross_entropy, gradient_dtypes = ranks(1, half_precision_losses, small_models["llama2"])[0]
     assert (dtype, shape, gradient_dtypes) == ("torch.float32", [3, small.BATCH, small.SEQUENCE], {"torch.bfloat16"})
     # bf16 keeps 8 bits: 4 layers of it move a cross entropy of about 10 by some hundredths
     assert np.abs(cross_entropy - expected["llama2"][1][0][1].numpy()).mean() < 0.2
@@ -200,4 +222,4 @@ def test_vicuna_7b_fits_its_real_config(ranks, tmp_path):
     from test_architecture import VICUNA_7B
 
     LlamaConfig(**VICUNA_7B).save_pretrained(tmp_path)
-    assert ranks(1).run(meta_shapes, tmp_path)[0] == (6_738_415_616, 32000)
+    assert ranks(1, meta_shapes, tmp_path)[0] == (6_738_415_616, 32000)
