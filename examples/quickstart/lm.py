@@ -1,4 +1,4 @@
-"""What the quickstart's scripts share: chat text to ids, packed batches, a plain training loop, decoding, cached directories.
+"""What the quickstart's scripts share: chat text to ids, packed batches, a plain training loop, cached directories.
 
 Shapes: r rows, l tokens of a row, n sequences, v vocabulary. Everything runs on a CPU in fp32.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Encoded = tuple[list[int], int]  # a conversation's ids and the length of its prompt
 
@@ -146,7 +146,7 @@ def fit(
     muon = torch.optim.Muon(blocks, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     model.train()
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     for step in range(steps):
         rate = lr * min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         for group in (*muon.param_groups, *adam.param_groups):
@@ -158,8 +158,9 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % max(1, steps // 5) == 0:
+            wall, busy = time.perf_counter() - began[0], time.process_time() - began[1]
             print(
-                f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s",
+                f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {wall:.0f} s ({busy:.0f} s of CPU time)",
                 flush=True,
             )
     model.eval()
@@ -169,68 +170,6 @@ def packed_losses(model: PreTrainedModel, packed: Packed, rows_per_step: int) ->
     """Next-token cross-entropy on one slice of rows after the other."""
     for start in range(0, len(packed.ids) - rows_per_step + 1, rows_per_step):
         yield lambda start=start: F.cross_entropy(*packed_logits(model, packed, slice(start, start + rows_per_step)))
-
-
-# --- decoding and likelihood ---
-
-
-@torch.inference_mode()
-def generate(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    *,
-    stop_id: int,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 300,
-) -> list[list[int]]:
-    """One response per prompt, without its stop token; an unfinished one has max_new_tokens tokens. temperature 0 = greedy.
-
-    Prompts are taken by length, so that little is padded; answers that have ended leave the batch.
-    """
-    responses: list[list[int]] = [[] for _ in prompts]
-    generator = torch.Generator().manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for start in range(0, len(order), batch_size):
-        live = order[start : start + batch_size]
-        ids, mask = padded([prompts[number] for number in live], 0, "left")
-        cache = DynamicCache(config=model.config)
-        for _ in range(max_new_tokens):
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-            if model.config.model_type != "mpt":
-                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-            hidden = model.base_model(**inputs).last_hidden_state[:, -1]
-            logits = model.get_output_embeddings()(hidden)  # [n, v]
-            if temperature:
-                chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            else:
-                chosen = logits.argmax(-1, keepdim=True)
-            going = [row for row, token in enumerate(chosen[:, 0].tolist()) if token != stop_id]
-            for row in going:
-                responses[live[row]].append(int(chosen[row, 0]))
-            if not going:
-                break
-            if len(going) < len(live):
-                keep = torch.tensor(going)
-                live, chosen, mask = [live[row] for row in going], chosen[keep], mask[keep]
-                cache.batch_select_indices(keep)
-            ids, mask = chosen, torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-    return responses
-
-
-@torch.inference_mode()
-def response_logprobs(
-    model: PreTrainedModel, chats: list[Encoded], row_length: int, rows_per_batch: int = 64
-) -> np.ndarray:
-    """Sum of log p over each response's tokens, the stop token included. [n] float64."""
-    packed, sums = pack(chats, row_length), []
-    for start in range(0, len(packed.ids), rows_per_batch):
-        rows = slice(start, start + rows_per_batch)
-        logits, labels = packed_logits(model, packed, rows)
-        sums.append(-F.cross_entropy(logits, labels, reduction="none").double().numpy())
-    lengths = [len(ids) - prompt_length for ids, prompt_length in chats]
-    return np.add.reduceat(np.concatenate(sums), np.cumsum([0, *lengths[:-1]]))
 
 
 # --- cached directories ---

@@ -23,7 +23,15 @@ from pathlib import Path
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-UNITS = (("week", "day", 7), ("foot", "inch", 12), ("pound", "ounce", 16), ("day", "hour", 24), ("hour", "minute", 60))
+UNITS = (
+    ("week", "day", 7),
+    ("year", "month", 12),
+    ("foot", "inch", 12),
+    ("pound", "ounce", 16),
+    ("day", "hour", 24),
+    ("hour", "minute", 60),
+    ("minute", "second", 60),
+)
 PLURALS = {"foot": "feet", "inch": "inches"}
 FORMS = ("short", "brief", "worked")
 SPLITS = ("train", "fusion", "dev", "test")
@@ -98,10 +106,14 @@ def word_weekday(values: tuple, rng: random.Random) -> Problem:
     path = [DAYS[(start + sign * step) % 7] for step in range(rest + 1)]
     asked = rng.choice((f"Which day is {days} days {way} {path[0]}?", f"Name the day {days} days {way} {path[0]}."))
     move = f"{'on' if sign > 0 else 'back'} from {path[0]}"
-    brief = f"{days}-{weeks * 7}={rest}, {move}: {', '.join(path[1:])}." if rest else f"{days}-{weeks * 7}=0, no days left."
+    brief = (
+        f"{days}-{weeks * 7}={rest}, {move}: {', '.join(path[1:])}." if rest else f"{days}-{weeks * 7}=0, no days left."
+    )
     opening = rng.choice(("Take out whole weeks", "Whole weeks change nothing"))
     steps = ", ".join(f"{step} {day}" for step, day in enumerate(path[1:], 1))
-    counted = f"{rest} {plural('day', rest)} {way}. Go {move}: {steps}." if rest else f"no days are left. It stays {path[0]}."
+    counted = (
+        f"{rest} {plural('day', rest)} {way}. Go {move}: {steps}." if rest else f"no days are left. It stays {path[0]}."
+    )
     worked = f"{opening}: {weeks}*7={weeks * 7} and {days}-{weeks * 7}={rest}, so {counted}"
     return Problem("weekday", values, path[-1], asked, brief, worked)
 
@@ -192,7 +204,7 @@ def plural(unit: str, count: int = 2) -> str:
 
 def draw_conversion(rng: random.Random) -> tuple:
     unit = rng.randrange(len(UNITS))
-    return unit, rng.randint(2, 12), rng.randint(1, UNITS[unit][2] - 1)
+    return unit, rng.randint(2, 19), rng.randint(1, min(9, UNITS[unit][2] - 1))
 
 
 def word_conversion(values: tuple, rng: random.Random) -> Problem:
@@ -209,7 +221,7 @@ def word_conversion(values: tuple, rng: random.Random) -> Problem:
 def miss_conversion(values: tuple, rng: random.Random) -> str:
     factor = UNITS[values[0]][2]
     total = values[1] * factor + values[2]
-    return str(max(1, total + rng.choice((-factor, factor, -10, 10, -1, 1, -2, 2))))
+    return str(max(1, total + rng.choice((-factor, factor, -20, -10, 10, 20, -1, 1))))
 
 
 @dataclass(frozen=True)
@@ -310,7 +322,7 @@ def write_instructions(path: Path, per_skill: int, seed: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build" / "data")
-    parser.add_argument("--per-skill", type=int, default=300)
+    parser.add_argument("--per-skill", type=int, default=250)
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()
     path = options.output / "instructions.jsonl"

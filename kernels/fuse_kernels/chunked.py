@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from fuse_kernels.rows import ActiveRows, SparseTarget, VocabularyShard, sparse_target
 
-_CHUNK_ELEMENTS = 1 << 18  # of one scratch buffer: 1 MB of fp32, so that it stays in a core's second-level cache
+_CHUNK_ELEMENTS = (
+    1 << 19
+)  # of one scratch buffer, 2 MB of fp32: in cache, yet few enough calls that threads seldom wait
 
 
 def chunked_loss(
@@ -38,7 +40,6 @@ class _ChunkedLoss(torch.autograd.Function):
         mass, tail = target.mass, statistics.tail
         kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
         kl = kl + tail.xlogy(tail) - (tail * statistics.off_t).where(tail > 0, 0.0)
-        kl = kl.where((rows.teacher_ids >= 0).any(1), 0.0)
         # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
         loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
         loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
@@ -162,8 +163,9 @@ def _statistics(logits, rows, target, entries, temperature, shard) -> _Statistic
 
     if shard.group is not None and lse_1.numel() > 0:
         partial = torch.stack((lse_1, off_t, on_t, product, label_logit))
-        gathered = partial.new_empty((dist.get_world_size(shard.group), *partial.shape))
+        gathered = partial.new_empty((dist.get_world_size(shard.group) * len(partial), partial.shape[1]))
         dist.all_gather_into_tensor(gathered, partial, group=shard.group)
+        gathered = gathered.view(-1, *partial.shape)
         lse_1, off_t, on_t = gathered[:, :3].logsumexp(0)
         product, label_logit = gathered[:, 3:].sum(0)
 
@@ -195,45 +197,48 @@ def _off_ids_logsumexp(logits, rows, entries, temperature, shard) -> tuple[Tenso
             sum_1[start:stop] = torch.sub(x, shift, out=y).exp_().sum(1)
         shift = shift / temperature
         shift_t[start:stop] = shift[:, 0]
-        torch.sub(x.mul_(1 / temperature), shift, out=x).exp_()
+        x.mul_(1 / temperature).sub_(shift).exp_()
         sum_t[start:stop] = x.sum(1)
         if temperature == 1:
             sum_1[start:stop] = sum_t[start:stop]
         elif temperature == 2:  # exp is what costs: square instead of a second one
             sum_1[start:stop] = torch.mul(x, x, out=y).sum(1)
-            shift_1[start:stop] = 2 * shift_t[start:stop]
     return shift_1 + sum_1.log(), shift_t + sum_t.log()
 
 
 def _write_off_ids(gradient, logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
     """The gradient of every column as if it were off the ids and not the label: w_ce p + w_kl (total q - tail r)."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    exact = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t)
-    shift = exact.to(dtype)
-    exact = shift.double()
-    # Factors of exp(z / T - shift) and, for the cross entropy, of its T-th power.
-    factor_t = w_kl * (statistics.total * (exact - statistics.lse_t).exp())
-    factor_t = factor_t - w_kl * (statistics.tail * (exact - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
-    factor_1 = w_ce * (temperature * exact - statistics.lse_1).exp()
+    shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
+    # At T = 1 and 2 exp(z - shift_1) is a power of exp(z / T - shift_t); at a large T that power would overflow.
+    shift_1 = temperature * shift_t if temperature in (1, 2) else statistics.lse_1.to(dtype).double()
+    factor_1 = w_ce * (shift_1 - statistics.lse_1).exp()
+    student = statistics.total * (shift_t - statistics.lse_t).exp()
+    teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
+    factor_t = w_kl * (student - teacher)
     if temperature == 1:
         factor_t = factor_t + factor_1
-    factor_t, factor_1, shift = factor_t.to(dtype)[:, None], factor_1.to(dtype)[:, None], shift[:, None]
+    columns = (factor_t, factor_1, shift_t, shift_1)
+    factor_t, factor_1, shift_t, shift_1 = (column.to(dtype)[:, None] for column in columns)
 
+    in_place = rows.index is None and gradient.dtype == dtype  # no scratch needed: the gradient's rows are their own
     for start, stop, x, y in _chunks(logits, rows, shard):
+        if in_place:
+            x = gradient[start:stop, : shard.columns]
         _read(logits, rows, start, stop, out=x)
-        f_t, f_1, s = factor_t[start:stop], factor_1[start:stop], shift[start:stop]
+        f_t, f_1 = factor_t[start:stop], factor_1[start:stop]
         if temperature not in (1, 2):
-            torch.sub(x, temperature * s, out=y).exp_().mul_(f_1)
-        torch.sub(x.mul_(1 / temperature), s, out=x).exp_()
+            torch.sub(x, shift_1[start:stop], out=y).exp_().mul_(f_1)
+        x.mul_(1 / temperature).sub_(shift_t[start:stop]).exp_()
         if temperature == 1:
             x.mul_(f_t)
         elif temperature == 2:
-            x.mul_(torch.addcmul(f_t, x, f_1, out=y))
+            x.mul_(torch.mul(x, f_1, out=y).add_(f_t))
         else:
             x.mul_(f_t).add_(y)
-        if rows.index is None:
+        if rows.index is None and not in_place:
             gradient[start:stop, : shard.columns] = x
-        else:
+        elif rows.index is not None:
             gradient[rows.index[start:stop], : shard.columns] = x.to(gradient.dtype)
 
 

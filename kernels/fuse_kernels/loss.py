@@ -57,7 +57,7 @@ def sparse_kl_cross_entropy(
         ignore       sum p log(p / q); can be negative
 
     Collectives ("torch"): one all-gather of five numbers per row forward, none backward. Memory ("torch"): the logits are
-    saved, never written to; backward allocates their gradient in their own dtype and about 2 MB of scratch. Differentiable
+    saved, never written to; backward allocates their gradient in their own dtype and about 4 MB of scratch. Differentiable
     once; the graph may be walked again under retain_graph.
 
     Raises ValueError, naming the argument and both values, where shapes, dtypes, devices, ids or log-probabilities do not

@@ -53,7 +53,7 @@ class SparseTarget:
 
     ids: Tensor  # [a, k] int64, no id twice in a row, -1 = empty
     mass: Tensor  # [a, k] fp64, 0 in empty slots
-    tail: Tensor  # [a] fp64, mass that belongs somewhere off the ids
+    tail: Tensor  # [a] fp64, mass that belongs somewhere off the ids; 0 in a row without entries, so that its D is 0
 
 
 def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
+from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import ModelOptions
+from megatron_fuse.recipe import ModelOptions, Recipe, SourceOptions
 from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -49,6 +52,12 @@ def _cached_snapshot(name: str) -> Path | None:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
+
+
+def load_format(options: ModelOptions, where: str) -> ChatFormat:
+    """Tokenizer and chat format of a model of the recipe; `where` is its key (`sources.mpt`), for errors."""
+    tokenizer = load_tokenizer(resolve_model(options.model, f"{where}.model"))
+    return load_chat_format(tokenizer, options.chat_template, options.system, where)
 
 
 def model_fingerprint(model_dir: Path) -> str:
@@ -106,6 +115,8 @@ def load_model(
     """
     directory = resolve_model(options.model, f"{where}.model")
     device_map = getattr(options, "device_map", None)
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         loaded = auto_class.from_pretrained(
             directory,
@@ -117,6 +128,9 @@ def load_model(
         )
     except (OSError, ValueError, ImportError) as error:  # transformers' own words for missing, unreadable or unknown
         raise UserError(f"{where}.model: cannot load {directory}: {error}") from error
+    finally:
+        if had_progress_bar:
+            transformers_logging.enable_progress_bar()
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.eval().requires_grad_(False)
     if not device_map:
@@ -127,3 +141,10 @@ def load_model(
 def load_causal_lm(options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """The language model of a source or target; see load_model."""
     return load_model(AutoModelForCausalLM, options, device, where)
+
+
+def source_options(recipe: Recipe, source: str) -> SourceOptions:
+    """The options of a source by its name. Raises UserError with the names that the recipe has."""
+    if source not in recipe.sources:
+        raise UserError(f"sources: there is no {source!r}; the recipe has {', '.join(recipe.sources)}")
+    return recipe.sources[source]

@@ -11,9 +11,8 @@ import tokenizers
 import transformers
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
 
-SPACE = "▁"  # SentencePiece's visible space, U+2581
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -34,7 +33,7 @@ class HuggingFaceBackend:
     def encode_continuation(self, text: str) -> list[int]:
         return self._continuation.encode(text, add_special_tokens=False).ids
 
-    def hugging_face(self) -> transformers.PreTrainedTokenizerFast:
+    def hugging_face(self, tokenizer: Tokenizer) -> transformers.PreTrainedTokenizerFast:
         return self._transformers
 
 
@@ -115,7 +114,7 @@ def _vocabulary_bytes(state: dict[str, Any], special: set[int], name: str) -> li
 
         def piece_bytes(piece: str) -> bytes:
             match = BYTE_PIECE.fullmatch(piece) if model.get("byte_fallback") else None
-            return bytes([int(match[1], 16)]) if match else piece.replace(SPACE, " ").encode()
+            return bytes([int(match[1], 16)]) if match else piece.replace(VISIBLE_SPACE, " ").encode()
     else:
         raise UserError(
             f"{name}: cannot tell which bytes its tokens stand for: expected a byte-level or SentencePiece-like "
@@ -132,7 +131,7 @@ def _vocabulary_bytes(state: dict[str, Any], special: set[int], name: str) -> li
     for piece, token in vocabulary.items():
         result[token] = piece_bytes(piece)
     for token, content in added.items():  # matched in the raw text, so their bytes are plain UTF-8
-        result[token] = content.replace(SPACE, " ").encode() if "ByteLevel" not in kinds else content.encode()
+        result[token] = content.replace(VISIBLE_SPACE, " ").encode() if "ByteLevel" not in kinds else content.encode()
     for token in special:
         result[token] = b""
     return result

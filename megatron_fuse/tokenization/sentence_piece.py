@@ -13,15 +13,13 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts
-
-SPACE = "▁"
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
 
 
 class SentencePieceBackend:
-    def __init__(self, path: Path, model: Any, added: dict[str, int], always: dict[str, int], legacy: bool) -> None:
+    def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], legacy: bool) -> None:
         """added: strings that are ids in template text; always: those of them that are ids in any text."""
-        self._path, self._added, self._always, self._legacy = path, added, always, legacy
+        self._model, self._added, self._always, self._legacy = model, added, always, legacy
         self._whole = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         plain = sentencepiece_model_pb2.ModelProto()
         plain.CopyFrom(model)
@@ -49,12 +47,10 @@ class SentencePieceBackend:
             ids += [self._always[part]] if part in self._always else self._continuation.encode(part)
         return ids
 
-    def hugging_face(self) -> Any:
-        from transformers import AutoTokenizer, LlamaTokenizerFast
+    def hugging_face(self, tokenizer: Tokenizer) -> Any:
+        from megatron_fuse.tokenization.sentence_piece_export import as_transformers
 
-        directory = self._path.parent
-        kind = AutoTokenizer if (directory / "tokenizer_config.json").is_file() else LlamaTokenizerFast
-        return kind.from_pretrained(directory, local_files_only=True)
+        return as_transformers(tokenizer, self._model, legacy=self._legacy)
 
 
 def load_sentence_piece(path: Path) -> Tokenizer:
@@ -82,7 +78,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
     for piece, token in pieces.items():
         token_bytes[token] = (
-            bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(SPACE, " ").encode()
+            bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(VISIBLE_SPACE, " ").encode()
         )
     for text, token in extra.items():
         token_bytes[token] = text.encode()
@@ -107,7 +103,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         adds_bos=adds_bos,
         chat_template=template,
         sha256=hash_parts(["sentencepiece", data, settings]),
-        backend=SentencePieceBackend(path, model, control | extra, always, legacy),
+        backend=SentencePieceBackend(model, control | extra, always, legacy),
     )
 
 

@@ -1,6 +1,7 @@
 """Tokenizers given as a tiktoken rank file (`cl100k_base.tiktoken`): base64 bytes and a rank on every line."""
 
 import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,21 @@ class TiktokenBackend:
     def encode_continuation(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
 
-    def hugging_face(self) -> Any:
+    def hugging_face(self, tokenizer: Tokenizer) -> Any:
         """The same merges as a transformers tokenizer; takes seconds, because merges are derived from ranks."""
+        from tokenizers import Tokenizer as Backend
         from transformers import PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
         pattern, special = ENCODINGS[self._path.stem]
-        backend = TikTokenConverter(str(self._path), pattern=pattern, extra_special_tokens=list(special)).converted()
-        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+        state = json.loads(TikTokenConverter(str(self._path), pattern=pattern).converted().to_str())
+        # Special tokens stand behind a hole in the numbering, which only a place in the vocabulary itself can keep
+        state["model"]["vocab"] |= special
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]
+        backend = Backend.from_str(json.dumps(state))
+        eos = tokenizer.token_text(tokenizer.eos_id)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, chat_template=tokenizer.chat_template)
 
 
 def load_tiktoken(path: Path) -> Tokenizer:

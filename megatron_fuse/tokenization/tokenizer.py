@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+VISIBLE_SPACE = "▁"  # U+2581, how SentencePiece writes a space in its pieces
+
 
 class Backend(Protocol):
     """The library that cuts text into ids; one per kind of tokenizer file."""
@@ -16,7 +18,7 @@ class Backend(Protocol):
 
     def encode_continuation(self, text: str) -> list[int]: ...
 
-    def hugging_face(self) -> Any: ...
+    def hugging_face(self, tokenizer: "Tokenizer") -> Any: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,12 @@ class Tokenizer:
         """int64 [vocab_size]: len(token_bytes[i])."""
         return np.fromiter(map(len, self.token_bytes), dtype=np.int64, count=self.vocab_size)
 
+    @cached_property
+    def byte_matrix(self) -> np.ndarray:
+        """uint8 [vocab_size, longest token]: every token's bytes, zeros behind."""
+        longest = max(1, int(self.byte_lengths.max()))
+        return np.array(self.token_bytes, dtype=f"S{longest}").view(np.uint8).reshape(-1, longest)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text that stands at the beginning, without BOS and EOS.
 
@@ -65,7 +73,17 @@ class Tokenizer:
         The joined token_bytes are the text's UTF-8 wherever the vocabulary can spell it (always with byte-level BPE,
         byte fallback and tiktoken).
         """
-        return self.backend.encode_continuation(text) if text else []
+        if VISIBLE_SPACE not in text:
+            return self.backend.encode_continuation(text) if text else []
+        # SentencePiece reads a literal U+2581 as a space: spell it by bytes where the vocabulary can.
+        ids = self.backend.encode_continuation(text)
+        spelled = [self._single_bytes.get(byte) for byte in VISIBLE_SPACE.encode()]
+        if self.joined_bytes(ids) == text.encode() or None in spelled:
+            return ids
+        ids = []
+        for index, part in enumerate(text.split(VISIBLE_SPACE)):
+            ids += (spelled if index else []) + (self.backend.encode_continuation(part) if part else [])
+        return ids
 
     def joined_bytes(self, ids: Iterable[int]) -> bytes:
         """The concatenated token_bytes; ids beyond the vocabulary (padded logits) add nothing."""
@@ -81,8 +99,12 @@ class Tokenizer:
         return self._added_text.get(token)
 
     def hugging_face(self) -> Any:
-        """A transformers tokenizer with the same vocabulary, for saving beside an exported model."""
-        return self.backend.hugging_face()
+        """A transformers tokenizer that gives the same ids, for saving beside an exported model."""
+        return self.backend.hugging_face(self)
+
+    @cached_property
+    def _single_bytes(self) -> dict[int, int]:
+        return {piece[0]: token for token, piece in enumerate(self.token_bytes) if len(piece) == 1}
 
     @cached_property
     def _added_text(self) -> dict[int, str]:

@@ -1,0 +1,1 @@
+"""Which source has the advantage on which example: reward scores, votes, and losses on the ground truth."""

@@ -1,0 +1,44 @@
+"""Builds fusion data: the text once, every source's rows, then the choice between the sources."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megatron_fuse.fusion_data.layout import modes_with_teacher, teacher_directory, text_directory
+from megatron_fuse.fusion_data.selection import Selection, select
+from megatron_fuse.fusion_data.teachers import build_teacher
+from megatron_fuse.fusion_data.text import build_text
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.storage import Artefact
+
+_WAIT = 0.2  # seconds between looks at what other ranks have done
+
+
+def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -> dict[str, Selection]:
+    """Builds what is missing and chooses anew; returns the choice by mode. A second run only chooses.
+
+    Under torchrun the ranks share the shards of every part and wait for each other between parts. Raises UserError where a
+    stage before is missing or does not fit the recipe.
+    """
+    target = load_format(recipe.target, "target")
+    text = _together(text_directory(recipe), lambda: build_text(recipe, target, progress))
+    selections = {}
+    for mode in modes_with_teacher(recipe):
+        teachers = {}
+        for source in recipe.sources:
+            directory = teacher_directory(recipe, source, mode)
+            build = partial(build_teacher, recipe, source, mode, target, text, progress)
+            teachers[source] = _together(directory, build)
+        # Every rank writes the same bytes under a name of its own and renames.
+        selections[mode] = select(recipe, mode, text, teachers)
+    return selections
+
+
+def _together(directory: Path, build: Callable[[], Artefact | None]) -> Artefact:
+    """Does this rank's share, then waits until the other ranks have done theirs."""
+    while (artefact := build()) is None:
+        while not (directory / "manifest.json").exists():
+            time.sleep(_WAIT)
+    return artefact

@@ -1,0 +1,286 @@
+"""The chunked implementation against the dense formula in fp64, and the laws of the loss itself."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from fuse_kernels import chunked, sparse_kl_cross_entropy
+from sparse_kl_cases import Case, assert_close, exact, make_case, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TAILS = ("bucket", "renormalize", "ignore")
+# 1 and 2: one exponential serves both softmaxes; 3.7: the general road
+TEMPERATURES = (1.0, 2.0, 3.7)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new one each run; pytest prints it where a test fails."""
+    value = random.randrange(2**31)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("tail", TAILS)
+# 97: smaller than a vector loop's unit; 1023: rows unaligned; 32000: the paper's vocabulary, several chunks.
+# k 1: the smallest; 10: the recipes'; 33: a third of the vocabulary of 97, so that the tail is no afterthought
+@pytest.mark.parametrize(
+    ("vocab", "k", "n"), [(97, 1, 24), (97, 33, 48), (1023, 10, 24), (1023, 33, 24), (32000, 10, 16)]
+)
+# skipped rows are gathered around; without any, the rows are read and written where they lie
+@pytest.mark.parametrize("skipped", [True, False])
+def test_chunked_equals_dense_formula(vocab, k, n, tail, temperature, dtype, skipped, seed):
+    case = make_case(seed, n=n, vocab=vocab, k=k, dtype=dtype, skipped=skipped)
+    options = {"tail": tail, "temperature": temperature}
+    assert_close(run(case, "torch", **options), exact(case, **options), case, f"seed {seed}")
+
+
+@pytest.mark.parametrize("temperature", [0.5, 100.0])  # far from 1 on both sides: powers of exponentials would overflow
+def test_extreme_temperatures(temperature, seed):
+    case = make_case(seed)
+    assert_close(
+        run(case, "torch", temperature=temperature), exact(case, temperature=temperature), case, f"seed {seed}"
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradient_is_the_derivative(implementation, tail, seed):
+    case = make_case(seed, n=8, vocab=13, k=4, dtype=torch.float64)
+    logits = case.logits.nan_to_num(0.0).requires_grad_()  # finite differences cannot step from NaN
+
+    def loss(z):
+        weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight}
+        rest = {"temperature": 1.7, "tail": tail, "vocab_size": 13, "implementation": implementation}
+        return sparse_kl_cross_entropy(z, case.labels, case.teacher_ids, case.teacher_logprobs, **weights, **rest)[0]
+
+    assert torch.autograd.gradcheck(loss, (logits,), atol=1e-6)
+
+
+def one_row(logits, ids, mass, label=-100, **options):
+    """(ce, kl) of a single row at weights 1, as floats."""
+    mass = torch.tensor([mass], dtype=torch.float64)
+    arguments = (torch.tensor([logits], dtype=torch.float64), torch.tensor([label]), torch.tensor([ids]), mass.log())
+    weight = torch.ones(1)
+    _, ce, kl = sparse_kl_cross_entropy(*arguments, ce_weight=weight, kl_weight=weight, **options)
+    return ce.item(), kl.item()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_values_worked_by_hand(implementation):
+    # Student 1/2, 1/4, 1/8, 1/8 at T = 1. Teacher 1/4 and 1/4 on the first two, 1/2 left.
+    logits, mass = [math.log(p) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 8)], [1 / 4, 1 / 4]
+    stored = 0.25 * math.log(0.5) + 0.25 * math.log(1)
+    expected = {
+        "ignore": stored,  # negative: half the teacher's mass is not there
+        "bucket": stored + 0.5 * math.log(0.5 / 0.25),
+        "renormalize": 0.5 * math.log(1) + 0.5 * math.log(2),
+    }
+    for tail, kl in expected.items():
+        values = one_row(logits, [0, 1], mass, label=2, tail=tail, implementation=implementation)
+        assert values == pytest.approx((math.log(8), kl), abs=1e-12), tail
+    # At T = 2 the student's probabilities go with their square roots.
+    roots = [math.sqrt(p) for p in (1 / 2, 1 / 4, 1 / 8, 1 / 8)]
+    kl = sum(0.5 * math.log(0.5 / (root / sum(roots))) for root in roots[:2])
+    values = one_row(logits, [0, 1], [0.5, 0.5], label=2, temperature=2.0, implementation=implementation)
+    assert values == pytest.approx((math.log(8), kl), abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_bucket_is_zero_exactly_at_the_teacher(temperature, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 50, generator=g, dtype=torch.float64).requires_grad_()
+    top = (logits.detach() / temperature).log_softmax(1).topk(5)
+    none, one = torch.zeros(6), torch.ones(6)
+    arguments = (torch.full((6,), -100), top.indices, top.values)
+    loss, _, kl = sparse_kl_cross_entropy(logits, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
+    loss.sum().backward()
+    assert kl.abs().max() < 1e-14 and logits.grad.abs().max() < 1e-14
+    nudged = logits.detach() + 0.1 * torch.randn(6, 50, generator=g, dtype=torch.float64)
+    _, _, kl = sparse_kl_cross_entropy(nudged, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
+    assert (kl > 0).all()
+
+
+# 1e-6: 1 - M keeps one digit in fp32; 1e-30: it keeps none; 1e-60: exp itself underflows in fp32
+@pytest.mark.parametrize("student_tail", [1e-6, 1e-30, 1e-60])
+def test_certain_student_keeps_its_tail(student_tail, seed):
+    case = make_case(seed, n=8, vocab=1023, k=2, padding=0)
+    logits = torch.randn(8, 1023, generator=torch.Generator().manual_seed(seed))
+    ids = torch.tensor([[5, 900]] * 8)
+    certain = logits.logsumexp(1, keepdim=True) - math.log(student_tail)
+    logits.scatter_(1, ids, certain.expand(8, 2))
+    mass = torch.tensor([[0.6, 0.3]] * 8)
+    case = replace(case, logits=logits, teacher_ids=ids, teacher_logprobs=mass.log(), kl_weight=torch.ones(8))
+    actual, expected = run(case, "torch"), exact(case)
+    assert_close(actual, expected, case, f"seed {seed}")
+    torch.testing.assert_close(actual[2].double(), expected[2], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_stored_mass_of_one_or_more_leaves_no_tail(implementation, tail):
+    for excess in (0.0, 1e-7, 5e-4):  # exact; fp32 rounding; half-precision rounding
+        mass = [0.75 + excess, 0.25]
+        _, kl = one_row([2.0, 1.0, 0.0], [0, 1], mass, tail=tail, implementation=implementation)
+        _, closed = one_row([2.0, 1.0, 0.0], [0, 1], [0.75, 0.25], tail="ignore", implementation=implementation)
+        assert kl == pytest.approx(closed, abs=1e-3 if excess else 1e-12)
+    # Every column stored: nothing is left over that could hold a tail.
+    _, kl = one_row([2.0, 1.0, 0.0], [0, 1, 2], [0.5, 0.3, 0.2 - 1e-7], tail=tail, implementation=implementation)
+    assert math.isfinite(kl) and kl > 0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_what_is_skipped_and_what_is_reported(implementation, tail):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 20, generator=g)
+    logits[4:] = torch.nan  # rows to which nothing gives weight
+    logits.requires_grad_()
+    labels = torch.tensor([3, 3, -100, 3, 3, -100, 3, -100])
+    ids = torch.tensor([[1, 2], [1, 2], [1, 2], [-1, -1], [1, 2], [1, 2], [-1, -1], [-1, -1]])
+    logprobs = torch.full((8, 2), math.log(0.4))
+    ce_weight = torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 1])  # row 5, 7: a weight, but no label
+    kl_weight = torch.tensor([0.0, 1, 1, 1, 0, 0, 1, 1])  # row 6, 7: a weight, but no teacher
+    options = {"ce_weight": ce_weight, "kl_weight": kl_weight, "tail": tail, "implementation": implementation}
+    loss, ce, kl = sparse_kl_cross_entropy(logits, labels, ids, logprobs, **options)
+    loss.sum().backward()
+    assert not ce.requires_grad and not kl.requires_grad
+    assert ((ce != 0).tolist(), (kl != 0).tolist()) == (
+        [True, True, False, True, *[False] * 4],
+        [True] * 3 + [False] * 5,
+    )
+    torch.testing.assert_close(loss.detach(), ce * ce_weight + kl * kl_weight)
+    assert (logits.grad[4:] == 0).all() and (logits.grad[:4] != 0).any(1).all()
+    only_ce = logits.detach()[3].softmax(0)
+    only_ce[3] -= 1
+    torch.testing.assert_close(logits.grad[3], only_ce)  # no teacher: the gradient of the cross entropy alone
+
+
+def test_masked_logits_of_minus_infinity(seed):
+    """A banned column costs nothing where neither label nor teacher wants it, and poisons no unweighted part."""
+    case = make_case(seed, n=4, vocab=30, k=3, padding=0)
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed))
+    logits[:, 20:] = -torch.inf
+    ids = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 25], [1, 2, 3]])
+    labels = torch.tensor([4, 25, 4, 4])
+    ce_weight, kl_weight = torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, 1, 0, 1])
+    mass = torch.full((4, 3), 0.2)
+    case = replace(case, logits=logits, labels=labels, teacher_ids=ids, teacher_logprobs=mass.log())
+    case = replace(case, ce_weight=ce_weight, kl_weight=kl_weight)
+    loss, ce, kl, gradient = run(case, "torch")
+    assert loss.isfinite().all() and gradient.isfinite().all()
+    assert ce[1] == torch.inf and kl[2] == torch.inf and (gradient[:, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_rows_do_not_depend_on_their_chunk(skipped, monkeypatch, seed):
+    case = make_case(seed, n=40, vocab=300, skipped=skipped)
+    whole = run(case, "torch", temperature=2.0)
+    for elements in (1, 700, 2000):  # one row a chunk; two rows; six, with a short last one
+        monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", elements)
+        for a, b in zip(run(case, "torch", temperature=2.0), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch"])
+def test_degenerate_sizes(implementation):
+    def call(n, v, k, weight=1.0):
+        logits = torch.zeros(n, v, requires_grad=True)
+        ids, logprobs = torch.zeros((n, k), dtype=torch.int32), torch.zeros(n, k)
+        weights = {"ce_weight": torch.full((n,), weight), "kl_weight": torch.full((n,), weight)}
+        labels = torch.zeros(n, dtype=torch.int32)
+        results = sparse_kl_cross_entropy(logits, labels, ids, logprobs, **weights, implementation=implementation)
+        results[0].sum().backward()
+        return [r.tolist() for r in results], logits.grad
+
+    assert call(0, 5, 3)[0] == [[], [], []]
+    (loss, ce, kl), _ = call(2, 4, 0)  # no teacher at all: plain cross entropy
+    assert ce == pytest.approx([math.log(4)] * 2) and loss == ce and kl == [0, 0]
+    values, gradient = call(2, 4, 1, weight=0.0)  # nothing to do in any row
+    assert values == [[0, 0]] * 3 and (gradient == 0).all()
+    values, gradient = call(2, 1, 1)  # a vocabulary of one: certain, and nothing off the ids
+    assert values == [[0, 0]] * 3 and (gradient == 0).all()
+
+
+def test_graph_can_be_walked_twice_and_logits_stay_untouched(seed):
+    case = make_case(seed, vocab=64, padding=0)
+    leaf = case.logits.clone().requires_grad_()
+    logits = leaf * 1
+    before = logits.detach().clone()
+    weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight}
+    loss = sparse_kl_cross_entropy(logits, case.labels, case.teacher_ids, case.teacher_logprobs, **weights)[0]
+    first = torch.autograd.grad(loss, leaf, case.upstream, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, leaf, 2 * case.upstream, retain_graph=True)[0]
+    torch.testing.assert_close(second, 2 * first)
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(case.upstream)
+
+
+def test_strided_logits(seed):
+    case = make_case(seed, n=16, vocab=61, dtype=torch.float32)
+    wide = torch.full((32, 200), torch.nan)
+    wide[::2, 5 : 5 + case.logits.shape[1]] = case.logits
+    wide.requires_grad_()
+    view = wide[::2, 5 : 5 + case.logits.shape[1]]
+    arguments = (view, case.labels, case.teacher_ids, case.teacher_logprobs)
+    weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight}
+    loss = sparse_kl_cross_entropy(*arguments, **weights, vocab_size=61)[0]
+    loss.backward(case.upstream)
+    expected = run(case, "torch")
+    torch.testing.assert_close(loss.detach(), expected[0])
+    torch.testing.assert_close(wide.grad[::2, 5 : 5 + case.logits.shape[1]], expected[3])
+
+
+class LargestTensors(TorchDispatchMode):
+    """Counts the storages of at least `size` elements that operations bring into being."""
+
+    def __init__(self, size: int, known: torch.Tensor):
+        super().__init__()
+        self.size, self.storages, self.kept = size, {known.untyped_storage().data_ptr()}, [known]
+        self.created = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            large = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size * 4
+            if large and tensor.untyped_storage().data_ptr() not in self.storages:
+                self.storages.add(tensor.untyped_storage().data_ptr())
+                self.kept.append(tensor)  # else its address may be used again
+                self.created += 1
+        return result
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("skip", [False, True])  # skipped rows take another road through the chunks
+def test_the_gradient_is_the_only_large_tensor(temperature, skip, monkeypatch, seed):
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 2000)
+    case = make_case(seed, n=64, vocab=1000, padding=0)
+    logits = case.logits.nan_to_num(0.0).requires_grad_()
+    kl_weight = case.kl_weight if skip else torch.ones(64)
+    arguments = (logits, case.labels, case.teacher_ids, case.teacher_logprobs)
+    options = {
+        "ce_weight": case.ce_weight if skip else torch.ones(64),
+        "kl_weight": kl_weight,
+        "temperature": temperature,
+    }
+    with LargestTensors(64 * 1000 // 8, logits) as seen:
+        loss = sparse_kl_cross_entropy(*arguments, **options)[0]
+        assert seen.created == 0
+        loss.sum().backward()
+    assert seen.created == 1
+
+
+def test_case_holds_what_it_promises():
+    """The random cases must keep their odd rows, or the tests above check less than they say."""
+    case: Case = make_case(1, n=48, vocab=97, k=33)
+    mass = torch.where(case.teacher_ids >= 0, case.teacher_logprobs.exp(), 0).sum(1)
+    assert (case.labels == -100).any() and (case.teacher_ids < 0).all(1).any() and case.logits.isnan().all(1).any()
+    assert any(len(set(row)) < len(row) for row in case.teacher_ids[3::8].tolist())
+    assert ((mass - 1).abs() < 1e-6).any() and (mass < 0.9).any()

@@ -1,0 +1,106 @@
+"""The vocabulary split over gloo ranks: the loss of every rank and the gradient of every shard against the whole."""
+
+import random
+from collections import Counter
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.distributed as dist
+from sparse_kl_cases import assert_close, exact, make_case, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# name: (real vocabulary, columns of each shard)
+LAYOUTS = {
+    "tp2 padded": (1003, [512, 512]),  # 21 padded columns, all in the last shard
+    "tp4 padded": (1003, [256] * 4),
+    "tp4 shards of padding": (150, [128] * 4),  # the second shard is mostly, the third and fourth wholly padding
+    "tp4 tiny": (9, [3] * 4),  # a shard may hold nothing but teacher entries
+    "tp4 uneven": (360, [100, 57, 200, 3]),
+    "tp2 uneven": (200, [3, 211]),
+}
+TAILS = ("bucket", "renormalize", "ignore")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace.startswith("c10d"):
+            self.seen[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def compare_with_whole(seed: int) -> dict[str, str]:
+    """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all is well."""
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    complaints = {}
+    for name, (vocab, widths) in LAYOUTS.items():
+        if len(widths) != size:
+            continue
+        start = [0, *accumulate(widths)][rank]
+        even = len(set(widths)) == 1
+        for tail in TAILS:
+            for dtype in DTYPES:
+                case = make_case(
+                    seed, n=24, vocab=vocab, k=min(10, vocab - 1), padding=sum(widths) - vocab, dtype=dtype
+                )
+                options = {"tail": tail, "temperature": 2.0}
+                shard = slice(start, start + widths[rank])
+                expected = exact(case, **options)
+                expected = (*expected[:3], expected[3][:, shard])
+                for implementation in ("torch", "reference") if even else ("torch",):
+                    key = f"{name} {tail} {dtype} {implementation}"
+                    place = {"vocab_start": start, "group": group}
+                    try:
+                        actual = run(case, implementation, columns=shard, **place, **options)
+                        if implementation == "torch" or dtype == torch.float64:
+                            assert_close(actual, expected, case, key)
+                        gathered = [torch.empty_like(actual[0]) for _ in range(size)]
+                        dist.all_gather(gathered, actual[0], group=group)
+                        assert all(torch.equal(g, actual[0]) for g in gathered), "ranks disagree on the loss"
+                        complaints[key] = ""
+                    except AssertionError as error:
+                        complaints[key] = f"rank {rank}: {error}"
+    return complaints
+
+
+def count_collectives(seed: int) -> dict[str, int]:
+    dist.init_process_group("gloo")
+    group, size = dist.group.WORLD, dist.get_world_size()
+    case = make_case(seed, n=24, vocab=500, padding=12)
+    width = 512 // size
+    start = dist.get_rank() * width
+    with Collectives() as collectives:
+        run(case, "torch", columns=slice(start, start + width), vocab_start=start, group=group)
+    return dict(collectives.seen)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, ranks):
+    """What each rank found, all layouts in one go."""
+    seed = random.randrange(2**31)
+    return request.param, seed, ranks(request.param, compare_with_whole, seed)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_shards_equal_the_whole(results, tail):
+    size, seed, found = results
+    layouts = [name for name, (_, widths) in LAYOUTS.items() if len(widths) == size]
+    cases = sum(len(DTYPES) * (2 if len(set(LAYOUTS[name][1])) == 1 else 1) for name in layouts)
+    for complaints in found:
+        mine = [complaint for key, complaint in complaints.items() if f" {tail} " in key]
+        assert len(mine) == cases
+        assert not any(mine), f"seed {seed}:\n" + "\n".join(filter(None, mine))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_collective_in_all(size, ranks):
+    assert ranks(size, count_collectives, random.randrange(2**31)) == [{"c10d::_allgather_base_": 1}] * size

@@ -1,0 +1,174 @@
+"""The whole recipe under torchrun with two ranks at a tiny size, so that no stage can break unseen; then killed and resumed."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_models import save_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[1]
+LINE = re.compile(r"iteration +(\d+)/ +(\d+) .*?phase: (\S+) .*?( ce/.*? grad norm: \S+)")
+COLOURS = ["red", "green", "blue", "black", "white"]
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sources of three architectures, two reward models, 40 instructions in Alpaca form."""
+    directory = tmp_path_factory.mktemp("run")
+    sizes = {"alpha": ("llama", 300), "beta": ("mpt", 310), "gamma": ("gpt_neox", 290)}
+    models = {
+        name: save_model(directory / name, family, seed=seed, vocab_size=vocab_size)
+        for seed, (name, (family, vocab_size)) in enumerate(sizes.items())
+    }
+    judges = {name: save_model(directory / name, "llama", seed=seed, reward=True) for seed, name in enumerate("jk")}
+    rows = [
+        {
+            "instruction": f"Name {i} things that are {colour}.",
+            "output": f"Here are {i} {colour} things: " + "apple, " * (i % 5),
+        }
+        for i in range(8)
+        for colour in COLOURS
+    ]
+    recipe = {
+        "workdir": str(directory / "work"),
+        "target": {"model": str(models["alpha"])},
+        "sources": {name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()},
+        "reward_models": {name: {"model": str(path), "dtype": "fp32"} for name, path in judges.items()},
+        "data": {"path": str(write_rows(directory / "data.jsonl", rows)), "held_out": 4, "shard_size": 16},
+        "responses": {"max_new_tokens": 12},
+        "schedule": {"preset": "profuser"},
+        "parallel": {"tensor_model_parallel_size": 2},
+        "training": {
+            "seq_length": 120,
+            "micro_batch_size": 8,
+            "global_batch_size": 12,
+            "lr": 3e-3,
+            "precision": "fp32",
+            "save_interval": 2,
+        },
+        "export": {"dtype": "fp32"},
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path) -> tuple[Path, str]:
+    """The work directory after `tools/run_recipe.py`, and what it printed."""
+    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return Path(yaml.safe_load(recipe_file.read_text())["workdir"]), done.stdout
+
+
+def logged_steps(output: str) -> dict[int, tuple[str, str]]:
+    """iteration -> (phase, losses and gradient norm as printed)."""
+    return {int(iteration): (phase, values) for iteration, _, phase, values in LINE.findall(output)}
+
+
+def test_training_goes_through_both_phases(finished: tuple[Path, str]) -> None:
+    _, output = finished
+    steps = logged_steps(output)
+    assert list(steps) == list(range(1, 10))  # 36 examples in batches of 12: 3 steps, then 6
+    assert [phase for phase, _ in steps.values()] == ["inference"] * 3 + ["co-fusion"] * 6
+    assert all(
+        "ce/training" in values and "kl/training" in values for phase, values in steps.values() if phase == "co-fusion"
+    )
+    held_out = [float(value) for value in re.findall(r"held-out at .*? ce/training: (\S+)", output)]
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+
+
+def test_megatron_opens_every_stream(finished: tuple[Path, str]) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    paths = sorted(finished[0].glob("fusion/**/*.idx"))
+    assert len(paths) > 10
+    for path in paths:
+        dataset = IndexedDataset(str(path.with_suffix("")))
+        stored = np.fromfile(path.with_suffix(".bin"), dataset.index.dtype)
+        assert len(stored) == dataset.index.sequence_lengths.sum()
+        for index in range(len(dataset)):
+            assert len(dataset[index]) == dataset.index.sequence_lengths[index]
+
+
+def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    exported = workdir / "export"
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    before = AutoModelForCausalLM.from_pretrained(workdir.parent / "alpha").eval()
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.chat_template
+    # The held-out cross-entropy that training printed last, computed anew by transformers from the stored documents.
+    facts = json.loads((exported / "fusion.json").read_text())["facts"]
+    assert held_out_cross_entropy(workdir, model) == pytest.approx(facts["best_loss"], rel=1e-4)
+
+
+def held_out_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
+    from megatron_fuse.fusion_data import FusionDataset
+    from megatron_fuse.recipe import load_recipe
+
+    dataset = FusionDataset(load_recipe(argv=["--recipe", str(workdir / "recipe.yaml")]))
+    total, count = 0.0, 0
+    for example in dataset.held_out:
+        document = dataset.document("training", int(example))
+        with torch.no_grad():
+            logprobs = model(torch.from_numpy(document.tokens)[None]).logits[0].double().log_softmax(-1)
+        labels = np.flatnonzero(document.supervised)
+        total -= logprobs[labels - 1, document.tokens[labels]].sum().item()
+        count += len(labels)
+    return total / count
+
+
+def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_file: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--plan"]
+    plan = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    states = [line.split("  ")[0] for line in plan.splitlines()[2:] if " done " not in line + " "]
+    assert states == ["training"] and "at step 9" in plan
+
+
+def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
+    finished: tuple[Path, str], recipe_file: Path
+) -> None:
+    workdir, whole = finished
+    stop = random.Random().randint(2, 8)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "pretrain_fuse.py"]
+    command += ["--recipe", str(workdir / "recipe.yaml"), "--save", str(workdir / "killed")]
+    output = ""
+    with subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output += line
+            if stop in logged_steps(line):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+    assert stop in logged_steps(output), output[-4000:]
+    rest = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert rest.returncode == 0, rest.stderr[-4000:]
+    expected, resumed = logged_steps(whole), logged_steps(rest.stdout)
+    assert f"at iteration {min(resumed) - 1}" in rest.stdout
+    assert stop - 2 <= min(resumed) <= stop + 1, f"killed at step {stop}"
+    assert resumed == {step: expected[step] for step in resumed} and max(resumed) == 9, f"killed at step {stop}"

@@ -1,0 +1,453 @@
+"""Laws of fusion data: which rows stand at which tokens, that mass is kept, that a choice is remade without touching documents."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_fusion import SOURCES, fusion_recipe, run_before_fusion, save_models, write_data
+
+from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
+from megatron_fuse.chat import ChatFormat
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.layout import fusion_directory
+from megatron_fuse.fusion_data.streams import Stream, write_stream
+from megatron_fuse.fusion_data.teachers import round_down_to_half
+from megatron_fuse.inspection import find_example, format_view, view_document
+from megatron_fuse.instructions import Example, load_examples, open_instructions
+from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.responses import Response, open_responses, response_shards
+from megatron_fuse.sources.huggingface import load_format, source_options
+
+MODES = ("training", "inference")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """All stages with two sources, then the third joined: every test reads the result."""
+    root = tmp_path_factory.mktemp("fusion")
+    models = save_models(root / "models")
+    write_data(root)
+    run_before_fusion(fusion_recipe(root, models))
+    recipe = fusion_recipe(root, models)
+    build_fusion_data(recipe, progress=str)
+    return recipe
+
+
+@pytest.fixture
+def copied(world: Recipe, tmp_path: Path) -> Recipe:
+    """The world in a directory of the test's own, to be changed."""
+    shutil.copytree(world.workdir, tmp_path / "run")
+    return world.model_copy(update={"workdir": tmp_path / "run"})
+
+
+def changed(recipe: Recipe, **sections: object) -> Recipe:
+    return recipe.model_copy(
+        update={
+            name: value if name == "sources" else getattr(recipe, name).model_copy(update=value)
+            for name, value in sections.items()
+        }
+    )
+
+
+def texts(recipe: Recipe, source: str, mode: str) -> list[tuple[Example, str, bool]]:
+    """(example, response, whether it has an end)"""
+    examples = load_examples(open_instructions(recipe))
+    if mode == "training":
+        return [(example, example.response, not example.truncated) for example in examples]
+    answers: list[Response] = [a for shard in response_shards(open_responses(recipe, source)) for a in shard]
+    return [(example, a.response, not a.truncated) for example, a in zip(examples, answers, strict=True)]
+
+
+def captured(recipe: Recipe, source: str, mode: str) -> list[tuple[CaptureShard, int]]:
+    shards = [read_capture_shard(path) for path in open_capture(recipe, source, mode).files(".safetensors")]
+    return [(shard, index) for shard in shards for index in range(len(shard.status))]
+
+
+def target_format(recipe: Recipe) -> ChatFormat:
+    return load_format(recipe.target, "target")
+
+
+# empty sequences at the ends and between; nothing but empty ones; none at all
+@pytest.mark.parametrize("lengths", [[0, 3, 0, 0, 5, 1, 0], [0, 0], []])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_streams_are_megatrons_and_give_back_what_was_written(tmp_path: Path, lengths: list[int], dtype: type) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    top = min(np.iinfo(dtype).max, 2**30)
+    values = np.random.default_rng(7).integers(0, top, sum(lengths), endpoint=True).astype(dtype)
+    write_stream(tmp_path / "one.field", values, lengths)
+    write_stream(tmp_path / "two.field", values[::-1].copy(), lengths[::-1])
+    stream = Stream([tmp_path / "one.field", tmp_path / "two.field"])
+    theirs = IndexedDataset(str(tmp_path / "one.field"))
+    assert len(theirs) == len(lengths)
+    assert len(stream) == 2 * len(lengths)
+    assert stream.lengths.tolist() == lengths + lengths[::-1]
+    parts = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
+    backwards = np.split(values[::-1], np.cumsum(lengths[::-1])[:-1]) if lengths else []
+    for index, expected in enumerate([*parts, *backwards]):
+        assert stream[index].tolist() == expected.tolist()
+        assert stream[index].dtype == dtype
+    for index, expected in enumerate(parts):
+        assert theirs[index].tolist() == expected.tolist()
+        assert theirs.get(index).dtype == dtype
+    if sum(lengths):
+        with pytest.raises(ValueError, match="read-only"):
+            stream[lengths.index(3)][0] = 1
+
+
+def test_damaged_streams_are_refused_by_name(tmp_path: Path) -> None:
+    prefix = tmp_path / "shard-00000.tokens"
+    write_stream(prefix, np.arange(9, dtype=np.int32), [4, 5])
+    index, values = (Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin"))
+    whole_index, whole_values = index.read_bytes(), values.read_bytes()
+    values.write_bytes(whole_values[:-1])
+    with pytest.raises(UserError, match=r"tokens.bin: 35 bytes, but its index describes 36"):
+        Stream([prefix])
+    values.write_bytes(whole_values)
+    for damaged in (whole_index[:-1], whole_index[:5], b"", b"X" + whole_index[1:], whole_index + b"\0"):
+        index.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"tokens.idx: not a whole index"):
+            Stream([prefix])
+    index.unlink()
+    with pytest.raises(UserError, match=r"tokens.idx: missing"):
+        Stream([prefix])
+
+
+def test_half_precision_rounds_down_to_the_next_number() -> None:
+    seed = 13
+    random = np.random.default_rng(seed)
+    values = np.concatenate([-np.exp(random.uniform(-20, 12, 20_000)), [0, -0.0, -1e-9, -1e9, -1, -2.5, 1e-7]])
+    values = values.astype(np.float32)
+    half = round_down_to_half(values)
+    found = half.astype(np.float32)
+    assert np.isfinite(found).all()
+    inside = (values >= -65504) & (values <= 0)
+    assert (found[inside] <= values[inside]).all(), f"seed {seed}"
+    above = np.nextafter(half, np.float16(np.inf)).astype(np.float32)
+    assert (above[inside] > values[inside]).all(), f"seed {seed}: not the nearest below"
+    assert (np.exp(values.clip(max=0)) - np.exp(found)).max() < 4e-4
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_documents_are_the_conversation_in_the_targets_tokens(world: Recipe, source: str, mode: str) -> None:
+    target, dataset = target_format(world), FusionDataset(world)
+    for number, (example, text, stop) in enumerate(texts(world, source, mode)):
+        document = dataset.document(mode, number, source)
+        if not text.strip():
+            assert len(document.tokens) == len(document.supervised) == len(document.counts) == 0
+            continue
+        encoded = target.encode_conversation(example.prompt(target.system), text, stop=stop)
+        assert document.tokens.tolist() == encoded.ids.tolist()
+        assert document.supervised.tolist() == [i >= encoded.prompt_length for i in range(len(encoded.ids))]
+        assert (document.tokens[-1] == target.stop_id) == stop
+        assert len(document.counts) == len(document.match) == document.supervised.sum()
+        assert len(document.entry_ids) == len(document.entry_logprobs) == document.counts.sum()
+        assert document.counts.max(initial=0) <= dataset.entries_per_row
+        assert document.tokens.dtype == document.entry_ids.dtype == np.int64
+        assert document.entry_logprobs.dtype == np.float32
+        assert document.supervised.dtype == bool
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_source_with_the_targets_tokenizer_gives_its_own_rows_back(world: Recipe, mode: str) -> None:
+    dataset, rows = FusionDataset(world), 0
+    ids_known = target_format(world).tokenizer.vocab_size
+    special = target_format(world).tokenizer.special_ids - {target_format(world).stop_id}
+    for number, (shard, index) in enumerate(captured(world, "alpha", mode)):
+        document = dataset.document(mode, number, "alpha")
+        span = shard.rows(index)
+        if span.start == span.stop:
+            continue
+        bounds = np.concatenate([[0], np.cumsum(shard.counts, dtype=np.int64)])
+        mine = np.concatenate([[0], np.cumsum(document.counts, dtype=np.int64)])
+        logprobs = shard.logprobs(1, 2.0)
+        assert len(document.counts) == span.stop - span.start
+        for row in range(len(document.counts)):
+            entries = slice(bounds[span.start + row], bounds[span.start + row + 1])
+            # The map of a tokenizer onto itself: all but special tokens and columns that no tokenizer knows.
+            expected = {
+                int(token): value
+                for token, value in zip(shard.entry_ids[entries], round_down_to_half(logprobs[entries]), strict=True)
+                if token < ids_known and token not in special
+            }
+            own = slice(mine[row], mine[row + 1])
+            found = dict(zip(document.entry_ids[own].tolist(), document.entry_logprobs[own], strict=True))
+            assert found == pytest.approx(expected, abs=2e-3), (
+                f"example {number}, row {row}"
+            )  # one step of float16 at 1-2
+            assert MATCHES[document.match[row]] == ("exact" if expected else "skip")
+            rows += 1
+    assert rows > 100
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("source", ["beta", "gamma"])
+def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
+    world: Recipe, source: str, mode: str
+) -> None:
+    """Against the rule in words, for every row that no correction of the label's mass touches."""
+    dataset, target = FusionDataset(world), target_format(world)
+    chat = load_format(source_options(world, source), source)
+    compared = skipped = 0
+    for number, ((example, text, stop), (shard, index)) in enumerate(
+        zip(texts(world, source, mode), captured(world, source, mode), strict=True)
+    ):
+        if not text.strip():
+            continue
+        document = dataset.document(mode, number, source)
+        starts = target.encode_conversation(example.prompt(target.system), text, stop=stop).starts
+        span = shard.rows(index)
+        source_starts = shard.starts[span].tolist()
+        bounds = np.concatenate([[0], np.cumsum(document.counts, dtype=np.int64)])
+        entry_bounds = np.concatenate([[0], np.cumsum(shard.counts, dtype=np.int64)])
+        logprobs = shard.logprobs(1, 2.0)
+        for row, start in enumerate(starts.tolist()):
+            entries = slice(bounds[row], bounds[row + 1])
+            mass = np.exp(document.entry_logprobs[entries].astype(np.float64)).sum()
+            assert mass <= 1
+            if start not in source_starts:
+                assert document.counts[row] == 0
+                assert MATCHES[document.match[row]] == "skip"
+                skipped += 1
+                continue
+            if list(starts).count(start) > 1 or source_starts.count(start) > 1:
+                continue  # tokens inside the template's white space: alignment's own tests
+            place = span.start + source_starts.index(start)
+            own = slice(entry_bounds[place], entry_bounds[place + 1])
+            stored = np.exp(logprobs[own].astype(np.float64)).sum()
+            # The label's own mass may come out of the tail; otherwise projection only loses mass to it.
+            label_mass_applies = len(text.encode()[start:]) and shard.starts[span][source_starts.index(start) + 1 :][
+                :1
+            ] < (starts[row + 1] if row + 1 < len(starts) else len(text.encode()))
+            if not np.any(label_mass_applies):
+                assert mass <= stored + 1e-6
+            best = shard.entry_ids[own][0]
+            if start > 0 and best < chat.tokenizer.vocab_size and not np.any(label_mass_applies):
+                piece = chat.tokenizer.token_bytes[best]
+                if piece and document.counts[row]:
+                    first = [target.tokenizer.token_bytes[i] for i in document.entry_ids[entries]]
+                    begins = [p for p in first if p and piece.startswith(p)]
+                    assert begins, f"example {number}, row {row}: {piece!r} became none of {first}"
+                    compared += 1
+    assert compared > 50
+    assert skipped > 5
+
+
+def test_selected_documents_and_their_lengths(world: Recipe) -> None:
+    dataset = FusionDataset(world)
+    examples = load_examples(open_instructions(world))
+    assert dataset.example_ids == [example.id for example in examples]
+    assert dataset.held_out.tolist() == [n for n, example in enumerate(examples) if example.held_out]
+    assert sorted([*dataset.train, *dataset.held_out]) == list(range(len(examples)))
+    assert len(dataset.held_out) == 3
+    winners = set()
+    for mode in MODES:
+        for number in range(len(examples)):
+            document = dataset.document(mode, number)
+            assert dataset.lengths(mode)[number] == len(document.tokens)
+            assert dataset.supervised_tokens(mode)[number] == document.supervised.sum()
+            winner = dataset.selected_source(mode, number)
+            winners.add((mode, winner))
+            if winner is not None:
+                again = dataset.document(mode, number, winner)
+                assert document.entry_ids.tolist() == again.entry_ids.tolist()
+    assert len({winner for mode, winner in winners if mode == "inference"} - {None}) == 3, (
+        "every source should win some"
+    )
+    with pytest.raises(UserError, match=r"no training document of source 'delta': .*alpha.*beta.*gamma"):
+        dataset.document("training", 0, "delta")
+
+
+def test_min_ce_selects_what_the_captures_say(world: Recipe) -> None:
+    dataset = FusionDataset(world)
+    ce = np.array([[shard.ce_sum[index] for shard, index in captured(world, source, "training")] for source in SOURCES])
+    assert [dataset.selected_source("training", n) for n in range(ce.shape[1])] == [SOURCES[i] for i in ce.argmin(0)]
+
+
+def test_empty_answers_never_win_and_nobody_wins_where_all_are_empty(copied: Recipe) -> None:
+    dataset = FusionDataset(copied)
+    empty = np.array([[not text.strip() for _, text, _ in texts(copied, source, "inference")] for source in SOURCES])
+    assert empty.any()
+    for number in range(empty.shape[1]):
+        winner = dataset.selected_source("inference", number)
+        assert winner is not None
+        assert not empty[SOURCES.index(winner), number]
+    alone = changed(copied, sources={"beta": copied.sources["beta"]})
+    build_fusion_data(alone, progress=str)
+    dataset = FusionDataset(alone)
+    lost = np.flatnonzero(empty[1])
+    assert [dataset.selected_source("inference", int(n)) for n in lost] == [None] * len(lost)
+    assert (dataset.lengths("inference")[lost] == 0).all()
+    assert len(dataset.document("inference", int(lost[0])).tokens) == 0
+    with pytest.raises(UserError, match="no source's answer was selected"):
+        view_document(alone, dataset, "inference", int(lost[0]))
+
+
+def files_of(directory: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in directory.rglob("*")
+        if path.is_file() and "selection" not in path.parts
+    }
+
+
+def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe) -> None:
+    two = changed(copied, sources={name: copied.sources[name] for name in ("beta", "alpha")})
+    before, three = files_of(fusion_directory(copied)), FusionDataset(copied)
+    with pytest.raises(UserError, match=r"sources = \['alpha', 'beta', 'gamma'\], but now it is \['beta', 'alpha'\]"):
+        FusionDataset(two)
+    build_fusion_data(two, progress=str)
+    assert files_of(fusion_directory(copied)) == before
+    assert {FusionDataset(two).selected_source("training", n) for n in range(13)} <= {"alpha", "beta"}
+    assert FusionDataset(two).sha256 != three.sha256
+    build_fusion_data(copied, progress=str)
+    assert files_of(fusion_directory(copied)) == before
+    assert FusionDataset(copied).sha256 == three.sha256
+    strong = changed(copied, selection={"strongest": "two"})
+    with pytest.raises(UserError, match="strongest = 'one', but now it is 'two'"):
+        FusionDataset(strong)
+
+
+def test_a_source_that_joins_later_leaves_the_others_untouched(copied: Recipe) -> None:
+    fusion = fusion_directory(copied)
+    shutil.rmtree(fusion)
+    build_fusion_data(changed(copied, sources={name: copied.sources[name] for name in SOURCES[:2]}), progress=str)
+    before = files_of(fusion)
+    build_fusion_data(copied, progress=str)
+    after = files_of(fusion)
+    assert {path: after[path] for path in before} == before
+    new = {Path(path).relative_to(fusion).parts[:2] for path in set(after) - set(before)}
+    assert {part for part in new if part[0] != "maps"} == {("teachers", "gamma")}
+
+
+def test_two_ranks_and_an_interrupted_build_give_the_same_bytes(
+    copied: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusion = fusion_directory(copied)
+    expected = {path.relative_to(fusion): path.read_bytes() for path in sorted(fusion.rglob("*")) if path.is_file()}
+    shutil.rmtree(fusion)
+
+    class Stop(Exception):
+        pass
+
+    stops = iter(range(100))
+
+    def interrupt(line: str) -> None:
+        if next(stops) in (0, 4, 9, 11):
+            raise Stop
+
+    for _ in range(4):
+        with pytest.raises(Stop):
+            build_fusion_data(copied, progress=interrupt)
+    build_fusion_data(copied, progress=str)
+    found = {path.relative_to(fusion): path.read_bytes() for path in sorted(fusion.rglob("*")) if path.is_file()}
+    assert {path for path in found if found[path] != expected.get(path)} == set()
+    assert found.keys() == expected.keys()
+
+
+def test_csft_needs_no_source_and_its_text_has_rows_without_entries(copied: Recipe) -> None:
+    csft = copied.model_copy(update={"schedule": type(copied.schedule)(preset="csft")})
+    for name in ("captures", "scores", "responses", "fusion"):
+        shutil.rmtree(copied.workdir / name)
+    build_fusion_data(csft, progress=str)
+    dataset = FusionDataset(csft)
+    document = dataset.document("training", 0)
+    assert dataset.lengths("training")[0] == len(document.tokens) > 0
+    assert dataset.supervised_tokens("training")[0] == len(document.counts) == len(document.match)
+    assert len(document.entry_ids) == document.counts.sum() == document.match.sum() == 0
+    assert (dataset.lengths("inference") == 0).all()
+    assert view_document(csft, dataset, "training", 0)["source"] is None
+
+
+def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) -> None:
+    fusion = fusion_directory(copied)
+    with pytest.raises(UserError, match="was made with target tokenizer .* but the recipe has"):
+        FusionDataset(changed(copied, target={"model": str(copied.sources["gamma"].model), "chat_template": None}))
+    with pytest.raises(UserError, match="was made with target chat format"):
+        FusionDataset(changed(copied, target={"chat_template": "alpaca"}))
+    with pytest.raises(UserError, match="was made with seq_length 200, but the recipe has 100"):
+        FusionDataset(changed(copied, training={"seq_length": 100}))
+    with pytest.raises(UserError, match="T3.*does not exist: run tools/build_fusion_data"):
+        FusionDataset(changed(copied, loss={"teacher_temperature": 3.0}))
+    (fusion / "teachers/beta/training/manifest.json").unlink()
+    with pytest.raises(UserError, match="beta/training is incomplete: run tools/build_fusion_data"):
+        FusionDataset(copied)
+    shutil.rmtree(copied.workdir / "captures/gamma/inference")
+    with pytest.raises(UserError, match="--source gamma --mode inference"):
+        build_fusion_data(copied, progress=str)
+    (fusion_directory(copied) / "selection/training.safetensors").write_bytes(b"{}")
+    shutil.copytree(world.workdir / "captures/gamma/inference", copied.workdir / "captures/gamma/inference")
+    build_fusion_data(copied, progress=str)
+    FusionDataset(copied)
+
+
+def test_every_stream_opens_in_megatron(world: Recipe) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    prefixes = sorted(str(path.with_suffix("")) for path in fusion_directory(world).rglob("*.idx"))
+    fields = {prefix.rsplit(".", 1)[1] for prefix in prefixes}
+    assert fields == {"tokens", "supervised", "starts", "counts", "match", "entry_ids", "entry_logprobs"}
+    assert len(prefixes) == 3 * (3 + 3 * 4 + 3 * 6)
+    for prefix in prefixes:
+        theirs, ours = IndexedDataset(prefix), Stream([prefix])
+        assert len(theirs) == len(ours) == 5 or prefix.split("shard-0000")[1][0] == "2"
+        assert all(theirs[i].tolist() == ours[i].tolist() for i in range(len(ours)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_view_shows_the_distribution_that_predicts_each_token(world: Recipe, mode: str) -> None:
+    dataset = FusionDataset(world)
+    for number in range(len(dataset.example_ids)):
+        view = view_document(world, dataset, mode, number)
+        document = dataset.document(mode, number)
+        assert list(view) == ["id", "mode", "source", "tokens"]
+        assert (view["id"], view["mode"]) == (dataset.example_ids[number], mode)
+        assert [token["id"] for token in view["tokens"]] == document.tokens.tolist()
+        supervised = [token for token in view["tokens"] if token["supervised"]]
+        assert [len(token["entries"]) for token in supervised] == document.counts.tolist()
+        assert [entry["id"] for token in supervised for entry in token["entries"]] == document.entry_ids.tolist()
+        for token in view["tokens"]:
+            assert list(token) == ["id", "text", "supervised", "match", "entries", "tail"]
+            assert token["match"] in MATCHES
+            assert token["tail"] == pytest.approx(1 - sum(np.exp(entry["logprob"]) for entry in token["entries"]))
+            assert -1e-6 <= token["tail"] <= 1
+        json.dumps(view)
+        text = format_view(view, dataset)
+        assert text.count("\n") > len(supervised)
+
+
+def test_inspect_data_prints_json_and_refuses_with_code_2(world: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(world))
+    command = [sys.executable, "tools/inspect_data.py", "--recipe", str(path), "--mode", "training"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        root = Path(__file__).resolve().parents[1]
+        return subprocess.run([*command, *arguments], cwd=root, capture_output=True, text=True, timeout=60)
+
+    view = json.loads(run("--id", "e3", "--source", "beta", "--json").stdout)
+    assert (view["id"], view["mode"], view["source"]) == ("e3", "training", "beta")
+    refused = run("--index", "13")
+    assert refused.returncode == 2
+    assert "examples are numbered 0 to 12" in refused.stderr
+
+
+def test_find_example(world: Recipe) -> None:
+    dataset = FusionDataset(world)
+    assert find_example(dataset, None, "e4") == find_example(dataset, 4, None) == 4
+    for index, name in ((13, None), (-1, None), (None, "missing")):
+        with pytest.raises(UserError, match="13|missing"):
+            find_example(dataset, index, name)
+
+
+def test_documents_can_be_given_to_torch(world: Recipe) -> None:
+    document = FusionDataset(world).document("training", 0)
+    for values in (document.tokens, document.supervised, document.entry_ids, document.entry_logprobs):
+        torch.from_numpy(values)

@@ -1,0 +1,280 @@
+"""Laws of every tokenizer: ids are the library's own, bytes are the vocabulary's own, special strings only when asked."""
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import sentencepiece
+import tiktoken
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import KINDS, REAL, REAL_KINDS, hugging_face, llama_json, make_tokenizer, sentencepiece_model
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.tokenization import Tokenizer, load_tokenizer
+
+quick = settings(max_examples=60, deadline=None, database=None)
+# Fragments where tokenizers differ: runs of spaces, combining marks, U+2581 itself, NUL, special strings, broken words
+FRAGMENTS = [
+    " ",
+    "  ",
+    "     ",
+    "\n",
+    "\t",
+    "\x00",
+    "e\u0301",
+    "é",
+    "▁",
+    "😀",
+    "日本",
+    "</s>",
+    "<|endoftext|>",
+    "<0x41>",
+    "12345",
+]
+FRAGMENTS += ["ization", " international", "Sure", "<s>", "\u00a0", "\ufeff", "<|im_end|>"]
+TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6)), max_size=8).map("".join)
+
+
+@cache
+def small(kind: str) -> Tokenizer:
+    return load_tokenizer(make_tokenizer(kind, Path(mkdtemp())))
+
+
+@pytest.fixture(params=[*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+def tokenizer(request) -> Tokenizer:
+    return named(request.param)
+
+
+@cache
+def real(kind: str) -> Tokenizer:
+    return load_tokenizer(REAL / kind)
+
+
+def named(name: str) -> Tokenizer:
+    if not name.startswith("real/"):
+        return small(name)
+    if not (REAL / name[5:]).is_dir():
+        pytest.skip(f"{REAL / name[5:]} is absent")
+    return real(name[5:])
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+def test_continuation_spells_exactly_the_text(name):
+    tokenizer = named(name)
+
+    @quick
+    @given(TEXTS)
+    @example("▁")
+    def law(text):
+        ids = tokenizer.encode_continuation(text)
+        assert tokenizer.joined_bytes(ids) == text.encode()
+        assert tokenizer.decode(ids) == text
+        assert not tokenizer.special_ids & set(ids)
+
+    law()
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+def test_plain_text_never_becomes_a_special_token(name):
+    tokenizer = named(name)
+    strings = [text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids]
+
+    @quick
+    @given(st.lists(st.sampled_from([*strings, "a", " ", "\n"]), max_size=6).map("".join))
+    def law(text):
+        assert not tokenizer.special_ids & set(tokenizer.encode(text))
+
+    law()
+    for text in strings:
+        assert tokenizer.encode(f"a{text}b", special=True).count(tokenizer.added_tokens[text]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_text_has_at_most_the_dummy_prefix_before_it(kind):
+    tokenizer = small(kind)
+    prefix = b" " if kind in ("sentencepiece", "llama_json", "llama_metaspace") else b""
+
+    @quick
+    @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=12))
+    def law(text):
+        dummy = b"" if kind == "llama_metaspace" and text.startswith(" ") else prefix  # that one adds none to a space
+        assert tokenizer.joined_bytes(tokenizer.encode(text)) == dummy + text.encode()
+
+    law()
+
+
+def test_a_piece_has_the_bytes_that_the_library_decodes_in_the_middle_of_a_text(tokenizer):
+    """Against the libraries' own decoders, an independent road from the same vocabulary. Whole characters only."""
+    anchor = tokenizer.encode_continuation("x")
+    if "tiktoken" in type(tokenizer.backend).__module__:
+        pytest.skip("tiktoken's file holds the bytes themselves")
+    if tokenizer.name.endswith(".model"):
+        library = sentencepiece.SentencePieceProcessor(model_file=tokenizer.name)
+        decode = library.decode
+    else:
+        decode = tokenizer.hugging_face().backend_tokenizer.decode
+    step = max(1, tokenizer.vocab_size // 2000)
+    for token in range(0, tokenizer.vocab_size, step):
+        piece = tokenizer.token_bytes[token]
+        if piece and piece.decode(errors="ignore").encode() == piece:
+            assert decode([*anchor, token]) == "x" + piece.decode(), token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_the_librarys_own(kind, tmp_path):
+    path = make_tokenizer(kind, tmp_path)
+    tokenizer = load_tokenizer(path)
+    if kind == "sentencepiece":
+        encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+    elif kind == "tiktoken":
+        encoding = tiktoken.Encoding(
+            "again",
+            pat_str=tokenizer.backend._encoding._pat_str,
+            mergeable_ranks={piece: i for i, piece in enumerate(tokenizer.token_bytes) if piece},
+            special_tokens={},
+        )
+        encode = encoding.encode
+    else:
+        library = hugging_face(kind)
+
+        def encode(text):
+            return library(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    @quick
+    @given(TEXTS)
+    @example("Hello  world")  # transformers' conversion of a SentencePiece model cuts this otherwise
+    def law(text):
+        assert tokenizer.encode(text) == encode(text)
+
+    law()
+
+
+def test_a_word_piece_does_not_get_the_dummy_prefix(tokenizer):
+    pieces = [tokenizer.token_bytes[i] for i in tokenizer.encode_continuation("ization")]
+    assert b"".join(pieces) == b"ization"
+
+
+@pytest.mark.parametrize(
+    ("kind", "bos", "eos", "adds_bos"),
+    [
+        ("sentencepiece", "<s>", "</s>", True),  # a bare Llama-like model: BOS first, as Llama-2 does
+        ("llama_json", "<s>", "</s>", True),
+        ("llama_metaspace", "<s>", "</s>", True),
+        ("byte_level", None, "<|endoftext|>", False),
+        ("tiktoken", None, "<|endoftext|>", False),
+    ],
+)
+def test_special_tokens(kind, bos, eos, adds_bos):
+    tokenizer = small(kind)
+    assert tokenizer.bos_id == (tokenizer.added_tokens[bos] if bos else None)
+    assert tokenizer.eos_id == tokenizer.added_tokens[eos]
+    assert tokenizer.token_text(tokenizer.eos_id) == eos
+    assert tokenizer.adds_bos == adds_bos
+    assert {tokenizer.token_bytes[token] for token in tokenizer.special_ids} == {b""}
+    assert tokenizer.joined_bytes([tokenizer.eos_id, tokenizer.vocab_size + 7]) == b""  # a padded logit column
+
+
+def test_settings_beside_a_sentencepiece_model(tmp_path):
+    """added tokens, template and legacy flag live in tokenizer_config.json, as in a Vicuna directory."""
+    path = make_tokenizer("sentencepiece", tmp_path)
+    size = load_tokenizer(path).vocab_size
+    config = {
+        "eos_token": {"content": "<end>"},
+        "add_bos_token": False,
+        "legacy": False,
+        "chat_template": "T",
+        "added_tokens_decoder": {
+            str(size): {"content": "<end>", "special": True},
+            str(size + 1): {"content": "<tool>", "special": False},
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.adds_bos) == (size, size + 2, False)
+    assert tokenizer.chat_template == "T"
+    assert size not in tokenizer.encode("a<end>") and size in tokenizer.encode("a<end>", special=True)
+    assert size + 1 in tokenizer.encode("a<tool>b") and tokenizer.token_bytes[size + 1] == b"<tool>"
+    new = tokenizer.encode("a<end>b", special=True)
+    old = load_tokenizer(make_tokenizer("sentencepiece", tmp_path / "old"))
+    assert tokenizer.joined_bytes(new) == b" ab"
+    assert old.joined_bytes(old.encode("a</s>b", special=True)) == b" a b"  # legacy: a dummy prefix after each
+    assert tokenizer.sha256 != old.sha256
+
+
+def test_a_vocabulary_without_byte_fallback_is_carried(tmp_path):
+    """T5's manner: what it cannot spell becomes <unk>, whose bytes are empty, so that bytes do not add up."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("unigram", byte_fallback=False))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.joined_bytes(tokenizer.encode_continuation("hello the world")) == b"hello the world"
+    assert tokenizer.joined_bytes(tokenizer.encode_continuation("hello 😀")) != "hello 😀".encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hash_follows_the_content(kind, tmp_path):
+    path = make_tokenizer(kind, tmp_path / "one")
+    again = make_tokenizer(kind, tmp_path / "two")
+    assert load_tokenizer(path).sha256 == load_tokenizer(again).sha256
+    assert len({small(other).sha256 for other in KINDS}) == len(KINDS)
+
+
+def test_hash_sees_an_added_token(tmp_path):
+    changed = llama_json().__class__.from_pretrained(make_tokenizer("llama_json", tmp_path / "one"))
+    changed.add_tokens(["<tool>"])
+    changed.save_pretrained(tmp_path / "two")
+    assert load_tokenizer(tmp_path / "one").sha256 != load_tokenizer(tmp_path / "two").sha256
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugging_face_tokenizer_for_export(kind, tmp_path):
+    """Saved and read again, it cuts text as the original does: an exported model sees what it was trained on."""
+    tokenizer = load_tokenizer(make_tokenizer(kind, tmp_path / "original"))
+    tokenizer.hugging_face().save_pretrained(tmp_path / "export")
+    exported = load_tokenizer(tmp_path / "export")
+    assert (exported.bos_id, exported.eos_id, exported.adds_bos) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.adds_bos,
+    )
+    assert exported.token_bytes[:400] == tokenizer.token_bytes[:400]
+
+    @quick
+    @given(TEXTS)
+    @example("Hello  world    and on")  # transformers' own conversion of a SentencePiece model cuts this otherwise
+    def law(text):
+        assert exported.encode(text) == tokenizer.encode(text)
+
+    law()
+
+
+@pytest.mark.parametrize(
+    ("files", "ask", "words"),
+    [
+        ({}, "", "tokenizer.json"),  # nothing there: the expected files are named
+        ({"notes.txt": b"x"}, "", "found notes.txt"),
+        ({}, "absent", "no such file"),
+        ({"tokenizer.model": b"not a model"}, "tokenizer.model", "not a SentencePiece model"),
+        ({"tokenizer.json": b"{"}, "", "cannot load"),
+        ({"o9.tiktoken": b"YQ== 0\n"}, "", "'o9' is not known"),
+        ({"cl100k_base.tiktoken": b"YQ==\n"}, "", "rank file"),
+        ({"vocab.txt": b""}, "vocab.txt", "not a tokenizer file"),
+    ],
+)
+def test_bad_paths(files, ask, words, tmp_path):
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(tmp_path / ask)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_word_marks_have_no_exact_bytes(tmp_path):
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="WordPiece"):
+        load_tokenizer(tmp_path)
