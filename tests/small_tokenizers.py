@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,9 +37,7 @@ def make_tokenizer(kind: str, directory: Path) -> Path:
     if kind == "tiktoken":
         table = byte_level_table()
         vocabulary = json.loads(byte_level().backend_tokenizer.to_str())["model"]["vocab"]
-        pieces = sorted(
-            (i, bytes(table[c] for c in piece)) for piece, i in vocabulary.items() if set(piece) <= set(table)
-        )
+        pieces = sorted((i, bytes(table[c] for c in piece)) for piece, i in vocabulary.items() if "|>" not in piece)
         lines = [base64.b64encode(piece) + f" {rank}".encode() for rank, (_, piece) in enumerate(pieces)]
         (directory / "cl100k_base.tiktoken").write_bytes(b"\n".join(lines) + b"\n")
         return directory
@@ -69,7 +68,15 @@ def sentencepiece_model(model_type: str, byte_fallback: bool, **options) -> byte
         split_digits=True,
         **(llama if byte_fallback else {}) | options,
     )
-    return model.getvalue()
+    if not byte_fallback:
+        return model.getvalue()
+    # Llama-2 has runs of spaces as its very last merges, all of one score
+    changed = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    pieces = {entry.piece: entry for entry in changed.pieces}
+    for run in ("▁" * n for n in range(2, 6)):
+        entry = pieces.get(run) or changed.pieces.add(piece=run)
+        entry.score = -1e9
+    return changed.SerializeToString()
 
 
 @cache
