@@ -19,6 +19,7 @@ from transformers import (
 
 from megatron_fuse.advantage.scores import plan_scores
 from megatron_fuse.capture import capture
+from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
@@ -127,3 +128,13 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
                 return {}
 
             run_plan(plan_scores(recipe, source, judge), draw, progress=str)
+
+
+def build_world(root: Path) -> Recipe:
+    """Every stage up to fusion data, with all sources."""
+    models = save_models(root / "models")
+    write_data(root)
+    recipe = fusion_recipe(root, models)
+    run_before_fusion(recipe)
+    build_fusion_data(recipe, progress=str)
+    return recipe

@@ -9,7 +9,7 @@ import torch
 from small_fusion import SOURCES, fusion_recipe, save_models, write_data
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from megatron_fuse.capture import STATUSES, CaptureShard, capture, open_capture, read_capture_shard
+from megatron_fuse.capture import STATUSES, CaptureShard, capture, distributions, open_capture, read_capture_shard
 from megatron_fuse.capture.distributions import NotFiniteError, sparse_rows
 from megatron_fuse.capture.reading import logits_at, token_budget_batches
 from megatron_fuse.errors import UserError
@@ -39,8 +39,9 @@ def kept_by_definition(z: np.ndarray, top_k: int, top_p: float, filter: str, tem
 @pytest.mark.parametrize("filter", ["full_vocabulary", "hugging_face"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sparse_rows_give_back_the_dense_distribution(
-    top_k: int, top_p: float, filter: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, top_k: int, top_p: float, filter: str, dtype: torch.dtype
 ) -> None:
+    monkeypatch.setattr(distributions, "_CPU_CHUNK", 300)  # eight rows at a time, and one in the end
     seed, rows, vocab, temperatures = 3, 41, 37, [2.0, 0.5]
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * 3 + 50).to(dtype)
@@ -66,7 +67,8 @@ def test_sparse_rows_give_back_the_dense_distribution(
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all masked"])
-def test_rows_that_are_no_distribution_are_refused(bad: float | str) -> None:
+def test_rows_that_are_no_distribution_are_refused(monkeypatch: pytest.MonkeyPatch, bad: float | str) -> None:
+    monkeypatch.setattr(distributions, "_CPU_CHUNK", 34)  # three rows at a time: the fifth is in the second chunk
     logits = torch.zeros(7, 11)
     logits[4] = -torch.inf if bad == "all masked" else logits[4]
     if bad != "all masked":

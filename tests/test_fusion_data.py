@@ -1,9 +1,6 @@
 """Laws of fusion data: which rows stand at which tokens, that mass is kept, that a choice is remade without touching documents."""
 
-import json
-import runpy
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_fusion import SOURCES, fusion_recipe, run_before_fusion, save_models, write_data
+from small_fusion import SOURCES, build_world
 
 from megatron_fuse.alignment import build_vocabulary_map
 from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
@@ -19,11 +16,10 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
-from megatron_fuse.fusion_data.streams import Stream, write_stream
-from megatron_fuse.fusion_data.teachers import round_down_to_half
-from megatron_fuse.inspection import find_example, format_view, view_document
+from megatron_fuse.fusion_data.streams import Stream
+from megatron_fuse.inspection import view_document
 from megatron_fuse.instructions import Example, load_examples, open_instructions
-from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
 
@@ -32,14 +28,8 @@ MODES = ("training", "inference")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """All stages with two sources, then the third joined: every test reads the result."""
-    root = tmp_path_factory.mktemp("fusion")
-    models = save_models(root / "models")
-    write_data(root)
-    run_before_fusion(fusion_recipe(root, models))
-    recipe = fusion_recipe(root, models)
-    build_fusion_data(recipe, progress=str)
-    return recipe
+    """All stages, once for the tests of this file."""
+    return build_world(tmp_path_factory.mktemp("fusion"))
 
 
 @pytest.fixture
@@ -74,67 +64,6 @@ def captured(recipe: Recipe, source: str, mode: str) -> list[tuple[CaptureShard,
 
 def target_format(recipe: Recipe) -> ChatFormat:
     return load_format(recipe.target, "target")
-
-
-# empty sequences at the ends and between; nothing but empty ones; none at all
-@pytest.mark.parametrize("lengths", [[0, 3, 0, 0, 5, 1, 0], [0, 0], []])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-def test_streams_are_megatrons_and_give_back_what_was_written(tmp_path: Path, lengths: list[int], dtype: type) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    top = min(np.iinfo(dtype).max, 2**30)
-    values = np.random.default_rng(7).integers(0, top, sum(lengths), endpoint=True).astype(dtype)
-    write_stream(tmp_path / "one.field", values, lengths)
-    write_stream(tmp_path / "two.field", values[::-1].copy(), lengths[::-1])
-    stream = Stream([tmp_path / "one.field", tmp_path / "two.field"])
-    theirs = IndexedDataset(str(tmp_path / "one.field"))
-    assert len(theirs) == len(lengths)
-    assert len(stream) == 2 * len(lengths)
-    assert stream.lengths.tolist() == lengths + lengths[::-1]
-    parts = np.split(values, np.cumsum(lengths)[:-1]) if lengths else []
-    backwards = np.split(values[::-1], np.cumsum(lengths[::-1])[:-1]) if lengths else []
-    for index, expected in enumerate([*parts, *backwards]):
-        assert stream[index].tolist() == expected.tolist()
-        assert stream[index].dtype == dtype
-    for index, expected in enumerate(parts):
-        assert theirs[index].tolist() == expected.tolist()
-        assert theirs.get(index).dtype == dtype
-    if sum(lengths):
-        with pytest.raises(ValueError, match="read-only"):
-            stream[lengths.index(3)][0] = 1
-
-
-def test_damaged_streams_are_refused_by_name(tmp_path: Path) -> None:
-    prefix = tmp_path / "shard-00000.tokens"
-    write_stream(prefix, np.arange(9, dtype=np.int32), [4, 5])
-    index, values = (Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin"))
-    whole_index, whole_values = index.read_bytes(), values.read_bytes()
-    values.write_bytes(whole_values[:-1])
-    with pytest.raises(UserError, match=r"tokens.bin: 35 bytes, but its index describes 36"):
-        Stream([prefix])
-    values.write_bytes(whole_values)
-    for damaged in (whole_index[:-1], whole_index[:5], b"", b"X" + whole_index[1:], whole_index + b"\0"):
-        index.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"tokens.idx: not a whole index"):
-            Stream([prefix])
-    index.unlink()
-    with pytest.raises(UserError, match=r"tokens.idx: missing"):
-        Stream([prefix])
-
-
-def test_half_precision_rounds_down_to_the_next_number() -> None:
-    seed = 13
-    random = np.random.default_rng(seed)
-    values = np.concatenate([-np.exp(random.uniform(-20, 12, 20_000)), [0, -0.0, -1e-9, -1e9, -1, -2.5, 1e-7]])
-    values = values.astype(np.float32)
-    half = round_down_to_half(values)
-    found = half.astype(np.float32)
-    assert np.isfinite(found).all()
-    inside = (values >= -65504) & (values <= 0)
-    assert (found[inside] <= values[inside]).all(), f"seed {seed}"
-    above = np.nextafter(half, np.float16(np.inf)).astype(np.float32)
-    assert (above[inside] > values[inside]).all(), f"seed {seed}: not the nearest below"
-    assert (np.exp(values.clip(max=0)) - np.exp(found)).max() < 4e-4
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -429,56 +358,6 @@ def test_every_stream_opens_in_megatron(world: Recipe) -> None:
         theirs, ours = IndexedDataset(prefix), Stream([prefix])
         assert len(theirs) == len(ours) == 5 or prefix.split("shard-0000")[1][0] == "2"
         assert all(theirs[i].tolist() == ours[i].tolist() for i in range(len(ours)))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_view_shows_the_distribution_that_predicts_each_token(world: Recipe, mode: str) -> None:
-    dataset = FusionDataset(world)
-    for number in range(len(dataset.example_ids)):
-        view = view_document(world, dataset, mode, number)
-        document = dataset.document(mode, number)
-        assert list(view) == ["id", "mode", "source", "tokens"]
-        assert (view["id"], view["mode"]) == (dataset.example_ids[number], mode)
-        assert [token["id"] for token in view["tokens"]] == document.tokens.tolist()
-        supervised = [token for token in view["tokens"] if token["supervised"]]
-        assert [len(token["entries"]) for token in supervised] == document.counts.tolist()
-        assert [entry["id"] for token in supervised for entry in token["entries"]] == document.entry_ids.tolist()
-        for token in view["tokens"]:
-            assert list(token) == ["id", "text", "supervised", "match", "entries", "tail"]
-            assert token["match"] in MATCHES
-            assert token["tail"] == pytest.approx(1 - sum(np.exp(entry["logprob"]) for entry in token["entries"]))
-            assert -1e-6 <= token["tail"] <= 1
-        json.dumps(view)
-        text = format_view(view, dataset)
-        assert text.count("\n") > len(supervised)
-
-
-def test_inspect_data_prints_json_and_refuses_with_code_2(
-    world: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(world))
-    tool = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
-
-    def run(*arguments: str) -> int | None:
-        monkeypatch.setattr(sys, "argv", [str(tool), "--recipe", str(path), "--mode", "training", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(tool), run_name="__main__")
-        return ended.value.code
-
-    assert run("--id", "e3", "--source", "beta", "--json") == 0
-    view = json.loads(capsys.readouterr().out)
-    assert (view["id"], view["mode"], view["source"]) == ("e3", "training", "beta")
-    assert run("--index", "13") == 2
-    assert "examples are numbered 0 to 12" in capsys.readouterr().err
-
-
-def test_find_example(world: Recipe) -> None:
-    dataset = FusionDataset(world)
-    assert find_example(dataset, None, "e4") == find_example(dataset, 4, None) == 4
-    for index, name in ((13, None), (-1, None), (None, "missing")):
-        with pytest.raises(UserError, match=r"numbered 0 to 12|there are 13, the first is"):
-            find_example(dataset, index, name)
 
 
 def test_documents_can_be_given_to_torch(world: Recipe) -> None:

@@ -135,7 +135,9 @@ def round_down_to_half(values: np.ndarray) -> np.ndarray:
     """The largest float16 that is not above each value (at most 0, and not below float16's least number)."""
     values = np.clip(values, np.finfo(np.float16).min, 0)
     half = values.astype(np.float16)
-    return np.where(half.astype(values.dtype) > values, np.nextafter(half, np.float16(-np.inf)), half)
+    above = half.astype(values.dtype) > values
+    half[above] = np.nextafter(half[above], np.float16(-np.inf))
+    return half
 
 
 @dataclass(frozen=True)
