@@ -22,7 +22,6 @@ def main() -> None:
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.fusion_data import FusionDataset
-
     from megatron_fuse.training.target import build_target, read_target
     from megatron_fuse.training.trainer import make_trainer, train
 

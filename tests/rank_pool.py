@@ -22,12 +22,23 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _next_task(tasks: Any) -> Any:
+    """Waits for work; None at the end, or when the test run has died."""
+    while True:
+        try:
+            return tasks.get(timeout=5)
+        except queue.Empty:
+            parent = multiprocessing.parent_process()
+            if parent is None or not parent.is_alive():
+                return None
+
+
 def _serve(tasks: Any, results: Any) -> None:
     """A worker: for each task it becomes one rank of a world, calls the function, and leaves the world again."""
     import torch
 
     torch.set_num_threads(1)
-    while (task := tasks.get()) is not None:
+    while (task := _next_task(tasks)) is not None:
         rank, world_size, port, function, arguments = task
         os.environ |= {
             "RANK": str(rank),

@@ -1,0 +1,63 @@
+"""The whole job on small models that the project makes itself: what `make quickstart` runs.
+
+    python examples/quickstart/run.py
+
+Makes an instruction set, three tokenizers, three source models and three reward models; runs the recipe with tensor parallelism
+over two processes; continues the target on the same data without any teacher (CSFT) for comparison; measures all of them.
+Everything that exists already is kept: a second run goes straight to what is missing.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = "examples/quickstart/build"
+RECIPE = ["--recipe", "examples/quickstart/recipe.yaml"]
+PROCESSES = 2
+
+
+def run(title: str, *command: str, processes: int = 1) -> None:
+    """Runs one of the project's scripts from its root; a failure ends the quickstart with the script's own exit code."""
+    print(
+        f"\n=== {title}\n$ {'torchrun --nproc-per-node 2' if processes > 1 else 'python'} {' '.join(command)}",
+        flush=True,
+    )
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # One thread per process: two cores run two processes, and more threads would only get in each other's way.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run([*launcher, *command], cwd=ROOT, env=environment, check=False)
+    if finished.returncode:
+        raise SystemExit(finished.returncode)
+
+
+def main() -> None:
+    began = time.perf_counter()
+    run("instructions", "examples/quickstart/skills.py", "--output", BUILD)
+    run("tokenizers, source models, reward models", "examples/quickstart/make_models.py", "--output", BUILD)
+    run("ProFuser", "tools/run_recipe.py", *RECIPE, "--nproc-per-node", str(PROCESSES))
+    csft = [
+        "--schedule-preset",
+        "csft",
+        "--save",
+        f"{BUILD}/csft/checkpoints",
+        "--tensorboard-dir",
+        f"{BUILD}/csft/tensorboard",
+    ]
+    run("CSFT: the same data, no teacher", "pretrain_fuse.py", *RECIPE, *csft, processes=PROCESSES)
+    run("export of CSFT", "tools/export_model.py", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
+    models = [f"{name}={BUILD}/sources/{name}" for name in ("alpha", "beta", "gamma")]
+    models += [f"CSFT={BUILD}/csft/export", f"ProFuser={BUILD}/run/export"]
+    run("evaluation", "examples/quickstart/evaluate.py", *models, "--output", BUILD)
+    print(f"\nthe whole quickstart: {(time.perf_counter() - began) / 60:.1f} min")
+    print(f"the table: {BUILD}/evaluation.md")
+    print(f"talk to the fused model: .venv/bin/python tools/chat.py {BUILD}/run/export")
+
+
+if __name__ == "__main__":
+    main()
