@@ -16,9 +16,10 @@ class TrainingLog:
         self.total_steps = total_steps
         self.log_interval = log_interval
         self.writer = SummaryWriter(str(tensorboard_dir)) if active else None
-        self._restart()
+        self.restart_clock()
 
-    def _restart(self) -> None:
+    def restart_clock(self) -> None:
+        """After an evaluation or a checkpoint, which are not training time."""
         self.since, self.steps, self.tokens = time.perf_counter(), 0, 0
 
     def step(
@@ -49,7 +50,7 @@ class TrainingLog:
             f"ETA: {left}",
         ]
         print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts), flush=True)
-        self._restart()
+        self.restart_clock()
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
         """values: ce/MODE, kl/MODE, perplexity/MODE on the held-out examples."""
@@ -59,7 +60,7 @@ class TrainingLog:
             self.writer.add_scalar(f"held-out/{name}", value, iteration)
         shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
         print(f" held-out at iteration {iteration} ({examples} examples) | {shown}", flush=True)
-        self._restart()  # evaluation is not training time
+        self.restart_clock()
 
     def close(self) -> None:
         if self.writer is not None:

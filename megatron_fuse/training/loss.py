@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_fuse.training.batches import MODES, MicroBatch
+from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
 
@@ -36,17 +36,19 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
     return forward_step
 
 
-def reduce_report(reports: list[dict[str, Tensor]], supervised_tokens: dict[str, int]) -> dict[str, float]:
+def reduce_report(reports: list[dict[str, Tensor]], batch: GlobalBatch) -> dict[str, float]:
     """Means over the global batch from the micro-batch reports of a last-stage rank: `loss`, `ce/MODE`, `kl/MODE`.
 
     One all-reduce over the data-parallel group; to be called on every rank of the last pipeline stage. ce and kl are in nats per
-    supervised token of the mode; loss is the weighted sum that was minimised.
+    supervised token of the mode, kl only where it has a weight; loss is the weighted sum that was minimised.
     """
     sums = torch.stack([report["sums"] for report in reports]).to(torch.float64).sum(0)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     values = {"loss": sums[-1].item()}
     for mode, (ce, kl) in zip(MODES, sums[:-1].view(len(MODES), 2).tolist(), strict=True):
-        if supervised_tokens.get(mode):
-            values[f"ce/{mode}"] = ce / supervised_tokens[mode]
-            values[f"kl/{mode}"] = kl / supervised_tokens[mode]
+        if not batch.supervised_tokens.get(mode):
+            continue
+        values[f"ce/{mode}"] = ce / batch.supervised_tokens[mode]
+        if batch.weights[mode][1] > 0:
+            values[f"kl/{mode}"] = kl / batch.supervised_tokens[mode]
     return values

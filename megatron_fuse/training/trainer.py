@@ -17,13 +17,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import Workspace
 from megatron_fuse.training import checkpoint
-from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
+from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
 from megatron_fuse.training.schedule import Schedule, learning_rate
@@ -139,6 +139,7 @@ def train(trainer: Trainer) -> None:
         facts = replace(facts, best_loss=loss) if improved else facts
         if pause or improved or _is_due(facts.iteration, options.save_interval):
             checkpoint.save_checkpoint(trainer.save_directory, trainer.chunks, trainer.optimizer, facts)
+            trainer.log.restart_clock()
             if improved and dist.get_rank() == 0:
                 checkpoint.write_tracker(trainer.save_directory, checkpoint.BEST, facts.iteration)
     trainer.log.close()
@@ -233,36 +234,38 @@ def _train_step(trainer: Trainer, batch: GlobalBatch, lr: float, iteration: int)
             f"gradient norm {grad_norm} at iteration {iteration + 1} on examples "
             f"{[trainer.dataset.example_ids[example] for _, example in batch.documents]}"
         )
-    values = reduce_report(reports, batch.supervised_tokens) if trainer.runtime.is_last_stage else {}
+    values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
     return values | {"grad norm": grad_norm or 0.0}
 
 
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     """Held-out CE and KL of both modes. Returns the training mode's CE in nats per token, the same on every rank."""
-    dataset = trainer.dataset
+    dataset, recipe = trainer.dataset, trainer.recipe
     if len(dataset.held_out) == 0:
         return None
-    modes = {"inference", "training"} if trainer.recipe.uses_inference_mode else {"training"}
+    taught = modes_with_teacher(recipe)
+    weights = {mode: (1.0, float(mode in taught)) for mode in MODES if mode == "training" or mode in taught}
+    totals: dict[str, float] = {}
+    counts = dict.fromkeys(weights, 0)
     for chunk in trainer.wrapped:
         chunk.eval()
-    totals: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    size = trainer.recipe.training.global_batch_size
-    with torch.no_grad():
-        for first in range(0, len(dataset.held_out), size):
-            batch = _plan(trainer, dataset.held_out[first : first + size], dict.fromkeys(sorted(modes), (1.0, 1.0)))
-            reports = _forward_backward(trainer, batch, forward_only=True)
-            values = reduce_report(reports, batch.supervised_tokens) if trainer.runtime.is_last_stage else {}
-            for mode, tokens in batch.supervised_tokens.items():
-                counts[mode] = counts.get(mode, 0) + tokens
-                for name in (f"ce/{mode}", f"kl/{mode}"):
-                    totals[name] = totals.get(name, 0.0) + values.get(name, 0.0) * tokens
+    size = recipe.training.global_batch_size
+    for first in range(0, len(dataset.held_out), size):
+        batch = _plan(trainer, dataset.held_out[first : first + size], weights)
+        reports = _forward_backward(trainer, batch, forward_only=True)
+        values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
+        for mode, tokens in batch.supervised_tokens.items():
+            counts[mode] += tokens
+            for name in values.keys() & {f"ce/{mode}", f"kl/{mode}"}:
+                totals[name] = totals.get(name, 0.0) + values[name] * tokens
     for chunk in trainer.wrapped:
         chunk.train()
-    means = {name: total / max(counts[name.split("/")[1]], 1) for name, total in totals.items()}
-    means |= {f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in sorted(modes)}
+    means = {name: totals[name] / counts[name.partition("/")[2]] for name in sorted(totals)}
+    means |= {
+        f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
+    }
     trainer.log.evaluation(iteration, means, len(dataset.held_out))
-    return _from_last_stage(trainer, means["ce/training"])
+    return _from_last_stage(trainer, means.get("ce/training", math.inf))
 
 
 def _from_last_stage(trainer: Trainer, value: float) -> float:

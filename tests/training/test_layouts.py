@@ -23,6 +23,8 @@ class Recorder:
     def evaluation(self, iteration: int, values: dict, examples: int) -> None:
         self.held_out.append(values)
 
+    def restart_clock(self) -> None: ...
+
     def close(self) -> None: ...
 
 
