@@ -23,9 +23,9 @@ setup(
         "psutil",  # megatron-core's checkpoint writers need it and do not declare it: without it, saving hangs
         "pydantic>=2",
         "PyYAML",
-        "tqdm",
+        "jinja2",
+        "protobuf",  # to read SentencePiece models
         "tensorboard",
-        "matplotlib",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "triton"],
