@@ -1,0 +1,48 @@
+"""The CPU runtime is inert beside a GPU, and a layout that does not fit the processes is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.runtime import cpu
+
+
+def test_beside_a_gpu_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: getattr(torch.cuda, name) for name in ("current_device", "synchronize", "current_stream")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cpu.enable_cpu_megatron.__wrapped__() is False
+    assert all(getattr(torch.cuda, name) is function for name, function in before.items())
+
+
+def sizes_and_banner(sizes: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+    from megatron_fuse.runtime import start_runtime
+    from megatron_fuse.runtime.distributed import banner
+
+    runtime = start_runtime(**sizes)
+    found = (runtime.tensor_parallel_size, runtime.pipeline_parallel_size, runtime.data_parallel_size)
+    return (*found, int(runtime.reports)), banner(runtime)
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)])
+def test_one_rank_reports_at_every_layout(ranks, tp: int, pp: int, dp: int) -> None:  # type: ignore[no-untyped-def]
+    results = ranks(4, sizes_and_banner, {"tensor_parallel_size": tp, "pipeline_parallel_size": pp})
+    assert {found[:3] for found, _ in results} == {(tp, pp, dp)}
+    assert sum(found[3] for found, _ in results) == 1
+    assert "NO GPU" in results[0][1] or torch.cuda.is_available()
+
+
+def refusal(sizes: dict[str, Any]) -> str:
+    from megatron_fuse.runtime import start_runtime
+
+    try:
+        start_runtime(**sizes)
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_layout_that_needs_other_processes_is_refused(ranks) -> None:  # type: ignore[no-untyped-def]
+    for message in ranks(3, refusal, {"tensor_parallel_size": 2}):
+        assert "--tensor-model-parallel-size 2" in message and "torchrun started 3" in message
