@@ -20,7 +20,7 @@ quickstart: .venv/ready
 	$(BIN)/python examples/quickstart/run.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "../shared/data"
-SEQ_LENGTH, STEPS, BATCH = 320, 250, 6
+SEQ_LENGTH, STEPS, BATCH = 224, 100, 4
 
 pytestmark = [
     pytest.mark.slow,
