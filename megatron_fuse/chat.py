@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jinja2 import TemplateError
 
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
@@ -140,7 +139,7 @@ class ChatFormat:
         }
         try:
             return render(self.template, list(turns), add_generation_prompt=prompt, **specials)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it may divide by zero
             raise UserError(f"{self.tokenizer.name}: the chat template refuses the messages: {error}") from error
 
     def _encode(self, messages: Messages, continuation: str) -> tuple[list[int], list[int]]:
@@ -244,7 +243,10 @@ def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str
         return TEMPLATES[chat_template]
     if not Path(chat_template).is_file():
         raise UserError(f"{where}.chat_template: {chat_template!r} is neither {known}")
-    return Path(chat_template).read_text("utf-8")
+    try:
+        return Path(chat_template).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}.chat_template: {chat_template} is no UTF-8 text: {error}") from error
 
 
 def _forgets_system(draft: ChatFormat) -> bool:

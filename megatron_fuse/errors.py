@@ -1,7 +1,12 @@
 """The one exception for what a user can mend, and the door through which every command reports it."""
 
+import errno
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -9,10 +14,26 @@ class UserError(Exception):
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs a command; a UserError becomes one message on stderr and exit code 2, anything else keeps its traceback."""
+    """Runs a command; a UserError becomes one message on stderr and exit code 2, anything else keeps its traceback.
+
+    So does what the operating system says of a named file that no code of ours looks at first: no permission, no such directory.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _report(str(error))
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _report(f"{error.filename or 'writing'}: {error.strerror}")
     return 0
+
+
+def _report(message: str) -> int:
+    record = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if record:  # torchrun ends with a page of its own, and quotes there what the first failing rank wrote
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(record).write_text(json.dumps(content), encoding="utf-8")
+    if not record or os.environ.get("RANK") == "0":  # most errors are those of every rank
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2

@@ -36,6 +36,8 @@ def view_document(
     document = dataset.document(mode, example, source)
     name = dataset.example_ids[example]
     if not len(document.tokens):
+        if mode not in dataset.selections:
+            raise UserError(f"--mode {mode}: the recipe's schedule gives it no weight, so that it has no documents")
         whose = f"of source {source!r}" if source else "(no source's answer was selected)"
         raise UserError(
             f"example {name!r} has no {mode} document {whose}: it was left out, see the counts in manifest.json"

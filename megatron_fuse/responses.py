@@ -23,6 +23,7 @@ from megatron_fuse.sources.huggingface import (
     load_format,
     max_positions,
     model_fingerprint,
+    refuse_unknown_ids,
     resolve_model,
     source_options,
 )
@@ -166,6 +167,7 @@ def _generate(recipe: Recipe, source: str, model, chat: ChatFormat, examples: li
         ids = chat.encode_prompt(example.prompt(chat.system))
         room = min(recipe.responses.max_new_tokens, limit - len(ids))
         prompts.append(Prompt(example.id, ids, room, _seed(recipe, source, example)))
+    refuse_unknown_ids(model, max(max(prompt.ids) for prompt in prompts), f"sources.{source}")
     tokenizer = chat.tokenizer
     stop_ids = {chat.stop_id, tokenizer.eos_id} - {None}
     # Special tokens carry no text, and neither do columns of the logits beyond the tokenizer's ids: none may be an answer.
@@ -197,6 +199,7 @@ def answer_text(chat: ChatFormat, answer: Answer) -> str:
 
 def open_responses(recipe: Recipe, source: str) -> Artefact:
     """The finished answers of one source. Raises UserError where they are missing or belong to other instructions."""
+    source_options(recipe, source)  # refuses a name that the recipe does not have
     artefact = open_artefact(Workspace(recipe.workdir).responses(source), STAGE, f"{COMMAND} --source {source}")
     found, wanted = artefact.manifest["inputs"]["instructions"], open_instructions(recipe).sha256
     if found != wanted:

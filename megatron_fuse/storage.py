@@ -14,12 +14,13 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from megatron_fuse.errors import UserError
 
@@ -45,16 +46,22 @@ def sha256_of_file(path: Path) -> str:
 
 @contextmanager
 def temporary_then_rename(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it there at the end; on an error nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a temporary path beside `path` and renames it there at the end; on an error nothing is left behind.
+
+    Raises UserError where the operating system refuses: no permission, a file in a directory's place, a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,10 +82,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: not valid JSON ({error}): a row is a JSON object on one line"
+                ) from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a row is a JSON object, this is a {type(row).__name__}")
+                raise UserError(f"{path}:{number}: a row is a JSON object on one line, this is a {type(row).__name__}")
             yield number, row
 
 
@@ -124,26 +133,28 @@ class Artefact:
         """Data files with this suffix in shard order."""
         return [self.directory / name for name in self.manifest["files"] if name.endswith(suffix)]
 
-    def verify(self) -> None:
-        """Compares sizes and checksums of all files with the manifest."""
+    def verify(self, *, checksums: bool = True) -> "Artefact":
+        """Compares all files with the manifest, by size alone where checksums is False; returns the artefact."""
+        mend = f"restore it, or remove {self.directory} and rerun the stage"
         for name, facts in self.manifest["files"].items():
             path = self.directory / name
-            if not path.exists():
-                raise UserError(
-                    f"{path}: missing; its manifest lists it: restore it or remove {self.directory} and rerun"
-                )
-            if path.stat().st_size != facts["bytes"] or sha256_of_file(path) != facts["sha256"]:
-                raise UserError(
-                    f"{path}: sha256 {sha256_of_file(path)[:12]}... and {path.stat().st_size} bytes, the manifest has "
-                    f"{facts['sha256'][:12]}... and {facts['bytes']}: remove {self.directory} and rerun the stage"
-                )
+            if not path.is_file():
+                raise UserError(f"{path}: missing; its manifest lists it: {mend}")
+            if path.stat().st_size != facts["bytes"]:
+                raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest has {facts['bytes']}: {mend}")
+            if checksums and (found := sha256_of_file(path)) != facts["sha256"]:
+                raise UserError(f"{path}: sha256 {found[:12]}..., the manifest has {facts['sha256'][:12]}...: {mend}")
+        return self
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of an object")
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}): remove {path.parent} and rerun the stage") from error
+    return content
 
 
 def _refuse_other_plan(directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -161,7 +172,7 @@ def _refuse_other_plan(directory: Path, found: Mapping[str, Any], wanted: Mappin
 
 
 def open_artefact(directory: Path, stage: str, made_by: str) -> Artefact:
-    """Opens a complete artefact. `made_by` names the command that makes it, for the error message."""
+    """Opens a complete artefact whose files all have their size. `made_by` names the command that makes it, for errors."""
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
         raise UserError(f"{directory} {state}: run {made_by} first")
@@ -171,7 +182,7 @@ def open_artefact(directory: Path, stage: str, made_by: str) -> Artefact:
             f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
             f"needed is {stage!r} in format {FORMAT_VERSION}"
         )
-    return Artefact(directory, manifest)
+    return Artefact(directory, manifest).verify(checksums=False)
 
 
 def completed(plan: Plan) -> Artefact | None:
@@ -180,7 +191,7 @@ def completed(plan: Plan) -> Artefact | None:
         if (plan.directory / name).exists():
             found = _read_json(plan.directory / name)
             _refuse_other_plan(plan.directory, found, plan.content())
-            return Artefact(plan.directory, found) if name == "manifest.json" else None
+            return Artefact(plan.directory, found).verify(checksums=False) if name == "manifest.json" else None
     return None
 
 
@@ -210,17 +221,37 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
         marker = directory / f"{names[index]}.done"
         if marker.exists():
             continue
-        for leftover in directory.glob(f"*{names[index]}.*"):
-            leftover.unlink()
-        counts = make_shard(index, directory / names[index])
+        _remove_files(directory, names[index])
+        try:
+            counts = make_shard(index, directory / names[index])
+        except Exception:
+            _forget(plan, names[index])
+            raise
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             for path in sorted(directory.glob(f"{names[index]}.*"))
         }
+        if not (directory / "plan.json").exists():  # another rank failed at its first shard
+            write_json(directory / "plan.json", plan.content())
         write_json(marker, {"files": files, "counts": counts})
         done = sum((directory / f"{name}.done").exists() for name in names)
         progress(f"{directory}: shard {done}/{len(names)}")
     return _finish(plan)
+
+
+def _remove_files(directory: Path, shard: str) -> None:
+    """Data files of a shard without marker, whole or temporary."""
+    for leftover in directory.glob(f"*{shard}.*"):
+        leftover.unlink()
+
+
+def _forget(plan: Plan, shard: str) -> None:
+    """After an error: leaves nothing half-written, and no plan that would bind a mended rerun while no shard is done."""
+    _remove_files(plan.directory, shard)
+    if not any((plan.directory / f"{name}.done").exists() for name in plan.names()):
+        (plan.directory / "plan.json").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: another rank is still at work
+            plan.directory.rmdir()
 
 
 def _finish(plan: Plan) -> Artefact | None:

@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from megatron_fuse.capture import STATUSES, CaptureShard, capture, distributions, open_capture, read_capture_shard
 from megatron_fuse.capture.distributions import NotFiniteError, sparse_rows
-from megatron_fuse.capture.reading import logits_at, token_budget_batches
+from megatron_fuse.capture.reading import SourceReader, logits_at, token_budget_batches
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import load_examples, open_instructions, prepare_instructions
 from megatron_fuse.recipe import Recipe
@@ -303,6 +303,14 @@ def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
     shard.save(path)
     with pytest.raises(UserError, match="lse is not finite in row 1"):
         read_capture_shard(path)
+
+
+def test_a_shard_of_which_nothing_was_captured_can_be_read(fresh: Recipe, tmp_path: Path) -> None:
+    examples = load_examples(open_instructions(fresh))[:3]
+    SourceReader(fresh, "alpha", model=None).capture_shard(examples, [None] * 3).save(tmp_path / "empty.safetensors")
+    shard = read_capture_shard(tmp_path / "empty.safetensors")
+    assert [STATUSES[code] for code in shard.status] == ["no_response"] * 3
+    assert shard.offsets.tolist() == [0] * 4 and shard.lse.shape == (0, 2) and np.isnan(shard.ce_sum).all()
 
 
 def test_a_source_without_answers_says_which_command_makes_them(fresh: Recipe) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from small_models import save_tokenizer, small_recipe, write_rows
+from transformers import LlamaConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import (
@@ -31,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     for name, vocab_size in {"target": 300, "coarse": 340, "bytes": 260}.items():
         save_tokenizer(root / name, vocab_size)
-        (root / name / "config.json").write_text("{}")
+        LlamaConfig(vocab_size=340, architectures=["LlamaForCausalLM"]).save_pretrained(root / name)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -289,6 +289,8 @@ def test_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path: Path) 
         assert fingerprint(key, **{key: np.full(40_000, 1e-6, np.float32)}) != first, key
     assert fingerprint("config", config="{ }") != first
     assert fingerprint("shape", norm=np.zeros((200, 200), np.float32)) != first
+    (tmp_path / "same/modeling_own.py").write_text("# what trust_remote_code would run")
+    assert model_fingerprint(tmp_path / "same") != first
 
 
 def test_missing_models_are_refused_with_the_key(models: dict[str, Path], tmp_path: Path) -> None:

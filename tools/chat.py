@@ -27,10 +27,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").exists():
         raise UserError(f"{arguments.model} holds no config.json: give a Hugging Face model directory")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+    if arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
+        raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True, dtype="auto")
+    except Exception as error:  # transformers raises many kinds for missing or damaged files
+        raise UserError(f"{arguments.model} cannot be loaded: {error}") from error
     if tokenizer.chat_template is None:
         raise UserError(f"{arguments.model} has no chat template: put a chat_template.jinja beside its tokenizer")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}

@@ -6,12 +6,14 @@ Writes WORKDIR/instructions. Rows that cannot be used are listed in examples.bad
 """
 
 from megatron_fuse.errors import exit_code
-from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.instructions import check_trainable, prepare_instructions
 from megatron_fuse.recipe import load_recipe
 
 
 def main() -> None:
-    artefact = prepare_instructions(load_recipe(__doc__))
+    recipe = load_recipe(__doc__)
+    check_trainable(recipe)
+    artefact = prepare_instructions(recipe)
     if artefact:
         counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
         print(f"{artefact.directory}: {counts}")

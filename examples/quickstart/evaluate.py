@@ -8,8 +8,8 @@ tell opposite stories (a model that learns to show its working may forget how to
 - generation: greedy decoding in the model's own chat template; right when the text ends in "The answer is X." with the right X.
 - choice: the right "The answer is X." against three near misses, each a whole response at once without working, by log-likelihood (chance is 25 %).
 
-Problems are those of `--split` (test by default: no model has been trained on them, and nothing was tuned on them). Accuracies are in percent,
-with the standard error of that many problems; the mean is over skills. OUTPUT gets evaluation.md and evaluation.json.
+Problems are those of `--split` (test by default: no model has been trained on them). Accuracies are in percent, with the standard error of
+that many problems; the mean is over skills. OUTPUT gets evaluation.md and evaluation.json.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Six small skills as instruction text: two-number addition, weekdays, sorting, reversing, letter shifts, unit conversion.
 
-    python examples/quickstart/skills.py --output examples/quickstart/build/data
+    python examples/quickstart/skills.py --output examples/quickstart/build
 
 writes the quickstart's instruction set, `instructions.jsonl` (Alpaca form, the output being the worked answer).
 
@@ -212,9 +212,13 @@ def word_conversion(values: tuple, rng: random.Random) -> Problem:
     product, total = many * factor, many * factor + rest
     amount, units = f"{many} {plural(large)} and {rest} {plural(small, rest)}", plural(small)
     asked = rng.choice((f"Convert {amount} to {units}.", f"How many {units} are {amount}?"))
-    brief = f"{many}*{factor}={product}, {product}+{rest}={total}."
+    # The last step is the carry, written out: whole sums of three digits are too many to learn from so few problems.
+    ones = f"{product % 10}+{rest}={product % 10 + rest}, so {product}+{rest}={total}"
+    brief = f"{many}*{factor}={product}, {ones}."
     opening = rng.choice((f"One {large} is {factor} {units}", f"There are {factor} {units} in one {large}"))
-    worked = f"{opening}, so {many} {plural(large)} are {many}*{factor}={product} {units}. With the rest {product}+{rest}={total} {units}."
+    worked = (
+        f"{opening}, so {many} {plural(large)} are {many}*{factor}={product} {units}. With the rest: {ones} {units}."
+    )
     return Problem("conversion", values, str(total), asked, brief, worked)
 
 
@@ -321,7 +325,7 @@ def write_instructions(path: Path, per_skill: int, seed: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build" / "data")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=250)
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()

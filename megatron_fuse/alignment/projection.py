@@ -45,6 +45,12 @@ class LabelMass:
     source_logprob: np.ndarray
     label: np.ndarray
 
+    @classmethod
+    def none(cls, rows: int) -> "LabelMass":
+        """Nothing to be corrected in so many target rows."""
+        absent, nothing = np.full(rows, -1, dtype=np.int32), np.full(rows, -np.inf)
+        return cls(log_fraction=nothing, source_token=absent, source_logprob=nothing, label=absent)
+
 
 def project_rows(
     rows: Rows,
@@ -115,9 +121,7 @@ def label_mass(
     """
     m, count = len(source_row), len(target_ends)
     if not len(source_ends):
-        nothing = np.full(m, -np.inf)
-        none = np.full(m, -1, dtype=np.int32)
-        return LabelMass(nothing, none, nothing, none)
+        return LabelMass.none(m)
     if source_ends[-1] != target_ends[-1]:
         raise ValueError(f"the source's tokens end at byte {source_ends[-1]}, the target's at {target_ends[-1]}")
     actual = label_logprobs.astype(np.float64)
@@ -126,8 +130,13 @@ def label_mass(
     starts = np.concatenate([np.zeros(1, target_ends.dtype), target_ends])[:count]
     applies = (source_row[:count] >= 0) & (source_row[:count] < len(source_ends))
     applies &= (source_ends[j] > starts) & (source_ends[j] < target_ends)
-    total = np.concatenate([np.zeros(1), np.cumsum(actual[: len(source_ends)])])
-    log_fraction = np.where(applies, total[past] - total[np.minimum(j + 1, past)], -np.inf)
+    chain = actual[: len(source_ends)]
+    impossible = np.isneginf(chain)  # a masked logit: counted aside, since a sum would carry it to all later labels
+    total = np.append(0.0, np.cumsum(np.where(impossible, 0.0, chain)))
+    blocked = np.append(0, np.cumsum(impossible))
+    second = np.minimum(j + 1, past)
+    applies &= blocked[past] == blocked[second]
+    log_fraction = np.where(applies, total[past] - total[second], -np.inf)
 
     partial = np.flatnonzero(applies & (source_ends[past - 1] < target_ends))
     if len(partial):

@@ -1,6 +1,5 @@
 """Vocabulary maps: which target token stands for each source token."""
 
-import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
@@ -108,12 +108,10 @@ def vocabulary_map_key(
 
 
 def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:
-    """Writes an .npz file, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **{field.name: getattr(vocabulary_map, field.name) for field in fields(VocabularyMap)})
-    temporary.replace(path)
+    """Writes an .npz file, under a temporary name first: ranks on several machines may write it at once."""
+    arrays = {field.name: getattr(vocabulary_map, field.name) for field in fields(VocabularyMap)}
+    with temporary_then_rename(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_vocabulary_map(path: Path) -> VocabularyMap:

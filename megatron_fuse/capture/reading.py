@@ -13,7 +13,7 @@ from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import max_positions
+from megatron_fuse.sources.huggingface import max_positions, refuse_unknown_ids
 
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -92,13 +92,8 @@ class SourceReader:
             length = len(conversation.ids) - 1
             tokens[row, :length] = torch.from_numpy(conversation.ids[:-1].astype(np.int64))
             mask[row, :length] = 1
-        known = self.model.get_input_embeddings().weight.shape[0]
         largest = max(int(conversation.ids.max()) for conversation in conversations)
-        if largest >= known:
-            raise UserError(
-                f"sources.{self.source}: its tokenizer gives id {largest}, but the model knows {known} ids: "
-                "the tokenizer belongs to another model"
-            )
+        refuse_unknown_ids(self.model, largest, f"sources.{self.source}")
         first = [row * width + c.prompt_length - 1 for row, c in enumerate(conversations)]
         counts = [len(c.ids) - c.prompt_length for c in conversations]
         positions = torch.cat([torch.arange(f, f + count) for f, count in zip(first, counts, strict=True)])

@@ -59,11 +59,12 @@ def read_capture_shard(path: Path) -> CaptureShard:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a capture ({error}): {mend}") from error
-    for name in ("entry_logits", "lse"):
+    for name in ("entry_logits", "lse", "token_logprobs"):
         values = getattr(shard, name)
-        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
+        impossible = np.isposinf if name == "token_logprobs" else np.isinf  # what came may have had no chance
+        bad = np.argwhere(np.isnan(values) | impossible(values))  # also of a shard without any row
         if len(bad):
-            raise UserError(f"{path}: {name} is not finite in row {bad[0]}: {mend}")
+            raise UserError(f"{path}: {name} is not finite in row {bad[0, 0]}: {mend}")
     if int(shard.counts.sum()) != len(shard.entry_ids) or int(shard.offsets[-1]) != len(shard.counts):
         raise UserError(f"{path}: counts, offsets and entries do not fit each other: {mend}")
     return shard

@@ -147,7 +147,8 @@ class FusionDataset:
         source = source or self.selected_source(mode, example)
         if source is not None and (source, mode) not in self._teachers:
             known = sorted({name for name, of_mode in self._teachers if of_mode == mode})
-            raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data has {known}")
+            found = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
+            raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {found}")
         teacher = self._teachers.get((source, mode))
         text = self._text if mode == "training" else teacher
         if text is None:

@@ -205,8 +205,7 @@ class _Projection:
     ) -> LabelMass:
         span, starts = captured.rows(example), documents.starts[example]
         if not (aligned >= 0).any():
-            none = np.full(len(starts), -1, np.int32)
-            return LabelMass(np.full(len(starts), -np.inf), none, np.full(len(starts), -np.inf), none)
+            return LabelMass.none(len(starts))
         response = text.encode()
         tokens = captured.tokens[span]
         stop = bool(captured.stop[example])

@@ -114,9 +114,8 @@ def _detect_form(path: Path) -> str:
             if any(mark in row for mark in form.marks):
                 return name
     known = "; ".join(f"{name} {{{form.keys}}}" for name, form in _FORMS.items())
-    raise UserError(
-        f"{path}: no row in a known form ({known}); the first row has the keys {', '.join(first) or '(none)'}"
-    )
+    found = f"the first row has the keys {', '.join(first)}" if first else "it has no row with any key"
+    raise UserError(f"{path}: no row in a known form ({known}); {found}")
 
 
 def _example(row: dict[str, Any], form: _Form) -> Example:

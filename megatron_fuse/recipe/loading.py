@@ -14,6 +14,7 @@ from typing import Any, Literal, Union
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from yaml.constructor import ConstructorError
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.options import Recipe
@@ -69,15 +70,29 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, **keywords)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings have no key twice: the second would replace the first, a whole source say, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ConstructorError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys, this is a {type(content).__name__}")
+        found = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{path}: a recipe is a mapping of keys, this file {found}")
     return content
 
 
@@ -88,6 +103,8 @@ def _explain(error: ValidationError, where: str) -> str:
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             problem = f"unknown key; allowed here: {', '.join(_allowed(item['loc'][:-1]))}"
+        elif item["type"] in ("model_type", "dict_type"):
+            problem = f"must be a mapping of keys (given: {item['input']!r})"
         elif item["type"] == "missing":
             problem = "required, but not given"
         elif not isinstance(item.get("input"), dict):

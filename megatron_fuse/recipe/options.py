@@ -15,10 +15,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes a directory name
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class ModelOptions(Options):
@@ -131,6 +132,15 @@ class ParallelOptions(Options):
     overlap_grad_reduce: bool = False
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
+    @model_validator(mode="after")
+    def _has_stages_to_interleave(self) -> Self:
+        virtual = self.virtual_pipeline_model_parallel_size or 1
+        if virtual > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size of at least 2, not 1"
+            )
+        return self
+
 
 class TrainingOptions(Options):
     seq_length: Positive = Field(2048, description="most target tokens of one conversation, in every stage")
@@ -140,8 +150,8 @@ class TrainingOptions(Options):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     lr_warmup_iters: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Share = 0.9
-    adam_beta2: Share = 0.999
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="maximal gradient norm; 0 switches clipping off")
     precision: Literal["fp32", "bf16"] = Field(
@@ -161,6 +171,12 @@ class TrainingOptions(Options):
         None, description="steps between evaluations; default: at the end of phases only"
     )
     tensorboard_dir: Path | None = Field(None, description="default: WORKDIR/training/tensorboard")
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}), from which it is to be reached")
+        return self
 
 
 class ExportOptions(Options):

@@ -13,7 +13,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 class ModeWeights(BaseModel):
     """weight * (CE + lambda * KL) of one mode. A weight of 0 leaves the mode's documents out of the phase."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
     weight: NonNegative = 0.0
     lambda_: NonNegative = Field(0.0, alias="lambda")
 

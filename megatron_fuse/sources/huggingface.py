@@ -64,12 +64,15 @@ def model_fingerprint(model_dir: Path) -> str:
     """sha256 that identifies a model's configuration and weights without reading all of them (under a second for 7B).
 
     Covers config.json and, of every weight file, its name, size, safetensors header, first and last 64 KiB and the first 4 KiB
-    of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were.
+    of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were. Python files are read
+    whole: under trust_remote_code they decide the logits.
     """
     files = sorted(path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     if not files:
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
     parts = [(model_dir / "config.json").read_bytes()]
+    for path in sorted(model_dir.glob("*.py")):
+        parts += [path.name.encode(), path.read_bytes()]
     for path in files:
         parts += [path.name.encode(), *_samples(path)]
     return sha256_of_bytes(*parts)
@@ -91,7 +94,9 @@ def _samples(path: Path) -> list[bytes]:
             header = read(8, length)
             tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
         except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise UserError(f"{path}: not a safetensors file ({error}): copy it again") from error
+            raise UserError(
+                f"{path}: not a whole safetensors file, or a Git LFS pointer to one: copy it again"
+            ) from error
         return [*parts, header, *(read(8 + length + tensor["data_offsets"][0], _SAMPLE) for tensor in tensors)]
 
 
@@ -105,42 +110,58 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
-def load_model(
-    auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model", **keywords: Any
-) -> Any:
+def load_model(auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """What `auto_class.from_pretrained` gives, in evaluation mode and without gradients.
 
     `device` defaults to this process's own; `options.device_map`, where set, places the model instead. `where` is the recipe key
-    of the options (`sources.mpt`), for errors. Options without a dtype (the target's) load in fp32.
+    of the options (`sources.mpt`), for errors. Options without a dtype (the target's) load in fp32. Raises UserError for a model
+    that cannot be loaded whole: transformers itself would fill in random weights.
     """
     directory = resolve_model(options.model, f"{where}.model")
     device_map = getattr(options, "device_map", None)
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        loaded = auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(
             directory,
             dtype=DTYPES[getattr(options, "dtype", "fp32")],
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
             **({"device_map": device_map} if device_map else {}),
-            **keywords,
         )
-    except (OSError, ValueError, ImportError) as error:  # transformers' own words for missing, unreadable or unknown
+    except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
         raise UserError(f"{where}.model: cannot load {directory}: {error}") from error
     finally:
         if had_progress_bar:
             transformers_logging.enable_progress_bar()
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise UserError(
+            f"{where}.model: {directory} has no weights for {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, which would "
+            f"stay random: name a model that was saved as {type(model).__name__} with all its weights"
+        )
     model.eval().requires_grad_(False)
     if not device_map:
         model.to(device or this_device())
-    return loaded
+    return model
 
 
 def load_causal_lm(options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """The language model of a source or target; see load_model."""
     return load_model(AutoModelForCausalLM, options, device, where)
+
+
+def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:
+    """Raises UserError where the largest id of a text is none of the model's. `where` is the model's recipe key (`sources.mpt`).
+
+    By what a text holds, not by the tokenizer's size: a padding token that no text uses may lie beyond the embedding.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise UserError(
+            f"{where}: its tokenizer gives id {largest}, but the model knows {known} ids: the tokenizer belongs to another model"
+        )
 
 
 def source_options(recipe: Recipe, source: str) -> SourceOptions:

@@ -265,7 +265,7 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
         f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
     }
     trainer.log.evaluation(iteration, means, len(dataset.held_out))
-    return _from_last_stage(trainer, means.get("ce/training", math.inf))
+    return _from_last_stage(trainer, means.get("ce/training", math.nan)) if counts["training"] else None
 
 
 def _from_last_stage(trainer: Trainer, value: float) -> float:

@@ -264,6 +264,25 @@ def test_label_that_ends_inside_a_source_token():
         assert np.exp(labels.log_fraction) == pytest.approx([mass, 0.0]), stored
 
 
+def test_a_token_without_any_chance_spoils_only_its_own_label():
+    """A model that masks logits gives -inf to the token that came; the labels after it know nothing of that."""
+    labels = label_mass(
+        Rows(np.array([1, 1, 1, 1], np.uint8), np.array([5, 6, 5, 6], np.int32), np.log([0.9] * 4).astype(np.float32)),
+        np.array([0, 2], np.int32),
+        small("byte_level"),
+        response=b"abcd",
+        source_tokens=np.array([5, 6, 5, 6], np.int32),
+        source_ends=np.array([1, 2, 3, 4], np.int32),
+        target_tokens=np.array([99, 98], np.int32),
+        target_ends=np.array([2, 4], np.int32),
+        label_logprobs=np.array([np.log(0.9), -np.inf, np.log(0.8), np.log(0.7)]),
+        logsumexp=np.zeros(4),
+        logsumexp_temperature=np.zeros(4),
+        temperature=2.0,
+    )
+    assert np.exp(labels.log_fraction) == pytest.approx([0.0, 0.7])
+
+
 def test_label_whose_first_source_token_was_not_stored_takes_from_the_tail():
     labels = LabelMass(np.log([0.5]), np.array([4], np.int32), np.log([0.1]), np.array([9], np.int32))
     rows = Rows(np.array([1], np.uint8), np.array([2], np.int32), np.log([0.7]).astype(np.float32))

@@ -127,6 +127,21 @@ def test_written_and_read_again(tmp_path):
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["one.npz"]  # no temporary file stays
 
 
+def test_two_machines_may_write_one_map_at_once(tmp_path, monkeypatch):
+    """Process ids repeat from container to container: the other's whole write happens within ours."""
+    path, write = tmp_path / "one.npz", np.savez
+    vocabulary_map = build(small("byte_level"), small("sentencepiece"))
+
+    def meanwhile(file, **arrays):
+        monkeypatch.setattr(np, "savez", write)
+        save_vocabulary_map(vocabulary_map, path)
+        write(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", meanwhile)
+    save_vocabulary_map(vocabulary_map, path)
+    assert (load_vocabulary_map(path).ids == vocabulary_map.ids).all()
+
+
 def test_cache_is_used_and_keyed(tmp_path):
     source, target = small("byte_level"), small("sentencepiece")
     options = {"source_stop": source.eos_id, "target_stop": target.eos_id}

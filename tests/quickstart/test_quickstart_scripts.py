@@ -14,7 +14,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import evaluate  # noqa: E402
 import lm  # noqa: E402
-import make_models  # noqa: E402
+import train_sources  # noqa: E402
 import make_tokenizers  # noqa: E402
 import skills  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
@@ -114,7 +114,7 @@ def test_packing_and_padding_change_nothing(build, name):
     """Log-probabilities and greedy answers are those of one conversation alone, without packing, padding or a cache."""
     torch.manual_seed(4)
     tokenizer, _, chats = chats_of(build, name)
-    model = make_models.build(name, tokenizer).eval()
+    model = train_sources.build(name, tokenizer).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # far from the start, where all positions look alike
             parameter.add_(0.1 * torch.randn_like(parameter))

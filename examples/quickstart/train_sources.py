@@ -1,0 +1,139 @@
+"""The quickstart's source models: three small language models of three architectures, each best at other skills.
+
+alpha (Llama) is the fusion target's first weights too: it sees more of all skills than the others do and is the strongest overall, as the
+paper's target is. beta (MPT) and gamma (GPT-NeoX) each give 90 % of their training to two skills.
+"""
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from lm import (
+    CACHE_FILE,
+    Encoded,
+    Packed,
+    encode_chats,
+    fingerprint,
+    fit,
+    pack,
+    packed_losses,
+    replace_directory,
+    seed_all,
+)
+from make_tokenizers import STOP_TOKENS
+from skills import FORMS, SKILLS, draw
+from transformers import (
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+ROW_LENGTH = 192
+ROWS_PER_STEP = 10
+WIDTH, LAYERS, HEADS, POSITIONS = 96, 3, 4, 256
+# Short, brief, worked: what a source says when it is trained, hence when it is sampled.
+FORM_WEIGHTS = (0.2, 0.5, 0.3)
+
+#               addition weekday sorting reversing shifting conversion
+MIXES = {
+    "alpha": (0.335, 0.335, 0.07, 0.05, 0.11, 0.10),
+    "beta": (0.025, 0.025, 0.45, 0.45, 0.025, 0.025),
+    "gamma": (0.025, 0.025, 0.025, 0.025, 0.42, 0.48),
+}
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    name: str
+    steps: int
+    seed: int
+    lr: float = 7e-3
+
+    @property
+    def mix(self) -> tuple[float, ...]:
+        return MIXES[self.name]
+
+    def directory(self, output: Path) -> Path:
+        return output / "sources" / self.name
+
+    def hash(self, output: Path) -> str:
+        here = Path(__file__)
+        scripts = [here, here.with_name("lm.py"), here.with_name("skills.py")]
+        return fingerprint(
+            asdict(self) | {"torch": torch.__version__}, *scripts, output / "tokenizers" / self.name / CACHE_FILE
+        )
+
+
+ALPHA = SourceSettings("alpha", 900, 11)
+BETA = SourceSettings("beta", 360, 12)
+GAMMA = SourceSettings("gamma", 950, 13)
+
+
+def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained model. The vocabulary is padded to a multiple of 64, as real models' often are."""
+    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special["vocab_size"] = -(-len(tokenizer) // 64) * 64
+    if name == "alpha":
+        config = LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=256,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=POSITIONS,
+            tie_word_embeddings=False,
+            **special,
+        )
+        return LlamaForCausalLM(config)
+    if name == "beta":
+        return MptForCausalLM(
+            MptConfig(d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, max_seq_len=POSITIONS, use_cache=True, **special)
+        )
+    config = GPTNeoXConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        rotary_pct=0.5,
+        **special,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def training_chats(
+    tokenizer: PreTrainedTokenizerBase, stop_token: str, mix: tuple[float, ...], rows: int, rng: random.Random
+) -> Packed:
+    """Right answers in all forms to problems of the `train` split, enough for so many packed rows."""
+    chats: list[Encoded] = []
+    while True:
+        pairs = []
+        for skill in rng.choices(list(SKILLS), mix, k=2 * rows):
+            problem = draw(skill, "train", rng)
+            pairs.append((problem.instruction, problem.response(rng.choices(FORMS, FORM_WEIGHTS)[0])))
+        chats += encode_chats(tokenizer, stop_token, pairs)
+        packed = pack(chats, ROW_LENGTH)
+        if len(packed.ids) >= rows:
+            return packed
+
+
+def train_source(output: Path, settings: SourceSettings) -> None:
+    rng = seed_all(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / settings.name)
+    stop_token = STOP_TOKENS[settings.name]
+    packed = training_chats(tokenizer, stop_token, settings.mix, settings.steps * ROWS_PER_STEP, rng)
+    model = build(settings.name, tokenizer)
+    losses = packed_losses(model, packed, ROWS_PER_STEP)
+    fit(model, losses, steps=settings.steps, lr=settings.lr, name=f"source {settings.name}")
+    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
+    model.generation_config.update(eos_token_id=tokenizer.convert_tokens_to_ids(stop_token), **special)
+    with replace_directory(settings.directory(output), settings.hash(output)) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)

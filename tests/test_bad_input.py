@@ -1,0 +1,293 @@
+"""What a user gets wrong is answered by one message with file, line or key and the mend, by exit code 2, and by no half-written file."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from small_models import save_model, save_tokenizer, write_rows
+
+from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.recipe import load_recipe
+from megatron_fuse.storage import Plan, run_plan
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, a judge, a recipe, and a work directory with everything up to captures and scores."""
+    root = tmp_path_factory.mktemp("bad_input")
+    for seed, (name, family) in enumerate({"alpha": "llama", "beta": "mpt"}.items()):
+        save_model(root / name, family, seed=seed)
+    save_model(root / "judge", "llama", reward=True)
+    write_rows(
+        root / "data.jsonl", [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}."} for i in range(4)]
+    )
+    recipe = {
+        "workdir": str(root / "work"),
+        "target": {"model": str(root / "alpha")},
+        "sources": {name: {"model": str(root / name), "dtype": "fp32"} for name in ("alpha", "beta")},
+        "reward_models": {"judge": {"model": str(root / "judge"), "dtype": "fp32"}},
+        "data": {"path": str(root / "data.jsonl"), "shard_size": 2},
+        "responses": {"max_new_tokens": 3},
+        "schedule": {"preset": "profuser"},
+        "training": {"seq_length": 120, "precision": "fp32"},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for tool in ("prepare_instructions", "generate_responses", "score_responses", "capture_teacher"):
+        assert run(tool, root) == 0
+    return root
+
+
+def run(tool: str, root: Path, *arguments: object) -> int:
+    """The exit code of a command as a shell would start it, but in this process."""
+    argv = sys.argv
+    sys.argv = [tool, "--recipe", str(root / "recipe.yaml"), *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = argv
+    raise AssertionError("the command did not end with an exit code")
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage; its recipe names the copy's files."""
+    root = tmp_path / "world"
+    shutil.copytree(made, root)
+    path = root / "recipe.yaml"
+    path.write_text(path.read_text().replace(str(made), str(root)))
+    return root
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_arrays(path: Path, **at_zero: float) -> None:
+    arrays = load_file(path)
+    for name, value in at_zero.items():
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[0] = value
+    with safe_open(path, "np") as file:  # the same size as before
+        save_file(arrays, path, file.metadata())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"workdir: caf\xe9\n", "not valid YAML: 'utf-8' codec"),  # Latin-1
+        (b"", "this file is empty"),
+        (b"sources:\n  a: {model: x}\n  a: {model: y}\n", "the key 'a' is given twice.*line 3"),  # would lose a source
+        (b"sources: [a, b]\n", "sources: must be a mapping of keys"),
+        (b"training: {lr: .inf}\n", "training.lr: Input should be a finite number"),
+        (b"training: {lr: 0.1, min_lr: 0.2}\n", "min_lr .0.2. is above lr .0.1."),
+        (b"training: {adam_beta1: 1.0}\n", "training.adam_beta1: Input should be less than 1"),
+        (b"parallel: {virtual_pipeline_model_parallel_size: 2}\n", "needs pipeline_model_parallel_size of at least 2"),
+    ],
+)
+def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=f"(?s)recipe.yaml.*{message}"):
+        load_recipe(argv=["--recipe", str(tmp_path / "recipe.yaml")])
+
+
+def other_tokenizer(root: Path) -> None:
+    save_model(root / "alpha", "llama", vocab_size=264)
+    save_tokenizer(root / "alpha", vocab_size=340)
+
+
+def change_config(root: Path, **changes: object) -> None:
+    path = root / "alpha/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "message"),
+    [
+        (
+            lambda root: None,
+            ["--tensor-model-parallel-size", 3],
+            "3 does not divide num_attention_heads .4. of .*alpha",
+        ),
+        (lambda root: None, ["--pipeline-model-parallel-size", 5], "5 does not divide num_hidden_layers"),
+        (lambda root: None, ["--seq-length", 500], "--seq-length 500 is longer than max_position_embeddings .128."),
+        (lambda root: None, ["--target-model", "beta"], "class MptForCausalLM is not supported"),
+        (other_tokenizer, [], "target.model: its tokenizer gives ids up to .*the tokenizer belongs to another model"),
+        (
+            lambda root: (root / "t.jinja").write_bytes(b"\xff\xfe"),
+            ["--target-chat-template", "t.jinja"],
+            "no UTF-8 text",
+        ),
+        (lambda root: (root / "t.jinja").write_text("{{ 1 / 0 }}"), ["--target-chat-template", "t.jinja"], "by zero"),
+        (lambda root: (root / "data.jsonl").write_text("[" * 9999 + "]" * 9999), [], "data.jsonl:1: not valid JSON"),
+        (
+            lambda root: (root / "data.jsonl").write_text('[\n{"a": 1}\n]'),
+            [],
+            "data.jsonl:1: .*JSON object on one line",
+        ),
+        (lambda root: None, ["--workdir", "data.jsonl"], "data.jsonl/instructions.*cannot be written .Not a directory"),
+    ],
+)
+def test_the_first_stage_refuses_what_no_later_one_could_use(
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    damage: Callable[[Path], object],
+    arguments: list[object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(world)
+    shutil.rmtree(world / "work")
+    damage(world)
+    before = files(world)
+    capsys.readouterr()
+    assert run("prepare_instructions", world, *arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert pytest.raises(UserError, match=message).matches(UserError(error)), error
+    assert files(world) == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["half", "other size", "more layers", "no head", "not a pickle", "NaN", "ids beyond"]
+)
+def test_a_broken_model_is_named_and_a_mended_one_goes_on(
+    world: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    weights = world / "alpha/model.safetensors"
+    messages = {"more layers": "has no weights for model.layers.2", "no head": "has no weights for lm_head.weight"}
+    messages |= {"NaN": "NaN or infinite logits", "ids beyond": "but the model knows 269 ids"}
+    if damage == "half":
+        halve(weights)
+    elif damage == "other size":
+        change_config(world, hidden_size=64)
+    elif damage == "more layers":
+        change_config(world, num_hidden_layers=3)
+    elif damage == "no head":
+        shutil.copy(world / "judge/model.safetensors", weights)
+    elif damage == "not a pickle":
+        weights.unlink()
+        (world / "alpha/pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif damage == "NaN":
+        edit_arrays(weights, **{"model.norm.weight": np.nan})
+    else:
+        other_tokenizer(world)
+    shutil.rmtree(world / "work/responses/alpha")
+    before = files(world)
+    assert run("generate_responses", world, "--source", "alpha") == 2
+    error = capsys.readouterr().err
+    assert messages.get(damage, "sources.alpha.model: cannot load") in error
+    assert "Traceback" not in error and files(world) == before
+    shutil.rmtree(world / "alpha")
+    save_model(world / "alpha", "llama", seed=7)
+    assert run("generate_responses", world, "--source", "alpha") == 0
+
+
+@pytest.mark.parametrize(
+    ("tool", "damage", "message"),
+    [
+        ("generate_responses", lambda work: (work / "instructions/manifest.json").write_text("[]"), "a list instead"),
+        (
+            "generate_responses",
+            lambda work: (work / "instructions/examples.00001.jsonl").unlink(),
+            "00001.jsonl: missing",
+        ),
+        ("score_responses", lambda work: halve(work / "responses/beta/shard-00000.jsonl"), "bytes, the manifest has"),
+        ("build_fusion_data", lambda work: (work / "scores/beta/judge/shard-00000.npy").unlink(), "00000.npy: missing"),
+        ("build_fusion_data", lambda work: halve(work / "scores/beta/judge/shard-00000.npy"), "restore it, or remove"),
+        (
+            "build_fusion_data",
+            lambda work: edit_arrays(work / "captures/alpha/training/shard-00001.safetensors", token_logprobs=np.nan),
+            "token_logprobs is not finite in row 0: remove .*captures/alpha/training and run",
+        ),
+    ],
+)
+def test_a_damaged_artefact_is_named_with_the_mend(
+    world: Path, capsys: pytest.CaptureFixture, tool: str, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(world / "work")
+    assert run(tool, world) == 2
+    error = capsys.readouterr().err
+    assert pytest.raises(UserError, match=message).matches(UserError(error)), error
+    shards = {path.with_name(path.name.split(".")[0] + ".done") for path in world.glob("work/fusion/**/shard-*")}
+    assert all(marker.exists() for marker in shards)  # whole, or not there
+
+
+def test_names_that_the_recipe_does_not_have(made: Path, capsys: pytest.CaptureFixture) -> None:
+    for tool in ("generate_responses", "score_responses", "capture_teacher"):
+        assert run(tool, made, "--source", "gamma") == 2
+        assert "there is no 'gamma'; the recipe has alpha, beta" in capsys.readouterr().err
+
+
+def test_an_error_in_the_first_shard_leaves_nothing_and_in_a_later_one_what_is_whole(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "a", "numbers", {}, {}, shards=3)
+
+    def failing(at: int) -> Callable[[int, Path], dict[str, int]]:
+        def make(index: int, prefix: Path) -> dict[str, int]:
+            Path(f"{prefix}.txt").write_text("half")
+            if index == at:
+                raise UserError("broken")
+            return {}
+
+        return make
+
+    for at, left in ((0, set()), (1, {"plan.json", "shard-00000.txt", "shard-00000.done"})):
+        with pytest.raises(UserError, match="broken"):
+            run_plan(plan, failing(at), str)
+        assert files(tmp_path) - {"a"} == {f"a/{name}" for name in left}
+
+
+def test_what_the_operating_system_refuses_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert exit_code(lambda: (tmp_path / "nowhere").read_bytes() and None) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/nowhere: No such file or directory\n"
+    with pytest.raises(ConnectionError):  # names no file: nothing that a user can look at
+        exit_code(lambda: (_ for _ in ()).throw(ConnectionError("reset")))
+
+
+def test_torchrun_quotes_the_message_once_per_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def refuse() -> None:
+        raise UserError("parallel.x: 3 is not 2")
+
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
+        assert exit_code(refuse) == 2
+    assert capsys.readouterr().err == "error: parallel.x: 3 is not 2\n"  # by rank 0 only
+    failures = {rank: ProcessFailure(rank, 1, 2, str(tmp_path / f"{rank}.json")) for rank in range(2)}
+    assert "traceback : parallel.x: 3 is not 2\n" in str(ChildFailedError("pretrain_fuse.py", failures))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "nan"], "--temperature at least 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        ([], "cannot be loaded: "),
+    ],
+)
+def test_chat_refuses(
+    world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    halve(world / "alpha/model.safetensors")
+    monkeypatch.setattr(sys, "argv", ["chat", str(world / "alpha"), "--prompt", "x", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools/chat.py"), run_name="__main__")
+    assert end.value.code == 2 and message in capsys.readouterr().err
