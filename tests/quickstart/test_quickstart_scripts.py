@@ -14,9 +14,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 import evaluate  # noqa: E402
 import lm  # noqa: E402
-import train_sources  # noqa: E402
 import make_tokenizers  # noqa: E402
 import skills  # noqa: E402
+import train_sources  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 NAMES = list(make_tokenizers.STOP_TOKENS)
