@@ -10,10 +10,12 @@ from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.runtime import start_runtime, stop_runtime
 from megatron_fuse.runtime.distributed import banner
+from megatron_fuse.target import read_target
 
 
 def main() -> None:
     recipe = load_recipe(__doc__)
+    architecture = read_target(recipe)  # refuses what cannot be trained before any process waits for another
     runtime = start_runtime(
         tensor_parallel_size=recipe.parallel.tensor_model_parallel_size,
         pipeline_parallel_size=recipe.parallel.pipeline_model_parallel_size,
@@ -22,11 +24,10 @@ def main() -> None:
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.fusion_data import FusionDataset
-    from megatron_fuse.training.target import build_target, read_target
+    from megatron_fuse.training.target import build_target
     from megatron_fuse.training.trainer import make_trainer, train
 
     runtime.print(banner(runtime))
-    architecture = read_target(recipe)
     dataset = FusionDataset(recipe)
     chunks = build_target(recipe, architecture)
     train(make_trainer(recipe, runtime, architecture, chunks, dataset))

@@ -20,6 +20,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import plan_responses
 from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.storage import Plan, Workspace, completed, open_artefact
+from megatron_fuse.target import read_target
 
 # Bytes per parameter at which published weights are stored; only for estimates.
 _WEIGHT_BYTES = 2
@@ -63,7 +64,7 @@ class Stage:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuses a recipe whose data or models are missing, all at once and before anything runs."""
+    """Refuses a recipe whose data or models are missing, all at once, or whose target cannot be trained as it says."""
     problems = []
     if not recipe.data.path.is_file():
         problems.append(f"data.path: {recipe.data.path} does not exist or is no file")
@@ -77,6 +78,7 @@ def check_files(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n       ".join(problems))
+    read_target(recipe)
 
 
 def data_stages(recipe: Recipe) -> list[Stage]:

@@ -147,7 +147,7 @@ class Artefact:
         return self
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -176,7 +176,7 @@ def open_artefact(directory: Path, stage: str, made_by: str) -> Artefact:
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
         raise UserError(f"{directory} {state}: run {made_by} first")
-    manifest = _read_json(directory / "manifest.json")
+    manifest = read_json(directory / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("stage") != stage:
         raise UserError(
             f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
@@ -189,7 +189,7 @@ def completed(plan: Plan) -> Artefact | None:
     """The finished artefact of a plan, None where something is left to do. Another plan's directory is refused."""
     for name in ("manifest.json", "plan.json"):
         if (plan.directory / name).exists():
-            found = _read_json(plan.directory / name)
+            found = read_json(plan.directory / name)
             _refuse_other_plan(plan.directory, found, plan.content())
             return Artefact(plan.directory, found).verify(checksums=False) if name == "manifest.json" else None
     return None
@@ -261,7 +261,7 @@ def _finish(plan: Plan) -> Artefact | None:
     files: dict[str, Any] = {}
     counts: dict[str, int] = {}
     for marker in markers:
-        content = _read_json(marker)
+        content = read_json(marker)
         files |= content["files"]
         for key, value in content["counts"].items():
             counts[key] = counts.get(key, 0) + value

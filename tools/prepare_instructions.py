@@ -6,13 +6,14 @@ Writes WORKDIR/instructions. Rows that cannot be used are listed in examples.bad
 """
 
 from megatron_fuse.errors import exit_code
-from megatron_fuse.instructions import check_trainable, prepare_instructions
+from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import load_recipe
+from megatron_fuse.target import check_target_tokenizer, read_target
 
 
 def main() -> None:
     recipe = load_recipe(__doc__)
-    check_trainable(recipe)
+    check_target_tokenizer(recipe, read_target(recipe))
     artefact = prepare_instructions(recipe)
     if artefact:
         counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())

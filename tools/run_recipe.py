@@ -33,6 +33,12 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
     check_files(recipe)
+    model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
+    if not arguments.plan and (arguments.nproc_per_node < 1 or arguments.nproc_per_node % model_parallel):
+        raise UserError(
+            f"--nproc-per-node {arguments.nproc_per_node}: tensor x pipeline parallelism of the recipe needs a multiple of "
+            f"{model_parallel} processes"
+        )
     names = [stage.name for stage in data_stages(recipe)] + ["training", "export"]
     if arguments.until and arguments.until not in names:
         raise UserError(f"--until {arguments.until!r}: the stages of this recipe are {', '.join(names)}")

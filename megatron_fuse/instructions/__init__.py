@@ -2,7 +2,6 @@
 
 from megatron_fuse.instructions.examples import Example, Rows, read_rows
 from megatron_fuse.instructions.prepare import (
-    check_trainable,
     example_shards,
     load_examples,
     open_instructions,
@@ -13,7 +12,6 @@ from megatron_fuse.instructions.prepare import (
 __all__ = [
     "Example",
     "Rows",
-    "check_trainable",
     "example_shards",
     "load_examples",
     "open_instructions",

@@ -14,9 +14,8 @@ from pathlib import Path
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.examples import Example, read_rows
-from megatron_fuse.model.architecture import check_layout, read_architecture
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format, resolve_model
+from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import (
     Artefact,
     Plan,
@@ -135,29 +134,6 @@ def _choose(
     for index in draw[: recipe.data.held_out]:
         chosen[index] = replace(chosen[index], held_out=True)
     return [chosen[index] for index in sorted(chosen)], dropped
-
-
-def check_trainable(recipe: Recipe) -> None:
-    """Refuses at once what training would refuse after all other stages: a target of a class, with a length or a layout that
-    cannot be trained, or with a tokenizer whose ids it does not know (in the padding of its vocabulary nobody would notice)."""
-    target = load_format(recipe.target, "target")
-    architecture = read_architecture(resolve_model(recipe.target.model, "target.model"))
-    layout = recipe.parallel
-    check_layout(
-        architecture,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        seq_length=recipe.training.seq_length,
-    )
-    # A special token may lie beyond the vocabulary as long as no conversation holds it, as padding tokens often do.
-    used = target.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
-    largest = max({*range(target.tokenizer.vocab_size)} - target.tokenizer.special_ids | {*used})
-    if largest >= architecture.vocab_size:
-        raise UserError(
-            f"target.model: its tokenizer gives ids up to {largest}, but vocab_size in {architecture.origin} is "
-            f"{architecture.vocab_size}: the tokenizer belongs to another model, or the model was not resized after tokens were added"
-        )
 
 
 def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = print) -> Artefact | None:

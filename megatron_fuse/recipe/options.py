@@ -105,7 +105,7 @@ class LossOptions(Options):
     tail: Literal["bucket", "renormalize", "ignore"] = Field(
         "bucket", description="what becomes of the teacher's mass outside the stored entries"
     )
-    implementation: Literal["auto", "torch", "triton", "reference"] = "auto"
+    implementation: Literal["auto", "torch", "reference"] = "auto"
 
 
 class ScheduleOptions(Options):

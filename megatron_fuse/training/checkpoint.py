@@ -9,7 +9,6 @@ consumed samples, model and optimizer are the whole state.
 """
 
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
-from megatron_fuse.storage import temporary_then_rename, write_json
+from megatron_fuse.storage import read_json, temporary_then_rename, write_json
 
 LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
 # The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
@@ -86,7 +87,13 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
 
 
 def read_facts(path: Path) -> CheckpointFacts:
-    return CheckpointFacts(**json.loads((path / "facts.json").read_text(encoding="utf-8")))
+    content = read_json(path / "facts.json")
+    try:
+        return CheckpointFacts(**content)
+    except TypeError as error:
+        raise UserError(
+            f"{path}/facts.json: not a checkpoint of this version ({error}): name another checkpoint"
+        ) from error
 
 
 def refuse_other(path: Path, kind: str, found: dict[str, Any], wanted: dict[str, Any], mend: str) -> None:
@@ -144,7 +151,12 @@ def load_checkpoint(
     refuse_other(
         path, "checkpoint", facts.model, model_facts(architecture), "load it into the model that it was made from"
     )
-    loaded = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
+    try:
+        loaded = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
+    except (OSError, CheckpointException, CheckpointingException) as error:
+        raise UserError(
+            f"{path} cannot be read, a file may be missing or cut off: {error}: name another checkpoint"
+        ) from error
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     for name, chunk in zip(names, chunks, strict=True):
         chunk.load_state_dict(loaded[name])

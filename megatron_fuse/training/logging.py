@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -15,8 +16,13 @@ class TrainingLog:
         self.active = active
         self.total_steps = total_steps
         self.log_interval = log_interval
-        self.writer = SummaryWriter(str(tensorboard_dir)) if active else None
+        self.tensorboard_dir = tensorboard_dir
         self.restart_clock()
+
+    @cached_property
+    def writer(self) -> SummaryWriter:
+        """Made with the first number, so that a refused run leaves no empty file behind."""
+        return SummaryWriter(str(self.tensorboard_dir))
 
     def restart_clock(self) -> None:
         """After an evaluation or a checkpoint, which are not training time."""
@@ -63,5 +69,5 @@ class TrainingLog:
         self.restart_clock()
 
     def close(self) -> None:
-        if self.writer is not None:
+        if self.active:
             self.writer.close()

@@ -1,6 +1,5 @@
-"""The target as a recipe names it: built at this rank's place in the layout, and exported from any checkpoint."""
+"""The target in Megatron: built at this rank's place in the layout, and exported from any checkpoint."""
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import torch
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
+from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format, resolve_model
-from megatron_fuse.storage import Workspace, write_json
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.storage import Workspace, read_json, write_json
+from megatron_fuse.target import target_directory
 from megatron_fuse.training.checkpoint import (
     BEST,
     LATEST,
@@ -25,24 +25,6 @@ from megatron_fuse.training.checkpoint import (
     save_checkpoint,
     versions,
 )
-
-
-def target_directory(recipe: Recipe) -> Path:
-    return resolve_model(recipe.target.model, "target.model")
-
-
-def read_target(recipe: Recipe) -> Architecture:
-    """The target's architecture, refused before anything is built if it cannot be laid out as the recipe says."""
-    architecture = read_architecture(target_directory(recipe))
-    layout = recipe.parallel
-    check_layout(
-        architecture,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        seq_length=recipe.training.seq_length,
-    )
-    return architecture
 
 
 def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
@@ -96,7 +78,7 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
     record = output / "fusion.json"
     if output.exists() and not record.exists():
         raise UserError(f"export.path: {output} exists and is no export of ours: move it or choose another directory")
-    if output.exists() and json.loads(record.read_text(encoding="utf-8")) == origin:
+    if output.exists() and read_json(record) == origin:
         return output, checkpoint
     temporary = output.with_name(f".{output.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -230,9 +230,10 @@ def _train_step(trainer: Trainer, batch: GlobalBatch, lr: float, iteration: int)
     reports = _forward_backward(trainer, batch, forward_only=False)
     successful, grad_norm, _ = trainer.optimizer.step()
     if not successful or (grad_norm is not None and not math.isfinite(grad_norm)):
-        raise FloatingPointError(
-            f"gradient norm {grad_norm} at iteration {iteration + 1} on examples "
-            f"{[trainer.dataset.example_ids[example] for _, example in batch.documents]}"
+        raise UserError(
+            f"the gradient norm is {grad_norm} at iteration {iteration + 1}, on examples "
+            f"{[trainer.dataset.example_ids[example] for _, example in batch.documents]}: "
+            "lower --lr, or look for NaN in the target's weights; the last checkpoint is whole"
         )
     values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
     return values | {"grad norm": grad_norm or 0.0}

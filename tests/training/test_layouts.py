@@ -31,7 +31,8 @@ class Recorder:
 def run_training(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[str, Any] | None:
     """One rank of a run; what the reporting rank logged."""
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.target import build_target, read_target
+    from megatron_fuse.target import read_target
+    from megatron_fuse.training.target import build_target
     from megatron_fuse.training.trainer import make_trainer, train
 
     recipe = make_tiny_recipe(workdir, target, **sections)

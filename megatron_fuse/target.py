@@ -1,0 +1,44 @@
+"""The target as a recipe names it, read and checked without Megatron, so that a recipe is refused before anything is built."""
+
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.sources.huggingface import load_format, resolve_model
+
+
+def target_directory(recipe: Recipe) -> Path:
+    return resolve_model(recipe.target.model, "target.model")
+
+
+def read_target(recipe: Recipe) -> Architecture:
+    """The target's architecture.
+
+    Raises UserError for what training would otherwise refuse after all other stages: a class, a sequence length or a parallel
+    layout that cannot be trained, or a tokenizer whose ids the model does not know (in the padding of its vocabulary nobody
+    would notice).
+    """
+    architecture = read_architecture(target_directory(recipe))
+    layout = recipe.parallel
+    check_layout(
+        architecture,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        seq_length=recipe.training.seq_length,
+    )
+    return architecture
+
+
+def check_target_tokenizer(recipe: Recipe, architecture: Architecture) -> None:
+    """Raises UserError where the target's tokenizer gives ids that its model does not have."""
+    chat = load_format(recipe.target, "target")
+    # A special token may lie beyond the vocabulary as long as no conversation holds it, as padding tokens often do.
+    used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
+    largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})
+    if largest >= architecture.vocab_size:
+        raise UserError(
+            f"target.model: its tokenizer gives ids up to {largest}, but vocab_size in {architecture.origin} is "
+            f"{architecture.vocab_size}: the tokenizer belongs to another model, or the model was not resized after tokens were added"
+        )
