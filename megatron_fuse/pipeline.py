@@ -15,6 +15,7 @@ from megatron_fuse.capture import plan_capture
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.fusion_data.layout import fusion_directory, teacher_directory, text_directory
+from megatron_fuse.fusion_data.text import plan_text
 from megatron_fuse.instructions import plan_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import plan_responses
@@ -142,7 +143,10 @@ def data_stages(recipe: Recipe) -> list[Stage]:
         Stage(
             "fusion data",
             "tools/build_fusion_data.py",
-            [Work(f"{fusion_name}/text", text_directory(recipe), disk=3 * tokens), *teachers],
+            [
+                Work(f"{fusion_name}/text", text_directory(recipe), lambda: plan_text(recipe), disk=3 * tokens),
+                *teachers,
+            ],
         ),
     ]
 

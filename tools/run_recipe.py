@@ -97,18 +97,26 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
 def print_plan(recipe: Recipe) -> None:
     rate = measured_flops_per_second()
     print(f"{recipe.workdir}: about {count_tokens(recipe):,} response tokens per pass; rough estimates, one process")
-    print(f"{'artefact':<44} {'state':<16} {'disk':>10} {'time':>10}")
+    print(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
+    refusals = []
     for stage in data_stages(recipe):
         for work in stage.works:
-            state = work.state()
+            try:
+                state = work.state()
+            except UserError as refusal:
+                state = "refused"
+                refusals.append(str(refusal))
             cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
-            print(f"{work.name:<44} {state:<16} {cost[0]:>10} {cost[1]:>10}")
+            print(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
     checkpoints = recipe.training.save or Workspace(recipe.workdir).training / "checkpoints"
     tracker = checkpoints / "latest_checkpointed_iteration.txt"
     state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
-    print(f"{'training':<44} {state:<16} {'':>10} {readable_seconds(training_flops(recipe) / rate):>10}")
+    time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe) / rate)
+    print(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
     exported = (recipe.export.path or Workspace(recipe.workdir).export).exists()
-    print(f"{'export':<44} {'done' if exported else 'to do':<16}")
+    print(f"{'export':<48} {'done' if exported else 'to do':<16}")
+    if refusals:
+        raise UserError("\n       ".join(refusals))
 
 
 def readable_bytes(count: float) -> str:
