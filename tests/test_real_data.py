@@ -133,8 +133,11 @@ def test_all_stages_and_both_phases(recipe_file: Path, layout: str) -> None:
     assert len(values) == 3  # before, between the phases (20 steps each epoch), at the end
     for name in ("ce/inference", "kl/inference", "ce/training", "kl/training"):
         print(name, [value[name] for value in values])
-    assert float(values[-1]["ce/training"]) < float(values[0]["ce/training"])
-    assert float(values[-1]["kl/training"]) < float(values[0]["kl/training"])
+    start, between, end = ({name: float(number) for name, number in value.items()} for value in values)
+    # Each mode's cross-entropy falls once a phase teaches it; the first phase, on the sources' own poor texts, may raise the other.
+    assert end["ce/inference"] < start["ce/inference"]
+    assert end["ce/training"] < between["ce/training"]
+    assert end["kl/inference"] < start["kl/inference"] and end["kl/training"] < start["kl/training"]
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
