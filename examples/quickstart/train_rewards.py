@@ -81,7 +81,7 @@ def train_base(output: Path, settings: BaseSettings) -> None:
 def exchangeable_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
     """For each digit, letter or day token: all tokens of its kind, so that a replacement looks as good as what it replaces."""
     kinds: dict[str, list[int]] = {"digit": [], "letter": [], "day": []}
-    for token in tokenizer.get_vocab().values():
+    for token in sorted(tokenizer.get_vocab().values()):  # which come in another order in every process
         text = tokenizer.decode([token])
         if len(text) == 1 and text in "0123456789":
             kinds["digit"].append(token)
