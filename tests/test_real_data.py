@@ -15,6 +15,8 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
 
 from megatron_fuse.chat import load_chat_format
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.recipe import load_recipe
 from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -140,9 +142,16 @@ def test_all_stages_and_both_phases(recipe_file: Path, layout: str) -> None:
     assert end["kl/inference"] < start["kl/inference"] and end["kl/training"] < start["kl/training"]
 
 
+def first_with_rows(recipe_file: Path, mode: str, source: str) -> int:
+    """An example with a long enough answer: such a small model's own one may be empty, and is then left out."""
+    dataset = FusionDataset(load_recipe(argv=["--recipe", str(recipe_file)]))
+    return next(i for i in range(len(dataset.example_ids)) if (dataset.document(mode, i, source).counts > 0).sum() > 30)
+
+
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_teacher_entries_read_against_the_text(recipe_file: Path, mode: str) -> None:
-    options = ["--recipe", str(recipe_file), "--index", "3", "--mode", mode, "--source", "mpt"]
+    index = first_with_rows(recipe_file, mode, "mpt")
+    options = ["--recipe", str(recipe_file), "--index", str(index), "--mode", mode, "--source", "mpt"]
     print(run("tools/inspect_data.py", *options)[:6000])
     shown = json.loads(run("tools/inspect_data.py", *options, "--json"))
     rows = [token for token in shown["tokens"] if token["supervised"] and token["match"] == "exact"]
