@@ -90,7 +90,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
     judges = {name: parameter_count(options.model) for name, options in recipe.reward_models.items()}
     modes = modes_with_teacher(recipe)
     inference = "inference" in modes
-    # Measured on real text with the default filter: 6 of 10 entries are kept. Rows beside the entries: ids, ends, sums.
+    # About 6 of 10 entries are kept of real text by the default filter. Rows beside the entries: ids, ends, sums.
     captured, fused = 8 * 0.6 * recipe.capture.top_k + 24, 4 * 0.6 * recipe.capture.top_k + 8
 
     def per_source_and_mode(make: Callable[[str, str], Work]) -> list[Work]:

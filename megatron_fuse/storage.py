@@ -303,5 +303,9 @@ class Workspace:
         return self.root / "training"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.training / "checkpoints"
+
+    @property
     def export(self) -> Path:
         return self.root / "export"

@@ -6,6 +6,16 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format, resolve_model
+from megatron_fuse.storage import Workspace
+
+
+def checkpoint_directory(recipe: Recipe) -> Path:
+    """Where training saves, and continues from unless --load names another place."""
+    return recipe.training.save or Workspace(recipe.workdir).checkpoints
+
+
+def export_directory(recipe: Recipe) -> Path:
+    return recipe.export.path or Workspace(recipe.workdir).export
 
 
 def target_directory(recipe: Recipe) -> Path:

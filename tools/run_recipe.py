@@ -17,7 +17,8 @@ from pathlib import Path
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.pipeline import check_files, count_tokens, data_stages, measured_flops_per_second, training_flops
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
-from megatron_fuse.storage import Workspace, temporary_then_rename
+from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.target import checkpoint_directory, export_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,12 +109,11 @@ def print_plan(recipe: Recipe) -> None:
                 refusals.append(str(refusal))
             cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
             print(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
-    checkpoints = recipe.training.save or Workspace(recipe.workdir).training / "checkpoints"
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    tracker = checkpoint_directory(recipe) / "latest_checkpointed_iteration.txt"
     state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
     time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe) / rate)
     print(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
-    exported = (recipe.export.path or Workspace(recipe.workdir).export).exists()
+    exported = export_directory(recipe).exists()
     print(f"{'export':<48} {'done' if exported else 'to do':<16}")
     if refusals:
         raise UserError("\n       ".join(refusals))

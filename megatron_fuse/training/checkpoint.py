@@ -103,9 +103,13 @@ def refuse_other(path: Path, kind: str, found: dict[str, Any], wanted: dict[str,
             raise UserError(f"{path}: {kind} has {key} = {found.get(key)!r}, this run has {key} = {value!r}: {mend}")
 
 
+def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """Model chunks under the names that Megatron-LM gives them in a checkpoint."""
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+
+
 def _state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    state = {name: chunk.sharded_state_dict() for name, chunk in _by_name(chunks).items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_OPTIMIZER_FORM)
     return state
@@ -157,8 +161,7 @@ def load_checkpoint(
         raise UserError(
             f"{path} cannot be read, a file may be missing or cut off: {error}: name another checkpoint"
         ) from error
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    for name, chunk in zip(names, chunks, strict=True):
+    for name, chunk in _by_name(chunks).items():
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])

@@ -12,8 +12,8 @@ from megatron_fuse.model.conversion import load_hugging_face_weights, save_huggi
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.storage import Workspace, read_json, write_json
-from megatron_fuse.target import target_directory
+from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
 from megatron_fuse.training.checkpoint import (
     BEST,
     LATEST,
@@ -48,15 +48,19 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
     return chunks
 
 
+def _whole_model(model_dir: Path) -> tuple[Architecture, list[torch.nn.Module]]:
+    """The model of a Hugging Face directory in fp32 on one rank, its parameters unset."""
+    architecture = read_architecture(model_dir)
+    return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
+
+
 def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: str) -> None:
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
 
     reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
     dtype: fp32, bf16 or fp16. output must not exist. Needs a runtime started with one process.
     """
-    architecture = read_architecture(reference)
-    config = transformer_config(architecture, params_dtype=torch.float32)
-    chunks = build_model_chunks(architecture, config)
+    architecture, chunks = _whole_model(reference)
     load_checkpoint(checkpoint, chunks, None, architecture)
     save_hugging_face_model(chunks[0], reference, output, dtype)
 
@@ -67,13 +71,13 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
     An earlier export, known by its fusion.json, is replaced if the checkpoint has moved on. Raises UserError where there is no
     checkpoint, or where something else is in the place of the export.
     """
-    directory = recipe.training.save or Workspace(recipe.workdir).training / "checkpoints"
+    directory = checkpoint_directory(recipe)
     wanted = BEST if recipe.export.checkpoint == "best" else LATEST
     # Without a held-out split there is no best one.
     checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
     if checkpoint is None:
         raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
-    output = recipe.export.path or Workspace(recipe.workdir).export
+    output = export_directory(recipe)
     origin = {"checkpoint": str(checkpoint), "facts": asdict(read_facts(checkpoint)), "dtype": recipe.export.dtype}
     record = output / "fusion.json"
     if output.exists() and not record.exists():
@@ -95,9 +99,7 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
 
 def import_hugging_face(model_dir: Path, output: Path) -> Path:
     """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load."""
-    architecture = read_architecture(model_dir)
-    config = transformer_config(architecture, params_dtype=torch.float32)
-    chunks = build_model_chunks(architecture, config)
+    architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)
     facts = CheckpointFacts(
         iteration=0, consumed_samples=0, model=model_facts(architecture), run={}, best_loss=None, versions=versions()

@@ -1,6 +1,5 @@
 """The loop: one Megatron optimizer step after another along the schedule, evaluation and checkpoints in between."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import Workspace
+from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training import checkpoint
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.logging import TrainingLog
@@ -45,7 +45,7 @@ class Trainer:
 
     @property
     def save_directory(self) -> Path:
-        return self.recipe.training.save or Workspace(self.recipe.workdir).training / "checkpoints"
+        return checkpoint_directory(self.recipe)
 
 
 def make_trainer(
@@ -148,7 +148,7 @@ def train(trainer: Trainer) -> None:
 def run_facts(recipe: Recipe, dataset: FusionDataset) -> dict[str, Any]:
     """What makes a resumed run the same run: samples, their order, and what is learned from each."""
     return {
-        "phases": json.loads(json.dumps([phase.model_dump(by_alias=True) for phase in recipe.phases])),
+        "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
         "seed": recipe.seed,
         "loss": recipe.loss.model_dump(exclude={"implementation"}),
