@@ -2,48 +2,32 @@
 
 import json
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 import sentencepiece
-import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import KINDS, REAL, REAL_KINDS, hugging_face, llama_json, make_tokenizer, sentencepiece_model
+from small_tokenizers import (
+    EXACT_KINDS,
+    LOSSY_KINDS,
+    RANK_FILES,
+    REAL,
+    REAL_KINDS,
+    hugging_face,
+    llama_json,
+    make_tokenizer,
+    small_tokenizer,
+)
+from strange_texts import TEXTS
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer, load_tokenizer
 
 quick = settings(max_examples=60, deadline=None, database=None)
-# Fragments where tokenizers differ: runs of spaces, combining marks, U+2581 itself, NUL, special strings, broken words
-FRAGMENTS = [
-    " ",
-    "  ",
-    "     ",
-    "\n",
-    "\t",
-    "\x00",
-    "e\u0301",
-    "é",
-    "▁",
-    "😀",
-    "日本",
-    "</s>",
-    "<|endoftext|>",
-    "<0x41>",
-    "12345",
-]
-FRAGMENTS += ["ization", " international", "Sure", "<s>", "\u00a0", "\ufeff", "<|im_end|>"]
-TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6)), max_size=8).map("".join)
+EXACT = [*EXACT_KINDS, *(f"real/{kind}" for kind in REAL_KINDS)]
 
 
-@cache
-def small(kind: str) -> Tokenizer:
-    return load_tokenizer(make_tokenizer(kind, Path(mkdtemp())))
-
-
-@pytest.fixture(params=[*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+@pytest.fixture(params=EXACT)
 def tokenizer(request) -> Tokenizer:
     return named(request.param)
 
@@ -55,13 +39,13 @@ def real(kind: str) -> Tokenizer:
 
 def named(name: str) -> Tokenizer:
     if not name.startswith("real/"):
-        return small(name)
+        return small_tokenizer(name)
     if not (REAL / name[5:]).is_dir():
         pytest.skip(f"{REAL / name[5:]} is absent")
     return real(name[5:])
 
 
-@pytest.mark.parametrize("name", [*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+@pytest.mark.parametrize("name", EXACT)
 def test_continuation_spells_exactly_the_text(name):
     tokenizer = named(name)
 
@@ -77,7 +61,7 @@ def test_continuation_spells_exactly_the_text(name):
     law()
 
 
-@pytest.mark.parametrize("name", [*KINDS, *(f"real/{kind}" for kind in REAL_KINDS)])
+@pytest.mark.parametrize("name", EXACT)
 def test_plain_text_never_becomes_a_special_token(name):
     tokenizer = named(name)
     strings = [text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids]
@@ -92,10 +76,10 @@ def test_plain_text_never_becomes_a_special_token(name):
         assert tokenizer.encode(f"a{text}b", special=True).count(tokenizer.added_tokens[text]) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 def test_whole_text_has_at_most_the_dummy_prefix_before_it(kind):
-    tokenizer = small(kind)
-    prefix = b" " if kind in ("sentencepiece", "llama_json", "llama_metaspace") else b""
+    tokenizer = small_tokenizer(kind)
+    prefix = b" " if kind.startswith(("sentencepiece", "llama_")) else b""
 
     @quick
     @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=12))
@@ -123,20 +107,12 @@ def test_a_piece_has_the_bytes_that_the_library_decodes_in_the_middle_of_a_text(
             assert decode([*anchor, token]) == "x" + piece.decode(), token
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in [*EXACT_KINDS, *LOSSY_KINDS] if kind not in RANK_FILES])
 def test_ids_are_the_librarys_own(kind, tmp_path):
     path = make_tokenizer(kind, tmp_path)
     tokenizer = load_tokenizer(path)
-    if kind == "sentencepiece":
+    if path.suffix == ".model":
         encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
-    elif kind == "tiktoken":
-        encoding = tiktoken.Encoding(
-            "again",
-            pat_str=tokenizer.backend._encoding._pat_str,
-            mergeable_ranks={piece: i for i, piece in enumerate(tokenizer.token_bytes) if piece},
-            special_tokens={},
-        )
-        encode = encoding.encode
     else:
         library = hugging_face(kind)
 
@@ -165,10 +141,14 @@ def test_a_word_piece_does_not_get_the_dummy_prefix(tokenizer):
         ("llama_metaspace", "<s>", "</s>", True),
         ("byte_level", None, "<|endoftext|>", False),
         ("tiktoken", None, "<|endoftext|>", False),
+        ("o200k", None, "<|endoftext|>", False),
+        ("llama3", "<|begin_of_text|>", "<|end_of_text|>", True),
+        ("t5", None, "</s>", False),
+        ("t5_json", None, "</s>", False),
     ],
 )
 def test_special_tokens(kind, bos, eos, adds_bos):
-    tokenizer = small(kind)
+    tokenizer = small_tokenizer(kind)
     assert tokenizer.bos_id == (tokenizer.added_tokens[bos] if bos else None)
     assert tokenizer.eos_id == tokenizer.added_tokens[eos]
     assert tokenizer.token_text(tokenizer.eos_id) == eos
@@ -189,12 +169,14 @@ def test_settings_beside_a_sentencepiece_model(tmp_path):
         "added_tokens_decoder": {
             str(size): {"content": "<end>", "special": True},
             str(size + 1): {"content": "<tool>", "special": False},
+            str(size + 2): {"content": "<mask>", "special": True},
         },
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.adds_bos) == (size, size + 2, False)
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.adds_bos) == (size, size + 3, False)
     assert tokenizer.chat_template == "T"
+    assert size + 2 in tokenizer.special_ids and size + 2 not in tokenizer.encode("a<mask>")
     assert size not in tokenizer.encode("a<end>") and size in tokenizer.encode("a<end>", special=True)
     assert size + 1 in tokenizer.encode("a<tool>b") and tokenizer.token_bytes[size + 1] == b"<tool>"
     new = tokenizer.encode("a<end>b", special=True)
@@ -204,20 +186,14 @@ def test_settings_beside_a_sentencepiece_model(tmp_path):
     assert tokenizer.sha256 != old.sha256
 
 
-def test_a_vocabulary_without_byte_fallback_is_carried(tmp_path):
-    """T5's manner: what it cannot spell becomes <unk>, whose bytes are empty, so that bytes do not add up."""
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model("unigram", byte_fallback=False))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.joined_bytes(tokenizer.encode_continuation("hello the world")) == b"hello the world"
-    assert tokenizer.joined_bytes(tokenizer.encode_continuation("hello 😀")) != "hello 😀".encode()
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*EXACT_KINDS, *LOSSY_KINDS])
 def test_hash_follows_the_content(kind, tmp_path):
     path = make_tokenizer(kind, tmp_path / "one")
     again = make_tokenizer(kind, tmp_path / "two")
     assert load_tokenizer(path).sha256 == load_tokenizer(again).sha256
-    assert len({small(other).sha256 for other in KINDS}) == len(KINDS)
+    assert load_tokenizer(path).sha256 not in {
+        small_tokenizer(k).sha256 for k in EXACT_KINDS + LOSSY_KINDS if k != kind
+    }
 
 
 def test_hash_sees_an_added_token(tmp_path):
@@ -227,7 +203,7 @@ def test_hash_sees_an_added_token(tmp_path):
     assert load_tokenizer(tmp_path / "one").sha256 != load_tokenizer(tmp_path / "two").sha256
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in EXACT_KINDS if kind != "sentencepiece_unigram"])
 def test_hugging_face_tokenizer_for_export(kind, tmp_path):
     """Saved and read again, it cuts text as the original does: an exported model sees what it was trained on."""
     tokenizer = load_tokenizer(make_tokenizer(kind, tmp_path / "original"))
@@ -251,6 +227,12 @@ def test_hugging_face_tokenizer_for_export(kind, tmp_path):
     law()
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece_unigram", "t5"])
+def test_unigram_models_are_not_converted(kind):
+    with pytest.raises(UserError, match="only BPE models"):
+        small_tokenizer(kind).hugging_face()
+
+
 @pytest.mark.parametrize(
     ("files", "ask", "words"),
     [
@@ -259,8 +241,6 @@ def test_hugging_face_tokenizer_for_export(kind, tmp_path):
         ({}, "absent", "no such file"),
         ({"tokenizer.model": b"not a model"}, "tokenizer.model", "not a SentencePiece model"),
         ({"tokenizer.json": b"{"}, "", "cannot load"),
-        ({"o9.tiktoken": b"YQ== 0\n"}, "", "'o9' is not known"),
-        ({"cl100k_base.tiktoken": b"YQ==\n"}, "", "rank file"),
         ({"vocab.txt": b""}, "vocab.txt", "not a tokenizer file"),
     ],
 )
@@ -272,6 +252,24 @@ def test_bad_paths(files, ask, words, tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer_config.json", "{", "malformed JSON"),
+        ("added_tokens.json", "[1]", "expected a JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"500": "<tool>"}}', "does not map ids"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<tool>"}}}', "does not map ids"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sentencepiece", "llama3"])
+def test_bad_settings_beside_a_file(kind, name, content, words, tmp_path):
+    make_tokenizer(kind, tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / name) in str(error.value)
+
+
 def test_word_marks_have_no_exact_bytes(tmp_path):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -279,4 +277,26 @@ def test_word_marks_have_no_exact_bytes(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="WordPiece"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_directory_of_t5(tmp_path):
+    """Its SentencePiece model has a name of its own."""
+    make_tokenizer("t5", tmp_path).rename(tmp_path / "spiece.model")
+    assert load_tokenizer(tmp_path).sha256 == small_tokenizer("t5").sha256
+
+
+def test_a_pipeline_that_only_shows_spaces_tells_the_bytes(tmp_path):
+    """No decoder: the pre-tokenizer writes spaces as U+2581, so that is what U+2581 means."""
+    state = json.loads(hugging_face("t5_json").backend_tokenizer.to_str()) | {"decoder": None}
+    hugging_face("t5_json").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    assert load_tokenizer(tmp_path).token_bytes == small_tokenizer("t5_json").token_bytes
+
+
+def test_bytes_that_cannot_be_told(tmp_path):
+    state = json.loads(hugging_face("t5_json").backend_tokenizer.to_str()) | {"decoder": None, "pre_tokenizer": None}
+    hugging_face("t5_json").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="cannot tell which bytes"):
         load_tokenizer(tmp_path)

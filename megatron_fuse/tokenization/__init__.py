@@ -1,5 +1,6 @@
 """Tokenizers of every family behind one interface: `load_tokenizer(path) -> Tokenizer`."""
 
+import re
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
@@ -8,8 +9,8 @@ from megatron_fuse.tokenization.tokenizer import Tokenizer
 __all__ = ["Tokenizer", "load_tokenizer"]
 
 EXPECTED = (
-    "a directory with tokenizer.json, with a SentencePiece tokenizer.model, with vocab.json and merges.txt, "
-    "or with one *.tiktoken rank file; or such a .model or .tiktoken file itself"
+    "a directory with tokenizer.json, with tokenizer.model (SentencePiece, or Llama-3's tiktoken ranks), with T5's "
+    "spiece.model, with vocab.json and merges.txt, or with one *.tiktoken rank file; or such a .model or .tiktoken file itself"
 )
 
 
@@ -20,8 +21,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return _hugging_face(path)
-        if (path / "tokenizer.model").is_file():
-            return _sentence_piece(path / "tokenizer.model")
+        for name in ("tokenizer.model", "spiece.model"):
+            if (path / name).is_file():
+                return _model_file(path / name)
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             return _hugging_face(path)
         ranks = sorted(path.glob("*.tiktoken"))
@@ -34,7 +36,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".tiktoken":
         return _tiktoken(path)
     if path.suffix == ".model":
-        return _sentence_piece(path)
+        return _model_file(path)
     if path.name == "tokenizer.json":
         return _hugging_face(path.parent)
     raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
@@ -44,6 +46,13 @@ def _hugging_face(directory: Path) -> Tokenizer:
     from megatron_fuse.tokenization.hugging_face import load_hugging_face
 
     return load_hugging_face(directory)
+
+
+def _model_file(path: Path) -> Tokenizer:
+    """SentencePiece and Llama-3 both name their files tokenizer.model: the first line of tiktoken ranks tells them apart."""
+    with path.open("rb") as file:
+        ranks = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(4096))
+    return _tiktoken(path) if ranks else _sentence_piece(path)
 
 
 def _sentence_piece(path: Path) -> Tokenizer:

@@ -5,34 +5,37 @@ transformers 5 rebuilds such a model as BPE merges and cuts runs of spaces diffe
 """
 
 import json
-import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
+from megatron_fuse.tokenization.normalized_spans import covered
+from megatron_fuse.tokenization.settings import read_settings
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts, split_at
 
 
 class SentencePieceBackend:
     def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], legacy: bool) -> None:
         """added: strings that are ids in template text; always: those of them that are ids in any text."""
         self._model, self._added, self._always, self._legacy = model, added, always, legacy
-        self._whole = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-        plain = sentencepiece_model_pb2.ModelProto()
-        plain.CopyFrom(model)
-        plain.normalizer_spec.add_dummy_prefix = False
-        plain.normalizer_spec.remove_extra_whitespaces = False
-        plain.normalizer_spec.name = "identity"
-        plain.normalizer_spec.precompiled_charsmap = b""
-        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
+        self._whole = _processor(model)
+        self._continuation = _processor(
+            model,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            name="identity",
+            precompiled_charsmap=b"",
+        )
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         table = self._added if special else self._always
         ids: list[int] = []
-        for index, part in enumerate(_split(text, table)):
+        for index, part in enumerate(split_at(text, table)):
             if part in table:
                 ids.append(table[part])
             elif part:
@@ -43,14 +46,64 @@ class SentencePieceBackend:
 
     def encode_continuation(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in _split(text, self._always):
+        for part in split_at(text, self._always):
             ids += [self._always[part]] if part in self._always else self._continuation.encode(part)
         return ids
+
+    def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        ids: list[int] = []
+        starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        offset = 0
+        for part in split_at(text, self._always):
+            size = len(part.encode())
+            if part in self._always:
+                found, begin, end = [self._always[part]], np.zeros(1, np.int64), np.full(1, size)
+            else:
+                found, begin, end = self._encode_normalized_part(part)
+            ids += found
+            starts.append(begin + offset)
+            ends.append(end + offset)
+            offset += size
+        return ids, np.concatenate(starts), np.concatenate(ends)
+
+    def _encode_normalized_part(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        # White space at the beginning is dropped; in the middle of a text one space of it is left, as the dummy prefix is.
+        drops = self._model.normalizer_spec.remove_extra_whitespaces
+        space = drops and self._keeping_spaces.normalize(text[:1]).startswith(VISIBLE_SPACE)
+        processor = self._whole if space else self._without_prefix
+        data = text.encode()
+        tokens = processor.encode(data, return_type="offset_mapping")
+        normalized, offsets = processor.normalize(data, with_offsets=True)  # in bytes, as the input is
+        origin = np.array([*offsets[:-1], len(data)], np.int64)
+        if space:
+            origin[: len(VISIBLE_SPACE.encode())] = 0
+        lengths = np.array([len(piece) for piece in tokens["pieces"]], np.int64)
+        ends = np.cumsum(lengths)
+        if b"".join(tokens["pieces"]) != normalized:  # a piece does not say what it spells: no place is known
+            return tokens["ids"], np.zeros(len(ends), np.int64), np.full(len(ends), len(data))
+        return tokens["ids"], *covered(ends - lengths, ends, origin)
+
+    @cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        return _processor(self._model, add_dummy_prefix=False)
+
+    @cached_property
+    def _keeping_spaces(self) -> sentencepiece.SentencePieceProcessor:
+        return _processor(self._model, add_dummy_prefix=False, remove_extra_whitespaces=False)
 
     def hugging_face(self, tokenizer: Tokenizer) -> Any:
         from megatron_fuse.tokenization.sentence_piece_export import as_transformers
 
         return as_transformers(tokenizer, self._model, legacy=self._legacy)
+
+
+def _processor(model: Any, **normalizer: Any) -> sentencepiece.SentencePieceProcessor:
+    """The model with some fields of its normalizer_spec changed."""
+    changed = sentencepiece_model_pb2.ModelProto()
+    changed.CopyFrom(model)
+    for field, value in normalizer.items():
+        setattr(changed.normalizer_spec, field, value)
+    return sentencepiece.SentencePieceProcessor(model_proto=changed.SerializeToString())
 
 
 def load_sentence_piece(path: Path) -> Tokenizer:
@@ -62,19 +115,18 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     except Exception as error:  # protobuf and sentencepiece raise their own kinds
         raise UserError(
-            f"{path}: not a SentencePiece model ({error}); a tiktoken rank file must end in .tiktoken, any other "
-            "tokenizer needs a tokenizer.json beside it"
+            f"{path}: not a SentencePiece model ({error}), and no tiktoken ranks either: any other tokenizer needs a "
+            "tokenizer.json beside it"
         ) from error
-    config = _read_json(path.parent / "tokenizer_config.json")
+    settings = read_settings(path.parent)
     pieces = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
     control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
-    extra, extra_special = _added_tokens(path.parent, config, pieces)
-    special = set(control.values()) | extra_special
-    named = {
-        kind: _named_token(config.get(f"{kind}_token"), pieces | extra, getattr(processor, f"{kind}_id")())
-        for kind in ("bos", "eos", "pad")
-    }
-    special.update(token for token in named.values() if token is not None)
+    extra = {text: token for text, token in settings.added.items() if text not in pieces}
+    named = {}
+    for kind in ("bos", "eos", "pad"):
+        own = getattr(processor, f"{kind}_id")()  # -1 = none
+        named[kind] = settings.named_token(kind, pieces | extra, own if own >= 0 else None)
+    special = {*control.values(), *settings.special, *named.values()} - {None}
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
     for piece, token in pieces.items():
         token_bytes[token] = (
@@ -85,13 +137,8 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     for token in special:
         token_bytes[token] = b""
     always = {text: token for text, token in extra.items() if token not in special}
-    legacy = config.get("legacy") is not False
-    adds_bos = named["bos"] is not None and config.get("add_bos_token", True) is not False
-    settings = json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos])
-    template_file = path.parent / "chat_template.jinja"
-    template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    legacy = settings.config.get("legacy") is not False
+    adds_bos = named["bos"] is not None and settings.config.get("add_bos_token", True) is not False
     return Tokenizer(
         name=str(path),
         token_bytes=token_bytes,
@@ -101,44 +148,9 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         special_ids=frozenset(special),
         added_tokens=control | extra,
         adds_bos=adds_bos,
-        chat_template=template,
-        sha256=hash_parts(["sentencepiece", data, settings]),
+        chat_template=settings.chat_template,
+        sha256=hash_parts(
+            ["sentencepiece", data, json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos])]
+        ),
         backend=SentencePieceBackend(model, control | extra, always, legacy),
     )
-
-
-def _split(text: str, table: dict[str, int]) -> list[str]:
-    """The text cut at the table's strings, longest first; joined again it is the text."""
-    if not table:
-        return [text]
-    pattern = "|".join(re.escape(entry) for entry in sorted(table, key=len, reverse=True))
-    return re.split(f"({pattern})", text)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from error
-
-
-def _added_tokens(directory: Path, config: dict[str, Any], pieces: dict[str, int]) -> tuple[dict[str, int], set[int]]:
-    """Tokens that transformers adds to the model's own (text -> id), and the ids among all that are special."""
-    extra = {text: token for text, token in _read_json(directory / "added_tokens.json").items() if text not in pieces}
-    special: set[int] = set()
-    for token, entry in config.get("added_tokens_decoder", {}).items():
-        if entry["content"] not in pieces:
-            extra[entry["content"]] = int(token)
-        if entry.get("special"):
-            special.add(int(token))
-    return extra, special
-
-
-def _named_token(entry: Any, tokens: dict[str, int], default: int) -> int | None:
-    """The id of tokenizer_config.json's `eos_token` (text or AddedToken), else the model's own (-1 = none)."""
-    text = entry.get("content") if isinstance(entry, dict) else entry
-    if text is not None and text in tokens:
-        return tokens[text]
-    return default if default >= 0 else None

@@ -1,89 +1,149 @@
-"""Tokenizers given as a tiktoken rank file (`cl100k_base.tiktoken`): base64 bytes and a rank on every line."""
+"""Tokenizers given as a tiktoken rank file: base64 bytes and a rank on every line.
+
+A rank file holds neither the splitting pattern nor the special tokens. `cl100k_base.tiktoken` and `o200k_base.tiktoken`
+are known by their names; a `.model` file of this form is Llama-3's `tokenizer.model`.
+"""
 
 import base64
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts
+from megatron_fuse.tokenization.settings import Settings, read_settings
+from megatron_fuse.tokenization.tiktoken_encodings import ENCODINGS, PublishedEncoding
+from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts, split_at
 
-# A rank file holds neither the splitting pattern nor the special tokens: both are known by its name.
-# Written without possessive quantifiers, which the regex engine of `tokenizers` reads as something else.
-ENCODINGS: dict[str, tuple[str, dict[str, int]]] = {
-    "cl100k_base": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
-    )
-}
+# tiktoken's regex engine keeps a million places to come back to, one for each character of a run of white space.
+LONGEST_RUN = 500_000
+_WHITE_SPACE = re.compile(r"\s+")
 
 
 class TiktokenBackend:
-    def __init__(self, path: Path, encoding: tiktoken.Encoding) -> None:
-        self._path, self._encoding = path, encoding
+    """Spells every text: all 256 bytes have a rank."""
+
+    def __init__(
+        self, encoding: tiktoken.Encoding, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
+    ) -> None:
+        self._encoding, self._ranks, self._pattern, self._special = encoding, ranks, pattern, special
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        if special:
+        if not special:
+            return self.encode_continuation(text)
+        if not _has_overlong_run(text):
             return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+        ids: list[int] = []
+        for part in split_at(text, self._special):
+            ids += [self._special[part]] if part in self._special else self.encode_continuation(part)
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        if not _has_overlong_run(text):
+            return self._encoding.encode_ordinary(text)
+        from tokenizers import Regex, pre_tokenizers
+
+        splitter = pre_tokenizers.Split(Regex(self._pattern), behavior="isolated")
+        pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)]
+        return [token for piece in pieces for token in self._encoding._encode_single_piece(piece)]
 
     def hugging_face(self, tokenizer: Tokenizer) -> Any:
-        """The same merges as a transformers tokenizer; takes seconds, because merges are derived from ranks."""
-        from tokenizers import Tokenizer as Backend
-        from transformers import PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter
+        from megatron_fuse.tokenization.tiktoken_export import as_transformers
 
-        pattern, special = ENCODINGS[self._path.stem]
-        state = json.loads(TikTokenConverter(str(self._path), pattern=pattern).converted().to_str())
-        # Special tokens stand behind a hole in the numbering, which only a place in the vocabulary itself can keep
-        state["model"]["vocab"] |= special
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]
-        backend = Backend.from_str(json.dumps(state))
-        eos = tokenizer.token_text(tokenizer.eos_id)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, chat_template=tokenizer.chat_template)
+        return as_transformers(tokenizer, self._ranks, self._pattern, self._special)
+
+
+def _has_overlong_run(text: str) -> bool:
+    return len(text) > LONGEST_RUN and any(
+        match.end() - match.start() > LONGEST_RUN for match in _WHITE_SPACE.finditer(text)
+    )
 
 
 def load_tiktoken(path: Path) -> Tokenizer:
-    """Reads a *.tiktoken file whose name tells a known encoding."""
-    if path.stem not in ENCODINGS:
-        raise UserError(
-            f"{path}: the pattern of tiktoken encoding {path.stem!r} is not known (known: {', '.join(ENCODINGS)}): "
-            "give the model's tokenizer.json instead"
-        )
-    pattern, special = ENCODINGS[path.stem]
+    """Reads a rank file and, beside it, what transformers keeps in tokenizer_config.json and the like.
+
+    Raises UserError for a file whose encoding is not known, or that is not the file that its name promises.
+    """
     data = path.read_bytes()
-    try:
-        pairs = [line.split() for line in data.splitlines() if line]
-        ranks = {base64.b64decode(piece): int(rank) for piece, rank in pairs}
-    except ValueError as error:
-        raise UserError(f"{path}: not a tiktoken rank file (base64 bytes and a rank on every line): {error}") from error
-    token_bytes = [b""] * (1 + max([*ranks.values(), *special.values()]))
+    encoding = _known_encoding(path)
+    ranks = _read_ranks(data, path)
+    if len(ranks) > encoding.ranks:
+        raise UserError(
+            f"{path}: holds {len(ranks)} ranks, but {encoding.name} has {encoding.ranks}: this is another model's rank file, "
+            "whose splitting pattern it does not tell: give that model's tokenizer.json instead"
+        )
+    settings = read_settings(path.parent)
+    published, special = _special_tokens(path, encoding, len(ranks), settings)
+    named = {
+        kind: settings.named_token(kind, special, published.get(own))
+        for kind, own in (("bos", encoding.bos), ("eos", encoding.eos), ("pad", None))
+    }
+    asked = settings.config.get("add_bos_token")
+    adds_bos = named["bos"] is not None and (encoding.bos is not None if asked is None else asked)
+    token_bytes = [b""] * (1 + max([*ranks.values(), *published.values(), *special.values()]))
     for piece, rank in ranks.items():
         token_bytes[rank] = piece
-    encoding = tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer(
         name=str(path),
         token_bytes=token_bytes,
-        bos_id=None,
-        eos_id=special["<|endoftext|>"],
-        pad_id=None,
-        special_ids=frozenset(special.values()),
-        added_tokens=dict(special),
-        adds_bos=False,
-        chat_template=None,
-        sha256=hash_parts(["tiktoken", pattern, str(sorted(special.items())), data]),
-        backend=TiktokenBackend(path, encoding),
+        bos_id=named["bos"],
+        eos_id=named["eos"],
+        pad_id=named["pad"],
+        special_ids=frozenset({*published.values(), *special.values()}),
+        added_tokens=special,
+        adds_bos=adds_bos,
+        chat_template=settings.chat_template,
+        sha256=hash_parts(["tiktoken", encoding.pattern, str([sorted(special.items()), named, adds_bos]), data]),
+        backend=TiktokenBackend(
+            tiktoken.Encoding(path.stem, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=special),
+            ranks,
+            encoding.pattern,
+            special,
+        ),
     )
+
+
+def _special_tokens(
+    path: Path, encoding: PublishedEncoding, ranks: int, settings: Settings
+) -> tuple[dict[str, int], dict[str, int]]:
+    """text -> id: as published, and with the names that tokenizer_config.json has for some of the ids, or for more."""
+    for text, token in settings.added.items():
+        if token < ranks:
+            raise UserError(
+                f"{path.parent}: the added token {text!r} has id {token}, which {path.name} gives to other bytes: the "
+                "settings beside the rank file are another model's"
+            )
+    shift = ranks - encoding.ranks if encoding.follows else 0
+    published = {text: token + shift for text, token in encoding.special.items()}
+    renamed = set(settings.added.values())
+    return published, {text: token for text, token in published.items() if token not in renamed} | settings.added
+
+
+def _known_encoding(path: Path) -> PublishedEncoding:
+    """By the file's name; a `.model` file is Llama-3's."""
+    name = "llama3" if path.suffix == ".model" else path.stem
+    if name not in ENCODINGS:
+        raise UserError(
+            f"{path}: a rank file does not hold its splitting pattern, and the encoding {name!r} is not known (known: "
+            f"{', '.join(ENCODINGS)}): rename the file to the encoding that it is, or give the model's tokenizer.json instead"
+        )
+    return ENCODINGS[name]
+
+
+def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
+    """bytes -> rank, all ranks from 0 on."""
+    try:
+        pairs = [line.split() for line in data.splitlines() if line]
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
+    except ValueError as error:
+        raise UserError(f"{path}: not a tiktoken rank file (base64 bytes and a rank on every line): {error}") from error
+    if sorted(ranks.values()) != list(range(len(pairs))):
+        raise UserError(f"{path}: the ranks of its {len(pairs)} lines are not 0, 1, 2 ...: damaged, get the file again")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, the first 0x{missing[0]:02X}: damaged, get the "
+            "file again"
+        )
+    return ranks

@@ -1,12 +1,16 @@
 """What every other room knows about a tokenizer: ids, the exact bytes of every id, special tokens, a chat template."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
+
+from megatron_fuse.tokenization.normalized_spans import settle
 
 VISIBLE_SPACE = "▁"  # U+2581, how SentencePiece writes a space in its pieces
 
@@ -17,6 +21,13 @@ class Backend(Protocol):
     def encode(self, text: str, *, special: bool) -> list[int]: ...
 
     def encode_continuation(self, text: str) -> list[int]: ...
+
+    def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """ids of a text as the tokenizer's own normaliser changes it, still without dummy prefix; starts, ends int64 [n]:
+        the bytes of the text that went into each token, overlapping where tokens share a chunk (`normalized_spans`).
+
+        Asked only where encode_continuation does not spell the text; a backend that spells every text has none.
+        """
 
     def hugging_face(self, tokenizer: "Tokenizer") -> Any: ...
 
@@ -85,6 +96,25 @@ class Tokenizer:
             ids += (spelled if index else []) + (self.backend.encode_continuation(part) if part else [])
         return ids
 
+    def encode_spans(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Ids of a text that follows other text, and where each of them lies in its UTF-8.
+
+        Returns ids; ends int64 [n], not decreasing, the last one len(text.encode()): token i covers the bytes from
+        ends[i - 1] on; lossy bool [n]: its token_bytes are not the bytes it covers, or where it ends is not known.
+        Where encode_continuation spells the text, these are its ids and nothing is lossy. Elsewhere the tokenizer's own
+        normaliser works on the whole text, as the model is used to; `normalized_spans.settle` says which boundaries are
+        then known. A text that is normalised away (a newline of T5's) has no tokens.
+        """
+        ids = self.encode_continuation(text)
+        data = text.encode()
+        if b"".join(map(self.token_bytes.__getitem__, ids)) == data:
+            return ids, np.cumsum(self.byte_lengths[np.array(ids, np.int64)]), np.zeros(len(ids), bool)
+        ids, starts, ends = self.backend.encode_normalized(text)
+        ends, shared = settle(starts, ends, len(data))
+        spans = zip(ids, pairwise([0, *ends.tolist()]), strict=True)
+        differs = [data[start:end] != self.token_bytes[token] for token, (start, end) in spans]
+        return ids, ends, shared | np.array(differs, bool)
+
     def joined_bytes(self, ids: Iterable[int]) -> bytes:
         """The concatenated token_bytes; ids beyond the vocabulary (padded logits) add nothing."""
         table, size = self.token_bytes, self.vocab_size
@@ -119,3 +149,11 @@ def hash_parts(parts: Sequence[str | bytes]) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def split_at(text: str, table: dict[str, int]) -> list[str]:
+    """The text cut at the table's strings, longest first; joined again it is the text."""
+    if not table:
+        return [text]
+    pattern = "|".join(re.escape(entry) for entry in sorted(table, key=len, reverse=True))
+    return re.split(f"({pattern})", text)

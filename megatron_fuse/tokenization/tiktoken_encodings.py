@@ -1,0 +1,73 @@
+"""What is published of the encodings that come as tiktoken rank files, but stands in no rank file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PublishedEncoding:
+    """pattern cuts a text into the pieces that are merged apart. It is written without possessive quantifiers, which the
+    regex engine of `tokenizers` reads as something else. ranks: their number. special: text -> id; follows: they come right
+    behind the ranks, however many a file has.
+    """
+
+    name: str
+    pattern: str
+    ranks: int
+    special: dict[str, int]
+    follows: bool = False
+    bos: str | None = None
+    eos: str = "<|endoftext|>"
+
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Of Llama-3's 256 special tokens the named ones have the same ids in every release; the reserved ones are numbered
+# through, and 3.1 named three more of them (4, 8, 10), so that the same id has other reserved names in 3.0. The file does
+# not tell the release: these are the names of 3.1, unless a tokenizer_config.json beside it lists others.
+_LLAMA3_NAMED = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+_LLAMA3_RESERVED = (place for place in range(256) if place not in _LLAMA3_NAMED)
+_LLAMA3 = _LLAMA3_NAMED | {place: f"<|reserved_special_token_{n}|>" for n, place in enumerate(_LLAMA3_RESERVED)}
+
+_PUBLISHED = (
+    PublishedEncoding(
+        name="cl100k_base",
+        pattern=_CL100K,
+        ranks=100256,
+        special={
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+    PublishedEncoding(
+        name="o200k_base", pattern=_O200K, ranks=199998, special={"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
+    ),
+    PublishedEncoding(
+        name="llama3",
+        pattern=_CL100K,
+        ranks=128000,
+        special={text: 128000 + place for place, text in _LLAMA3.items()},
+        follows=True,
+        bos="<|begin_of_text|>",
+        eos="<|end_of_text|>",
+    ),
+)
+ENCODINGS = {encoding.name: encoding for encoding in _PUBLISHED}

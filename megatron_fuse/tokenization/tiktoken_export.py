@@ -1,0 +1,58 @@
+"""tiktoken ranks as a tokenizer.json that cuts text exactly as tiktoken does."""
+
+import json
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_fuse.tokenization.tokenizer import Tokenizer
+from megatron_fuse.tokenization.tokenizer_json import byte_level_table
+
+
+def as_transformers(
+    tokenizer: Tokenizer, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
+) -> PreTrainedTokenizerFast:
+    """special: text -> id. Takes seconds for a whole rank file, because merges are derived from ranks."""
+    character_of = {byte: character for character, byte in byte_level_table().items()}
+    spelled = {piece: "".join([character_of[byte] for byte in piece]) for piece in ranks}
+    merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
+    # tiktoken looks a whole piece up before it merges anything
+    model = models.BPE({spelled[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    state = json.loads(backend.to_str())
+    # Special tokens may stand behind a hole in the numbering, which only a place in the vocabulary itself can keep
+    state["model"]["vocab"] |= special
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    named = {name: tokenizer.token_text(token) for name, token in ids.items() if token is not None}
+    if tokenizer.adds_bos:
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        **named,
+    )
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """All pairs that make a token, lowest rank first, as tiktoken merges them."""
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(ranks, key=ranks.__getitem__)
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in ranks and piece[cut:] in ranks
+    ]

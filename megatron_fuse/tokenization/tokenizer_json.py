@@ -1,0 +1,144 @@
+"""What a tokenizer.json says: the bytes of its vocabulary, and its pipeline taken apart. States are its parsed JSON."""
+
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+State = dict[str, Any]
+
+
+@cache
+def byte_level_table() -> dict[str, int]:
+    """Character -> byte of GPT-2's byte-level BPE: printable Latin-1 stands for itself, the rest is moved up from 256."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+
+
+def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
+    """The bytes of every id in the middle of a text; b"" for special and unknown tokens and for holes in the numbering.
+
+    Raises UserError, with the tokenizer's name, for a vocabulary that does not tell.
+    """
+    model = state["model"]
+    byte_level = any(part["type"] == "ByteLevel" for key in _PIPELINE for part in _parts(state[key]))
+    piece_bytes = _piece_bytes(state, byte_level, name)
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [piece, score], the place is the id
+        vocabulary = {piece: token for token, (piece, _) in enumerate(vocabulary)}
+        special = special | ({model["unk_id"]} if model.get("unk_id") is not None else set())
+    elif model.get("unk_token") in vocabulary:
+        special = special | {vocabulary[model["unk_token"]]}
+    added = {token["id"]: token["content"] for token in state["added_tokens"]}
+    result = [b""] * (1 + max([*vocabulary.values(), *added]))
+    for piece, token in vocabulary.items():
+        result[token] = piece_bytes(piece)
+    for token, content in added.items():  # matched in the raw text, so their bytes are plain UTF-8
+        result[token] = (content if byte_level else content.replace(VISIBLE_SPACE, " ")).encode()
+    for token in special:
+        result[token] = b""
+    return result
+
+
+_PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
+
+
+def _piece_bytes(state: State, byte_level: bool, name: str) -> Callable[[str], bytes]:
+    model = state["model"]
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["type"] == "WordPiece":
+        raise UserError(
+            f"{name}: a {model['type']} vocabulary with word marks has no exact bytes for its tokens: choose a model "
+            "with a byte-level or SentencePiece-like tokenizer"
+        )
+    if byte_level:
+        table = byte_level_table()
+
+        def piece_bytes(piece: str) -> bytes:
+            codes = [table.get(character) for character in piece]
+            return piece.encode() if None in codes else bytes(codes)
+    elif model.get("byte_fallback") or _makes_spaces_visible(state):
+
+        def piece_bytes(piece: str) -> bytes:
+            match = BYTE_PIECE.fullmatch(piece) if model.get("byte_fallback") else None
+            return bytes([int(match[1], 16)]) if match else piece.replace(VISIBLE_SPACE, " ").encode()
+    else:
+        kinds = sorted({part["type"] for key in _PIPELINE for part in _parts(state[key])})
+        raise UserError(
+            f"{name}: cannot tell which bytes its tokens stand for: expected a byte-level or SentencePiece-like "
+            f"tokenizer.json, found model {model['type']} with {kinds or 'no decoder'}"
+        )
+    return piece_bytes
+
+
+def _makes_spaces_visible(state: State) -> bool:
+    """Whether pieces write spaces as U+2581: some part of the pipeline turns one into the other."""
+    return any(
+        part["type"] == "Metaspace" or (part["type"] == "Replace" and _replaced(part) in (_SPACE_SHOWN, _SPACE_READ))
+        for key in _PIPELINE
+        for part in _parts(state[key])
+    )
+
+
+_SPACE_SHOWN = (" ", VISIBLE_SPACE)
+_SPACE_READ = (VISIBLE_SPACE, " ")
+
+
+def _replaced(part: State) -> tuple[str | None, str]:
+    return part["pattern"].get("String"), part["content"]
+
+
+def without_beginning(state: State) -> State:
+    """The tokenizer with no dummy prefix, no normaliser but the one that makes spaces visible, no white space dropped."""
+    kept = [part for part in _parts(state["normalizer"]) if _only_spells(part)]
+    pre_tokenizers = []
+    for part in _parts(state["pre_tokenizer"]):
+        if part["type"] == "Metaspace":
+            part = part | {"prepend_scheme": "never"}
+        elif part["type"] == "ByteLevel":
+            part = part | {"add_prefix_space": False}
+        if part["type"] != "WhitespaceSplit":
+            pre_tokenizers.append(part)
+    return state | {
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers} if pre_tokenizers else None,
+        "post_processor": None,  # it may trim white space off the offsets
+    }
+
+
+def own_normalizer(state: State) -> tuple[State, bool]:
+    """What `without_beginning` leaves out of the normaliser, as an empty tokenizer with that normaliser, and whether
+    white space at the end of a text is dropped.
+
+    White space at the beginning is not dropped: a continuation's beginning is the middle of a text.
+    """
+    parts = [part for part in _parts(state["normalizer"]) if not _only_spells(part) and part["type"] != "Prepend"]
+    strips = any(part["type"] == "Strip" and part["strip_right"] for part in parts)
+    parts = [part for part in parts if part["type"] != "Strip"]
+    if any(part["type"] == "WhitespaceSplit" for part in _parts(state["pre_tokenizer"])):
+        parts.append({"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "})
+        strips = True
+    normalizer = {"type": "Sequence", "normalizers": parts}
+    return {"version": "1.0", "normalizer": normalizer, "model": {"type": "BPE", "vocab": {}, "merges": []}}, strips
+
+
+def _only_spells(part: State) -> bool:
+    """Whether a normaliser changes how a text is written for the vocabulary, not the text."""
+    return part["type"] == "ByteLevel" or (part["type"] == "Replace" and part["pattern"] == {"String": " "})
+
+
+def _parts(component: State | None) -> Iterator[State]:
+    """The members of a normalizer, pre-tokenizer or decoder, sequences opened."""
+    if component is None:
+        return
+    if component["type"] == "Sequence":
+        members = next(value for key, value in component.items() if key != "type")
+        for member in members:
+            yield from _parts(member)
+    else:
+        yield component
