@@ -15,6 +15,7 @@ import numpy as np
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
 Messages = Sequence[Mapping[str, str]]
@@ -23,36 +24,28 @@ _MARKER = "RESPONSE9d41c7e2"
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedConversation:
-    """ids int32 [n]: prompt, response tokens, and the stop token if `stop`.
+    """A conversation as one model meets it.
 
-    prompt_length: index of the first response token, which the logits of row prompt_length - 1 predict.
-    ends int32 [m]: byte offset in the response at which each response token ends, the stop token not included;
-    ends[-1] == len(response bytes) when exact. A token inside the template's white space ends at 0.
-    exact: False when the tokens' bytes are not the response's; such an example is left out of KL.
-    leading: the first response token begins in the template's white space before the response (`▁Sure`).
+    ids int32 [n]; supervised bool [n]: the token is a label, of a response or the stop token that ends it. The logits of
+    row i - 1 predict token i. spans: where the supervised tokens lie in `response_bytes` of the supervised turns, r rows
+    = supervised.sum().
     """
 
     ids: np.ndarray
-    prompt_length: int
-    ends: np.ndarray
-    stop: bool
-    exact: bool
-    leading: bool
+    supervised: np.ndarray
+    spans: TokenSpans
 
     @property
-    def starts(self) -> np.ndarray:
-        """int32 [m + stop]: byte offset at which the token predicted by each response row begins."""
-        starts = np.concatenate([np.zeros(1, np.int32), self.ends])
-        return starts if self.stop else starts[:-1]
+    def prompt_length(self) -> int:
+        """Index of the first supervised token; the number of tokens where there is none."""
+        return int(np.argmax(self.supervised)) if len(self.spans) else len(self.ids)
 
     @property
-    def leading_rows(self) -> np.ndarray:
-        """bool [m + stop]: the predicted token begins in the template's white space; true for the first row at most."""
-        rows = np.zeros(len(self.starts), dtype=bool)
-        rows[:1] = self.leading
-        return rows
+    def exact(self) -> bool:
+        """Whether the tokens' bytes are the responses' bytes everywhere."""
+        return not self.spans.has(SpanFlag.LOSSY).any()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,37 +76,48 @@ class ChatFormat:
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one."""
-        return self._encode(messages, "")[0]
+        [(prompt, _, _)], hide = self._parts(messages, "", every_turn=False)
+        return self._ids(prompt, hide)
 
-    def encode_conversation(self, messages: Messages, response: str, *, stop: bool = True) -> EncodedConversation:
-        """Ids of prompt and response as the model meets them; messages end with the user's.
+    def encode_conversation(
+        self, messages: Messages, response: str, *, stop: bool = True, every_turn: bool = False
+    ) -> EncodedConversation:
+        """The conversation as the model meets it; messages end with the user's.
 
-        The joint tokenization is taken where it begins with the prompt's ids; else the response continues the prompt's
-        ids, as in generation. Also when the joint one changes bytes (Unicode normalisation) and continuing does not.
+        stop: the response's end is its end, and its stop token a label. every_turn: the assistant's earlier turns are
+        labels too, each with its stop token where the template prints one; else they are context.
+        A turn's tokens are those of the whole text up to its end, wherever these begin with the tokens of the text
+        before it and spell the turn's bytes; else it continues the text before, as in generation.
+        Raises UserError where the template refuses the messages or leaves a supervised turn out.
         """
-        space = self.separator if response else ""  # ASCII
-        prompt_ids, joint_ids = self._encode(messages, space + response)
-        expected = (space + response).encode()
-
-        def exact(ids: list[int]) -> bool:
-            return self.tokenizer.joined_bytes(ids) == expected
-
-        answer = joint_ids[len(prompt_ids) :]
-        joint = joint_ids[: len(prompt_ids)] == prompt_ids
-        if not joint or not exact(answer):
-            continued = self.tokenizer.encode_continuation(space + response)
-            if not joint or exact(continued):
-                answer = continued
-        ends = np.cumsum(self.tokenizer.byte_lengths[answer]) - len(space)
-        ids = prompt_ids + answer + ([self.stop_id] if stop else [])
-        return EncodedConversation(
-            ids=np.array(ids, dtype=np.int32),
-            prompt_length=len(prompt_ids),
-            ends=np.maximum(ends, 0).astype(np.int32),
-            stop=stop,
-            exact=exact(answer),
-            leading=bool(space),
-        )
+        parts, hide = self._parts(messages, response, every_turn)
+        ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
+        offsets: list[int] = []  # of the bytes of each part of spans
+        text, text_ids, offset = "", list[int](), 0
+        for number, (before, space, turn) in enumerate(parts):
+            prompt_ids = self._ids(text + before, hide)
+            joint = prompt_ids[: len(text_ids)] == text_ids
+            added = prompt_ids[len(text_ids) :] if joint else self._ids(before, hide, continued=True)
+            end = self._turn_end(added) if number else None
+            if end is not None:
+                spans.append(_stop_span(self.stop_id, offset - 1))
+                offsets.append(0)
+            supervised += [index == end for index in range(len(added))]
+            text += before + hide(space + turn)
+            text_ids = self._ids(text, hide)
+            joint = text_ids[: len(prompt_ids)] == prompt_ids
+            answer, answer_spans = self._answer(text_ids[len(prompt_ids) :] if joint else None, space, turn)
+            supervised += [True] * len(answer)
+            spans.append(answer_spans)
+            offsets.append(offset)
+            ids += added + answer
+            offset += len(turn.encode()) + 1
+        if stop:
+            ids.append(self.stop_id)
+            supervised.append(True)
+            spans.append(_stop_span(self.stop_id, offset - 1))
+            offsets.append(0)
+        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), TokenSpans.join(spans, offsets))
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the stop token, without the template's separator: what encode_conversation takes."""
@@ -142,21 +146,66 @@ class ChatFormat:
         except Exception as error:  # a template is a program: it may divide by zero
             raise UserError(f"{self.tokenizer.name}: the chat template refuses the messages: {error}") from error
 
-    def _encode(self, messages: Messages, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, and of prompt and continuation together.
+    def _parts(
+        self, messages: Messages, response: str, every_turn: bool
+    ) -> tuple[list[tuple[str, str, str]], "_Hidden"]:
+        """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
 
-        Special-token strings in messages and continuation stay text: they are hidden while the template is rendered,
-        and only the template's own become special ids. (Tokens that are not marked special cannot be told apart.)
+        Special-token strings in messages and turns stay text: they are hidden while the template is rendered, and only
+        the template's own become special ids. (Tokens that are not marked special cannot be told apart.) A supervised
+        turn does not go through the template at all, which may strip it: a mark holds its place.
         """
         turns = self._with_system(messages)
-        hide = _Hidden(self.tokenizer, [*(turn["content"] for turn in turns), continuation])
-        text = self._render([turn | {"content": hide(turn["content"])} for turn in turns], prompt=True) + self.opening
-        prompt_ids = self._ids(text, hide)
-        return prompt_ids, self._ids(text + hide(continuation), hide) if continuation else prompt_ids
+        hide = _Hidden(self.tokenizer, [*(turn["content"] for turn in turns), response])
+        learned = [every_turn and turn["role"] == "assistant" for turn in turns]
+        shown = [
+            turn | {"content": hide.mark if mark else hide(turn["content"])}
+            for turn, mark in zip(turns, learned, strict=True)
+        ]
+        texts = (self._render(shown, prompt=True) + self.opening).split(hide.mark)
+        answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
+        if len(texts) != len(answers):
+            raise UserError(
+                f"{self.tokenizer.name}: the chat template prints {len(texts) - 1} of the {len(answers) - 1} earlier "
+                "assistant turns: choose another chat_template, or set data.supervise to last_turn"
+            )
+        spaces = [self.separator if text.endswith(self.separator) else "" for text in texts[:-1]]
+        parts = [
+            (text.removesuffix(space), space, answer)
+            for text, space, answer in zip(texts, spaces, answers[:-1], strict=False)
+        ]
+        # The generation prompt ends before the white space; nothing separates it from an empty response.
+        return [*parts, (texts[-1], self.separator if response else "", response)], hide
 
-    def _ids(self, text: str, hide: "_Hidden") -> list[int]:
+    def _answer(self, joint: list[int] | None, space: str, turn: str) -> tuple[list[int], TokenSpans]:
+        """Ids of a turn behind its template's white space (ASCII), and their spans in the turn's bytes.
+
+        joint: its ids in the whole text, None where they depend on each other; taken if they spell the turn, which
+        Unicode normalisation may prevent.
+        """
+        data = (space + turn).encode()
+        if joint is not None and self.tokenizer.joined_bytes(joint) == data:
+            ids, ends, lossy = joint, np.cumsum(self.tokenizer.byte_lengths[joint]), np.zeros(len(joint), bool)
+        else:
+            ids, ends, lossy = self.tokenizer.encode_spans(space + turn)
+        ends = np.maximum(ends - len(space), 0).astype(np.int64)
+        flags = lossy * np.uint8(SpanFlag.LOSSY)
+        flags[:1] |= np.uint8(SpanFlag.LEADING if space else 0)
+        starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
+        return ids, TokenSpans(np.array(ids, np.int32), starts, ends, flags)
+
+    def _turn_end(self, ids: list[int]) -> int | None:
+        """Place of the stop token in the template's ids after a turn; None where it does not come first, but for white space."""
+        if self.stop_id not in ids:
+            return None
+        place = ids.index(self.stop_id)
+        special = self.tokenizer.special_ids & set(ids[:place])
+        return None if special or self.tokenizer.joined_bytes(ids[:place]).strip() else place
+
+    def _ids(self, text: str, hide: "_Hidden", *, continued: bool = False) -> list[int]:
+        """Ids of a text with the template's special tokens; continued: other text stands before it."""
         tokenizer = self.tokenizer
-        if not hide.used:
+        if not continued and not hide.is_in(text):
             ids = tokenizer.encode(text, special=True)
         else:
             ids = []
@@ -164,9 +213,9 @@ class ChatFormat:
                 if part in tokenizer.added_tokens:
                     ids.append(tokenizer.added_tokens[part])
                 elif part:
-                    first = index == 0 or self._prefix_after_special
+                    first = self._prefix_after_special if index else not continued
                     ids += (tokenizer.encode if first else tokenizer.encode_continuation)(hide.reveal(part))
-        if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
+        if tokenizer.adds_bos and not continued and ids[:1] != [tokenizer.bos_id]:
             ids = [tokenizer.bos_id, *ids]
         return ids
 
@@ -178,29 +227,49 @@ class ChatFormat:
 
 
 class _Hidden:
-    """Replaces special-token strings in texts by private characters that the texts do not contain, and back."""
+    """Replaces special-token strings in texts by private characters that the texts do not contain, and back.
+
+    mark: one more such character, for what is to be found again in a rendered template.
+    """
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         names = [text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids and text]
         self._names = sorted(names, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
         whole = "".join(texts)
-        self.used = bool(self._pattern.search(whole))
+        used = bool(self._pattern.search(whole))
         free = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in whole)
-        self._characters = [next(free) for _ in self._names] if self.used else []
+        self.mark = next(free)
+        self._characters = [next(free) for _ in self._names] if used else []
 
     def __call__(self, text: str) -> str:
-        if not self.used:
+        if not self._characters:
             return text
         return self._pattern.sub(lambda match: self._characters[self._names.index(match[0])], text)
+
+    def is_in(self, text: str) -> bool:
+        """Whether something is hidden in this text."""
+        return any(character in text for character in self._characters)
 
     def split(self, text: str) -> list[str]:
         return re.split(f"({self._pattern.pattern})", text)
 
     def reveal(self, text: str) -> str:
-        for name, character in zip(self._names, self._characters, strict=True):
+        for name, character in zip(self._names, self._characters, strict=False):
             text = text.replace(character, name)
         return text
+
+
+def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:
+    """The texts whose bytes `EncodedConversation.spans` counts in."""
+    earlier = [message["content"] for message in messages if message["role"] == "assistant"]
+    return [*(earlier if every_turn else []), response]
+
+
+def _stop_span(stop_id: int, end: int) -> TokenSpans:
+    """The stop token of a turn that ends at this byte."""
+    flag = np.array([SpanFlag.STOP], np.uint8)
+    return TokenSpans(np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag)
 
 
 def load_chat_format(

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, REAL, byte_level, llama_json, make_tokenizer
 
-from megatron_fuse.chat import ChatFormat, load_chat_format
+from megatron_fuse.chat import ChatFormat, load_chat_format, supervised_turns
 from megatron_fuse.chat_templates import TEMPLATES
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer, load_tokenizer
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 quick = settings(max_examples=40, deadline=None, database=None)
 USER = [{"role": "user", "content": "Hi"}]
@@ -88,6 +89,20 @@ def test_default_system_messages():
     assert load_chat_format(tokenizer, "llama2").render_prompt(USER) == "<s>[INST] Hi [/INST]"
 
 
+def assert_spans_lie_in(spans: TokenSpans, data: bytes, tokenizer: Tokenizer) -> None:
+    """Spans partition the bytes that they claim, each token ends in its own, and stop tokens cover the ends of turns."""
+    position = 0
+    for token, start, end, flags in zip(spans.tokens, spans.starts, spans.ends, spans.flags, strict=True):
+        if position < start:  # a turn whose stop token the template does not print
+            assert data[position:start] == b"\0"
+        assert position <= start <= end
+        position = end
+        if flags & SpanFlag.STOP:
+            assert data[start:end] == b"\0"
+        elif not flags & SpanFlag.LOSSY:
+            assert tokenizer.token_bytes[token].endswith(data[start:end])
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_response_tokens_spell_the_response(kind, template):
@@ -99,29 +114,96 @@ def test_response_tokens_spell_the_response(kind, template):
     def law(question, response, stop):
         messages = [{"role": "user", "content": question}]
         encoded = form.encode_conversation(messages, response, stop=stop)
-        tokens = encoded.ids[encoded.prompt_length :]
-        assert encoded.ids.dtype == np.int32 and encoded.ends.dtype == np.int32
+        spans, data = encoded.spans, response_bytes([response])
+        assert encoded.ids.dtype == np.int32 and encoded.exact
         assert encoded.ids[: encoded.prompt_length].tolist() == form.encode_prompt(messages)
-        assert len(tokens) == len(encoded.ends) + stop
-        assert encoded.exact
-        if stop:
-            assert tokens[-1] == form.stop_id
-        answer = tokens[: len(encoded.ends)]
+        assert encoded.supervised.tolist() == [i >= encoded.prompt_length for i in range(len(encoded.ids))]
+        assert encoded.ids[encoded.supervised].tolist() == spans.tokens.tolist()
+        assert spans.has(SpanFlag.STOP).tolist() == [False] * (len(spans) - stop) + [True] * stop
+        assert_spans_lie_in(spans, data, tokenizer)
+        answer = spans.tokens[: len(spans) - stop]
         assert not tokenizer.special_ids & set(answer.tolist())
+        assert not stop or spans.tokens[-1] == form.stop_id
         # clipped pieces joined are the response, byte for byte
         space = form.separator.encode() if response else b""
         assert tokenizer.joined_bytes(answer) == space + response.encode()
-        assert encoded.leading == bool(space)
-        begins = np.concatenate([[0], encoded.ends[:-1]])
-        data = response.encode()
-        for token, begin, end in zip(answer, begins, encoded.ends, strict=False):
-            assert tokenizer.token_bytes[token].endswith(data[begin:end])
-        assert not len(encoded.ends) or encoded.ends[-1] == len(data)
-        assert len(encoded.starts) == len(tokens) == len(encoded.leading_rows)
-        assert encoded.starts.tolist() == [*begins, len(data)][: len(tokens)] or not len(encoded.ends)
+        assert not len(answer) or spans.ends[len(answer) - 1] == len(data) - 1
+        assert spans.has(SpanFlag.LEADING).tolist() == [bool(space) and row == 0 for row in range(len(spans))]
         assert form.decode_response([*answer, form.stop_id, 5]) == response
 
     law()
+
+
+TURNS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_turn_is_supervised_with_its_stop_token(kind, template):
+    form = chat_format(kind, template)
+
+    @quick
+    @given(st.lists(st.tuples(TURNS, TEXTS.filter(bool)), min_size=1, max_size=3), TURNS, TEXTS, st.booleans())
+    def law(pairs, question, response, stop):
+        talk = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        messages = [*talk, {"role": "user", "content": question}]
+        encoded = form.encode_conversation(messages, response, stop=stop, every_turn=True)
+        turns = supervised_turns(messages, response, every_turn=True)
+        assert turns == [*(answer for _, answer in pairs), response]
+        data, spans = response_bytes(turns), encoded.spans
+        assert encoded.ids[encoded.supervised].tolist() == spans.tokens.tolist()
+        assert_spans_lie_in(spans, data, form.tokenizer)
+        # Every byte of every turn is some row's.
+        covered = np.zeros(len(data), bool)
+        for start, end in zip(spans.starts, spans.ends, strict=True):
+            covered[start:end] = True
+        ends = np.cumsum([len(turn.encode()) + 1 for turn in turns]) - 1
+        assert covered[np.setdiff1d(np.arange(len(data)), ends)].all()
+        stops = covered[ends[:-1]]
+        # <|im_end|> may be plain text to a tokenizer, so that an earlier turn ends without a token of its own.
+        plain = template == "chatml" and "<|im_end|>" not in form.tokenizer.added_tokens
+        assert stops.all() if not plain else not stops.any()
+        assert covered[ends[-1]] == stop
+        # The last turn alone gives its rows; and the same ids, unless context may have its normal form or run into a turn.
+        last = form.encode_conversation(messages, response, stop=stop)
+        count = len(last.spans)
+        assert spans.tokens[len(spans) - count :].tolist() == last.spans.tokens.tolist()
+        assert (spans.starts[len(spans) - count :] - ends[-2] - 1).tolist() == last.spans.starts.tolist()
+        if stops.all() and not any(not turn.isascii() or turn != turn.strip() for turn in turns):
+            assert encoded.ids.tolist() == last.ids.tolist()
+
+    law()
+
+
+def test_a_supervised_turn_does_not_go_through_the_template(tmp_path):
+    """Llama 3's template strips messages; a model's own words are what it said."""
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] | trim }} A:{% else %}"
+        " {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    form = custom(tmp_path, template)
+    talk = [
+        {"role": "user", "content": " Hi "},
+        {"role": "assistant", "content": " yes \n"},
+        {"role": "user", "content": "So?"},
+    ]
+    encoded = form.encode_conversation(talk, " no", every_turn=True)
+    text = form.tokenizer.decode(encoded.ids.tolist())
+    assert encoded.exact and "Q: Hi A:  yes \n" in text and text.endswith("A:  no")
+
+
+def test_a_template_without_the_earlier_turns_is_refused(tmp_path):
+    form = custom(
+        tmp_path,
+        "Q: {{ messages[-1]['content'] if add_generation_prompt else messages[0]['content'] }} A:"
+        "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}",
+    )
+    with pytest.raises(UserError, match=r"prints 0 of the 1 earlier assistant turns: .* data.supervise to last_turn"):
+        form.encode_conversation(TALK, "x", every_turn=True)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -169,20 +251,21 @@ def test_first_token_begins_in_the_white_space():
     encoded = form.encode_conversation(USER, "the station")
     first = form.tokenizer.token_bytes[encoded.ids[encoded.prompt_length]]
     assert first.startswith(b" ") and len(first) > 1
-    assert encoded.ends[0] == len(first) - 1
-    assert encoded.leading_rows.tolist() == [True] + [False] * (len(encoded.starts) - 1)
+    assert encoded.spans.ends[0] == len(first) - 1
+    assert encoded.spans.has(SpanFlag.LEADING).tolist() == [True] + [False] * (len(encoded.spans) - 1)
 
 
 def test_a_lone_space_before_a_digit_has_no_length():
     form = chat_format("sentencepiece", "vicuna_v1.1")
     encoded = form.encode_conversation(USER, "12")
-    assert encoded.ends.tolist() == [0, 1, 2] and encoded.starts.tolist() == [0, 0, 1, 2]
+    assert encoded.spans.starts.tolist() == [0, 0, 1, 2] and encoded.spans.ends.tolist() == [0, 1, 2, 3]
 
 
 def test_empty_response():
     for kind in KINDS:
         encoded = chat_format(kind, "vicuna_v1.1").encode_conversation(USER, "")
-        assert (len(encoded.ids) - encoded.prompt_length, encoded.starts.tolist(), encoded.exact) == (1, [0], True)
+        assert encoded.spans.tokens.tolist() == [chat_format(kind, "vicuna_v1.1").stop_id] and encoded.exact
+        assert (encoded.spans.starts.tolist(), encoded.spans.ends.tolist()) == ([0], [1])
 
 
 def test_joint_tokenization_that_changes_the_prompt_is_not_taken():
@@ -193,7 +276,7 @@ def test_joint_tokenization_that_changes_the_prompt_is_not_taken():
     prompt = tokenizer.encode("Hi: ")
     assert tokenizer.encode("Hi: the station")[: len(prompt)] != prompt
     assert encoded.ids[: len(prompt)].tolist() == prompt
-    assert encoded.exact and encoded.ends[-1] == 11
+    assert encoded.exact and encoded.spans.starts[-1] == 11
 
 
 @pytest.mark.parametrize(
@@ -240,7 +323,7 @@ def test_text_that_the_template_puts_before_a_response_belongs_to_the_prompt(tmp
     form = custom(tmp_path, template)
     assert form.render_prompt(USER) == "Q: Hi\nA:<think>\n\n</think>\n\n"
     encoded = form.encode_conversation(USER, "Sure")
-    assert encoded.exact and encoded.ends[-1] == 4 and not encoded.leading
+    assert encoded.exact and encoded.spans.starts[-1] == 4 and not encoded.spans.has(SpanFlag.LEADING).any()
 
 
 def test_hash_follows_tokenizer_template_and_system():
@@ -288,7 +371,7 @@ def test_real_llama2_and_vicuna_prompts():
         29906,
         2,
     ]
-    assert encoded.ends.tolist() == [4, 5, 6, 7, 8]
+    assert encoded.spans.ends.tolist() == [4, 5, 6, 7, 8, 9]
 
 
 def test_llama_json_is_the_same_as_its_transformers_tokenizer_in_a_prompt():
