@@ -1,8 +1,10 @@
 """From a source model's rows to the target model's: which row (boundaries), which tokens (vocabulary), how much mass
-(projection)."""
+(conditioning, label_mass), all of it over a whole shard at once (projection)."""
 
-from megatron_fuse.alignment.boundaries import UNMATCHED, align_boundaries
-from megatron_fuse.alignment.projection import LabelMass, Rows, label_mass, project_rows
+from megatron_fuse.alignment.boundaries import align_boundaries, find_source_rows
+from megatron_fuse.alignment.projection import MATCHES, UNMATCHED, project_responses
+from megatron_fuse.alignment.rows import Rows, SourceRows
+from megatron_fuse.alignment.statistics import PairCounts, count_pairs
 from megatron_fuse.alignment.vocabulary import (
     VOCABULARY_MAPS,
     VocabularyMap,
@@ -13,16 +15,19 @@ from megatron_fuse.alignment.vocabulary import (
 )
 
 __all__ = [
+    "MATCHES",
     "UNMATCHED",
     "VOCABULARY_MAPS",
-    "LabelMass",
+    "PairCounts",
     "Rows",
+    "SourceRows",
     "VocabularyMap",
     "align_boundaries",
     "build_vocabulary_map",
     "cached_vocabulary_map",
-    "label_mass",
+    "count_pairs",
+    "find_source_rows",
     "load_vocabulary_map",
-    "project_rows",
+    "project_responses",
     "save_vocabulary_map",
 ]

@@ -1,14 +1,12 @@
 """A target row takes the source row that has read the same bytes, and no other."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fuse.alignment import align_boundaries
-from megatron_fuse.errors import UserError
+from megatron_fuse.alignment import align_boundaries, find_source_rows
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
 quick = settings(max_examples=200, deadline=None, database=None)
 
@@ -19,6 +17,14 @@ def cuts(draw, total: int, stop: bool):
     inner = draw(st.sets(st.integers(1, max(1, total - 1)), max_size=8)) if total > 1 else set()
     white = draw(st.integers(0, 2))
     return np.array([0] * (white + (total > 0)) + sorted(inner) + [total] * stop, dtype=np.int32)
+
+
+def spans(text: str) -> TokenSpans:
+    """ "0-4 4-6? 6-7$" is a token of bytes 0 to 4, a lossy one of 4 to 6, a stop token."""
+    bounds = [row.rstrip("?$").split("-") for row in text.split()]
+    flags = [{"?": SpanFlag.LOSSY, "$": SpanFlag.STOP}.get(row[-1], 0) for row in text.split()]
+    starts, ends = np.array(bounds, np.int64).reshape(-1, 2).T
+    return TokenSpans(np.zeros(len(starts), np.int32), starts, ends, np.array(flags, np.uint8))
 
 
 @quick
@@ -65,15 +71,29 @@ def test_cases(source, target, rows):
     assert align_boundaries(np.array(source, np.int32), np.array(target, np.int32)).tolist() == rows
 
 
-def test_refuses_what_is_no_list_of_starts_or_no_known_rule():
+@pytest.mark.parametrize(
+    ("source", "target", "rows", "inside"),
+    [
+        ("0-6 6-9 9-10$", "0-4 4-6 6-9 9-10$", [0, 0, 1, 2], [0, 1, 0, 0]),
+        ("0-0 0-2 2-3$", "0-1 1-2 2-3$", [1, 1, 2], [0, 1, 0]),  # `▁` `12` against `1` `2`
+        ("0-2 2-3$", "0-0 0-1 1-2 2-3$", [0, 0, 0, 1], [0, 0, 1, 0]),  # `12` against `▁` `1` `2`
+        ("0-2 2-3$ 3-6 6-7$", "0-1 1-2 2-3$ 3-4 4-6 6-7$", [0, 0, 1, 2, 2, 3], [0, 1, 0, 0, 1, 0]),  # two turns
+        ("0-2 3-6 6-7$", "0-1 1-2 2-3$ 3-6 6-7$", [0, 0, -1, 1, 2], [0, 1, 0, 0, 0]),  # no stop row to take
+        ("3-6 6-7$", "0-1 1-2 2-3$ 3-6 6-7$", [-1, -1, -1, 0, 1], [0] * 5),  # the source lacks the first turn
+        ("0-2 2-3$", "0-1 1-2 2-3$ 3-5 5-6$", [0, 0, 1, -1, -1], [0, 1, 0, 0, 0]),  # and the second
+        ("0-2 2-4? 4-6 6-7$", "0-2 2-3 3-4 4-6 6-7$", [0, -1, -1, 2, 3], [0] * 5),  # only the lossy row is lost
+        ("0-2 2-4 4-6 6-7$", "0-2 2-3? 3-4 4-6? 6-7$", [0, -1, 1, -1, 3], [0, 0, 1, 0, 0]),
+        ("0-2? 2-2? 2-3$", "0-2 2-3$", [-1, 2], [0, 0]),  # the stop row follows a lossy end
+        ("0-2 2-2? 3-4 4-5$", "0-2 2-3$ 3-4 4-5$", [0, -1, 2, 3], [0] * 4),  # which no stop row may take
+        ("0-2 2-3$", "", [], []),
+    ],
+)
+def test_rows_of_spans(source, target, rows, inside):
+    found = find_source_rows(spans(source), spans(target))
+    assert [array.tolist() for array in found] == [rows, list(map(bool, inside))]
+    assert [array.dtype for array in found] == [np.int32, bool]
+
+
+def test_refuses_what_is_no_list_of_starts():
     with pytest.raises(ValueError, match="target_starts decreases at row 2"):
         align_boundaries(np.array([0, 1]), np.array([0, 3, 2]))
-    with pytest.raises(UserError, match="'condition' is not one of skip"):
-        align_boundaries(np.array([0]), np.array([0]), unmatched="condition")
-
-
-def test_a_million_rows_take_less_than_a_second_or_two():
-    starts = np.cumsum(np.random.default_rng(0).integers(1, 8, 1_000_000))
-    begin = time.perf_counter()
-    align_boundaries(starts[::2], starts)
-    assert time.perf_counter() - begin < 2  # linear: about 0.1 s; a quadratic one would not end

@@ -1,0 +1,76 @@
+"""The nearest piece is the one that comparing with every piece would find."""
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_edit_distance import nearest_of_all
+
+from megatron_fuse.alignment import edit_distance
+from megatron_fuse.alignment.edit_distance import characters, nearest_pieces
+
+# few different parts, so that ties and equal pieces are common: letters, a space, a character, its first byte alone
+PIECES = st.lists(st.sampled_from([b"a", b"b", b" ", "é".encode(), b"\xc3", b"\0"]), max_size=6).map(b"".join)
+
+
+@settings(deadline=None)
+@given(st.lists(PIECES, max_size=12), st.lists(PIECES, min_size=1, max_size=30, unique=True))
+def test_nearest_is_what_comparing_with_all_finds(pieces, vocabulary):
+    found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
+    assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+
+
+def test_words_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(edit_distance, "BLOCK", 7)
+    rng = random.Random(3)
+    words = sorted({bytes(rng.choices(b"abcdefgh", k=rng.randint(1, 9))) for _ in range(260)})
+    rng.shuffle(words)
+    pieces, vocabulary = words[:60], words[60:]
+    found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
+    assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+
+
+# 64: one machine word of rapidfuzz; 254, 255, 256: what a distance in one byte can hold
+@pytest.mark.parametrize("length", [63, 64, 65, 254, 255, 256, 600])
+def test_long_pieces(length):
+    rng = random.Random(length)
+    vocabulary = [bytes(rng.choices(b"ab", k=size)) for size in (1, 2, 40, length - 2, length, length + 1)]
+    pieces = [bytes(rng.choices(b"ab", k=length)), vocabulary[4][1:], b"c" * length, b"", b"c"]
+    found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
+    assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+    assert [vocabulary[index] for index in nearest_pieces(pieces, vocabulary[:2])] == [
+        nearest_of_all(piece, vocabulary[:2]) for piece in pieces
+    ]  # all lengths differ by hundreds
+
+
+def test_empty_sides():
+    assert nearest_pieces([b"a", b""], []).tolist() == [-1, -1]
+    assert nearest_pieces([], [b"a"]).tolist() == []
+
+
+def test_the_vocabularys_numbering_does_not_matter():
+    rng = np.random.default_rng(5)
+    vocabulary = [bytes(rng.integers(97, 100, size).tolist()) for size in range(1, 40)]
+    pieces = [bytes(rng.integers(97, 101, size).tolist()) for size in range(1, 40)]
+    order = rng.permutation(len(vocabulary))
+    shuffled = nearest_pieces(pieces, [vocabulary[index] for index in order])
+    assert (order[shuffled] == nearest_pieces(pieces, vocabulary)).all()
+
+
+@given(st.binary(), st.binary())
+def test_strings_are_equal_only_if_bytes_are(one, other):
+    assert (characters(one) == characters(other)) == (one == other)
+    assert characters(one).encode("utf-8", "surrogateescape") == one
+
+
+@given(st.text())
+def test_text_is_compared_as_text(text):
+    assert characters(text.encode()) == text
+
+
+def test_a_character_that_is_missing_goes_to_its_first_byte():
+    missing = "日".encode()
+    vocabulary = [b"a", "é".encode(), *(bytes([byte]) for byte in range(0x80, 0x100))]
+    assert vocabulary[nearest_pieces([missing], vocabulary)[0]] == missing[:1]
