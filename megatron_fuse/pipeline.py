@@ -17,6 +17,7 @@ from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.fusion_data.layout import fusion_directory, teacher_directory, text_directory
 from megatron_fuse.fusion_data.text import plan_text
 from megatron_fuse.instructions import plan_instructions
+from megatron_fuse.instructions.tables import table_bytes
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import plan_responses
 from megatron_fuse.sources.huggingface import resolve_model
@@ -67,8 +68,10 @@ class Stage:
 def check_files(recipe: Recipe) -> None:
     """Refuses a recipe whose data or models are missing, all at once, or whose target cannot be trained as it says."""
     problems = []
-    if not recipe.data.path.is_file():
-        problems.append(f"data.path: {recipe.data.path} does not exist or is no file")
+    try:
+        table_bytes(recipe.data.path)
+    except UserError as error:
+        problems.append(str(error))
     named = {"target": recipe.target}
     named |= {f"sources.{name}": options for name, options in recipe.sources.items()}
     named |= {f"reward_models.{name}": options for name, options in recipe.reward_models.items()}
@@ -162,7 +165,7 @@ def count_tokens(recipe: Recipe) -> int:
     instructions = Workspace(recipe.workdir).instructions
     if (instructions / "manifest.json").exists():
         return open_artefact(instructions, "instructions", "tools/prepare_instructions.py").counts["target_tokens"]
-    return recipe.data.path.stat().st_size // 4
+    return table_bytes(recipe.data.path) // 4
 
 
 def parameter_count(model: str) -> float:

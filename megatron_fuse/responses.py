@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from megatron_fuse.sources.huggingface import (
 from megatron_fuse.storage import (
     Artefact,
     Plan,
+    Shards,
     Workspace,
     completed,
     open_artefact,
@@ -54,27 +56,37 @@ class Response:
     tokens: int  # of the source's own tokenizer, the stop token not counted
 
 
+def _options(recipe: Recipe, source: str) -> dict[str, Any]:
+    options = source_options(recipe, source)
+    if options.responses is not None:
+        return {"backend": "file"}
+    return {
+        "backend": "hf",
+        "seed": recipe.seed,
+        "dtype": options.dtype,
+        "seq_length": recipe.training.seq_length,
+        # Not batch_size: it is a matter of memory and speed.
+        **{key: getattr(recipe.responses, key) for key in ("temperature", "top_p", "max_new_tokens")},
+    }
+
+
+def _format_hashes(recipe: Recipe, source: str, chat: ChatFormat) -> dict[str, str]:
+    """Of a given answer only its tokens are counted: the template had no share in it."""
+    tokenizer = {"tokenizer": chat.tokenizer.sha256}
+    return tokenizer if source_options(recipe, source).responses else {**tokenizer, "chat format": chat.sha256}
+
+
 def _plan(recipe: Recipe, source: str, instructions: Artefact, chat: ChatFormat) -> Plan:
     options = source_options(recipe, source)
-    inputs = {"instructions": instructions.sha256, "tokenizer": chat.tokenizer.sha256}
+    inputs = {"instructions": instructions.sha256, **_format_hashes(recipe, source, chat)}
     if options.responses is not None:
         if not options.responses.is_file():
             raise UserError(f"sources.{source}.responses: {options.responses} does not exist or is no file")
-        made_by = {"backend": "file"}
         inputs["responses file"] = sha256_of_file(options.responses)
     else:
-        made_by = {
-            "backend": "hf",
-            "seed": recipe.seed,
-            "dtype": options.dtype,
-            "seq_length": recipe.training.seq_length,
-            # Not batch_size: it is a matter of memory and speed.
-            **{key: getattr(recipe.responses, key) for key in ("temperature", "top_p", "max_new_tokens")},
-        }
-        inputs["chat format"] = chat.sha256
         inputs["model"] = model_fingerprint(resolve_model(options.model, f"sources.{source}.model"))
     directory = Workspace(recipe.workdir).responses(source)
-    return Plan(directory, STAGE, made_by, inputs, shards=instructions.counts["shards"])
+    return Plan(directory, STAGE, _options(recipe, source), inputs, shards=instructions.counts["shards"])
 
 
 def plan_responses(recipe: Recipe, source: str) -> Plan:
@@ -87,7 +99,7 @@ def generate_responses(recipe: Recipe, source: str, progress: Callable[[str], No
     """Lets one source answer, or takes its answers from the file that the recipe names. None while other ranks still work."""
     options = source_options(recipe, source)
     chat = load_format(options, f"sources.{source}")
-    instructions = open_instructions(recipe)
+    instructions = open_instructions(recipe, load_format(recipe.target, "target"))
     plan = _plan(recipe, source, instructions, chat)
     artefact = completed(plan)
     if artefact:
@@ -116,9 +128,10 @@ def generate_responses(recipe: Recipe, source: str, progress: Callable[[str], No
             return False
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
-        responses = answer(shards[index])
+        examples = shards[index]
+        responses = answer(examples)
         write_jsonl(prefix.with_name(prefix.name + ".jsonl"), [asdict(response) for response in responses])
-        unmatched = [example.id for example in shards[index] if is_unmatched(example)]
+        unmatched = [example.id for example in examples if is_unmatched(example)]
         if unmatched:
             with temporary_then_rename(prefix.with_name(prefix.name + ".unmatched.txt")) as temporary:
                 temporary.write_text("".join(f"{name}\n" for name in unmatched), encoding="utf-8")
@@ -197,19 +210,21 @@ def answer_text(chat: ChatFormat, answer: Answer) -> str:
     return decoder.decode(chat.tokenizer.joined_bytes(answer.ids), final=answer.stopped).removeprefix(chat.separator)
 
 
-def open_responses(recipe: Recipe, source: str) -> Artefact:
-    """The finished answers of one source. Raises UserError where they are missing or belong to other instructions."""
-    source_options(recipe, source)  # refuses a name that the recipe does not have
-    artefact = open_artefact(Workspace(recipe.workdir).responses(source), STAGE, f"{COMMAND} --source {source}")
-    found, wanted = artefact.manifest["inputs"]["instructions"], open_instructions(recipe).sha256
-    if found != wanted:
-        raise UserError(
-            f"{artefact.directory} was made from instructions {found[:12]}..., those of the recipe are {wanted[:12]}...: "
-            f"remove it and run {COMMAND} --source {source} again"
-        )
-    return artefact
+def open_responses(
+    recipe: Recipe, source: str, *, chat: ChatFormat | None = None, model: str | None = None
+) -> Artefact:
+    """The finished answers of one source. Raises UserError where they are missing or were made otherwise.
+
+    chat, model: the source's format and its model's fingerprint, where the caller has them: they are compared as well.
+    """
+    options = _options(recipe, source)  # refuses a name that the recipe does not have
+    inputs = {"instructions": open_instructions(recipe).sha256}
+    inputs |= _format_hashes(recipe, source, chat) if chat else {}
+    inputs |= {"model": model} if model and options["backend"] == "hf" else {}
+    directory = Workspace(recipe.workdir).responses(source)
+    return open_artefact(directory, STAGE, f"{COMMAND} --source {source}", options=options, inputs=inputs)
 
 
-def response_shards(artefact: Artefact) -> list[list[Response]]:
+def response_shards(artefact: Artefact) -> Shards[list[Response]]:
     """Answers by shard, in the order of the instructions' examples."""
-    return [[Response(**row) for _, row in read_jsonl(path)] for path in artefact.files(".jsonl")]
+    return Shards(artefact, artefact.files(".jsonl"), lambda path: [Response(**row) for _, row in read_jsonl(path)])

@@ -1,6 +1,8 @@
 """What a user gets wrong is answered by one message with file, line or key and the mend, by exit code 2, and by no half-written file."""
 
 import json
+import random
+import re
 import runpy
 import shutil
 import sys
@@ -12,18 +14,24 @@ import pytest
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import save_model, save_tokenizer, write_rows
+from small_models import save_model, save_tokenizer, small_recipe, write_rows
 
+from megatron_fuse.capture import capture, capture_shard, open_capture
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import load_recipe
+from megatron_fuse.responses import generate_responses
+from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Plan, run_plan
 
 ROOT = Path(__file__).parents[1]
+FUSION = "fusion/exact-skip-T2"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, a judge, a recipe, and a work directory with everything up to captures and scores."""
+    """Two models, a judge, a recipe, and a work directory with everything up to fusion data."""
     root = tmp_path_factory.mktemp("bad_input")
     for seed, (name, family) in enumerate({"alpha": "llama", "beta": "mpt"}.items()):
         save_model(root / name, family, seed=seed)
@@ -42,7 +50,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {"seq_length": 120, "precision": "fp32"},
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    for tool in ("prepare_instructions", "generate_responses", "score_responses", "capture_teacher"):
+    for tool in (
+        "prepare_instructions",
+        "generate_responses",
+        "score_responses",
+        "capture_teacher",
+        "build_fusion_data",
+    ):
         assert run(tool, root) == 0
     return root
 
@@ -136,6 +150,11 @@ def change_config(root: Path, **changes: object) -> None:
         (lambda root: (root / "t.jinja").write_text("{{ 1 / 0 }}"), ["--target-chat-template", "t.jinja"], "by zero"),
         (lambda root: (root / "data.jsonl").write_text("[" * 9999 + "]" * 9999), [], "data.jsonl:1: not valid JSON"),
         (
+            lambda root: (root / "data.jsonl").write_bytes(b'{"instruction": "Q"}\n{"instruction": "caf\xe9"}\n'),
+            [],
+            "data.jsonl:2: not valid JSON .'utf-8' codec can't decode byte 0xe9",
+        ),
+        (
             lambda root: (root / "data.jsonl").write_text('[\n{"a": 1}\n]'),
             [],
             "data.jsonl:1: .*JSON object on one line",
@@ -188,43 +207,195 @@ def test_a_broken_model_is_named_and_a_mended_one_goes_on(
         other_tokenizer(world)
     shutil.rmtree(world / "work/responses/alpha")
     before = files(world)
-    assert run("generate_responses", world, "--source", "alpha") == 2
+    command = (
+        "generate_responses",
+        world,
+        "--source",
+        "alpha",
+        "--target-model",
+        world / "beta",
+    )  # not what is damaged
+    assert run(*command) == 2
     error = capsys.readouterr().err
     assert messages.get(damage, "sources.alpha.model: cannot load") in error
     assert "Traceback" not in error and files(world) == before
     shutil.rmtree(world / "alpha")
     save_model(world / "alpha", "llama", seed=7)
-    assert run("generate_responses", world, "--source", "alpha") == 0
+    assert run(*command) == 0
 
 
-@pytest.mark.parametrize(
-    ("tool", "damage", "message"),
-    [
-        ("generate_responses", lambda work: (work / "instructions/manifest.json").write_text("[]"), "a list instead"),
-        (
-            "generate_responses",
-            lambda work: (work / "instructions/examples.00001.jsonl").unlink(),
-            "00001.jsonl: missing",
-        ),
-        ("score_responses", lambda work: halve(work / "responses/beta/shard-00000.jsonl"), "bytes, the manifest has"),
-        ("build_fusion_data", lambda work: (work / "scores/beta/judge/shard-00000.npy").unlink(), "00000.npy: missing"),
-        ("build_fusion_data", lambda work: halve(work / "scores/beta/judge/shard-00000.npy"), "restore it, or remove"),
-        (
-            "build_fusion_data",
-            lambda work: edit_arrays(work / "captures/alpha/training/shard-00001.safetensors", token_logprobs=np.nan),
-            "token_logprobs is not finite in row 0: remove .*captures/alpha/training and run",
-        ),
-    ],
-)
-def test_a_damaged_artefact_is_named_with_the_mend(
-    world: Path, capsys: pytest.CaptureFixture, tool: str, damage: Callable[[Path], object], message: str
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def write_list(path: Path) -> None:
+    path.write_text("[]")
+
+
+# damage, file, what is to be made from it, by which command. (Of the files that training maps, a build run again and training
+# look at the sizes alone; `inspect_data.py --verify` reads them.)
+DAMAGED = [
+    (flip_a_bit, "instructions/examples.00001.jsonl", "responses", "generate_responses"),
+    (flip_a_bit, "instructions/examples.00001.jsonl", "captures/beta/training", "capture_teacher"),
+    (flip_a_bit, "responses/beta/shard-00001.jsonl", "scores", "score_responses"),
+    (flip_a_bit, "responses/beta/shard-00000.jsonl", "captures/beta/inference", "capture_teacher"),
+    (flip_a_bit, "scores/beta/judge/shard-00001.npy", "fusion", "build_fusion_data"),
+    (flip_a_bit, "captures/beta/training/shard-00001.safetensors", "fusion", "build_fusion_data"),
+    (flip_a_bit, "{fusion}/teachers/beta/training/shard-00000.examples.safetensors", "none", "build_fusion_data"),
+    (write_list, "instructions/manifest.json", "responses", "generate_responses"),
+    (Path.unlink, "instructions/examples.00001.jsonl", "responses", "generate_responses"),
+    (Path.unlink, "scores/beta/judge/shard-00000.npy", "fusion", "build_fusion_data"),
+    (halve, "responses/beta/shard-00000.jsonl", "scores", "score_responses"),
+    (halve, "captures/beta/training/shard-00001.safetensors", "fusion", "build_fusion_data"),
+    (halve, "{fusion}/text/shard-00001.tokens.bin", "none", "build_fusion_data"),
+    (Path.unlink, "{fusion}/teachers/beta/training/shard-00001.counts.idx", "none", "build_fusion_data"),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "made_from_it", "tool"), DAMAGED)
+def test_a_damaged_file_is_named_with_the_mend_by_the_stage_that_reads_it(
+    world: Path,
+    capsys: pytest.CaptureFixture,
+    damage: Callable[[Path], None],
+    name: str,
+    made_from_it: str,
+    tool: str,
 ) -> None:
-    damage(world / "work")
+    work = world / "work"
+    path = work / name.format(fusion=FUSION)
+    shutil.rmtree(work / made_from_it, ignore_errors=True)
+    damage(path)
+    capsys.readouterr()
     assert run(tool, world) == 2
-    error = capsys.readouterr().err
-    assert pytest.raises(UserError, match=message).matches(UserError(error)), error
-    shards = {path.with_name(path.name.split(".")[0] + ".done") for path in world.glob("work/fusion/**/shard-*")}
+    (error,) = capsys.readouterr().err.splitlines()
+    said = {flip_a_bit: "sha256 .*the manifest has", halve: "bytes, the manifest has", Path.unlink: "missing"}
+    assert re.search(f"{path}: .*{said.get(damage, 'a list instead')}.*remove {path.parent} and rerun the stage", error)
+    shards = {path.with_name(path.name.split(".")[0] + ".done") for path in work.glob("**/shard-*")}
     assert all(marker.exists() for marker in shards)  # whole, or not there
+
+
+# key of the recipe, its new value, which command finds out, what has to be said. gamma: beta with another tokenizer;
+# delta: beta with other weights. The command has its own work before it: what it makes is removed first.
+OTHERWISE = {
+    "target tokenizer": ("target.model", "gamma", "generate_responses", "instructions .*inputs.target tokenizer = "),
+    "target template": (
+        "target.chat_template",
+        "alpaca",
+        "generate_responses",
+        "instructions .*inputs.target chat format",
+    ),
+    "target template, late": (
+        "target.chat_template",
+        "alpaca",
+        "build_fusion_data",
+        "instructions .*inputs.target chat",
+    ),
+    "tokenizer": ("sources.beta.model", "gamma", "capture_teacher", "responses/beta .*inputs.tokenizer = "),
+    "tokenizer of answers": ("sources.beta.model", "gamma", "score_responses", "responses/beta .*inputs.tokenizer = "),
+    "tokenizer, late": (
+        "sources.beta.model",
+        "gamma",
+        "build_fusion_data",
+        "responses/beta .*inputs.tokenizer = ",
+    ),
+    "template": ("sources.beta.chat_template", "alpaca", "capture_teacher", "responses/beta .*inputs.chat format = "),
+    "template, late": (
+        "sources.beta.chat_template",
+        "alpaca",
+        "build_fusion_data",
+        "responses/beta .*inputs.chat format",
+    ),
+    "judge's template": ("reward_models.judge.chat_template", "alpaca", "build_fusion_data", "scores/.*chat format"),
+    "model": ("sources.beta.model", "delta", "capture_teacher", "responses/beta .*inputs.model = "),
+    "temperature": (
+        "responses.temperature",
+        0.5,
+        "capture_teacher",
+        "responses/alpha .*temperature = 1.0, but now .* 0.5",
+    ),
+    "temperature of answers": ("responses.temperature", 0.5, "score_responses", "responses/alpha .*temperature = 1.0"),
+    "KL temperature": ("loss.teacher_temperature", 3.0, "build_fusion_data", r"captures/.*temperatures = \[2.0\], but"),
+}
+MADE = {"generate_responses": "responses", "score_responses": "scores", "capture_teacher": "captures"}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
+    world: Path, capsys: pytest.CaptureFixture, case: str
+) -> None:
+    key, value, tool, message = OTHERWISE[case]
+    save_model(world / "gamma", "mpt", seed=1, vocab_size=340)
+    save_model(world / "delta", "mpt", seed=2)
+    content = yaml.safe_load((world / "recipe.yaml").read_text())
+    *sections, last = key.split(".")
+    section = content
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[last] = str(world / value) if last == "model" else value
+    (world / "recipe.yaml").write_text(yaml.safe_dump(content))
+    shutil.rmtree(world / "work" / MADE.get(tool, "fusion"))
+    capsys.readouterr()
+    assert run(tool, world) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"work/{message}.*: remove .* and run tools/.* again, or put the old value back", error)
+
+
+ODD = [
+    "👩‍👩‍👧 and 👍🏽",
+    "e\u0301 is not é, nor is A\u030a Å",
+    "line\r\nline\rline\u2028line\x85end",
+    "a\0b\0",
+    "\ufeffmark",
+    "\u202eright to left\u200f \U00100000\U0010fffd",
+    "<|im_end|> and <|im_start|>user\n as text",
+    " \t both ends \n",
+]
+
+
+def test_every_byte_of_a_text_arrives_in_captures_and_fusion_data(tmp_path: Path) -> None:
+    """Ground truth and answers: odd texts, and random mixtures of their characters; one answer is empty."""
+    draw = random.Random(7)
+    texts = ODD + ["".join(draw.choices("".join(ODD), k=draw.randint(1, 40))) + "x" for _ in range(20)]
+    answers = [*texts[1:], ""]
+    rows = [{"id": f"{n}", "instruction": f"Repeat: {text}", "output": text} for n, text in enumerate(texts)]
+    given = [{"id": f"{n}", "response": text} for n, text in enumerate(answers)]
+    source = {
+        "model": str(save_model(tmp_path / "beta", "mpt", positions=512, vocab_size=340)),
+        "responses": str(write_rows(tmp_path / "answers.jsonl", given)),
+    }
+    recipe = small_recipe(
+        tmp_path / "work",
+        write_rows(tmp_path / "data.jsonl", rows),
+        save_model(tmp_path / "alpha", "llama"),
+        {"beta": source},
+        schedule={"preset": "profuser"},
+        training={"seq_length": 400},
+        data={"shard_size": 9},
+    )
+    instructions = prepare_instructions(recipe, progress=str)
+    assert [example.response for example in load_examples(instructions)] == texts
+    generate_responses(recipe, "beta", progress=str)
+    for mode in ("training", "inference"):
+        capture(recipe, "beta", mode, progress=str)
+    build_fusion_data(recipe, progress=str)
+    fusion = FusionDataset(recipe)
+    tokenizer, target = (
+        load_format(recipe.sources["beta"], "beta").tokenizer,
+        load_format(recipe.target, "target").tokenizer,
+    )
+    for mode, wanted in (("training", texts), ("inference", answers)):
+        captured = open_capture(recipe, "beta", mode)
+        shards = [capture_shard(captured, index) for index in range(captured.manifest["shards"])]
+        read = [
+            shard.spans(n).tokens[:-1] for shard in shards for n in range(len(shard.status))
+        ]  # the last: the stop token
+        documents = [fusion.document(mode, n, "beta") for n in range(len(texts))]
+        learned = [document.tokens[document.supervised][:-1] for document in documents]
+        for text, of_source, of_target in zip(wanted, read, learned, strict=True):
+            assert tokenizer.joined_bytes(of_source.tolist()) == text.encode(), ascii(text)
+            assert target.joined_bytes(of_target.tolist()) == text.encode(), ascii(text)
 
 
 def test_names_that_the_recipe_does_not_have(made: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,16 +2,22 @@
 
 import json
 import random
+import re
 import runpy
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from small_models import save_tokenizer, small_recipe, write_rows
+from small_tokenizers import make_tokenizer
 from transformers import LlamaConfig
 
+from megatron_fuse.chat import load_chat_format
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import (
+    example_shards,
     load_examples,
     open_instructions,
     plan_instructions,
@@ -19,9 +25,10 @@ from megatron_fuse.instructions import (
     read_rows,
 )
 from megatron_fuse.instructions.examples import Example
-from megatron_fuse.instructions.prepare import fit
+from megatron_fuse.instructions.length import fit
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,17 +71,17 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_all_forms_give_the_same_example(tmp_path: Path, form: str) -> None:
     rows = read_rows(write_rows(tmp_path / "rows.jsonl", [FORMS[form]]))
-    (example,) = rows.examples
+    (example,) = rows.read()
     assert (rows.form, rows.bad) == (form, [])
     assert (example.system, example.response) == ("S", "A")
     assert example.prompt() == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q\n\nI"}]
     explicit = read_rows(write_rows(tmp_path / "rows.jsonl", [FORMS[form] | {"id": 7}]), form)
-    assert explicit.examples[0].id == "7"
+    assert [e.id for e in explicit.read()] == ["7"]
 
 
 def test_several_turns_and_default_system(tmp_path: Path) -> None:
     turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
-    (example,) = read_rows(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])).examples
+    (example,) = read_rows(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])).read()
     assert (example.messages, example.response, example.system) == (turns[:3], "d", None)
     assert example.prompt("be brief") == [{"role": "system", "content": "be brief"}, *turns[:3]]
     assert example.prompt() == turns[:3]
@@ -96,7 +103,9 @@ BAD_ROWS = {
 def test_bad_rows_are_listed_with_line_and_reason(tmp_path: Path, kind: str) -> None:
     row, reason = BAD_ROWS[kind]
     rows = read_rows(write_rows(tmp_path / "rows.jsonl", [alpaca(1), "", row, alpaca(2)]))
-    assert [example.id for example in rows.examples] == ["e1", "e2"]
+    assert rows.lines == {"e1": 1, "e2": 4}
+    assert [example.id for example in rows.read()] == ["e1", "e2"]
+    assert [example.id for example in rows.read({"e2"})] == ["e2"]
     assert [bad["line"] for bad in rows.bad] == [3]  # the empty second line counts
     assert reason in rows.bad[0]["reason"]
 
@@ -133,11 +142,77 @@ def test_files_that_are_refused(tmp_path: Path, rows: list[object], message: str
         read_rows(write_rows(tmp_path / "rows.jsonl", rows))
 
 
+def save_table(path: Path, rows: list[dict]) -> Path:
+    """The rows in the form that the name asks for; a directory's in two files."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.name == "rows.jsonl":
+        return write_rows(path, rows)
+    table = pyarrow.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+        return path
+    path.mkdir()
+    halves = {"data-00000": table.slice(0, 3), "data-00001": table.slice(3)}
+    for name, part in halves.items():
+        if path.name == "parquet":
+            pyarrow.parquet.write_table(part, path / f"{name}.parquet")
+        else:
+            with pyarrow.ipc.new_stream(path / f"{name}.arrow", part.schema) as file:
+                file.write_table(part)
+    if path.name == "saved":
+        names = [{"filename": f"{name}.arrow"} for name in halves]
+        (path / "state.json").write_text(json.dumps({"_data_files": names, "_format_type": None, "_split": "train"}))
+    return path
+
+
+TABLES = ["rows.jsonl", "rows.parquet", "parquet", "saved"]
+
+
+def test_every_kind_of_table_gives_the_same_examples(models: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    turns = [{"role": role, "content": f"{role} \r\n\0 été 🙂"} for role in ("user", "assistant")]
+    rows = [{"id": n, "messages": turns} for n in range(3)] + [
+        {"id": 3, "messages": turns[:1]},
+        {"id": 4, "messages": turns},
+    ]
+    made = {}
+    for name in TABLES:
+        (tmp_path / name).mkdir()
+        data = {"path": str(save_table(tmp_path / name / name, rows)), "shard_size": 2}
+        recipe = recipe_for(models, tmp_path / name, [], data=data)
+        artefact = prepare_instructions(recipe, progress=str)
+        made[name] = {path.name: path.read_bytes() for path in artefact.files(".jsonl")}
+        assert open_instructions(recipe).counts["examples"] == 4
+        assert prepare_instructions(recipe, progress=str).sha256 == artefact.sha256
+        assert made[name]["examples.bad_rows.jsonl"] == b'{"line": 4, "reason": "no assistant turn"}\n'
+    assert all(files == made["rows.jsonl"] for files in made.values())
+
+
+@pytest.mark.parametrize("name", TABLES[1:])
+def test_a_damaged_table_is_named(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    path = save_table(tmp_path / name, [{"instruction": f"Q{n}", "output": f"{n}" * 99} for n in range(5)])
+    damaged = path if path.is_file() else sorted(path.iterdir())[1]
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    with pytest.raises(UserError, match=f"{damaged.name}: cannot be read after [03] rows"):
+        read_rows(path)
+
+
+def test_directories_that_are_no_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither .*parquet nor the state\.json"):
+        read_rows(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=r"several splits: name the directory of one of them \(train, test\)"):
+        read_rows(tmp_path)
+
+
 def test_ids_from_content_do_not_depend_on_place_and_copies_are_listed(tmp_path: Path) -> None:
     rows = [{"instruction": name, "output": "A"} for name in "abc"]
     forward = read_rows(write_rows(tmp_path / "rows.jsonl", [*rows, rows[0]]))
     backward = read_rows(write_rows(tmp_path / "rows.jsonl", rows[::-1]))
-    assert [e.id for e in forward.examples] == [e.id for e in backward.examples][::-1]
+    assert list(forward.lines) == list(backward.lines)[::-1]
     assert forward.bad == [{"line": 4, "reason": "the same as line 1"}]
 
 
@@ -192,10 +267,43 @@ def test_text_stays_whole_where_only_its_stop_token_is_too_much(models: dict[str
     chat = load_format(recipe_for(models, tmp_path, [alpaca(1)]).target, "target")
     example = Example("x", None, [{"role": "user", "content": "Q"}], "abc 👍")
     length = len(chat.encode_conversation(example.prompt(), example.response).ids)
-    whole, stopless, cut = (fit(example, [("target", chat)], length - less, "truncate") for less in range(3))
+    whole, stopless, cut = (fit(example, [("target", chat)], length - less) for less in range(3))
     assert (whole.response, whole.truncated) == ("abc 👍", False)
     assert (stopless.response, stopless.truncated) == ("abc 👍", True)
     assert (cut.response, cut.truncated) == ("abc ", True)
+
+
+# llama2 keeps every turn's white space and ends it with EOS; vicuna_v1.1's first token of a turn is a leading one.
+@pytest.mark.parametrize("template", ["chatml", "vicuna_v1.1", "llama2"])
+@pytest.mark.parametrize("every_turn", [False, True])
+def test_only_the_last_response_is_cut_at_any_length(tmp_path: Path, template: str, every_turn: bool) -> None:
+    kinds = ["byte_level"] if template == "chatml" else ["sentencepiece", "llama_json"]
+    formats = [
+        (kind, load_chat_format(load_tokenizer(make_tokenizer(kind, tmp_path / kind)), template)) for kind in kinds
+    ]
+    turns = ["international?", "Sure: été 🙂", "and 12?", "x", "more", "nation 日本 answer"]
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, turns, strict=True)]
+    example = Example("x", None, messages[:-1], turns[-1])
+
+    def tokens(text: str, stop: bool) -> int:
+        encoded = [f.encode_conversation(messages[:-1], text, stop=stop, every_turn=every_turn) for _, f in formats]
+        return max(len(e.ids) for e in encoded)
+
+    outcomes = set()
+    for seq_length in range(tokens("", False) - 2, tokens(turns[-1], True) + 1):
+        fitted = fit(example, formats, seq_length, every_turn=every_turn)
+        if isinstance(fitted, str):
+            outcomes.add("left out")
+            assert tokens("n", False) > seq_length and re.search("leaves no room: [0-9]+ tokens for", fitted), (
+                seq_length
+            )
+            continue
+        outcomes.add("cut" if fitted.truncated else "whole")
+        assert fitted.messages == example.messages and turns[-1].startswith(fitted.response), seq_length
+        assert tokens(fitted.response, not fitted.truncated) <= seq_length, seq_length
+        if fitted.truncated and fitted.response != turns[-1]:
+            assert tokens(turns[-1][: len(fitted.response) + 1], False) > seq_length, f"{seq_length}: more would fit"
+    assert outcomes == {"left out", "cut", "whole"}
 
 
 def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
@@ -217,6 +325,47 @@ def test_a_prompt_without_room_is_left_out(models: dict[str, Path], tmp_path: Pa
     assert artefact.counts["dropped_for_length"] == 1
 
 
+_MEGABYTES = [("word ", "truncate"), ("a", "drop"), ("\r\n", "truncate")]
+_MORE_MEGABYTES = [("a", "truncate")] + [
+    (text, policy) for text in ("🙂", "e\u0301", "\0") for policy in ("truncate", "drop")
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [*_MEGABYTES, *(pytest.param(*case, marks=pytest.mark.slow) for case in _MORE_MEGABYTES)],
+    ids=ascii,
+)
+def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, text: str, policy: str) -> None:
+    whole = text * (10**6 // len(text.encode())) + "end"
+    recipe = recipe_for(models, tmp_path, [alpaca(1), alpaca(2, output=whole)], data={"too_long": policy})
+    artefact = prepare_instructions(recipe, progress=str)
+    dropped = [json.loads(line)["reason"] for line in (artefact.directory / "examples.dropped.jsonl").open()]
+    assert [e.id for e in load_examples(artefact)] == (["e1"] if dropped else ["e1", "e2"])
+    if policy == "drop":
+        assert re.fullmatch(r"[0-9]+ tokens for target, seq_length is 128", *dropped)
+    elif not text.strip():
+        assert re.match("the prompt leaves room for white space only: ", *dropped)
+    else:
+        _, cut = load_examples(artefact)
+        assert cut.truncated and len(cut.response) > 10 and whole.startswith(cut.response)
+
+
+def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Path], tmp_path: Path) -> None:
+    """A template that forgets earlier turns cannot show them to be learned, and need not where the last one alone is."""
+    template = tmp_path / "last.jinja"
+    template.write_text("{{ messages[-1]['content'] }}{{ '<|im_end|>' if not add_generation_prompt }}")
+    turns = [{"role": role, "content": role} for role in ["user", "assistant"] * 2]
+    recipe = recipe_for(models, tmp_path, [{"messages": turns}], data={"supervise": "last_turn"})
+    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
+    prepare_instructions(recipe, progress=str)
+    every = recipe.model_copy(update={"data": recipe.data.model_copy(update={"supervise": "every_turn"})})
+    with pytest.raises(UserError, match=r"options\.supervise = 'last_turn', but now .* 'every_turn'"):
+        open_instructions(every)
+    with pytest.raises(UserError, match="prints 0 of the 1 earlier assistant turns"):
+        prepare_instructions(every.model_copy(update={"workdir": tmp_path / "other"}), progress=str)
+
+
 @pytest.mark.parametrize(
     "rows, sections, message",
     [
@@ -233,6 +382,29 @@ def test_refusals_leave_nothing_behind(
     with pytest.raises(UserError, match=message):
         prepare_instructions(recipe, progress=str)
     assert not recipe.workdir.exists()
+
+
+def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_path: Path) -> None:
+    """A file ten times as long takes as much memory, to prepare and to read again."""
+
+    def peak(work: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peaks = []
+    for run, examples in enumerate((4, 4, 24)):  # the first is for what stays in memory after it
+        (tmp_path / str(run)).mkdir()
+        rows = [alpaca(n, instruction="Question? " * 1000) for n in range(examples)]  # 10 kB each
+        recipe = recipe_for(models, tmp_path / str(run), rows, data={"shard_size": 2}, training={"seq_length": 10**6})
+        prepared = peak(lambda recipe=recipe: prepare_instructions(recipe, progress=str))
+        shards = example_shards(open_instructions(recipe))
+        peaks.append((prepared, peak(lambda shards=shards: [len(shard) for shard in shards])))
+    for few, many in zip(*peaks[1:], strict=True):
+        assert many < few + 100_000, peaks  # ids and counts grow; the texts by 200 kB
 
 
 def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str, Path], tmp_path: Path) -> None:

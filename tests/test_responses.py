@@ -269,7 +269,7 @@ def test_responses_of_other_instructions_are_refused(models: dict[str, Path], tm
     for path in (recipe.workdir / "instructions").iterdir():
         path.unlink()
     other = recipe_for(models, tmp_path, examples=11)
-    with pytest.raises(UserError, match="was made from instructions"):
+    with pytest.raises(UserError, match=r"was made with inputs\.instructions = "):
         open_responses(other, "llama")
 
 

@@ -1,11 +1,24 @@
 """An artefact is whole or resumable, ends with the same bytes however it was interrupted, and refuses another plan."""
 
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Plan, completed, open_artefact, run_plan, shard_bounds, temporary_then_rename
+from megatron_fuse.storage import (
+    Plan,
+    Shards,
+    completed,
+    open_artefact,
+    remove_abandoned,
+    run_plan,
+    shard_bounds,
+    temporary_then_rename,
+)
 
 
 def plan(directory: Path, **changes: object) -> Plan:
@@ -89,15 +102,58 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
 
 
 @pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (
+            {"options": {"k": 5}},
+            r"options\.k = 10, but now options\.k = 5: remove .*/a and run make_numbers again, or put",
+        ),
+        ({"inputs": {"parent": "f" * 64}}, r"inputs\.parent = 'abc', but now inputs\.parent = ffffffffffff\.\.\.: "),
+        ({"inputs": {"other": "d"}}, r"inputs\.other = None"),
+        ({"options": {"k": 5}, "remove": Path("all/of/it")}, r"remove all/of/it and run make_numbers"),
+    ],
+)
+def test_an_artefact_made_otherwise_is_refused_and_keys_not_given_are_not_compared(
+    tmp_path: Path, wanted: dict, message: str
+) -> None:
+    made = run_plan(plan(tmp_path / "a", options={"k": 10, "p": 0.9}), make_shard, silent)
+    with pytest.raises(UserError, match=message):
+        open_artefact(tmp_path / "a", "numbers", "make_numbers", **wanted)
+    opened = open_artefact(tmp_path / "a", "numbers", "make_numbers", options={"k": 10}, inputs={"parent": "abc"})
+    assert opened == made
+
+
+@pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]], ids=["truncated", "bit flip"]
 )
-def test_a_damaged_file_is_named(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     artefact = run_plan(plan(tmp_path), make_shard, silent)
-    path = tmp_path / "shard-00002.txt"
-    path.write_bytes(damage(path.read_bytes()))
     assert artefact is not None
+    paths = artefact.files(".txt")
+    paths[2].write_bytes(damage(paths[2].read_bytes()))
     with pytest.raises(UserError, match=r"shard-00002\.txt"):
         artefact.verify()
+    shards = Shards(artefact, paths, Path.read_text)
+    assert (len(shards), shards[1], shards[-1]) == (4, "shard 1\n" * 2, "shard 3\n" * 4)
+    with pytest.raises(UserError, match=rf"shard-00002\.txt: .*the manifest has .*remove {tmp_path} and rerun"):
+        list(shards)
+
+
+def test_a_killed_process_s_temporary_files_go_and_a_living_one_s_stay(tmp_path: Path) -> None:
+    writing = f"""
+import os, signal
+from pathlib import Path
+from megatron_fuse.storage import temporary_then_rename
+with temporary_then_rename(Path({str(tmp_path / "mine")!r})) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", writing]).returncode == -signal.SIGKILL
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["half"]
+    with temporary_then_rename(tmp_path / "mine") as temporary:
+        temporary.write_text("whole")
+        remove_abandoned(tmp_path)
+    assert contents(tmp_path) == {"mine": b"whole"}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ NaN marks an answer that cannot be judged and so cannot win: an empty one, or a 
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.recipe import Recipe, RewardModelOptions
 from megatron_fuse.responses import Response, open_responses, response_shards
-from megatron_fuse.sources.huggingface import load_format, model_fingerprint, resolve_model
+from megatron_fuse.sources.huggingface import load_format, model_fingerprint, resolve_model, source_options
 from megatron_fuse.storage import Artefact, Plan, Workspace, open_artefact, run_plan, temporary_then_rename
 
 STAGE = "scores"
@@ -31,16 +32,22 @@ def _judge(recipe: Recipe, name: str) -> RewardModelOptions:
     return recipe.reward_models[name]
 
 
-def _plan(recipe: Recipe, source: str, name: str, chat: ChatFormat, responses: Artefact) -> Plan:
-    options = _judge(recipe, name)
+def _basis(recipe: Recipe, name: str, responses: Artefact, chat: ChatFormat) -> tuple[dict[str, Any], dict[str, str]]:
+    """(options, inputs) of scores, all but the judge's weights."""
     inputs = {
         "responses": responses.sha256,  # which holds the hash of the instructions
         "tokenizer": chat.tokenizer.sha256,
         "chat format": chat.sha256,
-        "model": model_fingerprint(resolve_model(options.model, f"reward_models.{name}.model")),
     }
-    directory = Workspace(recipe.workdir).scores(source, name)
-    return Plan(directory, STAGE, {"dtype": options.dtype}, inputs, shards=responses.manifest["shards"])
+    return {"dtype": _judge(recipe, name).dtype}, inputs
+
+
+def _plan(recipe: Recipe, source: str, name: str, chat: ChatFormat, responses: Artefact) -> Plan:
+    options, inputs = _basis(recipe, name, responses, chat)
+    directory = resolve_model(_judge(recipe, name).model, f"reward_models.{name}.model")
+    inputs["model"] = model_fingerprint(directory)
+    shards = responses.manifest["shards"]
+    return Plan(Workspace(recipe.workdir).scores(source, name), STAGE, options, inputs, shards)
 
 
 def plan_scores(recipe: Recipe, source: str, name: str) -> Plan:
@@ -63,7 +70,8 @@ def score_responses(
     examples = example_shards(open_instructions(recipe))
     finished = []
     for source in recipe.sources if sources is None else sources:
-        responses = open_responses(recipe, source)
+        source_chat = load_format(source_options(recipe, source), f"sources.{source}")
+        responses = open_responses(recipe, source, chat=source_chat)
         shards = response_shards(responses)
 
         def make_shard(index: int, prefix: Path, source: str = source, shards: list = shards) -> dict[str, int]:
@@ -105,14 +113,14 @@ def _score(
     return scores
 
 
-def load_scores(recipe: Recipe, source: str, name: str) -> np.ndarray:
-    """float32 [examples], NaN for unjudged. Raises UserError where they are missing or belong to other answers."""
+def load_scores(recipe: Recipe, source: str, name: str, chat: ChatFormat | None = None) -> np.ndarray:
+    """float32 [examples], NaN for unjudged. chat: the judge's format, where the caller has it.
+
+    Raises UserError where they are missing or were made otherwise.
+    """
     command = f"{COMMAND} --source {source} --reward-model {name}"
-    artefact = open_artefact(Workspace(recipe.workdir).scores(source, name), STAGE, command)
-    found, wanted = artefact.manifest["inputs"]["responses"], open_responses(recipe, source).sha256
-    if found != wanted:
-        raise UserError(
-            f"{artefact.directory} was made from answers {found[:12]}..., those of {source!r} are {wanted[:12]}...: "
-            f"remove it and run {command} again"
-        )
-    return np.concatenate([np.load(path) for path in artefact.files(".npy")])
+    chat = chat or load_format(_judge(recipe, name), f"reward_models.{name}")
+    options, inputs = _basis(recipe, name, open_responses(recipe, source), chat)
+    directory = Workspace(recipe.workdir).scores(source, name)
+    artefact = open_artefact(directory, STAGE, command, options=options, inputs=inputs)
+    return np.concatenate([np.load(artefact.checked(path)) for path in artefact.files(".npy")])

@@ -9,18 +9,27 @@ import numpy as np
 NONE = -1
 
 
-def min_ce(ce: np.ndarray, response_bytes: np.ndarray, rule: str = "sum") -> np.ndarray:
+def min_ce(
+    ce: np.ndarray, lossy: np.ndarray, *, response_bytes: np.ndarray, response_tokens: np.ndarray, rule: str = "sum"
+) -> np.ndarray:
     """The source that understands the ground truth best: the least cross-entropy (arXiv 2408.04998, equations 1 and 2).
 
-    ce float [n, S]: nats over the response's bytes, the stop token left out; NaN where a source has none. response_bytes [n].
-    rule: `sum`, or `per_byte`, which divides by the same bytes for all sources, so that tokenizers stay comparable and only the
-    reported value changes. Ties go to the first source.
+    ce float [n, S]: nats over the response's bytes, the stop token left out; NaN where a source has none. lossy bool [n, S]:
+    its tokens do not spell the whole response (unknown characters cost it too little), so that it is compared only with
+    others of its kind, where no source has read it all. response_bytes [n]; response_tokens [n, S]: its own tokens.
+    rule: `sum`; `per_byte` divides by the same bytes for all sources, so that only the reported value changes; `per_token`
+    (FuseLLM's choice) divides by the source's own number of tokens, which favours small pieces. Ties go to the first source.
     """
-    if rule not in ("sum", "per_byte"):
-        raise ValueError(f"rule {rule!r} is neither sum nor per_byte")
-    values = np.where(np.isfinite(ce), ce, np.inf)
-    if rule == "per_byte":
-        values = values / np.maximum(response_bytes, 1)[:, None]
+    divisors = {
+        "sum": 1,
+        "per_byte": np.maximum(response_bytes, 1)[:, None],
+        "per_token": np.maximum(response_tokens, 1),
+    }
+    if rule not in divisors:
+        raise ValueError(f"rule {rule!r} is not one of {', '.join(divisors)}")
+    values = np.where(np.isfinite(ce), ce, np.inf) / divisors[rule]
+    whole = np.where(lossy, np.inf, values)
+    values = np.where(np.isfinite(whole).any(1, keepdims=True), whole, values)
     return np.where(np.isfinite(values).any(1), values.argmin(1), NONE).astype(np.int16)
 
 

@@ -1,12 +1,13 @@
-"""From a user's JSONL in one of four common forms to examples, with every row that cannot be used listed by line and reason."""
+"""From a user's rows in one of four common forms to examples, with every row that cannot be used listed by line and reason."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import read_jsonl, sha256_of_json
+from megatron_fuse.instructions.tables import read_table
+from megatron_fuse.storage import sha256_of_json
 
 Message = dict[str, str]
 
@@ -108,7 +109,7 @@ _FORMS = {
 def _detect_form(path: Path) -> str:
     """The form of the first row that bears the mark of any."""
     first: list[str] = []
-    for _, row in read_jsonl(path):
+    for _, row in read_table(path):
         first = first or sorted(row)
         for name, form in _FORMS.items():
             if any(mark in row for mark in form.marks):
@@ -141,27 +142,35 @@ def _example(row: dict[str, Any], form: _Form) -> Example:
 
 @dataclass(frozen=True)
 class Rows:
-    """The usable rows of a file in its order, and the others as {line, reason}."""
+    """Which rows of a file can be used. Their texts stay in the file."""
 
-    examples: list[Example]
-    bad: list[dict[str, Any]]
+    path: Path
     form: str
+    lines: dict[str, int]  # id -> line (of a table: row), in the file's order
+    bad: list[dict[str, Any]]  # {line, reason}
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def read(self, ids: Collection[str] | None = None) -> Iterator[Example]:
+        """The usable rows, or those of these ids, in the file's order."""
+        lines = {self.lines[name] for name in (self.lines if ids is None else ids)}
+        for line, row in read_table(self.path):
+            if line in lines:
+                yield _example(row, _FORMS[self.form])
 
 
 def read_rows(path: Path, form: str = "auto") -> Rows:
-    """Reads JSONL in Alpaca, ShareGPT, messages or Orca form; `auto` takes the first row's.
+    """Looks through rows (see tables.py) in Alpaca, ShareGPT, messages or Orca form; `auto` takes the first row's.
 
     Alpaca and ShareGPT rows may have a `system` column. Rows without response or prompt, or with a value of a wrong type, are
     listed, and so are copies of an earlier row that have no id of their own. Raises UserError for a line that is no JSON object,
     for a file without known rows and for an id given twice (naming both lines).
     """
-    if not path.is_file():
-        raise UserError(f"data.path: {path} does not exist or is no file")
     name = _detect_form(path) if form == "auto" else form
-    examples: list[Example] = []
     bad: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for line, row in read_jsonl(path):
+    for line, row in read_table(path):
         try:
             example = _example(row, _FORMS[name])
             if example.id in lines:
@@ -175,5 +184,4 @@ def read_rows(path: Path, form: str = "auto") -> Rows:
             bad.append({"line": line, "reason": str(reason)})
             continue
         lines[example.id] = line
-        examples.append(example)
-    return Rows(examples, bad, name)
+    return Rows(path, name, lines, bad)

@@ -5,17 +5,38 @@ import pytest
 
 from megatron_fuse.advantage.selection import NONE, majority_vote, min_ce
 
+NAN = np.nan
+CE = np.array([[3.0, 2.0, 2.0], [NAN, 5.0, 4.0], [NAN, NAN, NAN], [np.inf, 9.0, NAN], [1.0, 1.0, 1.0], [0, NAN, 1]])
+BYTES = np.array([4, 1, 9, 2, 3, 0])
+WHOLE = np.zeros(CE.shape, bool)
+ONES = np.ones(CE.shape, np.int32)
 
-@pytest.mark.parametrize("rule", ["sum", "per_byte"])
+
+@pytest.mark.parametrize("rule", ["sum", "per_byte", "per_token"])
 def test_min_ce_takes_the_least_and_the_first_of_equals(rule: str) -> None:
-    nan = np.nan
-    ce = np.array([[3.0, 2.0, 2.0], [nan, 5.0, 4.0], [nan, nan, nan], [np.inf, 9.0, nan], [1.0, 1.0, 1.0], [0, nan, 1]])
-    assert min_ce(ce, np.array([4, 1, 9, 2, 3, 0]), rule).tolist() == [1, 2, NONE, 1, 0, 0]
+    chosen = min_ce(CE, WHOLE, response_bytes=BYTES, response_tokens=ONES, rule=rule)
+    assert chosen.tolist() == [1, 2, NONE, 1, 0, 0]
+
+
+def test_only_per_token_depends_on_how_a_source_cuts_the_text() -> None:
+    tokens = np.array([[6, 2, 1]] * len(CE), np.int32)
+    chosen = {
+        rule: min_ce(CE, WHOLE, response_bytes=BYTES, response_tokens=tokens, rule=rule).tolist()
+        for rule in ("sum", "per_byte", "per_token")
+    }
+    assert chosen["sum"] == chosen["per_byte"] == [1, 2, NONE, 1, 0, 0]
+    assert chosen["per_token"] == [0, 1, NONE, 1, 0, 0]
+
+
+def test_a_source_that_did_not_read_all_wins_only_where_none_did() -> None:
+    lossy = np.array([[0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 1, 0], [1, 1, 1], [1, 0, 1]], bool)
+    chosen = min_ce(CE, lossy, response_bytes=BYTES, response_tokens=ONES)
+    assert chosen.tolist() == [2, 1, NONE, 1, 0, 0]
 
 
 def test_min_ce_refuses_an_unknown_rule() -> None:
-    with pytest.raises(ValueError, match="per_token"):
-        min_ce(np.zeros((1, 1)), np.ones(1), "per_token")
+    with pytest.raises(ValueError, match="per_word"):
+        min_ce(CE, WHOLE, response_bytes=BYTES, response_tokens=ONES, rule="per_word")
 
 
 def slow_vote(scores: np.ndarray, answers: np.ndarray, strongest: int) -> tuple[int, list[int]]:

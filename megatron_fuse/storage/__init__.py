@@ -1,0 +1,46 @@
+"""Artefact directories: what a stage writes, whole or resumable, and tied by hashes to everything it was made from.
+
+    DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
+    DIRECTORY/shard-00000.*         data files, each written to a temporary name and renamed
+    DIRECTORY/shard-00000.done      {files: {name: {bytes, sha256}}, counts}: the shard is whole
+    DIRECTORY/manifest.json         plan, files and summed counts; written last, its presence means complete
+
+A rerun finds the plan equal and takes only the shards without marker. A plan that differs is refused with the key and both
+values: nothing is overwritten. Any number of processes may share the work; whoever completes the last shard writes the manifest.
+"""
+
+from megatron_fuse.storage.artefact import Artefact, Plan, Shards, completed, open_artefact
+from megatron_fuse.storage.files import (
+    read_json,
+    read_jsonl,
+    remove_abandoned,
+    sha256_of_bytes,
+    sha256_of_file,
+    sha256_of_json,
+    temporary_then_rename,
+    write_json,
+    write_jsonl,
+)
+from megatron_fuse.storage.stage import rank_and_world, run_plan, shard_bounds
+from megatron_fuse.storage.workspace import Workspace
+
+__all__ = [
+    "Artefact",
+    "Plan",
+    "Shards",
+    "Workspace",
+    "completed",
+    "open_artefact",
+    "rank_and_world",
+    "read_json",
+    "read_jsonl",
+    "remove_abandoned",
+    "run_plan",
+    "sha256_of_bytes",
+    "sha256_of_file",
+    "sha256_of_json",
+    "shard_bounds",
+    "temporary_then_rename",
+    "write_json",
+    "write_jsonl",
+]

@@ -1,0 +1,152 @@
+"""What is to be made, what was made, and whether the one is the other."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage.files import read_json, sha256_of_file, sha256_of_json
+
+FORMAT_VERSION = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is to write. Two plans are the same artefact when all but `directory` is equal."""
+
+    directory: Path
+    stage: str
+    options: dict[str, Any]  # JSON values: every option that changes the bytes
+    inputs: dict[str, str]  # what it is made from, by name: sha256 of parent manifests, tokenizers, templates, models
+    shards: int
+    shard_names: list[str] | None = field(default=None)  # default: shard-00000, ...
+
+    def names(self) -> list[str]:
+        return self.shard_names or [f"shard-{index:05d}" for index in range(self.shards)]
+
+    def content(self) -> dict[str, Any]:
+        content = asdict(self)
+        del content["directory"]
+        if self.shard_names is None:
+            del content["shard_names"]
+        return json.loads(json.dumps({"format_version": FORMAT_VERSION, **content}))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A complete artefact directory."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """Hash that children record: it covers options, inputs and the checksum of every file."""
+        return sha256_of_json(self.manifest)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.manifest["counts"]
+
+    def files(self, suffix: str) -> list[Path]:
+        """Data files with this suffix in shard order."""
+        return [self.directory / name for name in self.manifest["files"] if name.endswith(suffix)]
+
+    def checked(self, path: Path, *, checksum: bool = True) -> Path:
+        """`path`, one of this artefact's files, after comparing its size and its sha256 with the manifest (about 1 s a GB).
+
+        Raises UserError naming the file where it is not what the stage wrote.
+        """
+        mend = f"restore it, or remove {self.directory} and rerun the stage"
+        facts = self.manifest["files"].get(path.name)
+        if facts is None:
+            raise UserError(f"{path}: {self.directory}/manifest.json does not list it: {mend}")
+        if not path.is_file():
+            raise UserError(f"{path}: missing; its manifest lists it: {mend}")
+        if path.stat().st_size != facts["bytes"]:
+            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest has {facts['bytes']}: {mend}")
+        if checksum and (found := sha256_of_file(path)) != facts["sha256"]:
+            raise UserError(f"{path}: sha256 {found[:12]}..., the manifest has {facts['sha256'][:12]}...: {mend}")
+        return path
+
+    def verify(self, *, checksums: bool = True) -> "Artefact":
+        """Compares all files with the manifest, by size alone where checksums is False; returns the artefact."""
+        for name in self.manifest["files"]:
+            self.checked(self.directory / name, checksum=checksums)
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Shards(Sequence[T]):
+    """The contents of an artefact's shards. One is read, and its checksum compared, whenever it is indexed; none is kept."""
+
+    artefact: Artefact
+    paths: list[Path]
+    read: Callable[[Path], T]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> T:  # type: ignore[override]  # no slices: they would be in memory all at once
+        return self.read(self.artefact.checked(self.paths[index]))
+
+
+def open_artefact(
+    directory: Path,
+    stage: str,
+    made_by: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    remove: Path | None = None,
+) -> Artefact:
+    """Opens a complete artefact whose files all have their size.
+
+    options, inputs: what it has to have been made with and from; keys that are not given are not compared. made_by: the
+    command that makes it; remove: what has to go before that, by default the artefact alone. Both stand in the errors.
+    """
+    if not (directory / "manifest.json").exists():
+        state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
+        raise UserError(f"{directory} {state}: run {made_by} first")
+    manifest = read_json(directory / "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION or manifest.get("stage") != stage:
+        raise UserError(
+            f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
+            f"needed is {stage!r} in format {FORMAT_VERSION}: remove {directory} and run {made_by} again"
+        )
+    mend = f"remove {remove or directory} and run {made_by} again, or put the old value back"
+    for section, wanted in {"options": options or {}, "inputs": inputs or {}}.items():
+        _refuse_difference(directory, section, {key: manifest[section].get(key) for key in wanted}, wanted, mend)
+    return Artefact(directory, manifest).verify(checksums=False)
+
+
+def completed(plan: Plan) -> Artefact | None:
+    """The finished artefact of a plan, None where something is left to do. Another plan's directory is refused."""
+    directory, wanted = plan.directory, plan.content()
+    for name in ("manifest.json", "plan.json"):
+        if (directory / name).exists():
+            found = read_json(directory / name)
+            mend = f"move or remove {directory} to make it anew, or put the old value back"
+            for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
+                _refuse_difference(directory, key, found.get(key), wanted.get(key), mend)
+            return Artefact(directory, found).verify(checksums=False) if name == "manifest.json" else None
+    return None
+
+
+def _refuse_difference(directory: Path, key: str, have: Any, want: Any, mend: str) -> None:
+    """Raises UserError naming the key (within a section, the first that differs) and both values."""
+    if have == want:
+        return
+    if isinstance(have, dict) and isinstance(want, Mapping):
+        inner = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+        key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
+    raise UserError(f"{directory} was made with {key} = {_shown(have)}, but now {key} = {_shown(want)}: {mend}")
+
+
+def _shown(value: Any) -> str:
+    is_hash = isinstance(value, str) and len(value) == 64
+    return f"{value[:12]}..." if is_hash else repr(value)

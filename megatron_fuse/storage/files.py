@@ -1,0 +1,104 @@
+"""Single files: hashes, writing that leaves either the old file or the whole new one, JSON and JSON lines."""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from megatron_fuse.errors import UserError
+
+
+def sha256_of_bytes(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    return sha256_of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def temporary_then_rename(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path` and renames it there at the end; on an error nothing is left behind.
+
+    Raises UserError where the operating system refuses: no permission, a file in a directory's place, a full disk.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as mark:
+            with suppress(OSError):  # a file system without locks, where a killed process's temporary files stay
+                fcntl.flock(mark, fcntl.LOCK_EX)
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes temporary files that killed processes left in a directory.
+
+    Who writes one holds its lock, and the system takes the lock back when a process ends, however it ends: a file whose
+    lock is to be had is nobody's, on whichever machine it was written.
+    """
+    for leftover in directory.glob(".*.tmp"):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with temporary_then_rename(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with temporary_then_rename(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of an object")
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): remove {path.parent} and rerun the stage") from error
+    return content
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, row) of every non-empty line. A malformed line raises UserError naming it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path}:{number}: not valid JSON ({error}): a row is a JSON object on one line"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: a row is a JSON object on one line, this is a {type(row).__name__}")
+            yield number, row
