@@ -1,4 +1,4 @@
-"""Laws of capture: sparse rows say exactly what the dense logits say, whatever the batch, for the token that comes next."""
+"""Laws of capture: a source's rows are those of reading one example at a time, whatever the batch, for the token that comes next."""
 
 import shutil
 from pathlib import Path
@@ -6,78 +6,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_fusion import SOURCES, fusion_recipe, save_models, write_data
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from small_captures import Models, build_world, changed, fresh_recipe, read, world_recipe
+from small_models import small_recipe, write_rows
+from small_tokenizers import sentencepiece_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from megatron_fuse.capture import STATUSES, CaptureShard, capture, distributions, open_capture, read_capture_shard
-from megatron_fuse.capture.distributions import NotFiniteError, sparse_rows
-from megatron_fuse.capture.reading import SourceReader, logits_at, token_budget_batches
+from megatron_fuse.capture import (
+    CAPTURED,
+    STATUSES,
+    Conversation,
+    SparseRows,
+    capture,
+    capture_shard,
+    open_capture,
+    read_capture_shard,
+)
+from megatron_fuse.capture.reading import logits_at, token_budget_batches
+from megatron_fuse.capture.shards import NO_RESPONSE, TOO_LONG, CaptureShard
+from megatron_fuse.chat import supervised_turns
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import load_examples, open_instructions, prepare_instructions
+from megatron_fuse.instructions import example_shards, load_examples, open_instructions, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses, open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_causal_lm, load_format, source_options
-
-
-def kept_by_definition(z: np.ndarray, top_k: int, top_p: float, filter: str, temperature: float) -> list[int]:
-    """Ids that the filter keeps of one row of float64 logits."""
-    order = np.argsort(-z, kind="stable")[:top_k]
-    among = np.arange(len(z)) if filter == "full_vocabulary" else order
-    scale = 1.0 if filter == "full_vocabulary" else temperature
-    weights = np.exp((z - z.max()) / scale)
-    mass, kept = 0.0, []
-    for index in order:
-        if (kept and mass >= top_p) or z[index] == -np.inf:
-            break
-        kept.append(int(index))
-        mass += weights[index] / weights[among].sum()
-    return kept
-
-
-# top_k beyond the vocabulary; top_p that keeps one entry, some, all; a temperature above and below 1
-@pytest.mark.parametrize(("top_k", "top_p"), [(10, 0.95), (3, 1.0), (64, 0.9999), (10, 1e-6)])
-@pytest.mark.parametrize("filter", ["full_vocabulary", "hugging_face"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sparse_rows_give_back_the_dense_distribution(
-    monkeypatch: pytest.MonkeyPatch, top_k: int, top_p: float, filter: str, dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(distributions, "_CPU_CHUNK", 300)  # eight rows at a time, and one in the end
-    seed, rows, vocab, temperatures = 3, 41, 37, [2.0, 0.5]
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(rows, vocab, generator=generator) * 3 + 50).to(dtype)
-    if dtype is torch.bfloat16:  # ties are common in bf16; which of them is kept is nobody's concern: make them differ
-        logits = (torch.rand(rows, vocab, generator=generator).argsort(1) / 4).to(dtype)
-    logits[:, 5] = -torch.inf  # masked columns are legal
-    tokens = torch.randint(6, vocab, (rows,), generator=generator)
-    sparse = sparse_rows(logits, tokens, top_k=top_k, top_p=top_p, filter=filter, temperatures=temperatures)
-    dense = logits.double()
-    bounds = np.concatenate([[0], np.cumsum(sparse.counts, dtype=np.int64)])
-    for row in range(rows):
-        span = slice(bounds[row], bounds[row + 1])
-        ids = sparse.ids[span]
-        assert ids.tolist() == kept_by_definition(dense[row].numpy(), top_k, top_p, filter, temperatures[0]), (
-            f"{seed=} {row=}"
-        )
-        for column, temperature in enumerate([1.0, *temperatures]):
-            expected = torch.log_softmax(dense[row] / temperature, 0)[ids.tolist()].numpy()
-            found = sparse.logits[span] / temperature - sparse.lse[row, column]
-            np.testing.assert_allclose(found, expected, atol=2e-6)  # fp32 sums of exponentials of numbers up to 20
-        expected = torch.log_softmax(dense[row], 0)[tokens[row]]
-        np.testing.assert_allclose(sparse.token_logprobs[row], expected, atol=4e-6)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, "all masked"])
-def test_rows_that_are_no_distribution_are_refused(monkeypatch: pytest.MonkeyPatch, bad: float | str) -> None:
-    monkeypatch.setattr(distributions, "_CPU_CHUNK", 34)  # three rows at a time: the fifth is in the second chunk
-    logits = torch.zeros(7, 11)
-    logits[4] = -torch.inf if bad == "all masked" else logits[4]
-    if bad != "all masked":
-        logits[4, 9] = bad
-    with pytest.raises(NotFiniteError) as error:
-        sparse_rows(
-            logits, torch.zeros(7, dtype=torch.int64), top_k=3, top_p=1.0, filter="full_vocabulary", temperatures=[2.0]
-        )
-    assert error.value.row == 4
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 
 def test_batches_are_a_partition_within_the_budget() -> None:
@@ -91,59 +52,35 @@ def test_batches_are_a_partition_within_the_budget() -> None:
     assert token_budget_batches([], 10) == []
 
 
-def test_logits_at_is_the_model_itself_where_logits_are_changed_after_the_head() -> None:
-    """Gemma caps its logits after the head; GPT-2 has its head tied."""
+def test_logits_at_is_the_model_itself() -> None:
+    """Gemma caps its logits after the head; GPT-2 has its head tied; Mamba attends to nothing; the last names no head."""
     torch.manual_seed(0)
     small = {"vocab_size": 61, "max_position_embeddings": 32}
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-    }
-    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **sizes, num_key_value_heads=1, final_logit_softcapping=0.05))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    cap = {"head_dim": 8, "num_key_value_heads": 1, "final_logit_softcapping": 0.05}
+    gpt2 = GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    mamba = MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=1)
+    headless = GPT2LMHeadModel(gpt2)
+    headless.get_output_embeddings = lambda: None
     tokens = torch.randint(0, 61, (3, 7))
     positions = torch.tensor([0, 6, 8, 9, 20])
-    for model in (gemma.eval(), gpt2.eval()):
+    gemma = Gemma2ForCausalLM(Gemma2Config(**small, **sizes, **cap))
+    for model in (gemma, GPT2LMHeadModel(gpt2), MambaForCausalLM(mamba), headless):
         with torch.inference_mode():
-            expected = model(tokens).logits.flatten(0, 1)[positions]
+            expected = model.eval()(tokens).logits.flatten(0, 1)[positions]
             found = logits_at(model, tokens, torch.ones_like(tokens), positions)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    assert expected.shape == found.shape == (5, 61)
+        assert found.shape == (5, 61), type(model)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """(directory with instructions and responses, models): the stages before capture are done once."""
-    root = tmp_path_factory.mktemp("capture")
-    models = save_models(root / "models")
-    write_data(root)
-    recipe = fusion_recipe(root, models)
-    prepare_instructions(recipe, progress=str)
-    for source in SOURCES:
-        generate_responses(recipe, source, progress=str)
-    return root, models
-
-
-def changed(recipe: Recipe, **sections: object) -> Recipe:
-    return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=value) for name, value in sections.items()}
-    )
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Models]:
+    return build_world(tmp_path_factory.mktemp("capture"))
 
 
 @pytest.fixture
-def fresh(world: tuple[Path, dict[str, Path]], tmp_path: Path) -> Recipe:
-    """The world's recipe in a workdir of its own."""
-    root, models = world
-    for name in ("instructions", "responses"):
-        shutil.copytree(root / "run" / name, tmp_path / "run" / name)
-    return fusion_recipe(root, models).model_copy(update={"workdir": tmp_path / "run"})
-
-
-def read(recipe: Recipe, source: str, mode: str) -> list[CaptureShard]:
-    return [read_capture_shard(path) for path in open_capture(recipe, source, mode).files(".safetensors")]
+def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
+    return fresh_recipe(world, tmp_path)
 
 
 # 1: every example alone; 150: two or three together; 10**6: whole shards
@@ -160,60 +97,169 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
     place = [(shard, index) for shard in shards for index in range(len(shard.status))]
     seen = set()
     for example, answer, (shard, index) in zip(examples, answers, place, strict=True):
-        text, truncated = (answer.response, answer.truncated) if mode == "inference" else (example.response, False)
-        seen.add((STATUSES[shard.status[index]], truncated))
+        given = answer if mode == "inference" else example
+        text, truncated = given.response, given.truncated
+        every_turn = mode == "training"
+        turns = supervised_turns(example.messages, text, every_turn=every_turn)
+        seen.add((STATUSES[shard.status[index]], truncated, len(turns)))
         span = shard.rows(index)
         if not text.strip():
-            assert shard.status[index] == STATUSES.index("no_response")
+            assert shard.status[index] == NO_RESPONSE
             assert span.start == span.stop
-            assert np.isnan(shard.ce_sum[index])
+            assert np.isnan(shard.ce_sum[index]) and np.isnan(shard.ce_stop[index])
             continue
-        encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated)
+        encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn)
         with torch.inference_mode():
             logits = model(torch.from_numpy(encoded.ids[None].astype(np.int64))).logits[0].double()
         dense = torch.log_softmax(logits, 1)
-        labels = encoded.ids[encoded.prompt_length :]
+        labels = encoded.ids[encoded.supervised]
         # The distribution after the last prompt token predicts the first response token, and so on.
-        rows = np.arange(encoded.prompt_length, len(encoded.ids)) - 1
+        rows = np.flatnonzero(encoded.supervised) - 1
         expected = dense[rows, labels].numpy()
         assert shard.tokens[span].tolist() == labels.tolist()
-        assert shard.starts[span].tolist() == encoded.starts.tolist()
         np.testing.assert_allclose(shard.token_logprobs[span], expected, atol=2e-4)  # fp32 attention in other shapes
-        nats = -expected[: len(encoded.ends)].sum()
-        np.testing.assert_allclose(shard.ce_sum[index], nats, rtol=1e-5)
-        assert bool(shard.stop[index]) == (not truncated)
-        assert np.isnan(shard.ce_stop[index]) == truncated
-        assert shard.response_bytes[index] == len(text.encode())
+        stop = encoded.spans.has(SpanFlag.STOP)
+        assert stop.sum() == len(turns) - truncated
+        np.testing.assert_allclose(shard.ce_sum[index], -expected[~stop].sum(), rtol=1e-5)
+        stops = -expected[stop].sum() if stop.any() else np.nan
+        np.testing.assert_allclose(shard.ce_stop[index], stops, atol=4e-4)
+        assert shard.response_tokens[index] == (~stop).sum()
+        assert shard.response_bytes[index] == len(response_bytes(turns)) - len(turns)
+        assert shard.lossy_rows[index] == 0
         entries = np.concatenate([[0], np.cumsum(shard.counts, dtype=np.int64)])[span.start : span.stop + 1]
         tempered = torch.log_softmax(logits / 2.0, 1)
         for row, first, last in zip(rows, entries[:-1], entries[1:], strict=True):
             ids = shard.entry_ids[first:last].tolist()
             assert ids == dense[row].topk(last - first).indices.tolist()
             np.testing.assert_allclose(shard.logprobs(1, 2.0)[first:last], tempered[row, ids], atol=2e-4)
-    wanted = {("captured", False)} | ({("captured", True), ("no_response", False)} if mode == "inference" else set())
-    assert wanted <= seen, "the data holds no truncated or empty answer: the test tells less than it says"
+    wanted = {("captured", False, 1)}
+    wanted |= {("captured", False, 2)} if mode == "training" else {("captured", True, 1), ("no_response", False, 1)}
+    assert wanted <= seen, "the data holds no truncated, empty or long conversation: the test tells less than it says"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_source_runs_in_its_own_precision(fresh: Recipe, dtype: str) -> None:
+    options = fresh.sources["beta"].model_copy(update={"dtype": dtype})
+    recipe = fresh.model_copy(update={"sources": {"beta": options}})
+    capture(recipe, "beta", "training", progress=str)
+    shard, chat = read(recipe, "beta", "training")[0], load_format(options, "beta")
+    model = load_causal_lm(options)
+    assert model.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    example = load_examples(open_instructions(recipe))[1]
+    encoded = chat.encode_conversation(example.prompt(chat.system), example.response)
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(encoded.ids[None].astype(np.int64))).logits[0].double()
+    rows = np.flatnonzero(encoded.supervised) - 1
+    expected = torch.log_softmax(logits, 1)[rows, encoded.ids[encoded.supervised]].numpy()
+    # Logits lie below 8, where neighbouring numbers of bf16 are 2**-5 apart.
+    tolerance = {"bf16": 2**-3, "fp32": 2e-4}[dtype]
+    np.testing.assert_allclose(shard.token_logprobs[shard.rows(1)], expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("supervise", ["every_turn", "last_turn"])
+def test_spans_of_a_shard_are_those_of_its_conversations(
+    world: tuple[Path, Models], tmp_path: Path, supervise: str
+) -> None:
+    root, models = world
+    recipe = world_recipe(root, models, data={"shard_size": 5, "supervise": supervise})
+    recipe = recipe.model_copy(update={"workdir": tmp_path})
+    prepare_instructions(recipe, progress=str)
+    capture(recipe, "alpha", "training", progress=str)
+    chat = load_format(recipe.sources["alpha"], "alpha")
+    every_turn = supervise == "every_turn"
+    turns_met = set()
+    for shard, examples in zip(
+        read(recipe, "alpha", "training"), example_shards(open_instructions(recipe)), strict=True
+    ):
+        spans = []
+        for number, example in enumerate(examples):
+            encoded = chat.encode_conversation(
+                example.prompt(chat.system), example.response, stop=not example.truncated, every_turn=every_turn
+            )
+            spans.append(encoded.spans)
+            assert_same_spans(shard.spans(number), encoded.spans)
+            turns_met.add(int(encoded.spans.has(SpanFlag.STOP).sum()))
+        offsets = np.random.default_rng(1).integers(0, 10**6, len(examples))
+        assert_same_spans(shard.all_spans(offsets), TokenSpans.join(spans, offsets))
+    assert turns_met == ({1, 2} if every_turn else {1})
+
+
+def assert_same_spans(found: TokenSpans, expected: TokenSpans) -> None:
+    for name in ("tokens", "starts", "ends", "flags"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == b.dtype, name
+        np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_flagged(tmp_path: Path) -> None:
+    """A SentencePiece model without byte fallback: characters that it has not become <unk>."""
+    directory = tmp_path / "lossy"
+    directory.mkdir()
+    (directory / "tokenizer.model").write_bytes(sentencepiece_model("bpe", byte_fallback=False))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=130, max_position_embeddings=512, **sizes)).save_pretrained(directory)
+    texts = ["the station is 12", "the 日本 station 🙂 is"]
+    data = write_rows(tmp_path / "data.jsonl", [{"instruction": "station?", "output": text} for text in texts])
+    options = {"model": str(directory), "chat_template": "vicuna_v1.1"}
+    recipe = small_recipe(tmp_path / "run", data, directory, {"lossy": options}, training={"seq_length": 256})
+    recipe = changed(recipe, target={"chat_template": "vicuna_v1.1"})
+    prepare_instructions(recipe, progress=str)
+    artefact = capture(recipe, "lossy", "training", progress=str)
+    [shard] = read(recipe, "lossy", "training")
+    assert (shard.status == CAPTURED).all()
+    lossy = [int(shard.spans(number).has(SpanFlag.LOSSY).sum()) for number in range(2)]
+    assert shard.lossy_rows.tolist() == lossy
+    assert lossy[1] > 0 and artefact is not None and artefact.counts["lossy_rows"] == sum(lossy)
+    assert np.isfinite(shard.ce_sum).all() and len(shard.counts) == len(shard.tokens)
 
 
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def test_two_ranks_and_an_interrupted_run_give_the_same_bytes(
-    fresh: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+# 13 examples in 3 shards: 3 ranks have one each, 4 leave one without work
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_ranks_gives_the_same_bytes(
+    fresh: Recipe, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     whole = capture(fresh, "beta", "training", progress=str)
     assert whole is not None
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert capture(fresh, "beta", "training", progress=str) is None
-    monkeypatch.setenv("RANK", "0")
-    assert capture(fresh, "beta", "training", progress=str) is not None
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    artefacts = []
+    for rank in reversed(range(world_size)):
+        monkeypatch.setenv("RANK", str(rank))
+        artefacts.append(capture(fresh, "beta", "training", progress=str))
+    assert artefacts[-1] is not None and artefacts[0] is None
     assert content(whole.directory) == expected
+
+
+def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
+    shards = {}
+    for budget in (1, 170, 10**6):
+        recipe = changed(fresh, capture={"batch_tokens": budget, "top_p": 1.0})
+        recipe = recipe.model_copy(update={"workdir": fresh.workdir.with_name(f"run{budget}")})
+        shutil.copytree(fresh.workdir / "instructions", recipe.workdir / "instructions")
+        capture(recipe, "gamma", "training", progress=str)
+        shards[budget] = read(recipe, "gamma", "training")
+    for budget in (1, 170):
+        for found, expected in zip(shards[budget], shards[10**6], strict=True):
+            for name in ("offsets", "status", "tokens", "starts", "ends", "flags", "counts", "response_bytes"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+            for name in ("token_logprobs", "lse", "entry_logits", "ce_sum"):  # sums in another order, in fp32
+                np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-5)
+            # Two entries may change places where their logits differ by no more than rounding.
+            moved = found.entry_ids != expected.entry_ids
+            assert moved.mean() < 0.01
+
+
+def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) -> None:
+    whole = capture(fresh, "beta", "training", progress=str)
+    assert whole is not None
+    expected = content(whole.directory)
     shutil.rmtree(whole.directory)
-    monkeypatch.setenv("WORLD_SIZE", "1")
 
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
@@ -243,10 +289,12 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     assert artefact is not None
     chat = load_format(late, "late")
     examples = load_examples(open_instructions(recipe))
-    lengths = [len(chat.encode_conversation(e.prompt(chat.system), e.response).ids) for e in examples]
+    lengths = [
+        len(chat.encode_conversation(e.prompt(chat.system), e.response, stop=not e.truncated).ids) for e in examples
+    ]
     expected = [length - 1 > 150 for length in lengths]
     status = np.concatenate([shard.status for shard in read(recipe, "late", "training")])
-    assert (status == STATUSES.index("too_long")).tolist() == expected
+    assert (status == TOO_LONG).tolist() == expected
     assert artefact.counts["too_long"] == sum(expected)
     assert 0 < sum(expected) < len(expected), f"lengths {lengths} do not try both sides"
 
@@ -275,7 +323,8 @@ def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) 
     artefact = capture(fresh, "beta", "training", progress=str)
     assert artefact is not None
     for recipe, key in [
-        (changed(fresh, capture={"top_k": 4}), "top_k = 10, but the recipe's source 'beta' has 4"),
+        (changed(fresh, capture={"top_k": 4}), "top_k = 10, but now options.top_k = 4"),
+        (changed(fresh, capture={"top_p": 1.0}), "top_p = 0.95, but now options.top_p = 1.0"),
         (changed(fresh, loss={"teacher_temperature": 3.0}), r"temperatures = \[2.0\]"),
         (fresh.model_copy(update={"sources": {"beta": fresh.sources["gamma"]}}), "tokenizer = "),
     ]:
@@ -297,20 +346,81 @@ def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"shard-00001.safetensors: cannot be read as a capture"):
             read_capture_shard(path)
-    path.write_bytes(good)
-    shard = read_capture_shard(path)
-    shard.lse[1, 1] = np.nan
-    shard.save(path)
-    with pytest.raises(UserError, match="lse is not finite in row 1"):
+    flipped = bytearray(good)
+    flipped[-40] ^= 1  # within a number, where nothing but the checksum tells
+    path.write_bytes(flipped)
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: sha256 .* restore it, or remove"):
+        capture_shard(artefact, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("lse", (1, 1), np.nan, "lse is not finite in row 1"),
+        ("lse", (2, 0), -np.inf, "lse is not finite in row 2"),
+        ("token_logprobs", 3, np.nan, "token_logprobs is not finite in row 3"),
+        ("token_logprobs", 3, np.inf, "token_logprobs is not finite in row 3"),
+        ("entry_logits", -1, np.nan, "entry_logits is not finite in row "),
+        ("entry_logits", -1, 0.5, "entry_logits rise in row "),
+        ("entry_ids", 0, 10**6, "an entry's id is not one of the model's .* in row 0"),
+        ("entry_ids", -1, -1, "an entry's id is not one of the model's .* in row "),
+        ("starts", 4, -1, "starts and ends are out of order in row 4"),
+        ("starts", 4, 10**6, "starts and ends are out of order in row 4"),
+        ("ends", 4, 0, "starts and ends are out of order in row 4"),
+        ("counts", 0, 77, "counts add up to"),
+        ("offsets", 1, 10**6, "offsets do not divide its"),
+    ],
+)
+def test_what_no_capture_holds_is_refused_by_file_and_row(
+    captured_shard: CaptureShard, tmp_path: Path, name: str, place: int, value: float, message: str
+) -> None:
+    arrays = vars(captured_shard) | {name: getattr(captured_shard, name).copy()}
+    arrays[name][place] = value
+    path = tmp_path / "shard-00000.safetensors"
+    CaptureShard(**arrays).save(path)
+    with pytest.raises(UserError, match=f"shard-00000.safetensors: {message}"):
         read_capture_shard(path)
 
 
-def test_a_shard_of_which_nothing_was_captured_can_be_read(fresh: Recipe, tmp_path: Path) -> None:
-    examples = load_examples(open_instructions(fresh))[:3]
-    SourceReader(fresh, "alpha", model=None).capture_shard(examples, [None] * 3).save(tmp_path / "empty.safetensors")
-    shard = read_capture_shard(tmp_path / "empty.safetensors")
+def test_arrays_of_other_lengths_are_refused(captured_shard: CaptureShard, tmp_path: Path) -> None:
+    path = tmp_path / "shard.safetensors"
+    for name in sorted(vars(captured_shard).keys() - {"offsets", "vocab_size"}):
+        CaptureShard(**(vars(captured_shard) | {name: getattr(captured_shard, name)[:-1]})).save(path)
+        with pytest.raises(UserError, match=r"fit the other arrays|counts add up to|offsets do not divide"):
+            read_capture_shard(path)
+
+
+@pytest.fixture(scope="module")
+def captured_shard(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> CaptureShard:
+    recipe = fresh_recipe(world, tmp_path_factory.mktemp("shard"))
+    capture(recipe, "beta", "training", progress=str)
+    return read(recipe, "beta", "training")[0]
+
+
+def test_a_shard_of_which_nothing_was_captured_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "empty.safetensors"
+    conversations = [Conversation(name, None, 0) for name in "abc"]
+    CaptureShard.of(conversations, np.full(3, NO_RESPONSE), SparseRows.none(1)).save(path)
+    shard = read_capture_shard(path)
     assert [STATUSES[code] for code in shard.status] == ["no_response"] * 3
     assert shard.offsets.tolist() == [0] * 4 and shard.lse.shape == (0, 2) and np.isnan(shard.ce_sum).all()
+    assert len(shard.all_spans([0, 7, 9])) == 0
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Models], tmp_path: Path) -> None:
+    answers = write_rows(
+        tmp_path / "long.jsonl", [{"id": "e0", "response": "word " * 200_000}, {"id": "e1", "response": "Yes."}]
+    )
+    recipe = fresh_recipe(world, tmp_path)
+    shutil.rmtree(recipe.workdir / "responses" / "beta")
+    sources = recipe.sources | {"beta": recipe.sources["beta"].model_copy(update={"responses": answers})}
+    recipe = recipe.model_copy(update={"sources": sources})
+    generate_responses(recipe, "beta", progress=str)
+    artefact = capture(recipe, "beta", "inference", progress=str)
+    assert artefact is not None
+    counts = {key: artefact.counts[key] for key in ("examples", "captured", "too_long", "no_response")}
+    assert counts == {"examples": 13, "captured": 1, "too_long": 1, "no_response": 11}
 
 
 def test_a_source_without_answers_says_which_command_makes_them(fresh: Recipe) -> None:

@@ -4,12 +4,13 @@
     torchrun --nproc-per-node 8 tools/capture_teacher.py --recipe ...         # rank r takes every 8th shard
 
 Writes WORKDIR/captures/SOURCE/MODE; by default every source in every mode that the recipe's schedule learns from. Mode training
-reads the ground-truth response, mode inference the source's own. Interrupted, it continues where it stopped.
+reads the ground-truth response, mode inference the source's own. Interrupted, it continues where it stopped. A source with
+`captures: {MODE: FILE}` in the recipe is read from there instead (docs/captures.md).
 """
 
 import argparse
 
-from megatron_fuse.capture import MODES, capture
+from megatron_fuse.capture import BACKENDS, MODES, capture
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
@@ -20,11 +21,24 @@ def main() -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--source", action="append", metavar="NAME", help="only this source; may be repeated")
     parser.add_argument("--mode", choices=MODES, help="only this mode")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="hf: the source's model, in process; file: what sources.NAME.captures names; default: the file where it is named",
+    )
+    parser.add_argument(
+        "--no-truncate",
+        action="store_true",
+        help="keep all capture.top_k entries of every token: the same as --capture-top-p 1. The stages after this one compare "
+        "a capture with the recipe, so that the recipe should say capture.top_p: 1 as well",
+    )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
+    if arguments.no_truncate:
+        recipe = recipe.model_copy(update={"capture": recipe.capture.model_copy(update={"top_p": 1.0})})
     for source in arguments.source or recipe.sources:
         for mode in [arguments.mode] if arguments.mode else modes_with_teacher(recipe):
-            artefact = capture(recipe, source, mode)
+            artefact = capture(recipe, source, mode, backend=arguments.backend)
             if artefact:
                 counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
                 print(f"{artefact.directory}: {counts}")

@@ -1,14 +1,26 @@
 """Capture: every source's sparse next-token distributions over a response, in the source's own vocabulary."""
 
-from megatron_fuse.capture.shards import EXACT_STATUS, STATUSES, CaptureShard, read_capture_shard
-from megatron_fuse.capture.stage import MODES, capture, open_capture, plan_capture
+from megatron_fuse.capture.distributions import SparseRows
+from megatron_fuse.capture.shards import (
+    CAPTURED,
+    STATUSES,
+    CaptureShard,
+    Conversation,
+    capture_shard,
+    read_capture_shard,
+)
+from megatron_fuse.capture.stage import BACKENDS, MODES, capture, open_capture, plan_capture
 
 __all__ = [
-    "EXACT_STATUS",
+    "BACKENDS",
+    "CAPTURED",
     "MODES",
     "STATUSES",
     "CaptureShard",
+    "Conversation",
+    "SparseRows",
     "capture",
+    "capture_shard",
     "open_capture",
     "plan_capture",
     "read_capture_shard",

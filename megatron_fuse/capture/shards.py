@@ -1,5 +1,6 @@
 """The capture of one shard of examples as one safetensors file: ragged arrays on end, offsets per example."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -7,37 +8,87 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from megatron_fuse.capture.distributions import SparseRows
+from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage import Artefact, temporary_then_rename
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
-# What became of an example. Only those of the first have rows.
-STATUSES = ("captured", "too_long", "inexact", "no_response")
-EXACT_STATUS = 0
+# What became of an example; only those of the first have rows. The last two are of captures made elsewhere: the file's tokens are
+# not those of the source's own tokenizer and template, or the file has no row for the example.
+STATUSES = ("captured", "too_long", "no_response", "mismatch", "missing")
+CAPTURED, TOO_LONG, NO_RESPONSE, MISMATCH, MISSING = range(len(STATUSES))
+
+_BY_ROW = ("tokens", "starts", "ends", "flags", "token_logprobs", "lse", "counts")
+_BY_EXAMPLE = ("status", "response_bytes", "lossy_rows", "ce_sum", "ce_stop")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """An example as a source is to read it. encoded: None where there is no response. response_bytes: of its supervised turns."""
+
+    example: str
+    encoded: EncodedConversation | None
+    response_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
 class CaptureShard:
-    """n examples; r response rows of all of them; e entries; t captured temperatures beside T = 1.
-
-    Row j of a response predicts its token j; with a supervised stop token the last row predicts that.
-    """
+    """n examples; r rows of all of them, one per supervised token, which it predicts; e entries; t temperatures beside T = 1."""
 
     offsets: np.ndarray  # int64 [n + 1]: rows of an example
     status: np.ndarray  # uint8 [n]: index in STATUSES
-    stop: np.ndarray  # uint8 [n]: the last row predicts the stop token
-    leading: np.ndarray  # uint8 [n]: the first response token begins in the template's white space
-    response_bytes: np.ndarray  # int32 [n]
-    ce_sum: (
+    response_bytes: (
         np.ndarray
-    )  # float64 [n]: nats over the response's bytes, the stop token left out; NaN where there are no rows
-    ce_stop: np.ndarray  # float64 [n]: nats of the stop token; NaN where it is not supervised
+    )  # int32 [n]: of the supervised turns without the bytes that stand for their ends; 0 without rows
+    lossy_rows: np.ndarray  # int32 [n]: rows flagged LOSSY
+    ce_sum: np.ndarray  # float64 [n]: nats over all supervised turns, stop tokens left out; NaN where there are no rows
+    ce_stop: np.ndarray  # float64 [n]: nats of the stop tokens; NaN where none is supervised
     tokens: np.ndarray  # int32 [r]: what came
-    starts: np.ndarray  # int32 [r]: byte offset in the response at which it begins
+    starts: np.ndarray  # int32 [r]: byte at which it begins in the example's own byte space, see TokenSpans
+    ends: np.ndarray  # int32 [r]
+    flags: np.ndarray  # uint8 [r]: SpanFlag
     token_logprobs: np.ndarray  # float32 [r]: its log p at T = 1
     lse: np.ndarray  # float32 [r, 1 + t]: log-sum-exp relative to the largest logit
-    counts: np.ndarray  # uint8 [r]
+    counts: np.ndarray  # uint8 [r]: entries of a row
     entry_ids: np.ndarray  # int32 [e]
-    entry_logits: np.ndarray  # float32 [e]: relative to the largest logit
+    entry_logits: np.ndarray  # float32 [e]: relative to the largest logit, falling within a row
+    vocab_size: np.ndarray  # int64 [1]: columns of the model's logits, above every entry id; 0 where there are no rows
+
+    @classmethod
+    def of(cls, conversations: Sequence[Conversation], status: np.ndarray, rows: SparseRows) -> "CaptureShard":
+        """rows: those of the captured conversations, one after the other."""
+        captured = status == CAPTURED
+        read = [c for c, fine in zip(conversations, captured, strict=True) if fine]
+        spans = TokenSpans.join([c.encoded.spans for c in read], [0] * len(read))
+        lengths, sizes = np.zeros((2, len(conversations)), np.int64)
+        lengths[captured] = [len(c.encoded.spans) for c in read]
+        sizes[captured] = [c.response_bytes for c in read]
+        example = np.repeat(np.arange(len(conversations)), lengths)
+        nats, stop = -rows.token_logprobs.astype(np.float64), spans.has(SpanFlag.STOP)
+
+        def sums(chosen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+            weights = None if weights is None else weights[chosen]
+            return np.bincount(example[chosen], weights, minlength=len(conversations))
+
+        return cls(
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            status=status.astype(np.uint8),
+            response_bytes=sizes.astype(np.int32),
+            lossy_rows=sums(spans.has(SpanFlag.LOSSY)).astype(np.int32),
+            ce_sum=np.where(lengths > 0, sums(~stop, nats), np.nan),
+            ce_stop=np.where(sums(stop) > 0, sums(stop, nats), np.nan),
+            tokens=spans.tokens.astype(np.int32),
+            starts=spans.starts.astype(np.int32),
+            ends=spans.ends.astype(np.int32),
+            flags=spans.flags,
+            token_logprobs=rows.token_logprobs,
+            lse=rows.lse,
+            counts=rows.counts,
+            entry_ids=rows.ids,
+            entry_logits=rows.logits,
+            vocab_size=np.array([rows.vocab_size], np.int64),
+        )
 
     def save(self, path: Path) -> None:
         tensors = {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
@@ -47,24 +98,83 @@ class CaptureShard:
     def rows(self, example: int) -> slice:
         return slice(int(self.offsets[example]), int(self.offsets[example + 1]))
 
+    def spans(self, example: int) -> TokenSpans:
+        """Of one example, in its own byte space."""
+        rows = self.rows(example)
+        starts, ends = (array[rows].astype(np.int64) for array in (self.starts, self.ends))
+        return TokenSpans(self.tokens[rows], starts, ends, self.flags[rows])
+
+    def all_spans(self, text_offsets: Sequence[int] | np.ndarray) -> TokenSpans:
+        """Of all rows. text_offsets [n]: where each example's bytes begin in the shard's byte space."""
+        offset = np.repeat(np.asarray(text_offsets, np.int64), np.diff(self.offsets))
+        return TokenSpans(self.tokens, self.starts + offset, self.ends + offset, self.flags)
+
+    @property
+    def response_tokens(self) -> np.ndarray:
+        """int32 [n]: supervised tokens without the stop tokens, those whose nats `ce_sum` adds up."""
+        before = np.concatenate([[0], np.cumsum((self.flags & SpanFlag.STOP) == 0)])
+        return np.diff(before[self.offsets]).astype(np.int32)
+
     def logprobs(self, column: int, temperature: float) -> np.ndarray:
         """[e] natural log of the entries' probability at the temperature whose log-sum-exp is in this column of `lse`."""
         return self.entry_logits / np.float32(temperature) - np.repeat(self.lse[:, column], self.counts)
 
 
+def capture_shard(artefact: Artefact, index: int) -> CaptureShard:
+    """One shard of a finished capture, compared with the checksum in its manifest. Raises UserError naming the file."""
+    return read_capture_shard(artefact.checked(artefact.files(".safetensors")[index]))
+
+
 def read_capture_shard(path: Path) -> CaptureShard:
-    """Raises UserError where the file is missing, broken or holds a number that no distribution has."""
+    """Raises UserError where the file is missing or broken, or a row holds what no capture can."""
     mend = f"remove {path.parent} and run tools/capture_teacher.py again"
     try:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
         raise UserError(f"{path}: cannot be read as a capture ({error}): {mend}") from error
-    for name in ("entry_logits", "lse", "token_logprobs"):
-        values = getattr(shard, name)
-        impossible = np.isposinf if name == "token_logprobs" else np.isinf  # what came may have had no chance
-        bad = np.argwhere(np.isnan(values) | impossible(values))  # also of a shard without any row
-        if len(bad):
-            raise UserError(f"{path}: {name} is not finite in row {bad[0, 0]}: {mend}")
-    if int(shard.counts.sum()) != len(shard.entry_ids) or int(shard.offsets[-1]) != len(shard.counts):
-        raise UserError(f"{path}: counts, offsets and entries do not fit each other: {mend}")
+    fault = _misfit(shard) or _impossible_row(shard)
+    if fault:
+        raise UserError(f"{path}: {fault}: {mend}")
     return shard
+
+
+def _misfit(shard: CaptureShard) -> str | None:
+    """Arrays whose lengths do not belong together."""
+    examples, rows, entries = len(shard.offsets) - 1, len(shard.counts), len(shard.entry_ids)
+    wanted = dict.fromkeys(_BY_EXAMPLE, examples) | dict.fromkeys(_BY_ROW, rows) | {"entry_logits": entries}
+    for name, length in wanted.items():
+        if len(getattr(shard, name)) != length:
+            return f"{name} has {len(getattr(shard, name))} items, {length} fit the other arrays"
+    if examples < 0 or shard.offsets[0] != 0 or shard.offsets[-1] != rows or (np.diff(shard.offsets) < 0).any():
+        return f"offsets do not divide its {rows} rows"
+    if int(shard.counts.sum()) != entries:
+        return f"counts add up to {int(shard.counts.sum())}, but there are {entries} entries"
+    return None
+
+
+def _impossible_row(shard: CaptureShard) -> str | None:
+    """The first row of which something is no part of a distribution, or no place in a text."""
+    row_of_entry = np.repeat(np.arange(len(shard.counts)), shard.counts)
+    same_example = np.ones(len(shard.counts), bool)
+    same_example[shard.offsets[:-1][np.diff(shard.offsets) > 0]] = False
+    backwards = same_example & (np.diff(shard.starts, prepend=0) < 0)
+    same_row = np.diff(row_of_entry, prepend=-1) == 0
+    rising = same_row & (np.diff(shard.entry_logits, prepend=0) > 0)
+    every = np.arange(len(shard.counts))
+    # What came may have had no chance (-inf). A comparison with NaN is false.
+    for what, bad, row in (
+        ("token_logprobs is not finite", ~(shard.token_logprobs < np.inf), every),
+        ("lse is not finite", ~np.isfinite(shard.lse).all(1), every),
+        ("counts is 0", shard.counts == 0, every),
+        ("starts and ends are out of order", backwards | (shard.starts < 0) | (shard.ends < shard.starts), every),
+        ("entry_logits is not finite", ~np.isfinite(shard.entry_logits), row_of_entry),
+        ("entry_logits rise", rising | (shard.entry_logits > 0), row_of_entry),
+        (
+            f"an entry's id is not one of the model's {shard.vocab_size[0]}",
+            (shard.entry_ids < 0) | (shard.entry_ids >= shard.vocab_size[0]),
+            row_of_entry,
+        ),
+    ):
+        if bad.any():
+            return f"{what} in row {row[bad][0]}"
+    return None

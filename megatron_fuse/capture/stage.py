@@ -1,6 +1,8 @@
-"""The capture stage: a source reads every conversation once, and only response positions leave the model.
+"""The capture stage: a source reads every conversation once, and only supervised positions leave the model.
 
 captures/SOURCE/training/    over the ground-truth response      captures/SOURCE/inference/    over the source's own answer
+
+Backends: `hf`, the source's model in process; `file`, what sources.NAME.captures names, made elsewhere (docs/captures.md).
 """
 
 from collections.abc import Callable
@@ -8,111 +10,172 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_fuse.capture.imported import CaptureFile
 from megatron_fuse.capture.reading import SourceReader
-from megatron_fuse.capture.shards import STATUSES
-from megatron_fuse.chat import ChatFormat
+from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONSE, STATUSES, TOO_LONG, Conversation
+from megatron_fuse.chat import ChatFormat, supervised_turns
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import example_shards, open_instructions
+from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import (
+    declared_vocab_size,
     load_causal_lm,
     load_format,
     model_fingerprint,
     resolve_model,
     source_options,
 )
-from megatron_fuse.storage import Artefact, Plan, Workspace, completed, open_artefact, run_plan
+from megatron_fuse.storage import Artefact, Plan, Workspace, completed, open_artefact, run_plan, sha256_of_file
 
 STAGE = "capture"
 MODES = ("training", "inference")
+BACKENDS = ("hf", "file")
 
 
 def _command(source: str, mode: str) -> str:
     return f"tools/capture_teacher.py --source {source} --mode {mode}"
 
 
-def _basis(recipe: Recipe, source: str, mode: str, chat: ChatFormat) -> tuple[dict[str, Any], dict[str, str]]:
-    """(options, inputs) of a capture, all but the model's weights."""
-    if mode not in MODES:
-        raise UserError(f"--mode is {mode!r}: allowed are {', '.join(MODES)}")
+def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
+    path = source_options(recipe, source).captures.get(mode)
+    if path is None or not path.is_file():
+        state = "is not set" if path is None else f"{path} does not exist or is no file"
+        raise UserError(f"sources.{source}.captures.{mode}: {state}")
+    return path
+
+
+def _basis(
+    recipe: Recipe, source: str, mode: str, chat: ChatFormat, backend: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(options, inputs) of a capture, all but the model's weights or the file's content."""
     inputs = {
         "instructions": open_instructions(recipe).sha256,
         "tokenizer": chat.tokenizer.sha256,
         "chat format": chat.sha256,
     }
-    if mode == "inference":
-        inputs["responses"] = open_responses(recipe, source).sha256
-    capture = recipe.capture
     options = {
         "mode": mode,
+        "backend": backend,
         "seq_length": recipe.training.seq_length,
-        "dtype": source_options(recipe, source).dtype,
-        "top_k": capture.top_k,
-        "top_p": capture.top_p,
-        "filter": capture.filter,
+        **{key: getattr(recipe.capture, key) for key in ("top_k", "top_p", "filter")},
         "temperatures": recipe.capture_temperatures,
         # Not batch_tokens: a smaller budget may continue what a larger one began; results agree to rounding.
     }
+    if backend == "hf":
+        options["dtype"] = source_options(recipe, source).dtype
+    if mode == "training":
+        options["supervise"] = recipe.data.supervise
+    else:
+        inputs["responses"] = open_responses(recipe, source, chat=chat).sha256
     return options, inputs
 
 
-def plan_capture(recipe: Recipe, source: str, mode: str, chat: ChatFormat | None = None) -> Plan:
-    """What one capture depends on. Raises UserError where instructions or, in inference mode, responses are not made yet."""
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise UserError(f"--mode is {mode!r}: allowed are {', '.join(MODES)}")
+
+
+def plan_capture(
+    recipe: Recipe, source: str, mode: str, chat: ChatFormat | None = None, backend: str | None = None
+) -> Plan:
+    """What one capture depends on. backend: by default `file` where the recipe names one for the mode, else `hf`.
+
+    Raises UserError where instructions or, in inference mode, responses are not made yet.
+    """
+    _check_mode(mode)
     model = source_options(recipe, source)
-    options, inputs = _basis(recipe, source, mode, chat or load_format(model, f"sources.{source}"))
-    inputs["model"] = model_fingerprint(resolve_model(model.model, f"sources.{source}.model"))
+    backend = backend or ("file" if mode in model.captures else "hf")
+    chat = chat or load_format(model, f"sources.{source}")
+    options, inputs = _basis(recipe, source, mode, chat, backend)
+    if backend == "file":
+        inputs["captures file"] = sha256_of_file(_captures_file(recipe, source, mode))
+    else:
+        inputs["model"] = model_fingerprint(resolve_model(model.model, f"sources.{source}.model"))
+        if mode == "inference":  # refuses another model's answers
+            open_responses(recipe, source, chat=chat, model=inputs["model"])
     shards = open_instructions(recipe).counts["shards"]
     return Plan(Workspace(recipe.workdir).captures(source, mode), STAGE, options, inputs, shards)
 
 
 def open_capture(recipe: Recipe, source: str, mode: str) -> Artefact:
-    """The finished capture of a source. Raises UserError where it is missing or does not belong to the recipe.
+    """The finished capture of a source, by whichever backend. Raises UserError where it is missing or not the recipe's.
 
-    The weights are not needed: a capture may be used on a machine that has only the source's tokenizer.
+    Neither the weights nor the file of captures are needed: a capture may be used on a machine that has only the tokenizer.
     """
-    command = _command(source, mode)
-    artefact = open_artefact(Workspace(recipe.workdir).captures(source, mode), STAGE, command)
-    wanted = _basis(recipe, source, mode, load_format(source_options(recipe, source), f"sources.{source}"))
-    for kind, values in zip(("options", "inputs"), wanted, strict=True):
-        for key, want in values.items():
-            have = artefact.manifest[kind].get(key)
-            if have != want:
-                raise UserError(
-                    f"{artefact.directory} was made with {key} = {have!r}, but the recipe's source {source!r} has {want!r}: "
-                    f"remove it and run {command} again, or put the old value back"
-                )
-    return artefact
+    _check_mode(mode)
+    directory, command = Workspace(recipe.workdir).captures(source, mode), _command(source, mode)
+    backend = open_artefact(directory, STAGE, command).manifest["options"].get("backend")
+    chat = load_format(source_options(recipe, source), f"sources.{source}")
+    options, inputs = _basis(recipe, source, mode, chat, backend)
+    return open_artefact(directory, STAGE, command, options=options, inputs=inputs)
 
 
-def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], None] = print) -> Artefact | None:
+def capture(
+    recipe: Recipe,
+    source: str,
+    mode: str,
+    progress: Callable[[str], None] = print,
+    backend: str | None = None,
+) -> Artefact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
-    Raises UserError where a stage before is missing and where the model's logits are not finite.
+    Raises UserError where a stage before is missing, where the model's logits are not finite, and where a file of captures is not
+    about the recipe's texts in the source's tokens.
     """
-    options = source_options(recipe, source)
-    chat = load_format(options, f"sources.{source}")
-    plan = plan_capture(recipe, source, mode, chat)
+    options, where = source_options(recipe, source), f"sources.{source}"
+    chat = load_format(options, where)
+    plan = plan_capture(recipe, source, mode, chat, backend)
     artefact = completed(plan)
     if artefact:
         return artefact
     examples = example_shards(open_instructions(recipe))
     answers = response_shards(open_responses(recipe, source)) if mode == "inference" else None
-    reader = cache(lambda: SourceReader(recipe, source, load_causal_lm(options, where=f"sources.{source}")))
+
+    @cache  # not before there is work for it
+    def reader() -> SourceReader | CaptureFile:
+        if plan.options["backend"] == "hf":
+            return SourceReader(recipe, source, load_causal_lm(options, where=where))
+        path, size = (
+            _captures_file(recipe, source, mode),
+            declared_vocab_size(resolve_model(options.model, f"{where}.model")),
+        )
+        file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
+        if not any(example.id in file.rows for shard in examples for example in shard):
+            raise UserError(
+                f"{path}: none of its {len(file.rows)} ids is one of an example (one is {examples[0][0].id!r})"
+            )
+        return file
+
+    possible = [CAPTURED, TOO_LONG, NO_RESPONSE]
+    possible += [MISMATCH, MISSING] if plan.options["backend"] == "file" else []
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
-        conversations = []
-        for number, example in enumerate(examples[index]):
-            answer = answers[index][number] if answers else None
-            text, truncated = (answer.response, answer.truncated) if answer else (example.response, example.truncated)
-            conversations.append(
-                chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated)
-                if text.strip()
-                else None
-            )
-        shard = reader().capture_shard(examples[index], conversations)
+        every_turn = answers is None and recipe.data.supervise == "every_turn"
+        asked = examples[index]
+        given = answers[index] if answers else [None] * len(asked)
+        conversations = [
+            conversation_of(chat, example, answer, every_turn=every_turn)
+            for example, answer in zip(asked, given, strict=True)
+        ]
+        shard = reader().capture_shard(conversations)
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
-        counts = {name: int((shard.status == code).sum()) for code, name in enumerate(STATUSES)}
-        return {"examples": len(shard.status), **counts, "rows": len(shard.counts), "entries": len(shard.entry_ids)}
+        return {
+            "examples": len(shard.status),
+            **{STATUSES[code]: int((shard.status == code).sum()) for code in possible},
+            "rows": len(shard.counts),
+            "lossy_rows": int(shard.lossy_rows.sum()),
+            "entries": len(shard.entry_ids),
+        }
 
     return run_plan(plan, make_shard, progress)
+
+
+def conversation_of(chat: ChatFormat, example: Example, answer: Response | None, *, every_turn: bool) -> Conversation:
+    """An example with its ground truth, or with the source's answer where there is one, as the source is to read it."""
+    text, truncated = (answer.response, answer.truncated) if answer else (example.response, example.truncated)
+    if not text.strip():
+        return Conversation(example.id, None, 0)
+    encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn)
+    turns = supervised_turns(example.messages, text, every_turn=every_turn)
+    return Conversation(example.id, encoded, sum(len(turn.encode()) for turn in turns))

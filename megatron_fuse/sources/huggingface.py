@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import ModelOptions, Recipe, SourceOptions
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import read_json, sha256_of_bytes
 from megatron_fuse.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,6 +110,13 @@ def max_positions(config: Any) -> int | None:
     return None
 
 
+def declared_vocab_size(model_dir: Path) -> int | None:
+    """Ids that a model knows, as its config.json says (of a model that reads pictures as well: its text model's); else None."""
+    config = read_json(model_dir / "config.json")
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def load_model(auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """What `auto_class.from_pretrained` gives, in evaluation mode and without gradients.
 
@@ -150,6 +157,15 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
 def load_causal_lm(options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """The language model of a source or target; see load_model."""
     return load_model(AutoModelForCausalLM, options, device, where)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: its embedding's device, which is not the head's where device_map spreads it.
+
+    Weights that device_map keeps off every device are "meta"; accelerate then moves the input itself.
+    """
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:

@@ -1,0 +1,224 @@
+"""Captures made elsewhere: what a file says of each example, checked against the source's own tokens and against itself.
+
+A file that is a token off, of another tokenizer or of another convention is refused, not guessed at: the tokens must be those of
+the source's tokenizer and template, the probabilities must be no more than one, and a token among the likeliest must have there
+the probability that it has by itself.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_fuse.capture.distributions import SparseRows, kept_by_mass
+from megatron_fuse.capture.forms import BadRowError, GivenRows, given_rows
+from megatron_fuse.capture.reading import reading_status
+from megatron_fuse.capture.row_files import FileRow, open_rows
+from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, CaptureShard, Conversation
+from megatron_fuse.chat import EncodedConversation
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.tokenization import Tokenizer
+
+# What half precision may do to a file's numbers: nats, absolute and relative, and a row's mass beyond one.
+_ABSOLUTE, _RELATIVE, _MASS = 0.01, 0.005, 2e-3
+
+
+class _MismatchError(Exception):
+    """The file's tokens are not ours."""
+
+
+class CaptureFile:
+    """A file of captures, in the place of a model that reads conversations."""
+
+    def __init__(
+        self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None] = print
+    ) -> None:
+        """vocab_size: ids that the source's model knows. Indexes the file; raises UserError where that cannot be done."""
+        self.recipe, self.path, self.tokenizer, self.vocab_size = recipe, path, tokenizer, vocab_size
+        self.progress = progress
+        self.rows = open_rows(path)
+
+    def capture_shard(self, conversations: Sequence[Conversation]) -> CaptureShard:
+        """Raises UserError for a row that cannot be used, and where most of the rows found are about other tokens than ours."""
+        limit = self.recipe.training.seq_length
+        status = np.array([reading_status(conversation, limit) for conversation in conversations], np.uint8)
+        places = {conversations[index].example: index for index in np.flatnonzero(status == CAPTURED).tolist()}
+        status[[index for name, index in places.items() if name not in self.rows]] = MISSING
+        parts: dict[int, SparseRows] = {}
+        mismatches = []
+        for row in self.rows.read(places):
+            index = places[row.id]
+            try:
+                parts[index] = self._sparse(row, conversations[index].encoded)
+            except BadRowError as error:
+                raise UserError(f"{row.place} (id {row.id!r}): {error}") from error
+            except _MismatchError as error:
+                status[index] = MISMATCH
+                mismatches.append(f"{row.place} (id {row.id!r}): {error}")
+        if len(mismatches) > len(parts):
+            raise UserError(
+                f"{mismatches[0]}; {len(mismatches)} of {len(mismatches) + len(parts)} rows are about other tokens than the "
+                "source's tokenizer and chat template give: capture the same texts with the same template and truncation"
+            )
+        if mismatches:
+            self.progress(f"left out: {len(mismatches)} of {len(conversations)} examples; the first: {mismatches[0]}")
+        nothing = SparseRows.none(len(self.recipe.capture_temperatures))
+        joined = SparseRows.join([nothing, *(parts[index] for index in sorted(parts))])
+        return CaptureShard.of(conversations, status, joined)
+
+    def _sparse(self, row: FileRow, conversation: EncodedConversation) -> SparseRows:
+        given = given_rows(row.content)
+        at = self._positions(given, conversation)
+        options, temperatures = self.recipe.capture, self.recipe.capture_temperatures
+        ids, logprobs = _falling([given.ids[i] for i in at], [given.logprobs[i] for i in at])
+        _check_entries(ids, logprobs, self.vocab_size)
+        came = conversation.spans.tokens.astype(np.int64)
+        own = _own_logprobs(ids, logprobs, came, [given.token_logprobs[i] for i in at])
+        lse = _logsumexps(logprobs, {t: [values[i] for i in at] for t, values in given.logsumexp.items()}, temperatures)
+        relative = (logprobs - logprobs[:, :1])[:, : options.top_k].astype(np.float32)
+        keep = kept_by_mass(
+            torch.from_numpy(relative),
+            torch.from_numpy(lse[:, 0]),
+            top_p=options.top_p,
+            filter=options.filter,
+            temperature=temperatures[0],
+        ).numpy()
+        return SparseRows(
+            counts=keep.sum(1).astype(np.uint8),
+            ids=ids[:, : options.top_k][keep].astype(np.int32),
+            logits=relative[keep],
+            lse=lse,
+            token_logprobs=own.astype(np.float32),
+            vocab_size=self.vocab_size,
+        )
+
+    def _positions(self, given: GivenRows, conversation: EncodedConversation) -> list[int]:
+        """Where in the file's row the supervised tokens are. Raises _MismatchError at the first token that is not ours."""
+        ours = conversation.ids if given.whole else conversation.spans.tokens
+        theirs = _matrix([given.tokens], whole=True)[0]
+        shared = min(len(ours), len(theirs))
+        different = np.flatnonzero(theirs[:shared] != ours[:shared])
+        if len(different) or len(theirs) < len(ours) or (len(theirs) > len(ours) and not given.whole):
+            place = int(different[0]) if len(different) else shared
+            part = "conversation" if given.whole else "response"
+            raise _MismatchError(
+                f"token {place} of the {part} is {self._shown(theirs, place)}, ours is {self._shown(ours, place)}"
+            )
+        return np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(ours)))
+
+    def _shown(self, tokens: np.ndarray, place: int) -> str:
+        if place >= len(tokens):
+            return "missing"
+        token = int(tokens[place])
+        if not 0 <= token < self.tokenizer.vocab_size:
+            return str(token)
+        return f"{token} ({self.tokenizer.token_bytes[token] or self.tokenizer.token_text(token)!r})"
+
+
+def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
+    """Rows of different lengths as [n, longest]: int64 with -1 behind, or float64 with -inf behind.
+
+    Raises BadRowError for what is no number, or no whole one where that is wanted.
+    """
+    lengths = np.array([len(row) for row in rows])
+    flat = np.array(list(chain.from_iterable(rows)))
+    if len(flat) and flat.dtype.kind not in ("i" if whole else "if"):
+        kinds = (int,) if whole else (int, float)
+        value = next((value for value in chain.from_iterable(rows) if type(value) not in kinds), "a number too large")
+        raise BadRowError(f"{value!r} stands in the place of a {'token id' if whole else 'number'}")
+    matrix = np.full((len(rows), lengths.max(initial=0)), -1 if whole else -np.inf, np.int64 if whole else np.float64)
+    matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = flat
+    return matrix
+
+
+def _falling(given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Entries [n, k] in falling order of probability, equal ones by id."""
+    ids, logprobs = _matrix(given_ids, whole=True), _matrix(given_logprobs, whole=False)
+    order = np.lexsort((ids, -logprobs), axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
+
+
+def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> None:
+    """Raises BadRowError unless every row [n, k] is part of a distribution over the model's ids. -inf is no entry."""
+    entry = logprobs > -np.inf
+    known = np.sort(np.where(entry, ids, -1 - np.arange(ids.shape[1])), 1)  # what is no entry differs from all
+    for what, bad in (
+        ("a log-probability that is NaN", np.isnan(logprobs).any(1)),
+        ("no entry", ~entry.any(1)),
+        (f"an id that is none of the model's {vocab_size}", (entry & ((ids < 0) | (ids >= vocab_size))).any(1)),
+        ("an id twice", (np.diff(known, axis=1) == 0).any(1)),
+        ("more probability than one", ~(np.exp(logprobs).sum(1) <= 1 + _MASS)),
+    ):
+        if bad.any():
+            raise BadRowError(f"response row {bad.argmax()} has {what}")
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether a is b but for rounding."""
+    return np.abs(a - b) <= _ABSOLUTE + _RELATIVE * np.abs(b)
+
+
+def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given: Sequence[float | None]) -> np.ndarray:
+    """float64 [n]: log p of the tokens that came [n], given or among the entries [n, k].
+
+    Raises BadRowError where it is neither, and where a token outside the entries is likelier than one of them or one inside has
+    another probability there: such a row is about another token.
+    """
+    missing = np.array([value is None for value in given])
+    own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
+    among = (ids == came[:, None]) & (logprobs > -np.inf)
+    inside = among.any(1)
+    entry = np.where(among, logprobs, -np.inf).max(1)
+    least = np.where(logprobs > -np.inf, logprobs, np.inf).min(1)
+    with np.errstate(invalid="ignore"):  # -inf - -inf
+        fits = np.where(inside, _close(own, entry), own <= least + _ABSOLUTE + _RELATIVE * np.abs(least))
+    for what, bad in (
+        ("is not among the entries, and token_logprobs does not give its probability either", missing & ~inside),
+        (
+            "has another probability among the entries, or should be one of them: is the file one token off?",
+            ~missing & ~fits,
+        ),
+    ):
+        if bad.any():
+            row = bad.argmax()
+            raise BadRowError(f"response row {row}: token {came[row]} {what}")
+    return np.where(missing, entry, own)
+
+
+def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatures: Sequence[float]) -> np.ndarray:
+    """float32 [n, 1 + t], from falling logprobs [n, k] at T = 1: relative to the largest, log-sum-exp is minus its log p.
+
+    Raises BadRowError where the file does not say what is needed at another temperature, or says what cannot be.
+    """
+    relative = logprobs - logprobs[:, :1]
+    columns = [-logprobs[:, 0]]
+    for temperature in temperatures:
+        if temperature == 1.0:
+            columns.append(columns[0])
+            continue
+        if not {1.0, temperature} <= given.keys():
+            raise BadRowError(
+                f"has no logsumexp at temperature {temperature:g} (and 1, to compare), and the mass outside the entries cannot be "
+                f'had from log-probabilities at 1: give the file the column logsumexp: {{"1": [...], "{temperature:g}": [...]}} '
+                "(docs/captures.md), or set loss.teacher_temperature to 1 (and capture.temperatures, if the recipe has it)"
+            )
+        at_one, lse = (_matrix([given[t]], whole=False)[0] for t in (1.0, temperature))
+        for what, bad in (
+            (
+                "is not relative to the largest logit: at 1 it is not minus the largest log-probability",
+                ~_close(at_one, columns[0]),
+            ),
+            (
+                "is less than that of the entries alone",
+                ~(np.exp(relative / temperature).sum(1) <= np.exp(lse) * (1 + _MASS)),
+            ),
+            ("is not finite", ~np.isfinite(lse)),
+        ):
+            if bad.any():
+                raise BadRowError(f"logsumexp {what} (response row {bad.argmax()})")
+        columns.append(lse)
+    return np.stack(columns, 1).astype(np.float32)

@@ -1,0 +1,156 @@
+"""Rows of a JSONL or Parquet file by their `id`, read in the file's order and one at a time: memory stays flat.
+
+The file is indexed once: ids and where they are. A file sorted like the examples is then read straight through.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+
+# Of Parquet: rows decoded together, and bytes read together of every column.
+_BATCH, _BUFFER = 32, 2**20
+# A line that begins with its id need not be parsed to be indexed.
+_LEADING_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.)*"|\d+)\s*[,}]')
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """place: file and line or row, for errors."""
+
+    id: str
+    place: str
+    content: dict[str, Any]
+
+
+class RowFile(Protocol):
+    path: Path
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, names: Collection[str]) -> Iterator[FileRow]:
+        """The rows with these ids, those that the file has, in its own order."""
+        ...
+
+
+def open_rows(path: Path) -> RowFile:
+    """Indexes a .parquet file, or any other as JSONL. Raises UserError where it cannot be read, or a row has no id of its own."""
+    return _Parquet(path) if path.suffix == ".parquet" else _Jsonl(path)
+
+
+class _Jsonl:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[str, tuple[int, int]] = {}  # id -> offset in bytes, line
+        with path.open("rb") as file:
+            offset = 0
+            for line, content in enumerate(file, 1):
+                if content.strip():
+                    place = f"{path}:{line}"
+                    _add(self._places, _id(content, place), (offset, line), place)
+                offset += len(content)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, names: Collection[str]) -> Iterator[FileRow]:
+        found = sorted((self._places[name], name) for name in names if name in self._places)
+        with self.path.open("rb") as file:
+            for (offset, line), name in found:
+                file.seek(offset)
+                place = f"{self.path}:{line}"
+                yield FileRow(name, place, _parse(file.readline(), place))
+
+
+class _Parquet:
+    def __init__(self, path: Path) -> None:
+        try:
+            from pyarrow import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+        self.path, self._faults = path, (ArrowException, OSError)
+        try:
+            # Not in memory as a whole, which a file of one row group (pyarrow writes a million rows into one) would be.
+            self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
+        except self._faults as error:
+            raise UserError(f"{path}: cannot be read as Parquet ({error}): write it again") from error
+        if "id" not in self._file.schema_arrow.names:
+            raise UserError(f"{path}: has no column id; it has {', '.join(self._file.schema_arrow.names)}")
+        self._places: dict[str, int] = {}  # id -> row
+        number = 0
+        for batch in self._file.iter_batches(columns=["id"]):
+            for name in batch.column(0).to_pylist():
+                _add(self._places, name, number, self._place(number))
+                number += 1
+        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._group_ends = np.cumsum(groups)
+        # The batch at hand begins with row `first` of the file and lies in this row group.
+        self._group, self._first, self._batch = -1, 0, None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, names: Collection[str]) -> Iterator[FileRow]:
+        for number, name in sorted((self._places[name], name) for name in names if name in self._places):
+            try:
+                content = self._row(number)
+            except self._faults as error:
+                raise UserError(f"{self._place(number)}: cannot be read ({error}): write it again") from error
+            yield FileRow(name, self._place(number), content)
+
+    def _row(self, number: int) -> dict[str, Any]:
+        """Goes forward to this row; only a row behind begins its row group anew, which may be the whole file."""
+        group = int(np.searchsorted(self._group_ends, number, side="right"))
+        if group != self._group or number < self._first:
+            self._group, self._first = group, int(self._group_ends[group - 1]) if group else 0
+            self._batches = self._file.iter_batches(batch_size=_BATCH, row_groups=[group])
+            self._batch = next(self._batches)
+        while number >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = next(self._batches)
+        return self._batch.slice(number - self._first, 1).to_pylist(maps_as_pydicts="strict")[0]
+
+    def _place(self, number: int) -> str:
+        return f"{self.path}, row {number + 1}"
+
+
+def _add(places: dict[str, Any], name: Any, place: Any, where: str) -> None:
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise UserError(f"{where}: id is {name!r}: a row needs the id of its example")
+    if str(name) in places:
+        raise UserError(f"{where}: id {str(name)!r} was given before: every example has one row")
+    places[str(name)] = place
+
+
+def _id(line: bytes, place: str) -> Any:
+    leading = _LEADING_ID.match(line)
+    if leading:
+        with suppress(ValueError):
+            return json.loads(leading[1])
+    return _parse(line, place).get("id")
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({error}): a row is a JSON object on one line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row is a JSON object on one line, this is a {type(row).__name__}")
+    return row
