@@ -127,10 +127,11 @@ def held_out_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
     total, count = 0.0, 0
     for example in dataset.held_out:
         document = dataset.document("training", int(example))
+        tokens = document.tokens.astype(np.int64)
         with torch.no_grad():
-            logprobs = model(torch.from_numpy(document.tokens)[None]).logits[0].double().log_softmax(-1)
+            logprobs = model(torch.from_numpy(tokens)[None]).logits[0].double().log_softmax(-1)
         labels = np.flatnonzero(document.supervised)
-        total -= logprobs[labels - 1, document.tokens[labels]].sum().item()
+        total -= logprobs[labels - 1, tokens[labels]].sum().item()
         count += len(labels)
     return total / count
 

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_fuse.fusion_data.layout import modes_with_teacher, teacher_directory, text_directory
+from megatron_fuse.fusion_data.directory import save_recipe
+from megatron_fuse.fusion_data.layout import fusion_directory, modes_with_teacher, teacher_directory, text_directory
 from megatron_fuse.fusion_data.selection import Selection, select
 from megatron_fuse.fusion_data.teachers import build_teacher
 from megatron_fuse.fusion_data.text import build_text
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artefact, remove_abandoned
 
 _WAIT = 0.2  # seconds between looks at what other ranks have done
 
@@ -31,8 +32,11 @@ def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -
             directory = teacher_directory(recipe, source, mode)
             build = partial(build_teacher, recipe, source, mode, target, text, progress)
             teachers[source] = _together(directory, build)
-        # Every rank writes the same bytes under a name of its own and renames.
         selections[mode] = select(recipe, mode, text, teachers)
+    save_recipe(recipe)
+    fusion = fusion_directory(recipe)
+    for directory in (fusion, fusion / "maps", fusion / "selection"):  # what is no artefact
+        remove_abandoned(directory)
     return selections
 
 

@@ -1,17 +1,16 @@
 """Where fusion data lies, and what a recipe needs of it."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.storage import Artefact, Workspace
+from megatron_fuse.storage import Artefact, Workspace, open_artefact
 
 TEXT_STAGE = "fusion_text"
 TEACHER_STAGE = "fusion_teacher"
 BUILT_BY = "tools/build_fusion_data.py"
-MATCHES = ("skip", "exact", "condition", "onehot")  # how a row was aligned; the stored code is the place in this list
 
 
 def fusion_directory(recipe: Recipe) -> Path:
@@ -39,13 +38,33 @@ def target_hashes(target: ChatFormat) -> dict[str, str]:
     return {"target tokenizer": target.tokenizer.sha256, "target chat format": target.sha256}
 
 
-def check_target(text: Artefact, recipe: Recipe) -> None:
-    """Raises UserError where the text was tokenized for another target or length than the recipe's."""
-    wanted = {**target_hashes(load_format(recipe.target, "target")), "seq_length": recipe.training.seq_length}
-    found = text.manifest["inputs"] | text.manifest["options"]
-    for key, want in wanted.items():
-        if found.get(key) != want:
-            raise UserError(
-                f"{text.directory} was made with {key} {found.get(key)}, but the recipe has {want}: "
-                f"remove {text.directory.parent} and run {BUILT_BY} again, or put the old value back"
-            )
+def text_options(recipe: Recipe) -> dict[str, int | str]:
+    return {"seq_length": recipe.training.seq_length, "supervise": recipe.data.supervise}
+
+
+def teacher_options(recipe: Recipe, mode: str) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "vocabulary_map": recipe.alignment.vocabulary_map,
+        "unmatched": recipe.alignment.unmatched,
+        "temperature": recipe.loss.teacher_temperature,
+        "entries_per_row": recipe.capture.top_k + 1,  # the label's own mass may add one
+    }
+
+
+def open_text(recipe: Recipe) -> Artefact:
+    """The finished text. Raises UserError where it is missing or was tokenized for another target than the recipe's."""
+    return open_artefact(
+        text_directory(recipe),
+        TEXT_STAGE,
+        BUILT_BY,
+        options=text_options(recipe),
+        inputs=target_hashes(load_format(recipe.target, "target")),
+        remove=fusion_directory(recipe),
+    )
+
+
+def open_teacher(recipe: Recipe, source: str, mode: str) -> Artefact:
+    """One source's finished rows. Raises UserError where they are missing or were made in another way."""
+    options = teacher_options(recipe, mode)
+    return open_artefact(teacher_directory(recipe, source, mode), TEACHER_STAGE, BUILT_BY, options=options)

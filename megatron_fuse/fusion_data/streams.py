@@ -8,7 +8,9 @@ them. Written and read here without Megatron, because whole shards are written a
           int32 [n] lengths, int64 [n] byte offsets, int64 [n + 1] document bounds
 """
 
+import os
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,49 +32,89 @@ def write_stream(prefix: str | Path, values: np.ndarray, lengths: Sequence[int] 
         raise ValueError(f"{prefix}: {len(values)} values for sequences of {lengths.sum()} in all")
     # An empty file cannot be memory-mapped: one value that belongs to no sequence stands in.
     Path(f"{prefix}.bin").write_bytes(values.tobytes() if len(values) else bytes(values.dtype.itemsize))
-    offsets = (np.cumsum(lengths) - lengths) * values.dtype.itemsize
-    with Path(f"{prefix}.idx").open("wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, _CODES[values.dtype], len(lengths), len(lengths) + 1))
-        file.write(lengths.astype(np.int32).tobytes())
-        file.write(offsets.tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+    Path(f"{prefix}.idx").write_bytes(_index(lengths, values.dtype))
 
 
-def _open_shard(prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """(values, memory-mapped and read-only; lengths int64 [n]) of one shard."""
-    index_path, values_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    mend = f"restore it or remove {index_path.parent} and run tools/build_fusion_data.py again"
-    for path in (index_path, values_path):
-        if not path.exists():
-            raise UserError(f"{path}: missing: {mend}")
-    index = index_path.read_bytes()
+def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    """The .idx file of sequences of these lengths, int64 [n]."""
+    header = _HEADER.pack(_MAGIC, 1, _CODES[dtype], len(lengths), len(lengths) + 1)
+    offsets = (np.cumsum(lengths) - lengths) * dtype.itemsize
+    bounds = np.arange(len(lengths) + 1, dtype=np.int64)
+    return b"".join([header, lengths.astype(np.int32).tobytes(), offsets.tobytes(), bounds.tobytes()])
+
+
+class Stream:
+    """One field of all examples over all shards: stream[i] is a read-only view of the mapped file, nothing is copied.
+
+    Opening reads every index and asks for the size of every file; 8 bytes per example stay in memory. A shard is mapped when
+    it is first read: rows of a source that no example selects take no mapping, of which a process may have 65530 (Linux,
+    vm.max_map_count).
+    """
+
+    def __init__(self, prefixes: Sequence[str | Path]) -> None:
+        """Raises UserError where a file is missing, or where an index is damaged or does not fit its values."""
+        shards = [_read_index(str(prefix)) for prefix in prefixes]
+        self._files = [(f"{prefix}.bin", dtype) for prefix, (_, dtype) in zip(prefixes, shards, strict=True)]
+        self._mapped: list[np.ndarray | None] = [None] * len(shards)
+        lengths = [np.zeros(1, np.int64), *(lengths for lengths, _ in shards)]
+        self._offsets = np.cumsum(np.concatenate(lengths))  # [n + 1], over all shards
+        self._first = np.cumsum([0, *(len(lengths) for lengths, _ in shards)]).tolist()  # example of each shard, and n
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] int64"""
+        return np.diff(self._offsets)
+
+    def __getitem__(self, example: int) -> np.ndarray:
+        if not 0 <= example < len(self):
+            raise IndexError(f"example {example} of {len(self)}")
+        shard = bisect_right(self._first, example) - 1
+        offset = self._offsets.item  # a plain int, several times faster than an array's own
+        base = offset(self._first[shard])
+        return self._shard(shard)[offset(example) - base : offset(example + 1) - base]
+
+    def values(self) -> np.ndarray:
+        """All sequences on end: of one shard the mapped file itself, of several a copy."""
+        shards = [self._shard(shard) for shard in range(len(self._files))]
+        return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+    def _shard(self, shard: int) -> np.ndarray:
+        values = self._mapped[shard]
+        if values is None:
+            size = self._offsets[self._first[shard + 1]] - self._offsets[self._first[shard]]
+            values = self._mapped[shard] = _map_values(*self._files[shard])[:size]
+        return values
+
+
+def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
+    """(lengths int32 [n], type of the values) of one shard whose files fit each other."""
+    index_path, values_path = f"{prefix}.idx", f"{prefix}.bin"
+    mend = f"restore it or remove {Path(prefix).parent} and run tools/build_fusion_data.py again"
+    try:
+        index = Path(index_path).read_bytes()
+        size = os.stat(values_path).st_size
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: missing: {mend}") from error
     fields = _HEADER.unpack_from(index) if len(index) >= _HEADER.size else (None,) * 5
     if fields[0] != _MAGIC or fields[2] not in _DTYPES or len(index) != _HEADER.size + 20 * fields[3] + 8:
         raise UserError(f"{index_path}: not a whole index of the form .bin/.idx: {mend}")
     dtype = _DTYPES[fields[2]]
-    lengths = np.frombuffer(index, np.int32, fields[3], _HEADER.size).astype(np.int64)
-    size, needed = values_path.stat().st_size, max(int(lengths.sum()), 1) * dtype.itemsize
+    lengths = np.frombuffer(index, np.int32, fields[3], _HEADER.size)
+    needed = max(int(lengths.sum(dtype=np.int64)), 1) * dtype.itemsize
+    if lengths.min(initial=0) < 0:
+        raise UserError(f"{index_path}: a length below 0: {mend}")
+    if index != _index(lengths.astype(np.int64), dtype):  # Megatron reads the offsets and bounds
+        raise UserError(f"{index_path}: its lengths, offsets and bounds contradict each other: {mend}")
     if size != needed:
         raise UserError(f"{values_path}: {size} bytes, but its index describes {needed}: {mend}")
-    mapped = torch.from_file(str(values_path), shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)
+    return lengths, dtype
+
+
+def _map_values(path: str, dtype: np.dtype) -> np.ndarray:
+    size = os.stat(path).st_size
+    mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)
     mapped.flags.writeable = False
-    return mapped, lengths
-
-
-class Stream:
-    """One field of all examples over all shards: stream[i] is a read-only view of the mapped file, nothing is copied."""
-
-    def __init__(self, prefixes: Sequence[str | Path]) -> None:
-        shards = [_open_shard(str(prefix)) for prefix in prefixes]
-        self._values = [values for values, _ in shards]
-        self._offsets = [np.concatenate([[0], np.cumsum(lengths)]) for _, lengths in shards]
-        self._first = np.concatenate([[0], np.cumsum([len(lengths) for _, lengths in shards])])
-        self.lengths: np.ndarray = np.concatenate([lengths for _, lengths in shards])  # [n] int64
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, example: int) -> np.ndarray:
-        shard = int(np.searchsorted(self._first, example, side="right")) - 1
-        start, stop = self._offsets[shard][example - self._first[shard] :][:2]
-        return self._values[shard][start:stop]
+    return mapped

@@ -9,31 +9,32 @@ the row's mass (the spacing of float16 times the probability), and the tail grow
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from megatron_fuse.alignment import (
-    LabelMass,
-    Rows,
-    VocabularyMap,
-    align_boundaries,
-    cached_vocabulary_map,
-    label_mass,
-    project_rows,
-)
-from megatron_fuse.capture import EXACT_STATUS, CaptureShard, open_capture, read_capture_shard
+from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
+from megatron_fuse.capture import CAPTURED, CaptureShard, capture_shard, open_capture
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.fusion_data.layout import MATCHES, TEACHER_STAGE, fusion_directory, target_hashes, teacher_directory
-from megatron_fuse.fusion_data.text import TargetDocuments, encode_documents, id_dtype, read_text_shard, write_ragged
+from megatron_fuse.fusion_data.layout import TEACHER_STAGE, target_hashes, teacher_directory, teacher_options
+from megatron_fuse.fusion_data.maps import vocabulary_map_of
+from megatron_fuse.fusion_data.text import (
+    Documents,
+    encode_documents,
+    encode_ground_truth,
+    id_dtype,
+    supervised_bytes,
+    write_ragged,
+)
 from megatron_fuse.instructions import example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, temporary_then_rename
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 
@@ -41,16 +42,9 @@ EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 def plan_teacher(recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact) -> Plan:
     """What a source's rows depend on: capture, target, text, and how they are brought together; never the other sources."""
     captured = open_capture(recipe, source, mode)
-    options = {
-        "mode": mode,
-        "vocabulary_map": recipe.alignment.vocabulary_map,
-        "unmatched": recipe.alignment.unmatched,
-        "temperature": recipe.loss.teacher_temperature,
-        "entries_per_row": recipe.capture.top_k + 1,  # the label's own mass may add one
-    }
     inputs = {"capture": captured.sha256, "text": text.sha256, **target_hashes(target)}
     directory = teacher_directory(recipe, source, mode)
-    return Plan(directory, TEACHER_STAGE, options, inputs, captured.manifest["shards"])
+    return Plan(directory, TEACHER_STAGE, teacher_options(recipe, mode), inputs, captured.manifest["shards"])
 
 
 def build_teacher(
@@ -62,53 +56,54 @@ def build_teacher(
     if artefact:
         return artefact
     chat = load_format(source_options(recipe, source), f"sources.{source}")
-    captures = open_capture(recipe, source, mode).files(".safetensors")
+    captures = open_capture(recipe, source, mode)
     examples = example_shards(open_instructions(recipe))
     answers = response_shards(open_responses(recipe, source)) if mode == "inference" else None
-    projection = _Projection(
+    project = _Projection(
         source=chat,
-        target=target,
-        vocabulary_map=cached_vocabulary_map(
-            fusion_directory(recipe) / "maps",
-            chat.tokenizer,
-            target.tokenizer,
-            source_stop=chat.stop_id,
-            target_stop=target.stop_id,
-            kind=recipe.alignment.vocabulary_map,
-            source_separator=chat.separator,
-            target_separator=target.separator,
-        ),
+        vocabulary_map=vocabulary_map_of(recipe, chat, target),
         unmatched=recipe.alignment.unmatched,
         temperature=recipe.loss.teacher_temperature,
         column=1 + recipe.capture_temperatures.index(recipe.loss.teacher_temperature),
     )
+    dtype = id_dtype(target.tokenizer.vocab_size)
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
-        captured = read_capture_shard(captures[index])
-        usable = captured.status == EXACT_STATUS
+        captured, shard = capture_shard(captures, index), examples[index]
+        usable = captured.status == CAPTURED
         if answers:
-            texts = [answer.response for answer in answers[index]]
             responses = [(answer.response, not answer.truncated) for answer in answers[index]]
-            chosen = [response if fine else None for response, fine in zip(responses, usable, strict=True)]
-            documents = encode_documents(target, examples[index], chosen, recipe.training.seq_length)
-            write_ragged(prefix, "tokens", documents.tokens, id_dtype(target.tokenizer.vocab_size))
+            texts = [text for text, _ in responses]
+            documents = encode_documents(
+                target,
+                shard,
+                [response if fine else None for response, fine in zip(responses, usable, strict=True)],
+                every_turn=False,
+                seq_length=recipe.training.seq_length,
+            )
+            write_ragged(prefix, "tokens", documents.tokens, dtype)
             write_ragged(prefix, "supervised", documents.supervised, np.uint8)
-            available = documents.present
+            data = [response_bytes([text]) for text in texts]
         else:
-            texts = [example.response for example in examples[index]]
-            documents = read_text_shard(text, index)
-            available = documents.present & documents.exact & usable
-        rows, match = projection(captured, documents, texts)
-        counts = _write_rows(prefix, documents, rows, match, id_dtype(target.tokenizer.vocab_size))
+            texts = [example.response for example in shard]
+            documents = encode_ground_truth(recipe, target, shard)
+            data = supervised_bytes(recipe, shard)
+        rows, match, corrected = project(captured, documents, data)
+        counts = _write_rows(prefix, documents, rows, match, dtype)
+        available = documents.present & usable
         facts = {
             "available": available.astype(np.uint8),
+            "lossy": (captured.lossy_rows > 0).astype(np.uint8),
+            "target_lossy": np.array([s.has(SpanFlag.LOSSY).any() for s in documents.spans], np.uint8),
             "ce_sum": captured.ce_sum,
             "response_bytes": captured.response_bytes,
+            "response_tokens": captured.response_tokens,
             "answer": np.array([_answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
         }
         with temporary_then_rename(Path(f"{prefix}.examples.safetensors")) as temporary:
             save_file(facts, temporary)
-        return {"examples": len(texts), "available": int(available.sum()), **counts}
+        own = int(corrected.sum())
+        return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": own}
 
     return run_plan(plan, make_shard, progress)
 
@@ -118,9 +113,8 @@ def _answer_key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) | 1
 
 
-def _write_rows(prefix: Path, documents: TargetDocuments, rows: Rows, match: np.ndarray, dtype: type) -> dict[str, int]:
-    lengths = np.array([len(starts) for starts in documents.starts], np.int64)
-    bounds = np.cumsum(lengths)[:-1]
+def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarray, dtype: type) -> dict[str, int]:
+    bounds = np.cumsum([len(spans) for spans in documents.spans], dtype=np.int64)[:-1]
     entry_bounds = np.concatenate([[0], np.cumsum(rows.counts, dtype=np.int64)])[bounds]
     write_ragged(prefix, "counts", np.split(rows.counts, bounds), np.uint8)
     write_ragged(prefix, "match", np.split(match, bounds), np.uint8)
@@ -145,89 +139,27 @@ class _Projection:
     """How one source's rows become the target's."""
 
     source: ChatFormat
-    target: ChatFormat
     vocabulary_map: VocabularyMap
     unmatched: str
     temperature: float
     column: int  # of the capture's log-sum-exps
 
-    def __call__(self, captured: CaptureShard, documents: TargetDocuments, texts: list[str]) -> tuple[Rows, np.ndarray]:
-        """Rows at all supervised tokens of the shard, document after document, and how each was aligned, uint8."""
-        rows = self._known_rows(captured)
-        entry_offsets = np.concatenate([[0], np.cumsum(rows.counts, dtype=np.int64)])
-        source_rows, leading, labels = [], [], []
-        for example, starts in enumerate(documents.starts):
-            span = captured.rows(example)
-            aligned = np.full(len(starts), -1, np.int32)
-            if len(starts) and span.stop > span.start and documents.exact[example]:
-                aligned = align_boundaries(captured.starts[span], starts, unmatched=self.unmatched)
-            first_row = np.zeros(len(starts), bool)
-            first_row[:1] = documents.leading[example]
-            leading.append(first_row)
-            source_rows.append(np.where(aligned >= 0, aligned + span.start, -1))
-            entries = slice(entry_offsets[span.start], entry_offsets[span.stop])
-            own_rows = Rows(rows.counts[span], rows.ids[entries], rows.logprobs[entries])
-            labels.append(self._label_mass(captured, documents, example, texts[example], aligned, own_rows))
-        source_leading = np.zeros(len(captured.counts), bool)
-        begins = captured.offsets[:-1][np.diff(captured.offsets) > 0]
-        source_leading[begins] = captured.leading[np.diff(captured.offsets) > 0]
-        source_row = np.concatenate([np.zeros(0, np.int64), *source_rows])
-        projected = project_rows(
-            rows,
-            source_row,
-            self.vocabulary_map,
-            leading=np.concatenate([np.zeros(0, bool), *leading]),
-            source_leading=source_leading,
-            labels=_join_labels(labels),
-        )
-        # A row whose mass has all gone to the tail says nothing: it is skipped like one without a source row.
-        says = (source_row >= 0) & (projected.counts > 0)
-        return projected, np.where(says, MATCHES.index("exact"), MATCHES.index("skip")).astype(np.uint8)
+    def __call__(
+        self, captured: CaptureShard, documents: Documents, data: Sequence[bytes]
+    ) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """`project_responses` at all supervised tokens of a shard, document after document.
 
-    def _known_rows(self, captured: CaptureShard) -> Rows:
-        """The rows without entries of padded logits columns, which no tokenizer knows: their mass is in the tail."""
-        logprobs = captured.logprobs(self.column, self.temperature)
-        known = captured.entry_ids < self.source.tokenizer.vocab_size
-        if known.all():
-            return Rows(captured.counts, captured.entry_ids, logprobs)
-        row = np.repeat(np.arange(len(captured.counts)), captured.counts)
-        counts = np.bincount(row[known], minlength=len(captured.counts)).astype(np.uint8)
-        return Rows(counts, captured.entry_ids[known], logprobs[known])
-
-    def _label_mass(
-        self,
-        captured: CaptureShard,
-        documents: TargetDocuments,
-        example: int,
-        text: str,
-        aligned: np.ndarray,
-        rows: Rows,
-    ) -> LabelMass:
-        span, starts = captured.rows(example), documents.starts[example]
-        if not (aligned >= 0).any():
-            return LabelMass.none(len(starts))
-        response = text.encode()
-        tokens = captured.tokens[span]
-        stop = bool(captured.stop[example])
-        source_ends = np.append(captured.starts[span], len(response))[1 : len(tokens) + 1 - stop]
-        target_ends = np.append(starts, len(response))[1 : len(starts) + 1 - stop]
-        labels = documents.tokens[example][documents.supervised[example].astype(bool)].astype(np.int32)
-        return label_mass(
-            rows,
-            aligned,
-            self.source.tokenizer,
-            response=response,
-            source_tokens=tokens[: len(source_ends)],
-            source_ends=source_ends,
-            target_tokens=labels[: len(target_ends)],
-            target_ends=target_ends,
-            label_logprobs=captured.token_logprobs[span],
-            logsumexp=captured.lse[span, 0],
-            logsumexp_temperature=captured.lse[span, self.column],
+        data: the supervised bytes of every example.
+        """
+        offsets = np.cumsum([0, *map(len, data)])[:-1]
+        source = SourceRows(
+            tokenizer=self.source.tokenizer,
+            spans=captured.all_spans(offsets),
+            rows=Rows(captured.counts, captured.entry_ids, captured.logprobs(self.column, self.temperature)),
             temperature=self.temperature,
+            token_logprobs=captured.token_logprobs,
+            logsumexp=captured.lse[:, 0],
+            logsumexp_temperature=captured.lse[:, self.column],
         )
-
-
-def _join_labels(parts: list[LabelMass]) -> LabelMass:
-    names = ("log_fraction", "source_token", "source_logprob", "label")
-    return LabelMass(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        target = TokenSpans.join(documents.spans, offsets)
+        return project_responses(source, target, self.vocabulary_map, unmatched=self.unmatched)

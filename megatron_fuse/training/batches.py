@@ -2,7 +2,7 @@
 
 Modes, phases, lambdas, padding and prompts become per-token weights here, and nothing later knows of them. The denominator of a
 mode is the number of its supervised tokens in the whole global batch, known from the index before any document is read, so any
-split over micro-batches, data-parallel ranks, tensor and pipeline ranks gives the same loss.
+split over micro-batches, data-parallel ranks, tensor and pipeline ranks gives the same loss, and so does packing.
 
 Legend: b micro-batch, s sequence, k stored teacher entries.
 """
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_fuse.fusion_data import Document, FusionDataset
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.fusion_data.collation import make_targets, packed_inputs, padded_inputs
+from megatron_fuse.fusion_data.packing import pack
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import Phase
 
@@ -23,24 +25,37 @@ SEQUENCE_MULTIPLE = 8  # few different lengths, and whole vector lanes
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded on the right. `targets` is None on ranks that compute no loss."""
+    """One document per sequence, padded on the right, or b = 1 and several documents of one mode on end.
+
+    `targets` is None on ranks that compute no loss. cu_seqlens and max_seqlen, where packed, are those of variable-length
+    attention (collation.Inputs): a position sees the positions before it within its document only.
+    """
 
     tokens: torch.Tensor  # [b, s] int64
     position_ids: torch.Tensor  # [b, s] int64
     targets: FusionTargets | None
     mode: torch.Tensor  # [b] int64, index in MODES
+    cu_seqlens: torch.Tensor | None = None  # int32, from 0 to s
+    max_seqlen: int | None = None
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """What every rank knows of a step without reading a document."""
 
-    documents: list[tuple[str, int]]  # (mode, example of the dataset), over all data-parallel ranks
+    sequences: list[
+        list[tuple[str, int]]
+    ]  # the documents of each sequence, (mode, example of the dataset), over all ranks
+    packed: bool
     weights: dict[str, tuple[float, float]]  # mode -> weight of one supervised token's (CE, KL)
     supervised_tokens: dict[str, int]  # mode -> N, the denominator
     tokens: int  # input positions that carry a token, all ranks
     seq_length: int  # padded length of this step
     micro_batches: int  # of every data-parallel rank, empty ones included
+
+    @property
+    def documents(self) -> list[tuple[str, int]]:
+        return [document for sequence in self.sequences for document in sequence]
 
 
 def plan_batch(
@@ -51,30 +66,36 @@ def plan_batch(
     micro_batch_size: int,
     data_parallel_size: int,
     micro_batch_multiple: int = 1,
+    pack_into: int | None = None,
 ) -> GlobalBatch:
     """The documents of these examples in the modes that have a weight.
 
     examples [n]: indices of the dataset. weights: mode -> (weight of the mode's mean CE, of its mean KL). Examples without a
     document in a mode (no answer won, or it does not fit) have only the other. micro_batch_multiple: the number of micro-batches
-    is rounded up to it with empty ones, as Megatron's interleaved schedule needs.
+    is rounded up to it with empty ones, as Megatron's interleaved schedule needs. pack_into: positions of a sequence that the
+    documents of a mode share; a micro-batch is then one such sequence, and micro_batch_size has to be 1.
     """
-    documents: list[tuple[str, int]] = []
+    if pack_into and micro_batch_size != 1:
+        raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
+    sequences: list[list[tuple[str, int]]] = []
     supervised = dict.fromkeys(weights, 0)
     longest, tokens = 0, 0
     for mode in weights:
-        lengths = dataset.lengths(mode)[examples]
-        present = lengths > 0
-        documents += [(mode, int(example)) for example in examples[present]]
-        supervised[mode] = int(dataset.supervised_tokens(mode)[examples[present]].sum())
-        longest = max(longest, int(lengths.max(initial=0)) - 1)
-        tokens += int(lengths[present].sum() - present.sum())
+        present = examples[dataset.lengths(mode)[examples] > 0]
+        positions = dataset.lengths(mode)[present] - 1
+        chosen = pack(positions, pack_into) if pack_into else [[number] for number in range(len(present))]
+        sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
+        longest = max([longest, *(int(positions[sequence].sum()) for sequence in chosen)])
+        supervised[mode] = int(dataset.supervised_tokens(mode)[present].sum())
+        tokens += int(positions.sum())
     per_token = {
         mode: tuple(weight / supervised[mode] if supervised[mode] else 0.0 for weight in pair)
         for mode, pair in weights.items()
     }
-    micro_batch_count = -(-len(documents) // (micro_batch_size * data_parallel_size))
+    micro_batch_count = -(-len(sequences) // (micro_batch_size * data_parallel_size))
     return GlobalBatch(
-        documents=documents,
+        sequences=sequences,
+        packed=pack_into is not None,
         weights=per_token,
         supervised_tokens=supervised,
         tokens=tokens,
@@ -99,55 +120,39 @@ def micro_batches(
     with_targets: bool,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches: every data_parallel_size-th document, padded with empty sequences to the common number."""
-    mine = batch.documents[data_parallel_rank::data_parallel_size]
+    """This rank's micro-batches: every data_parallel_size-th sequence, with empty ones up to the common number."""
+    mine = batch.sequences[data_parallel_rank::data_parallel_size]
     for index in range(batch.micro_batches):
-        chosen = mine[index * micro_batch_size : (index + 1) * micro_batch_size]
-        yield _collate(dataset, batch, chosen, micro_batch_size, with_targets, device)
+        sequences = mine[index * micro_batch_size : (index + 1) * micro_batch_size]
+        yield _collate(dataset, batch, sequences, micro_batch_size, with_targets, device)
 
 
 def _collate(
     dataset: FusionDataset,
     batch: GlobalBatch,
-    documents: list[tuple[str, int]],
-    rows: int,
+    sequences: list[list[tuple[str, int]]],
+    micro_batch_size: int,
     with_targets: bool,
     device: torch.device,
 ) -> MicroBatch:
-    shape = (rows, batch.seq_length)
-    tokens = np.zeros(shape, np.int64)
-    labels = np.full(shape, -100, np.int64)
-    ce_weight, kl_weight = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    entries = max(dataset.entries_per_row, 1)
-    teacher_ids = np.full((*shape, entries), -1, np.int64)
-    teacher_logprobs = np.zeros((*shape, entries), np.float32)
-    modes = np.zeros(rows, np.int64)
-    for row, (mode, example) in enumerate(documents):
-        document = dataset.document(mode, example)
-        inputs = len(document.tokens) - 1
-        tokens[row, :inputs] = document.tokens[:-1]
-        modes[row] = MODES.index(mode)
-        if not with_targets:
-            continue
-        # Row t of the logits predicts token t + 1: a supervised token is the label one position earlier.
-        positions = np.flatnonzero(document.supervised) - 1
-        labels[row, positions] = document.tokens[positions + 1]
-        ce_weight[row, positions], kl_weight[row, positions] = batch.weights[mode]
-        _scatter_entries(document, positions, teacher_ids[row], teacher_logprobs[row])
+    chosen = [document for sequence in sequences for document in sequence]
+    documents = [dataset.document(mode, example) for mode, example in chosen]
+    inputs = (
+        packed_inputs(documents, batch.seq_length)
+        if batch.packed
+        else padded_inputs(documents, micro_batch_size, batch.seq_length)
+    )
     targets = None
     if with_targets:
-        arrays = (labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
-        targets = FusionTargets(*map(torch.from_numpy, arrays)).to(device)
-    position_ids = torch.arange(batch.seq_length, device=device).expand(shape)
-    return MicroBatch(torch.from_numpy(tokens).to(device), position_ids, targets, torch.from_numpy(modes).to(device))
-
-
-def _scatter_entries(document: Document, positions: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
-    """Ragged rows into the padded arrays [s, k]."""
-    counts = document.counts.astype(np.int64)
-    if len(document.entry_ids) == 0:
-        return
-    row = np.repeat(positions, counts)
-    slot = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    ids[row, slot] = document.entry_ids
-    logprobs[row, slot] = document.entry_logprobs
+        weights = [batch.weights[mode] for mode, _ in chosen]
+        arrays = make_targets(documents, weights, inputs, max(dataset.entries_per_row, 1))
+        targets = FusionTargets(**{name: torch.from_numpy(array) for name, array in vars(arrays).items()}).to(device)
+    modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode
+    return MicroBatch(
+        tokens=torch.from_numpy(inputs.tokens).to(device),
+        position_ids=torch.from_numpy(inputs.position_ids).to(device),
+        targets=targets,
+        mode=torch.tensor(modes + [0] * (micro_batch_size - len(modes)), device=device),
+        cu_seqlens=None if inputs.cu_seqlens is None else torch.from_numpy(inputs.cu_seqlens).to(device),
+        max_seqlen=inputs.max_seqlen,
+    )

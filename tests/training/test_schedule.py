@@ -47,9 +47,21 @@ def test_a_step_depends_on_nothing_but_consumed_samples() -> None:
         assert again is not None and (again.examples == step.examples).all() and again.phase == step.phase
 
 
+def order_of_epochs(preset: str, seed: int, batch: int) -> list[tuple[int, ...]]:
+    """Examples of each epoch of the run, in the order in which they are seen."""
+    steps = walk(Schedule(tuple(PRESETS[preset]), examples=45, global_batch_size=batch, seed=seed))
+    return [tuple(epoch) for epoch in np.concatenate([step.examples for step in steps]).reshape(-1, 45).tolist()]
+
+
+# Batches that divide an epoch, do not, and span several: none moves an example to another place in the order.
+@pytest.mark.parametrize("batch", [1, 7, 45, 100])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_order_is_a_function_of_seed_and_epoch_alone(preset: str, batch: int) -> None:
+    assert order_of_epochs(preset, seed=5, batch=batch) == order_of_epochs("profuser", seed=5, batch=13)
+
+
 def test_epochs_and_seeds_differ_in_order() -> None:
-    schedules = [Schedule(tuple(PRESETS["csft"]), examples=45, global_batch_size=45, seed=seed) for seed in (1, 2)]
-    orders = [tuple(step.examples) for schedule in schedules for step in walk(schedule)]
+    orders = [order for seed in (1, 2) for order in order_of_epochs("csft", seed, 45)]
     assert len(set(orders)) == 6
 
 

@@ -1,0 +1,51 @@
+"""Fusion data by its directory: the recipe that it was built by lies in it.
+
+WORKDIR/fusion/MAP-UNMATCHED-T/recipe.yaml    every option written out, as of the last build
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
+from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
+from megatron_fuse.storage import temporary_then_rename
+
+_NAME = "recipe.yaml"
+
+
+def save_recipe(recipe: Recipe) -> None:
+    """Leaves a copy of the recipe in its fusion directory."""
+    with temporary_then_rename(fusion_directory(recipe) / _NAME) as temporary:
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def add_fusion_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds DIR, the fusion directory, and the recipe's own arguments as the other way in."""
+    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="WORKDIR/fusion/MAP-UNMATCHED-T")
+    add_recipe_arguments(parser, required=False)
+
+
+def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of the arguments. With DIR its workdir is where DIR lies now, everything else as it was at the build.
+
+    Raises UserError where there is neither DIR nor --recipe, or no recipe in DIR.
+    """
+    directory = arguments.directory
+    if (directory is None) == (arguments.recipe is None):
+        raise UserError("give either the fusion directory (WORKDIR/fusion/MAP-UNMATCHED-T) or --recipe")
+    if directory is not None:
+        arguments.recipe = directory / _NAME
+        arguments.workdir = str(directory.resolve().parents[1])
+        if not arguments.recipe.exists():
+            raise UserError(
+                f"{arguments.recipe}: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T that {BUILT_BY} has built, "
+                "or give --recipe"
+            )
+    recipe = recipe_from_arguments(arguments)
+    if directory is not None and fusion_directory(recipe) != directory.resolve():
+        raise UserError(
+            f"{arguments.recipe} describes {fusion_directory(recipe).name}, not {directory.resolve().name}: "
+            f"run {BUILT_BY} again, or give --recipe"
+        )
+    return recipe

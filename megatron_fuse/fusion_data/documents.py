@@ -1,0 +1,110 @@
+"""One conversation with its teacher's rows, as views of the mapped files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.layout import BUILT_BY
+from megatron_fuse.fusion_data.streams import Stream
+
+TEXT_FIELDS = ("tokens", "supervised")
+ROW_FIELDS = ("counts", "entry_ids", "entry_logprobs", "match")
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One conversation. r = supervised.sum(); row i is the distribution that PREDICTS the i-th supervised token.
+
+    tokens [n] uint16 or int32, as the vocabulary needs; supervised bool [n]: the token is a label; counts uint8 [r]: stored
+    entries of a row, 0 where the teacher says nothing; entry_ids [e], typed like tokens, and entry_logprobs float16 [e],
+    natural log at the KL temperature, with e = counts.sum(); match uint8 [r]: index in MATCHES. The rest of a row's mass,
+    1 - sum(exp(entry_logprobs)), is its tail. All are read-only views in the types on disk: cast before calculating.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    counts: np.ndarray
+    entry_ids: np.ndarray
+    entry_logprobs: np.ndarray
+    match: np.ndarray
+
+
+class DocumentStreams:
+    """The documents of all examples: one text with the rows of one source, or of none. One that is left out is empty.
+
+    lengths, supervised_tokens [examples] int64: tokens and labels of each document.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        text: Mapping[str, Stream],
+        rows: Mapping[str, Stream] | None,
+        *,
+        examples: int,
+        entries_per_row: int = 0,
+        supervised_tokens: np.ndarray | None = None,
+    ) -> None:
+        """text: streams of TEXT_FIELDS; rows: of ROW_FIELDS, at most entries_per_row entries in each. supervised_tokens may be
+        left out where there are rows. directory: for errors.
+
+        Compares the lengths of the streams, which reads no document. Raises UserError where they contradict each other.
+        """
+        self._directory = directory
+        self._tokens, self._supervised = (text[field] for field in TEXT_FIELDS)
+        self._rows = None if rows is None else tuple(rows[field] for field in ROW_FIELDS)
+        for field, stream in {**text, **(rows or {})}.items():
+            if len(stream) != examples:
+                raise UserError(
+                    f"{directory}: {field} of {len(stream)} examples, but there are {examples}: {mend(directory)}"
+                )
+        self.lengths = self._tokens.lengths
+        self._refuse(self._supervised.lengths != self.lengths, "one supervision mark per token")
+        if self._rows is not None:
+            counts, ids, logprobs, match = (stream.lengths for stream in self._rows)
+            supervised_tokens = counts if supervised_tokens is None else supervised_tokens
+            self._refuse(counts != supervised_tokens, "one row per supervised token")
+            self._refuse(match != counts, "one match per row")
+            self._refuse(ids > entries_per_row * counts, f"at most {entries_per_row} entries per row")
+            self._refuse(logprobs != ids, "one log-probability per entry")
+        self.supervised_tokens = supervised_tokens
+
+    def _damaged(self, example: int, what: str) -> UserError:
+        return UserError(f"{self._directory}: example {example} has {what}: {mend(self._directory)}")
+
+    def _refuse(self, wrong: np.ndarray, rule: str) -> None:
+        if wrong.any():
+            raise self._damaged(int(wrong.argmax()), f"not {rule}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, example: int) -> Document:
+        """Raises UserError where labels, rows and entries are not as many as each other say."""
+        tokens = self._tokens[example]
+        supervised = self._supervised[example].view(bool)
+        labels = int(self.supervised_tokens[example])
+        rows = no_rows(labels) if self._rows is None else tuple(stream[example] for stream in self._rows)
+        counts, ids, logprobs, match = rows
+        if (found := np.count_nonzero(supervised)) != labels:
+            raise self._damaged(example, f"{found} labels instead of {labels}")
+        if np.count_nonzero(supervised[:1]):
+            raise self._damaged(example, "a label at its first token, which nothing predicts")
+        if (entries := int(counts.sum())) != len(ids):
+            raise self._damaged(example, f"{len(ids)} entries where the counts of its rows add up to {entries}")
+        return Document(tokens, supervised, counts, ids, logprobs.view(np.float16), match)
+
+
+def no_rows(labels: int) -> tuple[np.ndarray, ...]:
+    """counts, entry_ids, entry_logprobs, match of labels about which no teacher says anything."""
+    return np.zeros(labels, np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.float16), np.zeros(labels, np.uint8)
+
+
+NO_DOCUMENT = Document(np.zeros(0, np.uint16), np.zeros(0, bool), *no_rows(0))
+
+
+def mend(directory: Path) -> str:
+    return f"restore it, or remove {directory} and run {BUILT_BY} again"

@@ -1,0 +1,129 @@
+"""A step's documents and weights, whichever ranks, micro-batches and packing they are split over."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from synthetic import SyntheticDataset
+
+from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, plan_batch
+
+WEIGHTS = {"inference": (0.1, 0.05), "training": (1.0, 0.5)}
+EXAMPLES = np.random.default_rng(2).permutation(53)[:19]  # some without an answer, one without teacher rows
+CAPACITY = 40  # positions; the documents take 3 to 28
+
+
+def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
+    """The micro-batches of all ranks."""
+    for rank in range(ranks):
+        mine = list(
+            micro_batches(
+                dataset,
+                batch,
+                micro_batch_size=micro_batch_size,
+                data_parallel_rank=rank,
+                data_parallel_size=ranks,
+                with_targets=True,
+                device=torch.device("cpu"),
+            )
+        )
+        assert len(mine) == batch.micro_batches  # or the ranks would wait for each other
+        assert {tuple(micro_batch.tokens.shape) for micro_batch in mine} == {(micro_batch_size, batch.seq_length)}
+        yield from mine
+
+
+def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch_size: int) -> Counter[Any]:
+    """(mode, position in its document, input, label, weights, the row's ids, their log-probabilities) of every label."""
+    found: Counter[Any] = Counter()
+    for micro_batch in split(batch, dataset, ranks, micro_batch_size):
+        targets = micro_batch.targets
+        assert targets is not None
+        for b, s in (targets.labels != -100).nonzero().tolist():
+            row = (targets.labels, targets.ce_weight, targets.kl_weight)
+            found[
+                MODES[micro_batch.mode[b]],
+                int(micro_batch.position_ids[b, s]),
+                int(micro_batch.tokens[b, s]),
+                *(of[b, s].item() for of in row),
+                *(tuple(of[b, s].tolist()) for of in (targets.teacher_ids, targets.teacher_logprobs)),
+            ] += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def dataset() -> SyntheticDataset:
+    return SyntheticDataset()
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: SyntheticDataset) -> Counter[Any]:
+    """The batch of one rank in one micro-batch."""
+    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=64, data_parallel_size=1)
+    return learned(batch, dataset, 1, 64)
+
+
+# (ranks, micro-batch size, multiple of the number of micro-batches, capacity): 3 and 4 do not divide the documents
+@pytest.mark.parametrize(
+    ("ranks", "size", "multiple", "capacity"),
+    [(1, 1, 1, None), (2, 4, 1, None), (3, 2, 4, None), (1, 1, 1, CAPACITY), (2, 1, 4, CAPACITY), (3, 1, 1, 28)],
+)
+def test_a_split_changes_nothing_that_is_learned(
+    dataset: SyntheticDataset, whole: Counter[Any], ranks: int, size: int, multiple: int, capacity: int | None
+) -> None:
+    batch = plan_batch(
+        dataset,
+        EXAMPLES,
+        WEIGHTS,
+        micro_batch_size=size,
+        data_parallel_size=ranks,
+        micro_batch_multiple=multiple,
+        pack_into=capacity,
+    )
+    assert learned(batch, dataset, ranks, size) == whole
+    assert batch.micro_batches % multiple == 0
+
+
+@pytest.mark.parametrize("capacity", [None, CAPACITY])
+def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity: int | None) -> None:
+    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=2, pack_into=capacity)
+    sums = torch.zeros(len(MODES), 2, dtype=torch.float64)
+    for micro_batch in split(batch, dataset, 2, 1):
+        assert micro_batch.targets is not None
+        for column, weights in enumerate((micro_batch.targets.ce_weight, micro_batch.targets.kl_weight)):
+            sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1))
+    for number, mode in enumerate(MODES):
+        assert sums[number].tolist() == pytest.approx(WEIGHTS[mode], rel=1e-6)
+    assert batch.tokens == sum(len(dataset.document(mode, example).tokens) - 1 for mode, example in batch.documents)
+
+
+def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset) -> None:
+    options = {"micro_batch_size": 1, "data_parallel_size": 1}
+    padded = plan_batch(dataset, EXAMPLES, WEIGHTS, **options)
+    packed = plan_batch(dataset, EXAMPLES, WEIGHTS, **options, pack_into=CAPACITY)
+    assert sorted(packed.documents) == sorted(padded.documents)
+    assert len(packed.sequences) < len(padded.sequences) == len(padded.documents)
+    assert all(len({mode for mode, _ in sequence}) == 1 for sequence in packed.sequences)
+    assert packed.seq_length <= CAPACITY
+    for micro_batch, sequence in zip(split(packed, dataset, 1, 1), packed.sequences, strict=True):
+        lengths = [len(dataset.document(mode, example).tokens) - 1 for mode, example in sequence]
+        assert micro_batch.cu_seqlens is not None
+        parts = micro_batch.cu_seqlens.diff().tolist()
+        assert parts[: len(lengths)] == lengths and sum(parts) == packed.seq_length
+        assert micro_batch.max_seqlen == max(parts)
+
+
+def test_ranks_without_the_loss_get_the_same_inputs(dataset: SyntheticDataset) -> None:
+    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=2, data_parallel_size=1)
+    options = {"micro_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1, "device": torch.device("cpu")}
+    first, last = (list(micro_batches(dataset, batch, with_targets=w, **options)) for w in (False, True))
+    for a, b in zip(first, last, strict=True):
+        assert a.targets is None
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.position_ids, b.position_ids)
+
+
+def test_packed_sequences_go_one_by_one(dataset: SyntheticDataset) -> None:
+    with pytest.raises(ValueError, match="micro_batch_size is 2"):
+        plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=2, data_parallel_size=1, pack_into=CAPACITY)
