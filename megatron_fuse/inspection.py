@@ -1,5 +1,6 @@
 """One document of the fusion data as a person or a program can read it: each token with the distribution that predicts it."""
 
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
         *_reasons(view, dataset),
         f"{len(tokens)} tokens, {len(labels)} supervised, {matched} of them with teacher entries",
         "",
-        "│".join(token["text"] for token in tokens),
+        *_conversation(tokens),
         "",
         f"{'position':>8}  {'label':<16} {'match':<9} {'tail':>6}  teacher's entries, in per cent",
     ]
@@ -92,10 +93,17 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
         if not token["supervised"]:
             continue
         entries = "  ".join(f"{e['text']!r} {100 * np.exp(e['logprob']):.1f}" for e in token["entries"])
-        lines.append(
-            f"{position:>8}  {token['text']!r:<16} {token['match']:<9} {100 * token['tail']:>5.1f}%  {entries}"
-        )
+        line = f"{position:>8}  {token['text']!r:<16} {token['match']:<9} {100 * token['tail']:>5.1f}%  {entries}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _conversation(tokens: list[dict[str, Any]]) -> list[str]:
+    """The text with its token boundaries, one part for every run of tokens that are learned or only read."""
+    return [
+        f"[{'learned' if supervised else 'context'}] {'│'.join(token['text'] for token in run)}"
+        for supervised, run in groupby(tokens, key=lambda token: token["supervised"])
+    ]
 
 
 def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:

@@ -1,36 +1,57 @@
-"""Shows one example of the fusion data: its tokens, and at each what the teacher says should come there.
+"""Shows one example of fusion data, its tokens and what the teacher says should come at each; or checks all of it.
 
-    python tools/inspect_data.py --recipe examples/quickstart/recipe.yaml --index 0 --mode training [--source NAME] [--json]
+    python tools/inspect_data.py WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
+    python tools/inspect_data.py WORKDIR/fusion/exact-skip-T2 --verify
+    python tools/inspect_data.py --recipe examples/quickstart/recipe.yaml --id ID --mode inference
 
 --source is the selected one by default. --json prints one object: {"id", "mode", "source", "tokens": [{"id", "text", "supervised",
-"match", "entries": [{"id", "text", "logprob"}], "tail"}]}; the entries at a token are the distribution that predicts that token.
+"match", "entries": [{"id", "text", "logprob"}], "tail"}]}; the entries at a token are the distribution that PREDICTS that token.
+--verify reads every file, lists all that is wrong and ends with 2 where anything is.
 """
 
 import argparse
 import json
+import sys
 
 from megatron_fuse.capture import MODES
-from megatron_fuse.errors import exit_code
+from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.inspection import find_example, format_view, view_document
-from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.verification import verify_fusion_data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--index", type=int, help="number of the example in the instructions, from 0")
-    which.add_argument("--id", help="id of the example")
-    parser.add_argument("--mode", choices=MODES, required=True)
+    add_fusion_data_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--index", type=int, help="number of the example in the instructions, from 0")
+    what.add_argument("--id", help="id of the example")
+    what.add_argument("--verify", action="store_true", help="check every file, row and choice")
+    parser.add_argument("--mode", choices=MODES, help="needed for an example")
     parser.add_argument("--source", help="default: the source with the advantage")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    recipe = recipe_from_arguments(arguments)
+    if not arguments.verify and arguments.mode is None:
+        parser.error("--mode is needed to show an example")
+    recipe = fusion_data_recipe(arguments)
+    if arguments.verify:
+        verify(recipe)
+        return
     dataset = FusionDataset(recipe)
     example = find_example(dataset, arguments.index, arguments.id)
     view = view_document(recipe, dataset, arguments.mode, example, arguments.source)
     print(json.dumps(view, ensure_ascii=False) if arguments.json else format_view(view, dataset))
+
+
+def verify(recipe: Recipe) -> None:
+    """Prints what was looked at. Raises UserError with all that was found wrong."""
+    found = verify_fusion_data(recipe, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    print(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
+    if found.problems:
+        raise UserError(f"{len(found.problems)} problems:\n" + "\n".join(found.problems))
+    print("all is well")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""The choice between the sources against the facts that it was made by."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.layout import BUILT_BY
+from megatron_fuse.fusion_data.selection import choose, read_scores, read_selection, selection_path
+from megatron_fuse.recipe import Recipe
+
+Problems = Iterator[str]
+Facts = Mapping[str, np.ndarray]
+"""What teachers/SOURCE/MODE/*.examples.safetensors say of the examples, [n] each."""
+FACTS = {"available", "lossy", "ce_sum", "response_bytes", "response_tokens", "answer"}
+
+
+def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], mode: str) -> Problems:
+    """Facts of one shard. rows int64 [n]: supervised tokens of the documents that the source's rows belong to."""
+    rules = {"is not 0 or 1": facts["available"] > 1, "but it has no document": (facts["available"] == 1) & (rows == 0)}
+    if mode == "training":
+        rules["but its cross-entropy is not finite"] = (facts["available"] == 1) & ~np.isfinite(facts["ce_sum"])
+    for what, bad in rules.items():
+        if bad.any():
+            example = int(bad.argmax())
+            more = f" (and {bad.sum() - 1:,} more in this file)" if bad.sum() > 1 else ""
+            yield (
+                f"{path}: example {names[example]!r}: available is {facts['available'][example]}, {what}{more}: "
+                f"restore the file, or remove {path.parent} and run {BUILT_BY} again"
+            )
+
+
+def selection_problems(
+    recipe: Recipe, mode: str, parents: Mapping[str, str], facts: list[Facts], names: list[str]
+) -> Problems:
+    """The stored selection of one mode. parents: sha256 of the text and of every source's rows; facts: of each source."""
+    path = selection_path(recipe, mode)
+    mend = f"run {BUILT_BY} (it takes a second where the documents are built)"
+    try:
+        found = read_selection(recipe, mode, parents).arrays
+    except UserError as error:
+        yield str(error)
+        return
+    if len(found["source"]) != len(names):
+        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {mend}"
+        return
+    beyond = (found["source"] < -1) | (found["source"] >= len(recipe.sources))
+    if beyond.any():
+        example = int(beyond.argmax())
+        yield (
+            f"{path}: example {names[example]!r}: source {found['source'][example]}, "
+            f"the recipe has {len(recipe.sources)}, counted from 0: {mend}"
+        )
+    for name, want in choose(recipe, mode, facts, _scores(recipe, len(names), found)).items():
+        have = found.get(name)
+        if have is None or have.shape != want.shape:
+            yield f"{path}: {name} is missing or of another shape than the sources' facts: {mend}"
+            continue
+        differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(names), -1).all(1)
+        if differs.any():
+            example = int(differs.argmax())
+            yield (
+                f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, the sources' facts give "
+                f"{want[example].tolist()} ({differs.sum():,} examples differ): {mend}"
+            )
+
+
+def _scores(recipe: Recipe, examples: int, found: Facts) -> np.ndarray | None:
+    """Those of the scores stage where they are still there (what ails them is found with the artefacts), else those stored."""
+    try:
+        return read_scores(recipe, examples) if "scores" in found else None
+    except (UserError, OSError, ValueError, EOFError):
+        return found["scores"]

@@ -1,0 +1,239 @@
+"""The laws of one shard of documents and of the teacher's rows at them, checked as whole arrays.
+
+Of one kind of error in one file the first is described and the others are counted. n examples, r rows, e entries.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import MATCHES
+from megatron_fuse.fusion_data.layout import BUILT_BY
+from megatron_fuse.fusion_data.streams import Stream
+
+# Log-probabilities are rounded down to float16, so that only float32's rounding of a row can carry it above 1.
+MOST_MASS = 1 + 1e-4
+
+DTYPES = {
+    "supervised": [np.uint8],
+    "counts": [np.uint8],
+    "match": [np.uint8],
+    "entry_logprobs": [np.uint16],
+}  # else ids
+
+Problems = Iterator[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """One field of a shard: the values of all examples on end, and how many each has, int64 [n]."""
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ShardFiles:
+    """A shard's readable fields, of as many examples as it has names, and the problems of the others."""
+
+    prefix: Path
+    names: Sequence[str]
+    fields: dict[str, Field]
+    problems: list[str]
+
+    @classmethod
+    def read(cls, prefix: Path, names: Sequence[str], fields: Sequence[str]) -> "ShardFiles":
+        found, problems = {}, []
+        for field in fields:
+            try:
+                stream = Stream([f"{prefix}.{field}"])
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if len(stream) != len(names):
+                problems.append(
+                    f"{prefix}.{field}.idx: {len(stream)} examples, the text has {len(names)}{mend(prefix)}"
+                )
+            else:
+                found[field] = Field(stream.values(), stream.lengths)
+        return cls(prefix, names, found, problems)
+
+    def wrong(self, field: str, bad: np.ndarray, place: Callable[[int], str], say: Callable[[int], str]) -> Problems:
+        """One line where anything is bad [m]; place and say describe it by its number."""
+        numbers = np.flatnonzero(bad)
+        if len(numbers):
+            more = f" (and {len(numbers) - 1:,} more in this file)" if len(numbers) > 1 else ""
+            yield f"{self.prefix}.{field}.bin: {place(numbers[0])}: {say(numbers[0])}{more}{mend(self.prefix)}"
+
+    def example(self, number: int) -> str:
+        return f"example {self.names[number]!r}"
+
+    def place(self, lengths: np.ndarray, what: str) -> Callable[[int], str]:
+        """Names the example of a value, and its place there; lengths int64 [n]: values of every example."""
+        ends = np.cumsum(lengths)
+
+        def describe(number: int) -> str:
+            example = int(np.searchsorted(ends, number, side="right"))
+            return f"{self.example(example)}, {what} {number - int(ends[example] - lengths[example])}"
+
+        return describe
+
+
+def mend(prefix: Path) -> str:
+    return f": restore the file, or remove {prefix.parent} and run {BUILT_BY} again"
+
+
+def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:
+    """Of tokens and supervised: ids within the vocabulary, one mark of 0 or 1 a token, none on the first, lengths that fit."""
+    yield from shard.problems
+    tokens, marks = shard.fields.get("tokens"), shard.fields.get("supervised")
+    if tokens is not None:
+        place = shard.place(tokens.lengths, "token")
+        yield from _unknown_ids(shard, "tokens", tokens.values, vocab_size, place)
+        limit = seq_length + 1  # the last token is predicted, never read
+        yield from shard.wrong(
+            "tokens",
+            tokens.lengths > limit,
+            shard.example,
+            lambda i: f"{tokens.lengths[i]} tokens, seq_length {seq_length} allows {limit}",
+        )
+    if marks is not None:
+        place = shard.place(marks.lengths, "token")
+        yield from shard.wrong(
+            "supervised", marks.values > 1, place, lambda i: f"the mark is {marks.values[i]}, not 0 or 1"
+        )
+        first = np.cumsum(marks.lengths) - marks.lengths
+        present = np.flatnonzero(marks.lengths)
+        labelled = np.zeros(len(marks.lengths), bool)
+        labelled[present] = marks.values[first[present]] != 0
+        yield from shard.wrong(
+            "supervised", labelled, shard.example, lambda i: "its first token is a label, which nothing predicts"
+        )
+    if tokens is not None and marks is not None:
+        yield from shard.wrong(
+            "supervised",
+            tokens.lengths != marks.lengths,
+            shard.example,
+            lambda i: f"{marks.lengths[i]} marks for {tokens.lengths[i]} tokens",
+        )
+
+
+def labels_per_example(shard: ShardFiles) -> np.ndarray | None:
+    """int64 [n]: supervised tokens of every document; None where they cannot be read."""
+    marks = shard.fields.get("supervised")
+    if marks is None:
+        return None
+    example = np.repeat(np.arange(len(marks.lengths)), marks.lengths)
+    return np.bincount(example, marks.values != 0, len(marks.lengths)).astype(np.int64)
+
+
+def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.ndarray) -> Problems:
+    """Of the text: labels [n], as its marks say, against those that its list of examples gives."""
+    if labels is not None:
+        yield from shard.wrong(
+            "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, {listed[i]} are listed"
+        )
+
+
+def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: int, entries_per_row: int) -> Problems:
+    """Of the row fields; labels int64 [n]: supervised tokens of the documents that the rows belong to, None = unknown."""
+    yield from shard.problems
+    counts, match, ids, logprobs = map(shard.fields.get, ("counts", "match", "entry_ids", "entry_logprobs"))
+    if counts is not None and labels is not None:
+        yield from shard.wrong(
+            "counts",
+            counts.lengths != labels,
+            shard.example,
+            lambda i: f"{counts.lengths[i]} rows for {labels[i]} supervised tokens",
+        )
+    if counts is not None:
+        yield from shard.wrong(
+            "counts",
+            counts.values > entries_per_row,
+            shard.place(counts.lengths, "row"),
+            lambda i: f"{counts.values[i]} entries, at most {entries_per_row} are possible",
+        )
+    if match is not None:
+        yield from _match_problems(shard, match, counts)
+    fits = True
+    for field, entries in (("entry_ids", ids), ("entry_logprobs", logprobs)):
+        if entries is None or counts is None:
+            fits = False
+            continue
+        example = np.repeat(np.arange(len(counts.lengths)), counts.lengths)
+        expected = np.bincount(example, counts.values, len(counts.lengths)).astype(np.int64)
+        differs = entries.lengths != expected
+        fits = fits and not differs.any()
+        yield from shard.wrong(
+            field,
+            differs,
+            shard.example,
+            lambda i, have=entries.lengths, want=expected: f"{have[i]} entries, the counts add up to {want[i]}",
+        )
+    if ids is not None:
+        yield from _unknown_ids(shard, "entry_ids", ids.values, vocab_size, shard.place(ids.lengths, "entry"))
+    if logprobs is not None:
+        values = logprobs.values.view(np.float16)
+        yield from shard.wrong(
+            "entry_logprobs",
+            ~np.isfinite(values) | (values > 0),
+            shard.place(logprobs.lengths, "entry"),
+            lambda i: f"the log-probability is {values[i]}, not a finite number of at most 0",
+        )
+    if fits:
+        yield from _whole_row_problems(shard, counts, ids.values, logprobs.values.view(np.float16))
+
+
+def _unknown_ids(
+    shard: ShardFiles, field: str, ids: np.ndarray, vocab_size: int, place: Callable[[int], str]
+) -> Problems:
+    yield from shard.wrong(
+        field,
+        (ids < 0) | (ids >= vocab_size),
+        place,
+        lambda i: f"id {ids[i]}, the target's vocabulary has {vocab_size} ids",
+    )
+
+
+def _match_problems(shard: ShardFiles, match: Field, counts: Field | None) -> Problems:
+    place = shard.place(match.lengths, "row")
+    yield from shard.wrong(
+        "match",
+        match.values >= len(MATCHES),
+        place,
+        lambda i: f"code {match.values[i]}, known are 0 to {len(MATCHES) - 1}",
+    )
+    if counts is None:
+        return
+    differs = match.lengths != counts.lengths
+    yield from shard.wrong(
+        "match", differs, shard.example, lambda i: f"{match.lengths[i]} codes for {counts.lengths[i]} rows"
+    )
+    if not differs.any():
+        skipped = match.values == MATCHES.index("skip")
+        yield from shard.wrong(
+            "match",
+            skipped != (counts.values == 0),
+            place,
+            lambda i: f"{counts.values[i]} entries in a row that is {'' if skipped[i] else 'not '}skipped",
+        )
+
+
+def _whole_row_problems(shard: ShardFiles, counts: Field, ids: np.ndarray, logprobs: np.ndarray) -> Problems:
+    """Of rows whose entries are known to be theirs: a mass of at most 1, no id twice."""
+    place = shard.place(counts.lengths, "row")
+    row = np.repeat(np.arange(len(counts.values)), counts.values)
+    with np.errstate(over="ignore", invalid="ignore"):  # impossible values are reported by themselves
+        mass = np.bincount(row, np.exp(logprobs.astype(np.float64)), len(counts.values))
+    possible = np.isfinite(mass) & (np.bincount(row, logprobs > 0, len(counts.values)) == 0)
+    yield from shard.wrong(
+        "entry_logprobs", possible & (mass > MOST_MASS), place, lambda i: f"the mass is {mass[i]:.6f}, more than 1"
+    )
+    key = np.sort(row.astype(np.int64) << 32 | (ids.astype(np.int64) & 0xFFFFFFFF))
+    twice = key[1:][np.diff(key) == 0]
+    repeated = np.zeros(len(counts.values), np.int64)
+    repeated[twice >> 32] = 1 + (twice & 0xFFFFFFFF)
+    yield from shard.wrong("entry_ids", repeated > 0, place, lambda i: f"id {repeated[i] - 1} stands twice in the row")
