@@ -26,9 +26,12 @@ setup(
         "jinja2",
         "protobuf",  # to read SentencePiece models
         "tensorboard",
+        "rapidfuzz",  # edit distances of the `mined` vocabulary map
+        "matplotlib",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "triton"],
-        "test": ["pytest", "hypothesis", "ruff"],
+        "parquet": ["pyarrow"],
+        "test": ["pytest", "hypothesis", "ruff", "pyarrow"],
     },
 )

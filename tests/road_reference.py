@@ -1,10 +1,12 @@
 """A second reading of the definitions from conversation to fusion document, for tests: one conversation at a time, in plain Python
 and fp64. It shares with the library nothing but the models and the files of the tokenizers: templates are written out, bytes come
-from the pieces, every probability from a full softmax.
+from the pieces, every probability from a full softmax. What becomes of a row in the target's tokens is in road_reference_rows.py.
 """
 
 import math
-from collections import defaultdict
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,7 @@ import tokenizers
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-TEMPERATURE, TOP_K, TOP_P = 2.0, 12, 0.95
+TEMPERATURE, TOP_K, TOP_P = 1.5, 12, 0.98
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -24,7 +26,7 @@ SYSTEM = (
 
 
 class SentencePieceSide:
-    """A SentencePiece model with byte fallback, a dummy prefix and Vicuna's template."""
+    """A SentencePiece model with byte fallback, a dummy prefix after every special token, and Vicuna's template."""
 
     separator = b" "
 
@@ -49,11 +51,77 @@ class SentencePieceSide:
         parts = [self.plain.encode(part) for part in text.split("▁")]
         return [token for n, part in enumerate(parts) for token in (between if n else []) + part]
 
-    def prompt(self, question: str) -> list[int]:
-        return [self.whole.bos_id(), *self.whole.encode(f"{SYSTEM} USER: {question} ASSISTANT:")]
+    def after_special(self, text: str) -> list[int]:
+        return self.whole.encode(text)
 
-    def joint(self, question: str, response: str) -> list[int]:
-        return [self.whole.bos_id(), *self.whole.encode(f"{SYSTEM} USER: {question} ASSISTANT: {response}")]
+    def ask(self, question: str, system: str | None, first: bool) -> tuple[list[int], str]:
+        if not first:
+            return [], f"USER: {question} ASSISTANT:"
+        return [self.whole.bos_id()], f"{SYSTEM if system is None else system} USER: {question} ASSISTANT:"
+
+
+class AlpacaSide(SentencePieceSide):
+    """The same model with Alpaca's template, whose answers have a line of their own."""
+
+    separator = b""
+
+    def ask(self, question: str, system: str | None, first: bool) -> tuple[list[int], str]:
+        text = f"### Instruction:\n{question}\n\n### Response:\n"
+        if not first:
+            return [], f"\n\n{text}"
+        default = (
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        )
+        return [self.whole.bos_id()], f"{default if system is None else system}\n\n{text}"
+
+
+class LossySide(SentencePieceSide):
+    """T5's manner: NFKC, runs of white space become one space, an unknown token instead of bytes, no BOS; Vicuna's template."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        plain = sentencepiece_model_pb2.ModelProto.FromString(data)
+        plain.normalizer_spec.CopyFrom(
+            sentencepiece_model_pb2.NormalizerSpec(
+                name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False
+            )
+        )
+        self.plain = sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
+
+    def cut(self, text: str) -> list[int]:
+        return self.plain.encode(text)
+
+    def cut_normalized(self, text: str) -> list[tuple[int, int, bool]]:
+        """Of a text that begins with a space: (id, the byte at which it ends, whether it is not the bytes up to there).
+
+        What is normalised together (white space, a letter with its marks) has no places inside. Tokens that meet at such a place
+        are all lossy, and all but the last of them empty; what is normalised away belongs to the token behind it.
+        """
+        data = text.encode()
+        place_of: dict[int, int] = {}  # character of the normal form -> byte of the text
+        read = written = 0
+        for chunk in re.findall(r"[\s▁]+|[^\s▁][\u0300-\u036f]*", text):
+            normal = " " if re.match(r"[\s▁]", chunk) else unicodedata.normalize("NFKC", chunk.strip("\0"))
+            place_of.setdefault(written, read)
+            read, written = read + len(chunk.encode()), written + len(normal)
+        ids, pieces = (
+            self.whole.encode(text),
+            self.whole.encode(text, out_type=str),
+        )  # its dummy prefix is the first space
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
+        places = [*(place_of.get(end) for end in ends[:-1]), len(data)] if ids else []
+        tokens, begin, group = [], 0, []
+        for token, end in zip(ids, places, strict=True):
+            group.append(token)
+            if end is None:
+                continue
+            lossy = len(group) > 1 or self.pieces[token] != data[begin:end]
+            tokens += [(empty, begin, True) for empty in group[:-1]] + [(token, end, lossy)]
+            begin, group = end, []
+        return tokens
+
+    def ask(self, question: str, system: str | None, first: bool) -> tuple[list[int], str]:
+        return [], super().ask(question, system, first)[1]
 
 
 class ByteLevelSide:
@@ -80,57 +148,99 @@ class ByteLevelSide:
     def cut(self, text: str) -> list[int]:
         return self.plain.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, question: str) -> list[int]:
-        return self.joint(question, "")
+    def after_special(self, text: str) -> list[int]:
+        return self.whole.encode(text, add_special_tokens=False).ids
 
-    def joint(self, question: str, response: str) -> list[int]:
-        def cut(text: str) -> list[int]:
-            return self.whole.encode(text, add_special_tokens=False).ids
-
-        turn = [self.start, *cut(f"user\n{question}"), self.stop, *cut("\n"), self.start]
-        return [*turn, *cut(f"assistant\n{response}")]
+    def ask(self, question: str, system: str | None, first: bool) -> tuple[list[int], str]:
+        turns = [f"user\n{question}"] if system is None or not first else [f"system\n{system}", f"user\n{question}"]
+        newline = self.after_special("\n")
+        ids = [] if first else newline
+        for turn in turns:
+            ids = [*ids, self.start, *self.after_special(turn), self.stop, *newline]
+        return [*ids, self.start], "assistant\n"
 
 
 Side = SentencePieceSide | ByteLevelSide
+"""What both have: pieces[i], the bytes of id i, None for a special token; stop, the id that ends an answer; separator, the white
+space of the template before an answer that belongs to its first token; cut(text), ids of text that follows other text;
+after_special(text), ids of text between special tokens; ask(question, system, first): ids up to the last special token before
+an answer, and the text between that and the answer."""
+
+
+@dataclass
+class Token:
+    """A supervised token. It stands for bytes [begin, end) of `Conversation.text`, of which the stop token has the zero byte.
+    leads: it is the first after the template's white space; lossy: it does not spell these bytes."""
+
+    id: int
+    place: int
+    begin: int
+    end: int
+    leads: bool = False
+    stop: bool = False
+    lossy: bool = False
 
 
 @dataclass
 class Conversation:
-    """prompt and answer ids; begins[i]: bytes of the response read before token i, the stop token, if any, included."""
+    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after each."""
 
-    prompt: list[int]
-    answer: list[int]
-    begins: list[int]
-    response: bytes
-    stop: bool
-    leading: bool
+    ids: list[int]
+    tokens: list[Token]
+    text: bytes
+    answers: int
 
-    def ends(self, row: int) -> int:
-        return self.begins[row + 1] if row + 1 < len(self.begins) else len(self.response)
-
-    @property
-    def text_rows(self) -> int:
-        return len(self.answer) - self.stop
+    def all_read(self) -> bool:
+        """Whether the tokens spell the whole of the answers."""
+        spelled = sum(token.end - token.begin for token in self.tokens if not token.stop and not token.lossy)
+        return spelled == len(self.text) - self.answers
 
 
-def converse(side: Side, question: str, response: str, stop: bool) -> Conversation:
-    prompt, joint = side.prompt(question), side.joint(question, response)
-    wanted = side.separator + response.encode()
+@dataclass
+class Turn:
+    question: str
+    answer: str
+    supervised: bool = True
+    stop: bool = True
 
-    def spelled(ids: list[int]) -> bytes:
-        return b"".join(side.pieces[i] or b"" for i in ids)
 
-    answer = joint[len(prompt) :]
-    if joint[: len(prompt)] != prompt or spelled(answer) != wanted:
-        answer = side.cut(wanted.decode())
-    assert spelled(answer) == wanted
-    begins, read = [], -len(side.separator)
-    for token in answer:
-        begins.append(max(read, 0))
-        read += len(side.pieces[token] or b"")
-    if stop:
-        answer, begins = [*answer, side.stop], [*begins, read]
-    return Conversation(prompt, answer, begins, response.encode(), stop, bool(side.separator))
+def converse(side: Side, turns: Sequence[Turn], system: str | None = None) -> Conversation:
+    """An answer that is not supervised is context, cut like the rest of the prompt."""
+    ids: list[int] = []
+    tokens: list[Token] = []
+    text = b""
+    for number, turn in enumerate(turns):
+        opening, before = side.ask(turn.question, system, first=number == 0)
+        if turn.supervised:
+            ids += [*opening, *side.after_special(before)]
+            offset = read = len(text) - len(side.separator)
+            for n, (token, end, lossy) in enumerate(cut_answer(side, before, side.separator.decode() + turn.answer)):
+                begin, read = read, offset + end
+                leads = n == 0 and bool(side.separator)
+                tokens.append(Token(token, len(ids), max(begin, len(text)), max(read, len(text)), leads, lossy=lossy))
+                ids.append(token)
+            text += turn.answer.encode() + b"\0"
+            if turn.stop:
+                tokens.append(Token(side.stop, len(ids), len(text) - 1, len(text), stop=True))
+        else:
+            ids += [*opening, *side.after_special(before + side.separator.decode() + turn.answer)]
+        ids += [side.stop] * turn.stop
+    return Conversation(ids, tokens, text, sum(turn.supervised for turn in turns))
+
+
+def cut_answer(side: Side, before: str, answer: str) -> list[tuple[int, int, bool]]:
+    """(id, the byte at which it ends, whether it is lossy) of an answer behind this part of its prompt.
+
+    It is cut as it follows the prompt; where that changes the prompt's tokens, or other bytes than the answer's come of it, by
+    itself; and where its bytes cannot be had, in its normal form.
+    """
+    prompt, joint = side.after_special(before), side.after_special(before + answer)
+    together = joint[: len(prompt)] == prompt
+    for ids in (joint[len(prompt) :] if together else None, side.cut(answer)):
+        if ids is not None and b"".join(side.pieces[i] or b"" for i in ids) == answer.encode():
+            ends = np.cumsum([len(side.pieces[i]) for i in ids]).tolist()
+            return [(token, end, False) for token, end in zip(ids, ends, strict=True)]
+    return side.cut_normalized(answer)
 
 
 # --- capture: full softmax over every logit --------------------------------------------------------------------------------
@@ -146,105 +256,33 @@ class Row:
 
 
 def read(model: torch.nn.Module, conversation: Conversation) -> list[Row]:
-    ids = [*conversation.prompt, *conversation.answer]
+    """One row per supervised token."""
     with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0].double()
+        logits = model(torch.tensor([conversation.ids])).logits[0].double()
     rows = []
-    for place in range(len(conversation.prompt), len(ids)):  # the logits before a token predict it
-        z = logits[place - 1]
+    for token in conversation.tokens:  # the logits before a token predict it
+        z = logits[token.place - 1]
         logp_1, logp_t = (torch.log_softmax(z / t, 0).numpy() for t in (1.0, TEMPERATURE))
         stored: list[int] = []
-        for token in np.argsort(-logp_1)[:TOP_K].tolist():
+        for entry in np.argsort(-logp_1, kind="stable")[:TOP_K].tolist():
             if stored and sum(math.exp(logp_1[i]) for i in stored) >= TOP_P:
                 break
-            stored.append(token)
+            stored.append(entry)
         rows.append(Row(logp_1, logp_t, stored))
     return rows
 
 
 def cross_entropy(conversation: Conversation, rows: list[Row]) -> float:
-    """Over the bytes of the response: without the stop token."""
-    return -sum(rows[i].logp_1[conversation.answer[i]] for i in range(conversation.text_rows))
-
-
-# --- alignment and projection -----------------------------------------------------------------------------------------------
-
-
-def aligned(theirs: Conversation, ours: Conversation, row: int) -> int | None:
-    """The source's row that has read the same bytes; of several that have, counted from the last backwards."""
-    same = [i for i, begin in enumerate(theirs.begins) if begin == ours.begins[row]]
-    later = sum(begin == ours.begins[row] for begin in ours.begins[row + 1 :])
-    return same[max(len(same) - 1 - later, 0)] if same else None
-
-
-def target_token(source: Side, target: Side, token: int, source_leads: bool, target_leads: bool) -> int | None:
-    if token == source.stop:
-        return target.stop
-    piece = source.pieces[token] if token < len(source.pieces) else None
-    if piece is None:
-        return None
-    if not (source_leads and target_leads and source.separator == target.separator):
-        if source_leads:
-            if source.separator.startswith(piece):
-                return None  # only white space is known, not what the response begins with
-            piece = piece.removeprefix(source.separator)
-        if target_leads:
-            piece = target.separator + piece
-    return first_piece(target, piece)
-
-
-def first_piece(target: Side, text: bytes) -> int | None:
-    """The target token of these bytes, else the first that the target cuts off them, else the longest they begin with."""
-    try:
-        own = target.cut(text.decode())
-    except UnicodeDecodeError:
-        own = []
-    equal = [i for i, piece in enumerate(target.pieces) if piece == text]
-    if equal:
-        return own[0] if own[:1] and own[0] in equal else equal[0]
-    if own:
-        return own[0]
-    longest = max((piece for piece in target.pieces if piece and text.startswith(piece)), key=len, default=None)
-    return None if longest is None else first_piece(target, longest)
-
-
-def label_share(source: Side, theirs: Conversation, rows: list[Row], first: int, end: int) -> float:
-    """f: how likely the source goes on after its token `first` as the label does, which ends at byte `end`."""
-    f, row = 1.0, first + 1
-    while row < theirs.text_rows and theirs.ends(row) <= end:
-        f *= math.exp(rows[row].logp_1[theirs.answer[row]])
-        row += 1
-    if row < theirs.text_rows and theirs.begins[row] < end:
-        left = theirs.response[theirs.begins[row] : end]
-        known = {i for i in [*rows[row].stored, theirs.answer[row]] if i < len(source.pieces)}
-        f *= sum(math.exp(rows[row].logp_1[i]) for i in known if (source.pieces[i] or b"").startswith(left))
-    return f
-
-
-def project(
-    source: Side, target: Side, theirs: Conversation, ours: Conversation, rows: list[Row], row: int
-) -> dict[int, float]:
-    """Target token -> mass that a document holds at this supervised token."""
-    place = aligned(theirs, ours, row)
-    if place is None:
-        return {}
-    mass: dict[int, float] = defaultdict(float)
-    first, share = None, 0.0
-    if row < ours.text_rows and place < theirs.text_rows:
-        begin, middle, end = ours.begins[row], theirs.ends(place), ours.ends(row)
-        if begin < middle < end:
-            first = theirs.answer[place]
-            share = label_share(source, theirs, rows, place, end)
-            mass[ours.answer[row]] += math.exp(rows[place].logp_t[first]) * share
-    for token in rows[place].stored:
-        leads = place == 0 and theirs.leading, row == 0 and ours.leading
-        to = target_token(source, target, token, *leads)
-        if to is not None:
-            mass[to] += math.exp(rows[place].logp_t[token]) * (1 - share if token == first else 1)
-    return mass
+    """Over the bytes of the answers: without the stop tokens."""
+    return -sum(row.logp_1[token.id] for token, row in zip(conversation.tokens, rows, strict=True) if not token.stop)
 
 
 # --- the choice between sources ---------------------------------------------------------------------------------------------
+
+
+def least(ce: list[float], all_read: list[bool]) -> int:
+    """The source with the least cross-entropy; one that has not read all of the text only where none has."""
+    return min(range(len(ce)), key=lambda i: (not all_read[i], ce[i]))
 
 
 def vote(texts: list[str], scores: np.ndarray, strongest: int) -> int | None:

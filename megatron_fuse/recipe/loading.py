@@ -54,9 +54,9 @@ def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
                 yield "--" + (prefix + key).replace("_", "-"), (name, key), inner
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --recipe, --print-recipe and one flag for every scalar option."""
-    parser.add_argument("--recipe", type=Path, required=True, help="YAML file that describes the run")
+    parser.add_argument("--recipe", type=Path, required=required, help="YAML file that describes the run")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     group = parser.add_argument_group("overrides of the recipe")
     for flag, path, field in _flags():

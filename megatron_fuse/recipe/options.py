@@ -37,6 +37,10 @@ class SourceOptions(ModelOptions):
     responses: Path | None = Field(
         None, description="JSONL {id, response} that exists already, instead of generating answers"
     )
+    captures: dict[Literal["training", "inference"], Path] = Field(
+        default_factory=dict,
+        description="Parquet or JSONL of distributions captured elsewhere, by mode (docs/captures.md)",
+    )
 
 
 class RewardModelOptions(ModelOptions):
@@ -44,7 +48,7 @@ class RewardModelOptions(ModelOptions):
 
 
 class DataOptions(Options):
-    path: Path = Field(description="instruction file (JSONL)")
+    path: Path = Field(description="instructions: JSONL, Parquet, or a directory that `datasets` saved")
     format: Literal["auto", "alpaca", "sharegpt", "messages", "orca"] = Field(
         "auto", description="row form of the file"
     )
@@ -54,6 +58,9 @@ class DataOptions(Options):
     )
     too_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to a response that does not fit --seq-length in every model"
+    )
+    supervise: Literal["every_turn", "last_turn"] = Field(
+        "every_turn", description="assistant turns of a ground-truth conversation that are learned from"
     )
     shard_size: Positive = Field(512, description="examples per shard, the unit of parallel and resumed work")
 
@@ -86,12 +93,23 @@ class CaptureOptions(Options):
 
 
 class AlignmentOptions(Options):
-    vocabulary_map: Literal["exact"] = Field("exact", description="source token -> target token")
-    unmatched: Literal["skip"] = Field("skip", description="target position whose byte offset is no source boundary")
+    vocabulary_map: Literal["exact", "em", "mined", "ms"] = Field(
+        "exact",
+        description="source token -> target token: equal bytes, else the first piece of the target's own tokenization; equal "
+        "strings only; least edit distance (FuseLLM); the token most often met at aligned positions (FuseChat)",
+    )
+    unmatched: Literal["skip", "condition", "onehot"] = Field(
+        "skip",
+        description="target position whose byte offset lies inside a source token: cross-entropy only; the source's entries "
+        "that continue the bytes read; all mass on the label (FuseLLM)",
+    )
 
 
 class SelectionOptions(Options):
-    training: Literal["sum", "per_byte"] = Field("sum", description="cross-entropy compared between sources (MinCE)")
+    training: Literal["sum", "per_byte", "per_token"] = Field(
+        "sum",
+        description="cross-entropy compared between sources (MinCE); per_token as FuseLLM, which favours small pieces",
+    )
     inference: Literal["vote"] = Field("vote", description="which source's own answer wins")
     strongest: Name | None = Field(
         None, description="reward model whose score breaks a tie of votes; default: the first of reward_models"

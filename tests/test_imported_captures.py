@@ -1,0 +1,470 @@
+"""Laws of imported captures: what our own capture says in another program's form comes back the same, and nothing else comes in."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from small_captures import Models, build_world, changed, fresh_recipe, read
+from small_models import write_rows
+
+from megatron_fuse.capture import STATUSES, CaptureShard, capture, open_capture
+from megatron_fuse.capture.row_files import open_rows
+from megatron_fuse.capture.stage import conversation_of
+from megatron_fuse.chat import EncodedConversation
+from megatron_fuse.errors import UserError
+from megatron_fuse.instructions import example_shards, open_instructions
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.sources.huggingface import load_format
+
+SOURCE = "beta"
+FORMS = ("ours", "distill_kit", "vllm", "openai")
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Models]:
+    return build_world(tmp_path_factory.mktemp("imported"))
+
+
+@pytest.fixture
+def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
+    return changed(fresh_recipe(world, tmp_path), capture={"top_p": 1.0})
+
+
+def conversations(recipe: Recipe, mode: str) -> list[tuple[str, EncodedConversation | None]]:
+    chat = load_format(recipe.sources[SOURCE], SOURCE)
+    examples = [example for shard in example_shards(open_instructions(recipe)) for example in shard]
+    answers = [None] * len(examples)
+    if mode == "inference":
+        answers = [answer for shard in response_shards(open_responses(recipe, SOURCE)) for answer in shard]
+    return [
+        (example.id, conversation_of(chat, example, answer, every_turn=mode == "training").encoded)
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+
+
+def export(recipe: Recipe, form: str, mode: str = "training", *, logsumexp: bool = True) -> list[Row]:
+    """Our own capture in another program's form, one row for every example that was captured."""
+    rows = []
+    place = [(shard, index) for shard in read(recipe, SOURCE, mode) for index in range(len(shard.status))]
+    for (name, conversation), (shard, index) in zip(conversations(recipe, mode), place, strict=True):
+        span = shard.rows(index)
+        if conversation is None or span.start == span.stop:
+            continue
+        bounds = np.concatenate([[0], np.cumsum(shard.counts, dtype=np.int64)])[span.start : span.stop + 1]
+        ids = [shard.entry_ids[a:b].tolist() for a, b in pairwise(bounds)]
+        lse = shard.lse[span].astype(np.float64)
+        logits = [shard.entry_logits[a:b].astype(np.float64) for a, b in pairwise(bounds)]
+        logprobs = [(values - lse[row, 0]).tolist() for row, values in enumerate(logits)]
+        own = shard.token_logprobs[span].astype(np.float64).tolist()
+        sums = {f"{t:g}": lse[:, column].tolist() for column, t in enumerate([1.0, *recipe.capture_temperatures])}
+        rows.append({"id": name, **_FORM[form](conversation, ids, logprobs, own, sums if logsumexp else {})})
+    return rows
+
+
+def ours(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
+    tokens = conversation.spans.tokens.tolist()
+    row = {"token_ids": tokens, "top_ids": ids, "top_logprobs": logprobs, "token_logprobs": own}
+    return {**row, "logsumexp": sums} if sums else row
+
+
+def spread(conversation: EncodedConversation, values: list, filler: Any, *, first: Any) -> list:
+    """One item per token of the conversation: the supervised tokens' values, and something else about its prompt."""
+    whole = [filler] * len(conversation.ids)
+    whole[0] = first
+    for place, value in zip(np.flatnonzero(conversation.supervised).tolist(), values, strict=True):
+        whole[place] = value
+    return whole
+
+
+def distill_kit(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
+    """A row about every token but the first, and a padding token behind the last one."""
+    columns = {"token_ids": (ids, [3, 4]), "top_values": (logprobs, [-0.1, -9.0]), "token_logprobs": (own, -1.0)}
+    row = {name: spread(conversation, *values, first=None)[1:] for name, values in columns.items()}
+    for values in row.values():
+        values.append(values[0])
+    row["input_ids"] = [*conversation.ids.tolist(), 0]
+    if sums:
+        row["logsumexp"] = {t: [*spread(conversation, lse, 1.0, first=None)[1:], 1.0] for t, lse in sums.items()}
+    return row
+
+
+def vllm(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
+    """The token itself comes first in a position's mapping, with its rank where it is not among the likeliest."""
+    positions = []
+    for token, names, values, logprob in zip(conversation.spans.tokens.tolist(), ids, logprobs, own, strict=True):
+        ranked = {name: (value, rank) for rank, (name, value) in enumerate(zip(names, values, strict=True), 1)}
+        given = {token: ranked.get(token, (logprob, 4321))} | ranked
+        positions.append(
+            {str(name): {"logprob": value, "rank": rank, "decoded_token": "?"} for name, (value, rank) in given.items()}
+        )
+    # A prompt position has the conversation's own token, whichever that is.
+    prompt = [
+        None,
+        *({str(token): {"logprob": -0.5, "rank": 1, "decoded_token": "?"}} for token in conversation.ids[1:]),
+    ]
+    for place, position in zip(np.flatnonzero(conversation.supervised).tolist(), positions, strict=True):
+        prompt[place] = position
+    row: Row = {"prompt_token_ids": conversation.ids.tolist(), "prompt_logprobs": prompt}
+    return (
+        {**row, "logsumexp": {t: spread(conversation, lse, 1.0, first=None) for t, lse in sums.items()}}
+        if sums
+        else row
+    )
+
+
+def openai(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
+    top = [
+        {f"token_id:{name}": value for name, value in zip(names, values, strict=True)}
+        for names, values in zip(ids, logprobs, strict=True)
+    ]
+    given = {
+        "tokens": [f"token_id:{token}" for token in conversation.ids.tolist()],
+        "token_logprobs": spread(conversation, own, -1.0, first=None),
+        "top_logprobs": spread(conversation, top, {"token_id:5": -0.1}, first=None),
+    }
+    row: Row = {"choices": [{"index": 0, "text": "?", "logprobs": given}]}
+    return (
+        {**row, "logsumexp": {t: spread(conversation, lse, 1.0, first=None) for t, lse in sums.items()}}
+        if sums
+        else row
+    )
+
+
+_FORM: dict[str, Callable[..., Row]] = {"ours": ours, "distill_kit": distill_kit, "vllm": vllm, "openai": openai}
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    if path.suffix != ".parquet":
+        return write_rows(path, rows)
+    mapping = pa.map_(pa.string(), pa.struct([("logprob", pa.float64()), ("rank", pa.int64())]))
+    columns = {name: pa.array([row.get(name) for row in rows], mapping_type(name, mapping)) for name in rows[0]}
+    parquet.write_table(pa.table(columns), path, row_group_size=4)
+    return path
+
+
+def mapping_type(name: str, mapping: pa.DataType) -> pa.DataType | None:
+    if name == "prompt_logprobs":
+        return pa.list_(mapping)
+    return pa.map_(pa.string(), pa.list_(pa.float64())) if name == "logsumexp" else None
+
+
+def with_file(recipe: Recipe, path: Path, mode: str = "training") -> Recipe:
+    """The recipe with captures from a file, in a workdir of its own."""
+    workdir = path.with_name(f"{path.name}.run")
+    for name in ("instructions", "responses"):
+        shutil.copytree(recipe.workdir / name, workdir / name)
+    options = recipe.sources[SOURCE].model_copy(update={"captures": {mode: path}})
+    return recipe.model_copy(update={"workdir": workdir, "sources": recipe.sources | {SOURCE: options}})
+
+
+def assert_same_rows(found: list[CaptureShard], expected: list[CaptureShard]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        for name in vars(b):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+# OpenAI's form is JSON as it comes from a server; nobody has it in columns.
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [(form, suffix) for form in FORMS for suffix in ("jsonl", "parquet") if (form, suffix) != ("openai", "parquet")],
+)
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+def test_our_own_capture_in_another_form_comes_back_bit_for_bit(
+    fresh: Recipe, tmp_path: Path, form: str, suffix: str, order: str
+) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    rows = export(fresh, form)
+    if order == "shuffled":
+        np.random.default_rng(4).shuffle(rows)
+    recipe = with_file(fresh, write(tmp_path / f"{form}.{suffix}", rows))
+    artefact = capture(recipe, SOURCE, "training", progress=str)
+    assert artefact is not None and artefact.counts["captured"] == 13
+    assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
+
+
+def test_the_sources_own_answers_come_in_too(fresh: Recipe, tmp_path: Path) -> None:
+    """With truncated answers, which have no stop token, and with examples that have none."""
+    capture(fresh, SOURCE, "inference", progress=str)
+    recipe = with_file(fresh, write(tmp_path / "own.jsonl", export(fresh, "ours", "inference")), "inference")
+    capture(recipe, SOURCE, "inference", progress=str)
+    expected = read(fresh, SOURCE, "inference")
+    assert {STATUSES[code] for shard in expected for code in shard.status} == {"captured", "no_response"}
+    assert_same_rows(read(recipe, SOURCE, "inference"), expected)
+
+
+@pytest.mark.parametrize("filter", ["full_vocabulary", "hugging_face"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(10, 0.3), (3, 1.0), (5, 0.28)])
+def test_a_file_is_truncated_as_a_model_s_rows_are(
+    fresh: Recipe, tmp_path: Path, filter: str, top_k: int, top_p: float
+) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    wanted = {"top_k": top_k, "top_p": top_p, "filter": filter}
+    recipe = changed(with_file(fresh, write(tmp_path / "all.jsonl", export(fresh, "ours"))), capture=wanted)
+    capture(recipe, SOURCE, "training", progress=str)
+    shutil.rmtree(fresh.workdir / "captures")
+    direct = changed(fresh, capture=wanted)
+    capture(direct, SOURCE, "training", progress=str)
+    expected = read(direct, SOURCE, "training")
+    assert len({count for shard in expected for count in shard.counts.tolist()}) > (top_p < 1), "nothing was cut"
+    assert_same_rows(read(recipe, SOURCE, "training"), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_path: Path, form: str) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
+    with pytest.raises(
+        UserError, match=r"plain.jsonl:1 \(id 'e0'\): has no logsumexp at temperature 2 .*teacher_temperature to 1"
+    ):
+        capture(recipe, SOURCE, "training", progress=str)
+    at_one = changed(recipe, loss={"teacher_temperature": 1.0})
+    capture(at_one, SOURCE, "training", progress=str)
+    for found, expected in zip(read(at_one, SOURCE, "training"), read(fresh, SOURCE, "training"), strict=True):
+        np.testing.assert_array_equal(found.lse, expected.lse[:, [0, 0]])
+        np.testing.assert_array_equal(found.entry_logits, expected.entry_logits)
+
+
+def test_ranks_share_the_work_and_an_unchanged_file_is_not_read_again(
+    fresh: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    path = write(tmp_path / "shared.jsonl", export(fresh, "ours"))
+    recipe = with_file(fresh, path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert capture(recipe, SOURCE, "training", progress=str) is None
+    monkeypatch.setenv("RANK", "0")
+    artefact = capture(recipe, SOURCE, "training", progress=str)
+    assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
+    assert artefact is not None and capture(recipe, SOURCE, "training", progress=str) == artefact
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match=r"inputs.captures file"):
+        capture(recipe, SOURCE, "training", progress=str)
+    path.unlink()
+    assert open_capture(recipe, SOURCE, "training") == artefact
+
+
+def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(fresh: Recipe, tmp_path: Path) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    recipe = with_file(fresh, write(tmp_path / "far.jsonl", export(fresh, "ours")))
+    directory = tmp_path / "tokenizer only"
+    shutil.copytree(recipe.sources[SOURCE].model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = recipe.sources[SOURCE].model_copy(update={"model": str(directory)})
+    recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
+    capture(recipe, SOURCE, "training", progress=str)
+    assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
+    with pytest.raises(UserError, match="has no weights"):
+        capture(recipe, SOURCE, "training", progress=str, backend="hf")
+
+
+def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: Recipe, tmp_path: Path) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    rows = export(fresh, "ours")
+    del rows[4]
+    token = rows[7]["token_ids"][2]
+    rows[7]["token_ids"][2] = token + 1
+    for name in ("token_ids", "top_ids", "top_logprobs", "token_logprobs"):  # one token more than the response has
+        rows[9][name].append(rows[9][name][-1])
+    del rows[9]["logsumexp"]
+    lines: list[str] = []
+    recipe = with_file(fresh, write(tmp_path / "some.jsonl", rows))
+    artefact = capture(recipe, SOURCE, "training", progress=lines.append)
+    assert artefact is not None
+    counts = {name: artefact.counts[name] for name in STATUSES}
+    assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}
+    assert any(
+        f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"ours is {token} (" in line for line in lines
+    )
+    assert any("id 'e10')" in line and "ours is missing" in line for line in lines)
+    expected = read(fresh, SOURCE, "training")
+    for shard, whole in zip(read(recipe, SOURCE, "training"), expected, strict=True):
+        for index in np.flatnonzero(shard.status == 0):
+            assert shard.ce_sum[index] == whole.ce_sum[index]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path: Path, form: str) -> None:
+    """Every response is a token off, as if the template were another."""
+    capture(fresh, SOURCE, "training", progress=str)
+    rows = export(fresh, form)
+    for row in rows:
+        tokens = {"ours": "token_ids", "distill_kit": "input_ids", "vllm": "prompt_token_ids"}.get(form)
+        if tokens:
+            row[tokens][1] += 1
+            if form == "vllm":
+                row["prompt_logprobs"][1] = {str(row[tokens][1]): {"logprob": -1.0, "rank": 1}}
+        else:
+            row["choices"][0]["logprobs"]["tokens"][1] = "token_id:77"
+    recipe = with_file(fresh, write(tmp_path / "other.jsonl", rows))
+    with pytest.raises(
+        UserError, match=r"other.jsonl:1 \(id 'e0'\): token 1 of the .* ours is .*5 of 5 rows are about other"
+    ):
+        capture(recipe, SOURCE, "training", progress=str)
+    assert not list(recipe.workdir.glob("captures/*/*/shard*"))
+
+
+def shift(row: Row) -> None:
+    """The classic: row t is about token t, not t + 1. In every row the token that came is the likeliest."""
+    for place, token in enumerate(row["token_ids"]):
+        others = [name for name in row["top_ids"][place] if name != token]
+        row["top_ids"][place] = [token, *others][: len(row["top_ids"][place])]
+        row["token_logprobs"][place] = row["top_logprobs"][place][0]
+    for name in ("top_ids", "top_logprobs"):
+        row[name].insert(0, row[name].pop())
+
+
+def absolute(row: Row) -> None:
+    row["logsumexp"] = {t: [value + 7 for value in values] for t, values in row["logsumexp"].items()}
+
+
+def without_own(row: Row) -> None:
+    row["token_logprobs"] = [None] * len(row["token_ids"])
+
+
+def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
+    def change(row: Row) -> None:
+        target = row[name]
+        for step in place[:-1]:
+            target = target[step]
+        target[place[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shift, "is the file one token off"),
+        (absolute, "logsumexp is not relative to the largest logit"),
+        (without_own, "is not among the entries, and token_logprobs does not give"),
+        (put("top_logprobs", 3, 0, value=float("nan")), "response row 3 has a log-probability that is NaN"),
+        (put("top_logprobs", 3, 1, value=0.2), "response row 3 has more probability than one"),
+        (put("top_logprobs", 3, 1, value=float("inf")), "response row 3 has more probability than one"),
+        (put("top_logprobs", 3, 1, value="a lot"), "'a lot' stands in the place of a number"),
+        (put("top_logprobs", 3, value=[-1.0]), "token 3 has 10 ids, but 1 log-probabilities"),
+        (put("top_ids", 2, 4, value=10**5), "response row 2 has an id that is none of the model's"),
+        (put("top_ids", 2, 4, value=-1), "response row 2 has an id that is none of the model's"),
+        (put("top_ids", 2, 4, value=1.5), "1.5 stands in the place of a token id"),
+        (lambda row: row["top_ids"][2].__setitem__(4, row["top_ids"][2][3]), "response row 2 has an id twice"),
+        (put("top_ids", 2, value=None), "are not in the form of docs/captures.md"),
+        (put("token_logprobs", 1, value=0.0), "token .* has another probability among the entries, or should be one"),
+        (put("token_logprobs", 1, value=float("nan")), "token .* has another probability among the entries, or should"),
+        (put("logsumexp", "2", 3, value=0.0), "logsumexp is less than that of the entries alone .response row 3"),
+        (put("logsumexp", "2", 3, value=float("inf")), "logsumexp is not finite .response row 3"),
+        (lambda row: row["top_logprobs"].pop(), "top_logprobs has .* items, there are .* tokens"),
+        (lambda row: row.pop("token_logprobs"), "token_logprobs is missing"),
+        (lambda row: row.pop("top_ids"), "in no known form: it has id, token_ids"),
+        (lambda row: (row.pop("top_ids"), row.update(compressed_logprobs=[[1]])), "DistillKit's compressed columns"),
+        (
+            lambda row: (row.pop("top_ids"), row.update(prompt_logprobs=[None], prompt_token_ids=[1, 2])),
+            "1 items, prompt_token_ids 2",
+        ),
+        (
+            lambda row: (row.pop("top_ids"), row.update(choices=[{"logprobs": {"tokens": [" the"]}}])),
+            "' the' is no token id: .*return_tokens_as_token_ids",
+        ),
+    ],
+)
+def test_a_row_that_is_no_distribution_is_refused_by_place_and_id(
+    captured: tuple[Recipe, str], tmp_path: Path, spoil: Callable[[Row], Any], message: str
+) -> None:
+    recipe, text = captured
+    rows = [json.loads(line) for line in text.splitlines()]
+    spoil(rows[2])
+    with pytest.raises(UserError, match=rf"spoilt.jsonl:3 \(id 'e2'\): .*{message}"):
+        capture(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows)), SOURCE, "training", progress=str)
+
+
+@pytest.fixture(scope="module")
+def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str]:
+    """(recipe, its capture as JSONL in our form)"""
+    recipe = changed(fresh_recipe(world, tmp_path_factory.mktemp("captured")), capture={"top_p": 1.0})
+    capture(recipe, SOURCE, "training", progress=str)
+    return recipe, "".join(json.dumps(row) + "\n" for row in export(recipe, "ours"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"token_ids": [1]}'], "file.jsonl:1: id is None: a row needs the id of its example"),
+        (['{"id": "e0"}', "", '{"top_k": 3, "id": "e0"}'], "file.jsonl:3: id 'e0' was given before"),
+        (['{"id": "e0"}', "not JSON"], "file.jsonl:2: not valid JSON"),
+        (['{"id": "e0", "top_ids": [[1}'], "file.jsonl:1: not valid JSON"),
+        (["[1, 2]"], "file.jsonl:1: a row is a JSON object"),
+        (['{"id": "unheard of"}', '{"id": 7}'], "none of its 2 ids is one of an example .one is 'e0'"),
+        ([], "none of its 0 ids is one of an example"),
+    ],
+)
+def test_a_file_without_rows_of_our_examples_is_refused(
+    captured: tuple[Recipe, str], tmp_path: Path, lines: list[str], message: str
+) -> None:
+    recipe = with_file(captured[0], write_rows(tmp_path / "file.jsonl", lines))
+    with pytest.raises(UserError, match=message):
+        capture(recipe, SOURCE, "training", progress=str)
+
+
+def test_a_file_that_is_not_there_or_no_parquet_is_refused(
+    captured: tuple[Recipe, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "text.parquet", ["no parquet"])
+    recipe = with_file(captured[0], path)
+    with pytest.raises(UserError, match=r"text.parquet: cannot be read as Parquet"):
+        capture(recipe, SOURCE, "training", progress=str)
+    parquet.write_table(pa.table({"token_ids": [[1]]}), path)
+    with pytest.raises(UserError, match=r"text.parquet: has no column id; it has token_ids"):
+        capture(recipe, SOURCE, "training", progress=str)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"text.parquet: reading Parquet needs pyarrow: pip install pyarrow"):
+        capture(recipe, SOURCE, "training", progress=str)
+    path.unlink()
+    with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
+        capture(recipe, SOURCE, "training", progress=str)
+    with pytest.raises(UserError, match=r"sources.beta.captures.inference: is not set"):
+        capture(recipe, SOURCE, "inference", progress=str, backend="file")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_any_rows_can_be_read_in_any_order_of_calls(tmp_path: Path, suffix: str) -> None:
+    """Across batches and row groups, forwards and backwards; always in the file's order."""
+    seed, names = 6, [f"n{number}" for number in range(200)]
+    rows = [{"id": name, "token_ids": [number]} for number, name in enumerate(names)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_rows(path, rows)
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=70)
+    file, draw = open_rows(path), np.random.default_rng(seed)
+    assert len(file) == 200 and "n3" in file and "n200" not in file
+    for size in [200, 1, 1, 1, 7, 50, 50, 2]:
+        wanted = draw.choice([*names, "unknown"], size, replace=False).tolist()
+        found = [(row.id, row.content["token_ids"][0]) for row in file.read(wanted)]
+        assert found == [(name, number) for number, name in enumerate(names) if name in wanted], f"{seed=}"
+
+
+@pytest.mark.parametrize("arguments", [["--no-truncate"], ["--capture-top-p", "1"]])
+def test_the_tool_keeps_all_entries_and_the_manifest_says_so(
+    world: tuple[Path, Models], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    recipe = fresh_recipe(world, tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    options = ["--recipe", str(path), "--source", SOURCE, "--mode", "training", *arguments]
+    monkeypatch.setattr(sys, "argv", ["capture_teacher.py", *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[1] / "tools/capture_teacher.py"), run_name="__main__")
+    assert end.value.code == 0
+    kept = changed(recipe, capture={"top_p": 1.0})
+    assert all((shard.counts == 10).all() for shard in read(kept, SOURCE, "training"))
+    with pytest.raises(UserError, match=r"options.top_p = 1.0, but now options.top_p = 0.95"):
+        open_capture(recipe, SOURCE, "training")
