@@ -101,7 +101,7 @@ class LossySide(SentencePieceSide):
         place_of: dict[int, int] = {}  # character of the normal form -> byte of the text
         read = written = 0
         for chunk in re.findall(r"[\s▁]+|[^\s▁][\u0300-\u036f]*", text):
-            normal = " " if re.match(r"[\s▁]", chunk) else unicodedata.normalize("NFKC", chunk.strip("\0"))
+            normal = " " if re.match(r"[\s▁]", chunk) else unicodedata.normalize("NFKC", chunk)
             place_of.setdefault(written, read)
             read, written = read + len(chunk.encode()), written + len(normal)
         ids, pieces = (

@@ -8,7 +8,7 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public
 from hypothesis import given, settings
-from small_tokenizers import RANK_FILES, make_tokenizer, small_tokenizer
+from small_tokenizers import RANK_FILES, make_tokenizer, rank_file, small_tokenizer
 from strange_texts import TEXTS
 from tokenizers import Regex, pre_tokenizers
 
@@ -27,9 +27,14 @@ def write_ranks(path, ranks):
 
 
 @pytest.mark.parametrize("kind", RANK_FILES)
-def test_ids_are_tiktokens_own(kind, monkeypatch):
-    """With the pattern that tiktoken itself publishes; Llama-3's is cl100k_base's."""
-    tokenizer = small_tokenizer(kind)
+def test_ids_are_tiktokens_own(kind, tmp_path, monkeypatch):
+    """With the pattern that tiktoken itself publishes; Llama-3's is cl100k_base's.
+
+    The ranks come from pieces that the pattern cuts out. (tiktoken writes cl100k_base's in another way today, which
+    keeps white space at the end of a text in one piece; no token of the real ranks shows it.)
+    """
+    (tmp_path / RANK_FILES[kind]).write_bytes(rank_file("o200k" if kind == "o200k" else "llama3"))
+    tokenizer = load_tokenizer(tmp_path)
     ranks = {piece: rank for rank, piece in enumerate(tokenizer.token_bytes) if piece}
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     published = getattr(tiktoken_ext.openai_public, "o200k_base" if kind == "o200k" else "cl100k_base")()

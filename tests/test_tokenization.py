@@ -220,7 +220,7 @@ def test_hugging_face_tokenizer_for_export(kind, tmp_path):
     @given(TEXTS)
     @example(
         "Hello" + " " * 8 + "world  and on"
-    )  # transformers' own conversion of a SentencePiece model cuts this otherwise
+    )  # transformers' own conversion of a SentencePiece model cuts otherwise
     def law(text):
         assert exported.encode(text) == tokenizer.encode(text)
 

@@ -104,7 +104,9 @@ def test_a_shard_is_its_examples_one_after_the_other(seed):
     )
     rows, match, _ = project_responses(whole, join(targets, turns), vocabulary_map, unmatched="condition")
     for name in ("counts", "ids", "logprobs"):
-        assert np.array_equal(getattr(rows, name), np.concatenate([getattr(r, name) for r, *_ in projected])), f"{seed=}"
+        assert np.array_equal(getattr(rows, name), np.concatenate([getattr(r, name) for r, *_ in projected])), (
+            f"{seed=}"
+        )
     assert np.array_equal(match, np.concatenate([m for _, m, _ in projected]))
 
 
@@ -114,7 +116,9 @@ def test_other_vocabulary_maps_conserve_mass_too(kind, unmatched):
     theirs, ours = small_side("byte_level", ""), small_side("sentencepiece", " ")
     source, target = (join([side.spans(c) for c in CONVERSATIONS], CONVERSATIONS) for side in (theirs, ours))
     capture = random_capture(1, theirs, source, keep=200, temperature=2.0)
-    rows, match, _ = project_responses(capture.source, target, map_between(theirs, ours, kind=kind), unmatched=unmatched)
+    rows, match, _ = project_responses(
+        capture.source, target, map_between(theirs, ours, kind=kind), unmatched=unmatched
+    )
     assert rows.kept().max() <= 1 + 1e-6
     assert np.array_equal(match == MATCHES.index("skip"), rows.counts == 0)
     assert np.array_equal(rows.kept()[match == MATCHES.index("onehot")], np.ones((match == 3).sum()))
