@@ -45,6 +45,11 @@ TEMPLATES: dict[str, str] = {
         "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>' + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
+    "llama3": (
+        "{{ bos_token }}{% for turn in messages %}"
+        "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' + turn['content'] | trim + '<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    ),
     "alpaca": (
         _SYSTEM + "{% else %}{% set system = '" + _ALPACA_SYSTEM + "' %}{% set turns = messages %}{% endif %}"
         "{% if system %}{{ system + '\\n\\n' }}{% endif %}"

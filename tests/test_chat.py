@@ -67,6 +67,12 @@ def chat_format(kind: str, template: str) -> ChatFormat:
             "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n",
         ),
         (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
             "alpaca",
             "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nWho?\n\n### Response:\n",
         ),
@@ -164,8 +170,9 @@ def test_every_turn_is_supervised_with_its_stop_token(kind, template):
         ends = np.cumsum([len(turn.encode()) + 1 for turn in turns]) - 1
         assert covered[np.setdiff1d(np.arange(len(data)), ends)].all()
         stops = covered[ends[:-1]]
-        # <|im_end|> may be plain text to a tokenizer, so that an earlier turn ends without a token of its own.
-        plain = template == "chatml" and "<|im_end|>" not in form.tokenizer.added_tokens
+        # A template's end of turn may be plain text to a tokenizer, so that an earlier turn ends without a token of its own.
+        end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(template)
+        plain = end is not None and end not in form.tokenizer.added_tokens
         assert stops.all() if not plain else not stops.any()
         assert covered[ends[-1]] == stop
         # The last turn alone gives its rows; and the same ids, unless context may have its normal form or run into a turn.

@@ -1,26 +1,20 @@
 """Every row of every document, and every choice, against the reference in road_reference.py and road_reference_rows.py."""
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-import torch
 from road_reference import (
     TEMPERATURE,
     TOP_K,
     TOP_P,
-    AlpacaSide,
-    ByteLevelSide,
     Conversation,
-    LossySide,
     Row,
-    SentencePieceSide,
     Side,
     Turn,
     converse,
@@ -29,19 +23,11 @@ from road_reference import (
     read,
     vote,
 )
+from road_reference_models import TEXTS, make_sides, save_models
 from road_reference_rows import Mass, Pair, Rules, teacher_row
 from small_fusion import run_before_fusion
 from small_models import small_recipe, write_rows
-from small_tokenizers import CHATML, make_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 
 from megatron_fuse.advantage.scores import load_scores
 from megatron_fuse.fusion_data import MATCHES, Document, FusionDataset, build_fusion_data
@@ -51,17 +37,6 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 
 SEQ_LENGTH = 250
-TEXTS = [
-    "Sure: the internationalization of 123 stations is 45.",
-    "日本 and été are words.\n\n  Indented\ttext, 12 + 30 = 42. 🙂",
-    "12 is the answer",
-    " begins with a space, and ends with one ",
-    "\n\nbegins with lines,\0 a NUL",
-    "internationalization nation station, hello world",
-    "ends as text: </s> and <|im_end|>, ▁ literal",
-    "cafe\u0301 is decomposed, ½ of it",
-    "user assistant hello world. " * 12,  # too long for one of the two
-]
 # Earlier questions and answers of some examples.
 EARLIER = {
     1: [("Before?", TEXTS[5])],
@@ -71,82 +46,6 @@ EARLIER = {
     8: [("Long ago?", TEXTS[3])],
 }
 SYSTEM_MESSAGE = {2: "Be brief.", 3: "Answer the user."}
-
-
-def level_tokenizer() -> PreTrainedTokenizerFast:
-    """Its tokens go from the middle of a word into the next, so that they begin and end inside the others' often."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.normalizer = tokenizers.normalizers.NFC()
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    pairs = [pair for text in TEXTS for pair in pairwise(text.split())]
-    backend.train_from_iterator([f"{a[len(a) // 2 :]} {b[: (len(b) + 1) // 2]}" for a, b in pairs], trainer)
-    backend.add_tokens([tokenizers.AddedToken(" " * n) for n in (3, 2)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=CHATML)
-
-
-def make_sides(root: Path) -> dict[str, Side]:
-    return {
-        "piece": SentencePieceSide((root / "piece/tokenizer.model").read_bytes()),
-        "level": ByteLevelSide(level_tokenizer().backend_tokenizer),
-        "alpaca": AlpacaSide((root / "piece/tokenizer.model").read_bytes()),
-        "lossy": LossySide((root / "lossy/tokenizer.model").read_bytes()),
-    }
-
-
-def save_models(root: Path) -> None:
-    make_tokenizer("sentencepiece", root / "piece")
-    make_tokenizer("t5", root / "lossy")
-    level_tokenizer().save_pretrained(root / "level")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    sides = make_sides(root)
-    torch.manual_seed(7)
-    # More columns of logits than ids, as real models have.
-    models = {
-        "piece": LlamaForCausalLM(LlamaConfig(vocab_size=len(sides["piece"].pieces) + 3, **sizes)),
-        "level": MistralForCausalLM(MistralConfig(vocab_size=len(sides["level"].pieces) + 5, **sizes)),
-        "lossy": LlamaForCausalLM(LlamaConfig(vocab_size=len(sides["lossy"].pieces) + 8, **sizes)),
-    }
-    for name, steps in (("piece", 30), ("level", 15), ("lossy", 15)):
-        model = models[name]
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=0.25)
-            liken_by_beginning(model.get_output_embeddings().weight, sides[name].pieces)
-        teach(model, sides[name], steps)
-        model.save_pretrained(root / name)
-
-
-def liken_by_beginning(weight: torch.Tensor, pieces: list[bytes | None]) -> None:
-    """weight [v, h]. Tokens that begin with the same bytes become likely together, as they are to a model that can spell. Special
-    tokens and columns that are no token's are like a space, so that they turn up."""
-    size = weight.shape[1]
-    vector_of: dict[bytes, torch.Tensor] = defaultdict(lambda: torch.randn(size))
-    for token in range(len(weight)):
-        piece = (pieces[token] if token < len(pieces) else None) or b" "
-        parts = [vector_of[piece[:n]] for n in range(1, len(piece) + 1)]
-        own = 0.1 * torch.randn(size)  # some bytes have two tokens
-        weight[token] = own + torch.stack(parts).sum(0) / len(parts) ** 0.5
-
-
-def teach(model: PreTrainedModel, side: Side, steps: int) -> None:
-    """Some of the texts, so that a row is likely to hold what comes; in the others its mass lies anywhere."""
-    model.get_output_embeddings().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(steps):
-        for number, text in enumerate(TEXTS[:6]):
-            ids = torch.tensor([converse(side, [Turn(f"Question {number}?", text)]).ids])
-            model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def example_row(number: int, text: str) -> dict[str, object]:
@@ -198,18 +97,6 @@ def run_road(root: Path, target: str, names: Sequence[str], supervise: str) -> R
     return recipe
 
 
-def with_alignment(recipe: Recipe, vocabulary_map: str, unmatched: str) -> Recipe:
-    options = {"vocabulary_map": vocabulary_map, "unmatched": unmatched}
-    return recipe.model_copy(update={"alignment": recipe.alignment.model_copy(update=options)})
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("road")
-    save_models(root)
-    return root
-
-
 @dataclass
 class Reading:
     """One text of an example as one source has read it. rows: None where the example is left out."""
@@ -249,42 +136,103 @@ def turns_of(example: Example, response: str, stop: bool, earlier: bool) -> list
     return [*before, Turn(contents[-1], response, stop=stop)]
 
 
+@dataclass
+class Road:
+    """All stages before fusion data, once as the library has run them and once as the reference reads the same texts."""
+
+    recipe: Recipe
+    sides: dict[str, Side]
+    target: Side
+    readings: list[Reading]
+
+    def dataset(self, alignment: str) -> FusionDataset:
+        vocabulary_map, unmatched = alignment.split()
+        options = {"vocabulary_map": vocabulary_map, "unmatched": unmatched}
+        recipe = self.recipe.model_copy(update={"alignment": self.recipe.alignment.model_copy(update=options)})
+        build_fusion_data(recipe, progress=str)
+        return FusionDataset(recipe)
+
+
 ALL = ("piece", "level", "lossy")
-RULES = ("exact skip", "exact condition", "exact onehot", "em skip", "em condition")
+ROADS = {  # target: sources, supervised turns
+    "piece": (ALL, "every_turn"),
+    "level": (ALL, "every_turn"),
+    "lossy": (ALL, "every_turn"),
+    "alpaca": (
+        ("piece", "level", "alpaca"),
+        "last_turn",
+    ),  # a source and the target differ in nothing but their templates
+}
+
+
+@pytest.fixture(scope="module")
+def roads(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Road]:
+    """By target."""
+    root = tmp_path_factory.mktemp("road")
+    save_models(root)
+    sides = make_sides(root)
+
+    def make(target: str) -> Road:
+        recipe = run_road(root, target, *ROADS[target])
+        return Road(recipe, sides, sides[target], list(read_all(recipe, sides, sides[target])))
+
+    return cache(make)
 
 
 @pytest.mark.parametrize(
-    ("target", "names", "supervise", "alignments"),
+    ("target", "alignment"),
     [
-        ("piece", ALL, "every_turn", RULES),
-        ("level", ALL, "every_turn", RULES),
-        ("lossy", ALL, "every_turn", RULES),
-        ("alpaca", ("piece", "level", "alpaca"), "last_turn", ("exact condition",)),
+        ("piece", "exact skip"),
+        ("piece", "exact condition"),
+        ("piece", "em skip"),
+        ("level", "exact condition"),
+        ("level", "exact onehot"),
+        ("level", "em condition"),
+        ("lossy", "exact condition"),
+        ("lossy", "exact onehot"),
+        ("alpaca", "exact condition"),
     ],
 )
-def test_every_row_of_every_document_and_every_choice(
-    root: Path, target: str, names: Sequence[str], supervise: str, alignments: Sequence[str]
-) -> None:
-    recipe = run_road(root, target, names, supervise)
-    sides = make_sides(root)
-    readings = list(read_all(recipe, sides, sides[target]))
-    for alignment in alignments:
-        chosen = with_alignment(recipe, *alignment.split())
-        build_fusion_data(chosen, progress=str)
-        dataset = FusionDataset(chosen)
-        seen: Counter[str] = Counter()
-        for reading in readings:
-            document = dataset.document(reading.mode, reading.example, reading.source)
-            same_vocabulary = sides[reading.source].pieces == sides[target].pieces
-            rules = Rules(*alignment.split(), same_vocabulary)
-            check_document(document, reading, sides[reading.source], sides[target], rules)
-            if reading.rows is not None:
-                seen.update(kinds_of_labels(reading.theirs, reading.ours, document))
-            elif reading.theirs.text.strip(b"\0"):
-                seen["left out"] += 1
-        check_choices(chosen, dataset, readings)
-        print(alignment, seen)
-        check_that_all_was_met(seen, alignment)
+def test_every_row_of_every_document(roads: Callable[[str], Road], target: str, alignment: str) -> None:
+    road = roads(target)
+    dataset = road.dataset(alignment)
+    seen: Counter[str] = Counter()
+    for reading in road.readings:
+        document = dataset.document(reading.mode, reading.example, reading.source)
+        source = road.sides[reading.source]
+        rules = Rules(*alignment.split(), same_vocabulary=source.pieces == road.target.pieces)
+        check_document(document, reading, source, road.target, rules)
+        if reading.rows is not None:
+            seen.update(kinds_of_labels(reading.theirs, reading.ours, document))
+    # What the texts were chosen for; a label over several source tokens is the hard case.
+    at_least = {"exact": 400, "exact long": 20, "exact cut": 2, "skip": 50}
+    at_least |= {"condition": {"condition": 10, "condition long": 3}, "onehot": {"onehot": 50}}.get(rules.unmatched, {})
+    assert all(seen[kind] >= count for kind, count in at_least.items()), seen
+
+
+@pytest.mark.parametrize("target", ROADS)
+def test_every_choice(roads: Callable[[str], Road], target: str) -> None:
+    """The advantage in both modes, over texts of one turn and of several, whole, cut short and left out."""
+    road = roads(target)
+    dataset, names = road.dataset("exact condition"), list(road.recipe.sources)
+    scores = np.stack(
+        [[load_scores(road.recipe, name, judge) for judge in road.recipe.reward_models] for name in names]
+    )
+    of = {(reading.mode, reading.example, reading.source): reading for reading in road.readings}
+    for number in range(len(TEXTS)):
+        trained = [of["training", number, name] for name in names]
+        ce = [cross_entropy(reading.theirs, reading.rows) for reading in trained if reading.rows is not None]
+        assert dataset.selections["training"].arrays["ce_sum"][number] == pytest.approx(ce, rel=1e-5)
+        winner = least(ce, [reading.theirs.all_read() for reading in trained])
+        assert dataset.selected_source("training", number) == names[winner], f"example {number}, {ce=}"
+        answered = [of["inference", number, name] for name in names]
+        texts = ["" if reading.rows is None else reading.theirs.text[:-1].decode() for reading in answered]
+        winner = vote(texts, scores[:, :, number], strongest=1)
+        assert dataset.selected_source("inference", number) == (None if winner is None else names[winner])
+    assert any(reading.rows is None and reading.theirs.text.strip(b"\0") for reading in road.readings)  # too long
+    several = [reading.ours for reading in road.readings if reading.ours.answers > 1]
+    assert bool(several) == (road.recipe.data.supervise == "every_turn")
+    assert not several or {conversation.tokens[-1].stop for conversation in several} == {True, False}
 
 
 def check_document(document: Document, reading: Reading, source: Side, target: Side, rules: Rules) -> None:
@@ -320,26 +268,6 @@ def rounded_down(value: float) -> np.float16:
     return np.nextafter(nearest, np.float16(-np.inf)) if float(nearest) > value else nearest
 
 
-def check_choices(recipe: Recipe, dataset: FusionDataset, readings: list[Reading]) -> None:
-    names = list(recipe.sources)
-    scores = np.stack([[load_scores(recipe, name, judge) for judge in recipe.reward_models] for name in names])
-    by_place = {(reading.mode, reading.example, reading.source): reading for reading in readings}
-    for number in range(len(TEXTS)):
-        trained = [by_place["training", number, name] for name in names]
-        ce = [cross_entropy(reading.theirs, reading.rows) for reading in trained if reading.rows is not None]
-        assert dataset.selections["training"].arrays["ce_sum"][number] == pytest.approx(ce, rel=1e-5)
-        whole = [reading.theirs.all_read() for reading in trained]
-        assert number == 5 or dataset.selected_source("training", number) == names[least(ce, whole)], (
-            number,
-            ce,
-            whole,
-        )
-        answered = [by_place["inference", number, name] for name in names]
-        texts = ["" if reading.rows is None else reading.theirs.text[:-1].decode() for reading in answered]
-        winner = vote(texts, scores[:, :, number], strongest=1)
-        assert dataset.selected_source("inference", number) == (None if winner is None else names[winner])
-
-
 def kinds_of_labels(theirs: Conversation, ours: Conversation, document: Document) -> Iterator[str]:
     """How labels lie that have a distribution. long: goes on after the source's first token, of which a conditioned row has read
     a part; cut: such a one that ends inside a source token."""
@@ -353,11 +281,3 @@ def kinds_of_labels(theirs: Conversation, ours: Conversation, document: Document
                 yield f"{match} long"
                 if label.end not in edges:
                     yield f"{match} cut"
-
-
-def check_that_all_was_met(seen: Counter[str], alignment: str) -> None:
-    """What the texts were chosen for; a label over several source tokens is the hard case."""
-    assert seen["exact"] > 400 and seen["exact long"] > 20 and seen["exact cut"] > 0 and seen["left out"], seen
-    at_least = {"skip": 50, "condition": 15, "onehot": 50}
-    unmatched = alignment.split()[1]
-    assert seen[unmatched] >= at_least[unmatched], seen
