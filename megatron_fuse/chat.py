@@ -15,7 +15,7 @@ import numpy as np
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer
-from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
+from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
 Messages = Sequence[Mapping[str, str]]
@@ -92,32 +92,29 @@ class ChatFormat:
         """
         parts, hide = self._parts(messages, response, every_turn)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
-        offsets: list[int] = []  # of the bytes of each part of spans
-        text, text_ids, offset = "", list[int](), 0
+        text, text_ids, begin = "", list[int](), 0  # begin: of the turn, in the bytes of all supervised turns
         for number, (before, space, turn) in enumerate(parts):
             prompt_ids = self._ids(text + before, hide)
-            joint = prompt_ids[: len(text_ids)] == text_ids
-            added = prompt_ids[len(text_ids) :] if joint else self._ids(before, hide, continued=True)
-            end = self._turn_end(added) if number else None
-            if end is not None:
-                spans.append(_stop_span(self.stop_id, offset - 1))
-                offsets.append(0)
-            supervised += [index == end for index in range(len(added))]
+            added = _behind(text_ids, prompt_ids)
+            if added is None:
+                added = self._ids(before, hide, continued=True)
+            stop_place = self._stop_place(added) if number else None
+            if stop_place is not None:
+                spans.append(_stop_span(self.stop_id, begin - 1))
+            supervised += [place == stop_place for place in range(len(added))]
             text += before + hide(space + turn)
             text_ids = self._ids(text, hide)
-            joint = text_ids[: len(prompt_ids)] == prompt_ids
-            answer, answer_spans = self._answer(text_ids[len(prompt_ids) :] if joint else None, space, turn)
+            answer, answer_spans = self._answer(_behind(prompt_ids, text_ids), space, turn, begin)
             supervised += [True] * len(answer)
             spans.append(answer_spans)
-            offsets.append(offset)
             ids += added + answer
-            offset += len(turn.encode()) + 1
+            begin += len(response_bytes([turn]))
         if stop:
             ids.append(self.stop_id)
             supervised.append(True)
-            spans.append(_stop_span(self.stop_id, offset - 1))
-            offsets.append(0)
-        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), TokenSpans.join(spans, offsets))
+            spans.append(_stop_span(self.stop_id, begin - 1))
+        whole = TokenSpans.join(spans, [0] * len(spans))
+        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole)
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the stop token, without the template's separator: what encode_conversation takes."""
@@ -177,8 +174,8 @@ class ChatFormat:
         # The generation prompt ends before the white space; nothing separates it from an empty response.
         return [*parts, (texts[-1], self.separator if response else "", response)], hide
 
-    def _answer(self, joint: list[int] | None, space: str, turn: str) -> tuple[list[int], TokenSpans]:
-        """Ids of a turn behind its template's white space (ASCII), and their spans in the turn's bytes.
+    def _answer(self, joint: list[int] | None, space: str, turn: str, begin: int) -> tuple[list[int], TokenSpans]:
+        """Ids of a turn behind its template's white space (ASCII), and their spans; the turn's first byte is byte `begin`.
 
         joint: its ids in the whole text, None where they depend on each other; taken if they spell the turn, which
         Unicode normalisation may prevent.
@@ -192,9 +189,9 @@ class ChatFormat:
         flags = lossy * np.uint8(SpanFlag.LOSSY)
         flags[:1] |= np.uint8(SpanFlag.LEADING if space else 0)
         starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
-        return ids, TokenSpans(np.array(ids, np.int32), starts, ends, flags)
+        return ids, TokenSpans(np.array(ids, np.int32), begin + starts, begin + ends, flags)
 
-    def _turn_end(self, ids: list[int]) -> int | None:
+    def _stop_place(self, ids: list[int]) -> int | None:
         """Place of the stop token in the template's ids after a turn; None where it does not come first, but for white space."""
         if self.stop_id not in ids:
             return None
@@ -264,6 +261,11 @@ def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> 
     """The texts whose bytes `EncodedConversation.spans` counts in."""
     earlier = [message["content"] for message in messages if message["role"] == "assistant"]
     return [*(earlier if every_turn else []), response]
+
+
+def _behind(before: list[int], ids: list[int]) -> list[int] | None:
+    """The ids behind `before`; None where they do not begin with it."""
+    return ids[len(before) :] if ids[: len(before)] == before else None
 
 
 def _stop_span(stop_id: int, end: int) -> TokenSpans:

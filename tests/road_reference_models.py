@@ -71,7 +71,7 @@ def save_models(root: Path) -> None:
         "level": MistralForCausalLM(MistralConfig(vocab_size=len(sides["level"].pieces) + 5, **sizes)),
         "lossy": LlamaForCausalLM(LlamaConfig(vocab_size=len(sides["lossy"].pieces) + 8, **sizes)),
     }
-    for name, steps in (("piece", 30), ("level", 15), ("lossy", 15)):
+    for name, steps in (("piece", 50), ("level", 25), ("lossy", 35)):
         model = models[name]
         with torch.no_grad():
             for parameter in model.parameters():
