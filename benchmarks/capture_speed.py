@@ -12,13 +12,14 @@ and so lengths, are real.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from table import Measurement, append_csv, print_table
+from table import Measurement, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_fuse.capture import Conversation
@@ -149,16 +150,5 @@ def _medians(repeats: int, *works: Callable[[], object]) -> list[float]:
     return np.median(seconds, axis=0).tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--csv", type=Path, help="append the rows to this file")
-    options = parser.parse_args()
-    measurements = measure(options)
-    print_table(measurements)
-    if options.csv:
-        append_csv(options.csv, measurements)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__, add_arguments, measure))

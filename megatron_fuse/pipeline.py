@@ -93,8 +93,8 @@ def data_stages(recipe: Recipe) -> list[Stage]:
     judges = {name: parameter_count(options.model) for name, options in recipe.reward_models.items()}
     modes = modes_with_teacher(recipe)
     inference = "inference" in modes
-    # About 6 of 10 entries are kept of real text by the default filter. Rows beside the entries: ids, ends, sums.
-    captured, fused = 8 * 0.6 * recipe.capture.top_k + 24, 4 * 0.6 * recipe.capture.top_k + 8
+    # About 6 of 10 entries are kept of real text by the default filter. Rows beside the entries: ids, places, sums.
+    captured, fused = 8 * 0.6 * recipe.capture.top_k + 26, 4 * 0.6 * recipe.capture.top_k + 2
 
     def per_source_and_mode(make: Callable[[str, str], Work]) -> list[Work]:
         return [make(source, mode) for source in recipe.sources for mode in modes]
@@ -124,7 +124,7 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             f"captures/{source}/{mode}",
             workspace.captures(source, mode),
             lambda: plan_capture(recipe, source, mode),
-            flops=2 * parameters[source] * tokens,
+            flops=0 if mode in recipe.sources[source].captures else 2 * parameters[source] * tokens,
             disk=captured * tokens,
         )
     )
