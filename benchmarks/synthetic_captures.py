@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from megatron_fuse.capture import CAPTURED, CaptureShard, Conversation, SparseRows, plan_capture
-from megatron_fuse.chat import ChatFormat, supervised_turns
+from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example, example_shards, open_instructions, prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.sources.huggingface import load_format, source_options
@@ -105,8 +105,7 @@ def _conversation(recipe: Recipe, chat: ChatFormat, example: Example) -> Convers
     encoded = chat.encode_conversation(
         example.prompt(chat.system), example.response, stop=not example.truncated, every_turn=every_turn
     )
-    turns = supervised_turns(example.messages, example.response, every_turn=every_turn)
-    return Conversation(example.id, encoded, sum(len(turn.encode()) for turn in turns))
+    return Conversation(example.id, encoded)
 
 
 def _labels(conversations: list[Conversation]) -> np.ndarray:

@@ -30,12 +30,13 @@ class EncodedConversation:
 
     ids int32 [n]; supervised bool [n]: the token is a label, of a response or the stop token that ends it. The logits of
     row i - 1 predict token i. spans: where the supervised tokens lie in `response_bytes` of the supervised turns, r rows
-    = supervised.sum().
+    = supervised.sum(). size: bytes of these turns, without those that stand for their ends.
     """
 
     ids: np.ndarray
     supervised: np.ndarray
     spans: TokenSpans
+    size: int
 
     @property
     def prompt_length(self) -> int:
@@ -44,8 +45,8 @@ class EncodedConversation:
 
     @property
     def exact(self) -> bool:
-        """Whether the tokens' bytes are the responses' bytes everywhere."""
-        return not self.spans.has(SpanFlag.LOSSY).any()
+        """Whether the tokens spell every byte: none is unknown to the tokenizer, none lost to its normaliser."""
+        return self.spans.bytes_spelled == self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ class ChatFormat:
             supervised.append(True)
             spans.append(_stop_span(self.stop_id, begin - 1))
         whole = TokenSpans.join(spans, [0] * len(spans))
-        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole)
+        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts))
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the stop token, without the template's separator: what encode_conversation takes."""

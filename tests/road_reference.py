@@ -22,7 +22,7 @@ SYSTEM = (
 )
 
 
-# --- two families: how each cuts a conversation into ids, and which bytes an id stands for --------------------------------
+# --- the families: how each cuts a conversation into ids, and which bytes an id stands for --------------------------------
 
 
 class SentencePieceSide:
@@ -81,11 +81,8 @@ class LossySide(SentencePieceSide):
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
         plain = sentencepiece_model_pb2.ModelProto.FromString(data)
-        plain.normalizer_spec.CopyFrom(
-            sentencepiece_model_pb2.NormalizerSpec(
-                name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False
-            )
-        )
+        identity = {"name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+        plain.normalizer_spec.CopyFrom(sentencepiece_model_pb2.NormalizerSpec(**identity))
         self.plain = sentencepiece.SentencePieceProcessor(model_proto=plain.SerializeToString())
 
     def cut(self, text: str) -> list[int]:
@@ -95,20 +92,17 @@ class LossySide(SentencePieceSide):
         """Of a text that begins with a space: (id, the byte at which it ends, whether it is not the bytes up to there).
 
         What is normalised together (white space, a letter with its marks) has no places inside. Tokens that meet at such a place
-        are all lossy, and all but the last of them empty; what is normalised away belongs to the token behind it.
+        are all lossy, and all but the last of them empty; white space at the end, which is dropped, is the last token's.
         """
         data = text.encode()
         place_of: dict[int, int] = {}  # character of the normal form -> byte of the text
         read = written = 0
         for chunk in re.findall(r"[\s▁]+|[^\s▁][\u0300-\u036f]*", text):
             normal = " " if re.match(r"[\s▁]", chunk) else unicodedata.normalize("NFKC", chunk)
-            place_of.setdefault(written, read)
+            place_of[written] = read
             read, written = read + len(chunk.encode()), written + len(normal)
-        ids, pieces = (
-            self.whole.encode(text),
-            self.whole.encode(text, out_type=str),
-        )  # its dummy prefix is the first space
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=int).tolist()
+        ids = self.whole.encode(text)  # its dummy prefix is the text's own first space
+        ends = np.cumsum([len(piece) for piece in self.whole.encode(text, out_type=str)], dtype=int).tolist()
         places = [*(place_of.get(end) for end in ends[:-1]), len(data)] if ids else []
         tokens, begin, group = [], 0, []
         for token, end in zip(ids, places, strict=True):
@@ -183,7 +177,8 @@ class Token:
 
 @dataclass
 class Conversation:
-    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after each."""
+    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after each;
+    answers: how many these are."""
 
     ids: list[int]
     tokens: list[Token]

@@ -88,12 +88,13 @@ def conditioned(pair: Pair, place: int, label: Token) -> Mass:
     total = sum(chance[entry] for entry in fitting)
     if not fitting or total < 1 - sum(chance.values()):
         return {}
-    share = label_share(pair, place, label.end) if first.id in fitting and first.end < label.end else 0.0
+    split = pair.rules.vocabulary_map == "exact" and first.id in fitting and first.end < label.end
+    share = label_share(pair, place, label.end) if split else 0.0
     mass: Mass = defaultdict(float)
     if share:
         mass[label.id] += chance[first.id] / total * share
     for entry, rest in fitting.items():
-        to = first_piece(pair.target, rest) if rest else None
+        to = piece_for(pair, rest) if rest else None
         if to is not None:
             mass[to] += chance[entry] / total * (1 - share if entry == first.id else 1)
     return mass
@@ -146,7 +147,12 @@ def target_token(pair: Pair, token: int, source_leads: bool, target_leads: bool)
         return None
     if target_leads and not same_state:
         piece = target.separator + piece
-    return equal_piece(target, piece) if pair.rules.vocabulary_map == "em" else first_piece(target, piece)
+    return piece_for(pair, piece)
+
+
+def piece_for(pair: Pair, text: bytes) -> int | None:
+    """The target token that stands for these bytes by the map's rule."""
+    return (equal_piece if pair.rules.vocabulary_map == "em" else first_piece)(pair.target, text)
 
 
 @cache

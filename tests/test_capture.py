@@ -125,7 +125,7 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
         np.testing.assert_allclose(shard.ce_stop[index], stops, atol=4e-4)
         assert shard.response_tokens[index] == (~stop).sum()
         assert shard.response_bytes[index] == len(response_bytes(turns)) - len(turns)
-        assert shard.lossy_rows[index] == 0
+        assert shard.lossy[index] == 0
         entries = np.concatenate([[0], np.cumsum(shard.counts, dtype=np.int64)])[span.start : span.stop + 1]
         tempered = torch.log_softmax(logits / 2.0, 1)
         for row, first, last in zip(rows, entries[:-1], entries[1:], strict=True):
@@ -209,7 +209,7 @@ def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_fla
     [shard] = read(recipe, "lossy", "training")
     assert (shard.status == CAPTURED).all()
     lossy = [int(shard.spans(number).has(SpanFlag.LOSSY).sum()) for number in range(2)]
-    assert shard.lossy_rows.tolist() == lossy
+    assert shard.lossy.tolist() == [rows > 0 for rows in lossy]
     assert lossy[1] > 0 and artefact is not None and artefact.counts["lossy_rows"] == sum(lossy)
     assert np.isfinite(shard.ce_sum).all() and len(shard.counts) == len(shard.tokens)
 
@@ -399,7 +399,7 @@ def captured_shard(world: tuple[Path, Models], tmp_path_factory: pytest.TempPath
 
 def test_a_shard_of_which_nothing_was_captured_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "empty.safetensors"
-    conversations = [Conversation(name, None, 0) for name in "abc"]
+    conversations = [Conversation(name, None) for name in "abc"]
     CaptureShard.of(conversations, np.full(3, NO_RESPONSE), SparseRows.none(1)).save(path)
     shard = read_capture_shard(path)
     assert [STATUSES[code] for code in shard.status] == ["no_response"] * 3

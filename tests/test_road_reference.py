@@ -154,14 +154,11 @@ class Road:
 
 
 ALL = ("piece", "level", "lossy")
-ROADS = {  # target: sources, supervised turns
+ROADS = {  # target: sources, supervised turns; the last target and its first source differ in their templates alone
     "piece": (ALL, "every_turn"),
     "level": (ALL, "every_turn"),
     "lossy": (ALL, "every_turn"),
-    "alpaca": (
-        ("piece", "level", "alpaca"),
-        "last_turn",
-    ),  # a source and the target differ in nothing but their templates
+    "alpaca": (("piece", "level", "alpaca"), "last_turn"),
 }
 
 

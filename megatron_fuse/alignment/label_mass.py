@@ -32,6 +32,12 @@ class LabelMass:
     source_logprob: np.ndarray
     log_fraction: np.ndarray
 
+    @classmethod
+    def none(cls) -> "LabelMass":
+        """Nothing to be corrected."""
+        nothing = np.zeros(0, np.int64)
+        return cls(nothing, nothing.astype(np.int32), nothing.astype(np.float64), nothing.astype(np.float64))
+
     def split(self, entries: Entries, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Takes s1's share for the label out of the entries (of source tokens) of `count` target rows.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_fuse.alignment.boundaries import find_source_rows
 from megatron_fuse.alignment.conditioning import bytes_consumed, condition
-from megatron_fuse.alignment.label_mass import label_mass
+from megatron_fuse.alignment.label_mass import LabelMass, label_mass
 from megatron_fuse.alignment.rows import Entries, Rows, SourceRows, merge_entries
 from megatron_fuse.alignment.vocabulary import VocabularyMap
 from megatron_fuse.errors import UserError
@@ -34,7 +34,8 @@ def project_responses(
     source and target cut the same bytes, of one response or of all that a shard holds on end; either may lack some of
     the turns. Entries of one row have different ids and stand by falling log-probability, equal ones as they were captured;
     a row may have one more than its source's, the label's own. A row whose mass has all gone to the tail says nothing: it
-    is a `skip` too. `condition` needs a map with remainders.
+    is a `skip` too. `condition` needs a map with remainders. The label's own mass goes with a map of kind `exact`: the
+    others are prior work's, which has none.
     Raises UserError for a name of `unmatched` that is not known.
     """
     if unmatched not in UNMATCHED:
@@ -50,7 +51,8 @@ def project_responses(
     if unmatched == "condition":
         consumed = bytes_consumed(source, target, row, inside)
         entries = condition(entries, source, row, consumed)
-    logprobs, own = label_mass(source, target, taken, inside).split(entries, len(target))
+    own_mass = label_mass(source, target, taken, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
+    logprobs, own = own_mass.split(entries, len(target))
     corrected = own > -np.inf
     if unmatched == "onehot":
         own[inside] = 0.0

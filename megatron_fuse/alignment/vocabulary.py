@@ -143,6 +143,8 @@ def build_vocabulary_map(
         tables[plain] = np.where(_equal_bytes(source, target, tables[0], source_stop), tables[0], met)
     if _one_vocabulary(source, target):
         tables[plain] = np.arange(source.vocab_size)
+        special = sorted(source.special_ids)
+        tables[:, special] = special
     tables[:, source_stop] = target_stop
     return VocabularyMap(
         *tables,

@@ -20,16 +20,15 @@ STATUSES = ("captured", "too_long", "no_response", "mismatch", "missing")
 CAPTURED, TOO_LONG, NO_RESPONSE, MISMATCH, MISSING = range(len(STATUSES))
 
 _BY_ROW = ("tokens", "starts", "ends", "flags", "token_logprobs", "lse", "counts")
-_BY_EXAMPLE = ("status", "response_bytes", "lossy_rows", "ce_sum", "ce_stop")
+_BY_EXAMPLE = ("status", "response_bytes", "lossy", "ce_sum", "ce_stop")
 
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """An example as a source is to read it. encoded: None where there is no response. response_bytes: of its supervised turns."""
+    """An example as a source is to read it; encoded: None where there is no response."""
 
     example: str
     encoded: EncodedConversation | None
-    response_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +37,8 @@ class CaptureShard:
 
     offsets: np.ndarray  # int64 [n + 1]: rows of an example
     status: np.ndarray  # uint8 [n]: index in STATUSES
-    response_bytes: (
-        np.ndarray
-    )  # int32 [n]: of the supervised turns without the bytes that stand for their ends; 0 without rows
-    lossy_rows: np.ndarray  # int32 [n]: rows flagged LOSSY
+    response_bytes: np.ndarray  # int32 [n]: `EncodedConversation.size`, 0 where there are no rows
+    lossy: np.ndarray  # uint8 [n]: the tokens do not spell every byte
     ce_sum: np.ndarray  # float64 [n]: nats over all supervised turns, stop tokens left out; NaN where there are no rows
     ce_stop: np.ndarray  # float64 [n]: nats of the stop tokens; NaN where none is supervised
     tokens: np.ndarray  # int32 [r]: what came
@@ -63,7 +60,9 @@ class CaptureShard:
         spans = TokenSpans.join([c.encoded.spans for c in read], [0] * len(read))
         lengths, sizes = np.zeros((2, len(conversations)), np.int64)
         lengths[captured] = [len(c.encoded.spans) for c in read]
-        sizes[captured] = [c.response_bytes for c in read]
+        sizes[captured] = [c.encoded.size for c in read]
+        lossy = np.zeros(len(conversations), np.uint8)
+        lossy[captured] = [not c.encoded.exact for c in read]
         example = np.repeat(np.arange(len(conversations)), lengths)
         nats, stop = -rows.token_logprobs.astype(np.float64), spans.has(SpanFlag.STOP)
 
@@ -75,7 +74,7 @@ class CaptureShard:
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             status=status.astype(np.uint8),
             response_bytes=sizes.astype(np.int32),
-            lossy_rows=sums(spans.has(SpanFlag.LOSSY)).astype(np.int32),
+            lossy=lossy,
             ce_sum=np.where(lengths > 0, sums(~stop, nats), np.nan),
             ce_stop=np.where(sums(stop) > 0, sums(stop, nats), np.nan),
             tokens=spans.tokens.astype(np.int32),

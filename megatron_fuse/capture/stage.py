@@ -13,7 +13,7 @@ from typing import Any
 from megatron_fuse.capture.imported import CaptureFile
 from megatron_fuse.capture.reading import SourceReader
 from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONSE, STATUSES, TOO_LONG, Conversation
-from megatron_fuse.chat import ChatFormat, supervised_turns
+from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
@@ -27,6 +27,7 @@ from megatron_fuse.sources.huggingface import (
     source_options,
 )
 from megatron_fuse.storage import Artefact, Plan, Workspace, completed, open_artefact, run_plan, sha256_of_file
+from megatron_fuse.tokenization.spans import SpanFlag
 
 STAGE = "capture"
 MODES = ("training", "inference")
@@ -164,7 +165,7 @@ def capture(
             "examples": len(shard.status),
             **{STATUSES[code]: int((shard.status == code).sum()) for code in possible},
             "rows": len(shard.counts),
-            "lossy_rows": int(shard.lossy_rows.sum()),
+            "lossy_rows": int(((shard.flags & SpanFlag.LOSSY) != 0).sum()),
             "entries": len(shard.entry_ids),
         }
 
@@ -175,7 +176,6 @@ def conversation_of(chat: ChatFormat, example: Example, answer: Response | None,
     """An example with its ground truth, or with the source's answer where there is one, as the source is to read it."""
     text, truncated = (answer.response, answer.truncated) if answer else (example.response, example.truncated)
     if not text.strip():
-        return Conversation(example.id, None, 0)
+        return Conversation(example.id, None)
     encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn)
-    turns = supervised_turns(example.messages, text, every_turn=every_turn)
-    return Conversation(example.id, encoded, sum(len(turn.encode()) for turn in turns))
+    return Conversation(example.id, encoded)

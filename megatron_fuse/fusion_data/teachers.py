@@ -34,7 +34,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, temporary_then_rename
-from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
+from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 
@@ -93,8 +93,8 @@ def build_teacher(
         available = documents.present & usable
         facts = {
             "available": available.astype(np.uint8),
-            "lossy": (captured.lossy_rows > 0).astype(np.uint8),
-            "target_lossy": np.array([s.has(SpanFlag.LOSSY).any() for s in documents.spans], np.uint8),
+            "lossy": captured.lossy,
+            "target_lossy": documents.lossy.astype(np.uint8),
             "ce_sum": captured.ce_sum,
             "response_bytes": captured.response_bytes,
             "response_tokens": captured.response_tokens,

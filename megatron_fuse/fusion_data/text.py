@@ -30,6 +30,7 @@ class Documents:
     tokens: list[np.ndarray]
     supervised: list[np.ndarray]
     spans: list[TokenSpans]
+    lossy: np.ndarray  # bool [n]: the tokens do not spell every byte of the responses
 
     @property
     def present(self) -> np.ndarray:
@@ -57,7 +58,8 @@ def encode_documents(
     """
     nothing = np.zeros(0, np.int32)
     tokens, supervised, spans = [], [], []
-    for example, response in zip(examples, responses, strict=True):
+    lossy = np.zeros(len(examples), bool)
+    for index, (example, response) in enumerate(zip(examples, responses, strict=True)):
         encoded = None
         if response is not None:
             text, stop = response
@@ -66,7 +68,8 @@ def encode_documents(
         tokens.append(encoded.ids if fits else nothing)
         supervised.append((encoded.supervised if fits else nothing).astype(np.uint8))
         spans.append(encoded.spans if fits else TokenSpans.join([], []))
-    return Documents(tokens, supervised, spans)
+        lossy[index] = fits and not encoded.exact
+    return Documents(tokens, supervised, spans, lossy)
 
 
 def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Example]) -> Documents:

@@ -76,8 +76,8 @@ def settle(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray,
     starts, ends int64 [n]. Returns ends int64 [n], not decreasing, the last one `size`, and shared bool [n].
     The boundary behind a token is known where no token up to it reaches as far as a later one begins. A stretch of
     tokens without known boundaries between them is shared: all but its last are empty, at its beginning, and the last
-    covers it, so that no place inside is claimed. What no token covers, because the normaliser dropped it, goes to the
-    token behind it, or at the end to the last.
+    covers it, so that no place inside is claimed. What no token covers, because the normaliser dropped it, goes to a
+    neighbour.
     """
     count = len(ends)
     reached = np.maximum.accumulate(ends)

@@ -39,6 +39,11 @@ class TokenSpans:
         """bool [r]"""
         return (self.flags & flag) != 0
 
+    @property
+    def bytes_spelled(self) -> int:
+        """Bytes of the responses that their tokens spell."""
+        return int((self.ends - self.starts)[(self.flags & (SpanFlag.STOP | SpanFlag.LOSSY)) == 0].sum())
+
     @classmethod
     def join(cls, parts: Sequence["TokenSpans"], offsets: Sequence[int]) -> "TokenSpans":
         """Responses one after the other; offsets: where each one's bytes begin in all their bytes on end."""
