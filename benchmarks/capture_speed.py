@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=176, help="so many, evenly out of the whole file")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens per forward pass")
     parser.add_argument("--seq-length", type=int, default=1024, help="longer conversations are left out")
-    parser.add_argument("--repeats", type=int, default=1, help="medians of so many, taken in turns")
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many, taken in turns")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
