@@ -16,7 +16,7 @@ from pyarrow import parquet
 from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import write_rows
 
-from megatron_fuse.capture import STATUSES, CaptureShard, capture, open_capture
+from megatron_fuse.capture import STATUSES, CaptureShard, capture, open_capture, require_backend
 from megatron_fuse.capture.row_files import open_rows
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import EncodedConversation
@@ -264,8 +264,9 @@ def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run
     recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
     capture(recipe, SOURCE, "training", progress=str)
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    with pytest.raises(UserError, match="has no weights"):
-        capture(recipe, SOURCE, "training", progress=str, backend="hf")
+    with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file: take it out"):
+        require_backend(recipe, SOURCE, "training", "hf")
+    require_backend(recipe, SOURCE, "training", "file")
 
 
 def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: Recipe, tmp_path: Path) -> None:
@@ -314,6 +315,28 @@ def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path:
     assert not list(recipe.workdir.glob("captures/*/*/shard*"))
 
 
+def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_zero(
+    fresh: Recipe, tmp_path: Path
+) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    rows = export(fresh, "ours")
+    for row in rows:  # two entries that hold everything, in three digits
+        for place, token in enumerate(row["token_ids"]):
+            row["top_ids"][place], row["top_logprobs"][place] = [token, (token + 1) % 256], [-0.713, -0.673][::-1]
+            row["token_logprobs"][place] = None
+        sums = {t: float(np.logaddexp(0, -0.04 / t)) for t in (1.0, 2.0)}
+        row["logsumexp"] = {f"{t:g}": [value] * len(row["token_ids"]) for t, value in sums.items()}
+        row["logsumexp"]["1"] = [0.673] * len(row["token_ids"])
+    assert np.exp([-0.713, -0.673]).sum() > 1.0001
+    recipe = with_file(fresh, write(tmp_path / "rounded.jsonl", rows))
+    capture(recipe, SOURCE, "training", progress=str)
+    for shard in read(recipe, SOURCE, "training"):
+        for column, temperature in ((0, 1.0), (1, 2.0)):
+            row = np.repeat(np.arange(len(shard.counts)), shard.counts)
+            mass = np.bincount(row, np.exp(shard.logprobs(column, temperature).astype(np.float64)))
+            assert (mass > 0.9).all() and mass.max() <= 1 + 1e-6
+
+
 def shift(row: Row) -> None:
     """The classic: row t is about token t, not t + 1. In every row the token that came is the likeliest."""
     for place, token in enumerate(row["token_ids"]):
@@ -332,6 +355,14 @@ def without_own(row: Row) -> None:
     row["token_logprobs"] = [None] * len(row["token_ids"])
 
 
+def too_much(row: Row) -> None:
+    """Two entries with .95 of the mass, and a token that is neither with .4 more."""
+    two = [token for token in row["top_ids"][3] if token != row["token_ids"][3]][:2]
+    row["top_ids"][3], row["top_logprobs"][3] = two, np.log([0.5, 0.45]).tolist()
+    row["token_logprobs"][3] = float(np.log(0.4))
+    del row["logsumexp"]
+
+
 def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
     def change(row: Row) -> None:
         target = row[name]
@@ -347,6 +378,7 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
     [
         (shift, "is the file one token off"),
         (absolute, "logsumexp is not relative to the largest logit"),
+        (too_much, "is no entry, and has with the entries more probability than one"),
         (without_own, "is not among the entries, and token_logprobs does not give"),
         (put("top_logprobs", 3, 0, value=float("nan")), "response row 3 has a log-probability that is NaN"),
         (put("top_logprobs", 3, 1, value=0.2), "response row 3 has more probability than one"),
@@ -430,8 +462,8 @@ def test_a_file_that_is_not_there_or_no_parquet_is_refused(
     path.unlink()
     with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
         capture(recipe, SOURCE, "training", progress=str)
-    with pytest.raises(UserError, match=r"sources.beta.captures.inference: is not set"):
-        capture(recipe, SOURCE, "inference", progress=str, backend="file")
+    with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set: name a file"):
+        require_backend(recipe, SOURCE, "inference", "file")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

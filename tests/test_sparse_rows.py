@@ -99,6 +99,16 @@ def test_rows_that_are_no_distribution_are_refused(monkeypatch: pytest.MonkeyPat
     assert error.value.row == 4
 
 
+@pytest.mark.parametrize("filter", ["full_vocabulary", "hugging_face"])
+def test_without_truncation_every_one_of_the_k_entries_is_kept(filter: str) -> None:
+    """Also of a row so sure of itself that in fp32 its first entries have all the mass there is."""
+    logits = torch.arange(40.0).flip(0).mul(30.0).expand(5, -1)
+    rows = sparse_rows(
+        logits, torch.zeros(5, dtype=torch.int64), top_k=10, top_p=1.0, filter=filter, temperatures=[2.0]
+    )
+    assert rows.counts.tolist() == [10] * 5
+
+
 def test_splitting_and_joining_are_inverse() -> None:
     seed, lengths = 2, [3, 0, 4, 1]
     logits = torch.randn(sum(lengths), 20, generator=torch.Generator().manual_seed(seed))

@@ -10,7 +10,7 @@ reads the ground-truth response, mode inference the source's own. Interrupted, i
 
 import argparse
 
-from megatron_fuse.capture import BACKENDS, MODES, capture
+from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="hf: the source's model, in process; file: what sources.NAME.captures names; default: the file where it is named",
+        help="hf: the source's model, in process; file: what sources.NAME.captures names. The recipe decides; given here, it is "
+        "refused where the recipe has it otherwise",
     )
     parser.add_argument(
         "--no-truncate",
@@ -33,12 +34,17 @@ def main() -> None:
         "a capture with the recipe, so that the recipe should say capture.top_p: 1 as well",
     )
     arguments = parser.parse_args()
-    recipe = recipe_from_arguments(arguments)
     if arguments.no_truncate:
-        recipe = recipe.model_copy(update={"capture": recipe.capture.model_copy(update={"top_p": 1.0})})
+        setattr(arguments, "capture.top_p", "1")
+    recipe = recipe_from_arguments(arguments)
+    modes = [arguments.mode] if arguments.mode else modes_with_teacher(recipe)
+    if not modes:
+        print("schedule: no phase has a lambda for a source's distributions: nothing to capture")
     for source in arguments.source or recipe.sources:
-        for mode in [arguments.mode] if arguments.mode else modes_with_teacher(recipe):
-            artefact = capture(recipe, source, mode, backend=arguments.backend)
+        for mode in modes:
+            if arguments.backend:
+                require_backend(recipe, source, mode, arguments.backend)
+            artefact = capture(recipe, source, mode)
             if artefact:
                 counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
                 print(f"{artefact.directory}: {counts}")

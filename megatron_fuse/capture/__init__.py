@@ -9,7 +9,7 @@ from megatron_fuse.capture.shards import (
     capture_shard,
     read_capture_shard,
 )
-from megatron_fuse.capture.stage import BACKENDS, MODES, capture, open_capture, plan_capture
+from megatron_fuse.capture.stage import BACKENDS, MODES, capture, open_capture, plan_capture, require_backend
 
 __all__ = [
     "BACKENDS",
@@ -24,4 +24,5 @@ __all__ = [
     "open_capture",
     "plan_capture",
     "read_capture_shard",
+    "require_backend",
 ]

@@ -127,7 +127,8 @@ def kept_by_mass(
     else:
         probabilities = torch.softmax(relative / temperature, 1)
     keep = relative.isfinite()
-    keep[:, 1:] &= probabilities.cumsum(1)[:, :-1] < top_p
+    if top_p < 1:  # in fp32 the mass before an entry may round to 1
+        keep[:, 1:] &= probabilities.cumsum(1)[:, :-1] < top_p
     return keep
 
 

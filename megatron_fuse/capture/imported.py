@@ -182,6 +182,10 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
             "has another probability among the entries, or should be one of them: is the file one token off?",
             ~missing & ~fits,
         ),
+        (
+            "is no entry, and has with the entries more probability than one: is the file one token off?",
+            ~missing & ~inside & (np.exp(logprobs).sum(1) + np.exp(own) > 1 + _MASS),
+        ),
     ):
         if bad.any():
             row = bad.argmax()
@@ -195,7 +199,8 @@ def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatu
     Raises BadRowError where the file does not say what is needed at another temperature, or says what cannot be.
     """
     relative = logprobs - logprobs[:, :1]
-    columns = [-logprobs[:, 0]]
+    # Rounded numbers may add up to a little more than one: then the entries are the whole distribution, and no tail is below 0.
+    columns = [np.maximum(-logprobs[:, 0], np.log(np.exp(relative).sum(1)))]
     for temperature in temperatures:
         if temperature == 1.0:
             columns.append(columns[0])
@@ -220,5 +225,5 @@ def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatu
         ):
             if bad.any():
                 raise BadRowError(f"logsumexp {what} (response row {bad.argmax()})")
-        columns.append(lse)
+        columns.append(np.maximum(lse, np.log(np.exp(relative / temperature).sum(1))))
     return np.stack(columns, 1).astype(np.float32)

@@ -38,16 +38,20 @@ def _command(source: str, mode: str) -> str:
     return f"tools/capture_teacher.py --source {source} --mode {mode}"
 
 
+def _backend(recipe: Recipe, source: str, mode: str) -> str:
+    """`file` where the recipe names one for the mode, else `hf`: the source's model, in process."""
+    return "file" if mode in source_options(recipe, source).captures else "hf"
+
+
 def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
-    path = source_options(recipe, source).captures.get(mode)
-    if path is None or not path.is_file():
-        state = "is not set" if path is None else f"{path} does not exist or is no file"
-        raise UserError(f"sources.{source}.captures.{mode}: {state}")
+    path = source_options(recipe, source).captures[mode]
+    if not path.is_file():
+        raise UserError(f"sources.{source}.captures.{mode}: {path} does not exist or is no file")
     return path
 
 
 def _basis(
-    recipe: Recipe, source: str, mode: str, chat: ChatFormat, backend: str
+    recipe: Recipe, source: str, mode: str, chat: ChatFormat
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(options, inputs) of a capture, all but the model's weights or the file's content."""
     inputs = {
@@ -55,6 +59,7 @@ def _basis(
         "tokenizer": chat.tokenizer.sha256,
         "chat format": chat.sha256,
     }
+    backend = _backend(recipe, source, mode)
     options = {
         "mode": mode,
         "backend": backend,
@@ -77,19 +82,13 @@ def _check_mode(mode: str) -> None:
         raise UserError(f"--mode is {mode!r}: allowed are {', '.join(MODES)}")
 
 
-def plan_capture(
-    recipe: Recipe, source: str, mode: str, chat: ChatFormat | None = None, backend: str | None = None
-) -> Plan:
-    """What one capture depends on. backend: by default `file` where the recipe names one for the mode, else `hf`.
-
-    Raises UserError where instructions or, in inference mode, responses are not made yet.
-    """
+def plan_capture(recipe: Recipe, source: str, mode: str, chat: ChatFormat | None = None) -> Plan:
+    """What one capture depends on. Raises UserError where instructions or, in inference mode, responses are not made yet."""
     _check_mode(mode)
     model = source_options(recipe, source)
-    backend = backend or ("file" if mode in model.captures else "hf")
     chat = chat or load_format(model, f"sources.{source}")
-    options, inputs = _basis(recipe, source, mode, chat, backend)
-    if backend == "file":
+    options, inputs = _basis(recipe, source, mode, chat)
+    if options["backend"] == "file":
         inputs["captures file"] = sha256_of_file(_captures_file(recipe, source, mode))
     else:
         inputs["model"] = model_fingerprint(resolve_model(model.model, f"sources.{source}.model"))
@@ -100,25 +99,26 @@ def plan_capture(
 
 
 def open_capture(recipe: Recipe, source: str, mode: str) -> Artefact:
-    """The finished capture of a source, by whichever backend. Raises UserError where it is missing or not the recipe's.
+    """The finished capture of a source. Raises UserError where it is missing or not the recipe's.
 
     Neither the weights nor the file of captures are needed: a capture may be used on a machine that has only the tokenizer.
     """
     _check_mode(mode)
     directory, command = Workspace(recipe.workdir).captures(source, mode), _command(source, mode)
-    backend = open_artefact(directory, STAGE, command).manifest["options"].get("backend")
     chat = load_format(source_options(recipe, source), f"sources.{source}")
-    options, inputs = _basis(recipe, source, mode, chat, backend)
+    options, inputs = _basis(recipe, source, mode, chat)
     return open_artefact(directory, STAGE, command, options=options, inputs=inputs)
 
 
-def capture(
-    recipe: Recipe,
-    source: str,
-    mode: str,
-    progress: Callable[[str], None] = print,
-    backend: str | None = None,
-) -> Artefact | None:
+def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> None:
+    """Raises UserError unless the recipe has this source captured so: all later stages go by the recipe."""
+    if backend != _backend(recipe, source, mode):
+        key = f"sources.{source}.captures.{mode}"
+        what = "is not set: name a file there" if backend == "file" else "names a file: take it out of the recipe"
+        raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md)")
+
+
+def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], None] = print) -> Artefact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
     Raises UserError where a stage before is missing, where the model's logits are not finite, and where a file of captures is not
@@ -126,7 +126,7 @@ def capture(
     """
     options, where = source_options(recipe, source), f"sources.{source}"
     chat = load_format(options, where)
-    plan = plan_capture(recipe, source, mode, chat, backend)
+    plan = plan_capture(recipe, source, mode, chat)
     artefact = completed(plan)
     if artefact:
         return artefact
@@ -137,10 +137,8 @@ def capture(
     def reader() -> SourceReader | CaptureFile:
         if plan.options["backend"] == "hf":
             return SourceReader(recipe, source, load_causal_lm(options, where=where))
-        path, size = (
-            _captures_file(recipe, source, mode),
-            declared_vocab_size(resolve_model(options.model, f"{where}.model")),
-        )
+        path = _captures_file(recipe, source, mode)
+        size = declared_vocab_size(resolve_model(options.model, f"{where}.model"))
         file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
         if not any(example.id in file.rows for shard in examples for example in shard):
             raise UserError(

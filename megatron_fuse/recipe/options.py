@@ -87,7 +87,9 @@ class CaptureOptions(Options):
         "temperature, then top-k, then top-p over what is left",
     )
     temperatures: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="temperatures whose log-sum-exp is stored; default: the loss's teacher_temperature"
+        None,
+        description="temperatures whose log-sum-exp is stored, the first also that of filter hugging_face; default: the loss's "
+        "teacher_temperature",
     )
     batch_tokens: Positive = Field(8192, description="padded tokens per forward pass")
 
