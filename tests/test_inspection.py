@@ -117,6 +117,7 @@ def test_what_is_no_fusion_directory_is_refused(
         (what, "give either the fusion directory"),
         ((renamed, "--recipe", renamed / "recipe.yaml", *what), "give either the fusion directory"),
         ((tmp_path, *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
+        (("/", *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
         ((renamed, *what), "describes exact-skip-T2, not exact-skip-T3"),
     ):
         assert tool(*arguments) == 2

@@ -116,6 +116,7 @@ def test_bad_rows_are_listed_with_line_and_reason(tmp_path: Path, kind: str) -> 
         (["assistant", "user", "assistant"], "do not take turns"),
         (["user", "user", "assistant"], "do not take turns"),
         (["user", "tool", "assistant"], "'tool'"),
+        (["user", ["assistant"]], "role of a turn is ['assistant']"),
         (["user"], "no assistant turn"),
         ([], "no assistant turn"),
     ],

@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--source", help="default: the source with the advantage")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
+    if arguments.verify and (arguments.json or arguments.mode or arguments.source):
+        parser.error("--verify looks at everything: --mode, --source and --json belong to one example")
     if not arguments.verify and arguments.mode is None:
         parser.error("--mode is needed to show an example")
     recipe = fusion_data_recipe(arguments)

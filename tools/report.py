@@ -4,7 +4,7 @@
     python tools/report.py alignment WORKDIR/fusion/exact-skip-T2
 
 `alignment`: how each source's distributions came over into the target's tokens. Prints tables and writes
-WORKDIR/reports/alignment/alignment.{json,png,html}.
+WORKDIR/reports/alignment/MAP-UNMATCHED-T/alignment.{json,png,html}.
 """
 
 import argparse

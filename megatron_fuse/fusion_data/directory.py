@@ -36,7 +36,7 @@ def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
         raise UserError("give either the fusion directory (WORKDIR/fusion/MAP-UNMATCHED-T) or --recipe")
     if directory is not None:
         arguments.recipe = directory / _NAME
-        arguments.workdir = str(directory.resolve().parents[1])
+        arguments.workdir = str(directory.resolve().parent.parent)
         if not arguments.recipe.exists():
             raise UserError(
                 f"{arguments.recipe}: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T that {BUILT_BY} has built, "

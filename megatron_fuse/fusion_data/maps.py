@@ -15,7 +15,10 @@ from megatron_fuse.tokenization.spans import TokenSpans
 
 
 def vocabulary_map_of(recipe: Recipe, source: ChatFormat, target: ChatFormat) -> VocabularyMap:
-    """The map of one source, made once. `ms` counts its pairs over the ground truth, the same for both modes."""
+    """The map of one source, made once (ranks that start together make it at the same time and agree on the bytes).
+
+    `ms` counts its pairs over the ground truth, the same for both modes.
+    """
     statistics = recipe.alignment.vocabulary_map == "ms"
     return cached_vocabulary_map(
         fusion_directory(recipe) / "maps",

@@ -74,7 +74,7 @@ def _conversation(row: dict[str, Any], key: str, role_key: str, text_key: str) -
     messages = []
     for turn in turns:
         role = turn.get(role_key)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise _BadRow(f"{role_key} of a turn is {role!r}; known are {', '.join(_ROLES)}")
         messages.append({"role": _ROLES[role], "content": _text(turn, text_key)})
     system = _text(row, "system", optional=True)

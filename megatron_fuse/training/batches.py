@@ -28,7 +28,7 @@ class MicroBatch:
     """One document per sequence, padded on the right, or b = 1 and several documents of one mode on end.
 
     `targets` is None on ranks that compute no loss. cu_seqlens and max_seqlen, where packed, are those of variable-length
-    attention (collation.Inputs): a position sees the positions before it within its document only.
+    attention (collation.Inputs): a position is to see the positions before it within its document only.
     """
 
     tokens: torch.Tensor  # [b, s] int64

@@ -204,7 +204,7 @@ def test_the_command_prints_a_table_and_writes_three_files(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tool), run_name="__main__")
     assert ended.value.code == 0
-    directory = world.workdir / "reports" / "alignment"
+    directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     assert sorted(path.name for path in directory.iterdir()) == ["alignment.html", "alignment.json", "alignment.png"]
     report = json.loads((directory / "alignment.json").read_text())
     assert report == alignment_report(world, progress=str)
@@ -218,7 +218,7 @@ def test_the_command_prints_a_table_and_writes_three_files(
 
 
 def test_the_same_data_give_the_same_files(world: Recipe) -> None:
-    directory = world.workdir / "reports" / "alignment"
+    directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     files = []
     for _ in range(2):
         write_alignment_report(world, progress=str)
