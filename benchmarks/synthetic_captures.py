@@ -18,8 +18,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from megatron_fuse.capture import CAPTURED, CaptureShard, Conversation, SparseRows, plan_capture
+from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.instructions import Example, example_shards, open_instructions, prepare_instructions
+from megatron_fuse.instructions import example_shards, open_instructions, prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import run_plan
@@ -87,25 +88,22 @@ def _model_directory(directory: Path, tokenizer: Path) -> Path:
 def _write_capture(recipe: Recipe, source: str, mean_kept: float, draw: np.random.Generator) -> None:
     chat = load_format(source_options(recipe, source), f"sources.{source}")
     shards = example_shards(open_instructions(recipe))
-    first = [_conversation(recipe, chat, example) for example in shards[0]]
-    frequent = np.unique(_labels(first), return_counts=True)  # one shard says enough about a text's common tokens
+    every_turn = recipe.data.supervise == "every_turn"
+
+    def conversations_of(index: int) -> list[Conversation]:
+        return [conversation_of(chat, example, None, every_turn=every_turn) for example in shards[index]]
+
+    # One shard says enough about a text's common tokens.
+    frequent = np.unique(_labels(conversations_of(0)), return_counts=True)
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
-        conversations = [_conversation(recipe, chat, example) for example in shards[index]]
+        conversations = conversations_of(index)
         rows = _draw_rows(_labels(conversations), recipe, chat, mean_kept, frequent, draw)
         shard = CaptureShard.of(conversations, np.full(len(conversations), CAPTURED), rows)
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
         return {"examples": len(conversations), "rows": len(shard.counts), "entries": len(shard.entry_ids)}
 
     run_plan(plan_capture(recipe, source, "training", chat), make_shard, progress=str)
-
-
-def _conversation(recipe: Recipe, chat: ChatFormat, example: Example) -> Conversation:
-    every_turn = recipe.data.supervise == "every_turn"
-    encoded = chat.encode_conversation(
-        example.prompt(chat.system), example.response, stop=not example.truncated, every_turn=every_turn
-    )
-    return Conversation(example.id, encoded)
 
 
 def _labels(conversations: list[Conversation]) -> np.ndarray:
@@ -125,9 +123,8 @@ def _draw_rows(
     places = np.arange(top_k)
     counts = draw.choice(1 + places, len(tokens), p=_with_mean(top_k, mean_kept))
     kept = places < counts[:, None]  # [r, k]
-    rank = (
-        draw.geometric(0.5, len(tokens)) - 1
-    )  # of the token that came; not among the entries where it is none of the kept
+    # Of the token that came, from 0; where the row keeps no more than so many entries it is not among them.
+    rank = draw.geometric(0.5, len(tokens)) - 1
     ids = np.where(places == rank[:, None], tokens[:, None], _distinct(tokens, top_k, frequent, draw))
 
     gaps = draw.exponential(0.7, (len(tokens), top_k))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.recipe import Recipe
@@ -20,6 +21,11 @@ def export_directory(recipe: Recipe) -> Path:
 
 def target_directory(recipe: Recipe) -> Path:
     return resolve_model(recipe.target.model, "target.model")
+
+
+def target_hashes(target: ChatFormat) -> dict[str, str]:
+    """What artefacts record that hold the target's tokens, or were cut to them."""
+    return {"target tokenizer": target.tokenizer.sha256, "target chat format": target.sha256}
 
 
 def read_target(recipe: Recipe) -> Architecture:

@@ -50,9 +50,7 @@ def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
     return path
 
 
-def _basis(
-    recipe: Recipe, source: str, mode: str, chat: ChatFormat
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _basis(recipe: Recipe, source: str, mode: str, chat: ChatFormat) -> tuple[dict[str, Any], dict[str, str]]:
     """(options, inputs) of a capture, all but the model's weights or the file's content."""
     inputs = {
         "instructions": open_instructions(recipe).sha256,

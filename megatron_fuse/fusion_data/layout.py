@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.chat import ChatFormat
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, Workspace, open_artefact
+from megatron_fuse.target import target_hashes
 
 TEXT_STAGE = "fusion_text"
 TEACHER_STAGE = "fusion_teacher"
@@ -32,10 +32,6 @@ def modes_with_teacher(recipe: Recipe) -> list[str]:
     """Modes whose captures training reads. The ground-truth text needs no source where no phase has a lambda for it (CSFT)."""
     training = any(phase.training.weight > 0 and phase.training.lambda_ > 0 for phase in recipe.phases)
     return ["inference"] * recipe.uses_inference_mode + ["training"] * training
-
-
-def target_hashes(target: ChatFormat) -> dict[str, str]:
-    return {"target tokenizer": target.tokenizer.sha256, "target chat format": target.sha256}
 
 
 def text_options(recipe: Recipe) -> dict[str, int | str]:

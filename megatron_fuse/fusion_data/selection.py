@@ -26,6 +26,8 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, temporary_then_rename
 
+MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -125,16 +127,15 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
     Raises UserError where there is none, or where it was made for other sources, rules or data than the recipe's.
     """
     path = selection_path(recipe, mode)
-    mend = f"run {BUILT_BY} (it takes a second where the documents are built)"
     if not path.exists():
-        raise UserError(f"{path} does not exist: {mend}")
+        raise UserError(f"{path} does not exist: {MEND}")
     try:
         with safe_open(path, "np") as file:
             found = json.loads(file.metadata()["selection"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a selection ({error}): {mend}") from error
+        raise UserError(f"{path}: not a selection ({error}): {MEND}") from error
     for key, want in _basis(recipe, mode, parents).items():
         if found.get(key) != want:
-            raise UserError(f"{path} was made with {key} = {found.get(key)!r}, but now it is {want!r}: {mend}")
+            raise UserError(f"{path} was made with {key} = {found.get(key)!r}, but now it is {want!r}: {MEND}")
     return Selection(arrays["source"], arrays, _sha256(found, arrays["source"]))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.layout import BUILT_BY
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -92,7 +93,7 @@ class Stream:
 def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     """(lengths int32 [n], type of the values) of one shard whose files fit each other."""
     index_path, values_path = f"{prefix}.idx", f"{prefix}.bin"
-    mend = f"restore it or remove {Path(prefix).parent} and run tools/build_fusion_data.py again"
+    mend = f"restore it or remove {Path(prefix).parent} and run {BUILT_BY} again"
     try:
         index = Path(index_path).read_bytes()
         size = os.stat(values_path).st_size

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
 from megatron_fuse.capture import CAPTURED, CaptureShard, capture_shard, open_capture
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.fusion_data.layout import TEACHER_STAGE, target_hashes, teacher_directory, teacher_options
+from megatron_fuse.fusion_data.layout import TEACHER_STAGE, teacher_directory, teacher_options
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.text import (
     Documents,
@@ -34,6 +34,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, temporary_then_rename
+from megatron_fuse.target import target_hashes
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash

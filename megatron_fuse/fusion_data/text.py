@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.chat import ChatFormat, supervised_turns
-from megatron_fuse.fusion_data.layout import TEXT_STAGE, target_hashes, text_directory, text_options
+from megatron_fuse.fusion_data.layout import TEXT_STAGE, text_directory, text_options
 from megatron_fuse.fusion_data.streams import write_stream
 from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, Plan, run_plan, write_jsonl
+from megatron_fuse.target import target_hashes
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_fuse.chat import ChatFormat
+from megatron_fuse.chat import ChatFormat, EncodedConversation, supervised_turns
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.tokenization.spans import response_bytes
 
@@ -15,6 +15,18 @@ def _cut_at_character(data: bytes, length: int) -> bytes:
     while length > 0 and length < len(data) and data[length] & 0xC0 == 0x80:
         length -= 1
     return data[:length]
+
+
+def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[int, int]:
+    """Where to cut for one model: (tokens before the response, bytes of the response in the whole tokens that fit behind them).
+
+    encoded: of more than seq_length tokens. offset: byte at which the response begins, in those of all supervised turns.
+    """
+    first_row = np.searchsorted(encoded.spans.starts, offset)
+    ends = encoded.spans.ends[first_row:] - offset
+    prompt_length = len(encoded.ids) - len(ends)
+    kept = seq_length - prompt_length
+    return prompt_length, int(ends[kept - 1]) if kept > 0 else 0
 
 
 def fit(
@@ -31,34 +43,29 @@ def fit(
     are cut. A whole response counts with its stop token, a cut one has none. The cut is at the last token end of the tightest
     model that is also a character's end. Returns the reason where the example is to be left out.
     """
-    earlier = [turn["content"] for turn in example.messages if every_turn and turn["role"] == "assistant"]
-    offset = len(response_bytes(earlier))
+    formats = list(formats)
+    turns = supervised_turns(example.messages, example.response, every_turn=every_turn)
+    offset = len(response_bytes(turns[:-1]))
     response = example.response.encode()
     truncated = False
-    tokens = 0
-    formats = list(formats)
-    pending = list(enumerate(formats))
-    while pending:
-        index, (name, chat) = pending.pop(0)
+    lengths: list[int] = []  # tokens in each of the formats, from the first on, in which the response fits as it is now
+    while len(lengths) < len(formats):
+        name, chat = formats[len(lengths)]
         encoded = chat.encode_conversation(
             example.prompt(chat.system), response.decode(), stop=not truncated, every_turn=every_turn
         )
-        if index == 0:
-            tokens = len(encoded.ids)
-        if len(encoded.ids) <= seq_length:
+        length = len(encoded.ids)
+        if length <= seq_length:
+            lengths.append(length)
             continue
         if policy == "drop":
-            return f"{len(encoded.ids)} tokens for {name}, seq_length is {seq_length}"
-        own = np.searchsorted(encoded.spans.starts, offset)  # the response's first row
-        ends = encoded.spans.ends[own:] - offset
-        prompt_length = len(encoded.ids) - len(ends)
-        kept = seq_length - prompt_length
-        end = int(ends[kept - 1]) if kept > 0 else 0
+            return f"{length} tokens for {name}, seq_length is {seq_length}"
+        prompt_length, room = _room(encoded, offset, seq_length)
         # Where only the stop token is too much the text stays whole; after that every further cut takes a byte at least.
-        response = _cut_at_character(response, min(end, len(response) - truncated))
-        if not response.strip():
-            room = "room for white space only" if kept > 0 and end else "no room"
-            return f"the prompt leaves {room}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+        response = _cut_at_character(response, min(room, len(response) - truncated))
         truncated = True
-        pending = list(enumerate(formats))  # a cut may split a token, so that those who fitted are asked again
-    return replace(example, response=response.decode(), truncated=truncated, target_tokens=tokens)
+        if not response.strip():
+            left = "room for white space only" if room else "no room"
+            return f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+        lengths.clear()  # a cut may split a token, so that those in which it fitted are asked again
+    return replace(example, response=response.decode(), truncated=truncated, target_tokens=lengths[0])

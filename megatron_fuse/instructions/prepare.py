@@ -33,6 +33,7 @@ from megatron_fuse.storage import (
     shard_bounds,
     write_jsonl,
 )
+from megatron_fuse.target import target_hashes
 
 STAGE = "instructions"
 COMMAND = "tools/prepare_instructions.py"
@@ -48,14 +49,10 @@ def _options(recipe: Recipe) -> dict:
     }
 
 
-def _target_hashes(target: ChatFormat) -> dict[str, str]:
-    return {"target tokenizer": target.tokenizer.sha256, "target chat format": target.sha256}
-
-
 def plan_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Plan:
     """Depends on the user's file and the target, not on the list of sources: a source may join later (and leave out what does not fit it)."""
     target = target or load_format(recipe.target, "target")
-    inputs = {"data.path": table_sha256(recipe.data.path), **_target_hashes(target)}
+    inputs = {"data.path": table_sha256(recipe.data.path), **target_hashes(target)}
     # One unit of work: how many shards it writes is known only once the examples are chosen.
     directory = Workspace(recipe.workdir).instructions
     return Plan(directory, STAGE, _options(recipe), inputs, shards=1, shard_names=[_NAME])
@@ -171,7 +168,7 @@ def open_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artef
     """
     directory = Workspace(recipe.workdir).instructions
     return open_artefact(
-        directory, STAGE, COMMAND, options=_options(recipe), inputs=_target_hashes(target) if target else None
+        directory, STAGE, COMMAND, options=_options(recipe), inputs=target_hashes(target) if target else None
     )
 
 

@@ -144,9 +144,10 @@ def _refuse_difference(directory: Path, key: str, have: Any, want: Any, mend: st
     if isinstance(have, dict) and isinstance(want, Mapping):
         inner = next(k for k in [*want, *have] if have.get(k) != want.get(k))
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
-    raise UserError(f"{directory} was made with {key} = {_shown(have)}, but now {key} = {_shown(want)}: {mend}")
+    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {mend}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A recorded option or input as messages show it: of a sha256 the beginning."""
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:12]}..." if is_hash else repr(value)

@@ -43,9 +43,8 @@ class MicroBatch:
 class GlobalBatch:
     """What every rank knows of a step without reading a document."""
 
-    sequences: list[
-        list[tuple[str, int]]
-    ]  # the documents of each sequence, (mode, example of the dataset), over all ranks
+    # Of all ranks: the documents of each sequence, (mode, example of the dataset).
+    sequences: list[list[tuple[str, int]]]
     packed: bool
     weights: dict[str, tuple[float, float]]  # mode -> weight of one supervised token's (CE, KL)
     supervised_tokens: dict[str, int]  # mode -> N, the denominator

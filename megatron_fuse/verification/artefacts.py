@@ -9,16 +9,11 @@ from megatron_fuse.capture import MODES
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import modes_with_teacher
-from megatron_fuse.fusion_data.layout import (
-    BUILT_BY,
-    target_hashes,
-    teacher_directory,
-    teacher_options,
-    text_directory,
-    text_options,
-)
+from megatron_fuse.fusion_data.layout import BUILT_BY, teacher_directory, teacher_options, text_directory, text_options
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Artefact, Workspace, read_json
+from megatron_fuse.storage.artefact import shown
+from megatron_fuse.target import target_hashes
 
 Problems = Iterator[str]
 
@@ -96,10 +91,5 @@ def lineage_problems(entry: Expected, artefacts: dict[Path, Artefact]) -> Proble
             have = manifest[section].get(key)
             if have != want:
                 whose = f"{entry.parents[key]} is" if key in there else "the recipe has"
-                facts = f"{section}.{key} is {_shown(have)}, {whose} {_shown(want)}"
+                facts = f"{section}.{key} is {shown(have)}, {whose} {shown(want)}"
                 yield f"{entry.directory}/manifest.json: {facts}: {entry.mend}"
-
-
-def _shown(value: Any) -> str:
-    is_hash = isinstance(value, str) and len(value) == 64
-    return f"{value[:12]}..." if is_hash else repr(value)

@@ -4,16 +4,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.layout import BUILT_BY
-from megatron_fuse.fusion_data.selection import choose, read_scores, read_selection, selection_path
+from megatron_fuse.fusion_data.selection import MEND, choose, read_scores, read_selection, selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.verification.shards import mend
 
 Problems = Iterator[str]
 Facts = Mapping[str, np.ndarray]
 """What teachers/SOURCE/MODE/*.examples.safetensors say of the examples, [n] each."""
 FACTS = {"available", "lossy", "ce_sum", "response_bytes", "response_tokens", "answer"}
+
+
+def read_facts(path: Path, examples: int) -> Facts:
+    """The facts of a shard's examples. Raises UserError where they cannot be read or are not of so many examples."""
+    try:
+        facts = load_file(path)
+        if any(len(values) != examples for values in facts.values()) or FACTS - facts.keys():
+            raise UserError(f"holds {sorted(facts)}, wanted are {sorted(FACTS)} of {examples} examples")
+    except (UserError, SafetensorError, OSError) as error:
+        raise UserError(f"{path}: what selection needs cannot be read ({error}){mend(path)}") from error
+    return facts
 
 
 def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], mode: str) -> Problems:
@@ -25,10 +38,8 @@ def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], 
         if bad.any():
             example = int(bad.argmax())
             more = f" (and {bad.sum() - 1:,} more in this file)" if bad.sum() > 1 else ""
-            yield (
-                f"{path}: example {names[example]!r}: available is {facts['available'][example]}, {what}{more}: "
-                f"restore the file, or remove {path.parent} and run {BUILT_BY} again"
-            )
+            available = facts["available"][example]
+            yield f"{path}: example {names[example]!r}: available is {available}, {what}{more}{mend(path)}"
 
 
 def selection_problems(
@@ -36,33 +47,32 @@ def selection_problems(
 ) -> Problems:
     """The stored selection of one mode. parents: sha256 of the text and of every source's rows; facts: of each source."""
     path = selection_path(recipe, mode)
-    mend = f"run {BUILT_BY} (it takes a second where the documents are built)"
     try:
         found = read_selection(recipe, mode, parents).arrays
     except UserError as error:
         yield str(error)
         return
     if len(found["source"]) != len(names):
-        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {mend}"
+        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {MEND}"
         return
     beyond = (found["source"] < -1) | (found["source"] >= len(recipe.sources))
     if beyond.any():
         example = int(beyond.argmax())
         yield (
             f"{path}: example {names[example]!r}: source {found['source'][example]}, "
-            f"the recipe has {len(recipe.sources)}, counted from 0: {mend}"
+            f"the recipe has {len(recipe.sources)}, counted from 0: {MEND}"
         )
     for name, want in choose(recipe, mode, facts, _scores(recipe, len(names), found)).items():
         have = found.get(name)
         if have is None or have.shape != want.shape:
-            yield f"{path}: {name} is missing or of another shape than the sources' facts: {mend}"
+            yield f"{path}: {name} is missing or of another shape than the sources' facts: {MEND}"
             continue
         differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(names), -1).all(1)
         if differs.any():
             example = int(differs.argmax())
             yield (
                 f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, the sources' facts give "
-                f"{want[example].tolist()} ({differs.sum():,} examples differ): {mend}"
+                f"{want[example].tolist()} ({differs.sum():,} examples differ): {MEND}"
             )
 
 

@@ -13,16 +13,10 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES
 from megatron_fuse.fusion_data.layout import BUILT_BY
 from megatron_fuse.fusion_data.streams import Stream
+from megatron_fuse.storage import read_jsonl
 
 # Log-probabilities are rounded down to float16, so that only float32's rounding of a row can carry it above 1.
 MOST_MASS = 1 + 1e-4
-
-DTYPES = {
-    "supervised": [np.uint8],
-    "counts": [np.uint8],
-    "match": [np.uint8],
-    "entry_logprobs": [np.uint16],
-}  # else ids
 
 Problems = Iterator[str]
 
@@ -82,8 +76,18 @@ class ShardFiles:
         return describe
 
 
-def mend(prefix: Path) -> str:
-    return f": restore the file, or remove {prefix.parent} and run {BUILT_BY} again"
+def mend(path: Path) -> str:
+    """What helps where a file, or the files of a prefix, are damaged: the end of a problem's line."""
+    return f": restore the file, or remove {path.parent} and run {BUILT_BY} again"
+
+
+def read_listed(prefix: Path) -> dict[str, int]:
+    """Supervised tokens by id, as the text lists them. Raises UserError where that cannot be read."""
+    path = prefix.with_name(prefix.name + ".examples.jsonl")
+    try:
+        return {str(row["id"]): int(row["supervised_tokens"]) for _, row in read_jsonl(path)}
+    except (UserError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{path}: its examples cannot be read ({error}){mend(prefix)}") from error
 
 
 def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:

@@ -1,0 +1,152 @@
+"""The whole verification: artefacts, then the text shard by shard, then every mode's rows and the choice between its sources."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import modes_with_teacher
+from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS
+from megatron_fuse.fusion_data.layout import teacher_directory, teacher_options, text_directory
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.storage import Artefact
+from megatron_fuse.verification.artefacts import expected_artefacts, file_problems, lineage_problems, open_artefacts
+from megatron_fuse.verification.selection import Facts, fact_problems, read_facts, selection_problems
+from megatron_fuse.verification.shards import (
+    ShardFiles,
+    document_problems,
+    labels_per_example,
+    listed_problems,
+    mend,
+    read_listed,
+    row_problems,
+)
+
+
+@dataclass
+class Verification:
+    """problems: one line each, with file, example or row, value and mend; counts: what was looked at."""
+
+    problems: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def verify_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -> Verification:
+    """Looks at all fusion data of a recipe. Raises UserError only where the recipe's target itself cannot be read."""
+    target = load_format(recipe.target, "target")
+    found = Verification()
+    expected = expected_artefacts(recipe, target)
+    artefacts = open_artefacts(expected, found.problems)
+    for entry in expected:
+        if entry.directory in artefacts:
+            progress(f"{entry.directory}: checksums and lineage")
+            artefact = artefacts[entry.directory]
+            found.problems += [*file_problems(artefact), *lineage_problems(entry, artefacts)]
+            files = artefact.manifest["files"].values()
+            found.counts.update(artefacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
+    text = artefacts.get(text_directory(recipe))
+    if text:
+        verifier = _ShardVerifier(recipe, target.tokenizer.vocab_size, found, progress)
+        shards = [verifier.text_shard(prefix) for prefix in _prefixes(text)]
+        for mode in modes_with_teacher(recipe):
+            teachers = {source: artefacts.get(teacher_directory(recipe, source, mode)) for source in recipe.sources}
+            verifier.mode(mode, text, shards, {source: teacher for source, teacher in teachers.items() if teacher})
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _TextShard:
+    """names: the examples' ids, none where they cannot be read (then nothing more is said of the shard).
+
+    labels int64 [n]: their supervised tokens, None where these cannot be read.
+    """
+
+    names: list[str]
+    labels: np.ndarray | None
+
+
+class _ShardVerifier:
+    """Looks into the shards of one recipe's artefacts and adds what it finds to `found`."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int, found: Verification, progress: Callable[[str], None]) -> None:
+        self.recipe = recipe
+        self.vocab_size = vocab_size  # the target's
+        self.found = found
+        self.progress = progress
+
+    def text_shard(self, prefix: Path) -> _TextShard:
+        self.progress(f"{prefix}: documents")
+        try:
+            listed = read_listed(prefix)
+        except UserError as error:
+            self.found.problems.append(str(error))
+            listed = {}
+        if not listed:
+            return _TextShard([], None)
+        shard = ShardFiles.read(prefix, list(listed), TEXT_FIELDS)
+        labels = self._documents(shard)
+        self.found.problems += listed_problems(shard, labels, np.array([*listed.values()]))
+        return _TextShard(list(listed), labels)
+
+    def mode(self, mode: str, text: Artefact, shards: list[_TextShard], teachers: dict[str, Artefact]) -> None:
+        """Rows of these sources, and the selection where the facts of all the recipe's sources can be read."""
+        facts = [self._teacher(mode, teacher, shards) for teacher in teachers.values()]
+        if len(facts) == len(self.recipe.sources) and None not in facts and all(shard.names for shard in shards):
+            self.progress(f"selection of the {mode} mode")
+            parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
+            names = list(chain.from_iterable(shard.names for shard in shards))
+            self.found.problems += selection_problems(self.recipe, mode, parents, facts, names)
+
+    def _teacher(self, mode: str, teacher: Artefact, shards: list[_TextShard]) -> Facts | None:
+        """One source's rows. The facts of all examples; None where some cannot be read."""
+        prefixes = _prefixes(teacher)
+        if len(prefixes) != len(shards):
+            manifest = teacher.directory / "manifest.json"
+            self.found.problems.append(
+                f"{manifest}: {len(prefixes)} shards, the text has {len(shards)}{mend(manifest)}"
+            )
+            return None
+        pairs = zip(prefixes, shards, strict=True)
+        facts = [self._row_shard(mode, prefix, shard) for prefix, shard in pairs if shard.names]
+        if not facts or None in facts:
+            return None
+        return {name: np.concatenate([part[name] for part in facts]) for name in facts[0]}
+
+    def _row_shard(self, mode: str, prefix: Path, text: _TextShard) -> Facts | None:
+        """The facts of one shard's examples; None where they cannot be read."""
+        self.progress(f"{prefix}: rows")
+        labels = text.labels
+        if mode == "inference":  # documents of its own: the source's answers
+            labels = self._documents(ShardFiles.read(prefix, text.names, TEXT_FIELDS))
+        shard = ShardFiles.read(prefix, text.names, ROW_FIELDS)
+        most = teacher_options(self.recipe, mode)["entries_per_row"]
+        self.found.problems += row_problems(shard, labels, vocab_size=self.vocab_size, entries_per_row=most)
+        sizes = {name: len(rows.values) for name, rows in shard.fields.items()}
+        self.found.counts.update(rows=sizes.get("counts", 0), entries=sizes.get("entry_ids", 0))
+        path = prefix.with_name(prefix.name + ".examples.safetensors")
+        try:
+            facts = read_facts(path, len(text.names))
+        except UserError as error:
+            self.found.problems.append(str(error))
+            return None
+        if labels is not None:
+            self.found.problems += fact_problems(path, facts, labels, text.names, mode)
+        return facts
+
+    def _documents(self, shard: ShardFiles) -> np.ndarray | None:
+        """Checks the conversations; supervised tokens of each, None where they cannot be read."""
+        seq_length = self.recipe.training.seq_length
+        self.found.problems += document_problems(shard, vocab_size=self.vocab_size, seq_length=seq_length)
+        labels = labels_per_example(shard)
+        if labels is not None:
+            self.found.counts.update(documents=int((labels > 0).sum()), supervised_tokens=int(labels.sum()))
+        return labels
+
+
+def _prefixes(artefact: Artefact) -> list[Path]:
+    return [artefact.directory / f"shard-{index:05d}" for index in range(artefact.manifest["shards"])]
