@@ -10,7 +10,7 @@ Computed shard by shard from fusion data and captures. The numbers are one JSON 
     label_mass  share of the rows that the label's own mass changes
     rows        {"all" or a class of text: rows; exact, condition, onehot, skip: shares of them; mass: mean stored mass of
                 the exact ones, which can be set beside the captured mass}
-    longest_unmatched   [example, tokens, bytes, text] of the longest runs of skipped labels
+    longest_unmatched   [example, tokens, bytes, text] of the longest different runs of skipped labels
 
 Rows are the supervised tokens of the examples read; a class is that of the label's text. A share or mean of nothing is null.
 """
@@ -135,7 +135,10 @@ class Tally:
 
 
 def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> list[dict[str, Any]]:
-    """The LONGEST longest runs of skipped labels by bytes, none across two examples; names: of the shard's examples."""
+    """The LONGEST longest runs of skipped labels by bytes, of equal texts the first; none lies across two examples.
+
+    names: of the shard's examples.
+    """
     key = np.where(labels.match == MATCHES.index("skip"), labels.example, -1)
     bounds = np.flatnonzero(np.concatenate([[True], np.diff(key) != 0, [True]])) if len(key) else np.zeros(1, np.int64)
     begins, ends = bounds[:-1], bounds[1:]
@@ -143,17 +146,25 @@ def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> l
     begins, ends = begins[skipped], ends[skipped]
     total = np.concatenate([[0], np.cumsum(tokenizer.byte_lengths[labels.tokens])])
     sizes = total[ends] - total[begins]
-    return [
-        {
-            "example": names[key[begins[i]]],
-            "tokens": int(ends[i] - begins[i]),
-            "bytes": int(sizes[i]),
-            "text": tokenizer.joined_bytes(labels.tokens[begins[i] : ends[i]].tolist()).decode(
-                errors="backslashreplace"
-            ),
-        }
-        for i in np.argsort(-sizes, kind="stable")[:LONGEST]
-    ]
+    found: dict[bytes, dict[str, Any]] = {}
+    for i in np.argsort(-sizes, kind="stable"):
+        piece = tokenizer.joined_bytes(labels.tokens[begins[i] : ends[i]].tolist())
+        if piece not in found:
+            found[piece] = {
+                "example": names[key[begins[i]]],
+                "tokens": int(ends[i] - begins[i]),
+                "bytes": int(sizes[i]),
+                "text": piece.decode(errors="backslashreplace"),
+            }
+        if len(found) == LONGEST:
+            break
+    return list(found.values())
+
+
+def _longest(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the spans of several shards."""
+    first = {span["text"]: span for span in reversed(spans)}  # the later entry stays: of equal texts the first
+    return sorted(first.values(), key=lambda span: (-span["bytes"], spans.index(span)))[:LONGEST]
 
 
 def _teacher_report(
@@ -164,8 +175,7 @@ def _teacher_report(
     examples = read = whole = 0
     for names, facts, labels in _shards(text, teacher, mode):
         tally += Tally.of(labels, classes)
-        longest += unmatched_spans(labels, target.tokenizer, names)
-        longest = sorted(longest, key=lambda span: -span["bytes"])[:LONGEST]
+        longest = _longest(longest + unmatched_spans(labels, target.tokenizer, names))
         available = facts["available"].astype(bool)
         examples += len(names)
         read += int(available.sum())
