@@ -157,5 +157,6 @@ def test_teacher_entries_read_against_the_text(recipe_file: Path, mode: str) -> 
     rows = [token for token in shown["tokens"] if token["supervised"] and token["match"] == "exact"]
     assert len(rows) > 10
     named = [token for token in rows if token["id"] in {entry["id"] for entry in token["entries"]}]
-    # A small model's ten likeliest tokens hold the right one far more often than ten of 32000 at random would.
-    assert len(named) > 0.25 * len(rows)
+    # A small model's ten likeliest tokens hold the right one far more often than ten of 32000 at random would; what it sampled
+    # itself, from a distribution as flat as its own, less often than real text.
+    assert len(named) > {"training": 0.25, "inference": 0.1}[mode] * len(rows)
