@@ -3,11 +3,12 @@
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer
+from megatron_fuse.tokenization.transformers_export import wrap_backend
 
 BPE = 2  # TrainerSpec.ModelType
 
@@ -48,20 +49,7 @@ def as_transformers(tokenizer: Tokenizer, model: Any, *, legacy: bool) -> PreTra
         backend.add_special_tokens([entry]) if entry.special else backend.add_tokens([entry])
         if backend.token_to_id(text) != token:
             raise UserError(f"{tokenizer.name}: token {text!r} has id {token}, which leaves a hole in the numbering")
-    text_of = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    named = {name: tokenizer.token_text(token) for name, token in text_of.items() if token is not None}
-    if tokenizer.adds_bos:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=unknown,
-        chat_template=tokenizer.chat_template,
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
+    return wrap_backend(tokenizer, backend, unk_token=unknown)
 
 
 def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

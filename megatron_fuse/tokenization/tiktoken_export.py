@@ -3,11 +3,12 @@
 import json
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fuse.tokenization.tokenizer import Tokenizer
 from megatron_fuse.tokenization.tokenizer_json import byte_level_table
+from megatron_fuse.tokenization.transformers_export import wrap_backend
 
 
 def as_transformers(
@@ -33,19 +34,7 @@ def as_transformers(
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    named = {name: tokenizer.token_text(token) for name, token in ids.items() if token is not None}
-    if tokenizer.adds_bos:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=tokenizer.chat_template,
-        clean_up_tokenization_spaces=False,
-        **named,
-    )
+    return wrap_backend(tokenizer, backend)
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
