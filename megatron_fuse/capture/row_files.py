@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage import parse_row
 
 # Of Parquet: rows decoded together, and bytes read together of every column.
 _BATCH, _BUFFER = 32, 2**20
@@ -71,7 +72,7 @@ class _Jsonl:
             for (offset, line), name in found:
                 file.seek(offset)
                 place = f"{self.path}:{line}"
-                yield FileRow(name, place, _parse(file.readline(), place))
+                yield FileRow(name, place, parse_row(file.readline(), place))
 
 
 class _Parquet:
@@ -143,14 +144,4 @@ def _id(line: bytes, place: str) -> Any:
     if leading:
         with suppress(ValueError):
             return json.loads(leading[1])
-    return _parse(line, place).get("id")
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}): a row is a JSON object on one line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: a row is a JSON object on one line, this is a {type(row).__name__}")
-    return row
+    return parse_row(line, place).get("id")

@@ -11,6 +11,7 @@ values: nothing is overwritten. Any number of processes may share the work; whoe
 
 from megatron_fuse.storage.artefact import Artefact, Plan, Shards, completed, open_artefact
 from megatron_fuse.storage.files import (
+    parse_row,
     read_json,
     read_jsonl,
     remove_abandoned,
@@ -31,6 +32,7 @@ __all__ = [
     "Workspace",
     "completed",
     "open_artefact",
+    "parse_row",
     "rank_and_world",
     "read_json",
     "read_jsonl",

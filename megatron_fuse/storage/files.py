@@ -87,18 +87,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def parse_row(line: bytes, place: str) -> dict[str, Any]:
+    """One line of JSONL; place: file and line, for the error. Raises UserError for what is no JSON object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not valid JSON ({error}): a row is a JSON object on one line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row is a JSON object on one line, this is a {type(row).__name__}")
+    return row
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, row) of every non-empty line. A malformed line raises UserError naming it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number}: not valid JSON ({error}): a row is a JSON object on one line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a row is a JSON object on one line, this is a {type(row).__name__}")
-            yield number, row
+            if line.strip():
+                yield number, parse_row(line, f"{path}:{number}")
