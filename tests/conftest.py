@@ -1,9 +1,13 @@
 """Fixtures of all tests."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rank_pool import RankPool
+
+from megatron_fuse.recipe import Recipe
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +15,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """All stages before training, over the small world of small_fusion; to be read."""
+    from small_fusion import build_world  # brings torch and transformers, which most tests do without
+
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def copied(world: Recipe, tmp_path: Path) -> Recipe:
+    """The world in a directory of the test's own, to be changed or damaged."""
+    shutil.copytree(world.workdir, tmp_path / "run")
+    return world.model_copy(update={"workdir": tmp_path / "run"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_fusion import SOURCES, build_world
+from small_fusion import SOURCES
 
 from megatron_fuse.alignment import build_vocabulary_map
 from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
@@ -25,19 +25,6 @@ from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.tokenization.spans import SpanFlag
 
 MODES = ("training", "inference")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """All stages, once for the tests of this file."""
-    return build_world(tmp_path_factory.mktemp("fusion"))
-
-
-@pytest.fixture
-def copied(world: Recipe, tmp_path: Path) -> Recipe:
-    """The world in a directory of the test's own, to be changed."""
-    shutil.copytree(world.workdir, tmp_path / "run")
-    return world.model_copy(update={"workdir": tmp_path / "run"})
 
 
 def changed(recipe: Recipe, **sections: object) -> Recipe:

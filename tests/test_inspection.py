@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_fusion import build_world
 
 from megatron_fuse.capture import MODES
 from megatron_fuse.errors import UserError
@@ -17,12 +16,6 @@ from megatron_fuse.fusion_data import MATCHES, FusionDataset
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.inspection import find_example, format_view, view_document
 from megatron_fuse.recipe import Recipe, dump_recipe
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """All stages, once for the tests of this file."""
-    return build_world(tmp_path_factory.mktemp("fusion"))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_fusion import SOURCES, build_world
+from small_fusion import SOURCES
 
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
@@ -22,19 +22,6 @@ from megatron_fuse.verification import Verification, verify_fusion_data
 
 TEACHER = "teachers/beta/training"
 ANSWERS = "teachers/beta/inference"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """All stages, once for the tests of this file."""
-    return build_world(tmp_path_factory.mktemp("verified"))
-
-
-@pytest.fixture
-def copied(world: Recipe, tmp_path: Path) -> Recipe:
-    """The world in a directory of the test's own, to be damaged."""
-    shutil.copytree(world.workdir, tmp_path / "run")
-    return world.model_copy(update={"workdir": tmp_path / "run"})
 
 
 def verified(recipe: Recipe) -> Verification:

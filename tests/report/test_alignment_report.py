@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_fusion import SOURCES, build_world
+from small_fusion import SOURCES
 from small_tokenizers import hugging_face
 
 from megatron_fuse.capture import CAPTURED, capture_shard, open_capture
@@ -26,12 +26,6 @@ from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 
 MODES = ("training", "inference")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """All stages, once for the tests of this file."""
-    return build_world(tmp_path_factory.mktemp("reported"))
 
 
 @pytest.fixture(scope="module")
