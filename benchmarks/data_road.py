@@ -8,10 +8,10 @@ cores; exits with 1 where a figure misses what is wanted.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from table import run_all
 
 BOTH = {"--target-tokenizer": "target_tokenizer", "--source-tokenizer": "source_tokenizer"}
 TEXTS = {"--instructions": "instructions"}
@@ -30,20 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("target_tokenizer", "large_target_tokenizer", "source_tokenizer", "instructions"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, required=True)
-    parser.add_argument("--csv", type=Path, help="file that the rows are added to")
-    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=list(BENCHMARKS))
-    options = parser.parse_args()
-    failed = []
-    for file in options.only:
-        inputs, threads = BENCHMARKS[file]
-        command = [sys.executable, str(Path(__file__).with_name(file))]
-        for flag, name in (inputs | ({"--csv": "csv"} if options.csv else {})).items():
-            command += [flag, str(getattr(options, name))]
-        print(f"\n{file}, {threads} thread{'s' * (threads > 1)}", flush=True)
-        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False).returncode:
-            failed.append(file)
-    print(f"\nmissed or failed: {', '.join(failed)}" if failed else "\nall that is wanted holds")
-    return bool(failed)
+    return run_all(parser, BENCHMARKS)
 
 
 if __name__ == "__main__":

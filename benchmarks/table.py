@@ -2,8 +2,11 @@
 
 import argparse
 import csv
+import os
 import platform
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -51,6 +54,27 @@ def run(
     if options.csv:
         append_csv(options.csv, measurements)
     return int(any(m.holds is False for m in measurements))
+
+
+def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapping[str, str], int]]) -> int:
+    """A command line over several benchmarks, each in a process of its own. Returns 1 where one missed something or failed.
+
+    benchmarks: file beside this one -> the parser's arguments by the benchmark's own flags, and its threads.
+    """
+    parser.add_argument("--csv", type=Path, help="file that the rows are added to")
+    parser.add_argument("--only", choices=benchmarks, nargs="+", default=list(benchmarks))
+    options = parser.parse_args()
+    failed = []
+    for file in options.only:
+        inputs, threads = benchmarks[file]
+        command = [sys.executable, str(Path(__file__).with_name(file))]
+        for flag, name in {**inputs, **({"--csv": "csv"} if options.csv else {})}.items():
+            command += [flag, str(getattr(options, name))]
+        print(f"\n{file}, {threads} thread{'s' * (threads > 1)}", flush=True)
+        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False).returncode:
+            failed.append(file)
+    print(f"\nmissed or failed: {', '.join(failed)}" if failed else "\nall that is wanted holds")
+    return int(bool(failed))
 
 
 def print_table(measurements: Sequence[Measurement]) -> None:
