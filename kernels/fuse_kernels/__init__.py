@@ -4,6 +4,8 @@ Shapes, everywhere in this package: n rows (tokens), v columns of this rank's vo
 a rows that take part in the loss (a <= n), e entries whose column lies in this shard.
 """
 
-from fuse_kernels.loss import IMPLEMENTATIONS, TAILS, sparse_kl_cross_entropy
+from fuse_kernels.arguments import IMPLEMENTATIONS, TAILS
+from fuse_kernels.linear import fused_linear_sparse_kl
+from fuse_kernels.loss import sparse_kl_cross_entropy
 
-__all__ = ["IMPLEMENTATIONS", "TAILS", "sparse_kl_cross_entropy"]
+__all__ = ["IMPLEMENTATIONS", "TAILS", "fused_linear_sparse_kl", "sparse_kl_cross_entropy"]

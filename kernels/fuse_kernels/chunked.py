@@ -5,7 +5,7 @@ treated in fp64. The rest ("off the ids") is dense: it is read in chunks of rows
 are taken on their own, relative to its own maximum. The student's tail mass is therefore never computed as 1 - M and keeps
 its relative precision however certain the student is.
 
-Bytes moved: each logit is read once forward; read once, and its gradient written once, backward.
+The gradient is written over the logits. Bytes moved: each logit is read once forward, read and written once backward.
 """
 
 from collections.abc import Iterator
@@ -16,59 +16,86 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fuse_kernels.rows import ActiveRows, SparseTarget, VocabularyShard, sparse_target
+from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, VocabularyShard, sparse_target
 
-_CHUNK_ELEMENTS = (
-    1 << 19
-)  # of one scratch buffer, 2 MB of fp32: in cache, yet few enough calls that threads seldom wait
+_CHUNK_ELEMENTS = 1 << 17  # of a scratch buffer, per thread: two of 512 KB in fp32 stay in a core's own cache
+_POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential
 
 
 def chunked_loss(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, ce, kl [a] from logits [n, v]; differentiable once. Under a group: one all-gather of [a, 5] fp64, forward."""
-    return _ChunkedLoss.apply(logits, rows, sparse_target(rows, tail), temperature, shard)
+    """loss, ce, kl [a] from logits [n, v], over which backward writes the gradient."""
+    return _ChunkedLoss.apply(logits, rows, temperature, tail, shard)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, rows: ActiveRows, target: SparseTarget, temperature: float, shard: VocabularyShard):
-        entries = _local_entries(logits, rows, target, shard)
-        statistics = _statistics(logits, rows, target, entries, temperature, shard)
-
-        ce = (statistics.lse_1 - statistics.label_logit).where(rows.labels >= 0, 0.0)
-        mass, tail = target.mass, statistics.tail
-        kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
-        kl = kl + tail.xlogy(tail) - (tail * statistics.off_t).where(tail > 0, 0.0)
-        # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
-        loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
-        loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
-
+    def forward(ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard):
+        (loss, ce, kl), ctx.state = chunked_losses(logits, rows, temperature, tail, shard)
         ctx.save_for_backward(logits)
-        ctx.state = (rows, entries, statistics, temperature, shard)
+        ctx.overwritten = False
         ctx.set_materialize_grads(False)
-        result = torch.promote_types(logits.dtype, torch.float32)
-        loss, ce, kl = loss.to(result), ce.to(result), kl.to(result)
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _ce, _kl):
+        nothing = (None,) * 4
         if upstream is None:
-            return None, None, None, None, None
+            return None, *nothing
+        if ctx.overwritten:
+            raise RuntimeError(OVERWRITTEN)
+        ctx.overwritten = True
         (logits,) = ctx.saved_tensors
-        rows, entries, statistics, temperature, shard = ctx.state
-        w_ce = upstream.double() * rows.ce_weight
-        w_kl = upstream.double() * rows.kl_weight / temperature
-        if rows.index is None:
-            gradient = torch.empty_like(logits)
-            gradient[:, shard.columns :] = 0
-        else:
-            gradient = torch.zeros_like(logits)
-        _write_off_ids(gradient, logits, rows, statistics, w_ce, w_kl, temperature, shard)
-        _write_special(gradient, rows, entries, statistics, w_ce, w_kl, temperature)
-        return gradient, None, None, None, None
+        chunked_gradient_(logits, upstream, ctx.state)
+        return logits, *nothing
+
+
+@dataclass(frozen=True)
+class ChunkedState:
+    """What the gradient takes from the forward pass, beside the logits."""
+
+    rows: ActiveRows
+    entries: "_LocalEntries"
+    statistics: "_Statistics"
+    temperature: float
+    shard: VocabularyShard
+
+
+def chunked_losses(
+    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+) -> tuple[tuple[Tensor, Tensor, Tensor], ChunkedState]:
+    """loss, ce, kl [a] from logits [n, v], which stay as they are. Under a group: one all-gather of [a, 5] fp64."""
+    target = sparse_target(rows, tail)
+    entries = _local_entries(logits, rows, target, shard)
+    statistics = _statistics(logits, rows, target, entries, temperature, shard)
+
+    ce = (statistics.lse_1 - statistics.label_logit).where(rows.labels >= 0, 0.0)
+    mass, left = target.mass, statistics.tail
+    kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
+    kl = kl + left.xlogy(left) - (left * statistics.off_t).where(left > 0, 0.0)
+    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
+    loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
+    loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
+    result = torch.promote_types(logits.dtype, torch.float32)
+    losses = loss.to(result), ce.to(result), kl.to(result)
+    return losses, ChunkedState(rows, entries, statistics, temperature, shard)
+
+
+def chunked_gradient_(logits: Tensor, upstream: Tensor, state: ChunkedState) -> None:
+    """Writes the gradient of sum(upstream [a] * loss) over the logits [n, v]."""
+    rows, statistics, temperature = state.rows, state.statistics, state.temperature
+    w_ce = upstream.double() * rows.ce_weight
+    w_kl = upstream.double() * rows.kl_weight / temperature
+    if rows.index is not None:
+        skipped = torch.ones(rows.count, dtype=torch.bool, device=logits.device)
+        skipped[rows.index] = False
+        logits[skipped] = 0
+    logits[:, state.shard.columns :] = 0
+    _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, state.shard)
+    _write_special(logits, rows, state.entries, statistics, w_ce, w_kl, temperature)
 
 
 # --- the special columns: gathered, fp64 -----------------------------------------------------------------------------
@@ -115,7 +142,7 @@ def _position(rows: ActiveRows, row: Tensor) -> Tensor:
     return row if rows.index is None else rows.index[row]
 
 
-def _write_special(gradient, rows, entries, statistics, w_ce, w_kl, temperature) -> None:
+def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -> None:
     """The columns of labels and entries, rounded once from fp64. Labels first: an entry at the label's column wins."""
     lse_1, lse_t, off_t = statistics.lse_1, statistics.lse_t, statistics.off_t
     total, tail = statistics.total, statistics.tail
@@ -125,13 +152,13 @@ def _write_special(gradient, rows, entries, statistics, w_ce, w_kl, temperature)
     q = (logit / temperature - lse_t[row]).exp()
     r = (logit / temperature - off_t[row]).exp().where(tail[row] > 0, 0.0)
     value = w_ce[row] * (p - 1) + w_kl[row] * (total[row] * q - tail[row] * r)
-    gradient[_position(rows, row), entries.label_column] = value.to(gradient.dtype)
+    logits[_position(rows, row), entries.label_column] = value.to(logits.dtype)
 
     row, logit = entries.row, entries.logit
     p = (logit - lse_1[row]).exp()
     q = (logit / temperature - lse_t[row]).exp()
     value = w_ce[row] * (p - entries.is_label) + w_kl[row] * (total[row] * q - entries.mass)
-    gradient[_position(rows, row), entries.column] = value.to(gradient.dtype)
+    logits[_position(rows, row), entries.column] = value.to(logits.dtype)
 
 
 # --- per-row statistics: what the shards tell each other --------------------------------------------------------------
@@ -186,32 +213,38 @@ def _off_ids_logsumexp(logits, rows, entries, temperature, shard) -> tuple[Tenso
     count = rows.labels.numel()
     sum_1, sum_t, shift_1, shift_t = torch.zeros((4, count), dtype=torch.float64, device=logits.device)
     first_entry = torch.searchsorted(entries.row, torch.arange(count + 1, device=logits.device)).tolist()
-    for start, stop, x, y in _chunks(logits, rows, shard):
-        _read(logits, rows, start, stop, out=x)
+    for start, stop, x, _ in _chunks(logits, rows, shard):
         mine = slice(first_entry[start], first_entry[stop])
-        x[entries.row[mine] - start, entries.column[mine]] = -torch.inf
-        shift = x.amax(1, keepdim=True)
-        shift = shift.where(shift != -torch.inf, 0.0)
-        shift_1[start:stop] = shift[:, 0]
-        if temperature not in (1, 2):
-            sum_1[start:stop] = torch.sub(x, shift, out=y).exp_().sum(1)
-        shift = shift / temperature
-        shift_t[start:stop] = shift[:, 0]
-        x.mul_(1 / temperature).sub_(shift).exp_()
+        on_ids = entries.row[mine] - start, entries.column[mine]
+
+        def exponentials(scale: float, start=start, stop=stop, x=x, on_ids=on_ids) -> Tensor:
+            """exp(scale z - shift) in x; returns the shift [rows]."""
+            _read(logits, rows, start, stop, scale, out=x)
+            x[on_ids] = -torch.inf
+            shift = x.amax(1, keepdim=True)
+            shift = shift.where(shift != -torch.inf, 0.0)
+            x.sub_(shift).exp_()
+            return shift[:, 0]
+
+        if temperature not in _POWERS:
+            shift_1[start:stop] = exponentials(1.0)
+            sum_1[start:stop] = x.sum(1)
+        shift_t[start:stop] = exponentials(1 / temperature)
         sum_t[start:stop] = x.sum(1)
-        if temperature == 1:
-            sum_1[start:stop] = sum_t[start:stop]
-        elif temperature == 2:  # exp is what costs: square instead of a second one
-            sum_1[start:stop] = torch.mul(x, x, out=y).sum(1)
+        if temperature in _POWERS:
+            for _ in range(_POWERS.index(temperature)):
+                x.mul_(x)
+            shift_1[start:stop] = temperature * shift_t[start:stop]
+            sum_1[start:stop] = sum_t[start:stop] if temperature == 1 else x.sum(1)
     return shift_1 + sum_1.log(), shift_t + sum_t.log()
 
 
-def _write_off_ids(gradient, logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
+def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
     """The gradient of every column as if it were off the ids and not the label: w_ce p + w_kl (total q - tail r)."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
-    # At T = 1 and 2 exp(z - shift_1) is a power of exp(z / T - shift_t); at a large T that power would overflow.
-    shift_1 = temperature * shift_t if temperature in (1, 2) else statistics.lse_1.to(dtype).double()
+    # A power of exp(z / T - shift_t) is exp(z - T shift_t); at a large T that could overflow.
+    shift_1 = temperature * shift_t if temperature in _POWERS else statistics.lse_1.to(dtype).double()
     factor_1 = w_ce * (shift_1 - statistics.lse_1).exp()
     student = statistics.total * (shift_t - statistics.lse_t).exp()
     teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
@@ -221,25 +254,26 @@ def _write_off_ids(gradient, logits, rows, statistics, w_ce, w_kl, temperature, 
     columns = (factor_t, factor_1, shift_t, shift_1)
     factor_t, factor_1, shift_t, shift_1 = (column.to(dtype)[:, None] for column in columns)
 
-    in_place = rows.index is None and gradient.dtype == dtype  # no scratch needed: the gradient's rows are their own
+    in_place = rows.index is None and logits.dtype == dtype
     for start, stop, x, y in _chunks(logits, rows, shard):
-        if in_place:
-            x = gradient[start:stop, : shard.columns]
-        _read(logits, rows, start, stop, out=x)
         f_t, f_1 = factor_t[start:stop], factor_1[start:stop]
-        if temperature not in (1, 2):
-            torch.sub(x, shift_1[start:stop], out=y).exp_().mul_(f_1)
-        x.mul_(1 / temperature).sub_(shift_t[start:stop]).exp_()
+        if temperature not in _POWERS:
+            _read(logits, rows, start, stop, 1.0, out=y)
+            y.sub_(shift_1[start:stop]).exp_().mul_(f_1)
+        _read(logits, rows, start, stop, 1 / temperature, out=x)
+        x.sub_(shift_t[start:stop]).exp_()
+        gradient = logits[start:stop, : shard.columns] if in_place else x
         if temperature == 1:
-            x.mul_(f_t)
+            torch.mul(x, f_t, out=gradient)
         elif temperature == 2:
-            x.mul_(torch.mul(x, f_1, out=y).add_(f_t))
+            torch.mul(x, torch.mul(x, f_1, out=y).add_(f_t), out=gradient)
+        elif temperature == 4:
+            torch.mul(x, torch.mul(x, x, out=y).mul_(x).mul_(f_1).add_(f_t), out=gradient)
         else:
-            x.mul_(f_t).add_(y)
-        if rows.index is None and not in_place:
-            gradient[start:stop, : shard.columns] = x
-        elif rows.index is not None:
-            gradient[rows.index[start:stop], : shard.columns] = x.to(gradient.dtype)
+            torch.addcmul(y, x, f_t, out=gradient)
+        if not in_place:
+            place = slice(start, stop) if rows.index is None else rows.index[start:stop]
+            logits[place, : shard.columns] = x.to(logits.dtype)
 
 
 def _chunks(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -247,7 +281,7 @@ def _chunks(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterato
     count = rows.labels.numel()
     if shard.columns == 0 or count == 0:
         return
-    size = min(max(1, _CHUNK_ELEMENTS // shard.columns), count)
+    size = min(max(1, _CHUNK_ELEMENTS * torch.get_num_threads() // shard.columns), count)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     x, y = torch.empty((2, size, shard.columns), dtype=dtype, device=logits.device)
     for start in range(0, count, size):
@@ -255,8 +289,11 @@ def _chunks(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterato
         yield start, stop, x[: stop - start], y[: stop - start]
 
 
-def _read(logits: Tensor, rows: ActiveRows, start: int, stop: int, out: Tensor) -> None:
-    if rows.index is None:
-        out.copy_(logits[start:stop, : out.shape[1]])
-    else:
-        out.copy_(logits[rows.index[start:stop], : out.shape[1]])
+def _read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float, out: Tensor) -> None:
+    """scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
+    part = logits[start:stop] if rows.index is None else logits[rows.index[start:stop]]
+    part = part[:, : out.shape[1]]
+    if part.dtype == out.dtype:
+        torch.mul(part, scale, out=out)
+    else:  # a product of half types would be rounded before it is stored
+        out.copy_(part).mul_(scale)

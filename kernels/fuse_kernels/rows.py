@@ -6,6 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+OVERWRITTEN = (
+    "the logits' gradient was written over the logits in the first backward pass, so that there can be no second: run the forward "
+    'pass again, or use implementation="reference", which keeps the logits'
+)
+
 
 @dataclass(frozen=True)
 class VocabularyShard:
@@ -29,6 +34,11 @@ class ActiveRows:
     ce_weight: Tensor  # [a] fp64, 0 where there is no label
     kl_weight: Tensor  # [a] fp64, 0 where there is no teacher entry
 
+    def part(self, start: int, stop: int) -> "ActiveRows":
+        """The active rows start ... stop - 1 as if there were no others, none of them skipped."""
+        everything = (self.labels, self.teacher_ids, self.teacher_logprobs, self.ce_weight, self.kl_weight)
+        return ActiveRows(None, stop - start, *(tensor[start:stop] for tensor in everything))
+
 
 def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> ActiveRows:
     """Drops the rows whose loss is 0 by its weights; arguments and shapes as in `sparse_kl_cross_entropy`."""
@@ -40,6 +50,13 @@ def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> 
         return ActiveRows(None, len(labels), *everything)
     index = active.nonzero()[:, 0]
     return ActiveRows(index, len(labels), *(tensor[index] for tensor in everything))
+
+
+def spread(values: Tensor, rows: ActiveRows) -> Tensor:
+    """[a] -> [n], 0 in skipped rows."""
+    if rows.index is None:
+        return values
+    return values.new_zeros(rows.count).index_copy(0, rows.index, values)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Operators, so that torch.compile and activation checkpointing take them as they 
 row), `losses` (from all shards' numbers), `gradient_` (over the logits). Between the first two lies the only collective.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fuse_kernels import triton_kernels as kernels
-from fuse_kernels.rows import VocabularyShard
+from fuse_kernels.rows import OVERWRITTEN, VocabularyShard
 
 _POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # temperatures at which one exponential serves both softmaxes
 _ROWS_PER_PROGRAM = 128  # of loss_kernel
@@ -89,18 +90,10 @@ class _TritonLoss(torch.autograd.Function):
     def forward(ctx, logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, shard):
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        labels, teacher_ids = labels.long().contiguous(), teacher_ids.long().contiguous()
-        rest = (teacher_logprobs.contiguous(), ce_weight.contiguous(), kl_weight.contiguous())
-        own, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
-            logits, labels, teacher_ids, *rest, temperature, tail, shard.columns, shard.start
-        )
-        everyone = own[None]
-        if shard.group is not None:
-            everyone = own.new_empty((dist.get_world_size(shard.group), *own.shape))
-            dist.all_gather_into_tensor(everyone.view(-1, own.shape[1]), own, group=shard.group)
-        loss, ce, kl, coefficients = torch.ops.fuse_kernels.losses(everyone, teacher, weights, labels, temperature)
-        ctx.save_for_backward(logits, weights, coefficients, labels, label_logit, columns, mass, on_ids)
-        ctx.options = (temperature, shard.columns, shard.start)
+        arguments = (labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
+        (loss, ce, kl), state = triton_losses(logits, *arguments, temperature, tail, shard)
+        ctx.save_for_backward(logits, *state)
+        ctx.options = (temperature, shard)
         ctx.overwritten = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ce, kl)
@@ -113,14 +106,44 @@ class _TritonLoss(torch.autograd.Function):
         if upstream is None:
             return None, *nothing
         if ctx.overwritten:
-            raise RuntimeError(
-                "the logits' gradient was written over the logits in the first backward pass, so that there can be no second: "
-                'run the forward pass again, or use implementation="torch", which keeps the logits'
-            )
+            raise RuntimeError(OVERWRITTEN)
         ctx.overwritten = True
-        logits, *rest = ctx.saved_tensors
-        torch.ops.fuse_kernels.gradient_(logits, upstream.float().contiguous(), *rest, *ctx.options)
+        logits, *state = ctx.saved_tensors
+        triton_gradient_(logits, upstream, state, *ctx.options)
         return logits, *nothing
+
+
+def triton_losses(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float,
+    tail: str,
+    shard: VocabularyShard,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """loss, ce, kl [n] from logits [n, v] with unit stride along v, and what the gradient takes from here: O(n k)."""
+    labels, teacher_ids = labels.long().contiguous(), teacher_ids.long().contiguous()
+    rest = (teacher_logprobs.contiguous(), ce_weight.contiguous(), kl_weight.contiguous())
+    own, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
+        logits, labels, teacher_ids, *rest, temperature, tail, shard.columns, shard.start
+    )
+    everyone = own[None]
+    if shard.group is not None:
+        everyone = own.new_empty((dist.get_world_size(shard.group), *own.shape))
+        dist.all_gather_into_tensor(everyone.view(-1, own.shape[1]), own, group=shard.group)
+    loss, ce, kl, coefficients = torch.ops.fuse_kernels.losses(everyone, teacher, weights, labels, temperature)
+    return (loss, ce, kl), (weights, coefficients, labels, label_logit, columns, mass, on_ids)
+
+
+def triton_gradient_(
+    logits: Tensor, upstream: Tensor, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
+) -> None:
+    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]. No collective."""
+    place = (temperature, shard.columns, shard.start)
+    torch.ops.fuse_kernels.gradient_(logits, upstream.float().contiguous(), *state, *place)
 
 
 @torch.library.custom_op("fuse_kernels::statistics", mutates_args=())

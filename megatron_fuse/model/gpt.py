@@ -4,10 +4,12 @@ Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stor
 """
 
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
-from fuse_kernels import sparse_kl_cross_entropy
+from fuse_kernels import fused_linear_sparse_kl, sparse_kl_cross_entropy
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -15,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,6 +35,7 @@ class FusionLossOptions:
     temperature: float = 1.0
     tail: str = "bucket"  # bucket | renormalize | ignore
     implementation: str = "auto"  # auto | triton | torch | reference
+    fused_linear: bool = False  # with the output layer's product, a chunk of tokens at a time
 
 
 @dataclass(frozen=True)
@@ -89,27 +93,51 @@ class FusionGPTModel(GPTModel):
         )
         _mark_tensor_parallel_weights(self)
 
+    def _postprocess(self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object) -> Tensor:
+        """GPTModel's way from hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
+
+        With `fused_linear` losses come straight from here, and with them what the output layer does besides its product: the
+        tied weight, the gather of a split sequence, the sum of the hidden states' gradient over the tensor-parallel group.
+        """
+        if labels is None or not (self.post_process and self.loss_options.fused_linear):
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            # Its backward only cuts this rank's part out: the gradient that arrives there is summed already.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=group
+            )
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight)
+        return self._losses(loss, labels, *hidden_states.shape[:2], columns=len(weight))
+
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
         """The fusion loss of every position, in GPTModel's place for its cross entropy.
 
         logits [s, b, v/p] as the output layer leaves them. Returns [3, b, s] fp32: loss (differentiable, weighted), CE and KL
         (detached, unweighted). Collectives: the kernel's, over the tensor-parallel group; none here.
         """
-        if not isinstance(labels, FusionTargets):
-            raise TypeError(f"labels must be FusionTargets, not {type(labels).__name__}")
-        sequence, batch, columns = logits.shape
+        loss = partial(sparse_kl_cross_entropy, logits.flatten(0, 1))
+        return self._losses(loss, labels, *logits.shape[:2], columns=logits.shape[2])
+
+    def _losses(
+        self, loss: Callable[..., Sequence[Tensor]], targets: FusionTargets, sequence: int, batch: int, columns: int
+    ) -> Tensor:
+        """[3, b, s] of a loss function that has been given its rows [s b], in the order of [s, b]; columns: of this rank."""
+        if not isinstance(targets, FusionTargets):
+            raise TypeError(f"labels must be FusionTargets, not {type(targets).__name__}")
         group = self.pg_collection.tp
 
-        def rows(of: Tensor) -> Tensor:  # [b, s, ...] -> [n, ...], in the order of the logits
+        def rows(of: Tensor) -> Tensor:  # [b, s, ...] -> [s b, ...]
             return of.transpose(0, 1).reshape(sequence * batch, *of.shape[2:])
 
-        losses = sparse_kl_cross_entropy(
-            logits.view(sequence * batch, columns),
-            rows(labels.labels),
-            rows(labels.teacher_ids),
-            rows(labels.teacher_logprobs),
-            ce_weight=rows(labels.ce_weight),
-            kl_weight=rows(labels.kl_weight),
+        losses = loss(
+            rows(targets.labels),
+            rows(targets.teacher_ids),
+            rows(targets.teacher_logprobs),
+            ce_weight=rows(targets.ce_weight),
+            kl_weight=rows(targets.kl_weight),
             temperature=self.loss_options.temperature,
             tail=self.loss_options.tail,
             vocab_size=self.architecture.vocab_size,
@@ -117,7 +145,7 @@ class FusionGPTModel(GPTModel):
             group=group,
             implementation=self.loss_options.implementation,
         )
-        return torch.stack([rows_.view(sequence, batch).t() for rows_ in losses])
+        return torch.stack([values.view(sequence, batch).t() for values in losses])
 
 
 def transformer_config(

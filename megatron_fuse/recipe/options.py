@@ -150,6 +150,11 @@ class LossOptions(Options):
         "bucket", description="what becomes of the teacher's mass outside the stored entries"
     )
     implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
+    fused_linear: bool = Field(
+        False,
+        description="compute the output layer and the loss together, 1024 tokens at a time, so that the logits never exist as a "
+        "whole; backward multiplies them out again",
+    )
 
 
 class ScheduleOptions(Options):

@@ -41,7 +41,10 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
         **(recompute if training.recompute else {}),
     )
     options = FusionLossOptions(
-        temperature=loss.student_temperature, tail=loss.tail, implementation=loss.implementation
+        temperature=loss.student_temperature,
+        tail=loss.tail,
+        implementation=loss.implementation,
+        fused_linear=loss.fused_linear,
     )
     chunks = build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
     load_hugging_face_weights(chunks, target_directory(recipe))

@@ -63,7 +63,7 @@ def test_logits_equal_transformers(ranks, small_models, name):
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-def train_once(layout, model_dir):
+def train_once(layout, model_dir, fused_linear=False):
     """Losses of each micro-batch (last stage only), and this rank's part of every weight and gradient by Hugging Face name."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -72,7 +72,7 @@ def train_once(layout, model_dir):
     from megatron_fuse.model.gpt import FusionLossOptions, FusionTargets, build_model_chunks
 
     architecture, config = start(layout, model_dir)
-    options = FusionLossOptions(temperature=small.TEMPERATURE, tail=small.TAIL)
+    options = FusionLossOptions(temperature=small.TEMPERATURE, tail=small.TAIL, fused_linear=fused_linear)
     chunks = build_model_chunks(architecture, config, seq_length=small.SEQUENCE, loss_options=options)
     load_hugging_face_weights(chunks, model_dir)
 
@@ -120,11 +120,12 @@ def expected(small_models):
     return result
 
 
+@pytest.mark.parametrize("fused_linear", [False, True], ids=["logits", "fused linear"])
 @pytest.mark.parametrize("name", ["llama2", "qwen2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name):
+def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name, fused_linear):
     tensor, pipeline, _ = LAYOUTS[layout]
-    results = ranks(tensor * pipeline, train_once, LAYOUTS[layout], small_models[name])
+    results = ranks(tensor * pipeline, train_once, LAYOUTS[layout], small_models[name], fused_linear)
     weights, losses = expected[name]
 
     last_stage = [found for found, _ in results if found]

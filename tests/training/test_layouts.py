@@ -112,6 +112,32 @@ def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, pa
     assert_same(one_report(ranks(world_size, run_training, tmp_path, target, sections)), alone, relative=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "loss", "iterations"),
+    [
+        pytest.param(2, layout(tp=2), {"implementation": "reference"}, STEPS, id="reference"),
+        pytest.param(2, layout(tp=2), {"implementation": "triton"}, 2, id="triton"),  # interpreted: a second a row
+        pytest.param(2, layout(pp=2), {"implementation": "triton", "fused_linear": True}, 1, id="fused-linear-triton"),
+        pytest.param(
+            4,
+            layout(tp=2, use_distributed_optimizer=True, overlap_grad_reduce=True),
+            {"fused_linear": True},
+            STEPS,
+            id="fused-linear-distributed",
+        ),
+    ],
+)
+def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyped-def]
+    ranks, alone, target, tmp_path, world_size, parallel, loss, iterations
+) -> None:
+    sections = {"parallel": parallel, "loss": loss, "training": {"train_iters": iterations}}
+    found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
+    until = {"steps": alone["steps"][:iterations], "held_out": alone["held_out"][: len(found["held_out"])]}
+    if iterations < STEPS:  # the last one is of another step then
+        found, until = ({**report, "held_out": report["held_out"][:1]} for report in (found, until))
+    assert_same(found, until, relative=1e-5)
+
+
 # (layout that saves, layout that continues); the first stops at 3 of 7 steps or at 11, in the second phase
 @pytest.mark.parametrize(
     ("first", "second", "stop"),

@@ -1,0 +1,182 @@
+"""What the public entries ask of their arguments, and which implementation takes them."""
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fuse_kernels.rows import VocabularyShard
+
+TAILS = ("bucket", "renormalize", "ignore")
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+
+MOST_ENTRIES = 128  # that the Triton kernels take in a row
+
+# Log-probabilities that were stored in half precision, or added up across a vocabulary map, may end a little above 0.
+_LOGPROB_ROUNDING = 1e-3
+
+
+class Targets(NamedTuple):
+    """What n rows are taught; see `sparse_kl_cross_entropy`."""
+
+    labels: Tensor  # [n]
+    teacher_ids: Tensor  # [n, k]
+    teacher_logprobs: Tensor  # [n, k]
+    ce_weight: Tensor  # [n]
+    kl_weight: Tensor  # [n]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The logits [rows, columns] as far as they are known before they exist. name: the argument that they come from."""
+
+    name: str
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def check_arguments(
+    student: Student,
+    targets: Targets,
+    *,
+    temperature: float,
+    tail: str,
+    vocab_size: int | None,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+    check: bool | None,
+) -> VocabularyShard:
+    """This rank's part of the vocabulary. Raises ValueError as `sparse_kl_cross_entropy` says."""
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}: use one of {', '.join(TAILS)}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}: it must be a finite number above 0")
+    _check_tensors(student, targets)
+    shard = _shard(student.columns, vocab_size, vocab_start, group)
+    if check is None:
+        check = os.environ.get("FUSE_KERNELS_CHECK") == "1"
+    if check or student.device.type == "cpu":
+        _check_values(targets, shard.vocab_size)
+    if check and shard.group is not None:
+        _check_shards(shard, student.device)
+    return shard
+
+
+def choose_implementation(implementation: str, student: Student, entries: int) -> str:
+    """The one that runs: what "auto" means here, and "torch" where rows have too many entries for "triton".
+
+    Raises ValueError for a word that is none, and for "triton" where it cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "auto" and student.device.type != "cuda":
+        return "torch"
+    if implementation in ("torch", "reference"):
+        return implementation
+    reason = _unfit_for_triton(student)
+    if reason:
+        if implementation == "triton":
+            raise ValueError(f'implementation="triton": {reason}: use "auto" or "torch"')
+        return "torch"
+    if entries > MOST_ENTRIES:
+        _warn_once(f"teacher_ids has {entries} entries a row, the Triton kernels take {MOST_ENTRIES}: using torch")
+        return "torch"
+    return "triton"
+
+
+def _unfit_for_triton(student: Student) -> str | None:
+    if student.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{student.name} is {student.dtype}, the kernels take bf16, fp16 and fp32"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if student.device.type == "cuda":
+        return None
+    if student.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"{student.name} is on {student.device}, the kernels run on CUDA (on a CPU only interpreted, with TRITON_INTERPRET=1)"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _shard(width: int, vocab_size: int | None, vocab_start: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if ranks == 1 and vocab_start != 0:
+        raise ValueError(f"vocab_start is {vocab_start}, but without a group of several ranks it must be 0")
+    if vocab_size is None:
+        vocab_size = width * ranks
+    if vocab_size < 1 or (ranks == 1 and vocab_size > width):
+        raise ValueError(f"vocab_size is {vocab_size}, but the logits have {width} columns on each of {ranks} rank(s)")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start is {vocab_start}: it must be at least 0")
+    return VocabularyShard(
+        start=vocab_start,
+        columns=min(max(vocab_size - vocab_start, 0), width),
+        vocab_size=vocab_size,
+        group=group if ranks > 1 else None,
+    )
+
+
+def _check_tensors(student: Student, targets: Targets) -> None:
+    n = student.rows
+    k = targets.teacher_ids.shape[-1] if targets.teacher_ids.dim() == 2 else "k"
+    expected = {
+        "labels": ([n], False),
+        "teacher_ids": ([n, k], False),
+        "teacher_logprobs": ([n, k], True),
+        "ce_weight": ([n], True),
+        "kl_weight": ([n], True),
+    }
+    for name, (shape, floating) in expected.items():
+        tensor = getattr(targets, name)
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, but {student.name} of {n} rows need {shape}")
+        if tensor.dtype.is_floating_point != floating or tensor.dtype == torch.bool or tensor.dtype.is_complex:
+            raise ValueError(
+                f"{name} is {tensor.dtype}: it must be {'floating point' if floating else 'an integer type'}"
+            )
+        if tensor.device != student.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {student.name} is on {student.device}")
+
+
+def _check_values(targets: Targets, vocab_size: int) -> None:
+    labels, teacher_ids, teacher_logprobs = targets[:3]
+    _refuse(
+        "labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), f"-100 or 0 ... {vocab_size - 1}"
+    )
+    _refuse(
+        "teacher_ids", teacher_ids, (teacher_ids < -1) | (teacher_ids >= vocab_size), f"-1 or 0 ... {vocab_size - 1}"
+    )
+    wrong = (teacher_ids >= 0) & ~(teacher_logprobs <= _LOGPROB_ROUNDING)  # written so that NaN is wrong
+    _refuse("teacher_logprobs", teacher_logprobs, wrong, "at most 0 and not NaN where teacher_ids >= 0")
+
+
+def _check_shards(shard: VocabularyShard, device: torch.device) -> None:
+    """One all-gather: the real columns of all shards have to be the vocabulary, each once."""
+    mine = torch.tensor([shard.start, shard.columns], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(everyone, mine, group=shard.group)
+    reached = 0
+    for start, columns in sorted(tuple(pair.tolist()) for pair in everyone):
+        if columns and start != reached:
+            raise ValueError(f"vocab_start: a shard begins at column {start}, but those before it end at {reached}")
+        reached += columns
+    if reached != shard.vocab_size:
+        raise ValueError(f"vocab_size is {shard.vocab_size}, but the group's shards hold {reached} columns of it")
+
+
+def _refuse(name: str, values: Tensor, wrong: Tensor, allowed: str) -> None:
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}{place} is {values[tuple(place)].item()}: it must be {allowed}")
