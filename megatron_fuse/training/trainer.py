@@ -156,7 +156,7 @@ def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | N
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
         "seed": recipe.seed,
-        "loss": recipe.loss.model_dump(exclude={"implementation"}),
+        "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"}),
         "order": recipe.schedule.order,
         "curriculum": curriculum.sha256 if curriculum else None,
         "data": dataset.sha256,
