@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_fuse.advantage.reference import used_weights
-from megatron_fuse.advantage.reference_scores import plan_reference_scores
+from megatron_fuse.advantage.reference_scores import plan_reference_scores, require_measures
 from megatron_fuse.advantage.reward_models.forms import find_judge
 from megatron_fuse.advantage.scores import plan_scores
 from megatron_fuse.capture import plan_capture
@@ -101,7 +100,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
     if recipe.reference.bertscore_model:
         yield partial(resolve_model, recipe.reference.bertscore_model, "reference.bertscore_model")
     if any(REFERENCE in scorers for scorers in recipe.scorers.values()):
-        yield partial(used_weights, recipe.reference)
+        yield partial(require_measures, recipe.reference)
 
 
 def _require(path: Path, key: str) -> None:

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import FAMILIES, save_model
+from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import SourceOptions
 from megatron_fuse.responses import answer_text
 from megatron_fuse.responses.stop_texts import StopTexts
@@ -52,6 +54,31 @@ def naive_answer(
         if is_complete(ids):
             return Answer(ids, stopped=True)
     return Answer(ids, stopped=False)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (MambaForCausalLM, MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1)),
+        (
+            Lfm2ForCausalLM,
+            Lfm2Config(
+                vocab_size=40,
+                hidden_size=16,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                layer_types=["conv", "full_attention"],
+            ),
+        ),
+    ],
+)
+def test_a_model_that_keeps_a_state_is_refused(model_class: type, config: Any) -> None:
+    """One whose layers read nothing but the last token of what is in the cache would answer something else."""
+    sampling = Sampling(frozenset({2}), torch.ones(40, dtype=torch.bool))
+    with pytest.raises(UserError, match=rf"{model_class.__name__} keeps more of a text than keys and values"):
+        generate(model_class(config), [Prompt("e", [4, 5], 3, 0)], sampling, batch_tokens=10)
 
 
 def watch(model: Any) -> list[tuple[int, int, int]]:

@@ -141,6 +141,26 @@ def test_a_list_of_messages_is_compared_as_a_whole(model: Path, tmp_path: Path) 
     }
 
 
+def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Path) -> None:
+    """The same messages under another system message are one conversation; what went before makes another."""
+    path = write_rows(
+        tmp_path / "answers.jsonl", [{"prompt": "B?", "response": "b"}, {"prompt": "Why?", "response": "c"}]
+    )
+    data = [
+        {"id": "one", "messages": turns("Why?", "gt")},
+        {"id": "same", "system": "Brief.", "messages": turns(" Why?", "gt")},
+        {"id": "last", "messages": turns("B?", "gt")},
+    ]
+    options = {"path": str(path), "match": "prompt"}
+    (tmp_path / "alike").mkdir()
+    rows = rows_of(generate_responses(recipe_for(model, tmp_path / "alike", data, options), "file", progress=str))
+    assert {key: row.response for key, row in rows.items()} == {"one": "c", "same": "c", "last": "b"}
+    data[2]["messages"] = turns("B?", "b", "Why?", "gt")
+    recipe = recipe_for(model, tmp_path, data, options)
+    with pytest.raises(UserError, match=rf"{path}:2: prompt is what the conversations of 'one' and 'last' end in"):
+        generate_responses(recipe, "file", progress=str)
+
+
 ID, PROMPT = {}, {"match": "prompt"}
 
 

@@ -1,5 +1,6 @@
 """Laws of the responses stage: an answer depends on model, prompt and seed, and on nothing that happens to share its batch."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from small_models import FAMILIES, save_model, small_recipe, write_rows
+from transformers import AutoConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import example_shards, load_examples, prepare_instructions
@@ -18,7 +20,13 @@ from megatron_fuse.responses import (
     plan_responses,
     response_shards,
 )
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format, model_fingerprint
+from megatron_fuse.sources.huggingface import (
+    declared_positions,
+    load_causal_lm,
+    load_format,
+    max_positions,
+    model_fingerprint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +192,22 @@ def test_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path: Path) 
     assert fingerprint("shape", norm=np.zeros((200, 200), np.float32)) != first
     (tmp_path / "same/modeling_own.py").write_text("# what trust_remote_code would run")
     assert model_fingerprint(tmp_path / "same") != first
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """Whether transformers reads the config or nobody but us, whatever the key, and whatever else the model reads."""
+    declared = declared_positions(models[family])
+    assert declared == max_positions(AutoConfig.from_pretrained(models[family])) > 0
+    content = json.loads((models[family] / "config.json").read_text())
+    for config, expected in (({"text_config": content, "max_position_embeddings": 1}, declared), ({}, None)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert declared_positions(tmp_path) == expected
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/config.json: not valid JSON .*: restore it, or where a stage made it"
+    ):
+        declared_positions(tmp_path)
 
 
 def test_missing_models_are_refused_with_the_key(models: dict[str, Path], tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
         if len(server.asked) == 9:
             return Act({"detail": "restarting"}, 503)
         if number(asked) == 5:
-            return Act({"error": {"message": "context length exceeded", "code": 400}}, 400)
+            return Act({"error": {"message": "context length exceeded: \ud83d", "code": 400}}, 400)
         return echo(asked)
 
     with scripted(script) as server:
@@ -265,7 +265,7 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
             generate_responses(recipe, "served")
         artefact = generate_responses(recipe, "served")
         assert artefact is not None
-    assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded") == 1
+    assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \ufffd") == 1
     (unmatched,) = artefact.files(".unmatched.txt")
     assert unmatched.read_text() == "e5\n"
     rows = answers(recipe)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, Ro
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import ReferenceOptions
-from megatron_fuse.sources.huggingface import max_positions, resolve_model, this_device
+from megatron_fuse.sources.huggingface import longest_text, resolve_model, this_device
 
 MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the options that hold their weights
 _PAIRS = 64  # answers compared at once
@@ -140,12 +140,5 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # which BERTScore does not read
     if missing:
         raise UserError(f"{where}: {directory} has no weights for {', '.join(missing[:3])}: name a whole model")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, _longest_text(encoder))
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(encoder) or _NO_LIMIT)
     return encoder.to(this_device()).eval(), tokenizer
-
-
-def _longest_text(encoder: Any) -> int:
-    """Most tokens that an encoder reads. RoBERTa and its kin count positions from beyond the padding token's id."""
-    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    skipped = getattr(positions, "padding_idx", None)
-    return (max_positions(encoder.config) or _NO_LIMIT) - (0 if skipped is None else skipped + 1)

@@ -18,7 +18,7 @@ from megatron_fuse.advantage.reference import reference_measures, used_weights
 from megatron_fuse.advantage.scores import COMMAND, STAGE, open_answers, read_shards, save_shard
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import example_shards, open_instructions
-from megatron_fuse.recipe import REFERENCE, Recipe
+from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
 from megatron_fuse.responses import open_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, model_fingerprint, resolve_model
 from megatron_fuse.storage import Artefact, Plan, Workspace, open_artefact, run_plans, sha256_of_bytes
@@ -39,7 +39,7 @@ def plan_reference_scores(recipe: Recipe, source: str) -> Plan:
     """What the measures of one source's answers depend on. The answers must be there."""
     options, inputs = _basis(recipe, source)
     model = recipe.reference.bertscore_model
-    options["packages"] = {name: _version(name) for name in (*_PACKAGES, *(["bert-score"] if model else []))}
+    options["packages"] = _package_versions(recipe.reference)
     if model:
         directory = resolve_model(model, "reference.bertscore_model")
         inputs |= {"bertscore model": model_fingerprint(directory), "bertscore tokenizer": _small_files(directory)}
@@ -47,11 +47,18 @@ def plan_reference_scores(recipe: Recipe, source: str) -> Plan:
     return Plan(directory, STAGE, options, inputs, open_responses(recipe, source).manifest["shards"])
 
 
-def _version(package: str) -> str:
+def require_measures(options: ReferenceOptions) -> None:
+    """Raises UserError where the score cannot be made: a package is not installed, or BERTScore has no model."""
+    used_weights(options)
+    _package_versions(options)
+
+
+def _package_versions(options: ReferenceOptions) -> dict[str, str]:
+    names = (*_PACKAGES, "bert-score") if options.bertscore_model else _PACKAGES
     try:
-        return version(package)
+        return {name: version(name) for name in names}
     except PackageNotFoundError as error:
-        raise UserError(f"{package} is not installed: pip install 'megatron-fuse[reference]'") from error
+        raise UserError(f"{error.name} is not installed: pip install 'megatron-fuse[reference]'") from error
 
 
 def _small_files(directory: Path) -> str:

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from megatron_fuse.advantage.reward_models import RewardModel
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.huggingface import input_device, refuse_unknown_ids
+from megatron_fuse.sources.row_cache import keeps_keys_and_values
 
 # A prompt is shared where this saves so much of what the group's conversations hold: reading in two passes is not for nothing.
 _WORTH = 0.05
@@ -63,7 +64,7 @@ def score_conversations(
 def _can_share(judge: RewardModel) -> bool:
     """Whether what comes after a prompt may be read behind its keys and values, and these are all that the model keeps of it."""
     takes_cache = "past_key_values" in inspect.signature(judge.backbone.forward).parameters
-    return judge.causal and takes_cache and not getattr(judge.backbone, "_is_stateful", False)
+    return judge.causal and takes_cache and keeps_keys_and_values(judge.backbone.config)
 
 
 def _prompt_length(group: Sequence[np.ndarray]) -> int:

@@ -4,6 +4,7 @@
     FUSION/teachers/SOURCE/training/       the source's rows at the text's supervised tokens
     FUSION/teachers/SOURCE/inference/      prompt, the source's own answer and its rows
     FUSION/selection/MODE.safetensors      which source has the advantage, per example
+    FUSION/curriculum.safetensors          what orders the examples where they are not shuffled (curriculum.py)
 
 Every artefact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
 """

@@ -5,6 +5,7 @@ Reading is lazy: safetensors and torch's zip files are memory-mapped, so that a 
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class WeightFiles:
     """The tensors of a Hugging Face model directory, safetensors or torch's .bin, in one file or in shards with an index.
 
-    Raises UserError, naming the file, where files are missing or damaged, or a tensor is not where the index says.
+    Raises UserError, naming the file, where files are missing, damaged or hold more than tensors, or a tensor is not where the
+    index says. No pickle's code is run.
     """
 
     def __init__(self, model_dir: str | os.PathLike) -> None:
@@ -71,7 +73,12 @@ class WeightFiles:
                 )
             except FileNotFoundError:
                 raise UserError(f"{path} is missing: fetch the model again") from None
+            except UserError:
+                raise
             except Exception as error:  # the two formats report damage in classes of their own
+                called = re.search(r"GLOBAL (\S+)", str(error))  # so torch names what a pickle would call
+                if called:
+                    raise _not_tensors_alone(path, f"reading it would run {called[1]}") from error
                 raise UserError(f"{path} cannot be read, fetch the model again: {error}") from error
         return self._opened[file]
 
@@ -87,9 +94,21 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(path)
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError:  # files from before torch 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise _not_tensors_alone(path, f"its top level is a {type(content).__name__}")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise _not_tensors_alone(path, f"{name!r} is a {type(value).__name__}")
+    return content
+
+
+def _not_tensors_alone(path: Path, found: str) -> UserError:
+    return UserError(
+        f"{path} holds other things than named tensors ({found}): have the tensors alone saved as safetensors"
+    )
 
 
 def write_weight_files(

@@ -92,6 +92,8 @@ class AnsweringOptions(ModelOptions):
     def _one_origin(self) -> Self:
         if self.responses and self.server:
             raise ValueError("give at most one of responses (a file) and server")
+        if self.responses and self.stop:
+            raise ValueError("give at most one of responses (a file, whose answers are taken as they are) and stop")
         if "" in self.stop:
             raise ValueError("stop holds an empty text, before which every answer would end")
         return self

@@ -5,6 +5,7 @@ Every rank reads the file once, before the first shard is made, and keeps the an
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from megatron_fuse.chat import ChatFormat
@@ -43,24 +44,41 @@ def given_answers(
     (true or false) stands beside the text in the row, where it is known. Rows of other examples are counted.
 
     Raises UserError naming the line of a row without id or prompt or with a value of a wrong type, both lines of two answers
-    to one example, and where the file has no answer to any of the examples.
+    to one example, the line of a last message that would answer different conversations, and where the file has no answer to
+    any of the examples.
     """
-    wanted: set[str] = set()
+    asked: dict[str, list[str]] = {}
     here: list[str] = []
     for example in examples:
-        wanted.update(_keys(options, example))
+        asked[example.id] = list(_keys(options, example))
         if len(here) < _SHOWN:
             here.append(example.id if options.match == "id" else example.messages[-1]["content"])
-    found = _read(options, where, wanted, here, progress)
+    found = _read(options, where, set(chain.from_iterable(asked.values())), here, progress)
+    given = _by_example(options, asked, found)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
-        answers = []
-        for example in examples:
-            given = next((found[key] for key in _keys(options, example) if key in found), None)
-            answers.append(given and _response(example, given, chat))
-        return answers
+        return [_response(each, given[each.id], chat) if each.id in given else None for each in examples]
 
     return answer
+
+
+def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[str, _Given]) -> dict[str, _Given]:
+    """The answers by the examples' ids. asked: each one's keys, as _keys gives them; found: the answers by key."""
+    given: dict[str, _Given] = {}
+    first_of: dict[str, tuple[str, str]] = {}  # last message -> (the first example found by it, all its messages)
+    for name, keys in asked.items():
+        key = next((key for key in keys if key in found), None)
+        if key is None:
+            continue
+        given[name] = found[key]
+        if options.match == "prompt" and key == keys[-1]:
+            first, messages = first_of.setdefault(key, (name, keys[-2]))
+            if messages != keys[-2]:
+                raise UserError(
+                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {first!r} and {name!r} end "
+                    "in, which differ: have it hold all messages {role, content}, or match: id"
+                )
+    return given
 
 
 def _response(example: Example, given: _Given, chat: ChatFormat) -> Response:
@@ -69,7 +87,7 @@ def _response(example: Example, given: _Given, chat: ChatFormat) -> Response:
 
 
 def _keys(options: ResponseFile, example: Example) -> Iterator[str]:
-    """What an example's row may be found under, the more telling first."""
+    """What an example's row may be found under, the more telling first: by prompt, last all messages and the last one alone."""
     if options.match == "id":
         yield example.id
         return

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example
@@ -12,9 +11,9 @@ from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.sampled import example_seed
 from megatron_fuse.responses.stop_texts import StopTexts
-from megatron_fuse.sources.huggingface import answering_options, max_positions, recipe_key, resolve_model
+from megatron_fuse.sources.huggingface import answering_options, declared_positions, recipe_key, resolve_model
 from megatron_fuse.sources.server import Body, Reply, Server
-from megatron_fuse.storage import read_json, sha256_of_json
+from megatron_fuse.storage import sha256_of_json
 
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # what any model can answer
@@ -65,10 +64,7 @@ class _Format:
     def __init__(self, recipe: Recipe, name: str, chat: ChatFormat) -> None:
         self.recipe, self.name, self.chat = recipe, name, chat
         self.options = options = answering_options(recipe, name)
-        config = read_json(resolve_model(options.model, f"{recipe_key(name)}.model") / "config.json")
-        # Not through AutoConfig: the server may know architectures that transformers does not.
-        text_config = SimpleNamespace(**(config.get("text_config") or config))
-        positions = max_positions(SimpleNamespace(get_text_config=lambda: text_config))
+        positions = declared_positions(resolve_model(options.model, f"{recipe_key(name)}.model"))
         # The answer and its stop token have to fit beside the prompt: capture leaves out what is longer.
         self.limit = min(recipe.training.seq_length, positions or recipe.training.seq_length)
         # A server that gets the prompt as text may not know which token ends a turn in our template.

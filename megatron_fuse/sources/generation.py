@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.sources.huggingface import input_device
-from megatron_fuse.sources.row_cache import RowCache
+from megatron_fuse.sources.row_cache import RowCache, keeps_keys_and_values
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,11 @@ class _Generator:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
         self.allowed = sampling.allowed.to(self.device)
         parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in parameters or not keeps_keys_and_values(model.config):
+            raise UserError(
+                f"{model.config.name_or_path}: {type(model).__name__} keeps more of a text than keys and values, which batches "
+                "here cannot hold: let a server answer for it, or name a file of its answers (docs/responses.md)"
+            )
         self.takes_positions = "position_ids" in parameters  # ALiBi models do not
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 

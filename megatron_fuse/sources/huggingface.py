@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_fuse.tokenization import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # keys of a config
 _EDGE = 64 * 1024
 _SAMPLE = 4 * 1024
 
@@ -103,18 +105,41 @@ def weight_samples(path: Path) -> list[bytes]:
 def max_positions(config: Any) -> int | None:
     """Most tokens that a model can read, from its Hugging Face config; None where it states no limit."""
     config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    return _positive(getattr(config, name, None) for name in _POSITIONS)
+
+
+def longest_text(model: Any) -> int | None:
+    """Most tokens that a loaded model can read; None where its config states no limit.
+
+    RoBERTa and its kin count positions from beyond the padding token's id, and have as many fewer.
+    """
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = max(
+        (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0
+    )
+    limit = max_positions(model.config)
+    return limit and limit - first
+
+
+def declared_positions(model_dir: Path) -> int | None:
+    """Most tokens that a model can read, as its config.json says; else None. For models that transformers need not know."""
+    return _positive(map(_declared(model_dir).get, _POSITIONS))
 
 
 def declared_vocab_size(model_dir: Path) -> int | None:
-    """Ids that a model knows, as its config.json says (of a model that reads pictures as well: its text model's); else None."""
+    """Ids that a model knows, as its config.json says; else None."""
+    return _positive([_declared(model_dir).get("vocab_size")])
+
+
+def _declared(model_dir: Path) -> dict[str, Any]:
+    """config.json; of a model that reads pictures as well, what it says of the text model."""
     config = read_json(model_dir / "config.json")
-    size = (config.get("text_config") or config).get("vocab_size")
-    return size if isinstance(size, int) else None
+    return config.get("text_config") or config
+
+
+def _positive(values: Iterable[Any]) -> int | None:
+    """The first that is a positive integer."""
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def load_model(auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:

@@ -4,9 +4,15 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 _FREE = 32  # positions that a layer takes at a time
+
+
+def keeps_keys_and_values(config: PreTrainedConfig) -> bool:
+    """Whether these are all that every layer of a model keeps of a text: no state of a recurrence or a convolution."""
+    return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
 
 
 class RowCache(Cache):

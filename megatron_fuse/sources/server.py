@@ -154,8 +154,7 @@ class Server:
             choice = content["choices"][0]
             message = {"content": choice["text"]} if "text" in choice else choice["message"]
             refusal = message.get("refusal")
-            text = message["content"] or refusal or ""
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no character
+            text = _whole_characters(message["content"] or refusal or "")
         except (KeyError, IndexError, TypeError, AttributeError):
             return Reply("", fault=f"no completion came back but {self._short(content)}")
         finish = choice.get("finish_reason")
@@ -208,9 +207,14 @@ class Server:
         return f"{getattr(error, 'status_code', '')} {self._short(body or error)}".strip()
 
     def _short(self, said: Any) -> str:
-        text = " ".join(str(said).split())
+        text = _whole_characters(" ".join(str(said).split()))
         text = text.replace(self._key, "[key]") if self._key else text
         return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
+
+
+def _whole_characters(text: str) -> str:
+    """A server may cut a surrogate pair in two: half of one is no character, and cannot be written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 async def _every_few_seconds(progress: Callable[[float], None]) -> None:

@@ -83,7 +83,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} instead of an object")
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): remove {path.parent} and rerun the stage") from error
+        raise UserError(
+            f"{path}: not valid JSON ({error}): restore it, or where a stage made it remove {path.parent} and rerun the stage"
+        ) from error
     return content
 
 

@@ -7,6 +7,7 @@
                     labels and entries, no id twice in a row, finite log-probabilities of at most 0, a mass of at most 1
     selection.py    the choice between the sources: who has the example, and what the stored facts lead to
     curriculum.py   what orders the examples: the lengths and rewards that it was measured from
+    recomputed.py   stored arrays against those that the stored facts lead to, for both of these
 
 One shard is in memory at a time.
 """

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.selection import MEND, choose, read_judgements, read_selection, selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.verification.recomputed import difference_problems
 from megatron_fuse.verification.shards import mend
 
 Problems = Iterator[str]
@@ -66,18 +67,8 @@ def selection_problems(
     if judgements is None:
         yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {MEND}"
         return
-    for name, want in choose(recipe, mode, facts, judgements).items():
-        have = found.get(name)
-        if have is None or have.shape != want.shape:
-            yield f"{path}: {name} is missing or of another shape than the sources' facts: {MEND}"
-            continue
-        differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(names), -1).all(1)
-        if differs.any():
-            example = int(differs.argmax())
-            yield (
-                f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, the sources' facts give "
-                f"{want[example].tolist()} ({differs.sum():,} examples differ): {MEND}"
-            )
+    wanted = choose(recipe, mode, facts, judgements)
+    yield from difference_problems(path, found, wanted, names, basis="the sources' facts", mend=MEND)
 
 
 def _judgements(recipe: Recipe, examples: int, found: Facts) -> Facts | None:

@@ -1,5 +1,6 @@
 """The measures against the ground truth as an artefact: what is stored, what it depends on, and what the manifest says."""
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from megatron_fuse.advantage import reference_scores as stage
 from megatron_fuse.advantage.reference_scores import (
     load_reference_scores,
     plan_reference_scores,
+    require_measures,
     score_against_reference,
 )
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import Recipe, ReferenceOptions
 from megatron_fuse.responses import generate_responses
 
 pytest.importorskip("sacrebleu")
@@ -107,6 +109,25 @@ def test_another_version_of_a_package_is_refused(model: Path, tmp_path: Path, mo
     with pytest.raises(UserError, match=r"options\.packages = .*0 of rouge-score"):
         score_against_reference(recipe, progress=str)
     load_reference_scores(recipe, "same")  # which needs no package
+
+
+@pytest.mark.parametrize("missing", ["sacrebleu", "rouge-score", "bert-score", "none"])
+@pytest.mark.parametrize("encoder", [None, "an encoder"])
+def test_a_missing_package_is_found_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, missing: str, encoder: str | None
+) -> None:
+    def version(package: str) -> str:
+        if package == missing:
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(stage, "version", version)
+    options = ReferenceOptions(bertscore_model=encoder, without_bertscore="renormalize")
+    if missing == "none" or (missing == "bert-score" and not encoder):  # which compares nothing without one
+        require_measures(options)
+    else:
+        with pytest.raises(UserError, match=rf"^{missing} is not installed: pip install 'megatron-fuse\[reference\]'"):
+            require_measures(options)
 
 
 def test_missing_scores_name_the_command(model: Path, tmp_path: Path) -> None:

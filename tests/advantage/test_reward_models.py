@@ -14,7 +14,17 @@ from safetensors.torch import load_file
 from small_models import FAMILIES, save_model
 from small_tokenizers import REAL, make_tokenizer
 from strange_texts import TEXTS
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+)
 
 from megatron_fuse.advantage.reward_models import (
     RewardModel,
@@ -243,6 +253,26 @@ def test_an_encoder_is_read_at_its_first_token(judges: dict[str, Path], tmp_path
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    # these two of RoBERTa's kin give their first token the position behind the padding token's id, which is 1
+    [(BertConfig, 40), (DebertaV2Config, 40), (ModernBertConfig, 40), (RobertaConfig, 38), (MPNetConfig, 38)],
+)
+def test_an_encoder_reads_up_to_its_last_position(
+    judges: dict[str, Path], tmp_path: Path, config: type[PreTrainedConfig], longest: int
+) -> None:
+    save_tokenizer_of(judges["llama"], tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    specials = {f"{name}_token_id": number for number, name in enumerate(["bos", "pad", "eos", "cls", "sep"])}
+    options = config(vocab_size=320, num_labels=1, max_position_embeddings=40, **sizes, **specials)
+    AutoModelForSequenceClassification.from_config(options).save_pretrained(tmp_path)
+    judge = load(tmp_path)
+    assert judge.max_tokens == longest
+    texts = [np.arange(5, 5 + length, dtype=np.int32) for length in (longest, 3)]
+    alone = [*scores(judge, texts[:1]), *scores(judge, texts[1:])]
+    np.testing.assert_allclose(scores(judge, texts), alone, atol=1e-5)
+
+
 def test_no_text_moves_the_read_out(form: str, loaded: dict[str, RewardModel]) -> None:
     """Special-token strings stay text: one BOS, the template's own tokens and no other, and the last one as ever."""
     judge = loaded[form]
@@ -430,7 +460,9 @@ class _Runs:
 def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     published = SAVE["value_head"](tmp_path)
     torch.save({"v_head.weight": torch.ones(1, 32), "tokenizer": _Runs()}, published.directory / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"Starling: a weight file holds more than tensors, .* would run print: "):
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin holds other things .*reading it would run \S*print\): have "
+    ):
         load(published.options)
     assert "a pickle was run" not in capsys.readouterr().out
     (published.directory / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")

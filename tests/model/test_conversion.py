@@ -3,7 +3,9 @@
 # ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
 
 import json
+import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +257,33 @@ def test_missing_and_damaged_files_are_named(tmp_path, kind, said):
     with pytest.raises(UserError, match=said):
         files = WeightFiles(tmp_path)
         files.shape(next(iter(files.file_of)))
+
+
+# what torch.load would call is looked up in the pickle, whichever of its refusals names it; `os` is on a list of its own
+PICKLES = {
+    "code": ({"w": torch.ones(2), "share": Fraction(1, 2)}, r"reading it would run fractions\.Fraction"),
+    "blocked code": ({"w": torch.ones(2), "run": os.system}, r"reading it would run posix\.system"),
+    "a module": (torch.nn.Linear(1, 1), r"reading it would run torch\.nn\.modules\.linear\.Linear"),
+    "a step": ({"w": torch.ones(2), "step": 3}, r"'step' is a int"),
+    "nested": ({"model": {"w": torch.ones(2)}}, r"'model' is a dict"),
+    "a number for a name": ({0: torch.ones(2)}, r"0 is a Tensor"),
+    "a list": ([torch.ones(2)], r"its top level is a list"),
+}
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["single", "indexed"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["before torch 1.6", "zip"])
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_of_more_than_named_tensors_is_refused(tmp_path, kind, zipped, indexed):
+    content, said = PICKLES[kind]
+    file = "pytorch_model-00001-of-00001.bin" if indexed else "pytorch_model.bin"
+    torch.save(content, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    if indexed:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    with pytest.raises(
+        UserError, match=rf"{tmp_path / file} holds other things than named tensors \({said}\): have .* safetensors$"
+    ):
+        WeightFiles(tmp_path).shape("w")
 
 
 def export_refusals(model_dir, other_dir, output_dir, existing_dir):

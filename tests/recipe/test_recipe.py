@@ -78,6 +78,7 @@ def with_change(path: str, value: object) -> dict:
         # one origin of answers and of scores
         ("sources.b", {"model": "b", "responses": "r", "server": SERVER}, r"sources\.b: give at most one of responses"),
         ("target", {"model": "t", "responses": "r", "server": SERVER}, r"target: give at most one of responses"),
+        ("sources.b", {"model": "b", "responses": "r", "stop": ["##"]}, r"sources\.b: .* responses .* and stop"),
         ("reward_models.j", {"model": "j", "scores": "s"}, r"reward_models\.j: give exactly one of model and scores"),
         ("reward_models.j", {"form": "auto"}, r"reward_models\.j: give exactly one of model and scores"),
         ("sources.b.stop", ["User:", ""], r"sources\.b: stop holds an empty text"),

@@ -1,6 +1,5 @@
 """The forms in which reward models are published, how one is told from another, and which files decide a judge's scores."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +46,6 @@ class JudgeFiles:
     weights: Path
     body: Path
 
-    @property
-    def has_own_body(self) -> bool:
-        return self.weights == self.body
-
 
 def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
     """Directories and form of a judge of the recipe. Raises UserError where one is missing or the form cannot be told."""
@@ -74,7 +69,7 @@ def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
 def _form(weights: Path, body: Path, where: str) -> str:
     if weights == body and any(name.endswith("ForSequenceClassification") for name in _architectures(body, where)):
         return "classifier"
-    names = tensor_names(WeightFiles(weights))
+    names = WeightFiles(weights).file_of
     found = [form for form, kind in FORMS.items() if kind.head in names]
     if len(found) == 1:
         return found[0]
@@ -95,20 +90,6 @@ def _architectures(directory: Path, where: str) -> Iterable[str]:
     return config.get("architectures") or ()
 
 
-def tensor_names(weights: WeightFiles) -> Iterable[str]:
-    """Names of all tensors. Raises UserError for files that are damaged, or that only running code of their own could read."""
-    try:
-        return weights.file_of.keys()
-    except UserError as error:
-        needed = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # so torch names what a pickle would call
-        if not needed:
-            raise
-        raise UserError(
-            f"{weights.model_dir}: a weight file holds more than tensors, and reading it would run {needed[1]}: have the tensors "
-            "alone saved as safetensors"
-        ) from error
-
-
 def load_judge_format(options: RewardModelOptions, name: str) -> ChatFormat:
     """Tokenizer and chat format in which a judge of the recipe reads conversations."""
     files = find_judge(options, name)
@@ -122,7 +103,7 @@ def judge_fingerprint(options: RewardModelOptions, name: str) -> str:
     The weights of a `body` of its own are not used and not covered.
     """
     files = find_judge(options, name)
-    if files.has_own_body:
+    if files.weights == files.body:
         return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
     parts = [files.form.encode(), (files.body / "config.json").read_bytes()]
     for path in sorted(path for path in files.weights.iterdir() if path.suffix in WEIGHT_SUFFIXES):

@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_fuse.chat import ChatFormat, Messages
 from megatron_fuse.chat_templates import render
-from megatron_fuse.sources.huggingface import max_positions
+from megatron_fuse.sources.huggingface import longest_text
 
 _PADDED = " Answer "
 
@@ -30,9 +30,9 @@ class RewardModel:
     stop: bool
     causal: bool
 
-    @property
+    @cached_property
     def max_tokens(self) -> int | None:
-        return max_positions(self.backbone.config)
+        return longest_text(self.backbone)
 
     def encode(self, messages: Messages, response: str) -> np.ndarray:
         """int32 [n]: ids of the conversation, with one BOS if the tokenizer adds or the template prints any; messages end

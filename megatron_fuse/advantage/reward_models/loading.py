@@ -16,7 +16,7 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoModelForSequenceClassifi
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
-from megatron_fuse.advantage.reward_models.forms import FORMS, JudgeFiles, find_judge, load_judge_format, tensor_names
+from megatron_fuse.advantage.reward_models.forms import FORMS, JudgeFiles, find_judge, load_judge_format
 from megatron_fuse.advantage.reward_models.judge import RewardModel
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.weight_files import WeightFiles
@@ -36,7 +36,7 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
     files = find_judge(options, name)
     chat = load_judge_format(options, name)
     form = FORMS[files.form]
-    causal = files.form != "classifier" or form.head in tensor_names(WeightFiles(files.weights))
+    causal = files.form != "classifier" or form.head in WeightFiles(files.weights).file_of
     if causal:
         backbone, head = _load_decoder(files, DTYPES[options.dtype], where)
     else:
@@ -101,7 +101,7 @@ def _embedding_name(model: Any) -> str:
 
 
 def _load_head(weights: WeightFiles, name: str, hidden_size: int, where: str) -> nn.Linear:
-    if name not in tensor_names(weights):
+    if name not in weights.file_of:
         raise UserError(
             f"{where}.model: {weights.model_dir} has no {name}: name a reward model, or its form by {where}.form"
         )
