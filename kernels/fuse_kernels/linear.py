@@ -49,6 +49,9 @@ def fused_linear_sparse_kl(
     parallelism, it is added there, and autograd is given an empty sparse gradient: it weighs nothing and tells the hooks that this
     weight is done.
 
+    Hidden states of rows that weigh nothing have to be finite for "triton", which multiplies them by gradients of zero; "torch"
+    leaves such rows out of all products.
+
     Collectives: one all-gather a chunk forward, one all-reduce of the hidden states' gradient [n, h] backward. Memory beyond the
     results: the logits of one chunk, and without main_grad the fp32 gradient of the weight.
 

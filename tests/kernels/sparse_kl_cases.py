@@ -6,6 +6,8 @@ import torch
 from fuse_kernels import sparse_kl_cross_entropy
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, which are interpreted on a CPU
+
 
 @dataclass(frozen=True)
 class Case:

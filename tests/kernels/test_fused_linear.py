@@ -13,14 +13,6 @@ from sparse_kl_cases import Case, make_case
 WIDTH = 12
 
 
-@pytest.fixture
-def seed() -> int:
-    """A new one each run; pytest prints it where a test fails."""
-    value = random.randrange(2**31)
-    print(f"seed {value}")
-    return value
-
-
 def make_linear_case(seed: int, **options) -> tuple[Case, torch.Tensor, torch.Tensor]:
     """A case without logits, hidden states [n, h] and a weight [v, h] whose padded rows are poisoned."""
     case = make_case(seed, **options)
@@ -149,7 +141,10 @@ def test_no_rows_and_nothing_to_weigh(weight):
     ("change", "message"),
     [
         ({"hidden": torch.zeros(2, 3, 4)}, r"hidden is \[2, 3, 4\]"),
-        ({"weight": torch.zeros(5, 3)}, r"weight is \[5, 3\] torch.float32: hidden of \[2, 4\] torch.float32 needs \[v, 4\]"),
+        (
+            {"weight": torch.zeros(5, 3)},
+            r"weight is \[5, 3\] torch.float32: hidden of \[2, 4\] torch.float32 needs \[v, 4\]",
+        ),
         ({"weight": torch.zeros(5, 4).bfloat16()}, "weight is .*bfloat16"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\], but hidden of 2 rows"),
         ({"labels": torch.full((2,), 5)}, r"labels\[0\] is 5: it must be -100 or 0 ... 4"),
@@ -200,7 +195,9 @@ def compare_with_whole(seed: int) -> dict[str, str]:
                     actual = fused(case, hidden, weight[shard], temperature=2.0, chunk_tokens=10, **place)
                 assert_near(actual, expected, torch.float32)
                 if implementation != "reference":
-                    rows = 20 if implementation == "triton" else int(((case.ce_weight != 0) | (case.kl_weight != 0)).sum())
+                    rows = (
+                        20 if implementation == "triton" else int(((case.ce_weight != 0) | (case.kl_weight != 0)).sum())
+                    )
                     gathers = collectives.seen["c10d::_allgather_base_"]
                     assert gathers <= -(-rows // 10) and collectives.seen["c10d::allreduce_"] == 1, collectives.seen
                 complaints[f"{name} {implementation}"] = ""
