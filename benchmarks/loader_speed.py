@@ -22,18 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from fuse_kernels import sparse_kl_cross_entropy
+from synthetic_documents import write_documents
 from table import Measurement, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_fuse.fusion_data.collation import Inputs, Targets, make_targets, packed_inputs, padded_inputs
-from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
+from megatron_fuse.fusion_data.documents import Document, DocumentStreams
 from megatron_fuse.fusion_data.packing import pack
 from megatron_fuse.fusion_data.streams import Stream, write_stream
 
 VOCABULARY = 32000
-ENTRIES, ENTRIES_PER_ROW = 10, 11  # stored of each row, and the most that a row may have
-LABELS = 0.75  # of the tokens
-SHARD = 64  # documents
+ENTRIES_PER_ROW = 11  # the most that a row may have
 
 Batch = tuple[Inputs, Targets]
 
@@ -50,8 +49,10 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     positions = options.seq_length
     mixed = np.clip(draw.lognormal(np.log(400), 0.8, options.documents), 32, positions).astype(np.int64)
     with tempfile.TemporaryDirectory() as directory:
-        long_documents = _write(Path(directory) / "long", np.full(options.documents, positions), draw)
-        mixed_documents = _write(Path(directory) / "mixed", mixed, draw)
+        long_documents = write_documents(
+            Path(directory) / "long", np.full(options.documents, positions), draw, VOCABULARY
+        )
+        mixed_documents = write_documents(Path(directory) / "mixed", mixed, draw, VOCABULARY)
         alone = [[number] for number in draw.permutation(options.documents).tolist()]
         packed = pack(mixed, positions)
         row_lists = _row_lists(long_documents[0])
@@ -104,34 +105,6 @@ def _speeds(
 def _fill(lengths: np.ndarray, sequences: int, positions: int) -> Measurement:
     packed, padded = (100 * lengths.sum() / (of * positions) for of in (sequences, len(lengths)))
     return Measurement("mixed, packed: positions with a token", packed, "%", "padded to --seq-length", padded)
-
-
-def _write(directory: Path, positions: np.ndarray, draw: np.random.Generator) -> DocumentStreams:
-    """Documents that take so many positions each, with the rows of one source."""
-    directory.mkdir()
-    prefixes = []
-    for first in range(0, len(positions), SHARD):
-        prefixes.append(directory / f"shard-{first // SHARD:05d}")
-        tokens = positions[first : first + SHARD] + 1
-        labels = np.maximum((LABELS * tokens).astype(np.int64), 1)
-        rows = int(labels.sum())
-        of_document = np.repeat(np.arange(len(tokens)), tokens)
-        place = np.arange(tokens.sum()) - (np.cumsum(tokens) - tokens)[of_document]
-        logprobs = np.log(draw.dirichlet(np.ones(ENTRIES), rows) * 0.9).astype(np.float16)
-        streams = {
-            "tokens": (draw.integers(0, VOCABULARY, tokens.sum()).astype(np.uint16), tokens),
-            "supervised": ((place >= (tokens - labels)[of_document]).astype(np.uint8), tokens),
-            "counts": (np.full(rows, ENTRIES, np.uint8), labels),
-            "match": (np.ones(rows, np.uint8), labels),
-            "entry_ids": (draw.integers(0, VOCABULARY, rows * ENTRIES).astype(np.uint16), labels * ENTRIES),
-            "entry_logprobs": (logprobs.reshape(-1).view(np.uint16), labels * ENTRIES),
-        }
-        for field, (values, lengths) in streams.items():
-            write_stream(f"{prefixes[-1]}.{field}", values, lengths)
-    text, rows = (
-        {field: Stream([f"{p}.{field}" for p in prefixes]) for field in of} for of in (TEXT_FIELDS, ROW_FIELDS)
-    )
-    return DocumentStreams(directory, text, rows, examples=len(positions), entries_per_row=ENTRIES_PER_ROW)
 
 
 def _padded(streams: DocumentStreams, batch: list[int], positions: int) -> Batch:
