@@ -18,7 +18,7 @@ from megatron_fuse.fusion_data.collation import (
     padded_inputs,
 )
 from megatron_fuse.fusion_data.documents import Document
-from megatron_fuse.fusion_data.packing import pack
+from megatron_fuse.fusion_data.packing import pack, pack_evenly
 
 K = 5
 VOCABULARY = {np.uint16: 2**16, np.int32: 2**31 - 1}
@@ -189,6 +189,35 @@ def fewest_sequences(lengths: Sequence[int], capacity: int) -> int:
 @settings(max_examples=60, deadline=None)
 def test_packing_of_few_documents_is_within_one_of_the_best(lengths: list[int]) -> None:
     assert len(pack(lengths, 20)) <= fewest_sequences(lengths, 20) + 1
+
+
+@given(st.lists(lengths_and_capacity, min_size=1, max_size=3), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_even_packing_takes_no_more_sequences_and_shorter_ones(drawn: list, multiple: int) -> None:
+    groups, capacity = [lengths for lengths, _ in drawn], max(capacity for _, capacity in drawn)
+    sequences = pack_evenly(groups, capacity, multiple)
+    plain = [pack(lengths, capacity) for lengths in groups]
+
+    def rounded(arranged: list[list[list[int]]]) -> int:
+        return -(-sum(map(len, arranged)) // multiple) * multiple
+
+    def longest(arranged: list[list[list[int]]]) -> int:
+        pairs = zip(groups, arranged, strict=True)
+        return max((sum(lengths[n] for n in sequence) for lengths, of in pairs for sequence in of), default=0)
+
+    assert rounded(sequences) <= rounded(plain) and longest(sequences) <= longest(plain)
+    for lengths, of_group in zip(groups, sequences, strict=True):
+        assert sorted(number for sequence in of_group for number in sequence) == list(range(len(lengths)))
+    assert pack_evenly(groups, capacity, multiple) == sequences
+
+
+def test_even_packing_shares_what_one_sequence_cannot_hold() -> None:
+    ten = [100] * 10
+    assert [len(sequence) for sequence in pack_evenly([ten], 700)[0]] == [5, 5]
+    assert [len(sequence) for sequence in pack(ten, 700)] == [7, 3]
+    # Five ranks wait for the longest sequence anyway; a group's documents stay among themselves.
+    assert [len(sequence) for sequence in pack_evenly([ten], 700, multiple=5)[0]] == [2] * 5
+    assert [[len(s) for s in of_group] for of_group in pack_evenly([ten, ten[:5]], 700, multiple=3)] == [[5, 5], [5]]
 
 
 def test_best_fit_takes_the_fullest_sequence_with_room() -> None:

@@ -6,6 +6,36 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def pack_evenly(
+    groups: Sequence[Sequence[int] | np.ndarray], capacity: int, multiple: int = 1
+) -> list[list[list[int]]]:
+    """`pack` of each group by itself, at the least common capacity that does not cost a step more sequences.
+
+    A step's sequences are all as long as its longest, and come in a multiple of ranks: of 1000 positions of capacity 700, as two
+    sequences, 400 would be padding, while two of 500 have none. groups: lengths as for `pack`. multiple: what the number of
+    sequences, all groups together, is rounded up to. Raises ValueError as `pack` does.
+    """
+
+    def packed(capacity: int) -> list[list[list[int]]]:
+        return [pack(lengths, capacity) for lengths in groups]
+
+    def count(sequences: list[list[list[int]]]) -> int:
+        return sum(map(len, sequences))
+
+    best = packed(capacity)
+    allowed = -(-count(best) // multiple) * multiple
+    longest = max((int(max(lengths, default=0)) for lengths in groups), default=0)
+    low, high = max(longest, 1), capacity  # `best` is of capacity `high`, and takes no more than `allowed`
+    while low < high:
+        middle = (low + high) // 2
+        found = packed(middle)
+        if count(found) <= allowed:
+            best, high = found, middle
+        else:
+            low = middle + 1
+    return best
+
+
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest document first, each into the fullest sequence that still has room for it.
 

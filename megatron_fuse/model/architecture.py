@@ -36,7 +36,8 @@ class Architecture:
     rms_norm_eps: float
     qkv_bias: bool
     tied_embeddings: bool  # output weights are the embedding's
-    sliding_window: int | None  # a token sees itself and the sliding_window - 1 before it
+    sliding_window: int | None  # a token sees itself and the sliding_window - 1 before it, in layers that have a window
+    sliding_layers: tuple[bool, ...]  # [num_layers], whether it has one
     inverse_frequencies: tuple[float, ...]  # [head_dim / 2], rotation per position in radians, exact in fp32
     initializer_range: float
     origin: str = field(default="the model's config", compare=False)  # the file it was read from, for messages
@@ -45,11 +46,6 @@ class Architecture:
     def padded_vocab_size(self) -> int:
         """The same at every layout, so that a checkpoint fits all of them."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens up to which this model computes what transformers computes: attention here has no window."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architecture:
@@ -74,6 +70,9 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     if heads % groups:
         refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)  # Qwen2's is None unless use_sliding_window
+    if window is not None and window < 1:
+        refuse("sliding_window", window, "null or at least 1")
     return Architecture(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -87,7 +86,8 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         rms_norm_eps=config.rms_norm_eps,
         qkv_bias=family == "Qwen2ForCausalLM",
         tied_embeddings=bool(config.tie_word_embeddings),
-        sliding_window=getattr(config, "sliding_window", None),
+        sliding_window=window,
+        sliding_layers=_sliding_layers(config, family, window),
         inverse_frequencies=_inverse_frequencies(config, head_dim, origin),
         initializer_range=config.initializer_range,
         origin=origin,
@@ -139,17 +139,10 @@ def check_layout(
             f"{chunks} does not divide num_hidden_layers ({architecture.num_layers}) of {where}: "
             f"choose sizes whose product divides {architecture.num_layers}"
         )
-    if seq_length is None:
-        return
-    if seq_length > architecture.max_position_embeddings:
+    if seq_length is not None and seq_length > architecture.max_position_embeddings:
         raise UserError(
             f"--seq-length {seq_length} is longer than max_position_embeddings ({architecture.max_position_embeddings}) "
             f"of {where}: choose a shorter one"
-        )
-    if architecture.sliding_window is not None and seq_length > architecture.sliding_window:
-        raise UserError(
-            f"--seq-length {seq_length} is longer than sliding_window ({architecture.sliding_window}) of {where}: attention "
-            f"here sees the whole sequence, which is the same only up to {architecture.sliding_window} tokens; choose a shorter one"
         )
 
 
@@ -180,6 +173,15 @@ def _family(config: PreTrainedConfig, origin: str) -> str:
 
 def _unsupported(origin: object, found: str) -> str:
     return f"{origin}: a target of class {found} is not supported: choose a model of class {', '.join(SUPPORTED)}"
+
+
+def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
+    """All of Mistral's layers have its window; of Qwen2's those that layer_types names, by default from max_window_layers on."""
+    if window is None:
+        return (False,) * config.num_hidden_layers
+    if family == "Qwen2ForCausalLM":
+        return tuple(kind == "sliding_attention" for kind in config.layer_types)
+    return (True,) * config.num_hidden_layers
 
 
 def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -> tuple[float, ...]:

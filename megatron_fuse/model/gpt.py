@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.attention import CausalAttention
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class FusionGPTModel(GPTModel):
 
     Logits would be copied twice on their way out: GPTModel transposes them, Float16Module casts them to fp32.
     Without labels it answers as GPTModel does: logits [b, s, v/p], padded columns included.
-    `attention_mask=None` is a causal mask.
+    Attention is causal without a mask (`attention_mask=None`), within documents where PackedSeqParams of the format "thd" are
+    given: rotary positions then begin anew in each document, whatever position_ids say.
     """
 
     def __init__(
@@ -165,7 +167,8 @@ def transformer_config(
     transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine where it and CUDA are there, else local.
     perform_initialization: False leaves parameters unset, since a target's weights always come from a checkpoint.
     megatron_options: further TransformerConfig fields by Megatron's own names, e.g. recompute_granularity.
-    Raises UserError as check_layout does, and for an implementation or sequence parallelism that this machine cannot run.
+    Raises UserError as check_layout does, for an implementation or sequence parallelism that this machine cannot run, and for
+    context parallelism.
     """
     check_layout(
         architecture,
@@ -177,6 +180,11 @@ def transformer_config(
     if sequence_parallel and implementation == "local":
         raise UserError(
             "--sequence-parallel needs Transformer Engine, which is not in use here: leave it out or install it"
+        )
+    if megatron_options.get("context_parallel_size", 1) != 1:
+        raise UserError(
+            "--context-parallel-size: sequences are not split over ranks, since the targets and their teacher's rows are not: "
+            "use tensor parallelism, recompute or a shorter --seq-length"
         )
     on_gpu = torch.cuda.is_available()
     options: dict[str, object] = {
@@ -217,6 +225,9 @@ def transformer_config(
         "gradient_accumulation_fusion": on_gpu and _installed("fused_weight_gradient_mlp_cuda"),
         "masked_softmax_fusion": False,
     }
+    if architecture.sliding_window is not None:
+        options["window_size"] = (architecture.sliding_window - 1, 0)
+        options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]
     return TransformerConfig(**(options | megatron_options))
 
 
@@ -246,7 +257,7 @@ def build_model(
     return FusionGPTModel(
         architecture,
         config,
-        seq_length=seq_length or architecture.max_seq_length,
+        seq_length=seq_length or architecture.max_position_embeddings,
         loss_options=loss_options or FusionLossOptions(),
         pre_process=pre_process,
         post_process=post_process,
@@ -292,7 +303,9 @@ def layer_spec(config: TransformerConfig):  # type: ignore[no-untyped-def]  # Me
     """The transformer layer that config.transformer_impl names."""
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
-    return get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return spec
 
 
 def _installed(package: str) -> bool:

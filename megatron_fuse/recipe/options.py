@@ -184,6 +184,7 @@ class ParallelOptions(Options):
     virtual_pipeline_model_parallel_size: Positive | None = None
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    context_parallel_size: Positive = Field(1, description="1: sequences are not split over ranks")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @model_validator(mode="after")
@@ -195,11 +196,25 @@ class ParallelOptions(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keeps_sequences_whole(self) -> Self:
+        if self.context_parallel_size != 1:
+            raise ValueError(
+                f"context_parallel_size is {self.context_parallel_size}: a sequence's targets and teacher rows are not split over "
+                "ranks; leave it at 1, and take a larger tensor_model_parallel_size, or training.recompute, where memory is short"
+            )
+        return self
+
 
 class TrainingOptions(Options):
     seq_length: Positive = Field(2048, description="most target tokens of one conversation, in every stage")
     micro_batch_size: Positive = Field(1, description="sequences per forward pass and data-parallel rank")
     global_batch_size: Positive = Field(128, description="examples per step")
+    packing: bool = Field(
+        False,
+        description="several examples share a sequence of up to seq_length, none of them seeing another: a step learns the same "
+        "from the same examples without the padding",
+    )
     lr: Annotated[float, Field(gt=0)] = 1.5e-5
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     lr_warmup_iters: Annotated[int, Field(ge=0)] = 0
@@ -220,16 +235,49 @@ class TrainingOptions(Options):
     save_interval: Positive | None = Field(
         None, description="steps between checkpoints; default: at the end of phases only"
     )
+    save_retain_last: Positive | None = Field(
+        None, description="keep so many of the newest checkpoints; the best one stays besides; default: all"
+    )
+    save_retain_interval: Positive | None = Field(
+        None, description="keep the checkpoints at multiples of so many steps, the last and the best; default: all"
+    )
+    async_save: bool = Field(False, description="train on while a checkpoint is written")
+    override: bool = Field(
+        False, description="continue from a checkpoint of a run with other data or options, with a warning for each"
+    )
+    exit_signal_handler: bool = Field(True, description="at SIGTERM or SIGUSR1 finish the step, save and exit")
+    exit_interval: Positive | None = Field(None, description="save and exit after a step that is a multiple of this")
+    exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="save and exit once the process is as many minutes old"
+    )
     log_interval: Positive = 1
     eval_interval: Positive | None = Field(
         None, description="steps between evaluations; default: at the end of phases only"
     )
     tensorboard_dir: Path | None = Field(None, description="default: WORKDIR/training/tensorboard")
+    wandb_project: str | None = Field(None, description="log to this Weights & Biases project; default: none")
+    wandb_exp_name: str | None = Field(None, description="name of the run there; default: the name of WORKDIR")
+    max_skipped_iterations: Positive = Field(
+        10, description="stop after so many steps in a row whose gradient or loss is not finite"
+    )
+    check_for_spiky_loss: bool = Field(True, description="warn where the loss leaves its running median far behind")
+    check_weight_hash_across_dp_replicas_interval: Positive | None = Field(
+        None, description="steps between comparisons of the weights of all data-parallel replicas; default: never"
+    )
 
     @model_validator(mode="after")
     def _decays(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}), from which it is to be reached")
+        return self
+
+    @model_validator(mode="after")
+    def _packs_one_by_one(self) -> Self:
+        if self.packing and self.micro_batch_size != 1:
+            raise ValueError(
+                f"packing needs micro_batch_size 1, not {self.micro_batch_size}: a packed sequence already holds several examples; "
+                "set micro_batch_size to 1, or packing to false"
+            )
         return self
 
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.collation import make_targets, packed_inputs, padded_inputs
-from megatron_fuse.fusion_data.packing import pack
+from megatron_fuse.fusion_data.packing import pack_evenly
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import Phase
 
@@ -61,6 +61,11 @@ class GlobalBatch:
     def documents(self) -> list[tuple[str, int]]:
         return [document for sequence in self.sequences for document in sequence]
 
+    @property
+    def padding(self) -> float:
+        """The share of the sequences' positions that carry no token; those of empty micro-batches are not counted."""
+        return 1 - self.tokens / max(len(self.sequences) * self.seq_length, 1)
+
 
 def plan_batch(
     dataset: FusionDataset,
@@ -77,17 +82,21 @@ def plan_batch(
     examples [n]: indices of the dataset. weights: mode -> (weight of the mode's mean CE, of its mean KL). Examples without a
     document in a mode (no answer won, or it does not fit) have only the other. micro_batch_multiple: the number of micro-batches
     is rounded up to it with empty ones, as Megatron's interleaved schedule needs. pack_into: positions of a sequence that the
-    documents of a mode share; a micro-batch is then one such sequence, and micro_batch_size has to be 1.
+    documents of a mode share at most; a micro-batch is then one such sequence, and micro_batch_size has to be 1.
     """
     if pack_into and micro_batch_size != 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
+    present_in = {mode: examples[dataset.lengths(mode)[examples] > 0] for mode in weights}
+    positions_in = {mode: dataset.lengths(mode)[present] - 1 for mode, present in present_in.items()}
+    if pack_into:
+        arranged = pack_evenly(list(positions_in.values()), pack_into, data_parallel_size * micro_batch_multiple)
+    else:
+        arranged = [[[number] for number in range(len(present))] for present in present_in.values()]
     sequences: list[list[tuple[str, int]]] = []
     supervised, denominators = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0.0)
     longest, tokens = 0, 0
-    for mode in weights:
-        present = examples[dataset.lengths(mode)[examples] > 0]
-        positions = dataset.lengths(mode)[present] - 1
-        chosen = pack(positions, pack_into) if pack_into else [[number] for number in range(len(present))]
+    for mode, chosen in zip(weights, arranged, strict=True):
+        present, positions = present_in[mode], positions_in[mode]
         sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
         longest = max([longest, *(int(positions[sequence].sum()) for sequence in chosen)])
         labels = dataset.supervised_tokens(mode)[present]

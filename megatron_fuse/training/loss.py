@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch
@@ -21,7 +22,8 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
 
     def forward_step(data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
-        output = model(batch.tokens, batch.position_ids, None, labels=batch.targets)
+        packed = _packed_seq_params(batch)
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=packed)
 
         def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             """losses [3, b, s]: weighted loss, CE, KL."""
@@ -34,6 +36,16 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
         return output, loss_function
 
     return forward_step
+
+
+def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
+    """The documents' bounds as Megatron takes them, on every pipeline stage: attention and rotary positions end with a document."""
+    if batch.cu_seqlens is None:
+        return None
+    bounds, longest = batch.cu_seqlens, batch.max_seqlen
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def reduce_report(reports: list[dict[str, Tensor]], batch: GlobalBatch) -> dict[str, float]:

@@ -40,10 +40,19 @@ def small_config(name: str) -> PreTrainedConfig:
             rope_parameters=LLAMA3_ROPE,
             tie_word_embeddings=True,
         ),
+        # a window in all layers, and in the last two of four: less than a third of the sequence
         "mistral": lambda: MistralConfig(
-            **_SIZES, vocab_size=900, num_key_value_heads=2, head_dim=24, sliding_window=SEQUENCE, rms_norm_eps=1e-5
+            **_SIZES, vocab_size=900, num_key_value_heads=2, head_dim=24, sliding_window=10, rms_norm_eps=1e-5
         ),
-        "qwen2": lambda: Qwen2Config(**_SIZES, vocab_size=1003, num_key_value_heads=2, tie_word_embeddings=True),
+        "qwen2": lambda: Qwen2Config(
+            **_SIZES,
+            vocab_size=1003,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=2,
+        ),
     }[name]()
 
 

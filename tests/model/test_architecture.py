@@ -142,7 +142,6 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
         ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4}, "2 x .* 4 does not divide"),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs --pipeline-model-parallel-size of at least 2"),
         ({"seq_length": 129}, r"129 is longer than max_position_embeddings \(128\)"),
-        ({"seq_length": 34}, r"34 is longer than sliding_window \(33\)"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(layout, said):
@@ -170,6 +169,36 @@ def test_every_sharded_dimension_is_checked(ffn, vocab, said):
         check_layout(read_architecture(config), tensor_model_parallel_size=3)
 
 
-def test_the_longest_sequence_is_the_shorter_of_positions_and_window():
-    assert read_architecture(MistralConfig(sliding_window=4096, max_position_embeddings=32768)).max_seq_length == 4096
-    assert read_architecture(MistralConfig(sliding_window=None, max_position_embeddings=32768)).max_seq_length == 32768
+# As transformers' attention has it: Mistral in every layer, Qwen2 only where asked and from max_window_layers on, Llama never.
+@pytest.mark.parametrize(
+    ("config", "window", "layers"),
+    [
+        (LlamaConfig(num_hidden_layers=3), None, (False,) * 3),
+        (MistralConfig(num_hidden_layers=3, sliding_window=4096), 4096, (True,) * 3),
+        (MistralConfig(num_hidden_layers=3, sliding_window=None), None, (False,) * 3),
+        (Qwen2Config(num_hidden_layers=3, sliding_window=64, max_window_layers=0), None, (False,) * 3),
+        (
+            Qwen2Config(num_hidden_layers=3, use_sliding_window=True, sliding_window=64, max_window_layers=2),
+            64,
+            (False, False, True),
+        ),
+        (
+            Qwen2Config(
+                num_hidden_layers=2,
+                use_sliding_window=True,
+                sliding_window=64,
+                layer_types=["sliding_attention", "full_attention"],
+            ),
+            64,
+            (True, False),
+        ),
+    ],
+)
+def test_windows_are_those_of_transformers(config, window, layers):
+    architecture = read_architecture(config)
+    assert (architecture.sliding_window, architecture.sliding_layers) == (window, layers)
+
+
+def test_a_window_of_nothing_is_refused():
+    with pytest.raises(UserError, match=r"sliding_window is 0, but a target .* needs null or at least 1"):
+        read_architecture(MistralConfig(sliding_window=0))

@@ -105,11 +105,14 @@ def train_once(layout, model_dir, fused_linear=False):
     return [micro["losses"] for micro in report], parts
 
 
+TRAINED = ("llama2", "mistral", "qwen2")  # untied; untied with a window; tied with biases, and windows in some layers
+
+
 @pytest.fixture(scope="module")
 def expected(small_models):
     """By model: transformers' weights, losses and gradients under the same batches."""
     result = {}
-    for name in ("llama2", "qwen2"):  # untied, and tied with biases and grouped queries
+    for name in TRAINED:
         model = AutoModelForCausalLM.from_pretrained(small_models[name])
         losses = []
         for batch in small.random_batches(model.config.vocab_size, SEED):
@@ -121,7 +124,7 @@ def expected(small_models):
 
 
 @pytest.mark.parametrize("fused_linear", [False, True], ids=["logits", "fused linear"])
-@pytest.mark.parametrize("name", ["llama2", "qwen2"])
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name, fused_linear):
     tensor, pipeline, _ = LAYOUTS[layout]

@@ -97,6 +97,9 @@ def with_change(path: str, value: object) -> dict:
         ("selection.inference_margin", {"at_least": float("nan")}, r"inference_margin\.at_least: .*finite"),
         ("selection.inference_margin", 1.5, r"selection\.inference_margin: must be a mapping"),
         ("reference", {"bleu": 0, "rouge_l": 0}, r"reference: all weights are 0, or only bertscore has one"),
+        # what a sequence may be
+        ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
+        ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2: .* leave it at 1"),
     ],
 )
 def test_a_wrong_key_is_named_with_what_is_allowed(path: str, value: object, message: str) -> None:

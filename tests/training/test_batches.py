@@ -132,6 +132,9 @@ def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset)
     assert len(packed.sequences) < len(padded.sequences) == len(padded.documents)
     assert all(len({mode for mode, _ in sequence}) == 1 for sequence in packed.sequences)
     assert packed.seq_length <= CAPACITY
+    for batch in (packed, padded):
+        tokens = sum(len(dataset.document(*document).tokens) - 1 for document in batch.documents)
+        assert batch.padding == pytest.approx(1 - tokens / (len(batch.sequences) * batch.seq_length))
     for micro_batch, sequence in zip(split(packed, dataset, 1, 1), packed.sequences, strict=True):
         lengths = [len(dataset.document(mode, example).tokens) - 1 for mode, example in sequence]
         assert micro_batch.cu_seqlens is not None
