@@ -1,6 +1,7 @@
 """Device, process groups and seeds of one rank, set up once and passed on explicitly."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
-from megatron_fuse.runtime.optimizer import fused_adam_library, install_group_step_adamw
+from megatron_fuse.runtime.optimizer import install_group_step_adamw
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,23 @@ def start_runtime(
     )
 
 
-def banner(runtime: Runtime) -> str:
-    """What runs where, in a few lines; loud where the machine has no GPU."""
-    optimizer = fused_adam_library() or "GroupStepAdamW (torch)"
+def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
+    """What runs where, in a few lines; loud where the machine has no GPU. what: lines on the job itself."""
     lines = [
         f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP {runtime.pipeline_parallel_size}"
         f" x DP {runtime.data_parallel_size}"
         + (f" (virtual PP {runtime.virtual_pipeline_parallel_size})" if runtime.virtual_pipeline_parallel_size else ""),
-        f"device: {runtime.device.type}   backend: {dist.get_backend()}   Adam: {optimizer}",
+        f"device: {_device_name(runtime.device)}   backend: {dist.get_backend()}",
+        *what,
     ]
     if runtime.device.type == "cpu":
         lines.append("NO GPU: Megatron-core runs on gloo through megatron_fuse/runtime/cpu.py; correct, not fast")
     width = max(map(len, lines))
     return "\n".join(["=" * width, *lines, "=" * width])
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def stop_runtime() -> None:

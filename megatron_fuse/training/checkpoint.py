@@ -6,25 +6,42 @@
 
 Training draws no random number after the weights are there (the order of samples is a function of the seed, dropout is 0), so
 consumed samples, model and optimizer are the whole state.
+
+The files of all ranks go into a hidden directory; once they are on disk it gets the checkpoint's name, then `best` and at last
+`latest` name it, and only then does an old checkpoint go. Asynchronously, a process forked from each rank writes what the rank
+held at that moment while training goes on: of a GPU's tensors a copy is made first, of a CPU's the fork itself is the copy.
 """
 
 import importlib.metadata
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
-from megatron_fuse.storage import read_json, temporary_then_rename, write_json
+from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.training.checkpoint_files import (
+    Retention,
+    checkpoints_in,
+    free_bytes,
+    publish,
+    remove_checkpoint,
+    remove_leftovers,
+    temporary_name,
+)
+from megatron_fuse.training.interruption import signals_held
 
+T = TypeVar("T")
 LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
 # The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
 _OPTIMIZER_FORM = {
@@ -56,6 +73,8 @@ class CheckpointFacts:
     run: dict[str, Any]  # what a resumed run must have in common: phases, batch size, seed, loss, order, data hash
     best_loss: float | None  # least held-out cross-entropy so far, nats per token
     versions: dict[str, str]
+    optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty where there is none
+    recipe: dict[str, Any] = field(default_factory=dict)  # as it was, for the reader; empty where weights were imported
 
 
 def model_facts(architecture: Architecture) -> dict[str, Any]:
@@ -68,18 +87,25 @@ def versions() -> dict[str, str]:
 
 def named_checkpoint(directory: Path, which: str = LATEST) -> Path | None:
     """The checkpoint that LATEST or BEST names, None where there is none."""
+    iteration = _named_iteration(directory, which)
+    if iteration is None:
+        return None
+    path = iteration_directory(directory, iteration)
+    if not (path / "facts.json").exists():
+        raise UserError(
+            f"{directory / which} names iteration {iteration}, but {path} is missing or incomplete: name another one there"
+        )
+    return path
+
+
+def _named_iteration(directory: Path, which: str) -> int | None:
     tracker = directory / which
     if not tracker.exists():
         return None
     iteration = tracker.read_text().strip()
     if not iteration.isdigit():
         raise UserError(f"{tracker}: holds {iteration!r}, expected an iteration number")
-    path = iteration_directory(directory, int(iteration))
-    if not (path / "facts.json").exists():
-        raise UserError(
-            f"{tracker} names iteration {iteration}, but {path} is missing or incomplete: name another one there"
-        )
-    return path
+    return int(iteration)
 
 
 def iteration_directory(directory: Path, iteration: int) -> Path:
@@ -96,11 +122,13 @@ def read_facts(path: Path) -> CheckpointFacts:
         ) from error
 
 
-def refuse_other(path: Path, kind: str, found: dict[str, Any], wanted: dict[str, Any], mend: str) -> None:
-    """Raises UserError naming the first key in which a checkpoint differs from what it is to be loaded into."""
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise UserError(f"{path}: {kind} has {key} = {found.get(key)!r}, this run has {key} = {value!r}: {mend}")
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Every key in which what a checkpoint says differs from what this run says, with both values."""
+    return [
+        f"has {key} = {found.get(key)!r}, this run has {key} = {value!r}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
 
 
 def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
@@ -115,28 +143,123 @@ def _state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, loading:
     return state
 
 
-def save_checkpoint(directory: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, facts: CheckpointFacts) -> Path:
-    """Writes a checkpoint from all ranks. chunks: this rank's unwrapped model chunks. `latest` names it once it is whole."""
-    final = iteration_directory(directory, facts.iteration)
-    temporary = directory / f".{final.name}.tmp"
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+class CheckpointWriter:
+    """Saves the checkpoints of one run, and removes what a run that was killed left unfinished. All ranks call every method.
+
+    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None for weights alone.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: Any | None,
+        *,
+        retention: Retention | None = None,
+        asynchronous: bool = False,
+    ) -> None:
+        self.directory, self.chunks, self.optimizer = directory, chunks, optimizer
+        self.retention = retention or Retention()
+        self.asynchronous = asynchronous
+        self._queue = AsyncCallsQueue()
+        self._bytes = 0  # of one checkpoint, all ranks
+        if dist.get_rank() == 0:
+            remove_leftovers(directory)
+
+    def save(self, facts: CheckpointFacts, *, best: bool = False) -> Path:
+        """Writes a checkpoint; asynchronously it is there after publish_finished or finish. best: `best` is to name it.
+
+        Raises UserError where it cannot be written, on the rank or ranks that know why; the checkpoints before are untouched.
+        """
+        self.finish()
+        final = iteration_directory(self.directory, facts.iteration)
+        state = _state(self.chunks, self.optimizer, loading=False)
+        self._bytes = _bytes_of_all_ranks(state)
+        temporary = self._on_rank_zero(lambda: self._begin(final))
+        with signals_held():
+            try:
+                request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
+                request.add_finalize_fn(lambda: self._on_rank_zero(lambda: self._publish(temporary, facts, best)))
+                if self.asynchronous:
+                    self._queue.schedule_async_request(request)
+                else:
+                    request.execute_sync()
+            except (OSError, RuntimeError, CheckpointException) as error:
+                raise self._explained(error) from error
+        return final
+
+    def publish_finished(self) -> None:
+        """Between two steps: publishes an asynchronous save that all ranks have written. Costs nothing where none is under way."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Waits for the save that is under way, if any."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._explained(error) from error
+
+    def _begin(self, final: Path) -> Path:
+        temporary = temporary_name(final)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(chunks, optimizer, loading=False), str(temporary))
-    dist.barrier()
-    if dist.get_rank() == 0:
+        return temporary
+
+    def _publish(self, temporary: Path, facts: CheckpointFacts, best: bool) -> None:
         write_json(temporary / "facts.json", asdict(facts))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        write_tracker(directory, LATEST, facts.iteration)
-    dist.barrier()
-    return final
+        trackers = [self.directory / which for which in ([BEST, LATEST] if best else [LATEST])]
+        publish(temporary, iteration_directory(self.directory, facts.iteration), trackers)
+        checkpoints = checkpoints_in(self.directory)
+        named = {_named_iteration(self.directory, which) for which in (BEST, LATEST)}
+        for iteration in self.retention.expired(checkpoints, facts.iteration, named):
+            remove_checkpoint(checkpoints[iteration])
+
+    def _on_rank_zero(self, action: Callable[[], T]) -> T:
+        """What rank 0's action returns, on every rank; where it fails, every rank raises the same UserError."""
+        outcome: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                outcome = [action(), None]
+            except (OSError, UserError) as error:
+                outcome = [None, str(self._explained(error))]
+        dist.broadcast_object_list(outcome)
+        result, failure = outcome
+        if failure is not None:
+            raise UserError(failure)
+        return result
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """The UserError for a save that failed, its files removed; the error itself where it is about something else."""
+        if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):
+            return error
+        if dist.get_rank() == 0:
+            remove_leftovers(self.directory)
+        free = free_bytes(self.directory)
+        # torch.save reports a full disk as a RuntimeError, and so does a collective whose peer is gone.
+        if isinstance(error, RuntimeError) and free >= self._bytes:
+            return error
+        reasons = [str(failure) for failure, _ in getattr(error, "failures", {}).values()] or [str(error)]
+        return UserError(
+            f"{self.directory}: the checkpoint cannot be written ({'; '.join(dict.fromkeys(reasons))}): its tensors "
+            f"take {self._bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there; make room (--save-retain-last keeps fewer) or "
+            "choose another --save. The checkpoints before are whole, and the same command continues from the last"
+        )
 
 
-def write_tracker(directory: Path, which: str, iteration: int) -> None:
-    with temporary_then_rename(directory / which) as temporary:
-        temporary.write_text(f"{iteration}\n")
+def save_checkpoint(directory: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, facts: CheckpointFacts) -> Path:
+    """One checkpoint and no other."""
+    return CheckpointWriter(directory, chunks, optimizer).save(facts)
+
+
+def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
+    """Of the tensors of a sharded state, each counted once. One all-reduce."""
+    shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
+    mine = sum(shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id))
+    total = torch.tensor([mine], device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def load_checkpoint(
@@ -152,9 +275,8 @@ def load_checkpoint(
             f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
         )
     facts = read_facts(path)
-    refuse_other(
-        path, "checkpoint", facts.model, model_facts(architecture), "load it into the model that it was made from"
-    )
+    if differing := differences(facts.model, model_facts(architecture)):
+        raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
     try:
         loaded = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
     except (OSError, CheckpointException, CheckpointingException) as error:

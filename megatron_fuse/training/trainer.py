@@ -17,16 +17,19 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
-from megatron_fuse.fusion_data.curriculum import Curriculum, read_curriculum
+from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import Workspace
 from megatron_fuse.target import checkpoint_directory
-from megatron_fuse.training import checkpoint
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
+from megatron_fuse.training.checkpoint import CheckpointWriter
+from megatron_fuse.training.checkpoint_files import Retention
+from megatron_fuse.training.interruption import Interruption
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
+from megatron_fuse.training.resume import resume, run_facts
 from megatron_fuse.training.schedule import Schedule, learning_rate
 
 
@@ -107,75 +110,63 @@ def make_trainer(
 
 
 def train(trainer: Trainer) -> None:
-    """Runs the schedule from the last checkpoint, or from the start, to its end or to --train-iters."""
+    """Runs the schedule from the last checkpoint, or from the start, to its end, to --train-iters, or until it is to stop early."""
     options = trainer.recipe.training
-    facts = _resume(trainer)
-    facts = facts or checkpoint.CheckpointFacts(
-        iteration=0,
-        consumed_samples=0,
-        model=checkpoint.model_facts(trainer.architecture),
-        run=trainer.run,
-        best_loss=None,
-        versions=checkpoint.versions(),
+    facts = resume(
+        trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run
     )
     last_step = min(trainer.schedule.total_steps, options.train_iters or trainer.schedule.total_steps)
-    if facts.iteration == 0:
-        _evaluate(trainer, facts.iteration)
-    while facts.iteration < last_step:
-        step = trainer.schedule.step(facts.consumed_samples)
-        assert step is not None
-        lr = learning_rate(
-            step.iteration,
-            trainer.schedule.total_steps,
-            lr=options.lr,
-            min_lr=options.min_lr,
-            warmup=options.lr_warmup_iters,
-        )
-        weights = phase_weights(step.phase, kl_factor=_kl_factor(trainer.recipe))
-        batch = _plan(trainer, trainer.dataset.train[step.examples], weights)
-        values = _train_step(trainer, batch, lr, step.iteration)
-        facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
-        trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
+    checkpoints = CheckpointWriter(
+        trainer.save_directory,
+        trainer.chunks,
+        trainer.optimizer,
+        retention=Retention(options.save_retain_last, options.save_retain_interval),
+        asynchronous=options.async_save,
+    )
+    stop = None
+    with Interruption(
+        signals=options.exit_signal_handler,
+        interval=options.exit_interval,
+        minutes=options.exit_duration_in_mins,
+        device=trainer.runtime.device,
+    ) as interruption:
+        if facts.iteration == 0:
+            _evaluate(trainer, facts.iteration)
+        while facts.iteration < last_step and not stop:
+            step = trainer.schedule.step(facts.consumed_samples)
+            assert step is not None
+            lr = learning_rate(
+                step.iteration,
+                trainer.schedule.total_steps,
+                lr=options.lr,
+                min_lr=options.min_lr,
+                warmup=options.lr_warmup_iters,
+            )
+            weights = phase_weights(step.phase, kl_factor=_kl_factor(trainer.recipe))
+            batch = _plan(trainer, trainer.dataset.train[step.examples], weights)
+            values = _train_step(trainer, batch, lr, step.iteration)
+            facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
+            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
 
-        pause = step.ends_phase or facts.iteration == last_step
-        evaluates = pause or _is_due(facts.iteration, options.eval_interval)
-        loss = _evaluate(trainer, facts.iteration) if evaluates else None
-        improved = loss is not None and (facts.best_loss is None or loss < facts.best_loss)
-        facts = replace(facts, best_loss=loss) if improved else facts
-        if pause or improved or _is_due(facts.iteration, options.save_interval):
-            checkpoint.save_checkpoint(trainer.save_directory, trainer.chunks, trainer.optimizer, facts)
-            trainer.log.restart_clock()
-            if improved and dist.get_rank() == 0:
-                checkpoint.write_tracker(trainer.save_directory, checkpoint.BEST, facts.iteration)
+            last = facts.iteration == last_step
+            pause = step.ends_phase or last
+            stop = None if last else interruption.reason(facts.iteration)
+            # Whoever tells a run to stop leaves it little time: the evaluation that would be due is left out.
+            evaluates = not stop and (pause or _is_due(facts.iteration, options.eval_interval))
+            loss = _evaluate(trainer, facts.iteration) if evaluates else None
+            improved = loss is not None and (facts.best_loss is None or loss < facts.best_loss)
+            facts = replace(facts, best_loss=loss) if improved else facts
+            checkpoints.publish_finished()
+            if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
+                checkpoints.save(facts, best=improved)
+                trainer.log.restart_clock()
+        checkpoints.finish()
     trainer.log.close()
-
-
-def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
-    """What makes a resumed run the same run: samples, their order, and what is learned from each."""
-    return {
-        "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
-        "global_batch_size": recipe.training.global_batch_size,
-        "seed": recipe.seed,
-        "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"}),
-        "order": recipe.schedule.order,
-        "curriculum": curriculum.sha256 if curriculum else None,
-        "data": dataset.sha256,
-    }
-
-
-def _resume(trainer: Trainer) -> checkpoint.CheckpointFacts | None:
-    load = trainer.recipe.training.load
-    path = checkpoint.named_checkpoint(load or trainer.save_directory)
-    if path is None:
-        if load is not None:
-            raise UserError(f"--load {load}: no {checkpoint.LATEST} there: name a directory that --save wrote")
-        return None
-    mend = f"put the old value back, or start a new run with another --save than {trainer.save_directory}"
-    found = checkpoint.read_facts(path)
-    checkpoint.refuse_other(path, "checkpoint", found.run, trainer.run, mend)
-    facts = checkpoint.load_checkpoint(path, trainer.chunks, trainer.optimizer, trainer.architecture)
-    trainer.runtime.print(f"continuing from {path} at iteration {facts.iteration}")
-    return facts
+    if stop:
+        trainer.runtime.print(
+            f"stopped after iteration {facts.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
+            "the same command continues from there"
+        )
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:
@@ -187,14 +178,15 @@ def _kl_factor(recipe: Recipe) -> float:
 
 
 def _plan(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
-    runtime = trainer.runtime
+    runtime, options = trainer.runtime, trainer.recipe.training
     return plan_batch(
         trainer.dataset,
         examples,
         weights,
-        micro_batch_size=trainer.recipe.training.micro_batch_size,
+        micro_batch_size=options.micro_batch_size,
         data_parallel_size=runtime.data_parallel_size,
         micro_batch_multiple=runtime.pipeline_parallel_size if runtime.virtual_pipeline_parallel_size else 1,
+        pack_into=options.seq_length if options.packing else None,
     )
 
 

@@ -1,10 +1,17 @@
 """A checkpoint is whole or absent, fits only its own model and run, and exports what was trained."""
 
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic import make_tiny_target
 from test_layouts import layout, one_report, run_training
 from transformers import AutoModelForCausalLM
@@ -20,24 +27,14 @@ def message_of_refusal(workdir: Path, target: Path, sections: dict[str, Any]) ->
     return "accepted"
 
 
-def fail_while_saving(workdir: Path, target: Path) -> str | None:
-    """Trains one step further than the checkpoint there, with a disk that is full in the middle of the save."""
-    from megatron_fuse.training import checkpoint
-
-    save = checkpoint.dist_checkpointing.save
-
-    def half_a_save(state: dict, directory: str) -> None:
-        (Path(directory) / "half.distcp").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    checkpoint.dist_checkpointing.save = half_a_save
+def message_with_short_files(workdir: Path, target: Path, sections: dict[str, Any], largest: int) -> str:
+    """The refusal of a run whose processes, the writers among them, cannot write a file beyond `largest` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
     try:
-        run_training(workdir, target, {"training": {"train_iters": 4}})
-    except OSError as error:
-        return str(error)
+        return message_of_refusal(workdir, target, sections)
     finally:
-        checkpoint.dist_checkpointing.save = save
-    return None
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def export(checkpoint: Path, target: Path, output: Path, dtype: str) -> None:
@@ -109,16 +106,151 @@ def test_a_load_directory_without_checkpoint_is_refused(ranks, odd, tmp_path) ->
     assert f"--load {tmp_path}" in message
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(ranks, tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_failed_save_leaves_the_last_checkpoint(ranks, odd, tmp_path, asynchronous) -> None:  # type: ignore[no-untyped-def]
+    workdir, target = odd
+    save = {"load": str(checkpoints(workdir)), "save": str(tmp_path), "async_save": asynchronous}
+    parallel = layout(tp=2, use_distributed_optimizer=True)
+    ranks(2, run_training, workdir, target, {"parallel": parallel, "training": {**save, "train_iters": 4}})
+    further = {"parallel": parallel, "training": {**save, "load": str(tmp_path), "train_iters": 5}}
+    # 64 KiB: what rank 0 alone writes still fits, what every rank writes of the weights does not
+    messages = ranks(2, message_with_short_files, workdir, target, further, 1 << 16)
+    for message in messages:
+        assert f"{tmp_path}: the checkpoint cannot be written" in message and "are free there" in message
+    assert any("File too large" in message for message in messages)
+    assert [path.name for path in tmp_path.glob("*iter_0*")] == ["iter_0000004"]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+    report = one_report(ranks(2, run_training, workdir, target, further))
+    assert [step["iteration"] for step in report["steps"]] == [5]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for three checkpoints of the tiny target and no fourth."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_full_disk_is_named_with_the_room_that_is_wanted(ranks, small_disk, tmp_path) -> None:  # type: ignore[no-untyped-def]
     target = make_tiny_target(tmp_path / "target")
-    ranks(1, run_training, tmp_path / "work", target, {"training": {"train_iters": 3}})
-    (message,) = ranks(1, fail_while_saving, tmp_path / "work", target)
-    assert message is not None and "No space left" in message
+    training = {"save": str(small_disk), "save_interval": 1, "train_iters": 6}
+    (message,) = ranks(1, message_of_refusal, tmp_path / "work", target, {"training": training})
+    assert f"{small_disk}: the checkpoint cannot be written" in message and "MB are free there" in message
+    kept = sorted(path.name for path in small_disk.iterdir())
+    latest = (small_disk / "latest_checkpointed_iteration.txt").read_text().strip()
+    assert f"iter_{int(latest):07d}" == kept[-2] and not any(name.startswith(".") for name in kept)
+    # With room made, and no more than two checkpoints at a time from then on, the same run goes through.
+    shutil.rmtree(small_disk / kept[0])
+    training["save_retain_last"] = 1
+    (message,) = ranks(1, message_of_refusal, tmp_path / "work", target, {"training": training})
+    assert message == "accepted"
+    assert {path.name for path in small_disk.glob("*iter_0*")} == {"iter_0000006"}
+
+
+def run_and_return_output(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
+    import contextlib
+    import io
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run_training(workdir, target, sections)
+    return output.getvalue()
+
+
+def test_another_run_is_continued_where_it_is_asked_for(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    changed = {
+        "parallel": {"use_distributed_optimizer": True},
+        "loss": {"tail": "ignore"},
+        "training": {"load": str(checkpoints(odd[0])), "save": str(tmp_path), "lr": 1e-4, "train_iters": 4},
+    }
+    (refusal,) = ranks(1, message_of_refusal, *odd, changed)
+    assert "loss = " in refusal and "step = " in refusal and "--override" in refusal
+    changed["training"]["override"] = True
+    (output,) = ranks(1, run_and_return_output, *odd, changed)
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2 and "loss = " in warnings[0] and "'lr': 0.0001" in warnings[1]
+    # The new checkpoint is of the new run.
+    del changed["training"]["override"]
+    changed["training"] |= {"load": str(tmp_path), "train_iters": 5}
+    assert ranks(1, message_of_refusal, *odd, changed) == ["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"parallel": {"use_distributed_optimizer": False}}, "use_distributed_optimizer"),
+        ({"training": {"precision": "bf16"}}, "precision"),
+    ],
+)
+def test_an_optimizer_of_another_form_is_refused(ranks, odd, sections, key) -> None:  # type: ignore[no-untyped-def]
+    """Megatron keeps its state under other names then; not even --override makes it fit."""
+    parallel = {"use_distributed_optimizer": True} | sections.get("parallel", {})
+    training = {"override": True} | sections.get("training", {})
+    (message,) = ranks(1, message_of_refusal, *odd, {"parallel": parallel, "training": training})
+    assert f"optimizer has {key} = " in message and "put the old value back" in message
+
+
+def test_a_library_of_another_version_is_a_warning(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(checkpoints(odd[0]), tmp_path / "old")
+    facts = tmp_path / "old/iter_0000003/facts.json"
+    facts.write_text(re.sub(r'"torch": "[^"]*"', '"torch": "1.0"', facts.read_text()))
+    training = {"load": str(tmp_path / "old"), "save": str(tmp_path / "new"), "train_iters": 4}
+    sections = {"parallel": {"use_distributed_optimizer": True}, "training": training}
+    (output,) = ranks(1, run_and_return_output, *odd, sections)
+    assert "warning: " in output and "has torch = '1.0', this run has torch = " in output
+
+
+@given(
+    iterations=st.sets(st.integers(0, 40)),
+    newest=st.integers(1, 40),
+    named=st.sets(st.integers(0, 40)),
+    last=st.none() | st.integers(1, 6),
+    interval=st.none() | st.integers(1, 9),
+)
+def test_what_expires(
+    iterations: set[int], newest: int, named: set[int], last: int | None, interval: int | None
+) -> None:
+    from megatron_fuse.training.checkpoint_files import Retention
+
+    expired = set(Retention(last, interval).expired(iterations, newest, named))
+    assert expired <= {iteration for iteration in iterations if 0 < iteration < newest} - named
+    newer = {one: sum(one < other <= newest for other in iterations | {newest}) for one in iterations}
+    for iteration in {one for one in iterations if 0 < one < newest} - named:
+        kept = (last is None and interval is None) or newer[iteration] < (last or 1)
+        assert (iteration in expired) == (not kept and (interval is None or iteration % interval != 0))
+
+
+def run_best_at_four(workdir: Path, target: Path, sections: dict[str, Any]) -> None:
+    """A run whose held-out loss falls to step 4 and rises from there on."""
+    from megatron_fuse.training import trainer
+
+    evaluate = trainer._evaluate
+    trainer._evaluate = lambda _, iteration: float(abs(iteration - 4))
+    try:
+        run_training(workdir, target, sections)
+    finally:
+        trainer._evaluate = evaluate
+
+
+def test_old_checkpoints_go_and_the_best_stays(ranks, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    target = make_tiny_target(tmp_path / "target")
+    training = {
+        "save_interval": 1,
+        "eval_interval": 2,
+        "train_iters": 12,
+        "save_retain_last": 2,
+        "save_retain_interval": 5,
+    }
+    ranks(1, run_best_at_four, tmp_path / "work", target, {"training": training})
     directory = checkpoints(tmp_path / "work")
-    assert (directory / "latest_checkpointed_iteration.txt").read_text() == "3\n"
-    assert [path.name for path in directory.glob("iter_*")] == ["iter_0000003"]
-    report = one_report(ranks(1, run_training, tmp_path / "work", target, {"training": {"train_iters": 4}}))
-    assert [step["iteration"] for step in report["steps"]] == [4]
+    assert (directory / "best_checkpointed_iteration.txt").read_text() == "4\n"
+    found = {int(path.name.removeprefix("iter_")) for path in directory.glob("*iter_*") if path.is_dir()}
+    assert found == {4, 5, 10, 11, 12}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

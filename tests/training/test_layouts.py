@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
+from transformers import LlamaConfig, LlamaForCausalLM
 
 STEPS = 20  # over 53 examples in batches of 8: 7 steps of the first phase, 13 of the second
 
@@ -28,7 +29,9 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def run_training(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[str, Any] | None:
+def run_training(
+    workdir: Path, target: Path, sections: dict[str, Any], recorder: Recorder | None = None
+) -> dict[str, Any] | None:
     """One rank of a run; what the reporting rank logged."""
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.target import read_target
@@ -45,7 +48,7 @@ def run_training(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[
     architecture = read_target(recipe)
     chunks = build_target(recipe, architecture)
     trainer = make_trainer(recipe, runtime, architecture, chunks, SyntheticDataset())
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     train(dataclasses.replace(trainer, log=recorder))
     return dataclasses.asdict(recorder) if runtime.reports else None
 
@@ -138,6 +141,50 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
     assert_same(found, until, relative=1e-5)
 
 
+# Every factorisation of one, two and four ranks into tensor, pipeline and data parallelism
+FACTORISATIONS = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2, 4) for dp in (1, 2, 4) if 1 < tp * pp * dp <= 4]
+
+
+@pytest.fixture(scope="module")
+def four_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target whose key/value heads four tensor ranks can share out."""
+    directory = make_tiny_target(tmp_path_factory.mktemp("four-heads"))
+    config = LlamaConfig.from_pretrained(directory)
+    config.num_key_value_heads = 4
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def first_steps(micro_batch_size: int, parallel: dict[str, Any]) -> dict[str, Any]:
+    """Two steps of a phase in which both modes count, with unlike weights."""
+    return {
+        "parallel": parallel,
+        "schedule": {"preset": "simulfuse"},
+        "training": {"train_iters": 2, "micro_batch_size": micro_batch_size},
+    }
+
+
+@pytest.fixture(scope="module")
+def accounts(ranks, four_heads: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+    sections = first_steps(2, layout())
+    return one_report(ranks(1, run_training, tmp_path_factory.mktemp("accounts"), four_heads, sections))
+
+
+# 16: all documents of a step at once; 3 divides neither the documents nor what each rank has of them
+@pytest.mark.parametrize(
+    "micro_batch_size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 16))]
+)
+@pytest.mark.parametrize(("tp", "pp", "dp"), FACTORISATIONS, ids=lambda size: str(size))
+def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
+    ranks, accounts, four_heads, tmp_path, tp, pp, dp, micro_batch_size
+) -> None:
+    """The losses of both modes and the gradient norm of every step, and through them the weights after the first."""
+    sections = first_steps(micro_batch_size, layout(tp=tp, pp=pp))
+    found = one_report(ranks(tp * pp * dp, run_training, tmp_path, four_heads, sections))
+    assert {"ce/inference", "kl/inference", "ce/training", "kl/training", "grad norm"} <= found["steps"][0].keys()
+    assert_same(found, accounts, relative=1e-5)
+
+
 # (layout that saves, layout that continues); the first stops at 3 of 7 steps or at 11, in the second phase
 @pytest.mark.parametrize(
     ("first", "second", "stop"),
@@ -150,6 +197,13 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
             11,
             id="distributed",
         ),
+        # 7: the end of the first phase
+        pytest.param(
+            (2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True)),
+            (4, layout(pp=2, use_distributed_optimizer=True)),
+            7,
+            id="distributed-at-the-boundary",
+        ),
     ],
 )
 def test_a_run_continues_at_another_layout(ranks, alone, target, tmp_path, first, second, stop) -> None:  # type: ignore[no-untyped-def]
@@ -160,10 +214,39 @@ def test_a_run_continues_at_another_layout(ranks, alone, target, tmp_path, first
     assert_same(rest, expected, relative=1e-5)
 
 
-def test_the_same_layout_continues_bit_for_bit(ranks, alone, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    ranks(1, run_training, tmp_path, target, {"training": {"train_iters": 5}})
-    rest = one_report(ranks(1, run_training, tmp_path, target, {}))
-    assert rest["steps"] == alone["steps"][5:]
+def digest(path: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint: weights, moments, masters."""
+    import hashlib
+
+    from megatron.core import dist_checkpointing
+
+    from megatron_fuse.runtime import start_runtime
+
+    start_runtime()
+    tensors = dist_checkpointing.load_plain_tensors(str(path))
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+# Dropout is 0 and no step draws a random number: there is no generator whose state would have to be restored.
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        pytest.param(1, layout(), id="one"),
+        pytest.param(2, layout(tp=2), id="tp2"),
+        pytest.param(2, layout(pp=2), id="pp2"),
+        pytest.param(2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), id="dp2-distributed"),
+    ],
+)
+def test_the_same_layout_continues_bit_for_bit(ranks, target, tmp_path, world_size, parallel) -> None:  # type: ignore[no-untyped-def]
+    def run(workdir: str, last: int) -> list[dict[str, float]]:
+        sections = {"parallel": parallel, "training": {"train_iters": last}}
+        return one_report(ranks(world_size, run_training, tmp_path / workdir, target, sections))["steps"]
+
+    whole = run("whole", 9)
+    assert run("parts", 5) + run("parts", 9) == whole  # the first phase ends after 7
+    ends = [tmp_path / name / "training/checkpoints/iter_0000009" for name in ("whole", "parts")]
+    found, expected = (ranks(1, digest, end)[0] for end in ends)
+    assert found == expected and any("exp_avg" in name for name in found)
 
 
 def test_bf16_with_fp32_masters_follows_fp32(ranks, alone, target, tmp_path) -> None:  # type: ignore[no-untyped-def]

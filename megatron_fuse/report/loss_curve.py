@@ -1,0 +1,121 @@
+"""The loss curve of a training run: cross-entropy and KL of either mode over its steps, drawn from metrics.jsonl."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megatron_fuse.report.layout import save_picture
+from megatron_fuse.training.metrics import HELD_OUT, LOSS_CURVE, METRICS, STEP, read_metrics
+
+# Two of Okabe and Ito's colours, which the colour-blind can tell apart.
+MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
+LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}
+LOSSES = {"ce": "cross-entropy (nats per token)", "kl": "KL to the teacher (nats per token)"}
+_STYLE = {
+    "text.parse_math": False,  # a phase's name may hold a dollar sign
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.constrained_layout.use": True,
+}
+
+Rows = Sequence[dict[str, Any]]
+
+
+def write_loss_curve(directory: Path) -> None:
+    """DIRECTORY/loss.png from DIRECTORY/metrics.jsonl; nothing where no step with a finite loss was recorded."""
+    rows = read_metrics(directory / METRICS)
+    if any(row["kind"] == STEP and row["loss"] is not None for row in rows):
+        save_picture(draw_losses(rows), directory / LOSS_CURVE)
+
+
+def draw_losses(rows: Rows) -> Figure:
+    """rows: those of metrics.jsonl, at least a step with a finite loss. One panel per loss, one colour per mode: every step pale, their running median strong, held-out values as points.
+
+    A dashed line stands where a phase begins. Values that were not finite leave a gap.
+    """
+    steps = [row for row in rows if row["kind"] == STEP]
+    held_out = [row for row in rows if row["kind"] == HELD_OUT]
+    losses = [
+        loss for loss in LOSSES if any(row.get(f"{loss}/{mode}") is not None for row in steps for mode in MODE_COLOURS)
+    ]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 0.9 + 2.9 * len(losses)))
+        panels = figure.subplots(len(losses), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, loss in zip(panels, losses, strict=True):
+            for mode in MODE_COLOURS:
+                _draw_trend(axes, phases_of(steps), f"{loss}/{mode}", mode)
+                _draw_held_out(axes, held_out, f"{loss}/{mode}", mode)
+            # Single steps do not stretch the axes, of which a first loss or a spike would take all.
+            axes.set_ylim(min(0, axes.dataLim.ymin), 1.2 * axes.dataLim.ymax)
+            axes.set_xlim(0, max(row["iteration"] for row in rows) * 1.01)
+            for mode in MODE_COLOURS:
+                axes.plot(*_series(steps, f"{loss}/{mode}"), color=MODE_COLOURS[mode], alpha=0.3, linewidth=0.8)
+            axes.set_ylabel(LOSSES[loss])
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+            _draw_phases(axes, phases_of(steps), named=axes is panels[0])
+        panels[-1].set_xlabel("iteration")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def phases_of(steps: Rows) -> list[Rows]:
+    """The steps of each phase, in order."""
+    begins = [0, *(n for n in range(1, len(steps)) if steps[n]["phase"] != steps[n - 1]["phase"])]
+    return [steps[begin:end] for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True)]
+
+
+def running_median(values: np.ndarray, reach: int) -> np.ndarray:
+    """[n]: the median of every value and of up to `reach` on either side, which a single outlier does not move."""
+    return np.array([np.median(values[max(at - reach, 0) : at + reach + 1]) for at in range(len(values))])
+
+
+def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of the rows that have the number, NaN where it was not finite."""
+    found = [(row["iteration"], np.nan if row[name] is None else row[name]) for row in rows if name in row]
+    iterations, values = np.array(found, np.float64).reshape(-1, 2).T
+    return iterations, values
+
+
+def _draw_trend(axes: Axes, phases: Sequence[Rows], name: str, mode: str) -> None:
+    reach = sum(map(len, phases)) // 80
+    label: str | None = f"{mode} mode ({LEARNED_FROM[mode]})"
+    for steps in phases:  # each by itself, as what is learned changes between them
+        x, y = _series(steps, name)
+        finite = np.isfinite(y)
+        if finite.any():
+            trend = running_median(y[finite], reach)
+            axes.plot(x[finite], trend, color=MODE_COLOURS[mode], linewidth=1.8, label=label)
+            label = None  # one entry in the legend
+
+
+def _draw_held_out(axes: Axes, held_out: Rows, name: str, mode: str) -> None:
+    x, y = _series(held_out, name)
+    if len(x):
+        style = {"color": MODE_COLOURS[mode], "markeredgecolor": "black", "markersize": 6}
+        axes.plot(x, y, "o", label=f"{mode} mode, held out", zorder=3, clip_on=False, **style)
+
+
+def _draw_phases(axes: Axes, phases: Sequence[Rows], *, named: bool) -> None:
+    for number, steps in enumerate(phases):
+        begin = steps[0]["iteration"] - 1  # the boundary: steps done before the phase
+        if number:
+            axes.axvline(begin, color="#444444", linewidth=1, linestyle="--")
+        if named:
+            axes.annotate(
+                f"phase {number + 1}: {steps[0]['phase']}",
+                (begin, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 5),
+                textcoords="offset points",
+                color="#444444",
+            )

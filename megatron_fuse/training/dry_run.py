@@ -1,0 +1,71 @@
+"""--dry-run: what a run would take, told by what was really built for it."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_fuse.report.layout import Table, text_table
+from megatron_fuse.training.memory import Memory, estimate_memory, gibibytes
+from megatron_fuse.training.plan import PhasePlan, plan_phases
+from megatron_fuse.training.trainer import Trainer
+
+
+def print_dry_run(trainer: Trainer) -> None:
+    """Prints parameters and a memory estimate of every pipeline stage and the step plan, on the reporting rank.
+
+    Collectives: one gather of two numbers from every rank.
+    """
+    runtime, stage = trainer.runtime, parallel_state.get_pipeline_model_parallel_rank()
+    mine = stage, sum(weight.numel() for chunk in trainer.chunks for weight in chunk.parameters())
+    built = [mine] * runtime.world_size
+    dist.all_gather_object(built, mine)
+    parameters = dict(sorted(built))  # the tensor and data ranks of a stage hold equally many
+    place = {"data_parallel_size": runtime.data_parallel_size}
+    memory = {
+        stage: estimate_memory(trainer.recipe, trainer.architecture, stage=stage, **place) for stage in parameters
+    }
+    plans = plan_phases(trainer.schedule, trainer.dataset, trainer.architecture)
+    runtime.print("\n".join(dry_run_text(parameters, memory, plans, held_out=len(trainer.dataset.held_out))))
+
+
+def dry_run_text(
+    parameters: dict[int, int], memory: dict[int, Memory], plans: Sequence[PhasePlan], *, held_out: int
+) -> list[str]:
+    """Lines for a terminal. parameters, memory: of one rank, by pipeline stage."""
+    return [
+        "One rank of each pipeline stage: parameters, and about how much memory it needs at the height of a step",
+        *text_table(_memory_table(parameters, memory)),
+        "  activations: see training/memory.py for the formula; communication buffers and fragments come on top",
+        "",
+        f"Steps of the schedule ({held_out:,} examples are held out of it)",
+        *text_table(_step_table(plans)),
+        "",
+        "dry run: nothing was trained",
+    ]
+
+
+def _memory_table(parameters: dict[int, int], memory: dict[int, Memory]) -> Table:
+    names = list(vars(next(iter(memory.values()))))
+    rows = [
+        (str(stage), f"{parameters[stage]:,}", *(gibibytes(size) for size in vars(of).values()), gibibytes(of.total))
+        for stage, of in memory.items()
+    ]
+    return ("stage", "parameters", *names, "total"), rows
+
+
+def _step_table(plans: Sequence[PhasePlan]) -> Table:
+    modes = sorted({mode for plan in plans for mode in plan.supervised_tokens})
+    rows = [
+        (
+            plan.name,
+            f"{plan.first_iteration + 1:,} - {plan.last_iteration:,}",
+            *(f"{number:,}" for number in (plan.steps, plan.samples, plan.tokens)),
+            *(f"{plan.supervised_tokens.get(mode, 0):,}" for mode in modes),
+        )
+        for plan in plans
+    ]
+    sums = [sum(column) for column in zip(*((plan.steps, plan.samples, plan.tokens) for plan in plans), strict=True)]
+    of_modes = [sum(plan.supervised_tokens.get(mode, 0) for plan in plans) for mode in modes]
+    rows.append(("run", "", *(f"{number:,}" for number in (*sums, *of_modes))))
+    return ("phase", "iterations", "steps", "samples", "tokens", *(f"supervised, {mode}" for mode in modes)), rows

@@ -1,0 +1,75 @@
+"""A run that stops before its schedule ends: at a signal, after a time, or after so many steps; all ranks after the same step.
+
+SIGTERM and SIGUSR1 are what a batch system sends some time before it kills. To torchrun itself one sends SIGTERM: it passes it
+on to every rank, kills after 30 s what still runs, and ends with a code other than 0 although its ranks end with 0. It does so
+with SIGUSR1 too where TORCHELASTIC_SIGNALS_TO_HANDLE names it; without, SIGUSR1 ends torchrun alone.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question.
+
+    signals: whether they do. interval: stop after a step whose number is a multiple of it. minutes: stop once this process is as
+    old, loading included, as batch systems count. device: of the one all-reduce of two integers that each question costs.
+    """
+
+    def __init__(
+        self, *, signals: bool = True, interval: int | None = None, minutes: float | None = None, device: torch.device
+    ) -> None:
+        self.interval, self.minutes, self.device = interval, minutes, device
+        self._handled = SIGNALS if signals else ()
+        self._started = psutil.Process().create_time()
+        self._received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in self._handled}
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+
+    def reason(self, iteration: int) -> str | None:
+        """Why to stop after this step, None to go on. To be called by all ranks, and the same on all, whichever was asked."""
+        late = self.minutes is not None and time.time() - self._started >= 60 * self.minutes
+        asked = torch.tensor([self._received, int(late)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # clocks differ between ranks as well
+        number, late = asked.tolist()
+        if number:
+            return f"{signal.Signals(number).name} was received"
+        if late:
+            return f"--exit-duration-in-mins {self.minutes} have passed"
+        if self.interval and iteration % self.interval == 0:
+            return f"--exit-interval is {self.interval}"
+        return None
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes started in this block do not receive SIGNALS, and this one receives them at its end.
+
+    torchrun and batch systems signal whole process groups. Megatron's checkpoint writers, and the process that collects what
+    they wrote, would die of it at the very moment in which the last checkpoint is to be saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

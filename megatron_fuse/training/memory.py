@@ -1,0 +1,165 @@
+"""What a rank is going to hold, estimated before it does, and which option would make it less.
+
+Weights, gradients, masters and moments are exact; activations are a rough formula, the one number here that is not known. Buffers
+of communication, of the allocator's fragments and of CUDA itself come on top.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.runtime import Runtime
+
+FUSED_CHUNK = 1024  # tokens whose logits fuse_kernels.fused_linear_sparse_kl holds at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: float
+    gradients: float  # Megatron's buffer, fp32
+    masters: float  # fp32 copies of bf16 weights
+    moments: float  # both of Adam's, fp32
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+
+def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> int:
+    """Parameters of one rank of a pipeline stage; a tied embedding counts on the first stage and again on the last."""
+    a, layout = architecture, recipe.parallel
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    qkv = a.head_dim * (a.num_attention_heads + 2 * a.num_query_groups) * (a.hidden_size + a.qkv_bias)
+    sharded = qkv + a.hidden_size * (a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size)
+    embedding = a.padded_vocab_size * a.hidden_size // tensor
+    first, last = stage == 0, stage == stages - 1
+    output = last and not (first and a.tied_embeddings)
+    of_layers = a.num_layers // stages * (sharded // tensor + 2 * a.hidden_size)
+    return of_layers + embedding * (first + output) + a.hidden_size * last
+
+
+def activation_elements(architecture: Architecture, tensor_parallel_size: int) -> float:
+    """Elements that one layer keeps of one token for its backward pass.
+
+    Counted as Korthikanti et al. (arXiv 2205.05198, section 4) do, for the local layer, without dropout and without scores, which
+    neither torch's attention nor Transformer Engine's keeps. Whole on every tensor rank: input, scaled input and output of both
+    norms; cosine and sine of the rotations. Split: queries and keys before and after the rotation, values, the attention's
+    output; gate and up projection (2), the gate's SiLU and its copy, the product. Fused kernels keep fewer of the last.
+    """
+    a, tensor = architecture, tensor_parallel_size
+    heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
+    return 6 * a.hidden_size + 4 * a.head_dim + (3 * heads + 5 * a.ffn_hidden_size) / tensor
+
+
+def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
+    """Forward passes of a rank's layers that wait for their backward pass in Megatron's 1F1B schedules.
+
+    Interleaved ones begin with 2 (stages - stage - 1) + (virtual - 1) stages passes of a chunk, a `virtual`th of the layers.
+    """
+    if virtual == 1:
+        return stages - stage
+    return (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
+
+
+def estimate_memory(recipe: Recipe, architecture: Architecture, *, data_parallel_size: int, stage: int) -> Memory:
+    """What one rank of a pipeline stage holds at the height of a step, every sequence as long as --seq-length."""
+    layout, training = recipe.parallel, recipe.training
+    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    parameters = rank_parameters(architecture, recipe, stage)
+    bf16 = training.precision == "bf16"
+    element = 2 if bf16 else 4
+    of_optimizer = parameters / (data_parallel_size if layout.use_distributed_optimizer else 1)
+    tokens = training.micro_batch_size * training.seq_length
+    layers = architecture.num_layers // stages
+    in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
+    of_layer = activation_elements(architecture, tensor)
+    # Recomputed layers keep their input, and one at a time everything.
+    kept = (
+        in_flight * layers * architecture.hidden_size + of_layer
+        if training.recompute
+        else in_flight * layers * of_layer
+    )
+    of_logits = min(tokens, FUSED_CHUNK) if recipe.loss.fused_linear else tokens
+    return Memory(
+        weights=element * parameters,
+        gradients=4 * parameters,
+        masters=4 * of_optimizer if bf16 else 0,
+        moments=8 * of_optimizer,
+        activations=element * tokens * kept,
+        logits=element * of_logits * architecture.padded_vocab_size / tensor if stage == stages - 1 else 0,
+    )
+
+
+def gibibytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def savings(
+    recipe: Recipe, architecture: Architecture, *, data_parallel_size: int, stage: int
+) -> list[tuple[str, float]]:
+    """(what to change, bytes that it saves a rank of the stage) for every option that still can be turned, the most first."""
+    layout, training = recipe.parallel, recipe.training
+    turned: dict[str, dict[str, dict[str, Any]]] = {}
+    if training.micro_batch_size > 1:
+        half = training.micro_batch_size // 2
+        turned[f"--micro-batch-size {half} (now {training.micro_batch_size})"] = {
+            "training": {"micro_batch_size": half}
+        }
+    if not training.recompute:
+        turned["--recompute"] = {"training": {"recompute": True}}
+    if not recipe.loss.fused_linear:
+        turned["--loss-fused-linear"] = {"loss": {"fused_linear": True}}
+    if not layout.use_distributed_optimizer and data_parallel_size > 1:
+        turned["--use-distributed-optimizer"] = {"parallel": {"use_distributed_optimizer": True}}
+    twice = 2 * layout.tensor_model_parallel_size
+    if architecture.num_query_groups % twice == 0:
+        now = layout.tensor_model_parallel_size
+        turned[f"--tensor-model-parallel-size {twice} (now {now})"] = {
+            "parallel": {"tensor_model_parallel_size": twice}
+        }
+    place = {"data_parallel_size": data_parallel_size, "stage": stage}
+    now_needed = estimate_memory(recipe, architecture, **place).total
+    saved = []
+    for words, sections in turned.items():
+        changes = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+        other = estimate_memory(recipe.model_copy(update=changes), architecture, **place).total
+        saved.append((words, now_needed - other))
+    return sorted(((words, size) for words, size in saved if size > 0), key=lambda pair: -pair[1])
+
+
+@contextmanager
+def advise_when_out_of_memory(recipe: Recipe, architecture: Architecture, runtime: Runtime) -> Iterator[None]:
+    """Turns an error of a device's or the machine's allocator into a UserError that says what to change, and what it saves."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        place = {"data_parallel_size": runtime.data_parallel_size, "stage": stage}
+        needed = estimate_memory(recipe, architecture, **place)
+        parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in vars(needed).items())
+        mends = [f"{words} saves about {gibibytes(size)}" for words, size in savings(recipe, architecture, **place)]
+        raise UserError(
+            f"out of memory: {str(error).strip() or type(error).__name__}\n"
+            f"A rank of pipeline stage {stage} needs about {gibibytes(needed.total)}: {parts}.\n"
+            + "\n".join(["Any of these helps:", *mends] if mends else ["A shorter --seq-length or more ranks help."])
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator failed: CUDA's error has a class of its own, the CPU's is a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

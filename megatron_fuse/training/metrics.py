@@ -1,0 +1,83 @@
+"""metrics.jsonl: what every step and every evaluation measured, one row each, in the order of the run.
+
+    {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2, "ce/training": 1.0, ...}
+    {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
+
+A number that is not finite is null, so a step whose `grad norm` is null was skipped. Rows of steps that printed a line hold its
+speed and memory too.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.storage import Workspace, read_jsonl, temporary_then_rename
+
+METRICS, LOSS_CURVE = "metrics.jsonl", "loss.png"
+STEP, HELD_OUT = "step", "held-out"
+
+
+def metrics_directory(recipe: Recipe) -> Path:
+    """WORKDIR/training; for a run with a --save of its own that directory, since several runs may share a workdir."""
+    return recipe.training.save or Workspace(recipe.workdir).training
+
+
+class MetricsFile:
+    """Open for writing at its end, after the rows up to the iteration from which the run continues."""
+
+    def __init__(self, path: Path, *, continue_at: int) -> None:
+        """continue_at: steps done. What a killed run had written beyond them is dropped, all of it where they are 0."""
+        self.path = path
+        kept = [row for row in _whole_rows(path) if continue_at and row["iteration"] <= continue_at]
+        with temporary_then_rename(path) as temporary:
+            temporary.write_bytes(b"".join(map(_line, kept)))
+        self.skipped = sum(row["kind"] == STEP and row.get("grad norm") is None for row in kept)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
+        """One system call a row, which the kernel carries out as a whole if the process is killed during it.
+
+        Raises UserError where the disk is full.
+        """
+        line = _line({"kind": kind, "iteration": iteration, **values})
+        try:
+            whole = os.write(self._file, line) == len(line)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        if not whole:
+            raise UserError(f"{self.path}: cannot be written ({os.strerror(errno.ENOSPC)})")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows, none where there is no file; UserError for a line that is no row."""
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows before the first that a full disk or a lost machine has cut off."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or not isinstance(row, dict):
+            return
+        yield row

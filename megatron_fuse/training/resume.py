@@ -1,0 +1,101 @@
+"""Where a run begins: at its last checkpoint, if that is one of the same run, or at the first step."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.fusion_data.curriculum import Curriculum
+from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.runtime import Runtime
+from megatron_fuse.target import checkpoint_directory
+from megatron_fuse.training.checkpoint import (
+    LATEST,
+    CheckpointFacts,
+    differences,
+    load_checkpoint,
+    model_facts,
+    named_checkpoint,
+    read_facts,
+    versions,
+)
+
+# What of `training` the result of a step depends on, the sizes of its parts left out.
+_STEP_OPTIONS = {
+    "lr",
+    "min_lr",
+    "lr_warmup_iters",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+}
+
+
+def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
+    """What makes a resumed run the same run: samples, their order, what is learned from each, and how a step is made of it."""
+    return {
+        "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
+        "global_batch_size": recipe.training.global_batch_size,
+        "seed": recipe.seed,
+        "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"}),
+        "order": recipe.schedule.order,
+        "curriculum": curriculum.sha256 if curriculum else None,
+        "data": dataset.sha256,
+        "step": recipe.training.model_dump(include=_STEP_OPTIONS),
+    }
+
+
+def resume(
+    recipe: Recipe,
+    runtime: Runtime,
+    architecture: Architecture,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    run: dict[str, Any],
+) -> CheckpointFacts:
+    """Loads the last checkpoint into chunks and optimizer, if there is one, and says where the run stands.
+
+    run: run_facts. Raises UserError where the checkpoint is of another run; with --override that is a warning for each
+    difference, as another version of a library always is. An optimizer whose state has another form is always refused.
+    """
+    options, save = recipe.training, checkpoint_directory(recipe)
+    start = CheckpointFacts(
+        iteration=0,
+        consumed_samples=0,
+        model=model_facts(architecture),
+        run=run,
+        best_loss=None,
+        versions=versions(),
+        optimizer={
+            "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
+            "precision": options.precision,
+        },
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+    )
+    path = named_checkpoint(options.load or save)
+    if path is None:
+        if options.load is not None:
+            raise UserError(f"--load {options.load}: no {LATEST} there: name a directory that --save wrote")
+        return start
+    found = read_facts(path)
+    other_run = differences(found.run, run)
+    if other_run and not options.override:
+        raise UserError(
+            f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
+            f"{save}, or go on with the new value by --override"
+        )
+    if other_form := differences(found.optimizer, start.optimizer):
+        raise UserError(
+            f"{path}: optimizer {'; '.join(other_form)}, and its state does not fit: put the old value back"
+        )
+    for difference in other_run + differences(found.versions, start.versions):
+        runtime.print(f"warning: {path} {difference}")
+    load_checkpoint(path, chunks, optimizer, architecture)
+    runtime.print(f"continuing from {path} at iteration {found.iteration}")
+    return replace(start, iteration=found.iteration, consumed_samples=found.consumed_samples, best_loss=found.best_loss)

@@ -1,0 +1,286 @@
+"""A run that is told to stop stops on all ranks with a checkpoint, and one that is killed at any moment loses no step twice."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import _free_port
+from synthetic import make_tiny_target
+from test_layouts import Recorder, layout, one_report, run_training
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclasses.dataclass
+class Sender(Recorder):
+    """A log in which this process sends itself a signal, as a batch system would between the first step and its end."""
+
+    number: int = 0
+    at: int = 1
+
+    def step(self, iteration: int, *arguments: Any) -> None:
+        super().step(iteration, *arguments)
+        if iteration == self.at and self.number:
+            os.kill(os.getpid(), self.number)
+
+
+def run_and_signal(
+    workdir: Path, target: Path, sections: dict[str, Any], number: int, receiver: int
+) -> tuple[list[int], str, bool]:
+    """One rank: iterations done, what it printed, and whether the handlers are again those from before."""
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    receives = int(os.environ["RANK"]) == receiver
+    log, output = Sender(number=number if receives else 0, at=2), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run_training(workdir, target, sections, log)
+    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    return [step["iteration"] for step in log.steps], output.getvalue(), before == after
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "number", "receiver", "asynchronous"),
+    [
+        pytest.param(1, layout(), signal.SIGTERM, 0, True, id="alone"),
+        pytest.param(2, layout(tp=2), signal.SIGTERM, 1, False, id="tp2"),
+        pytest.param(2, layout(pp=2), signal.SIGUSR1, 0, True, id="pp2"),
+        pytest.param(2, layout(), signal.SIGUSR1, 1, False, id="dp2"),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(  # type: ignore[no-untyped-def]
+    ranks, target, tmp_path, world_size, parallel, number, receiver, asynchronous
+) -> None:
+    sections = {"parallel": parallel, "training": {"train_iters": 4, "async_save": asynchronous}}
+    results = ranks(world_size, run_and_signal, tmp_path, target, sections, number, receiver)
+    assert all(iterations == [1, 2] and restored for iterations, _, restored in results)
+    (message,) = [output for _, output, _ in results if output]
+    assert f"stopped after iteration 2 of 4 ({signal.Signals(number).name} was received)" in message
+    assert (tmp_path / "training/checkpoints" / LATEST).read_text() == "2\n"
+    rest = one_report(ranks(world_size, run_training, tmp_path, target, sections))
+    whole = one_report(ranks(world_size, run_training, tmp_path / "whole", target, sections))
+    assert rest["steps"] == whole["steps"][2:]
+
+
+@pytest.mark.parametrize(
+    ("option", "stops"),
+    [({"exit_interval": 3}, [3, 4]), ({"exit_duration_in_mins": 1e-6}, [1, 2]), ({"exit_duration_in_mins": 1e6}, [4])],
+)
+def test_a_run_stops_after_an_interval_or_a_time(ranks, target, tmp_path, option, stops) -> None:  # type: ignore[no-untyped-def]
+    for stop in stops:
+        ranks(1, run_training, tmp_path, target, {"training": {"train_iters": 4, **option}})
+        assert (tmp_path / "training/checkpoints" / LATEST).read_text() == f"{stop}\n"
+
+
+class Killed:
+    """Runs of a tiny target in children that can be killed, as `kill -9` does it, at any of their operations.
+
+    An operation is one on the file system under the work directory, of a rank or of a process that writes for it, as Python's
+    audit events announce it; every step's record of its losses is one as well. Children come from a server that has imported
+    everything, and lead a process group each, so that writers that outlive their rank can be ended with it at last.
+    """
+
+    STEPS = 9  # the first phase ends after 7
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.target = root, make_tiny_target(root / "target")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["megatron_fuse.training.trainer", "transformers", "test_layouts"])
+        # Megatron starts such a process in every rank, which takes longer than the rest of a run.
+        self.results = multiprocessing.get_context("spawn").Manager()
+        self.children: list[Any] = []
+        self._undisturbed: dict[tuple[int, bool], tuple[dict[int, dict], int]] = {}
+
+    def undisturbed(self, world_size: int, asynchronous: bool) -> tuple[dict[int, dict], int]:
+        """Losses by iteration, and the number of operations."""
+        key = (world_size, asynchronous)
+        if key not in self._undisturbed:
+            workdir = self.root / f"undisturbed-{world_size}-{asynchronous}"
+            _, operations = self.run(workdir, world_size, asynchronous)
+            self._undisturbed[key] = {line["iteration"]: line for line in self.losses(workdir)}, operations
+        return self._undisturbed[key]
+
+    def losses(self, workdir: Path) -> list[dict]:
+        return [json.loads(line) for line in (workdir / "losses.jsonl").read_text().splitlines()]
+
+    def run(
+        self, workdir: Path, world_size: int, asynchronous: bool, kill_at: int = 0, delay: float = 0
+    ) -> tuple[bool, int]:
+        """Whether it was killed, and the number of operations it came to. kill_at: from 1, 0 = never; delay in seconds."""
+        operations = self.context.RawValue("i", 0)
+        port = _free_port()
+        workdir.mkdir(exist_ok=True)
+        queues = [self.results.Queue() for _ in range(world_size)]  # which live as long as somebody here knows them
+        children = [
+            self.context.Process(
+                target=run_rank,
+                args=(rank, world_size, port, workdir, self.target, asynchronous, kill_at, delay, operations, queue),
+            )
+            for rank, queue in enumerate(queues)
+        ]
+        for child in children:
+            child.start()
+        self.children += children
+        killed = False
+        while running := [child for child in children if child.is_alive()]:
+            assert multiprocessing.connection.wait([child.sentinel for child in running], timeout=60), "hangs"
+            if any(child.exitcode for child in children):  # as torchrun ends the others when one rank is gone
+                killed = any(child.exitcode == -signal.SIGKILL for child in children)
+                assert killed, [path.read_text() for path in workdir.glob("output-*.txt")]
+                for child in running:
+                    child.kill()
+        return killed, operations.value
+
+    def end_writers(self) -> None:
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        self.children.clear()
+
+
+def run_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    workdir: Path,
+    target: Path,
+    asynchronous: bool,
+    kill_at: int,
+    delay: float,
+    operations: Any,
+    results: Any,
+) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = results
+    os.setsid()
+    with (workdir / f"output-{rank}.txt").open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    victim = os.getpid()
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        if not str(arguments[0]).startswith(str(workdir)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        operations.value += 1
+        if operations.value == kill_at:
+            threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
+            time.sleep(0 if delay else 10)  # without delay nothing more happens in whoever came to it
+
+    sys.addaudithook(watch)
+    if world_size > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        os.environ |= dict(zip(names, map(str, (rank, rank, world_size, "127.0.0.1", port)), strict=True))
+    training = {"train_iters": Killed.STEPS, "save_interval": 3, "save_retain_last": 2, "async_save": asynchronous}
+    sections = {"parallel": layout(tp=world_size), "training": training}
+    run_training(workdir, target, sections, LineByLine(workdir / "losses.jsonl", rank == 0))
+
+
+@dataclasses.dataclass
+class LineByLine(Recorder):
+    """Keeps its records on disk, a line a step, as the last a killed process wrote."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        super().__init__()
+        self.path, self.writes = path, writes
+
+    def step(self, iteration: int, *arguments: Any) -> None:
+        super().step(iteration, *arguments)
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.steps[-1]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    runs = Killed(tmp_path_factory.mktemp("killed"))
+    yield runs
+    runs.end_writers()
+    runs.results.shutdown()
+
+
+# Moment 9, 19 and 29: two tensor ranks
+@pytest.mark.parametrize("moment", [0, 1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in range(2, 30))])
+def test_killed_at_any_moment_it_continues_with_the_same_losses(killed: Killed, tmp_path: Path, moment: int) -> None:
+    draw = random.Random(moment)
+    world_size, asynchronous = (2 if moment % 10 == 9 else 1), moment % 2 == 1
+    losses, operations = killed.undisturbed(world_size, asynchronous)
+    at, delay = draw.randint(1, operations), draw.choice([0, draw.uniform(0, 0.05)])
+    first, _ = killed.run(tmp_path, world_size, asynchronous, at, delay)
+    assert first or delay
+    # Once more in what is left, or after it, with the writers of the first perhaps still at work
+    again = draw.randint(1, operations - at + 1)
+    killed.run(tmp_path, world_size, asynchronous, again, delay)
+    assert killed.run(tmp_path, world_size, asynchronous)[0] is False
+    found = killed.losses(tmp_path)
+    assert {line["iteration"] for line in found} == losses.keys(), f"killed at {at} and {again} of {operations}"
+    assert all(line == losses[line["iteration"]] for line in found), f"killed at {at} and {again} of {operations}"
+    killed.end_writers()
+    assert killed.run(tmp_path, world_size, asynchronous)[0] is False  # nothing is left to do but to clean up
+    assert killed.losses(tmp_path) == found
+    names = {path.name for path in (tmp_path / "training/checkpoints").iterdir()}
+    assert names >= {"iter_0000007", "iter_0000009"} and not any(name.endswith(".tmp") for name in names)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path[:0] = {paths!r}
+if __name__ == "__main__":
+    from test_layouts import layout
+    from test_interruption import LineByLine, run_training
+    import os
+    work = Path({work!r})
+    log = LineByLine(work / "losses.jsonl", os.environ["RANK"] == "0")
+    run_training(work, Path({target!r}), {{"parallel": layout(tp=2), "training": {{"train_iters": int(sys.argv[1])}}}}, log)
+    (work / ("ended-" + os.environ["RANK"])).write_text(str(log.steps[-1]["iteration"]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_on_all_ranks(target: Path, tmp_path: Path) -> None:
+    """torchrun signals the whole process group of every rank, the writers' processes among them."""
+    script, losses = tmp_path / "script.py", tmp_path / "losses.jsonl"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script.write_text(SCRIPT.format(paths=paths, work=str(tmp_path), target=str(target)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen([*launcher, "20"], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120
+        # After the first phase's end at 7 and its checkpoint: the process that collects for the writers is there by then.
+        while not losses.exists() or len(losses.read_text().splitlines()) < 8:
+            assert time.monotonic() < until and torchrun.poll() is None
+            time.sleep(0.01)
+        torchrun.send_signal(signal.SIGTERM)
+        output, _ = torchrun.communicate(timeout=60)
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode != 0  # torchrun's own
+    stopped = int((tmp_path / "training/checkpoints" / LATEST).read_text())
+    assert f"stopped after iteration {stopped} of 20 (SIGTERM was received)" in output
+    assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(stopped)] * 2
+    subprocess.run([*launcher, "20"], env=environment, check=True, timeout=120)
+    assert [json.loads(line)["iteration"] for line in losses.read_text().splitlines()] == [*range(1, 21)]
