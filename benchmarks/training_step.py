@@ -170,7 +170,7 @@ class Documents:
 
 
 def _step(trainer: Trainer, weights: dict[str, tuple[float, float]]) -> None:
-    train_step(trainer, plan_step(trainer, trainer.dataset.train[:1], weights), 1e-5, 0)
+    train_step(trainer, plan_step(trainer, trainer.dataset.train[:1], weights), 1e-5)
 
 
 def _around(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fuse.report.layout import Table, text_table
-from megatron_fuse.training.memory import Memory, estimate_memory, gibibytes
+from megatron_fuse.training.memory import Memory, estimate_memory, readable_size
 from megatron_fuse.training.plan import PhasePlan, plan_phases
 from megatron_fuse.training.trainer import Trainer
 
@@ -48,7 +48,12 @@ def dry_run_text(
 def _memory_table(parameters: dict[int, int], memory: dict[int, Memory]) -> Table:
     names = list(vars(next(iter(memory.values()))))
     rows = [
-        (str(stage), f"{parameters[stage]:,}", *(gibibytes(size) for size in vars(of).values()), gibibytes(of.total))
+        (
+            str(stage),
+            f"{parameters[stage]:,}",
+            *(readable_size(size) for size in vars(of).values()),
+            readable_size(of.total),
+        )
         for stage, of in memory.items()
     ]
     return ("stage", "parameters", *names, "total"), rows

@@ -1,28 +1,59 @@
-"""One line a step in Megatron-LM's form, and the same numbers for TensorBoard."""
+"""One line a step in Megatron-LM's form, and the same numbers for metrics.jsonl, TensorBoard and Weights & Biases."""
 
+import math
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import cached_property
-from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+import torch
+
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.storage import Workspace
+from megatron_fuse.training.metrics import HELD_OUT, METRICS, STEP, MetricsFile, metrics_directory
+from megatron_fuse.training.plan import PhasePlan, tokens_left
+from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
+
+_FORMATS = {"loss": ".6E", "learning rate": ".6E"}  # as Megatron-LM prints them
 
 
 class TrainingLog:
-    """Prints and records; exists on the one reporting rank, and does nothing on the others."""
+    """Prints and records on the one reporting rank, and does nothing on the others.
 
-    def __init__(self, tensorboard_dir: Path, *, total_steps: int, log_interval: int, active: bool) -> None:
-        self.active = active
-        self.total_steps = total_steps
-        self.log_interval = log_interval
-        self.tensorboard_dir = tensorboard_dir
+    Nothing here waits for a GPU: every number is on the host already, and torch's memory statistics are the allocator's own.
+    """
+
+    def __init__(self, recipe: Recipe, plans: Sequence[PhasePlan], *, peak_flops: float | None, active: bool) -> None:
+        """peak_flops: of all ranks together, None where no MFU is to be told. Raises UserError on every rank where Weights &
+        Biases is asked for and not installed."""
+        if recipe.training.wandb_project:
+            check_wandb()
+        self.recipe, self.plans, self.peak_flops, self.active = recipe, plans, peak_flops, active
+        self.total_steps = plans[-1].last_iteration
+        self.trackers: list[Tracker] = []
+        self.skipped = 0
         self.restart_clock()
 
-    @cached_property
-    def writer(self) -> SummaryWriter:
-        """Made with the first number, so that a refused run leaves no empty file behind."""
-        return SummaryWriter(str(self.tensorboard_dir))
+    def start(self, iteration: int) -> None:
+        """To be called once, when it is known at which iteration the run starts; what lies beyond it is dropped."""
+        if not self.active:
+            return
+        directory, options = metrics_directory(self.recipe), self.recipe.training
+        self.metrics = MetricsFile(directory / METRICS, continue_at=iteration)
+        self.skipped = self.metrics.skipped
+        board = options.tensorboard_dir or Workspace(self.recipe.workdir).training / "tensorboard"
+        self.trackers = [TensorBoard(board, continue_at=iteration)]
+        if options.wandb_project:
+            self.trackers.append(
+                WeightsAndBiases(
+                    directory,
+                    project=options.wandb_project,
+                    name=options.wandb_exp_name or self.recipe.workdir.resolve().name,
+                    config=self.recipe.model_dump(mode="json", by_alias=True),
+                    continue_at=iteration,
+                )
+            )
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """After an evaluation or a checkpoint, which are not training time."""
@@ -31,43 +62,89 @@ class TrainingLog:
     def step(
         self, iteration: int, consumed_samples: int, phase: str, lr: float, values: Mapping[str, float], tokens: int
     ) -> None:
-        """iteration: steps done. values: loss, ce/MODE, kl/MODE, grad norm. tokens: input tokens of the step, padding left out."""
+        """iteration: steps done. values: loss, ce/MODE, kl/MODE, grad norm, padding. tokens: input tokens of the step, padding left out.
+
+        A step whose grad norm is not finite counts as skipped (guards.step_optimizer).
+        """
         if not self.active:
             return
         self.steps += 1
         self.tokens += tokens
-        for name, value in {**values, "learning rate": lr, "consumed samples": consumed_samples}.items():
-            self.writer.add_scalar(name.replace(" ", "-"), value, iteration)
-        if iteration % self.log_interval and iteration != self.total_steps:
-            return
+        self.skipped += not math.isfinite(values["grad norm"])
+        numbers = {"learning rate": lr, **values}
+        prints = iteration % self.recipe.training.log_interval == 0 or iteration == self.total_steps
+        speed = self._speed(iteration) if prints else {}
+        recorded = {**numbers, **speed, "skipped iterations": self.skipped, "consumed samples": consumed_samples}
+        self.metrics.write(STEP, iteration, {"phase": phase, **recorded})
+        for tracker in self.trackers:
+            tracker.numbers(recorded, iteration)
+        if prints:
+            self._print(iteration, consumed_samples, phase, numbers, speed)
+            self.restart_clock()
+
+    def _speed(self, iteration: int) -> dict[str, float]:
+        """What the clock says since its last start."""
         elapsed = time.perf_counter() - self.since
-        seconds_per_step = elapsed / self.steps
-        tokens_per_second = self.tokens / elapsed
-        self.writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
-        left = timedelta(seconds=round(seconds_per_step * (self.total_steps - iteration)))
+        rate = self.tokens / elapsed
+        speed = {
+            "milliseconds per iteration": 1000 * elapsed / self.steps,
+            "tokens per second": rate,
+            "memory GiB": peak_memory() / 2**30,
+        }
+        if self.peak_flops:
+            plan = next(plan for plan in self.plans if iteration <= plan.last_iteration)
+            speed["MFU"] = rate * plan.flops / plan.tokens / self.peak_flops  # as if all steps of a phase were alike
+        return speed
+
+    def _print(
+        self,
+        iteration: int,
+        consumed_samples: int,
+        phase: str,
+        numbers: Mapping[str, float],
+        speed: Mapping[str, float],
+    ) -> None:
+        rate = speed["tokens per second"]
+        of_phase, of_run = (duration(left / rate if rate else 0) for left in tokens_left(self.plans, iteration))
         parts = [
             f"iteration {iteration:8d}/{self.total_steps:8d}",
             f"consumed samples: {consumed_samples:12d}",
             f"phase: {phase}",
-            f"elapsed time per iteration (ms): {1000 * seconds_per_step:.1f}",
-            f"learning rate: {lr:.6E}",
-            *(f"{name}: {value:.6E}" if name == "loss" else f"{name}: {value:.4f}" for name, value in values.items()),
-            f"tokens/s: {tokens_per_second:.0f}",
-            f"ETA: {left}",
+            f"elapsed time per iteration (ms): {speed['milliseconds per iteration']:.1f}",
+            *(f"{name}: {value:{_FORMATS.get(name, '.4f')}}" for name, value in numbers.items()),
+            f"tokens/s: {rate:.0f}",
+            *([f"MFU: {100 * speed['MFU']:.1f} %"] if "MFU" in speed else []),
+            f"memory: {speed['memory GiB']:.2f} GiB",
+            f"number of skipped iterations: {self.skipped}",
+            f"ETA: {of_phase} phase, {of_run} run",
         ]
         print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts), flush=True)
-        self.restart_clock()
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
         """values: ce/MODE, kl/MODE, perplexity/MODE on the held-out examples."""
         if not self.active:
             return
-        for name, value in values.items():
-            self.writer.add_scalar(f"held-out/{name}", value, iteration)
+        self.metrics.write(HELD_OUT, iteration, values)
+        for tracker in self.trackers:
+            tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
         shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
         print(f" held-out at iteration {iteration} ({examples} examples) | {shown}", flush=True)
         self.restart_clock()
 
     def close(self) -> None:
         if self.active:
-            self.writer.close()
+            self.metrics.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+
+def peak_memory() -> int:
+    """Bytes of this process at most so far: of tensors on its GPU, or on a CPU the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, with days before it where there are any."""
+    return str(timedelta(seconds=round(seconds)))

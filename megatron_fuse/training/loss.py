@@ -4,6 +4,7 @@ Megatron divides a loss by the number of micro-batches, and its data parallelism
 already hold the one denominator of the global batch, so the loss is multiplied by both beforehand.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,7 +32,10 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
             of_mode = torch.nn.functional.one_hot(batch.mode, len(MODES)).to(losses.dtype)  # [b, modes]
             sums = of_mode.t() @ losses[1:].detach().sum(dim=2).t()  # [modes, (CE, KL)]
             report = torch.cat([sums.flatten(), loss.detach()[None]])
-            return loss * (micro_batches * data_parallel_size), {"sums": report}
+            # A loss that is not finite gets such a gradient, by whose norm all ranks know that the step is to be skipped: the
+            # logit -inf of a label would leave a finite one.
+            scale = torch.where(loss.detach().isfinite(), float(micro_batches * data_parallel_size), math.nan)
+            return loss * scale, {"sums": report}
 
         return output, loss_function
 

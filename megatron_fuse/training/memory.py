@@ -101,8 +101,8 @@ def estimate_memory(recipe: Recipe, architecture: Architecture, *, data_parallel
     )
 
 
-def gibibytes(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def readable_size(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def savings(
@@ -149,11 +149,11 @@ def advise_when_out_of_memory(recipe: Recipe, architecture: Architecture, runtim
         stage = parallel_state.get_pipeline_model_parallel_rank()
         place = {"data_parallel_size": runtime.data_parallel_size, "stage": stage}
         needed = estimate_memory(recipe, architecture, **place)
-        parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in vars(needed).items())
-        mends = [f"{words} saves about {gibibytes(size)}" for words, size in savings(recipe, architecture, **place)]
+        parts = ", ".join(f"{name} {readable_size(size)}" for name, size in vars(needed).items())
+        mends = [f"{words} saves about {readable_size(size)}" for words, size in savings(recipe, architecture, **place)]
         raise UserError(
             f"out of memory: {str(error).strip() or type(error).__name__}\n"
-            f"A rank of pipeline stage {stage} needs about {gibibytes(needed.total)}: {parts}.\n"
+            f"A rank of pipeline stage {stage} needs about {readable_size(needed.total)}: {parts}.\n"
             + "\n".join(["Any of these helps:", *mends] if mends else ["A shorter --seq-length or more ranks help."])
         ) from error
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,23 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
 from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
-from megatron_fuse.storage import Workspace
 from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter
 from megatron_fuse.training.checkpoint_files import Retention
+from megatron_fuse.training.guards import StepGuard, check_weights_across_replicas, step_optimizer
 from megatron_fuse.training.interruption import Interruption
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
+from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.resume import resume, run_facts
-from megatron_fuse.training.schedule import Schedule, learning_rate
+from megatron_fuse.training.schedule import Schedule, Step, learning_rate
+from megatron_fuse.training.throughput import peak_flops_of_this_gpu
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Trainer:
     schedule: Schedule
     run: dict[str, Any]  # run_facts
     log: TrainingLog
+    guard: StepGuard
 
     @property
     def save_directory(self) -> Path:
@@ -100,13 +103,15 @@ def make_trainer(
         ranks=curriculum.ranks[dataset.train] if curriculum else None,
     )
     run = run_facts(recipe, dataset, curriculum)
+    peak = peak_flops_of_this_gpu() if bf16 else None
     log = TrainingLog(
-        options.tensorboard_dir or Workspace(recipe.workdir).training / "tensorboard",
-        total_steps=schedule.total_steps,
-        log_interval=options.log_interval,
+        recipe,
+        plan_phases(schedule, dataset, architecture),
+        peak_flops=peak and peak * runtime.world_size,
         active=runtime.reports,
     )
-    return Trainer(recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, run, log)
+    guard = StepGuard(options.max_skipped_iterations, options.check_for_spiky_loss)
+    return Trainer(recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, run, log, guard)
 
 
 def train(trainer: Trainer) -> None:
@@ -115,6 +120,7 @@ def train(trainer: Trainer) -> None:
     facts = resume(
         trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run
     )
+    trainer.log.start(facts.iteration)
     last_step = min(trainer.schedule.total_steps, options.train_iters or trainer.schedule.total_steps)
     checkpoints = CheckpointWriter(
         trainer.save_directory,
@@ -143,10 +149,12 @@ def train(trainer: Trainer) -> None:
                 warmup=options.lr_warmup_iters,
             )
             weights = phase_weights(step.phase, kl_factor=_kl_factor(trainer.recipe))
-            batch = _plan(trainer, trainer.dataset.train[step.examples], weights)
-            values = _train_step(trainer, batch, lr, step.iteration)
+            batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
+            values = train_step(trainer, batch, lr)
             facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
-            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
+            shown = values | {"padding": batch.padding}
+            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, shown, batch.tokens)
+            _guard(trainer, step, values)
 
             last = facts.iteration == last_step
             pause = step.ends_phase or last
@@ -154,7 +162,7 @@ def train(trainer: Trainer) -> None:
             # Whoever tells a run to stop leaves it little time: the evaluation that would be due is left out.
             evaluates = not stop and (pause or _is_due(facts.iteration, options.eval_interval))
             loss = _evaluate(trainer, facts.iteration) if evaluates else None
-            improved = loss is not None and (facts.best_loss is None or loss < facts.best_loss)
+            improved = loss is not None and math.isfinite(loss) and loss < (facts.best_loss or math.inf)
             facts = replace(facts, best_loss=loss) if improved else facts
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
@@ -177,7 +185,8 @@ def _kl_factor(recipe: Recipe) -> float:
     return recipe.loss.student_temperature**2 if recipe.loss.temperature_squared else 1.0
 
 
-def _plan(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
+def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
+    """What this step's micro-batches hold, at the recipe's layout. weights: see plan_batch."""
     runtime, options = trainer.runtime, trainer.recipe.training
     return plan_batch(
         trainer.dataset,
@@ -219,23 +228,35 @@ def _forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: boo
     )
 
 
-def _train_step(trainer: Trainer, batch: GlobalBatch, lr: float, iteration: int) -> dict[str, float]:
-    """One optimizer step. Returns the batch's means on last-stage ranks, the gradient norm on every rank."""
+def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, float]:
+    """One optimizer step, skipped where the gradient is not finite.
+
+    Returns the batch's means on last-stage ranks, the gradient norm on every rank.
+    """
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
     reports = _forward_backward(trainer, batch, forward_only=False)
-    successful, grad_norm, _ = trainer.optimizer.step()
-    if not successful or (grad_norm is not None and not math.isfinite(grad_norm)):
-        raise UserError(
-            f"the gradient norm is {grad_norm} at iteration {iteration + 1}, on examples "
-            f"{[trainer.dataset.example_ids[example] for _, example in batch.documents]}: "
-            "lower --lr, or look for NaN in the target's weights; the last checkpoint is whole"
-        )
+    grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
     values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
-    return values | {"grad norm": grad_norm or 0.0}
+    return values | {"grad norm": grad_norm, "padding": batch.padding}
+
+
+def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
+    """Warns of what a step that was done shows; raises UserError, on every rank alike, where the run should not go on."""
+    iteration, options = step.iteration + 1, trainer.recipe.training
+    ids = partial(_example_ids, trainer.dataset, step)
+    if warning := trainer.guard.watch(iteration, step.phase.name, values, ids):
+        trainer.runtime.print(warning)
+    if _is_due(iteration, options.check_weight_hash_across_dp_replicas_interval):
+        check_weights_across_replicas(trainer.chunks, iteration)
+        trainer.log.restart_clock()
+
+
+def _example_ids(dataset: FusionDataset, step: Step) -> list[str]:
+    return [dataset.example_ids[example] for example in dataset.train[step.examples]]
 
 
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
@@ -251,7 +272,7 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
         chunk.eval()
     size = recipe.training.global_batch_size
     for first in range(0, len(dataset.held_out), size):
-        batch = _plan(trainer, dataset.held_out[first : first + size], weights)
+        batch = plan_step(trainer, dataset.held_out[first : first + size], weights)
         reports = _forward_backward(trainer, batch, forward_only=True)
         values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
         for mode, tokens in batch.supervised_tokens.items():

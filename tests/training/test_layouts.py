@@ -19,10 +19,13 @@ class Recorder:
     held_out: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def step(self, iteration: int, consumed: int, phase: str, lr: float, values: dict, tokens: int) -> None:
+        values = {name: value for name, value in values.items() if name != "padding"}  # which packing changes
         self.steps.append(values | {"iteration": iteration, "consumed": consumed, "lr": lr})
 
     def evaluation(self, iteration: int, values: dict, examples: int) -> None:
         self.held_out.append(values)
+
+    def start(self, iteration: int) -> None: ...
 
     def restart_clock(self) -> None: ...
 
