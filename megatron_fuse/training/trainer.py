@@ -162,7 +162,8 @@ def train(trainer: Trainer) -> None:
             # Whoever tells a run to stop leaves it little time: the evaluation that would be due is left out.
             evaluates = not stop and (pause or _is_due(facts.iteration, options.eval_interval))
             loss = _evaluate(trainer, facts.iteration) if evaluates else None
-            improved = loss is not None and math.isfinite(loss) and loss < (facts.best_loss or math.inf)
+            # NaN is less than nothing, so that it never becomes the best.
+            improved = loss is not None and loss < (math.inf if facts.best_loss is None else facts.best_loss)
             facts = replace(facts, best_loss=loss) if improved else facts
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
