@@ -250,7 +250,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 if __name__ == "__main__":
     from test_layouts import layout
-    from test_interruption import LineByLine, run_training
+    from test_interrupted_training import LineByLine, run_training
     import os
     work = Path({work!r})
     log = LineByLine(work / "losses.jsonl", os.environ["RANK"] == "0")
