@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage import remove_abandoned, temporary_then_rename
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Removes what killed processes left half-written or half-deleted. Nobody may be saving there."""
+    remove_abandoned(directory)
     for leftover in directory.glob(".iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -68,6 +69,7 @@ def signals_held() -> Iterator[None]:
     torchrun and batch systems signal whole process groups. Megatron's checkpoint writers, and the process that collects what
     they wrote, would die of it at the very moment in which the last checkpoint is to be saved.
     """
+    resource_tracker.ensure_running()  # multiprocessing starts it with its first process, and then lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
