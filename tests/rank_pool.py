@@ -93,6 +93,10 @@ class RankPool:
         return [answers[rank] for rank in range(world_size)]
 
     def close(self) -> None:
+        # Told to end, a worker takes the process along that collects the results of Megatron's checkpoint writers.
+        for tasks in self.tasks:
+            tasks.put(None)
         for worker in self.workers:
+            worker.join(timeout=5)
             worker.kill()
             worker.join()

@@ -145,6 +145,23 @@ def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_f
     assert states == ["training"] and "at step 9" in plan
 
 
+def test_a_run_that_was_told_to_stop_is_not_exported(
+    finished: tuple[Path, str], recipe_file: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
+    command += [
+        "--exit-interval",
+        "4",
+        "--save",
+        str(tmp_path / "checkpoints"),
+        "--export-path",
+        str(tmp_path / "export"),
+    ]
+    stopped = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert stopped.returncode == 2 and "training has stopped at step 4 of 9: run this again" in stopped.stderr
+    assert not (tmp_path / "export").exists()
+
+
 def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
     finished: tuple[Path, str], recipe_file: Path
 ) -> None:
