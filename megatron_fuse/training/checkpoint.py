@@ -131,6 +131,12 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
+def refuse_other_model(path: Path, facts: CheckpointFacts, architecture: Architecture) -> None:
+    """Raises UserError where a checkpoint holds another model or vocabulary."""
+    if differing := differences(facts.model, model_facts(architecture)):
+        raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
+
+
 def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
     """Model chunks under the names that Megatron-LM gives them in a checkpoint."""
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
@@ -275,8 +281,7 @@ def load_checkpoint(
             f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
         )
     facts = read_facts(path)
-    if differing := differences(facts.model, model_facts(architecture)):
-        raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
+    refuse_other_model(path, facts, architecture)
     try:
         loaded = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
     except (OSError, CheckpointException, CheckpointingException) as error:

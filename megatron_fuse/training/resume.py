@@ -21,6 +21,7 @@ from megatron_fuse.training.checkpoint import (
     model_facts,
     named_checkpoint,
     read_facts,
+    refuse_other_model,
     versions,
 )
 
@@ -90,6 +91,7 @@ def resume(
             f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
             f"{save}, or go on with the new value by --override"
         )
+    refuse_other_model(path, found, architecture)  # before its optimizer, which is then another one too
     if other_form := differences(found.optimizer, start.optimizer):
         raise UserError(
             f"{path}: optimizer {'; '.join(other_form)}, and its state does not fit: put the old value back"
