@@ -71,7 +71,7 @@ class RankPool:
         for worker in self.workers:
             worker.start()
 
-    def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 180) -> list[Any]:
+    def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600) -> list[Any]:
         port = _free_port()
         for rank in range(world_size):
             self.tasks[rank].put((rank, world_size, port, function, arguments))

@@ -176,7 +176,7 @@ def accounts(ranks, four_heads: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 # 16: all documents of a step at once; 3 divides neither the documents nor what each rank has of them
 @pytest.mark.parametrize(
-    "micro_batch_size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 16))]
+    "micro_batch_size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 4, 16))]
 )
 @pytest.mark.parametrize(("tp", "pp", "dp"), FACTORISATIONS, ids=lambda size: str(size))
 def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
