@@ -28,7 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from synthetic_captures import synthetic_run
-from table import Measurement, run
+from table import Measurement, medians_in_turns, run
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
@@ -90,7 +90,7 @@ def _attention(options: argparse.Namespace) -> list[Measurement]:
     for core in (ours, megatrons):
         work(core, _random_tensors(16))()  # what the first call of a process brings with it
         memory.append(_peak_memory(work(core, tensors)))
-    seconds = _medians(options.repeats, work(ours, tensors), work(megatrons, tensors))
+    seconds = medians_in_turns(options.repeats, work(ours, tensors), work(megatrons, tensors))
     name, baseline = f"attention over {options.seq_length} tokens", "DotProductAttention"
     return [
         Measurement(f"{name}: time", 1e3 * seconds[0], "ms", baseline, 1e3 * seconds[1], "ratio <= 1"),
@@ -112,7 +112,7 @@ def _documents(dataset: FusionDataset, options: argparse.Namespace) -> list[Meas
         rows = (of.permute(1, 2, 0, 3) for of in tensors)
         torch.autograd.grad(scaled_dot_product_attention(*rows, attn_mask=mask).sum(), tensors)
 
-    seconds = _medians(options.repeats, one_by_one, under_a_mask)
+    seconds = medians_in_turns(options.repeats, one_by_one, under_a_mask)
     name = f"attention over {len(lengths)} documents of {sum(lengths)} tokens: time"
     return [Measurement(name, 1e3 * seconds[0], "ms", "block-diagonal mask", 1e3 * seconds[1], "ratio <= 1")]
 
@@ -202,19 +202,6 @@ def _peak_memory(work: Callable[[], object]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     work()
     return (resident("VmHWM") - before) / _MEBIBYTE
-
-
-def _medians(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """Seconds of each, all taken in turns, so that a slow spell of the machine meets all of them."""
-    seconds = []
-    for _ in range(repeats):
-        turn = []
-        for work in works:
-            start = time.perf_counter()
-            work()
-            turn.append(time.perf_counter() - start)
-        seconds.append(turn)
-    return np.median(seconds, axis=0).tolist()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ and so lengths, are real.
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from table import Measurement, run
+from table import Measurement, medians_in_turns, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_fuse.capture import Conversation
@@ -65,7 +64,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
             reader.read([conversations[index] for index in batch])
 
     reader.read(conversations[:2])  # the first pass of a process is slow
-    captured, bare, unsorted = _medians(
+    captured, bare, unsorted = medians_in_turns(
         options.repeats,
         lambda: reader.capture_shard(conversations),
         lambda: [_forward(model, [ids[index] for index in batch]) for batch in budgeted],
@@ -136,19 +135,6 @@ def _forward(model: LlamaForCausalLM, sequences: Sequence[np.ndarray]) -> None:
         tokens[row, : len(sequence)] = torch.from_numpy(sequence)
         mask[row, : len(sequence)] = 1
     model(input_ids=tokens, attention_mask=mask, use_cache=False)
-
-
-def _medians(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """Seconds of each, all taken in turns, so that a slow spell of the machine meets all of them."""
-    seconds = []
-    for _ in range(repeats):
-        turn = []
-        for work in works:
-            start = time.perf_counter()
-            work()
-            turn.append(time.perf_counter() - start)
-        seconds.append(turn)
-    return np.median(seconds, axis=0).tolist()
 
 
 if __name__ == "__main__":

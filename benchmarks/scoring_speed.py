@@ -15,13 +15,11 @@ examples or earlier turns do.
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from table import Measurement, run
+from table import Measurement, medians_in_turns, run
 from transformers import LlamaConfig, LlamaModel
 
 from megatron_fuse.advantage.reward_models import RewardModel
@@ -61,7 +59,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
                 score_conversations(judge, groups, batch_tokens=options.batch_tokens, share_prompts=share)
 
             score_conversations(judge, groups[:1], batch_tokens=options.batch_tokens)  # the first pass is slow
-            shared, plain = _medians(options.repeats, lambda: score(True), lambda: score(False))
+            shared, plain = medians_in_turns(options.repeats, lambda: score(True), lambda: score(False))
             conversations, ideal = sum(map(len, groups)), _ideal(groups)
             name = f"K={answers}, context {context}"
             wanted = f"ratio >= {max(0.85 * ideal, 0.97):.3g}"
@@ -117,19 +115,6 @@ def _ideal(groups: list[list[np.ndarray]]) -> float:
         common = next((n for n, ids in enumerate(zip(*group, strict=False)) if len(set(ids)) > 1), min(map(len, group)))
         read += sum(map(len, group)) - (len(group) - 1) * common
     return whole / read
-
-
-def _medians(repeats: int, *works: Callable[[], object]) -> list[float]:
-    """Seconds of each, all taken in turns, so that a slow spell of the machine meets all of them."""
-    seconds = []
-    for _ in range(repeats):
-        turn = []
-        for work in works:
-            start = time.perf_counter()
-            work()
-            turn.append(time.perf_counter() - start)
-        seconds.append(turn)
-    return np.median(seconds, axis=0).tolist()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -75,6 +77,19 @@ def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapp
             failed.append(file)
     print(f"\nmissed or failed: {', '.join(failed)}" if failed else "\nall that is wanted holds")
     return int(bool(failed))
+
+
+def medians_in_turns(repeats: int, *works: Callable[[], object]) -> list[float]:
+    """Median seconds of each, all taken in turns, so that a slow spell of the machine meets all of them."""
+    turns = []
+    for _ in range(repeats):
+        seconds = []
+        for work in works:
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        turns.append(seconds)
+    return [median(of_one) for of_one in zip(*turns, strict=True)]
 
 
 def print_table(measurements: Sequence[Measurement]) -> None:

@@ -14,13 +14,11 @@ spell of the machine meets both; figures are medians.
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from statistics import median
 from types import MethodType
 
 import matplotlib.pyplot as plt
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from synthetic_documents import write_documents
-from table import Measurement, run
+from table import Measurement, medians_in_turns, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_fuse.fusion_data.documents import Document, DocumentStreams
@@ -80,8 +78,8 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 def _main_comparison(directory: Path, runtime: Runtime, options: argparse.Namespace) -> list[Measurement]:
     fusion = _trainer(directory, runtime, options.seq_length, VOCABULARY, ENTRIES)
     tuning = replace(fusion, dataset=Documents(fusion.dataset.streams))
-    steps = {"fusion": lambda: _step(fusion, WEIGHTS), "tuning": lambda: _step(tuning, NO_KL)}
-    milliseconds = _in_turns(steps, options.pairs)
+    fusion_step, tuning_step = (lambda: _step(fusion, WEIGHTS)), (lambda: _step(tuning, NO_KL))
+    of_fusion, of_tuning = _milliseconds(options.pairs, fusion_step, tuning_step)
     model = fusion.chunks[0]
     sparse = model.compute_language_model_loss
 
@@ -90,19 +88,19 @@ def _main_comparison(directory: Path, runtime: Runtime, options: argparse.Namesp
         _step(fusion, WEIGHTS)
         model.compute_language_model_loss = sparse
 
-    against_dense = _in_turns({"fusion": steps["fusion"], "dense": dense_step}, max(options.pairs // 4, 2))
-    around = _in_turns({"around": lambda: _around(fusion)}, options.pairs)["around"]
+    beside_dense, of_dense = _milliseconds(max(options.pairs // 4, 2), fusion_step, dense_step)
+    (around,) = _milliseconds(options.pairs, lambda: _around(fusion))
     size = sum(parameter.numel() for parameter in model.parameters())
     name = f"fusion step, {size / 1e6:.0f} M parameters, {options.seq_length} tokens"
     return [
-        Measurement(name, milliseconds["fusion"], "ms", "fine-tuning step", milliseconds["tuning"], "ratio <= 1.05"),
-        Measurement(name, against_dense["fusion"], "ms", "step with dense targets", against_dense["dense"]),
+        Measurement(name, of_fusion, "ms", "fine-tuning step", of_tuning, "ratio <= 1.05"),
+        Measurement(name, beside_dense, "ms", "step with dense targets", of_dense),
         Measurement(
             "planning, collation and logging of a step",
             around,
             "ms",
             "fusion step",
-            milliseconds["fusion"],
+            of_fusion,
             "ratio <= 0.02",
         ),
     ]
@@ -114,9 +112,10 @@ def _scaling(
     """Milliseconds of a fusion step and of a fine-tuning step."""
     fusion = _trainer(directory, runtime, options.scaling_seq_length, vocabulary, entries)
     tuning = replace(fusion, dataset=Documents(fusion.dataset.streams))
-    steps = {"fusion": lambda: _step(fusion, WEIGHTS), "tuning": lambda: _step(tuning, NO_KL)}
-    milliseconds = _in_turns(steps, options.scaling_pairs)
-    return milliseconds["fusion"], milliseconds["tuning"]
+    of_fusion, of_tuning = _milliseconds(
+        options.scaling_pairs, lambda: _step(fusion, WEIGHTS), lambda: _step(tuning, NO_KL)
+    )
+    return of_fusion, of_tuning
 
 
 def _trainer(directory: Path, runtime: Runtime, seq_length: int, vocabulary: int, entries: int) -> Trainer:
@@ -194,16 +193,10 @@ def _dense_loss(model: torch.nn.Module, targets: FusionTargets, logits: torch.Te
     return torch.stack([targets.ce_weight * ce + targets.kl_weight * kl, ce.detach(), kl.detach()])
 
 
-def _in_turns(works: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, all taken in turns after one that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(1 + repeats):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in times.items()}
+def _milliseconds(repeats: int, *works: Callable[[], None]) -> list[float]:
+    """Medians of each, all taken in turns after one that does not count."""
+    medians_in_turns(1, *works)
+    return [1e3 * seconds for seconds in medians_in_turns(repeats, *works)]
 
 
 def _draw(scaling: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:

@@ -168,7 +168,7 @@ def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
     workdir, whole = finished
     stop = random.Random().randint(2, 8)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "pretrain_fuse.py"]
-    command += ["--recipe", str(workdir / "recipe.yaml"), "--save", str(workdir / "killed")]
+    command += ["--recipe", str(recipe_file), "--save", str(workdir / "killed")]
     output = ""
     with subprocess.Popen(
         command,

@@ -30,12 +30,13 @@ def main() -> None:
         raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
     start_runtime()
     from megatron_fuse.training import checkpoint, target
+    from megatron_fuse.training.checkpoint_files import LATEST
 
     if arguments.from_megatron:
         path = arguments.from_megatron
         path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
         if path is None:
-            raise UserError(f"{arguments.from_megatron}: no {checkpoint.LATEST} and no facts.json: not a checkpoint")
+            raise UserError(f"{arguments.from_megatron}: no {LATEST} and no facts.json: not a checkpoint")
         target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype)
     else:
         path = target.import_hugging_face(arguments.from_hugging_face, arguments.output)

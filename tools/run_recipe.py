@@ -21,7 +21,8 @@ from megatron_fuse.pipeline import check_files, count_tokens, data_stages, measu
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.target import checkpoint_directory, export_directory
-from megatron_fuse.training.schedule import Schedule
+from megatron_fuse.training.checkpoint_files import LATEST
+from megatron_fuse.training.schedule import make_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,16 +74,15 @@ def run_stage(name: str, recipe: Recipe, resolved: Path, processes: int) -> None
 
 def require_whole_training(recipe: Recipe) -> None:
     """Raises UserError where training has ended early, as at a signal or by --exit-interval: such a model is not to be exported."""
-    examples = len(FusionDataset(recipe).train)
-    schedule = Schedule(tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.seed)
-    wanted = min(schedule.total_steps, recipe.training.train_iters or schedule.total_steps)
+    schedule = make_schedule(recipe, len(FusionDataset(recipe).train))
+    wanted = schedule.last_step(recipe.training.train_iters)
     reached = int(latest_iteration_file(recipe).read_text())
     if reached < wanted:
         raise UserError(f"training has stopped at step {reached} of {wanted}: run this again, and it continues")
 
 
 def latest_iteration_file(recipe: Recipe) -> Path:
-    return checkpoint_directory(recipe) / "latest_checkpointed_iteration.txt"
+    return checkpoint_directory(recipe) / LATEST
 
 
 def run(command: list[str], processes: int) -> None:

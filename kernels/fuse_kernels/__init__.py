@@ -5,7 +5,7 @@ a rows that take part in the loss (a <= n), e entries whose column lies in this 
 """
 
 from fuse_kernels.arguments import IMPLEMENTATIONS, TAILS
-from fuse_kernels.linear import fused_linear_sparse_kl
+from fuse_kernels.linear import CHUNK_TOKENS, fused_linear_sparse_kl
 from fuse_kernels.loss import sparse_kl_cross_entropy
 
-__all__ = ["IMPLEMENTATIONS", "TAILS", "fused_linear_sparse_kl", "sparse_kl_cross_entropy"]
+__all__ = ["CHUNK_TOKENS", "IMPLEMENTATIONS", "TAILS", "fused_linear_sparse_kl", "sparse_kl_cross_entropy"]

@@ -19,6 +19,7 @@ from fuse_kernels.reference import reference_loss
 from fuse_kernels.rows import ActiveRows, VocabularyShard, active_rows, spread
 
 _BLOCK = 8192  # rows of the weight whose gradient is added to an accumulator of another type at once
+CHUNK_TOKENS = 1024  # rows of logits that exist at once, unless told otherwise
 
 
 def fused_linear_sparse_kl(
@@ -37,7 +38,7 @@ def fused_linear_sparse_kl(
     group: dist.ProcessGroup | None = None,
     implementation: str = "auto",
     check: bool | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sparse_kl_cross_entropy` of the logits hidden @ weight.T: loss, ce, kl [n], the loss differentiable in both.
 

@@ -31,6 +31,8 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.storage import read_json, write_json
 from megatron_fuse.training.checkpoint_files import (
+    BEST,
+    LATEST,
     Retention,
     checkpoints_in,
     free_bytes,
@@ -42,7 +44,6 @@ from megatron_fuse.training.checkpoint_files import (
 from megatron_fuse.training.interruption import signals_held
 
 T = TypeVar("T")
-LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
 # The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
 _OPTIMIZER_FORM = {
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 
 from megatron_fuse.report.layout import Table, text_table
 from megatron_fuse.training.memory import Memory, estimate_memory, readable_size
-from megatron_fuse.training.plan import PhasePlan, plan_phases
+from megatron_fuse.training.plan import PhasePlan
 from megatron_fuse.training.trainer import Trainer
 
 
@@ -25,8 +25,8 @@ def print_dry_run(trainer: Trainer) -> None:
     memory = {
         stage: estimate_memory(trainer.recipe, trainer.architecture, stage=stage, **place) for stage in parameters
     }
-    plans = plan_phases(trainer.schedule, trainer.dataset, trainer.architecture)
-    runtime.print("\n".join(dry_run_text(parameters, memory, plans, held_out=len(trainer.dataset.held_out))))
+    held_out = len(trainer.dataset.held_out)
+    runtime.print("\n".join(dry_run_text(parameters, memory, trainer.log.plans, held_out=held_out)))
 
 
 def dry_run_text(

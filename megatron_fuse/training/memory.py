@@ -10,14 +10,13 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
+from fuse_kernels import CHUNK_TOKENS
 from megatron.core import parallel_state
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
-
-FUSED_CHUNK = 1024  # tokens whose logits fuse_kernels.fused_linear_sparse_kl holds at once
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def estimate_memory(recipe: Recipe, architecture: Architecture, *, data_parallel
         if training.recompute
         else in_flight * layers * of_layer
     )
-    of_logits = min(tokens, FUSED_CHUNK) if recipe.loss.fused_linear else tokens
+    of_logits = min(tokens, CHUNK_TOKENS) if recipe.loss.fused_linear else tokens
     return Memory(
         weights=element * parameters,
         gradients=4 * parameters,

@@ -14,7 +14,6 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.checkpoint import (
-    LATEST,
     CheckpointFacts,
     differences,
     load_checkpoint,
@@ -24,6 +23,7 @@ from megatron_fuse.training.checkpoint import (
     refuse_other_model,
     versions,
 )
+from megatron_fuse.training.checkpoint_files import LATEST
 
 # What of `training` the result of a step depends on, the sizes of its parts left out.
 _STEP_OPTIONS = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import Phase
+from megatron_fuse.recipe import Phase, Recipe
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Schedule:
     def total_samples(self) -> int:
         return sum(self._phase_samples(index) for index in range(len(self.phases)))
 
+    def last_step(self, train_iters: int | None) -> int:
+        """Steps after which a run ends that --train-iters may cut short."""
+        return min(self.total_steps, train_iters or self.total_steps)
+
     def step(self, consumed_samples: int) -> Step | None:
         """The step after so many samples, None at the end.
 
@@ -98,6 +102,11 @@ class Schedule:
             start = epoch * self.examples
             picked.append(order[max(first - start, 0) : last - start])
         return np.concatenate(picked)
+
+
+def make_schedule(recipe: Recipe, examples: int, *, ranks: np.ndarray | None = None) -> Schedule:
+    """The recipe's schedule over so many training examples. ranks: see Schedule."""
+    return Schedule(tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.seed, ranks)
 
 
 @functools.lru_cache(maxsize=2)  # a step that crosses from one epoch to the next reads both

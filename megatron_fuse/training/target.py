@@ -15,8 +15,6 @@ from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import read_json, write_json
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
 from megatron_fuse.training.checkpoint import (
-    BEST,
-    LATEST,
     CheckpointFacts,
     load_checkpoint,
     model_facts,
@@ -25,6 +23,7 @@ from megatron_fuse.training.checkpoint import (
     save_checkpoint,
     versions,
 )
+from megatron_fuse.training.checkpoint_files import BEST, LATEST
 
 
 def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:

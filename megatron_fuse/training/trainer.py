@@ -31,7 +31,7 @@ from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
 from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.resume import resume, run_facts
-from megatron_fuse.training.schedule import Schedule, Step, learning_rate
+from megatron_fuse.training.schedule import Schedule, Step, learning_rate, make_schedule
 from megatron_fuse.training.throughput import peak_flops_of_this_gpu
 
 
@@ -95,13 +95,7 @@ def make_trainer(
         wrapped,
     )
     curriculum = read_curriculum(recipe)
-    schedule = Schedule(
-        phases=tuple(recipe.phases),
-        examples=len(dataset.train),
-        global_batch_size=options.global_batch_size,
-        seed=recipe.seed,
-        ranks=curriculum.ranks[dataset.train] if curriculum else None,
-    )
+    schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
     run = run_facts(recipe, dataset, curriculum)
     peak = peak_flops_of_this_gpu() if bf16 else None
     log = TrainingLog(
@@ -121,7 +115,7 @@ def train(trainer: Trainer) -> None:
         trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run
     )
     trainer.log.start(facts.iteration)
-    last_step = min(trainer.schedule.total_steps, options.train_iters or trainer.schedule.total_steps)
+    last_step = trainer.schedule.last_step(options.train_iters)
     checkpoints = CheckpointWriter(
         trainer.save_directory,
         trainer.chunks,
@@ -152,8 +146,7 @@ def train(trainer: Trainer) -> None:
             batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
             values = train_step(trainer, batch, lr)
             facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
-            shown = values | {"padding": batch.padding}
-            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, shown, batch.tokens)
+            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
             _guard(trainer, step, values)
 
             last = facts.iteration == last_step
@@ -232,7 +225,7 @@ def _forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: boo
 def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, float]:
     """One optimizer step, skipped where the gradient is not finite.
 
-    Returns the batch's means on last-stage ranks, the gradient norm on every rank.
+    Returns the batch's means on last-stage ranks, the gradient norm and the padding's share on every rank.
     """
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()

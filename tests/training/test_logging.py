@@ -105,7 +105,7 @@ def logged_run(
 LINE = re.compile(
     r" \[[-\d: ]+\] iteration +(\d+)/ +21 \| consumed samples: +(\d+) \| phase: (\S+) \| elapsed time per iteration \(ms\): [\d.]+ "
     r"\| learning rate: \d\.\d{6}E-\d\d \| loss: \d\.\d{6}E[-+]\d\d \| ce/inference: [\d.]+ \| kl/inference: [\d.]+ "
-    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| tokens/s: \d+ \| memory: [\d.]+ GiB "
+    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| padding: [\d.]+ \| tokens/s: \d+ \| memory: [\d.]+ GiB "
     r"\| number of skipped iterations: 0 \| ETA: ([\d:]+) phase, ([\d:]+) run"
 )
 
