@@ -27,4 +27,4 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build *.egg-info examples/quickstart/build
+	rm -rf .venv build *.egg-info examples/quickstart/build examples/skills/build

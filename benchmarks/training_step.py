@@ -89,6 +89,7 @@ def _main_comparison(directory: Path, runtime: Runtime, options: argparse.Namesp
         model.compute_language_model_loss = sparse
 
     beside_dense, of_dense = _milliseconds(max(options.pairs // 4, 2), fusion_step, dense_step)
+    fusion.log.start(0)
     (around,) = _milliseconds(options.pairs, lambda: _around(fusion))
     size = sum(parameter.numel() for parameter in model.parameters())
     name = f"fusion step, {size / 1e6:.0f} M parameters, {options.seq_length} tokens"
@@ -177,7 +178,7 @@ def _around(trainer: Trainer) -> None:
     batch = plan_step(trainer, trainer.dataset.train[:1], WEIGHTS)
     parts = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True}
     list(micro_batches(trainer.dataset, batch, **parts, device=trainer.runtime.device))
-    values = {"loss": 1.0, "ce/training": 1.0, "kl/training": 1.0, "grad norm": 1.0}
+    values = {"loss": 1.0, "ce/training": 1.0, "kl/training": 1.0, "grad norm": 1.0, "padding": 0.0}
     with redirect_stdout(StringIO()):
         trainer.log.step(1, 1, "phase", 1e-5, values, batch.tokens)
 

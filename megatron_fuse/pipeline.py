@@ -191,7 +191,7 @@ def _scoring_flops(recipe: Recipe, scorer: str, tokens: int) -> float:
 
 def training_flops(recipe: Recipe) -> float:
     """Forward and backward over all phases: 6 operations per parameter and token (Kaplan et al., arXiv 2001.08361)."""
-    passes = sum(phase.epochs * ((phase.inference.weight > 0) + (phase.training.weight > 0)) for phase in recipe.phases)
+    passes = sum(phase.epochs * (phase.inference.is_used + phase.training.is_used) for phase in recipe.phases)
     return 6 * _parameters(recipe.target.model) * count_tokens(recipe) * passes
 
 

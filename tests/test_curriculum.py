@@ -114,7 +114,12 @@ REFUSALS: dict[str, tuple[Callable[[Recipe], object], str]] = {
         lambda recipe: rewrite(recipe, lambda arrays, header: header["target_reward"].update(text="0" * 64)),
         "target_reward was made with text = '0000",
     ),
-    "built for another order": (lambda recipe: built(recipe, "gt_length"), "has no target_reward"),
+    "without the measure": (
+        lambda recipe: rewrite(
+            recipe, lambda arrays, header: (arrays.pop("target_reward"), header.pop("target_reward"))
+        ),
+        "has no target_reward",
+    ),
 }
 
 
@@ -123,7 +128,9 @@ def test_a_curriculum_that_is_not_the_recipes_is_refused(copied: Recipe, case: s
     recipe = built(copied, "target_reward")
     damage, said = REFUSALS[case]
     damage(recipe)
-    with pytest.raises(UserError, match=rf"curriculum\.safetensors.* ?{said}.*: run tools/build_fusion_data\.py"):
+    with pytest.raises(
+        UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*: run tools/build_fusion_data\.py"
+    ):
         read_curriculum(recipe)
     built(copied, "target_reward")
     read_curriculum(recipe)
@@ -150,7 +157,7 @@ def test_verification_measures_again(copied: Recipe, name: str) -> None:
 
     rewrite(recipe, edit)
     (problem,) = verify_fusion_data(recipe, progress=str).problems
-    assert f"curriculum.safetensors: example 'e4': {name} is 7" in problem and "(1 examples differ)" in problem
+    assert f"{curriculum_path(recipe).name}: example 'e4': {name} is 7" in problem and "(1 examples differ)" in problem
 
 
 def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None:

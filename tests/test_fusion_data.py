@@ -18,9 +18,10 @@ from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.layout import fusion_directory
+from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.fusion_data.teachers import round_down_to_half
 from megatron_fuse.inspection import format_view, view_document
 from megatron_fuse.instructions import Example, load_examples, open_instructions
 from megatron_fuse.recipe import Margin, Recipe
@@ -224,14 +225,14 @@ def files_of(directory: Path) -> dict[str, tuple[int, int]]:
         for path in directory.rglob("*")
         if path.is_file()
         and "selection" not in path.parts
-        and path.name not in ("recipe.yaml", "curriculum.safetensors")
+        and path.name not in ("recipe.yaml", "curriculum-shuffled.safetensors")
     }
 
 
 def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe) -> None:
     two = changed(copied, sources={name: copied.sources[name] for name in ("beta", "alpha")})
     before, three = files_of(fusion_directory(copied)), FusionDataset(copied)
-    with pytest.raises(UserError, match=r"sources = \['alpha', 'beta', 'gamma'\], but now it is \['beta', 'alpha'\]"):
+    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'sources': \['beta', 'alpha'\]"):
         FusionDataset(two)
     build_fusion_data(two, progress=str)
     assert files_of(fusion_directory(copied)) == before
@@ -241,14 +242,14 @@ def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe)
     assert files_of(fusion_directory(copied)) == before
     assert FusionDataset(copied).sha256 == three.sha256
     strong = changed(copied, selection={"strongest": "two"})
-    with pytest.raises(UserError, match="strongest = 'one', but now it is 'two'"):
+    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'strongest': 'two'"):
         FusionDataset(strong)
 
 
 def test_only_the_judges_that_the_recipe_names_decide(copied: Recipe) -> None:
     both = FusionDataset(copied).selections["inference"].arrays
     alone = changed(copied, selection={"judges": ["two"]})
-    with pytest.raises(UserError, match=r"judges = \['one', 'two'\], but now it is \['two'\]"):
+    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'judges': \['two'\]"):
         FusionDataset(alone)
     build_fusion_data(alone, progress=str)
     found = FusionDataset(alone).selections["inference"].arrays
@@ -283,7 +284,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
     assert exact > 5
     assert verify_fusion_data(by_reference, progress=str).problems == []
     heavier = changed(by_reference, reference={"bleu": 0.75})
-    with pytest.raises(UserError, match=r"measures = \{'bleu': 0.5, 'rouge_l': 0.5\}, but now it is \{'bleu': 0.75"):
+    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'measures': \{'bleu': 0.75"):
         FusionDataset(heavier)
 
 
@@ -308,7 +309,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     before = FusionDataset(copied)
     margin = before.selections[mode].arrays["margin"]
     at_least = float(np.median(margin[np.isfinite(margin)])) + 1e-6
-    path = fusion_directory(copied) / "selection" / f"{mode}.safetensors"
+    path = selection_path(copied, mode)
     with safe_open(path, "np") as file:
         header = file.metadata()
     arrays = load_file(path)
@@ -318,7 +319,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     expected = all_batches(FusionDataset(copied), weights)
 
     strict = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least)})
-    with pytest.raises(UserError, match=r"was made with margin = None, but now it is \{'at_least'"):
+    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'margin': \{'at_least'"):
         FusionDataset(strict)
     build_fusion_data(strict, progress=str)
     dataset = FusionDataset(strict)
@@ -427,7 +428,7 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
     shutil.rmtree(copied.workdir / "captures/gamma/inference")
     with pytest.raises(UserError, match="--source gamma --mode inference"):
         build_fusion_data(copied, progress=str)
-    (fusion_directory(copied) / "selection/training.safetensors").write_bytes(b"{}")
+    selection_path(copied, "training").write_bytes(b"{}")
     shutil.copytree(world.workdir / "captures/gamma/inference", copied.workdir / "captures/gamma/inference")
     build_fusion_data(copied, progress=str)
     FusionDataset(copied)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS, DocumentStreams
+from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS, DocumentStreams, round_down_to_half
 from megatron_fuse.fusion_data.streams import Stream, write_stream
-from megatron_fuse.fusion_data.teachers import round_down_to_half
 
 
 # empty sequences at the ends and between; nothing but empty ones; none at all

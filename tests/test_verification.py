@@ -16,6 +16,7 @@ from small_fusion import SOURCES
 
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
+from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import sha256_of_file
 from megatron_fuse.verification import Verification, verify_fusion_data
@@ -182,7 +183,7 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: str) -> None:
-    path = fusion_directory(copied) / "selection" / f"{mode}.safetensors"
+    path = selection_path(copied, mode)
     with safe_open(path, "np") as file:
         header = file.metadata()
     arrays = load_file(path)
@@ -208,12 +209,12 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
 def test_a_choice_can_be_verified_where_the_scores_are_gone(copied: Recipe) -> None:
     shutil.rmtree(copied.workdir / "scores")
     assert verified(copied).problems == []
-    path = fusion_directory(copied) / "selection" / "inference.safetensors"
+    path = selection_path(copied, "inference")
     with safe_open(path, "np") as file:
         header = file.metadata()
     arrays = load_file(path)
     save_file({name: array for name, array in arrays.items() if name != "scores"}, path, header)
-    expect(verified(copied).problems, "inference.safetensors: the scores that it was chosen by are missing")
+    expect(verified(copied).problems, rf"{path.name}: the scores that it was chosen by are missing")
 
 
 def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:

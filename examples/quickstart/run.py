@@ -38,8 +38,8 @@ def run(title: str, *command: str, processes: int = 1) -> None:
 
 def main() -> None:
     began = time.perf_counter()
-    run("instructions", "examples/quickstart/skills.py", "--output", BUILD)
-    run("tokenizers, source models, reward models", "examples/quickstart/make_models.py", "--output", BUILD)
+    run("instructions", "examples/skills/skills.py", "--output", BUILD)
+    run("tokenizers, source models, reward models", "examples/skills/make_models.py", "--output", BUILD)
     run("ProFuser", "tools/run_recipe.py", *RECIPE, "--nproc-per-node", str(PROCESSES))
     csft = [
         "--schedule-preset",
@@ -53,7 +53,7 @@ def main() -> None:
     run("export of CSFT", "tools/export_model.py", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
     models = [f"{name}={BUILD}/sources/{name}" for name in ("alpha", "beta", "gamma")]
     models += [f"CSFT={BUILD}/csft/export", f"ProFuser={BUILD}/run/export"]
-    run("evaluation", "examples/quickstart/evaluate.py", *models, "--output", BUILD)
+    run("evaluation", "examples/skills/evaluate.py", *models, "--output", BUILD)
     print(f"\nthe whole quickstart: {(time.perf_counter() - began) / 60:.1f} min")
     print(f"the table: {BUILD}/evaluation.md")
     print(f"talk to the fused model: .venv/bin/python tools/chat.py {BUILD}/run/export")

@@ -1,4 +1,4 @@
-"""What the quickstart's scripts share: chat text to ids, packed batches, a plain training loop, cached directories.
+"""What the scripts of the skills share: chat text to ids, packed batches, a plain training loop, cached directories.
 
 Shapes: r rows, l tokens of a row, n sequences, v vocabulary. Everything runs on a CPU in fp32.
 """
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Encoded = tuple[list[int], int]  # a conversation's ids and the length of its prompt
 
-CACHE_FILE = "quickstart.json"
+CACHE_FILE = "made_from.json"
 
 
 # --- chat text to ids ---

@@ -1,6 +1,6 @@
-"""Train the quickstart's three source models and three reward models, two at a time with one thread each.
+"""Train three source models and three reward models, two at a time with one thread each.
 
-    python examples/quickstart/make_models.py --output examples/quickstart/build
+    python examples/skills/make_models.py --output examples/skills/build
 
 | directory under OUTPUT                | what                                                                             |
 |---------------------------------------|----------------------------------------------------------------------------------|

@@ -1,6 +1,6 @@
-"""Train the quickstart's three tokenizers, one for each source model, on text of the six skills.
+"""Train three tokenizers, one for each source model, on text of the six skills.
 
-    python examples/quickstart/make_tokenizers.py --output examples/quickstart/build
+    python examples/skills/make_tokenizers.py --output examples/skills/build
 
 | name  | kind                                                      | size | chat template | stop token    |
 |-------|-----------------------------------------------------------|------|---------------|---------------|

@@ -1,8 +1,8 @@
 """Six small skills as instruction text: two-number addition, weekdays, sorting, reversing, letter shifts, unit conversion.
 
-    python examples/quickstart/skills.py --output examples/quickstart/build
+    python examples/skills/skills.py --output examples/skills/build
 
-writes the quickstart's instruction set, `instructions.jsonl` (Alpaca form, the output being the worked answer).
+writes an instruction set, `instructions.jsonl` (Alpaca form, the output being the worked answer).
 
 Every problem has three right answers that end in the same sentence "The answer is X.": `short` (nothing else), `brief` (a line of
 working, how the source models mostly talk) and `worked` (every step, the ground truth). So learning from the ground truth adds detail

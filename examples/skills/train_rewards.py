@@ -1,4 +1,4 @@
-"""The quickstart's reward models: three small verifiers, of different quality because they train for different lengths of time.
+"""Reward models: three small verifiers, of different quality because they train for different lengths of time.
 
 All are MPT models with one label (MptForSequenceClassification) and go on from one `base`: source beta after more training on every skill.
 Three layers learn to verify when they are shown WHERE an answer goes wrong. So in half of the training answers some digits, letters or days

@@ -1,4 +1,4 @@
-"""The quickstart's source models: three small language models of three architectures, each best at other skills.
+"""Source models: three small language models of three architectures, each best at other skills.
 
 alpha (Llama) is the fusion target's first weights too: it sees more of all skills than the others do and is the strongest overall, as the
 paper's target is. beta (MPT) and gamma (GPT-NeoX) each give 90 % of their training to two skills.

@@ -4,6 +4,8 @@ Legend: n examples, S sources in the recipe's order, R reward models. Results ar
 source has one.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 NONE = -1
@@ -41,6 +43,24 @@ def min_ce(
     able = able_readers(ce, lossy)
     values = np.where(able, ce, np.inf) / divisors[rule]
     return np.where(able.any(1), values.argmin(1), NONE).astype(np.int16)
+
+
+def inverse_ce(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
+    """What each source's distribution weighs in their mixture, float64 [n, S]: 1 / CE brought to a sum of 1, 0 where it cannot read.
+
+    FuseLLM's AvgCE (arXiv 2401.10491, section 3.2) weighs by the cross-entropies and leaves open how; the inverse does not depend
+    on the unit, nats of the response or nats per byte. ce, lossy [n, S]: see able_readers. Rows of an example that no source can
+    read are 0.
+    """
+    able = able_readers(ce, lossy)
+    inverse = np.where(able, 1 / np.maximum(np.where(able, ce, 1), 1e-6), 0)
+    return inverse / np.maximum(inverse.sum(1, keepdims=True), 1e-12)
+
+
+def random_source(able: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """One of those who are able, each as likely as the others: a control for every rule. able bool [n, S]."""
+    drawn = np.where(able, np.random.default_rng(seed).random(able.shape), -1)
+    return np.where(able.any(1), drawn.argmax(1), NONE).astype(np.int16)
 
 
 def able_answers(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:

@@ -3,10 +3,10 @@ one (arXiv 2408.04998, Table 2). It names the two measures, the length of the gr
 and is silent on the rest; here `schedule.order` sorts the whole epoch, in every phase: from short to long, or from the best reward
 to the least, which is from easy to hard either way. Batches are then of one length, or of one reward.
 
-FUSION/curriculum.safetensors    gt_tokens int32 [n]: labels of the ground truth, in the target's tokens, the stop token among
-                                 them; 0: it does not fit
-                                 target_reward float32 [n], where schedule.order asks for it: the strongest judge's score of
-                                 the target's own answer; NaN: it cannot be judged
+FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground truth, in the target's tokens, the stop token
+                                       among them; 0: it does not fit
+                                       target_reward float32 [n], where schedule.order asks for it: the strongest judge's score
+                                       of the target's own answer; NaN: it cannot be judged
 
 The header says of each array what it was made from, and its sha256. Like the choice between sources the file is written anew by
 every build.
@@ -40,7 +40,7 @@ class Curriculum:
 
 
 def curriculum_path(recipe: Recipe) -> Path:
-    return fusion_directory(recipe) / "curriculum.safetensors"
+    return fusion_directory(recipe) / f"curriculum-{recipe.schedule.order}.safetensors"
 
 
 def _wanted(recipe: Recipe) -> str | None:

@@ -103,6 +103,15 @@ def no_rows(labels: int) -> tuple[np.ndarray, ...]:
     return np.zeros(labels, np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.float16), np.zeros(labels, np.uint8)
 
 
+def round_down_to_half(values: np.ndarray) -> np.ndarray:
+    """The largest float16 that is not above each value (at most 0, and not below float16's least number)."""
+    values = np.clip(values, np.finfo(np.float16).min, 0)
+    half = values.astype(np.float16)
+    above = half.astype(values.dtype) > values
+    half[above] = np.nextafter(half[above], np.float16(-np.inf))
+    return half
+
+
 NO_DOCUMENT = Document(np.zeros(0, np.uint16), np.zeros(0, bool), *no_rows(0))
 
 

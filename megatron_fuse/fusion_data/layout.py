@@ -30,7 +30,7 @@ def teacher_directory(recipe: Recipe, source: str, mode: str) -> Path:
 
 def modes_with_teacher(recipe: Recipe) -> list[str]:
     """Modes whose captures training reads. The ground-truth text needs no source where no phase has a lambda for it (CSFT)."""
-    training = any(phase.training.weight > 0 and phase.training.lambda_ > 0 for phase in recipe.phases)
+    training = any(phase.training.needs_teacher for phase in recipe.phases)
     return ["inference"] * recipe.uses_inference_mode + ["training"] * training
 
 

@@ -3,8 +3,8 @@
     FUSION/text/                           prompt and ground-truth response of every example
     FUSION/teachers/SOURCE/training/       the source's rows at the text's supervised tokens
     FUSION/teachers/SOURCE/inference/      prompt, the source's own answer and its rows
-    FUSION/selection/MODE.safetensors      which source has the advantage, per example
-    FUSION/curriculum.safetensors          what orders the examples where they are not shuffled (curriculum.py)
+    FUSION/selection/MODE-RULE.safetensors which source has the advantage, per example
+    FUSION/curriculum-ORDER.safetensors    what orders the examples where they are not shuffled (curriculum.py)
 
 Every artefact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
 """
@@ -17,10 +17,13 @@ from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
 from megatron_fuse.fusion_data.layout import modes_with_teacher, open_teacher, open_text
+from megatron_fuse.fusion_data.mixture import mix
 from megatron_fuse.fusion_data.selection import Selection, read_selection
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Artefact, read_jsonl, sha256_of_json
+
+MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
 
 
 class FusionDataset:
@@ -56,6 +59,14 @@ class FusionDataset:
         self._chosen = {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
         self._weights = dict.fromkeys(("training", "inference"), np.ones(len(rows), np.float32))
         self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
+        self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
+        if self._mixtures:
+            self.entries_per_row *= len(recipe.candidates)
+            if self.entries_per_row > MOST_ENTRIES:
+                raise UserError(
+                    f"selection.training: average of {len(recipe.candidates)} sources puts {self.entries_per_row} entries into a row, "
+                    f"but it can hold {MOST_ENTRIES}: name fewer in selection.sources, or capture fewer (capture.top_k)"
+                )
         choices = [f"{mode} {selection.sha256}" for mode, selection in self.selections.items()]
         self.sha256 = sha256_of_json([text.sha256, *choices])
         # The same text whichever source is the teacher.
@@ -104,11 +115,14 @@ class FusionDataset:
         return None if number == NONE else self.sources[number]
 
     def document(self, mode: str, example: int, source: str | None = None) -> Document:
-        """The document of an example with the rows of `source` (default: the selected one): views of the files, no copies.
+        """The document of an example with the rows of `source`: views of the files, no copies. Default: the selected one's, or all
+        sources' rows mixed where the selection weighs them.
 
         In training mode without a teacher the text has rows without entries; in inference mode without an answer the document
         is empty. Raises UserError where the recipe has no such source, or the document is damaged.
         """
+        if source is None and mode in self._mixtures:
+            return self._mixed(mode, example)
         source = source or self.selected_source(mode, example)
         documents = self._documents.get((source, mode))
         if documents is not None:
@@ -118,6 +132,13 @@ class FusionDataset:
         known = sorted(name for name, of_mode in self._documents if of_mode == mode and name is not None)
         found = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
         raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {found}")
+
+    def _mixed(self, mode: str, example: int) -> Document:
+        weights = self._mixtures[mode][example]
+        if self._chosen[mode][example] == NONE or not weights.any():
+            return self._documents[None, mode][example]
+        weighed = [(self.sources[number], float(weights[number])) for number in np.flatnonzero(weights)]
+        return mix([self._documents[source, mode][example] for source, _ in weighed], [weight for _, weight in weighed])
 
 
 def _streams(artefact: Artefact, fields: Sequence[str]) -> dict[str, Stream]:

@@ -1,13 +1,14 @@
 """The choice of a source per example, as small arrays beside the documents: computed again in a second, never captured again.
 
-FUSION/selection/training.safetensors     ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
-                                          [n, S]
-FUSION/selection/inference.safetensors    by vote: scores float32 [n, S, R], NaN = not judged; votes int16 [n, S]
-                                          by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
-both                                      source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
+FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
+                                              [n, S]; by average: mixture float64 [n, S], the sources' weights
+FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not judged; votes int16 [n, S]
+                                              by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
+both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
 
-n examples, S sources in the recipe's order, R judges (recipe.judges). The header says what the choice was made from and by which
-rule. Unlike an artefact the file is overwritten when a source, a judge or a rule changes.
+n examples, S sources in the recipe's order, R judges (recipe.judges); a source that selection.sources leaves out is not available.
+RULE is a hash of all that the recipe says of the choice, so that runs by several rules stand side by side. The header says what the
+choice was made from and by which rule. Unlike an artefact the file is overwritten by every build.
 """
 
 import json
@@ -25,7 +26,15 @@ from megatron_fuse.advantage.reference import combine, used_weights
 from megatron_fuse.advantage.reference_scores import load_reference_scores
 from megatron_fuse.advantage.reward_models import load_judge_format
 from megatron_fuse.advantage.scores import load_scores
-from megatron_fuse.advantage.selection import best_score, majority_vote, min_ce
+from megatron_fuse.advantage.selection import (
+    NONE,
+    able_readers,
+    best_score,
+    inverse_ce,
+    majority_vote,
+    min_ce,
+    random_source,
+)
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
@@ -50,34 +59,42 @@ class Selection:
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray], basis: dict[str, Any]) -> "Selection":
         # The choice itself counts, not the scores that led to it.
-        chosen = arrays["source"], arrays["weight"]
+        chosen = [arrays[name] for name in ("source", "weight", "mixture") if name in arrays]
         parts = [sha256_of_json(basis).encode(), *(array.tobytes() for array in chosen)]
-        return cls(*chosen, arrays, sha256_of_bytes(*parts))
+        return cls(arrays["source"], arrays["weight"], arrays, sha256_of_bytes(*parts))
 
 
 def selection_path(recipe: Recipe, mode: str) -> Path:
-    return fusion_directory(recipe) / "selection" / f"{mode}.safetensors"
+    rule = sha256_of_json(_rule(recipe, mode))[:8]
+    return fusion_directory(recipe) / "selection" / f"{mode}-{rule}.safetensors"
 
 
 def _margin_options(recipe: Recipe, mode: str) -> Margin | None:
     return recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin
 
 
-def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, Any]:
-    """What a selection is made from, but for the scores: parents are the sha256 of the text and of every source's rows."""
-    margin = _margin_options(recipe, mode)
-    basis: dict[str, Any] = {
+def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
+    """All that the recipe says of the choice in a mode."""
+    margin, rule = _margin_options(recipe, mode), getattr(recipe.selection, mode)
+    said: dict[str, Any] = {
         "mode": mode,
         "sources": list(recipe.sources),
-        "inputs": dict(parents),
+        "candidates": recipe.candidates,
         "margin": margin and margin.model_dump(),
+        "rule": rule,
     }
-    if mode == "training":
-        return {**basis, "rule": recipe.selection.training}
-    rule = recipe.selection.inference
     if rule == "reference":
-        return {**basis, "rule": rule, "measures": used_weights(recipe.reference)}
-    return {**basis, "rule": rule, "judges": recipe.judges, "strongest": recipe.strongest}
+        said["measures"] = used_weights(recipe.reference)
+    elif rule == "vote":
+        said |= {"judges": recipe.judges, "strongest": recipe.strongest}
+    elif rule == "random":
+        said["seed"] = recipe.seed
+    return said
+
+
+def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, Any]:
+    """What a selection is made from, but for the scores: parents are the sha256 of the text and of every source's rows."""
+    return {**_rule(recipe, mode), "inputs": dict(parents)}
 
 
 def select(recipe: Recipe, mode: str, text: Artefact, teachers: Mapping[str, Artefact]) -> Selection:
@@ -95,12 +112,13 @@ def choose(
     recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], judgements: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection. facts: what each source's rows say of all examples; judgements: of the inference mode."""
-    available = np.stack([fact["available"] for fact in facts], 1).astype(bool)  # [n, S]
+    candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
+    available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
     if mode == "training":
         arrays = _by_cross_entropy(recipe, facts, available)
     else:
         answers = np.where(available, np.stack([fact["answer"] for fact in facts], 1), 0)
-        by_rule = _by_reference if recipe.selection.inference == "reference" else _by_vote
+        by_rule = {"vote": _by_vote, "reference": _by_reference, "random": _by_chance}[recipe.selection.inference]
         arrays = {**judgements, **by_rule(recipe, answers, **judgements)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}
@@ -115,8 +133,16 @@ def _by_cross_entropy(
     response_bytes = np.max([fact["response_bytes"] for fact in facts], 0).astype(np.int64)
     response_tokens = np.stack([fact["response_tokens"] for fact in facts], 1)
     rule = recipe.selection.training
-    source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=rule)
+    mixture = {}
+    if rule == "random":
+        source = random_source(able_readers(ce, lossy), (recipe.seed, 0))
+    else:
+        # Of a mixture the one that weighs most; ties of both are those of the first source.
+        compared = "sum" if rule == "average" else rule
+        source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=compared)
+        mixture = {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}
     return {
+        **mixture,
         "source": source,
         "margin": training_margin(ce, lossy, response_bytes, source),
         "ce_sum": ce,
@@ -138,10 +164,17 @@ def _by_reference(recipe: Recipe, answers: np.ndarray, reference: np.ndarray) ->
     return {"source": source, "margin": score_margin(score, answers, source), "score": score}
 
 
+def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
+    source = random_source(answers != 0, (recipe.seed, 1))
+    return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
+
+
 def read_judgements(recipe: Recipe, examples: int) -> dict[str, np.ndarray]:
     """What the sources' answers are chosen by: `scores` float32 [n, S, R] of the judges or, by the rule `reference`, the measures
-    `reference` float32 [n, S, 3]. Raises UserError where some are missing or were made otherwise."""
+    `reference` float32 [n, S, 3]; nothing where chance decides. Raises UserError where some are missing or were made otherwise."""
     sources = list(recipe.sources)
+    if recipe.selection.inference == "random":
+        return {}
     if recipe.selection.inference == "reference":
         return {"reference": np.stack([load_reference_scores(recipe, source) for source in sources], 1)}
     scores = np.full((examples, len(sources), len(recipe.judges)), np.nan, np.float32)
@@ -165,7 +198,7 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
     """
     path = selection_path(recipe, mode)
     if not path.exists():
-        raise UserError(f"{path} does not exist: {MEND}")
+        raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {MEND}")
     try:
         with safe_open(path, "np") as file:
             found = json.loads(file.metadata()["selection"])

@@ -13,14 +13,22 @@ from megatron_fuse.recipe import TARGET, Recipe
 
 def rule_lines(recipe: Recipe) -> list[str]:
     """By which rules a recipe chooses and orders, before anything is built."""
-    rules = {"inference": _inference_rule(recipe), "training": f"least cross-entropy ({recipe.selection.training})"}
+    rules = {"inference": _inference_rule(recipe), "training": _training_rule(recipe)}
     lines = [f"advantage in {mode} mode: {rules[mode]}" for mode in modes_with_teacher(recipe)]
     return [*lines, f"order of the examples: {recipe.schedule.order}"]
+
+
+def _training_rule(recipe: Recipe) -> str:
+    rule = recipe.selection.training
+    told = {"random": "chance", "average": "all sources mixed, by their cross-entropies"}
+    return told.get(rule, f"least cross-entropy ({rule})")
 
 
 def _inference_rule(recipe: Recipe) -> str:
     if recipe.selection.inference == "reference":
         return "best score against the ground truth"
+    if recipe.selection.inference == "random":
+        return "chance"
     if len(recipe.judges) > 1:
         return f"vote of {', '.join(recipe.judges)}; ties go to {recipe.strongest}"
     return f"best score by {recipe.strongest}" if recipe.judges else "the only source"
@@ -29,7 +37,7 @@ def _inference_rule(recipe: Recipe) -> str:
 def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
     """The share of the examples that each source has, and what the margin did to those barely won."""
     examples = len(selection.source)
-    places = dict(enumerate(recipe.sources)) | {NONE: "none"}
+    places = {place: name for place, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
     wins = ((name, int((selection.source == place).sum())) for place, name in places.items())
     line = f"{mode} mode, advantage of " + ", ".join(f"{name}: {won:,} ({won / examples:.1%})" for name, won in wins)
     margin = recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin

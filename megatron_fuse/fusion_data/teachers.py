@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
 from megatron_fuse.capture import CAPTURED, CaptureShard, capture_shard, open_capture
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.layout import TEACHER_STAGE, teacher_directory, teacher_options
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.text import (
@@ -124,15 +125,6 @@ def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarra
     write_ragged(prefix, "entry_logprobs", np.split(half, entry_bounds), np.uint16)
     matches = {f"rows_{name}": int((match == code).sum()) for code, name in enumerate(MATCHES)}
     return {"rows": len(match), **{name: count for name, count in matches.items() if count}, "entries": len(rows.ids)}
-
-
-def round_down_to_half(values: np.ndarray) -> np.ndarray:
-    """The largest float16 that is not above each value (at most 0, and not below float16's least number)."""
-    values = np.clip(values, np.finfo(np.float16).min, 0)
-    half = values.astype(np.float16)
-    above = half.astype(values.dtype) > values
-    half[above] = np.nextafter(half[above], np.float16(-np.inf))
-    return half
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from megatron_fuse.recipe.loading import (
     add_recipe_arguments,
+    checked,
     dump_recipe,
     load_recipe,
     make_recipe,
+    read_yaml,
     recipe_from_arguments,
 )
 from megatron_fuse.recipe.models import (
@@ -19,7 +21,7 @@ from megatron_fuse.recipe.models import (
     SourceOptions,
 )
 from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
-from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase
+from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
 
 __all__ = [
     "PRESETS",
@@ -30,6 +32,7 @@ __all__ = [
     "ModeWeights",
     "ModelOptions",
     "Phase",
+    "Ramp",
     "Recipe",
     "ReferenceOptions",
     "ResponseFile",
@@ -38,8 +41,11 @@ __all__ = [
     "ServerOptions",
     "SourceOptions",
     "add_recipe_arguments",
+    "checked",
     "dump_recipe",
     "load_recipe",
     "make_recipe",
+    "read_yaml",
     "recipe_from_arguments",
+    "value_at",
 ]

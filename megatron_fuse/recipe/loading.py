@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,8 @@ from yaml.constructor import ConstructorError
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.options import Recipe
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 BARE_SECTIONS = ("parallel", "training")
 
@@ -82,27 +84,28 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's mapping. Raises UserError where it is not YAML, not a mapping, or has a key twice."""
     try:
         with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise UserError(f"{path}: a recipe is a mapping of keys, this file {found}")
+        raise UserError(f"{path}: wanted is a mapping of keys, this file {found}")
     return content
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "recipe"
+        key = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the whole"
         problem = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            problem = f"unknown key; allowed here: {', '.join(_allowed(item['loc'][:-1]))}"
+            problem = f"unknown key; allowed here: {', '.join(_allowed(model, item['loc'][:-1]))}"
         elif item["type"] in ("model_type", "dict_type"):
             problem = f"must be a mapping of keys (given: {item['input']!r})"
         elif item["type"] == "missing":
@@ -113,9 +116,8 @@ def _explain(error: ValidationError, where: str) -> str:
     return "\n       ".join(lines)
 
 
-def _allowed(location: tuple[int | str, ...]) -> list[str]:
+def _allowed(model: Any, location: tuple[int | str, ...]) -> list[str]:
     """Keys that the mapping at this place may have."""
-    model: Any = Recipe
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             annotation = next(f.annotation for n, f in model.model_fields.items() if part in (n, f.alias))
@@ -127,17 +129,22 @@ def _allowed(location: tuple[int | str, ...]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Checks a mapping as read from YAML. Raises UserError with the path of every wrong key and the allowed values."""
+def checked(model: type[Checked], content: dict[str, Any], where: str) -> Checked:
+    """The options that a mapping read from YAML holds. Raises UserError with the path of every wrong key and the allowed values."""
     try:
-        return Recipe.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        raise UserError(_explain(error, where)) from error
+        raise UserError(_explain(error, where, model)) from error
+
+
+def make_recipe(content: dict[str, Any], where: str = "recipe") -> Recipe:
+    """As `checked`."""
+    return checked(Recipe, content, where)
 
 
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     """The recipe file with the given flags laid over it; prints it and exits where --print-recipe is given."""
-    content = _read_yaml(arguments.recipe)
+    content = read_yaml(arguments.recipe)
     for flag, path, _ in _flags():
         value = getattr(arguments, ".".join(path), None)
         if value is None:

@@ -120,13 +120,18 @@ class Margin(Options):
 
 
 class SelectionOptions(Options):
-    training: Literal["sum", "per_byte", "per_token"] = Field(
+    training: Literal["sum", "per_byte", "per_token", "average", "random"] = Field(
         "sum",
-        description="cross-entropy compared between sources (MinCE); per_token as FuseLLM, which favours small pieces",
+        description="cross-entropy compared between sources (MinCE); per_token as FuseLLM, which favours small pieces; average "
+        "mixes all sources' distributions by their cross-entropies (AvgCE); random is a control",
     )
-    inference: Literal["vote", "reference"] = Field(
+    inference: Literal["vote", "reference", "random"] = Field(
         "vote",
-        description="which source's own answer wins: by the reward models' votes, or by the score against the ground truth",
+        description="which source's own answer wins: by the reward models' votes, or by the score against the ground truth; "
+        "random is a control",
+    )
+    sources: list[Name] | None = Field(
+        None, min_length=1, description="sources that are chosen between; default: all, which are captured in any case"
     )
     judges: list[Name] | None = Field(
         None, description="reward models that vote; one alone decides by its score; default: all of reward_models"
@@ -319,6 +324,9 @@ class Recipe(Options):
             raise ValueError(f"sources: {TARGET!r} is the name of the target's own answers: name the source otherwise")
         if REFERENCE in self.reward_models:
             raise ValueError(f"reward_models: {REFERENCE!r} is the name of the score against the ground truth")
+        unknown = set(self.selection.sources or []) - set(self.sources)
+        if unknown:
+            raise ValueError(f"selection.sources has {sorted(unknown)} but sources has {sorted(self.sources)}")
         unknown = set(self.selection.judges or []) - set(self.reward_models)
         if unknown:
             raise ValueError(
@@ -330,7 +338,7 @@ class Recipe(Options):
                 f"selection.strongest is {strongest!r} but those that vote are {self.judges}: name one of them"
             )
         votes = self.uses_inference_mode and self.selection.inference == "vote"
-        if votes and len(self.sources) > 1 and not self.judges:
+        if votes and len(self.candidates) > 1 and not self.judges:
             raise ValueError(
                 "schedule gives the inference mode a weight, several sources answer and no reward model votes: name at least "
                 "one in reward_models, take selection.inference: reference, or a preset without inference mode (csft, fuse)"
@@ -347,7 +355,13 @@ class Recipe(Options):
 
     @property
     def uses_inference_mode(self) -> bool:
-        return any(phase.inference.weight > 0 for phase in self.phases)
+        return any(phase.inference.is_used for phase in self.phases)
+
+    @property
+    def candidates(self) -> list[str]:
+        """Sources that are chosen between, in the order of `sources`."""
+        chosen = self.selection.sources
+        return [name for name in self.sources if chosen is None or name in chosen]
 
     @property
     def judges(self) -> list[str]:
@@ -391,7 +405,7 @@ class Recipe(Options):
         """By whom everyone's answers are scored, by the names in scores/NAME/SCORER: the sources' by the judges that vote or, where
         that chooses between them, against the reference; the target's, where its reward orders the examples, by the strongest
         judge."""
-        chosen_by = [REFERENCE] if self.selection.inference == "reference" else self.judges
+        chosen_by = {"vote": self.judges, "reference": [REFERENCE], "random": []}[self.selection.inference]
         scorers = {name: list(chosen_by) for name in self.sources} if self.uses_inference_mode else {}
         if self.schedule.order == "target_reward":
             own = scorers.setdefault(self.target_as_source or TARGET, [])

@@ -20,7 +20,7 @@ from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.collation import make_targets, packed_inputs, padded_inputs
 from megatron_fuse.fusion_data.packing import pack_evenly
 from megatron_fuse.model.gpt import FusionTargets
-from megatron_fuse.recipe import Phase
+from megatron_fuse.recipe import ModeWeights, Phase, value_at
 
 MODES = ("inference", "training")
 SEQUENCE_MULTIPLE = 8  # few different lengths, and whole vector lanes
@@ -120,10 +120,19 @@ def plan_batch(
     )
 
 
-def phase_weights(phase: Phase, *, kl_factor: float) -> dict[str, tuple[float, float]]:
-    """(w, w lambda kl_factor) of the modes that a phase learns from. kl_factor: T^2 where the recipe asks for it, else 1."""
-    chosen = {mode: getattr(phase, mode) for mode in MODES}
-    return {mode: (m.weight, m.weight * m.lambda_ * kl_factor) for mode, m in chosen.items() if m.weight > 0}
+def phase_weights(phase: Phase, *, progress: float, kl_factor: float) -> dict[str, tuple[float, float]]:
+    """(w, w lambda kl_factor) of the modes that a phase learns from, when so much of it is done, from 0 to 1.
+
+    kl_factor: T^2 where the recipe asks for it, else 1. A ramp that stands at 0 keeps its mode: every step of a phase reads the
+    same kinds of documents.
+    """
+    weights = {}
+    for mode in MODES:
+        of_mode: ModeWeights = getattr(phase, mode)
+        if of_mode.is_used:
+            weight, lambda_ = (value_at(value, progress) for value in (of_mode.weight, of_mode.lambda_))
+            weights[mode] = (weight, weight * lambda_ * kl_factor)
+    return weights
 
 
 def micro_batches(

@@ -74,7 +74,13 @@ class TrainingLog:
         numbers = {"learning rate": lr, **values}
         prints = iteration % self.recipe.training.log_interval == 0 or iteration == self.total_steps
         speed = self._speed(iteration) if prints else {}
-        recorded = {**numbers, **speed, "skipped iterations": self.skipped, "consumed samples": consumed_samples}
+        recorded = {
+            **numbers,
+            **speed,
+            "tokens": tokens,
+            "skipped iterations": self.skipped,
+            "consumed samples": consumed_samples,
+        }
         self.metrics.write(STEP, iteration, {"phase": phase, **recorded})
         for tracker in self.trackers:
             tracker.numbers(recorded, iteration)

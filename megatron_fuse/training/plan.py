@@ -37,7 +37,7 @@ def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Archit
         of_phase = phase.epochs * schedule.examples
         samples += of_phase
         follows = schedule.step(samples)
-        modes = phase_weights(phase, kl_factor=1.0)
+        modes = phase_weights(phase, progress=0.0, kl_factor=1.0)
         lengths = {mode: dataset.lengths(mode)[dataset.train] for mode in modes}
         positions = np.concatenate([length[length > 0] - 1 for length in lengths.values()])
         plans.append(

@@ -26,6 +26,7 @@ class Step:
     phase: Phase
     examples: np.ndarray  # [<= global_batch_size] positions among the training examples, 0 to n - 1
     consumed_samples: int  # after this step
+    progress: float  # of the phase: 0 at its first step, 1 at its last
     ends_phase: bool
 
 
@@ -82,12 +83,14 @@ class Schedule:
                         f"continue with the --global-batch-size (now {self.global_batch_size}) and data of the first run"
                     )
                 last = min(position + self.global_batch_size, samples)
+                number = position // self.global_batch_size
                 return Step(
-                    iteration=iteration + position // self.global_batch_size,
+                    iteration=iteration + number,
                     phase_index=index,
                     phase=phase,
                     examples=self._examples(index, position, last),
                     consumed_samples=first + last,
+                    progress=number / max(self._phase_steps(index) - 1, 1),
                     ends_phase=last == samples,
                 )
             first += samples

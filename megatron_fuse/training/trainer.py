@@ -142,7 +142,7 @@ def train(trainer: Trainer) -> None:
                 min_lr=options.min_lr,
                 warmup=options.lr_warmup_iters,
             )
-            weights = phase_weights(step.phase, kl_factor=_kl_factor(trainer.recipe))
+            weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
             batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
             values = train_step(trainer, batch, lr)
             facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)

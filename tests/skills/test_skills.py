@@ -1,4 +1,4 @@
-"""The quickstart's scripts: right answers are right, splits do not leak, and packing, decoding and chat ids are what they claim."""
+"""The skills: right answers are right, splits do not leak, and packing, decoding and chat ids are what they claim."""
 
 import random
 import re
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "quickstart"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "skills"
 sys.path.insert(0, str(SCRIPTS))
 
 import evaluate  # noqa: E402

@@ -85,7 +85,7 @@ def test_the_plan_is_what_the_steps_add_up_to(architecture: Architecture, preset
         of_step = plan_batch(
             dataset,
             dataset.train[step.examples],
-            phase_weights(step.phase, kl_factor=1),
+            phase_weights(step.phase, progress=step.progress, kl_factor=1),
             micro_batch_size=2,
             data_parallel_size=1,
         )

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import PRESETS
+from megatron_fuse.recipe import PRESETS, ModeWeights, Phase, Ramp
+from megatron_fuse.training.batches import phase_weights
 from megatron_fuse.training.schedule import Schedule, learning_rate
 
 
@@ -38,7 +39,7 @@ def test_every_phase_shows_every_example_as_often_as_it_has_epochs(preset: str, 
 
 
 def test_steps_of_the_paper() -> None:
-    # DESIGN: ceil(N / B) + ceil(2 N / B), at 100k examples in batches of 128
+    # ceil(N / B) + ceil(2 N / B), at 100k examples in batches of 128
     assert Schedule(tuple(PRESETS["profuser"]), 100_000, 128, seed=1).total_steps == 782 + 1563
 
 
@@ -113,3 +114,41 @@ def test_cosine_starts_at_the_peak_and_ends_at_the_minimum() -> None:
     assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
     assert rates[55] == pytest.approx(0.55)  # half-way down between the ends
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_ramp_goes_from_end_to_end_over_its_phase(shape: str) -> None:
+    ramp = Ramp(from_=2.0, to=0.5, shape=shape)
+    phases = (
+        Phase(name="first", epochs=1, inference=ModeWeights(weight=1, lambda_=0.1)),
+        Phase(name="second", epochs=2, inference=ModeWeights(weight=ramp, lambda_=1), training=ModeWeights(weight=1)),
+    )
+    schedule, consumed, seen = Schedule(phases, 30, 7, seed=1), 0, []
+    while step := schedule.step(consumed):
+        consumed = step.consumed_samples
+        seen.append((step.phase.name, phase_weights(step.phase, progress=step.progress, kl_factor=4)))
+    weights = [of["inference"] for name, of in seen if name == "second"]
+    assert all(of == {"inference": (1, 0.4)} for name, of in seen if name == "first")
+    assert weights[0] == (2.0, 8.0) and weights[-1] == (0.5, 2.0)
+    assert [w for w, _ in weights] == sorted((w for w, _ in weights), reverse=True) and len(weights) == 9
+    middle = weights[len(weights) // 2][0]
+    assert middle == pytest.approx(1.25)  # both shapes are half way in the middle
+    assert (weights[1][0] > 2 - 1.5 / 8) is (shape == "cosine")
+
+
+def test_a_ramp_that_touches_0_keeps_its_mode_and_one_that_stays_there_does_not() -> None:
+    def phase(**ends: float) -> Phase:
+        ramp = Ramp(**{"from": ends["start"], "to": ends["end"]})
+        return Phase(
+            name="p", epochs=1, inference=ModeWeights(weight=ramp, lambda_=0.5), training=ModeWeights(weight=1)
+        )
+
+    assert phase_weights(phase(start=0, end=1), progress=0, kl_factor=1) == {"inference": (0, 0), "training": (1, 0)}
+    assert set(phase_weights(phase(start=0, end=0), progress=0, kl_factor=1)) == {"training"}
+    assert not phase(start=0, end=0).inference.needs_teacher and phase(start=0, end=1).inference.needs_teacher
+
+
+@pytest.mark.parametrize("ramp", [{"from": 1}, {"from": -1, "to": 0}, {"from": 1, "to": 0, "shape": "sine"}])
+def test_what_is_no_ramp_is_refused(ramp: dict) -> None:
+    with pytest.raises(ValueError, match=r"weight"):
+        Phase.model_validate({"name": "p", "epochs": 1, "training": {"weight": ramp}})

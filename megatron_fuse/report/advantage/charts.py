@@ -87,7 +87,11 @@ def rule_in_words(report: dict[str, Any], mode: str) -> str:
             "sum": "least cross-entropy",
             "per_byte": "least cross-entropy a byte",
             "per_token": "least cross-entropy a token",
+            "average": "least cross-entropy, of all sources mixed",
+            "random": "chance",
         }[rule]
+    if rule == "random":
+        return "chance"
     if rule == "reference":
         return "nearest to the ground truth"
     judges = len(report["judges"]["favourites"]) if report["judges"] else 0

@@ -1,0 +1,35 @@
+"""Measure one model on the skills and write what an experiment asks for: {metric: {value, n}}.
+
+    python examples/skills/measure.py --model DIRECTORY --output FILE.json --split dev --seed 1
+
+Metrics: `generation` and `choice`, as evaluate.py defines them, means over the skills in percent, and each of them by skill.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from evaluate import MEASURES, evaluate
+from skills import SPLITS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--seed", type=int, required=True, help="draws the problems")
+    parser.add_argument("--per-skill", type=int, default=60, help="problems of each skill")
+    options = parser.parse_args()
+    found = evaluate(options.model, options.split, options.per_skill, options.seed)
+    metrics = {}
+    for measure in MEASURES:
+        for skill, of in found[measure].items():
+            name = measure if skill == "mean" else f"{measure}/{skill}"
+            metrics[name] = {"value": of["accuracy"], "n": of["problems"]}
+    metrics["response tokens"] = {"value": found["mean_response_tokens"], "n": metrics["generation"]["n"]}
+    options.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What an experiment file says: which variants of a recipe are run, over which seeds, how they are measured, and the tables of it.
+
+    recipe: examples/skills/recipe.yaml          # what all variants share
+    workdir: examples/skills/build/experiments   # data of every seed, runs, logs
+    results: docs/results/skills.csv             # one row per variant, seed and metric
+    seeds: [1, 2, 3, 4, 5]
+    evaluate: python examples/skills/measure.py --model {model} --output {output} --split {split} --seed {seed}
+    metrics: {generation: generation, choice: choice}
+    models: {alpha: examples/skills/build/sources/alpha}       # measured as they are
+    variants:
+      csft: {schedule: {preset: csft}}                         # laid over the recipe
+    merges:
+      slerp: {method: slerp, models: [csft, alpha]}            # of variants of the same seed and of models
+    tables:
+      main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
+
+Every seed has its own data stages, which its variants share: a variant's options decide what is made anew, usually only the choice
+between the sources and the training.
+"""
+
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Recipe, checked, make_recipe, read_yaml
+from megatron_fuse.recipe.models import Name, Options
+
+PLACEHOLDERS = {"model", "output", "split", "seed"}
+# What the runner itself decides for every run.
+_OURS = {"workdir": None, "seed": None, "training": {"save", "load", "tensorboard_dir"}, "export": {"path"}}
+
+
+class Merge(Options):
+    """A merge of models of one architecture, by tools/merge_models.py."""
+
+    method: Literal["linear", "slerp", "ties", "dare_ties", "dare_linear"]
+    models: Annotated[list[Name], Field(min_length=2)] = Field(description="variants, of the same seed, and models")
+    base: Name | None = Field(
+        None, description="one of models or variants whose weights the differences are taken from"
+    )
+    options: dict[str, float | str] = Field(default_factory=dict, description="further flags of tools/merge_models.py")
+
+
+class Table(Options):
+    """Rows of one table of the report, in their order."""
+
+    title: str
+    rows: Annotated[list[Name], Field(min_length=1)]
+    baseline: Name
+    x: dict[Name, float] = Field(
+        default_factory=dict, description="a number per row: the table is also drawn as a curve over it"
+    )
+    x_label: str = ""
+    note: str = Field("", description="what a reader has to know of the rows")
+
+
+class Experiment(Options):
+    recipe: Path = Field(description="recipe that every variant is laid over")
+    workdir: Path = Field(description="directory of this experiment alone")
+    results: Path = Field(description="CSV of all results; the report's pictures lie beside it")
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prepare: str | None = Field(
+        None, description="command before everything else, as for making models; it keeps what exists"
+    )
+    evaluate: str = Field(
+        description="command with {model}, {output}, {split} and {seed}: writes {metric: {value, n}} as JSON"
+    )
+    split: str = Field("test", description="what {split} stands for unless --split says otherwise")
+    metrics: Annotated[dict[str, str], Field(min_length=1)] = Field(description="metric -> its name in tables")
+    models: dict[Name, Path] = Field(default_factory=dict, description="Hugging Face directories, measured as they are")
+    variants: dict[Name, dict[str, Any]] = Field(description="name -> options laid over the recipe")
+    merges: dict[Name, Merge] = Field(default_factory=dict)
+    tables: Annotated[dict[Name, Table], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        names = [*self.models, *self.variants, *self.merges]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: given twice among models, variants and merges")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds holds one twice: {self.seeds}")
+        for name, table in self.tables.items():
+            unknown = sorted({*table.rows, table.baseline, *table.x} - set(names))
+            if unknown:
+                raise ValueError(
+                    f"tables.{name}: no variant, model or merge is named {', '.join(unknown)}; there are {', '.join(names)}"
+                )
+        for name, merge in self.merges.items():
+            unknown = sorted({*merge.models, *([merge.base] if merge.base else [])} - {*self.models, *self.variants})
+            if unknown:
+                raise ValueError(f"merges.{name}: no variant or model is named {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates_a_model(self) -> Self:
+        named = {field for _, field, _, _ in string.Formatter().parse(self.evaluate) if field is not None}
+        if not {"model", "output"} <= named <= PLACEHOLDERS:
+            raise ValueError(
+                f"evaluate has the places {sorted(named)}: wanted are {{model}} and {{output}}, allowed {sorted(PLACEHOLDERS)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _leaves_places_to_the_runner(self) -> Self:
+        for name, options in self.variants.items():
+            for section, keys in _OURS.items():
+                given = options.get(section)
+                taken = (
+                    [section] * (section in options)
+                    if keys is None
+                    else [f"{section}.{key}" for key in keys & set(given or {})]
+                )
+                if taken:
+                    raise ValueError(
+                        f"variants.{name} gives {', '.join(taken)}, which the runner decides for every run"
+                    )
+        return self
+
+    def needed(self, tables: list[str]) -> list[str]:
+        """Names that these tables show, with what their merges are made of, in the order of models, variants, merges."""
+        shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
+        for name in shown & set(self.merges):
+            merge = self.merges[name]
+            shown |= {*merge.models, *([merge.base] if merge.base else [])}
+        return [name for name in (*self.models, *self.variants, *self.merges) if name in shown]
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Raises UserError with the key of everything that is wrong, the variants' options included."""
+    experiment = checked(Experiment, read_yaml(path), str(path))
+    for name in experiment.variants:
+        variant_recipe(experiment, name, experiment.seeds[0], where=f"{path}: variants.{name}")
+    return experiment
+
+
+def data_directory(experiment: Experiment, seed: int) -> Path:
+    return experiment.workdir / "data" / f"seed-{seed}"
+
+
+def run_directory(experiment: Experiment, name: str, seed: int) -> Path:
+    """Of a variant or merge with a seed, or of a model's measurement with the problems of a seed."""
+    return experiment.workdir / "runs" / name / f"seed-{seed}"
+
+
+def variant_recipe(experiment: Experiment, name: str, seed: int, where: str | None = None) -> Recipe:
+    """The recipe of one run: the experiment's with the variant's options over it, and places of its own for what it trains."""
+    run = run_directory(experiment, name, seed)
+    ours = {
+        "workdir": str(data_directory(experiment, seed)),
+        "seed": seed,
+        "training": {"save": str(run / "checkpoints"), "tensorboard_dir": str(run / "tensorboard")},
+        "export": {"path": str(run / "export")},
+    }
+    content = laid_over(read_yaml(experiment.recipe), laid_over(experiment.variants[name], ours))
+    return make_recipe(content, where or f"{experiment.recipe} with variant {name}")
+
+
+def laid_over(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key, everything else replaced. A null leaves out a key that is there, as a source or a preset."""
+    found = dict(content)
+    for key, value in options.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = laid_over(found[key], value)
+        else:
+            found[key] = value
+    return found
+
+
+def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
+    """names as given, or the first table. Raises UserError for one that is not there."""
+    unknown = sorted(set(names) - set(experiment.tables))
+    if unknown:
+        raise UserError(f"no table {', '.join(unknown)}: this experiment has {', '.join(experiment.tables)}")
+    return names or [next(iter(experiment.tables))]

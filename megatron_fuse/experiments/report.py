@@ -1,0 +1,167 @@
+"""The tables of an experiment as Markdown with pictures, from its CSV alone: what is shown was measured, and can be drawn again.
+
+Every figure is a mean over seeds ± its standard error; beside it the difference to the table's baseline, paired by seed, with its 95 %
+confidence interval. ▲ and ▼ mark differences of more than two standard errors; the others are called ties.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from megatron_fuse.experiments.experiment import Experiment, Table
+from megatron_fuse.experiments.results import Result
+from megatron_fuse.experiments.statistics import Mean, mean, paired_difference
+from megatron_fuse.report.layout import save_picture, save_text
+
+LEGEND = (
+    "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "
+    "interval (Student's t). ▲ and ▼: more than two standard errors above or below the baseline; all others are ties."
+)
+Values = dict[str, dict[str, dict[int, float]]]  # variant -> metric -> seed -> value
+
+
+def write_report(
+    experiment: Experiment, results: Sequence[Result], path: Path, command: str, *, preface: str = ""
+) -> None:
+    """Writes one section for every table that has results beside its baseline's, and its pictures beside the CSV. command: what makes the numbers."""
+    values: Values = {}
+    for result in results:
+        values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
+    parts = [preface.rstrip(), LEGEND] if preface else [LEGEND]
+    for name, table in experiment.tables.items():
+        if any(row in values for row in table.rows if row != table.baseline):
+            parts.append(_section(experiment, name, table, values, results, path, command))
+    save_text(path, "\n\n".join(parts) + "\n")
+
+
+def _section(
+    experiment: Experiment,
+    name: str,
+    table: Table,
+    values: Values,
+    results: Sequence[Result],
+    path: Path,
+    command: str,
+) -> str:
+    of_table = [result for result in results if result.variant in table.rows]
+    picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
+    save_picture(draw_table(experiment.metrics, table, values), picture)
+    lines = [f"## {table.title}", ""]
+    lines += markdown_table(experiment.metrics, table, values, of_table)
+    missing = [row for row in table.rows if set(experiment.metrics) - values.get(row, {}).keys()]
+    if missing:
+        lines += ["", f"–: not measured ({', '.join(missing)})."]
+    lines += ["", *findings(experiment.metrics, table, values)]
+    if table.note:
+        lines += ["", table.note.strip()]
+    lines += ["", f"![{table.title}]({os.path.relpath(picture, path.parent)})", "", _origin(name, command, of_table)]
+    return "\n".join(lines)
+
+
+def _origin(name: str, command: str, results: Sequence[Result]) -> str:
+    """Where the numbers of a table come from."""
+
+    def distinct(field: str) -> str:
+        return ", ".join(map(str, sorted({getattr(result, field) for result in results})))
+
+    return (
+        f"`{command} --only {name}`; seeds {distinct('seed')}; split {distinct('split')}; commit {distinct('commit')}; "
+        f"{distinct('machine')}; {distinct('date')}."
+    )
+
+
+def markdown_table(metrics: dict[str, str], table: Table, values: Values, results: Sequence[Result]) -> list[str]:
+    """One row per variant; the cost of its training in the last columns."""
+    heading = ["", *metrics.values(), "steps", "tokens", "training s"]
+    lines = [f"| {' | '.join(heading)} |", f"|---{'|---:' * (len(heading) - 1)}|"]
+    for row in table.rows:
+        cells = [_cell(values, row, table.baseline, metric) for metric in metrics]
+        of_row = [result for result in results if result.variant == row]
+        cells += [_cost(of_row, "steps"), _cost(of_row, "tokens"), _cost(of_row, "seconds")]
+        name = f"**{row}** (baseline)" if row == table.baseline else row
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+def _cell(values: Values, row: str, baseline: str, metric: str) -> str:
+    of_row = values.get(row, {}).get(metric)
+    if not of_row:
+        return "–"
+    cell = _with_error(mean(list(of_row.values())))
+    difference = _difference(values, row, baseline, metric)
+    if row == baseline or difference is None:
+        return cell
+    mark = ("▲" if difference.value > 0 else "▼") if difference.is_clear else ""
+    width = f" ± {difference.confidence:.1f}" if difference.confidence is not None else ""
+    return f"{cell} ({difference.value:+.1f}{width}){mark}"
+
+
+def _with_error(found: Mean | None) -> str:
+    assert found is not None
+    return f"{found.value:.1f}" + (f" ± {found.error:.1f}" if found.error is not None else "")
+
+
+def _difference(values: Values, row: str, baseline: str, metric: str) -> Mean | None:
+    of_row, of_baseline = (values.get(name, {}).get(metric, {}) for name in (row, baseline))
+    return paired_difference(of_row, of_baseline)
+
+
+def _cost(results: Sequence[Result], field: str) -> str:
+    known = {result.seed: getattr(result, field) for result in results if getattr(result, field) is not None}
+    return f"{sum(known.values()) / len(known):,.0f}" if known else "–"
+
+
+def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]:
+    """A sentence per metric: what is clearly above the baseline, what clearly below, what ties with it."""
+    lines = []
+    for metric, title in metrics.items():
+        above, below, ties = [], [], []
+        for row in table.rows:
+            difference = _difference(values, row, table.baseline, metric)
+            if row == table.baseline or difference is None:
+                continue
+            told = f"{row} ({difference.value:+.1f})"
+            (ties if not difference.is_clear else above if difference.value > 0 else below).append(told)
+        parts = [
+            f"{place} {table.baseline}: {', '.join(names)}"
+            for place, names in (("clearly above", above), ("clearly below", below), ("ties with", ties))
+            if names
+        ]
+        if parts:
+            lines.append(f"**{title}.** {'; '.join(parts)[0].upper()}{'; '.join(parts)[1:]}.")
+    return [line for pair in zip(lines, [""] * len(lines), strict=True) for line in pair][:-1]
+
+
+def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
+    """Points with error bars, one panel per metric; a curve where the table has an x for its rows."""
+    rows = [row for row in table.rows if row in values]
+    figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
+    for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
+        found = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
+        errors = {row: of.error or 0.0 for row, of in found.items()}
+        curve = [row for row in found if row in table.x]
+        if table.x:
+            axis.errorbar(
+                [table.x[row] for row in curve],
+                [found[row].value for row in curve],
+                [errors[row] for row in curve],
+                marker="o",
+                capsize=3,
+                linestyle="",
+            )
+            for row in curve:
+                axis.annotate(
+                    row, (table.x[row], found[row].value), fontsize=7, xytext=(4, 4), textcoords="offset points"
+                )
+            axis.set(xlabel=table.x_label, ylabel=title)
+        else:
+            places = range(len(found))[::-1]
+            axis.errorbar([of.value for of in found.values()], places, xerr=list(errors.values()), fmt="o", capsize=3)
+            axis.set_yticks(list(places), list(found))
+            axis.set_xlabel(f"{title} (mean ± standard error)")
+            if table.baseline in found:
+                axis.axvline(found[table.baseline].value, color="0.7", linewidth=0.8, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

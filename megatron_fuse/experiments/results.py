@@ -1,0 +1,124 @@
+"""All results of an experiment as one tidy table: a row per variant, seed, split and metric.
+
+    variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date
+
+value: of the metric over n problems; steps, tokens (inputs, padding left out) and seconds of the training alone, empty for models
+and merges; data: the hash of the seed's instructions. Rows of different commits or data never stand in one file.
+"""
+
+import csv
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.experiments.experiment import Experiment
+from megatron_fuse.experiments.runs import Run, code_version
+from megatron_fuse.storage import read_json, temporary_then_rename
+
+
+@dataclass(frozen=True)
+class Result:
+    variant: str
+    seed: int
+    split: str
+    metric: str
+    value: float
+    n: int
+    steps: int | None
+    tokens: int | None
+    seconds: float | None
+    commit: str
+    data: str
+    machine: str
+    date: str
+
+
+def collect_results(experiment: Experiment, split: str) -> list[Result]:
+    """Of all finished runs, in the order of the experiment's file.
+
+    Raises UserError where runs were made by another commit of the code than the present one, or by other data than those of their
+    seed: such numbers are not to be compared.
+    """
+    version, results, others = code_version(), [], dict[str, list[str]]()
+    data: dict[int, tuple[str, Run]] = {}
+    for name in (*experiment.models, *experiment.variants, *experiment.merges):
+        for seed in experiment.seeds:
+            run = Run(experiment, name, seed)
+            if not run.is_finished(split):
+                continue
+            made = read_json(run.directory / "result.json")
+            if made["commit"] != version:
+                others.setdefault(made["commit"], []).append(f"{name} (seed {seed})")
+            if "data" in made:
+                first, owner = data.setdefault(seed, (made["data"], run))
+                if first != made["data"]:
+                    raise UserError(
+                        f"{run.directory} was trained on data {made['data'][:12]}, but {owner.directory} on {first[:12]}: remove the one "
+                        "that is out of date and run the experiment again"
+                    )
+            results += _rows(run, split, made)
+    if others:
+        (commit, runs), *_ = others.items()
+        raise UserError(
+            f"{experiment.workdir} holds {len(runs)} runs of commit {commit}, as {runs[0]}, but the code is at {version}: check out "
+            f"{commit}, or remove {experiment.workdir / 'runs'} to make all of them anew"
+        )
+    return results
+
+
+def _rows(run: Run, split: str, made: dict[str, Any]) -> list[Result]:
+    path = run.evaluation(split)
+    day = date.fromtimestamp(path.stat().st_mtime).isoformat()
+    return [
+        Result(
+            variant=run.name,
+            seed=run.seed,
+            split=split,
+            metric=metric,
+            value=found["value"],
+            n=found["n"],
+            steps=made.get("steps"),
+            tokens=made.get("tokens"),
+            seconds=round(made["training_seconds"], 1) if "training_seconds" in made else None,
+            commit=made["commit"],
+            data=made.get("data", "")[:12],
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+            date=day,
+        )
+        for metric, found in read_json(path).items()
+    ]
+
+
+def write_results(path: Path, results: Sequence[Result], split: str) -> None:
+    """Writes the rows of a split; those of other splits stay where they are of the same commit, and go otherwise."""
+    commits = {result.commit for result in results}
+    kept = [row for row in read_results(path) if row.split != split and row.commit in commits] if path.exists() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_then_rename(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, [*kept, *results]))
+
+
+def read_results(path: Path) -> list[Result]:
+    """Raises UserError where the file is missing or is none of ours."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: run tools/run_experiments.py first")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [_parsed(row) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a file of results ({error!r})") from error
+
+
+def _parsed(row: dict[str, str]) -> Result:
+    numbers = {"seed": int, "n": int, "value": float, "steps": int, "tokens": int, "seconds": float}
+    values: dict[str, Any] = {field.name: row[field.name] for field in fields(Result)}
+    for name, kind in numbers.items():
+        values[name] = kind(values[name]) if values[name] else None
+    return Result(**values)

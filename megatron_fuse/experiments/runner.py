@@ -1,0 +1,110 @@
+"""Runs what of an experiment is not there yet, several runs side by side."""
+
+import fcntl
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables
+from megatron_fuse.experiments.results import collect_results
+from megatron_fuse.experiments.runs import ROOT, Run, make
+from megatron_fuse.storage import read_json, write_json
+
+
+def run_experiment(
+    experiment: Experiment,
+    path: Path,
+    *,
+    tables: Sequence[str] = (),
+    split: str | None = None,
+    jobs: int = 2,
+    progress: Callable[[str], None] = print,
+) -> list[str]:
+    """Makes the runs of these tables (default: the first) and measures them; returns what failed, one message per run.
+
+    path: the experiment's file, by which its workdir knows it. jobs: runs side by side, one thread each. Raises UserError where
+    another experiment has the workdir, or where it holds finished runs that may not stand beside new ones (results.py).
+    """
+    split = split or experiment.split
+    names = experiment.needed(require_tables(experiment, list(tables)))
+    with _only_one(experiment.workdir, path):
+        collect_results(experiment, split)  # refuses before hours of work what would be refused after them
+        if experiment.prepare:
+            progress(f"$ {experiment.prepare}")
+            words = shlex.split(experiment.prepare)
+            words[0] = sys.executable if words[0] == "python" else words[0]
+            if code := subprocess.run(words, cwd=ROOT, check=False).returncode:
+                raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
+        runs = [Run(experiment, name, seed) for seed in experiment.seeds for name in names]
+        todo = [run for run in runs if not run.is_finished(split)]
+        progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
+        return _run_all(todo, split, jobs, progress)
+
+
+def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], None]) -> list[str]:
+    """In their order as far as it goes: a merge waits for its parts, and is given up where one of them failed."""
+    locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
+    total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
+    began = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while todo or running:
+                open_runs = {*todo, *(run for run, _ in running.values())}
+                for run in [run for run in todo if not open_runs & set(_parts(run))][: jobs - len(running)]:
+                    todo.remove(run)
+                    lost = [part.name for part in _parts(run) if part in failed]
+                    if lost:
+                        failed[run] = f"{run.name}, seed {run.seed}: not merged, as {', '.join(lost)} failed"
+                        progress(failed[run])
+                        continue
+                    lock = locks[data_directory(run.experiment, run.seed)]
+                    running[pool.submit(make, run, lock, split)] = run, time.perf_counter()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run, start = running.pop(future)
+                    took = f"{time.perf_counter() - start:.0f} s"
+                    if error := future.exception():
+                        if not isinstance(error, UserError):
+                            raise error
+                        failed[run] = str(error)
+                        progress(f"FAILED after {took}: {error}")
+                        continue
+                    done = total - len(todo) - len(running)
+                    left = (time.perf_counter() - began) / done * (total - done)
+                    progress(f"[{done}/{total}] {run.name}, seed {run.seed}: {took}; about {left / 60:.0f} min left")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs is waited for: its commands got the interrupt too
+            raise
+    return list(failed.values())
+
+
+def _parts(run: Run) -> list[Run]:
+    merge = run.experiment.merges.get(run.name)
+    if merge is None:
+        return []
+    names = [*merge.models, *([merge.base] if merge.base else [])]
+    return [Run(run.experiment, name, run.seed) for name in names if name in run.experiment.variants]
+
+
+@contextmanager
+def _only_one(workdir: Path, path: Path) -> Iterator[None]:
+    """The workdir belongs to one experiment file, and to one process at a time."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    owner, name = workdir / "experiment.json", str(path)
+    if owner.exists() and read_json(owner)["experiment"] != name:
+        raise UserError(
+            f"{workdir} belongs to the experiment {read_json(owner)['experiment']}, not to {name}: give this one a workdir of its own"
+        )
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{workdir}: another process runs this experiment: wait for it, or end it") from error
+        write_json(owner, {"experiment": name})
+        yield

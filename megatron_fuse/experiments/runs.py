@@ -1,0 +1,205 @@
+"""One run: the commands that train and measure one variant with one seed, and what it leaves behind.
+
+WORKDIR/runs/NAME/seed-N/recipe.yaml             what was run, every option written out
+                         log.txt                 what its commands printed
+                         export/                 the model
+                         evaluation-SPLIT.json   {metric: {value, n}}
+                         result.json             steps, tokens, seconds, and what the run was made from; written last
+
+Each command goes on where it was interrupted, so a run does so too.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe
+from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.storage import open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
+from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class RunFailed(UserError):
+    """A command of a run ended with an error. The message names the run, the command, its last words and its log."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant, merge or model of an experiment with one seed."""
+
+    experiment: Experiment = field(compare=False)
+    name: str
+    seed: int
+
+    @property
+    def directory(self) -> Path:
+        return run_directory(self.experiment, self.name, self.seed)
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face directory that is measured."""
+        return self.experiment.models.get(self.name, self.directory / "export")
+
+    def evaluation(self, split: str) -> Path:
+        return self.directory / f"evaluation-{split}.json"
+
+    def is_made(self) -> bool:
+        return (self.directory / "result.json").exists()
+
+    def is_finished(self, split: str) -> bool:
+        return self.is_made() and self.evaluation(split).exists()
+
+    def options(self) -> dict[str, Any]:
+        """All that decides what the run makes, as it is stored in result.json."""
+        experiment, name = self.experiment, self.name
+        if name in experiment.variants:
+            recipe = variant_recipe(experiment, name, self.seed)
+            return {"recipe": recipe.model_dump(mode="json", by_alias=True)}
+        if name in experiment.merges:
+            parts = {part: Run(experiment, part, self.seed).options() for part in _parts(experiment.merges[name])}
+            return {"merge": experiment.merges[name].model_dump(mode="json"), "of": parts}
+        return {"model": str(experiment.models[name])}
+
+
+# What a run's numbers depend on; not what only plans, collects and tells them.
+_CODE = [
+    ":(glob)**/*.py",
+    *(f":(exclude){place}" for place in ("tests", "benchmarks", "kernels/benchmarks", "kernels/checks")),
+    *(
+        f":(exclude){place}"
+        for place in ("megatron_fuse/experiments", "megatron_fuse/report", "tools/run_experiments.py")
+    ),
+]
+
+
+def code_version() -> str:
+    """The last commit that touched the code of runs; where that has changed since, with a + and a hash of the change."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments, "--", *_CODE], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("diff", "HEAD")
+    return (git("log", "-1", "--format=%h", "--abbrev=10") or "unknown") + (
+        f"+{sha256_of_json(changed)[:6]}" if changed else ""
+    )
+
+
+def make(run: Run, data_lock: Lock, split: str) -> None:
+    """Trains or merges, then measures; what is done is not done again. data_lock: of the seed, whose data stages take turns.
+
+    Raises RunFailed where a command fails, UserError where the directory holds a run by other options.
+    """
+    _refuse_another(run)
+    if not run.is_made():
+        start = time.perf_counter()
+        if run.name in run.experiment.variants:
+            facts = _train(run, data_lock)
+        elif run.name in run.experiment.merges:
+            facts = _merge(run, run.experiment.merges[run.name])
+        else:
+            facts = {}
+        made_from = {"options": run.options(), "commit": code_version()}
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **facts})
+    if not run.evaluation(split).exists():
+        _evaluate(run, split)
+
+
+def _refuse_another(run: Run) -> None:
+    path = run.directory / ("result.json" if run.is_made() else "begun.json")
+    now = sha256_of_json(run.options())
+    if not path.exists():
+        write_json(run.directory / "begun.json", {"options": run.options()})
+        return
+    if sha256_of_json(read_json(path)["options"]) != now:
+        raise UserError(
+            f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
+            "experiment a workdir of its own"
+        )
+
+
+def _train(run: Run, data_lock: Lock) -> dict[str, Any]:
+    recipe = variant_recipe(run.experiment, run.name, run.seed)
+    path = run.directory / "recipe.yaml"
+    with temporary_then_rename(path) as temporary:
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+    with data_lock:
+        _command(run, ["tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"])
+    start = time.perf_counter()
+    _command(run, ["pretrain_fuse.py", "--recipe", str(path)])
+    trained = time.perf_counter() - start
+    _command(run, ["tools/export_model.py", "--recipe", str(path)])
+    steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
+    return {
+        "data": instructions_sha256(recipe),
+        "steps": steps[-1]["iteration"],
+        "tokens": sum(row["tokens"] for row in steps),
+        "training_seconds": trained,
+    }
+
+
+def instructions_sha256(recipe: Recipe) -> str:
+    return open_artefact(recipe.workdir / "instructions", "instructions", "tools/prepare_instructions.py").sha256
+
+
+def _parts(merge: Merge) -> list[str]:
+    return [*merge.models, *([merge.base] if merge.base else [])]
+
+
+def _merge(run: Run, merge: Merge) -> dict[str, Any]:
+    models = {name: str(Run(run.experiment, name, run.seed).model) for name in _parts(merge)}
+    command = ["tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
+    command += [part for name in merge.models for part in ("--model", models[name])]
+    command += ["--base", models[merge.base]] if merge.base else []
+    command += [part for flag, value in merge.options.items() for part in (f"--{flag}", str(value))]
+    _command(run, command)
+    return {}
+
+
+def _evaluate(run: Run, split: str) -> None:
+    output = run.evaluation(split)
+    with temporary_then_rename(output) as temporary:
+        places = {"model": run.model, "output": temporary, "split": split, "seed": run.seed}
+        words = [word.format(**places) for word in shlex.split(run.experiment.evaluate)]
+        _command(run, words[1:] if words[0] == "python" else words, python=words[0] == "python")
+        try:
+            found = json.loads(temporary.read_text(encoding="utf-8"))
+            bad = [name for name, of in found.items() if not {"value", "n"} <= of.keys()]
+        except (ValueError, AttributeError) as error:
+            raise RunFailed(
+                f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})"
+            ) from error
+        if bad:
+            raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no value and n of {', '.join(bad)}")
+
+
+def _command(run: Run, command: Sequence[str], *, python: bool = True) -> None:
+    """Runs it from the project's root, its output going to the run's log."""
+    log = run.directory / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, *command] if python else list(command)
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
+        raise RunFailed(
+            f"{run.name}, seed {run.seed}: {command[0]} ended with exit code {done.returncode}; the last of {log}:\n  "
+            + "\n  ".join(last)
+        )

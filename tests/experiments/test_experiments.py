@@ -1,0 +1,204 @@
+"""An experiment's file, its runs, its CSV and its report; models only, measured by a script of the test's own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_models import small_recipe
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.experiments import (
+    Experiment,
+    collect_results,
+    load_experiment,
+    read_results,
+    run_experiment,
+    write_report,
+    write_results,
+)
+from megatron_fuse.experiments import runs as runs_module
+from megatron_fuse.experiments.experiment import laid_over, variant_recipe
+from megatron_fuse.experiments.runs import Run
+from megatron_fuse.recipe import dump_recipe
+
+# Value 10 * letters of the model's name + seed; counts its calls; fails where the directory is called "broken".
+MEASURE = """
+import json, sys
+from pathlib import Path
+model, output, split, seed = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+with open(model.parent / "calls.txt", "a") as file:
+    file.write(f"{model.name} {seed} {split}\\n")
+if (model / "broken").exists():
+    sys.exit("no such skill")
+found = {"right": {"value": 10 * len(model.name) + seed, "n": 50}}
+if model.name != "bb":
+    found["fast"] = {"value": 1.0, "n": 7}
+output.write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Path:
+    (tmp_path / "measure.py").write_text(MEASURE)
+    for name in ("a", "bb", "cccc"):
+        (tmp_path / name).mkdir()
+    recipe = small_recipe(tmp_path, tmp_path / "data.jsonl", tmp_path / "a", {"one": tmp_path / "a"})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    content = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "workdir": str(tmp_path / "work"),
+        "results": str(tmp_path / "docs/results.csv"),
+        "seeds": [1, 2],
+        "evaluate": f"python {tmp_path / 'measure.py'} {{model}} {{output}} {{split}} {{seed}}",
+        "metrics": {"right": "right %", "fast": "fast"},
+        "models": {name: str(tmp_path / name) for name in ("a", "bb", "cccc")},
+        "variants": {"csft": {"schedule": {"preset": "csft"}}},
+        "tables": {
+            "main": {"title": "All", "rows": ["a", "bb"], "baseline": "a"},
+            "more": {"title": "More", "rows": ["a", "cccc"], "baseline": "a", "x": {"a": 1, "cccc": 4}},
+        },
+    }
+    return write(tmp_path / "experiment.yaml", content)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def changed(path: Path, **keys: Any) -> Path:
+    return write(path, yaml.safe_load(path.read_text()) | keys)
+
+
+def run(path: Path, **options: Any) -> tuple[Experiment, list[str], list[str]]:
+    """The experiment, the failures, and the calls of the script since the last run."""
+    experiment = load_experiment(path)
+    calls = path.parent / "calls.txt"
+    calls.write_text("")
+    failed = run_experiment(experiment, path, progress=lambda _: None, **options)
+    return experiment, failed, sorted(calls.read_text().splitlines())
+
+
+def test_only_what_is_missing_runs(experiment_file: Path) -> None:
+    experiment, failed, calls = run(experiment_file)
+    assert failed == [] and calls == ["a 1 test", "a 2 test", "bb 1 test", "bb 2 test"]
+    assert run(experiment_file)[2] == []
+    assert run(changed(experiment_file, seeds=[1, 2, 5]))[2] == ["a 5 test", "bb 5 test"]
+    assert run(experiment_file, tables=["more"])[2] == ["cccc 1 test", "cccc 2 test", "cccc 5 test"]
+    assert run(experiment_file, split="dev")[2] == [f"{name} {seed} dev" for name in ("a", "bb") for seed in (1, 2, 5)]
+    experiment = load_experiment(experiment_file)
+    results = collect_results(experiment, "test")
+    assert {(r.variant, r.seed): r.value for r in results if r.metric == "right"} == {
+        (name, seed): 10 * len(name) + seed for name in ("a", "bb", "cccc") for seed in (1, 2, 5)
+    }
+
+
+def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    run(experiment_file, split="dev")
+    for split in ("test", "dev", "dev"):
+        write_results(experiment.results, collect_results(experiment, split), split)
+    found = read_results(experiment.results)
+    assert found == collect_results(experiment, "test") + collect_results(experiment, "dev")
+    experiment.results.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a file of results"):
+        read_results(experiment.results)
+
+
+def test_the_report_tells_differences_ties_and_gaps(experiment_file: Path, tmp_path: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    path = tmp_path / "docs/RESULTS.md"
+    write_report(experiment, collect_results(experiment, "test"), path, "python tools/run_experiments.py E")
+    assert "## More" not in path.read_text()  # of which nothing but the baseline was measured
+    run(experiment_file, tables=["more"])
+    write_report(experiment, collect_results(experiment, "test"), path, "python tools/run_experiments.py E")
+    text = path.read_text()
+    assert "| bb | – | 21.5 ± 0.5 (+10.0 ± 0.0)▲ |" in text and "–: not measured (bb)." in text
+    assert "Clearly above a: bb (+10.0)." in text and "## More" in text and "(results-main.png)" in text
+    assert "--only main`; seeds 1, 2; split test" in text and (tmp_path / "docs/results-more.png").stat().st_size > 1000
+
+
+def test_a_crash_leaves_the_others_and_says_where(experiment_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a/broken").touch()
+    experiment, failed, _ = run(experiment_file)
+    assert len(failed) == 2 and all(
+        "a, seed" in text and "no such skill" in text and "log.txt" in text for text in failed
+    )
+    assert {result.variant for result in collect_results(experiment, "test")} == {"bb"}
+    (tmp_path / "a/broken").unlink()
+    assert run(experiment_file)[1:] == ([], ["a 1 test", "a 2 test"])
+
+
+def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, *_ = run(experiment_file)
+    path = Run(experiment, "a", 1).directory / "result.json"
+    made = json.loads(path.read_text())
+    for name, data in (("a", "d1"), ("bb", "d2")):
+        of = Run(experiment, name, 1).directory / "result.json"
+        of.write_text(json.dumps(json.loads(of.read_text()) | {"data": data}))
+    with pytest.raises(UserError, match=r"bb.*was trained on data d2, but .*a.* on d1"):
+        collect_results(experiment, "test")
+    path.write_text(json.dumps(made))
+    monkeypatch.setattr(runs_module, "code_version", lambda: "0123456789")
+    monkeypatch.setattr("megatron_fuse.experiments.results.code_version", lambda: "0123456789")
+    with pytest.raises(
+        UserError, match=r"4 runs of commit .* as a \(seed 1\), but the code is at 0123456789: check out"
+    ):
+        run(experiment_file)
+
+
+def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Path, tmp_path: Path) -> None:
+    run(experiment_file)
+    other = write(tmp_path / "other.yaml", yaml.safe_load(experiment_file.read_text()))
+    with pytest.raises(UserError, match=r"belongs to the experiment .*experiment.yaml, not to .*other.yaml"):
+        run(other)
+    models = yaml.safe_load(experiment_file.read_text())["models"] | {"a": str(tmp_path / "cccc")}
+    _, failed, _ = run(changed(experiment_file, models=models, seeds=[1, 2, 3]), split="dev")
+    assert len(failed) == 2 and all("holds a run by other options than a has now: remove it" in text for text in failed)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"tables": {"main": {"title": "", "rows": ["a", "b"], "baseline": "a"}}},
+            "tables.main: no variant, .* named b; there",
+        ),
+        ({"variants": {"x": {"schedule": {"preset": "cfst"}}}}, r"variants.x: schedule.preset: .*'csft'"),
+        ({"variants": {"x": {"training": {"lrr": 1}}}}, r"variants.x: training.lrr: unknown key; allowed here: .*lr"),
+        ({"variants": {"x": {"seed": 1}}}, "variants.x gives seed, which the runner decides"),
+        ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x gives training.save"),
+        ({"variants": {"a": {}}}, "a: given twice"),
+        ({"evaluate": "python m.py {model}"}, r"evaluate has the places \['model'\]"),
+        ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate has the places .*where"),
+        ({"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}}, "merges.m: no variant or model is named d"),
+        ({"seeds": [1, 1]}, "seeds holds one twice"),
+        ({"sedes": [1]}, "sedes: unknown key; allowed here: .*seeds"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(experiment_file: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_experiment(changed(experiment_file, **keys))
+
+
+def test_an_unknown_table_is_refused(experiment_file: Path) -> None:
+    with pytest.raises(UserError, match="no table mian: this experiment has main, more"):
+        run(experiment_file, tables=["mian"])
+
+
+def test_variants_share_the_data_of_a_seed_and_nothing_else(experiment_file: Path) -> None:
+    experiment = load_experiment(changed(experiment_file, variants={"x": {"schedule": {"preset": "fuse"}}, "y": {}}))
+    x, y, later = (variant_recipe(experiment, name, seed) for name, seed in (("x", 1), ("y", 1), ("y", 2)))
+    assert x.workdir == y.workdir != later.workdir and (x.seed, later.seed) == (1, 2)
+    assert (
+        len({recipe.training.save for recipe in (x, y, later)} | {recipe.export.path for recipe in (x, y, later)}) == 6
+    )
+    assert x.phases[0].name == "fuse"
+
+
+def test_options_are_laid_over_key_by_key() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+    assert laid_over(base, {"a": {"c": [5], "e": {"f": 1}}, "d": None}) == {"a": {"b": 1, "c": [5], "e": {"f": 1}}}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 3}
