@@ -3,7 +3,7 @@
     python benchmarks/training.py --tokenizer LLAMA2 --instructions GPT4.jsonl --csv docs/benchmarks/training.csv \
         --plot docs/benchmarks/training_step.png
 
-LLAMA2 is a tokenizer's file. About twenty-five minutes on two cores; exits with 1 where a figure misses what is wanted.
+LLAMA2 is a tokenizer's file. About ten minutes on two cores; exits with 1 where a figure misses what is wanted.
 """
 
 import argparse

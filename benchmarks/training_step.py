@@ -209,7 +209,7 @@ def _draw(scaling: dict[tuple[str, int], tuple[float, float]], path: Path) -> No
             axis.plot(sizes, [scaling[kind, size][place] for size in sizes], marker="os"[place], label=name)
         axis.set(xlabel=kind, ylabel="ms", xscale="log", xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(max(scaling[kind, size]) for size in sizes))
         axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
