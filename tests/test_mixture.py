@@ -49,7 +49,9 @@ def test_a_mixture_is_the_weighed_sum_of_those_who_speak(documents: list[Documen
     shares = speaking / np.maximum(speaking.sum(0), 1e-300)
     wanted = sum(share[:, None] * dense(document) for share, document in zip(shares, documents, strict=True))
     found = dense(mixed)
-    assert (found <= wanted * (1 + 1e-12)).all() and np.allclose(found, wanted, rtol=1.6e-2, atol=0)  # float16 down to -32
+    assert (found <= wanted * (1 + 1e-12)).all() and np.allclose(
+        found, wanted, rtol=1.6e-2, atol=0
+    )  # float16 down to -32
     assert mixed.counts.tolist() == np.sum([document.counts for document in documents], 0, dtype=int).tolist()
     assert mixed.tokens is documents[0].tokens
 

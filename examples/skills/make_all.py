@@ -9,12 +9,14 @@ from pathlib import Path
 from make_models import make_models
 from make_tokenizers import make_tokenizers
 from skills import write_instructions
+from train_relatives import make_relatives
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=280, help="instructions of each skill")
+    parser.add_argument("--relatives", action="store_true", help="also the models of one family (train_relatives.py)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     instructions = options.output / "instructions.jsonl"
@@ -22,6 +24,8 @@ def main() -> None:
         print(f"{instructions}: {write_instructions(instructions, options.per_skill, seed=1234)} examples")
     make_tokenizers(options.output, seed=1234)
     make_models(options.output, options.processes)
+    if options.relatives:
+        make_relatives(options.output, options.processes)
 
 
 if __name__ == "__main__":

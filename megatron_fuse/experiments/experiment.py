@@ -74,6 +74,7 @@ class Experiment(Options):
     variants: dict[Name, dict[str, Any]] = Field(description="name -> options laid over the recipe")
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: Annotated[dict[Name, Table], Field(min_length=1)]
+    preface: str = Field("", description="Markdown before the tables of the report")
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

@@ -6,6 +6,7 @@ confidence interval. ▲ and ▼ mark differences of more than two standard erro
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -22,30 +23,33 @@ LEGEND = (
 Values = dict[str, dict[str, dict[int, float]]]  # variant -> metric -> seed -> value
 
 
-def write_report(
-    experiment: Experiment, results: Sequence[Result], path: Path, command: str, *, preface: str = ""
-) -> None:
-    """Writes one section for every table that has results beside its baseline's, and its pictures beside the CSV. command: what makes the numbers."""
-    values: Values = {}
-    for result in results:
-        values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
-    parts = [preface.rstrip(), LEGEND] if preface else [LEGEND]
-    for name, table in experiment.tables.items():
-        if any(row in values for row in table.rows if row != table.baseline):
-            parts.append(_section(experiment, name, table, values, results, path, command))
+@dataclass(frozen=True)
+class Reported:
+    """An experiment with its results, and the command that makes them."""
+
+    experiment: Experiment
+    results: Sequence[Result]
+    command: str
+
+
+def write_report(reported: Sequence[Reported], path: Path) -> None:
+    """Writes a section for every table that has results beside its baseline's; its picture lies beside the CSV."""
+    parts = []
+    for of in reported:
+        values: Values = {}
+        for result in of.results:
+            values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
+        parts += [of.experiment.preface.strip()] * bool(of.experiment.preface)
+        parts += [LEGEND] * (of is reported[0])
+        for name, table in of.experiment.tables.items():
+            if any(row in values for row in table.rows if row != table.baseline):
+                parts.append(_section(of, name, table, values, path))
     save_text(path, "\n\n".join(parts) + "\n")
 
 
-def _section(
-    experiment: Experiment,
-    name: str,
-    table: Table,
-    values: Values,
-    results: Sequence[Result],
-    path: Path,
-    command: str,
-) -> str:
-    of_table = [result for result in results if result.variant in table.rows]
+def _section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
+    experiment = reported.experiment
+    of_table = [result for result in reported.results if result.variant in table.rows]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
     save_picture(draw_table(experiment.metrics, table, values), picture)
     lines = [f"## {table.title}", ""]
@@ -56,7 +60,12 @@ def _section(
     lines += ["", *findings(experiment.metrics, table, values)]
     if table.note:
         lines += ["", table.note.strip()]
-    lines += ["", f"![{table.title}]({os.path.relpath(picture, path.parent)})", "", _origin(name, command, of_table)]
+    lines += [
+        "",
+        f"![{table.title}]({os.path.relpath(picture, path.parent)})",
+        "",
+        _origin(name, reported.command, of_table),
+    ]
     return "\n".join(lines)
 
 

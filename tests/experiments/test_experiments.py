@@ -11,6 +11,7 @@ from small_models import small_recipe
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments import (
     Experiment,
+    Reported,
     collect_results,
     load_experiment,
     read_results,
@@ -110,10 +111,10 @@ def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> Non
 def test_the_report_tells_differences_ties_and_gaps(experiment_file: Path, tmp_path: Path) -> None:
     experiment, *_ = run(experiment_file)
     path = tmp_path / "docs/RESULTS.md"
-    write_report(experiment, collect_results(experiment, "test"), path, "python tools/run_experiments.py E")
+    write_report([Reported(experiment, collect_results(experiment, "test"), "python tools/run_experiments.py E")], path)
     assert "## More" not in path.read_text()  # of which nothing but the baseline was measured
     run(experiment_file, tables=["more"])
-    write_report(experiment, collect_results(experiment, "test"), path, "python tools/run_experiments.py E")
+    write_report([Reported(experiment, collect_results(experiment, "test"), "python tools/run_experiments.py E")], path)
     text = path.read_text()
     assert "| bb | – | 21.5 ± 0.5 (+10.0 ± 0.0)▲ |" in text and "–: not measured (bb)." in text
     assert "Clearly above a: bb (+10.0)." in text and "## More" in text and "(results-main.png)" in text
