@@ -34,6 +34,7 @@ setup(
         "parquet": ["pyarrow"],
         "server": ["openai"],  # answers from an OpenAI-compatible server
         "reference": ["sacrebleu", "rouge-score", "bert-score"],  # answers scored against the ground truth
+        "merge": ["mergekit>=0.1.5"],  # merging baselines: SLERP, TIES, DARE
         "test": [
             "pytest",
             "hypothesis",
@@ -43,6 +44,7 @@ setup(
             "sacrebleu",
             "rouge-score",
             "bert-score",
+            "mergekit",
             "transformers[serving]",  # with openai: the server that tests ask
         ],
     },

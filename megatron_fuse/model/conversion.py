@@ -4,7 +4,6 @@ One table, `weight_blocks`, says which rectangles of which Hugging Face tensors 
 along it in one direction and exporting in the other. Nothing is computed, so that a round trip returns every bit.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,24 +17,11 @@ from torch import Tensor
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
+from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 
 EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-# What the tokenizer, the chat template and generation need beside the weights.
-CARRIED_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",  # SentencePiece
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-)
 # Buffers that transformers wrote before 2023; they follow from the config.
 IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -195,15 +181,7 @@ def save_hugging_face_model(
     temporary.mkdir()
     try:
         write_weight_files(temporary, hugging_face_shapes(architecture), tensor, DTYPES[dtype], shard_bytes)
-        for pattern in CARRIED_FILES:
-            for file in filter(Path.is_file, reference.glob(pattern)):
-                carried = temporary / file.relative_to(reference)
-                carried.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, carried)
-        config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
-        config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_beside_weights(reference, temporary, dtype)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,307 @@
+"""Merging: models of one architecture become one by arithmetic on their weights, without data and without training.
+
+The baselines of the paper's Table 3. The arithmetic is mergekit's, tensor by tensor and in fp32 (docs/merging.md has the
+formulae); what is here checks that the models can be merged at all, fixes every parameter that mergekit might otherwise
+choose differently from version to version, and publishes a Hugging Face directory whole or not at all.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.carried_files import write_beside_weights
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
+from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
+from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.tokenization import load_tokenizer
+
+RECORD = "merge.json"  # in the merged model's directory: what it was made from
+SHARD_BYTES = 5_000_000_000
+# Of a config, what changes nothing in what the weights compute. Ids of special tokens are the tokenizer's matter.
+_NOT_COMPARED = {
+    *(
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "pretraining_tp",
+        "initializer_range",
+    ),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "id2label", "label2id"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """options: the fields of Merge that have a meaning for it. least, most: how many models it merges."""
+
+    options: tuple[str, ...]
+    least: int = 1
+    most: int | None = None
+
+
+_TASK_VECTORS = ("weights", "base", "density")
+METHODS = {
+    "linear": Method(("weights",), least=2),
+    "slerp": Method(("t",), least=2, most=2),
+    "ties": Method(_TASK_VECTORS),
+    "dare_ties": Method((*_TASK_VECTORS, "rescale", "seed")),
+    "dare_linear": Method((*_TASK_VECTORS, "rescale", "seed")),
+}
+DEFAULTS = {"t": 0.5, "density": 0.5, "rescale": "density", "seed": 0}
+RESCALES = ("density", "l1")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged and how. None is an option's default (DEFAULTS; weights: equal shares of 1), or that it has no meaning.
+
+    models, base: Hugging Face directories. weights: one per model. t: 0 is the first model, 1 the second. density: share of
+    a task vector's entries that is kept, of each tensor by itself. rescale: kept entries of DARE are divided by the density,
+    or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16.
+    """
+
+    method: str
+    models: tuple[Path, ...]
+    weights: tuple[float, ...] | None = None
+    base: Path | None = None
+    t: float | None = None
+    density: float | None = None
+    rescale: str | None = None
+    seed: int | None = None
+    dtype: str = "bf16"
+
+
+def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
+    """Directories and weights of models named as DIR or DIR:WEIGHT; a name in the local Hugging Face cache will do for DIR.
+
+    Raises UserError where some have a weight and others none, or DIR holds no model.
+    """
+    directories, weights = [], []
+    for text in named:
+        directory, colon, weight = text.rpartition(":")
+        try:
+            number = float(weight) if colon and not Path(text).is_dir() else None
+        except ValueError:
+            number = None
+        directories.append(resolve_model(text if number is None else directory, "--model"))
+        weights.append(number)
+    given = tuple(weight for weight in weights if weight is not None)
+    if given and len(given) < len(weights):
+        raise UserError(
+            f"--model: {len(given)} of {len(weights)} models have a weight: give one to all (DIR:WEIGHT) or to none"
+        )
+    return tuple(directories), given or None
+
+
+def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = print) -> bool:
+    """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
+
+    Returns False where `output` holds this very merge already. Holds one tensor of every model and a shard of the result in
+    memory. Raises UserError, before anything is computed, for options that do not fit the method, models that do not fit each
+    other, something else in the place of the output, and where mergekit is missing.
+    """
+    merge = _complete(merge)
+    merge_tensors = _mergekit()
+    directories = [*merge.models, *([merge.base] if merge.base else [])]
+    inputs = [WeightFiles(directory) for directory in directories]
+    shapes = _common_shapes(inputs)
+    record = _record(merge)
+    if output.exists():
+        _check_same_merge(output, record)
+        return False
+    parameters = _mergekit_parameters(merge)
+    base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
+    numbers = {name: number for number, name in enumerate(shapes, 1)}
+
+    def merged_tensor(name: str) -> Tensor:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_tensor_seed(merge.seed or 0, name))
+            tensor = merge_tensors(
+                [weights.read(name, 0, 0, shapes[name][0]) for weights in inputs],
+                merge.method,
+                parameters=parameters,
+                base_index=base_index,
+                name=name,
+                dtype=torch.float32,
+                out_dtype=DTYPES[merge.dtype],
+            )
+        if numbers[name] % max(len(shapes) // 10, 1) == 0:
+            progress(f"merged {numbers[name]} of {len(shapes)} tensors")
+        return tensor.contiguous()
+
+    temporary = output.with_name(f".{output.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
+    temporary.mkdir(parents=True)
+    try:
+        write_weight_files(temporary, shapes, merged_tensor, DTYPES[merge.dtype], SHARD_BYTES)
+        write_beside_weights(merge.models[0], temporary, merge.dtype)
+        write_json(temporary / RECORD, record)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return True
+
+
+def _complete(merge: Merge) -> Merge:
+    """The merge with every option of its method set. Raises UserError for what cannot be, or has no meaning for the method."""
+    if merge.method not in METHODS:
+        raise UserError(f"--method is {merge.method!r}: choose one of {', '.join(METHODS)}")
+    if merge.dtype not in DTYPES:
+        raise UserError(f"--dtype is {merge.dtype!r}: choose one of {', '.join(DTYPES)}")
+    method, count = METHODS[merge.method], len(merge.models)
+    for option in ("weights", "base", "t", "density", "rescale", "seed"):
+        if getattr(merge, option) is not None and option not in method.options:
+            said = "a weight behind --model" if option == "weights" else f"--{option}"
+            raise UserError(f"{said} has no meaning for --method {merge.method}: leave it out")
+    if "base" in method.options and merge.base is None:
+        raise UserError(f"--method {merge.method} merges differences to a base model: name it with --base")
+    if count < method.least or count > (method.most or count):
+        wanted = f"exactly {method.least}" if method.most else f"at least {method.least}"
+        raise UserError(f"--method {merge.method} merges {wanted} models, but --model names {count}")
+    values = {option: DEFAULTS[option] for option in method.options if option in DEFAULTS}
+    if "weights" in method.options:
+        values["weights"] = (1 / count,) * count
+    merge = replace(merge, **{key: value for key, value in values.items() if getattr(merge, key) is None})
+    if merge.weights is not None and not all(0 < weight < float("inf") for weight in merge.weights):
+        raise UserError(f"the models' weights are {', '.join(map(str, merge.weights))}: they have to be above 0")
+    if merge.density is not None and not 0 < merge.density <= 1:
+        raise UserError(
+            f"--density is {merge.density}: the share of entries that is kept lies above 0 and is at most 1"
+        )
+    if merge.t is not None and not 0 <= merge.t <= 1:
+        raise UserError(f"--t is {merge.t}: it lies between 0, the first model, and 1, the second")
+    if merge.rescale is not None and merge.rescale not in RESCALES:
+        raise UserError(f"--rescale is {merge.rescale!r}: choose one of {', '.join(RESCALES)}")
+    return merge
+
+
+def _mergekit_parameters(merge: Merge) -> dict[str, Any]:
+    """Every parameter by mergekit's name, so that none is left to the defaults of its version.
+
+    mergekit's `rescale` restored 1/density when the paper was written and restores the L1 norm today. The earlier rule is the
+    later one's `lambda`: one factor on the merged difference, which no sign and no choice of entries depends on.
+    """
+    if merge.method == "slerp":
+        return {"t": merge.t}
+    weights = dict(enumerate(merge.weights or ()))
+    if merge.method == "linear":
+        return {"weight": weights, "normalize": True}
+    task_vectors = {"weight": weights, "density": merge.density, "int8_mask": False}
+    if merge.method == "ties":
+        return {**task_vectors, "normalize": True, "rescale": False, "lambda": 1.0}
+    by_density = merge.rescale == "density"
+    factor = 1 / merge.density if by_density and merge.density else 1.0
+    return {**task_vectors, "normalize": False, "rescale": not by_density, "lambda": factor}
+
+
+def _mergekit() -> Callable[..., Tensor]:
+    try:
+        from mergekit.merge_methods import merge_tensors
+    except ImportError as error:
+        raise UserError(
+            f"merging needs mergekit 0.1.5 or newer ({error}): pip install 'megatron-fuse[merge]'"
+        ) from error
+    return merge_tensors
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    """A seed per tensor: what DARE drops from one does not depend on which others there are, or on their order."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
+
+
+def _common_shapes(inputs: list[WeightFiles]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the tensors that are merged. Raises UserError where config, tokenizer or a tensor do not agree."""
+    first, *others = inputs
+    config, shapes = _config(first.model_dir), _shapes(first)
+    tokens = _tokens(first.model_dir, config.get("vocab_size"))
+    for other in others:
+        _compare("config.json", config, _config(other.model_dir), first, other)
+        _compare("the tokenizer", tokens, _tokens(other.model_dir, config.get("vocab_size")), first, other)
+        _compare("the shapes of tensors", shapes, _shapes(other), first, other)
+    return shapes
+
+
+def _compare(
+    what: str, ours: Mapping[Any, Any], theirs: Mapping[Any, Any], first: WeightFiles, other: WeightFiles
+) -> None:
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{first.model_dir} and {other.model_dir} cannot be merged: they differ in {what}, at {key}: "
+                f"{ours.get(key)!r} and {theirs.get(key)!r}: merging needs models trained from one base"
+            )
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    """What decides what the weights compute, defaults filled in, the class first."""
+    try:
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True).to_dict()
+    except Exception as error:  # transformers reports a bad value in several classes of its own
+        raise UserError(f"{model_dir / 'config.json'} is not a usable model config: {error}") from error
+    order = sorted(config, key=lambda key: (key not in ("architectures", "model_type", "vocab_size"), key))
+    return {key: config[key] for key in order if key not in _NOT_COMPARED}
+
+
+def _tokens(model_dir: Path, rows: int | None) -> dict[int, str | bytes]:
+    """What every row of the embedding stands for: the text of a special or added token, else the token's bytes."""
+    tokenizer = load_tokenizer(model_dir)
+    known = range(min(rows or tokenizer.vocab_size, tokenizer.vocab_size))
+    return {token: tokenizer.token_text(token) or tokenizer.token_bytes[token] for token in known}
+
+
+def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that are learned, in the file's order.
+
+    Rotary frequencies and the scalars of old attention masks, which older checkpoints hold, follow from the config: there are
+    Llama-2 models with and without them.
+    """
+    shapes = {name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
+    shapes = {name: shape for name, shape in shapes.items() if shape}
+    for name in shapes:
+        dtype = weights.read(name, 0, 0, 0).dtype
+        if dtype not in DTYPES.values():
+            raise UserError(
+                f"{weights.model_dir}: {name} is {dtype}, but weights of fp32, bf16 or fp16 are merged: load the model "
+                "with transformers, dequantised, and save it again"
+            )
+    return shapes
+
+
+def _record(merge: Merge) -> dict[str, Any]:
+    models = [*merge.models, *([merge.base] if merge.base else [])]
+    options = {
+        key: value for key, value in asdict(merge).items() if value is not None and key not in ("models", "base")
+    }
+    return {
+        **options,
+        "weights": list(merge.weights) if merge.weights else None,
+        "models": [str(model) for model in merge.models],
+        "base": str(merge.base) if merge.base else None,
+        "fingerprints": [model_fingerprint(model) for model in models],  # of the models, then of the base
+        "tokenizer": load_tokenizer(merge.models[0]).sha256,
+        "mergekit": version("mergekit"),
+    }
+
+
+def _check_same_merge(output: Path, record: dict[str, Any]) -> None:
+    """Raises UserError unless `output` holds the merge of this record. Models may have moved; their fingerprints stay."""
+    if not (output / RECORD).is_file():
+        raise UserError(f"--output: {output} exists and holds no {RECORD}: remove it or choose another directory")
+    found = read_json(output / RECORD)
+    for key, value in record.items():
+        if key not in ("models", "base") and found.get(key) != value:
+            raise UserError(
+                f"--output: {output} holds another merge, whose {key} is {found.get(key)!r} where this one has {value!r}: "
+                "remove it or choose another directory"
+            )

@@ -1,0 +1,35 @@
+"""What stands beside the weights in a Hugging Face model directory: tokenizer, chat template, generation options, config."""
+
+import json
+import shutil
+from pathlib import Path
+
+from megatron_fuse.model.weight_files import DTYPES
+
+# What the tokenizer, the chat template and generation need beside the weights.
+CARRIED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",  # SentencePiece
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+def write_beside_weights(reference: Path, directory: Path, dtype: str) -> None:
+    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16)."""
+    for pattern in CARRIED_FILES:
+        for file in filter(Path.is_file, reference.glob(pattern)):
+            carried = directory / file.relative_to(reference)
+            carried.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, carried)
+    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
+    config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
