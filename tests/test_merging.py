@@ -1,5 +1,6 @@
 """Merges against a straight computation in fp64 by the methods' papers; what is random, against its laws."""
 
+import itertools
 import json
 import runpy
 import shutil
@@ -184,6 +185,14 @@ def test_dare_drops_from_each_model_by_itself(family: Path, tmp_path: Path) -> N
     assert all(abs(share - 0.25) < 5 * (0.1875 / base.numel()) ** 0.5 + 1e-3 for share in shares), shares
 
 
+def test_dare_drops_from_each_tensor_by_itself(family: Path, tmp_path: Path) -> None:
+    ours, base = merged(tmp_path / "out", "dare_linear", family / "a", base=family / "base"), read(family / "base")
+    kept = [ours[name] != base[name] for name in base if name.endswith(("q_proj.weight", "o_proj.weight"))]
+    for first, second in itertools.combinations(kept, 2):
+        # Half of what is kept here is kept there: five standard errors.
+        assert abs((first == second).double().mean().item() - 0.5) < 2.5 / first.numel() ** 0.5
+
+
 def test_todays_rescaling_keeps_the_l1_norm_of_every_tensor(family: Path, tmp_path: Path) -> None:
     ours = merged(tmp_path / "out", "dare_linear", family / "a", base=family / "base", density=0.3, rescale="l1")
     base, a = read(family / "base"), read(family / "a")
@@ -206,6 +215,29 @@ def test_a_seed_decides_every_byte_and_moves_no_other_generator(family: Path, tm
         sha256_of_file(tmp_path / name / "model.safetensors") for name in ("first", "again", "other")
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "dare_ties"])
+def test_mergekits_own_command_gives_the_same_bits(family: Path, tmp_path: Path, method: str) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    density = 1.0 if method == "dare_ties" else 0.4  # what it drops depends on the order of its tasks
+    options = {"base": family / "base", "density": density} if method in ("ties", "dare_ties") else {}
+    ours = merged(tmp_path / "ours", method, family / "a", family / "b", **options)
+    per_model = {"weight": 0.5, "density": density} if options else {} if method == "slerp" else {"weight": 0.5}
+    configuration = {
+        "merge_method": method,
+        "models": [{"model": str(family / name), "parameters": per_model} for name in "ab"],
+        "base_model": str(family / "base") if options else str(family / "a") if method == "slerp" else None,
+        "parameters": {"t": 0.5} if method == "slerp" else None,
+        "dtype": "float32",
+    }
+    theirs = tmp_path / "theirs"
+    run_merge(MergeConfiguration.model_validate(configuration), str(theirs), MergeOptions(quiet=True))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in read(theirs).items())
+    assert ours.keys() == read(theirs).keys()
 
 
 def test_bf16_is_the_fp32_merge_rounded_once(family: Path, tmp_path: Path) -> None:
