@@ -43,6 +43,11 @@ class Merge(Options):
     )
     options: dict[str, float | str] = Field(default_factory=dict, description="further flags of tools/merge_models.py")
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of all models that it is made from."""
+        return [*self.models, *([self.base] if self.base else [])]
+
 
 class Table(Options):
     """Rows of one table of the report, in their order."""
@@ -91,7 +96,7 @@ class Experiment(Options):
                     f"tables.{name}: no variant, model or merge is named {', '.join(unknown)}; there are {', '.join(names)}"
                 )
         for name, merge in self.merges.items():
-            unknown = sorted({*merge.models, *([merge.base] if merge.base else [])} - {*self.models, *self.variants})
+            unknown = sorted(set(merge.parts) - {*self.models, *self.variants})
             if unknown:
                 raise ValueError(f"merges.{name}: no variant or model is named {', '.join(unknown)}")
         return self
@@ -125,8 +130,7 @@ class Experiment(Options):
         """Names that these tables show, with what their merges are made of, in the order of models, variants, merges."""
         shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
         for name in shown & set(self.merges):
-            merge = self.merges[name]
-            shown |= {*merge.models, *([merge.base] if merge.base else [])}
+            shown |= set(self.merges[name].parts)
         return [name for name in (*self.models, *self.variants, *self.merges) if name in shown]
 
 

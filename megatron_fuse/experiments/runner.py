@@ -86,9 +86,7 @@ def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], N
 
 def _parts(run: Run) -> list[Run]:
     merge = run.experiment.merges.get(run.name)
-    if merge is None:
-        return []
-    names = [*merge.models, *([merge.base] if merge.base else [])]
+    names = merge.parts if merge else []
     return [Run(run.experiment, name, run.seed) for name in names if name in run.experiment.variants]
 
 

@@ -67,7 +67,7 @@ class Run:
             recipe = variant_recipe(experiment, name, self.seed)
             return {"recipe": recipe.model_dump(mode="json", by_alias=True)}
         if name in experiment.merges:
-            parts = {part: Run(experiment, part, self.seed).options() for part in _parts(experiment.merges[name])}
+            parts = {part: Run(experiment, part, self.seed).options() for part in experiment.merges[name].parts}
             return {"merge": experiment.merges[name].model_dump(mode="json"), "of": parts}
         return {"model": str(experiment.models[name])}
 
@@ -156,14 +156,11 @@ def instructions_sha256(recipe: Recipe) -> str:
     return open_artefact(recipe.workdir / "instructions", "instructions", "tools/prepare_instructions.py").sha256
 
 
-def _parts(merge: Merge) -> list[str]:
-    return [*merge.models, *([merge.base] if merge.base else [])]
-
-
 def _merge(run: Run, merge: Merge) -> dict[str, Any]:
-    models = {name: str(Run(run.experiment, name, run.seed).model) for name in _parts(merge)}
+    models = {name: str(Run(run.experiment, name, run.seed).model) for name in merge.parts}
     command = ["tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
     command += [part for name in merge.models for part in ("--model", models[name])]
+    command += ["--dtype", "fp32"]
     command += ["--base", models[merge.base]] if merge.base else []
     command += [part for flag, value in merge.options.items() for part in (f"--{flag}", str(value))]
     _command(run, command)
