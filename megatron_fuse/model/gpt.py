@@ -99,7 +99,8 @@ class FusionGPTModel(GPTModel):
         """GPTModel's way from hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
 
         With `fused_linear` losses come straight from here, and with them what the output layer does besides its product: the
-        tied weight, the gather of a split sequence, the sum of the hidden states' gradient over the tensor-parallel group.
+        tied weight, the wait for a weight that other ranks update, the gather of a split sequence, the sum of the hidden states'
+        gradient over the tensor-parallel group.
         """
         if labels is None or not (self.post_process and self.loss_options.fused_linear):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
@@ -109,6 +110,7 @@ class FusionGPTModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
+        _run_pre_hooks(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight)
@@ -310,6 +312,15 @@ def layer_spec(config: TransformerConfig):  # type: ignore[no-untyped-def]  # Me
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def _run_pre_hooks(module: torch.nn.Module) -> None:
+    """What calling a module does first, for whoever reads its weight instead of calling it.
+
+    There DistributedDataParallel with overlap_param_gather waits until the other ranks' shares of the weight have come.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
 
 
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:

@@ -189,6 +189,11 @@ class ParallelOptions(Options):
     virtual_pipeline_model_parallel_size: Positive | None = None
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = Field(
+        False,
+        description="gather the weights that the distributed optimizer has updated during the next forward pass; needs "
+        "use_distributed_optimizer and overlap_grad_reduce",
+    )
     context_parallel_size: Positive = Field(1, description="1: sequences are not split over ranks")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
@@ -198,6 +203,16 @@ class ParallelOptions(Options):
         if virtual > 1 and self.pipeline_model_parallel_size == 1:
             raise ValueError(
                 f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size of at least 2, not 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_weights_to_gather(self) -> Self:
+        missing = [name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)]
+        if self.overlap_param_gather and missing:
+            raise ValueError(
+                f"overlap_param_gather needs {' and '.join(missing)}: set {'it' if len(missing) == 1 else 'them'} to true as well, "
+                "or overlap_param_gather to false"
             )
         return self
 

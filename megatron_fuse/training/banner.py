@@ -21,6 +21,7 @@ def describe_run(
     of_optimizer = [
         "sharded over data-parallel ranks" if layout.use_distributed_optimizer else "whole on every data-parallel rank",
         *(["gradients reduced during the backward pass"] if layout.overlap_grad_reduce else []),
+        *(["weights gathered during the forward pass"] if layout.overlap_param_gather else []),
     ]
     how = "with the output layer, in chunks" if recipe.loss.fused_linear else "over whole logits"
     return [

@@ -115,7 +115,7 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
 
     As Megatron's check_param_hashes_across_dp_replicas with cross_check, which tells that, but not which weight. Copies all
     weights to the CPU. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, an all-reduce of one
-    number over all ranks. With overlapped parameter gathers, the gathers have to be finished before.
+    number over all ranks. With overlap_param_gather trainer.gather_weights has to come before.
     """
     weights = {name: weight for chunk in chunks for name, weight in chunk.named_parameters()}
     digests = [hashlib.sha256(_bytes(weight)).digest() for weight in weights.values()]

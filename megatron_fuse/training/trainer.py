@@ -71,6 +71,7 @@ def make_trainer(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=layout.overlap_grad_reduce,
                 use_distributed_optimizer=layout.use_distributed_optimizer,
+                overlap_param_gather=layout.overlap_param_gather,
             ),
             module,
         )
@@ -91,6 +92,7 @@ def make_trainer(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=layout.use_distributed_optimizer,
+            overlap_param_gather=layout.overlap_param_gather,
         ),
         wrapped,
     )
@@ -160,6 +162,7 @@ def train(trainer: Trainer) -> None:
             facts = replace(facts, best_loss=loss) if improved else facts
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
+                gather_weights(trainer)
                 checkpoints.save(facts, best=improved)
                 trainer.log.restart_clock()
         checkpoints.finish()
@@ -238,6 +241,18 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
     return values | {"grad norm": grad_norm, "padding": batch.padding}
 
 
+def gather_weights(trainer: Trainer) -> None:
+    """Makes every weight of this rank what the last step left, for whoever reads weights without a forward pass.
+
+    With overlap_param_gather a step updates this rank's share of them alone; Megatron's pre-hooks gather the others' when a module
+    is about to run, as they do in an evaluation. After this they find nothing left to gather until the next step. Collectives:
+    one all-gather per bucket over the data-parallel group where gathers overlap, none elsewhere.
+    """
+    if trainer.recipe.parallel.overlap_param_gather:
+        for chunk in trainer.wrapped:
+            chunk.start_param_sync(force_sync=True)
+
+
 def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
     """Warns of what a step that was done shows; raises UserError, on every rank alike, where the run should not go on."""
     iteration, options = step.iteration + 1, trainer.recipe.training
@@ -245,6 +260,7 @@ def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
     if warning := trainer.guard.watch(iteration, step.phase.name, values, ids):
         trainer.runtime.print(warning)
     if _is_due(iteration, options.check_weight_hash_across_dp_replicas_interval):
+        gather_weights(trainer)
         check_weights_across_replicas(trainer.chunks, iteration)
         trainer.log.restart_clock()
 

@@ -101,6 +101,17 @@ def with_change(path: str, value: object) -> dict:
         # what a sequence may be
         ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
         ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2: .* leave it at 1"),
+        # whose weights are gathered
+        (
+            "parallel.overlap_param_gather",
+            True,
+            r"parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce: set them to true",
+        ),
+        (
+            "parallel",
+            {"overlap_param_gather": True, "use_distributed_optimizer": True},
+            r"parallel: overlap_param_gather needs overlap_grad_reduce: set it to true",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_with_what_is_allowed(path: str, value: object, message: str) -> None:

@@ -1,6 +1,7 @@
 """Every layout and every split of a global batch trains alike, and a checkpoint moves between them."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,46 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
     if iterations < STEPS:  # the last one is of another step then
         found, until = ({**report, "held_out": report["held_out"][:1]} for report in (found, until))
     assert_same(found, until, relative=1e-5)
+
+
+def run_with_a_bucket_per_weight(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[str, Any] | None:
+    """As run_training. Megatron puts 40 million weights into a bucket, so that a tiny model's would all be gathered together."""
+    from megatron_fuse.training import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        config = functools.partial(trainer.DistributedDataParallelConfig, bucket_size=1)
+        patch.setattr(trainer, "DistributedDataParallelConfig", config)
+        return run_training(workdir, target, sections)
+
+
+# The fused loss reads the output layer's weight without calling the layer, at whose call a gather ends. It is the embedding's
+# where the two are tied, on one stage, and a copy of it on the last of two.
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "fused_linear", "tied"),
+    [
+        pytest.param(2, layout(), False, False, id="dp2", marks=pytest.mark.slow),
+        pytest.param(2, layout(), True, False, id="dp2-fused"),
+        pytest.param(2, layout(), True, True, id="dp2-fused-tied", marks=pytest.mark.slow),
+        pytest.param(4, layout(tp=2), True, False, id="tp2-dp2-fused", marks=pytest.mark.slow),
+        pytest.param(4, layout(pp=2), True, True, id="pp2-dp2-fused-tied"),
+        pytest.param(4, layout(pp=2, vp=2), False, False, id="pp2-vp2-dp2", marks=pytest.mark.slow),
+    ],
+)
+def test_gathering_weights_in_the_forward_pass_changes_nothing(  # type: ignore[no-untyped-def]
+    ranks, tmp_path, world_size, parallel, fused_linear, tied
+) -> None:
+    """Losses, gradient norms and checkpoints bit for bit: the second step saves, the third compares replicas, the last evaluates."""
+    target = make_tiny_target(tmp_path / "target", tied=tied)
+    training = {"train_iters": 4, "save_interval": 2, "check_weight_hash_across_dp_replicas_interval": 3}
+    reports, digests = [], []
+    for overlap in (False, True):
+        options = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": overlap}
+        sections = {"parallel": parallel | options, "loss": {"fused_linear": fused_linear}, "training": training}
+        workdir = tmp_path / f"overlap-{overlap}"
+        reports.append(one_report(ranks(world_size, run_with_a_bucket_per_weight, workdir, target, sections)))
+        digests.append(ranks(1, digest, workdir / "training/checkpoints/iter_0000002"))
+    assert reports[0] == reports[1] and len(reports[0]["steps"]) == 4
+    assert digests[0] == digests[1]
 
 
 # Every factorisation of one, two and four ranks into tensor, pipeline and data parallelism
