@@ -25,7 +25,7 @@ def main() -> None:
     from megatron_fuse.training import trainer
 
     megatron_fuse.fusion_data.FusionDataset = lambda recipe: SyntheticDataset()
-    steps, plan = 0, trainer._plan
+    steps, plan = 0, trainer.plan_step
 
     def plan_or_die(*arguments: object) -> object:
         nonlocal steps
@@ -35,7 +35,7 @@ def main() -> None:
             raise ZeroDivisionError("this rank has a bug")
         return plan(*arguments)
 
-    trainer._plan = plan_or_die
+    trainer.plan_step = plan_or_die
     sys.argv = ["pretrain_fuse.py", "--recipe", str(recipe)]
     pretrain_fuse.main()
 
