@@ -36,7 +36,8 @@ from transformers import LlamaConfig
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.attention import CausalAttention, causal_attention
-from megatron_fuse.model.gpt import FusionGPTModel, build_model, transformer_config
+from megatron_fuse.model.config import transformer_config
+from megatron_fuse.model.gpt import FusionGPTModel, build_model
 from megatron_fuse.runtime import start_runtime, stop_runtime
 from megatron_fuse.training.batches import GlobalBatch, micro_batches, plan_batch
 from megatron_fuse.training.loss import make_forward_step

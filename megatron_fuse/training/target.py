@@ -8,8 +8,9 @@ import torch
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
+from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
-from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks, transformer_config
+from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import read_json, write_json

@@ -23,7 +23,7 @@ LAYOUTS = {
 def start(layout, model_dir, **options):
     """On a rank: the architecture and the config of a model at a layout."""
     from megatron_fuse.model.architecture import read_architecture
-    from megatron_fuse.model.gpt import transformer_config
+    from megatron_fuse.model.config import transformer_config
     from megatron_fuse.runtime import start_runtime
 
     tensor, pipeline, virtual = layout

@@ -1,0 +1,114 @@
+"""Megatron's TransformerConfig of a target at a layout, and what this machine can run of it."""
+
+import importlib.util
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture, check_layout
+
+
+def transformer_config(
+    architecture: Architecture,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = False,
+    transformer_impl: str = "auto",
+    perform_initialization: bool = False,
+    **megatron_options: object,
+) -> TransformerConfig:
+    """Megatron's config of this architecture at this layout.
+
+    transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine where it and CUDA are there, else local.
+    perform_initialization: False leaves parameters unset, since a target's weights always come from a checkpoint.
+    megatron_options: further TransformerConfig fields by Megatron's own names, e.g. recompute_granularity.
+    Raises UserError as check_layout does, for an implementation or sequence parallelism that this machine cannot run, and for
+    context parallelism.
+    """
+    check_layout(
+        architecture,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+    )
+    implementation = resolve_transformer_impl(transformer_impl)
+    if sequence_parallel and implementation == "local":
+        raise UserError(
+            "--sequence-parallel needs Transformer Engine, which is not in use here: leave it out or install it"
+        )
+    if megatron_options.get("context_parallel_size", 1) != 1:
+        raise UserError(
+            "--context-parallel-size: sequences are not split over ranks, since the targets and their teacher's rows are not: "
+            "use tensor parallelism, recompute or a shorter --seq-length"
+        )
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, object] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.rms_norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": architecture.initializer_range,
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        # Megatron takes any number, 1 included, for "interleaved", which a pipeline of one chunk per rank is not.
+        "virtual_pipeline_model_parallel_size": virtual_chunks(virtual_pipeline_model_parallel_size),
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": params_dtype,
+        "pipeline_dtype": params_dtype,
+        "bf16": params_dtype is torch.bfloat16,
+        "fp16": params_dtype is torch.float16,
+        "transformer_impl": implementation,
+        "perform_initialization": perform_initialization,
+        "use_cpu_initialization": not on_gpu,
+        "calculate_per_token_loss": False,
+        # Kernels that exist on a GPU only, or only with Transformer Engine or apex.
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "deallocate_pipeline_outputs": on_gpu,
+        "batch_p2p_comm": on_gpu,
+        "apply_rope_fusion": implementation == "transformer_engine",
+        "gradient_accumulation_fusion": on_gpu and _installed("fused_weight_gradient_mlp_cuda"),
+        "masked_softmax_fusion": False,
+    }
+    if architecture.sliding_window is not None:
+        options["window_size"] = (architecture.sliding_window - 1, 0)
+        options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]
+    return TransformerConfig(**(options | megatron_options))
+
+
+def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | None:
+    """Chunks per pipeline rank as Megatron wants them: None where there is but one."""
+    size = virtual_pipeline_model_parallel_size
+    return None if size in (None, 1) else size
+
+
+def resolve_transformer_impl(transformer_impl: str) -> str:
+    """`auto` decided for this machine. Raises UserError for an unknown word or a missing Transformer Engine."""
+    available = torch.cuda.is_available() and _installed("transformer_engine")
+    if transformer_impl == "auto":
+        return "transformer_engine" if available else "local"
+    if transformer_impl == "transformer_engine" and not available:
+        raise UserError(
+            "--transformer-impl transformer_engine needs CUDA and the package transformer_engine: use local or auto"
+        )
+    if transformer_impl not in ("local", "transformer_engine"):
+        raise UserError(f"--transformer-impl is {transformer_impl!r}: choose auto, local or transformer_engine")
+    return transformer_impl
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
