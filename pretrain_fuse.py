@@ -43,7 +43,7 @@ def main() -> None:
     from megatron_fuse.training.trainer import make_trainer, train
 
     dataset = FusionDataset(recipe)
-    with advise_when_out_of_memory(recipe, architecture, runtime):
+    with advise_when_out_of_memory(recipe, architecture, runtime, dataset):
         chunks = build_target(recipe, architecture)
         what = describe_run(recipe, architecture, chunks, entries_per_row=dataset.entries_per_row)
         runtime.print(banner(runtime, what))

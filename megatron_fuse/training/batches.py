@@ -10,7 +10,7 @@ each of its tokens in N as well; in the training mode its KL alone does, as the 
 Legend: b micro-batch, s sequence, k stored teacher entries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,9 +115,25 @@ def plan_batch(
         weights=per_token,
         supervised_tokens=supervised,
         tokens=tokens,
-        seq_length=max(-(-longest // SEQUENCE_MULTIPLE), 1) * SEQUENCE_MULTIPLE,
+        seq_length=_padded_length(longest),
         micro_batches=max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple,
     )
+
+
+def longest_sequence(dataset: FusionDataset, phases: Iterable[Phase], *, pack_into: int | None = None) -> int:
+    """The largest seq_length that plan_batch may give a step of these phases, from the index alone.
+
+    Padded, a sequence is one document, and the longest that is learned from comes in some step. Packed, it has up to pack_into
+    positions, which a step leaves free only where its documents fit without them.
+    """
+    if pack_into:
+        return _padded_length(pack_into)
+    modes = {mode for phase in phases for mode in MODES if getattr(phase, mode).is_used}
+    return _padded_length(max(int(dataset.lengths(mode)[dataset.train].max()) for mode in modes) - 1)
+
+
+def _padded_length(positions: int) -> int:
+    return max(-(-positions // SEQUENCE_MULTIPLE), 1) * SEQUENCE_MULTIPLE
 
 
 def phase_weights(phase: Phase, *, progress: float, kl_factor: float) -> dict[str, tuple[float, float]]:

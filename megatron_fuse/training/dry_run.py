@@ -6,7 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fuse.report.layout import Table, text_table
-from megatron_fuse.training.memory import Memory, estimate_memory, readable_size
+from megatron_fuse.training.memory import Memory, estimate_memory, readable_size, sequence_of_run
 from megatron_fuse.training.plan import PhasePlan
 from megatron_fuse.training.trainer import Trainer
 
@@ -21,21 +21,31 @@ def print_dry_run(trainer: Trainer) -> None:
     built = [mine] * runtime.world_size
     dist.all_gather_object(built, mine)
     parameters = dict(sorted(built))  # the tensor and data ranks of a stage hold equally many
-    place = {"data_parallel_size": runtime.data_parallel_size}
+    sequence = sequence_of_run(trainer.recipe, trainer.dataset)
+    place = {"sequence": sequence, "data_parallel_size": runtime.data_parallel_size}
     memory = {
         stage: estimate_memory(trainer.recipe, trainer.architecture, stage=stage, **place) for stage in parameters
     }
+    training = trainer.recipe.training
+    kind = "packed" if training.packing else "padded to the longest document"
+    largest = f"{training.micro_batch_size} x {sequence} positions, {kind}"
     held_out = len(trainer.dataset.held_out)
-    runtime.print("\n".join(dry_run_text(parameters, memory, trainer.log.plans, held_out=held_out)))
+    runtime.print("\n".join(dry_run_text(parameters, memory, trainer.log.plans, largest, held_out=held_out)))
 
 
 def dry_run_text(
-    parameters: dict[int, int], memory: dict[int, Memory], plans: Sequence[PhasePlan], *, held_out: int
+    parameters: dict[int, int],
+    memory: dict[int, Memory],
+    plans: Sequence[PhasePlan],
+    micro_batch: str,
+    *,
+    held_out: int,
 ) -> list[str]:
-    """Lines for a terminal. parameters, memory: of one rank, by pipeline stage."""
+    """Lines for a terminal. parameters, memory: of one rank, by pipeline stage. micro_batch: the size of the largest, in words."""
     return [
         "One rank of each pipeline stage: parameters, and about how much memory it needs at the height of a step",
         *text_table(_memory_table(parameters, memory)),
+        f"  largest micro-batch: {micro_batch}",
         "  activations: see training/memory.py for the formula; communication buffers and fragments come on top",
         "",
         f"Steps of the schedule ({held_out:,} examples are held out of it)",

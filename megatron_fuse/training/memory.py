@@ -14,9 +14,11 @@ from fuse_kernels import CHUNK_TOKENS
 from megatron.core import parallel_state
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
+from megatron_fuse.training.batches import longest_sequence
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,21 @@ def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
     return (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
 
 
-def estimate_memory(recipe: Recipe, architecture: Architecture, *, data_parallel_size: int, stage: int) -> Memory:
-    """What one rank of a pipeline stage holds at the height of a step, every sequence as long as --seq-length."""
+def estimate_memory(
+    recipe: Recipe, architecture: Architecture, *, sequence: int, data_parallel_size: int, stage: int
+) -> Memory:
+    """What one rank of a pipeline stage holds at the height of the largest step.
+
+    sequence: positions of the longest sequence (batches.longest_sequence), of which a micro-batch has micro_batch_size: padded
+    ones, as long as the run's longest document, or under packing one, of up to --seq-length positions, most of them documents.
+    """
     layout, training = recipe.parallel, recipe.training
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     parameters = rank_parameters(architecture, recipe, stage)
     bf16 = training.precision == "bf16"
     element = 2 if bf16 else 4
     of_optimizer = parameters / (data_parallel_size if layout.use_distributed_optimizer else 1)
-    tokens = training.micro_batch_size * training.seq_length
+    tokens = training.micro_batch_size * sequence
     layers = architecture.num_layers // stages
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
     of_layer = activation_elements(architecture, tensor)
@@ -100,14 +108,23 @@ def estimate_memory(recipe: Recipe, architecture: Architecture, *, data_parallel
     )
 
 
+def sequence_of_run(recipe: Recipe, dataset: FusionDataset) -> int:
+    """`sequence` of estimate_memory for all phases of a run."""
+    pack_into = recipe.training.seq_length if recipe.training.packing else None
+    return longest_sequence(dataset, recipe.phases, pack_into=pack_into)
+
+
 def readable_size(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def savings(
-    recipe: Recipe, architecture: Architecture, *, data_parallel_size: int, stage: int
+    recipe: Recipe, architecture: Architecture, *, sequence: int, data_parallel_size: int, stage: int
 ) -> list[tuple[str, float]]:
-    """(what to change, bytes that it saves a rank of the stage) for every option that still can be turned, the most first."""
+    """(what to change, bytes that it saves a rank of the stage) for every option that still can be turned, the most first.
+
+    sequence: as for estimate_memory.
+    """
     layout, training = recipe.parallel, recipe.training
     turned: dict[str, dict[str, dict[str, Any]]] = {}
     if training.micro_batch_size > 1:
@@ -127,7 +144,7 @@ def savings(
         turned[f"--tensor-model-parallel-size {twice} (now {now})"] = {
             "parallel": {"tensor_model_parallel_size": twice}
         }
-    place = {"data_parallel_size": data_parallel_size, "stage": stage}
+    place = {"sequence": sequence, "data_parallel_size": data_parallel_size, "stage": stage}
     now_needed = estimate_memory(recipe, architecture, **place).total
     saved = []
     for words, sections in turned.items():
@@ -138,7 +155,9 @@ def savings(
 
 
 @contextmanager
-def advise_when_out_of_memory(recipe: Recipe, architecture: Architecture, runtime: Runtime) -> Iterator[None]:
+def advise_when_out_of_memory(
+    recipe: Recipe, architecture: Architecture, runtime: Runtime, dataset: FusionDataset
+) -> Iterator[None]:
     """Turns an error of a device's or the machine's allocator into a UserError that says what to change, and what it saves."""
     try:
         yield
@@ -146,7 +165,11 @@ def advise_when_out_of_memory(recipe: Recipe, architecture: Architecture, runtim
         if not is_out_of_memory(error):
             raise
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        place = {"data_parallel_size": runtime.data_parallel_size, "stage": stage}
+        place = {
+            "sequence": sequence_of_run(recipe, dataset),
+            "data_parallel_size": runtime.data_parallel_size,
+            "stage": stage,
+        }
         needed = estimate_memory(recipe, architecture, **place)
         parts = ", ".join(f"{name} {readable_size(size)}" for name, size in vars(needed).items())
         mends = [f"{words} saves about {readable_size(size)}" for words, size in savings(recipe, architecture, **place)]

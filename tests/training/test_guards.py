@@ -258,7 +258,7 @@ def out_of_memory(target: Path, workdir: Path, allocate: Callable[[], object], t
     recipe = make_tiny_recipe(workdir, target, training=training)
     runtime = start_runtime()
     try:
-        with advise_when_out_of_memory(recipe, read_target(recipe), runtime):
+        with advise_when_out_of_memory(recipe, read_target(recipe), runtime, SyntheticDataset()):
             allocate()
     except UserError as error:
         return str(error)

@@ -23,7 +23,7 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
     from megatron.core import parallel_state
 
     from megatron_fuse.training.dry_run import print_dry_run
-    from megatron_fuse.training.memory import estimate_memory, rank_parameters
+    from megatron_fuse.training.memory import estimate_memory, rank_parameters, sequence_of_run
     from megatron_fuse.training.trainer import train
 
     trainer = make_tiny_trainer(workdir, target, sections)
@@ -31,6 +31,7 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
     with contextlib.redirect_stdout(printed):
         print_dry_run(trainer)
         assert not metrics_directory(trainer.recipe).exists()
+        torch.distributed.barrier()  # no rank makes the directory before all have looked
         train(trainer)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     weights = [weight for chunk in trainer.chunks for weight in chunk.parameters()]
@@ -53,7 +54,11 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
         },
         "estimated": dataclasses.asdict(
             estimate_memory(
-                trainer.recipe, trainer.architecture, data_parallel_size=trainer.runtime.data_parallel_size, stage=stage
+                trainer.recipe,
+                trainer.architecture,
+                sequence=sequence_of_run(trainer.recipe, trainer.dataset),
+                data_parallel_size=trainer.runtime.data_parallel_size,
+                stage=stage,
             )
         ),
         "printed": printed.getvalue(),
@@ -87,11 +92,57 @@ def test_the_memory_estimate_is_what_a_rank_then_holds(  # type: ignore[no-untyp
     assert re.search(r"inference +1 - 7 +7 +53 ", printed) and re.search(r"co-fusion +8 - 21 +14 +106 ", printed)
 
 
+def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any]) -> tuple[int, float, str]:
+    """Positions of the largest micro-batch of any step, those whose logits are estimated, and what a dry run says of them."""
+    import contextlib
+    import io
+
+    from megatron_fuse.training.batches import phase_weights
+    from megatron_fuse.training.dry_run import print_dry_run
+    from megatron_fuse.training.memory import estimate_memory, sequence_of_run
+    from megatron_fuse.training.trainer import plan_step
+
+    trainer = make_tiny_trainer(workdir, target, {"training": training})
+    samples, longest = 0, 0
+    while step := trainer.schedule.step(samples):
+        examples = trainer.dataset.train[step.examples]
+        longest = max(longest, plan_step(trainer, examples, phase_weights(step.phase, kl_factor=1.0)).seq_length)
+        samples = step.consumed_samples
+    place = {"sequence": sequence_of_run(trainer.recipe, trainer.dataset), "data_parallel_size": 1, "stage": 0}
+    estimated = estimate_memory(trainer.recipe, trainer.architecture, **place).logits
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        print_dry_run(trainer)
+    size = trainer.recipe.training.micro_batch_size
+    return size * longest, estimated / (4 * trainer.architecture.padded_vocab_size), printed.getvalue()
+
+
+# The longest document takes 27 positions, 32 with its padding: --seq-length does not matter until documents are packed up to it.
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"seq_length": 40, "micro_batch_size": 1}, "1 x 32 positions, padded"),
+        ({"seq_length": 64, "micro_batch_size": 3}, "3 x 32 positions, padded"),
+        ({"seq_length": 40, "micro_batch_size": 1, "packing": True}, "1 x 40 positions, packed"),
+        ({"seq_length": 61, "micro_batch_size": 1, "packing": True}, "1 x 64 positions, packed"),
+    ],
+)
+def test_the_estimate_is_of_the_largest_micro_batch(ranks, tmp_path, training, says) -> None:  # type: ignore[no-untyped-def]
+    target = make_tiny_target(tmp_path / "target")
+    ((largest, estimated, printed),) = ranks(1, largest_and_estimated, tmp_path / "run", target, training)
+    assert says in printed
+    if training.get("packing"):  # a step's documents may spread evenly over less
+        assert 0.8 * estimated <= largest <= estimated
+    else:
+        assert largest == estimated
+
+
 def kept_by_a_layer(shape: dict[str, int]) -> tuple[float, float]:
     """Elements of one token that autograd really keeps of one layer, and their estimate."""
     from transformers import LlamaConfig
 
-    from megatron_fuse.model.gpt import build_model, transformer_config
+    from megatron_fuse.model.config import transformer_config
+    from megatron_fuse.model.gpt import build_model
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.training.memory import activation_elements
 
