@@ -11,6 +11,7 @@ setup(
     packages=[*find_packages(include=["megatron_fuse", "megatron_fuse.*"]), "fuse_kernels"],
     # kernels/ itself is no package: a top-level `kernels` would shadow Hugging Face's package of that name.
     package_dir={"fuse_kernels": "kernels/fuse_kernels"},
+    package_data={"megatron_fuse.evaluation": ["tasks/*.yaml"]},
     install_requires=[
         "torch>=2.7",
         "megatron-core>=0.16,<0.17",
@@ -35,6 +36,7 @@ setup(
         "server": ["openai"],  # answers from an OpenAI-compatible server
         "reference": ["sacrebleu", "rouge-score", "bert-score"],  # answers scored against the ground truth
         "merge": ["mergekit>=0.1.5"],  # merging baselines: SLERP, TIES, DARE
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # lm-evaluation-harness, which imports accelerate for models in process
         "test": [
             "pytest",
             "hypothesis",
@@ -45,6 +47,7 @@ setup(
             "rouge-score",
             "bert-score",
             "mergekit",
+            "lm-eval>=0.4.13,<0.5",
             "transformers[serving]",  # with openai: the server that tests ask
         ],
     },

@@ -72,6 +72,13 @@ def text_table(table: Table) -> list[str]:
     return lines
 
 
+def markdown_table(table: Table) -> list[str]:
+    """Lines for a Markdown file."""
+    heading, rows = table
+    rule = ["---", *("---:" for _ in heading[1:])]
+    return [f"| {' | '.join(row)} |" for row in (heading, rule, *rows)]
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 

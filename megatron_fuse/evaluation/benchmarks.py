@@ -1,0 +1,124 @@
+"""What can be measured: the benchmarks of the Open LLM Leaderboard with its shots and metrics, and GSM8K in two forms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+
+TASKS = Path(__file__).with_name("tasks")  # YAML tasks for the harness
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One line of the table.
+
+    hub, local: names of the harness's tasks over data sets of the Hugging Face hub and over files; `local` is tasks/LOCAL.yaml.
+    metric: what is reported, as the harness names it: `metric,filter`. A higher number is better in all of them.
+    files: name in the data directory -> keys that every row must have. The first holds the questions.
+    options: keys of a row's options and of the index of the right one, where the rows are made so.
+    """
+
+    name: str
+    title: str
+    shots: int
+    metric: str
+    hub: str
+    local: str
+    files: Mapping[str, Sequence[str]]
+    options: tuple[str, str] | None = None
+    examples_in_same_file: bool = True  # few-shot examples are other rows of the file of questions
+
+    @property
+    def heading(self) -> str:
+        metric = self.metric.removesuffix(",none").replace(",", ", ")
+        return f"{self.title} ({self.shots}-shot, {metric})"
+
+
+_ALL = (
+    Benchmark(
+        name="arc_challenge",
+        title="ARC-Challenge",
+        shots=25,
+        metric="acc_norm,none",
+        hub="arc_challenge",
+        local="arc_challenge_local",
+        files={"arc_challenge.jsonl": ("query", "choices", "gold")},
+        options=("choices", "gold"),
+    ),
+    Benchmark(
+        name="hellaswag",
+        title="HellaSwag",
+        shots=10,
+        metric="acc_norm,none",
+        hub="hellaswag",
+        local="hellaswag_local",
+        files={"hellaswag.jsonl": ("activity_label", "ctx_a", "ctx_b", "endings", "label")},
+        options=("endings", "label"),
+    ),
+    Benchmark(
+        name="mmlu",
+        title="MMLU",
+        shots=5,
+        metric="acc,none",
+        hub="mmlu",
+        local="mmlu_local",
+        files={
+            "mmlu_test.jsonl": ("subject", "question", "choices", "answer"),
+            "mmlu_dev_5shot.jsonl": ("subject", "question", "choices", "answer"),
+        },
+        examples_in_same_file=False,
+    ),
+    Benchmark(
+        name="truthfulqa_mc2",
+        title="TruthfulQA",
+        shots=0,
+        metric="acc,none",
+        hub="truthfulqa_mc2",
+        local="truthfulqa_mc2_local",
+        files={"truthfulqa_mc.jsonl": ("question", "mc2_targets")},
+    ),
+    Benchmark(
+        name="winogrande",
+        title="WinoGrande",
+        shots=5,
+        metric="acc,none",
+        hub="winogrande",
+        local="winogrande_local",
+        files={"winogrande.jsonl": ("context_options", "continuation", "gold")},
+        options=("context_options", "gold"),
+    ),
+    Benchmark(
+        name="gsm8k_cot",
+        title="GSM8K, chain of thought",
+        shots=8,
+        metric="exact_match,last-number",
+        hub="gsm8k_cot_last_number",
+        local="gsm8k_cot_last_number_local",
+        files={"gsm8k_test.jsonl": ("question", "answer")},
+        examples_in_same_file=False,
+    ),
+    Benchmark(
+        name="gsm8k",
+        title="GSM8K",
+        shots=5,
+        metric="exact_match,strict-match",
+        hub="gsm8k",
+        local="gsm8k_local",
+        files={"gsm8k_test.jsonl": ("question", "answer")},
+    ),
+)
+
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+GROUPS: Mapping[str, Sequence[str]] = {"openllm": tuple(BENCHMARKS)}
+
+
+def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
+    """Benchmarks and groups by name, in the order named, each once. Raises UserError for an unknown name."""
+    found: dict[str, Benchmark] = {}
+    for name in names:
+        if name not in BENCHMARKS and name not in GROUPS:
+            groups = ", ".join(f"{group} (all of {', '.join(members)})" for group, members in GROUPS.items())
+            raise UserError(f"--tasks: unknown task {name!r}; there are {', '.join(BENCHMARKS)} and the group {groups}")
+        found |= {member: BENCHMARKS[member] for member in GROUPS.get(name, (name,))}
+    return list(found.values())

@@ -1,0 +1,47 @@
+"""A comparison as a picture: every model's value and its difference to the baseline, with two standard errors on either side."""
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_fuse.evaluation.comparison import TIE, Comparison
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SPREAD = 0.7  # of a benchmark's line, taken by all models together
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """Left the values, right the differences, one line per benchmark; a hollow difference is a tie."""
+    models, rows = comparison.models, comparison.rows
+    height = 1.4 + len(rows) * max(0.45, 0.18 * len(models))
+    figure = Figure(figsize=(11, height), layout="constrained")
+    values, differences = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    for number, model in enumerate(models):
+        style = {"color": _COLOURS[number % len(_COLOURS)], "markersize": 5, "capsize": 2, "linewidth": 1.2}
+        offset = _SPREAD * ((number + 0.5) / len(models) - 0.5)
+        values.errorbar([], [], xerr=[], fmt="o", label=model, **style)
+        for line, row in enumerate(rows):
+            value = row.values[model]
+            if value.value is not None:
+                error = 200 * (value.standard_error or 0)
+                values.errorbar(100 * value.value, line + offset, xerr=error, fmt="o", **style)
+            difference = row.differences.get(model)
+            if difference is not None:
+                filled = {"markerfacecolor": "white"} if difference.verdict == TIE else {}
+                error = 200 * difference.standard_error
+                differences.errorbar(100 * difference.value, line + offset, xerr=error, fmt="o", **style, **filled)
+    values.set_yticks(range(len(rows)), [row.benchmark.heading for row in rows])
+    values.set_ylim(len(rows) - 0.5, -0.5)
+    values.set_xlabel("per cent, ± 2 standard errors")
+    differences.set_xlabel(f"difference to {comparison.baseline}, ± 2 standard errors; hollow: tie")
+    differences.axvline(0, color="#444444", linewidth=1)
+    for axes in (values, differences):
+        _tidy(axes)
+    figure.legend(loc="outside upper center", ncols=min(len(models), 6), frameon=False)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,122 @@
+"""Several models on several benchmarks: values with standard errors, and differences to one of them, question by question."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.evaluation.benchmarks import Benchmark
+from megatron_fuse.evaluation.results import Result
+
+BETTER, WORSE, TIE = "better", "worse", "tie"
+
+
+@dataclass(frozen=True)
+class Value:
+    """value and standard_error in [0, 1]; value None: there is none, and note says why."""
+
+    value: float | None
+    standard_error: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over `questions` that both models have an outcome for. verdict: better or worse beyond two standard errors, else tie."""
+
+    value: float
+    standard_error: float
+    questions: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Row:
+    benchmark: Benchmark
+    questions: int
+    values: Mapping[str, Value]  # by model
+    differences: Mapping[
+        str, Difference | None
+    ]  # by model other than the baseline; None where one of the two has no value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    models: Sequence[str]
+    baseline: str
+    rows: Sequence[Row]
+    notes: Sequence[str]  # on what a table cannot show
+
+
+def compare(
+    results: Mapping[tuple[str, str], Result],
+    failures: Mapping[tuple[str, str], str],
+    models: Sequence[str],
+    benchmarks: Sequence[Benchmark],
+    baseline: str,
+) -> Comparison:
+    """results, failures: by (model, task); of what is in neither there is no value. Raises UserError where models were asked different questions."""
+    rows, notes = [], []
+    for benchmark in benchmarks:
+        of_model = {model: results.get((model, benchmark.name)) for model in models}
+        values = {
+            model: _value(of_model[model], benchmark, failures.get((model, benchmark.name), "not measured"))
+            for model in models
+        }
+        differences = {
+            model: _difference(of_model[baseline], of_model[model], benchmark) for model in models if model != baseline
+        }
+        counts = [len(result.questions) for result in of_model.values() if result]
+        rows.append(Row(benchmark, max(counts, default=0), values, differences))
+        for model in models:
+            notes += [f"{model}, {benchmark.title}: {text}" for text in _notes(values[model], of_model[model])]
+    return Comparison(models, baseline, rows, notes)
+
+
+def paired_difference(baseline: Sequence[float | None], other: Sequence[float | None]) -> Difference | None:
+    """Mean of other - baseline over the questions that have both outcomes, and its standard error; None below two such questions.
+
+    The error is that of the mean of differences, sd / sqrt(n) with n - 1 in the variance. Models that fail on the same questions differ by
+    less than their own standard errors suggest.
+    """
+    both = [after - before for before, after in zip(baseline, other, strict=True) if None not in (before, after)]
+    if len(both) < 2:
+        return None
+    mean, error = float(np.mean(both)), float(np.std(both, ddof=1) / math.sqrt(len(both)))
+    verdict = TIE if abs(mean) <= 2 * error else BETTER if mean > 0 else WORSE
+    return Difference(mean, error, len(both), verdict)
+
+
+def _value(result: Result | None, benchmark: Benchmark, failure: str) -> Value:
+    if result is None:
+        return Value(None, note=failure)
+    metric = result.metrics.get(benchmark.metric)
+    if metric is None:
+        return Value(None, note=f"the result has no {benchmark.metric}, only {', '.join(result.metrics) or 'nothing'}")
+    if metric.value is None:
+        lost = sum(outcome is None for outcome in metric.outcomes)
+        return Value(None, note=f"{benchmark.metric} is not a number on {lost} of {len(metric.outcomes)} questions")
+    return Value(metric.value, metric.standard_error)
+
+
+def _difference(baseline: Result | None, other: Result | None, benchmark: Benchmark) -> Difference | None:
+    if not (baseline and other and benchmark.metric in baseline.metrics and benchmark.metric in other.metrics):
+        return None
+    if baseline.questions != other.questions:
+        raise UserError(
+            f"{benchmark.name}: {baseline.model} was asked {len(baseline.questions)} questions and {other.model} "
+            f"{len(other.questions)} that are not the same: measure one of them again over the other's data"
+        )
+    return paired_difference(baseline.metrics[benchmark.metric].outcomes, other.metrics[benchmark.metric].outcomes)
+
+
+def _notes(value: Value, result: Result | None) -> list[str]:
+    notes = [value.note] if value.note else []
+    if result and result.shortened:
+        notes.append(
+            f"{result.shortened} of {len(result.questions)} prompts were longer than the model's {result.positions} positions "
+            "and lost their beginning"
+        )
+    return notes

@@ -1,0 +1,163 @@
+"""The door to lm-evaluation-harness: loads a model, runs one task, and takes from its results what is kept."""
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
+from megatron_fuse.evaluation.results import Metric, Settings
+from megatron_fuse.storage import sha256_of_bytes
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+
+def harness_version() -> str:
+    """Raises UserError where lm-eval is not installed."""
+    try:
+        return importlib.import_module("lm_eval").__version__
+    except ImportError as error:
+        raise UserError(f"lm-eval cannot be imported ({error}): pip install 'megatron-fuse[eval]'") from error
+
+
+def stay_offline() -> None:
+    """For this process and before Hugging Face's libraries are imported: nothing is asked of the hub."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+def task_definition(benchmark: Benchmark) -> str:
+    """sha256 over the YAML files of a task over files, with those that they include."""
+    parts, name = [], f"{benchmark.local}.yaml"
+    while name:
+        content = (TASKS / name).read_bytes()
+        parts.append(content)
+        included = [line.split(b":")[1].strip() for line in content.splitlines() if line.startswith(b"include:")]
+        name = included[0].decode() if included else ""
+    return sha256_of_bytes(*parts)
+
+
+def make_task_manager(data: Path | None) -> "TaskManager":
+    """Knows our tasks and, for data sets of the hub, the harness's own, whose index takes some seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), include_defaults=data is None)
+
+
+def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "HFLM":
+    """batch_size: sequences, or `auto`. Raises UserError for a model without the chat template that is asked for."""
+    from lm_eval.models.huggingface import HFLM
+
+    from megatron_fuse.sources.huggingface import this_device
+
+    with _quiet():
+        model = HFLM(pretrained=str(directory), device=str(this_device()), batch_size=batch_size, dtype="auto")
+    if settings.apply_chat_template and model.tokenizer.chat_template is None:
+        raise UserError(f"{directory} has no chat template, which --apply-chat-template needs")
+    return model
+
+
+def run_task(
+    model: "HFLM", benchmark: Benchmark, data: Path | None, settings: Settings, manager: "TaskManager"
+) -> Mapping[str, Any]:
+    """The harness's results of one benchmark; data: directory of JSONL files, None for the hub.
+
+    What `lm_eval.simple_evaluate` does to the tasks, without its list of the machine's packages, which takes longer than a small task.
+    """
+    from lm_eval import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    with TemporaryDirectory() as arrow_files, _quiet():
+        loaded = manager.load([benchmark.hub if data is None else local_task(benchmark, data, Path(arrow_files))])
+        for task in loaded["tasks"].values():
+            task.set_config(key="num_fewshot", value=benchmark.shots)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            if settings.max_new_tokens is not None and task.get_config("output_type") == "generate_until":
+                limit = {"max_gen_toks": settings.max_new_tokens}
+                task.set_config(key="generation_kwargs", value=limit, update=True)
+        return evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=True,
+        )
+
+
+def local_task(benchmark: Benchmark, data: Path, arrow_files: Path) -> dict[str, Any]:
+    """The YAML task over the files of one directory; arrow_files: where `datasets` may keep its copies."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    task = load_yaml(TASKS / f"{benchmark.local}.yaml")
+    files = {split: str(data / name) for split, name in task["dataset_kwargs"]["data_files"].items()}
+    return task | {"dataset_kwargs": {"data_files": files, "cache_dir": str(arrow_files)}}
+
+
+def metrics_of(results: Mapping[str, Any], task: str) -> dict[str, Metric]:
+    """Every metric of a task or group: what the harness reports, and its outcome on every question."""
+    metrics = {}
+    for name, value in results["results"][task].items():
+        metric, comma, filter_name = name.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            outcomes = [_finite(sample[metric]) for _, sample in _samples(results) if sample["filter"] == filter_name]
+            error = results["results"][task].get(f"{metric}_stderr,{filter_name}")
+            metrics[name] = Metric(_finite(value), _finite(error), outcomes)
+    return metrics
+
+
+def questions_of(results: Mapping[str, Any]) -> list[str]:
+    """`TASK/INDEX HASH` of every question, once however many filters read its answer, in the order of the outcomes."""
+    return list(dict.fromkeys(f"{task}/{row['doc_id']} {row['doc_hash'][:16]}" for task, row in _samples(results)))
+
+
+def count_shortened(model: "HFLM", results: Mapping[str, Any]) -> int:
+    """Questions of which a prompt is longer than the model can read: the harness then drops its beginning."""
+    lengths: dict[str, int] = {}
+
+    def length(text: str) -> int:
+        if text not in lengths:
+            lengths[text] = len(model.tok_encode(text))
+        return lengths[text]
+
+    def is_shortened(context: str, then: str | Mapping[str, Any]) -> bool:
+        if isinstance(then, str):  # an answer whose last token is not read
+            return length(context) + length(then) > model.max_length + 1
+        return length(context) > model.max_length - then.get("max_gen_toks", model.max_gen_toks)
+
+    return len(
+        {
+            (task, row["doc_id"])
+            for task, row in _samples(results)
+            if any(is_shortened(*arguments) for arguments in row["arguments"])
+        }
+    )
+
+
+def _samples(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for task, rows in results["samples"].items():
+        for row in rows:
+            yield task, row
+
+
+def _finite(value: Any) -> float | None:
+    """None for the harness's "N/A" too."""
+    return float(value) if not isinstance(value, str | None) and math.isfinite(value) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness warns of every shot that it is told and every prompt that it shortens, which are counted here instead."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

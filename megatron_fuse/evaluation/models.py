@@ -1,0 +1,46 @@
+"""The models of an evaluation: Hugging Face model directories by name, identified by their files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage import sha256_of_bytes
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes a directory name
+# What turns text into ids, and how generation ends. All are small files.
+_TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_TEMPLATE_FILES = ("chat_template*", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    name: str
+    directory: Path
+
+
+def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
+    """Models from `NAME=DIR`. Raises UserError for another form, a name given twice, a directory that holds no model."""
+    models: dict[str, EvaluatedModel] = {}
+    for text in texts:
+        name, equals, directory = text.partition("=")
+        if not equals or not _NAME.fullmatch(name) or not directory:
+            raise UserError(f"{text!r}: give every model as NAME=DIR, the name of letters, digits, dots, - and _")
+        if name in models:
+            raise UserError(
+                f"the name {name!r} is given twice, for {models[name].directory} and {directory}: rename one"
+            )
+        models[name] = EvaluatedModel(name, Path(directory).expanduser())
+        if not (models[name].directory / "config.json").is_file():
+            raise UserError(f"{name}: {directory} has no config.json: name a Hugging Face model directory")
+    return list(models.values())
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 over a model's configuration, weights (sampled), tokenizer, chat template and generation options."""
+    from megatron_fuse.sources.huggingface import model_fingerprint  # brings torch
+
+    files = {path for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES) for path in directory.glob(pattern) if path.is_file()}
+    parts = [part for path in sorted(files) for part in (path.name.encode(), path.read_bytes())]
+    return sha256_of_bytes(model_fingerprint(directory).encode(), *parts)

@@ -1,0 +1,172 @@
+"""The whole evaluation: what is asked for is checked, what is finished is read, the rest is measured, and all is compared."""
+
+import gc
+import itertools
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.evaluation import harness
+from megatron_fuse.evaluation.benchmarks import Benchmark
+from megatron_fuse.evaluation.comparison import Comparison, compare
+from megatron_fuse.evaluation.data_files import check_files
+from megatron_fuse.evaluation.models import EvaluatedModel, fingerprint
+from megatron_fuse.evaluation.results import MODEL, Result, Settings, load_result, refuse_other, result_path
+from megatron_fuse.storage import remove_abandoned, temporary_then_rename
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+Key = tuple[str, str]  # model, task
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is the same for every measurement of a call. made_from: by task, what a result depends on beside the model."""
+
+    output: Path
+    data: Path | None
+    settings: Settings
+    batch_size: int | str
+    made_from: Mapping[str, Mapping[str, Any]]
+    fingerprints: Mapping[str, str]  # by model
+
+
+def evaluate(
+    models: Sequence[EvaluatedModel],
+    benchmarks: Sequence[Benchmark],
+    output: Path,
+    *,
+    data: Path | None = None,
+    settings: Settings = Settings(),  # noqa: B008, frozen
+    batch_size: int | str = 8,
+    baseline: str | None = None,
+) -> tuple[Comparison, dict[Key, str]]:
+    """Measures every model on every benchmark that OUTPUT has no result of, and writes OUTPUT/evaluation.{json,md,png}.
+
+    data: directory of JSONL files, None for the data sets of the hub. baseline: a model's name, the first where None.
+    Returns the comparison and, by (model, task), what went wrong where something did: one failure leaves the others' results.
+    Raises UserError before anything is measured for what is wrong with models, data or results in the way.
+    """
+    names = [model.name for model in models]
+    baseline = baseline or names[0]
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline!r} is none of the models {', '.join(names)}")
+    version = harness.harness_version()
+    if data is not None:
+        harness.stay_offline()
+    made_from = {benchmark.name: _made_from(benchmark, data, settings, version) for benchmark in benchmarks}
+    fingerprints = {model.name: fingerprint(model.directory) for model in models}
+    asked = _Asked(output, data, settings, batch_size, made_from, fingerprints)
+    results = _finished(asked)
+    for name, benchmark in itertools.product(names, benchmarks):
+        if (name, benchmark.name) in results:
+            _say(results[name, benchmark.name], benchmark, "finished before")
+    failures: dict[Key, str] = {}
+    manager = None
+    for model in models:
+        missing = [benchmark for benchmark in benchmarks if (model.name, benchmark.name) not in results]
+        if missing:
+            manager = manager or harness.make_task_manager(data)
+            for benchmark, found in _measure(model, missing, asked, manager):
+                kept = failures if isinstance(found, str) else results
+                kept[model.name, benchmark.name] = found
+    comparison = compare(results, failures, names, benchmarks, baseline)
+    from megatron_fuse.evaluation.page import write_comparison  # brings matplotlib and torch
+
+    write_comparison(comparison, {"tasks": made_from, "models": fingerprints}, output)
+    return comparison, failures
+
+
+def _made_from(benchmark: Benchmark, data: Path | None, settings: Settings, version: str) -> dict[str, Any]:
+    """What is known before anything runs. Of the hub's data sets the questions' hashes are compared in the end."""
+    source = "hub" if data is None else "files"
+    made_from = {**asdict(settings), "shots": benchmark.shots, "lm-eval": version, "data": source}
+    if data is not None:
+        made_from["task definition"] = harness.task_definition(benchmark)
+        made_from |= {f"data {name}": digest for name, digest in check_files(benchmark, data).items()}
+    return made_from
+
+
+def _finished(asked: _Asked) -> dict[Key, Result]:
+    """The results that OUTPUT holds of what is asked for, of any model. Raises UserError for one that does not belong with them."""
+    results = {}
+    for directory in sorted(path for path in asked.output.glob("*") if path.is_dir()):
+        remove_abandoned(directory)
+        for task, made_from in asked.made_from.items():
+            path = result_path(asked.output, directory.name, task)
+            if path.is_file():
+                result = load_result(path)
+                model = asked.fingerprints.get(directory.name, result.made_from.get(MODEL))
+                refuse_other(path, result.made_from, {**made_from, MODEL: model})
+                results[directory.name, task] = result
+    return results
+
+
+def _measure(
+    model: EvaluatedModel, benchmarks: Sequence[Benchmark], asked: _Asked, manager: "TaskManager"
+) -> Iterator[tuple[Benchmark, Result | str]]:
+    """One model on several benchmarks: of each its result, saved, or what went wrong."""
+    try:
+        loaded = harness.load_model(model.directory, asked.batch_size, asked.settings)
+    except Exception as error:  # transformers raises many kinds for missing or damaged files
+        for benchmark in benchmarks:
+            yield benchmark, _record_failure(model, benchmark, asked, error)
+        return
+    for benchmark in benchmarks:
+        try:
+            result = _measure_one(model, loaded, benchmark, asked, manager)
+        except Exception as error:  # whatever the harness, a tokenizer or the device says; the other tasks go on
+            yield benchmark, _record_failure(model, benchmark, asked, error)
+            continue
+        result.save(asked.output)
+        _failure_path(model, benchmark, asked).unlink(missing_ok=True)
+        _say(result, benchmark, f"{result.seconds:.1f} s")
+        yield benchmark, result
+    del loaded
+    gc.collect()  # before the next model takes the device's memory
+
+
+def _measure_one(
+    model: EvaluatedModel, loaded: "HFLM", benchmark: Benchmark, asked: _Asked, manager: "TaskManager"
+) -> Result:
+    begin = time.perf_counter()
+    found = harness.run_task(loaded, benchmark, asked.data, asked.settings, manager)
+    return Result(
+        model=model.name,
+        task=benchmark.name,
+        made_from={**asked.made_from[benchmark.name], MODEL: asked.fingerprints[model.name]},
+        directory=str(model.directory),
+        batch_size=asked.batch_size,
+        seconds=round(time.perf_counter() - begin, 2),
+        positions=loaded.max_length,
+        shortened=harness.count_shortened(loaded, found),
+        questions=harness.questions_of(found),
+        metrics=harness.metrics_of(found, benchmark.hub if asked.data is None else benchmark.local),
+    )
+
+
+def _say(result: Result, benchmark: Benchmark, how: str) -> None:
+    metric = result.metrics.get(benchmark.metric)
+    value = "-" if metric is None or metric.value is None else f"{100 * metric.value:.1f} %"
+    print(f"{result.model}, {benchmark.heading}: {value} of {len(result.questions)} questions, {how}", flush=True)
+
+
+def _failure_path(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked) -> Path:
+    return asked.output / model.name / f"{benchmark.name}.error.txt"
+
+
+def _record_failure(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked, error: Exception) -> str:
+    """Keeps the traceback in a file and returns one line."""
+    path = _failure_path(model, benchmark, asked)
+    with temporary_then_rename(path) as temporary:
+        temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    line = f"failed with {text[:300]} (traceback in {path})"
+    print(f"{model.name}, {benchmark.heading}: {line}", flush=True)
+    return line
