@@ -33,7 +33,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     values.set_yticks(range(len(rows)), [row.benchmark.heading for row in rows])
     values.set_ylim(len(rows) - 0.5, -0.5)
     values.set_xlabel("per cent, ± 2 standard errors")
-    differences.set_xlabel(f"difference to {comparison.baseline}, ± 2 standard errors; hollow: tie")
+    differences.set_xlabel(f"difference to {comparison.baseline},\n± 2 standard errors (hollow: a tie)")
     differences.axvline(0, color="#444444", linewidth=1)
     for axes in (values, differences):
         _tidy(axes)
