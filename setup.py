@@ -36,7 +36,7 @@ setup(
         "server": ["openai"],  # answers from an OpenAI-compatible server
         "reference": ["sacrebleu", "rouge-score", "bert-score"],  # answers scored against the ground truth
         "merge": ["mergekit>=0.1.5"],  # merging baselines: SLERP, TIES, DARE
-        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # lm-evaluation-harness, which imports accelerate for models in process
+        "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # lm-evaluation-harness, for models in process
         "test": [
             "pytest",
             "hypothesis",

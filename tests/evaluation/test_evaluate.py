@@ -1,7 +1,6 @@
 """The tool's numbers are the harness's; finished measurements are kept, what does not belong with them is refused."""
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from small_models import write_rows
-from small_questions import ROWS, hub_rows, question_files, write_questions
+from small_questions import hub_rows, question_files
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation import (
@@ -19,14 +18,12 @@ from megatron_fuse.evaluation import (
     benchmarks_named,
     evaluate,
     harness,
-    models_named,
 )
 from megatron_fuse.evaluation.benchmarks import TASKS
 from megatron_fuse.evaluation.results import load_result, result_path
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron-fuse[eval]'")
 
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 FEW = Settings(limit=3, max_new_tokens=8)
 WINOGRANDE, TRUTHFULQA = BENCHMARKS["winogrande"], BENCHMARKS["truthfulqa_mc2"]
 QUICK = [WINOGRANDE, TRUTHFULQA]
@@ -57,14 +54,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(harness, "run_task", run_task)
     return calls
-
-
-@pytest.fixture
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_model(*_):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(harness, "load_model", load_model)
 
 
 def test_the_numbers_are_those_of_the_harness_called_directly(
@@ -172,7 +161,12 @@ def test_a_model_that_is_not_named_now_guards_the_settings_too(
 
 
 def test_a_crash_names_model_and_task_and_leaves_the_others(
-    small_models: list[EvaluatedModel], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    small_models: list[EvaluatedModel],
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
+    run_tool,
 ) -> None:
     original = harness.run_task
 
@@ -185,7 +179,7 @@ def test_a_crash_names_model_and_task_and_leaves_the_others(
     models = [f"{model.name}={model.directory}" for model in small_models]
     options = ["--tasks", "winogrande", "truthfulqa_mc2", "--limit", "3", "--max-new-tokens", "8"]
     arguments = [*models, *options, "--data", str(questions), "--output", str(tmp_path)]
-    assert run_tool(monkeypatch, *arguments) == 2
+    assert run_tool(*arguments) == 2
     printed = capsys.readouterr()
     note = "alpha, WinoGrande: failed with RuntimeError: no memory left"
     assert note in printed.out
@@ -196,7 +190,7 @@ def test_a_crash_names_model_and_task_and_leaves_the_others(
     assert results == {"alpha/truthfulqa_mc2.json", "beta/truthfulqa_mc2.json", "beta/winogrande.json"}
 
     monkeypatch.setattr(harness, "run_task", original)
-    assert run_tool(monkeypatch, *arguments) == 0
+    assert run_tool(*arguments) == 0
     assert "finished before" in capsys.readouterr().out
     assert result_path(tmp_path, "alpha", "winogrande").is_file()
     assert not list(tmp_path.rglob("*.error.txt"))
@@ -259,131 +253,6 @@ def test_the_chat_template_changes_what_is_asked(
     (bare.directory / "chat_template.jinja").unlink(missing_ok=True)
     _, failures = evaluate([bare], [WINOGRANDE], tmp_path / "bare output", data=questions, settings=settings)
     assert "has no chat template, which --apply-chat-template needs" in failures["bare", "winogrande"]
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return end.value.code
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (["alpha"], "'alpha': give every model as NAME=DIR"),
-        (["a/b=x"], "'a/b=x': give every model as NAME=DIR"),
-        (["a=nowhere"], "a: nowhere has no config.json"),
-    ],
-)
-def test_models_are_named(texts: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        models_named(texts)
-
-
-def test_a_name_stands_for_one_model(small_models: list[EvaluatedModel]) -> None:
-    text = f"a={small_models[0].directory}"
-    assert models_named([text]) == [EvaluatedModel("a", small_models[0].directory)]
-    with pytest.raises(UserError, match=r"the name 'a' is given twice"):
-        models_named([text, text])
-
-
-def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[EvaluatedModel], tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"unknown task 'arc'; there are arc_challenge, .*gsm8k and the group openllm \(all of"
-    ):
-        benchmarks_named(["arc"])
-    assert benchmarks_named(["gsm8k", "openllm"])[0] is BENCHMARKS["gsm8k"]
-    assert len(benchmarks_named(["gsm8k", "openllm"])) == len(BENCHMARKS)
-    with pytest.raises(UserError, match=r"--baseline 'gamma' is none of the models alpha, beta"):
-        evaluate(small_models, QUICK, tmp_path, baseline="gamma")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--limit", "0"], "--limit must be at least 1"),
-        (["--max-new-tokens", "-1"], "--max-new-tokens must be at least 1"),
-        (["--batch-size", "many"], "--batch-size must be a number from 1 or auto"),
-    ],
-)
-def test_options_are_checked(options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    assert run_tool(monkeypatch, "a=b", "--tasks", "openllm", "--output", "o", *options) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_the_harness_its_extra_is_named(
-    small_models: list[EvaluatedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"lm-eval cannot be imported .*pip install 'megatron-fuse\[eval\]'"):
-        evaluate(small_models, QUICK, tmp_path)
-
-
-def without(key: str):
-    return lambda row: {name: value for name, value in row.items() if name != key}
-
-
-@pytest.mark.parametrize(
-    ("task", "file", "change", "message"),
-    [
-        (
-            "winogrande",
-            "winogrande.jsonl",
-            without("gold"),
-            r":2: has no gold: rows of winogrande need context_options",
-        ),
-        (
-            "winogrande",
-            "winogrande.jsonl",
-            lambda row: row | {"gold": 2},
-            r":2: gold is 2, which must be the index of one of 2",
-        ),
-        (
-            "hellaswag",
-            "hellaswag.jsonl",
-            lambda row: row | {"label": "1"},
-            r":2: label is '1', which must be the index of one",
-        ),
-        ("mmlu", "mmlu_test.jsonl", lambda row: row | {"answer": "E"}, r":2: answer is 'E' of 4 choices"),
-        (
-            "mmlu",
-            "mmlu_test.jsonl",
-            lambda row: row | {"subject": "tea"},
-            r"dev_5shot.jsonl: has 0 examples of the subject 'tea'",
-        ),
-        (
-            "truthfulqa_mc2",
-            "truthfulqa_mc.jsonl",
-            lambda row: row | {"mc2_targets": {"choices": ["a"], "labels": [0]}},
-            r":2: mc2_targets must have a label",
-        ),
-        ("gsm8k", "gsm8k_test.jsonl", without("answer"), r":2: has no answer: rows of gsm8k need question, answer"),
-    ],
-)
-def test_a_bad_row_is_named_before_anything_runs(
-    small_models: list[EvaluatedModel], tmp_path: Path, task: str, file: str, change, message: str, nothing_runs: None
-) -> None:
-    rows = question_files()
-    rows[file][1] = change(rows[file][1])
-    data = write_questions(tmp_path / "data", rows)
-    with pytest.raises(UserError, match=message):
-        evaluate(small_models, [BENCHMARKS[task]], tmp_path / "output", data=data)
-
-
-def test_missing_files_and_too_few_rows_are_named(
-    small_models, questions: Path, tmp_path: Path, nothing_runs: None
-) -> None:
-    arc = [BENCHMARKS["arc_challenge"]]
-    data = shutil.copytree(questions, tmp_path / "data")
-    write_rows(data / "arc_challenge.jsonl", question_files()["arc_challenge.jsonl"][: ROWS - 2])
-    with pytest.raises(UserError, match=r"arc_challenge.jsonl: has 25 rows; arc_challenge needs at least 26"):
-        evaluate(small_models, arc, tmp_path, data=data)
-    (data / "arc_challenge.jsonl").unlink()
-    with pytest.raises(
-        UserError, match=r"arc_challenge.jsonl: there is no such file; arc_challenge reads arc_challenge.jsonl"
-    ):
-        evaluate(small_models, arc, tmp_path, data=data)
 
 
 @pytest.mark.slow

@@ -1,0 +1,135 @@
+"""Bad input is named, with the place and the mend, before a model is loaded."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_models import write_rows
+from small_questions import ROWS, question_files, write_questions
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.evaluation import BENCHMARKS, EvaluatedModel, benchmarks_named, evaluate, models_named
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron-fuse[eval]'")
+
+QUICK = [BENCHMARKS["winogrande"], BENCHMARKS["truthfulqa_mc2"]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["alpha"], "'alpha': give every model as NAME=DIR"),
+        (["a/b=x"], "'a/b=x': give every model as NAME=DIR"),
+        (["a=nowhere"], "a: nowhere has no config.json"),
+    ],
+)
+def test_models_are_named(texts: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        models_named(texts)
+
+
+def test_a_name_stands_for_one_model(small_models: list[EvaluatedModel]) -> None:
+    text = f"a={small_models[0].directory}"
+    assert models_named([text]) == [EvaluatedModel("a", small_models[0].directory)]
+    with pytest.raises(UserError, match=r"the name 'a' is given twice"):
+        models_named([text, text])
+
+
+def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[EvaluatedModel], tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"unknown task 'arc'; there are arc_challenge, .*gsm8k and the group openllm \(all of"
+    ):
+        benchmarks_named(["arc"])
+    assert benchmarks_named(["gsm8k", "openllm"])[0] is BENCHMARKS["gsm8k"]
+    assert len(benchmarks_named(["gsm8k", "openllm"])) == len(BENCHMARKS)
+    with pytest.raises(UserError, match=r"--baseline 'gamma' is none of the models alpha, beta"):
+        evaluate(small_models, QUICK, tmp_path, baseline="gamma")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens must be at least 1"),
+        (["--batch-size", "many"], "--batch-size must be a number from 1 or auto"),
+    ],
+)
+def test_options_are_checked(options: list[str], message: str, run_tool: Callable[..., int], capsys) -> None:
+    assert run_tool("a=b", "--tasks", "openllm", "--output", "o", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_harness_its_extra_is_named(
+    small_models: list[EvaluatedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"lm-eval cannot be imported .*pip install 'megatron-fuse\[eval\]'"):
+        evaluate(small_models, QUICK, tmp_path)
+
+
+def without(key: str):
+    return lambda row: {name: value for name, value in row.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "change", "message"),
+    [
+        (
+            "winogrande",
+            "winogrande.jsonl",
+            without("gold"),
+            r":2: has no gold: rows of winogrande need context_options",
+        ),
+        (
+            "winogrande",
+            "winogrande.jsonl",
+            lambda row: row | {"gold": 2},
+            r":2: gold is 2, which must be the index of one of 2",
+        ),
+        (
+            "hellaswag",
+            "hellaswag.jsonl",
+            lambda row: row | {"label": "1"},
+            r":2: label is '1', which must be the index of one",
+        ),
+        ("mmlu", "mmlu_test.jsonl", lambda row: row | {"answer": "E"}, r":2: answer is 'E' of 4 choices"),
+        (
+            "mmlu",
+            "mmlu_test.jsonl",
+            lambda row: row | {"subject": "tea"},
+            r"dev_5shot.jsonl: has 0 examples of the subject 'tea'",
+        ),
+        (
+            "truthfulqa_mc2",
+            "truthfulqa_mc.jsonl",
+            lambda row: row | {"mc2_targets": {"choices": ["a"], "labels": [0]}},
+            r":2: mc2_targets must have a label",
+        ),
+        ("gsm8k", "gsm8k_test.jsonl", without("answer"), r":2: has no answer: rows of gsm8k need question, answer"),
+    ],
+)
+def test_a_bad_row_is_named_before_anything_runs(
+    small_models: list[EvaluatedModel], tmp_path: Path, task: str, file: str, change, message: str, nothing_runs: None
+) -> None:
+    rows = question_files()
+    rows[file][1] = change(rows[file][1])
+    data = write_questions(tmp_path / "data", rows)
+    with pytest.raises(UserError, match=message):
+        evaluate(small_models, [BENCHMARKS[task]], tmp_path / "output", data=data)
+
+
+def test_missing_files_and_too_few_rows_are_named(
+    small_models, questions: Path, tmp_path: Path, nothing_runs: None
+) -> None:
+    arc = [BENCHMARKS["arc_challenge"]]
+    data = shutil.copytree(questions, tmp_path / "data")
+    write_rows(data / "arc_challenge.jsonl", question_files()["arc_challenge.jsonl"][: ROWS - 2])
+    with pytest.raises(UserError, match=r"arc_challenge.jsonl: has 25 rows; arc_challenge needs at least 26"):
+        evaluate(small_models, arc, tmp_path, data=data)
+    (data / "arc_challenge.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"arc_challenge.jsonl: there is no such file; arc_challenge reads arc_challenge.jsonl"
+    ):
+        evaluate(small_models, arc, tmp_path, data=data)
