@@ -129,8 +129,8 @@ def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]
         above, below, ties = [], [], []
         for row in table.rows:
             difference = _difference(values, row, table.baseline, metric)
-            if row == table.baseline or difference is None:
-                continue
+            if row == table.baseline or difference is None or difference.error is None:
+                continue  # a single seed tells nothing
             told = f"{row} ({difference.value:+.1f})"
             (ties if not difference.is_clear else above if difference.value > 0 else below).append(told)
         parts = [
