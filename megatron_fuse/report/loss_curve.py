@@ -15,6 +15,7 @@ from megatron_fuse.training.metrics import HELD_OUT, LOSS_CURVE, METRICS, STEP, 
 
 # Two of Okabe and Ito's colours, which the colour-blind can tell apart.
 MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
+HELD_OUT_SIZES = {"training": 8, "inference": 4.5}  # the latter are drawn over the former, and often coincide
 LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}
 LOSSES = {"ce": "cross-entropy (nats per token)", "kl": "KL to the teacher (nats per token)"}
 _STYLE = {
@@ -53,11 +54,12 @@ def draw_losses(rows: Rows) -> Figure:
             for mode in MODE_COLOURS:
                 _draw_trend(axes, phases_of(steps), f"{loss}/{mode}", mode)
                 _draw_held_out(axes, held_out, f"{loss}/{mode}", mode)
-            # Single steps do not stretch the axes, of which a first loss or a spike would take all.
-            axes.set_ylim(min(0, axes.dataLim.ymin), 1.2 * axes.dataLim.ymax)
+            axes.set_ylim(*_bounds(axes, [_series(steps, f"{loss}/{mode}")[1] for mode in MODE_COLOURS]))
             axes.set_xlim(0, max(row["iteration"] for row in rows) * 1.01)
             for mode in MODE_COLOURS:
-                axes.plot(*_series(steps, f"{loss}/{mode}"), color=MODE_COLOURS[mode], alpha=0.3, linewidth=0.8)
+                axes.plot(
+                    *_series(steps, f"{loss}/{mode}"), color=MODE_COLOURS[mode], alpha=0.3, linewidth=0.8, zorder=1
+                )
             axes.set_ylabel(LOSSES[loss])
             axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
             _draw_phases(axes, phases_of(steps), named=axes is panels[0])
@@ -101,8 +103,21 @@ def _draw_trend(axes: Axes, phases: Sequence[Rows], name: str, mode: str) -> Non
 def _draw_held_out(axes: Axes, held_out: Rows, name: str, mode: str) -> None:
     x, y = _series(held_out, name)
     if len(x):
-        style = {"color": MODE_COLOURS[mode], "markeredgecolor": "black", "markersize": 6}
+        style = {"color": MODE_COLOURS[mode], "markeredgecolor": "black", "markersize": HELD_OUT_SIZES[mode]}
         axes.plot(x, y, "o", label=f"{mode} mode, held out", zorder=3, clip_on=False, **style)
+
+
+def _bounds(axes: Axes, of_steps: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Room for what is drawn already and for all single steps but the lowest and highest hundredth of each mode, at least one.
+
+    So neither a spike takes all of an axis, nor zero, which a loss need not come near.
+    """
+    finite = [values[np.isfinite(values)] for values in of_steps]
+    lows = [np.percentile(values, 1, method="higher") for values in finite if len(values)]
+    highs = [np.percentile(values, 99, method="lower") for values in finite if len(values)]
+    low, high = min(axes.dataLim.ymin, *lows), max(axes.dataLim.ymax, *highs)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
 
 
 def _draw_phases(axes: Axes, phases: Sequence[Rows], *, named: bool) -> None:

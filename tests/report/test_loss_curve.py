@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,22 @@ def test_the_loss_curve_shows_every_step_phase_and_held_out_value() -> None:
         points = next(line for line in axes.lines if line.get_marker() == "o")
         assert list(points.get_ydata()) == [rows[0][f"{loss}/training"], rows[-1][f"{loss}/training"]]
     assert [text.get_text() for text in panels[0].texts] == ["phase 1: first", "phase 2: second"]
+
+
+@pytest.mark.parametrize("spike", [1e6, -1e6])
+@pytest.mark.parametrize("steps", [80, 400])  # below 80 every step is its own median
+def test_neither_a_spike_nor_zero_takes_an_axis(steps: int, spike: float) -> None:
+    values = np.random.default_rng(steps).uniform(6, 7, steps)
+    values[2] = spike
+    rows = [
+        {"kind": STEP, "iteration": n + 1, "phase": "one", "loss": v, "ce/training": v} for n, v in enumerate(values)
+    ]
+    rows.append({"kind": "held-out", "iteration": steps, "ce/training": 8.0})
+    (axes,) = draw_losses(rows).axes
+    low, high = axes.get_ylim()
+    assert high - low < 3 and high > 8
+    (trend,) = (line for line in axes.lines if line.get_linewidth() == 1.8)
+    assert low < min(trend.get_ydata()) and max(trend.get_ydata()) < high
 
 
 @given(st.lists(st.sampled_from("ab"), min_size=1, max_size=20))
