@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
 import signal
@@ -17,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rank_pool import _free_port
+from killable_ranks import KillableRanks
 from synthetic import make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
@@ -90,22 +87,17 @@ def test_a_run_stops_after_an_interval_or_a_time(ranks, target, tmp_path, option
 
 
 class Killed:
-    """Runs of a tiny target in children that can be killed, as `kill -9` does it, at any of their operations.
+    """Runs of a tiny target that can be killed, as `kill -9` does it, at any of their operations.
 
     An operation is one on the file system under the work directory, of a rank or of a process that writes for it, as Python's
-    audit events announce it; every step's record of its losses is one as well. Children come from a server that has imported
-    everything, and lead a process group each, so that writers that outlive their rank can be ended with it at last.
+    audit events announce it; every step's record of its losses is one as well.
     """
 
     STEPS = 9  # the first phase ends after 7
 
     def __init__(self, root: Path) -> None:
         self.root, self.target = root, make_tiny_target(root / "target")
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["megatron_fuse.training.trainer", "transformers", "test_layouts"])
-        # Megatron starts such a process in every rank, which takes longer than the rest of a run.
-        self.results = multiprocessing.get_context("spawn").Manager()
-        self.children: list[Any] = []
+        self.ranks = KillableRanks()
         self._undisturbed: dict[tuple[int, bool], tuple[dict[int, dict], int]] = {}
 
     def undisturbed(self, world_size: int, asynchronous: bool) -> tuple[dict[int, dict], int]:
@@ -124,57 +116,16 @@ class Killed:
         self, workdir: Path, world_size: int, asynchronous: bool, kill_at: int = 0, delay: float = 0
     ) -> tuple[bool, int]:
         """Whether it was killed, and the number of operations it came to. kill_at: from 1, 0 = never; delay in seconds."""
-        operations = self.context.RawValue("i", 0)
-        port = _free_port()
-        workdir.mkdir(exist_ok=True)
-        queues = [self.results.Queue() for _ in range(world_size)]  # which live as long as somebody here knows them
-        children = [
-            self.context.Process(
-                target=run_rank,
-                args=(rank, world_size, port, workdir, self.target, asynchronous, kill_at, delay, operations, queue),
-            )
-            for rank, queue in enumerate(queues)
-        ]
-        for child in children:
-            child.start()
-        self.children += children
-        killed = False
-        while running := [child for child in children if child.is_alive()]:
-            assert multiprocessing.connection.wait([child.sentinel for child in running], timeout=60), "hangs"
-            if any(child.exitcode for child in children):  # as torchrun ends the others when one rank is gone
-                killed = any(child.exitcode == -signal.SIGKILL for child in children)
-                assert killed, [path.read_text() for path in workdir.glob("output-*.txt")]
-                for child in running:
-                    child.kill()
-        return killed, operations.value
-
-    def end_writers(self) -> None:
-        for child in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-        self.children.clear()
+        operations = self.ranks.context.RawValue("i", 0)
+        training = {"train_iters": self.STEPS, "save_interval": 3, "save_retain_last": 2, "async_save": asynchronous}
+        sections = {"parallel": layout(tp=world_size), "training": training}
+        plan = (workdir, self.target, sections, kill_at, delay, operations)
+        return self.ranks.run(world_size, workdir, run_rank, *plan), operations.value
 
 
 def run_rank(
-    rank: int,
-    world_size: int,
-    port: int,
-    workdir: Path,
-    target: Path,
-    asynchronous: bool,
-    kill_at: int,
-    delay: float,
-    operations: Any,
-    results: Any,
+    rank: int, workdir: Path, target: Path, sections: dict[str, Any], kill_at: int, delay: float, operations: Any
 ) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = results
-    os.setsid()
-    with (workdir / f"output-{rank}.txt").open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
     victim = os.getpid()
 
     def watch(event: str, arguments: tuple) -> None:
@@ -190,11 +141,6 @@ def run_rank(
             time.sleep(0 if delay else 10)  # without delay nothing more happens in whoever came to it
 
     sys.addaudithook(watch)
-    if world_size > 1:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        os.environ |= dict(zip(names, map(str, (rank, rank, world_size, "127.0.0.1", port)), strict=True))
-    training = {"train_iters": Killed.STEPS, "save_interval": 3, "save_retain_last": 2, "async_save": asynchronous}
-    sections = {"parallel": layout(tp=world_size), "training": training}
     run_training(workdir, target, sections, LineByLine(workdir / "losses.jsonl", rank == 0))
 
 
@@ -217,8 +163,7 @@ class LineByLine(Recorder):
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     runs = Killed(tmp_path_factory.mktemp("killed"))
     yield runs
-    runs.end_writers()
-    runs.results.shutdown()
+    runs.ranks.close()
 
 
 # Moment 9, 19 and 29: two tensor ranks
@@ -237,7 +182,7 @@ def test_killed_at_any_moment_it_continues_with_the_same_losses(killed: Killed, 
     found = killed.losses(tmp_path)
     assert {line["iteration"] for line in found} == losses.keys(), f"killed at {at} and {again} of {operations}"
     assert all(line == losses[line["iteration"]] for line in found), f"killed at {at} and {again} of {operations}"
-    killed.end_writers()
+    killed.ranks.end_writers()
     assert killed.run(tmp_path, world_size, asynchronous)[0] is False  # nothing is left to do but to clean up
     assert killed.losses(tmp_path) == found
     names = {path.name for path in (tmp_path / "training/checkpoints").iterdir()}
