@@ -42,7 +42,9 @@ def run_experiment(
             words[0] = sys.executable if words[0] == "python" else words[0]
             if code := subprocess.run(words, cwd=ROOT, check=False).returncode:
                 raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
-        runs = [Run(experiment, name, seed) for seed in experiment.seeds for name in names]
+        runs = [
+            Run(experiment, name, seed) for name in names for seed in experiment.seeds
+        ]  # seeds make their data side by side
         todo = [run for run in runs if not run.is_finished(split)]
         progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
         return _run_all(todo, split, jobs, progress)
