@@ -27,7 +27,7 @@ STEPS = 1000
 # Ranks and their layout, from the beginning and after each kill
 PARTS = ((1, layout()), (2, layout(tp=2)), (2, layout(pp=2)), (2, layout()))
 # fp32 sums in another order: 2e-7 of a loss, and as much after 1000 steps, for at LEARNING_RATE a step does not enlarge what two
-# runs differ by. At 1e-3 it does: from 2e-7 to 1e-4 of a loss by step 800, as the runs of two micro-batch sizes do, unkilled.
+# runs differ by. At 1e-3 a run drifted from 2e-7 to 1e-4 of a loss by step 800.
 LEARNING_RATE = 2e-4
 TOLERANCE = defaultdict(lambda: 1e-5, {"grad norm": 1e-4})  # a sum of squares, of gradients that nearly cancel
 CLOCK = {"milliseconds per iteration", "tokens per second", "memory GiB"}  # what differs from run to run
