@@ -106,7 +106,7 @@ def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any])
     samples, longest = 0, 0
     while step := trainer.schedule.step(samples):
         examples = trainer.dataset.train[step.examples]
-        longest = max(longest, plan_step(trainer, examples, phase_weights(step.phase, kl_factor=1.0)).seq_length)
+        longest = max(longest, plan_step(trainer, examples, phase_weights(step.phase, progress=step.progress, kl_factor=1.0)).seq_length)
         samples = step.consumed_samples
     place = {"sequence": sequence_of_run(trainer.recipe, trainer.dataset), "data_parallel_size": 1, "stage": 0}
     estimated = estimate_memory(trainer.recipe, trainer.architecture, **place).logits
