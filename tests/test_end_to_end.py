@@ -145,6 +145,7 @@ def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_f
     assert states == ["training"] and "at step 9" in plan
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_is_not_exported(
     finished: tuple[Path, str], recipe_file: Path, tmp_path: Path
 ) -> None:

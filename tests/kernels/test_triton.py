@@ -181,8 +181,13 @@ def test_no_rows(seed):
     assert [len(loss), len(ce), len(kl)] == [0, 0, 0] and gradient.shape == empty.logits.shape
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])  # A100, H100 and H200, B200
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow), "fp32"])
+# 80, 90, 100: A100, H100 and H200, B200
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp32", 90)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in product(["fp16"], [80, 90, 100])]
+    + [pytest.param("fp32", capability, marks=pytest.mark.slow) for capability in (80, 100)],
+)
 def test_compiled_ahead_of_time_nothing_spills_and_loads_are_wide(capability, dtype, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -125,7 +125,14 @@ def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, pa
     [
         pytest.param(2, layout(tp=2), {"implementation": "reference"}, STEPS, id="reference"),
         pytest.param(2, layout(tp=2), {"implementation": "triton"}, 2, id="triton"),  # interpreted: a second a row
-        pytest.param(2, layout(pp=2), {"implementation": "triton", "fused_linear": True}, 1, id="fused-linear-triton"),
+        pytest.param(
+            2,
+            layout(pp=2),
+            {"implementation": "triton", "fused_linear": True},
+            1,
+            id="fused-linear-triton",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             4,
             layout(tp=2, use_distributed_optimizer=True, overlap_grad_reduce=True),

@@ -106,7 +106,10 @@ def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any])
     samples, longest = 0, 0
     while step := trainer.schedule.step(samples):
         examples = trainer.dataset.train[step.examples]
-        longest = max(longest, plan_step(trainer, examples, phase_weights(step.phase, progress=step.progress, kl_factor=1.0)).seq_length)
+        longest = max(
+            longest,
+            plan_step(trainer, examples, phase_weights(step.phase, progress=step.progress, kl_factor=1.0)).seq_length,
+        )
         samples = step.consumed_samples
     place = {"sequence": sequence_of_run(trainer.recipe, trainer.dataset), "data_parallel_size": 1, "stage": 0}
     estimated = estimate_memory(trainer.recipe, trainer.architecture, **place).logits
@@ -121,10 +124,14 @@ def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any])
 @pytest.mark.parametrize(
     ("training", "says"),
     [
-        ({"seq_length": 40, "micro_batch_size": 1}, "1 x 32 positions, padded"),
+        pytest.param({"seq_length": 40, "micro_batch_size": 1}, "1 x 32 positions, padded", marks=pytest.mark.slow),
         ({"seq_length": 64, "micro_batch_size": 3}, "3 x 32 positions, padded"),
         ({"seq_length": 40, "micro_batch_size": 1, "packing": True}, "1 x 40 positions, packed"),
-        ({"seq_length": 61, "micro_batch_size": 1, "packing": True}, "1 x 64 positions, packed"),
+        pytest.param(
+            {"seq_length": 61, "micro_batch_size": 1, "packing": True},
+            "1 x 64 positions, packed",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_estimate_is_of_the_largest_micro_batch(ranks, tmp_path, training, says) -> None:  # type: ignore[no-untyped-def]
