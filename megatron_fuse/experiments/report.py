@@ -33,7 +33,7 @@ class Reported:
 
 
 def write_report(reported: Sequence[Reported], path: Path) -> None:
-    """Writes a section for every table that has results beside its baseline's; its picture lies beside the CSV."""
+    """Writes a section for every table of which each row has a result, and names the others; pictures lie beside the CSV."""
     parts = []
     for of in reported:
         values: Values = {}
@@ -41,9 +41,15 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
             values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
         parts += [of.experiment.preface.strip()] * bool(of.experiment.preface)
         parts += [LEGEND] * (of is reported[0])
+        unfinished = []
         for name, table in of.experiment.tables.items():
-            if any(row in values for row in table.rows if row != table.baseline):
+            lacking = [row for row in dict.fromkeys([*table.rows, table.baseline]) if row not in values]
+            if lacking:
+                unfinished.append(f"- {table.title} (`--only {name}`): {', '.join(lacking)}")
+            else:
                 parts.append(_section(of, name, table, values, path))
+        if unfinished:
+            parts.append("\n".join(["Not in this report, as some of their rows have no result:", "", *unfinished]))
     save_text(path, "\n\n".join(parts) + "\n")
 
 
