@@ -135,8 +135,9 @@ def run_rank(
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
+        # Without a lock, which a killed process might hold: of several that count at once one may pass over kill_at.
         operations.value += 1
-        if operations.value == kill_at:
+        if kill_at and operations.value - kill_at in (0, 1):
             threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
             time.sleep(0 if delay else 10)  # without delay nothing more happens in whoever came to it
 
@@ -173,8 +174,8 @@ def test_killed_at_any_moment_it_continues_with_the_same_losses(killed: Killed, 
     world_size, asynchronous = (2 if moment % 10 == 9 else 1), moment % 2 == 1
     losses, operations = killed.undisturbed(world_size, asynchronous)
     at, delay = draw.randint(1, operations), draw.choice([0, draw.uniform(0, 0.05)])
-    first, _ = killed.run(tmp_path, world_size, asynchronous, at, delay)
-    assert first or delay
+    first, seen = killed.run(tmp_path, world_size, asynchronous, at, delay)
+    assert first or delay or seen < at
     # Once more in what is left, or after it, with the writers of the first perhaps still at work
     again = draw.randint(1, operations - at + 1)
     killed.run(tmp_path, world_size, asynchronous, again, delay)
