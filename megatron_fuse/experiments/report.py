@@ -158,19 +158,13 @@ def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
         errors = {row: of.error or 0.0 for row, of in found.items()}
         curve = [row for row in found if row in table.x]
         if table.x:
-            axis.errorbar(
-                [table.x[row] for row in curve],
-                [found[row].value for row in curve],
-                [errors[row] for row in curve],
-                marker="o",
-                capsize=3,
-                linestyle="",
-            )
+            places = _apart(table.x, curve)
             for row in curve:
-                axis.annotate(
-                    row, (table.x[row], found[row].value), fontsize=7, xytext=(4, 4), textcoords="offset points"
-                )
-            axis.set(xlabel=table.x_label, ylabel=title)
+                axis.errorbar(places[row], found[row].value, errors[row], fmt="o", color="C0", capsize=3)
+                left = places[row] < table.x[row]
+                place = {"xytext": (-5 if left else 5, 5), "ha": "right" if left else "left"}
+                axis.annotate(row, (places[row], found[row].value), fontsize=7, textcoords="offset points", **place)
+            axis.set(xlabel=table.x_label, ylabel=title, xticks=sorted(set(table.x.values())))
         else:
             places = range(len(found))[::-1]
             axis.errorbar([of.value for of in found.values()], places, xerr=list(errors.values()), fmt="o", capsize=3)
@@ -180,3 +174,13 @@ def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
                 axis.axvline(found[table.baseline].value, color="0.7", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _apart(x: dict[str, float], rows: list[str]) -> dict[str, float]:
+    """Where rows are drawn: side by side those of the same x."""
+    step = 0.06 * (max(x.values()) - min(x.values()))
+    places = {}
+    for row in rows:
+        same = [other for other in rows if x[other] == x[row]]
+        places[row] = x[row] + step * (same.index(row) - (len(same) - 1) / 2)
+    return places
