@@ -30,7 +30,7 @@ from megatron_fuse.recipe.models import Name, Options
 
 PLACEHOLDERS = {"model", "output", "split", "seed"}
 # What the runner itself decides for every run.
-_OURS = {"workdir": None, "seed": None, "training": {"save", "load", "tensorboard_dir"}, "export": {"path"}}
+_OURS = {"workdir", "seed", "training.save", "training.load", "training.tensorboard_dir", "export.path"}
 
 
 class Merge(Options):
@@ -113,17 +113,10 @@ class Experiment(Options):
     @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
         for name, options in self.variants.items():
-            for section, keys in _OURS.items():
-                given = options.get(section)
-                taken = (
-                    [section] * (section in options)
-                    if keys is None
-                    else [f"{section}.{key}" for key in keys & set(given or {})]
-                )
-                if taken:
-                    raise ValueError(
-                        f"variants.{name} gives {', '.join(taken)}, which the runner decides for every run"
-                    )
+            sections = {section: value for section, value in options.items() if isinstance(value, dict)}
+            given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
+            if taken := sorted(given & _OURS):
+                raise ValueError(f"variants.{name} gives {', '.join(taken)}, which the runner decides for every run")
         return self
 
     def needed(self, tables: list[str]) -> list[str]:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from megatron_fuse.experiments.experiment import Experiment, Table
 from megatron_fuse.experiments.results import Result
 from megatron_fuse.experiments.statistics import Mean, mean, paired_difference
-from megatron_fuse.report.layout import save_picture, save_text
+from megatron_fuse.report.layout import Table as Cells
+from megatron_fuse.report.layout import markdown_table, save_picture, save_text
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "
@@ -58,21 +59,17 @@ def _section(reported: Reported, name: str, table: Table, values: Values, path: 
     of_table = [result for result in reported.results if result.variant in table.rows]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
     save_picture(draw_table(experiment.metrics, table, values), picture)
-    lines = [f"## {table.title}", ""]
-    lines += markdown_table(experiment.metrics, table, values, of_table)
-    missing = [row for row in table.rows if set(experiment.metrics) - values.get(row, {}).keys()]
-    if missing:
-        lines += ["", f"–: not measured ({', '.join(missing)})."]
-    lines += ["", *findings(experiment.metrics, table, values)]
-    if table.note:
-        lines += ["", table.note.strip()]
-    lines += [
-        "",
+    missing = [row for row in table.rows if set(experiment.metrics) - values[row].keys()]
+    paragraphs = [
+        f"## {table.title}",
+        "\n".join(markdown_table(_rows(experiment.metrics, table, values, of_table))),
+        *([f"–: not measured ({', '.join(missing)})."] if missing else []),
+        *findings(experiment.metrics, table, values),
+        *([table.note.strip()] if table.note else []),
         f"![{table.title}]({os.path.relpath(picture, path.parent)})",
-        "",
         _origin(name, reported.command, of_table),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
 def _origin(name: str, command: str, results: Sequence[Result]) -> str:
@@ -87,17 +84,15 @@ def _origin(name: str, command: str, results: Sequence[Result]) -> str:
     )
 
 
-def markdown_table(metrics: dict[str, str], table: Table, values: Values, results: Sequence[Result]) -> list[str]:
+def _rows(metrics: dict[str, str], table: Table, values: Values, results: Sequence[Result]) -> Cells:
     """One row per variant; the cost of its training in the last columns."""
-    heading = ["", *metrics.values(), "steps", "tokens", "training s"]
-    lines = [f"| {' | '.join(heading)} |", f"|---{'|---:' * (len(heading) - 1)}|"]
+    rows = []
     for row in table.rows:
         cells = [_cell(values, row, table.baseline, metric) for metric in metrics]
         of_row = [result for result in results if result.variant == row]
-        cells += [_cost(of_row, "steps"), _cost(of_row, "tokens"), _cost(of_row, "seconds")]
-        name = f"**{row}** (baseline)" if row == table.baseline else row
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    return lines
+        cells += [_cost(of_row, field) for field in ("steps", "tokens", "seconds")]
+        rows.append((f"**{row}** (baseline)" if row == table.baseline else row, *cells))
+    return ("", *metrics.values(), "steps", "tokens", "training s"), rows
 
 
 def _cell(values: Values, row: str, baseline: str, metric: str) -> str:
@@ -146,12 +141,12 @@ def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]
         ]
         if parts:
             lines.append(f"**{title}.** {'; '.join(parts)[0].upper()}{'; '.join(parts)[1:]}.")
-    return [line for pair in zip(lines, [""] * len(lines), strict=True) for line in pair][:-1]
+    return lines
 
 
 def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
     """Points with error bars, one panel per metric; a curve where the table has an x for its rows."""
-    rows = [row for row in table.rows if row in values]
+    rows = table.rows
     figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
         found = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}

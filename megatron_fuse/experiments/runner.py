@@ -1,9 +1,7 @@
 """Runs what of an experiment is not there yet, several runs side by side."""
 
 import fcntl
-import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,7 +12,7 @@ from threading import Lock
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables
 from megatron_fuse.experiments.results import collect_results
-from megatron_fuse.experiments.runs import ROOT, Run, make
+from megatron_fuse.experiments.runs import ROOT, Run, command_words, make
 from megatron_fuse.storage import read_json, write_json
 
 
@@ -38,13 +36,10 @@ def run_experiment(
         collect_results(experiment, split)  # refuses before hours of work what would be refused after them
         if experiment.prepare:
             progress(f"$ {experiment.prepare}")
-            words = shlex.split(experiment.prepare)
-            words[0] = sys.executable if words[0] == "python" else words[0]
-            if code := subprocess.run(words, cwd=ROOT, check=False).returncode:
+            if code := subprocess.run(command_words(experiment.prepare), cwd=ROOT, check=False).returncode:
                 raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
-        runs = [
-            Run(experiment, name, seed) for name in names for seed in experiment.seeds
-        ]  # seeds make their data side by side
+        # Variant by variant, so that the seeds make their data side by side.
+        runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]
         progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
         return _run_all(todo, split, jobs, progress)

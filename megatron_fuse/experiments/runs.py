@@ -24,7 +24,7 @@ from typing import Any
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe
 from megatron_fuse.recipe import Recipe, dump_recipe
-from megatron_fuse.storage import open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
+from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,11 +138,11 @@ def _train(run: Run, data_lock: Lock) -> dict[str, Any]:
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
-        _command(run, ["tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"])
+        _command(run, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"])
     start = time.perf_counter()
-    _command(run, ["pretrain_fuse.py", "--recipe", str(path)])
+    _command(run, [sys.executable, "pretrain_fuse.py", "--recipe", str(path)])
     trained = time.perf_counter() - start
-    _command(run, ["tools/export_model.py", "--recipe", str(path)])
+    _command(run, [sys.executable, "tools/export_model.py", "--recipe", str(path)])
     steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
     return {
         "data": instructions_sha256(recipe),
@@ -153,12 +153,13 @@ def _train(run: Run, data_lock: Lock) -> dict[str, Any]:
 
 
 def instructions_sha256(recipe: Recipe) -> str:
-    return open_artefact(recipe.workdir / "instructions", "instructions", "tools/prepare_instructions.py").sha256
+    directory = Workspace(recipe.workdir).instructions
+    return open_artefact(directory, "instructions", "tools/prepare_instructions.py").sha256
 
 
 def _merge(run: Run, merge: Merge) -> dict[str, Any]:
     models = {name: str(Run(run.experiment, name, run.seed).model) for name in merge.parts}
-    command = ["tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
+    command = [sys.executable, "tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
     command += [part for name in merge.models for part in ("--model", models[name])]
     command += ["--dtype", "fp32"]
     command += ["--base", models[merge.base]] if merge.base else []
@@ -171,8 +172,7 @@ def _evaluate(run: Run, split: str) -> None:
     output = run.evaluation(split)
     with temporary_then_rename(output) as temporary:
         places = {"model": run.model, "output": temporary, "split": split, "seed": run.seed}
-        words = [word.format(**places) for word in shlex.split(run.experiment.evaluate)]
-        _command(run, words[1:] if words[0] == "python" else words, python=words[0] == "python")
+        _command(run, [word.format(**places) for word in command_words(run.experiment.evaluate)])
         try:
             found = json.loads(temporary.read_text(encoding="utf-8"))
             bad = [name for name, of in found.items() if not {"value", "n"} <= of.keys()]
@@ -184,15 +184,21 @@ def _evaluate(run: Run, split: str) -> None:
             raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no value and n of {', '.join(bad)}")
 
 
-def _command(run: Run, command: Sequence[str], *, python: bool = True) -> None:
+def command_words(text: str) -> list[str]:
+    """A command line of an experiment's file; `python` stands for the interpreter that runs this."""
+    words = shlex.split(text)
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
+
+
+def _command(run: Run, words: Sequence[str]) -> None:
     """Runs it from the project's root, its output going to the run's log."""
     log = run.directory / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
+    command = words[1:] if words[0] == sys.executable else words  # as it is told
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-        words = [sys.executable, *command] if python else list(command)
         done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
