@@ -1,14 +1,17 @@
 """Runs what of an experiment is not there yet, several runs side by side."""
 
 import fcntl
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import LifoQueue
 from threading import Lock
 
+from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables
 from megatron_fuse.experiments.results import collect_results
@@ -50,7 +53,19 @@ def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], N
     locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
     total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
     began = time.perf_counter()
-    with ThreadPoolExecutor(jobs) as pool:
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+    idle: LifoQueue[Commands] = LifoQueue()
+
+    def make_with_idle(run: Run) -> None:
+        commands = idle.get()
+        try:
+            make(run, commands, locks[data_directory(run.experiment, run.seed)], split)
+        finally:
+            idle.put(commands)
+
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        for _ in range(jobs):
+            idle.put(stack.enter_context(Commands(ROOT, environment)))
         try:
             while todo or running:
                 open_runs = {*todo, *(run for run, _ in running.values())}
@@ -61,8 +76,7 @@ def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], N
                         failed[run] = f"{run.name}, seed {run.seed}: not merged, as {', '.join(lost)} failed"
                         progress(failed[run])
                         continue
-                    lock = locks[data_directory(run.experiment, run.seed)]
-                    running[pool.submit(make, run, lock, split)] = run, time.perf_counter()
+                    running[pool.submit(make_with_idle, run)] = run, time.perf_counter()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run, start = running.pop(future)
                     took = f"{time.perf_counter() - start:.0f} s"

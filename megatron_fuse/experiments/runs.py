@@ -10,7 +10,6 @@ Each command goes on where it was interrupted, so a run does so too.
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe
 from megatron_fuse.recipe import Recipe, dump_recipe
@@ -98,7 +98,7 @@ def code_version() -> str:
     )
 
 
-def make(run: Run, data_lock: Lock, split: str) -> None:
+def make(run: Run, commands: Commands, data_lock: Lock, split: str) -> None:
     """Trains or merges, then measures; what is done is not done again. data_lock: of the seed, whose data stages take turns.
 
     Raises RunFailed where a command fails, UserError where the directory holds a run by other options.
@@ -107,16 +107,16 @@ def make(run: Run, data_lock: Lock, split: str) -> None:
     if not run.is_made():
         start = time.perf_counter()
         if run.name in run.experiment.variants:
-            facts = _train(run, data_lock)
+            facts = _train(run, commands, data_lock)
         elif run.name in run.experiment.merges:
-            facts = _merge(run, run.experiment.merges[run.name])
+            facts = _merge(run, commands, run.experiment.merges[run.name])
         else:
             facts = {}
         made_from = {"options": run.options(), "commit": code_version()}
         run.directory.mkdir(parents=True, exist_ok=True)
         write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **facts})
     if not run.evaluation(split).exists():
-        _evaluate(run, split)
+        _evaluate(run, commands, split)
 
 
 def _refuse_another(run: Run) -> None:
@@ -132,17 +132,19 @@ def _refuse_another(run: Run) -> None:
         )
 
 
-def _train(run: Run, data_lock: Lock) -> dict[str, Any]:
+def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
     recipe = variant_recipe(run.experiment, run.name, run.seed)
     path = run.directory / "recipe.yaml"
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
-        _command(run, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"])
+        _command(
+            run, commands, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"]
+        )
     start = time.perf_counter()
-    _command(run, [sys.executable, "pretrain_fuse.py", "--recipe", str(path)])
+    _command(run, commands, [sys.executable, "pretrain_fuse.py", "--recipe", str(path)], megatron=True)
     trained = time.perf_counter() - start
-    _command(run, [sys.executable, "tools/export_model.py", "--recipe", str(path)])
+    _command(run, commands, [sys.executable, "tools/export_model.py", "--recipe", str(path)], megatron=True)
     steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
     return {
         "data": instructions_sha256(recipe),
@@ -157,22 +159,22 @@ def instructions_sha256(recipe: Recipe) -> str:
     return open_artefact(directory, "instructions", "tools/prepare_instructions.py").sha256
 
 
-def _merge(run: Run, merge: Merge) -> dict[str, Any]:
+def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
     models = {name: str(Run(run.experiment, name, run.seed).model) for name in merge.parts}
     command = [sys.executable, "tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
     command += [part for name in merge.models for part in ("--model", models[name])]
     command += ["--dtype", "fp32"]
     command += ["--base", models[merge.base]] if merge.base else []
     command += [part for flag, value in merge.options.items() for part in (f"--{flag}", str(value))]
-    _command(run, command)
+    _command(run, commands, command)
     return {}
 
 
-def _evaluate(run: Run, split: str) -> None:
+def _evaluate(run: Run, commands: Commands, split: str) -> None:
     output = run.evaluation(split)
     with temporary_then_rename(output) as temporary:
         places = {"model": run.model, "output": temporary, "split": split, "seed": run.seed}
-        _command(run, [word.format(**places) for word in command_words(run.experiment.evaluate)])
+        _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
         try:
             found = json.loads(temporary.read_text(encoding="utf-8"))
             bad = [name for name, of in found.items() if not {"value", "n"} <= of.keys()]
@@ -190,19 +192,16 @@ def command_words(text: str) -> list[str]:
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
-def _command(run: Run, words: Sequence[str]) -> None:
+def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bool = False) -> None:
     """Runs it from the project's root, its output going to the run's log."""
     log = run.directory / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = words[1:] if words[0] == sys.executable else words  # as it is told
+    told = words[1:] if words[0] == sys.executable else words
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
+        file.write(f"$ {shlex.join(told)}\n")
+    if code := commands.run(words, log, megatron=megatron):
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
         raise RunFailed(
-            f"{run.name}, seed {run.seed}: {command[0]} ended with exit code {done.returncode}; the last of {log}:\n  "
+            f"{run.name}, seed {run.seed}: {told[0]} ended with exit code {code}; the last of {log}:\n  "
             + "\n  ".join(last)
         )
