@@ -6,7 +6,8 @@ Each model is a Hugging Face directory of a Llama, MPT or GPT-NeoX model with it
 tell opposite stories (a model that learns to show its working may forget how to answer at once):
 
 - generation: greedy decoding in the model's own chat template; right when the text ends in "The answer is X." with the right X.
-- choice: the right "The answer is X." against three near misses, each a whole response at once without working, by log-likelihood (chance is 25 %).
+- choice: the right "The answer is X." against three wrong ones (a near miss, a value misread, another problem's answer), each a whole
+  response at once without working, by log-likelihood (chance is 25 %).
 
 Problems are those of `--split` (test by default: no model has been trained on them). Accuracies are in percent, with the standard error of
 that many problems; the mean is over skills. OUTPUT gets evaluation.md and evaluation.json.
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lm import Encoded, encode_chats, encode_prompts, pack, packed_logits, padded
-from skills import CLOSING, SKILLS, SPLITS, Problem, answer_of, distinct, near_misses
+from skills import CLOSING, SKILLS, SPLITS, Problem, answer_of, distinct, wrong_answers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -97,7 +98,7 @@ def response_logprobs(model: PreTrainedModel, chats: list[Encoded], rows_per_bat
 def choices(problems: list[Problem], seed: int = 5) -> list[tuple[str, str]]:
     """Four (instruction, response) pairs a problem, the right one first; the same for every model."""
     rng = random.Random(seed)
-    options = [[problem.answer, *near_misses(problem, rng)] for problem in problems]
+    options = [[problem.answer, *wrong_answers(problem, rng)] for problem in problems]
     return [(p.instruction, f"{CLOSING}{text}.") for p, texts in zip(problems, options, strict=True) for text in texts]
 
 

@@ -269,25 +269,41 @@ def distinct(split: str, per_skill: int, seed: int) -> list[Problem]:
     return problems
 
 
-def near_misses(problem: Problem, rng: random.Random, count: int = 3) -> list[str]:
-    """Different wrong answers of the right form, each as one slip would give it."""
-    misses: list[str] = []
-    while len(misses) < count:
-        miss = SKILLS[problem.skill].miss(problem.values, rng)
-        if miss != problem.answer and miss not in misses:
-            misses.append(miss)
-    return misses
+def near_miss(problem: Problem, rng: random.Random) -> str:
+    """A wrong answer of the right form, as one slip would give it."""
+    while (miss := SKILLS[problem.skill].miss(problem.values, rng)) == problem.answer:
+        pass
+    return miss
+
+
+def misread(problem: Problem, rng: random.Random) -> Problem:
+    """The problem with one value changed, so that its answer is another."""
+    while True:
+        other = SKILLS[problem.skill].word(changed(problem.skill, problem.values, rng), rng)
+        if other.answer != problem.answer:
+            return other
+
+
+def wrong_answers(problem: Problem, rng: random.Random) -> list[str]:
+    """Three different wrong answers, each further from right: one slip, one value misread, another problem of skill and split."""
+    wrong: list[str] = []
+    for make in (
+        lambda: near_miss(problem, rng),
+        lambda: misread(problem, rng).answer,
+        lambda: draw(problem.skill, problem.split, rng).answer,
+    ):
+        while (answer := make()) in (problem.answer, *wrong):
+            pass
+        wrong.append(answer)
+    return wrong
 
 
 def wrong_response(problem: Problem, form: str, rng: random.Random) -> str:
     """A wrong answer to the problem: a near miss at the end of right working, or right working for a problem with one value changed."""
     if form == "short" or rng.random() < 0.3:
         right = problem.response(form)
-        return right[: right.rindex(CLOSING)] + f"{CLOSING}{near_misses(problem, rng, 1)[0]}."
-    while True:
-        other = SKILLS[problem.skill].word(changed(problem.skill, problem.values, rng), rng)
-        if other.answer != problem.answer:
-            return other.response(form)
+        return right[: right.rindex(CLOSING)] + f"{CLOSING}{near_miss(problem, rng)}."
+    return misread(problem, rng).response(form)
 
 
 def changed(skill: str, values: tuple, rng: random.Random) -> tuple:
