@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TARGET = "target"  # under this name lie the target's own answers, beside those of the sources
 REFERENCE = "reference"  # under this name lie the scores against the ground truth, beside those of the reward models
@@ -27,7 +27,16 @@ class ModelOptions(Options):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
-class ResponseFile(Options):
+class FileOptions(Options):
+    """How to read one file; in a recipe its path may stand alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+
+class ResponseFile(FileOptions):
     """Answers that exist already. A key may be nested: `responses.gpt-4` is the value under "gpt-4" of the value under "responses"."""
 
     path: Path = Field(description="JSONL, Parquet or a directory of Parquet, one row per example")
@@ -83,11 +92,6 @@ class AnsweringOptions(ModelOptions):
     responses: ResponseFile | None = Field(None, description="answers that exist already, instead of generating them")
     server: ServerOptions | None = Field(None, description="a server that answers, instead of the model in process")
 
-    @field_validator("responses", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
-
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.responses and self.server:
@@ -110,7 +114,7 @@ class SourceOptions(AnsweringOptions):
     )
 
 
-class ScoreFile(Options):
+class ScoreFile(FileOptions):
     """Scores made elsewhere: rows {id, source, score}, or one row per id with a mapping {source: score} under `scores`."""
 
     path: Path = Field(description="JSONL, Parquet or a directory of Parquet")
@@ -131,11 +135,6 @@ class RewardModelOptions(ModelOptions):
     )
     dtype: Precision = Field("bf16", description="precision in which the reward model runs")
     scores: ScoreFile | None = Field(None, description="scores made elsewhere, instead of a model")
-
-    @field_validator("scores", mode="before")
-    @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

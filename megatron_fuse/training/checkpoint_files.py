@@ -9,10 +9,8 @@ from pathlib import Path
 
 from megatron_fuse.storage import remove_abandoned, temporary_then_rename
 
-LATEST, BEST = (
-    "latest_checkpointed_iteration.txt",
-    "best_checkpointed_iteration.txt",
-)  # name a checkpoint of the directory
+# Files that name a checkpoint of the directory.
+LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
