@@ -17,15 +17,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=280, help="instructions of each skill")
     parser.add_argument("--relatives", action="store_true", help="also the models of one family (train_relatives.py)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another set of the same models, tokenizers and instructions"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     instructions = options.output / "instructions.jsonl"
     if not instructions.exists():
-        print(f"{instructions}: {write_instructions(instructions, options.per_skill, seed=1234)} examples")
-    make_tokenizers(options.output, seed=1234)
-    make_models(options.output, options.processes)
+        print(
+            f"{instructions}: {write_instructions(instructions, options.per_skill, seed=1234 + options.seed)} examples"
+        )
+    make_tokenizers(options.output, seed=1234 + options.seed)
+    make_models(options.output, options.processes, options.seed)
     if options.relatives:
-        make_relatives(options.output, options.processes)
+        make_relatives(options.output, options.processes, options.seed)
 
 
 if __name__ == "__main__":

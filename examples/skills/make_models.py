@@ -18,6 +18,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,10 @@ JOBS: dict[Settings, tuple[Callable[[Path, Settings], None], Settings | None]] =
 }
 
 
+def reseeded(settings: Settings, seed: int) -> Settings:
+    return replace(settings, seed=settings.seed + seed)
+
+
 def be_modest() -> None:
     """In each process: one thread, and none of the notes on new and unused weights that a changed head is bound to cause."""
     torch.set_num_threads(1)
@@ -48,9 +53,12 @@ def be_modest() -> None:
     logging.disable_progress_bar()
 
 
-def make_models(output: Path, processes: int) -> None:
-    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it."""
-    todo = [settings for settings in JOBS if not is_made(settings.directory(output), settings.hash(output))]
+def make_models(output: Path, processes: int, seed: int = 0) -> None:
+    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: added to every model's."""
+    jobs = {
+        reseeded(settings, seed): (train, after and reseeded(after, seed)) for settings, (train, after) in JOBS.items()
+    }
+    todo = [settings for settings in jobs if not is_made(settings.directory(output), settings.hash(output))]
     if not todo:
         print(f"{output}: all models were made before")
         return
@@ -59,10 +67,10 @@ def make_models(output: Path, processes: int) -> None:
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), be_modest) as pool:
         while todo or running:
             unfinished = [*todo, *running.values()]
-            ready = [settings for settings in todo if JOBS[settings][1] not in unfinished]
+            ready = [settings for settings in todo if jobs[settings][1] not in unfinished]
             for settings in ready[: processes - len(running)]:
                 todo.remove(settings)
-                running[pool.submit(JOBS[settings][0], output, settings)] = settings
+                running[pool.submit(jobs[settings][0], output, settings)] = settings
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 future.result()
                 del running[future]

@@ -6,7 +6,7 @@ All are of alpha's architecture and have its tokenizer. The ancestor sees all si
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,9 +62,10 @@ def train(output: Path, relative: Relative) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def make_relatives(output: Path, processes: int) -> None:
-    """Trains what is missing; the tokenizers have to be there."""
-    for generation in ((ANCESTOR,), DESCENDANTS):
+def make_relatives(output: Path, processes: int, seed: int = 0) -> None:
+    """Trains what is missing; the tokenizers have to be there. seed: added to every model's."""
+    for settings in ((ANCESTOR,), DESCENDANTS):
+        generation = [replace(relative, seed=relative.seed + seed) for relative in settings]
         todo = [relative for relative in generation if not is_made(relative.directory(output), relative.hash(output))]
         print("to train:", ", ".join(str(relative.directory(output)) for relative in todo) or "nothing", flush=True)
         if todo:

@@ -15,7 +15,8 @@
       main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
 
 Every seed has its own data stages, which its variants share: a variant's options decide what is made anew, usually only the choice
-between the sources and the training.
+between the sources and the training. Where `{seed}` stands in prepare, models or common, seeds differ in what is named there too, as in
+their source models.
 """
 
 import string
@@ -64,6 +65,9 @@ class Table(Options):
 
 class Experiment(Options):
     recipe: Path = Field(description="recipe that every variant is laid over")
+    common: dict[str, Any] = Field(
+        default_factory=dict, description="options laid over the recipe for all variants; null leaves out a key"
+    )
     workdir: Path = Field(description="directory of this experiment alone")
     results: Path = Field(description="CSV of all results; the report's pictures lie beside it")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -112,11 +116,12 @@ class Experiment(Options):
 
     @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
-        for name, options in self.variants.items():
+        given_options = {"common": self.common} | {f"variants.{name}": of for name, of in self.variants.items()}
+        for place, options in given_options.items():
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
             if taken := sorted(given & _OURS):
-                raise ValueError(f"variants.{name} gives {', '.join(taken)}, which the runner decides for every run")
+                raise ValueError(f"{place} gives {', '.join(taken)}, which the runner decides for every run")
         return self
 
     def needed(self, tables: list[str]) -> list[str]:
@@ -153,8 +158,19 @@ def variant_recipe(experiment: Experiment, name: str, seed: int, where: str | No
         "training": {"save": str(run / "checkpoints"), "tensorboard_dir": str(run / "tensorboard")},
         "export": {"path": str(run / "export")},
     }
-    content = laid_over(read_yaml(experiment.recipe), laid_over(experiment.variants[name], ours))
+    content = read_yaml(experiment.recipe)
+    for options in (with_seed(experiment.common, seed), experiment.variants[name], ours):
+        content = laid_over(content, options)
     return make_recipe(content, where or f"{experiment.recipe} with variant {name}")
+
+
+def with_seed(value: Any, seed: int) -> Any:
+    """The value with the seed for {seed} in all of its texts."""
+    if isinstance(value, dict):
+        return {key: with_seed(item, seed) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_seed(item, seed) for item in value]
+    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
 
 
 def laid_over(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from threading import Lock
 
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables
+from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import ROOT, Run, command_words, make
 from megatron_fuse.storage import read_json, write_json
@@ -37,9 +37,11 @@ def run_experiment(
     names = experiment.needed(require_tables(experiment, list(tables)))
     with _only_one(experiment.workdir, path):
         collect_results(experiment, split)  # refuses before hours of work what would be refused after them
-        if experiment.prepare:
-            progress(f"$ {experiment.prepare}")
-            if code := subprocess.run(command_words(experiment.prepare), cwd=ROOT, check=False).returncode:
+        for prepare in dict.fromkeys(
+            with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
+        ):
+            progress(f"$ {prepare}")
+            if code := subprocess.run(command_words(prepare), cwd=ROOT, check=False).returncode:
                 raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
         # Variant by variant, so that the seeds make their data side by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]

@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe
+from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe, with_seed
 from megatron_fuse.recipe import Recipe, dump_recipe
 from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
@@ -49,7 +49,8 @@ class Run:
     @property
     def model(self) -> Path:
         """The Hugging Face directory that is measured."""
-        return self.experiment.models.get(self.name, self.directory / "export")
+        given = self.experiment.models.get(self.name)
+        return Path(with_seed(str(given), self.seed)) if given else self.directory / "export"
 
     def evaluation(self, split: str) -> Path:
         return self.directory / f"evaluation-{split}.json"
@@ -69,7 +70,7 @@ class Run:
         if name in experiment.merges:
             parts = {part: Run(experiment, part, self.seed).options() for part in experiment.merges[name].parts}
             return {"merge": experiment.merges[name].model_dump(mode="json"), "of": parts}
-        return {"model": str(experiment.models[name])}
+        return {"model": str(self.model)}
 
 
 # What a run's numbers depend on; not what only plans, collects and tells them.

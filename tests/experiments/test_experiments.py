@@ -172,6 +172,7 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
         ({"variants": {"x": {"training": {"lrr": 1}}}}, r"variants.x: training.lrr: unknown key; allowed here: .*lr"),
         ({"variants": {"x": {"seed": 1}}}, "variants.x gives seed, which the runner decides"),
         ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x gives training.save"),
+        ({"common": {"export": {"path": "y"}}}, "common gives export.path"),
         ({"variants": {"a": {}}}, "a: given twice"),
         ({"evaluate": "python m.py {model}"}, r"evaluate has the places \['model'\]"),
         ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate has the places .*where"),
@@ -183,6 +184,17 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
 def test_what_cannot_be_run_is_refused(experiment_file: Path, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_experiment(changed(experiment_file, **keys))
+
+
+def test_a_seed_may_name_models_and_data_of_its_own(experiment_file: Path, tmp_path: Path) -> None:
+    common = {"sources": {"one": None, "two": {"model": f"{tmp_path}/set-{{seed}}"}}, "data": {"path": "{seed}.jsonl"}}
+    prepare = f"python -c \"import os; os.makedirs('{tmp_path}/set-{{seed}}')\""
+    keys = {"common": common, "prepare": prepare, "models": {"a": f"{tmp_path}/set-{{seed}}"}}
+    tables = {"main": {"title": "All", "rows": ["a"], "baseline": "a"}}
+    experiment, failed, calls = run(changed(experiment_file, **keys, tables=tables))
+    recipe = variant_recipe(experiment, "csft", 2)
+    assert {name: source.model for name, source in recipe.sources.items()} == {"two": f"{tmp_path}/set-2"}
+    assert recipe.data.path == Path("2.jsonl") and failed == [] and calls == ["set-1 1 test", "set-2 2 test"]
 
 
 def test_an_unknown_table_is_refused(experiment_file: Path) -> None:
