@@ -29,10 +29,10 @@ class Commands:
     def run(self, words: Sequence[str], log: Path, *, megatron: bool = False) -> int:
         """The command's exit code, -N if signal N ended it; its output is appended to the log.
 
-        words: a script is named by this interpreter and its path. megatron: a script of the project that trains. All others run
-        without what that changes in torch.
+        A script, named by this interpreter and a path in .py, is forked; everything else is started as it is. megatron: a script of the
+        project that trains; all others run without what that changes in torch. Raises UserError where nothing can be forked from.
         """
-        if words[0] == sys.executable:
+        if words[0] == sys.executable and words[1].endswith(".py"):
             return self._fork(words[1:], log, megatron)
         with log.open("a", encoding="utf-8") as file:
             return subprocess.run(words, **self._where, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
@@ -85,7 +85,11 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
         if child == 0:
             _become_script(**json.loads(line))
             return
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try:
+            print(code, file=replies, flush=True)
+        except BrokenPipeError:  # who asked is gone
+            return
 
 
 def _become_script(words: list[str], log: str) -> None:

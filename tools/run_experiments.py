@@ -10,6 +10,7 @@ experiment's CSV, a row per variant, seed and metric.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from megatron_fuse.errors import UserError, exit_code
@@ -46,7 +47,9 @@ def main() -> None:
     (path,) = arguments.experiments
     experiment = load_experiment(path)
     split = arguments.split or experiment.split
-    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs)
+    failed = run_experiment(
+        experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=partial(print, flush=True)
+    )
     results = collect_results(experiment, split)
     write_results(experiment.results, results, split)
     report = experiment.workdir / f"report-{split}.md"
