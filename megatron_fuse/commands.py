@@ -1,12 +1,14 @@
-"""The commands of a run: Python scripts as forks of a process that has imported the large libraries already.
+"""Starts commands one after another; Python scripts as forks of a process that has imported the large libraries already.
 
-Their imports take longer than many of a run's commands do. A fork has them at once, and leaves nothing behind for the next one.
+Their imports take longer than many scripts do. A fork has them at once, and leaves nothing behind for the next one. What a script
+starts by itself is started as ever.
 """
 
 import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,36 +18,53 @@ from typing import Self
 from megatron_fuse.errors import UserError
 
 LIBRARIES = ("torch", "transformers", "matplotlib.pyplot", "megatron_fuse.fusion_data")
-_TRAINING = "--training"  # on the command line of the process that training scripts are forked from
+_MEGATRON = "--megatron"  # on the command line of the process that scripts on Megatron-core are forked from
 
 
 class Commands:
-    """Runs one command at a time, all in one directory and environment; a context, which ends what scripts are forked from."""
+    """Runs one command at a time, all in one directory and environment; a context, which ends what scripts are forked from.
 
-    def __init__(self, directory: Path, environment: Mapping[str, str]) -> None:
-        self._where = {"cwd": directory, "env": dict(environment)}
+    keep_open: file descriptors, as of a lock, that all scripts hold until the last one has ended.
+    """
+
+    def __init__(self, directory: Path, environment: Mapping[str, str], keep_open: Sequence[int] = ()) -> None:
+        # torch looks for a GPU without CUDA's own calls then, after which no fork could use it.
+        self._where = {"cwd": directory, "env": {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}}
+        self._keep_open = tuple(keep_open)
         self._parents: dict[bool, subprocess.Popen[str]] = {}
 
     def run(self, words: Sequence[str], log: Path, *, megatron: bool = False) -> int:
         """The command's exit code, -N if signal N ended it; its output is appended to the log.
 
         A script, named by this interpreter and a path in .py, is forked; everything else is started as it is. megatron: a script of the
-        project that trains; all others run without what that changes in torch. Raises UserError where nothing can be forked from.
+        project on Megatron-core; all others run without what that changes in torch. Raises UserError where it cannot be started.
         """
         if words[0] == sys.executable and words[1].endswith(".py"):
             return self._fork(words[1:], log, megatron)
         with log.open("a", encoding="utf-8") as file:
-            return subprocess.run(words, **self._where, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+            try:
+                return subprocess.run(
+                    words, **self._where, stdout=file, stderr=subprocess.STDOUT, check=False
+                ).returncode
+            except OSError as error:
+                raise UserError(f"{words[0]} cannot be started: {error.strerror}") from error
 
-    def _fork(self, words: Sequence[str], log: Path, megatron: bool) -> int:
-        if megatron not in self._parents:  # not before it is needed: it takes seconds
+    def import_libraries(self, *, megatron: bool = False) -> None:
+        """What the first script would wait for otherwise, some seconds."""
+        if megatron not in self._parents:
             self._parents[megatron] = subprocess.Popen(
-                [sys.executable, "-m", __name__, *LIBRARIES, *([_TRAINING] if megatron else [])],
+                [sys.executable, "-m", __name__, *LIBRARIES, *([_MEGATRON] if megatron else [])],
                 **self._where,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                pass_fds=self._keep_open,
                 text=True,
             )
+            assert self._parents[megatron].stdout is not None
+            self._parents[megatron].stdout.readline()  # or "", where it has ended
+
+    def _fork(self, words: Sequence[str], log: Path, megatron: bool) -> int:
+        self.import_libraries(megatron=megatron)
         parent = self._parents[megatron]
         assert parent.stdin is not None and parent.stdout is not None
         try:
@@ -63,7 +82,7 @@ class Commands:
             parent.communicate()  # closes its stdin, on which it ends
 
 
-def _import_for_training() -> None:
+def _import_megatron() -> None:
     from megatron_fuse.runtime import enable_cpu_megatron
     from megatron_fuse.runtime.distributed import quiet_third_party_warnings
 
@@ -73,16 +92,19 @@ def _import_for_training() -> None:
 
 
 def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
-    """One JSON line per script on stdin, one exit code per line on stdout, until stdin is closed."""
+    """ "ready" on stdout, then an exit code per line for each script, a JSON line on stdin; until that is closed."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that nothing that is printed at import is taken for a reply
     for name in libraries:
         importlib.import_module(name)
     if megatron:
-        _import_for_training()
+        _import_megatron()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the script, and closes stdin
+    print("ready", file=replies, flush=True)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             _become_script(**json.loads(line))
             return
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -102,4 +124,4 @@ def _become_script(words: list[str], log: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve([name for name in sys.argv[1:] if name != _TRAINING], megatron=_TRAINING in sys.argv)
+    _serve([name for name in sys.argv[1:] if name != _MEGATRON], megatron=_MEGATRON in sys.argv)

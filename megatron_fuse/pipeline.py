@@ -16,7 +16,7 @@ from megatron_fuse.advantage.reward_models.forms import find_judge
 from megatron_fuse.advantage.scores import plan_scores
 from megatron_fuse.capture import plan_capture
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import modes_with_teacher
+from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
 from megatron_fuse.fusion_data.layout import fusion_directory, teacher_directory, text_directory
 from megatron_fuse.fusion_data.text import plan_text
 from megatron_fuse.instructions import plan_instructions
@@ -25,7 +25,9 @@ from megatron_fuse.recipe import REFERENCE, Recipe
 from megatron_fuse.responses import backend_of, plan_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, resolve_model
 from megatron_fuse.storage import Plan, Workspace, completed, open_artefact
-from megatron_fuse.target import read_target
+from megatron_fuse.target import checkpoint_directory, read_target
+from megatron_fuse.training.checkpoint_files import LATEST
+from megatron_fuse.training.schedule import make_schedule
 
 # Bytes per parameter at which published weights are stored; only for estimates.
 _WEIGHT_BYTES = 2
@@ -66,6 +68,14 @@ class Stage:
 
     def is_done(self) -> bool:
         return all(work.state() == "done" for work in self.works)
+
+
+def require_whole_training(recipe: Recipe) -> None:
+    """Raises UserError where training has ended early, as at a signal or by --exit-interval: such a model is not to be exported."""
+    wanted = make_schedule(recipe, len(FusionDataset(recipe).train)).last_step(recipe.training.train_iters)
+    reached = int((checkpoint_directory(recipe) / LATEST).read_text())
+    if reached < wanted:
+        raise UserError(f"training has stopped at step {reached} of {wanted}: run this again, and it continues")
 
 
 def check_files(recipe: Recipe) -> None:

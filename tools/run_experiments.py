@@ -51,7 +51,8 @@ def main() -> None:
         experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=partial(print, flush=True)
     )
     results = collect_results(experiment, split)
-    write_results(experiment.results, results, split)
+    if lost := write_results(experiment, results, split):
+        print(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")
     report = experiment.workdir / f"report-{split}.md"
     write_report([Reported(experiment, results, _command(path))], report)
     print(f"{experiment.results}: {len(results)} results; tables: {report}")

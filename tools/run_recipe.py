@@ -15,14 +15,19 @@ import time
 from pathlib import Path
 
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.summary import rule_lines
-from megatron_fuse.pipeline import check_files, count_tokens, data_stages, measured_flops_per_second, training_flops
+from megatron_fuse.pipeline import (
+    check_files,
+    count_tokens,
+    data_stages,
+    measured_flops_per_second,
+    require_whole_training,
+    training_flops,
+)
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.target import checkpoint_directory, export_directory
 from megatron_fuse.training.checkpoint_files import LATEST
-from megatron_fuse.training.schedule import make_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,19 +77,6 @@ def run_stage(name: str, recipe: Recipe, resolved: Path, processes: int) -> None
         run([stage.tool, "--recipe", str(resolved)], processes)
 
 
-def require_whole_training(recipe: Recipe) -> None:
-    """Raises UserError where training has ended early, as at a signal or by --exit-interval: such a model is not to be exported."""
-    schedule = make_schedule(recipe, len(FusionDataset(recipe).train))
-    wanted = schedule.last_step(recipe.training.train_iters)
-    reached = int(latest_iteration_file(recipe).read_text())
-    if reached < wanted:
-        raise UserError(f"training has stopped at step {reached} of {wanted}: run this again, and it continues")
-
-
-def latest_iteration_file(recipe: Recipe) -> Path:
-    return checkpoint_directory(recipe) / LATEST
-
-
 def run(command: list[str], processes: int) -> None:
     """Runs one of our scripts, under torchrun where there are several processes."""
     launcher = [sys.executable]
@@ -129,7 +121,7 @@ def print_plan(recipe: Recipe) -> None:
                 refusals.append(str(refusal))
             cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
             print(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
-    tracker = latest_iteration_file(recipe)
+    tracker = checkpoint_directory(recipe) / LATEST
     state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
     time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe) / rate)
     print(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")

@@ -133,7 +133,7 @@ def evaluate(directory: Path, split: str, problems_per_skill: int, seed: int) ->
     return {
         "directory": str(directory),
         "generation": per_skill(problems, generated),
-        "choice": per_skill(problems, (logprobs.argmax(1) == 0).tolist()),
+        "choice": per_skill(problems, (logprobs[:, 0] > logprobs[:, 1:].max(1)).tolist()),
         "mean_response_tokens": sum(map(len, responses)) / len(responses),
         "samples": [
             {"instruction": problems[n].instruction, "response": texts[n], "right": generated[n]} for n in firsts

@@ -22,12 +22,10 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    seed = 1234 + options.seed
     instructions = options.output / "instructions.jsonl"
-    if not instructions.exists():
-        print(
-            f"{instructions}: {write_instructions(instructions, options.per_skill, seed=1234 + options.seed)} examples"
-        )
-    make_tokenizers(options.output, seed=1234 + options.seed)
+    print(f"{instructions}: {write_instructions(instructions, options.per_skill, seed)} examples")
+    make_tokenizers(options.output, seed)
     make_models(options.output, options.processes, options.seed)
     if options.relatives:
         make_relatives(options.output, options.processes, options.seed)

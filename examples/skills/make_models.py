@@ -43,7 +43,7 @@ JOBS: dict[Settings, tuple[Callable[[Path, Settings], None], Settings | None]] =
 
 
 def reseeded(settings: Settings, seed: int) -> Settings:
-    return replace(settings, seed=settings.seed + seed)
+    return replace(settings, seed=settings.seed + 1000 * seed)  # so that no two models of any sets have the same
 
 
 def be_modest() -> None:
@@ -54,7 +54,7 @@ def be_modest() -> None:
 
 
 def make_models(output: Path, processes: int, seed: int = 0) -> None:
-    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: added to every model's."""
+    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: of the whole set."""
     jobs = {
         reseeded(settings, seed): (train, after and reseeded(after, seed)) for settings, (train, after) in JOBS.items()
     }

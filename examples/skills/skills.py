@@ -285,7 +285,7 @@ def misread(problem: Problem, rng: random.Random) -> Problem:
 
 
 def wrong_answers(problem: Problem, rng: random.Random) -> list[str]:
-    """Three different wrong answers, each further from right: one slip, one value misread, another problem of skill and split."""
+    """Three different wrong answers: by a slip, for the problem with one value misread, and of another problem of skill and split."""
     wrong: list[str] = []
     for make in (
         lambda: near_miss(problem, rng),

@@ -63,9 +63,9 @@ def train(output: Path, relative: Relative) -> None:
 
 
 def make_relatives(output: Path, processes: int, seed: int = 0) -> None:
-    """Trains what is missing; the tokenizers have to be there. seed: added to every model's."""
+    """Trains what is missing; the tokenizers have to be there. seed: of the whole set."""
     for settings in ((ANCESTOR,), DESCENDANTS):
-        generation = [replace(relative, seed=relative.seed + seed) for relative in settings]
+        generation = [replace(relative, seed=relative.seed + 1000 * seed) for relative in settings]
         todo = [relative for relative in generation if not is_made(relative.directory(output), relative.hash(output))]
         print("to train:", ", ".join(str(relative.directory(output)) for relative in todo) or "nothing", flush=True)
         if todo:

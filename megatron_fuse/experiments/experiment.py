@@ -15,10 +15,11 @@
       main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
 
 Every seed has its own data stages, which its variants share: a variant's options decide what is made anew, usually only the choice
-between the sources and the training. Where `{seed}` stands in prepare, models or common, seeds differ in what is named there too, as in
-their source models.
+between the sources and the training. Where `{seed}` stands in prepare, models, the recipe or what is laid over it, seeds differ in what
+is named there too, as in their source models.
 """
 
+import shlex
 import string
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -107,6 +108,11 @@ class Experiment(Options):
 
     @model_validator(mode="after")
     def _evaluates_a_model(self) -> Self:
+        for name in ("prepare", "evaluate"):
+            try:
+                shlex.split(getattr(self, name) or "")
+            except ValueError as error:
+                raise ValueError(f"{name} is no command line: {error}") from error
         named = {field for _, field, _, _ in string.Formatter().parse(self.evaluate) if field is not None}
         if not {"model", "output"} <= named <= PLACEHOLDERS:
             raise ValueError(
@@ -159,9 +165,9 @@ def variant_recipe(experiment: Experiment, name: str, seed: int, where: str | No
         "export": {"path": str(run / "export")},
     }
     content = read_yaml(experiment.recipe)
-    for options in (with_seed(experiment.common, seed), experiment.variants[name], ours):
+    for options in (experiment.common, experiment.variants[name], ours):
         content = laid_over(content, options)
-    return make_recipe(content, where or f"{experiment.recipe} with variant {name}")
+    return make_recipe(with_seed(content, seed), where or f"{experiment.recipe} with variant {name}")
 
 
 def with_seed(value: Any, seed: int) -> Any:

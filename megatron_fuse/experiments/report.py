@@ -19,7 +19,8 @@ from megatron_fuse.report.layout import markdown_table, save_picture, save_text
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "
-    "interval (Student's t). ▲ and ▼: more than two standard errors above or below the baseline; all others are ties."
+    "interval (Student's t). ▲ and ▼: more than two standard errors above or below the baseline; all others are ties. Of differences that "
+    "are none, chance marks about 12 % at five seeds and 18 % at three."
 )
 Values = dict[str, dict[str, dict[int, float]]]  # variant -> metric -> seed -> value
 

@@ -49,11 +49,15 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
     for name in (*experiment.models, *experiment.variants, *experiment.merges):
         for seed in experiment.seeds:
             run = Run(experiment, name, seed)
-            if not run.is_finished(split):
+            if not run.is_made():
                 continue
             made = read_json(run.directory / "result.json")
-            if made["commit"] != version:
-                others.setdefault(made["commit"], []).append(f"{name} (seed {seed})")
+            finished = run.is_finished(split)
+            commits = {made["commit"], read_json(run.evaluation(split))["commit"] if finished else version}
+            for commit in sorted(commits - {version}):
+                others.setdefault(commit, []).append(f"{name} (seed {seed})")
+            if not finished:
+                continue
             if "data" in made:
                 first, owner = data.setdefault(seed, (made["data"], run))
                 if first != made["data"]:
@@ -66,7 +70,7 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
         (commit, runs), *_ = others.items()
         raise UserError(
             f"{experiment.workdir} holds {len(runs)} runs of commit {commit}, as {runs[0]}, but the code is at {version}: check out "
-            f"{commit}, or remove {experiment.workdir / 'runs'} to make all of them anew"
+            f"{commit}, or remove {experiment.workdir} to make all of them anew"
         )
     return results
 
@@ -90,19 +94,38 @@ def _rows(run: Run, split: str, made: dict[str, Any]) -> list[Result]:
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             date=day,
         )
-        for metric, found in read_json(path).items()
+        for metric, found in read_json(path)["metrics"].items()
     ]
 
 
-def write_results(path: Path, results: Sequence[Result], split: str) -> None:
-    """Writes the rows of a split; those of other splits stay where they are of the same commit, and go otherwise."""
-    commits = {result.commit for result in results}
-    kept = [row for row in read_results(path) if row.split != split and row.commit in commits] if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_then_rename(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+def write_results(experiment: Experiment, results: Sequence[Result], split: str) -> list[str]:
+    """Puts the rows of a split into the experiment's CSV, and returns the names of which rows went.
+
+    Rows of other splits, and of names and seeds of the experiment that have no new ones, stay if they are of the same commit and data.
+    """
+    names = [*experiment.models, *experiment.variants, *experiment.merges]
+    new = {(row.variant, row.seed, row.split) for row in results}
+    commits, data = {row.commit for row in results}, {row.seed: row.data for row in results if row.data}
+
+    def stays(row: Result) -> bool:
+        fits = row.commit in commits and row.data in ("", data.get(row.seed, row.data))
+        return fits and row.variant in names and row.seed in experiment.seeds
+
+    if not results:
+        return []
+    old = read_results(experiment.results) if experiment.results.exists() else []
+    old = [row for row in old if (row.variant, row.seed, row.split) not in new]
+    rows = [*filter(stays, old), *results]
+    rows.sort(key=lambda row: (row.split != experiment.split, row.split, names.index(row.variant), row.seed))
+    experiment.results.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        temporary_then_rename(experiment.results) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(asdict, [*kept, *results]))
+        writer.writerows(map(asdict, rows))
+    return sorted({row.variant for row in old if not stays(row) and row.split == split})
 
 
 def read_results(path: Path) -> list[Result]:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from queue import LifoQueue
 from threading import Lock
 
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
 from megatron_fuse.experiments.results import collect_results
-from megatron_fuse.experiments.runs import ROOT, Run, command_words, make
+from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make
 from megatron_fuse.storage import read_json, write_json
 
 
@@ -33,9 +32,11 @@ def run_experiment(
     path: the experiment's file, by which its workdir knows it. jobs: runs side by side, one thread each. Raises UserError where
     another experiment has the workdir, or where it holds finished runs that may not stand beside new ones (results.py).
     """
-    split = split or experiment.split
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    split, version = split or experiment.split, code_version()
     names = experiment.needed(require_tables(experiment, list(tables)))
-    with _only_one(experiment.workdir, path):
+    with _only_one(experiment.workdir, path) as lock:
         collect_results(experiment, split)  # refuses before hours of work what would be refused after them
         for prepare in dict.fromkeys(
             with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
@@ -47,27 +48,29 @@ def run_experiment(
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]
         progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
-        return _run_all(todo, split, jobs, progress)
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+        with ExitStack() as stack:
+            # What they start holds the lock too: it may go on for a while where this process is killed.
+            starters = [stack.enter_context(Commands(ROOT, environment, keep_open=[lock])) for _ in range(jobs)]
+            return _run_all(todo, split, starters, version, progress)
 
 
-def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], None]) -> list[str]:
+def _run_all(
+    todo: list[Run], split: str, starters: list[Commands], version: str, progress: Callable[[str], None]
+) -> list[str]:
     """In their order as far as it goes: a merge waits for its parts, and is given up where one of them failed."""
     locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
     total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
-    began = time.perf_counter()
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-    idle: LifoQueue[Commands] = LifoQueue()
+    jobs, idle, began = len(starters), list(starters), time.perf_counter()
 
-    def make_with_idle(run: Run) -> None:
-        commands = idle.get()
+    def make_with_an_idle_one(run: Run) -> None:
+        commands = idle.pop()  # there are as many as threads
         try:
-            make(run, commands, locks[data_directory(run.experiment, run.seed)], split)
+            make(run, commands, locks[data_directory(run.experiment, run.seed)], split, version)
         finally:
-            idle.put(commands)
+            idle.append(commands)
 
-    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
-        for _ in range(jobs):
-            idle.put(stack.enter_context(Commands(ROOT, environment)))
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             while todo or running:
                 open_runs = {*todo, *(run for run, _ in running.values())}
@@ -78,7 +81,7 @@ def _run_all(todo: list[Run], split: str, jobs: int, progress: Callable[[str], N
                         failed[run] = f"{run.name}, seed {run.seed}: not merged, as {', '.join(lost)} failed"
                         progress(failed[run])
                         continue
-                    running[pool.submit(make_with_idle, run)] = run, time.perf_counter()
+                    running[pool.submit(make_with_an_idle_one, run)] = run, time.perf_counter()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run, start = running.pop(future)
                     took = f"{time.perf_counter() - start:.0f} s"
@@ -104,10 +107,10 @@ def _parts(run: Run) -> list[Run]:
 
 
 @contextmanager
-def _only_one(workdir: Path, path: Path) -> Iterator[None]:
-    """The workdir belongs to one experiment file, and to one process at a time."""
+def _only_one(workdir: Path, path: Path) -> Iterator[int]:
+    """The workdir belongs to one experiment file, and to one process and what it started at a time; yields the lock's descriptor."""
     workdir.mkdir(parents=True, exist_ok=True)
-    owner, name = workdir / "experiment.json", str(path)
+    owner, name = workdir / "experiment.json", os.path.relpath(path.resolve(), ROOT)
     if owner.exists() and read_json(owner)["experiment"] != name:
         raise UserError(
             f"{workdir} belongs to the experiment {read_json(owner)['experiment']}, not to {name}: give this one a workdir of its own"
@@ -116,6 +119,8 @@ def _only_one(workdir: Path, path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{workdir}: another process runs this experiment: wait for it, or end it") from error
+            raise UserError(
+                f"{workdir}: another process runs this experiment, or what it has started does: wait for it, or end it"
+            ) from error
         write_json(owner, {"experiment": name})
-        yield
+        yield lock.fileno()

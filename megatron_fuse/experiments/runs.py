@@ -3,10 +3,11 @@
 WORKDIR/runs/NAME/seed-N/recipe.yaml             what was run, every option written out
                          log.txt                 what its commands printed
                          export/                 the model
-                         evaluation-SPLIT.json   {metric: {value, n}}
-                         result.json             steps, tokens, seconds, and what the run was made from; written last
+                         begun.json              its options and commit, before anything else
+                         result.json             what it was made from, steps, tokens, seconds; when the model is complete
+                         evaluation-SPLIT.json   {metric: {value, n}}, and the command and commit that measured them
 
-Each command goes on where it was interrupted, so a run does so too.
+Each command goes on where it was interrupted, so a run does so too. A model is measured anew where the command has changed.
 """
 
 import json
@@ -23,6 +24,7 @@ from typing import Any
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe, with_seed
+from megatron_fuse.pipeline import require_whole_training
 from megatron_fuse.recipe import Recipe, dump_recipe
 from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
@@ -59,7 +61,8 @@ class Run:
         return (self.directory / "result.json").exists()
 
     def is_finished(self, split: str) -> bool:
-        return self.is_made() and self.evaluation(split).exists()
+        path = self.evaluation(split)
+        return self.is_made() and path.exists() and read_json(path)["command"] == self.experiment.evaluate
 
     def options(self) -> dict[str, Any]:
         """All that decides what the run makes, as it is stored in result.json."""
@@ -99,12 +102,13 @@ def code_version() -> str:
     )
 
 
-def make(run: Run, commands: Commands, data_lock: Lock, split: str) -> None:
-    """Trains or merges, then measures; what is done is not done again. data_lock: of the seed, whose data stages take turns.
+def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str) -> None:
+    """Trains or merges, then measures; what is done is not done again.
 
-    Raises RunFailed where a command fails, UserError where the directory holds a run by other options.
+    data_lock: of the seed, whose data stages take turns. version: of the code that commands have imported. Raises RunFailed where a
+    command fails, UserError where the directory holds a run by other options or code, or where the code has changed meanwhile.
     """
-    _refuse_another(run)
+    _refuse_another(run, version)
     if not run.is_made():
         start = time.perf_counter()
         if run.name in run.experiment.variants:
@@ -113,23 +117,40 @@ def make(run: Run, commands: Commands, data_lock: Lock, split: str) -> None:
             facts = _merge(run, commands, run.experiment.merges[run.name])
         else:
             facts = {}
-        made_from = {"options": run.options(), "commit": code_version()}
-        run.directory.mkdir(parents=True, exist_ok=True)
+        _refuse_changed_code(run, version)
+        made_from = {"options": run.options(), "commit": version}
         write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **facts})
-    if not run.evaluation(split).exists():
-        _evaluate(run, commands, split)
+    if not run.is_finished(split):
+        metrics = _evaluate(run, commands, split)
+        _refuse_changed_code(run, version)
+        write_json(run.evaluation(split), {"command": run.experiment.evaluate, "commit": version, "metrics": metrics})
 
 
-def _refuse_another(run: Run) -> None:
-    path = run.directory / ("result.json" if run.is_made() else "begun.json")
-    now = sha256_of_json(run.options())
+def _refuse_another(run: Run, version: str) -> None:
+    path = run.directory / "begun.json"
+    now = {"options": run.options(), "commit": version}
     if not path.exists():
-        write_json(run.directory / "begun.json", {"options": run.options()})
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
         return
-    if sha256_of_json(read_json(path)["options"]) != now:
+    begun = read_json(path)
+    if sha256_of_json(begun["options"]) != sha256_of_json(now["options"]):
         raise UserError(
             f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
             "experiment a workdir of its own"
+        )
+    if begun["commit"] != version:
+        raise UserError(
+            f"{run.directory} holds a run of commit {begun['commit']}, but the code is at {version}: check out {begun['commit']}, "
+            "or remove it to run this anew"
+        )
+
+
+def _refuse_changed_code(run: Run, version: str) -> None:
+    if (now := code_version()) != version:
+        raise UserError(
+            f"{run.name}, seed {run.seed}: the code was at {version} when this began, and is at {now}: check out {version} and run "
+            f"this again, or remove {run.directory}"
         )
 
 
@@ -142,9 +163,11 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
         _command(
             run, commands, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"]
         )
+    commands.import_libraries(megatron=True)  # no part of the training's seconds
     start = time.perf_counter()
     _command(run, commands, [sys.executable, "pretrain_fuse.py", "--recipe", str(path)], megatron=True)
     trained = time.perf_counter() - start
+    require_whole_training(recipe)
     _command(run, commands, [sys.executable, "tools/export_model.py", "--recipe", str(path)], megatron=True)
     steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
     return {
@@ -171,20 +194,23 @@ def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
     return {}
 
 
-def _evaluate(run: Run, commands: Commands, split: str) -> None:
-    output = run.evaluation(split)
-    with temporary_then_rename(output) as temporary:
-        places = {"model": run.model, "output": temporary, "split": split, "seed": run.seed}
-        _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
-        try:
-            found = json.loads(temporary.read_text(encoding="utf-8"))
-            bad = [name for name, of in found.items() if not {"value", "n"} <= of.keys()]
-        except (ValueError, AttributeError) as error:
-            raise RunFailed(
-                f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})"
-            ) from error
-        if bad:
-            raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no value and n of {', '.join(bad)}")
+def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
+    output = run.directory / f"measured-{split}.json"
+    places = {"model": run.model, "output": output, "split": split, "seed": run.seed}
+    _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
+    try:
+        found = json.loads(output.read_text(encoding="utf-8"))
+        bad = [
+            name
+            for name, of in found.items()
+            if not all(isinstance(of.get(key), int | float) for key in ("value", "n"))
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})") from error
+    if bad:
+        raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no value and n of {', '.join(bad)}")
+    output.unlink()
+    return found
 
 
 def command_words(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """An experiment's file, its runs, its CSV and its report; models only, measured by a script of the test's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> Non
     experiment, *_ = run(experiment_file)
     run(experiment_file, split="dev")
     for split in ("test", "dev", "dev"):
-        write_results(experiment.results, collect_results(experiment, split), split)
+        assert write_results(experiment, collect_results(experiment, split), split) == []
     found = read_results(experiment.results)
     assert found == collect_results(experiment, "test") + collect_results(experiment, "dev")
     experiment.results.write_text("a,b\n1,2\n")
@@ -151,6 +152,32 @@ def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, mo
         run(experiment_file)
 
 
+def test_what_another_command_measured_is_measured_anew(experiment_file: Path) -> None:
+    run(experiment_file)
+    command = yaml.safe_load(experiment_file.read_text())["evaluate"] + " --twice"
+    assert run(changed(experiment_file, evaluate=command))[2] == ["a 1 test", "a 2 test", "bb 1 test", "bb 2 test"]
+
+
+def test_code_that_changes_under_a_run_makes_no_result(experiment_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_fuse.experiments.runner.code_version", lambda: "before")
+    monkeypatch.setattr(runs_module, "code_version", lambda: "after")
+    experiment, failed, _ = run(experiment_file)
+    assert len(failed) == 4 and "the code was at before when this began, and is at after: check out before" in failed[0]
+    assert not Run(experiment, "a", 1).is_made()
+
+
+def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    found = collect_results(experiment, "test")
+    kept = [replace(row, variant="cccc") for row in found if row.variant == "a"]
+    lost = [replace(row, commit="another", variant="csft") for row in kept]
+    experiment.results.parent.mkdir()
+    assert write_results(experiment, kept + lost + found, "test") == []
+    assert write_results(experiment, [], "test") == [] and read_results(experiment.results) == found + kept + lost
+    assert write_results(experiment, found, "test") == ["csft"]
+    assert read_results(experiment.results) == found + kept
+
+
 def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Path, tmp_path: Path) -> None:
     run(experiment_file)
     other = write(tmp_path / "other.yaml", yaml.safe_load(experiment_file.read_text()))
@@ -178,6 +205,7 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
         ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate has the places .*where"),
         ({"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}}, "merges.m: no variant or model is named d"),
         ({"seeds": [1, 1]}, "seeds holds one twice"),
+        ({"prepare": "python 'make.py"}, "prepare is no command line: No closing quotation"),
         ({"sedes": [1]}, "sedes: unknown key; allowed here: .*seeds"),
     ],
 )
@@ -195,6 +223,14 @@ def test_a_seed_may_name_models_and_data_of_its_own(experiment_file: Path, tmp_p
     recipe = variant_recipe(experiment, "csft", 2)
     assert {name: source.model for name, source in recipe.sources.items()} == {"two": f"{tmp_path}/set-2"}
     assert recipe.data.path == Path("2.jsonl") and failed == [] and calls == ["set-1 1 test", "set-2 2 test"]
+
+
+def test_a_command_that_cannot_be_started_is_named(experiment_file: Path) -> None:
+    command = yaml.safe_load(experiment_file.read_text())["evaluate"].replace("python", "pyhton")
+    _, failed, _ = run(changed(experiment_file, evaluate=command))
+    assert len(failed) == 4 and failed[0] == "pyhton cannot be started: No such file or directory"
+    with pytest.raises(UserError, match="--jobs must be at least 1, not 0"):
+        run(experiment_file, jobs=0)
 
 
 def test_an_unknown_table_is_refused(experiment_file: Path) -> None:
