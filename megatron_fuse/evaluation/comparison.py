@@ -58,7 +58,7 @@ def compare(
     baseline: str,
 ) -> Comparison:
     """results, failures: by (model, task); of what is in neither there is no value. Raises UserError where models were asked different questions."""
-    rows, notes = [], []
+    rows, notes = [], list[tuple[str, str, str]]()
     for benchmark in benchmarks:
         of_model = {model: results.get((model, benchmark.name)) for model in models}
         values = {
@@ -71,8 +71,8 @@ def compare(
         counts = [len(result.questions) for result in of_model.values() if result]
         rows.append(Row(benchmark, max(counts, default=0), values, differences))
         for model in models:
-            notes += [f"{model}, {benchmark.title}: {text}" for text in _notes(values[model], of_model[model])]
-    return Comparison(models, baseline, rows, notes)
+            notes += [(text, benchmark.title, model) for text in _notes(values[model], of_model[model])]
+    return Comparison(models, baseline, rows, _grouped(notes))
 
 
 def paired_difference(baseline: Sequence[float | None], other: Sequence[float | None]) -> Difference | None:
@@ -110,6 +110,17 @@ def _difference(baseline: Result | None, other: Result | None, benchmark: Benchm
             f"{len(other.questions)} that are not the same: measure one of them again over the other's data"
         )
     return paired_difference(baseline.metrics[benchmark.metric].outcomes, other.metrics[benchmark.metric].outcomes)
+
+
+def _grouped(notes: Sequence[tuple[str, str, str]]) -> list[str]:
+    """(text, benchmark, model) as lines, what is the same for several models and benchmarks once."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for text, title, model in notes:
+        models.setdefault((text, title), []).append(model)
+    titles: dict[tuple[str, str], list[str]] = {}
+    for (text, title), of in models.items():
+        titles.setdefault((text, ", ".join(of)), []).append(title)
+    return [f"{of} on {'; '.join(of_text)}: {text}" for (text, of), of_text in titles.items()]
 
 
 def _notes(value: Value, result: Result | None) -> list[str]:

@@ -96,9 +96,9 @@ def test_the_table_shows_values_errors_and_verdicts_beside_the_baseline() -> Non
 @pytest.mark.parametrize(
     ("other", "note"),
     [
-        (result("b", metric="acc,none"), "b, ARC-Challenge: the result has no acc_norm,none, only acc,none"),
-        (result("b", outcomes=(1.0, None, 0.0)), "b, ARC-Challenge: acc_norm,none is not a number on 1 of 3 questions"),
-        (None, "b, ARC-Challenge: no memory left"),
+        (result("b", metric="acc,none"), "b on ARC-Challenge: the result has no acc_norm,none, only acc,none"),
+        (result("b", outcomes=(1.0, None, 0.0)), "b on ARC-Challenge: acc_norm,none is not a number on 1 of 3 questions"),
+        (None, "b on ARC-Challenge: no memory left"),
     ],
 )
 def test_a_number_that_is_missing_is_a_blank_with_a_note(other: Result | None, note: str) -> None:
@@ -114,8 +114,16 @@ def test_a_number_that_is_missing_is_a_blank_with_a_note(other: Result | None, n
 def test_what_nobody_has_measured_and_shortened_prompts_are_noted() -> None:
     comparison = compared(result("a", shortened=2), benchmarks=(ARC, GSM8K))
     assert comparison.notes == [
-        "a, ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their beginning",
-        "a, GSM8K: not measured",
+        "a on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their beginning",
+        "a on GSM8K: not measured",
+    ]
+
+
+def test_a_note_of_several_models_and_benchmarks_stands_once() -> None:
+    comparison = compared(result("a", shortened=2), result("b", shortened=2), benchmarks=(ARC, GSM8K))
+    assert comparison.notes == [
+        "a, b on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their beginning",
+        "a, b on GSM8K: not measured",
     ]
 
 
