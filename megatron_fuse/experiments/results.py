@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment
-from megatron_fuse.experiments.runs import Run, code_version
+from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
 from megatron_fuse.storage import read_json, temporary_then_rename
 
 
@@ -41,8 +41,8 @@ class Result:
 def collect_results(experiment: Experiment, split: str) -> list[Result]:
     """Of all finished runs, in the order of the experiment's file.
 
-    Raises UserError where runs were made by another commit of the code than the present one, or by other data than those of their
-    seed: such numbers are not to be compared.
+    Raises UserError where runs were made by other options than the experiment's file has now, by another commit of the code than the
+    present one, or by other data than those of their seed: such numbers are not to be compared.
     """
     version, results, others = code_version(), [], dict[str, list[str]]()
     data: dict[int, tuple[str, Run]] = {}
@@ -52,6 +52,7 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
             if not run.is_made():
                 continue
             made = read_json(run.directory / "result.json")
+            refuse_other_options(run, made["options"])
             finished = run.is_finished(split)
             commits = {made["commit"], read_json(run.evaluation(split))["commit"] if finished else version}
             for commit in sorted(commits - {version}):

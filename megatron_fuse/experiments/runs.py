@@ -134,15 +134,20 @@ def _refuse_another(run: Run, version: str) -> None:
         write_json(path, now)
         return
     begun = read_json(path)
-    if sha256_of_json(begun["options"]) != sha256_of_json(now["options"]):
-        raise UserError(
-            f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
-            "experiment a workdir of its own"
-        )
+    refuse_other_options(run, begun["options"])
     if begun["commit"] != version:
         raise UserError(
             f"{run.directory} holds a run of commit {begun['commit']}, but the code is at {version}: check out {begun['commit']}, "
             "or remove it to run this anew"
+        )
+
+
+def refuse_other_options(run: Run, made_by: dict[str, Any]) -> None:
+    """Raises UserError where the experiment's file says another thing by now than the options that a run was made by."""
+    if sha256_of_json(made_by) != sha256_of_json(run.options()):
+        raise UserError(
+            f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
+            "experiment a workdir of its own"
         )
 
 

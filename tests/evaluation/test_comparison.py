@@ -97,7 +97,10 @@ def test_the_table_shows_values_errors_and_verdicts_beside_the_baseline() -> Non
     ("other", "note"),
     [
         (result("b", metric="acc,none"), "b on ARC-Challenge: the result has no acc_norm,none, only acc,none"),
-        (result("b", outcomes=(1.0, None, 0.0)), "b on ARC-Challenge: acc_norm,none is not a number on 1 of 3 questions"),
+        (
+            result("b", outcomes=(1.0, None, 0.0)),
+            "b on ARC-Challenge: acc_norm,none is not a number on 1 of 3 questions",
+        ),
         (None, "b on ARC-Challenge: no memory left"),
     ],
 )
