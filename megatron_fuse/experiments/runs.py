@@ -62,7 +62,7 @@ class Run:
 
     def is_finished(self, split: str) -> bool:
         path = self.evaluation(split)
-        return self.is_made() and path.exists() and read_json(path)["command"] == self.experiment.evaluate
+        return self.is_made() and path.exists() and read_json(path).get("command") == self.experiment.evaluate
 
     def options(self) -> dict[str, Any]:
         """All that decides what the run makes, as it is stored in result.json."""
@@ -135,10 +135,10 @@ def _refuse_another(run: Run, version: str) -> None:
         return
     begun = read_json(path)
     refuse_other_options(run, begun["options"])
-    if begun["commit"] != version:
+    if (commit := begun.get("commit", "unknown")) != version:
         raise UserError(
-            f"{run.directory} holds a run of commit {begun['commit']}, but the code is at {version}: check out {begun['commit']}, "
-            "or remove it to run this anew"
+            f"{run.directory} holds a run of commit {commit}, but the code is at {version}: check out {commit}, or remove it to run "
+            "this anew"
         )
 
 

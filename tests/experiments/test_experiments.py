@@ -178,6 +178,19 @@ def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: 
     assert read_results(experiment.results) == found + kept
 
 
+def test_an_unfinished_run_of_other_code_or_options_is_refused(experiment_file: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    for seed, change in ((1, {"commit": "0123456789"}), (2, {"options": {"model": "elsewhere"}})):
+        directory = Run(experiment, "a", seed).directory
+        (directory / "result.json").unlink()
+        begun = json.loads((directory / "begun.json").read_text())
+        (directory / "begun.json").write_text(json.dumps(begun | change))
+    _, failed, calls = run(experiment_file)
+    of_commit, of_options = sorted(failed)
+    assert "seed-1 holds a run of commit 0123456789, but the code is at" in of_commit
+    assert "seed-2 holds a run by other options than a has now: remove it" in of_options and calls == []
+
+
 def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Path, tmp_path: Path) -> None:
     run(experiment_file)
     other = write(tmp_path / "other.yaml", yaml.safe_load(experiment_file.read_text()))
