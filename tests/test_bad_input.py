@@ -270,8 +270,8 @@ def test_a_damaged_file_is_named_with_the_mend_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    said = {flip_a_bit: "sha256 .*the manifest has", halve: "bytes, the manifest has", Path.unlink: "missing"}
-    assert re.search(f"{path}: .*{said.get(damage, 'a list instead')}.*remove {path.parent} and rerun the stage", error)
+    said = {flip_a_bit: "sha256 .*the manifest has", halve: "bytes in place of", Path.unlink: "missing"}
+    assert re.search(f"{path}: .*{said.get(damage, 'a list instead')}.*restore it, or .*run the stage again", error)
     shards = {path.with_name(path.name.split(".")[0] + ".done") for path in work.glob("**/shard-*")}
     assert all(marker.exists() for marker in shards)  # whole, or not there
 

@@ -205,7 +205,7 @@ def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path
         assert declared_positions(tmp_path) == expected
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(
-        UserError, match=rf"{tmp_path}/config.json: not valid JSON .*: restore it, or where a stage made it"
+        UserError, match=rf"{tmp_path}/config.json: not valid JSON .*: restore it, or if a stage made it"
     ):
         declared_positions(tmp_path)
 

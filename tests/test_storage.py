@@ -213,7 +213,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes
         artefact.verify()
     shards = Shards(artefact, paths, Path.read_text)
     assert (len(shards), shards[1], shards[-1]) == (4, "shard 1\n" * 2, "shard 3\n" * 4)
-    with pytest.raises(UserError, match=rf"shard-00002\.txt: .*the manifest has .*remove {tmp_path} and rerun"):
+    with pytest.raises(UserError, match=r"shard-00002\.txt: .*(the manifest has|in place of).*run the stage again"):
         list(shards)
 
 

@@ -18,7 +18,7 @@ from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage import sha256_of_file
+from megatron_fuse.storage import read_record, sha256_of_file, write_record
 from megatron_fuse.verification import Verification, verify_fusion_data
 
 TEACHER = "teachers/beta/training"
@@ -32,9 +32,9 @@ def verified(recipe: Recipe) -> Verification:
 def own_up(path: Path) -> None:
     """Makes the manifest say what the file now holds, as if the stage had written it."""
     manifest = path.parent / "manifest.json"
-    content = json.loads(manifest.read_text())
+    content = read_record(manifest)
     content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    manifest.write_text(json.dumps(content))
+    write_record(manifest, content)
 
 
 def change(path: Path, dtype: type, edit: Callable[[np.ndarray], object]) -> None:
@@ -170,9 +170,9 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
         (TEACHER, "options", "vocabulary_map", "em"),
         (ANSWERS, "inputs", "capture", "0" * 64),
     ):
-        manifest = json.loads((fusion / name / "manifest.json").read_text())
+        manifest = read_record(fusion / name / "manifest.json")
         manifest[section][key] = value
-        (fusion / name / "manifest.json").write_text(json.dumps(manifest))
+        write_record(fusion / name / "manifest.json", manifest)
     problems = verified(copied).problems
     expect(problems, "text/manifest.json: options.supervise is 'nothing', the recipe has 'every_turn'")
     expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, the recipe has 2.0")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from megatron_fuse.capture.distributions import SparseRows
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact, temporary_then_rename
+from megatron_fuse.storage import Artefact, write_safetensors
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
 # What became of an example; only those of the first have rows. The last two are of captures made elsewhere: the file's tokens are
@@ -91,8 +91,7 @@ class CaptureShard:
 
     def save(self, path: Path) -> None:
         tensors = {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
-        with temporary_then_rename(path) as temporary:
-            save_file(tensors, temporary)
+        write_safetensors(path, tensors)
 
     def rows(self, example: int) -> slice:
         return slice(int(self.offsets[example]), int(self.offsets[example + 1]))

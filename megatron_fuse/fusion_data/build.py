@@ -45,6 +45,7 @@ def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -
 def _together(directory: Path, build: Callable[[], Artefact | None]) -> Artefact:
     """Does this rank's share, then waits until the other ranks have done theirs."""
     while (artefact := build()) is None:
+        time.sleep(_WAIT)  # a damaged shard may be made again under the manifest that is still there
         while not (directory / "manifest.json").exists():
             time.sleep(_WAIT)
     return artefact

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from megatron_fuse.advantage.scores import load_scores
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory, open_text
 from megatron_fuse.recipe import TARGET, Recipe
-from megatron_fuse.storage import Artefact, read_jsonl, sha256_of_bytes, temporary_then_rename
+from megatron_fuse.storage import Artefact, read_jsonl, sha256_of_bytes, write_safetensors
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
 GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
@@ -74,8 +73,7 @@ def write_curriculum(recipe: Recipe, text: Artefact) -> dict[str, np.ndarray]:
         name: json.dumps({**basis, "sha256": sha256_of_bytes(arrays[name].tobytes())})
         for name, basis in _made_from(recipe, text.sha256).items()
     }
-    with temporary_then_rename(curriculum_path(recipe)) as temporary:
-        save_file(arrays, temporary, header)
+    write_safetensors(curriculum_path(recipe), arrays, header)
     return arrays
 
 

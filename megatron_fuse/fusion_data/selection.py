@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from megatron_fuse.advantage.margins import example_weights, score_margin, training_margin, vote_margin
 from megatron_fuse.advantage.reference import combine, used_weights
@@ -38,7 +38,7 @@ from megatron_fuse.advantage.selection import (
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
-from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, temporary_then_rename
+from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, write_safetensors
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
 
@@ -103,8 +103,7 @@ def select(recipe: Recipe, mode: str, text: Artefact, teachers: Mapping[str, Art
     judgements = read_judgements(recipe, len(facts[0]["available"])) if mode == "inference" else {}
     arrays = choose(recipe, mode, facts, judgements)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
-    with temporary_then_rename(selection_path(recipe, mode)) as temporary:
-        save_file(arrays, temporary, {"selection": json.dumps(basis)})
+    write_safetensors(selection_path(recipe, mode), arrays, {"selection": json.dumps(basis)})
     return Selection.of(arrays, basis)
 
 

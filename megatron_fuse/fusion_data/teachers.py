@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
 from megatron_fuse.capture import CAPTURED, CaptureShard, capture_shard, open_capture
@@ -34,7 +33,7 @@ from megatron_fuse.instructions import example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
-from megatron_fuse.storage import Artefact, Plan, completed, run_plan, temporary_then_rename
+from megatron_fuse.storage import Artefact, Plan, completed, run_plan, write_safetensors
 from megatron_fuse.target import target_hashes
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
@@ -102,8 +101,7 @@ def build_teacher(
             "response_tokens": captured.response_tokens,
             "answer": np.array([_answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
         }
-        with temporary_then_rename(Path(f"{prefix}.examples.safetensors")) as temporary:
-            save_file(facts, temporary)
+        write_safetensors(Path(f"{prefix}.examples.safetensors"), facts)
         own = int(corrected.sum())
         return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": own}
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage import write_safetensors
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference, an index before the single file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,7 +128,7 @@ def write_weight_files(
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # transformers refuses a file that does not say that it comes from torch.
-        save_file({name: tensor(name) for name in names}, directory / file, metadata={"format": "pt"})
+        write_safetensors(directory / file, {name: tensor(name) for name in names}, {"format": "pt"})
         file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}

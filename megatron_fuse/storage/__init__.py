@@ -1,12 +1,15 @@
 """Artefact directories: what a stage writes, whole or resumable, and tied by hashes to everything it was made from.
 
     DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
-    DIRECTORY/shard-00000.*         data files, each written to a temporary name and renamed
+    DIRECTORY/shard-00000.*         data files; they get their place once the shard is whole
     DIRECTORY/shard-00000.done      {files: {name: {bytes, sha256}}, counts}: the shard is whole
     DIRECTORY/manifest.json         plan, files and summed counts; written last, its presence means complete
+    .DIRECTORY.lock                 beside it, while processes are at work: locks of the shards, with their owners' names
 
-A rerun finds the plan equal and takes only the shards without marker. A plan that differs is refused with the key and both
-values: nothing is overwritten. Any number of processes may share the work; whoever completes the last shard writes the manifest.
+A rerun finds the plan equal and takes only the shards that have no marker, or whose files are missing or have another size. A
+plan that differs is refused with the key and both values: nothing is overwritten. Any number of processes may share the work, or
+do the same work: the one that makes a shard holds its lock, and the one that completes the last shard writes the manifest.
+plan.json, markers and manifest hold the sha256 of their own content.
 """
 
 from megatron_fuse.storage.artefact import Artefact, Plan, Shards, completed, open_artefact
@@ -14,6 +17,7 @@ from megatron_fuse.storage.files import (
     parse_row,
     read_json,
     read_jsonl,
+    read_record,
     remove_abandoned,
     sha256_of_bytes,
     sha256_of_file,
@@ -21,12 +25,16 @@ from megatron_fuse.storage.files import (
     temporary_then_rename,
     write_json,
     write_jsonl,
+    write_record,
 )
+from megatron_fuse.storage.locks import LockFile
+from megatron_fuse.storage.safetensors_file import write_safetensors
 from megatron_fuse.storage.stage import rank_and_world, run_plan, run_plans, shard_bounds
 from megatron_fuse.storage.workspace import Workspace
 
 __all__ = [
     "Artefact",
+    "LockFile",
     "Plan",
     "Shards",
     "Workspace",
@@ -36,6 +44,7 @@ __all__ = [
     "rank_and_world",
     "read_json",
     "read_jsonl",
+    "read_record",
     "remove_abandoned",
     "run_plan",
     "run_plans",
@@ -46,4 +55,6 @@ __all__ = [
     "temporary_then_rename",
     "write_json",
     "write_jsonl",
+    "write_record",
+    "write_safetensors",
 ]

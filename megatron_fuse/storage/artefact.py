@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.files import read_json, sha256_of_file, sha256_of_json
+from megatron_fuse.storage.files import read_record, sha256_of_file, sha256_of_json
 
 FORMAT_VERSION = 2
 
@@ -61,23 +61,36 @@ class Artefact:
 
         Raises UserError naming the file where it is not what the stage wrote.
         """
-        mend = f"restore it, or remove {self.directory} and rerun the stage"
-        facts = self.manifest["files"].get(path.name)
-        if facts is None:
-            raise UserError(f"{path}: {self.directory}/manifest.json does not list it: {mend}")
-        if not path.is_file():
-            raise UserError(f"{path}: missing; its manifest lists it: {mend}")
-        if path.stat().st_size != facts["bytes"]:
-            raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest has {facts['bytes']}: {mend}")
-        if checksum and (found := sha256_of_file(path)) != facts["sha256"]:
-            raise UserError(f"{path}: sha256 {found[:12]}..., the manifest has {facts['sha256'][:12]}...: {mend}")
+        recorded = self.manifest["files"].get(path.name)
+        if recorded is None:
+            raise UserError(f"{path}: {self.directory}/manifest.json does not list it: name a file of this stage")
+        if damage := damage_of(path, recorded["bytes"]):
+            raise UserError(f"{damage}: restore it, or run the stage again, which makes this shard again")
+        if checksum and (found := sha256_of_file(path)) != recorded["sha256"]:
+            raise UserError(
+                f"{path}: sha256 {shown(found)}, the manifest has {shown(recorded['sha256'])}: restore it, or remove it and run "
+                "the stage again, which makes this shard again"
+            )
         return path
+
+    def damage(self) -> str | None:
+        """The first file that is missing or has another size than the manifest says; None if there is none."""
+        sizes = ((self.directory / name, recorded["bytes"]) for name, recorded in self.manifest["files"].items())
+        return next((damage for path, size in sizes if (damage := damage_of(path, size))), None)
 
     def verify(self, *, checksums: bool = True) -> "Artefact":
         """Compares all files with the manifest, by size alone where checksums is False; returns the artefact."""
         for name in self.manifest["files"]:
             self.checked(self.directory / name, checksum=checksums)
         return self
+
+
+def damage_of(path: Path, size: int) -> str | None:
+    """What is wrong with a file that has to have `size` bytes; None if nothing is, as far as its size says."""
+    if not path.is_file():
+        return f"{path}: missing"
+    found = path.stat().st_size
+    return None if found == size else f"{path}: {found} bytes in place of {size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +125,7 @@ def open_artefact(
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
         raise UserError(f"{directory} {state}: run {made_by} first")
-    manifest = read_json(directory / "manifest.json")
+    manifest = read_record(directory / "manifest.json")
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("stage") != stage:
         raise UserError(
             f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
@@ -125,15 +138,27 @@ def open_artefact(
 
 
 def completed(plan: Plan) -> Artefact | None:
-    """The finished artefact of a plan, None where something is left to do. Another plan's directory is refused."""
+    """The finished artefact of a plan, None if something is left to do. Another plan's directory is refused.
+
+    Files that are missing or have another size, and a damaged manifest, are something to do: run_plans makes them again.
+    """
     directory, wanted = plan.directory, plan.content()
     for name in ("manifest.json", "plan.json"):
-        if (directory / name).exists():
-            found = read_json(directory / name)
-            mend = f"move or remove {directory} to make it anew, or put the old value back"
-            for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
-                _refuse_difference(directory, key, found.get(key), wanted.get(key), mend)
-            return Artefact(directory, found).verify(checksums=False) if name == "manifest.json" else None
+        if not (directory / name).exists():
+            continue
+        try:
+            found = read_record(directory / name)
+        except UserError:
+            if name == "manifest.json":  # the markers hold all that it says
+                continue
+            raise
+        fix = f"move or remove {directory} to make it anew, or put the old value back"
+        for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
+            _refuse_difference(directory, key, found.get(key), wanted.get(key), fix)
+        if name == "manifest.json":
+            artefact = Artefact(directory, found)
+            return None if artefact.damage() else artefact
+        return None
     return None
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from megatron_fuse.errors import UserError
+
+_SEAL = "sha256"  # key of a record's own hash
 
 
 def sha256_of_bytes(*parts: bytes) -> str:
@@ -41,25 +41,36 @@ def temporary_then_rename(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as mark:
-            with suppress(OSError):  # a file system without locks, where a killed process's temporary files stay
-                fcntl.flock(mark, fcntl.LOCK_EX)
+        with _locked(temporary):
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+@contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Creates a temporary file and holds its lock, which says that somebody still writes it."""
+    while True:
+        with temporary.open("wb") as mark:
+            with suppress(OSError):  # a file system without locks, where a killed process's temporary files stay
+                fcntl.flock(mark, fcntl.LOCK_EX)
+            # A sweep of another process may have removed the file before it was locked.
+            if temporary.exists() and os.path.samestat(temporary.stat(), os.fstat(mark.fileno())):
+                yield
+                return
+
+
 def remove_abandoned(directory: Path) -> None:
     """Removes temporary files that killed processes left in a directory.
 
-    Who writes one holds its lock, and the system takes the lock back when a process ends, however it ends: a file whose
-    lock is to be had is nobody's, on whichever machine it was written.
+    A writer holds the lock of its file, and the system releases the lock when the process ends, however it ends. If the lock
+    can be taken, the file is orphaned and safe to delete, also if another machine wrote it.
     """
     for leftover in directory.glob(".*.tmp"):
         with suppress(OSError), leftover.open("rb") as file:
@@ -77,14 +88,37 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object with the sha256 of its content under "sha256", so that read_record notices any damage."""
+    write_json(path, {**content, _SEAL: sha256_of_json(content)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What write_record wrote. An object without "sha256", from an older version, is returned as it is.
+
+    Raises UserError if the file is missing, is no JSON object, or does not have its sha256.
+    """
+    content = read_json(path)
+    seal = content.pop(_SEAL, None)
+    if seal is not None and seal != sha256_of_json(content):
+        raise UserError(
+            f"{path}: its content does not have the sha256 that it states: restore it, or remove it and run "
+            "the stage again"
+        )
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError if the file is missing, or is something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} instead of an object")
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}): restore it, or where a stage made it remove {path.parent} and rerun the stage"
+            f"{path}: not valid JSON ({error}): restore it, or if a stage made it, remove it and run the stage again"
         ) from error
     return content
 

@@ -1,15 +1,18 @@
-"""How a stage writes its artefact: shard by shard, shared between ranks, resumed where it was cut off."""
+"""How a stage writes its artefact: shard by shard, shared between processes, resumed where it was cut off."""
 
 import os
+import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_fuse.storage.artefact import Artefact, Plan, completed
-from megatron_fuse.storage.files import read_json, remove_abandoned, sha256_of_file, write_json
+from megatron_fuse.storage.shard_files import Counts, ShardFiles
+
+_POLL = 0.05  # seconds between two looks at shards that other processes make
+_REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -17,7 +20,6 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-Counts = dict[str, int]
 MakeShard = Callable[[int, Path], Counts]
 MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
@@ -25,9 +27,9 @@ MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = print) -> Artefact | None:
     """Makes the missing shards of this rank, then the manifest if every shard is there.
 
-    make_shard(index, prefix) writes files named `prefix.<suffix>` (through a temporary name of its own or not: a shard without
-    marker is made again) and returns counts, which are added up in the manifest. Returns the artefact, None while other ranks
-    still work on theirs.
+    make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in the manifest. The
+    prefix lies in a directory of this process's own: the files get their place once the shard is whole. Returns the artefact,
+    None while other ranks still work on theirs.
     """
     return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get("")
 
@@ -40,93 +42,74 @@ def run_plans(
     make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by name. What is made
     together may differ in rounding from what is made alone: a shard that was cut off when some of its plans were marked is made
     again for all of them.
+
+    A process holds the lock of a shard while it makes it. A second process with the same share takes the other shards first,
+    then waits, and takes over the shards of a process that has ended.
     """
     artefacts = {name: completed(plan) for name, plan in plans.items()}
-    unfinished = {name: plan for name, plan in plans.items() if artefacts[name] is None}
-    for plan in unfinished.values():
-        write_json(plan.directory / "plan.json", plan.content())
-    rank, world_size = rank_and_world()
-    shards = next((plan.names() for plan in unfinished.values()), [])
-    for index in range(rank, len(shards), world_size):
-        due = _due(unfinished, index)
-        if not due:
-            continue
-        for plan in due.values():
-            _remove_files(plan, index)
-        try:
-            counts = make_shards(index, {name: plan.directory / shards[index] for name, plan in due.items()})
-        except Exception:
-            for plan in due.values():
-                _forget(plan, index)
-            raise
-        for name, plan in due.items():
-            _mark(plan, index, counts[name], together=sorted(due))
-            done = sum(_marker(plan, shard).exists() for shard in range(len(shards)))
-            progress(f"{plan.directory}: shard {done}/{len(shards)}")
-    # All or none: whoever is cut off between two markers finds both plans unfinished.
-    if all(_marker(plan, index).exists() for plan in unfinished.values() for index in range(len(shards))):
-        artefacts |= {name: _finish(plan) for name, plan in unfinished.items()}
+    unfinished = {name: plans[name] for name in plans if artefacts[name] is None}
+    if unfinished:
+        with ExitStack() as stack:
+            # In one order for all processes; the locks of a shard are tried, never waited for, while others are held.
+            files = {name: stack.enter_context(ShardFiles(unfinished[name], progress)) for name in unfinished}
+            try:
+                _make_missing(files, make_shards, progress)
+            except Exception:
+                for each in files.values():
+                    each.forget_if_empty()
+                raise
+            # All or none: after a kill between two markers both plans are unfinished.
+            if all(each.is_whole() for each in files.values()):
+                artefacts |= {name: each.finish() for name, each in files.items()}
     return {name: artefact for name, artefact in artefacts.items() if artefact}
 
 
-def _due(plans: Mapping[str, Plan], index: int) -> dict[str, Plan]:
-    """The plans for which a shard is to be made: those without marker, and those marked when these were cut off."""
-    missing = {name for name, plan in plans.items() if not _marker(plan, index).exists()}
-    if not missing:
-        return {}
-    cut_off = {
-        name
-        for name, plan in plans.items()
-        if name not in missing and missing & set(read_json(_marker(plan, index)).get("together", []))
-    }
-    return {name: plan for name, plan in plans.items() if name in missing | cut_off}
+def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: Callable[[str], None]) -> None:
+    rank, world_size = rank_and_world()
+    shards = len(next(iter(files.values())).names)
+    pending = list(range(rank, shards, world_size))
+    reminder = time.monotonic()
+    while pending:
+        busy = [index for index in pending if not _make(files, index, make_shards, progress)]
+        if len(busy) == len(pending):
+            if time.monotonic() >= reminder:
+                owners = {each.owner(busy[0]) for each in files.values()}
+                progress(f"{_where(files)}: waiting for shard {busy[0]}, which {' and '.join(sorted(owners))} makes")
+                reminder = time.monotonic() + _REMINDER
+            time.sleep(_POLL)
+        pending = busy
 
 
-def _marker(plan: Plan, index: int) -> Path:
-    return plan.directory / f"{plan.names()[index]}.done"
+def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, progress: Callable[[str], None]) -> bool:
+    """Makes a shard for the plans that lack it. False if another process has it."""
+    if not _due(files, index):
+        return True
+    with ExitStack() as stack:
+        for each in files.values():
+            if not each.try_lock(index):
+                return False
+            stack.callback(each.unlock, index)
+        due = _due(files, index)  # another process may have made it until now
+        if not due:
+            return True
+        prefixes = {name: stack.enter_context(each.workplace(index)) for name, each in due.items()}
+        counts = make_shards(index, prefixes)
+        for name, each in due.items():
+            each.install(index, prefixes[name], counts[name], together=sorted(due))
+            progress(f"{each.directory}: shard {each.marked()}/{len(each.names)}")
+    return True
 
 
-def _mark(plan: Plan, index: int, counts: Counts, together: list[str]) -> None:
-    """Says of a shard that it is whole, and with which others it was made."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        for path in sorted(plan.directory.glob(f"{plan.names()[index]}.*"))
-    }
-    if not (plan.directory / "plan.json").exists():  # another rank failed at its first shard
-        write_json(plan.directory / "plan.json", plan.content())
-    others = {"together": together} if len(together) > 1 else {}
-    write_json(_marker(plan, index), {"files": files, "counts": counts, **others})
+def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:
+    """The plans for which a shard is to be made: those that lack it, and those marked when these were cut off."""
+    markers = {name: each.marker(index) for name, each in files.items()}
+    missing = {name for name, marker in markers.items() if marker is None}
+    cut_off = {name for name, marker in markers.items() if marker and missing & set(marker.get("together", []))}
+    return {name: each for name, each in files.items() if name in missing | cut_off}
 
 
-def _remove_files(plan: Plan, index: int) -> None:
-    """Files of a shard, whole or temporary; the marker goes first, since it speaks for the others."""
-    _marker(plan, index).unlink(missing_ok=True)
-    for leftover in plan.directory.glob(f"*{plan.names()[index]}.*"):
-        leftover.unlink()
-
-
-def _forget(plan: Plan, index: int) -> None:
-    """After an error: leaves nothing half-written, and no plan that would bind a mended rerun while no shard is done."""
-    _remove_files(plan, index)
-    if not any(_marker(plan, shard).exists() for shard in range(len(plan.names()))):
-        (plan.directory / "plan.json").unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: another rank is still at work
-            plan.directory.rmdir()
-
-
-def _finish(plan: Plan) -> Artefact:
-    """Writes the manifest of a plan whose shards are all there."""
-    files: dict[str, Any] = {}
-    counts: Counts = {}
-    for index in range(len(plan.names())):
-        content = read_json(_marker(plan, index))
-        files |= content["files"]
-        for key, value in content["counts"].items():
-            counts[key] = counts.get(key, 0) + value
-    manifest = {**plan.content(), "counts": counts, "files": files}
-    remove_abandoned(plan.directory)  # of plan.json and manifest.json: those of shards are gone
-    write_json(plan.directory / "manifest.json", manifest)
-    return Artefact(plan.directory, manifest)
+def _where(files: dict[str, ShardFiles]) -> str:
+    return ", ".join(str(each.directory) for each in files.values())
 
 
 def shard_bounds(items: int, shard_size: int) -> np.ndarray:

@@ -1,0 +1,181 @@
+"""The files of one plan while processes make it: who makes which shard, and what of it is whole.
+
+DIRECTORY/.shard-00000.XXXX.work/   the files of a shard whose owner still makes it; no other process touches them
+.DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage.artefact import Artefact, Plan, completed, damage_of
+from megatron_fuse.storage.files import read_record, remove_abandoned, sha256_of_file, sha256_of_json, write_record
+from megatron_fuse.storage.locks import LockFile
+
+Counts = dict[str, int]
+
+_DIRECTORY, _SHARDS = 1, 2  # locks
+
+
+class ShardFiles:
+    """One plan's directory, plan.json in place. A context manager: at its end this process owns no shard any more.
+
+    Raises UserError if the directory holds another plan, or cannot be written.
+    """
+
+    def __init__(self, plan: Plan, progress: Callable[[str], None]) -> None:
+        self.plan, self.directory, self.names = plan, plan.directory, plan.names()
+        self._progress = progress
+        self._sha256 = sha256_of_json(plan.content())
+        self._reported: set[int] = set()
+        self._locks = LockFile(plan.directory.with_name(f".{plan.directory.name}.lock"))
+
+    def __enter__(self) -> "ShardFiles":
+        self._locks.__enter__()
+        try:
+            with self._alone():
+                # Another process may have begun another plan, or finished this one, since the caller looked.
+                if completed(self.plan) is None:
+                    (self.directory / "manifest.json").unlink(missing_ok=True)
+                    self._write_plan()
+        except BaseException:
+            self._locks.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._locks.try_alone():
+            self._locks.remove()
+        self._locks.__exit__(kind, error, trace)
+
+    def try_lock(self, index: int) -> bool:
+        return self._locks.try_lock(_SHARDS + index)
+
+    def unlock(self, index: int) -> None:
+        self._locks.unlock(_SHARDS + index)
+
+    def owner(self, index: int) -> str:
+        return self._locks.owner(_SHARDS + index)
+
+    def marker(self, index: int) -> dict[str, Any] | None:
+        """What a shard's marker says, None if the shard has to be made: without marker, or with damaged files.
+
+        Raises UserError if the shard belongs to another plan, whose plan.json is gone.
+        """
+        path = self._marker(index)
+        try:
+            content = read_record(path)
+            recorded = [(self.directory / name, facts["bytes"]) for name, facts in content["files"].items()]
+        except (UserError, KeyError, TypeError, AttributeError):
+            if path.exists():
+                self._report(index, f"{path}: damaged")
+            return None
+        if content.get("plan", self._sha256) != self._sha256:
+            raise UserError(
+                f"{path} belongs to a shard that was made with other options or from other inputs: move or remove "
+                f"{self.directory} to make it anew"
+            )
+        if damage := next((damage for file, size in recorded if (damage := damage_of(file, size))), None):
+            self._report(index, damage)
+            return None
+        return content
+
+    def _report(self, index: int, damage: str) -> None:
+        if index not in self._reported:
+            self._reported.add(index)
+            self._progress(f"{damage}: shard {index} is made again")
+
+    def marked(self) -> int:
+        return sum(self._marker(index).exists() for index in range(len(self.names)))
+
+    def is_whole(self) -> bool:
+        return all(self.marker(index) is not None for index in range(len(self.names)))
+
+    @contextmanager
+    def workplace(self, index: int) -> Iterator[Path]:
+        """The prefix under which the owner of a shard writes its files; what is left there at the end goes."""
+        name = self.names[index]
+        for abandoned in self.directory.glob(f".{name}.*.work"):  # of owners that were killed: their lock is ours now
+            shutil.rmtree(abandoned, ignore_errors=True)
+        directory = self.directory / f".{name}.{secrets.token_hex(4)}.work"
+        try:
+            directory.mkdir(parents=True)
+            yield directory / name
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def install(self, index: int, prefix: Path, counts: Counts, together: list[str]) -> None:
+        """Puts the files of a finished shard in their place, then marks the shard. together: plans that it was made with."""
+        try:
+            paths = sorted(prefix.parent.iterdir())
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
+            self._write_plan()  # a rank that failed at its first shard may have removed it
+            # The marker goes first: from here on it would speak for other files.
+            self._marker(index).unlink(missing_ok=True)
+            for old in self.directory.glob(f"{self.names[index]}.*"):
+                old.unlink()
+            for path in paths:
+                _flush(path)
+                path.replace(self.directory / path.name)
+            _flush(self.directory)
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be written ({error.strerror or error})") from error
+        others = {"together": together} if len(together) > 1 else {}
+        write_record(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
+
+    def finish(self) -> Artefact:
+        """Writes the manifest of a plan whose shards are all there."""
+        with self._alone():
+            artefact = completed(self.plan)
+            if artefact is None:
+                files: dict[str, Any] = {}
+                counts: Counts = {}
+                for index in range(len(self.names)):
+                    content = read_record(self._marker(index))
+                    files |= content["files"]
+                    for key, value in content["counts"].items():
+                        counts[key] = counts.get(key, 0) + value
+                artefact = Artefact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
+                remove_abandoned(self.directory)
+                write_record(self.directory / "manifest.json", artefact.manifest)
+        return artefact
+
+    def forget_if_empty(self) -> None:
+        """After an error: a plan without a finished shard goes, so that it does not bind the next run, if nobody else uses it."""
+        if self.marked() == 0 and self._locks.try_alone():
+            (self.directory / "plan.json").unlink(missing_ok=True)
+            remove_abandoned(self.directory)
+            with suppress(OSError):  # not empty: the answers that a server gave are kept
+                self.directory.rmdir()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._locks.lock(_DIRECTORY, lambda owner: self._progress(f"{self.directory}: waiting for {owner}"))
+        try:
+            yield
+        finally:
+            self._locks.unlock(_DIRECTORY)
+
+    def _write_plan(self) -> None:
+        if not (self.directory / "plan.json").exists():
+            write_record(self.directory / "plan.json", self.plan.content())
+
+    def _marker(self, index: int) -> Path:
+        return self.directory / f"{self.names[index]}.done"
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or the names of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
