@@ -226,11 +226,11 @@ def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:
     (fusion / "teachers/gamma/training/manifest.json").unlink()
     (copied.workdir / "captures/alpha/training/shard-00000.safetensors").write_bytes(b"")
     problems = verified(copied).problems
-    expect(problems, r"shard-00001.match.idx: missing; its manifest lists it")
+    expect(problems, r"shard-00001.match.idx: missing: restore it")
     expect(problems, r"shard-00002.examples.jsonl: its examples cannot be read")
     expect(problems, r"beta/inference/shard-00000.examples.safetensors: what selection needs cannot be read")
     expect(problems, r"teachers/gamma/training: missing or incomplete: run tools/build_fusion_data.py")
-    expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes, the manifest has")
+    expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes in place of")
 
 
 def test_the_command_ends_with_0_or_lists_every_problem_and_ends_with_2(
