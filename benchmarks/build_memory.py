@@ -20,6 +20,7 @@ from table import Measurement, run
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.instructions import read_rows
+from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 
@@ -62,7 +63,7 @@ def _memory_of_a_build(options: argparse.Namespace, examples: int) -> tuple[floa
             examples=examples,
             shard_size=SHARD_SIZE,
         )
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with multiprocessing.get_context("spawn").Pool(1, end_with_pool) as pool:
             before, peak = pool.apply(_build, (recipe,))
     return peak, peak - before
 

@@ -4,7 +4,6 @@ import argparse
 import csv
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+from megatron_fuse.processes import run_tied
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapp
         for flag, name in {**inputs, **({"--csv": "csv"} if options.csv else {})}.items():
             command += [flag, str(getattr(options, name))]
         print(f"\n{file}, {threads} thread{'s' * (threads > 1)}", flush=True)
-        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, check=False).returncode:
+        if run_tied(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}):
             failed.append(file)
     print(f"\nmissed or failed: {', '.join(failed)}" if failed else "\nall that is wanted holds")
     return int(bool(failed))

@@ -1,13 +1,14 @@
 """Starts commands one after another; Python scripts as forks of a process that has imported the large libraries already.
 
 Their imports take longer than many scripts do. A fork has them at once, and leaves nothing behind for the next one. What a script
-starts by itself is started as ever.
+starts by itself is started as ever. All of them end with this process, however it ends.
 """
 
 import importlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.processes import end_with, tied
 
 LIBRARIES = ("torch", "transformers", "matplotlib.pyplot", "megatron_fuse.fusion_data")
 _MEGATRON = "--megatron"  # on the command line of the process that scripts on Megatron-core are forked from
@@ -24,6 +26,7 @@ _MEGATRON = "--megatron"  # on the command line of the process that scripts on M
 class Commands:
     """Runs one command at a time, all in one directory and environment; a context, which ends what scripts are forked from.
 
+    To be used by threads that live as long as it does: with the thread that ran the first script, all others would end.
     keep_open: file descriptors, as of a lock, that all scripts hold until the last one has ended.
     """
 
@@ -41,19 +44,24 @@ class Commands:
         """
         if words[0] == sys.executable and words[1].endswith(".py"):
             return self._fork(words[1:], log, megatron)
+        program = self._where["cwd"] / words[0] if os.sep in words[0] else words[0]
+        if shutil.which(program, path=self._where["env"].get("PATH")) is None:
+            raise UserError(f"{words[0]} cannot be started: no such program, or not executable")
         with log.open("a", encoding="utf-8") as file:
-            try:
-                return subprocess.run(
-                    words, **self._where, stdout=file, stderr=subprocess.STDOUT, check=False
-                ).returncode
-            except OSError as error:
-                raise UserError(f"{words[0]} cannot be started: {error.strerror}") from error
+            return subprocess.run(
+                tied(words),
+                **self._where,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                pass_fds=self._keep_open,
+                check=False,
+            ).returncode
 
     def import_libraries(self, *, megatron: bool = False) -> None:
         """What the first script would wait for otherwise, some seconds."""
         if megatron not in self._parents:
             self._parents[megatron] = subprocess.Popen(
-                [sys.executable, "-m", __name__, *LIBRARIES, *([_MEGATRON] if megatron else [])],
+                tied([sys.executable, "-m", __name__, *LIBRARIES, *([_MEGATRON] if megatron else [])]),
                 **self._where,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -101,9 +109,11 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
         _import_megatron()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the script, and closes stdin
     print("ready", file=replies, flush=True)
+    server = os.getpid()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            end_with(server)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _become_script(**json.loads(line))
             return

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_fuse.processes import end_with_torchrun
+
 
 class UserError(Exception):
     """A usage or data error. The message names the file, line or key, both values where two disagree, and the mend."""
@@ -18,6 +20,7 @@ def exit_code(main: Callable[[], None]) -> int:
 
     So does what the operating system says of a named file that no code of ours looks at first: no permission, no such directory.
     """
+    end_with_torchrun()
     try:
         main()
     except UserError as error:

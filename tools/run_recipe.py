@@ -9,7 +9,6 @@ Interrupted at any point, the same command continues. A source added to the reci
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatron_fuse.pipeline import (
     require_whole_training,
     training_flops,
 )
+from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.target import checkpoint_directory, export_directory
@@ -89,11 +89,8 @@ def run(command: list[str], processes: int) -> None:
     )
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
-    finished = subprocess.run([*launcher, str(ROOT / script), *options], env=environment, check=False)
-    if finished.returncode:
-        raise UserError(
-            f"{script} ended with exit code {finished.returncode}: mend what it says above and run this again"
-        )
+    if code := run_tied([*launcher, str(ROOT / script), *options], env=environment):
+        raise UserError(f"{script} ended with exit code {code}: mend what it says above and run this again")
     print(f"  {script}: {time.perf_counter() - start:.1f} s", flush=True)
 
 

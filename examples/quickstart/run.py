@@ -8,10 +8,11 @@ Everything that exists already is kept: a second run goes straight to what is mi
 """
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from megatron_fuse.processes import run_tied
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -31,9 +32,8 @@ def run(title: str, *command: str, processes: int = 1) -> None:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     # One thread per process: two cores run two processes, and more threads would only get in each other's way.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    finished = subprocess.run([*launcher, *command], cwd=ROOT, env=environment, check=False)
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+    if code := run_tied([*launcher, *command], cwd=ROOT, env=environment):
+        raise SystemExit(code)
 
 
 def main() -> None:

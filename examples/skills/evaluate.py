@@ -37,6 +37,8 @@ from transformers import (
     logging,
 )
 
+from megatron_fuse.processes import end_with_pool
+
 MEASURES = ("generation", "choice")
 ROW_LENGTH = 192
 MAX_NEW_TOKENS = 110  # the longest worked answer has about 90 in any of the tokenizers
@@ -176,7 +178,7 @@ def main() -> None:
     ]
     if wrong:
         sys.exit(f"error: {', '.join(wrong)}: expected NAME=DIRECTORY with a config.json in the directory")
-    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), end_with_pool) as pool:
         jobs = [pool.submit(evaluate, Path(d), options.split, options.per_skill, options.seed) for d in directories]
         results = {name: job.result() for name, job in zip(names, jobs, strict=True)}
     table = markdown(results)

@@ -28,6 +28,8 @@ from train_rewards import BASE, MIDDLE, STRONG, WEAK, BaseSettings, RewardSettin
 from train_sources import ALPHA, BETA, GAMMA, SourceSettings, train_source
 from transformers.utils import logging
 
+from megatron_fuse.processes import end_with_pool
+
 Settings = SourceSettings | BaseSettings | RewardSettings
 
 # What is trained, by what, and what has to be there before; what others wait for comes first.
@@ -47,7 +49,8 @@ def reseeded(settings: Settings, seed: int) -> Settings:
 
 
 def be_modest() -> None:
-    """In each process: one thread, and none of the notes on new and unused weights that a changed head is bound to cause."""
+    """In each process: an end with this one, one thread, and none of the notes on new and unused weights that a changed head is bound to cause."""
+    end_with_pool()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -15,6 +14,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make
+from megatron_fuse.processes import run_tied
 from megatron_fuse.storage import read_json, write_json
 
 
@@ -42,7 +42,7 @@ def run_experiment(
             with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
         ):
             progress(f"$ {prepare}")
-            if code := subprocess.run(command_words(prepare), cwd=ROOT, check=False).returncode:
+            if code := run_tied(command_words(prepare), cwd=ROOT):
                 raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
         # Variant by variant, so that the seeds make their data side by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]

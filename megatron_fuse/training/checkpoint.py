@@ -13,6 +13,7 @@ held at that moment while training goes on: of a GPU's tensors a copy is made fi
 """
 
 import importlib.metadata
+import multiprocessing.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.processes import end_with_pool
 from megatron_fuse.storage import read_json, write_json
 from megatron_fuse.training.checkpoint_files import (
     BEST,
@@ -42,6 +44,8 @@ from megatron_fuse.training.checkpoint_files import (
     temporary_name,
 )
 from megatron_fuse.training.interruption import signals_held
+from megatron_fuse.training.only_one import only_one_run
+from megatron_fuse.training.write_results import use_new_write_results
 
 T = TypeVar("T")
 # The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
@@ -170,6 +174,8 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self._queue = AsyncCallsQueue()
         self._bytes = 0  # of one checkpoint, all ranks
+        # Writers are forked by multiprocessing: none of them outlives this process.
+        multiprocessing.util.register_after_fork(self, lambda _: end_with_pool())
         if dist.get_rank() == 0:
             remove_leftovers(directory)
 
@@ -183,6 +189,7 @@ class CheckpointWriter:
         state = _state(self.chunks, self.optimizer, loading=False)
         self._bytes = _bytes_of_all_ranks(state)
         temporary = self._on_rank_zero(lambda: self._begin(final))
+        use_new_write_results()
         with signals_held():
             try:
                 request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
@@ -257,7 +264,8 @@ class CheckpointWriter:
 
 def save_checkpoint(directory: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, facts: CheckpointFacts) -> Path:
     """One checkpoint and no other."""
-    return CheckpointWriter(directory, chunks, optimizer).save(facts)
+    with only_one_run([directory]):
+        return CheckpointWriter(directory, chunks, optimizer).save(facts)
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:

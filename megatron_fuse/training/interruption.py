@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -66,10 +65,9 @@ class Interruption:
 def signals_held() -> Iterator[None]:
     """Processes started in this block do not receive SIGNALS, and this one receives them at its end.
 
-    torchrun and batch systems signal whole process groups. Megatron's checkpoint writers, and the process that collects what
-    they wrote, would die of it at the very moment in which the last checkpoint is to be saved.
+    torchrun and batch systems signal whole process groups. The checkpoint's writers would die of it at the very moment in which
+    the last checkpoint is to be saved.
     """
-    resource_tracker.ensure_running()  # multiprocessing starts it with its first process, and then lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -29,6 +29,8 @@ from megatron_fuse.training.guards import StepGuard, check_weights_across_replic
 from megatron_fuse.training.interruption import Interruption
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
+from megatron_fuse.training.metrics import metrics_directory
+from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.resume import resume, run_facts
 from megatron_fuse.training.schedule import Schedule, Step, learning_rate, make_schedule
@@ -111,7 +113,15 @@ def make_trainer(
 
 
 def train(trainer: Trainer) -> None:
-    """Runs the schedule from the last checkpoint, or from the start, to its end, to --train-iters, or until it is to stop early."""
+    """Runs the schedule from the last checkpoint, or from the start, to its end, to --train-iters, or until it is to stop early.
+
+    Raises UserError, on every rank, where another process trains into the same directories.
+    """
+    with only_one_run([trainer.save_directory, metrics_directory(trainer.recipe)]):
+        _run(trainer)
+
+
+def _run(trainer: Trainer) -> None:
     options = trainer.recipe.training
     facts = resume(
         trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run

@@ -20,8 +20,6 @@ class KillableRanks:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["megatron_fuse.training.trainer", "transformers", "test_layouts"])
-        # Megatron starts such a process in every rank, which takes longer than the rest of a short run.
-        self.results = multiprocessing.get_context("spawn").Manager()
         self.children: list[Any] = []
 
     def run(self, world_size: int, workdir: Path, function: Callable, *arguments: Any, hangs_after: float = 60) -> bool:
@@ -32,10 +30,9 @@ class KillableRanks:
         """
         port = _free_port()
         workdir.mkdir(exist_ok=True)
-        queues = [self.results.Queue() for _ in range(world_size)]  # which live as long as somebody here knows them
         children = [
-            self.context.Process(target=_run_rank, args=(rank, world_size, port, workdir, queue, function, *arguments))
-            for rank, queue in enumerate(queues)
+            self.context.Process(target=_run_rank, args=(rank, world_size, port, workdir, function, *arguments))
+            for rank in range(world_size)
         ]
         for child in children:
             child.start()
@@ -58,15 +55,9 @@ class KillableRanks:
 
     def close(self) -> None:
         self.end_writers()
-        self.results.shutdown()
 
 
-def _run_rank(
-    rank: int, world_size: int, port: int, workdir: Path, results: Any, function: Callable, *arguments: Any
-) -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = results
+def _run_rank(rank: int, world_size: int, port: int, workdir: Path, function: Callable, *arguments: Any) -> None:
     os.setsid()
     with (workdir / f"output-{rank}.txt").open("a") as output:
         os.dup2(output.fileno(), 1)
