@@ -37,7 +37,7 @@ def end_with(parent: int) -> None:
 
 
 def end_with_pool() -> None:
-    """end_with for a process of multiprocessing: the `initializer` of a pool or a manager."""
+    """end_with for a process that multiprocessing has forked or spawned: the `initializer` of a pool."""
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with(parent.pid)

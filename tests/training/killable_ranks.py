@@ -5,65 +5,136 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rank_pool import _free_port
 
+from megatron_fuse.errors import exit_code
+from megatron_fuse.processes import end_with
+
+ENDS_WITHIN = (
+    60  # seconds for a whole job to end after a part of it has, on a busy machine; torchrun's own patience is 30
+)
+
 
 class KillableRanks:
-    """Children come from a server that has imported everything, and lead a process group each, so that writers that outlive
-    their rank can be ended with it at last."""
+    """Jobs of ranks that come from a server which has imported everything.
+
+    A rank leads a session, and torchrun one with all its ranks, so that what outlives them can be found.
+    """
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["megatron_fuse.training.trainer", "transformers", "test_layouts"])
-        self.children: list[Any] = []
+        preload = ["megatron_fuse.training.trainer", "transformers", "torch.distributed.launcher.api", "test_layouts"]
+        self.context.set_forkserver_preload(preload)
+        self.sessions: list[int] = []  # of all jobs; a session's number is its leader's process id
 
-    def run(self, world_size: int, workdir: Path, function: Callable, *arguments: Any, hangs_after: float = 60) -> bool:
-        """function(rank, *arguments) on every rank, which prints to WORKDIR/output-RANK.txt. Whether one was killed.
+    def run(self, world_size: int, workdir: Path, function: Callable, *arguments: Any, **options: Any) -> list[int]:
+        """start and wait."""
+        return self.wait(self.start(world_size, workdir, function, *arguments), **options)
 
-        The others are killed then, as torchrun does it; a rank that fails otherwise fails the test. hangs_after: seconds without
-        the end of any rank.
+    def start(
+        self, world_size: int, workdir: Path, function: Callable, *arguments: Any, torchrun: bool = False
+    ) -> list[Any]:
+        """function(rank, *arguments) on every rank, which prints to WORKDIR/output-RANK.txt. Returns a process for each rank.
+
+        A UserError ends a rank with exit code 2. torchrun: under torch's own agent, whose process is then the only one returned.
         """
         port = _free_port()
         workdir.mkdir(exist_ok=True)
-        children = [
-            self.context.Process(target=_run_rank, args=(rank, world_size, port, workdir, function, *arguments))
-            for rank in range(world_size)
-        ]
+        if torchrun:
+            plans = [(_run_torchrun, (world_size, port, workdir, function, *arguments))]
+        else:
+            plans = [(_run_rank, (rank, world_size, port, workdir, function, *arguments)) for rank in range(world_size)]
+        children = [self.context.Process(target=target, args=args) for target, args in plans]
         for child in children:
             child.start()
-        self.children += children
-        killed = False
+        self.sessions += [child.pid for child in children]
+        return children
+
+    def wait(self, children: list[Any], *, hangs_after: float = 60) -> list[int]:
+        """Their exit codes. If one was killed, the others are killed too, as torchrun does it; any other end is waited for.
+
+        hangs_after: seconds without the end of any.
+        """
         while running := [child for child in children if child.is_alive()]:
             assert multiprocessing.connection.wait([child.sentinel for child in running], timeout=hangs_after), "hangs"
-            if any(child.exitcode for child in children):
-                killed = any(child.exitcode == -signal.SIGKILL for child in children)
-                assert killed, [path.read_text() for path in workdir.glob("output-*.txt")]
+            if any(child.exitcode == -signal.SIGKILL for child in children):
                 for child in running:
                     child.kill()
-        return killed
+        return [child.exitcode for child in children]
 
-    def end_writers(self) -> None:
-        for child in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-        self.children.clear()
+    def left_over(self) -> list[psutil.Process]:
+        """Processes of ended or running jobs that are still there."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) in self.sessions and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def wait_for_nothing_left(self) -> float:
+        """Seconds until every process of every job has ended by itself; fails where one goes on."""
+        began = time.monotonic()
+        while left := self.left_over():
+            assert time.monotonic() - began < ENDS_WITHIN, [process.cmdline() for process in left]
+            time.sleep(0.02)
+        self.sessions.clear()
+        return time.monotonic() - began
 
     def close(self) -> None:
-        self.end_writers()
+        for process in self.left_over():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.sessions.clear()
 
 
 def _run_rank(rank: int, world_size: int, port: int, workdir: Path, function: Callable, *arguments: Any) -> None:
+    end_with(os.getppid())  # the server, which ends with the test run
     os.setsid()
-    with (workdir / f"output-{rank}.txt").open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
     if world_size > 1:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         os.environ |= dict(zip(names, map(str, (rank, rank, world_size, "127.0.0.1", port)), strict=True))
-    function(rank, *arguments)
+    _become_rank(workdir, function, *arguments)
+
+
+def _run_torchrun(world_size: int, port: int, workdir: Path, function: Callable, *arguments: Any) -> None:
+    """torch's agent, which forks its ranks here instead of starting an interpreter for each."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    end_with(os.getppid())
+    os.setsid()
+    _print_to(workdir / "output-torchrun.txt")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id="killed",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        start_method="fork",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    elastic_launch(config, _become_rank)(workdir, function, *arguments)
+
+
+def _become_rank(workdir: Path, function: Callable, *arguments: Any) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    _print_to(workdir / f"output-{rank}.txt")
+    torch.set_num_threads(1)
+    if code := exit_code(partial(function, rank, *arguments)):
+        sys.exit(code)
+
+
+def _print_to(path: Path) -> None:
+    with path.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)

@@ -5,17 +5,14 @@ import dataclasses
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killable_ranks import KillableRanks
 from synthetic import make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
@@ -84,110 +81,6 @@ def test_a_run_stops_after_an_interval_or_a_time(ranks, target, tmp_path, option
     for stop in stops:
         ranks(1, run_training, tmp_path, target, {"training": {"train_iters": 4, **option}})
         assert (tmp_path / "training/checkpoints" / LATEST).read_text() == f"{stop}\n"
-
-
-class Killed:
-    """Runs of a tiny target that can be killed, as `kill -9` does it, at any of their operations.
-
-    An operation is one on the file system under the work directory, of a rank or of a process that writes for it, as Python's
-    audit events announce it; every step's record of its losses is one as well.
-    """
-
-    STEPS = 9  # the first phase ends after 7
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.target = root, make_tiny_target(root / "target")
-        self.ranks = KillableRanks()
-        self._undisturbed: dict[tuple[int, bool], tuple[dict[int, dict], int]] = {}
-
-    def undisturbed(self, world_size: int, asynchronous: bool) -> tuple[dict[int, dict], int]:
-        """Losses by iteration, and the number of operations."""
-        key = (world_size, asynchronous)
-        if key not in self._undisturbed:
-            workdir = self.root / f"undisturbed-{world_size}-{asynchronous}"
-            _, operations = self.run(workdir, world_size, asynchronous)
-            self._undisturbed[key] = {line["iteration"]: line for line in self.losses(workdir)}, operations
-        return self._undisturbed[key]
-
-    def losses(self, workdir: Path) -> list[dict]:
-        return [json.loads(line) for line in (workdir / "losses.jsonl").read_text().splitlines()]
-
-    def run(
-        self, workdir: Path, world_size: int, asynchronous: bool, kill_at: int = 0, delay: float = 0
-    ) -> tuple[bool, int]:
-        """Whether it was killed, and the number of operations it came to. kill_at: from 1, 0 = never; delay in seconds."""
-        operations = self.ranks.context.RawValue("i", 0)
-        training = {"train_iters": self.STEPS, "save_interval": 3, "save_retain_last": 2, "async_save": asynchronous}
-        sections = {"parallel": layout(tp=world_size), "training": training}
-        plan = (workdir, self.target, sections, kill_at, delay, operations)
-        return self.ranks.run(world_size, workdir, run_rank, *plan), operations.value
-
-
-def run_rank(
-    rank: int, workdir: Path, target: Path, sections: dict[str, Any], kill_at: int, delay: float, operations: Any
-) -> None:
-    victim = os.getpid()
-
-    def watch(event: str, arguments: tuple) -> None:
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-            return
-        if not str(arguments[0]).startswith(str(workdir)):
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        # Without a lock, which a killed process might hold: of several that count at once one may pass over kill_at.
-        operations.value += 1
-        if kill_at and operations.value - kill_at in (0, 1):
-            threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
-            time.sleep(0 if delay else 10)  # without delay nothing more happens in whoever came to it
-
-    sys.addaudithook(watch)
-    run_training(workdir, target, sections, LineByLine(workdir / "losses.jsonl", rank == 0))
-
-
-@dataclasses.dataclass
-class LineByLine(Recorder):
-    """Keeps its records on disk, a line a step, as the last a killed process wrote."""
-
-    def __init__(self, path: Path, writes: bool) -> None:
-        super().__init__()
-        self.path, self.writes = path, writes
-
-    def step(self, iteration: int, *arguments: Any) -> None:
-        super().step(iteration, *arguments)
-        if self.writes:
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.steps[-1]) + "\n")
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    runs = Killed(tmp_path_factory.mktemp("killed"))
-    yield runs
-    runs.ranks.close()
-
-
-# Odd moments: asynchronous checkpoints; moment 9, 19 and 29: two tensor ranks
-@pytest.mark.parametrize("moment", [0, 1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in range(2, 30))])
-def test_killed_at_any_moment_it_continues_with_the_same_losses(killed: Killed, tmp_path: Path, moment: int) -> None:
-    draw = random.Random(moment)
-    world_size, asynchronous = (2 if moment % 10 == 9 else 1), moment % 2 == 1
-    losses, operations = killed.undisturbed(world_size, asynchronous)
-    at, delay = draw.randint(1, operations), draw.choice([0, draw.uniform(0, 0.05)])
-    first, seen = killed.run(tmp_path, world_size, asynchronous, at, delay)
-    assert first or delay or seen < at
-    # Once more in what is left, or after it, with the writers of the first perhaps still at work
-    again = draw.randint(1, operations - at + 1)
-    killed.run(tmp_path, world_size, asynchronous, again, delay)
-    assert killed.run(tmp_path, world_size, asynchronous)[0] is False
-    found = killed.losses(tmp_path)
-    assert {line["iteration"] for line in found} == losses.keys(), f"killed at {at} and {again} of {operations}"
-    assert all(line == losses[line["iteration"]] for line in found), f"killed at {at} and {again} of {operations}"
-    killed.ranks.end_writers()
-    assert killed.run(tmp_path, world_size, asynchronous)[0] is False  # nothing is left to do but to clean up
-    assert killed.losses(tmp_path) == found
-    names = {path.name for path in (tmp_path / "training/checkpoints").iterdir()}
-    assert names >= {"iter_0000007", "iter_0000009"} and not any(name.endswith(".tmp") for name in names)
 
 
 SCRIPT = """

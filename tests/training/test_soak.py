@@ -121,13 +121,15 @@ def test_a_long_run_killed_and_moved_is_the_one_left_alone(tmp_path: Path) -> No
     alone = long_recipe(tmp_path / "alone", target, layout())
     killed = [long_recipe(tmp_path / "killed", target, parallel) for _, parallel in PARTS]
     try:
-        assert not ranks.run(1, alone.workdir, run_part, alone, 0, 0, 0, 0.0, hangs_after=600)
+        assert ranks.run(1, alone.workdir, run_part, alone, 0, 0, 0, 0.0, hangs_after=600) == [0]
         for part, ((world_size, _), recipe, kill_at) in enumerate(zip(PARTS, killed, kills, strict=True)):
             victim, delay = draw.randrange(world_size), draw.uniform(0, 0.3)
             end = f"rank {victim} is killed {delay:.3f} s after step {kill_at}" if kill_at else "to the end"
             print(f"SOAK_SEED={seed}: part {part}, {end}")
             plan = (recipe, part, victim, kill_at, delay)
-            assert ranks.run(world_size, recipe.workdir, run_part, *plan, hangs_after=600) == bool(kill_at)
+            codes = ranks.run(world_size, recipe.workdir, run_part, *plan, hangs_after=600)
+            assert set(codes) == {-signal.SIGKILL if kill_at else 0}
+            ranks.wait_for_nothing_left()
     finally:
         ranks.close()
 
