@@ -74,18 +74,18 @@ class KillableRanks:
     def left_over(self) -> list[psutil.Process]:
         """Processes of ended or running jobs that are still there."""
         found = []
-        for process in psutil.process_iter():
+        for pid in psutil.pids():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(process.pid) in self.sessions and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                if os.getsid(pid) in self.sessions:
+                    found.append(psutil.Process(pid))
+        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
     def wait_for_nothing_left(self) -> float:
         """Seconds until every process of every job has ended by itself; fails where one goes on."""
         began = time.monotonic()
         while left := self.left_over():
             assert time.monotonic() - began < ENDS_WITHIN, [process.cmdline() for process in left]
-            time.sleep(0.02)
+            time.sleep(0.1)
         self.sessions.clear()
         return time.monotonic() - began
 

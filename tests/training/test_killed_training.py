@@ -25,7 +25,13 @@ from test_layouts import Recorder, layout, run_training
 SEED = int(os.environ.get("KILL_SEED", random.randrange(2**32)))
 MOMENTS = int(os.environ.get("KILL_MOMENTS", 100))
 STEPS = 9  # the first phase ends after 7
-TRAINING = {"train_iters": STEPS, "save_interval": 3, "save_retain_last": 2, "eval_interval": 2}
+TRAINING = {
+    "train_iters": STEPS,
+    "micro_batch_size": 8,
+    "save_interval": 3,
+    "save_retain_last": 2,
+    "eval_interval": 2,
+}
 PHASES = ("start", "training", "evaluation", "saving", "a writer at work", "end")
 _NOT_YET, _REACHED, _DONE = 0, 1, 2
 
@@ -185,7 +191,7 @@ class Trainings:
             workdir, moment.world_size, moment.asynchronous, moment.at, holds=not moment.delay, torchrun=moment.torchrun
         )
         while shared.state.value == _NOT_YET and any(child.is_alive() for child in children):
-            time.sleep(0.001)
+            time.sleep(0.003)
         time.sleep(moment.delay)
         phase = PHASES[shared.phase.value]
         happens = shared.state.value == _REACHED and any(child.is_alive() for child in children)
