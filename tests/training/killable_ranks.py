@@ -59,7 +59,7 @@ class KillableRanks:
         self.sessions += [child.pid for child in children]
         return children
 
-    def wait(self, children: list[Any], *, hangs_after: float = 60) -> list[int]:
+    def wait(self, children: list[Any], *, hangs_after: float = 300) -> list[int]:
         """Their exit codes. If one was killed, the others are killed too, as torchrun does it; any other end is waited for.
 
         hangs_after: seconds without the end of any.
@@ -76,9 +76,9 @@ class KillableRanks:
         found = []
         for pid in psutil.pids():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(pid) in self.sessions:
+                if os.getsid(pid) in self.sessions and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                     found.append(psutil.Process(pid))
-        return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        return found
 
     def wait_for_nothing_left(self) -> float:
         """Seconds until every process of every job has ended by itself; fails where one goes on."""
