@@ -19,9 +19,8 @@ from rank_pool import _free_port
 from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with
 
-ENDS_WITHIN = (
-    60  # seconds for a whole job to end after a part of it has, on a busy machine; torchrun's own patience is 30
-)
+# Seconds for a whole job to end after a part of it has, on a busy machine; torchrun's own patience is 30.
+ENDS_WITHIN = 120
 
 
 class KillableRanks:
