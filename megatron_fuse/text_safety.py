@@ -1,0 +1,29 @@
+"""User text on a terminal: what would move the cursor, hide or reorder text becomes a visible escape."""
+
+import unicodedata
+
+_UNSAFE = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+)  # controls, formats (bidirectional, zero width), surrogates, line and paragraph separators
+_PROSE = "\n\t\u200c\u200d"  # the joiners are part of the spelling of Persian, of Hindi and of emoji
+
+
+def printable(text: str, *, prose: bool = False) -> str:
+    """The text with every control, bidirectional, zero-width and separator character and every lone surrogate as an escape.
+
+    `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and that UTF-8 can encode. prose: keep
+    newlines, tabs and the zero-width joiners, for running text. Printable texts come back unchanged; a backslash is not doubled,
+    so escapes are for reading, not for parsing back.
+    """
+    if text.isprintable():
+        return text
+    kept = _PROSE if prose else ""
+    return "".join(c if c in kept or unicodedata.category(c) not in _UNSAFE else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
