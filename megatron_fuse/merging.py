@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage import read_json, write_json
 from megatron_fuse.tokenization import load_tokenizer
@@ -246,9 +247,9 @@ def _compare(
 def _config(model_dir: Path) -> dict[str, Any]:
     """What decides what the weights compute, defaults filled in, the class first."""
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers reports a bad value in several classes of its own
-        raise UserError(f"{model_dir / 'config.json'} is not a usable model config: {error}") from error
+        raise not_loadable(model_dir / "config.json", error, "not a usable model config") from error
     order = sorted(config, key=lambda key: (key not in ("architectures", "model_type", "vocab_size"), key))
     return {key: config[key] for key in order if key not in _NOT_COMPARED}
 

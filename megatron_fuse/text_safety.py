@@ -27,3 +27,9 @@ def printable(text: str, *, prose: bool = False) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def brief(text: str, limit: int = 300) -> str:
+    """Printable text of at most `limit` characters on one line, for what a library says in the middle of a message."""
+    line = printable(" ".join(text[: 4 * limit].split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -3,18 +3,27 @@
     python tools/chat.py examples/quickstart/build/run/export
     python tools/chat.py MODEL --prompt "What is 12 + 30?" --temperature 0
 
-Every line is one user turn of a conversation; an empty line starts a new one, end of input leaves.
+Every line is one user turn of a conversation; an empty line starts a new one, end of input leaves. Control characters that the
+model writes are shown as escapes.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
+from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.own_code import not_loadable
+from megatron_fuse.text_safety import printable
+from megatron_fuse.tokenization import load_tokenizer
+
+Messages = list[dict[str, str]]
 
 
 def main() -> None:
@@ -24,57 +33,98 @@ def main() -> None:
     parser.add_argument("--system", help="system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").exists():
         raise UserError(f"{arguments.model} holds no config.json: give a Hugging Face model directory")
     if arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, local_files_only=True, dtype="auto")
-    except Exception as error:  # transformers raises many kinds for missing or damaged files
-        raise UserError(f"{arguments.model} cannot be loaded: {error}") from error
-    if tokenizer.chat_template is None:
-        raise UserError(f"{arguments.model} has no chat template: put a chat_template.jinja beside its tokenizer")
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    chat, model = load(arguments.model, arguments.system, arguments.trust_remote_code)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
     )
-
-    def answer(messages: list[dict[str, str]]) -> str:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        inputs.pop("token_type_ids", None)  # which Llama's tokenizer gives and no decoder takes
-        output = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=arguments.max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-    beginning = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    generation = sampling | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.prompt is not None:
-        answer([*beginning, {"role": "user", "content": arguments.prompt}])
+        answer(chat, model, [{"role": "user", "content": readable(arguments.prompt)}], generation)
         return
-    messages = list(beginning)
+    messages: Messages = []
     for line in user_lines():
         if not line:
-            messages = list(beginning)
+            messages = []
             continue
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answer(messages)})
+        messages.append({"role": "assistant", "content": answer(chat, model, messages, generation)})
+
+
+def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[ChatFormat, Any]:
+    """The chat format, with the system message if one is given, and the model on this machine's device."""
+    allowed_by = "--trust-remote-code"
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code, allowed_by=allowed_by)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{directory} has no chat template: put a chat_template.jinja beside its tokenizer")
+    chat = load_chat_format(tokenizer, system=readable(system) if system else None, where=str(directory))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds for missing or damaged files
+        raise not_loadable(directory, error, allowed_by=allowed_by) from error
+    return chat, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[str, Any]) -> str:
+    """Prints the answer while it is generated, and returns it."""
+    ids = torch.tensor([chat.encode_prompt(messages)], device=model.device)
+    stops = model.generation_config.eos_token_id
+    printer = Printer(chat)
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        eos_token_id=sorted({chat.stop_id, *(stops if isinstance(stops, list) else [stops])} - {None}),
+        pad_token_id=chat.stop_id,
+        streamer=printer,
+        **generation,
+    )
+    return printer.text.strip()
+
+
+class Printer(BaseStreamer):
+    """Prints what a terminal may show of the tokens that `generate` hands on, whole characters at a time."""
+
+    def __init__(self, chat: ChatFormat) -> None:
+        self.chat, self.ids, self.text, self.prompt_seen = chat, [], "", False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        text = self.chat.decode_response(self.ids)
+        if not text.endswith("\ufffd"):  # which stands for a character that is not complete
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self.chat.decode_response(self.ids))
+        print(flush=True)
+
+    def _show(self, text: str) -> None:
+        print(printable(text[len(self.text) :], prose=True), end="", flush=True)
+        self.text = text
 
 
 def user_lines() -> Iterator[str]:
     while True:
         print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()
         if not line:
             print()
             return
-        yield line.strip()
+        yield line.decode("utf-8", "replace").strip()
+
+
+def readable(argument: str) -> str:
+    """A command line's text without what is no UTF-8, which no tokenizer takes."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

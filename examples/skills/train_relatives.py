@@ -48,11 +48,15 @@ DESCENDANTS = (
 
 def train(output: Path, relative: Relative) -> None:
     rng = seed_all(relative.seed)
-    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / FAMILY)
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / FAMILY, trust_remote_code=False)
     stop_token = STOP_TOKENS[FAMILY]
     packed = training_chats(tokenizer, stop_token, relative.mix, relative.steps * ROWS_PER_STEP, rng)
     start = output / "sources" / relative.ancestor if relative.ancestor else None
-    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32) if start else build(FAMILY, tokenizer)
+    model = (
+        AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)
+        if start
+        else build(FAMILY, tokenizer)
+    )
     model.train()
     fit(model, packed_losses(model, packed, ROWS_PER_STEP), steps=relative.steps, lr=relative.lr, name=relative.name)
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}

@@ -70,8 +70,8 @@ WEAK = RewardSettings("weak", 200, 23)
 
 def train_base(output: Path, settings: BaseSettings) -> None:
     rng = seed_all(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(BETA.directory(output))
-    model = AutoModelForCausalLM.from_pretrained(BETA.directory(output))
+    tokenizer = AutoTokenizer.from_pretrained(BETA.directory(output), trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(BETA.directory(output), trust_remote_code=False)
     packed = training_chats(tokenizer, STOP_TOKEN, settings.mix, settings.steps * ROWS_PER_STEP, rng)
     losses = packed_losses(model, packed, ROWS_PER_STEP)
     fit(model, losses, steps=settings.steps, lr=settings.lr, name="reward models' base")
@@ -138,8 +138,8 @@ def verification_losses(
 def train_reward(output: Path, settings: RewardSettings) -> None:
     rng = seed_all(settings.seed)
     base = BASE.directory(output)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, trust_remote_code=False)
     model.add_module(
         "token_head", nn.Linear(model.config.hidden_size, 1)
     )  # a part of the model only while it is trained

@@ -126,7 +126,7 @@ def training_chats(
 
 def train_source(output: Path, settings: SourceSettings) -> None:
     rng = seed_all(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / settings.name)
+    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / settings.name, trust_remote_code=False)
     stop_token = STOP_TOKENS[settings.name]
     packed = training_chats(tokenizer, stop_token, settings.mix, settings.steps * ROWS_PER_STEP, rng)
     model = build(settings.name, tokenizer)

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
 from megatron_fuse.sources.huggingface import longest_text, resolve_model, this_device
 
@@ -120,9 +121,9 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
 
     def load(auto_class: Any, **options: Any) -> Any:
         try:
-            return auto_class.from_pretrained(directory, local_files_only=True, **options)
+            return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
-            raise UserError(f"{where}: cannot load {directory}: {error}") from error
+            raise not_loadable(directory, error, where) from error
 
     config, tokenizer = load(AutoConfig), load(AutoTokenizer)
     if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):  # bert-score asks for it with every text, in vain

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage import sha256_of_bytes
 
 if TYPE_CHECKING:
@@ -57,8 +58,17 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
 
     from megatron_fuse.sources.huggingface import this_device
 
-    with _quiet():
-        model = HFLM(pretrained=str(directory), device=str(this_device()), batch_size=batch_size, dtype="auto")
+    try:
+        with _quiet():
+            model = HFLM(
+                pretrained=str(directory),
+                device=str(this_device()),
+                batch_size=batch_size,
+                dtype="auto",
+                trust_remote_code=False,
+            )
+    except Exception as error:  # transformers and the harness raise many kinds for missing or damaged files
+        raise not_loadable(directory, error) from error
     if settings.apply_chat_template and model.tokenizer.chat_template is None:
         raise UserError(f"{directory} has no chat template, which --apply-chat-template needs")
     return model

@@ -152,7 +152,7 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
         architectures = json.loads(path.read_text(encoding="utf-8"))["architectures"]
         if not set(architectures) & set(SUPPORTED):  # before AutoConfig, which does not know every class
             raise UserError(_unsupported(path, ", ".join(architectures)))
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
     except FileNotFoundError:

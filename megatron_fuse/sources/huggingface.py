@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions
 from megatron_fuse.storage import read_json, sha256_of_bytes
 from megatron_fuse.tokenization import load_tokenizer
@@ -58,8 +59,17 @@ def cached_snapshot(name: str) -> Path | None:
 
 def load_format(options: ModelOptions, where: str) -> ChatFormat:
     """Tokenizer and chat format of a model of the recipe; `where` is its key (`sources.mpt`), for errors."""
-    tokenizer = load_tokenizer(resolve_model(options.model, f"{where}.model"))
+    tokenizer = load_tokenizer(
+        resolve_model(options.model, f"{where}.model"),
+        trust_remote_code=options.trust_remote_code,
+        allowed_by=trust_key(where),
+    )
     return load_chat_format(tokenizer, options.chat_template, options.system, where)
+
+
+def trust_key(where: str) -> str:
+    """What allows a model of the recipe to run its own code; `where` is its key (`sources.mpt`)."""
+    return f"{where}.trust_remote_code: true"
 
 
 def model_fingerprint(model_dir: Path) -> str:
@@ -163,7 +173,7 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
             **({"device_map": device_map} if device_map else {}),
         )
     except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
-        raise UserError(f"{where}.model: cannot load {directory}: {error}") from error
+        raise not_loadable(directory, error, f"{where}.model", trust_key(where)) from error
     finally:
         if had_progress_bar:
             transformers_logging.enable_progress_bar()

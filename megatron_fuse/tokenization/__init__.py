@@ -14,18 +14,21 @@ EXPECTED = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer from local files. Raises UserError that names what is expected when there is none."""
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
+    """Reads a tokenizer from local files. Raises UserError that names what is expected when there is none.
+
+    trust_remote_code: a tokenizer class that comes with the model may run; allowed_by: the option that says so, for the error.
+    """
     path = Path(path)
     # Each library is imported only when its kind of file is met: transformers alone costs a second.
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
-            return _hugging_face(path)
+            return _hugging_face(path, trust_remote_code, allowed_by)
         for name in ("tokenizer.model", "spiece.model"):
             if (path / name).is_file():
                 return _model_file(path / name)
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            return _hugging_face(path)
+            return _hugging_face(path, trust_remote_code, allowed_by)
         ranks = sorted(path.glob("*.tiktoken"))
         if len(ranks) == 1:
             return _tiktoken(ranks[0])
@@ -38,14 +41,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.suffix == ".model":
         return _model_file(path)
     if path.name == "tokenizer.json":
-        return _hugging_face(path.parent)
+        return _hugging_face(path.parent, trust_remote_code, allowed_by)
     raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
 
 
-def _hugging_face(directory: Path) -> Tokenizer:
+def _hugging_face(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:
     from megatron_fuse.tokenization.hugging_face import load_hugging_face
 
-    return load_hugging_face(directory)
+    return load_hugging_face(directory, trust_remote_code, allowed_by)
 
 
 def _model_file(path: Path) -> Tokenizer:

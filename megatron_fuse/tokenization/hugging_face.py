@@ -9,6 +9,7 @@ import tokenizers
 import transformers
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.tokenization.normalized_spans import covered, trace
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
 from megatron_fuse.tokenization.tokenizer_json import State, own_normalizer, vocabulary_bytes, without_beginning
@@ -51,15 +52,19 @@ class HuggingFaceBackend:
         return self._transformers
 
 
-def load_hugging_face(directory: Path) -> Tokenizer:
+def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
     """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt (GPT-2)."""
     try:
         if (directory / "tokenizer.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         else:
-            tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory, local_files_only=True)
+            tokenizer = transformers.GPT2TokenizerFast.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises many kinds for a broken file
-        raise UserError(f"{directory}: transformers cannot load this tokenizer: {error}") from error
+        raise not_loadable(directory, error, "tokenizer", allowed_by) from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers")
     return wrap_hugging_face(tokenizer, name=str(directory))

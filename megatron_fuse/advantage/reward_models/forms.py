@@ -15,6 +15,7 @@ from megatron_fuse.sources.huggingface import (
     cached_snapshot,
     model_fingerprint,
     resolve_model,
+    trust_key,
     weight_samples,
 )
 from megatron_fuse.storage import sha256_of_bytes
@@ -94,7 +95,9 @@ def load_judge_format(options: RewardModelOptions, name: str) -> ChatFormat:
     """Tokenizer and chat format in which a judge of the recipe reads conversations."""
     files = find_judge(options, name)
     template = options.chat_template or FORMS[files.form].template
-    return load_chat_format(load_tokenizer(files.body), template, options.system, f"reward_models.{name}")
+    where = f"reward_models.{name}"
+    tokenizer = load_tokenizer(files.body, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
+    return load_chat_format(tokenizer, template, options.system, where)
 
 
 def judge_fingerprint(options: RewardModelOptions, name: str) -> str:

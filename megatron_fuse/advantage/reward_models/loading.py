@@ -20,6 +20,7 @@ from megatron_fuse.advantage.reward_models.forms import FORMS, JudgeFiles, find_
 from megatron_fuse.advantage.reward_models.judge import RewardModel
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.weight_files import WeightFiles
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.sources.huggingface import DTYPES, load_model, this_device
 
@@ -53,7 +54,7 @@ def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn
         with torch.device("meta"):
             empty = body_class(config)
     except Exception as error:  # transformers raises many kinds for unknown or impossible configs
-        raise UserError(f"{where}: no body can be made from {files.body / 'config.json'}: {error}") from error
+        raise not_loadable(files.body / "config.json", error, f"{where}: no body can be made") from error
     head = _load_head(weights, head_name, config.hidden_size, where)
     (prefix, names), *copies = _bodies(weights, head_name, _embedding_name(empty), where).items()
     for copy, copied in copies:
@@ -66,6 +67,7 @@ def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn
             config=config,
             state_dict=tensors,
             dtype=dtype,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which reports them, for us to refuse
         )
