@@ -8,31 +8,50 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_fuse.interrupts import interruptible, report_interrupt
 from megatron_fuse.processes import end_with_torchrun
+from megatron_fuse.text_safety import printable
+
+_LINE, _LINES = 600, 40  # characters and lines of a message on a terminal
 
 
 class UserError(Exception):
     """A usage or data error. The message names the file, line or key, both values where two disagree, and the mend."""
 
 
-def exit_code(main: Callable[[], None]) -> int:
-    """Runs a command; a UserError becomes one message on stderr and exit code 2, anything else keeps its traceback.
+def shortened(text: str, limit: int) -> str:
+    """The text where it has at most `limit` characters, else its two ends with ` ... ` between them."""
+    if len(text) <= limit:
+        return text
+    kept = limit - len(" ... ")
+    return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Runs a command, and returns what it returns, or 0; a UserError becomes one message on stderr and exit code 2.
 
     So does what the operating system says of a named file that no code of ours looks at first: no permission, no such directory.
+    Ctrl-C and SIGTERM end with one line and 130 or 143 (interrupts.py). Anything else keeps its traceback.
     """
     end_with_torchrun()
-    try:
-        main()
-    except UserError as error:
-        return _report(str(error))
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _report(f"{error.filename or 'writing'}: {error.strerror}")
-    return 0
+    with interruptible():
+        try:
+            return main() or 0
+        except UserError as error:
+            return _report(str(error))
+        except KeyboardInterrupt as interrupt:
+            return report_interrupt(interrupt)
+        except OSError as error:
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return _report(f"{error.filename or 'writing'}: {error.strerror}")
 
 
 def _report(message: str) -> int:
+    lines = [printable(shortened(line, _LINE)) for line in message.split("\n")]
+    if len(lines) > _LINES:
+        lines[_LINES // 2 : len(lines) - _LINES // 2] = [f"  ... {len(lines) - _LINES} lines ..."]
+    message = "\n".join(lines)
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if record:  # torchrun ends with a page of its own, and quotes there what the first failing rank wrote
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}

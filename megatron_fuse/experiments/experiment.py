@@ -21,18 +21,53 @@ is named there too, as in their source models.
 
 import shlex
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import Recipe, checked, make_recipe, read_yaml
-from megatron_fuse.recipe.models import Name, Options
+from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, read_yaml
+from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
 
 PLACEHOLDERS = {"model", "output", "split", "seed"}
 # What the runner itself decides for every run.
 _OURS = {"workdir", "seed", "training.save", "training.load", "training.tensorboard_dir", "export.path"}
+
+
+def command_parts(text: str) -> list[str]:
+    """The words of a command line. Raises ValueError where there is none, or where quotes do not close."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"it is no command line: {error}") from error
+    if not words or not words[0]:
+        raise ValueError("it is empty: write a command, or leave out the key")
+    if "\0" in text:
+        raise ValueError("it holds a NUL, which no command line can")
+    return words
+
+
+def _command(text: str) -> str:
+    command_parts(text)
+    return text
+
+
+def _measuring_command(text: str) -> str:
+    """A command with the places {model} and {output}, and nothing else in braces than PLACEHOLDERS."""
+    fields = [field for word in command_parts(text) for field in string.Formatter().parse(word) if field[1] is not None]
+    named = {name for _, name, _, _ in fields}
+    if not {"model", "output"} <= named <= PLACEHOLDERS or any(form or conversion for _, _, form, conversion in fields):
+        raise ValueError(
+            f"it has the places {sorted(named)}: wanted are {{model}} and {{output}}, allowed {sorted(PLACEHOLDERS)}, all without "
+            "a format; double the braces that are meant as such"
+        )
+    return text
+
+
+Command = Annotated[str, AfterValidator(_command)]
+MeasuringCommand = Annotated[str, AfterValidator(_measuring_command)]
 
 
 class Merge(Options):
@@ -43,7 +78,9 @@ class Merge(Options):
     base: Name | None = Field(
         None, description="one of models or variants whose weights the differences are taken from"
     )
-    options: dict[str, float | str] = Field(default_factory=dict, description="further flags of tools/merge_models.py")
+    options: dict[Name, float | Line] = Field(
+        default_factory=dict, description="further flags of tools/merge_models.py"
+    )
 
     @property
     def parts(self) -> list[str]:
@@ -54,7 +91,7 @@ class Merge(Options):
 class Table(Options):
     """Rows of one table of the report, in their order."""
 
-    title: str
+    title: Line
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
     x: dict[Name, float] = Field(
@@ -65,22 +102,24 @@ class Table(Options):
 
 
 class Experiment(Options):
-    recipe: Path = Field(description="recipe that every variant is laid over")
+    recipe: Location = Field(description="recipe that every variant is laid over")
     common: dict[str, Any] = Field(
         default_factory=dict, description="options laid over the recipe for all variants; null leaves out a key"
     )
-    workdir: Path = Field(description="directory of this experiment alone")
-    results: Path = Field(description="CSV of all results; the report's pictures lie beside it")
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    prepare: str | None = Field(
+    workdir: Location = Field(description="directory of this experiment alone")
+    results: Location = Field(description="CSV of all results; the report's pictures lie beside it")
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    prepare: Command | None = Field(
         None, description="command before everything else, as for making models; it keeps what exists"
     )
-    evaluate: str = Field(
+    evaluate: MeasuringCommand = Field(
         description="command with {model}, {output}, {split} and {seed}: writes {metric: {value, n}} as JSON"
     )
-    split: str = Field("test", description="what {split} stands for unless --split says otherwise")
-    metrics: Annotated[dict[str, str], Field(min_length=1)] = Field(description="metric -> its name in tables")
-    models: dict[Name, Path] = Field(default_factory=dict, description="Hugging Face directories, measured as they are")
+    split: Name = Field("test", description="what {split} stands for unless --split says otherwise")
+    metrics: Annotated[dict[Line, Line], Field(min_length=1)] = Field(description="metric -> its name in tables")
+    models: dict[Name, Location] = Field(
+        default_factory=dict, description="Hugging Face directories, measured as they are"
+    )
     variants: dict[Name, dict[str, Any]] = Field(description="name -> options laid over the recipe")
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: Annotated[dict[Name, Table], Field(min_length=1)]
@@ -107,20 +146,6 @@ class Experiment(Options):
         return self
 
     @model_validator(mode="after")
-    def _evaluates_a_model(self) -> Self:
-        for name in ("prepare", "evaluate"):
-            try:
-                shlex.split(getattr(self, name) or "")
-            except ValueError as error:
-                raise ValueError(f"{name} is no command line: {error}") from error
-        named = {field for _, field, _, _ in string.Formatter().parse(self.evaluate) if field is not None}
-        if not {"model", "output"} <= named <= PLACEHOLDERS:
-            raise ValueError(
-                f"evaluate has the places {sorted(named)}: wanted are {{model}} and {{output}}, allowed {sorted(PLACEHOLDERS)}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
         given_options = {"common": self.common} | {f"variants.{name}": of for name, of in self.variants.items()}
         for place, options in given_options.items():
@@ -139,11 +164,27 @@ class Experiment(Options):
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Raises UserError with the key of everything that is wrong, the variants' options included."""
-    experiment = checked(Experiment, read_yaml(path), str(path))
+    """Raises UserError with the place of everything that is wrong, the variants' options included."""
+    document = read_document(path)
+    experiment = checked(Experiment, document.content, document.place)
+    recipe = read_document(experiment.recipe)
     for name in experiment.variants:
-        variant_recipe(experiment, name, experiment.seeds[0], where=f"{path}: variants.{name}")
+        layers = ((document, ("variants", name)), (document, ("common",)), (recipe, ()))
+        content = _variant(experiment, recipe.content, name, experiment.seeds[0])
+        make_recipe(content, _innermost(layers, f"{shortened(str(path), 200)}: variants.{name}"))
     return experiment
+
+
+def _innermost(layers: tuple[tuple[Document, Keys], ...], otherwise: str) -> Callable[[Keys], str]:
+    """The place of a key in the first layer that has it: a document, and where in it the options stand."""
+
+    def place(keys: Keys) -> str:
+        for document, outer in layers:
+            if keys and document.line_of((*outer, *keys)) is not None:
+                return document.place((*outer, *keys))
+        return f"{otherwise}: {shortened('.'.join(map(str, keys)), 150)}" if keys else otherwise
+
+    return place
 
 
 def data_directory(experiment: Experiment, seed: int) -> Path:
@@ -155,8 +196,13 @@ def run_directory(experiment: Experiment, name: str, seed: int) -> Path:
     return experiment.workdir / "runs" / name / f"seed-{seed}"
 
 
-def variant_recipe(experiment: Experiment, name: str, seed: int, where: str | None = None) -> Recipe:
+def variant_recipe(experiment: Experiment, name: str, seed: int) -> Recipe:
     """The recipe of one run: the experiment's with the variant's options over it, and places of its own for what it trains."""
+    content = _variant(experiment, read_yaml(experiment.recipe), name, seed)
+    return make_recipe(content, f"{experiment.recipe} with variant {name}")
+
+
+def _variant(experiment: Experiment, content: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
     run = run_directory(experiment, name, seed)
     ours = {
         "workdir": str(data_directory(experiment, seed)),
@@ -164,10 +210,9 @@ def variant_recipe(experiment: Experiment, name: str, seed: int, where: str | No
         "training": {"save": str(run / "checkpoints"), "tensorboard_dir": str(run / "tensorboard")},
         "export": {"path": str(run / "export")},
     }
-    content = read_yaml(experiment.recipe)
     for options in (experiment.common, experiment.variants[name], ours):
         content = laid_over(content, options)
-    return make_recipe(with_seed(content, seed), where or f"{experiment.recipe} with variant {name}")
+    return with_seed(content, seed)
 
 
 def with_seed(value: Any, seed: int) -> Any:

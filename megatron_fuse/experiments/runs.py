@@ -23,7 +23,14 @@ from typing import Any
 
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import Experiment, Merge, run_directory, variant_recipe, with_seed
+from megatron_fuse.experiments.experiment import (
+    Experiment,
+    Merge,
+    command_parts,
+    run_directory,
+    variant_recipe,
+    with_seed,
+)
 from megatron_fuse.pipeline import require_whole_training
 from megatron_fuse.recipe import Recipe, dump_recipe
 from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
@@ -220,7 +227,7 @@ def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
 
 def command_words(text: str) -> list[str]:
     """A command line of an experiment's file; `python` stands for the interpreter that runs this."""
-    words = shlex.split(text)
+    words = command_parts(text)
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 

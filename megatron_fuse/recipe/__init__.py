@@ -1,14 +1,7 @@
 """Options: what a recipe can say, how it is read, and the paper's schedules by name."""
 
-from megatron_fuse.recipe.loading import (
-    add_recipe_arguments,
-    checked,
-    dump_recipe,
-    load_recipe,
-    make_recipe,
-    read_yaml,
-    recipe_from_arguments,
-)
+from megatron_fuse.recipe.checking import Keys, checked, make_recipe
+from megatron_fuse.recipe.loading import add_recipe_arguments, dump_recipe, load_recipe, recipe_from_arguments
 from megatron_fuse.recipe.models import (
     REFERENCE,
     TARGET,
@@ -22,12 +15,16 @@ from megatron_fuse.recipe.models import (
 )
 from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
 from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
+from megatron_fuse.recipe.values import path_argument, user_path
+from megatron_fuse.recipe.yaml_files import Document, read_document, read_yaml
 
 __all__ = [
     "PRESETS",
     "REFERENCE",
     "TARGET",
     "AnsweringOptions",
+    "Document",
+    "Keys",
     "Margin",
     "ModeWeights",
     "ModelOptions",
@@ -45,7 +42,10 @@ __all__ = [
     "dump_recipe",
     "load_recipe",
     "make_recipe",
+    "path_argument",
+    "read_document",
     "read_yaml",
     "recipe_from_arguments",
+    "user_path",
     "value_at",
 ]

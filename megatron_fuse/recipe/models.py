@@ -1,25 +1,23 @@
 """What a recipe can say of a model: how it answers, how it judges, and what was answered or judged elsewhere."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, JsonValue, model_validator
+
+from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision
 
 TARGET = "target"  # under this name lie the target's own answers, beside those of the sources
 REFERENCE = "reference"  # under this name lie the scores against the ground truth, beside those of the reward models
 
-Precision = Literal["fp32", "bf16", "fp16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # becomes a directory name
-Positive = Annotated[int, Field(gt=0)]
-
-
-class Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
-
 
 class ModelOptions(Options):
-    model: str = Field(description="Hugging Face model directory, or a hub name that is already in the local cache")
-    chat_template: str | None = Field(
+    model: ModelPlace = Field(
+        description="Hugging Face model directory, or a hub name that is already in the local cache"
+    )
+    chat_template: ModelPlace | None = Field(
         None,
         description="vicuna_v1.1, llama2, llama3, chatml, alpaca, starling_rm, eurus_rm or a .jinja file; default: the tokenizer's own",
     )
@@ -39,38 +37,48 @@ class FileOptions(Options):
 class ResponseFile(FileOptions):
     """Answers that exist already. A key may be nested: `responses.gpt-4` is the value under "gpt-4" of the value under "responses"."""
 
-    path: Path = Field(description="JSONL, Parquet or a directory of Parquet, one row per example")
-    response: str = Field("response", description="key of the answer's text")
+    path: Location = Field(description="JSONL, Parquet or a directory of Parquet, one row per example")
+    response: Line = Field("response", description="key of the answer's text")
     match: Literal["id", "prompt"] = Field("id", description="what finds an example's row")
-    id: str = Field("id", description="key of the example's id, for match: id")
-    prompt: str = Field(
+    id: Line = Field("id", description="key of the example's id, for match: id")
+    prompt: Line = Field(
         "prompt", description="key of the last user message's text, or of a list of all messages, for match: prompt"
     )
+
+
+def _is_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0) and not re.search(r"\s", url)
+    except ValueError:  # a port that is no number, brackets that do not close
+        return False
 
 
 class ServerOptions(Options):
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve` or a hosted one."""
 
-    url: str = Field(description="base URL, as http://localhost:8000/v1")
-    model: str = Field(description="name under which the server knows the model")
-    api_key_variable: str = Field(
+    url: Line = Field(description="base URL, as http://localhost:8000/v1")
+    model: Line = Field(description="name under which the server knows the model")
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key, if there is one"
     )
     endpoint: Literal["chat", "completions"] = Field(
         "chat",
         description="chat: the server applies its own template; completions: it gets the prompt as our template renders it",
     )
-    concurrency: Positive = Field(16, description="requests under way at once")
-    timeout: Annotated[float, Field(gt=0)] = Field(600.0, description="seconds for one answer")
-    max_retries: Annotated[int, Field(ge=0)] = Field(6, description="tries beyond the first, with growing pauses")
-    extra: dict[str, Any] = Field(
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(16, description="requests under way at once")
+    timeout: Annotated[float, Field(ge=0.001, le=1e6)] = Field(600.0, description="seconds for one answer")
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
+        6, description="tries beyond the first, with growing pauses"
+    )
+    extra: dict[str, JsonValue] = Field(
         default_factory=dict, description="further keys of every request's body; null takes one of ours out"
     )
 
     @model_validator(mode="after")  # of the whole: errors about a single key quote its value
     def _holds_no_secret(self) -> Self:
         scheme, _, rest = self.url.partition("://")
-        if scheme not in ("http", "https") or not rest:
+        if scheme not in ("http", "https") or not _is_host(self.url):
             raise ValueError("url has to be a base URL, as http://localhost:8000/v1")
         if "@" in rest.partition("/")[0] or "?" in rest:
             raise ValueError(
@@ -87,7 +95,7 @@ class ServerOptions(Options):
 
 class AnsweringOptions(ModelOptions):
     dtype: Precision = Field("bf16", description="precision in which the model answers and is captured")
-    device_map: str | None = Field(None, description="'auto' spreads a model over several GPUs")
+    device_map: Line | None = Field(None, description="'auto' spreads a model over several GPUs")
     stop: list[str] = Field(default_factory=list, description="texts before which an answer ends")
     responses: ResponseFile | None = Field(None, description="answers that exist already, instead of generating them")
     server: ServerOptions | None = Field(None, description="a server that answers, instead of the model in process")
@@ -108,7 +116,7 @@ class TargetOptions(AnsweringOptions):
 
 
 class SourceOptions(AnsweringOptions):
-    captures: dict[Literal["training", "inference"], Path] = Field(
+    captures: dict[Literal["training", "inference"], Location] = Field(
         default_factory=dict,
         description="Parquet or JSONL of distributions captured elsewhere, by mode (docs/captures.md)",
     )
@@ -117,19 +125,19 @@ class SourceOptions(AnsweringOptions):
 class ScoreFile(FileOptions):
     """Scores made elsewhere: rows {id, source, score}, or one row per id with a mapping {source: score} under `scores`."""
 
-    path: Path = Field(description="JSONL, Parquet or a directory of Parquet")
-    id: str = Field("id", description="key of the example's id")
-    scores: str = Field("scores", description="key, nested or not, of the mapping from source to score")
+    path: Location = Field(description="JSONL, Parquet or a directory of Parquet")
+    id: Line = Field("id", description="key of the example's id")
+    scores: Line = Field("scores", description="key, nested or not, of the mapping from source to score")
 
 
 class RewardModelOptions(ModelOptions):
-    model: str | None = Field(None, description="Hugging Face model directory, or a hub name in the local cache")
+    model: ModelPlace | None = Field(None, description="Hugging Face model directory, or a hub name in the local cache")
     form: Literal["auto", "classifier", "value_head", "regression_head"] = Field(
         "auto",
         description="one-label sequence classifier (FsfairX); value head over a causal LM (Starling); regression head read at "
         "the last token (Eurus); auto: by the names of the weights",
     )
-    body: str | None = Field(
+    body: ModelPlace | None = Field(
         None,
         description="model whose config and tokenizer a checkpoint without its own goes by (Starling: Llama-2-7b-chat)",
     )

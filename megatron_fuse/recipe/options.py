@@ -4,7 +4,6 @@ Keys carry Megatron-LM's names where Megatron has one. An unknown key is an erro
 which the command runs. `Field(description=...)` is what `--help` prints.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,30 +12,43 @@ from megatron_fuse.recipe.models import (
     REFERENCE,
     TARGET,
     AnsweringOptions,
-    Name,
-    Options,
-    Positive,
-    Precision,
     RewardModelOptions,
     SourceOptions,
     TargetOptions,
 )
 from megatron_fuse.recipe.presets import PRESETS, Phase
-
-Share = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+from megatron_fuse.recipe.values import (
+    BatchTokens,
+    Count,
+    Decay,
+    GradientNorm,
+    Layers,
+    LearningRate,
+    LeastLearningRate,
+    Line,
+    Location,
+    ModelPlace,
+    Name,
+    Options,
+    Positive,
+    Precision,
+    Ranks,
+    SamplingTemperature,
+    Seed,
+    Share,
+    Temperature,
+    Tokens,
+    Weight,
+)
 
 
 class DataOptions(Options):
-    path: Path = Field(description="instructions: JSONL, Parquet, or a directory that `datasets` saved")
+    path: Location = Field(description="instructions: JSONL, Parquet, or a directory that `datasets` saved")
     format: Literal["auto", "alpaca", "sharegpt", "messages", "orca"] = Field(
         "auto", description="row form of the file"
     )
     samples: Positive | None = Field(None, description="seeded random sample of so many examples; default: all")
-    held_out: Annotated[int, Field(ge=0)] = Field(
-        0, description="examples kept out of training, on which CE and KL are evaluated"
-    )
+    held_out: Count = Field(0, description="examples kept out of training, on which CE and KL are evaluated")
     too_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to a response that does not fit --seq-length in every model"
     )
@@ -47,18 +59,16 @@ class DataOptions(Options):
 
 
 class ResponseOptions(Options):
-    temperature: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="sampling temperature (paper silent); 0 is greedy"
-    )
+    temperature: SamplingTemperature = Field(1.0, description="sampling temperature (paper silent); 0 is greedy")
     top_p: Share = Field(1.0, description="nucleus sampling (paper silent)")
-    max_new_tokens: Positive = Field(512, description="tokens of the source's own tokenizer")
-    batch_tokens: Positive = Field(
+    max_new_tokens: Tokens = Field(512, description="tokens of the source's own tokenizer")
+    batch_tokens: BatchTokens = Field(
         32768, description="positions of prompts and answers to come, padding included, that are generated together"
     )
 
 
 class ScoringOptions(Options):
-    batch_tokens: Positive = Field(16384, description="padded tokens per forward pass")
+    batch_tokens: BatchTokens = Field(16384, description="padded tokens per forward pass")
     share_prompts: bool = Field(
         True, description="read the prompt that several answers share once, where the model can"
     )
@@ -70,8 +80,10 @@ class ReferenceOptions(Options):
     bleu: Weight = 0.25
     rouge_l: Weight = 0.25
     bertscore: Weight = 0.5
-    bertscore_model: str | None = Field(None, description="directory of the encoder that BERTScore compares with")
-    bertscore_layer: Positive | None = Field(None, description="layer whose states it compares; default: the last")
+    bertscore_model: ModelPlace | None = Field(
+        None, description="directory of the encoder that BERTScore compares with"
+    )
+    bertscore_layer: Layers | None = Field(None, description="layer whose states it compares; default: the last")
     without_bertscore: Literal["refuse", "renormalize"] = Field(
         "refuse", description="without bertscore_model: an error, or the other two weights brought to 1"
     )
@@ -91,12 +103,13 @@ class CaptureOptions(Options):
         description="top-p over the T=1 probabilities of the whole vocabulary, or in Hugging Face's sampling order: "
         "temperature, then top-k, then top-p over what is left",
     )
-    temperatures: list[Annotated[float, Field(gt=0)]] | None = Field(
+    temperatures: list[Temperature] | None = Field(
         None,
+        max_length=16,
         description="temperatures whose log-sum-exp is stored, the first also that of filter hugging_face; default: the loss's "
         "teacher_temperature",
     )
-    batch_tokens: Positive = Field(8192, description="padded tokens per forward pass")
+    batch_tokens: BatchTokens = Field(8192, description="padded tokens per forward pass")
 
 
 class AlignmentOptions(Options):
@@ -115,7 +128,7 @@ class AlignmentOptions(Options):
 class Margin(Options):
     """What happens to examples whose winner barely wins."""
 
-    at_least: Weight = Field(description="margin from which an example counts in full")
+    at_least: Annotated[float, Field(ge=0, le=1e12)] = Field(description="margin from which an example counts in full")
     weight: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the examples below it; 0 drops them")
 
 
@@ -148,8 +161,8 @@ class SelectionOptions(Options):
 
 
 class LossOptions(Options):
-    teacher_temperature: Annotated[float, Field(gt=0)] = 2.0
-    student_temperature: Annotated[float, Field(gt=0)] = 1.0
+    teacher_temperature: Temperature = Field(2.0, description="of the sources' distributions")
+    student_temperature: Temperature = Field(1.0, description="of the target's distributions in the KL")
     temperature_squared: bool = Field(False, description="multiply KL by student_temperature^2 (Hinton et al. 2015)")
     tail: Literal["bucket", "renormalize", "ignore"] = Field(
         "bucket", description="what becomes of the teacher's mass outside the stored entries"
@@ -184,9 +197,9 @@ class ScheduleOptions(Options):
 
 
 class ParallelOptions(Options):
-    tensor_model_parallel_size: Positive = 1
-    pipeline_model_parallel_size: Positive = 1
-    virtual_pipeline_model_parallel_size: Positive | None = None
+    tensor_model_parallel_size: Ranks = 1
+    pipeline_model_parallel_size: Ranks = 1
+    virtual_pipeline_model_parallel_size: Ranks | None = None
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = Field(
@@ -194,7 +207,7 @@ class ParallelOptions(Options):
         description="gather the weights that the distributed optimizer has updated during the next forward pass; needs "
         "use_distributed_optimizer and overlap_grad_reduce",
     )
-    context_parallel_size: Positive = Field(1, description="1: sequences are not split over ranks")
+    context_parallel_size: Ranks = Field(1, description="1: sequences are not split over ranks")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @model_validator(mode="after")
@@ -227,22 +240,24 @@ class ParallelOptions(Options):
 
 
 class TrainingOptions(Options):
-    seq_length: Positive = Field(2048, description="most target tokens of one conversation, in every stage")
-    micro_batch_size: Positive = Field(1, description="sequences per forward pass and data-parallel rank")
-    global_batch_size: Positive = Field(128, description="examples per step")
+    seq_length: Tokens = Field(2048, description="most target tokens of one conversation, in every stage")
+    micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        1, description="sequences per forward pass and data-parallel rank"
+    )
+    global_batch_size: Annotated[int, Field(ge=1, le=100_000_000)] = Field(128, description="examples per step")
     packing: bool = Field(
         False,
         description="several examples share a sequence of up to seq_length, none of them seeing another: a step learns the same "
         "from the same examples without the padding",
     )
-    lr: Annotated[float, Field(gt=0)] = 1.5e-5
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    lr_warmup_iters: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta1: Decay = 0.9
-    adam_beta2: Decay = 0.999
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="maximal gradient norm; 0 switches clipping off")
+    lr: LearningRate = Field(1.5e-5, description="highest learning rate")
+    min_lr: LeastLearningRate = Field(0.0, description="learning rate at the end of the schedule")
+    lr_warmup_iters: Count = Field(0, description="steps from 0 to lr")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="of AdamW")
+    adam_beta1: Decay = Field(0.9, description="decay of the mean of the gradient")
+    adam_beta2: Decay = Field(0.999, description="decay of the mean of its square")
+    adam_eps: Annotated[float, Field(ge=1e-20, le=1)] = Field(1e-8, description="added to the root of that mean")
+    clip_grad: GradientNorm = Field(1.0, description="maximal gradient norm; 0 switches clipping off")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of parameters and activations; bf16 keeps fp32 masters"
     )
@@ -250,8 +265,10 @@ class TrainingOptions(Options):
     train_iters: Positive | None = Field(
         None, description="stop after so many steps; the schedule stays that of the whole run"
     )
-    save: Path | None = Field(None, description="checkpoint directory; default: WORKDIR/training/checkpoints")
-    load: Path | None = Field(None, description="checkpoint directory to continue from; default: the save directory")
+    save: Location | None = Field(None, description="checkpoint directory; default: WORKDIR/training/checkpoints")
+    load: Location | None = Field(
+        None, description="checkpoint directory to continue from; default: the save directory"
+    )
     save_interval: Positive | None = Field(
         None, description="steps between checkpoints; default: at the end of phases only"
     )
@@ -267,16 +284,16 @@ class TrainingOptions(Options):
     )
     exit_signal_handler: bool = Field(True, description="at SIGTERM or SIGUSR1 finish the step, save and exit")
     exit_interval: Positive | None = Field(None, description="save and exit after a step that is a multiple of this")
-    exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = Field(
+    exit_duration_in_mins: Annotated[float, Field(ge=1e-9, le=1e8)] | None = Field(
         None, description="save and exit once the process is as many minutes old"
     )
     log_interval: Positive = 1
     eval_interval: Positive | None = Field(
         None, description="steps between evaluations; default: at the end of phases only"
     )
-    tensorboard_dir: Path | None = Field(None, description="default: WORKDIR/training/tensorboard")
-    wandb_project: str | None = Field(None, description="log to this Weights & Biases project; default: none")
-    wandb_exp_name: str | None = Field(None, description="name of the run there; default: the name of WORKDIR")
+    tensorboard_dir: Location | None = Field(None, description="default: WORKDIR/training/tensorboard")
+    wandb_project: Line | None = Field(None, description="log to this Weights & Biases project; default: none")
+    wandb_exp_name: Line | None = Field(None, description="name of the run there; default: the name of WORKDIR")
     max_skipped_iterations: Positive = Field(
         10, description="stop after so many steps in a row whose gradient or loss is not finite"
     )
@@ -302,7 +319,9 @@ class TrainingOptions(Options):
 
 
 class ExportOptions(Options):
-    path: Path | None = Field(None, description="Hugging Face directory of the fused model; default: WORKDIR/export")
+    path: Location | None = Field(
+        None, description="Hugging Face directory of the fused model; default: WORKDIR/export"
+    )
     dtype: Precision = "bf16"
     checkpoint: Literal["best", "latest"] = Field("best", description="best by held-out cross-entropy, or the last one")
 
@@ -310,8 +329,8 @@ class ExportOptions(Options):
 class Recipe(Options):
     """One fusion run: what is fused, from which data, how it is captured, aligned, chosen and learned."""
 
-    workdir: Path = Field(description="directory of all artefacts")
-    seed: int = 1234
+    workdir: Location = Field(description="directory of all artefacts")
+    seed: Seed = Field(1234, description="of every draw: samples, answers, order, ties")
     target: TargetOptions
     sources: dict[Name, SourceOptions] = Field(min_length=1)
     reward_models: dict[Name, RewardModelOptions] = Field(default_factory=dict)

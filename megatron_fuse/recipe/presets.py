@@ -5,19 +5,18 @@ numbers, or ramps over the phase; with a single phase, over the run. The paper's
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-NonNegative = Annotated[float, Field(ge=0)]
+from megatron_fuse.recipe.values import Epochs, Line, Options, Weight
 
 
-class Ramp(BaseModel):
+class Ramp(Options):
     """A value that goes from one end of a phase to the other: its first step has `from`, its last has `to`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
-    from_: NonNegative = Field(alias="from")
-    to: NonNegative
+    from_: Weight = Field(alias="from")
+    to: Weight
     shape: Literal["linear", "cosine"] = "linear"
 
     def at(self, progress: float) -> float:
@@ -26,7 +25,12 @@ class Ramp(BaseModel):
         return self.from_ + (self.to - self.from_) * passed
 
 
-Schedulable = NonNegative | Ramp
+def _form(value: Any) -> str:
+    return "[ramp]" if isinstance(value, dict | Ramp) else "[number]"
+
+
+# By its form, so that an error is about the one that was meant. The tags are no keys: errors leave out what is in brackets.
+Schedulable = Annotated[Annotated[Weight, Tag("[number]")] | Annotated[Ramp, Tag("[ramp]")], Discriminator(_form)]
 
 
 def value_at(value: float | Ramp, progress: float) -> float:
@@ -38,10 +42,9 @@ def _highest(value: float | Ramp) -> float:
     return max(value_at(value, 0.0), value_at(value, 1.0))
 
 
-class ModeWeights(BaseModel):
+class ModeWeights(Options):
     """weight * (CE + lambda * KL) of one mode. A weight that is 0 all along leaves the mode's documents out of the phase."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
     weight: Schedulable = 0.0
     lambda_: Schedulable = Field(0.0, alias="lambda")
 
@@ -54,12 +57,11 @@ class ModeWeights(BaseModel):
         return self.is_used and _highest(self.lambda_) > 0
 
 
-class Phase(BaseModel):
+class Phase(Options):
     """Some epochs over all examples under one set of weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    epochs: Annotated[int, Field(gt=0)]
+    name: Line
+    epochs: Epochs
     inference: ModeWeights = ModeWeights()
     training: ModeWeights = ModeWeights()
 

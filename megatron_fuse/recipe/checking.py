@@ -1,0 +1,97 @@
+"""From the content of a file to checked options, with errors that name the place of every wrong key."""
+
+import difflib
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar, Union
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.recipe.options import Recipe
+
+Checked = TypeVar("Checked", bound=BaseModel)
+Keys = tuple[int | str, ...]  # from the outermost key to the one that is meant; indexes in lists
+Place = Callable[[Keys], str]  # what an error calls a key: file, line and key
+
+_MESSAGE, _LISTED = 560, 300  # characters
+
+
+def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -> Checked:
+    """The options that a mapping read from YAML holds.
+
+    where: what errors call a key, or the name of the file. Raises UserError with every wrong key, its value and what is allowed there.
+    """
+    place = where if callable(where) else lambda keys: f"{where}: {'.'.join(map(str, keys)) or 'the whole'}"
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_explain(error, place, model)) from error
+
+
+def make_recipe(content: dict[str, Any], where: str | Place = "recipe") -> Recipe:
+    """As `checked`."""
+    return checked(Recipe, content, where)
+
+
+def _explain(error: ValidationError, place: Place, model: type[BaseModel]) -> str:
+    """One line per wrong key, as far as the length of a message goes."""
+    message, count = "", error.error_count()
+    for number, item in enumerate(error.errors(include_url=False)):
+        line = f"{place(_keys(item['loc']))}: {_problem(item, model)}"
+        if number and len(message) + len(line) > _MESSAGE:
+            return f"{message}\n       and {count - number} more"
+        message += ("\n       " if number else "") + shortened(line, _MESSAGE)
+    return message
+
+
+def _keys(location: Keys) -> Keys:
+    """Without pydantic's own marks, which are in brackets: [key], [number], [ramp]."""
+    return tuple(part for part in location if not (isinstance(part, str) and part.startswith("[")))
+
+
+def _problem(item: Any, model: type[BaseModel]) -> str:
+    given = item.get("input")
+    match item["type"]:
+        case "extra_forbidden":
+            allowed = _allowed(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), allowed, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            return f"unknown key; allowed here: {shortened(', '.join(allowed), _LISTED)}{meant}"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"must be a mapping of keys (given: {_shown(given)})"
+        case "missing":
+            return "required, but not given"
+        case "greater_than_equal":  # pydantic writes 1e-12 with all its zeros
+            item["msg"] = f"Input should be greater than or equal to {item['ctx']['ge']}"
+    problem = shortened(item["msg"].removeprefix("Value error, "), _LISTED)
+    return problem if isinstance(given, dict) else f"{problem} (given: {_shown(given)})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value), 80)
+    except ValueError:  # more digits than Python writes
+        return f"a {type(value).__name__}"
+
+
+def _allowed(model: Any, location: Keys) -> list[str]:
+    """Keys that the mapping at this place may have."""
+    for part in location:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            annotation = next(f.annotation for n, f in model.model_fields.items() if part in (n, f.alias))
+        else:  # a key, an index or a form: the element's type comes last in dict[Name, X], list[X] and number | Ramp
+            annotation = typing.get_args(model)[-1]
+        model = _unwrapped(annotation)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _unwrapped(annotation: Any) -> Any:
+    """Without what pydantic is told beside the type, and without None."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _unwrapped(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+        return _unwrapped(inner[0]) if len(inner) == 1 else annotation
+    return annotation
