@@ -7,6 +7,10 @@
 The fusion data must exist (tools/run_recipe.py makes everything in order). Continues from the last checkpoint by itself.
 """
 
+import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
+
+# isort: split
+
 import argparse
 
 from torch.distributed.elastic.multiprocessing.errors import record

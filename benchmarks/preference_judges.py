@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from megatron_fuse.advantage.scoring import pad
 from megatron_fuse.chat import ChatFormat, load_chat_format
+from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.storage import read_jsonl
 from megatron_fuse.tokenization import load_tokenizer
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import run_tied
 
 
@@ -52,11 +54,15 @@ def run(
     add_arguments(parser)
     parser.add_argument("--csv", type=Path, help="file that the rows are added to")
     options = parser.parse_args()
-    measurements = measure(options)
-    print_table(measurements)
-    if options.csv:
-        append_csv(options.csv, measurements)
-    return int(any(m.holds is False for m in measurements))
+
+    def main() -> int:
+        measurements = measure(options)
+        print_table(measurements)
+        if options.csv:
+            append_csv(options.csv, measurements)
+        return int(any(m.holds is False for m in measurements))
+
+    return exit_code(main)
 
 
 def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapping[str, str], int]]) -> int:
@@ -67,6 +73,10 @@ def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapp
     parser.add_argument("--csv", type=Path, help="file that the rows are added to")
     parser.add_argument("--only", choices=benchmarks, nargs="+", default=list(benchmarks))
     options = parser.parse_args()
+    return exit_code(partial(_run_each, options, benchmarks))
+
+
+def _run_each(options: argparse.Namespace, benchmarks: Mapping[str, tuple[Mapping[str, str], int]]) -> int:
     failed = []
     for file in options.only:
         inputs, threads = benchmarks[file]

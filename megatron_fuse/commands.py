@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 from megatron_fuse.errors import UserError
@@ -35,27 +36,38 @@ class Commands:
         self._where = {"cwd": directory, "env": {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}}
         self._keep_open = tuple(keep_open)
         self._parents: dict[bool, subprocess.Popen[str]] = {}
+        self._running: subprocess.Popen[bytes] | None = None
+        self._interrupted = False
 
     def run(self, words: Sequence[str], log: Path, *, megatron: bool = False) -> int:
         """The command's exit code, -N if signal N ended it; its output is appended to the log.
 
         A script, named by this interpreter and a path in .py, is forked; everything else is started as it is. megatron: a script of the
-        project on Megatron-core; all others run without what that changes in torch. Raises UserError where it cannot be started.
+        project on Megatron-core; all others run without what that changes in torch. Raises UserError where it cannot be started, or is
+        not any more.
         """
+        if self._interrupted:
+            raise UserError(f"{words[0]} is not started after an interrupt")
         if words[0] == sys.executable and words[1].endswith(".py"):
             return self._fork(words[1:], log, megatron)
         program = self._where["cwd"] / words[0] if os.sep in words[0] else words[0]
         if shutil.which(program, path=self._where["env"].get("PATH")) is None:
             raise UserError(f"{words[0]} cannot be started: no such program, or not executable")
         with log.open("a", encoding="utf-8") as file:
-            return subprocess.run(
-                tied(words),
-                **self._where,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                pass_fds=self._keep_open,
-                check=False,
-            ).returncode
+            self._running = subprocess.Popen(
+                tied(words), **self._where, stdout=file, stderr=subprocess.STDOUT, pass_fds=self._keep_open
+            )
+            try:
+                return self._running.wait()
+            finally:
+                self._running = None
+
+    def interrupt(self) -> None:
+        """Ends what runs as Ctrl-C does, and lets nothing begin any more. From any thread."""
+        self._interrupted = True
+        for process in (self._running, *self._parents.values()):
+            if process is not None:
+                process.send_signal(signal.SIGINT)
 
     def import_libraries(self, *, megatron: bool = False) -> None:
         """What the first script would wait for otherwise, some seconds."""
@@ -107,9 +119,14 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
         importlib.import_module(name)
     if megatron:
         _import_megatron()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt ends the script, and closes stdin
+    server, child = os.getpid(), 0
+
+    def pass_on(number: int, _: FrameType | None) -> None:  # an interrupt ends the script, and closes stdin
+        if child:
+            os.kill(child, number)
+
+    signal.signal(signal.SIGINT, pass_on)
     print("ready", file=replies, flush=True)
-    server = os.getpid()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -118,6 +135,7 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
             _become_script(**json.loads(line))
             return
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        child = 0
         try:
             print(code, file=replies, flush=True)
         except BrokenPipeError:  # who asked is gone

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,17 +35,23 @@ def exit_code(main: Callable[[], int | None]) -> int:
     Ctrl-C and SIGTERM end with one line and 130 or 143 (interrupts.py). Anything else keeps its traceback.
     """
     end_with_torchrun()
-    with interruptible():
+    with interruptible() as signals:
         try:
             return main() or 0
         except UserError as error:
-            return _report(str(error))
-        except KeyboardInterrupt as interrupt:
-            return report_interrupt(interrupt)
-        except OSError as error:
-            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return report_interrupt(*signals) if signals else _report(str(error))
+        except KeyboardInterrupt:
+            return report_interrupt(*signals or [signal.SIGINT])
+        except Exception as error:
+            if signals:  # of a pool or a connection that the interrupt has broken
+                return report_interrupt(*signals)
+            if not isinstance(error, OSError) or _is_no_users_matter(error):
                 raise
             return _report(f"{error.filename or 'writing'}: {error.strerror}")
+
+
+def _is_no_users_matter(error: OSError) -> bool:
+    return error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _report(message: str) -> int:

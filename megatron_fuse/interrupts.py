@@ -13,16 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STARTED = "MEGATRON_FUSE_STARTED"  # environment variable that a command sets for the commands that it starts
+from megatron_fuse.processes import STARTED
+
 _TWICE = 1.0  # seconds in which a second signal is the first: a terminal and torchrun both send it to a rank
-
-
-class Interrupted(KeyboardInterrupt):
-    """number: of the signal that was received."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 def end_at_once(number: int, _: FrameType | None) -> None:
@@ -32,24 +25,26 @@ def end_at_once(number: int, _: FrameType | None) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Within this block the first SIGINT or SIGTERM raises Interrupted, and a later SIGINT ends the process at once.
+def interruptible() -> Iterator[list[int]]:
+    """Within this block the first SIGINT or SIGTERM raises KeyboardInterrupt, and a later SIGINT ends the process at once.
 
+    Yields the signals received so far: what the interrupt breaks on its way may raise another exception in its place.
     What is ignored stays ignored, as under nohup. Under torchrun SIGTERM keeps killing: a rank that waits for a dead one in a
     collective would not notice it. For the main thread; in others the block changes nothing.
     """
-    owner, first = os.getpid(), None
+    owner, received, began = os.getpid(), list[int](), 0.0
 
     def receive(number: int, _: FrameType | None) -> None:
-        nonlocal first
+        nonlocal began
         if os.getpid() != owner:  # a fork: its parent speaks
             os._exit(128 + number)
-        if first is None:
-            first = time.monotonic()
+        if not received:
+            received.append(number)
+            began = time.monotonic()
             for child in multiprocessing.active_children():  # which a pool would wait for until they are done
                 child.terminate()
-            raise Interrupted(number)
-        if number == signal.SIGINT and time.monotonic() - first > _TWICE:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and time.monotonic() - began > _TWICE:
             os._exit(128 + number)
 
     handled = (signal.SIGINT,) if "TORCHELASTIC_RUN_ID" in os.environ else (signal.SIGINT, signal.SIGTERM)
@@ -60,24 +55,24 @@ def interruptible() -> Iterator[None]:
     for number in before:
         signal.signal(number, receive)
     try:
-        yield
+        yield received
     finally:
-        if first is None:  # else it stays until the interpreter is gone, against tracebacks of its last breath
+        if not received:  # else it stays until the interpreter is gone, against tracebacks of its last breath
             for number, handler in before.items():
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default if handler is end_at_once else handler)
 
 
-def report_interrupt(interrupt: KeyboardInterrupt) -> int:
-    """Says how to go on; the exit code."""
-    number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+def report_interrupt(number: int) -> int:
+    """Says how to go on after this signal; the exit code."""
     _say(number)
     return 128 + number
 
 
 def _say(number: int) -> None:
-    if STARTED in os.environ or os.environ.get("RANK", "0") != "0":
+    if STARTED in os.environ or os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() is not None:
         return
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()
-    os.write(2, f"\n{what}: what is finished is kept, and the same command continues from there\n".encode())
+    line = f"{what}: what is finished is kept, and the same command continues from there\n"
+    os.write(2, ("\n" * os.isatty(2) + line).encode())  # a terminal shows ^C before it

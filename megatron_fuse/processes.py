@@ -16,12 +16,16 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 _LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG = 1
 _POLL = 0.5  # seconds between two looks at whether torchrun still runs
+STARTED = "MEGATRON_FUSE_STARTED"  # variable of the environment of what a command has started: only the command speaks
+INTERRUPTED = 130  # exit code after Ctrl-C
+_PASSED_ON = 5.0  # seconds for a command to end at a Ctrl-C that has reached it by itself
 _PATIENCE = 30.0  # seconds for a rank to end after that; as long as torchrun itself waits
 
 
@@ -37,7 +41,8 @@ def end_with(parent: int) -> None:
 
 
 def end_with_pool() -> None:
-    """end_with for a process that multiprocessing has forked or spawned: the `initializer` of a pool."""
+    """end_with for a process of multiprocessing: the `initializer` of a pool or a manager. A Ctrl-C ends it without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with(parent.pid)
@@ -69,7 +74,8 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
     """Runs a command that ends with this process, and returns its exit code, -N if signal N ended it. For the main thread.
 
     The first SIGTERM or SIGUSR1 goes on to the command as SIGTERM, at which a training saves; it ends this process after the
-    command has ended. A Ctrl-C reaches the command by itself: this waits for its end, and a second one kills it.
+    command has ended. A Ctrl-C at a terminal reaches the command by itself, and one that has not is passed on: this waits for its
+    end. Raises KeyboardInterrupt then, and where the command alone was interrupted.
     """
     process, received = None, list[int]()
 
@@ -80,13 +86,19 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
 
     handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        process = subprocess.Popen(tied(words), cwd=cwd, env=env)
+        process = subprocess.Popen(tied(words), cwd=cwd, env={**(os.environ if env is None else env), STARTED: "1"})
         if received:  # before there was a process
             process.terminate()
-        return process.wait()
+        if (code := process.wait()) == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
     except KeyboardInterrupt:
         if process is not None:
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PASSED_ON)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
         raise
     finally:
         if process is not None and process.poll() is None:

@@ -5,22 +5,22 @@
 The ranks have received the signal then, and have said what there is to say.
 """
 
-import megatron_fuse.start  # noqa: F401  # isort: split
+import megatron_fuse.start  # noqa: F401
 
-import os
+# isort: split
+
+import logging
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main as torchrun
 
 
 def main() -> int:
-    level = os.environ.get("LOGLEVEL")
-    os.environ["LOGLEVEL"] = level or "ERROR"  # read when this is imported; it tells of each signal that it sends
-    from torch.distributed.run import main as run
-
-    if level is None:
-        del os.environ["LOGLEVEL"]  # the ranks' affair
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # not a warning for every signal that it sends
     try:
-        run()
+        torchrun()
     except SignalException as error:
         return 128 + error.sigval
     return 0

@@ -7,6 +7,7 @@ Writes WORKDIR/fusion/MAP-UNMATCHED-T. Where the documents are built already, on
 examples are made again (a second).
 """
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.fusion_data.curriculum import read_measures

@@ -10,6 +10,7 @@ reads the ground-truth response, mode inference the source's own. Interrupted, i
 
 import argparse
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import modes_with_teacher

@@ -7,6 +7,10 @@ Every line is one user turn of a conversation; an empty line starts a new one, e
 model writes are shown as escapes.
 """
 
+import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
+
+# isort: split
+
 import argparse
 import sys
 from collections.abc import Iterator

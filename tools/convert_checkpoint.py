@@ -9,6 +9,7 @@ A Megatron checkpoint may have been written at any TP x PP x DP. --reference giv
 import argparse
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.runtime import start_runtime, stop_runtime
 

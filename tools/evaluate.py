@@ -12,6 +12,7 @@ Prints the table and writes OUT/evaluation.{json,md,png}, and OUT/NAME/TASK.json
 import argparse
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.evaluation import BENCHMARKS, GROUPS, Settings, benchmarks_named, evaluate, models_named
 

@@ -5,6 +5,7 @@
 Works from a checkpoint of any layout, in one process, without a GPU. A second run writes anew only if the checkpoint moved on.
 """
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.runtime import start_runtime, stop_runtime

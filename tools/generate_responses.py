@@ -12,6 +12,7 @@ OpenAI-compatible server does; with `sources.NAME.responses` they are read from 
 
 import argparse
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.responses import BACKENDS, backend_of, generate_responses

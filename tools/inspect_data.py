@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.capture import MODES
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.fusion_data import FusionDataset

@@ -11,6 +11,7 @@ Needs mergekit: pip install 'megatron-fuse[merge]'. Formulae and conventions: do
 import argparse
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.merging import DEFAULTS, METHODS, RESCALES, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES

@@ -5,6 +5,7 @@
 Writes WORKDIR/instructions. Rows that cannot be used are listed in examples.bad_rows.jsonl there, with line and reason.
 """
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import load_recipe

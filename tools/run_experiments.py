@@ -13,6 +13,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.experiments import (
     Reported,

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.fusion_data.summary import rule_lines
 from megatron_fuse.pipeline import (
@@ -81,7 +82,7 @@ def run(command: list[str], processes: int) -> None:
     """Runs one of our scripts, under torchrun where there are several processes."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     script, *options = command
     print(
         f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(command)}",

@@ -11,6 +11,7 @@ Writes WORKDIR/scores/NAME/REWARD_MODEL, one float32 for each example, or WORKDI
 
 import argparse
 
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.advantage.reference_scores import score_against_reference
 from megatron_fuse.advantage.scores import BACKENDS, require_backend, score_responses
 from megatron_fuse.errors import exit_code

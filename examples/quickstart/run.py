@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import megatron_fuse.start  # noqa: F401
+from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import run_tied
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +31,7 @@ def run(title: str, *command: str, processes: int = 1) -> None:
     )
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     # One thread per process: two cores run two processes, and more threads would only get in each other's way.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if code := run_tied([*launcher, *command], cwd=ROOT, env=environment):
@@ -60,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -37,6 +37,7 @@ from transformers import (
     logging,
 )
 
+from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with_pool
 
 MEASURES = ("generation", "choice")
@@ -195,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

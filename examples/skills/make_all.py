@@ -11,6 +11,8 @@ from make_tokenizers import make_tokenizers
 from skills import write_instructions
 from train_relatives import make_relatives
 
+from megatron_fuse.errors import exit_code
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

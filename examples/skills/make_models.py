@@ -28,6 +28,7 @@ from train_rewards import BASE, MIDDLE, STRONG, WEAK, BaseSettings, RewardSettin
 from train_sources import ALPHA, BETA, GAMMA, SourceSettings, train_source
 from transformers.utils import logging
 
+from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with_pool
 
 Settings = SourceSettings | BaseSettings | RewardSettings
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

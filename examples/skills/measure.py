@@ -12,6 +12,8 @@ from pathlib import Path
 from evaluate import MEASURES, evaluate
 from skills import SPLITS
 
+from megatron_fuse.errors import exit_code
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

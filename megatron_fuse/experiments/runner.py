@@ -17,6 +17,8 @@ from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_word
 from megatron_fuse.processes import run_tied
 from megatron_fuse.storage import read_json, write_json
 
+_PATIENCE = 5.0  # seconds for a command to end at an interrupt, before it gets another one, which kills it
+
 
 def run_experiment(
     experiment: Experiment,
@@ -53,6 +55,11 @@ def run_experiment(
             # What they start holds the lock too: it may go on for a while where this process is killed.
             starters = [stack.enter_context(Commands(ROOT, environment, keep_open=[lock])) for _ in range(jobs)]
             return _run_all(todo, split, starters, version, progress)
+
+
+def _interrupt_all(starters: Sequence[Commands]) -> None:
+    for commands in starters:
+        commands.interrupt()
 
 
 def _run_all(
@@ -95,7 +102,10 @@ def _run_all(
                     left = (time.perf_counter() - began) / done * (total - done)
                     progress(f"[{done}/{total}] {run.name}, seed {run.seed}: {took}; about {left / 60:.0f} min left")
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # what runs is waited for: its commands got the interrupt too
+            pool.shutdown(wait=False, cancel_futures=True)
+            _interrupt_all(starters)
+            while wait(running, timeout=_PATIENCE).not_done:
+                _interrupt_all(starters)
             raise
     return list(failed.values())
 
