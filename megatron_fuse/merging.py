@@ -174,12 +174,12 @@ def _complete(merge: Merge) -> Merge:
     if "weights" in method.options:
         values["weights"] = (1 / count,) * count
     merge = replace(merge, **{key: value for key, value in values.items() if getattr(merge, key) is None})
-    if merge.weights is not None and not all(0 < weight < float("inf") for weight in merge.weights):
-        raise UserError(f"the models' weights are {', '.join(map(str, merge.weights))}: they have to be above 0")
-    if merge.density is not None and not 0 < merge.density <= 1:
+    if merge.weights is not None and not all(1e-6 <= weight <= 1e6 for weight in merge.weights):
         raise UserError(
-            f"--density is {merge.density}: the share of entries that is kept lies above 0 and is at most 1"
+            f"the models' weights are {', '.join(map(str, merge.weights))}: they have to be above 0, from 1e-6 to 1e6"
         )
+    if merge.density is not None and not 1e-6 <= merge.density <= 1:
+        raise UserError(f"--density is {merge.density}: the share of entries that is kept lies above 0, from 1e-6 to 1")
     if merge.t is not None and not 0 <= merge.t <= 1:
         raise UserError(f"--t is {merge.t}: it lies between 0, the first model, and 1, the second")
     if merge.rescale is not None and merge.rescale not in RESCALES:

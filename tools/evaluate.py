@@ -10,20 +10,20 @@ Prints the table and writes OUT/evaluation.{json,md,png}, and OUT/NAME/TASK.json
 """
 
 import argparse
-from pathlib import Path
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.evaluation import BENCHMARKS, GROUPS, Settings, benchmarks_named, evaluate, models_named
+from megatron_fuse.recipe import path_argument
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
     parser.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join([*GROUPS, *BENCHMARKS])}")
-    parser.add_argument("--output", type=Path, required=True, help="directory of the results")
+    parser.add_argument("--output", type=path_argument, required=True, help="directory of the results")
     parser.add_argument(
-        "--data", type=Path, help="directory of JSONL files to take the questions from, without the network"
+        "--data", type=path_argument, help="directory of JSONL files to take the questions from, without the network"
     )
     parser.add_argument("--baseline", help="model that the others are compared with; the first unless named")
     parser.add_argument("--limit", type=int, help="only the first questions of every task")

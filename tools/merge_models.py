@@ -9,12 +9,12 @@ Needs mergekit: pip install 'megatron-fuse[merge]'. Formulae and conventions: do
 """
 
 import argparse
-from pathlib import Path
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.merging import DEFAULTS, METHODS, RESCALES, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.recipe import path_argument
 from megatron_fuse.sources.huggingface import resolve_model
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, help=f"dare_*: of what is dropped (default {DEFAULTS['seed']})")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the merged weights (default bf16)")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path_argument, required=True)
     arguments = parser.parse_args()
     models, weights = read_models(arguments.model)
     merge = Merge(

@@ -13,9 +13,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.errors import UserError, exit_code, shortened
 from megatron_fuse.experiments import (
+    Experiment,
     Reported,
     collect_results,
     load_experiment,
@@ -24,18 +27,23 @@ from megatron_fuse.experiments import (
     write_report,
     write_results,
 )
+from megatron_fuse.recipe import Name, path_argument
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "experiments", type=Path, nargs="+", metavar="EXPERIMENT", help="YAML (megatron_fuse/experiments/experiment.py)"
+        "experiments",
+        type=path_argument,
+        nargs="+",
+        metavar="EXPERIMENT",
+        help="YAML (megatron_fuse/experiments/experiment.py)",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="tables to run; default: the first")
     parser.add_argument("--split", help="problems to measure with; default: the experiment's")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument(
-        "--report", type=Path, help="write the report of the CSVs to this Markdown file, and run nothing"
+        "--report", type=path_argument, help="write the report of the CSVs to this Markdown file, and run nothing"
     )
     arguments = parser.parse_args()
     if arguments.report:
@@ -47,7 +55,7 @@ def main() -> None:
         raise UserError("run experiments one by one; only --report takes several")
     (path,) = arguments.experiments
     experiment = load_experiment(path)
-    split = arguments.split or experiment.split
+    split = _split(arguments.split, experiment)
     failed = run_experiment(
         experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=partial(print, flush=True)
     )
@@ -65,9 +73,19 @@ def main() -> None:
 
 def _stored(path: Path, split: str | None) -> Reported:
     experiment = load_experiment(path)
-    wanted = split or experiment.split
+    wanted = _split(split, experiment)
     results = [result for result in read_results(experiment.results) if result.split == wanted]
     return Reported(experiment, results, _command(path))
+
+
+def _split(given: str | None, experiment: Experiment) -> str:
+    """By the rule for the key `split` in the file: it becomes part of a file's name."""
+    if given is None:
+        return experiment.split
+    try:
+        return TypeAdapter(Name).validate_python(given)
+    except ValidationError as error:
+        raise UserError(f"--split {shortened(given, 80)!r}: {error.errors()[0]['msg']}") from error
 
 
 def _command(path: Path) -> str:

@@ -45,10 +45,10 @@ def main() -> None:
     recipe = recipe_from_arguments(arguments)
     check_files(recipe)
     model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
-    if not arguments.plan and (arguments.nproc_per_node < 1 or arguments.nproc_per_node % model_parallel):
+    if not arguments.plan and (not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel):
         raise UserError(
             f"--nproc-per-node {arguments.nproc_per_node}: tensor x pipeline parallelism of the recipe needs a multiple of "
-            f"{model_parallel} processes"
+            f"{model_parallel} processes, up to 4096"
         )
     names = [stage.name for stage in data_stages(recipe)] + ["training", "export"]
     if arguments.until and arguments.until not in names:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fuse.errors import UserError
+from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.recipe import user_path
 from megatron_fuse.storage import sha256_of_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes a directory name
@@ -31,7 +32,10 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
             raise UserError(
                 f"the name {name!r} is given twice, for {models[name].directory} and {directory}: rename one"
             )
-        models[name] = EvaluatedModel(name, Path(directory).expanduser())
+        try:
+            models[name] = EvaluatedModel(name, user_path(directory))
+        except ValueError as error:
+            raise UserError(f"{name}: {error} (given: {shortened(directory, 80)!r})") from error
         if not (models[name].directory / "config.json").is_file():
             raise UserError(f"{name}: {directory} has no config.json: name a Hugging Face model directory")
     return list(models.values())

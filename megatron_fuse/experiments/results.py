@@ -7,6 +7,7 @@ and merges; data: the hash of the seed's instructions. Rows of different commits
 """
 
 import csv
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.errors import UserError
+from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.experiments.experiment import Experiment
+from megatron_fuse.experiments.records import Evaluation, Made, read_record
 from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
-from megatron_fuse.storage import read_json, temporary_then_rename
+from megatron_fuse.storage import temporary_then_rename
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,19 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
             run = Run(experiment, name, seed)
             if not run.is_made():
                 continue
-            made = read_json(run.directory / "result.json")
-            refuse_other_options(run, made["options"])
+            made = read_record(Made, run.directory / "result.json")
+            refuse_other_options(run, made.options)
             finished = run.is_finished(split)
-            commits = {made["commit"], read_json(run.evaluation(split))["commit"] if finished else version}
+            commits = {made.commit, read_record(Evaluation, run.evaluation(split)).commit if finished else version}
             for commit in sorted(commits - {version}):
                 others.setdefault(commit, []).append(f"{name} (seed {seed})")
             if not finished:
                 continue
-            if "data" in made:
-                first, owner = data.setdefault(seed, (made["data"], run))
-                if first != made["data"]:
+            if made.data is not None:
+                first, owner = data.setdefault(seed, (made.data, run))
+                if first != made.data:
                     raise UserError(
-                        f"{run.directory} was trained on data {made['data'][:12]}, but {owner.directory} on {first[:12]}: remove the one "
+                        f"{run.directory} was trained on data {made.data[:12]}, but {owner.directory} on {first[:12]}: remove the one "
                         "that is out of date and run the experiment again"
                     )
             results += _rows(run, split, made)
@@ -76,7 +78,7 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
     return results
 
 
-def _rows(run: Run, split: str, made: dict[str, Any]) -> list[Result]:
+def _rows(run: Run, split: str, made: Made) -> list[Result]:
     path = run.evaluation(split)
     day = date.fromtimestamp(path.stat().st_mtime).isoformat()
     return [
@@ -85,17 +87,17 @@ def _rows(run: Run, split: str, made: dict[str, Any]) -> list[Result]:
             seed=run.seed,
             split=split,
             metric=metric,
-            value=found["value"],
-            n=found["n"],
-            steps=made.get("steps"),
-            tokens=made.get("tokens"),
-            seconds=round(made["training_seconds"], 1) if "training_seconds" in made else None,
-            commit=made["commit"],
-            data=made.get("data", "")[:12],
+            value=found.value,
+            n=found.n,
+            steps=made.steps,
+            tokens=made.tokens,
+            seconds=None if made.training_seconds is None else round(made.training_seconds, 1),
+            commit=made.commit,
+            data=(made.data or "")[:12],
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             date=day,
         )
-        for metric, found in read_json(path)["metrics"].items()
+        for metric, found in read_record(Evaluation, path).metrics.items()
     ]
 
 
@@ -136,8 +138,10 @@ def read_results(path: Path) -> list[Result]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [_parsed(row) for row in csv.DictReader(file)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a file of results ({error!r})") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{shortened(str(path), 200)}: not a file of results ({shortened(repr(error), 200)})"
+        ) from error
 
 
 def _parsed(row: dict[str, str]) -> Result:
@@ -145,4 +149,6 @@ def _parsed(row: dict[str, str]) -> Result:
     values: dict[str, Any] = {field.name: row[field.name] for field in fields(Result)}
     for name, kind in numbers.items():
         values[name] = kind(values[name]) if values[name] else None
+    if not math.isfinite(values["value"]):
+        raise ValueError(f"value is {values['value']}")
     return Result(**values)

@@ -12,11 +12,13 @@ from threading import Lock
 from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
+from megatron_fuse.experiments.records import Owner, read_record
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make
 from megatron_fuse.processes import run_tied
-from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.storage import write_json
 
+_MOST_JOBS = 1024
 _PATIENCE = 5.0  # seconds for a command to end at an interrupt, before it gets another one, which kills it
 
 
@@ -34,8 +36,8 @@ def run_experiment(
     path: the experiment's file, by which its workdir knows it. jobs: runs side by side, one thread each. Raises UserError where
     another experiment has the workdir, or where it holds finished runs that may not stand beside new ones (results.py).
     """
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {jobs}")
+    if not 1 <= jobs <= _MOST_JOBS:
+        raise UserError(f"--jobs must be from 1 to {_MOST_JOBS}, not {jobs}")
     split, version = split or experiment.split, code_version()
     names = experiment.needed(require_tables(experiment, list(tables)))
     with _only_one(experiment.workdir, path) as lock:
@@ -121,9 +123,9 @@ def _only_one(workdir: Path, path: Path) -> Iterator[int]:
     """The workdir belongs to one experiment file, and to one process and what it started at a time; yields the lock's descriptor."""
     workdir.mkdir(parents=True, exist_ok=True)
     owner, name = workdir / "experiment.json", os.path.relpath(path.resolve(), ROOT)
-    if owner.exists() and read_json(owner)["experiment"] != name:
+    if owner.exists() and (theirs := read_record(Owner, owner).experiment) != name:
         raise UserError(
-            f"{workdir} belongs to the experiment {read_json(owner)['experiment']}, not to {name}: give this one a workdir of its own"
+            f"{workdir} belongs to the experiment {theirs}, not to {name}: give this one a workdir of its own"
         )
     with (workdir / "lock").open("w") as lock:
         try:

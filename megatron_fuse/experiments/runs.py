@@ -10,7 +10,6 @@ WORKDIR/runs/NAME/seed-N/recipe.yaml             what was run, every option writ
 Each command goes on where it was interrupted, so a run does so too. A model is measured anew where the command has changed.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -31,8 +30,9 @@ from megatron_fuse.experiments.experiment import (
     variant_recipe,
     with_seed,
 )
+from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
 from megatron_fuse.pipeline import require_whole_training
-from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.recipe import Recipe, checked, dump_recipe
 from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
 
@@ -69,7 +69,7 @@ class Run:
 
     def is_finished(self, split: str) -> bool:
         path = self.evaluation(split)
-        return self.is_made() and path.exists() and read_json(path).get("command") == self.experiment.evaluate
+        return self.is_made() and path.exists() and read_record(Evaluation, path).command == self.experiment.evaluate
 
     def options(self) -> dict[str, Any]:
         """All that decides what the run makes, as it is stored in result.json."""
@@ -140,11 +140,11 @@ def _refuse_another(run: Run, version: str) -> None:
         run.directory.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
         return
-    begun = read_json(path)
-    refuse_other_options(run, begun["options"])
-    if (commit := begun.get("commit", "unknown")) != version:
+    begun = read_record(Begun, path)
+    refuse_other_options(run, begun.options)
+    if begun.commit != version:
         raise UserError(
-            f"{run.directory} holds a run of commit {commit}, but the code is at {version}: check out {commit}, or remove it to run "
+            f"{run.directory} holds a run of commit {begun.commit}, but the code is at {version}: check out {begun.commit}, or remove it to run "
             "this anew"
         )
 
@@ -211,18 +211,11 @@ def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
     places = {"model": run.model, "output": output, "split": split, "seed": run.seed}
     _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
     try:
-        found = json.loads(output.read_text(encoding="utf-8"))
-        bad = [
-            name
-            for name, of in found.items()
-            if not all(isinstance(of.get(key), int | float) for key in ("value", "n"))
-        ]
-    except (OSError, ValueError, AttributeError) as error:
+        found = checked(Metrics, {"metrics": read_json(output)}, str(output))
+    except (OSError, UserError) as error:
         raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})") from error
-    if bad:
-        raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no value and n of {', '.join(bad)}")
     output.unlink()
-    return found
+    return found.model_dump()["metrics"]
 
 
 def command_words(text: str) -> list[str]:

@@ -1,7 +1,13 @@
 """Options: what a recipe can say, how it is read, and the paper's schedules by name."""
 
 from megatron_fuse.recipe.checking import Keys, checked, make_recipe
-from megatron_fuse.recipe.loading import add_recipe_arguments, dump_recipe, load_recipe, recipe_from_arguments
+from megatron_fuse.recipe.loading import (
+    add_recipe_arguments,
+    dump_recipe,
+    load_recipe,
+    read_recipe,
+    recipe_from_arguments,
+)
 from megatron_fuse.recipe.models import (
     REFERENCE,
     TARGET,
@@ -15,7 +21,7 @@ from megatron_fuse.recipe.models import (
 )
 from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
 from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
-from megatron_fuse.recipe.values import path_argument, user_path
+from megatron_fuse.recipe.values import Line, Name, Options, path_argument, user_path
 from megatron_fuse.recipe.yaml_files import Document, read_document, read_yaml
 
 __all__ = [
@@ -25,9 +31,12 @@ __all__ = [
     "AnsweringOptions",
     "Document",
     "Keys",
+    "Line",
     "Margin",
     "ModeWeights",
     "ModelOptions",
+    "Name",
+    "Options",
     "Phase",
     "Ramp",
     "Recipe",
@@ -44,6 +53,7 @@ __all__ = [
     "make_recipe",
     "path_argument",
     "read_document",
+    "read_recipe",
     "read_yaml",
     "recipe_from_arguments",
     "user_path",

@@ -78,6 +78,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         group.add_argument(flag, **keywords)
 
 
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file as it is. Raises UserError with the line and key of everything that is wrong."""
+    document = read_document(path)
+    return make_recipe(document.content, document.place)
+
+
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     """The recipe file with the given flags laid over it; prints it and exits where --print-recipe is given."""
     document = read_document(arguments.recipe)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
-from megatron_fuse.errors import UserError
+from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.own_code import not_loadable
-from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions
+from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
 from megatron_fuse.storage import read_json, sha256_of_bytes
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -37,7 +37,10 @@ def resolve_model(model: str, where: str) -> Path:
 
     `where` is the recipe key (`target.model`), for the error. Raises UserError where there is no such directory or it has no config.json.
     """
-    directory = Path(model).expanduser()
+    try:
+        directory = user_path(model)
+    except ValueError as error:
+        raise UserError(f"{where}: {error} (given: {shortened(model, 80)!r})") from error
     if not directory.is_dir():
         directory = cached_snapshot(model)
         if directory is None:

@@ -205,20 +205,26 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
     ("keys", "message"),
     [
         (
-            {"tables": {"main": {"title": "", "rows": ["a", "b"], "baseline": "a"}}},
+            {"tables": {"main": {"title": "All", "rows": ["a", "b"], "baseline": "a"}}},
             "tables.main: no variant, .* named b; there",
         ),
-        ({"variants": {"x": {"schedule": {"preset": "cfst"}}}}, r"variants.x: schedule.preset: .*'csft'"),
-        ({"variants": {"x": {"training": {"lrr": 1}}}}, r"variants.x: training.lrr: unknown key; allowed here: .*lr"),
+        (
+            {"variants": {"x": {"schedule": {"preset": "cfst"}}}},
+            r"experiment.yaml:\d+: variants.x.schedule.preset: .*'csft'",
+        ),
+        (
+            {"variants": {"x": {"training": {"lrr": 1}}}},
+            r"experiment.yaml:\d+: variants.x.training.lrr: unknown key; allowed here: .*lr",
+        ),
         ({"variants": {"x": {"seed": 1}}}, "variants.x gives seed, which the runner decides"),
         ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x gives training.save"),
         ({"common": {"export": {"path": "y"}}}, "common gives export.path"),
         ({"variants": {"a": {}}}, "a: given twice"),
-        ({"evaluate": "python m.py {model}"}, r"evaluate has the places \['model'\]"),
-        ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate has the places .*where"),
+        ({"evaluate": "python m.py {model}"}, r"evaluate: it has the places \['model'\]"),
+        ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate: it has the places .*where"),
         ({"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}}, "merges.m: no variant or model is named d"),
         ({"seeds": [1, 1]}, "seeds holds one twice"),
-        ({"prepare": "python 'make.py"}, "prepare is no command line: No closing quotation"),
+        ({"prepare": "python 'make.py"}, "prepare: it is no command line: No closing quotation"),
         ({"sedes": [1]}, "sedes: unknown key; allowed here: .*seeds"),
     ],
 )

@@ -1,0 +1,69 @@
+"""The files that runs leave behind, as typed models: a file of another form is refused where it is read, with its key.
+
+WORKDIR/experiment.json   Owner          runs/NAME/seed-N/begun.json             Begun
+                                         runs/NAME/seed-N/result.json            Made
+                                         runs/NAME/seed-N/evaluation-SPLIT.json  Evaluation
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.recipe import Line, checked
+from megatron_fuse.storage import read_json
+
+
+class Record(BaseModel):
+    """A JSON object with these keys, and perhaps others."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
+
+
+class Owner(Record):
+    experiment: str
+
+
+class Begun(Record):
+    options: dict[str, Any]
+    commit: str = "unknown"
+
+
+class Made(Begun):
+    """data, steps, tokens and training_seconds: of variants only."""
+
+    data: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    training_seconds: float | None = None
+
+
+class Measured(Record):
+    """A metric over n problems."""
+
+    value: float
+    n: Annotated[int, Field(ge=0)]
+
+
+class Evaluation(Record):
+    command: str
+    commit: str
+    metrics: dict[Line, Measured]
+
+
+class Metrics(Record):
+    """What an experiment's evaluate writes."""
+
+    metrics: dict[Line, Measured]
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def read_record(kind: type[Kind], path: Path) -> Kind:
+    """Raises UserError with the wrong key, and with what to remove so that the run is made anew."""
+    try:
+        return checked(kind, read_json(path), shortened(str(path), 200))
+    except UserError as error:
+        raise UserError(f"{shortened(str(error), 450)}; remove {shortened(str(path), 120)} to make it anew") from error
