@@ -1,0 +1,125 @@
+"""The content of our own JSON files as typed models: a file of another form is refused where it is read, by file and key.
+
+    plan.json         PlanRecord
+    manifest.json     ManifestRecord
+    shard-N.done      MarkerRecord
+
+Models are strict: true is no number, 1.0 no whole one, NaN no number at all. Keys that a model does not know are kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage.files import read_json
+
+T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+
+_SHOWN = 60  # characters of a wrong value in a message
+
+
+def _plain_name(name: str) -> str:
+    """A file of this directory, not of another one."""
+    if name in ("", ".", "..") or PurePath(name).name != name or "\0" in name:
+        raise ValueError("must be the name of a file in this directory")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """A JSON object with known keys, and perhaps others."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds, key by key: neither defaults that it does not state nor a loss of keys unknown here."""
+        return self.model_dump(exclude_unset=True)
+
+
+class FileFacts(Record):
+    bytes: NonNegativeInt
+    sha256: Sha256
+
+
+class PlanRecord(Record):
+    format_version: int
+    stage: str
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    shards: NonNegativeInt
+    shard_names: list[FileName] | None = None
+
+
+class ManifestRecord(PlanRecord):
+    counts: dict[str, NonNegativeInt]
+    files: dict[FileName, FileFacts]
+
+
+class MarkerRecord(Record):
+    files: dict[FileName, FileFacts]
+    counts: dict[str, NonNegativeInt]
+    together: list[str] = []
+
+
+def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model:
+    """A JSON file as a model of its content; fix: what the user is to do about a wrong one, for the error.
+
+    Raises UserError naming the file and the key where it is no JSON object or not of this form.
+    """
+    fix = fix or f"restore it, or where a stage made it remove {path.parent} and rerun the stage"
+    return parse_record(read_json(path), model, str(path), fix)
+
+
+def parse_record(content: Mapping[str, Any], model: type[Model], place: str, fix: str) -> Model:
+    """As read_record, of what has been read already. place: the file, or file and line."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{place}: {first_problem(error)}: {fix}") from error
+
+
+def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterator[T]:
+    """The rows of a JSONL file that a stage wrote, as dataclasses or models. Raises UserError naming file, line and key."""
+    fix = fix or f"restore it, or remove {path.parent} and rerun the stage"
+    adapter = _adapter(kind)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield adapter.validate_json(line, strict=True)
+                except ValidationError as error:
+                    raise UserError(f"{path}:{number}: {first_problem(error)}: {fix}") from error
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of a model's complaints in one line: the key, what is wrong, the value, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    key = f"{key[:_SHOWN]}: " if key else ""
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "missing":
+        return f"{key}missing{more}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{key}{message}, not {shortened(first['input'])}{more}"
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it: printable, at most so long."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
