@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from capture_forms import FORMS, Row
 from pyarrow import parquet
 from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import write_rows
@@ -27,8 +28,6 @@ from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format
 
 SOURCE = "beta"
-FORMS = ("ours", "distill_kit", "vllm", "openai")
-Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -68,80 +67,8 @@ def export(recipe: Recipe, form: str, mode: str = "training", *, logsumexp: bool
         logprobs = [(values - lse[row, 0]).tolist() for row, values in enumerate(logits)]
         own = shard.token_logprobs[span].astype(np.float64).tolist()
         sums = {f"{t:g}": lse[:, column].tolist() for column, t in enumerate([1.0, *recipe.capture_temperatures])}
-        rows.append({"id": name, **_FORM[form](conversation, ids, logprobs, own, sums if logsumexp else {})})
+        rows.append({"id": name, **FORMS[form](conversation, ids, logprobs, own, sums if logsumexp else {})})
     return rows
-
-
-def ours(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
-    tokens = conversation.spans.tokens.tolist()
-    row = {"token_ids": tokens, "top_ids": ids, "top_logprobs": logprobs, "token_logprobs": own}
-    return {**row, "logsumexp": sums} if sums else row
-
-
-def spread(conversation: EncodedConversation, values: list, filler: Any, *, first: Any) -> list:
-    """One item per token of the conversation: the supervised tokens' values, and something else about its prompt."""
-    whole = [filler] * len(conversation.ids)
-    whole[0] = first
-    for place, value in zip(np.flatnonzero(conversation.supervised).tolist(), values, strict=True):
-        whole[place] = value
-    return whole
-
-
-def distill_kit(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
-    """A row about every token but the first, and a padding token behind the last one."""
-    columns = {"token_ids": (ids, [3, 4]), "top_values": (logprobs, [-0.1, -9.0]), "token_logprobs": (own, -1.0)}
-    row = {name: spread(conversation, *values, first=None)[1:] for name, values in columns.items()}
-    for values in row.values():
-        values.append(values[0])
-    row["input_ids"] = [*conversation.ids.tolist(), 0]
-    if sums:
-        row["logsumexp"] = {t: [*spread(conversation, lse, 1.0, first=None)[1:], 1.0] for t, lse in sums.items()}
-    return row
-
-
-def vllm(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
-    """The token itself comes first in a position's mapping, with its rank where it is not among the likeliest."""
-    positions = []
-    for token, names, values, logprob in zip(conversation.spans.tokens.tolist(), ids, logprobs, own, strict=True):
-        ranked = {name: (value, rank) for rank, (name, value) in enumerate(zip(names, values, strict=True), 1)}
-        given = {token: ranked.get(token, (logprob, 4321))} | ranked
-        positions.append(
-            {str(name): {"logprob": value, "rank": rank, "decoded_token": "?"} for name, (value, rank) in given.items()}
-        )
-    # A prompt position has the conversation's own token, whichever that is.
-    prompt = [
-        None,
-        *({str(token): {"logprob": -0.5, "rank": 1, "decoded_token": "?"}} for token in conversation.ids[1:]),
-    ]
-    for place, position in zip(np.flatnonzero(conversation.supervised).tolist(), positions, strict=True):
-        prompt[place] = position
-    row: Row = {"prompt_token_ids": conversation.ids.tolist(), "prompt_logprobs": prompt}
-    return (
-        {**row, "logsumexp": {t: spread(conversation, lse, 1.0, first=None) for t, lse in sums.items()}}
-        if sums
-        else row
-    )
-
-
-def openai(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
-    top = [
-        {f"token_id:{name}": value for name, value in zip(names, values, strict=True)}
-        for names, values in zip(ids, logprobs, strict=True)
-    ]
-    given = {
-        "tokens": [f"token_id:{token}" for token in conversation.ids.tolist()],
-        "token_logprobs": spread(conversation, own, -1.0, first=None),
-        "top_logprobs": spread(conversation, top, {"token_id:5": -0.1}, first=None),
-    }
-    row: Row = {"choices": [{"index": 0, "text": "?", "logprobs": given}]}
-    return (
-        {**row, "logsumexp": {t: spread(conversation, lse, 1.0, first=None) for t, lse in sums.items()}}
-        if sums
-        else row
-    )
-
-
-_FORM: dict[str, Callable[..., Row]] = {"ours": ours, "distill_kit": distill_kit, "vllm": vllm, "openai": openai}
 
 
 def write(path: Path, rows: list[Row]) -> Path:

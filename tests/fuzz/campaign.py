@@ -34,6 +34,8 @@ from megatron_fuse.errors import UserError
 CASE_SECONDS = 10
 CASE_BYTES = 2 << 30
 MOST_CHARACTERS = 600
+_BEGUN = "begun"
+_MOST_KEPT = 20  # faults of one child whose files stay
 _SILENT_SECONDS = 120  # a child that has not said anything for so long hangs where no signal is looked at
 
 
@@ -101,12 +103,12 @@ def run_campaign(target: FuzzTarget, seeds: Path, work: Path, *, seed: int, case
     result = Result(target.name, seed)
     todo = cases
     while todo:
-        last, died = _run_child(target, seeds, work, seed, todo, result)
-        if not died:
+        begun = _run_child(target, seeds, work, seed, todo, result)
+        if begun is None:
             break
-        kept = _keep(work, last, f"{target.name}-{seed}-{last}")
-        _record(result, Outcome(last, "killed", detail=f"{died}; the files are in {kept}"))
-        todo = range(last + 1, cases.stop)
+        begun.detail += f" [files: {_keep(work, f'{target.name}-{seed}-{begun.case}')}]"
+        _record(result, begun)
+        todo = range(begun.case + 1, cases.stop)
     return result
 
 
@@ -116,47 +118,50 @@ def _record(result: Result, outcome: Outcome) -> None:
         result.faults.append(outcome)
 
 
-def _run_child(
-    target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range, result: Result
-) -> tuple[int, str | None]:
-    """Runs cases until they are done or the child dies: (last case begun, how it died)."""
+def _run_child(target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range, result: Result) -> Outcome | None:
+    """Runs cases until they are done, or until the child dies: then the case in which it did.
+
+    Raises AssertionError where it does not come to the first case: the reader fails on the seeds.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         _serve(target, seeds, work, seed, cases, writer)
     os.close(writer)
-    last, died, text, finished = cases.start, None, b"", False
-    while True:
-        ready, _, _ = select.select([reader], [], [], _SILENT_SECONDS)
-        if not ready:
-            died = f"no sign of life in {_SILENT_SECONDS} s"
-            os.kill(child, signal.SIGKILL)
-            break
-        data = os.read(reader, 1 << 16)
+    begun, finished, silent, text = None, False, False, b""
+    while not silent:
+        silent = not select.select([reader], [], [], _SILENT_SECONDS)[0]
+        data = b"" if silent else os.read(reader, 1 << 16)
         if not data:
             break
         *lines, text = (text + data).split(b"\n")
         for line in lines:
-            content = json.loads(line)
-            if "begin" in content:
-                last = content["begin"]
-            elif "end" in content:
-                finished = True
-            else:
-                _record(result, Outcome(**content))
+            said = json.loads(line)
+            finished = said is None
+            if not finished:
+                outcome = Outcome(**said)
+                begun = outcome if outcome.kind == _BEGUN else None
+                if begun is None:
+                    _record(result, outcome)
     os.close(reader)
+    if silent:
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if not finished:
-        died = died or f"wait status {status}: {os.waitstatus_to_exitcode(status)}"
-    return last, died
+    if finished:
+        return None
+    how = "a hang" if silent else f"exit code {os.waitstatus_to_exitcode(status)}"
+    log = (work / f"{target.name}.log").read_text(errors="replace")[-2000:]
+    assert begun, f"{target.name}: {how} outside of the cases:\n{log}"
+    begun.kind, begun.detail = "killed", f"{how}: {log.strip()[-600:]}"
+    return begun
 
 
 def _serve(target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range, writer: int) -> None:
     """The child: never returns."""
 
-    def say(content: dict[str, object]) -> None:
-        os.write(writer, json.dumps(content).encode() + b"\n")
+    def say(outcome: Outcome | None) -> None:
+        os.write(writer, json.dumps(outcome and asdict(outcome)).encode() + b"\n")
 
     try:
         log = os.open(work / f"{target.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -169,20 +174,19 @@ def _serve(target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range,
         target.run(work / "case")  # imports happen here, before there is a limit
         kept = 0
         for case in cases:
-            say({"begin": case})
-            outcome = run_case(target, seeds, work, seed=seed, case=case)
-            if outcome.fault and kept < 20:
+            outcome = run_case(target, seeds, work, seed=seed, case=case, begin=say)
+            if outcome.fault and kept < _MOST_KEPT:
                 kept += 1
-                outcome.detail += f" [files: {_keep(work, case, f'{target.name}-{seed}-{case}')}]"
-            say(asdict(outcome))
-        say({"end": True})
+                outcome.detail += f" [files: {_keep(work, f'{target.name}-{seed}-{case}')}]"
+            say(outcome)
+        say(None)
     except BaseException:
         os.write(2, traceback.format_exc().encode(errors="replace"))
         os._exit(1)
     os._exit(0)
 
 
-def _keep(work: Path, case: int, name: str) -> Path:
+def _keep(work: Path, name: str) -> Path:
     kept = work / "kept" / name
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
@@ -192,17 +196,27 @@ def _keep(work: Path, case: int, name: str) -> Path:
 
 
 def damage(target: FuzzTarget, directory: Path, *, seed: int, case: int) -> Mutation:
-    """Changes one or, rarely, two files under a directory, as drawn for this case."""
+    """Changes one file under a directory, as drawn for this case."""
     random = Random(f"{seed}/{target.name}/{case}")
     paths = {path for pattern in target.files for path in directory.glob(pattern) if path.is_file()}
     path = random.choice(sorted(paths))
     return target.change(path, random)
 
 
-def run_case(target: FuzzTarget, seeds: Path, work: Path, *, seed: int, case: int) -> Outcome:
+def run_case(
+    target: FuzzTarget,
+    seeds: Path,
+    work: Path,
+    *,
+    seed: int,
+    case: int,
+    begin: Callable[[Outcome], None] = lambda _: None,
+) -> Outcome:
+    """begin: is told of the case before it runs."""
     directory = work / "case"
     copy_files(seeds, directory)
     mutation = damage(target, directory, seed=seed, case=case)
+    begin(Outcome(case, _BEGUN, mutation.file, mutation.what))
     try:
         with _limits():
             target.run(directory)
