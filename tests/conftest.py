@@ -14,8 +14,14 @@ if not os.path.exists("/dev/nvidiactl"):  # without a GPU Triton's kernels are i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests find about their files does not go into the user's cache directory."""
+    os.environ["MEGATRON_FUSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks(cache: None) -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()

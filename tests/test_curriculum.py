@@ -20,12 +20,12 @@ from small_models import save_model, small_recipe, write_rows
 from megatron_fuse.advantage.scores import load_scores, score_responses
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.curriculum import curriculum, curriculum_path, read_curriculum
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.pipeline import data_stages
 from megatron_fuse.recipe import Margin, Recipe, dump_recipe
 from megatron_fuse.responses import generate_responses, open_responses, response_shards
-from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.verification import verify_fusion_data
 
 
@@ -95,21 +95,26 @@ def test_missing_scores_are_named_with_the_command_that_makes_them(copied: Recip
 def rewrite(recipe: Recipe, edit: Callable[[dict, dict], object]) -> None:
     """Changes arrays and header of the file in place."""
     path = curriculum_path(recipe)
-    with safe_open(path, "np") as file:
-        header = {name: json.loads(basis) for name, basis in file.metadata().items()}
-    arrays = load_file(path)
+    arrays, header = read_arrays(path, "")
     edit(arrays, header)
-    save_file(arrays, path, {name: json.dumps(basis) for name, basis in header.items()})
+    write_arrays(path, arrays, header)
+
+
+def overwrite(recipe: Recipe) -> None:
+    """Changes an array behind the checksum's back."""
+    path = curriculum_path(recipe)
+    with safe_open(path, "np") as file:
+        header = file.metadata()
+    arrays = load_file(path)
+    arrays["target_reward"].put(3, 9.5)
+    save_file(arrays, path, header)
 
 
 REFUSALS: dict[str, tuple[Callable[[Recipe], object], str]] = {
     "missing": (lambda recipe: curriculum_path(recipe).unlink(), "does not exist"),
-    "no safetensors": (lambda recipe: curriculum_path(recipe).write_bytes(b"x"), "not a curriculum"),
-    "no header": (lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)), "not a curriculum"),
-    "other values": (
-        lambda recipe: rewrite(recipe, lambda arrays, header: arrays["target_reward"].put(3, 9.5)),
-        "target_reward was made with sha256",
-    ),
+    "no safetensors": (lambda recipe: curriculum_path(recipe).write_bytes(b"x"), "damaged"),
+    "no header": (lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)), "its header has no 'made'"),
+    "other values": (overwrite, r"damaged \(arrays and basis have sha256"),
     "other text": (
         lambda recipe: rewrite(recipe, lambda arrays, header: header["target_reward"].update(text="0" * 64)),
         "target_reward was made with text = '0000",
@@ -153,7 +158,6 @@ def test_verification_measures_again(copied: Recipe, name: str) -> None:
 
     def edit(arrays: dict, header: dict) -> None:
         arrays[name][4] = 7
-        header[name]["sha256"] = sha256_of_bytes(arrays[name].tobytes())
 
     rewrite(recipe, edit)
     (problem,) = verify_fusion_data(recipe, progress=str).problems
@@ -284,7 +288,6 @@ def test_training_keeps_to_the_order_and_a_checkpoint_to_its_curriculum(ranks, c
 
     def lengthen(arrays: dict, header: dict) -> None:
         arrays["gt_tokens"][dataset.train[0]] += 1000
-        header["gt_tokens"]["sha256"] = sha256_of_bytes(arrays["gt_tokens"].tobytes())
 
     rewrite(recipe, lengthen)
     (message,) = ranks(1, refusal_in_order, recipe)

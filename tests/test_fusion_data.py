@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from small_fusion import SOURCES
 
 from megatron_fuse.advantage.reference_scores import score_against_reference
@@ -18,6 +16,7 @@ from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
@@ -310,12 +309,10 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     margin = before.selections[mode].arrays["margin"]
     at_least = float(np.median(margin[np.isfinite(margin)])) + 1e-6
     path = selection_path(copied, mode)
-    with safe_open(path, "np") as file:
-        header = file.metadata()
-    arrays = load_file(path)
+    arrays, basis = read_arrays(path, "")
     dropped = margin < at_least
     assert 2 < dropped.sum() < len(margin) - 2, "the case tells nothing"
-    save_file({**arrays, "source": np.where(dropped, -1, arrays["source"]).astype(np.int16)}, path, header)
+    write_arrays(path, {**arrays, "source": np.where(dropped, -1, arrays["source"]).astype(np.int16)}, basis)
     expected = all_batches(FusionDataset(copied), weights)
 
     strict = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least)})

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from small_fusion import SOURCES
 
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
@@ -184,14 +183,12 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: str) -> None:
     path = selection_path(copied, mode)
-    with safe_open(path, "np") as file:
-        header = file.metadata()
-    arrays = load_file(path)
+    arrays, basis = read_arrays(path, "")
     arrays["source"][3] = (arrays["source"][3] + 1) % len(SOURCES)
     arrays["source"][5] = 7
     arrays["ce_sum" if mode == "training" else "scores"][2] += 1
     arrays["margin"][6], arrays["weight"][7] = -3, 0.125
-    save_file(arrays, path, header)
+    write_arrays(path, arrays, basis)
     problems = verified(copied).problems
     expect(problems, rf"{path.name}: example 'e\d+': source 7, the recipe has 3")
     expect(problems, rf"{path.name}: example 'e\d+': source is \d, the sources' facts give \d \(2 examples differ\)")
@@ -210,10 +207,8 @@ def test_a_choice_can_be_verified_where_the_scores_are_gone(copied: Recipe) -> N
     shutil.rmtree(copied.workdir / "scores")
     assert verified(copied).problems == []
     path = selection_path(copied, "inference")
-    with safe_open(path, "np") as file:
-        header = file.metadata()
-    arrays = load_file(path)
-    save_file({name: array for name, array in arrays.items() if name != "scores"}, path, header)
+    arrays, basis = read_arrays(path, "")
+    write_arrays(path, {name: array for name, array in arrays.items() if name != "scores"}, basis)
     expect(verified(copied).problems, rf"{path.name}: the scores that it was chosen by are missing")
 
 

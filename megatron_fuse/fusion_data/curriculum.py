@@ -8,23 +8,23 @@ FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground
                                        target_reward float32 [n], where schedule.order asks for it: the strongest judge's score
                                        of the target's own answer; NaN: it cannot be judged
 
-The header says of each array what it was made from, and its sha256. Like the choice between sources the file is written anew by
+The header says of each array what it was made from (array_file.py). Like the choice between sources the file is written anew by
 every build.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from megatron_fuse.advantage.scores import load_scores
 from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory, open_text
+from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.recipe import TARGET, Recipe
-from megatron_fuse.storage import Artefact, read_jsonl, sha256_of_bytes, write_safetensors
+from megatron_fuse.storage import Artefact, sha256_of_bytes
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
 GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
@@ -67,13 +67,8 @@ def measure(recipe: Recipe, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 def write_curriculum(recipe: Recipe, text: Artefact) -> dict[str, np.ndarray]:
     """Measures all examples and writes the result, which it returns. Raises UserError where scores are missing."""
-    rows = (row for path in text.files(".examples.jsonl") for _, row in read_jsonl(text.checked(path)))
-    arrays = measure(recipe, np.array([row["supervised_tokens"] for row in rows]))
-    header = {
-        name: json.dumps({**basis, "sha256": sha256_of_bytes(arrays[name].tobytes())})
-        for name, basis in _made_from(recipe, text.sha256).items()
-    }
-    write_safetensors(curriculum_path(recipe), arrays, header)
+    arrays = measure(recipe, np.array([row.supervised_tokens for row in read_examples(text)]))
+    write_arrays(curriculum_path(recipe), arrays, _made_from(recipe, text.sha256))
     return arrays
 
 
@@ -83,24 +78,15 @@ def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
     Raises UserError where there are none, where they are damaged, or where they were made for another recipe or other data.
     """
     path = curriculum_path(recipe)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: {MEND}")
-    try:
-        with safe_open(path, "np") as file:
-            header = {name: json.loads(basis) for name, basis in file.metadata().items()}
-            arrays = {name: file.get_tensor(name) for name in header}
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a curriculum ({error}): {MEND}") from error
-    found = {}
-    for name, basis in _made_from(recipe, text).items():
-        if name not in arrays:
+    arrays, made_from = read_arrays(path, MEND)
+    wanted = _made_from(recipe, text)
+    for name, basis in wanted.items():
+        if name not in arrays or name not in made_from:
             raise UserError(f"{path} has no {name}: {MEND}")
-        for key, want in {**basis, "sha256": sha256_of_bytes(arrays[name].tobytes())}.items():
-            if header[name].get(key) != want:
-                have = header[name].get(key)
+        for key, want in basis.items():
+            if (have := made_from[name].get(key)) != want:
                 raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}: {MEND}")
-        found[name] = arrays[name]
-    return found
+    return {name: arrays[name] for name in wanted}
 
 
 def read_curriculum(recipe: Recipe) -> Curriculum | None:

@@ -17,11 +17,12 @@ from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
 from megatron_fuse.fusion_data.layout import modes_with_teacher, open_teacher, open_text
+from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.fusion_data.mixture import mix
 from megatron_fuse.fusion_data.selection import Selection, read_selection
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage import Artefact, read_jsonl, sha256_of_json
+from megatron_fuse.storage import Artefact, sha256_of_json
 
 MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
 
@@ -32,22 +33,26 @@ class FusionDataset:
     Examples are numbered as in the instructions. `train` and `held_out` [*] int64: the examples of either split that have a
     document. `entries_per_row`: most entries that a row can have. `sha256`: of every document and of the choice between sources.
 
-    Opening compares the sizes of all files with their manifests and indices, and the indices with each other; it reads no
-    document. What a document says is looked at when it is read, as far as its parts must fit each other.
+    `artefacts`: those that documents are read from, whose checksums checksums.py compares.
+
+    Opening compares the sizes of all files with their manifests and indices, the indices with each other, and the checksums of
+    the small files that it reads whole: the lists of examples and the choices. It reads no document. What a document says is
+    looked at when it is read, as far as its parts must fit each other.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.sources = list(recipe.sources)
         text = open_text(recipe)
-        rows = [row for path in text.files(".examples.jsonl") for _, row in read_jsonl(path)]
-        self.example_ids: list[str] = [row["id"] for row in rows]
+        self.artefacts = [text]
+        rows = read_examples(text)
+        self.example_ids: list[str] = [row.id for row in rows]
         self._text = _streams(text, TEXT_FIELDS)
-        self._labels = np.array([row["supervised_tokens"] for row in rows], np.int64)
+        self._labels = np.array([row.supervised_tokens for row in rows], np.int64)
         ground_truth = DocumentStreams(
             text.directory, self._text, None, examples=len(rows), supervised_tokens=self._labels
         )
         self._documents: dict[tuple[str | None, str], DocumentStreams] = {(None, "training"): ground_truth}
-        held_out = np.array([row["held_out"] for row in rows], bool)
+        held_out = np.array([row.held_out for row in rows], bool)
         present = ground_truth.lengths > 0
         self.train, self.held_out = np.flatnonzero(present & ~held_out), np.flatnonzero(present & held_out)
         self.entries_per_row = 0
@@ -75,6 +80,7 @@ class FusionDataset:
 
     def _open_teacher(self, recipe: Recipe, source: str, mode: str) -> str:
         artefact = open_teacher(recipe, source, mode)
+        self.artefacts.append(artefact)
         rows, entries_per_row = _streams(artefact, ROW_FIELDS), artefact.manifest["options"]["entries_per_row"]
         text, labels = (self._text, self._labels) if mode == "training" else (_streams(artefact, TEXT_FIELDS), None)
         self._documents[source, mode] = DocumentStreams(

@@ -8,17 +8,15 @@ both                                          source int16 [n]; available [n, S]
 
 n examples, S sources in the recipe's order, R judges (recipe.judges); a source that selection.sources leaves out is not available.
 RULE is a hash of all that the recipe says of the choice, so that runs by several rules stand side by side. The header says what the
-choice was made from and by which rule. Unlike an artefact the file is overwritten by every build.
+choice was made from and by which rule (array_file.py). Unlike an artefact the file is overwritten by every build.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from megatron_fuse.advantage.margins import example_weights, score_margin, training_margin, vote_margin
@@ -36,9 +34,10 @@ from megatron_fuse.advantage.selection import (
     random_source,
 )
 from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
-from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, write_safetensors
+from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
 
@@ -103,7 +102,7 @@ def select(recipe: Recipe, mode: str, text: Artefact, teachers: Mapping[str, Art
     judgements = read_judgements(recipe, len(facts[0]["available"])) if mode == "inference" else {}
     arrays = choose(recipe, mode, facts, judgements)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
-    write_safetensors(selection_path(recipe, mode), arrays, {"selection": json.dumps(basis)})
+    write_arrays(selection_path(recipe, mode), arrays, basis)
     return Selection.of(arrays, basis)
 
 
@@ -193,19 +192,14 @@ def _facts(teacher: Artefact) -> dict[str, np.ndarray]:
 def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Selection:
     """The stored choice. parents: sha256 of the text and of every source's rows, by name.
 
-    Raises UserError where there is none, or where it was made for other sources, rules or data than the recipe's.
+    Raises UserError where there is none, where it is damaged, or where it was made for other sources, rules or data than the
+    recipe's.
     """
     path = selection_path(recipe, mode)
     if not path.exists():
         raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {MEND}")
-    try:
-        with safe_open(path, "np") as file:
-            found = json.loads(file.metadata()["selection"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        selection = Selection.of(arrays, found)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a selection ({error}): {MEND}") from error
+    arrays, found = read_arrays(path, MEND)
     for key, want in _basis(recipe, mode, parents).items():
         if found.get(key) != want:
             raise UserError(f"{path} was made with {key} = {found.get(key)!r}, but now it is {want!r}: {MEND}")
-    return selection
+    return Selection.of(arrays, found)

@@ -85,8 +85,8 @@ class Stream:
     def _shard(self, shard: int) -> np.ndarray:
         values = self._mapped[shard]
         if values is None:
-            size = self._offsets[self._first[shard + 1]] - self._offsets[self._first[shard]]
-            values = self._mapped[shard] = _map_values(*self._files[shard])[:size]
+            size = int(self._offsets[self._first[shard + 1]] - self._offsets[self._first[shard]])
+            values = self._mapped[shard] = _map_values(*self._files[shard], size)
         return values
 
 
@@ -97,14 +97,15 @@ def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     try:
         index = Path(index_path).read_bytes()
         size = os.stat(values_path).st_size
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: missing: {mend}") from error
+    except OSError as error:
+        said = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{error.filename}: {said}: {mend}") from error
     fields = _HEADER.unpack_from(index) if len(index) >= _HEADER.size else (None,) * 5
     if fields[0] != _MAGIC or fields[2] not in _DTYPES or len(index) != _HEADER.size + 20 * fields[3] + 8:
         raise UserError(f"{index_path}: not a whole index of the form .bin/.idx: {mend}")
     dtype = _DTYPES[fields[2]]
     lengths = np.frombuffer(index, np.int32, fields[3], _HEADER.size)
-    needed = max(int(lengths.sum(dtype=np.int64)), 1) * dtype.itemsize
+    needed = _file_size(int(lengths.sum(dtype=np.int64)), dtype)
     if lengths.min(initial=0) < 0:
         raise UserError(f"{index_path}: a length below 0: {mend}")
     if index != _index(lengths.astype(np.int64), dtype):  # Megatron reads the offsets and bounds
@@ -114,8 +115,23 @@ def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     return lengths, dtype
 
 
-def _map_values(path: str, dtype: np.dtype) -> np.ndarray:
-    size = os.stat(path).st_size
-    mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)
+def _file_size(values: int, dtype: np.dtype) -> int:
+    return max(values, 1) * dtype.itemsize  # see write_stream
+
+
+def _map_values(path: str, dtype: np.dtype, values: int) -> np.ndarray:
+    """The values of a whole file, which is mapped long after it was opened."""
+    size = _file_size(values, dtype)
+    try:
+        found = os.stat(path).st_size
+        if found != size:
+            raise UserError(
+                f"{path}: {found} bytes, but {size} when it was opened: leave fusion data as it is while it is read"
+            )
+        mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)[:values]
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be read any more ({error}): leave fusion data as it is while it is read"
+        ) from error
     mapped.flags.writeable = False
     return mapped

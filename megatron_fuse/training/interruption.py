@@ -16,6 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_fuse.training.data_check import DataCheck
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -23,13 +25,20 @@ class Interruption:
     """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question.
 
     signals: whether they do. interval: stop after a step whose number is a multiple of it. minutes: stop once this process is as
-    old, loading included, as batch systems count. device: of the one all-reduce of two integers that each question costs.
+    old, loading included, as batch systems count. device: of the one all-reduce of three integers that each question costs.
+    data_check: shares that all-reduce, and raises UserError on all ranks where the data are damaged.
     """
 
     def __init__(
-        self, *, signals: bool = True, interval: int | None = None, minutes: float | None = None, device: torch.device
+        self,
+        *,
+        signals: bool = True,
+        interval: int | None = None,
+        minutes: float | None = None,
+        device: torch.device,
+        data_check: DataCheck,
     ) -> None:
-        self.interval, self.minutes, self.device = interval, minutes, device
+        self.interval, self.minutes, self.device, self.data_check = interval, minutes, device, data_check
         self._handled = SIGNALS if signals else ()
         self._started = psutil.Process().create_time()
         self._received = 0
@@ -49,9 +58,11 @@ class Interruption:
     def reason(self, iteration: int) -> str | None:
         """Why to stop after this step, None to go on. To be called by all ranks, and the same on all, whichever was asked."""
         late = self.minutes is not None and time.time() - self._started >= 60 * self.minutes
-        asked = torch.tensor([self._received, int(late)], dtype=torch.int32, device=self.device)
+        mine = [self._received, int(late), self.data_check.status]
+        asked = torch.tensor(mine, dtype=torch.int32, device=self.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # clocks differ between ranks as well
-        number, late = asked.tolist()
+        number, late, status = asked.tolist()
+        self.data_check.heed(status)
         if number:
             return f"{signal.Signals(number).name} was received"
         if late:

@@ -25,6 +25,7 @@ from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter
 from megatron_fuse.training.checkpoint_files import Retention
+from megatron_fuse.training.data_check import DataCheck
 from megatron_fuse.training.guards import StepGuard, check_weights_across_replicas, step_optimizer
 from megatron_fuse.training.interruption import Interruption
 from megatron_fuse.training.logging import TrainingLog
@@ -136,12 +137,16 @@ def _run(trainer: Trainer) -> None:
         asynchronous=options.async_save,
     )
     stop = None
-    with Interruption(
-        signals=options.exit_signal_handler,
-        interval=options.exit_interval,
-        minutes=options.exit_duration_in_mins,
-        device=trainer.runtime.device,
-    ) as interruption:
+    with (
+        DataCheck([] if options.no_verify else trainer.dataset.artefacts) as data_check,
+        Interruption(
+            signals=options.exit_signal_handler,
+            interval=options.exit_interval,
+            minutes=options.exit_duration_in_mins,
+            device=trainer.runtime.device,
+            data_check=data_check,
+        ) as interruption,
+    ):
         if facts.iteration == 0:
             _evaluate(trainer, facts.iteration)
         while facts.iteration < last_step and not stop:
@@ -172,6 +177,7 @@ def _run(trainer: Trainer) -> None:
             facts = replace(facts, best_loss=loss) if improved else facts
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
+                data_check.finish()
                 gather_weights(trainer)
                 checkpoints.save(facts, best=improved)
                 trainer.log.restart_clock()

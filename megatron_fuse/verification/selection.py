@@ -23,11 +23,16 @@ def read_facts(path: Path, examples: int) -> Facts:
     """The facts of a shard's examples. Raises UserError where they cannot be read or are not of so many examples."""
     try:
         facts = load_file(path)
-        if any(len(values) != examples for values in facts.values()) or FACTS - facts.keys():
-            raise UserError(f"holds {sorted(facts)}, wanted are {sorted(FACTS)} of {examples} examples")
-    except (UserError, SafetensorError, OSError) as error:
+        if FACTS - facts.keys():
+            raise UserError(f"holds {sorted(facts)}, wanted are {sorted(FACTS)}")
+        for name in FACTS:
+            if facts[name].shape != (examples,) or facts[name].dtype.kind not in "biuf":
+                raise UserError(
+                    f"{name} is {facts[name].dtype} {facts[name].shape}, wanted are {examples} real numbers"
+                )
+    except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: what selection needs cannot be read ({error}){mend(path)}") from error
-    return facts
+    return {name: facts[name] for name in FACTS}
 
 
 def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], mode: str) -> Problems:

@@ -12,8 +12,8 @@ import numpy as np
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES
 from megatron_fuse.fusion_data.layout import BUILT_BY
+from megatron_fuse.fusion_data.listing import read_listed as read_listed_examples
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.storage import read_jsonl
 
 # Log-probabilities are rounded down to float16, so that only float32's rounding of a row can carry it above 1.
 MOST_MASS = 1 + 1e-4
@@ -85,8 +85,8 @@ def read_listed(prefix: Path) -> dict[str, int]:
     """Supervised tokens by id, as the text lists them. Raises UserError where that cannot be read."""
     path = prefix.with_name(prefix.name + ".examples.jsonl")
     try:
-        return {str(row["id"]): int(row["supervised_tokens"]) for _, row in read_jsonl(path)}
-    except (UserError, KeyError, TypeError, ValueError, OSError) as error:
+        return {row.id: row.supervised_tokens for row in read_listed_examples(path)}
+    except (UserError, OSError) as error:
         raise UserError(f"{path}: its examples cannot be read ({error}){mend(prefix)}") from error
 
 

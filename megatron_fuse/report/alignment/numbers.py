@@ -28,12 +28,14 @@ from megatron_fuse.capture import capture_shard, open_capture
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, modes_with_teacher
+from megatron_fuse.fusion_data.checksums import verify_once
 from megatron_fuse.fusion_data.layout import fusion_directory, open_teacher, open_text
+from megatron_fuse.fusion_data.listing import read_listed
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format, source_options
-from megatron_fuse.storage import Artefact, read_jsonl
+from megatron_fuse.storage import Artefact
 from megatron_fuse.tokenization import Tokenizer
 
 TEXT_CLASSES = ("Latin letters", "digits", "white space", "punctuation and other", "non-Latin text", "end of turn")
@@ -192,10 +194,11 @@ def _teacher_report(
 
 
 def _shards(text: Artefact, teacher: Artefact, mode: str) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
-    """Of every shard the examples' names, the facts that selection needs of them, and the labels."""
+    """Of every shard the examples' names, the facts that selection needs of them, and the labels. Raises UserError for damage."""
+    verify_once([text, teacher])
     for shard in range(teacher.manifest["shards"]):
         name = f"shard-{shard:05d}"
-        names = [row["id"] for _, row in read_jsonl(text.directory / f"{name}.examples.jsonl")]
+        names = [row.id for row in read_listed(text.directory / f"{name}.examples.jsonl")]
         facts = load_file(teacher.directory / f"{name}.examples.safetensors")
         documents = text if mode == "training" else teacher
         tokens, supervised = (

@@ -1,0 +1,143 @@
+"""Fusion data against the checksums in its manifests: once per build and machine, in threads beside other work.
+
+A checksum costs about a second a GB. What was found whole is therefore recorded in the user's cache directory:
+
+    ~/.cache/megatron-fuse/verified/KEY    KEY: hash of the machine and of the artefact's directory
+
+The record holds the manifest's sha256, and name, inode, size, mtime and ctime of every file. A file that was replaced or written
+to since, even by a tool that restores its mtime, has another inode or ctime, and its artefact is read again. The same is true on
+another machine, which has other disks, caches and memory, even where home and data are shared. Where the cache directory cannot
+be used, every run reads everything again. MEGATRON_FUSE_CACHE names another directory than ~/.cache/megatron-fuse.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, temporary_then_rename
+
+_MOST_THREADS = 4  # one per artefact; more would take the storage from the training that reads the same files
+
+
+class BackgroundVerification:
+    """Compares all files of these artefacts with their manifests in threads, which start at once.
+
+    hashlib releases the interpreter's lock, so that the threads take little from a process that waits for its GPU. Leaving the
+    `with` block ends them after the file that each has at hand.
+    """
+
+    def __init__(self, artefacts: Sequence[Artefact]) -> None:
+        self._stopped = threading.Event()
+        self._checks: list[Future[None]] = []
+        if artefacts:
+            threads = min(len(artefacts), _MOST_THREADS, max(len(os.sched_getaffinity(0)) // 2, 1))
+            self._pool = ThreadPoolExecutor(threads, "fusion-data-checksums")
+            self._checks = [self._pool.submit(_verify_once, artefact, self._stopped) for artefact in artefacts]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stopped.set()
+        if self._checks:
+            self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def done(self) -> bool:
+        """Every file was compared."""
+        return all(check.done() for check in self._checks)
+
+    @property
+    def failure(self) -> UserError | None:
+        """Of the first artefact that is damaged, as far as is known. An error of another kind is raised as it is."""
+        for check in self._checks:
+            if check.done() and (error := check.exception()) is not None:
+                if isinstance(error, UserError):
+                    return error
+                raise error
+        return None
+
+    def wait(self) -> UserError | None:
+        """Waits until all is compared, or something is found damaged; returns the failure."""
+        wait(self._checks, return_when=FIRST_EXCEPTION)
+        return self.failure
+
+
+def verify_once(artefacts: Sequence[Artefact]) -> None:
+    """Raises UserError where a file is not what its manifest says. Reads only what this machine has no record of."""
+    with BackgroundVerification(artefacts) as verification:
+        if failure := verification.wait():
+            raise failure
+
+
+def _verify_once(artefact: Artefact, stopped: threading.Event) -> None:
+    record = _record(artefact)
+    state = _state(artefact)  # before the files are read: what is written to them meanwhile makes the record void
+    if _content(record) == state:
+        return
+    for name in artefact.manifest["files"]:
+        if stopped.is_set():
+            return
+        path = artefact.directory / name
+        try:
+            artefact.checked(path)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror}): restore it, or remove {artefact.directory} and rerun the stage"
+            ) from error
+    _write(record, state)
+
+
+def _state(artefact: Artefact) -> str:
+    """What a record says of an artefact: its build, and the identity of every file at this moment."""
+    files = []
+    for name in artefact.manifest["files"]:
+        try:
+            found = os.stat(artefact.directory / name)
+        except OSError:
+            files.append([name])  # `checked` says of it what is wrong
+        else:
+            files.append([name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+    return f"{artefact.directory.resolve()} on {_machine()}: {sha256_of_json([artefact.sha256, files])}\n"
+
+
+def _machine() -> str:
+    """Containers of one image may share a machine id, and machines a name: together they tell two machines apart."""
+    try:
+        return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='utf-8').strip()}".strip()
+    except (OSError, ValueError):
+        return socket.gethostname()
+
+
+def _record(artefact: Artefact) -> Path | None:
+    """The file of an artefact's record; None where there is no cache directory, as for a user without a home."""
+    key = sha256_of_bytes(os.fsencode(artefact.directory.resolve()), _machine().encode())[:32]
+    try:
+        named, of_user = os.environ.get("MEGATRON_FUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+        root = Path(named) if named else Path(of_user or Path.home() / ".cache") / "megatron-fuse"
+    except RuntimeError:
+        return None
+    return root / "verified" / key
+
+
+def _content(record: Path | None) -> str | None:
+    try:
+        return record.read_text(encoding="utf-8") if record else None
+    except (OSError, ValueError):
+        return None
+
+
+def _write(record: Path | None, state: str) -> None:
+    if record is None:
+        return
+    try:
+        with temporary_then_rename(record) as temporary:
+            temporary.write_text(state, encoding="utf-8")
+    except UserError:  # the next run verifies again
+        pass

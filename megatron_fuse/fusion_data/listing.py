@@ -1,0 +1,39 @@
+"""The examples that a text lists: FUSION/text/shard-00000.examples.jsonl, a JSON object per example."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage import Artefact, read_jsonl
+
+
+class ListedExample(BaseModel):
+    """supervised_tokens: labels of its ground truth; 0 where it is left out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    id: str
+    held_out: bool
+    supervised_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def read_examples(text: Artefact) -> list[ListedExample]:
+    """All examples of a text in their order. Raises UserError where a list is not what the stage wrote."""
+    return [example for path in text.files(".examples.jsonl") for example in read_listed(text.checked(path))]
+
+
+def read_listed(path: Path) -> list[ListedExample]:
+    """The examples of one shard. Raises UserError naming the line and the key of what is no such list."""
+    listed = []
+    for number, row in read_jsonl(path):
+        try:
+            listed.append(ListedExample.model_validate(row))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the row"
+            raise UserError(
+                f"{path}:{number}: {key} is wrong ({first['msg']}): restore the file, or remove {path.parent} and rerun its stage"
+            ) from error
+    return listed
