@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
+from synthetic import SyntheticDataset, make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
 from megatron_fuse.errors import UserError
