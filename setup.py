@@ -21,6 +21,7 @@ setup(
         "sentencepiece",
         "tiktoken",
         "safetensors",
+        "xxhash",  # checksums of checkpoints and exports
         "psutil",  # megatron-core's checkpoint writers need it and do not declare it: without it, saving hangs
         "pydantic>=2",
         "PyYAML",

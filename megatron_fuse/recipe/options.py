@@ -282,8 +282,9 @@ class TrainingOptions(Options):
     override: bool = Field(
         False, description="continue from a checkpoint of a run with other data or options, with a warning for each"
     )
-    no_verify: bool = Field(
-        False, description="do not compare checkpoints and fusion data with the checksums that were written with them"
+    verify: bool = Field(
+        True,
+        description="compare checkpoints, exports and fusion data with their checksums; without, presence and sizes alone",
     )
     exit_signal_handler: bool = Field(True, description="at SIGTERM or SIGUSR1 finish the step, save and exit")
     exit_interval: Positive | None = Field(None, description="save and exit after a step that is a multiple of this")

@@ -1,6 +1,6 @@
 """Checkpoints through Megatron's dist_checkpointing: whole or absent, and loadable at any tensor, pipeline and data layout.
 
-    DIRECTORY/iter_0000120/                       sharded model and optimizer, and facts.json
+    DIRECTORY/iter_0000120/                       sharded model and optimizer, facts.json, and checksums.json of all files
     DIRECTORY/latest_checkpointed_iteration.txt   as Megatron-LM names it; written last
     DIRECTORY/best_checkpointed_iteration.txt     the checkpoint with the least held-out cross-entropy
 
@@ -13,25 +13,29 @@ held at that moment while training goes on: of a GPU's tensors a copy is made fi
 """
 
 import importlib.metadata
+import json
 import multiprocessing.util
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.processes import end_with_pool
-from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.storage import write_json
+from megatron_fuse.storage.checksums import FileRecord
+from megatron_fuse.training import megatron_checkpoints
 from megatron_fuse.training.checkpoint_files import (
     BEST,
     LATEST,
@@ -43,6 +47,7 @@ from megatron_fuse.training.checkpoint_files import (
     remove_leftovers,
     temporary_name,
 )
+from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, write_checksums
 from megatron_fuse.training.interruption import signals_held
 from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.write_results import use_new_write_results
@@ -72,11 +77,13 @@ _MODEL_KEYS = (
 class CheckpointFacts:
     """What a checkpoint says of itself in facts.json, readable without Megatron."""
 
-    iteration: int  # steps done
-    consumed_samples: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    iteration: Annotated[int, Field(ge=0, strict=True)]  # steps done
+    consumed_samples: Annotated[int, Field(ge=0, strict=True)]
     model: dict[str, Any]  # sizes of the architecture
     run: dict[str, Any]  # what a resumed run must have in common: phases, batch size, seed, loss, order, data hash
-    best_loss: float | None  # least held-out cross-entropy so far, nats per token
+    best_loss: Annotated[float, Field(strict=True)] | None  # least held-out cross-entropy so far, nats per token
     versions: dict[str, str]
     optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty where there is none
     recipe: dict[str, Any] = field(default_factory=dict)  # as it was, for the reader; empty where weights were imported
@@ -107,24 +114,46 @@ def _named_iteration(directory: Path, which: str) -> int | None:
     tracker = directory / which
     if not tracker.exists():
         return None
-    iteration = tracker.read_text().strip()
-    if not iteration.isdigit():
-        raise UserError(f"{tracker}: holds {iteration!r}, expected an iteration number")
-    return int(iteration)
+    try:
+        content = tracker.read_bytes().strip()
+    except OSError as error:
+        raise UserError(f"{tracker}: cannot be read ({error.strerror})") from error
+    if not re.fullmatch(rb"[0-9]{1,12}", content):
+        raise UserError(
+            f"{tracker}: holds {content[:40]!r}, expected an iteration number: write that of a checkpoint in {directory} there"
+        )
+    return int(content)
 
 
 def iteration_directory(directory: Path, iteration: int) -> Path:
     return directory / f"iter_{iteration:07d}"
 
 
-def read_facts(path: Path) -> CheckpointFacts:
-    content = read_json(path / "facts.json")
-    try:
-        return CheckpointFacts(**content)
-    except TypeError as error:
+def read_facts(path: Path, *, verify: bool = True) -> CheckpointFacts:
+    """What facts.json says. verify: compare its checksum. Raises UserError where it is not there or not of this version."""
+    if not (path / "facts.json").exists():
         raise UserError(
-            f"{path}/facts.json: not a checkpoint of this version ({error}): name another checkpoint"
-        ) from error
+            f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
+        )
+    return _facts_in(CheckpointFiles(path, verify=verify))
+
+
+def _facts_in(files: CheckpointFiles) -> CheckpointFacts:
+    path = files.path
+    try:
+        facts = TypeAdapter(CheckpointFacts).validate_python(json.loads(files.content("facts.json")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
+    except (ValueError, RecursionError) as error:
+        what = str(error)[:100]
+    else:
+        if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != facts.iteration:
+            raise UserError(
+                f"{path} holds the checkpoint of iteration {facts.iteration}, by its facts.json: give it its name back"
+            )
+        return facts
+    raise UserError(f"{path}/facts.json: not a checkpoint of this version ({what}): name another checkpoint")
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -192,8 +221,10 @@ class CheckpointWriter:
         use_new_write_results()
         with signals_held():
             try:
-                request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
-                request.add_finalize_fn(lambda: self._on_rank_zero(lambda: self._publish(temporary, facts, best)))
+                request, written = megatron_checkpoints.request_save(state, temporary)
+                request.add_finalize_fn(
+                    lambda: self._on_rank_zero(lambda: self._publish(temporary, written, facts, best))
+                )
                 if self.asynchronous:
                     self._queue.schedule_async_request(request)
                 else:
@@ -221,8 +252,9 @@ class CheckpointWriter:
         temporary.mkdir(parents=True)
         return temporary
 
-    def _publish(self, temporary: Path, facts: CheckpointFacts, best: bool) -> None:
+    def _publish(self, temporary: Path, written: dict[str, FileRecord], facts: CheckpointFacts, best: bool) -> None:
         write_json(temporary / "facts.json", asdict(facts))
+        write_checksums(temporary, written)
         trackers = [self.directory / which for which in ([BEST, LATEST] if best else [LATEST])]
         publish(temporary, iteration_directory(self.directory, facts.iteration), trackers)
         checkpoints = checkpoints_in(self.directory)
@@ -278,27 +310,62 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
 
 
 def load_checkpoint(
-    path: Path, chunks: Sequence[torch.nn.Module], optimizer: Any | None, architecture: Architecture
+    path: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any | None,
+    architecture: Architecture,
+    *,
+    verify: bool = True,
 ) -> CheckpointFacts:
-    """Fills this rank's chunks, and the optimizer unless None, from a checkpoint written at any layout.
+    """Fills this rank's chunks, and the optimizer unless None, from a checkpoint written at any layout. All ranks call it.
 
-    Raises UserError before anything is read if the checkpoint holds another model or vocabulary: Megatron itself would trim or
-    zero-fill embeddings without a word.
+    verify: compare the checksums of all files, also of those whose tensors are not asked for. Raises the same UserError on every
+    rank, before any tensor is read if a file is missing or cut off or the checkpoint holds another model or vocabulary: Megatron
+    itself would trim or zero-fill embeddings without a word.
     """
-    if not (path / "facts.json").exists():
-        raise UserError(
-            f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
-        )
-    facts = read_facts(path)
-    refuse_other_model(path, facts, architecture)
-    try:
-        loaded = dist_checkpointing.load(_state(chunks, optimizer, loading=True), str(path))
-    except (OSError, CheckpointException, CheckpointingException) as error:
-        raise UserError(
-            f"{path} cannot be read, a file may be missing or cut off: {error}: name another checkpoint"
-        ) from error
-    for name, chunk in _by_name(chunks).items():
-        chunk.load_state_dict(loaded[name])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+
+    def opened() -> tuple[CheckpointFiles, CheckpointFacts, megatron_checkpoints.Strategies]:
+        facts = read_facts(path, verify=verify)
+        refuse_other_model(path, facts, architecture)
+        files = CheckpointFiles(path, verify=verify)
+        files.compare_sizes(rank, world_size)
+        return files, facts, megatron_checkpoints.open_for_loading(files)
+
+    def filled() -> None:
+        with files.compared_beside(rank, world_size):
+            try:
+                loaded = megatron_checkpoints.load(_state(chunks, optimizer, loading=True), path, strategies)
+            except (OSError, CheckpointException, CheckpointingException) as error:
+                raise _unreadable(path, error) from error
+            for name, chunk in _by_name(chunks).items():
+                chunk.load_state_dict(loaded[name])
+            if optimizer is not None:
+                optimizer.load_state_dict(loaded["optimizer"])
+
+    files, facts, strategies = _on_all_ranks(opened)
+    _on_all_ranks(filled)
     return facts
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    failures = [failure for failure, _ in getattr(error, "failures", {}).values()] or [error]
+    for failure in failures:
+        if isinstance(failure, UserError):
+            return failure
+    reason = f"{type(failures[0]).__name__}: {str(failures[0])[:200]}"
+    return UserError(f"{path} cannot be read ({reason}): name another checkpoint")
+
+
+def _on_all_ranks(action: Callable[[], T]) -> T:
+    """What a rank's action returns; where it fails on some, every rank raises the UserError of the first of them."""
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure and str(failure))
+    if message := next(filter(None, failures), None):
+        raise UserError(message) from failure
+    return result  # type: ignore[return-value]

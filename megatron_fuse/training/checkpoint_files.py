@@ -1,6 +1,7 @@
 """How a checkpoint's directory comes and goes, as one process does it: by renaming, so that half of one never looks whole."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -68,7 +69,9 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(directory: Path) -> dict[int, Path]:
-    return {iteration_of(path): path for path in directory.glob("iter_*") if path.name.removeprefix("iter_").isdigit()}
+    return {
+        iteration_of(path): path for path in directory.glob("iter_*") if re.fullmatch(r"iter_[0-9]{1,12}", path.name)
+    }
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

@@ -84,7 +84,7 @@ def resume(
         if options.load is not None:
             raise UserError(f"--load {options.load}: no {LATEST} there: name a directory that --save wrote")
         return start
-    found = read_facts(path)
+    found = read_facts(path, verify=options.verify)
     other_run = differences(found.run, run)
     if other_run and not options.override:
         raise UserError(
@@ -98,6 +98,6 @@ def resume(
         )
     for difference in other_run + differences(found.versions, start.versions):
         runtime.print(f"warning: {path} {difference}")
-    load_checkpoint(path, chunks, optimizer, architecture)
+    load_checkpoint(path, chunks, optimizer, architecture, verify=options.verify)
     runtime.print(f"continuing from {path} at iteration {found.iteration}")
     return replace(start, iteration=found.iteration, consumed_samples=found.consumed_samples, best_loss=found.best_loss)

@@ -138,7 +138,7 @@ def _run(trainer: Trainer) -> None:
     )
     stop = None
     with (
-        DataCheck([] if options.no_verify else trainer.dataset.artefacts) as data_check,
+        DataCheck(trainer.dataset.artefacts if options.verify else []) as data_check,
         Interruption(
             signals=options.exit_signal_handler,
             interval=options.exit_interval,

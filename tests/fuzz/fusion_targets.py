@@ -48,7 +48,9 @@ def all_that_training_reads(recipe: Recipe) -> str:
     """A hash of every document of every source, and of all that decides which of them a step learns from, and how."""
     dataset, order = FusionDataset(recipe), read_curriculum(recipe)
     verify_once(dataset.artefacts)
-    digest = sha256(repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode())
+    digest = sha256(
+        repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode()
+    )
     for array in (dataset.train, dataset.held_out):
         digest.update(array.tobytes())
     for mode in ("training", "inference") if dataset.selections else ("training",):

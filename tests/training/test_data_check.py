@@ -127,7 +127,7 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
 def test_whole_data_change_nothing_and_no_verify_reads_nothing(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     expected = one_report(ranks(1, run_training, tmp_path / "a", target, {"training": {"train_iters": 3}}))
     made = artefact(tmp_path / "data", damaged=True)
-    sections = {"training": {"train_iters": 3, "no_verify": True}}
+    sections = {"training": {"train_iters": 3, "verify": False}}
     ((message, steps, saved),) = ranks(1, run, tmp_path / "b", target, sections, made)
     assert message == "" and saved
     assert steps == [step["iteration"] for step in expected["steps"]]

@@ -1,0 +1,210 @@
+"""Reading the pickles of a checkpoint without running what they name.
+
+A pickle can call any function that it names. Here it cannot: names outside an allow-list are refused while the pickle is read,
+and those inside stand for records of ours, so that a crafted file cannot even change a class of torch.
+"""
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_fuse.errors import UserError
+
+_FIX = "name another checkpoint"
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
+# Every class of which torch's and Megatron's writers put an object into .metadata.
+_RECORDS = frozenset(
+    {
+        (_METADATA, "Metadata"),
+        (_METADATA, "MetadataIndex"),
+        (_METADATA, "TensorStorageMetadata"),
+        (_METADATA, "BytesStorageMetadata"),
+        (_METADATA, "ChunkStorageMetadata"),
+        (_METADATA, "TensorProperties"),
+        (_METADATA, "StorageMeta"),
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        # Megatron adds the plans by which the ranks wrote. Nothing reads them here.
+        (_PLANNER, "SavePlan"),
+        (_PLANNER, "WriteItem"),
+        (_PLANNER, "WriteItemType"),
+        (_PLANNER, "TensorWriteData"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+_PLAIN = (str, int, float, bool, type(None))
+# What Transformer Engine returns as a layer's extra state without FP8: in older versions the pickle of None.
+_PICKLED_NONE = frozenset(pickle.dumps(None, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1))
+
+
+class _Record:
+    """An object of a pickle: the name of its class, the arguments it was made with and its attributes."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def field(self, name: str) -> Any:
+        state = getattr(self, "state", None)
+        return state.get(name) if isinstance(state, dict) else None
+
+
+class _Size(tuple):
+    """torch.Size in a pickle."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Its classes are made anew for each file: what a crafted pickle does to one ends with the file."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.made: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        key = (module, name)
+        if key in _RECORDS:
+            return self.made.setdefault(key, type(name, (_Record,), {"kind": name}))
+        if key == ("torch", "Size"):
+            return self.made.setdefault(key, type("Size", (_Size,), {}))
+        dtype = getattr(torch, name, None) if module == "torch" and name.isidentifier() else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise UserError(f"would run {module}.{name}")
+
+
+def read_metadata(content: bytes, place: str) -> Metadata:
+    """What a checkpoint's .metadata says: every tensor's dtype, shape and chunks, and the file and offset of each.
+
+    place: the file, for the error. Raises UserError for a pickle that names something else, or has another structure.
+    """
+    try:
+        return _as_metadata(_MetadataUnpickler(content).load())
+    except UserError as error:
+        raise UserError(f"{place} {error}: no checkpoint of ours names it, do not load it: {_FIX}") from error
+    except Exception as error:  # a pickle that is cut off or damaged ends in almost any class
+        raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}): {_FIX}") from error
+
+
+def _as_metadata(record: Any) -> Metadata:
+    tensors, places = (
+        _checked(_kind(record, "Metadata").field(key), dict) for key in ("state_dict_metadata", "storage_data")
+    )
+    return Metadata(
+        state_dict_metadata={_checked(key, str): _as_storage(value) for key, value in tensors.items()},
+        storage_data={_as_index(key): _as_place(value) for key, value in places.items()},
+    )
+
+
+def _as_storage(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if _kind(record).kind == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    record = _kind(record, "TensorStorageMetadata")
+    properties = _checked(getattr(_kind(record.field("properties"), "TensorProperties"), "state", None), tuple)
+    return TensorStorageMetadata(
+        properties=TensorProperties(dtype=_checked(properties[0], torch.dtype)),
+        size=_as_size(record.field("size")),
+        chunks=[
+            ChunkStorageMetadata(offsets=_as_size(chunk.field("offsets")), sizes=_as_size(chunk.field("sizes")))
+            for chunk in (_kind(one, "ChunkStorageMetadata") for one in _checked(record.field("chunks"), list))
+        ],
+    )
+
+
+def _as_index(record: Any) -> MetadataIndex:
+    record = _kind(record, "MetadataIndex")
+    offset, index = record.field("offset"), record.field("index")
+    return MetadataIndex(
+        _checked(record.field("fqn"), str),
+        None if offset is None else _as_size(offset),
+        None if index is None else _checked(index, int),
+    )
+
+
+def _as_place(record: Any) -> _StorageInfo:
+    record = _kind(record, "_StorageInfo")
+    name, offset, length = (record.field(key) for key in ("relative_path", "offset", "length"))
+    if record.field("transform_descriptors"):
+        raise ValueError("tensors are stored in a transformed way")
+    if _checked(offset, int) < 0 or _checked(length, int) < 0:
+        raise ValueError(f"offset {offset}, length {length}")
+    return _StorageInfo(_checked(name, str), offset, length)
+
+
+def _as_size(value: Any) -> torch.Size:
+    return torch.Size([_checked(length, int) for length in _checked(value, _Size)])
+
+
+def _kind(record: Any, kind: str | None = None) -> Any:
+    if not isinstance(record, _Record) or kind not in (None, type(record).kind):  # type: ignore[attr-defined]
+        raise ValueError(f"a {type(record).__name__} in the place of {kind or 'a record'}")
+    return record
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"a {type(value).__name__} in the place of {kind.__name__}")
+    return value
+
+
+def read_plain(content: bytes, place: str, allowed: Callable[[torch.Tensor], bool] = lambda _: True) -> Any:
+    """What torch.save wrote, of plain Python values and tensors alone.
+
+    place: the file, for the error. allowed(tensor): whether such a tensor may be there. Raises UserError for everything else.
+    """
+    try:
+        value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # damage and refusals are reported in classes of several libraries
+        reason = next(iter(str(error).splitlines()), "")[:160]
+        raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}): {_FIX}") from error
+    if (found := _not_plain(value, allowed)) is not None:
+        raise UserError(f"{place} holds {found}, which no checkpoint of ours does: {_FIX}")
+    return value
+
+
+def read_extra_state(content: bytes, place: str) -> Any:
+    """A byte item of a .distcp file: what a layer stores beside its weights, which is nothing, as nothing is trained in FP8.
+
+    Transformer Engine would unpickle a tensor of bytes that it finds there. Raises as read_plain.
+    """
+    return read_plain(content, place, _says_nothing)
+
+
+def _says_nothing(tensor: torch.Tensor) -> bool:
+    if tensor.dtype != torch.uint8 or tensor.numel() > max(map(len, _PICKLED_NONE)):
+        return False
+    return tensor.numel() == 0 or bytes(tensor.flatten().tolist()) in _PICKLED_NONE
+
+
+def _not_plain(value: Any, allowed: Callable[[torch.Tensor], bool]) -> str | None:
+    """What a value holds besides plain ones, None where it holds nothing else."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if type(one) in (dict, list, tuple):
+            if id(one) in seen:  # a list may hold itself
+                continue
+            seen.add(id(one))
+        if type(one) is dict:
+            waiting += [*one.keys(), *one.values()]
+        elif type(one) in (list, tuple):
+            waiting += one
+        elif type(one) is torch.Tensor:
+            if not allowed(one):
+                return f"a tensor of {one.numel()} {str(one.dtype).removeprefix('torch.')}"
+        elif type(one) not in _PLAIN:
+            return f"a {type(one).__name__}"
+    return None
