@@ -26,6 +26,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the exported weights")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"
+    )
     arguments = parser.parse_args()
     if arguments.from_megatron and not arguments.reference:
         raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
@@ -38,7 +41,8 @@ def main() -> None:
         path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
         if path is None:
             raise UserError(f"{arguments.from_megatron}: no {LATEST} and no facts.json: not a checkpoint")
-        target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype)
+        verify = not arguments.no_verify
+        target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
     else:
         path = target.import_hugging_face(arguments.from_hugging_face, arguments.output)
     print(f"wrote {arguments.output}")

@@ -57,14 +57,15 @@ def _whole_model(model_dir: Path) -> tuple[Architecture, list[torch.nn.Module]]:
     return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
 
 
-def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: str) -> None:
+def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: str, *, verify: bool = True) -> None:
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
 
     reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
-    dtype: fp32, bf16 or fp16. output must not exist. Needs a runtime started with one process.
+    dtype: fp32, bf16 or fp16. verify: compare the checksums of the checkpoint's files. output must not exist. Needs a runtime
+    started with one process.
     """
     architecture, chunks = _whole_model(reference)
-    load_checkpoint(checkpoint, chunks, None, architecture)
+    load_checkpoint(checkpoint, chunks, None, architecture, verify=verify)
     save_hugging_face_model(chunks[0], reference, output, dtype)
 
 
