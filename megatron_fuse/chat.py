@@ -14,6 +14,8 @@ import numpy as np
 
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
+from megatron_fuse.template_limits import TemplateLimit
+from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
@@ -56,7 +58,7 @@ class ChatFormat:
     system: message for examples that have none; None leaves it to the template.
     separator: white space of the template between generation prompt and response; opening: other text there (an empty
     `<think></think>`), which belongs to the prompt. folds_system: the template refuses or forgets system messages, so
-    they are put before the first user message.
+    they are put before the first user message. origin: where the template comes from, for errors.
     """
 
     tokenizer: Tokenizer
@@ -66,6 +68,7 @@ class ChatFormat:
     separator: str = ""
     opening: str = ""
     folds_system: bool = False
+    origin: str = "the chat template"
 
     @cached_property
     def sha256(self) -> str:
@@ -141,8 +144,11 @@ class ChatFormat:
         }
         try:
             return render(self.template, list(turns), add_generation_prompt=prompt, **specials)
+        except TemplateLimit as error:
+            raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
-            raise UserError(f"{self.tokenizer.name}: the chat template refuses the messages: {error}") from error
+            said = brief(str(error)) or type(error).__name__
+            raise UserError(f"{self.origin} refuses the messages: {said}") from error
 
     def _parts(
         self, messages: Messages, response: str, every_turn: bool
@@ -283,9 +289,9 @@ def load_chat_format(
     where: the recipe's key for error messages. Raises UserError when there is no template, no stop token, or the
     template loses the response.
     """
-    template = _choose_template(tokenizer, chat_template, where)
+    template, origin = _choose_template(tokenizer, chat_template, where)
     stop_id = tokenizer.eos_id if tokenizer.eos_id is not None else -1
-    draft = ChatFormat(tokenizer, template, system, stop_id)
+    draft = ChatFormat(tokenizer, template, system, stop_id, origin=origin)
     draft = replace(draft, folds_system=_forgets_system(draft))
     question = draft.with_system([{"role": "user", "content": "Question"}])
     prompt = draft._render(question, prompt=True)
@@ -305,18 +311,20 @@ def load_chat_format(
     return replace(draft, stop_id=stop_id, separator=between if white else "", opening="" if white else between)
 
 
-def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str) -> str:
+def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str) -> tuple[str, str]:
+    """The template's text, and what it is called in errors."""
     known = f"one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
     if chat_template is None:
         if tokenizer.chat_template is None:
             raise UserError(f"{where}: {tokenizer.name} has no chat template: set {where}.chat_template to {known}")
-        return tokenizer.chat_template
+        return tokenizer.chat_template, f"{where}: the chat template of {tokenizer.name}"
+    name = f"{where}.chat_template: {chat_template}"
     if chat_template in TEMPLATES:
-        return TEMPLATES[chat_template]
+        return TEMPLATES[chat_template], name
     if not Path(chat_template).is_file():
         raise UserError(f"{where}.chat_template: {chat_template!r} is neither {known}")
     try:
-        return Path(chat_template).read_text("utf-8")
+        return Path(chat_template).read_text("utf-8"), name
     except UnicodeDecodeError as error:
         raise UserError(f"{where}.chat_template: {chat_template} is no UTF-8 text: {error}") from error
 

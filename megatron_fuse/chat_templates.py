@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_fuse.template_limits import BoundedEnvironment, render_bounded
 
 _SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
@@ -78,10 +79,13 @@ TEMPLATES: dict[str, str] = {
 
 
 def render(template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, **specials: str) -> str:
-    """Renders a template with the names that transformers gives to it. Raises jinja2.TemplateError, TypeError."""
-    return _compile(template).render(
-        messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **specials
-    )
+    """Renders a template with the names that transformers gives to it, under the limits of template_limits.
+
+    The same messages give the same text on every day and machine. Raises jinja2.TemplateError, and what Python raises for a
+    program that is wrong.
+    """
+    names = specials | {"tools": None, "documents": None}
+    return render_bounded(_compile(template), messages, add_generation_prompt=add_generation_prompt, **names)
 
 
 class _Generation(Extension):
@@ -96,22 +100,22 @@ class _Generation(Extension):
 
 @cache
 def _compile(template: str) -> jinja2.Template:
-    # transformers' own environment lets a template print today's date
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.bound("tojson", _to_json)
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _fixed_date,
-        "date_string": _fixed_date("%d %b %Y"),
+        "date_string": FIXED_DATE,
     }
     return environment.from_string(template)
 
 
 def _fixed_date(form: str) -> str:
-    """Artefacts must not change over night: the day that Llama 3's templates fall back on."""
+    """Today's date, in transformers. Artefacts must not change over night: this is the day that Llama 3's templates fall back on."""
     return datetime(2024, 7, 26).strftime(form)
+
+
+FIXED_DATE = _fixed_date("%d %b %Y")
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -10,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from megatron_fuse.chat_templates import FIXED_DATE, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.text_safety import brief
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -66,12 +68,25 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
                 batch_size=batch_size,
                 dtype="auto",
                 trust_remote_code=False,
+                chat_template_args={"date_string": FIXED_DATE},  # else Llama's templates print today's
             )
     except Exception as error:  # transformers and the harness raise many kinds for missing or damaged files
         raise not_loadable(directory, error) from error
     if settings.apply_chat_template and model.tokenizer.chat_template is None:
         raise UserError(f"{directory} has no chat template, which --apply-chat-template needs")
+    if settings.apply_chat_template:
+        _try_template(model.tokenizer, directory)
     return model
+
+
+def _try_template(tokenizer: Any, directory: Path) -> None:
+    """Renders one question under our limits: transformers, by which the harness renders, has none."""
+    question = [{"role": "user", "content": "Question"}]
+    specials = {f"{name}_token": getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "pad")}
+    try:
+        render(tokenizer.get_chat_template(), question, add_generation_prompt=True, **specials)
+    except Exception as error:  # a template is a program: it may divide by zero
+        raise UserError(f"{directory}: its chat template cannot be used: {brief(str(error))}") from error
 
 
 def run_task(
