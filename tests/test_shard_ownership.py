@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.storage import LockFile, Plan, completed, read_record, run_plan, run_plans, write_record
+from megatron_fuse.storage import LockFile, Plan, completed, read_sealed, run_plan, run_plans, write_sealed
 
 FORK = multiprocessing.get_context("fork")
 SHARDS = 4
@@ -238,9 +238,9 @@ def test_a_forked_child_does_not_keep_its_parent_s_locks(tmp_path: Path) -> None
 
 
 def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
-    write_record(tmp_path / "record.json", {"a": 1, "b": {"é": [1.5, None]}})
-    assert read_record(tmp_path / "record.json") == {"a": 1, "b": {"é": [1.5, None]}}
+    write_sealed(tmp_path / "record.json", {"a": 1, "b": {"é": [1.5, None]}})
+    assert read_sealed(tmp_path / "record.json") == {"a": 1, "b": {"é": [1.5, None]}}
     text = (tmp_path / "record.json").read_text()
     (tmp_path / "record.json").write_text(text.replace("1.5", "2.5"))
     with pytest.raises(UserError, match=r"record\.json: its content does not have the sha256"):
-        read_record(tmp_path / "record.json")
+        read_sealed(tmp_path / "record.json")

@@ -17,7 +17,7 @@ from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage import read_record, sha256_of_file, write_record
+from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import Verification, verify_fusion_data
 
 TEACHER = "teachers/beta/training"
@@ -31,9 +31,9 @@ def verified(recipe: Recipe) -> Verification:
 def own_up(path: Path) -> None:
     """Makes the manifest say what the file now holds, as if the stage had written it."""
     manifest = path.parent / "manifest.json"
-    content = read_record(manifest)
+    content = read_sealed(manifest)
     content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    write_record(manifest, content)
+    write_sealed(manifest, content)
 
 
 def change(path: Path, dtype: type, edit: Callable[[np.ndarray], object]) -> None:
@@ -169,9 +169,9 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
         (TEACHER, "options", "vocabulary_map", "em"),
         (ANSWERS, "inputs", "capture", "0" * 64),
     ):
-        manifest = read_record(fusion / name / "manifest.json")
+        manifest = read_sealed(fusion / name / "manifest.json")
         manifest[section][key] = value
-        write_record(fusion / name / "manifest.json", manifest)
+        write_sealed(fusion / name / "manifest.json", manifest)
     problems = verified(copied).problems
     expect(problems, "text/manifest.json: options.supervise is 'nothing', the recipe has 'every_turn'")
     expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, the recipe has 2.0")

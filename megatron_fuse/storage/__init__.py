@@ -17,7 +17,7 @@ from megatron_fuse.storage.files import (
     parse_row,
     read_json,
     read_jsonl,
-    read_record,
+    read_sealed,
     remove_abandoned,
     sha256_of_bytes,
     sha256_of_file,
@@ -25,7 +25,7 @@ from megatron_fuse.storage.files import (
     temporary_then_rename,
     write_json,
     write_jsonl,
-    write_record,
+    write_sealed,
 )
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.safetensors_file import write_safetensors
@@ -44,7 +44,7 @@ __all__ = [
     "rank_and_world",
     "read_json",
     "read_jsonl",
-    "read_record",
+    "read_sealed",
     "remove_abandoned",
     "run_plan",
     "run_plans",
@@ -55,6 +55,6 @@ __all__ = [
     "temporary_then_rename",
     "write_json",
     "write_jsonl",
-    "write_record",
     "write_safetensors",
+    "write_sealed",
 ]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.files import read_record, sha256_of_file, sha256_of_json
+from megatron_fuse.storage.files import sha256_of_file, sha256_of_json
+from megatron_fuse.storage.records import ManifestRecord, PlanRecord, read_record
 
 FORMAT_VERSION = 2
 
@@ -125,7 +126,7 @@ def open_artefact(
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
         raise UserError(f"{directory} {state}: run {made_by} first")
-    manifest = read_record(directory / "manifest.json")
+    manifest = read_record(directory / "manifest.json", ManifestRecord).content()
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("stage") != stage:
         raise UserError(
             f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
@@ -143,11 +144,11 @@ def completed(plan: Plan) -> Artefact | None:
     Files that are missing or have another size, and a damaged manifest, are something to do: run_plans makes them again.
     """
     directory, wanted = plan.directory, plan.content()
-    for name in ("manifest.json", "plan.json"):
+    for name, model in (("manifest.json", ManifestRecord), ("plan.json", PlanRecord)):
         if not (directory / name).exists():
             continue
         try:
-            found = read_record(directory / name)
+            found = read_record(directory / name, model).content()
         except UserError:
             if name == "manifest.json":  # the markers hold all that it says
                 continue

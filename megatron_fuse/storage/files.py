@@ -88,13 +88,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_record(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object with the sha256 of its content under "sha256", so that read_record notices any damage."""
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object with the sha256 of its content under "sha256", so that read_sealed notices any damage."""
     write_json(path, {**content, _SEAL: sha256_of_json(content)})
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """What write_record wrote. An object without "sha256", from an older version, is returned as it is.
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What write_sealed wrote. An object without "sha256", from an older version, is returned as it is.
 
     Raises UserError if the file is missing, is no JSON object, or does not have its sha256.
     """

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.files import read_json
+from megatron_fuse.storage.files import read_sealed
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -74,8 +74,8 @@ def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model
 
     Raises UserError naming the file and the key where it is no JSON object or not of this form.
     """
-    fix = fix or f"restore it, or where a stage made it remove {path.parent} and rerun the stage"
-    return parse_record(read_json(path), model, str(path), fix)
+    fix = fix or "restore it, or if a stage made it, remove it and run the stage again"
+    return parse_record(read_sealed(path), model, str(path), fix)
 
 
 def parse_record(content: Mapping[str, Any], model: type[Model], place: str, fix: str) -> Model:

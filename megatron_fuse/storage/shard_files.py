@@ -15,8 +15,9 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.artefact import Artefact, Plan, completed, damage_of
-from megatron_fuse.storage.files import read_record, remove_abandoned, sha256_of_file, sha256_of_json, write_record
+from megatron_fuse.storage.files import remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
 from megatron_fuse.storage.locks import LockFile
+from megatron_fuse.storage.records import MarkerRecord, read_record
 
 Counts = dict[str, int]
 
@@ -72,9 +73,8 @@ class ShardFiles:
         """
         path = self._marker(index)
         try:
-            content = read_record(path)
-            recorded = [(self.directory / name, facts["bytes"]) for name, facts in content["files"].items()]
-        except (UserError, KeyError, TypeError, AttributeError):
+            content = read_record(path, MarkerRecord).content()
+        except UserError:
             if path.exists():
                 self._report(index, f"{path}: damaged")
             return None
@@ -83,7 +83,14 @@ class ShardFiles:
                 f"{path} belongs to a shard that was made with other options or from other inputs: move or remove "
                 f"{self.directory} to make it anew"
             )
-        if damage := next((damage for file, size in recorded if (damage := damage_of(file, size))), None):
+        if damage := next(
+            (
+                damage
+                for name, facts in content["files"].items()
+                if (damage := damage_of(self.directory / name, facts["bytes"]))
+            ),
+            None,
+        ):
             self._report(index, damage)
             return None
         return content
@@ -129,7 +136,7 @@ class ShardFiles:
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be written ({error.strerror or error})") from error
         others = {"together": together} if len(together) > 1 else {}
-        write_record(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
+        write_sealed(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
 
     def finish(self) -> Artefact:
         """Writes the manifest of a plan whose shards are all there."""
@@ -139,13 +146,13 @@ class ShardFiles:
                 files: dict[str, Any] = {}
                 counts: Counts = {}
                 for index in range(len(self.names)):
-                    content = read_record(self._marker(index))
+                    content = read_record(self._marker(index), MarkerRecord).content()
                     files |= content["files"]
                     for key, value in content["counts"].items():
                         counts[key] = counts.get(key, 0) + value
                 artefact = Artefact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
                 remove_abandoned(self.directory)
-                write_record(self.directory / "manifest.json", artefact.manifest)
+                write_sealed(self.directory / "manifest.json", artefact.manifest)
         return artefact
 
     def forget_if_empty(self) -> None:
@@ -166,7 +173,7 @@ class ShardFiles:
 
     def _write_plan(self) -> None:
         if not (self.directory / "plan.json").exists():
-            write_record(self.directory / "plan.json", self.plan.content())
+            write_sealed(self.directory / "plan.json", self.plan.content())
 
     def _marker(self, index: int) -> Path:
         return self.directory / f"{self.names[index]}.done"

@@ -11,8 +11,9 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.fusion_data.layout import BUILT_BY, teacher_directory, teacher_options, text_directory, text_options
 from megatron_fuse.recipe import REFERENCE, TARGET, Recipe
-from megatron_fuse.storage import Artefact, Workspace, read_record
+from megatron_fuse.storage import Artefact, Workspace
 from megatron_fuse.storage.artefact import shown
+from megatron_fuse.storage.records import ManifestRecord, read_record
 from megatron_fuse.target import target_hashes
 
 Problems = Iterator[str]
@@ -65,10 +66,7 @@ def open_artefacts(expected: list[Expected], problems: list[str]) -> dict[Path, 
                 problems.append(f"{entry.directory}: missing or incomplete: run {BUILT_BY}")
             continue
         try:
-            manifest = read_record(entry.directory / "manifest.json")
-            lacking = {"stage", "options", "inputs", "shards", "files", "counts"} - manifest.keys()
-            if lacking:
-                raise UserError(f"{entry.directory}/manifest.json: no {', '.join(sorted(lacking))}: {entry.mend}")
+            manifest = read_record(entry.directory / "manifest.json", ManifestRecord, entry.mend).content()
         except UserError as error:
             problems.append(str(error))
         else:

@@ -94,9 +94,14 @@ def _share(target: Target, member: Member) -> int:
 
 def _members(target: Target, draw: random.Random, processes: int) -> list[Member]:
     """Independent ones, a launcher's set, a set of which one rank is there twice, or a set beside one on its own."""
-    layout = draw.choice(("independent", "independent", "set", "twice", "beside") if target.ranked else ("independent",))
+    layout = draw.choice(
+        ("independent", "independent", "set", "twice", "beside") if target.ranked else ("independent",)
+    )
     if layout == "twice" and processes > 2:
-        ranks = [*((rank, processes - 1) for rank in range(processes - 1)), (draw.randrange(processes - 1), processes - 1)]
+        ranks = [
+            *((rank, processes - 1) for rank in range(processes - 1)),
+            (draw.randrange(processes - 1), processes - 1),
+        ]
     elif layout == "beside" and processes > 2:
         ranks = [*((rank, processes - 1) for rank in range(processes - 1)), None]
     elif layout == "twice":

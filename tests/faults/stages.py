@@ -57,7 +57,7 @@ def start_server(recipe: Path) -> Server:
 
 def _load_all(path: Path) -> None:
     from megatron_fuse.advantage.reward_models import load_judge_format
-    from megatron_fuse.recipe import recipe_from_arguments, add_recipe_arguments
+    from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
     from megatron_fuse.sources.huggingface import load_causal_lm, load_format
 
     parser = argparse.ArgumentParser()

@@ -56,7 +56,9 @@ class Target:
         self.undisturbed = self.files()
         return self
 
-    def start(self, watch: Watch | None = None, environment: Mapping[str, str] | None = None, place: int = 0) -> Running:
+    def start(
+        self, watch: Watch | None = None, environment: Mapping[str, str] | None = None, place: int = 0
+    ) -> Running:
         output = self.scratch / f"output-{place}.txt"
         output.unlink(missing_ok=True)
         return self.server.start(
@@ -166,4 +168,3 @@ def require_rerun(target: Target) -> Running:
         raise Broken(f"the rerun ends with {job.exit_code}: {job.text.strip()[-500:]}")
     require_whole(target, "after the rerun")
     return job
-
