@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,13 @@ def _killed_after(target: Target, seconds: float) -> Running:
     return job
 
 
-def raced(target: Target, draw: random.Random, processes: int | None = None) -> Facts:
+def raced(target: Target, draw: random.Random) -> Facts:
     """Two to six processes at once."""
-    return _race(target, _members(target, draw, processes or draw.randint(2, 6)))
+    return _race(target, _members(target, draw, draw.randint(2, 6)))
+
+
+def raced_by_four(target: Target, draw: random.Random) -> Facts:
+    return _race(target, _members(target, draw, 4))
 
 
 def stopped(target: Target, draw: random.Random) -> Facts:
@@ -172,19 +176,21 @@ def file_size(target: Target, draw: random.Random) -> Facts:
 
 
 def read_only(target: Target, draw: random.Random) -> Facts:
-    """One directory without the right to write, on the way to the artefact or in what a killed process has left of it."""
+    """One directory of the artefact's without the right to write, sometimes after a kill."""
     if draw.random() < 0.6:
         target.run(Watch(kill_at=draw.randint(1, target.operations)))
-    directories = [target.directory, *(path for path in target.directory.rglob("*") if path.is_dir())]
+    directories = [target.directory, *(path for path in target.directory.rglob("[!.]*") if path.is_dir())]
     directory = draw.choice(sorted(directories))
     directory.chmod(0o555)
-    try:
-        return _refused_then_rerun(
-            target, Watch(plain_user=True), lambda: directory.chmod(0o755), {"how": directory.name}
-        )
-    finally:
-        if directory.exists():
+
+    def mend() -> None:
+        with suppress(FileNotFoundError):  # what a killed process had left, by now removed
             directory.chmod(0o755)
+
+    try:
+        return _refused_then_rerun(target, Watch(plain_user=True), mend, {"how": directory.name})
+    finally:
+        mend()
 
 
 def _refused_then_rerun(target: Target, watch: Watch, mend: Callable[[], object], facts: Facts) -> Facts:
@@ -235,6 +241,7 @@ def may_mount(directory: Path) -> bool:
 KINDS: dict[str, Callable[[Target, random.Random], Facts]] = {
     "killed": killed,
     "raced": raced,
+    "raced by four": raced_by_four,
     "stopped": stopped,
     "killed in a race": killed_in_race,
     "full": full,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import yaml
 from jobs import Server, run_tool
-from small_models import save_model, write_rows
 from targets import Target
 
 EXAMPLES = 8
@@ -29,6 +28,8 @@ IMPORTED = (
 
 def write_recipe(root: Path) -> Path:
     """Two sources of two families and vocabularies, a judge, one example a shard; returns the recipe's file."""
+    from small_models import save_model, write_rows  # brings torch and transformers
+
     models = {
         "alpha": save_model(root / "alpha", "llama", seed=0),
         "beta": save_model(root / "beta", "mpt", seed=1, vocab_size=340),

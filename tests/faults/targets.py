@@ -83,7 +83,10 @@ class Target:
     def wait_for(self, jobs: Sequence[Running], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Until all have ended; `meanwhile` is called in between. Raises Broken where none of them gets on."""
         seen, since = [], time.monotonic()
-        while not all([job.poll() for job in jobs]):
+        while True:
+            ended = [job.poll() for job in jobs]
+            if all(ended):
+                return
             meanwhile()
             time.sleep(0.003)
             now = [*self.counts, *((job.exit_code, job.is_stopped) for job in jobs)]

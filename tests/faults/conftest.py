@@ -1,0 +1,51 @@
+"""The processes that jobs are forked from, the commands that faults are done to, and where outcomes go."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import outcomes
+import pytest
+from jobs import Server
+from kinds import may_mount, run_case
+from targets import Target
+
+Campaign = Callable[[str, list[Target], int], None]
+
+
+@pytest.fixture(scope="session")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    """campaign(kind, targets, cases): that many cases over the targets in turn. Fails with the seeds that break the law."""
+    path = os.environ.get("FAULT_OUTCOMES")
+    if path:
+        outcomes.write_rows(Path(path), [outcomes.head()])
+
+    def run(kind: str, targets: list[Target], cases: int) -> None:
+        if kind == "full" and not may_mount(tmp_path_factory.mktemp("small")):
+            pytest.skip("only root may mount a small file system")
+        rows = [run_case(kind, targets[case % len(targets)], f"{outcomes.SEED}-{case}") for case in range(cases)]
+        if path:
+            outcomes.write_rows(Path(path), rows)
+        broken = [f"{row['target']}, {kind}, seed {row['seed']}: {row['problem']}" for row in rows if row["problem"]]
+        assert not broken, f"{len(broken)} of {cases}:\n" + "\n".join(broken[:10])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
+    from plans import plan_targets
+
+    server = Server(["megatron_fuse.storage"])
+    yield plan_targets(server, tmp_path_factory.mktemp("plans"))
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
+    from stages import stage_targets, start_server, write_recipe  # bring torch and transformers
+
+    recipe = write_recipe(tmp_path_factory.mktemp("stages"))
+    server = start_server(recipe)
+    yield stage_targets(server, recipe)
+    server.close()
