@@ -10,6 +10,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, FusionDataset
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.text_safety import printable
 from megatron_fuse.tokenization import Tokenizer
 
 
@@ -82,7 +83,7 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
     labels = [token for token in tokens if token["supervised"]]
     matched = sum(token["match"] != "skip" for token in labels)
     lines = [
-        f"example {view['id']} | mode {view['mode']} | source {view['source'] or 'none'}",
+        f"example {printable(view['id'])} | mode {view['mode']} | source {view['source'] or 'none'}",
         *_reasons(view, dataset),
         f"{len(tokens)} tokens, {len(labels)} supervised, {matched} of them with teacher entries",
         "",
@@ -102,7 +103,7 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
 def _conversation(tokens: list[dict[str, Any]]) -> list[str]:
     """The text with its token boundaries, one part for every run of tokens that are learned or only read."""
     return [
-        f"[{'learned' if supervised else 'context'}] {'│'.join(token['text'] for token in run)}"
+        f"[{'learned' if supervised else 'context'}] {'│'.join(printable(token['text'], prose=True) for token in run)}"
         for supervised, run in groupby(tokens, key=lambda token: token["supervised"])
     ]
 

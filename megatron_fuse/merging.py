@@ -23,6 +23,7 @@ from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_f
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import load_tokenizer
 
 RECORD = "merge.json"  # in the merged model's directory: what it was made from
@@ -105,7 +106,7 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
     return tuple(directories), given or None
 
 
-def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = print) -> bool:
+def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = say) -> bool:
     """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
 
     Returns False where `output` holds this very merge already. Holds one tensor of every model and a shard of the result in

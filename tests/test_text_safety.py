@@ -1,10 +1,26 @@
 """User text that is printed holds nothing that a terminal would obey."""
 
+import ast
+import io
+import math
+import runpy
 import unicodedata
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from megatron_fuse.text_safety import printable
+from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.inspection import format_view
+from megatron_fuse.report.layout import html_page, html_table, markdown_table, text_table
+from megatron_fuse.runtime import Runtime
+from megatron_fuse.text_safety import printable, say
+from megatron_fuse.training.guards import StepGuard
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -33,9 +49,99 @@ def test_prose_keeps_lines_and_joiners_alone() -> None:
 
 
 def test_no_code_point_escapes_the_rule() -> None:
-    everything = "".join(map(chr, range(0x110000)))
+    everything = "".join(c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Co"))
     shown = printable(everything)
     shown.encode("utf-8")
     assert not {unicodedata.category(c) for c in shown} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
     kept = set(printable(everything, prose=True)) - set(shown)
     assert kept == {"\n", "\t", "\u200c", "\u200d"}
+
+
+BAD = "id\x1b[2J\x9b31m\u202eevil\u200b\x07"
+SEEN = r"id\x1b[2J\x9b31m\u202eevil\u200b\x07"
+
+
+def _step_guard() -> str:
+    guard = StepGuard(max_skipped=2)
+    warning = guard.watch(1, "phase", {"grad norm": math.nan}, lambda: [BAD])
+    with pytest.raises(UserError) as refused:
+        guard.watch(2, "phase", {"grad norm": math.nan}, lambda: [BAD])
+    return f"{warning}\n{refused.value}"
+
+
+def _inspected() -> str:
+    token = {"id": 1, "text": BAD, "supervised": True, "match": "exact", "tail": 0.1}
+    token["entries"] = [{"id": 1, "text": BAD, "logprob": -1.0}]
+    view = {"id": BAD, "mode": "training", "source": "alpha", "tokens": [token, token | {"supervised": False}]}
+    return format_view(view, SimpleNamespace(selections={}))
+
+
+def _runtime() -> str:
+    runtime = Runtime(0, 1, "cpu", 1, 1, None, 1, 0, is_last_stage=True, reports=True)
+    return _printed(lambda: runtime.print(f"WARNING: {BAD}"))
+
+
+def _chat_tool() -> str:
+    chat = SimpleNamespace(decode_response=lambda ids: (BAD + "\n")[: len(ids)])
+    printer = runpy.run_path(str(ROOT / "tools/chat.py"))["Printer"](chat)
+
+    def generate() -> None:
+        printer.put(torch.tensor([1, 2]))  # the prompt
+        for token in range(len(BAD) + 1):
+            printer.put(torch.tensor([token]))
+        printer.end()
+
+    return _printed(generate)
+
+
+def _refusal() -> str:
+    def refuse() -> None:
+        raise UserError(f"row {BAD}")
+
+    return _printed(lambda: exit_code(refuse))
+
+
+def _printed(work: Callable[[], object]) -> str:
+    out = io.StringIO()
+    with redirect_stdout(out), redirect_stderr(out):
+        work()
+    return out.getvalue()
+
+
+ROADS: dict[str, Callable[[], str]] = {
+    "a message": lambda: _printed(lambda: say(BAD)),
+    "an error": _refusal,
+    "a step's warning": _step_guard,
+    "the training's lines": _runtime,
+    "an example inspected": _inspected,
+    "a table on the terminal": lambda: "\n".join(text_table((["name", "n"], [[BAD, "1"], ["x", BAD]]))),
+    "a table in Markdown": lambda: "\n".join(markdown_table(([BAD, "n"], [[BAD, "1"]]))),
+    "a page": lambda: html_page(BAD, html_table(([BAD, "n"], [[BAD, "1"]]))),
+    "the chat tool": _chat_tool,
+}
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_no_road_prints_what_a_terminal_obeys(road: str) -> None:
+    text = ROADS[road]()
+    assert SEEN in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_pages_show_html_of_the_data_as_text() -> None:
+    page = html_page("<script>a</script>", html_table((["<b>"], [["<img src=x onerror=alert(1)> & \"'"]])))
+    assert "<script>" not in page and "<img" not in page and "&lt;img src=x" in page
+    assert markdown_table((["a|b"], [["c\nd"]]))[0] == r"| a\|b |"
+
+
+PROTOCOLS = {"text_safety.py", "errors.py", "commands.py", "processes.py", "interrupts.py", "chat.py", "loading.py"}
+
+
+def test_every_command_prints_through_say() -> None:
+    """Besides these files, whose own prints are escaped, constant, YAML, or read by programs."""
+    bare = []
+    for path in (found for name in ("megatron_fuse", "tools") for found in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id == "print" and path.name not in PROTOCOLS:
+                bare.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not bare

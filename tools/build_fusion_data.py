@@ -15,6 +15,7 @@ from megatron_fuse.fusion_data.layout import open_text
 from megatron_fuse.fusion_data.summary import curriculum_line, selection_line
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.storage import rank_and_world
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -23,8 +24,8 @@ def main() -> None:
     if rank_and_world()[0] != 0:
         return
     for mode, selection in selections.items():
-        print(selection_line(recipe, mode, selection))
-    print(curriculum_line(recipe, read_measures(recipe, open_text(recipe).sha256)))
+        say(selection_line(recipe, mode, selection))
+    say(curriculum_line(recipe, read_measures(recipe, open_text(recipe).sha256)))
 
 
 if __name__ == "__main__":

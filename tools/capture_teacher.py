@@ -15,6 +15,7 @@ from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     recipe = recipe_from_arguments(arguments)
     modes = [arguments.mode] if arguments.mode else modes_with_teacher(recipe)
     if not modes:
-        print("schedule: no phase has a lambda for a source's distributions: nothing to capture")
+        say("schedule: no phase has a lambda for a source's distributions: nothing to capture")
     for source in arguments.source or recipe.sources:
         for mode in modes:
             if arguments.backend:
@@ -48,7 +49,7 @@ def main() -> None:
             artefact = capture(recipe, source, mode)
             if artefact:
                 counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-                print(f"{artefact.directory}: {counts}")
+                say(f"{artefact.directory}: {counts}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.runtime import start_runtime, stop_runtime
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
     else:
         path = target.import_hugging_face(arguments.from_hugging_face, arguments.output)
-    print(f"wrote {arguments.output}")
+    say(f"wrote {arguments.output}")
     stop_runtime()
 
 

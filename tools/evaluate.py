@@ -15,6 +15,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.evaluation import BENCHMARKS, GROUPS, Settings, benchmarks_named, evaluate, models_named
 from megatron_fuse.recipe import path_argument
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     )
     from megatron_fuse.evaluation.page import comparison_text  # brings matplotlib, which --help does without
 
-    print(f"\n{comparison_text(comparison)}\n\nwritten to {arguments.output}")
+    say(f"\n{comparison_text(comparison)}\n\nwritten to {arguments.output}")
     if failures:
         failed = ", ".join(f"{model} on {task}" for model, task in failures)
         raise UserError(f"{failed} failed: the same command runs these again and keeps what is finished")

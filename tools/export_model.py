@@ -9,6 +9,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.runtime import start_runtime, stop_runtime
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     from megatron_fuse.training.target import export_fused_model
 
     output, checkpoint = export_fused_model(recipe)
-    print(f"{output}: the model of {checkpoint} in {recipe.export.dtype}")
+    say(f"{output}: the model of {checkpoint} in {recipe.export.dtype}")
     stop_runtime()
 
 

@@ -16,6 +16,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.responses import BACKENDS, backend_of, generate_responses
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     recipe = recipe_from_arguments(arguments)
     names = arguments.source or list(recipe.answering)
     if not names:
-        print(
+        say(
             "schedule: no phase gives the inference mode a weight, nor does the target's reward order the examples: no answers are "
             "needed (--source NAME makes them all the same)"
         )
@@ -48,7 +49,7 @@ def main() -> None:
         artefact = generate_responses(recipe, name)
         if artefact:
             counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-            print(f"{artefact.directory}: {counts}")
+            say(f"{artefact.directory}: {counts}")
 
 
 if __name__ == "__main__":

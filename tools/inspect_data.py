@@ -12,6 +12,7 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.capture import MODES
@@ -20,6 +21,7 @@ from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.inspection import find_example, format_view, view_document
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.text_safety import say
 from megatron_fuse.verification import verify_fusion_data
 
 
@@ -45,16 +47,22 @@ def main() -> None:
     dataset = FusionDataset(recipe)
     example = find_example(dataset, arguments.index, arguments.id)
     view = view_document(recipe, dataset, arguments.mode, example, arguments.source)
-    print(json.dumps(view, ensure_ascii=False) if arguments.json else format_view(view, dataset))
+    say(_as_json(view) if arguments.json else format_view(view, dataset))
+
+
+def _as_json(view: dict[str, Any]) -> str:
+    """With JSON's own escapes where a terminal must not see a text as it is."""
+    text = json.dumps(view, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(view)
 
 
 def verify(recipe: Recipe) -> None:
     """Prints what was looked at. Raises UserError with all that was found wrong."""
-    found = verify_fusion_data(recipe, progress=lambda line: print(line, file=sys.stderr, flush=True))
-    print(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
+    found = verify_fusion_data(recipe, progress=lambda line: say(line, file=sys.stderr))
+    say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
     if found.problems:
         raise UserError(f"{len(found.problems)} problems:\n" + "\n".join(found.problems))
-    print("all is well")
+    say("all is well")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from megatron_fuse.merging import DEFAULTS, METHODS, RESCALES, Merge, merge_mode
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.recipe import path_argument
 from megatron_fuse.sources.huggingface import resolve_model
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
         dtype=arguments.dtype,
     )
     made = merge_models(merge, arguments.output)
-    print(f"{arguments.output}: {'merged' if made else 'this merge was there already'}")
+    say(f"{arguments.output}: {'merged' if made else 'this merge was there already'}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from megatron_fuse.errors import exit_code
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.target import check_target_tokenizer, read_target
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     artefact = prepare_instructions(recipe)
     if artefact:
         counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-        print(f"{artefact.directory}: {counts}")
+        say(f"{artefact.directory}: {counts}")
 
 
 if __name__ == "__main__":

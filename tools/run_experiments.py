@@ -10,7 +10,6 @@ experiment's CSV, a row per variant, seed and metric.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +27,7 @@ from megatron_fuse.experiments import (
     write_results,
 )
 from megatron_fuse.recipe import Name, path_argument
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -49,22 +49,20 @@ def main() -> None:
     if arguments.report:
         reported = [_stored(path, arguments.split) for path in arguments.experiments]
         write_report(reported, arguments.report)
-        print(f"{arguments.report}: written from {', '.join(str(of.experiment.results) for of in reported)}")
+        say(f"{arguments.report}: written from {', '.join(str(of.experiment.results) for of in reported)}")
         return
     if len(arguments.experiments) > 1:
         raise UserError("run experiments one by one; only --report takes several")
     (path,) = arguments.experiments
     experiment = load_experiment(path)
     split = _split(arguments.split, experiment)
-    failed = run_experiment(
-        experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=partial(print, flush=True)
-    )
+    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=say)
     results = collect_results(experiment, split)
     if lost := write_results(experiment, results, split):
-        print(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")
+        say(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")
     report = experiment.workdir / f"report-{split}.md"
     write_report([Reported(experiment, results, _command(path))], report)
-    print(f"{experiment.results}: {len(results)} results; tables: {report}")
+    say(f"{experiment.results}: {len(results)} results; tables: {report}")
     if failed:
         raise UserError(
             f"{len(failed)} runs failed, the others are kept; run this again after mending:\n  " + "\n  ".join(failed)

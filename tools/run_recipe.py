@@ -28,6 +28,7 @@ from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.target import checkpoint_directory, export_directory
+from megatron_fuse.text_safety import say
 from megatron_fuse.training.checkpoint_files import LATEST
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ def run_stage(name: str, recipe: Recipe, resolved: Path, processes: int) -> None
         # Counted anew for every stage: its plan depends on what the stages before it wrote.
         (stage,) = [stage for stage in data_stages(recipe) if stage.name == name]
         if stage.is_done() and name != "fusion data":  # which also chooses between the sources and says what it chose
-            print(f"{name}: done", flush=True)
+            say(f"{name}: done")
             return
         run([stage.tool, "--recipe", str(resolved)], processes)
 
@@ -84,15 +85,14 @@ def run(command: list[str], processes: int) -> None:
     if processes > 1:
         launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     script, *options = command
-    print(
+    say(
         f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(command)}",
-        flush=True,
     )
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
     if code := run_tied([*launcher, str(ROOT / script), *options], env=environment):
         raise UserError(f"{script} ended with exit code {code}: mend what it says above and run this again")
-    print(f"  {script}: {time.perf_counter() - start:.1f} s", flush=True)
+    say(f"  {script}: {time.perf_counter() - start:.1f} s")
 
 
 def write_resolved_recipe(recipe: Recipe) -> Path:
@@ -105,10 +105,10 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
 
 def print_plan(recipe: Recipe) -> None:
     rate = measured_flops_per_second()
-    print(f"{recipe.workdir}: about {count_tokens(recipe):,} response tokens per pass; rough estimates, one process")
+    say(f"{recipe.workdir}: about {count_tokens(recipe):,} response tokens per pass; rough estimates, one process")
     for line in rule_lines(recipe):
-        print(line)
-    print(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
+        say(line)
+    say(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
     refusals = []
     for stage in data_stages(recipe):
         for work in stage.works:
@@ -118,13 +118,13 @@ def print_plan(recipe: Recipe) -> None:
                 state = "refused"
                 refusals.append(str(refusal))
             cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
-            print(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
+            say(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
     tracker = checkpoint_directory(recipe) / LATEST
     state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
     time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe) / rate)
-    print(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
+    say(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
     exported = export_directory(recipe).exists()
-    print(f"{'export':<48} {'done' if exported else 'to do':<16}")
+    say(f"{'export':<48} {'done' if exported else 'to do':<16}")
     if refusals:
         raise UserError("\n       ".join(refusals))
 

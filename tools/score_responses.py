@@ -17,6 +17,7 @@ from megatron_fuse.advantage.scores import BACKENDS, require_backend, score_resp
 from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.sources.huggingface import answering_options
+from megatron_fuse.text_safety import say
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     asked = [*(arguments.reward_model or []), *([REFERENCE] if arguments.reference else [])]
     wanted = _wanted(recipe, arguments.source, asked)
     if not wanted:
-        print("neither the inference mode nor the order of the examples needs any score: name a --reward-model")
+        say("neither the inference mode nor the order of the examples needs any score: name a --reward-model")
     for scorer, sources in wanted.items():
         if arguments.backend and scorer != REFERENCE:
             require_backend(recipe, scorer, arguments.backend)
@@ -47,7 +48,7 @@ def main() -> None:
         )
         for artefact in artefacts:
             counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-            print(f"{artefact.directory}: {counts}")
+            say(f"{artefact.directory}: {counts}")
 
 
 def _wanted(recipe: Recipe, sources: list[str] | None, asked: list[str]) -> dict[str, list[str]]:

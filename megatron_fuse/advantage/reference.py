@@ -25,6 +25,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
 from megatron_fuse.sources.huggingface import longest_text, resolve_model, this_device
+from megatron_fuse.text_safety import say
 
 MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the options that hold their weights
 _PAIRS = 64  # answers compared at once
@@ -35,7 +36,7 @@ def reference_measures(
     options: ReferenceOptions,
     responses: Sequence[str],
     references: Sequence[str],
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = say,
 ) -> np.ndarray:
     """BLEU, ROUGE-L and BERTScore of n responses against one reference each: float32 [n, 3].
 

@@ -22,6 +22,7 @@ from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
 from megatron_fuse.responses import open_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, model_fingerprint, resolve_model
 from megatron_fuse.storage import Artefact, Plan, Workspace, open_artefact, run_plans, sha256_of_bytes
+from megatron_fuse.text_safety import say
 
 _PACKAGES = ("sacrebleu", "rouge-score")
 _WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
@@ -68,7 +69,7 @@ def _small_files(directory: Path) -> str:
 
 
 def score_against_reference(
-    recipe: Recipe, sources: Sequence[str] | None = None, progress: Callable[[str], None] = print
+    recipe: Recipe, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artefact]:
     """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artefacts."""
     examples = example_shards(open_instructions(recipe))

@@ -34,6 +34,7 @@ from megatron_fuse.recipe import Recipe, RewardModelOptions
 from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import answering_options, load_format, recipe_key
 from megatron_fuse.storage import Artefact, Plan, Shards, Workspace, open_artefact, run_plans, temporary_then_rename
+from megatron_fuse.text_safety import say
 
 STAGE = "scores"
 COMMAND = "tools/score_responses.py"
@@ -99,7 +100,7 @@ def plan_scores(recipe: Recipe, source: str, name: str) -> Plan:
 
 
 def score_responses(
-    recipe: Recipe, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = print
+    recipe: Recipe, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artefact]:
     """Lets one reward model judge the answers of these (default: of everyone who answers), loading it once, if there is work.
 

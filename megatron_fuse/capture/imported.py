@@ -21,6 +21,7 @@ from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, CaptureSha
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
 # What half precision may do to a file's numbers: nats, absolute and relative, and a row's mass beyond one.
@@ -35,7 +36,7 @@ class CaptureFile:
     """A file of captures, in the place of a model that reads conversations."""
 
     def __init__(
-        self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None] = print
+        self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None] = say
     ) -> None:
         """vocab_size: ids that the source's model knows. Indexes the file; raises UserError where that cannot be done."""
         self.recipe, self.path, self.tokenizer, self.vocab_size = recipe, path, tokenizer, vocab_size

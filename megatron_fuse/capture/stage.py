@@ -27,6 +27,7 @@ from megatron_fuse.sources.huggingface import (
     source_options,
 )
 from megatron_fuse.storage import Artefact, Plan, Workspace, completed, open_artefact, run_plan, sha256_of_file
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag
 
 STAGE = "capture"
@@ -116,7 +117,7 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
         raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md)")
 
 
-def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], None] = print) -> Artefact | None:
+def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], None] = say) -> Artefact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
     Raises UserError where a stage before is missing, where the model's logits are not finite, and where a file of captures is not

@@ -17,6 +17,7 @@ from megatron_fuse.evaluation.data_files import check_files
 from megatron_fuse.evaluation.models import EvaluatedModel, fingerprint
 from megatron_fuse.evaluation.results import MODEL, Result, Settings, load_result, refuse_other, result_path
 from megatron_fuse.storage import remove_abandoned, temporary_then_rename
+from megatron_fuse.text_safety import say
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -154,7 +155,7 @@ def _measure_one(
 def _say(result: Result, benchmark: Benchmark, how: str) -> None:
     metric = result.metrics.get(benchmark.metric)
     value = "-" if metric is None or metric.value is None else f"{100 * metric.value:.1f} %"
-    print(f"{result.model}, {benchmark.heading}: {value} of {len(result.questions)} questions, {how}", flush=True)
+    say(f"{result.model}, {benchmark.heading}: {value} of {len(result.questions)} questions, {how}")
 
 
 def _failure_path(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked) -> Path:
@@ -168,5 +169,5 @@ def _record_failure(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked, 
         temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     text = " ".join(f"{type(error).__name__}: {error}".split())
     line = f"failed with {text[:300]} (traceback in {path})"
-    print(f"{model.name}, {benchmark.heading}: {line}", flush=True)
+    say(f"{model.name}, {benchmark.heading}: {line}")
     return line

@@ -17,6 +17,7 @@ from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make
 from megatron_fuse.processes import run_tied
 from megatron_fuse.storage import write_json
+from megatron_fuse.text_safety import say
 
 _MOST_JOBS = 1024
 _PATIENCE = 5.0  # seconds for a command to end at an interrupt, before it gets another one, which kills it
@@ -29,7 +30,7 @@ def run_experiment(
     tables: Sequence[str] = (),
     split: str | None = None,
     jobs: int = 2,
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = say,
 ) -> list[str]:
     """Makes the runs of these tables (default: the first) and measures them; returns what failed, one message per run.
 

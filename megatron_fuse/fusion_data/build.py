@@ -14,11 +14,12 @@ from megatron_fuse.fusion_data.text import build_text
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, remove_abandoned
+from megatron_fuse.text_safety import say
 
 _WAIT = 0.2  # seconds between looks at what other ranks have done
 
 
-def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -> dict[str, Selection]:
+def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = say) -> dict[str, Selection]:
     """Builds what is missing, chooses and measures anew; returns the choice by mode. A second run only chooses and measures.
 
     Under torchrun the ranks share the shards of every part and wait for each other between parts. Raises UserError where a

@@ -35,6 +35,7 @@ from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, write_safetensors
 from megatron_fuse.target import target_hashes
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
@@ -49,7 +50,7 @@ def plan_teacher(recipe: Recipe, source: str, mode: str, target: ChatFormat, tex
 
 
 def build_teacher(
-    recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact, progress: Callable[[str], None] = print
+    recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact, progress: Callable[[str], None] = say
 ) -> Artefact | None:
     """Aligns and projects one source's capture of one mode. None while other ranks still work."""
     plan = plan_teacher(recipe, source, mode, target, text)

@@ -18,6 +18,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, Plan, run_plan, write_jsonl
 from megatron_fuse.target import target_hashes
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 
@@ -108,7 +109,7 @@ def plan_text(recipe: Recipe, target: ChatFormat | None = None) -> Plan:
     return Plan(text_directory(recipe), TEXT_STAGE, options, inputs, instructions.counts["shards"])
 
 
-def build_text(recipe: Recipe, target: ChatFormat, progress: Callable[[str], None] = print) -> Artefact | None:
+def build_text(recipe: Recipe, target: ChatFormat, progress: Callable[[str], None] = say) -> Artefact | None:
     """Writes prompt and ground-truth response of every example. None while other ranks still work."""
     plan = plan_text(recipe, target)
     shards = example_shards(open_instructions(recipe))

@@ -34,6 +34,7 @@ from megatron_fuse.storage import (
     write_jsonl,
 )
 from megatron_fuse.target import target_hashes
+from megatron_fuse.text_safety import say
 
 STAGE = "instructions"
 COMMAND = "tools/prepare_instructions.py"
@@ -118,7 +119,7 @@ def _choose(
     return fitted, dropped
 
 
-def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = print) -> Artefact | None:
+def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) -> Artefact | None:
     """Writes the instructions of a recipe; None on ranks that have no share in it (rank 0 does it all).
 
     Raises UserError for a file that cannot be read, ids given twice, nothing usable, or a split that leaves nothing to train on.

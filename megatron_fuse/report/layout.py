@@ -6,12 +6,13 @@ A page needs nothing beside it: pictures are part of it, and every text of the d
 import base64
 import warnings
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.text_safety import printable
 
 STYLE = """
 :root { color-scheme: light; }
@@ -41,6 +42,11 @@ _PIXELS_PER_INCH = 102  # of pictures on the screen: what is 11 inches wide fill
 Table = tuple[Sequence[str], list[Sequence[str]]]  # heading, rows; the first column holds names, the others numbers
 
 
+def escape(text: str) -> str:
+    """A text of the data for a page: what HTML would read as its own, or what hides and reorders text, is shown as it is."""
+    return escape_html(printable(text, prose=True))
+
+
 def html_page(title: str, body: str, style: str = "") -> str:
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}{style}</style></head>\n<body>{body}</body></html>\n'
@@ -63,7 +69,7 @@ def html_picture(png: bytes, description: str) -> str:
 
 def text_table(table: Table) -> list[str]:
     """Lines for a terminal."""
-    heading, rows = table
+    heading, *rows = [[printable(cell) for cell in row] for row in (table[0], *table[1])]
     widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
     lines = []
     for row in (heading, *rows):
@@ -76,7 +82,11 @@ def markdown_table(table: Table) -> list[str]:
     """Lines for a Markdown file."""
     heading, rows = table
     rule = ["---", *("---:" for _ in heading[1:])]
-    return [f"| {' | '.join(row)} |" for row in (heading, rule, *rows)]
+    return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in (heading, rule, *rows)]
+
+
+def _markdown_cell(text: str) -> str:
+    return printable(text).replace("|", "\\|")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -17,6 +17,7 @@ from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.storage.rows import id_at, keys_of, refuse_half_characters, value_at
+from megatron_fuse.text_safety import say
 
 _SHOWN = 3  # ids or prompts named in a message
 
@@ -35,7 +36,7 @@ def given_answers(
     where: str,
     chat: ChatFormat,
     examples: Iterable[Example],
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = say,
 ) -> Answerer:
     """Looks the answers to these examples up. chat: the answering model's, whose tokens are counted; where: the recipe's key.
 

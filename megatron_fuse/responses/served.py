@@ -14,13 +14,14 @@ from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.huggingface import answering_options, declared_positions, recipe_key, resolve_model
 from megatron_fuse.sources.server import Body, Reply, Server
 from megatron_fuse.storage import sha256_of_json
+from megatron_fuse.text_safety import say
 
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # what any model can answer
 
 
 def served_answers(
-    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = print
+    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
 ) -> Answerer:
     """Asks the server that the recipe names for the model called `name`.
 

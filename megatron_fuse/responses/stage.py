@@ -40,6 +40,7 @@ from megatron_fuse.storage import (
     temporary_then_rename,
     write_jsonl,
 )
+from megatron_fuse.text_safety import say
 
 STAGE = "responses"
 COMMAND = "tools/generate_responses.py"
@@ -89,7 +90,7 @@ def plan_responses(recipe: Recipe, name: str) -> Plan:
     return _plan(recipe, name, open_instructions(recipe), chat)
 
 
-def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None] = print) -> Artefact | None:
+def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None] = say) -> Artefact | None:
     """Lets a source, or the target, answer, or takes its answers from where the recipe says. None while other ranks still work."""
     chat = load_format(answering_options(recipe, name), recipe_key(name))
     instructions = open_instructions(recipe, load_format(recipe.target, "target"))

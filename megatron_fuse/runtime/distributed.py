@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_fuse.errors import UserError
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
+from megatron_fuse.text_safety import say
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Runtime:
     def print(self, message: str) -> None:
         """Prints on the reporting rank only."""
         if self.reports:
-            print(message, flush=True)
+            say(message)
 
 
 def quiet_third_party_warnings() -> None:

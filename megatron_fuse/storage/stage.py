@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_fuse.storage.artefact import Artefact, Plan, completed
 from megatron_fuse.storage.shard_files import Counts, ShardFiles
+from megatron_fuse.text_safety import say
 
 _POLL = 0.05  # seconds between two looks at shards that other processes make
 _REMINDER = 60.0  # seconds between two messages of a process that waits
@@ -24,7 +25,7 @@ MakeShard = Callable[[int, Path], Counts]
 MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
 
-def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = print) -> Artefact | None:
+def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artefact | None:
     """Makes the missing shards of this rank, then the manifest if every shard is there.
 
     make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in the manifest. The
@@ -35,7 +36,7 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
 
 
 def run_plans(
-    plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = print
+    plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = say
 ) -> dict[str, Artefact]:
     """run_plan for several plans of the same shards, which share work: returns the finished artefacts by name.
 

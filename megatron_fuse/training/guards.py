@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.text_safety import printable
 
 WINDOW = 64  # losses that a new one is compared with
 FEWEST = 16  # of them before anything is called a spike
@@ -107,7 +108,7 @@ class StepGuard:
 
 def _named(ids: Sequence[str]) -> str:
     rest = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    return ", ".join(ids[:_SHOWN]) + rest
+    return ", ".join(map(printable, ids[:_SHOWN])) + rest
 
 
 def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: int) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
+from megatron_fuse.text_safety import say
 from megatron_fuse.training.metrics import HELD_OUT, METRICS, STEP, MetricsFile, metrics_directory
 from megatron_fuse.training.plan import PhasePlan, tokens_left
 from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
@@ -124,7 +125,7 @@ class TrainingLog:
             f"number of skipped iterations: {self.skipped}",
             f"ETA: {of_phase} phase, {of_run} run",
         ]
-        print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts), flush=True)
+        say(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts))
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
         """values: ce/MODE, kl/MODE, perplexity/MODE on the held-out examples."""
@@ -134,7 +135,7 @@ class TrainingLog:
         for tracker in self.trackers:
             tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
         shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        print(f" held-out at iteration {iteration} ({examples} examples) | {shown}", flush=True)
+        say(f" held-out at iteration {iteration} ({examples} examples) | {shown}")
         self.restart_clock()
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from megatron_fuse.fusion_data.layout import teacher_directory, teacher_options,
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact
+from megatron_fuse.text_safety import say
 from megatron_fuse.verification.artefacts import expected_artefacts, file_problems, lineage_problems, open_artefacts
 from megatron_fuse.verification.curriculum import curriculum_problems
 from megatron_fuse.verification.selection import Facts, fact_problems, read_facts, selection_problems
@@ -38,7 +39,7 @@ class Verification:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def verify_fusion_data(recipe: Recipe, progress: Callable[[str], None] = print) -> Verification:
+def verify_fusion_data(recipe: Recipe, progress: Callable[[str], None] = say) -> Verification:
     """Looks at all fusion data of a recipe. Raises UserError only where the recipe's target itself cannot be read."""
     target = load_format(recipe.target, "target")
     found = Verification()

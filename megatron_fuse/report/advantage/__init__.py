@@ -13,6 +13,7 @@ from megatron_fuse.report.advantage.observations import observe, read_texts
 from megatron_fuse.report.advantage.page import advantage_page, advantage_text
 from megatron_fuse.report.layout import save_picture, save_text
 from megatron_fuse.storage import write_json
+from megatron_fuse.text_safety import say
 
 __all__ = ["advantage_report", "advantage_text", "write_advantage_report"]
 
@@ -30,7 +31,7 @@ def advantage_report(recipe: Recipe) -> dict[str, Any]:
     return {"fusion_data": str(fusion_directory(recipe)), **advantage_numbers(seen), "cards": cards}
 
 
-def write_advantage_report(recipe: Recipe, progress: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
+def write_advantage_report(recipe: Recipe, progress: Callable[[str], None] = say) -> tuple[dict[str, Any], Path]:
     """Writes WORKDIR/reports/advantage/FUSION/advantage.{json,html} and a PNG per chart; returns the numbers and the directory."""
     progress("advantage report: reading instructions, answers and selections")
     report = advantage_report(recipe)

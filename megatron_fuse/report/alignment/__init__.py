@@ -11,11 +11,12 @@ from megatron_fuse.report.alignment.numbers import TEXT_CLASSES, alignment_repor
 from megatron_fuse.report.alignment.page import alignment_page, alignment_text
 from megatron_fuse.report.layout import save_picture, save_text
 from megatron_fuse.storage import write_json
+from megatron_fuse.text_safety import say
 
 __all__ = ["TEXT_CLASSES", "alignment_report", "alignment_text", "text_classes", "write_alignment_report"]
 
 
-def write_alignment_report(recipe: Recipe, progress: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
+def write_alignment_report(recipe: Recipe, progress: Callable[[str], None] = say) -> tuple[dict[str, Any], Path]:
     """Writes WORKDIR/reports/alignment/FUSION/alignment.{json,png,html}; returns the numbers and the directory.
 
     Raises UserError where fusion data or captures are missing, or where nothing is learned from a source.

@@ -36,13 +36,14 @@ from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format, source_options
 from megatron_fuse.storage import Artefact
+from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
 TEXT_CLASSES = ("Latin letters", "digits", "white space", "punctuation and other", "non-Latin text", "end of turn")
 LONGEST = 10  # unmatched spans that are listed
 
 
-def alignment_report(recipe: Recipe, progress: Callable[[str], None] = print) -> dict[str, Any]:
+def alignment_report(recipe: Recipe, progress: Callable[[str], None] = say) -> dict[str, Any]:
     """The numbers of every source and mode. Raises UserError where fusion data or captures are missing or of another recipe."""
     text = open_text(recipe)
     target = load_format(recipe.target, "target")
