@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.locks import LockFile
+from megatron_fuse.storage import LockFile
 
 LOCK = ".run.lock"
 
@@ -16,15 +16,15 @@ LOCK = ".run.lock"
 def only_one_run(directories: Iterable[Path]) -> Iterator[None]:
     """Holds the locks of these directories until the end of the block. All ranks call it; rank 0 holds them for all.
 
-    They are released with the process, however that ends. Raises UserError, on every rank, with the owner's host and process where
+    They are released with the process, however that ends. Raises UserError, on every rank, with the owner's host and process if
     another run has one of them. One broadcast.
     """
     refused: list[str | None] = [None]
     with ExitStack() as held:
         if dist.get_rank() == 0:
             try:
-                for directory in dict.fromkeys(path.absolute() for path in directories):
-                    _take(held, directory)
+                for directory in dict.fromkeys(path.resolve() for path in directories):
+                    held.enter_context(_lock(directory))
             except UserError as error:
                 refused = [str(error)]
         dist.broadcast_object_list(refused)
@@ -33,10 +33,16 @@ def only_one_run(directories: Iterable[Path]) -> Iterator[None]:
         yield
 
 
-def _take(held: ExitStack, directory: Path) -> None:
-    lock = held.enter_context(LockFile(directory.resolve() / LOCK))
-    if not lock.try_lock(1):
-        raise UserError(
-            f"{directory}: another run writes there, {lock.owner(1)}: wait for its end or stop it, or give this one a workdir, "
-            "or a --save, of its own"
-        )
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    with LockFile(directory / LOCK) as lock:
+        if not lock.try_lock(1):
+            raise UserError(
+                f"{directory}: another run writes there, {lock.owner(1)}: wait for its end or stop it, or give this one a workdir, "
+                "or a --save, of its own"
+            )
+        try:
+            yield
+        finally:
+            if lock.try_alone():
+                lock.remove()
