@@ -54,14 +54,15 @@ def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None
 
     All is brought to disk before, so that a name never outlives a power failure that its content did not.
     """
-    _flush(temporary)
+    _flush([*(path for path in temporary.iterdir() if path.is_file()), temporary])
     if checkpoint.exists():  # of a run that was killed before `latest` named it
         remove_checkpoint(checkpoint)
     temporary.replace(checkpoint)
     for tracker in trackers:
         with temporary_then_rename(tracker) as new:
             new.write_text(f"{iteration_of(checkpoint)}\n")
-    _flush(checkpoint.parent)
+    # Not its files: closing the lock that lies there would release it (storage/locks.py).
+    _flush([checkpoint.parent])
 
 
 def iteration_of(checkpoint: Path) -> int:
@@ -93,8 +94,8 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.exists())).free
 
 
-def _flush(directory: Path) -> None:
-    for path in [*(path for path in directory.iterdir() if path.is_file()), directory]:
+def _flush(paths: Iterable[Path]) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
