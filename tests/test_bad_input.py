@@ -106,7 +106,7 @@ def edit_arrays(path: Path, **at_zero: float) -> None:
     [
         (b"workdir: caf\xe9\n", "not valid YAML: 'utf-8' codec"),  # Latin-1
         (b"", "this file is empty"),
-        (b"sources:\n  a: {model: x}\n  a: {model: y}\n", "the key 'a' is given twice.*line 3"),  # would lose a source
+        (b"sources:\n  a: {model: x}\n  a: {model: y}\n", ":3: the key 'a' is given twice"),  # would lose a source
         (b"sources: [a, b]\n", "sources: must be a mapping of keys"),
         (b"training: {lr: .inf}\n", "training.lr: Input should be a finite number"),
         (b"training: {lr: 0.1, min_lr: 0.2}\n", "min_lr .0.2. is above lr .0.1."),

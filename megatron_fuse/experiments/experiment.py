@@ -30,6 +30,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, read_yaml
 from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
+from megatron_fuse.recipe.yaml_files import shown
 
 PLACEHOLDERS = {"model", "output", "split", "seed"}
 # What the runner itself decides for every run.
@@ -182,7 +183,7 @@ def _innermost(layers: tuple[tuple[Document, Keys], ...], otherwise: str) -> Cal
         for document, outer in layers:
             if keys and document.line_of((*outer, *keys)) is not None:
                 return document.place((*outer, *keys))
-        return f"{otherwise}: {shortened('.'.join(map(str, keys)), 150)}" if keys else otherwise
+        return f"{otherwise}: {shown(keys)}" if keys else otherwise
 
     return place
 

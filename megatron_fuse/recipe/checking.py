@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.recipe.options import Recipe
+from megatron_fuse.recipe.yaml_files import shown
 
 Checked = TypeVar("Checked", bound=BaseModel)
 Keys = tuple[int | str, ...]  # from the outermost key to the one that is meant; indexes in lists
@@ -23,7 +24,7 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
 
     where: what errors call a key, or the name of the file. Raises UserError with every wrong key, its value and what is allowed there.
     """
-    place = where if callable(where) else lambda keys: f"{where}: {'.'.join(map(str, keys)) or 'the whole'}"
+    place = where if callable(where) else lambda keys: f"{where}: {shown(keys) or 'the whole'}"
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -36,9 +37,10 @@ def make_recipe(content: dict[str, Any], where: str | Place = "recipe") -> Recip
 
 
 def _explain(error: ValidationError, place: Place, model: type[BaseModel]) -> str:
-    """One line per wrong key, as far as the length of a message goes."""
+    """One line per wrong key, as far as the length of a message goes; what is missing comes last."""
     message, count = "", error.error_count()
-    for number, item in enumerate(error.errors(include_url=False)):
+    items = sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing")
+    for number, item in enumerate(items):
         line = f"{place(_keys(item['loc']))}: {_problem(item, model)}"
         if number and len(message) + len(line) > _MESSAGE:
             return f"{message}\n       and {count - number} more"

@@ -29,14 +29,14 @@ def user_path(text: str | Path) -> Path:
     """
     given = str(text)
     _refuse_no_line(given)
-    try:
-        path = Path(given).expanduser()
-    except RuntimeError as error:
-        user = given.partition("/")[0]
-        raise ValueError(
-            f"there is no home directory for {shortened(user, 60)}: name an existing user, or write ./{shortened(user, 60)} for "
-            "a directory of that name"
-        ) from error
+    path = Path(os.path.expanduser(given))
+    if str(path).startswith("~"):
+        if given.startswith("~"):
+            user = shortened(given.partition("/")[0], 60)
+            raise ValueError(
+                f"there is no home directory for {user}: name an existing user, or write ./{user} for a directory of that name"
+            )
+        path = Path.cwd() / path  # ./~x, of which nobody may make a home directory later
     name = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if name > _NAME_BYTES or len(os.fsencode(path)) > _PATH_BYTES:
         raise ValueError(

@@ -15,6 +15,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.text_safety import printable
 
 LIMIT = 1 << 20  # bytes of a file, and characters and values once every alias is replaced by what it stands for
 DEPTH = 64  # of lists and mappings in each other
@@ -75,7 +76,12 @@ class Document:
         lines = (self.line_of(keys[:length]) for length in range(len(keys), 0, -1))
         line = next((line for line in lines if line is not None), None)
         where = shortened(str(self.path), 200) if line is None else f"{shortened(str(self.path), 200)}:{line}"
-        return f"{where}: {shortened('.'.join(map(str, keys)), 150)}" if keys else where
+        return f"{where}: {shown(keys)}" if keys else where
+
+
+def shown(keys: Sequence[int | str]) -> str:
+    """`a.b.0.c`, in one short line whatever the keys are."""
+    return shortened(printable(".".join(map(str, keys))), 150)
 
 
 class _Loader(yaml.SafeLoader):

@@ -248,7 +248,7 @@ def test_a_command_that_cannot_be_started_is_named(experiment_file: Path) -> Non
     command = yaml.safe_load(experiment_file.read_text())["evaluate"].replace("python", "pyhton")
     _, failed, _ = run(changed(experiment_file, evaluate=command))
     assert len(failed) == 4 and failed[0] == "pyhton cannot be started: no such program, or not executable"
-    with pytest.raises(UserError, match="--jobs must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--jobs must be from 1 to 1024, not 0"):
         run(experiment_file, jobs=0)
 
 

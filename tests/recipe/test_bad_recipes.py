@@ -304,7 +304,7 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
     recipe = make_recipe(content)
     printed = dump_recipe(recipe)
     assert printed.count(f"{tmp_path}/x") == 14 and "~" not in printed
-    assert make_recipe({**content, "workdir": "./~x"}).workdir == Path("~x")
+    assert make_recipe({**content, "workdir": "./~x"}).workdir == Path.cwd() / "~x"
 
 
 def test_readings_that_everybody_agrees_on_stay(tmp_path: Path) -> None:
