@@ -38,6 +38,7 @@ from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
 from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json
+from megatron_fuse.storage.artefact import shown
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
 
@@ -200,6 +201,10 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
         raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {MEND}")
     arrays, found = read_arrays(path, MEND)
     for key, want in _basis(recipe, mode, parents).items():
-        if found.get(key) != want:
-            raise UserError(f"{path} was made with {key} = {found.get(key)!r}, but now it is {want!r}: {MEND}")
+        have = found.get(key)
+        if isinstance(have, dict) and isinstance(want, dict) and have != want:  # of all inputs the one that differs
+            inner = next(name for name in [*want, *have] if have.get(name) != want.get(name))
+            key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
+        if have != want:
+            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {MEND}")
     return Selection.of(arrays, found)

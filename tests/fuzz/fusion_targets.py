@@ -1,6 +1,5 @@
 """Fusion data as training reads them, and as inspect_data.py --verify does."""
 
-import json
 import tempfile
 from functools import cache
 from hashlib import sha256
@@ -18,7 +17,7 @@ from megatron_fuse.fusion_data.checksums import verify_once
 from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.options import ScheduleOptions
-from megatron_fuse.storage import sha256_of_file
+from megatron_fuse.storage import read_record, sha256_of_file, write_record
 from megatron_fuse.verification import verify_fusion_data
 
 
@@ -102,9 +101,10 @@ def change_and_own_up(path: Path, random: Random) -> Mutation:
     found = change(path, random)
     manifest = path.parent / "manifest.json"
     if path.is_file() and path != manifest and manifest.exists():
-        content = json.loads(manifest.read_text())
-        content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-        manifest.write_text(json.dumps(content))
+        content = read_record(manifest)
+        if path.name in content["files"]:
+            content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+            write_record(manifest, content)
     return found
 
 
