@@ -5,7 +5,8 @@
 The documents are synthetic, of random ids, written and read in the form on disk: `long`, all of --seq-length tokens, and
 `mixed`, of log-normal lengths with a median of 400. Three quarters of the tokens are labels, each with a row of 10 entries;
 vocabulary 32000. A micro-batch is one sequence. Files are in the page cache; times are the best of --repeats over all documents
-in random order, after a round that does not count. Baselines, of the same run:
+in random order, after a round that does not count. Checksums are compared once per build and machine, by threads beside the
+first steps: a run of E epochs over S sources pays S times the ratio to a step, over E. Baselines, of the same run:
 
     dense targets    one long document's rows, already read into Python lists, spread over a [tokens, vocabulary] bf16 tensor
                      token by token, as FuseLLM's collator does; reading them is not counted
@@ -15,6 +16,7 @@ in random order, after a round that does not count. Baselines, of the same run:
 import argparse
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from megatron_fuse.fusion_data.collation import Inputs, Targets, make_targets, p
 from megatron_fuse.fusion_data.documents import Document, DocumentStreams
 from megatron_fuse.fusion_data.packing import pack
 from megatron_fuse.fusion_data.streams import Stream, write_stream
+from megatron_fuse.storage import sha256_of_file
 
 VOCABULARY = 32000
 ENTRIES_PER_ROW = 11  # the most that a row may have
@@ -56,16 +59,51 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
         alone = [[number] for number in draw.permutation(options.documents).tolist()]
         packed = pack(mixed, positions)
         row_lists = _row_lists(long_documents[0])
+        step = _training_step(*_padded(long_documents, alone[0], positions))
         baselines = {
             "dense targets": len(row_lists[0]) / _best(lambda: _dense_targets(*row_lists, positions), 2),
-            "training step": 1e3 * _best(_training_step(*_padded(long_documents, alone[0], positions)), 1),
+            "training step": 1e3 * _best(step, 1),
         }
         return [
+            *_checksums(Path(directory) / "long", options, step, baselines["training step"]),
             *_speeds("long, padded", _padded, long_documents, alone, options, baselines),
             *_speeds("mixed, packed", _packed, mixed_documents, packed, options, baselines),
             _fill(mixed, len(packed), positions),
             _opening(Path(directory) / "many", options.shards, options.repeats),
         ]
+
+
+def _checksums(
+    directory: Path, options: argparse.Namespace, step: Callable[[], None], alone: float
+) -> list[Measurement]:
+    """What a run pays once per build and machine (fusion_data/checksums.py), beside the steps that read the documents once."""
+    files = sorted(directory.iterdir())
+    size = sum(path.stat().st_size for path in files)
+    seconds = _best(lambda: [sha256_of_file(path) for path in files], options.repeats)
+    stopped = threading.Event()
+
+    def verify_on_and_on() -> None:
+        while not stopped.is_set():
+            for path in files:
+                sha256_of_file(path)
+
+    beside = threading.Thread(target=verify_on_and_on)
+    beside.start()
+    slowed = 1e3 * _best(step, 3)
+    stopped.set()
+    beside.join()
+    per_document = {"baseline_name": "training step", "baseline": alone}
+    return [
+        Measurement("checksums: one thread", size / seconds / 1e6, "MB/s"),
+        Measurement(
+            "checksums: of a long document and one source's rows",
+            1e3 * seconds / options.documents,
+            "ms",
+            **per_document,
+            wanted="ratio <= 0.02",
+        ),
+        Measurement("checksums: a training step beside a thread of them", slowed, "ms", **per_document),
+    ]
 
 
 def _speeds(
