@@ -94,6 +94,14 @@ BAD_ROWS = {
     "response of a wrong type": ({"instruction": "Q", "output": ["A"]}, "output is a list"),
     "prompt of a wrong type": ({"instruction": 5, "output": "A"}, "instruction is a int"),
     "half a surrogate pair": ('{"instruction": "Q", "output": "\\ud800"}', "surrogate"),
+    "half a surrogate pair as id": (
+        '{"id": "\\ud800", "instruction": "Q", "output": "A"}',
+        "id holds half a surrogate",
+    ),
+    "half a surrogate pair as category": (
+        '{"category": "\\ud800", "instruction": "Q", "output": "A"}',
+        "category holds half a surrogate",
+    ),
     "id of a wrong type": ({"id": [1], "instruction": "Q", "output": "A"}, "id is"),
     "another form": ({"question": "Q", "response": "A"}, "instruction is missing"),
 }
@@ -207,6 +215,50 @@ def test_directories_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(UserError, match=r"several splits: name the directory of one of them \(train, test\)"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("splits", ["null", "5", '"train"', "[null]", '[["train"]]', "{}"])
+def test_a_damaged_list_of_splits_is_named(tmp_path: Path, splits: str) -> None:
+    (tmp_path / "dataset_dict.json").write_text(f'{{"splits": {splits}}}')
+    with pytest.raises(UserError, match=r"dataset_dict.json: splits"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files", ["null", "5", "[]", "[5]", "[{}]", '[{"filename": 5}]', '[{"filename": "../x.arrow"}]']
+)
+def test_a_damaged_state_of_a_saved_data_set_is_named(tmp_path: Path, files: str) -> None:
+    (tmp_path / "state.json").write_text(f'{{"_data_files": {files}}}')
+    with pytest.raises(UserError, match=r"state.json: _data_files"):
+        read_rows(tmp_path)
+
+
+def test_a_file_of_a_saved_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "x.arrow"}]}')
+    with pytest.raises(UserError, match=r"state.json: _data_files: there is no x.arrow"):
+        read_rows(tmp_path)
+
+
+def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
+    """Arrow reads by them as they are; far enough outside, the process died."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = save_table(tmp_path / "saved", [{"instruction": f"Q{n}", "output": "A" * 99} for n in range(5)])
+    file = path / "data-00000.arrow"
+    with pyarrow.ipc.open_stream(file.read_bytes()) as stream:
+        offsets = next(iter(stream)).column("output").buffers()[1].to_pybytes()
+    data = file.read_bytes()
+    assert data.count(offsets[4:16]) == 1
+    file.write_bytes(data.replace(offsets[4:16], offsets[4:8] + b"\xff\xff\xff\x7f" + offsets[12:16]))
+    with pytest.raises(UserError, match=r"data-00000.arrow: cannot be read after 0 rows"):
+        list(read_rows(path).read())
+
+
+@pytest.mark.parametrize("key", ["id", "category"])
+def test_a_row_without_characters_leaves_no_directory(models: dict[str, Path], tmp_path: Path, key: str) -> None:
+    recipe = recipe_for(models, tmp_path, [f'{{"instruction": "Q", "output": "A", "{key}": "\\ud800"}}'])
+    with pytest.raises(UserError, match=rf"data.jsonl: no usable row .*line 1: {key} holds half a surrogate pair"):
+        prepare_instructions(recipe, progress=str)
+    assert not recipe.workdir.exists()
 
 
 def test_ids_from_content_do_not_depend_on_place_and_copies_are_listed(tmp_path: Path) -> None:

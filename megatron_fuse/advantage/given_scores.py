@@ -14,7 +14,8 @@ from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.storage import sha256_of_bytes
-from megatron_fuse.storage.rows import id_at, keys_of, value_at
+from megatron_fuse.storage.records import brief, shortened
+from megatron_fuse.storage.rows import id_at, keys_shown, value_at
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -62,7 +63,7 @@ class GivenScores:
                 continue
             if score.answer not in (None, _answer_hash(response.response)):
                 raise UserError(
-                    f"{self.path}:{score.line}: scores another answer of {source!r} to {example.id!r} than the one it gave: score "
+                    f"{self.path}:{score.line}: scores another answer of {source!r} to {shortened(example.id)} than the one it gave: score "
                     "the present answers, or point the recipe at the answers that were scored"
                 )
             scores[row] = score.value
@@ -71,7 +72,7 @@ class GivenScores:
     def _of(self, source: str) -> dict[str, _Score]:
         if source not in self.by_source:
             raise UserError(
-                f"{self.path}: has no score of {source!r}; its sources are {', '.join(self.by_source)}: name the source as the "
+                f"{self.path}: has no score of {source!r}; its sources are {brief(', '.join(self.by_source))}: name the source as the "
                 "file does, or add its scores"
             )
         return self.by_source[source]
@@ -88,7 +89,7 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
     by_source: dict[str, dict[str, _Score]] = {}
     first = None
     for line, row in read_table(options.path, where):
-        first = first or f"line {line} has {keys_of(row)}"
+        first = first or f"line {line} has {keys_shown(row)}"
         place = f"{options.path}:{line}"
         name = id_at(row, options.id, place)
         for source, score in _scores(options, row, line, place).items():
@@ -96,7 +97,7 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
             other = scores.setdefault(name, score)
             if (other.value, other.answer) != (score.value, score.answer):
                 raise UserError(
-                    f"{place}: the answer of {source!r} to {name!r} was scored in line {other.line} already, with another score "
+                    f"{place}: the answer of {shortened(source)} to {shortened(name)} was scored in line {other.line} already, with another score "
                     "or for another text: keep one of the two"
                 )
     if not by_source:
@@ -128,7 +129,9 @@ def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> d
 
 def _number(value: Any, source: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
-        raise UserError(f"{place}: the score of {source!r} is {value!r}, which is no finite number in float32")
+        raise UserError(
+            f"{place}: the score of {shortened(source)} is {shortened(value)}, which is no finite number in float32"
+        )
     return float(value)
 
 
@@ -137,4 +140,4 @@ def _answer_hash(text: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join([*map(repr, islice(names, 3)), "..."])
+    return ", ".join([*map(shortened, islice(names, 3)), "..."])

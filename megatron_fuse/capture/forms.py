@@ -7,12 +7,17 @@ A form is known by its columns (docs/captures.md describes them):
     prompt_logprobs                vLLM                     about a whole conversation, the first row null
     choices                        OpenAI's completions     about a whole conversation where the first row is null (echo)
 
-Nothing is judged here but the shape of a row: imported.py compares tokens and probabilities with what they must be.
+Nothing is judged here but the types and lengths in a row: imported.py compares tokens and probabilities with what they must be.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_fuse.storage.records import brief, first_problem, shortened
 
 
 class BadRowError(Exception):
@@ -25,7 +30,7 @@ class GivenRows:
 
     whole: the tokens are those of the whole conversation, and more may follow; else of the supervised ones alone. ids and
     logprobs [n]: a token's likeliest alternatives and their log p at T = 1; token_logprobs [n]: its own, None where it has to be
-    among these. logsumexp: by temperature [n], relative to the largest logit.
+    among these. logsumexp: by temperature [n], relative to the largest logit, None only in front of the first row.
     """
 
     tokens: Sequence[int]
@@ -33,106 +38,166 @@ class GivenRows:
     ids: Sequence[Sequence[int]]
     logprobs: Sequence[Sequence[float]]
     token_logprobs: Sequence[float | None]
-    logsumexp: dict[float, Sequence[float]]
+    logsumexp: Mapping[float, Sequence[float | None]]
 
 
-def given_rows(row: dict[str, Any]) -> GivenRows:
-    """Raises BadRowError for a row in no known form, and for columns that are missing or differ in length."""
-    for column, read in _FORMS.items():
-        if row.get(column) is not None:
-            try:
-                given = read(row)
-                lengths = [(len(ids), len(values)) for ids, values in zip(given.ids, given.logprobs, strict=True)]
-            except (LookupError, TypeError, AttributeError) as error:
-                raise BadRowError(
-                    f"{column} and what belongs to it are not in the form of docs/captures.md ({error!r})"
-                ) from error
-            for place, (ids, values) in enumerate(lengths):
-                if ids != values:
-                    raise BadRowError(f"token {place} has {ids} ids, but {values} log-probabilities")
-            return given
-    if row.keys() & {"compressed_logprobs", "packed_indices"}:
-        raise BadRowError(
-            "DistillKit's compressed columns are not read: write what its LogprobCompressor.decompress_to_sparse returns into "
-            "the columns token_ids and top_values"
-        )
-    raise BadRowError(f"in no known form: it has {', '.join(row)}; a form is known by {', '.join(_FORMS)}")
+class _Columns(BaseModel):
+    """Strict: true is no number, 1.0 no token id. Numbers may be NaN or infinite here."""
+
+    model_config = ConfigDict(strict=True)
 
 
-def _ours(row: dict[str, Any]) -> GivenRows:
-    tokens = _list(row, "token_ids")
-    ids, logprobs, own = (_list(row, name, len(tokens)) for name in ("top_ids", "top_logprobs", "token_logprobs"))
-    return GivenRows(tokens, False, ids, logprobs, own, _logsumexp(row, len(tokens)))
+_LogSumExps = dict[str, list[float | None] | None] | None
 
 
-def _distill_kit(row: dict[str, Any]) -> GivenRows:
+class _Ours(_Columns):
+    token_ids: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+    token_logprobs: list[float | None]
+    logsumexp: _LogSumExps = None
+
+    def given(self) -> GivenRows:
+        n = len(self.token_ids)
+        _same_length(n, top_ids=self.top_ids, top_logprobs=self.top_logprobs, token_logprobs=self.token_logprobs)
+        lse = _by_temperature(self.logsumexp, n)
+        return GivenRows(self.token_ids, False, self.top_ids, self.top_logprobs, self.token_logprobs, lse)
+
+
+class _DistillKit(_Columns):
     """Row t is about token t + 1; there may be one about what follows the last."""
-    tokens, ids = _list(row, "input_ids"), _list(row, "token_ids")
-    if len(ids) - len(tokens) not in (-1, 0):
-        raise BadRowError(f"token_ids has {len(ids)} rows for {len(tokens)} input_ids: one row less, or as many, fit")
-    own = _list(row, "token_logprobs", len(ids)) if row.get("token_logprobs") is not None else [None] * len(ids)
-    columns = ([[], *ids], [[], *_list(row, "top_values", len(ids))], [None, *own])
-    lse = {temperature: [None, *values][: len(tokens)] for temperature, values in _logsumexp(row, len(ids)).items()}
-    return GivenRows(tokens, True, *(column[: len(tokens)] for column in columns), lse)
+
+    input_ids: list[int]
+    token_ids: list[list[int]]
+    top_values: list[list[float]]
+    token_logprobs: list[float | None] | None = None
+    logsumexp: _LogSumExps = None
+
+    def given(self) -> GivenRows:
+        n, rows = len(self.input_ids), len(self.token_ids)
+        if rows - n not in (-1, 0):
+            raise BadRowError(f"token_ids has {rows} rows for {n} input_ids: one row less, or as many, fit")
+        own = self.token_logprobs if self.token_logprobs is not None else [None] * rows
+        _same_length(rows, top_values=self.top_values, token_logprobs=own)
+        lse = {t: [None, *values][:n] for t, values in _by_temperature(self.logsumexp, rows).items()}
+        ids, logprobs = [[], *self.token_ids][:n], [[], *self.top_values][:n]
+        return GivenRows(self.input_ids, True, ids, logprobs, [None, *own][:n], lse)
 
 
-def _vllm(row: dict[str, Any]) -> GivenRows:
+class _Alternative(_Columns):
+    logprob: float
+    rank: int | None = None
+
+
+class _Vllm(_Columns):
     """{id: {logprob, rank, ...}}: the likeliest, and the token itself where it is not among them."""
-    tokens, given = _list(row, "prompt_token_ids"), _list(row, "prompt_logprobs")
-    if len(given) != len(tokens):
-        raise BadRowError(f"prompt_logprobs has {len(given)} items, prompt_token_ids {len(tokens)}")
-    ids, logprobs, own = [], [], []
-    for token, position in zip(tokens, given, strict=True):
-        alternatives = {_token_id(key): value for key, value in (position or {}).items()}
-        if position and token not in alternatives:
-            raise BadRowError(f"prompt_logprobs has no entry for token {token} of prompt_token_ids")
-        own.append(alternatives[token]["logprob"] if position else None)
-        # The token itself is no alternative where others that are not given lie between.
-        falling = sorted(alternatives.items(), key=lambda item: -item[1]["logprob"])
-        likeliest = [item for place, item in enumerate(falling, 1) if (item[1].get("rank") or 0) <= place]
-        ids.append([key for key, _ in likeliest])
-        logprobs.append([value["logprob"] for _, value in likeliest])
-    return GivenRows(tokens, True, ids, logprobs, own, _logsumexp(row, len(tokens)))
+
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[str, _Alternative] | None]
+    logsumexp: _LogSumExps = None
+
+    def given(self) -> GivenRows:
+        tokens = self.prompt_token_ids
+        if len(self.prompt_logprobs) != len(tokens):
+            raise BadRowError(f"prompt_logprobs has {len(self.prompt_logprobs)} items, prompt_token_ids {len(tokens)}")
+        ids, logprobs, own = [], [], []
+        for token, position in zip(tokens, self.prompt_logprobs, strict=True):
+            alternatives = {_token_id(key): value for key, value in (position or {}).items()}
+            if position and token not in alternatives:
+                raise BadRowError(f"prompt_logprobs has no entry for token {token} of prompt_token_ids")
+            own.append(alternatives[token].logprob if position else None)
+            # The token itself is no alternative where others that are not given lie between.
+            falling = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
+            likeliest = [item for place, item in enumerate(falling, 1) if (item[1].rank or 0) <= place]
+            ids.append([key for key, _ in likeliest])
+            logprobs.append([value.logprob for _, value in likeliest])
+        return GivenRows(tokens, True, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
 
 
-def _openai(row: dict[str, Any]) -> GivenRows:
+class _Completion(_Columns):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class _Choice(_Columns):
+    logprobs: _Completion
+
+
+class _OpenAI(_Columns):
     """choices[0].logprobs {tokens, token_logprobs, top_logprobs}, with tokens by their id (`token_id:29871`)."""
-    given = row["choices"][0]["logprobs"]
-    tokens = [_token_id(token) for token in given["tokens"]]
-    top, own = given["top_logprobs"], given["token_logprobs"]
-    ids = [[_token_id(key) for key in position or {}] for position in top]
-    logprobs = [list((position or {}).values()) for position in top]
-    if not len(tokens) == len(ids) == len(own):
-        raise BadRowError(f"{len(tokens)} tokens, {len(own)} token_logprobs and {len(ids)} top_logprobs")
-    whole = bool(own) and own[0] is None
-    return GivenRows(tokens, whole, ids, logprobs, own, _logsumexp(row, len(tokens)))
+
+    choices: list[_Choice] = Field(min_length=1)
+    logsumexp: _LogSumExps = None
+
+    def given(self) -> GivenRows:
+        given = self.choices[0].logprobs
+        tokens, own = [_token_id(token) for token in given.tokens], given.token_logprobs
+        ids = [[_token_id(key) for key in position or {}] for position in given.top_logprobs]
+        logprobs = [list((position or {}).values()) for position in given.top_logprobs]
+        if not len(tokens) == len(ids) == len(own):
+            raise BadRowError(f"{len(tokens)} tokens, {len(own)} token_logprobs and {len(ids)} top_logprobs")
+        whole = bool(own) and own[0] is None
+        return GivenRows(tokens, whole, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
 
 
-_FORMS: dict[str, Callable[[dict[str, Any]], GivenRows]] = {
-    "top_ids": _ours,
-    "top_values": _distill_kit,
-    "prompt_logprobs": _vllm,
-    "choices": _openai,
+_FORMS: dict[str, type[_Ours | _DistillKit | _Vllm | _OpenAI]] = {
+    "top_ids": _Ours,
+    "top_values": _DistillKit,
+    "prompt_logprobs": _Vllm,
+    "choices": _OpenAI,
 }
 
 
-def _list(row: dict[str, Any], name: str, length: int | None = None) -> list[Any]:
-    value = row.get(name)
-    if not isinstance(value, list):
-        raise BadRowError(
-            f"{name} is {'missing' if value is None else f'a {type(value).__name__}'}: it has to be a list"
-        )
-    if length is not None and len(value) != length:
-        raise BadRowError(f"{name} has {len(value)} items, there are {length} tokens")
-    return value
-
-
-def _logsumexp(row: dict[str, Any], length: int) -> dict[float, list[float]]:
-    given = row.get("logsumexp") or {}
+def given_rows(row: dict[str, Any]) -> GivenRows:
+    """Raises BadRowError for a row in no known form, and for columns that are missing, of another type or of another length."""
+    form = next((form for column, form in _FORMS.items() if row.get(column) is not None), None)
+    if form is None:
+        if row.keys() & {"compressed_logprobs", "packed_indices"}:
+            raise BadRowError(
+                "DistillKit's compressed columns are not read: write what its LogprobCompressor.decompress_to_sparse returns into "
+                "the columns token_ids and top_values"
+            )
+        keys = brief(", ".join(row))
+        raise BadRowError(f"in no known form: it has {keys}; a form is known by {', '.join(_FORMS)}")
     try:
-        return {float(key): _list(given, key, length) for key in given if given[key] is not None}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise BadRowError('logsumexp is not a mapping from temperatures to lists, {"1": [...], "2": [...]}') from error
+        given = form.model_validate(row).given()
+    except ValidationError as error:
+        raise BadRowError(f"{first_problem(error)} (docs/captures.md describes the form)") from error
+    for place, (ids, values) in enumerate(zip(given.ids, given.logprobs, strict=True)):
+        if len(ids) != len(values):
+            raise BadRowError(f"token {place} has {len(ids)} ids, but {len(values)} log-probabilities")
+    return given
+
+
+def _same_length(length: int, **columns: Sequence[Any]) -> None:
+    for name, values in columns.items():
+        if len(values) != length:
+            raise BadRowError(f"{name} has {len(values)} items, there are {length} tokens")
+
+
+def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[float | None]]:
+    found: dict[float, Sequence[float | None]] = {}
+    for key, values in (given or {}).items():
+        temperature = _number(key)
+        if not 0 < temperature < math.inf:
+            raise BadRowError(
+                f'logsumexp: {shortened(key)} is no temperature: {{"1": [...], "2": [...]}} is the form (docs/captures.md)'
+            )
+        if values is None:
+            continue
+        if temperature in found:
+            raise BadRowError(f"logsumexp: temperature {temperature:g} is given twice")
+        _same_length(length, **{f"logsumexp at {temperature:g}": values})
+        found[temperature] = values
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _token_id(name: str) -> int:
@@ -140,5 +205,6 @@ def _token_id(name: str) -> int:
         return int(name.removeprefix("token_id:"))
     except ValueError as error:
         raise BadRowError(
-            f"{name!r} is no token id: texts do not tell tokens apart; ask the server for ids (vLLM: return_tokens_as_token_ids)"
+            f"{shortened(name)} is no token id: texts do not tell tokens apart; ask the server for ids (vLLM: "
+            "return_tokens_as_token_ids)"
         ) from error

@@ -21,6 +21,7 @@ from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, CaptureSha
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.storage.records import shortened
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
@@ -56,10 +57,10 @@ class CaptureFile:
             try:
                 parts[index] = self._sparse(row, conversations[index].encoded)
             except BadRowError as error:
-                raise UserError(f"{row.place} (id {row.id!r}): {error}") from error
+                raise UserError(f"{row.place} (id {shortened(row.id)}): {error}") from error
             except _MismatchError as error:
                 status[index] = MISMATCH
-                mismatches.append(f"{row.place} (id {row.id!r}): {error}")
+                mismatches.append(f"{row.place} (id {shortened(row.id)}): {error}")
         if len(mismatches) > len(parts):
             raise UserError(
                 f"{mismatches[0]}; {len(mismatches)} of {len(mismatches) + len(parts)} rows are about other tokens than the "
@@ -121,16 +122,17 @@ class CaptureFile:
 
 
 def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
-    """Rows of different lengths as [n, longest]: int64 with -1 behind, or float64 with -inf behind.
+    """Rows of numbers, of different lengths, as [n, longest]: int64 with -1 behind, or float64 with -inf behind.
 
-    Raises BadRowError for what is no number, or no whole one where that is wanted.
+    None becomes NaN. Raises BadRowError for a whole number beyond 64 bits.
     """
     lengths = np.array([len(row) for row in rows])
-    flat = np.array(list(chain.from_iterable(rows)))
-    if len(flat) and flat.dtype.kind not in ("i" if whole else "if"):
-        kinds = (int,) if whole else (int, float)
-        value = next((value for value in chain.from_iterable(rows) if type(value) not in kinds), "a number too large")
-        raise BadRowError(f"{value!r} stands in the place of a {'token id' if whole else 'number'}")
+    values = list(chain.from_iterable(rows))
+    try:
+        flat = np.array(values, np.int64 if whole else np.float64)
+    except OverflowError as error:
+        wrong = next(value for value in values if not -(2**63) <= value < 2**63)
+        raise BadRowError(f"{shortened(wrong)} is too large for a token id") from error
     matrix = np.full((len(rows), lengths.max(initial=0)), -1 if whole else -np.inf, np.int64 if whole else np.float64)
     matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = flat
     return matrix
@@ -214,6 +216,7 @@ def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatu
             )
         at_one, lse = (_matrix([given[t]], whole=False)[0] for t in (1.0, temperature))
         for what, bad in (
+            ("is not finite", ~np.isfinite(lse)),
             (
                 "is not relative to the largest logit: at 1 it is not minus the largest log-probability",
                 ~_close(at_one, columns[0]),
@@ -222,7 +225,6 @@ def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatu
                 "is less than that of the entries alone",
                 ~(np.exp(relative / temperature).sum(1) <= np.exp(lse) * (1 + _MASS)),
             ),
-            ("is not finite", ~np.isfinite(lse)),
         ):
             if bad.any():
                 raise BadRowError(f"logsumexp {what} (response row {bad.argmax()})")

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import parse_row
+from megatron_fuse.storage.records import brief, shortened
 
 # Of Parquet: rows decoded together, and bytes read together of every column.
 _BATCH, _BUFFER = 32, 2**20
@@ -82,24 +83,30 @@ class _Parquet:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-        self.path, self._faults = path, (ArrowException, OSError)
+        # UnicodeDecodeError: bytes that are no text; KeyError: a key twice in one map; StopIteration: fewer rows than the
+        # file says; the others are values that Python has no form for.
+        self.path, self._faults = path, (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration)
         try:
             # Not in memory as a whole, which a file of one row group (pyarrow writes a million rows into one) would be.
             self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         except self._faults as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({error}): write it again") from error
+            raise UserError(f"{path}: cannot be read as Parquet ({brief(error)}): write it again") from error
         if "id" not in self._file.schema_arrow.names:
             raise UserError(f"{path}: has no column id; it has {', '.join(self._file.schema_arrow.names)}")
         self._places: dict[str, int] = {}  # id -> row
-        number = 0
-        for batch in self._file.iter_batches(columns=["id"]):
-            for name in batch.column(0).to_pylist():
-                _add(self._places, name, number, self._place(number))
-                number += 1
+        for number, name in enumerate(self._ids()):
+            _add(self._places, name, number, self._place(number))
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._group_ends = np.cumsum(groups)
         # The batch at hand begins with row `first` of the file and lies in this row group.
         self._group, self._first, self._batch = -1, 0, None
+
+    def _ids(self) -> Iterator[Any]:
+        try:
+            for batch in self._file.iter_batches(columns=["id"]):
+                yield from batch.column(0).to_pylist()
+        except self._faults as error:
+            raise UserError(f"{self.path}: its column id cannot be read ({brief(error)}): write it again") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -112,7 +119,7 @@ class _Parquet:
             try:
                 content = self._row(number)
             except self._faults as error:
-                raise UserError(f"{self._place(number)}: cannot be read ({error}): write it again") from error
+                raise UserError(f"{self._place(number)}: cannot be read ({brief(error)}): write it again") from error
             yield FileRow(name, self._place(number), content)
 
     def _row(self, number: int) -> dict[str, Any]:
@@ -133,9 +140,9 @@ class _Parquet:
 
 def _add(places: dict[str, Any], name: Any, place: Any, where: str) -> None:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UserError(f"{where}: id is {name!r}: a row needs the id of its example")
+        raise UserError(f"{where}: id is {shortened(name)}: a row needs the id of its example")
     if str(name) in places:
-        raise UserError(f"{where}: id {str(name)!r} was given before: every example has one row")
+        raise UserError(f"{where}: id {shortened(str(name))} was given before: every example has one row")
     places[str(name)] = place
 
 

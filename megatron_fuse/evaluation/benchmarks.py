@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.evaluation.question_rows import Arc, Gsm8k, HellaSwag, Mmlu, Question, TruthfulQA, WinoGrande
 
 TASKS = Path(__file__).with_name("tasks")  # YAML tasks for the harness
 
@@ -15,8 +16,7 @@ class Benchmark:
 
     hub, local: names of the harness's tasks over data sets of the Hugging Face hub and over files; `local` is tasks/LOCAL.yaml.
     metric: what is reported, as the harness names it: `metric,filter`. A higher number is better in all of them.
-    files: name in the data directory -> keys that every row must have. The first holds the questions.
-    options: keys of a row's options and of the index of the right one, where the rows are made so.
+    files: name in the data directory -> form of its rows. The first holds the questions.
     """
 
     name: str
@@ -25,8 +25,7 @@ class Benchmark:
     metric: str
     hub: str
     local: str
-    files: Mapping[str, Sequence[str]]
-    options: tuple[str, str] | None = None
+    files: Mapping[str, type[Question]]
     examples_in_same_file: bool = True  # few-shot examples are other rows of the file of questions
 
     @property
@@ -43,8 +42,7 @@ _ALL = (
         metric="acc_norm,none",
         hub="arc_challenge",
         local="arc_challenge_local",
-        files={"arc_challenge.jsonl": ("query", "choices", "gold")},
-        options=("choices", "gold"),
+        files={"arc_challenge.jsonl": Arc},
     ),
     Benchmark(
         name="hellaswag",
@@ -53,8 +51,7 @@ _ALL = (
         metric="acc_norm,none",
         hub="hellaswag",
         local="hellaswag_local",
-        files={"hellaswag.jsonl": ("activity_label", "ctx_a", "ctx_b", "endings", "label")},
-        options=("endings", "label"),
+        files={"hellaswag.jsonl": HellaSwag},
     ),
     Benchmark(
         name="mmlu",
@@ -63,10 +60,7 @@ _ALL = (
         metric="acc,none",
         hub="mmlu",
         local="mmlu_local",
-        files={
-            "mmlu_test.jsonl": ("subject", "question", "choices", "answer"),
-            "mmlu_dev_5shot.jsonl": ("subject", "question", "choices", "answer"),
-        },
+        files={"mmlu_test.jsonl": Mmlu, "mmlu_dev_5shot.jsonl": Mmlu},
         examples_in_same_file=False,
     ),
     Benchmark(
@@ -76,7 +70,7 @@ _ALL = (
         metric="acc,none",
         hub="truthfulqa_mc2",
         local="truthfulqa_mc2_local",
-        files={"truthfulqa_mc.jsonl": ("question", "mc2_targets")},
+        files={"truthfulqa_mc.jsonl": TruthfulQA},
     ),
     Benchmark(
         name="winogrande",
@@ -85,8 +79,7 @@ _ALL = (
         metric="acc,none",
         hub="winogrande",
         local="winogrande_local",
-        files={"winogrande.jsonl": ("context_options", "continuation", "gold")},
-        options=("context_options", "gold"),
+        files={"winogrande.jsonl": WinoGrande},
     ),
     Benchmark(
         name="gsm8k_cot",
@@ -95,7 +88,7 @@ _ALL = (
         metric="exact_match,last-number",
         hub="gsm8k_cot_last_number",
         local="gsm8k_cot_last_number_local",
-        files={"gsm8k_test.jsonl": ("question", "answer")},
+        files={"gsm8k_test.jsonl": Gsm8k},
         examples_in_same_file=False,
     ),
     Benchmark(
@@ -105,7 +98,7 @@ _ALL = (
         metric="exact_match,strict-match",
         hub="gsm8k",
         local="gsm8k_local",
-        files={"gsm8k_test.jsonl": ("question", "answer")},
+        files={"gsm8k_test.jsonl": Gsm8k},
     ),
 )
 

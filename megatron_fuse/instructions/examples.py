@@ -8,6 +8,7 @@ from typing import Any
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.storage import sha256_of_json
+from megatron_fuse.storage.records import brief, shortened
 
 Message = dict[str, str]
 
@@ -41,11 +42,15 @@ def _text(row: dict[str, Any], key: str, *, optional: bool = False) -> str:
         return ""
     if not isinstance(value, str):
         raise _BadRow(f"{key} is missing" if value is None else f"{key} is a {type(value).__name__}, not text")
+    return _characters(value, key)
+
+
+def _characters(text: str, key: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no character
         raise _BadRow(f"{key} holds half a surrogate pair at character {error.start}") from error
-    return value
+    return text
 
 
 _Turns = tuple[str, list[Message]]  # system message ("" = none) and all turns, the response last
@@ -76,7 +81,7 @@ def _conversation(row: dict[str, Any], key: str, role_key: str, text_key: str) -
     for turn in turns:
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in _ROLES:
-            raise _BadRow(f"{role_key} of a turn is {role!r}; known are {', '.join(_ROLES)}")
+            raise _BadRow(f"{role_key} of a turn is {shortened(role)}; known are {', '.join(_ROLES)}")
         messages.append({"role": _ROLES[role], "content": _text(turn, text_key)})
     system = _text(row, "system", optional=True)
     if messages and messages[0]["role"] == "system":
@@ -116,7 +121,7 @@ def _detect_form(path: Path) -> str:
             if any(mark in row for mark in form.marks):
                 return name
     known = "; ".join(f"{name} {{{form.keys}}}" for name, form in _FORMS.items())
-    found = f"the first row has the keys {', '.join(first)}" if first else "it has no row with any key"
+    found = f"the first row has the keys {brief(', '.join(first))}" if first else "it has no row with any key"
     raise UserError(f"{path}: no row in a known form ({known}); {found}")
 
 
@@ -137,10 +142,11 @@ def _example(row: dict[str, Any], form: _Form) -> Example:
         # From content, so that it stays the same when rows are added, removed or sorted.
         given = sha256_of_json([system, turns])[:16]
     elif isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise _BadRow(f"id is {given!r}, neither text nor a whole number")
+        raise _BadRow(f"id is {shortened(given)}, neither text nor a whole number")
+    name = _characters(str(given), "id")
     category = row.get("category")
-    known = isinstance(category, str) and category
-    return Example(str(given), system or None, messages, response["content"], category=category if known else None)
+    category = _characters(category, "category") if isinstance(category, str) and category else None
+    return Example(name, system or None, messages, response["content"], category=category)
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ def read_rows(path: Path, form: str = "auto") -> Rows:
             if example.id in lines:
                 if row.get("id") is not None:
                     raise UserError(
-                        f"{path}:{line}: id {example.id!r} was given in line {lines[example.id]} already: "
+                        f"{path}:{line}: id {shortened(example.id)} was given in line {lines[example.id]} already: "
                         "make ids unique, or leave them out to have them made from the content"
                     )
                 raise _BadRow(f"the same as line {lines[example.id]}")

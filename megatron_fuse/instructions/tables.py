@@ -11,10 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import read_json, read_jsonl, sha256_of_file, sha256_of_json
+from megatron_fuse.storage import read_jsonl, sha256_of_file, sha256_of_json
+from megatron_fuse.storage.records import FileName, Record, brief, read_record
 
 _BATCH = 64  # Parquet rows decoded together
+
+
+class _DataFile(Record):
+    filename: FileName
+
+
+class _SavedDataset(Record):
+    """state.json of `Dataset.save_to_disk`."""
+
+    data_files: list[_DataFile] = Field(alias="_data_files", min_length=1)
+
+
+class _SavedSplits(Record):
+    """dataset_dict.json of `DatasetDict.save_to_disk`."""
+
+    splits: list[str]
 
 
 def table_sha256(path: Path, key: str = "data.path") -> str:
@@ -46,12 +65,13 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
             else:
                 batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
             for batch in batches:
+                batch.validate(full=True)  # Arrow believes the file's offsets: reading by false ones kills the process
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, row
-        # KeyError: a key twice in one map
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-            raise UserError(f"{file}: cannot be read after {number} rows ({error}): write it again") from error
+        # KeyError: a key twice in one map; ValueError, OverflowError: a date or text that Python has no form for
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+            raise UserError(f"{file}: cannot be read after {number} rows ({brief(error)}): write it again") from error
 
 
 def _files(path: Path, key: str) -> list[Path]:
@@ -60,10 +80,14 @@ def _files(path: Path, key: str) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{key}: {path} does not exist")
     if (path / "state.json").is_file():
-        return [path / entry["filename"] for entry in read_json(path / "state.json").get("_data_files", [])]
+        state = read_record(path / "state.json", _SavedDataset, "save the data set again")
+        files = [path / entry.filename for entry in state.data_files]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{path}/state.json: _data_files: there is no {brief(missing[0])}: save the data set again")
+        return files
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(map(str, read_json(path / "dataset_dict.json").get("splits", [])))
-        raise UserError(f"{key}: {path} holds several splits: name the directory of one of them ({splits})")
+        splits = ", ".join(read_record(path / "dataset_dict.json", _SavedSplits, "save the data set again").splits)
+        raise UserError(f"{key}: {path} holds several splits: name the directory of one of them ({brief(splits)})")
     files = sorted(path.glob("*.parquet"))
     if not files:
         raise UserError(f"{key}: {path} has neither *.parquet nor the state.json of a directory that `datasets` saved")

@@ -16,7 +16,8 @@ from megatron_fuse.recipe import ResponseFile
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.storage import sha256_of_bytes
-from megatron_fuse.storage.rows import id_at, keys_of, refuse_half_characters, value_at
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.rows import id_at, keys_shown, refuse_half_characters, value_at
 from megatron_fuse.text_safety import say
 
 _SHOWN = 3  # ids or prompts named in a message
@@ -76,7 +77,7 @@ def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[
             first, messages = first_of.setdefault(key, (name, keys[-2]))
             if messages != keys[-2]:
                 raise UserError(
-                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {first!r} and {name!r} end "
+                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {shortened(first)} and {shortened(name)} end "
                     "in, which differ: have it hold all messages {role, content}, or match: id"
                 )
     return given
@@ -108,8 +109,8 @@ def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
         return _messages_key(prompt)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{place}: {options.prompt} is {_shown(prompt)}: match: prompt needs the text of the last user message or a list of "
-            f"{{role, content}} under a key of the row, which has {keys_of(row)}"
+            f"{place}: {options.prompt} is {shortened(prompt)}: match: prompt needs the text of the last user message or a list of "
+            f"{{role, content}} under a key of the row, which has {keys_shown(row)}"
         ) from error
 
 
@@ -147,7 +148,7 @@ def _read(
         first = found.setdefault(key, given)
         if (first.text, first.truncated) != (given.text, given.truncated):
             raise UserError(
-                f"{place}: {asked} {_shown(value_at(row, asked))} was given in line {first.line} already, with another answer: "
+                f"{place}: {asked} {shortened(value_at(row, asked))} was given in line {first.line} already, with another answer: "
                 "keep one of the two"
             )
     if strangers == rows:
@@ -160,7 +161,7 @@ def _read(
     if not found:
         line, row = unanswered  # type: ignore[misc]  # there is one: not all rows are strangers
         raise UserError(
-            f"{path}: no example's row has an answer under {options.response} ({where}.response); line {line} has {keys_of(row)}"
+            f"{path}: no example's row has an answer under {options.response} ({where}.response); line {line} has {keys_shown(row)}"
         )
     if strangers:
         progress(f"{path}: {strangers} of {rows} rows belong to no example, among them {_listed(there)}")
@@ -172,17 +173,15 @@ def _given(options: ResponseFile, row: dict[str, Any], line: int, place: str) ->
     if text is None:
         return None
     if not isinstance(text, str):
-        inner = f": name one of {keys_of({options.response: text})}" if isinstance(text, dict) else ""
+        inner = f": name one of {keys_shown({options.response: text})}" if isinstance(text, dict) else ""
         raise UserError(f"{place}: {options.response} is a {type(text).__name__}, not the text of an answer{inner}")
     refuse_half_characters(text, options.response, place)
     if not isinstance(truncated, bool | None):
-        raise UserError(f"{place}: truncated is {truncated!r}: it says whether the answer was cut off, true or false")
+        raise UserError(
+            f"{place}: truncated is {shortened(truncated)}: it says whether the answer was cut off, true or false"
+        )
     return _Given(text, truncated or False, line)
 
 
-def _shown(value: Any) -> str:
-    return shown if len(shown := repr(value)) <= 60 else f"{shown[:57]}..."
-
-
 def _listed(values: list[Any]) -> str:
-    return ", ".join(map(_shown, values)) + ", ..." if values else "none"
+    return ", ".join(map(shortened, values)) + ", ..." if values else "none"

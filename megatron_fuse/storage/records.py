@@ -30,6 +30,16 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _characters(text: str) -> str:
+    """ "\\ud800" is valid JSON and no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"must hold no half of a surrogate pair (character {error.start})") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_characters)]
 FileName = Annotated[str, AfterValidator(_plain_name)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -116,10 +126,17 @@ def first_problem(error: ValidationError) -> str:
     return f"{key}{message}, not {shortened(first['input'])}{more}"
 
 
-def shortened(value: Any) -> str:
-    """A value as a message shows it: printable, at most so long."""
+def shortened(value: Any, length: int = _SHOWN) -> str:
+    """A value as a message shows it: printable, of at most `length` characters."""
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def brief(said: object, length: int = 200) -> str:
+    """What a library's error says, or a text of the user's, in one printable line of at most so many characters."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import brief, shortened
 
 
 def value_at(row: dict[str, Any], key: str) -> Any:
@@ -29,11 +30,18 @@ def keys_of(row: dict[str, Any]) -> str:
     return ", ".join(keys)
 
 
+def keys_shown(row: dict[str, Any]) -> str:
+    """keys_of for a message, which has room for some of them."""
+    return brief(keys_of(row))
+
+
 def id_at(row: dict[str, Any], key: str, place: str) -> str:
     """The id of a row's example. place: file and line. Raises UserError for what is no id."""
     name = value_at(row, key)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise UserError(f"{place}: {key} is {name!r}: a row needs the id of its example, text or a whole number")
+        raise UserError(
+            f"{place}: {key} is {shortened(name)}: a row needs the id of its example, text or a whole number"
+        )
     return str(name)
 
 

@@ -1,6 +1,7 @@
 """Fuzzing of the files that users bring: drawn damage, one reader at a time, and a law about how each case may end.
 
-The law: a reader succeeds, or raises a UserError of at most 600 characters that names the file and the key or line, within
+The law: a reader succeeds, or raises a UserError (or what the system says of a named file, which commands report likewise) of at
+most 600 characters that names the file and the key or line, within
 CASE_SECONDS of processor time and CASE_BYTES of further memory. Cases run in a forked child that reports each one, so that
 a case that kills the interpreter or hangs in native code is known too.
 
@@ -151,9 +152,9 @@ def _run_child(target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: ra
     if finished:
         return None
     how = "a hang" if silent else f"exit code {os.waitstatus_to_exitcode(status)}"
-    log = (work / f"{target.name}.log").read_text(errors="replace")[-2000:]
-    assert begun, f"{target.name}: {how} outside of the cases:\n{log}"
-    begun.kind, begun.detail = "killed", f"{how}: {log.strip()[-600:]}"
+    log = (work / f"{target.name}.log").read_text(errors="replace")
+    assert begun, f"{target.name}: {how} outside of the cases:\n{log[-3000:]}"
+    begun.kind, begun.detail = "killed", f"{how}: {log[max(log.rfind('Fatal Python error'), 0) :][:800]}"
     return begun
 
 
@@ -221,17 +222,26 @@ def run_case(
         with _limits():
             target.run(directory)
     except UserError as error:
-        fault = misfit(str(error), mutation, directory, target.names)
-        kind, detail = ("message", f"{fault}: {error}") if fault else ("refused", str(error))
+        kind, detail = _judged(str(error), mutation, directory, target)
     except CaseTimeout:
         kind, detail = "time", _end_of_traceback()
     except MemoryError:
         kind, detail = "memory", _end_of_traceback()
+    except OSError as error:
+        if error.filename is None:
+            kind, detail = "traceback", _end_of_traceback()
+        else:  # as every command reports it (errors.exit_code)
+            kind, detail = _judged(f"{error.filename}: {error.strerror}", mutation, directory, target)
     except BaseException:
         kind, detail = "traceback", _end_of_traceback()
     else:
         kind, detail = "accepted", ""
     return Outcome(case, kind, mutation.file, mutation.what, detail[:3000])
+
+
+def _judged(message: str, mutation: Mutation, directory: Path, target: FuzzTarget) -> tuple[str, str]:
+    fault = misfit(message, mutation, directory, target.names)
+    return ("message", f"{fault}: {message}") if fault else ("refused", message)
 
 
 def misfit(message: str, mutation: Mutation, directory: Path, names: tuple[str, ...] = ()) -> str | None:
@@ -240,7 +250,8 @@ def misfit(message: str, mutation: Mutation, directory: Path, names: tuple[str, 
         return f"{len(message)} characters"
     if not any(name in message for name in (str(directory), mutation.file, *names)):
         return "names no file"
-    by_bytes = mutation.what.startswith(("bytes", "file", "text"))
+    # Of damaged bytes nobody knows a key; a header of safetensors is judged by its library.
+    by_bytes = mutation.what.startswith(("bytes", "file", "text", "header"))
     has_line = re.search(r"(:\d+|\b(line|row|item|char|column) \d+)", message)
     if not by_bytes and mutation.keys and not has_line and not any(key in message for key in mutation.keys if key):
         return f"names no line and none of the keys {', '.join(mutation.keys)}"
