@@ -6,7 +6,6 @@ choose differently from version to version, and publishes a Hugging Face directo
 """
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -22,11 +21,11 @@ from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
-from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import load_tokenizer
 
-RECORD = "merge.json"  # in the merged model's directory: what it was made from
+RECORD = "merge.json"  # in the merged model's directory: what it was made from, and its files
 SHARD_BYTES = 5_000_000_000
 # Of a config, what changes nothing in what the weights compute. Ids of special tokens are the tokenizer's matter.
 _NOT_COMPARED = {
@@ -109,7 +108,8 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
 def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = say) -> bool:
     """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
 
-    Returns False where `output` holds this very merge already. Holds one tensor of every model and a shard of the result in
+    Returns False where `output` holds this very merge already, with its files as they were written; files of it that are gone are
+    made again, and one that was changed is named in a UserError. Holds one tensor of every model and a shard of the result in
     memory. Raises UserError, before anything is computed, for options that do not fit the method, models that do not fit each
     other, something else in the place of the output, and where mergekit is missing.
     """
@@ -119,9 +119,6 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     inputs = [WeightFiles(directory) for directory in directories]
     shapes = _common_shapes(inputs)
     record = _record(merge)
-    if output.exists():
-        _check_same_merge(output, record)
-        return False
     parameters = _mergekit_parameters(merge)
     base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
     numbers = {name: number for number, name in enumerate(shapes, 1)}
@@ -142,16 +139,17 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
             progress(f"merged {numbers[name]} of {len(shapes)} tensors")
         return tensor.contiguous()
 
-    temporary = output.with_name(f".{output.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
-    temporary.mkdir(parents=True)
-    try:
-        write_weight_files(temporary, shapes, merged_tensor, DTYPES[merge.dtype], SHARD_BYTES)
-        write_beside_weights(merge.models[0], temporary, merge.dtype)
-        write_json(temporary / RECORD, record)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with sole_writer(output, RECORD, progress):
+        found = find(output, RECORD, "--output")
+        if found:
+            _check_same_merge(output, found.origin, record)
+            if found.whole:
+                return False
+            found.refuse_changes("--output")
+        with directory_then_rename(output, found) as temporary:
+            write_weight_files(temporary, shapes, merged_tensor, DTYPES[merge.dtype], SHARD_BYTES)
+            write_beside_weights(merge.models[0], temporary, merge.dtype)
+            record_files(temporary, RECORD, record)
     return True
 
 
@@ -296,11 +294,8 @@ def _record(merge: Merge) -> dict[str, Any]:
     }
 
 
-def _check_same_merge(output: Path, record: dict[str, Any]) -> None:
+def _check_same_merge(output: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
     """Raises UserError unless `output` holds the merge of this record. Models may have moved; their fingerprints stay."""
-    if not (output / RECORD).is_file():
-        raise UserError(f"--output: {output} exists and holds no {RECORD}: remove it or choose another directory")
-    found = read_json(output / RECORD)
     for key, value in record.items():
         if key not in ("models", "base") and found.get(key) != value:
             raise UserError(

@@ -283,12 +283,21 @@ def test_the_command_writes_a_model_once_and_says_of_what(
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
     assert [entry.name for entry in output.parent.iterdir()] == ["ties"]
 
+    (output / "model.safetensors").unlink()
+    assert run(command) == 0 and "merged" in capsys.readouterr().out
+    assert_same(read(output), expected)
+    weights = bytearray((output / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (output / "model.safetensors").write_bytes(weights)
+    assert run(command) == 2
+    assert "model.safetensors: checksum" in capsys.readouterr().err
+
 
 def test_a_merge_that_breaks_off_leaves_nothing(family: Path, tmp_path: Path) -> None:
     def full_disk(_: str) -> None:
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"out: cannot be written \(no space left"):
         merge_models(Merge("linear", (family / "a", family / "b")), tmp_path / "new" / "out", progress=full_disk)
     assert list((tmp_path / "new").iterdir()) == []
 

@@ -15,7 +15,7 @@ from megatron_fuse.text_safety import say
 def main() -> None:
     recipe = load_recipe(__doc__)
     start_runtime()
-    from megatron_fuse.training.target import export_fused_model
+    from megatron_fuse.training.export import export_fused_model
 
     output, checkpoint = export_fused_model(recipe)
     say(f"{output}: the model of {checkpoint} in {recipe.export.dtype}")

@@ -6,7 +6,6 @@ along it in one direction and exporting in the other. Nothing is computed, so th
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
+from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
 
 EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # Buffers that transformers wrote before 2023; they follow from the config.
@@ -156,17 +156,28 @@ def save_hugging_face_model(
     dtype: str = "bf16",
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a whole model (TP=1, PP=1) as a Hugging Face directory: safetensors, config, tokenizer, chat template.
+    """write_hugging_face_model to a directory that appears under its name only when it is complete.
 
-    reference_dir: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
-    (fp32, bf16 or fp16) put into its config. The directory appears under its name only when it is complete.
-    Raises UserError for an unknown dtype, an output_dir that is already there, or a reference of another architecture.
+    Raises UserError besides if output_dir is already there or cannot be written.
     """
-    reference, output = Path(reference_dir), Path(output_dir)
+    output = Path(output_dir)
+    with sole_writer(output, "config.json"):
+        if output.exists():
+            raise UserError(f"{output} already exists: remove it or choose another directory")
+        with directory_then_rename(output) as temporary:
+            write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes)
+
+
+def write_hugging_face_model(
+    model: torch.nn.Module, reference: Path, directory: Path, dtype: str, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
+
+    reference: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
+    (fp32, bf16 or fp16) put into its config. Raises UserError for an unknown dtype, or a reference of another architecture.
+    """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if output.exists():
-        raise UserError(f"{output} already exists: remove it or choose another directory")
     architecture, theirs = _bare(model).architecture, read_architecture(reference)
     for field in fields(architecture):
         ours, other = getattr(architecture, field.name), getattr(theirs, field.name)
@@ -176,15 +187,8 @@ def save_hugging_face_model(
                 "give the directory that the target was made from"
             )
     tensor = _assembler(model, DTYPES[dtype])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        write_weight_files(temporary, hugging_face_shapes(architecture), tensor, DTYPES[dtype], shard_bytes)
-        write_beside_weights(reference, temporary, dtype)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_weight_files(directory, hugging_face_shapes(architecture), tensor, DTYPES[dtype], shard_bytes)
+    write_beside_weights(reference, directory, dtype)
 
 
 def _bare(model: torch.nn.Module) -> FusionGPTModel:

@@ -1,7 +1,5 @@
-"""The target in Megatron: built at this rank's place in the layout, and exported from any checkpoint."""
+"""The target in Megatron: built at this rank's place in the layout, and whole from any checkpoint."""
 
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,19 +10,15 @@ from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.storage import read_json, write_json
-from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.target import target_directory
 from megatron_fuse.training.checkpoint import (
     CheckpointFacts,
     load_checkpoint,
     model_facts,
-    named_checkpoint,
-    read_facts,
     save_checkpoint,
     versions,
 )
-from megatron_fuse.training.checkpoint_files import BEST, LATEST
+from megatron_fuse.training.checkpoint_files import checkpoints_in
 
 
 def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
@@ -64,45 +58,25 @@ def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: st
     dtype: fp32, bf16 or fp16. verify: compare the checksums of the checkpoint's files. output must not exist. Needs a runtime
     started with one process.
     """
+    save_hugging_face_model(load_whole_model(checkpoint, reference, verify=verify), reference, output, dtype)
+
+
+def load_whole_model(checkpoint: Path, reference: Path, *, verify: bool) -> torch.nn.Module:
+    """The model of a checkpoint of any layout, in fp32 in one process. reference, verify: see export_checkpoint."""
     architecture, chunks = _whole_model(reference)
     load_checkpoint(checkpoint, chunks, None, architecture, verify=verify)
-    save_hugging_face_model(chunks[0], reference, output, dtype)
-
-
-def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
-    """Exports the recipe's best (or latest) checkpoint; returns the model directory and the checkpoint.
-
-    An earlier export, known by its fusion.json, is replaced if the checkpoint has moved on. Raises UserError where there is no
-    checkpoint, or where something else is in the place of the export.
-    """
-    directory = checkpoint_directory(recipe)
-    wanted = BEST if recipe.export.checkpoint == "best" else LATEST
-    # Without a held-out split there is no best one.
-    checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
-    if checkpoint is None:
-        raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
-    output = export_directory(recipe)
-    origin = {"checkpoint": str(checkpoint), "facts": asdict(read_facts(checkpoint)), "dtype": recipe.export.dtype}
-    record = output / "fusion.json"
-    if output.exists() and not record.exists():
-        raise UserError(f"export.path: {output} exists and is no export of ours: move it or choose another directory")
-    if output.exists() and read_json(record) == origin:
-        return output, checkpoint
-    temporary = output.with_name(f".{output.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    export_checkpoint(checkpoint, target_directory(recipe), temporary, recipe.export.dtype)
-    if recipe.target.chat_template is not None:
-        template = load_format(recipe.target, "target").template
-        (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write_json(temporary / record.name, origin)
-    if output.exists():
-        shutil.rmtree(output)
-    temporary.rename(output)
-    return output, checkpoint
+    return chunks[0]
 
 
 def import_hugging_face(model_dir: Path, output: Path) -> Path:
-    """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load."""
+    """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load.
+
+    Raises UserError if `output` holds checkpoints: a run that continues there would begin anew from these weights.
+    """
+    if existing := checkpoints_in(output):
+        raise UserError(
+            f"{output} holds checkpoints already ({existing[max(existing)].name}): choose another directory"
+        )
     architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)
     facts = CheckpointFacts(

@@ -1,0 +1,70 @@
+"""The fused model of a recipe as a Hugging Face directory, made from its best or latest checkpoint.
+
+    export/fusion.json    the checkpoint, what it says of itself, the dtype, and size and checksum of every file of the export
+
+An export of the same checkpoint whose files are as they were written is left alone. A file of it that is gone is made again. A file
+that was changed, or that the export did not write, is never removed: if it is in the way, it is named.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.conversion import write_hugging_face_model
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.storage import sha256_of_json
+from megatron_fuse.storage.checksums import record_of_file
+from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
+from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.training.checkpoint import named_checkpoint, read_facts
+from megatron_fuse.training.checkpoint_files import BEST, LATEST
+from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
+from megatron_fuse.training.target import load_whole_model
+
+RECORD = "fusion.json"
+
+
+def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
+    """Exports the recipe's best (or latest) checkpoint; returns the model directory and the checkpoint.
+
+    An earlier export is replaced if the checkpoint has moved on, and keeps its name until the new one is whole. Needs a runtime
+    started with one process. Raises UserError where there is no checkpoint, something else is in the place of the export, or it
+    cannot be written.
+    """
+    directory, verify = checkpoint_directory(recipe), recipe.training.verify
+    wanted = BEST if recipe.export.checkpoint == "best" else LATEST
+    # Without a held-out split there is no best one.
+    checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
+    if checkpoint is None:
+        raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
+    reference, output = target_directory(recipe), export_directory(recipe)
+    template = load_format(recipe.target, "target").template if recipe.target.chat_template is not None else None
+    origin = _origin(checkpoint, recipe.export.dtype, template, verify=verify)
+    place = output.resolve()  # a link to a directory stays, its directory is replaced
+    with sole_writer(place, RECORD):
+        found = find(place, RECORD, "export.path", verify=verify)
+        if found and found.whole and sha256_of_json(found.origin) == sha256_of_json(origin):
+            return output, checkpoint
+        if found:
+            found.refuse_changes("export.path")
+        model = load_whole_model(checkpoint, reference, verify=verify)
+        with directory_then_rename(place, found) as temporary:
+            write_hugging_face_model(model, reference, temporary, recipe.export.dtype)
+            if template is not None:
+                (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
+            record_files(temporary, RECORD, origin)
+    return output, checkpoint
+
+
+def _origin(checkpoint: Path, dtype: str, template: str | None, *, verify: bool) -> dict[str, Any]:
+    """What the files of an export depend on. Facts of two checkpoints may be the same: their checksums are not."""
+    checksums = checkpoint / CHECKSUMS
+    return {
+        "checkpoint": str(checkpoint),
+        "checksums": record_of_file(checksums).xxh3_128 if checksums.is_file() else None,
+        "facts": asdict(read_facts(checkpoint, verify=verify)),
+        "dtype": dtype,
+        "chat_template": template,
+    }
