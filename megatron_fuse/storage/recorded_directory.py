@@ -27,7 +27,7 @@ from megatron_fuse.storage.checksums import (
     records_of_files,
     shortened,
 )
-from megatron_fuse.storage.files import read_record, write_record
+from megatron_fuse.storage.files import read_sealed, write_sealed
 from megatron_fuse.storage.locks import LockFile
 
 
@@ -71,7 +71,7 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
         return None
     if not (directory / record).is_file():
         raise UserError(f"{option}: {directory} exists and holds no {record}: move it, or choose another directory")
-    content = read_record(directory / record)
+    content = read_sealed(directory / record)
     if "files" not in content:
         raise UserError(
             f"{directory / record} does not list the directory's files, as it was written by an older version: move "
@@ -135,7 +135,7 @@ def directory_then_rename(directory: Path, replaced: Found | None = None) -> Ite
 
 def record_files(directory: Path, record: str, origin: Mapping[str, Any]) -> None:
     """Writes the record of a directory that is complete but for it. Reads every file."""
-    write_record(directory / record, {**origin, "files": records_as_json(records_of_files(directory))})
+    write_sealed(directory / record, {**origin, "files": records_as_json(records_of_files(directory))})
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _sweep(directory: Path, record: str) -> None:
             path.rename(directory)
         else:
             with suppress(UserError):  # a record that is damaged says nothing of the files beside it: they stay
-                listed = read_record(path / record).get("files") if (path / record).is_file() else {}
+                listed = read_sealed(path / record).get("files") if (path / record).is_file() else {}
                 _remove_files(path, list(parse_records(listed, record)), record)
 
 
