@@ -8,6 +8,9 @@ import outcomes
 import pytest
 from jobs import Server
 from kinds import may_mount, run_case
+from plans import plan_targets
+from readers import evaluation_target, experiment_target, report_targets, start_evaluation_server
+from stages import stage_targets, start_server
 from targets import Target
 
 Campaign = Callable[[str, list[Target], int], None]
@@ -34,8 +37,6 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
 
 @pytest.fixture(scope="session")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
-    from plans import plan_targets
-
     server = Server(["megatron_fuse.storage"])
     yield plan_targets(server, tmp_path_factory.mktemp("plans"))
     server.close()
@@ -43,9 +44,29 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
-    from stages import stage_targets, start_server, write_recipe  # bring torch and transformers
+    root = tmp_path_factory.mktemp("stages")
+    server = start_server(root)
+    yield stage_targets(server, root)
+    server.close()
 
-    recipe = write_recipe(tmp_path_factory.mktemp("stages"))
-    server = start_server(recipe)
-    yield stage_targets(server, recipe)
+
+@pytest.fixture(scope="session")
+def reports(stages: dict[str, Target]) -> dict[str, Target]:
+    one = stages["build_fusion_data"]
+    return report_targets(one.server, one.scratch.parent)
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron-fuse[eval]'")
+    root = tmp_path_factory.mktemp("evaluation")
+    server = start_evaluation_server(root)
+    yield evaluation_target(server, root)
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    server = Server(["megatron_fuse.experiments"])
+    yield experiment_target(server, tmp_path_factory.mktemp("experiment") / "root")
     server.close()

@@ -1,6 +1,5 @@
-"""The data stages over two small models, and the commands that read what they made."""
+"""The data stages over two small models."""
 
-import argparse
 from pathlib import Path
 
 import yaml
@@ -16,19 +15,27 @@ STAGES = {
     "capture_teacher": ("captures", "build_fusion_data"),
     "build_fusion_data": ("fusion", "inspect_data"),
 }
-IMPORTED = (
+_IMPORTED = (
     "megatron_fuse.pipeline",
     "megatron_fuse.responses",
     "megatron_fuse.report",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mpt.modeling_mpt",
-    "matplotlib.pyplot",
 )
 
 
-def write_recipe(root: Path) -> Path:
-    """Two sources of two families and vocabularies, a judge, one example a shard; returns the recipe's file."""
-    from small_models import save_model, write_rows  # brings torch and transformers
+def start_server(root: Path) -> Server:
+    """A process in which a job finds all modules imported, and the caches filled; it has made the models and ROOT/recipe.yaml."""
+    return Server(_IMPORTED, _prepare, root)
+
+
+def _prepare(root: Path) -> None:
+    """Two sources of two families and vocabularies, a judge, one example a shard."""
+    from small_models import save_model, write_rows
+
+    from megatron_fuse.advantage.reward_models import load_judge_format
+    from megatron_fuse.recipe import make_recipe
+    from megatron_fuse.sources.huggingface import load_causal_lm, load_format
 
     models = {
         "alpha": save_model(root / "alpha", "llama", seed=0),
@@ -46,48 +53,30 @@ def write_recipe(root: Path) -> Path:
         "schedule": {"preset": "profuser"},
         "training": {"seq_length": 120, "precision": "fp32"},
     }
-    path = root / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def start_server(recipe: Path) -> Server:
-    """A process in which a job finds all modules imported, and the caches filled."""
-    return Server(IMPORTED, _load_all, recipe)
-
-
-def _load_all(path: Path) -> None:
-    from megatron_fuse.advantage.reward_models import load_judge_format
-    from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
-    from megatron_fuse.sources.huggingface import load_causal_lm, load_format
-
-    parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
-    recipe = recipe_from_arguments(parser.parse_args(["--recipe", str(path)]))
+    (root / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = make_recipe(content)
     load_format(recipe.target, "target")
     for name, source in recipe.sources.items():
         load_format(source, f"sources.{name}")
         load_causal_lm(source, where=f"sources.{name}")
-    for name, judge in recipe.reward_models.items():
-        load_judge_format(judge, name)
+    for name, options in recipe.reward_models.items():
+        load_judge_format(options, name)
 
 
-def stage_targets(server: Server, recipe: Path) -> dict[str, Target]:
-    """Every stage has run once, undisturbed. Beside them `report`, which writes no artefact."""
-    work, scratch = recipe.parent / "work", recipe.parent / "scratch"
-    for directory in (work, scratch):
+def stage_targets(server: Server, root: Path) -> dict[str, Target]:
+    """Every stage has run once, undisturbed."""
+    for directory in (root / "work", root / "scratch"):
         directory.mkdir()
-
-    def target(tool: str, words: list[str], directory: str, ranked: bool = True) -> Target:
-        arguments = (tool, [*words, "--recipe", str(recipe)])
-        return Target(tool, run_tool, arguments, work / directory, work, scratch, server, ranked)
-
-    targets = {tool: target(tool, [], directory).learn() for tool, (directory, _) in STAGES.items()}
-    inspect = target("inspect_data", ["--verify"], "inspected", ranked=False)
+    targets = {
+        tool: recipe_target(server, root, tool, [], directory).learn() for tool, (directory, _) in STAGES.items()
+    }
+    inspect = recipe_target(server, root, "inspect_data", ["--verify"], "inspected")
     for tool, (_, reader) in STAGES.items():
         targets[tool].reader = targets.get(reader, inspect)
-    for name in ("advantage", "alignment"):
-        found = target("report", [name], f"reports/{name}", ranked=False)
-        found.name = f"report {name}"
-        targets[found.name] = found.learn()
     return targets
+
+
+def recipe_target(server: Server, root: Path, tool: str, words: list[str], directory: str) -> Target:
+    """A tool over the recipe of `start_server`, which writes WORKDIR/directory."""
+    arguments = (tool, [*words, "--recipe", str(root / "recipe.yaml")])
+    return Target(tool, run_tool, arguments, root / "work" / directory, root / "work", root / "scratch", server)

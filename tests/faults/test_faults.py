@@ -22,18 +22,20 @@ def kinds(few: dict[str, int]) -> list:
     return plain + [pytest.param(kind, CASES, marks=slow, id=f"{kind}, many") for kind in KINDS]
 
 
-@pytest.mark.parametrize(("kind", "cases"), kinds({"raced": 12, "stopped": 6, "killed in a race": 6, "damaged": 10}))
+@pytest.mark.parametrize(("kind", "cases"), kinds({"raced": 6, "stopped": 3, "killed in a race": 3, "damaged": 6}))
 def test_shards_alone(plans: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
     for target in plans.values():
         campaign(kind, [target], cases)
 
 
-# The cases go round the stages: those of the plain run meet each stage with another kind.
-@pytest.mark.parametrize(("kind", "cases"), kinds({"file size": 0, "read-only": 0, "full": 0}))
+_LONG = dict.fromkeys(("raced by four", "stopped", "full", "file size", "read-only"), 0)
+
+
+# The cases take the stages in turn, from another one on for each kind.
+@pytest.mark.parametrize(("kind", "cases"), kinds({**_LONG, "killed": len(STAGES)}))
 def test_data_stages(stages: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
-    names = list(STAGES)
-    place = list(KINDS).index(kind)
-    campaign(kind, [stages[names[(place + n) % len(names)]] for n in range(len(names))], cases)
+    place, targets = list(KINDS).index(kind), list(stages.values())
+    campaign(kind, targets[place % len(targets) :] + targets[: place % len(targets)], cases)
 
 
 @slow
@@ -42,7 +44,21 @@ def test_races_over_each_data_stage(stages: dict[str, Target], campaign: Campaig
     campaign("raced by four", [stages[tool]], CASES)
 
 
-@pytest.mark.parametrize("kind", ["killed", pytest.param("raced", marks=slow), pytest.param("damaged", marks=slow)])
-@pytest.mark.parametrize("tool", ["report advantage", "report alignment"])
-def test_reports(stages: dict[str, Target], campaign: Campaign, tool: str, kind: str) -> None:
-    campaign(kind, [stages[tool]], CASES)
+@slow
+@pytest.mark.parametrize("kind", ["killed", "raced", "full"])
+def test_reports(reports: dict[str, Target], campaign: Campaign, kind: str) -> None:
+    campaign(kind, list(reports.values()), CASES)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["killed", "raced", "full"])
+def test_evaluation(evaluation: Target, campaign: Campaign, kind: str) -> None:
+    campaign(kind, [evaluation], CASES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [("killed", 1), ("raced", 1), *(pytest.param(kind, CASES, marks=slow) for kind in ("killed", "raced", "full"))],
+)
+def test_experiments(experiment: Target, campaign: Campaign, kind: str, cases: int) -> None:
+    campaign(kind, [experiment], cases)
