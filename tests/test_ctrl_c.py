@@ -1,5 +1,6 @@
 """Ctrl-C ends every command with 130 and one line, and what the command has started with it. Real processes, real signals."""
 
+import json
 import os
 import re
 import signal
@@ -95,9 +96,11 @@ def test_a_command_ends_with_one_line(tmp_path: Path, number: int, code: int) ->
     "work",
     [
         "\n    try: time.sleep(60)\n    finally: raise RuntimeError('connection closed by peer')",
+        "\n    import asyncio\n    async def wait():\n        async with asyncio.TaskGroup() as group:\n"
+        "            for _ in range(3): group.create_task(asyncio.sleep(60))\n    asyncio.run(wait())",
         "\n    import multiprocessing\n    with multiprocessing.get_context('fork').Pool(2) as pool: pool.map(time.sleep, [60, 60])",
     ],
-    ids=["broken connection", "pool"],
+    ids=["broken connection", "requests", "pool"],
 )
 def test_nothing_else_is_said_or_waited_for(tmp_path: Path, work: str) -> None:
     process = start(script(tmp_path / "command.py", work))
@@ -135,6 +138,65 @@ def test_a_command_whose_part_was_interrupted_ends_too(tmp_path: Path) -> None:
     pids = began(process) + began(process)
     os.kill(pids[1], signal.SIGINT)
     assert ended(process, pids) == (130, LINE)
+
+
+EXPERIMENT = """
+    import megatron_fuse.commands
+    from pathlib import Path
+    from megatron_fuse.experiments import load_experiment, run_experiment
+    megatron_fuse.commands.LIBRARIES = ()
+    path = Path({path!r})
+    run_experiment(load_experiment(path), path, jobs=3)
+"""
+# Says that it has begun where the test reads it, not into the run's log.
+MEASURE = """
+import os, sys, time
+with open({said!r}, "a") as file: print("began", os.getpid(), file=file)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("reach", "program"),
+    [
+        (to_one, "python"),
+        pytest.param(to_group, "python", marks=pytest.mark.slow),
+        pytest.param(to_one, "sh", marks=pytest.mark.slow),
+        pytest.param(to_group, "sh", marks=pytest.mark.slow),
+    ],
+)
+def test_an_experiment_ends_with_all_its_runs(
+    tmp_path: Path, reach: Callable[[subprocess.Popen[str], int], None], program: str
+) -> None:
+    """Scripts are forked, other programs started. Three runs go on side by side; three more wait, and never begin."""
+    said = tmp_path / "said"
+    (tmp_path / "measure.py").write_text(MEASURE.format(said=str(said)))
+    (tmp_path / "measure.sh").write_text(f"exec {sys.executable} {tmp_path}/measure.py\n")
+    (tmp_path / "recipe.yaml").write_text(
+        "{workdir: w, target: {model: t}, sources: {a: {model: a}}, data: {path: d}, schedule: {preset: csft}}"
+    )
+    content = {
+        "recipe": f"{tmp_path}/recipe.yaml",
+        "workdir": f"{tmp_path}/work",
+        "results": f"{tmp_path}/results.csv",
+        "seeds": [1, 2, 3, 4, 5, 6],
+        "evaluate": f"{program} {tmp_path}/measure.{program[:2]} {{model}} {{output}}",
+        "metrics": {"right": "right"},
+        "models": {"m": "m"},
+        "variants": {},
+        "tables": {"main": {"title": "All", "rows": ["m"], "baseline": "m"}},
+    }
+    (tmp_path / "experiment.yaml").write_text(json.dumps(content))
+    said.write_text("")
+    process = start(script(tmp_path / "command.py", EXPERIMENT.format(path=f"{tmp_path}/experiment.yaml")))
+    pids = began(process)
+    deadline = time.monotonic() + 240
+    while len(lines := said.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    reach(process, signal.SIGINT)
+    assert ended(process, pids + [int(line.split()[1]) for line in lines]) == (130, LINE)
+    assert len(said.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("reach", [to_group, pytest.param(to_one, marks=pytest.mark.slow)])

@@ -12,10 +12,8 @@ experiment's CSV, a row per variant, seed and metric.
 import argparse
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.errors import UserError, exit_code, shortened
+from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.experiments import (
     Experiment,
     Reported,
@@ -26,7 +24,7 @@ from megatron_fuse.experiments import (
     write_report,
     write_results,
 )
-from megatron_fuse.recipe import Name, path_argument
+from megatron_fuse.recipe import Name, checked_value, path_argument
 from megatron_fuse.text_safety import say
 
 
@@ -78,12 +76,7 @@ def _stored(path: Path, split: str | None) -> Reported:
 
 def _split(given: str | None, experiment: Experiment) -> str:
     """By the rule for the key `split` in the file: it becomes part of a file's name."""
-    if given is None:
-        return experiment.split
-    try:
-        return TypeAdapter(Name).validate_python(given)
-    except ValidationError as error:
-        raise UserError(f"--split {shortened(given, 80)!r}: {error.errors()[0]['msg']}") from error
+    return experiment.split if given is None else checked_value(Name, given, "--split")
 
 
 def _command(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Options: what a recipe can say, how it is read, and the paper's schedules by name."""
 
-from megatron_fuse.recipe.checking import Keys, checked, make_recipe
+from megatron_fuse.recipe.checking import Keys, checked, checked_value, make_recipe
 from megatron_fuse.recipe.loading import (
     add_recipe_arguments,
     dump_recipe,
@@ -48,6 +48,7 @@ __all__ = [
     "SourceOptions",
     "add_recipe_arguments",
     "checked",
+    "checked_value",
     "dump_recipe",
     "load_recipe",
     "make_recipe",

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, TypeVar, Union
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.recipe.options import Recipe
@@ -29,6 +29,15 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
         return model.model_validate(content)
     except ValidationError as error:
         raise UserError(_explain(error, place, model)) from error
+
+
+def checked_value(kind: Any, value: Any, where: str) -> Any:
+    """A value of one of the kinds of values.py, as an argument that has to fit a key of a file. Raises UserError."""
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        problem = shortened(error.errors()[0]["msg"].removeprefix("Value error, "), _LISTED)
+        raise UserError(f"{where}: {problem} (given: {_shown(value)})") from error
 
 
 def make_recipe(content: dict[str, Any], where: str | Place = "recipe") -> Recipe:

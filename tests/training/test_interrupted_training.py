@@ -123,3 +123,49 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(target: Path, tmp_path: Path) ->
     assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(stopped)] * 2
     subprocess.run([*launcher, "20"], env=environment, check=True, timeout=120)
     assert [json.loads(line)["iteration"] for line in losses.read_text().splitlines()] == [*range(1, 21)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_ctrl_c_ends_a_training_with_one_line_and_the_same_command_goes_on(
+    target: Path, tmp_path: Path, asynchronous: bool
+) -> None:
+    """As a terminal sends it, to torchrun and all ranks; the checkpoint's writers are in their group too."""
+    script, losses = tmp_path / "script.py", tmp_path / "losses.jsonl"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    text = SCRIPT.format(paths=paths, work=str(tmp_path), target=str(target))
+    text = text.replace('"training": {', f'"training": {{"save_interval": 2, "async_save": {asynchronous}, ')
+    before, begin, rest = text.partition('if __name__ == "__main__":\n')
+    main = (
+        "import megatron_fuse.start\ndef main():\n"
+        + rest
+        + begin
+        + "    from megatron_fuse.errors import exit_code\n    sys.exit(exit_code(main))\n"
+    )
+    script.write_text(before + main)
+    launcher = [sys.executable, "-m", "megatron_fuse.torchrun", "--standalone", "--nproc-per-node=2", str(script), "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = subprocess.Popen(
+        launcher,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        until = time.monotonic() + 300
+        while not losses.exists() or len(losses.read_text().splitlines()) < 8:
+            assert time.monotonic() < until and torchrun.poll() is None
+            time.sleep(0.01)
+        os.killpg(torchrun.pid, signal.SIGINT)
+        _, error = torchrun.communicate(timeout=120)
+    finally:
+        torchrun.kill()
+    assert torchrun.returncode == 130
+    assert error.endswith("interrupted: what is finished is kept, and the same command continues from there\n")
+    assert "Traceback" not in error and error.count("interrupted") == 1, error
+    subprocess.run(launcher, env=environment, check=True, timeout=300)
+    iterations = [json.loads(line)["iteration"] for line in losses.read_text().splitlines()]
+    assert sorted(set(iterations)) == [*range(1, 21)] and iterations[-1] == 20
