@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.chat_templates import TEMPLATES, render
-from megatron_fuse.errors import UserError, brief
+from megatron_fuse.errors import UserError
 from megatron_fuse.template_limits import TemplateLimit
+from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts

@@ -28,11 +28,6 @@ def shortened(text: str, limit: int) -> str:
     return f"{text[: kept - kept // 2]} ... {text[len(text) - kept // 2 :]}"
 
 
-def brief(text: str, limit: int = 300) -> str:
-    """One printable line of at most `limit` characters, for what a library says in the middle of a message."""
-    return shortened(printable(shortened(" ".join(text.split()), limit)), limit)
-
-
 def exit_code(main: Callable[[], int | None]) -> int:
     """Runs a command, and returns what it returns, or 0; a UserError becomes one message on stderr and exit code 2.
 

@@ -6,7 +6,8 @@ transformers asks `Do you wish to run the custom code?` on standard input wherev
 
 from pathlib import Path
 
-from megatron_fuse.errors import UserError, brief
+from megatron_fuse.errors import UserError
+from megatron_fuse.text_safety import brief
 
 
 def not_loadable(directory: Path, error: Exception, where: str = "", allowed_by: str | None = None) -> UserError:

@@ -30,6 +30,12 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def brief(text: str, limit: int = 300) -> str:
+    """Printable text of at most `limit` characters on one line, for what a library says in the middle of a message."""
+    line = printable(" ".join(text[: 4 * limit].split()))
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints what a command has to say, at once, and nothing that a terminal would obey."""
     print(printable(text, prose=True), file=file, flush=True)
