@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.carried_files import write_beside_weights
+from megatron_fuse.model.config_file import load_config
+from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
+from megatron_fuse.storage.records import shortened
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -126,8 +127,11 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     def merged_tensor(name: str) -> Tensor:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_tensor_seed(merge.seed or 0, name))
+            tensors = [weights.read(name, 0, 0, shapes[name][0]) for weights in inputs]
+            for weights, tensor in zip(inputs, tensors, strict=True):
+                refuse_non_finite(tensor, weights.place(name))
             tensor = merge_tensors(
-                [weights.read(name, 0, 0, shapes[name][0]) for weights in inputs],
+                tensors,
                 merge.method,
                 parameters=parameters,
                 base_index=base_index,
@@ -135,6 +139,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
                 dtype=torch.float32,
                 out_dtype=DTYPES[merge.dtype],
             )
+            refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
         if numbers[name] % max(len(shapes) // 10, 1) == 0:
             progress(f"merged {numbers[name]} of {len(shapes)} tensors")
         return tensor.contiguous()
@@ -239,16 +244,13 @@ def _compare(
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{first.model_dir} and {other.model_dir} cannot be merged: they differ in {what}, at {key}: "
-                f"{ours.get(key)!r} and {theirs.get(key)!r}: merging needs models trained from one base"
+                f"{shortened(ours.get(key))} and {shortened(theirs.get(key))}: merging needs models trained from one base"
             )
 
 
 def _config(model_dir: Path) -> dict[str, Any]:
     """What decides what the weights compute, defaults filled in, the class first."""
-    try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False).to_dict()
-    except Exception as error:  # transformers reports a bad value in several classes of its own
-        raise not_loadable(model_dir / "config.json", error, "not a usable model config") from error
+    config = load_config(model_dir).to_dict()
     order = sorted(config, key=lambda key: (key not in ("architectures", "model_type", "vocab_size"), key))
     return {key: config[key] for key in order if key not in _NOT_COMPARED}
 
@@ -269,8 +271,8 @@ def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
     shapes = {name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
     shapes = {name: shape for name, shape in shapes.items() if shape}
     for name in shapes:
-        dtype = weights.read(name, 0, 0, 0).dtype
-        if dtype not in DTYPES.values():
+        dtype = weights.dtype(name)
+        if dtype not in DTYPES:
             raise UserError(
                 f"{weights.model_dir}: {name} is {dtype}, but weights of fp32, bf16 or fp16 are merged: load the model "
                 "with transformers, dequantised, and save it again"

@@ -25,7 +25,7 @@ from megatron_fuse.recipe import REFERENCE, Recipe
 from megatron_fuse.responses import backend_of, plan_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, resolve_model
 from megatron_fuse.storage import Plan, Workspace, completed, open_artefact
-from megatron_fuse.target import checkpoint_directory, read_target
+from megatron_fuse.target import check_target_weights, checkpoint_directory, read_target
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.schedule import make_schedule
 
@@ -88,7 +88,7 @@ def check_files(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n       ".join(problems))
-    read_target(recipe)
+    check_target_weights(recipe, read_target(recipe))
 
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:

@@ -5,6 +5,9 @@ from pathlib import Path
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
+from megatron_fuse.model.config_file import check_model_directory
+from megatron_fuse.model.expected_weights import check_weights
+from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format, resolve_model
 from megatron_fuse.storage import Workspace
@@ -45,6 +48,16 @@ def read_target(recipe: Recipe) -> Architecture:
         seq_length=recipe.training.seq_length,
     )
     return architecture
+
+
+def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
+    """Raises UserError where the target's weight files are damaged, or do not hold the tensors of its config. Reads headers only.
+
+    The generation options are checked with them: an export takes them over.
+    """
+    directory = target_directory(recipe)
+    check_model_directory(directory)
+    check_weights(WeightFiles(directory), architecture)
 
 
 def check_target_tokenizer(recipe: Recipe, architecture: Architecture) -> None:

@@ -411,7 +411,7 @@ def tensor_missing(directory: Path) -> None:
         (a_token_more, r"differ in the tokenizer, at \d+: None and '<\|tool\|>'"),
         (other_shape, r"differ in the shapes of tensors, at lm_head.weight: \(\d+, 32\) and \(\d+, 32\)"),
         (tensor_missing, r"differ in the shapes of tensors, at lm_head.weight: \(\d+, 32\) and None"),
-        (quantised, "lm_head.weight is torch.int8, but weights of fp32, bf16 or fp16 are merged"),
+        (quantised, "lm_head.weight is I8, but weights of fp32, bf16 or fp16 are merged"),
     ],
 )
 @pytest.mark.parametrize("role", ["model", "base"])

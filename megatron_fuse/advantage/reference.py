@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import load_config
+from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
 from megatron_fuse.sources.huggingface import longest_text, resolve_model, this_device
+from megatron_fuse.sources.loading_checks import check_before_loading
 from megatron_fuse.text_safety import say
 
 MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the options that hold their weights
@@ -126,10 +129,11 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
         except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
             raise not_loadable(directory, error, where) from error
 
-    config, tokenizer = load(AutoConfig), load(AutoTokenizer)
+    check_before_loading(AutoModel, directory, where, trust_remote_code=False)
+    config, tokenizer = load_config(directory), load(AutoTokenizer)
     if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):  # bert-score asks for it with every text, in vain
         tokenizer = load(AutoTokenizer, add_prefix_space=True)
-    layers = config.num_hidden_layers
+    layers = getattr(config, "num_hidden_layers", 0)
     if layer is not None and layer > layers:
         raise UserError(f"reference.bertscore_layer is {layer}, but {directory} has {layers} layers")
     framing = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
@@ -142,5 +146,7 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # which BERTScore does not read
     if missing:
         raise UserError(f"{where}: {directory} has no weights for {', '.join(missing[:3])}: name a whole model")
+    for name, parameter in encoder.named_parameters():
+        refuse_non_finite(parameter, f"{where}: {directory}: {name}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(encoder) or _NO_LIMIT)
     return encoder.to(this_device()).eval(), tokenizer

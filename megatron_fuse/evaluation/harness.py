@@ -55,11 +55,18 @@ def make_task_manager(data: Path | None) -> "TaskManager":
 
 
 def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "HFLM":
-    """batch_size: sequences, or `auto`. Raises UserError for a model without the chat template that is asked for."""
+    """batch_size: sequences, or `auto`. Raises UserError for a model that cannot be loaded, or has no chat template though one is
+    asked for."""
     from lm_eval.models.huggingface import HFLM
 
+    from megatron_fuse.model.config_file import check_model_directory
+    from megatron_fuse.model.weight_files import WeightFiles
     from megatron_fuse.sources.huggingface import this_device
+    from megatron_fuse.sources.loading_checks import check_layers
 
+    stated, weights = check_model_directory(directory), WeightFiles(directory)
+    weights.open_all()
+    check_layers(stated, weights, directory, str(directory))
     try:
         with _quiet():
             model = HFLM(

@@ -3,16 +3,21 @@
 Nothing here builds a model or needs Megatron, so that a recipe is refused before anything is started.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from pydantic import Field
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import MOST_LAYERS, ModelConfig, check_config, load_config, reason
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.strict_json import read_object
+from megatron_fuse.text_safety import brief
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}  # by model_type
 # The frequencies of these do not change with the sequence length and scale neither cosine nor sine.
@@ -48,18 +53,55 @@ class Architecture:
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+# Far above any published model; what is not is a slip, and would fill the memory before it is noticed.
+Width = Annotated[int, Field(ge=1, le=2**24)]
+Heads = Annotated[int, Field(ge=1, le=2**16)]
+Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class TargetConfig(ModelConfig):
+    """config.json of a target. What transformers would replace by a default of its own, unseen, is required."""
+
+    vocab_size: Width
+    hidden_size: Width
+    intermediate_size: Width
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
+    num_attention_heads: Heads
+    num_key_value_heads: Heads | None = None
+    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] | None = None
+    max_position_embeddings: Positions
+    rms_norm_eps: Annotated[float, Field(ge=1e-30, le=1)]
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: Positions | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)] | None = None
+    layer_types: list[str] | None = None
+    initializer_range: Annotated[float, Field(ge=0, le=1)] | None = None
+    # What would make another model of the same class, and is not reproduced.
+    is_causal: Literal[True] | None = None
+    per_layer_config: None = None
+    quantization_config: None = None
+
+
 def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architecture:
     """The architecture of a Hugging Face model directory or config.
 
     Only config.json is read: a directory without weights will do. Raises UserError, naming the file and the key, for a missing
     or malformed file, an unsupported class, and every option of a supported class that this model would not reproduce.
     """
-    config = source if isinstance(source, PreTrainedConfig) else _read_config(Path(source))
-    origin = "the model's config" if isinstance(source, PreTrainedConfig) else str(Path(source) / "config.json")
-    family = _family(config, origin)
+    if isinstance(source, PreTrainedConfig):
+        origin, family, content = "the model's config", _family(source, "the model's config"), source.to_dict()
+    else:
+        path = Path(source) / "config.json"
+        origin, family, content = str(path), None, _read_supported(path)
+    stated = check_config(TargetConfig, content, origin)
+    config = source if isinstance(source, PreTrainedConfig) else load_config(Path(source))
+    family = family or _family(config, origin)
 
     def refuse(key: str, value: object, allowed: str) -> None:
-        raise UserError(f"{origin}: {key} is {value!r}, but a target of class {family} needs {allowed}")
+        raise UserError(f"{origin}: {key} is {shortened(value)}, but a target of class {family} needs {allowed}")
 
     if config.hidden_act != "silu":
         refuse("hidden_act", config.hidden_act, "'silu'")
@@ -69,10 +111,17 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     if heads % groups:
         refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
+    if stated.head_dim is None and config.hidden_size % (2 * heads):
+        refuse("hidden_size", config.hidden_size, f"an even multiple of num_attention_heads ({heads})")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = getattr(config, "sliding_window", None)  # Qwen2's is None unless use_sliding_window
-    if window is not None and window < 1:
-        refuse("sliding_window", window, "null or at least 1")
+    kinds = {*(stated.layer_types or ())}
+    if kinds - {"full_attention", *(["sliding_attention"] if window and family == "Qwen2ForCausalLM" else [])}:
+        refuse(
+            "layer_types",
+            sorted(kinds),
+            "full_attention alone, or sliding_attention too if it is Qwen2's with a window",
+        )
     return Architecture(
         family=family,
         num_layers=config.num_hidden_layers,
@@ -85,7 +134,7 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         qkv_bias=family == "Qwen2ForCausalLM",
-        tied_embeddings=bool(config.tie_word_embeddings),
+        tied_embeddings=config.tie_word_embeddings,
         sliding_window=window,
         sliding_layers=_sliding_layers(config, family, window),
         inverse_frequencies=_inverse_frequencies(config, head_dim, origin),
@@ -146,21 +195,15 @@ def check_layout(
         )
 
 
-def _read_config(model_dir: Path) -> PreTrainedConfig:
-    path = model_dir / "config.json"
-    try:
-        architectures = json.loads(path.read_text(encoding="utf-8"))["architectures"]
-        if not set(architectures) & set(SUPPORTED):  # before AutoConfig, which does not know every class
-            raise UserError(_unsupported(path, ", ".join(architectures)))
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: give a Hugging Face model directory") from None
-    except KeyError:
-        raise UserError(f"{path} has no key 'architectures': add the class, one of {', '.join(SUPPORTED)}") from None
-    except Exception as error:  # transformers reports a bad value in several classes of its own
-        raise UserError(f"{path} is not a usable model config: {error}") from error
+def _read_supported(path: Path) -> dict[str, Any]:
+    """The content of config.json, whose class is checked before anything else: transformers does not know every class."""
+    content = read_object(path)
+    classes = check_config(ModelConfig, content, str(path)).architectures
+    if not classes:
+        raise UserError(f"{path} has no key 'architectures': add the class, one of {', '.join(SUPPORTED)}")
+    if not set(classes) & set(SUPPORTED):
+        raise UserError(_unsupported(path, brief(", ".join(classes), 100)))
+    return content
 
 
 def _family(config: PreTrainedConfig, origin: str) -> str:
@@ -172,7 +215,7 @@ def _family(config: PreTrainedConfig, origin: str) -> str:
 
 
 def _unsupported(origin: object, found: str) -> str:
-    return f"{origin}: a target of class {found} is not supported: choose a model of class {', '.join(SUPPORTED)}"
+    return f"{origin}: architectures: a target of class {found} is not supported: choose a model of class {', '.join(SUPPORTED)}"
 
 
 def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
@@ -186,17 +229,34 @@ def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -
 
 def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -> tuple[float, ...]:
     """transformers' own frequencies; Megatron's Llama-3 scaling knows only the factor, and would differ without a word."""
-    rope = config.rope_parameters
-    rope_type = rope.get("rope_type", "default")
+    rope = config.rope_parameters or {}
+    rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
     if rope_type not in SUPPORTED_ROPE_TYPES:
         allowed = ", ".join(SUPPORTED_ROPE_TYPES)
-        raise UserError(f"{origin}: rope type {rope_type!r} is not supported: choose a model with one of {allowed}")
+        raise UserError(
+            f"{origin}: rope type {shortened(rope_type)} is not supported: choose a model with a rope_type of {allowed}"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"{origin}: partial_rotary_factor is {rope['partial_rotary_factor']}, but only 1.0 is supported"
+            f"{origin}: partial_rotary_factor is {shortened(rope['partial_rotary_factor'])}, but only 1.0 is supported"
         )
+    for key, value in rope.items():
+        if isinstance(value, list):
+            raise UserError(f"{origin}: {key} is {shortened(value)}: expected one number for all layers")
+    if theta is None:
+        raise UserError(f"{origin}: rope_theta is missing: add the base of the rotary frequencies, such as 10000.0")
     if rope_type == "default":
+        if rope.get("factor") not in (None, 1):
+            raise UserError(
+                f"{origin}: factor is {rope['factor']}, but its rope_type is 'default', which has none: add rope_type"
+            )
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        return tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist())
-    frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config)
+        frequencies = 1.0 / (theta**exponents)
+    else:
+        try:
+            frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config)
+        except Exception as error:  # of a key that is missing or null
+            raise UserError(f"{origin}: rope_scaling gives no frequencies: {reason(error)}") from error
+    if not (frequencies.isfinite() & (frequencies > 0)).all():
+        raise UserError(f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0")
     return tuple(frequencies.tolist())

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.storage.strict_json import read_object
 
 # What the tokenizer, the chat template and generation need beside the weights.
 CARRIED_FILES = (
@@ -29,7 +30,7 @@ def write_beside_weights(reference: Path, directory: Path, dtype: str) -> None:
             carried = directory / file.relative_to(reference)
             carried.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, carried)
-    config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
+    config = read_object(reference / "config.json")
     config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

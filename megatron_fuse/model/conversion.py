@@ -6,7 +6,7 @@ along it in one direction and exporting in the other. Nothing is computed, so th
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,13 +17,17 @@ from torch import Tensor
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
+from megatron_fuse.model.expected_weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    OUTPUT,
+    check_weights,
+    hugging_face_shapes,
+    refuse_non_finite,
+)
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
-
-EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-# Buffers that transformers wrote before 2023; they follow from the config.
-IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -35,29 +39,6 @@ class WeightBlock:
     start: int  # in the Hugging Face tensor, elements of `dim`
     at: int  # in the Megatron parameter
     size: int
-
-
-def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers' order."""
-    a = architecture
-    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
-    for layer in range(a.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-            if a.qkv_bias:
-                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden_size)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden_size, query)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
-        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden_size, a.ffn_hidden_size)
-        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden_size,)
-    shapes[FINAL_NORM] = (a.hidden_size,)
-    if not a.tied_embeddings:
-        shapes[OUTPUT] = (a.vocab_size, a.hidden_size)
-    return shapes
 
 
 def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int) -> list[WeightBlock]:
@@ -130,13 +111,14 @@ def load_hugging_face_weights(model_chunks: Sequence[torch.nn.Module], model_dir
     """
     files = WeightFiles(model_dir)
     chunks = [_bare(chunk) for chunk in model_chunks]
-    _check_tensors(files, chunks[0].architecture)
+    check_weights(files, chunks[0].architecture)
     for chunk in chunks:
         for parameter, blocks in parameter_blocks(chunk):
             if sum(block.size for block in blocks) < parameter.shape[blocks[0].dim if blocks else 0]:
                 parameter.zero_()
             for block in blocks:
                 values = files.read(block.tensor, block.dim, block.start, block.size)
+                refuse_non_finite(values, files.place(block.tensor))
                 parameter.narrow(block.dim, block.at, block.size).copy_(values)
 
 
@@ -207,32 +189,6 @@ def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[Weigh
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1
             name = f"decoder.layers.{layer}.{in_layer[2]}"
         yield parameter, weight_blocks(name, model.architecture, rank, size)
-
-
-def _check_tensors(files: WeightFiles, architecture: Architecture) -> None:
-    where, config = files.model_dir, architecture.origin
-    expected = hugging_face_shapes(architecture)
-    found = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
-    tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= found
-    if missing := sorted(expected.keys() - found):
-        raise UserError(f"{where} lacks {_first(missing)}, which {config} asks for: fetch the model again")
-    if unexpected := sorted(found - expected.keys() - ({OUTPUT} if tied_twice else set())):
-        raise UserError(f"{where} holds {_first(unexpected)}, which {architecture.family} by {config} does not have")
-    for name, shape in expected.items():
-        if (stored := files.shape(name)) != shape:
-            raise UserError(
-                f"{name} in {where} has shape {list(stored)}, but {config} asks for {list(shape)}: "
-                "the weights belong to another config"
-            )
-    if tied_twice:  # some checkpoints hold the tied weight under both names
-        embedding, output = (files.read(name, 0, 0, architecture.vocab_size) for name in (EMBEDDING, OUTPUT))
-        if not torch.equal(embedding, output):
-            raise UserError(f"{where}: {OUTPUT} differs from {EMBEDDING}: set tie_word_embeddings to false in {config}")
-
-
-def _first(names: Iterable[str]) -> str:
-    first, *others = names
-    return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
 
 
 def _assembler(model: torch.nn.Module, dtype: torch.dtype | None):  # type: ignore[no-untyped-def]

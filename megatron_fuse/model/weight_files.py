@@ -8,24 +8,32 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import write_safetensors
+from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.safetensors_header import read_safetensors_header
+from megatron_fuse.storage.strict_json import file_size, read_object
+from megatron_fuse.text_safety import brief
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference, an index before the single file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_SAFETENSORS_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 class WeightFiles:
     """The tensors of a Hugging Face model directory, safetensors or torch's .bin, in one file or in shards with an index.
 
-    Raises UserError, naming the file, where files are missing, damaged or hold more than tensors, or a tensor is not where the
-    index says. No pickle's code is run.
+    Raises UserError, naming the file, if files are missing, damaged or hold more than tensors, if a tensor is not where the index
+    says, or the index names a file outside the directory. No pickle's code is run.
     """
 
     def __init__(self, model_dir: str | os.PathLike) -> None:
@@ -50,58 +58,98 @@ class WeightFiles:
         part = self._part(name)
         return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The tensor's type in the file, without reading it: one of DTYPES, or the library's word for another."""
+        part = self._part(name)
+        dtype = part.dtype if isinstance(part, Tensor) else part.get_dtype()
+        return {**_SAFETENSORS_DTYPES, **{value: key for key, value in DTYPES.items()}}.get(dtype, str(dtype))
+
     def read(self, name: str, dim: int, start: int, size: int) -> Tensor:
         """Elements start .. start + size of dimension dim (0 or 1), in the file's dtype; only they are read."""
         index = (slice(None),) * dim + (slice(start, start + size),)
         return self._part(name)[index]
 
+    def open_all(self) -> int:
+        """Opens every file and returns their bytes together. Raises UserError for one that is missing or damaged."""
+        for file, name in {file: name for name, file in self.file_of.items()}.items():
+            self._open(file, name)
+        return sum(file_size(self.model_dir / file) for file in {*self.file_of.values()})
+
+    def place(self, name: str) -> str:
+        """File and name of a tensor, for errors."""
+        return f"{self.model_dir / self.file_of[name]}: {brief(name, 100)}"
+
     def _part(self, name: str):  # type: ignore[no-untyped-def]  # a safetensors slice or a memory-mapped tensor
-        file = self._open(self.file_of[name])
+        if name not in self.file_of:
+            raise UserError(f"{self.model_dir} lacks the tensor {brief(name, 100)}: fetch the model again")
+        file = self._open(self.file_of[name], name)
         try:
             return file[name] if isinstance(file, Mapping) else file.get_slice(name)
         except (KeyError, SafetensorError):
             raise UserError(
-                f"{self.model_dir / self.file_of[name]} lacks {name}, which the index places there"
+                f"{self.model_dir / self.file_of[name]} lacks {brief(name, 100)}, which the index places there: fetch the "
+                "model again"
             ) from None
 
-    def _open(self, file: str):  # type: ignore[no-untyped-def]
+    def _open(self, file: str, wanted: str = "weights"):  # type: ignore[no-untyped-def]
         if file not in self._opened:
             path = self.model_dir / file
-            try:
-                self._opened[file] = (
-                    safe_open(path, framework="pt") if file.endswith(".safetensors") else _load_bin(path)
-                )
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing: fetch the model again") from None
-            except UserError:
-                raise
-            except Exception as error:  # the two formats report damage in classes of their own
-                called = re.search(r"GLOBAL (\S+)", str(error))  # so torch names what a pickle would call
-                if called:
-                    raise _not_tensors_alone(path, f"reading it would run {called[1]}") from error
-                raise UserError(f"{path} cannot be read, fetch the model again: {error}") from error
+            if not path.exists():
+                raise UserError(f"{path} is missing, which should hold {brief(wanted, 100)}: fetch the model again")
+            file_size(path)  # refuses what is no file
+            self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
 
     @staticmethod
     def _read_index(index: Path) -> dict[str, str]:
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is not a weight index with a 'weight_map': {error!r}") from error
+        file_of = parse_record(read_object(index), _Index, str(index), "fetch the model again").weight_map
+        if not file_of:
+            raise UserError(f"{index}: weight_map is empty: fetch the model again")
+        for name, file in file_of.items():
+            path = PurePath(file)
+            if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"{index}: weight_map.{brief(name, 100)} is {shortened(file)}: expected the name of a file in the directory"
+                )
+        return file_of
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None  # which transformers reads
+
+
+def _open_safetensors(path: Path):  # type: ignore[no-untyped-def]
+    read_safetensors_header(path)  # the library's own errors do not name the tensor
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # OSError and SafetensorError, by what is wrong
+        raise UserError(f"{path} cannot be read, fetch the model again: {brief(str(error))}") from error
 
 
 def _load_bin(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(path)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except RuntimeError:  # files from before torch 1.6 cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # files from before torch 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle report damage in many classes
+        called = re.search(r"GLOBAL (\S+)", str(error))  # so torch names what a pickle would call
+        if called:
+            raise _not_tensors_alone(path, f"reading it would run {brief(called[1], 100)}") from error
+        raise UserError(f"{path} cannot be read, fetch the model again: {brief(str(error))}") from error
     if not isinstance(content, Mapping):
         raise _not_tensors_alone(path, f"its top level is a {type(content).__name__}")
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise _not_tensors_alone(path, f"{name!r} is a {type(value).__name__}")
+            raise _not_tensors_alone(path, f"{shortened(name)} is a {type(value).__name__}")
+        if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise _not_tensors_alone(path, f"{shortened(name)} is sparse, quantised or empty")
+        # A view may repeat its elements: a few bytes in the file, terabytes in memory.
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise _not_tensors_alone(path, f"{shortened(name)} of shape {list(value.shape)} repeats what is stored")
     return content
 
 

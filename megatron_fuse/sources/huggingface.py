@@ -1,8 +1,6 @@
 """Source models in process: finding, identifying and loading Hugging Face model directories. Nothing here uses the network."""
 
-import json
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,19 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
-from megatron_fuse.errors import UserError, shortened
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import read_model_config
+from megatron_fuse.model.expected_weights import refuse_non_finite
+from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
-from megatron_fuse.storage import read_json, sha256_of_bytes
+from megatron_fuse.sources.loading_checks import check_after_loading, check_before_loading
+from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage.safetensors_header import read_safetensors_header
+from megatron_fuse.storage.strict_json import file_size, read_small_file
+from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import load_tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # keys of a config
 _EDGE = 64 * 1024
@@ -37,36 +41,39 @@ def resolve_model(model: str, where: str) -> Path:
 
     `where` is the recipe key (`target.model`), for the error. Raises UserError where there is no such directory or it has no config.json.
     """
-    try:
-        directory = user_path(model)
-    except ValueError as error:
-        raise UserError(f"{where}: {error} (given: {shortened(model, 80)!r})") from error
-    if not directory.is_dir():
-        directory = cached_snapshot(model)
-        if directory is None:
-            raise UserError(f"{where}: {model!r} is neither a directory nor a model in the local Hugging Face cache")
+    directory = local_model(model, where)
+    if directory is None:
+        raise UserError(f"{where}: {model!r} is neither a directory nor a model in the local Hugging Face cache")
     if not (directory / "config.json").is_file():
         raise UserError(f"{where}: {directory} has no config.json: name a Hugging Face model directory")
     return directory
 
 
-def cached_snapshot(name: str) -> Path | None:
+def local_model(model: str, where: str) -> Path | None:
+    """A directory, or the snapshot of a hub name in the local cache; None if it is neither.
+
+    Raises UserError for what no file system takes. `where` is the recipe key, for the error.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        directory = user_path(model)
+    except ValueError as error:
+        raise UserError(f"{where}: {error} (given: {brief(model, 80)!r})") from error
+    if directory.is_dir():
+        return directory
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
 
 
 def load_format(options: ModelOptions, where: str) -> ChatFormat:
     """Tokenizer and chat format of a model of the recipe; `where` is its key (`sources.mpt`), for errors."""
-    tokenizer = load_tokenizer(
-        resolve_model(options.model, f"{where}.model"),
-        trust_remote_code=options.trust_remote_code,
-        allowed_by=trust_key(where),
-    )
+    directory = resolve_model(options.model, f"{where}.model")
+    read_model_config(directory)  # before the tokenizer's library reads it, whose errors name no key
+    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
     return load_chat_format(tokenizer, options.chat_template, options.system, where)
 
 
@@ -85,34 +92,31 @@ def model_fingerprint(model_dir: Path) -> str:
     files = sorted(path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     if not files:
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
-    parts = [(model_dir / "config.json").read_bytes()]
+    parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
-        parts += [path.name.encode(), path.read_bytes()]
+        parts += [path.name.encode(), read_small_file(path)]
     for path in files:
         parts += [path.name.encode(), *weight_samples(path)]
     return sha256_of_bytes(*parts)
 
 
 def weight_samples(path: Path) -> list[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    """Parts of a weight file that tell it from others. Raises UserError for one that is damaged where that is cheap to see."""
+    size = file_size(path)
+    header = read_safetensors_header(path) if path.suffix == ".safetensors" else None
+    try:
+        with path.open("rb") as file:
 
-        def read(offset: int, length: int) -> bytes:
-            file.seek(offset)
-            return file.read(length)
+            def read(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                return file.read(length)
 
-        parts = [str(size).encode(), read(0, _EDGE), read(max(size - _EDGE, 0), _EDGE)]
-        if path.suffix != ".safetensors":
-            return parts + [read(offset, _SAMPLE) for offset in range(0, size, max(size // 256, 1))]
-        try:
-            (length,) = struct.unpack("<Q", read(0, 8))
-            header = read(8, length)
-            tensors = [value for key, value in json.loads(header).items() if key != "__metadata__"]
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise UserError(
-                f"{path}: not a whole safetensors file, or a Git LFS pointer to one: copy it again"
-            ) from error
-        return [*parts, header, *(read(8 + length + tensor["data_offsets"][0], _SAMPLE) for tensor in tensors)]
+            parts = [str(size).encode(), read(0, _EDGE), read(max(size - _EDGE, 0), _EDGE)]
+            if header is None:
+                return parts + [read(offset, _SAMPLE) for offset in range(0, size, max(size // 256, 1))]
+            return [*parts, header.text, *(read(tensor.start, _SAMPLE) for tensor in header.tensors.values())]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def max_positions(config: Any) -> int | None:
@@ -136,18 +140,13 @@ def longest_text(model: Any) -> int | None:
 
 def declared_positions(model_dir: Path) -> int | None:
     """Most tokens that a model can read, as its config.json says; else None. For models that transformers need not know."""
-    return _positive(map(_declared(model_dir).get, _POSITIONS))
+    config = read_model_config(model_dir)
+    return _positive(getattr(config, name) for name in _POSITIONS)
 
 
 def declared_vocab_size(model_dir: Path) -> int | None:
     """Ids that a model knows, as its config.json says; else None."""
-    return _positive([_declared(model_dir).get("vocab_size")])
-
-
-def _declared(model_dir: Path) -> dict[str, Any]:
-    """config.json; of a model that reads pictures as well, what it says of the text model."""
-    config = read_json(model_dir / "config.json")
-    return config.get("text_config") or config
+    return _positive([read_model_config(model_dir).vocab_size])
 
 
 def _positive(values: Iterable[Any]) -> int | None:
@@ -163,6 +162,13 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
     that cannot be loaded whole: transformers itself would fill in random weights.
     """
     directory = resolve_model(options.model, f"{where}.model")
+    check_before_loading(
+        auto_class,
+        directory,
+        f"{where}.model",
+        trust_remote_code=options.trust_remote_code,
+        allowed_by=trust_key(where),
+    )
     device_map = getattr(options, "device_map", None)
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -173,6 +179,7 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
             local_files_only=True,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which reports them, for us to refuse
             **({"device_map": device_map} if device_map else {}),
         )
     except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
@@ -180,15 +187,13 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
     finally:
         if had_progress_bar:
             transformers_logging.enable_progress_bar()
-    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
-    if missing:
-        raise UserError(
-            f"{where}.model: {directory} has no weights for {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, which would "
-            f"stay random: name a model that was saved as {type(model).__name__} with all its weights"
-        )
+    check_after_loading(model, report, directory, f"{where}.model")
     model.eval().requires_grad_(False)
     if not device_map:
         model.to(device or this_device())
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in DTYPES.values() and parameter.device.type != "meta":
+            refuse_non_finite(parameter, f"{where}.model: {directory}: {name}")
     return model
 
 

@@ -10,7 +10,7 @@ from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.target import target_directory
+from megatron_fuse.target import check_target_weights, target_directory
 from megatron_fuse.training.checkpoint import (
     CheckpointFacts,
     load_checkpoint,
@@ -23,6 +23,7 @@ from megatron_fuse.training.checkpoint_files import checkpoints_in
 
 def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
     """This rank's model chunks with the Hugging Face weights of recipe.target. Needs a started runtime."""
+    check_target_weights(recipe, architecture)  # before memory is taken for them
     layout, training, loss = recipe.parallel, recipe.training, recipe.loss
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(

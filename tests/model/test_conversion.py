@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import read_architecture
-from megatron_fuse.model.conversion import hugging_face_shapes, weight_blocks
+from megatron_fuse.model.conversion import weight_blocks
+from megatron_fuse.model.expected_weights import hugging_face_shapes
 from megatron_fuse.model.weight_files import WeightFiles
 
 PER_LAYER = (
@@ -246,10 +247,10 @@ def damage(directory, kind):
     ("kind", "said"),
     [
         ("empty", "holds no weights: expected one of model.safetensors"),
-        ("no index entry", "model.safetensors.index.json is not a weight index"),
+        ("no index entry", "model.safetensors.index.json: weight_map is missing"),
         ("missing shard", "model-00001-of-00001.safetensors is missing"),
         ("misplaced", "model-00001-of-00001.safetensors lacks a, which the index places there"),
-        ("cut short", "model-00001-of-00001.safetensors cannot be read"),
+        ("cut short", "model-00001-of-00001.safetensors is cut off"),
     ],
 )
 def test_missing_and_damaged_files_are_named(tmp_path, kind, said):

@@ -1,24 +1,23 @@
 """The forms in which reward models are published, how one is told from another, and which files decide a judge's scores."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.sources.huggingface import (
     WEIGHT_SUFFIXES,
-    cached_snapshot,
+    local_model,
     model_fingerprint,
     resolve_model,
     trust_key,
     weight_samples,
 )
 from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.tokenization import load_tokenizer
 
 
@@ -51,9 +50,9 @@ class JudgeFiles:
 def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
     """Directories and form of a judge of the recipe. Raises UserError where one is missing or the form cannot be told."""
     where = f"reward_models.{name}"
-    weights = Path(options.model).expanduser()
-    if not weights.is_dir():
-        weights = cached_snapshot(options.model) or resolve_model(options.model, f"{where}.model")  # which refuses it
+    weights = local_model(options.model, f"{where}.model") or resolve_model(
+        options.model, f"{where}.model"
+    )  # which refuses it
     if options.body is not None:
         body = resolve_model(options.body, f"{where}.body")
     elif (weights / "config.json").is_file():
@@ -68,7 +67,9 @@ def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
 
 
 def _form(weights: Path, body: Path, where: str) -> str:
-    if weights == body and any(name.endswith("ForSequenceClassification") for name in _architectures(body, where)):
+    if weights == body and any(
+        name.endswith("ForSequenceClassification") for name in read_model_config(body).architectures or ()
+    ):
         return "classifier"
     names = WeightFiles(weights).file_of
     found = [form for form, kind in FORMS.items() if kind.head in names]
@@ -79,16 +80,6 @@ def _form(weights: Path, body: Path, where: str) -> str:
         f"{where}.model: {weights} holds {'several' if found else 'none'} of {heads}: "
         + (f"choose one by {where}.form" if found else "name a reward model, or the form of this one")
     )
-
-
-def _architectures(directory: Path, where: str) -> Iterable[str]:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
-    except OSError as error:
-        raise UserError(
-            f"{where}: {directory / 'config.json'} cannot be read, fetch the model again: {error}"
-        ) from error
-    return config.get("architectures") or ()
 
 
 def load_judge_format(options: RewardModelOptions, name: str) -> ChatFormat:
@@ -108,7 +99,7 @@ def judge_fingerprint(options: RewardModelOptions, name: str) -> str:
     files = find_judge(options, name)
     if files.weights == files.body:
         return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
-    parts = [files.form.encode(), (files.body / "config.json").read_bytes()]
+    parts = [files.form.encode(), read_small_file(files.body / "config.json")]
     for path in sorted(path for path in files.weights.iterdir() if path.suffix in WEIGHT_SUFFIXES):
         parts += [path.name.encode(), *weight_samples(path)]
     return sha256_of_bytes(*parts)

@@ -7,22 +7,26 @@ take no part in the reward.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoModelForSequenceClassification
+from transformers import MODEL_MAPPING, AutoModelForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.advantage.reward_models.forms import FORMS, JudgeFiles, find_judge, load_judge_format
 from megatron_fuse.advantage.reward_models.judge import RewardModel
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import check_model_directory, load_config, reason
+from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.sources.huggingface import DTYPES, load_model, this_device
+from megatron_fuse.sources.loading_checks import check_layers, check_size, sizes
+from megatron_fuse.text_safety import brief
 
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # of the language model that the body once was
 _MEND = "name a complete reward model, and by `body` the model that it was trained from"
@@ -35,6 +39,8 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
     """
     where = f"reward_models.{name}"
     files = find_judge(options, name)
+    if not options.trust_remote_code:
+        load_config(files.body)  # before the tokenizer's library reads it, whose errors name no key
     chat = load_judge_format(options, name)
     form = FORMS[files.form]
     causal = files.form != "classifier" or form.head in WeightFiles(files.weights).file_of
@@ -48,30 +54,44 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
 def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn.Module, nn.Linear]:
     """The body in dtype, each tensor converted as it is read, and the head in fp32."""
     weights, head_name = WeightFiles(files.weights), FORMS[files.form].head
+    stated = check_model_directory(files.body)
+    weights.open_all()
+    check_layers(stated, weights, files.body, f"{where}.model")
+    config = load_config(files.body)
     try:
-        config = AutoConfig.from_pretrained(files.body, local_files_only=True, trust_remote_code=False)
         body_class = MODEL_MAPPING[type(config)]
         with torch.device("meta"):
             empty = body_class(config)
     except Exception as error:  # transformers raises many kinds for unknown or impossible configs
-        raise not_loadable(files.body / "config.json", error, f"{where}: no body can be made") from error
-    head = _load_head(weights, head_name, config.hidden_size, where)
+        raise UserError(
+            f"{where}: no body can be made from {files.body / 'config.json'} ({sizes(config)}): {reason(error, config)}"
+        ) from error
+    check_size(empty, config, weights, files.body, f"{where}.model")
+    head = _load_head(weights, head_name, getattr(config, "hidden_size", None), where)
     (prefix, names), *copies = _bodies(weights, head_name, _embedding_name(empty), where).items()
     for copy, copied in copies:
         _refuse_another(weights, prefix, copy, copied, where)
-    # A scalar is no weight but a constant of old attention masks, which transformers no longer reads.
-    tensors = {name: _read(weights, prefix + name).to(dtype) for name in names if weights.shape(prefix + name)}
-    with _quiet():
-        body, report = body_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which reports them, for us to refuse
-        )
-    _refuse_incomplete(report, weights, prefix, files.body, where)
+    for name, _ in empty.named_parameters():
+        if prefix + name in weights.file_of:
+            _refuse_unusable(weights, prefix + name, where)
+    # A scalar is no weight but a constant of old attention masks, which transformers no longer reads. Copied even if the type is
+    # right already: a tensor that stays in the mapped file may lie at an odd address, where the CPU rounds otherwise.
+    read = [name for name in names if weights.shape(prefix + name)]
+    tensors = {name: _read(weights, prefix + name).to(dtype, copy=True) for name in read}
+    try:
+        with _quiet():
+            body, report = body_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which reports them, for us to refuse
+            )
+    except Exception as error:
+        raise not_loadable(weights.model_dir, error, f"{where}.model") from error
+    _refuse_incomplete(report, weights, prefix, f"{files.body / 'config.json'} ({sizes(config)})", where)
     return body.eval().requires_grad_(False), head
 
 
@@ -93,7 +113,10 @@ def _bodies(weights: WeightFiles, head: str, embedding: str, where: str) -> dict
         elif prefix is not None:
             bodies[prefix].append(name.removeprefix(prefix))
     if not bodies:
-        raise UserError(f"{where}.model: {weights.model_dir} has no {embedding} under any prefix: {_MEND}")
+        near = (
+            f" (near to it: {brief(found[0], 100)})" if (found := get_close_matches(embedding, names, 1, 0.3)) else ""
+        )
+        raise UserError(f"{where}.model: {weights.model_dir} has no {embedding} under any prefix{near}: {_MEND}")
     return dict(sorted(bodies.items(), key=lambda body: -len(body[1])))
 
 
@@ -102,7 +125,7 @@ def _embedding_name(model: Any) -> str:
     return next(name for name, parameter in model.named_parameters() if parameter is embedding)
 
 
-def _load_head(weights: WeightFiles, name: str, hidden_size: int, where: str) -> nn.Linear:
+def _load_head(weights: WeightFiles, name: str, hidden_size: int | None, where: str) -> nn.Linear:
     if name not in weights.file_of:
         raise UserError(
             f"{where}.model: {weights.model_dir} has no {name}: name a reward model, or its form by {where}.form"
@@ -113,8 +136,9 @@ def _load_head(weights: WeightFiles, name: str, hidden_size: int, where: str) ->
             f"{where}.model: {_place(weights, name)} is {list(shape)}, but a head that gives one reward is [1, {hidden_size}]: "
             "name a reward model with one output over this body"
         )
-    head = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
-    head.weight = nn.Parameter(_read(weights, name).float(), requires_grad=False)
+    _refuse_unusable(weights, name, where)
+    head = nn.Linear(shape[1], 1, bias=False, dtype=torch.float32)
+    head.weight = nn.Parameter(_read(weights, name).to(torch.float32, copy=True), requires_grad=False)
     return head
 
 
@@ -122,20 +146,34 @@ def _read(weights: WeightFiles, name: str) -> Tensor:
     return weights.read(name, 0, 0, weights.shape(name)[0])
 
 
+def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
+    """Raises UserError for weights that are quantised, NaN or infinite: any of them would give scores that mean nothing."""
+    if weights.dtype(name) not in DTYPES:
+        raise UserError(
+            f"{where}.model: {_place(weights, name)} is {weights.dtype(name)}: expected {', '.join(DTYPES)}: name a model that is "
+            "not quantised"
+        )
+    if weights.shape(name):
+        refuse_non_finite(_read(weights, name), f"{where}.model: {_place(weights, name)}")
+
+
 def _place(weights: WeightFiles, name: str) -> str:
-    return f"{weights.model_dir / weights.file_of[name]}: {name}"
+    return weights.place(name)
 
 
-def _refuse_incomplete(report: dict[str, Any], weights: WeightFiles, prefix: str, body: Path, where: str) -> None:
-    """Raises UserError for the first tensor that transformers misses, finds in another shape, or has no use for."""
+def _refuse_incomplete(report: dict[str, Any], weights: WeightFiles, prefix: str, config: str, where: str) -> None:
+    """Raises UserError for the first tensor that transformers misses, finds in another shape, or has no use for.
+
+    config: its file and sizes, for the error.
+    """
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])
-        raise UserError(f"{where}.model: {weights.model_dir} has no {name}, which would stay random: {_MEND}")
+        raise UserError(f"{where}.model: {weights.model_dir} has no {name}, which {config} asks for: {_MEND}")
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}.model: {_place(weights, prefix + name)} is {list(found)}, but {body / 'config.json'} makes it "
-            f"{list(expected)}: {_MEND}"
+            f"{where}.model: {_place(weights, prefix + name)} is {list(found)}, but {config} makes it {list(expected)}: "
+            f"{_MEND}"
         )
     if report["unexpected_keys"]:
         _refuse_left_over(weights, prefix + min(report["unexpected_keys"]), where)
@@ -150,8 +188,15 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
     for name in names:
         if prefix + name not in weights.file_of:
             _refuse_left_over(weights, copy + name, where)
-        one, other = _read(weights, prefix + name), _read(weights, copy + name)
-        if not (one.is_set_to(other) or torch.equal(one, other)):
+        if not weights.shape(prefix + name) and not weights.shape(copy + name):
+            continue  # scalars are no weights
+        one, other = (_read(weights, start + name) if weights.shape(start + name) else None for start in (prefix, copy))
+        if (
+            one is None
+            or other is None
+            or one.dtype != other.dtype
+            or not (one.is_set_to(other) or torch.equal(one, other))
+        ):
             raise UserError(
                 f"{where}.model: {_place(weights, copy + name)} differs from {prefix}{name}, and only one of them can be the body: "
                 "take the other copy out of the file"

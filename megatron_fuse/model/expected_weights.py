@@ -1,0 +1,102 @@
+"""Which tensors a Hugging Face checkpoint of an architecture holds, and whether a directory's weight files hold them.
+
+Needs neither Megatron nor memory for a model: names, shapes and types are in the files' headers.
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles
+from megatron_fuse.text_safety import brief
+
+EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+# Buffers that transformers wrote before 2023; they follow from the config.
+IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers' order."""
+    a = architecture
+    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
+    for layer in range(a.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+            if a.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
+            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden_size)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden_size, query)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
+        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden_size, a.ffn_hidden_size)
+        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden_size,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden_size,)
+    shapes[FINAL_NORM] = (a.hidden_size,)
+    if not a.tied_embeddings:
+        shapes[OUTPUT] = (a.vocab_size, a.hidden_size)
+    return shapes
+
+
+def check_weights(files: WeightFiles, architecture: Architecture) -> None:
+    """Raises UserError, naming the tensor, for one that is missing, not of the architecture, or of another shape or type."""
+    where, config = files.model_dir, architecture.origin
+    if architecture.num_layers > len(files.file_of):
+        raise UserError(
+            f"{config}: num_hidden_layers is {architecture.num_layers}, but the weights are {len(files.file_of)} tensors in all: "
+            "the weights belong to another config, or are not complete"
+        )
+    expected = hugging_face_shapes(architecture)
+    found = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
+    tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= found
+    if missing := sorted(expected.keys() - found):
+        raise UserError(
+            f"{where} lacks {_first(missing)}, which {config} asks for ({_sizes(architecture)}): fetch the model again"
+        )
+    if unexpected := sorted(found - expected.keys() - ({OUTPUT} if tied_twice else set())):
+        raise UserError(
+            f"{where} holds {_first(unexpected)}, which {architecture.family} by {config} does not have ({_sizes(architecture)})"
+        )
+    for name, shape in (expected | ({OUTPUT: expected[EMBEDDING]} if tied_twice else {})).items():
+        if (stored := files.shape(name)) != shape:
+            raise UserError(
+                f"{name} in {where} has shape {list(stored)}, but {config} asks for {list(shape)} ({_sizes(architecture)}): "
+                "the weights belong to another config"
+            )
+        if (dtype := files.dtype(name)) not in DTYPES:
+            raise UserError(
+                f"{files.place(name)} is {dtype}, but a target's weights are {', '.join(DTYPES)}: load the model with "
+                "transformers, dequantised, and save it again"
+            )
+    if tied_twice:  # some checkpoints hold the tied weight under both names
+        embedding, output = (files.read(name, 0, 0, architecture.vocab_size).float() for name in (EMBEDDING, OUTPUT))
+        if not torch.equal(embedding, output):
+            raise UserError(f"{where}: {OUTPUT} differs from {EMBEDDING}: set tie_word_embeddings to false in {config}")
+
+
+def _sizes(architecture: Architecture) -> str:
+    """What decides names and shapes, by the config's keys."""
+    a = architecture
+    return (
+        f"vocab_size {a.vocab_size}, hidden_size {a.hidden_size}, intermediate_size {a.ffn_hidden_size}, num_hidden_layers "
+        f"{a.num_layers}, num_attention_heads {a.num_attention_heads}, num_key_value_heads {a.num_query_groups}, head_dim "
+        f"{a.head_dim}, tie_word_embeddings {str(a.tied_embeddings).lower()}"
+    )
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *others = names
+    first = brief(first, 100)
+    return f"{first} and {len(others)} more tensors" if others else f"the tensor {first}"
+
+
+def refuse_non_finite(values: Tensor, place: str) -> None:
+    """Raises UserError if a weight is NaN or infinite. place: file and name of the tensor."""
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # an extreme is NaN if any value is
+        raise UserError(
+            f"{place} holds NaN or infinite weights: the file is damaged, or training had diverged when it was saved"
+        )

@@ -1,0 +1,105 @@
+"""What a model directory has to keep to before and after transformers loads it.
+
+transformers fills in random weights for what the files lack, leaves out what its config does not ask for, and allocates whatever
+the config says: all of it in silence or in a log.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.config_file import ModelConfig, check_model_directory, load_config, reason
+from megatron_fuse.model.weight_files import WeightFiles
+from megatron_fuse.text_safety import brief
+
+_QUANTISED = 16  # elements that a byte of a quantised file may hold, with room
+
+
+def check_before_loading(
+    auto_class: Any, directory: Path, where: str, *, trust_remote_code: bool, allowed_by: str | None = None
+) -> None:
+    """Raises UserError for a damaged file, and for a config whose model is larger than its weight files can fill.
+
+    auto_class: whose `from_config` makes the model, on no device. where: the recipe's key (`sources.mpt.model`).
+    """
+    stated = check_model_directory(directory)
+    weights = WeightFiles(directory)
+    weights.open_all()
+    check_layers(stated, weights, directory, where)
+    config = load_config(directory, trust_remote_code=trust_remote_code, allowed_by=allowed_by)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and torch raise many kinds for an unknown or impossible model
+        raise UserError(
+            f"{where}: no model can be made from {directory / 'config.json'} ({sizes(config)}): {reason(error, config)}"
+        ) from error
+    check_size(model, config, weights, directory, where)
+
+
+def check_layers(stated: ModelConfig, weights: WeightFiles, directory: Path, where: str) -> None:
+    """Raises UserError for more layers than there are tensors: to make them would take for ever."""
+    if stated.layers and stated.layers > len(weights.file_of):
+        raise UserError(
+            f"{where}: {directory / 'config.json'} has {stated.layers} layers ({sizes(stated)}), but {weights.model_dir} holds "
+            f"{len(weights.file_of)} tensors in all: config and weights do not belong together"
+        )
+
+
+def check_size(
+    model: torch.nn.Module, config: PreTrainedConfig, weights: WeightFiles, directory: Path, where: str
+) -> None:
+    """Raises UserError if a model on no device has more elements than the weight files have room for.
+
+    directory: of the config.json that `config` was read from.
+    """
+    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    room = weights.open_all() * (_QUANTISED if getattr(config, "quantization_config", None) else 1)
+    if elements > room:
+        raise UserError(
+            f"{where}: {directory / 'config.json'} describes a model of {elements} elements ({sizes(config)}), but the weight files "
+            f"of {weights.model_dir} have room for {room} at most: config and weights do not belong together"
+        )
+
+
+def check_after_loading(model: torch.nn.Module, report: dict[str, Any], directory: Path, where: str) -> None:
+    """Raises UserError where transformers reports weights that are missing, of another shape, or of layers left out."""
+    missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise UserError(
+            f"{where}: {directory} has no weights for {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, which would "
+            f"stay random ({sizes(model.config)}): name a model that was saved as {type(model).__name__} with all its weights"
+        )
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"{where}: {directory}: {brief(name, 100)} is {list(found)}, but config.json makes it {list(expected)} "
+            f"({sizes(model.config)}): config and weights do not belong together"
+        )
+    known = {_layer_name(name) for name in model.state_dict()}
+    further = [name for name in report["unexpected_keys"] if _layer_name(name) in known]
+    # Layers that predict several tokens at once lie behind the others, and transformers leaves them out by right.
+    if further and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", None):
+        raise UserError(
+            f"{where}: {directory} holds {brief(min(further), 100)}, but config.json makes a model without it "
+            f"({sizes(model.config)}): config and weights do not belong together"
+        )
+
+
+def sizes(config: ModelConfig | PreTrainedConfig) -> str:
+    """The sizes and switches that a config has, by its family's own keys; of transformers' config, with its defaults."""
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    keys = [key for key in ModelConfig.model_fields if key not in getattr(config, "attribute_map", {})]
+    named = {key: getattr(config, key, None) for key in keys if not key.endswith(("_window", "_labels"))}
+    return (
+        brief(", ".join(f"{key} {value}" for key, value in named.items() if type(value) in (int, bool)), 250)
+        or "no sizes"
+    )
+
+
+def _layer_name(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)

@@ -1,0 +1,138 @@
+"""The header of a safetensors file: which tensors there are, of which type and shape, and where their bytes lie.
+
+    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}} | data
+
+What the safetensors library accepts is accepted, except for a tensor that is named twice, of which it drops one silently.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.strict_json import file_size, parse_object
+from megatron_fuse.text_safety import brief
+
+MOST_HEADER_BYTES = 100_000_000  # the library's own limit
+METADATA = "__metadata__"
+# Bits of an element. fmt: off
+DTYPE_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+# fmt: on
+_FETCH = "fetch or copy the file again"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Tensor(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    dtype: str
+    shape: Annotated[list[Count], Field(max_length=64)]  # torch has no more dimensions
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """dtype: in safetensors' letters (BF16). start, end: of its bytes, counted from the begin of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """text: the JSON as it is in the file. tensors: in its order."""
+
+    text: bytes
+    tensors: dict[str, StoredTensor]
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Raises UserError, naming the file and the tensor, for a header that the file's bytes do not fit, or is none."""
+    size = file_size(path)
+    try:
+        with path.open("rb") as file:
+            text = _header_bytes(file, size, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    content = parse_object(text, str(path))
+    metadata = content.pop(METADATA, None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise UserError(f"{path}: {METADATA} is {shortened(metadata)}: expected an object of texts: {_FETCH}")
+    data = 8 + len(text)
+    tensors = {name: _tensor(name, entry, data, path) for name, entry in content.items()}
+    _check_cover(tensors, data, size, path)
+    return SafetensorsHeader(text, tensors)
+
+
+def _header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if start.startswith(b"version "):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+        raise UserError(
+            f"{path} is not a whole safetensors file: its header would have {length} bytes of {size}: {_FETCH}"
+        )
+    return file.read(length)
+
+
+def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
+    place = f"{path}: tensor {brief(name, 100)}"
+    tensor = parse_record(entry, _Tensor, place, _FETCH)
+    start, end = tensor.data_offsets
+    if tensor.dtype not in DTYPE_BITS:
+        raise UserError(f"{place}: dtype is {shortened(tensor.dtype)}, which safetensors does not have: {_FETCH}")
+    bits = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
+    if bits != 8 * (end - start):
+        raise UserError(
+            f"{place}: shape {shortened(tensor.shape)} of {tensor.dtype} has {-(-bits // 8)} bytes, but data_offsets {start}, {end} "
+            f"give it {end - start}: {_FETCH}"
+        )
+    return StoredTensor(tensor.dtype, tuple(tensor.shape), data + start, data + end)
+
+
+def _check_cover(tensors: dict[str, StoredTensor], data: int, size: int, path: Path) -> None:
+    """Raises UserError unless the tensors' bytes lie one after the other and are all that the file has."""
+    end = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != end:
+            raise UserError(
+                f"{path}: tensor {brief(name, 100)}: data_offsets begin at {tensor.start - data}, but the tensors before it "
+                f"end at {end - data}: {_FETCH}"
+            )
+        end = tensor.end
+    if end != size:
+        what = "is cut off" if end > size else "has bytes that belong to no tensor"
+        raise UserError(
+            f"{path} {what}: its header describes {end} bytes (data_offsets), the file has {size}: {_FETCH}"
+        )

@@ -1,0 +1,129 @@
+"""JSON of models from elsewhere, read strictly.
+
+`json` alone accepts a key twice (the last one wins), numbers of any length and halves of surrogate pairs, and runs out of stack on
+deep nesting. All of that is refused here with the file and the key or line.
+"""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.text_safety import brief
+
+MOST_BYTES = 64 << 20  # the index of the largest published model has 10 MB
+_MOST_DEPTH = 64
+_MOST_DIGITS = 1000  # a float has 309 before the point
+
+
+class _BadValue(ValueError):
+    """Found by a hook of the parser, which does not know the place."""
+
+    def __init__(self, problem: str, token: str) -> None:
+        super().__init__(problem)
+        self.token = token
+
+
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The JSON object of a file. Raises UserError, naming the file and the key or line, for anything else in its place."""
+    return parse_object(read_small_file(path, most_bytes), str(path))
+
+
+def read_small_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The bytes of a file. Raises UserError if it is missing, too large, unreadable, or no regular file."""
+    size = file_size(path)
+    if size > most_bytes:
+        raise UserError(f"{path} has {size} bytes, more than {most_bytes}: another file is in its place")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def file_size(path: Path) -> int:
+    """In bytes. Raises UserError unless it is a regular file: a pipe would be read for ever."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}: put the file there")
+    return status.st_size
+
+
+def parse_object(text: bytes, place: str) -> dict[str, Any]:
+    """The JSON object in a text; place: its file, for errors."""
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
+    except _BadValue as error:
+        raise UserError(f"{place}: {error}{_line_of(text, error.token)}") from error
+    except UnicodeDecodeError as error:
+        line = text[: error.start].count(b"\n") + 1
+        raise UserError(f"{place}: line {line} is not UTF-8 ({error.reason})") from error
+    except RecursionError:
+        raise UserError(f"{place}: {_too_deep(text)}") from None
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON: {brief(str(error))}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{place}: holds a JSON {type(content).__name__}, expected an object")
+    for key, value, depth in _values(content):
+        if depth > _MOST_DEPTH:
+            raise UserError(f"{place}: {key}: {_too_deep(text)}")
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{place}: {key} is {shortened(value)}: half of a surrogate pair is no text")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _BadValue(f"the key {shortened(key)} is given twice", "")
+            seen.add(key)
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _BadValue(f"an integer of {len(digits)} digits", digits)
+    return int(digits)
+
+
+def _values(content: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """(path, value, depth) of all values and keys, without recursion."""
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        yield path, value, depth
+        if depth > _MOST_DEPTH:
+            continue
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                name = f"{path}.{brief(key, 60)}" if path else brief(key, 60)
+                if isinstance(inner, dict | list | str):
+                    waiting.append((name, inner, depth + 1))
+                if not key.isascii():
+                    yield name, key, depth
+        elif isinstance(value, list):
+            waiting += [(path, inner, depth + 1) for inner in value if isinstance(inner, dict | list | str)]
+
+
+def _line_of(text: bytes, token: str) -> str:
+    return f" in line {text[: text.find(token.encode())].count(10) + 1}" if token else ""
+
+
+def _too_deep(text: bytes) -> str:
+    """Where brackets (those in strings count too: this is only for a message) are deeper than allowed."""
+    depth = 0
+    for place, byte in enumerate(text):
+        depth += (byte in b"[{") - (byte in b"]}")
+        if depth > _MOST_DEPTH:
+            return f"nested more than {_MOST_DEPTH} deep in line {text[:place].count(10) + 1}"
+    return "nested too deeply"
