@@ -247,7 +247,7 @@ def damage(directory, kind):
     ("kind", "said"),
     [
         ("empty", "holds no weights: expected one of model.safetensors"),
-        ("no index entry", "model.safetensors.index.json: weight_map is missing"),
+        ("no index entry", "model.safetensors.index.json: weight_map: missing"),
         ("missing shard", "model-00001-of-00001.safetensors is missing"),
         ("misplaced", "model-00001-of-00001.safetensors lacks a, which the index places there"),
         ("cut short", "model-00001-of-00001.safetensors is cut off"),
