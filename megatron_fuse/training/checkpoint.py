@@ -34,7 +34,6 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.storage import write_json
-from megatron_fuse.storage.checksums import FileRecord
 from megatron_fuse.training import megatron_checkpoints
 from megatron_fuse.training.checkpoint_files import (
     BEST,
@@ -47,7 +46,7 @@ from megatron_fuse.training.checkpoint_files import (
     remove_leftovers,
     temporary_name,
 )
-from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, write_checksums
+from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems, write_checksums
 from megatron_fuse.training.interruption import signals_held
 from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.write_results import use_new_write_results
@@ -252,7 +251,7 @@ class CheckpointWriter:
         temporary.mkdir(parents=True)
         return temporary
 
-    def _publish(self, temporary: Path, written: dict[str, FileRecord], facts: CheckpointFacts, best: bool) -> None:
+    def _publish(self, temporary: Path, written: dict[str, StoredItems], facts: CheckpointFacts, best: bool) -> None:
         write_json(temporary / "facts.json", asdict(facts))
         write_checksums(temporary, written)
         trackers = [self.directory / which for which in ([BEST, LATEST] if best else [LATEST])]
@@ -333,7 +332,7 @@ def load_checkpoint(
         return files, facts, megatron_checkpoints.open_for_loading(files)
 
     def filled() -> None:
-        with files.compared_beside(rank, world_size):
+        with files.comparing_rest(rank, world_size):
             try:
                 loaded = megatron_checkpoints.load(_state(chunks, optimizer, loading=True), path, strategies)
             except (OSError, CheckpointException, CheckpointingException) as error:

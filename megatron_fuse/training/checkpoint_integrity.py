@@ -1,23 +1,29 @@
 """Whether a checkpoint's files are those that were written: sizes and checksums, compared at every load.
 
-    iter_0000120/checksums.json    {"files": {"__0_0.distcp": {"bytes": 667222, "xxh3_128": "..."}, ...}}: all other files
+    iter_0000120/checksums.json    files: {"facts.json": {"bytes": 4399, "xxh3_128": "..."}, ...}, of the small files
+                                   items: {"__0_0.distcp": {"bytes": 667222, "items": [[0, "..."], [1261, "..."], ...]}, ...}: of the
+                                   large ones the checksum of each stored item, which ends where the next begins
 
-The process that writes a large file computes its checksum on the way. At a load every rank compares its share of the large files
-in threads, while Megatron reads them; what was loaded is used only once all ranks have found all files right. Small files are read
-once, compared, and parsed from the very bytes that were compared.
+The process that writes an item computes its checksum on the way. A load reads an item into memory once, compares it there, and makes
+the tensor from the very bytes that were compared; small files likewise. Items that nothing asks for, such as the optimizer's in an
+export, are compared in threads beside, shared between the ranks, so that a load vouches for the whole checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import xxhash
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import write_json
 from megatron_fuse.storage.checksums import (
     FileRecord,
-    difference,
     parse_records,
     record_of_content,
     record_of_file,
@@ -27,28 +33,48 @@ from megatron_fuse.storage.checksums import (
 
 CHECKSUMS = "checksums.json"
 LARGE = ".distcp"  # suffix of the files that the ranks write
-_THREADS = 2  # Megatron writes two files per rank
+_THREADS = 2  # for items that nothing asks for
+_BLOCK = 1 << 19  # bytes; stay in a core's cache between the read and the hash, and both release the GIL
 _FIX = "name another checkpoint, or restore this one from a copy"
 
 
-def write_checksums(directory: Path, written: Mapping[str, FileRecord]) -> None:
+@dataclass(frozen=True)
+class StoredItems:
+    """A large file. bytes: its size. items: where each stored item begins, from 0 on, and its checksum."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    bytes: Annotated[int, Field(ge=0, strict=True)]
+    items: list[tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]]
+
+    def spans(self) -> dict[int, tuple[int, str]]:
+        """Length and checksum of each item, by where it begins."""
+        ends = [start for start, _ in self.items[1:]] + [self.bytes]
+        return {start: (end - start, checksum) for (start, checksum), end in zip(self.items, ends, strict=True)}
+
+
+def write_checksums(directory: Path, written: Mapping[str, StoredItems]) -> None:
     """Records the files of a checkpoint that is complete but for this one.
 
-    written: of each large file what its writer computed. The small ones, of rank 0, are read again. Raises UserError where a large
+    written: what the writers computed of the large files. The small ones, of rank 0, are read again. Raises UserError where a large
     file has not the size that its writer counted.
     """
-    names = sorted(path.name for path in directory.iterdir() if path.name != CHECKSUMS)
-    if unknown := [name for name in names if name.endswith(LARGE) and name not in written]:
-        raise ValueError(f"no writer gave a checksum of {unknown[0]}")
+    names = {path.name for path in directory.iterdir()} - {CHECKSUMS}
+    large = {name for name in names if name.endswith(LARGE)}
+    if unknown := large ^ set(written):
+        raise ValueError(f"{min(unknown)} is there or has checksums, but not both")
     for name, record in written.items():
-        if wrong := difference(directory / name, record, content=False):
-            raise UserError(f"{directory / name}: {wrong} after it was written: the file system lost data")
-    records = {name: written.get(name) or record_of_file(directory / name) for name in names}
-    write_json(directory / CHECKSUMS, {"files": records_as_json(records)})
+        if (size := (directory / name).stat().st_size) != record.bytes:
+            raise UserError(
+                f"{directory / name}: {size} bytes, but {record.bytes} were written: the file system lost data"
+            )
+    small = {name: record_of_file(directory / name) for name in sorted(names - large)}
+    items = {name: asdict(written[name]) for name in sorted(written)}
+    write_json(directory / CHECKSUMS, {"files": records_as_json(small), "items": items})
 
 
 class CheckpointFiles:
-    """The files of one checkpoint during a load.
+    """The files of one checkpoint during a load, as one rank sees them.
 
     verify: compare checksums; presence and sizes are compared in any case where checksums.json is there. Raises UserError, naming the
     file, where it is not there, damaged, or says that another file is.
@@ -56,79 +82,145 @@ class CheckpointFiles:
 
     def __init__(self, path: Path, *, verify: bool) -> None:
         self.path, self.verify = path, verify
-        self.records: dict[str, FileRecord] | None = None
+        self.small: dict[str, FileRecord] | None = None
+        self.large: dict[str, StoredItems] = {}
         place = path / CHECKSUMS
         if place.exists():
-            self.records = parse_records(_files_of(place), f"{place}: files")
+            self.small, self.large = _read_checksums(place)
         elif verify:
             raise UserError(
                 f"{path} has no {CHECKSUMS}: it was written by an older version or is incomplete, and damage would go unnoticed: "
                 "name another checkpoint, or accept the risk with --no-verify"
             )
+        self._spans: dict[str, dict[int, tuple[int, str]]] = {}
+        self._compare_rest: Callable[[set[tuple[str, int]]], None] = lambda _: None
 
     def content(self, name: str) -> bytes:
         """The bytes of a small file, after comparing them."""
         place = self.path / name
-        record = self.record(name)
         try:
             content = place.read_bytes()
         except OSError as error:
             raise UserError(f"{place}: cannot be read ({error.strerror}): {_FIX}") from error
-        found = record_of_content(content)
-        if record and (found.bytes != record.bytes or self.verify):
-            self._refuse(name, wrong_content(found, record))
+        if self.small is not None:
+            if name not in self.small:
+                raise self._not_listed(name)
+            found, record = record_of_content(content), self.small[name]
+            if (found.bytes != record.bytes or self.verify) and (wrong := wrong_content(found, record)):
+                raise self._damaged(name, wrong)
         return content
 
-    def record(self, name: str) -> FileRecord | None:
-        """None where the checkpoint has no checksums. Raises UserError for a file that it does not list."""
-        if self.records is None:
-            return None
-        if name not in self.records:
-            raise UserError(f"{self.path / CHECKSUMS} does not list {name[:100]}: one of the two is damaged: {_FIX}")
-        return self.records[name]
+    def check_place(self, name: str, offset: int, length: int) -> None:
+        """Raises UserError unless .metadata places an item where one is stored, in a file of the checkpoint itself."""
+        if self.small is None:
+            if Path(name).name != name or not (self.path / name).is_file():
+                raise UserError(f"{self.path / name[:100]}: missing, .metadata places tensors there: {_FIX}")
+        elif name not in self.large:
+            raise self._not_listed(name)
+        elif self._span(name, offset)[0] != length:
+            raise self._damaged(name, f".metadata places an item of {length} bytes at {offset}, where none is stored")
 
     def compare_sizes(self, rank: int, world_size: int) -> None:
         """Presence and size of a rank's share of the large files."""
         for name in self._share(rank, world_size):
-            self._refuse(name, difference(self.path / name, self.records[name], content=False))  # type: ignore[index]
+            path, size = self.path / name, self.large[name].bytes
+            if not path.is_file():
+                raise self._damaged(name, "missing")
+            if (found := path.stat().st_size) != size:
+                raise self._damaged(name, f"{found} bytes in the place of {size}")
+
+    def read_item(self, file: BinaryIO, name: str, offset: int, into: memoryview) -> None:
+        """Reads the item at `offset` of a large file, all of it, and compares it. file: unbuffered."""
+        digest = xxhash.xxh3_128() if self.verify and self.small is not None else None
+        file.seek(offset)
+        read = 0
+        while read < len(into):
+            block = file.readinto(into[read : read + _BLOCK])  # type: ignore[attr-defined]
+            if not block:
+                raise self._damaged(name, f"ends at byte {offset + read}, within an item")
+            if digest is not None:
+                digest.update(into[read : read + block])
+            read += block
+        if digest is not None and (found := digest.hexdigest()) != (wanted := self._span(name, offset)[1]):
+            raise self._damaged(name, f"checksum {found[:12]}... in the place of {wanted[:12]}... at byte {offset}")
 
     @contextmanager
-    def compared_beside(self, rank: int, world_size: int) -> Iterator[None]:
-        """Compares the checksums of a rank's share of the large files while the block runs, and raises at its end.
+    def comparing_rest(self, rank: int, world_size: int) -> Iterator[None]:
+        """Within the block compare_all_but compares a rank's share of the other items in threads; their damage is raised at its end.
 
         A block that fails over a damaged file fails with that file's name.
         """
-        names = self._share(rank, world_size) if self.verify else []
-        pool = ThreadPoolExecutor(_THREADS)
+        pool, comparisons = ThreadPoolExecutor(_THREADS), list[Future[None]]()
+
+        def compare(read: set[tuple[str, int]]) -> None:
+            for name in self._share(rank, world_size) if self.verify else ():
+                rest = [offset for offset, _ in self.large[name].items if (name, offset) not in read]
+                comparisons.append(pool.submit(self._compare_items, name, rest))
+
+        self._compare_rest = compare
+        failure: Exception | None = None
         try:
-            comparisons = {name: pool.submit(difference, self.path / name, self.records[name]) for name in names}  # type: ignore[index]
-            failure: Exception | None = None
             try:
                 yield
+            except UserError:
+                raise
             except Exception as error:
                 failure = error
-            for name, comparison in comparisons.items():
-                self._refuse(name, comparison.result(), failure)
+            for comparison in comparisons:
+                if error := comparison.exception():
+                    raise error from failure
             if failure is not None:
                 raise failure
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def compare_all_but(self, read: set[tuple[str, int]]) -> None:
+        """Says which items, by file and place, this rank is about to read and compare."""
+        self._compare_rest(read)
+
+    def _compare_items(self, name: str, offsets: list[int]) -> None:
+        lengths = {offset: self._span(name, offset)[0] for offset in offsets}
+        block = memoryview(bytearray(max(lengths.values(), default=0)))
+        try:
+            with (self.path / name).open("rb", buffering=0) as file:
+                for offset, length in lengths.items():
+                    self.read_item(file, name, offset, block[:length])
+        except OSError as error:
+            raise self._damaged(name, f"cannot be read ({error.strerror})") from error
+
+    def _span(self, name: str, offset: int) -> tuple[int, str]:
+        spans = self._spans.get(name) or self._spans.setdefault(name, self.large[name].spans())
+        if offset not in spans:
+            raise self._damaged(name, f".metadata places an item at byte {offset}, where none begins")
+        return spans[offset]
+
     def _share(self, rank: int, world_size: int) -> list[str]:
         """A rank's part of the large files: at an unchanged layout those that it wrote, and mostly those that it loads."""
-        large = sorted(name for name in self.records or () if name.endswith(LARGE))
-        return [name for index, name in enumerate(large) if _writer(name, index) % world_size == rank]
+        return [name for index, name in enumerate(sorted(self.large)) if _writer(name, index) % world_size == rank]
 
-    def _refuse(self, name: str, wrong: str | None, cause: BaseException | None = None) -> None:
-        if wrong:
-            raise UserError(f"{self.path / name}: {wrong}: damaged, or a file of another checkpoint: {_FIX}") from cause
+    def _damaged(self, name: str, wrong: str) -> UserError:
+        return UserError(f"{self.path / name}: {wrong}: damaged, or a file of another checkpoint: {_FIX}")
+
+    def _not_listed(self, name: str) -> UserError:
+        return UserError(f"{self.path / CHECKSUMS} does not list {name[:100]}: one of the two is damaged: {_FIX}")
 
 
-def _files_of(place: Path) -> object:
+def _read_checksums(place: Path) -> tuple[dict[str, FileRecord], dict[str, StoredItems]]:
     try:
-        return json.loads(place.read_bytes())["files"]
+        content = json.loads(place.read_bytes())
+        files, items = content["files"], content["items"]
+        large = TypeAdapter(dict[str, StoredItems]).validate_python(items)
+        for name, record in large.items():
+            starts = [start for start, _ in record.items]
+            if starts != sorted({0, *starts}) or starts[-1:] >= [record.bytes] or Path(name).name != name:
+                raise ValueError(f"items of {name[:100]!r}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"items: {'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
+        raise UserError(f"{place}: damaged ({what}): {_FIX}") from error
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}): {_FIX}") from error
+    return parse_records(files, f"{place}: files"), large
 
 
 def _writer(name: str, otherwise: int) -> int:

@@ -32,24 +32,23 @@ from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, ReadItem
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StorageWriterTransforms
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.checksums import FileRecord
-from megatron_fuse.training.checkpoint_integrity import CheckpointFiles
+from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
 from megatron_fuse.training.safe_unpickling import read_extra_state, read_metadata, read_plain
+from megatron_fuse.training.stored_tensor import read_tensor
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 
 
-def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, dict[str, FileRecord]]:
+def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, dict[str, StoredItems]]:
     """Prepares writing a sharded state into an empty directory, all ranks together.
 
-    Returns Megatron's request, to be executed or scheduled, and on rank 0 a mapping that holds a record of each .distcp file once the
+    Returns Megatron's request, to be executed or scheduled, and on rank 0 a mapping that holds the items of each .distcp file once the
     request's own finalize functions have run.
     """
     strategy = _SaveStrategy("torch_dist", 1)
@@ -60,7 +59,7 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
 class _SaveStrategy(TorchDistSaveShardedStrategy):
     def __init__(self, backend: str, version: int) -> None:
         super().__init__(backend, version)
-        self.written: dict[str, FileRecord] = {}
+        self.written: dict[str, StoredItems] = {}
 
     def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
         """As the base class, with a writer of ours and without its cache of plans."""
@@ -75,7 +74,7 @@ class _SaveStrategy(TorchDistSaveShardedStrategy):
 class _Writer(FileSystemWriterAsync):
     """transforms: an attribute that the processes which write the files are given."""
 
-    written: dict[str, FileRecord]
+    written: dict[str, StoredItems]
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -83,38 +82,36 @@ class _Writer(FileSystemWriterAsync):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, once all is written: takes the checksums out of the results, so that .metadata is as Megatron writes it."""
-        ends: dict[str, int] = {}
-        for place in (result.storage_data for of_rank in results for result in of_rank):
+        places = sorted(
+            (result.storage_data for of_rank in results for result in of_rank),
+            key=lambda place: (place.relative_path, place.offset),
+        )
+        for place in places:
             (checksum,), place.transform_descriptors = place.transform_descriptors, None
+            file = self.written.get(place.relative_path, StoredItems(0, []))
+            if place.offset != file.bytes:
+                raise ValueError(f"{place.relative_path}: no item was written at byte {file.bytes}")
             end = place.offset + place.length
-            if end > ends.get(place.relative_path, 0):  # of a file's items the last one has the checksum of the whole
-                ends[place.relative_path] = end
-                self.written[place.relative_path] = FileRecord(end, checksum)
+            self.written[place.relative_path] = StoredItems(end, [*file.items, (place.offset, checksum)])
         super().finish(metadata, results)
 
 
 class _Checksumming(_StorageWriterTransforms):
-    """Used in a process that writes one file, item after item, without a gap between them.
+    """Used in the processes that write the files."""
+
+    def transform_save_stream(self, write_item: WriteItem, raw_stream: Any) -> tuple[Any, list[str]]:
+        descriptors: list[str] = []
+        return _ChecksummingStream(raw_stream, descriptors), descriptors
+
+
+class _ChecksummingStream:
+    """What torch.save writes one item to. On closing it appends the item's checksum to `descriptors`.
 
     torch's own CRC32 of each tensor, which no reader compares, is left out meanwhile: it takes longer than the checksum.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.file: Any = None
-
-    def transform_save_stream(self, write_item: WriteItem, raw_stream: Any) -> tuple[Any, list[str]]:
-        if self.file is not raw_stream:
-            self.file, self.digest = raw_stream, xxhash.xxh3_128()
-        descriptors: list[str] = []
-        return _ChecksummingStream(raw_stream, self.digest, descriptors), descriptors
-
-
-class _ChecksummingStream:
-    """What torch.save writes one item to. On closing it appends the checksum of the file so far to `descriptors`."""
-
-    def __init__(self, file: Any, digest: Any, descriptors: list[str]) -> None:
-        self.file, self.digest, self.descriptors = file, digest, descriptors
+    def __init__(self, file: Any, descriptors: list[str]) -> None:
+        self.file, self.digest, self.descriptors = file, xxhash.xxh3_128(), descriptors
         self.crc32 = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
 
@@ -145,8 +142,8 @@ def open_for_loading(files: CheckpointFiles) -> Strategies:
         raise UserError(f"{files.path / 'common.pt'} holds a {type(common).__name__}: name another checkpoint")
     metadata = read_metadata(files.content(".metadata"), str(files.path / ".metadata"))
     for place in metadata.storage_data.values():
-        _check_name(files, place.relative_path)
-    return _LoadStrategy(metadata), _LoadCommon(common)
+        files.check_place(place.relative_path, place.offset, place.length)
+    return _LoadStrategy(metadata, files), _LoadCommon(common)
 
 
 def load(state: dict[str, Any], path: Path, strategies: Strategies) -> dict[str, Any]:
@@ -170,14 +167,6 @@ def _check_format(files: CheckpointFiles) -> None:
         )
 
 
-def _check_name(files: CheckpointFiles, name: str) -> None:
-    """Raises UserError unless .metadata places tensors into a file of the checkpoint itself."""
-    if files.records is not None:
-        files.record(name)
-    elif Path(name).name != name or not (files.path / name).is_file():
-        raise UserError(f"{files.path / name[:100]}: missing, .metadata places tensors there: name another checkpoint")
-
-
 class _LoadCommon(TorchCommonLoadStrategy):
     """The state that is no tensor, from a file that was read before."""
 
@@ -189,9 +178,9 @@ class _LoadCommon(TorchCommonLoadStrategy):
 
 
 class _LoadStrategy(TorchDistLoadShardedStrategy):
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, files: CheckpointFiles) -> None:
         super().__init__()
-        self.metadata = metadata
+        self.metadata, self.files = metadata, files
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
         """As the base class, with a reader and a planner of ours."""
@@ -202,7 +191,7 @@ class _LoadStrategy(TorchDistLoadShardedStrategy):
         )
         by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)
-        checkpoint.load_state_dict(state, _Reader(checkpoint_dir, self.metadata), planner=planner)
+        checkpoint.load_state_dict(state, _Reader(self.files, self.metadata), planner=planner)
         values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
         loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_names, renamed)
         _restore_dict_types(loaded, sharded_state_dict)
@@ -220,56 +209,48 @@ class _Planner(MCoreLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """Reads each stored item once, however many shards of a rank lie in it."""
+    """Reads each stored item once, however many shards of a rank lie in it, and compares it before anything is made of it."""
 
-    def __init__(self, path: str | Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self.metadata = metadata
+    def __init__(self, files: CheckpointFiles, metadata: Metadata) -> None:
+        super().__init__(files.path)
+        self.files, self.metadata = files, metadata
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         wanted: dict[str, dict[int, list[ReadItem]]] = {}
+        longest = 0
         for item in plan.items:
             place = self.storage_data[item.storage_index]
             wanted.setdefault(place.relative_path, {}).setdefault(place.offset, []).append(item)
+            longest = max(longest, place.length)
+        self.files.compare_all_but({(name, offset) for name, by_offset in wanted.items() for offset in by_offset})
+        buffer = memoryview(bytearray(longest))  # for one item after another: fresh memory costs more than reading
         for name, by_offset in wanted.items():
-            path = Path(self.path) / name
-            with path.open("rb") as file:
-                for _, items in sorted(by_offset.items()):
-                    _fill(items, file, self.storage_data[items[0].storage_index], planner, path)
+            path = self.files.path / name
+            with path.open("rb", buffering=0) as file:
+                for offset, items in sorted(by_offset.items()):
+                    content = buffer[: self.storage_data[items[0].storage_index].length]
+                    self.files.read_item(file, name, offset, content)
+                    _fill(items, content, planner, f"{path}: {items[0].storage_index.fqn} at byte {offset}")
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _fill(items: list[ReadItem], file: Any, place: _StorageInfo, planner: LoadPlanner, path: Path) -> None:
+def _fill(items: list[ReadItem], content: memoryview, planner: LoadPlanner, what: str) -> None:
     """Hands a stored item to the planner, for every shard that asks for a part of it."""
     if items[0].type == LoadItemType.BYTE_IO:
-        file.seek(place.offset)
-        value = read_extra_state(file.read(place.length), f"{path} at byte {place.offset}")
+        value = read_extra_state(bytes(content), what)
         for item in items:
             planner.load_bytes(item, value)
         return
-    stored = _read_tensor(file, place, f"{path}: {items[0].storage_index.fqn}")
+    stored = read_tensor(content, what)
     for item in items:
         part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.size() != part.size():
-            raise UserError(
-                f"{path}: {item.storage_index.fqn} has {list(part.size())} where {list(target.size())} is wanted"
-            )
+            raise UserError(f"{what} has {list(part.size())} where {list(target.size())} is wanted")
         target.copy_(part)
         planner.commit_tensor(item, target)
-
-
-def _read_tensor(file: Any, place: _StorageInfo, what: str) -> torch.Tensor:
-    try:
-        tensor = torch.load(_create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports damage in many classes
-        reason = next(iter(str(error).splitlines()), "")[:160]
-        raise UserError(f"{what} cannot be read ({type(error).__name__}: {reason}): name another checkpoint") from error
-    if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{what} is a {type(tensor).__name__} and no tensor: name another checkpoint")
-    return tensor

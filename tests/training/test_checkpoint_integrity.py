@@ -124,6 +124,25 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(ranks, trained, cases: Ca
         assert len(message) <= 600
 
 
+def test_damage_to_what_a_load_does_not_ask_for_is_found(ranks, trained, cases: Cases) -> None:  # type: ignore[no-untyped-def]
+    """The weights alone are loaded, as an export does it: of the optimizer's items nothing is read but to compare them."""
+    metadata = pickle.loads((cases.checkpoint / ".metadata").read_bytes())
+    places = [place for index, place in metadata.storage_data.items() if index.fqn.startswith("optimizer")]
+
+    def flip_last(path: Path, name: str, at: int) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[at] ^= 1
+        (path / name).write_bytes(content)
+
+    for place in (places[0], places[-1]):
+        at = place.offset + place.length - 1
+        cases.add(place.relative_path, lambda path, place=place, at=at: flip_last(path, place.relative_path, at))
+        cases.add("loaded", lambda path, place=place, at=at: flip_last(path, place.relative_path, at), verify=False)
+    whole, *_ = ranks(1, load_all, trained[1], [(cases.checkpoint, True)])[0]
+    for what, message, digest in cases.outcomes(ranks, trained[1]):
+        assert what in message and digest == whole[1]
+
+
 def test_without_verification_sizes_are_compared_and_damage_never_ends_in_a_traceback(  # type: ignore[no-untyped-def]
     ranks, trained, cases: Cases
 ) -> None:
@@ -156,16 +175,23 @@ def test_damaged_checksums_are_named(ranks, trained, cases: Cases, verify: bool)
         "{}",
         "[]",
         "nonsense",
-        '{"files": null}',
-        '{"files": {"a": 5}}',
         '{"files": {}}',
+        '{"files": {}, "items": {}}',
+        '{"files": null, "items": {}}',
+        '{"files": {"a": 5}, "items": {}}',
+        '{"files": {}, "items": {"a": 5}}',
         "\udcff",
         "[" * 99999,
     ]
     for name in ("../a", "/a", ""):
-        contents.append(json.dumps({"files": {name: {"bytes": 1, "xxh3_128": "0" * 32}}}))
+        contents.append(json.dumps({"files": {name: {"bytes": 1, "xxh3_128": "0" * 32}}, "items": {}}))
+        contents.append(json.dumps({"files": {}, "items": {name: {"bytes": 1, "items": [[0, "0" * 32]]}}}))
     for size in (-1, "1", True, 1.0, None):
-        contents.append(json.dumps({"files": {"a": {"bytes": size, "xxh3_128": "0" * 32}}}))
+        contents.append(json.dumps({"files": {"a": {"bytes": size, "xxh3_128": "0" * 32}}, "items": {}}))
+        contents.append(json.dumps({"files": {}, "items": {"a": {"bytes": size, "items": []}}}))
+    for starts in ([1], [0, 0], [0, 5, 3], [0, 9], [-1], ["0"], [None]):
+        items = [[start, "0" * 32] for start in starts]
+        contents.append(json.dumps({"files": {}, "items": {"a": {"bytes": 9, "items": items}}}))
     for content in contents:
         cases.add(
             content, rewrite("checksums.json", lambda _, c=content: c.encode(errors="surrogateescape")), verify=verify
@@ -247,13 +273,34 @@ def signed(damage: Damage) -> Damage:
     """The damage, and checksums that fit it: whoever crafts a checkpoint writes those as well."""
 
     def both(path: Path) -> None:
-        from megatron_fuse.storage.checksums import records_as_json, records_of_files
-
         damage(path)
-        (path / "checksums.json").unlink()
-        (path / "checksums.json").write_text(json.dumps({"files": records_as_json(records_of_files(path))}))
+        content = json.loads((path / "checksums.json").read_text())
+        for name, record in content["items"].items():
+            if (size := (path / name).stat().st_size) > record["bytes"]:
+                record["items"].append([record["bytes"], ""])
+                record["bytes"] = size
+        (path / "checksums.json").write_text(json.dumps(recorded_anew(path, content)))
 
     return both
+
+
+def recorded_anew(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's checksums.json with what its files hold now."""
+    import xxhash
+
+    def checksum(data: bytes) -> str:
+        return xxhash.xxh3_128(data).hexdigest()
+
+    files, items = {}, {}
+    for name in content["files"]:
+        data = (path / name).read_bytes()
+        files[name] = {"bytes": len(data), "xxh3_128": checksum(data)}
+    for name, record in content["items"].items():
+        data = (path / name).read_bytes()
+        starts = [start for start, _ in record["items"]]
+        spans = zip(starts, [*starts[1:], len(data)], strict=True)
+        items[name] = {"bytes": len(data), "items": [[start, checksum(data[start:end])] for start, end in spans]}
+    return {"files": files, "items": items}
 
 
 def with_item(kind: str, content: bytes) -> Damage:
@@ -325,18 +372,14 @@ def test_a_state_that_says_nothing_is_loaded(ranks, trained, cases: Cases, state
     assert message == "loaded"
 
 
-def written_and_found(workdir: Path, target: Path, sections: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Trains, and compares on rank 0 the checksums that the writers gave with those of the files."""
-    from megatron_fuse.storage.checksums import records_as_json, records_of_files
-
+def recorded_and_found(workdir: Path, target: Path, sections: dict[str, Any]) -> list[tuple[dict, dict, set[str]]]:
+    """Trains; on rank 0, of each checkpoint: checksums.json, what it should be, and the other files."""
     run_training(workdir, target, sections)
     found = []
     for path in sorted((workdir / "training/checkpoints").glob("iter_*")) if os.environ["RANK"] == "0" else ():
-        recorded = json.loads((path / "checksums.json").read_text())["files"]
-        files = {
-            name: record for name, record in records_as_json(records_of_files(path)).items() if name != "checksums.json"
-        }
-        found += [(name, recorded.get(name) == files.get(name)) for name in {*recorded, *files}]
+        recorded = json.loads((path / "checksums.json").read_text())
+        names = {file.name for file in path.iterdir()} - {"checksums.json"}
+        found.append((recorded, recorded_anew(path, recorded), names))
     return found
 
 
@@ -345,8 +388,12 @@ def test_every_rank_checksums_what_it_writes(ranks, tmp_path: Path, asynchronous
     target = make_tiny_target(tmp_path / "target")
     training = {"train_iters": 2, "save_interval": 1, "async_save": asynchronous}
     sections = {"parallel": layout(tp=2, use_distributed_optimizer=True), "training": training}
-    found, _ = ranks(2, written_and_found, tmp_path / "work", target, sections)
-    assert len(found) == 2 * 8 and all(same for _, same in found), found  # four large files and four small ones
+    found, _ = ranks(2, recorded_and_found, tmp_path / "work", target, sections)
+    assert len(found) == 2
+    for recorded, expected, names in found:
+        assert recorded == expected and len(recorded["items"]) == 4 and len(recorded["files"]) == 4
+        assert names == {*recorded["files"], *recorded["items"]}
+        assert all(record["items"][0][0] == 0 and len(record["items"]) > 4 for record in recorded["items"].values())
 
 
 def refusal(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
@@ -410,7 +457,7 @@ _READERS = {
     r"\btorch\.load\(": r"weights_only=True",
     r"allow_pickle=True": r"^$",
     r"\byaml\.(unsafe_|full_)?load\(": r"_Loader",
-    r"\b(c?[pP]ickle|dill|cloudpickle|marshal|shelve|joblib)\b[.\w]*\.(loads?|open|Unpickler)\b": r"class _MetadataUnpickler\(pickle\.Unpickler\)",
+    r"\b(c?[pP]ickle|dill|cloudpickle|marshal|shelve|joblib)\b[.\w]*\.(loads?|open|Unpickler)\b": r"class _(Metadata|Tensor)Unpickler\(pickle\.Unpickler\)",
     r"(?<![.\w])(eval|exec)\(": r"^$",
     r"torch\.jit\.load|torch\.package|trust_remote_code=True": r"^$",
 }
