@@ -8,6 +8,7 @@ that a slow spell of the machine meets both; figures are medians. DIR should be 
     save, load        wall time; loads read from the page cache, where a checksum weighs most
     start-up          this process until the model was built, and the load
     CPU of            seconds of this process and of its writers: what a machine without an idle core would pay
+    --no-verify       the same reader without comparing
     Megatron's own    dist_checkpointing.save and load with their default strategies: no checksum, a CRC32 of every tensor on saving
 """
 
@@ -99,11 +100,12 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
         save()
         (wall, cpu), (wall_before, cpu_before) = _in_turns(options.pairs, ours, theirs)
         what = f"{name} of {megabytes:.0f} MB"
-        rows.append(Measurement(what, wall, "s", baseline, wall_before, wanted="ratio <= 1.02"))
+        wanted = "ratio <= 1.02" if theirs in (megatron_save, megatron_load) else ""
+        rows.append(Measurement(what, wall, "s", baseline, wall_before, wanted=wanted))
         rows.append(Measurement(f"CPU of {what}", cpu, "s", baseline, cpu_before))
         if name == "load":
             both = (started + wall, started + wall_before)
-            rows.append(Measurement(f"start-up with {what}", both[0], "s", baseline, both[1], wanted="ratio <= 1.02"))
+            rows.append(Measurement(f"start-up with {what}", both[0], "s", baseline, both[1], wanted=wanted))
     start = time.perf_counter()
     CheckpointFiles(path, verify=True).compare_sizes(0, 1)
     return [*rows, Measurement("sizes and checksums.json", 1e3 * (time.perf_counter() - start), "ms")]
