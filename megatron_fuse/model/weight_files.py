@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import write_safetensors
 from megatron_fuse.storage.records import parse_record, shortened
-from megatron_fuse.storage.safetensors_header import read_safetensors_header
+from megatron_fuse.storage.safetensors_header import read_safetensors_header, refuse_lfs_pointer
 from megatron_fuse.storage.strict_json import file_size, read_object
 from megatron_fuse.text_safety import brief
 
@@ -130,6 +130,7 @@ def _open_safetensors(path: Path):  # type: ignore[no-untyped-def]
 
 
 def _load_bin(path: Path) -> Mapping[str, Tensor]:
+    refuse_lfs_pointer(path)
     try:
         try:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -79,6 +79,7 @@ class SafetensorsHeader:
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
     """Raises UserError, naming the file and the tensor, for a header that the file's bytes do not fit, or is none."""
     size = file_size(path)
+    refuse_lfs_pointer(path)
     try:
         with path.open("rb") as file:
             text = _header_bytes(file, size, path)
@@ -94,11 +95,19 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(text, tensors)
 
 
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises UserError for the text that Git LFS has in the place of a large file that was not fetched."""
+    try:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if start.startswith(b"version "):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
     if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
         raise UserError(
             f"{path} is not a whole safetensors file: its header would have {length} bytes of {size}: {_FETCH}"
