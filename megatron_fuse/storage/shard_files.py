@@ -78,6 +78,9 @@ class ShardFiles:
             if path.exists():
                 self._report(index, f"{path}: damaged")
             return None
+        if not all(name.startswith(f"{self.names[index]}.") for name in content["files"]):
+            self._report(index, f"{path}: of another shard")
+            return None
         if content.get("plan", self._sha256) != self._sha256:
             raise UserError(
                 f"{path} belongs to a shard that was made with other options or from other inputs: move or remove "
