@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_fuse.interrupts import interruptible, report_interrupt
@@ -51,7 +52,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
 
 def _is_no_users_matter(error: OSError) -> bool:
-    return error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _report(message: str) -> int:
@@ -64,5 +65,6 @@ def _report(message: str) -> int:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(record).write_text(json.dumps(content), encoding="utf-8")
     if not record or os.environ.get("RANK") == "0":  # most errors are those of every rank
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on a full disk: the exit code says it still
+            print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
