@@ -43,17 +43,22 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target
 
 
 @pytest.fixture(scope="session")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """The process that has imported torch and transformers, and the directory of the recipe that it has made."""
     root = tmp_path_factory.mktemp("stages")
     server = start_server(root)
-    yield stage_targets(server, root)
+    yield server, root
     server.close()
 
 
 @pytest.fixture(scope="session")
-def reports(stages: dict[str, Target]) -> dict[str, Target]:
-    one = stages["build_fusion_data"]
-    return report_targets(one.server, one.scratch.parent)
+def stages(large: tuple[Server, Path]) -> dict[str, Target]:
+    return stage_targets(*large)
+
+
+@pytest.fixture(scope="session")
+def reports(large: tuple[Server, Path], stages: dict[str, Target]) -> dict[str, Target]:
+    return report_targets(*large)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +71,5 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 @pytest.fixture(scope="session")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    server = Server(["megatron_fuse.experiments"])
-    yield experiment_target(server, tmp_path_factory.mktemp("experiment") / "root")
-    server.close()
+def experiment(large: tuple[Server, Path], tmp_path_factory: pytest.TempPathFactory) -> Target:
+    return experiment_target(large[0], tmp_path_factory.mktemp("experiment") / "root")

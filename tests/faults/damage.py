@@ -78,7 +78,7 @@ def _look(target: Target, changed: Damage, state: str) -> dict[str, Any]:
     require_good_end(job)
     facts = {"codes": [job.exit_code]}
     if job.exit_code == 2:
-        _require_named(job.text, changed)
+        _require_named(target, job.text, changed)
         target.restore()
         require_rerun(target)
         return {**facts, "outcome": "refused"}
@@ -100,7 +100,7 @@ def _read_later(target: Target, changed: Damage) -> str:
         job = reader.run()
         require_good_end(job)
         if job.exit_code == 2:
-            _require_named(job.text, changed)
+            _require_named(target, job.text, changed)
             return "refused later"
         if differences := reader.differences():
             raise Broken(f"{reader.name} reads the damage silently: {differences[0]}")
@@ -109,10 +109,14 @@ def _read_later(target: Target, changed: Damage) -> str:
         reader.restore()
 
 
-def _require_named(text: str, changed: Damage) -> None:
-    """Raises Broken unless a message names a file that was changed."""
+def _require_named(target: Target, text: str, changed: Damage) -> None:
+    """Raises Broken unless a message names a file that was changed, or the directory whose plan or manifest was."""
     said = text[text.rfind("error: ") :]
-    if not any(Path(name).name in said for name in changed):
+    paths = [target.directory / name for name in changed]
+    if not any(
+        path.name in said or (path.name in ("plan.json", "manifest.json") and str(path.parent) in said)
+        for path in paths
+    ):
         raise Broken(f"none of the damaged files is named in: {said.strip()[:600]}")
 
 

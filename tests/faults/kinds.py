@@ -152,6 +152,8 @@ def _race(target: Target, members: list[Member]) -> Facts:
     target.wait_for(jobs, meanwhile)
     for member, job in zip(members, jobs, strict=True):
         require_good_end(job, may_be_killed=bool(member.watch.kill_at) or job.pid in aside)
+        if job.exit_code == 2 and "another process" not in job.text:
+            raise Broken(f"exit code 2, and no other process is named: {job.text.strip()[-500:]}")
         if job.exit_code == 0 and not member.rank:
             require_whole(target, "a process that worked alone has ended with 0")
     at_once = not target.differences()
@@ -195,7 +197,7 @@ def read_only(target: Target, draw: random.Random) -> Facts:
 
 def _refused_then_rerun(target: Target, watch: Watch, mend: Callable[[], object], facts: Facts) -> Facts:
     job = target.run(watch)
-    require_good_end(job)
+    require_good_end(job, may_be_silent=bool(watch.file_size))
     if job.exit_code == 0:
         require_whole(target, "a process has ended with 0")
     mend()
@@ -255,6 +257,7 @@ def run_case(kind: str, target: Target, seed: str) -> Facts:
     """One case: what was drawn and what came of it; `problem` says how the law was broken, or is None."""
     draw = random.Random(f"{kind} {target.name} {seed}")
     begin, facts, problem = time.monotonic(), {}, None
+    target.locks_may_stay = kind in ("killed", "killed in a race", "read-only", "damaged")
     target.forget()
     around = target.surroundings()
     try:

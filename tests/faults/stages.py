@@ -19,6 +19,7 @@ _IMPORTED = (
     "megatron_fuse.pipeline",
     "megatron_fuse.responses",
     "megatron_fuse.report",
+    "megatron_fuse.experiments",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mpt.modeling_mpt",
 )

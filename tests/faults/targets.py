@@ -39,6 +39,7 @@ class Target:
     ranked: bool = True  # several processes may share the work by RANK and WORLD_SIZE
     reader: "Target | None" = None
     normal: Callable[[str, bytes], bytes | None] = lambda _, content: content
+    locks_may_stay: bool = False  # a process that is killed at its very end leaves a lock that nobody holds or needs
     undisturbed: Files = field(default_factory=dict)
     operations: int = 0
     seconds: float = 0
@@ -106,13 +107,18 @@ class Target:
         """Operations of the jobs that run, or ran last, by their place."""
         return np.fromfile(self.scratch / "counts.bin", np.int64).tolist()
 
+    def _counts(self, path: Path) -> bool:
+        is_lock = path.name.startswith(".") and path.suffix == ".lock"
+        return path.is_file() and path.name != _FOREIGN and not (is_lock and self.locks_may_stay)
+
     def files(self) -> Files:
-        paths = sorted(path for path in self.directory.rglob("*") if path.is_file() and path.name != _FOREIGN)
+        paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
         return {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
 
     def forget(self) -> None:
         """Removes what the command wrote; a file of the user's lies there instead."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.with_name(f".{self.directory.name}.lock").unlink(missing_ok=True)
         self.directory.mkdir(parents=True)
         (self.directory / _FOREIGN).write_text("not yours")
 
@@ -143,17 +149,17 @@ class Target:
         return {
             str(path): (path.stat().st_size, path.stat().st_mtime_ns)
             for path in self.under.rglob("*")
-            if path.is_file() and not written & set(path.parents)
+            if self._counts(path) and not written & set(path.parents)
         }
 
 
-def require_good_end(job: Running, *, may_be_killed: bool = False) -> None:
-    """Raises Broken unless a process has ended with 0, or with 2 and a message."""
+def require_good_end(job: Running, *, may_be_killed: bool = False, may_be_silent: bool = False) -> None:
+    """Raises Broken unless a process has ended with 0, or with 2 and a message; silent where its output has no room either."""
     if may_be_killed and job.exit_code == -9:
         return
     if "Traceback" in job.text or job.exit_code not in (0, 2):
         raise Broken(f"exit code {job.exit_code}: {job.text.strip()[-700:]}")
-    if job.exit_code == 2 and "error: " not in job.text:
+    if job.exit_code == 2 and "error: " not in job.text and not may_be_silent:
         raise Broken(f"exit code 2 without a message: {job.text.strip()[-300:]}")
 
 
