@@ -255,10 +255,14 @@ def test_bad_paths(files, ask, words, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("tokenizer_config.json", "{", "malformed JSON"),
-        ("added_tokens.json", "[1]", "expected a JSON object"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"500": "<tool>"}}', "does not map ids"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<tool>"}}}', "does not map ids"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("added_tokens.json", "[1]", "expected an object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"500": "<tool>"}}', r"added_tokens_decoder\.500: "),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"x": {"content": "<tool>"}}}',
+            r"added_tokens_decoder\.x: ",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["sentencepiece", "llama3"])

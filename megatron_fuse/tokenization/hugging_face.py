@@ -11,6 +11,7 @@ import transformers
 from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.tokenization.normalized_spans import covered, trace
+from megatron_fuse.tokenization.settings import check_tokenizer_files
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
 from megatron_fuse.tokenization.tokenizer_json import State, own_normalizer, vocabulary_bytes, without_beginning
 
@@ -54,6 +55,7 @@ class HuggingFaceBackend:
 
 def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
     """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt (GPT-2)."""
+    check_tokenizer_files(directory)
     try:
         if (directory / "tokenizer.json").is_file():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -63,11 +65,41 @@ def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_
             tokenizer = transformers.GPT2TokenizerFast.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # transformers raises many kinds for a broken file
-        raise not_loadable(directory, error, "tokenizer", allowed_by) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers")
-    return wrap_hugging_face(tokenizer, name=str(directory))
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
+            )
+        return wrap_hugging_face(tokenizer, name=str(directory))
+    except UserError:
+        raise
+    except BaseException as error:  # transformers raises many kinds for a broken file; the library in Rust may panic
+        if not _is_of_a_file(error):
+            raise
+        part = _damaged_part(directory / "tokenizer.json")
+        raise not_loadable(directory, error, f"tokenizer.json, {part}" if part else "tokenizer", allowed_by) from error
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """The library's code in Rust panics over some values, with a BaseException that cannot be imported."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The key of tokenizer.json that cannot be used even by itself; None where it is another file, or not to be told."""
+    try:
+        state = json.loads(path.read_bytes())
+        plain = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation"))
+        plain |= {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    except (OSError, ValueError, TypeError):
+        return None
+    for key in plain:
+        try:
+            _build(plain | {key: state.get(key)}).encode("a b")
+        except BaseException as error:
+            if not _is_of_a_file(error):
+                raise
+            return key
+    return None
 
 
 def wrap_hugging_face(tokenizer: transformers.PreTrainedTokenizerFast, name: str) -> Tokenizer:

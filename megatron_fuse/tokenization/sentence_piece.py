@@ -14,6 +14,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.strict_json import read_small_file
+from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.normalized_spans import covered
 from megatron_fuse.tokenization.settings import read_settings
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts, split_at
@@ -106,39 +109,61 @@ def _processor(model: Any, **normalizer: Any) -> sentencepiece.SentencePieceProc
     return sentencepiece.SentencePieceProcessor(model_proto=changed.SerializeToString())
 
 
+def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
+    """Added tokens may rename what the model only reserves; a piece of text keeps its bytes."""
+    for text, token in extra.items():
+        if token < len(model.pieces) and model.pieces[token].type in (
+            model.SentencePiece.NORMAL,
+            model.SentencePiece.BYTE,
+        ):
+            raise UserError(
+                f"{path.parent}: the added token {shortened(text)} has id {token}, which {path.name} gives to "
+                f"{shortened(model.pieces[token].piece)}: the settings beside the model are another model's"
+            )
+
+
+def _visible(piece: str) -> bytes:
+    return piece.replace(VISIBLE_SPACE, " ").encode()
+
+
 def load_sentence_piece(path: Path) -> Tokenizer:
     """Reads a SentencePiece model file and, beside it, what transformers keeps in tokenizer_config.json and the like."""
-    data = path.read_bytes()
+    data = read_small_file(path)
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        if not model.pieces:
+            raise ValueError("it has no pieces")
+        processor = _processor(model)
+        pieces = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
+        own_bytes = {
+            token: bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else _visible(piece)
+            for piece, token in pieces.items()
+        }
     except Exception as error:  # protobuf and sentencepiece raise their own kinds
         raise UserError(
-            f"{path}: not a SentencePiece model ({error}), and no tiktoken ranks either: any other tokenizer needs a "
-            "tokenizer.json beside it"
+            f"{path}: not a SentencePiece model ({brief(str(error))}), and no tiktoken ranks either: any other tokenizer "
+            "needs a tokenizer.json beside it"
         ) from error
     settings = read_settings(path.parent)
-    pieces = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
     control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
     extra = {text: token for text, token in settings.added.items() if text not in pieces}
+    _refuse_other_bytes(model, extra, path)
     named = {}
     for kind in ("bos", "eos", "pad"):
         own = getattr(processor, f"{kind}_id")()  # -1 = none
         named[kind] = settings.named_token(kind, pieces | extra, own if own >= 0 else None)
     special = {*control.values(), *settings.special, *named.values()} - {None}
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
-    for piece, token in pieces.items():
-        token_bytes[token] = (
-            bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.replace(VISIBLE_SPACE, " ").encode()
-        )
+    for token, own in own_bytes.items():
+        token_bytes[token] = own
     for text, token in extra.items():
         token_bytes[token] = text.encode()
     for token in special:
         token_bytes[token] = b""
     always = {text: token for text, token in extra.items() if token not in special}
-    legacy = settings.config.get("legacy") is not False
-    adds_bos = named["bos"] is not None and settings.config.get("add_bos_token", True) is not False
+    legacy = settings.config.legacy is not False
+    adds_bos = named["bos"] is not None and settings.config.add_bos_token is not False
     return Tokenizer(
         name=str(path),
         token_bytes=token_bytes,

@@ -1,11 +1,119 @@
-"""What transformers keeps beside a tokenizer file: tokenizer_config.json, added_tokens.json, chat_template.jinja."""
+"""What transformers keeps beside a tokenizer's own file, as typed models: another form is refused here, by file and key.
 
-import json
+tokenizer_config.json     TokenizerConfig
+special_tokens_map.json   names of special tokens -> their texts
+added_tokens.json         texts of tokens -> ids
+tokenizer.json            TokenizerFile, as far as transformers or we read it before the library that checks it does
+config.json               ModelKind, for the class of the tokenizer
+chat_template.jinja       text
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import first_problem, parse_record, shortened
+from megatron_fuse.storage.strict_json import read_object, read_small_file
+
+Model = TypeVar("Model", bound=BaseModel)
+
+MOST_IDS = 1 << 22  # the largest published vocabularies have 262,144; every id takes memory, holes between them too
+_MOST_BYTES = 512 << 20
+_FIX = "save the tokenizer with transformers again, or fetch it again"
+
+TokenId = Annotated[int, Field(ge=0, lt=MOST_IDS)]
+IdText = Annotated[str, Field(pattern=r"^[0-9]{1,7}$")]
+
+
+class _Strict(BaseModel):
+    """No value is converted to another type; further keys may be there."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class AddedToken(_Strict):
+    content: str
+    special: bool = False
+    normalized: bool | None = None
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+TokenText = str | AddedToken | None
+
+
+class NamedTemplate(_Strict):
+    name: str
+    template: str
+
+
+class TokenizerConfig(_Strict):
+    bos_token: TokenText = None
+    eos_token: TokenText = None
+    pad_token: TokenText = None
+    unk_token: TokenText = None
+    cls_token: TokenText = None
+    sep_token: TokenText = None
+    mask_token: TokenText = None
+    additional_special_tokens: list[TokenText] | None = None
+    extra_special_tokens: list[TokenText] | dict[str, TokenText] | None = None
+    added_tokens_decoder: dict[IdText, AddedToken] = {}
+    chat_template: str | dict[str, str] | list[NamedTemplate] | None = None
+    tokenizer_class: str | None = None
+    auto_map: dict[str, Any] | list[str | None] | None = None
+    model_max_length: float | int | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    clean_up_tokenization_spaces: bool | None = None
+    legacy: bool | None = None
+
+
+class SpecialTokens(RootModel[dict[str, TokenText | list[TokenText] | dict[str, TokenText]]]):
+    model_config = ConfigDict(strict=True)
+
+
+class AddedTokens(RootModel[dict[str, TokenId]]):
+    model_config = ConfigDict(strict=True)
+
+
+class ModelKind(_Strict):
+    model_type: str | None = None
+    tokenizer_class: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+
+
+def _known_ids(vocabulary: Any) -> Any:
+    """Checked before the library makes a table of all ids. What is no mapping has no ids but its places."""
+    if isinstance(vocabulary, dict):
+        for token in vocabulary.values():
+            if type(token) is not int or not 0 <= token < MOST_IDS:
+                raise ValueError(f"every id must be a whole number below {MOST_IDS}, one is {str(token)[:20]}")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two tokens must not have one id")
+    return vocabulary
+
+
+class AddedEntry(AddedToken):
+    id: TokenId
+
+
+class Vocabulary(BaseModel):
+    vocab: Annotated[Any, AfterValidator(_known_ids)] = None
+
+
+class TokenizerFile(BaseModel):
+    """Of the rest, the library says line and column."""
+
+    model_config = ConfigDict(strict=True)
+
+    added_tokens: list[AddedEntry] = []
+    model: Vocabulary
 
 
 @dataclass(frozen=True)
@@ -16,47 +124,70 @@ class Settings:
     are marked special.
     """
 
-    config: dict[str, Any]
+    file: Path
+    config: TokenizerConfig
     added: dict[str, int]
     special: frozenset[int]
     chat_template: str | None
 
     def named_token(self, kind: str, tokens: dict[str, int], default: int | None) -> int | None:
-        """The id of `bos_token`, `eos_token` or `pad_token` (kind: bos, eos, pad) if it is named and known, else default."""
-        entry = self.config.get(f"{kind}_token")  # its text, or an AddedToken
-        text = entry.get("content") if isinstance(entry, dict) else entry
-        return tokens.get(text, default)
+        """The id of `bos_token`, `eos_token` or `pad_token` (kind: bos, eos, pad) if it is named, else default.
+
+        Raises UserError for a beginning or an end that is no token: the model would not know it.
+        """
+        text = text_of(getattr(self.config, f"{kind}_token"))
+        if text and text not in tokens and kind != "pad":
+            raise UserError(
+                f"{self.file}: {kind}_token is {shortened(text)}, which is no token of this tokenizer: {_FIX}"
+            )
+        return tokens.get(text, default) if text is not None else default
+
+
+def text_of(token: TokenText) -> str | None:
+    return token.content if isinstance(token, AddedToken) else token
 
 
 def read_settings(directory: Path) -> Settings:
-    """Raises UserError for files that do not hold what transformers writes."""
-    config = _read_json(directory / "tokenizer_config.json")
-    added = dict(_read_json(directory / "added_tokens.json"))
-    special: set[int] = set()
-    try:
-        for token, entry in config.get("added_tokens_decoder", {}).items():
-            added[entry["content"]] = int(token)
-            if entry.get("special"):
-                special.add(int(token))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{directory / 'tokenizer_config.json'}: added_tokens_decoder does not map ids to "
-            f'{{"content": text, "special": true or false}} ({error!r}): save the tokenizer with transformers again'
-        ) from error
+    """Raises UserError, naming file and key, for files that do not hold what transformers writes."""
+    file = directory / "tokenizer_config.json"
+    config = _read(file, TokenizerConfig)
+    added = dict(_read(directory / "added_tokens.json", AddedTokens).root)
+    _read(directory / "special_tokens_map.json", SpecialTokens)
+    added |= {entry.content: int(token) for token, entry in config.added_tokens_decoder.items()}
+    special = frozenset(int(token) for token, entry in config.added_tokens_decoder.items() if entry.special)
+    template: Any = config.chat_template
     template_file = directory / "chat_template.jinja"
-    template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return Settings(config, added, frozenset(special), template)
+    if template_file.exists() or template_file.is_symlink():
+        template = read_text(template_file)
+    elif isinstance(template, list):  # several named ones
+        template = next((entry.template for entry in template if entry.name == "default"), None)
+    elif isinstance(template, dict):
+        template = template.get("default")
+    return Settings(file, config, added, special, template)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_text(path: Path) -> str:
+    data = read_small_file(path)
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {str(content)[:40]!r}")
-    return content
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line} is no UTF-8 text: {error.reason}") from error
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Refuses what transformers would meet with an error that names neither file nor key, or with more memory than there is."""
+    read_settings(directory)
+    _read(directory / "config.json", ModelKind)
+    path = directory / "tokenizer.json"
+    if path.exists() or path.is_symlink():
+        try:
+            TokenizerFile.model_validate_json(read_small_file(path, _MOST_BYTES))
+        except ValidationError as error:
+            raise UserError(f"{path}: {first_problem(error)}: {_FIX}") from error
+
+
+def _read(path: Path, model: type[Model]) -> Model:
+    """The file's content; the model's default where there is no file."""
+    there = path.exists() or path.is_symlink()
+    return parse_record(read_object(path) if there else {}, model, str(path), _FIX)

@@ -12,6 +12,7 @@ from typing import Any
 import tiktoken
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.tokenization.settings import Settings, read_settings
 from megatron_fuse.tokenization.tiktoken_encodings import ENCODINGS, PublishedEncoding
 from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts, split_at
@@ -65,7 +66,7 @@ def load_tiktoken(path: Path) -> Tokenizer:
 
     Raises UserError for a file whose encoding is not known, or that is not the file that its name promises.
     """
-    data = path.read_bytes()
+    data = read_small_file(path)
     encoding = _known_encoding(path)
     ranks = _read_ranks(data, path)
     if len(ranks) > encoding.ranks:
@@ -79,7 +80,7 @@ def load_tiktoken(path: Path) -> Tokenizer:
         kind: settings.named_token(kind, special, published.get(own))
         for kind, own in (("bos", encoding.bos), ("eos", encoding.eos), ("pad", None))
     }
-    asked = settings.config.get("add_bos_token")
+    asked = settings.config.add_bos_token
     adds_bos = named["bos"] is not None and (encoding.bos is not None if asked is None else asked)
     token_bytes = [b""] * (1 + max([*ranks.values(), *published.values(), *special.values()]))
     for piece, rank in ranks.items():
