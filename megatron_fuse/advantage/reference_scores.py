@@ -17,7 +17,7 @@ import numpy as np
 from megatron_fuse.advantage.reference import reference_measures, used_weights
 from megatron_fuse.advantage.scores import COMMAND, STAGE, open_answers, read_shards, save_shard
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import example_shards, open_instructions
+from megatron_fuse.instructions import example_shards, require_instructions
 from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
 from megatron_fuse.responses import open_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, model_fingerprint, resolve_model
@@ -72,7 +72,7 @@ def score_against_reference(
     recipe: Recipe, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artefact]:
     """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artefacts."""
-    examples = example_shards(open_instructions(recipe))
+    examples = example_shards(require_instructions(recipe))
     sources = list(recipe.sources if sources is None else sources)
     answers = {source: open_answers(recipe, source) for source in sources}
     plans = {source: plan_reference_scores(recipe, source) for source in sources}

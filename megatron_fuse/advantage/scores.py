@@ -28,11 +28,11 @@ from megatron_fuse.advantage.reward_models import (
 from megatron_fuse.advantage.scoring import score_conversations
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import Example, example_shards, open_instructions
+from megatron_fuse.instructions import Example, example_shards, require_instructions
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.recipe import Recipe, RewardModelOptions
 from megatron_fuse.responses import Response, open_responses, response_shards
-from megatron_fuse.sources.huggingface import answering_options, load_format, recipe_key
+from megatron_fuse.sources.huggingface import answering_options, fingerprint_if_here, load_format, recipe_key
 from megatron_fuse.storage import Artefact, Plan, Shards, Workspace, open_artefact, run_plans, temporary_then_rename
 from megatron_fuse.text_safety import say
 
@@ -71,14 +71,20 @@ def _format(recipe: Recipe, name: str) -> ChatFormat | None:
     return load_judge_format(_judge(recipe, name), name) if _backend(recipe, name) == "hf" else None
 
 
+def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What one judge's scores record of the recipe."""
+    options = _judge(recipe, name)
+    if options.scores:
+        return {"backend": "file", **options.scores.model_dump(exclude={"path"})}
+    # Not batch_tokens and share_prompts: they are a matter of memory and speed; results agree to rounding.
+    return {"backend": "hf", "dtype": options.dtype}
+
+
 def _basis(recipe: Recipe, source: str, name: str, chat: ChatFormat | None) -> tuple[dict[str, Any], dict[str, str]]:
     """(options, inputs) of scores, all but the judge's weights or the file's content."""
-    options, inputs = _judge(recipe, name), {"responses": open_responses(recipe, source).sha256}
-    if chat is None:
-        return {"backend": "file", **options.scores.model_dump(exclude={"path"})}, inputs
-    # Not batch_tokens and share_prompts: they are a matter of memory and speed; results agree to rounding.
-    inputs |= {"tokenizer": chat.tokenizer.sha256, "chat format": chat.sha256}
-    return {"backend": "hf", "dtype": options.dtype}, inputs
+    inputs = {"responses": open_responses(recipe, source).sha256}
+    inputs |= {"tokenizer": chat.tokenizer.sha256, "chat format": chat.sha256} if chat else {}
+    return scores_options(recipe, name), inputs
 
 
 def _origin(recipe: Recipe, name: str) -> dict[str, str]:
@@ -108,7 +114,7 @@ def score_responses(
     no finite numbers, naming source and example.
     """
     chat, origin = _format(recipe, name), _origin(recipe, name)
-    examples = example_shards(open_instructions(recipe))
+    examples = example_shards(require_instructions(recipe))
     answers, plans = {}, {}
     for source in recipe.answering if sources is None else sources:
         answers[source] = open_answers(recipe, source)
@@ -129,9 +135,11 @@ def score_responses(
 
 
 def open_answers(recipe: Recipe, name: str) -> Shards[list[Response]]:
-    """The answers of a source or the target by shard. Raises UserError unless they are those of its tokenizer and template."""
-    chat = load_format(answering_options(recipe, name), recipe_key(name))
-    return response_shards(open_responses(recipe, name, chat=chat))
+    """The answers of a source or the target by shard. Raises UserError unless they are those of its tokenizer and template and, on
+    a machine that has its weights, of these."""
+    options, where = answering_options(recipe, name), recipe_key(name)
+    model = fingerprint_if_here(options, where)
+    return response_shards(open_responses(recipe, name, chat=load_format(options, where), model=model))
 
 
 def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
@@ -186,12 +194,23 @@ def _readable(judge: RewardModel, example: Example, responses: Sequence[Response
     return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
 
 
-def load_scores(recipe: Recipe, source: str, name: str, chat: ChatFormat | None = None) -> np.ndarray:
-    """float32 [examples], NaN for unjudged. chat: the judge's format, where the caller has it.
+def origin_if_here(recipe: Recipe, name: str) -> dict[str, str]:
+    """What a judge's scores come from, for load_scores; nothing on a machine that has neither its weights nor its file."""
+    try:
+        return _origin(recipe, name)
+    except (UserError, OSError):
+        return {}
+
+
+def load_scores(
+    recipe: Recipe, source: str, name: str, chat: ChatFormat | None = None, origin: dict[str, str] | None = None
+) -> np.ndarray:
+    """float32 [examples], NaN for unjudged. chat, origin: the judge's format and origin_if_here, where the caller has them.
 
     Neither the judge's weights nor the file of scores are needed. Raises UserError where the scores are missing or were made otherwise.
     """
     options, inputs = _basis(recipe, source, name, chat or _format(recipe, name))
+    inputs |= origin_if_here(recipe, name) if origin is None else origin
     command = f"{COMMAND} --source {source} --reward-model {name}"
     artefact = open_artefact(
         Workspace(recipe.workdir).scores(source, name), STAGE, command, options=options, inputs=inputs

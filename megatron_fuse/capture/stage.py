@@ -15,7 +15,7 @@ from megatron_fuse.capture.reading import SourceReader
 from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONSE, STATUSES, TOO_LONG, Conversation
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import Example, example_shards, open_instructions
+from megatron_fuse.instructions import Example, example_shards, open_instructions, require_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import (
@@ -32,11 +32,12 @@ from megatron_fuse.tokenization.spans import SpanFlag
 
 STAGE = "capture"
 MODES = ("training", "inference")
+COMMAND = "tools/capture_teacher.py"
 BACKENDS = ("hf", "file")
 
 
 def _command(source: str, mode: str) -> str:
-    return f"tools/capture_teacher.py --source {source} --mode {mode}"
+    return f"{COMMAND} --source {source} --mode {mode}"
 
 
 def _backend(recipe: Recipe, source: str, mode: str) -> str:
@@ -51,13 +52,8 @@ def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
     return path
 
 
-def _basis(recipe: Recipe, source: str, mode: str, chat: ChatFormat) -> tuple[dict[str, Any], dict[str, str]]:
-    """(options, inputs) of a capture, all but the model's weights or the file's content."""
-    inputs = {
-        "instructions": open_instructions(recipe).sha256,
-        "tokenizer": chat.tokenizer.sha256,
-        "chat format": chat.sha256,
-    }
+def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
+    """What one capture records of the recipe."""
     backend = _backend(recipe, source, mode)
     options = {
         "mode": mode,
@@ -71,9 +67,19 @@ def _basis(recipe: Recipe, source: str, mode: str, chat: ChatFormat) -> tuple[di
         options["dtype"] = source_options(recipe, source).dtype
     if mode == "training":
         options["supervise"] = recipe.data.supervise
-    else:
+    return options
+
+
+def _basis(recipe: Recipe, source: str, mode: str, chat: ChatFormat) -> tuple[dict[str, Any], dict[str, str]]:
+    """(options, inputs) of a capture, all but the model's weights or the file's content."""
+    inputs = {
+        "instructions": open_instructions(recipe).sha256,
+        "tokenizer": chat.tokenizer.sha256,
+        "chat format": chat.sha256,
+    }
+    if mode == "inference":
         inputs["responses"] = open_responses(recipe, source, chat=chat).sha256
-    return options, inputs
+    return capture_options(recipe, source, mode), inputs
 
 
 def _check_mode(mode: str) -> None:
@@ -97,15 +103,17 @@ def plan_capture(recipe: Recipe, source: str, mode: str, chat: ChatFormat | None
     return Plan(Workspace(recipe.workdir).captures(source, mode), STAGE, options, inputs, shards)
 
 
-def open_capture(recipe: Recipe, source: str, mode: str) -> Artefact:
+def open_capture(recipe: Recipe, source: str, mode: str, *, model: str | None = None) -> Artefact:
     """The finished capture of a source. Raises UserError where it is missing or not the recipe's.
 
     Neither the weights nor the file of captures are needed: a capture may be used on a machine that has only the tokenizer.
+    model: the weights' fingerprint, where the caller has it: it is compared as well.
     """
     _check_mode(mode)
     directory, command = Workspace(recipe.workdir).captures(source, mode), _command(source, mode)
     chat = load_format(source_options(recipe, source), f"sources.{source}")
     options, inputs = _basis(recipe, source, mode, chat)
+    inputs |= {"model": model} if model and options["backend"] == "hf" else {}
     return open_artefact(directory, STAGE, command, options=options, inputs=inputs)
 
 
@@ -125,11 +133,12 @@ def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], No
     """
     options, where = source_options(recipe, source), f"sources.{source}"
     chat = load_format(options, where)
+    instructions = require_instructions(recipe)
     plan = plan_capture(recipe, source, mode, chat)
     artefact = completed(plan)
     if artefact:
         return artefact
-    examples = example_shards(open_instructions(recipe))
+    examples = example_shards(instructions)
     answers = response_shards(open_responses(recipe, source)) if mode == "inference" else None
 
     @cache  # not before there is work for it

@@ -11,6 +11,7 @@ from megatron_fuse.fusion_data.layout import fusion_directory, modes_with_teache
 from megatron_fuse.fusion_data.selection import Selection, select
 from megatron_fuse.fusion_data.teachers import build_teacher
 from megatron_fuse.fusion_data.text import build_text
+from megatron_fuse.instructions import require_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, remove_abandoned
@@ -26,6 +27,7 @@ def build_fusion_data(recipe: Recipe, progress: Callable[[str], None] = say) -> 
     stage before is missing or does not fit the recipe.
     """
     target = load_format(recipe.target, "target")
+    require_instructions(recipe, target)
     text = _together(text_directory(recipe), lambda: build_text(recipe, target, progress))
     selections = {}
     for mode in modes_with_teacher(recipe):

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.ancestors import refuse_changed_recipe
 from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
 from megatron_fuse.fusion_data.layout import modes_with_teacher, open_teacher, open_text
 from megatron_fuse.fusion_data.listing import read_examples
@@ -42,6 +43,7 @@ class FusionDataset:
 
     def __init__(self, recipe: Recipe) -> None:
         self.sources = list(recipe.sources)
+        refuse_changed_recipe(recipe)
         text = open_text(recipe)
         self.artefacts = [text]
         rows = read_examples(text)

@@ -23,7 +23,7 @@ from megatron_fuse.advantage.margins import example_weights, score_margin, train
 from megatron_fuse.advantage.reference import combine, used_weights
 from megatron_fuse.advantage.reference_scores import load_reference_scores
 from megatron_fuse.advantage.reward_models import load_judge_format
-from megatron_fuse.advantage.scores import load_scores
+from megatron_fuse.advantage.scores import load_scores, origin_if_here
 from megatron_fuse.advantage.selection import (
     NONE,
     able_readers,
@@ -180,8 +180,9 @@ def read_judgements(recipe: Recipe, examples: int) -> dict[str, np.ndarray]:
     for column, judge in enumerate(recipe.judges):
         options = recipe.reward_models[judge]
         chat = load_judge_format(options, judge) if options.model else None  # once for all sources
+        origin = origin_if_here(recipe, judge)
         for place, source in enumerate(sources):
-            scores[:, place, column] = load_scores(recipe, source, judge, chat)
+            scores[:, place, column] = load_scores(recipe, source, judge, chat, origin)
     return {"scores": scores}
 
 

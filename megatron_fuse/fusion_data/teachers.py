@@ -32,7 +32,7 @@ from megatron_fuse.fusion_data.text import (
 from megatron_fuse.instructions import example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
-from megatron_fuse.sources.huggingface import load_format, source_options
+from megatron_fuse.sources.huggingface import fingerprint_if_here, load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, write_safetensors
 from megatron_fuse.target import target_hashes
 from megatron_fuse.text_safety import say
@@ -43,7 +43,8 @@ EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 
 def plan_teacher(recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact) -> Plan:
     """What a source's rows depend on: capture, target, text, and how they are brought together; never the other sources."""
-    captured = open_capture(recipe, source, mode)
+    model = fingerprint_if_here(source_options(recipe, source), f"sources.{source}")
+    captured = open_capture(recipe, source, mode, model=model)
     inputs = {"capture": captured.sha256, "text": text.sha256, **target_hashes(target)}
     directory = teacher_directory(recipe, source, mode)
     return Plan(directory, TEACHER_STAGE, teacher_options(recipe, mode), inputs, captured.manifest["shards"])

@@ -41,7 +41,8 @@ COMMAND = "tools/prepare_instructions.py"
 _NAME = "examples"
 
 
-def _options(recipe: Recipe) -> dict:
+def instructions_options(recipe: Recipe) -> dict:
+    """What the instructions record of the recipe."""
     data = recipe.data
     return {
         "seed": recipe.seed,
@@ -56,7 +57,7 @@ def plan_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Plan:
     inputs = {"data.path": table_sha256(recipe.data.path), **target_hashes(target)}
     # One unit of work: how many shards it writes is known only once the examples are chosen.
     directory = Workspace(recipe.workdir).instructions
-    return Plan(directory, STAGE, _options(recipe), inputs, shards=1, shard_names=[_NAME])
+    return Plan(directory, STAGE, instructions_options(recipe), inputs, shards=1, shard_names=[_NAME])
 
 
 def _by_rank(names: Iterable[str], seed: int, purpose: str) -> list[str]:
@@ -169,8 +170,22 @@ def open_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artef
     """
     directory = Workspace(recipe.workdir).instructions
     return open_artefact(
-        directory, STAGE, COMMAND, options=_options(recipe), inputs=target_hashes(target) if target else None
+        directory,
+        STAGE,
+        COMMAND,
+        options=instructions_options(recipe),
+        inputs=target_hashes(target) if target else None,
     )
+
+
+def require_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artefact:
+    """open_instructions for a stage that begins: also compared with the target's format and, on a machine that has it, the user's
+    file. A recipe that was edited after the instructions is refused here, not stages later."""
+    artefact = open_instructions(recipe, target or load_format(recipe.target, "target"))
+    if not recipe.data.path.exists():
+        return artefact
+    inputs = {"data.path": table_sha256(recipe.data.path)}
+    return open_artefact(artefact.directory, STAGE, COMMAND, inputs=inputs)
 
 
 def example_shards(artefact: Artefact) -> Shards[list[Example]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.instructions import Example, example_shards, open_instructions
+from megatron_fuse.instructions import Example, example_shards, open_instructions, require_instructions
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses.answers import Answerer, Response
@@ -53,7 +53,8 @@ def backend_of(recipe: Recipe, name: str) -> str:
     return "file" if options.responses else "openai" if options.server else "hf"
 
 
-def _options(recipe: Recipe, name: str) -> dict[str, Any]:
+def responses_options(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What one model's answers record of the recipe."""
     options, backend = answering_options(recipe, name), backend_of(recipe, name)
     if backend == "file":
         given = options.responses
@@ -81,7 +82,7 @@ def _plan(recipe: Recipe, name: str, instructions: Artefact, chat: ChatFormat) -
     elif backend == "hf":
         inputs["model"] = model_fingerprint(resolve_model(options.model, f"{where}.model"))
     directory = Workspace(recipe.workdir).responses(name)
-    return Plan(directory, STAGE, _options(recipe, name), inputs, shards=instructions.counts["shards"])
+    return Plan(directory, STAGE, responses_options(recipe, name), inputs, shards=instructions.counts["shards"])
 
 
 def plan_responses(recipe: Recipe, name: str) -> Plan:
@@ -93,7 +94,7 @@ def plan_responses(recipe: Recipe, name: str) -> Plan:
 def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None] = say) -> Artefact | None:
     """Lets a source, or the target, answer, or takes its answers from where the recipe says. None while other ranks still work."""
     chat = load_format(answering_options(recipe, name), recipe_key(name))
-    instructions = open_instructions(recipe, load_format(recipe.target, "target"))
+    instructions = require_instructions(recipe)
     plan = _plan(recipe, name, instructions, chat)
     artefact = completed(plan)
     if artefact:
@@ -149,7 +150,7 @@ def open_responses(recipe: Recipe, name: str, *, chat: ChatFormat | None = None,
 
     chat, model: its format and its weights' fingerprint, where the caller has them: they are compared as well.
     """
-    options = _options(recipe, name)  # refuses a name that the recipe does not have
+    options = responses_options(recipe, name)  # refuses a name that the recipe does not have
     inputs = {"instructions": open_instructions(recipe).sha256}
     inputs |= _format_hashes(recipe, name, chat) if chat else {}
     inputs |= {"model": model} if model and options["backend"] == "hf" else {}

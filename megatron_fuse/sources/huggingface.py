@@ -100,6 +100,14 @@ def model_fingerprint(model_dir: Path) -> str:
     return sha256_of_bytes(*parts)
 
 
+def fingerprint_if_here(options: ModelOptions, where: str) -> str | None:
+    """model_fingerprint of a model of the recipe; None on a machine that does not have its weights. `where` is its key."""
+    try:
+        return model_fingerprint(resolve_model(options.model, f"{where}.model"))
+    except (UserError, OSError):
+        return None
+
+
 def weight_samples(path: Path) -> list[bytes]:
     """Parts of a weight file that tell it from others. Raises UserError for one that is damaged where that is cheap to see."""
     size = file_size(path)
