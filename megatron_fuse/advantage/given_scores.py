@@ -14,8 +14,9 @@ from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.storage import sha256_of_bytes
-from megatron_fuse.storage.records import brief, shortened
+from megatron_fuse.storage.records import shortened
 from megatron_fuse.storage.rows import id_at, keys_shown, value_at
+from megatron_fuse.text_safety import brief
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -72,7 +73,7 @@ class GivenScores:
     def _of(self, source: str) -> dict[str, _Score]:
         if source not in self.by_source:
             raise UserError(
-                f"{self.path}: has no score of {source!r}; its sources are {brief(', '.join(self.by_source))}: name the source as the "
+                f"{self.path}: has no score of {source!r}; its sources are {brief(', '.join(self.by_source), 150)}: name the source as the "
                 "file does, or add its scores"
             )
         return self.by_source[source]

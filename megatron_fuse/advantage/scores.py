@@ -34,7 +34,7 @@ from megatron_fuse.recipe import Recipe, RewardModelOptions
 from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import answering_options, fingerprint_if_here, load_format, recipe_key
 from megatron_fuse.storage import Artefact, Plan, Shards, Workspace, open_artefact, run_plans, temporary_then_rename
-from megatron_fuse.text_safety import say
+from megatron_fuse.text_safety import brief, say
 
 STAGE = "scores"
 COMMAND = "tools/score_responses.py"
@@ -220,4 +220,16 @@ def load_scores(
 
 def read_shards(artefact: Artefact) -> np.ndarray:
     """What save_shard wrote, all shards on end."""
-    return np.concatenate([np.load(artefact.checked(path)) for path in artefact.files(".npy")])
+    return np.concatenate([_read_shard(artefact.checked(path)) for path in artefact.files(".npy")])
+
+
+def _read_shard(path: Path) -> np.ndarray:
+    try:
+        scores = np.load(path, allow_pickle=False)
+        if scores.dtype != np.float32 or scores.ndim not in (1, 2):
+            raise ValueError(f"{scores.dtype} in {scores.ndim} dimensions")
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}: not the scores of a shard ({brief(str(error))}): remove it and run {COMMAND} again"
+        ) from error
+    return scores

@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_fuse.storage.records import brief, first_problem, shortened
+from megatron_fuse.storage.records import first_problem, shortened
+from megatron_fuse.text_safety import brief
 
 
 class BadRowError(Exception):

@@ -15,7 +15,8 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import parse_row
-from megatron_fuse.storage.records import brief, shortened
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.text_safety import brief
 
 # Of Parquet: rows decoded together, and bytes read together of every column.
 _BATCH, _BUFFER = 32, 2**20
@@ -90,7 +91,7 @@ class _Parquet:
             # Not in memory as a whole, which a file of one row group (pyarrow writes a million rows into one) would be.
             self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         except self._faults as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({brief(error)}): write it again") from error
+            raise UserError(f"{path}: cannot be read as Parquet ({brief(str(error))}): write it again") from error
         if "id" not in self._file.schema_arrow.names:
             raise UserError(f"{path}: has no column id; it has {', '.join(self._file.schema_arrow.names)}")
         self._places: dict[str, int] = {}  # id -> row
@@ -106,7 +107,9 @@ class _Parquet:
             for batch in self._file.iter_batches(columns=["id"]):
                 yield from batch.column(0).to_pylist()
         except self._faults as error:
-            raise UserError(f"{self.path}: its column id cannot be read ({brief(error)}): write it again") from error
+            raise UserError(
+                f"{self.path}: its column id cannot be read ({brief(str(error))}): write it again"
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -119,7 +122,9 @@ class _Parquet:
             try:
                 content = self._row(number)
             except self._faults as error:
-                raise UserError(f"{self._place(number)}: cannot be read ({brief(error)}): write it again") from error
+                raise UserError(
+                    f"{self._place(number)}: cannot be read ({brief(str(error))}): write it again"
+                ) from error
             yield FileRow(name, self._place(number), content)
 
     def _row(self, number: int) -> dict[str, Any]:

@@ -5,8 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import read_json, write_json
+from megatron_fuse.storage import write_json
+from megatron_fuse.storage.records import first_problem, shortened
+from megatron_fuse.text_safety import brief
 
 MODEL = "model fingerprint"  # of what a result was made from, all that may differ between the models of a table
 
@@ -24,6 +28,8 @@ class Settings:
 class Metric:
     """value and standard_error [0, 1] as the harness gives them, outcomes by question; None: not finite, or one question has no error."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     value: float | None
     standard_error: float | None
     outcomes: Sequence[float | None]
@@ -36,6 +42,8 @@ class Result:
     made_from: what must be the same for the number to be the same. shortened: questions whose prompt lost its beginning, as the
     model reads fewer tokens.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
     task: str
@@ -52,18 +60,26 @@ class Result:
         write_json(result_path(output, self.model, self.task), asdict(self))
 
 
+_RESULT = TypeAdapter(Result)
+
+
 def result_path(output: Path, model: str, task: str) -> Path:
     return output / model / f"{task}.json"
 
 
 def load_result(path: Path) -> Result:
-    """Raises UserError for a file that no evaluation wrote."""
-    content = read_json(path)
+    """Raises UserError for a file that no evaluation wrote, or whose metrics do not have an outcome for every question."""
+    fix = "remove it to measure again"
     try:
-        metrics = {name: Metric(**metric) for name, metric in content.pop("metrics").items()}
-        return Result(**content, metrics=metrics)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of an evaluation ({error}): remove it to measure again") from error
+        result = _RESULT.validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{path}: not a result of an evaluation ({first_problem(error)}): {fix}") from error
+    for name, metric in result.metrics.items():
+        if len(metric.outcomes) != len(result.questions):
+            raise UserError(
+                f"{path}: metrics.{brief(name, 60)} has {len(metric.outcomes)} outcomes for {len(result.questions)} questions: {fix}"
+            )
+    return result
 
 
 def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -71,6 +87,6 @@ def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UserError(
-                f"{path}: was made with {key} {found.get(key)!r}, this call has {wanted.get(key)!r}: "
+                f"{path}: was made with {brief(key, 60)} {shortened(found.get(key), 120)}, this call has {shortened(wanted.get(key), 120)}: "
                 "give another --output, or remove the file to measure again"
             )

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.storage import sha256_of_json
-from megatron_fuse.storage.records import brief, shortened
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.text_safety import brief
 
 Message = dict[str, str]
 
@@ -121,7 +122,7 @@ def _detect_form(path: Path) -> str:
             if any(mark in row for mark in form.marks):
                 return name
     known = "; ".join(f"{name} {{{form.keys}}}" for name, form in _FORMS.items())
-    found = f"the first row has the keys {brief(', '.join(first))}" if first else "it has no row with any key"
+    found = f"the first row has the keys {brief(', '.join(first), 150)}" if first else "it has no row with any key"
     raise UserError(f"{path}: no row in a known form ({known}); {found}")
 
 

@@ -28,11 +28,11 @@ from megatron_fuse.storage import (
     completed,
     open_artefact,
     rank_and_world,
-    read_jsonl,
     run_plan,
     shard_bounds,
     write_jsonl,
 )
+from megatron_fuse.storage.records import read_typed_rows
 from megatron_fuse.target import target_hashes
 from megatron_fuse.text_safety import say
 
@@ -191,7 +191,7 @@ def require_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Ar
 def example_shards(artefact: Artefact) -> Shards[list[Example]]:
     """Examples by shard. Shard i of responses, scores and captures holds the same examples in the same order."""
     paths = [artefact.directory / f"{_NAME}.{shard:05d}.jsonl" for shard in range(artefact.counts["shards"])]
-    return Shards(artefact, paths, lambda path: [Example(**row) for _, row in read_jsonl(path)])
+    return Shards(artefact, paths, lambda path: list(read_typed_rows(path, Example)))
 
 
 def load_examples(artefact: Artefact) -> list[Example]:

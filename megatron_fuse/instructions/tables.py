@@ -9,13 +9,14 @@ any other file                       JSONL
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import read_jsonl, sha256_of_file, sha256_of_json
-from megatron_fuse.storage.records import FileName, Record, brief, read_record
+from megatron_fuse.storage import read_json, read_jsonl, sha256_of_file, sha256_of_json
+from megatron_fuse.storage.records import FileName, Record, parse_record
+from megatron_fuse.text_safety import brief
 
 _BATCH = 64  # Parquet rows decoded together
 
@@ -34,6 +35,13 @@ class _SavedSplits(Record):
     """dataset_dict.json of `DatasetDict.save_to_disk`."""
 
     splits: list[str]
+
+
+_Saved = TypeVar("_Saved", bound=Record)
+
+
+def _saved(path: Path, form: type[_Saved]) -> _Saved:
+    return parse_record(read_json(path), form, str(path), "save the data set again")
 
 
 def table_sha256(path: Path, key: str = "data.path") -> str:
@@ -71,7 +79,9 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
                     yield number, row
         # KeyError: a key twice in one map; ValueError, OverflowError: a date or text that Python has no form for
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
-            raise UserError(f"{file}: cannot be read after {number} rows ({brief(error)}): write it again") from error
+            raise UserError(
+                f"{file}: cannot be read after {number} rows ({brief(str(error))}): write it again"
+            ) from error
 
 
 def _files(path: Path, key: str) -> list[Path]:
@@ -80,13 +90,13 @@ def _files(path: Path, key: str) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"{key}: {path} does not exist")
     if (path / "state.json").is_file():
-        state = read_record(path / "state.json", _SavedDataset, "save the data set again")
+        state = _saved(path / "state.json", _SavedDataset)
         files = [path / entry.filename for entry in state.data_files]
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{path}/state.json: _data_files: there is no {brief(missing[0])}: save the data set again")
         return files
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(read_record(path / "dataset_dict.json", _SavedSplits, "save the data set again").splits)
+        splits = ", ".join(_saved(path / "dataset_dict.json", _SavedSplits).splits)
         raise UserError(f"{key}: {path} holds several splits: name the directory of one of them ({brief(splits)})")
     files = sorted(path.glob("*.parquet"))
     if not files:

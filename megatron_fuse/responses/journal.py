@@ -4,27 +4,42 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import TypeAdapter, ValidationError
+
 from megatron_fuse.errors import UserError
 from megatron_fuse.sources.server import Reply
+from megatron_fuse.storage.records import first_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry(Reply):
+    request: str
+
+
+_ENTRIES = TypeAdapter(_Entry)
 
 
 class Journal:
     """JSON lines {request, and the fields of a Reply}. `request` is a hash of all that was asked: a changed question finds nothing."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._replies: dict[str, Reply] = {}
         content = file.read()
         whole = content.rfind(b"\n") + 1
         file.truncate(whole)  # behind it lies the line within which a process was killed
-        for line in content[:whole].splitlines():
-            row = json.loads(line)
-            request = row.pop("request")
-            self._replies[request] = Reply(**row)
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+            try:
+                entry = _ENTRIES.validate_json(line, strict=True)
+            except ValidationError as error:
+                raise UserError(
+                    f"{path}:{number}: damaged ({first_problem(error)}): remove the file, and its answers are asked for again"
+                ) from error
+            self._replies[entry.request] = Reply(**{field.name: getattr(entry, field.name) for field in fields(Reply)})
 
     def find(self, request: str) -> Reply | None:
         return self._replies.get(request)
@@ -51,8 +66,4 @@ def open_journal(path: Path) -> Iterator[Journal]:
         except OSError:  # a file system without locks
             pass
         file.seek(0)
-        try:
-            journal = Journal(file)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UserError(f"{path}: damaged ({error}): remove it, and its answers are asked for again") from error
-        yield journal
+        yield Journal(file, path)

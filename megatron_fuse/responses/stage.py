@@ -35,11 +35,11 @@ from megatron_fuse.storage import (
     Workspace,
     completed,
     open_artefact,
-    read_jsonl,
     run_plan,
     temporary_then_rename,
     write_jsonl,
 )
+from megatron_fuse.storage.records import read_typed_rows
 from megatron_fuse.text_safety import say
 
 STAGE = "responses"
@@ -160,4 +160,4 @@ def open_responses(recipe: Recipe, name: str, *, chat: ChatFormat | None = None,
 
 def response_shards(artefact: Artefact) -> Shards[list[Response]]:
     """Answers by shard, in the order of the instructions' examples."""
-    return Shards(artefact, artefact.files(".jsonl"), lambda path: [Response(**row) for _, row in read_jsonl(path)])
+    return Shards(artefact, artefact.files(".jsonl"), lambda path: list(read_typed_rows(path, Response)))

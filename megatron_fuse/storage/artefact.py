@@ -51,7 +51,8 @@ class Artefact:
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.manifest["counts"]
+        """Of the manifest. A count that is asked for and not there raises UserError: the manifest is another version's, or edited."""
+        return _Counts(self.directory, self.manifest["counts"])
 
     def files(self, suffix: str) -> list[Path]:
         """Data files with this suffix in shard order."""
@@ -84,6 +85,18 @@ class Artefact:
         for name in self.manifest["files"]:
             self.checked(self.directory / name, checksum=checksums)
         return self
+
+
+class _Counts(dict[str, int]):
+    def __init__(self, directory: Path, counts: Mapping[str, int]) -> None:
+        super().__init__(counts)
+        self._directory = directory
+
+    def __missing__(self, key: str) -> int:
+        raise UserError(
+            f"{self._directory}/manifest.json: counts.{key} is missing: restore it, or remove {self._directory} and run the "
+            "stage again"
+        )
 
 
 def damage_of(path: Path, size: int) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.files import read_sealed
+from megatron_fuse.text_safety import brief
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -118,7 +119,7 @@ def first_problem(error: ValidationError) -> str:
     """The first of a model's complaints in one line: the key, what is wrong, the value, and how many more there are."""
     first, *others = error.errors(include_url=False, include_context=False)
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    key = f"{key[:_SHOWN]}: " if key else ""
+    key = f"{brief(key, _SHOWN)}: " if key else ""
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "missing":
         return f"{key}missing{more}"
@@ -126,17 +127,9 @@ def first_problem(error: ValidationError) -> str:
     return f"{key}{message}, not {shortened(first['input'])}{more}"
 
 
-def shortened(value: Any, length: int = _SHOWN) -> str:
-    """A value as a message shows it: printable, of at most `length` characters."""
+def shortened(value: Any, limit: int = _SHOWN) -> str:
+    """A value as a message shows it: printable, on one line, of at most `limit` characters."""
     try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+        return brief(repr(value), limit)
     except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def brief(said: object, length: int = 200) -> str:
-    """What a library's error says, or a text of the user's, in one printable line of at most so many characters."""
-    text = " ".join(str(said).split()) or type(said).__name__
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+        return f"a {type(value).__name__}"

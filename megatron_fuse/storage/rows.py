@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import brief, shortened
+from megatron_fuse.storage.records import shortened
+from megatron_fuse.text_safety import brief
 
 
 def value_at(row: dict[str, Any], key: str) -> Any:
@@ -32,7 +33,7 @@ def keys_of(row: dict[str, Any]) -> str:
 
 def keys_shown(row: dict[str, Any]) -> str:
     """keys_of for a message, which has room for some of them."""
-    return brief(keys_of(row))
+    return brief(keys_of(row), 150)
 
 
 def id_at(row: dict[str, Any], key: str, place: str) -> str:

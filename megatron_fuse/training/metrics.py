@@ -13,11 +13,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, model_validator
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace, read_jsonl, temporary_then_rename
+from megatron_fuse.storage.records import Record, parse_record
 
 METRICS, LOSS_CURVE = "metrics.jsonl", "loss.png"
 STEP, HELD_OUT = "step", "held-out"
@@ -57,9 +60,31 @@ class MetricsFile:
         os.close(self._file)
 
 
+class _Row(Record):
+    """phase and loss: of steps. All other keys hold numbers, null if they were not finite."""
+
+    kind: Literal["step", "held-out"]
+    iteration: NonNegativeInt
+    phase: str | None = None
+    loss: float | None = None
+    __pydantic_extra__: dict[str, float | None]
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_Row":
+        if self.kind == STEP and not {"phase", "loss"} <= self.model_fields_set:
+            raise ValueError("a step has a phase and a loss")
+        return self
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows, none where there is no file; UserError for a line that is no row."""
-    return [row for _, row in read_jsonl(path)] if path.exists() else []
+    if not path.exists():
+        return []
+    rows = []
+    for number, row in read_jsonl(path):
+        parse_record(row, _Row, f"{path}:{number}", "restore the file or take the line out")
+        rows.append(row)
+    return rows
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -76,8 +101,9 @@ def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             row = json.loads(line)
-        except ValueError:
+            _Row.model_validate(row)
+        except (ValueError, RecursionError):  # pydantic's ValidationError is a ValueError
             return
-        if not line.endswith(b"\n") or not isinstance(row, dict):
+        if not line.endswith(b"\n"):
             return
         yield row

@@ -47,7 +47,7 @@ class FuzzTarget:
     make_seeds(directory): writes valid files, once per campaign. run(directory): reads them as the project does; what it
     writes goes below the directory too. files: patterns of the files to damage, relative to the directory. share: of the
     campaign's cases, relative to the other targets; small for slow readers. change: the damage, if not `mutate`.
-    names: what a message may name in the place of a file of the directory, such as a recipe's key.
+    names: what a message may name in the place of a file with its key or line, such as a recipe's key.
     """
 
     name: str
@@ -248,7 +248,9 @@ def misfit(message: str, mutation: Mutation, directory: Path, names: tuple[str, 
     """What is wrong with an error's message, None if nothing is."""
     if len(message) > MOST_CHARACTERS:
         return f"{len(message)} characters"
-    if not any(name in message for name in (str(directory), mutation.file, *names)):
+    if any(name in message for name in names):
+        return None
+    if str(directory) not in message and mutation.file not in message:
         return "names no file"
     # Of damaged bytes nobody knows a key; a header of safetensors is judged by its library.
     by_bytes = mutation.what.startswith(("bytes", "file", "text", "header"))

@@ -413,6 +413,7 @@ _BY_SUFFIX: dict[str, Callable[[Path, Random], Mutation]] = {
     ".yml": mutate_yaml,
     ".safetensors": mutate_safetensors,
     ".txt": mutate_text,
+    ".csv": mutate_text,
     ".jinja": mutate_text,
     ".tiktoken": mutate_text,
 }
