@@ -102,7 +102,7 @@ def test_a_config_reads_the_same_from_disk(tmp_path, name):
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads is 3.*num_attention_heads \(32\)"),
-        ({"head_dim": 33}, "head_dim is 33: expected a multiple of 2"),
+        ({"head_dim": 33}, "head_dim: must be a multiple of 2, not 33"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
@@ -202,5 +202,5 @@ def test_windows_are_those_of_transformers(config, window, layers):
 
 
 def test_a_window_of_nothing_is_refused():
-    with pytest.raises(UserError, match="sliding_window is 0: expected greater than or equal to 1"):
+    with pytest.raises(UserError, match="sliding_window: must be greater than or equal to 1, not 0"):
         read_architecture(MistralConfig(sliding_window=0))
