@@ -60,6 +60,7 @@ NOTICED = {
     "alignment.*": "fusion training",
     "selection.*": "fusion training",
     "loss.teacher_temperature": "captures fusion training",
+    "schedule.order": "fusion",  # a file of its own; training reads it with the order
     "training.seq_length": ALL,
 }
 # Keys that none of them notices, and why nothing that they write depends on it
@@ -296,11 +297,9 @@ def test_keys_that_do_not_count_are_noticed_nowhere_and_change_nothing(made: Rec
             values |= other_values(made, key, value)
     del values["target.responses"]  # a file of answers, beside a server and texts to stop at
     assert not stages_that_notice(changed(made, values))
-    # The same again from nothing, but for what changes the rounding or asks for another curriculum's file
-    exact = {key: value for key, value in values.items() if WITHOUT.get(key) != WITHOUT["scoring.share_prompts"]}
-    exact = {
-        key: value for key, value in exact.items() if not key.endswith(".batch_tokens") and key != "schedule.order"
-    }
+    # The same bytes again from nothing, but for keys that change the rounding
+    rounding = ("batch_tokens", "share_prompts")
+    exact = {key: value for key, value in values.items() if not key.endswith(rounding)}
     again = changed(made, {**exact, "workdir": str(made.workdir.parent / "again")})
     for stage in STAGES.values():
         stage(again)
