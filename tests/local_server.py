@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def free_port() -> int:
@@ -61,12 +61,16 @@ class RealServer:
 
 @dataclass
 class Act:
-    """What a scripted server does with a request: status, headers and JSON, or text; or it drops the connection."""
+    """What a scripted server does with a request: status, headers and JSON, or text; or it drops the connection.
+
+    write: writes everything, status line included, and the connection ends.
+    """
 
     content: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
+    write: Callable[[BinaryIO], object] | None = None
 
 
 def completion(text: str | None, finish: str | None = "stop", **message: Any) -> Act:
@@ -120,8 +124,10 @@ class ScriptedServer:
                 self._act(act)
 
             def _act(self, act: Act) -> None:
-                if act.drop:
+                if act.drop or act.write:
                     self.close_connection = True
+                    if act.write:
+                        act.write(self.wfile)
                     return
                 is_text = isinstance(act.content, str)
                 data = (act.content if is_text else json.dumps(act.content)).encode()

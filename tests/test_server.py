@@ -189,16 +189,19 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         (Act(REFUSED, 403), r"does not accept the key \(403"),
         (
             Act(REFUSED, 404),
-            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists tiny: mend sources",
+            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists tiny: fix sources",
         ),
-        (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\): mend sources.served.server"),
+        (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\): fix sources.served.server"),
         (Act({"detail": "Unexpected fields"}, 422), r"refuses every request \(422 Unexpected fields\)"),
         (Act(REFUSED, 429), r"gives no more for now \(429 .*\[key\]\).*rerun"),
         (Act(REFUSED, 429, {"retry-after": "9999"}), r"gives no more for now"),
         (Act(f"<p>{KEY}</p>", 503), r"fails \(503 <p>\[key\]</p>\)"),
-        (Act(f"<p>{KEY}</p>"), r"refuses every request \(no completion came back but <p>\[key\]</p>\)"),
-        (Act({"error": KEY}), r"refuses every request \(no completion came back but \{'error': '\[key\]'\}\)"),
-        (Act(drop=True), r"cannot be reached \(.*\): start the server, or mend sources.served.server.url"),
+        (Act(f"<p>{KEY}</p>"), r"refuses every request \(no completion came back but <p>\[key\]</p> \(no JSON: .*\)\)"),
+        (
+            Act({"error": KEY}),
+            r'refuses every request \(no completion came back but {"error": "\[key\]"} \(choices: Field required\)\)',
+        ),
+        (Act(drop=True), r"cannot be reached \(.*\): start the server, or fix sources.served.server.url"),
     ],
     ids=str,
 )
@@ -265,7 +268,7 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
             generate_responses(recipe, "served")
         artefact = generate_responses(recipe, "served")
         assert artefact is not None
-    assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \ufffd") == 1
+    assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \\ud83d") == 1
     (unmatched,) = artefact.files(".unmatched.txt")
     assert unmatched.read_text() == "e5\n"
     rows = answers(recipe)
@@ -410,9 +413,10 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
     recipe = recipe_for(model, tmp_path, "http://localhost/v1")
     path = recipe.workdir / "responses/served/.answers-00000.tmp"
     path.parent.mkdir(parents=True)
-    for line in ("{", "[]", '{"text": "a"}', '{"request": "a"}', '{"request": "a", "text": "a", "more": 1}'):
+    whole = json.dumps({"request": "a", "text": "a", "sha256": "0" * 64})
+    for line in ("{", "[]", "[" * 100_000, '{"text": "a"}', '{"sha256": "a"}', whole):
         path.write_text(line + "\n")
-        with pytest.raises(UserError, match=f"^{path}: damaged .*: remove it"):
+        with pytest.raises(UserError, match=f"^{path}:1: damaged .*: remove the file"):
             generate_responses(recipe, "served", progress=str)
 
 

@@ -59,6 +59,9 @@ class ServerOptions(Options):
 
     url: Line = Field(description="base URL, as http://localhost:8000/v1")
     model: Line = Field(description="name under which the server knows the model")
+    answers_as: Line | None = Field(
+        None, description="name that the answers give the model, if it is another, as behind a deployment's name"
+    )
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key, if there is one"
     )

@@ -11,20 +11,23 @@ from typing import BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.sources.server import Reply
+from megatron_fuse.sources.completions import Reply
+from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.records import first_problem
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry(Reply):
     request: str
+    sha256: str
 
 
 _ENTRIES = TypeAdapter(_Entry)
 
 
 class Journal:
-    """JSON lines {request, and the fields of a Reply}. `request` is a hash of all that was asked: a changed question finds nothing."""
+    """JSON lines {request, the fields of a Reply, and a sha256 of these}. `request` is a hash of all that was asked: a changed
+    question finds nothing."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -36,18 +39,28 @@ class Journal:
             try:
                 entry = _ENTRIES.validate_json(line, strict=True)
             except ValidationError as error:
-                raise UserError(
-                    f"{path}:{number}: damaged ({first_problem(error)}): remove the file, and its answers are asked for again"
-                ) from error
-            self._replies[entry.request] = Reply(**{field.name: getattr(entry, field.name) for field in fields(Reply)})
+                raise _damaged(path, number, first_problem(error)) from error
+            reply = Reply(**{field.name: getattr(entry, field.name) for field in fields(Reply)})
+            if _row(entry.request, reply) != asdict(entry):
+                raise _damaged(path, number, "it does not have the sha256 that it states")
+            self._replies[entry.request] = reply
 
     def find(self, request: str) -> Reply | None:
         return self._replies.get(request)
 
     def add(self, request: str, reply: Reply) -> None:
         self._replies[request] = reply
-        self._file.write(json.dumps({"request": request, **asdict(reply)}, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(_row(request, reply), ensure_ascii=False).encode() + b"\n")
         self._file.flush()
+
+
+def _row(request: str, reply: Reply) -> dict[str, object]:
+    content = {"request": request, **asdict(reply)}
+    return {**content, "sha256": sha256_of_json(content)}
+
+
+def _damaged(path: Path, line: int, why: str) -> UserError:
+    return UserError(f"{path}:{line}: damaged ({why}): remove the file, and its answers are asked for again")
 
 
 @contextmanager

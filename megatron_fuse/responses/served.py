@@ -11,10 +11,11 @@ from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.sampled import example_seed
 from megatron_fuse.responses.stop_texts import StopTexts
+from megatron_fuse.sources.completions import Body, Reply
 from megatron_fuse.sources.huggingface import answering_options, declared_positions, recipe_key, resolve_model
-from megatron_fuse.sources.server import Body, Reply, Server
+from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
-from megatron_fuse.text_safety import say
+from megatron_fuse.text_safety import brief, say
 
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # what any model can answer
@@ -29,7 +30,8 @@ def served_answers(
     gets an empty, truncated answer, as from a model in process. A request that the server refuses while it answers others gets None.
     """
     format = _Format(recipe, name, chat)
-    server = Server(format.options.server, f"{recipe_key(name)}.server")
+    longest = max(map(len, chat.tokenizer.token_bytes), default=1)
+    server = Server(format.options.server, f"{recipe_key(name)}.server", longest)
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
@@ -45,7 +47,7 @@ def served_answers(
                 received += 1
                 journal.add(requests[key], reply)
                 if reply.fault:
-                    progress(f"{directory}: no answer to example {key!r}: {reply.fault}")
+                    progress(f"{directory}: no answer to example {brief(repr(key))}: {reply.fault}")
 
             def report(seconds: float) -> None:
                 done = len(bodies) - len(missing) + received

@@ -1,5 +1,8 @@
 """A source model behind a server with OpenAI's interface: vLLM, SGLang, llama.cpp, `transformers serve`, a hosted one.
 
+No server is trusted: an exchange is bounded in time and bytes and never redirected (bounded_http.py), what comes back is an answer
+only in the form of one (completions.py) and from the model that was asked. What is none is asked for again, as often as below.
+
 The package `openai` does the retrying: after a lost connection, a time-out and the statuses 408, 409, 429 and 5xx it asks again,
 as often as `max_retries` says, after 0.5 s, 1 s, 2 s ... 8 s, or after as long as the server's `Retry-After` says (up to 2 minutes).
 
@@ -12,14 +15,21 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import ServerOptions
-
-Body = dict[str, Any]  # of a request, as JSON
+from megatron_fuse.sources.completions import (
+    Body,
+    Malformed,
+    Reply,
+    is_name_of,
+    most_bytes_of,
+    read_completion,
+    read_object,
+)
+from megatron_fuse.text_safety import brief
 
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 _ABOUT_ONE_REQUEST = (
@@ -29,33 +39,29 @@ _ABOUT_ONE_REQUEST = (
     500,
 )  # perhaps: of several meanings, or a fault that this request alone brings about
 _FILTERED = ("content_filter", "content_policy_violation")  # error codes of hosted servers that refuse a prompt
-_CUT_OFF = ("length", "content_filter", "abort")  # finish reasons of an answer that has no end of its own
 _CONNECT_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
-_LONGEST_QUOTE = 300  # characters of what a server says that an error repeats
+_LONGEST_QUOTE = 160  # characters of what a server says that an error repeats
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before what is no answer is asked for again, as the package's own
 _STAYS = "the answers that came in are kept, and a rerun asks for the rest"
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer as the server gave it. refused: by the server's own word. fault: why the request has no answer at all."""
-
-    text: str
-    truncated: bool = False
-    refused: bool = False
-    fault: str | None = None
 
 
 class Server:
     """A server as a recipe names it; `where` is the key of its options (`sources.mpt.server`), for errors."""
 
-    def __init__(self, options: ServerOptions, where: str) -> None:
-        """Raises UserError without the package `openai`, and for a key that no request can carry."""
+    def __init__(self, options: ServerOptions, where: str, longest_token: int) -> None:
+        """longest_token: bytes of the model's, by which answers of impossible length are known.
+
+        Raises UserError without the package `openai`, and for a key that no request can carry.
+        """
         try:
             import openai
+
+            from megatron_fuse.sources import bounded_http
         except ImportError as error:
             raise UserError(f"{where}: needs the package openai: pip install 'megatron-fuse[server]'") from error
-        self.options, self.where, self._openai = options, where, openai
+        self.options, self.where, self._openai, self._http = options, where, openai, bounded_http
+        self._longest_token = longest_token
         self._key = os.environ.get(options.api_key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise UserError(
@@ -82,11 +88,12 @@ class Server:
 
         async def ask_in_turn(client: Any) -> None:
             for name, body in waiting:
-                reply = await self._send(client, body)
-                if reply.fault and (fault := (await self._send(client, trial)).fault):
-                    raise self._error(
-                        f"refuses every request ({fault}): mend {self.where}, or the sampling options of the recipe"
-                    )
+                with self._naming(name):
+                    reply = await self._send(client, body)
+                    if reply.fault and (fault := (await self._send(client, trial)).fault):
+                        raise self._error(
+                            f"refuses every request ({fault}): fix {self.where}, or the sampling options of the recipe"
+                        )
                 received(name, reply)
 
         try:
@@ -104,6 +111,7 @@ class Server:
             api_key=self._key or "none",  # local servers want none, but the package wants something to send
             timeout=openai.Timeout(options.timeout, connect=min(options.timeout, _CONNECT_SECONDS), pool=None),
             max_retries=options.max_retries,
+            http_client=self._http.BoundedClient(),
         )
         async with client:
             if not self._reached:  # later a server may be away for as long as the retries last
@@ -122,10 +130,12 @@ class Server:
         with self._explained():
             try:
                 listed = await client.with_options(max_retries=0, timeout=_CONNECT_SECONDS).get(
-                    "/models", cast_to=object
+                    "/models", cast_to=self._http.httpx2.Response
                 )
-                self._known = [str(model["id"]) for model in listed["data"]]
-            except (openai.APITimeoutError, KeyError, TypeError, ValueError):
+                with suppress(Malformed, KeyError, TypeError):
+                    named = [model["id"] for model in read_object(listed.content)["data"]]
+                    self._known = [name for name in named if isinstance(name, str)]
+            except openai.APITimeoutError:
                 pass
             except openai.APIStatusError as error:
                 if error.status_code == 401:
@@ -133,32 +143,58 @@ class Server:
         self._reached = True
 
     async def _send(self, client: Any, body: Body) -> Reply:
+        """The reply to one request, after as many tries as the options allow."""
+        for attempt in range(self.options.max_retries + 1):
+            if attempt:
+                await asyncio.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
+            content = await self._post(client, body)
+            if isinstance(content, Reply):
+                return content
+            try:
+                return self._read(content, body)
+            except Malformed as error:
+                quoted = self._short(content[: 4 * _LONGEST_QUOTE].decode("utf-8", "replace"))
+                fault = f"no completion came back but {quoted} ({self._short(error)})"
+        return Reply("", fault=fault)
+
+    async def _post(self, client: Any, body: Body) -> bytes | Reply:
+        """The body of a response with status 200; a Reply where the status says it all."""
         openai = self._openai
         with self._explained():
             try:
                 # Not through `chat.completions.create`: what was hashed is what is sent, and other servers' fields pass as well.
-                content = await client.post(_PATHS[self.options.endpoint], body=body, cast_to=object)
+                response = await client.post(
+                    _PATHS[self.options.endpoint], body=body, cast_to=self._http.httpx2.Response
+                )
             except openai.APIStatusError as error:
                 if error.code in _FILTERED:
                     return Reply("", refused=True)
                 if error.status_code in _ABOUT_ONE_REQUEST:
                     return Reply("", fault=self._said(error))
                 raise
-            except ValueError:  # it says that it is JSON
-                content = "what is no JSON"
-        return self._read(content)
+        return response.content
 
-    def _read(self, content: Any) -> Reply:
-        """The first choice of a completion of either endpoint. What a server keeps apart as its reasoning is no part of the text."""
+    def _read(self, content: bytes, body: Body) -> Reply:
+        """Raises Malformed for what is no answer, UserError where another model answers than the one that was asked."""
+        found = read_completion(content, self.options.endpoint, most_bytes_of(body, self._longest_token))
+        if self._key and self._key in found.reply.text:
+            raise Malformed("the answer holds the key")
+        options = self.options
+        names = [options.model, *([options.answers_as] if options.answers_as else [])]
+        if found.model is not None and not any(is_name_of(found.model, name) for name in names):
+            raise self._error(
+                f"answers as model {self._short(repr(found.model))}, asked is {self._short(repr(options.model))}: fix {self.where}.model, "
+                f"or set {self.where}.answers_as to that name where it is the same model"
+            )
+        return found.reply
+
+    @contextmanager
+    def _naming(self, example: str) -> Iterator[None]:
+        """An error that ends the run says at which example."""
         try:
-            choice = content["choices"][0]
-            message = {"content": choice["text"]} if "text" in choice else choice["message"]
-            refusal = message.get("refusal")
-            text = _whole_characters(message["content"] or refusal or "")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            return Reply("", fault=f"no completion came back but {self._short(content)}")
-        finish = choice.get("finish_reason")
-        return Reply(text, truncated=finish in _CUT_OFF, refused=bool(refusal) or finish == "content_filter")
+            yield
+        except UserError as error:
+            raise UserError(f"{error} [at example {brief(repr(example), 80)}]") from None
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -177,9 +213,15 @@ class Server:
             )
         if isinstance(error, openai.APIConnectionError):
             cause = self._short(error.__cause__ or error)
-            return self._error(f"cannot be reached ({cause}): start the server, or mend {self.where}.url; {_STAYS}")
+            return self._error(f"cannot be reached ({cause}): start the server, or fix {self.where}.url; {_STAYS}")
         said = self._said(error)
-        match getattr(error, "status_code", None):
+        match status := getattr(error, "status_code", None):
+            case 301 | 302 | 303 | 307 | 308:
+                where_to = self._short(repr(error.response.headers.get("location")))
+                return self._error(
+                    f"sends requests elsewhere ({status} to {where_to}), where prompts and key are not sent unasked: set "
+                    f"{self.where}.url to the address that answers itself"
+                )
             case 401 | 403:
                 state = "holds" if self._key else "is not set and should hold"
                 return self._error(
@@ -187,9 +229,9 @@ class Server:
                     f"{self.where}.api_key_variable names another"
                 )
             case 404:
-                known = f"; it lists {', '.join(self._known[:8])}" if self._known else ""
+                known = f"; it lists {self._short(', '.join(self._known[:8]))}" if self._known else ""
                 return self._error(
-                    f"has no model {options.model!r}, or nothing at {_PATHS[options.endpoint]} ({said}){known}: mend {self.where}.model, "
+                    f"has no model {options.model!r}, or nothing at {_PATHS[options.endpoint]} ({said}){known}: fix {self.where}.model, "
                     f"or {self.where}.url, which mostly ends in /v1"
                 )
             case 402 | 429:
@@ -207,14 +249,10 @@ class Server:
         return f"{getattr(error, 'status_code', '')} {self._short(body or error)}".strip()
 
     def _short(self, said: Any) -> str:
-        text = _whole_characters(" ".join(str(said).split()))
+        """On one line, without the key, and without what a terminal would obey."""
+        text = " ".join(str(said).split())
         text = text.replace(self._key, "[key]") if self._key else text
-        return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
-
-
-def _whole_characters(text: str) -> str:
-    """A server may cut a surrogate pair in two: half of one is no character, and cannot be written."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return brief(text, _LONGEST_QUOTE)
 
 
 async def _every_few_seconds(progress: Callable[[float], None]) -> None:

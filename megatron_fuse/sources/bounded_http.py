@@ -1,0 +1,58 @@
+"""An HTTP client for servers that nobody vouches for: an exchange has an end in time and in bytes, and stays with its server."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+
+MOST_BYTES = 16 << 20  # of one body; a hundred times the longest answers
+
+
+class _BoundedStream(httpx2.AsyncByteStream):
+    """A body that ends with an error where it is longer than MOST_BYTES."""
+
+    def __init__(self, stream: Any, request: httpx2.Request) -> None:
+        self._stream, self._request = stream, request
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._stream:
+            size += len(part)
+            if size > MOST_BYTES:
+                raise httpx2.RemoteProtocolError(
+                    f"a body of more than {MOST_BYTES >> 20} MiB came back", request=self._request
+                )
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class BoundedClient(httpx2.AsyncClient):
+    """Ends an exchange, body included, after its request's read time-out, however many bytes come in meanwhile.
+
+    httpx2 itself counts that time anew with every byte. Redirects are errors: they would take prompts and key elsewhere. So are
+    compressed bodies, which nobody asks for here: a few bytes may be gigabytes. All errors are httpx2's own, for who retries.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(follow_redirects=False, limits=httpx2.Limits(max_connections=None), **options)
+
+    async def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
+        seconds = request.extensions["timeout"]["read"]
+        request.headers["accept-encoding"] = "identity"
+        try:
+            async with asyncio.timeout(seconds):
+                response = await super().send(request, stream=True, **options)
+                try:
+                    encoding = response.headers.get("content-encoding", "identity")
+                    if encoding != "identity":
+                        raise httpx2.RemoteProtocolError(f"a body in {encoding!r} came back", request=request)
+                    response.stream = _BoundedStream(response.stream, request)
+                    await response.aread()
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise httpx2.ReadTimeout(f"no whole answer within {seconds:g} s", request=request) from error
+        return response

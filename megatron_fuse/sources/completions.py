@@ -1,0 +1,139 @@
+"""A server's answer to a completion request, parsed at the border: what is not certainly an answer to our question is none.
+
+OpenAI's form, as far as it is read: {"model", "choices": [{"index", "finish_reason", "message": {"content", "refusal"}}]}, with
+"text" in the message's place from the endpoint `completions`. Other keys are the servers' own and are left alone.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Body = dict[str, Any]  # of a request, as JSON
+
+_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of an answer that ends by itself
+_CUT_OFF = ("length", "max_tokens", "content_filter")
+_BYTES_OF_INVALID = 3  # U+FFFD, for a token's byte that is no character
+_SLACK = 256  # bytes of an answer beyond its tokens: a stop text that was left in, spaces of a template
+
+
+class Malformed(ValueError):
+    """What came back is no answer; the message says why, in a few words."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as the server gave it. refused: by the server's own word. fault: why the request has no answer at all."""
+
+    text: str
+    truncated: bool = False
+    refused: bool = False
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """model: the one that answered, where the server says it."""
+
+    reply: Reply
+    model: str | None
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _Message(_Form):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Form):
+    index: Annotated[int, Field(ge=0, le=0)] | None = None  # Literal[0] would take false
+    finish_reason: Literal[_WHOLE + _CUT_OFF]  # type: ignore[valid-type]
+
+
+class _ChatChoice(_Choice):
+    message: _Message
+
+
+class _TextChoice(_Choice):
+    text: str
+
+
+class _ChatCompletion(_Form):
+    model: str | None = None
+    choices: list[_ChatChoice] = Field(min_length=1, max_length=1)
+
+
+class _TextCompletion(_Form):
+    model: str | None = None
+    choices: list[_TextChoice] = Field(min_length=1, max_length=1)
+
+
+def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None) -> Completion:
+    """content: the body of a response with status 200. most_bytes: see most_bytes_of. Raises Malformed."""
+    form = _ChatCompletion if endpoint == "chat" else _TextCompletion
+    try:
+        found = form.model_validate(read_object(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the whole"
+        raise Malformed(f"{key}: {first['msg']}") from None
+    choice = found.choices[0]
+    message = choice.message if isinstance(choice, _ChatChoice) else _Message(content=choice.text)
+    if message.content is None and message.refusal is None and choice.finish_reason in _WHOLE:
+        raise Malformed(f"choices.0.message: no content, but finish_reason {choice.finish_reason!r}")
+    text = message.content or message.refusal or ""
+    if most_bytes is not None and (size := len(text.encode())) > most_bytes:
+        raise Malformed(f"an answer of {size:,} bytes, more than the tokens that were asked for can be")
+    refused = bool(message.refusal) or choice.finish_reason == "content_filter"
+    return Completion(Reply(text, truncated=choice.finish_reason in _CUT_OFF, refused=refused), found.model or None)
+
+
+def most_bytes_of(body: Body, longest_token: int) -> int | None:
+    """The most that a true answer to a request has, by its limit of tokens; None where the request has no limit."""
+    limits = (body.get(key) for key in ("max_tokens", "max_completion_tokens"))
+    limit = next((value for value in limits if isinstance(value, int)), None)
+    return None if limit is None else _BYTES_OF_INVALID * longest_token * limit + _SLACK
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8 without a key twice. Raises Malformed."""
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except Malformed:
+        raise
+    except UnicodeDecodeError as error:
+        raise Malformed(f"no UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Malformed(f"a {type(found).__name__} instead of an object")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {key: whole_characters(value) if isinstance(value, str) else value for key, value in pairs}
+    if len(found) < len(pairs):
+        repeated = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
+        raise Malformed(f"the key {repeated!r} twice")
+    return found
+
+
+def whole_characters(text: str) -> str:
+    """A server may cut a surrogate pair in two: half of one is no character, and cannot be written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_name_of(said: str, asked: str) -> bool:
+    """Whether two names are one model's, by the habits of servers: a directory in front, a date, revision or file type behind.
+
+    `gpt-4o-2024-08-06` is `gpt-4o`, /models/mistral-7b.Q4.gguf is `mistral-7b`, `small@main` is `org/small`; `gpt-4o-mini` is none.
+    """
+    shorter, longer = sorted((name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (said, asked)), key=len)
+    behind = longer.removeprefix(shorter)
+    if not shorter or (behind == longer and shorter != longer):
+        return False
+    return behind[:1] in ("", "@", ":", ".") or (behind[0] == "-" and behind[1:5].isdecimal() and len(behind) >= 5)
