@@ -7,24 +7,28 @@ and merges; data: the hash of the seed's instructions. Rows of different commits
 """
 
 import csv
-import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.experiments.experiment import Experiment
 from megatron_fuse.experiments.records import Evaluation, Made, read_record
 from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
 from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage.records import first_problem
+from megatron_fuse.text_safety import brief
 
 
 @dataclass(frozen=True)
 class Result:
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     variant: str
     seed: int
     split: str
@@ -38,6 +42,10 @@ class Result:
     data: str
     machine: str
     date: str
+
+
+_RESULT = TypeAdapter(Result)
+_MAY_BE_EMPTY = ("steps", "tokens", "seconds")
 
 
 def collect_results(experiment: Experiment, split: str) -> list[Result]:
@@ -137,18 +145,16 @@ def read_results(path: Path) -> list[Result]:
         raise UserError(f"{path} does not exist: run tools/run_experiments.py first")
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [_parsed(row) for row in csv.DictReader(file)]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{shortened(str(path), 200)}: not a file of results ({shortened(repr(error), 200)})"
-        ) from error
+            rows = csv.DictReader(file)
+            return [_parsed(row, f"{shortened(str(path), 200)}:{rows.line_num}") for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{shortened(str(path), 200)}: not a file of results ({brief(str(error))})") from error
 
 
-def _parsed(row: dict[str, str]) -> Result:
-    numbers = {"seed": int, "n": int, "value": float, "steps": int, "tokens": int, "seconds": float}
-    values: dict[str, Any] = {field.name: row[field.name] for field in fields(Result)}
-    for name, kind in numbers.items():
-        values[name] = kind(values[name]) if values[name] else None
-    if not math.isfinite(values["value"]):
-        raise ValueError(f"value is {values['value']}")
-    return Result(**values)
+def _parsed(row: dict[str, str | None], place: str) -> Result:
+    """Cells are text; an empty one is None where a column may have no value."""
+    cells = {name: None if name in _MAY_BE_EMPTY and cell == "" else cell for name, cell in row.items()}
+    try:
+        return _RESULT.validate_python(cells)
+    except ValidationError as error:
+        raise UserError(f"{place}: not a row of a file of results: {first_problem(error)}") from error

@@ -114,6 +114,8 @@ def _read_results(directory: Path) -> None:
 
 TARGETS = [
     FuzzTarget("recipe", _write, _load, ("recipe.yaml",), share=2),
-    FuzzTarget("experiment", _write, _load_experiment),
+    FuzzTarget(
+        "experiment", _write, _load_experiment, names=("cannot be read (No such file", "experiment.yaml: variants.")
+    ),
     FuzzTarget("experiment-results", _write_results, _read_results, ("results.csv",), share=0.3),
 ]
