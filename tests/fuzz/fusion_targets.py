@@ -17,7 +17,7 @@ from megatron_fuse.fusion_data.checksums import verify_once
 from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.options import ScheduleOptions
-from megatron_fuse.storage import read_record, sha256_of_file, write_record
+from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import verify_fusion_data
 
 
@@ -101,10 +101,10 @@ def change_and_own_up(path: Path, random: Random) -> Mutation:
     found = change(path, random)
     manifest = path.parent / "manifest.json"
     if path.is_file() and path != manifest and manifest.exists():
-        content = read_record(manifest)
+        content = read_sealed(manifest)
         if path.name in content["files"]:
             content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-            write_record(manifest, content)
+            write_sealed(manifest, content)
     return found
 
 
