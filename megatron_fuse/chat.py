@@ -17,6 +17,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.template_limits import TemplateLimit
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
+from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
@@ -323,10 +324,7 @@ def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str
         return TEMPLATES[chat_template], name
     if not Path(chat_template).is_file():
         raise UserError(f"{where}.chat_template: {chat_template!r} is neither {known}")
-    try:
-        return Path(chat_template).read_text("utf-8"), name
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}.chat_template: {chat_template} is no UTF-8 text: {error}") from error
+    return read_text(Path(chat_template), f"{where}.chat_template"), name
 
 
 def _forgets_system(draft: ChatFormat) -> bool:

@@ -1,7 +1,9 @@
 """Laws of every tokenizer: ids are the library's own, bytes are the vocabulary's own, special strings only when asked."""
 
 import json
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -240,7 +242,7 @@ def test_unigram_models_are_not_converted(kind):
         ({"notes.txt": b"x"}, "", "found notes.txt"),
         ({}, "absent", "no such file"),
         ({"tokenizer.model": b"not a model"}, "tokenizer.model", "not a SentencePiece model"),
-        ({"tokenizer.json": b"{"}, "", "cannot load"),
+        ({"tokenizer.json": b"{"}, "", r"tokenizer\.json: Invalid JSON"),
         ({"vocab.txt": b""}, "vocab.txt", "not a tokenizer file"),
     ],
 )
@@ -303,4 +305,72 @@ def test_bytes_that_cannot_be_told(tmp_path):
     hugging_face("t5_json").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="cannot tell which bytes"):
+        load_tokenizer(tmp_path)
+
+
+def _change_json(path: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        # A table of four billion ids would be made for one token.
+        (
+            "tokenizer.json",
+            lambda c: c["model"]["vocab"].update(x=2**32 - 1),
+            r"model\.vocab: every id .* one is 4294967295",
+        ),
+        ("tokenizer.json", lambda c: c["model"]["vocab"].update(x=7), r"model\.vocab: two tokens must not have one id"),
+        ("tokenizer.json", lambda c: c["added_tokens"].append(5), r"added_tokens\.\d: must be an object"),
+        # The library in Rust panics, with an exception that is no Exception.
+        (
+            "tokenizer.json",
+            lambda c: c["post_processor"]["single"][0]["SpecialToken"].update(id="?"),
+            "post_processor: cannot load",
+        ),
+        ("tokenizer.json", lambda c: c.update(normalizer={"type": "Replace"}), "normalizer: cannot load"),
+        ("tokenizer_config.json", lambda c: c.update(eos_token=5), "eos_token"),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=["x"]), "chat_template"),
+        ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"9999999": {"content": "x"}}), "9999999"),
+        ("config.json", lambda c: c.update(model_type=[{}]), "model_type: must be a valid string"),
+    ],
+)
+def test_damaged_files_of_transformers(file, change, words, tmp_path):
+    make_tokenizer("llama_json", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    _change_json(tmp_path / file, change)
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and file in str(error.value) and len(str(error.value)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "added_tokens.json",
+            {"<tool>": 300},
+            r"'<tool>' has id 300, which tokenizer\.model gives to",
+        ),  # silently other bytes
+        ("added_tokens.json", {"<tool>": 2**40}, "<tool>: "),
+        ("added_tokens.json", {"<tool>": [1]}, "<tool>: "),
+        ("tokenizer_config.json", {"eos_token": "</nothing>"}, "eos_token is '</nothing>', which is no token"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1e3": {"content": "x"}}}, "1e3"),
+        ("special_tokens_map.json", {"eos_token": 5}, "eos_token"),
+    ],
+)
+def test_damaged_settings_beside_a_sentencepiece_model(name, content, words, tmp_path):
+    make_tokenizer("sentencepiece", tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) <= 600
+
+
+def test_an_empty_sentencepiece_model(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)

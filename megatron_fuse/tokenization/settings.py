@@ -24,8 +24,15 @@ MOST_IDS = 1 << 22  # the largest published vocabularies have 262,144; every id 
 _MOST_BYTES = 512 << 20
 _FIX = "save the tokenizer with transformers again, or fetch it again"
 
+
+def _is_id(text: str) -> str:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < MOST_IDS):
+        raise ValueError(f"must be an id below {MOST_IDS}")
+    return text
+
+
 TokenId = Annotated[int, Field(ge=0, lt=MOST_IDS)]
-IdText = Annotated[str, Field(pattern=r"^[0-9]{1,7}$")]
+IdText = Annotated[str, AfterValidator(_is_id)]
 
 
 class _Strict(BaseModel):
@@ -166,13 +173,15 @@ def read_settings(directory: Path) -> Settings:
     return Settings(file, config, added, special, template)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, where: str = "") -> str:
+    """A template's file. where: the recipe's key that names it, for errors."""
     data = read_small_file(path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}: line {line} is no UTF-8 text: {error.reason}") from error
+        place = f"{where}: {path}" if where else str(path)
+        raise UserError(f"{place}: line {line} is no UTF-8 text: {error.reason}") from error
 
 
 def check_tokenizer_files(directory: Path) -> None:
