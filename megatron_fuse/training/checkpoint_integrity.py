@@ -131,16 +131,21 @@ class CheckpointFiles:
 
     def read_item(self, file: BinaryIO, name: str, offset: int, into: memoryview) -> None:
         """Reads the item at `offset` of a large file, all of it, and compares it. file: unbuffered."""
+        self._read(file, name, offset, len(into), lambda at: into[at : at + _BLOCK])
+
+    def _read(self, file: BinaryIO, name: str, offset: int, length: int, block_at: Callable[[int], memoryview]) -> None:
+        """As read_item. block_at: where the bytes from that one of the item on are read to."""
         digest = xxhash.xxh3_128() if self.verify and self.small is not None else None
         file.seek(offset)
         read = 0
-        while read < len(into):
-            block = file.readinto(into[read : read + _BLOCK])  # type: ignore[attr-defined]
-            if not block:
+        while read < length:
+            block = block_at(read)[: length - read]
+            count = file.readinto(block)  # type: ignore[attr-defined]
+            if not count:
                 raise self._damaged(name, f"ends at byte {offset + read}, within an item")
             if digest is not None:
-                digest.update(into[read : read + block])
-            read += block
+                digest.update(block[:count])
+            read += count
         if digest is not None and (found := digest.hexdigest()) != (wanted := self._span(name, offset)[1]):
             raise self._damaged(name, f"checksum {found[:12]}... in the place of {wanted[:12]}... at byte {offset}")
 
@@ -179,12 +184,11 @@ class CheckpointFiles:
         self._compare_rest(read)
 
     def _compare_items(self, name: str, offsets: list[int]) -> None:
-        lengths = {offset: self._span(name, offset)[0] for offset in offsets}
-        block = memoryview(bytearray(max(lengths.values(), default=0)))
+        block = memoryview(bytearray(_BLOCK))
         try:
             with (self.path / name).open("rb", buffering=0) as file:
-                for offset, length in lengths.items():
-                    self.read_item(file, name, offset, block[:length])
+                for offset in offsets:
+                    self._read(file, name, offset, self._span(name, offset)[0], lambda _: block)
         except OSError as error:
             raise self._damaged(name, f"cannot be read ({error.strerror})") from error
 
