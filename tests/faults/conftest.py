@@ -1,6 +1,7 @@
 """The processes that jobs are forked from, the commands that faults are done to, and where outcomes go."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from plans import plan_targets
 from readers import evaluation_target, experiment_target, report_targets, start_evaluation_server
 from stages import stage_targets, start_server
 from targets import Target
+
+sys.path.append(str(Path(__file__).parents[1] / "evaluation"))  # small_questions
 
 Campaign = Callable[[str, list[Target], int], None]
 
