@@ -152,20 +152,21 @@ TARGETS = [
     *(
         FuzzTarget(f"tokenizer-{kind}", of_kind(kind), read_tokenizer, share=share, names=("vicuna_v1.1",))
         for kind, share in {
-            "byte_level": 1.0,
-            "llama_json": 1.0,
-            "sentencepiece": 1.5,
-            "tiktoken": 1.0,
-            "llama3": 0.5,
-            "t5_json": 0.5,
+            "byte_level": 0.6,
+            "llama_json": 0.6,
+            "sentencepiece": 0.8,
+            "tiktoken": 0.6,
+            "llama3": 0.3,
+            "t5_json": 0.2,
         }.items()
     ),
-    FuzzTarget("tokenizer-of-a-model", of_kind("byte_level"), read_model_format, share=0.5),
+    FuzzTarget("tokenizer-of-a-model", of_kind("byte_level"), read_model_format, share=0.3),
     FuzzTarget(
         "chat-templates",
         write_templates,
         read_templates,
         files=("*.jinja",),
+        share=0.4,
         change=mutate_template,
         names=("sources.x.chat_template",),
     ),
