@@ -33,7 +33,7 @@ _PERMISSIONS_VERSION = 0x20080522
 
 @dataclass(frozen=True)
 class Watch:
-    """What a job does to itself. kill_at, stop_at: the operation before which it gets SIGKILL or SIGSTOP; 0: never.
+    """What a job does to itself. kill_at, stop_at: the operation before which it gets SIGKILL (or `number`) or SIGSTOP; 0: never.
 
     half: where that is a rename, the file is cut in half first, as a kill within the writing leaves it. after: (job, operations)
     before which this one does not begin. file_size: the largest file that it may write, in bytes. plain_user: permissions hold
@@ -42,6 +42,7 @@ class Watch:
 
     under: Path = ROOT
     kill_at: int = 0
+    number: int = signal.SIGKILL
     stop_at: int = 0
     half: bool = False
     after: tuple[int, int] | None = None
@@ -214,8 +215,12 @@ def _begin(job: Job) -> None:
             if watch.half and event == "os.rename":
                 with suppress(OSError):  # a directory
                     os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), watch.number)
 
+    if watch.number == signal.SIGINT:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # not ignored, as where the tests run in the background
     sys.addaudithook(happen)
 
 

@@ -66,6 +66,18 @@ def _killed_after(target: Target, seconds: float) -> Running:
     return job
 
 
+def interrupted(target: Target, draw: random.Random) -> Facts:
+    """Ctrl-C or SIGTERM at a drawn operation: a quiet end, after which no temporary file is left."""
+    number = draw.choice((signal.SIGINT, signal.SIGTERM))
+    job = target.run(Watch(kill_at=draw.randint(1, target.operations), number=number))
+    if job.exit_code not in (0, 128 + number) or "Traceback" in job.text:
+        raise Broken(f"exit code {job.exit_code} after {number.name}: {job.text.strip()[-700:]}")
+    if left := [path.name for path in target.directory.rglob(".*.tmp*")]:
+        raise Broken(f"left after {number.name}: {left}")
+    require_rerun(target)
+    return {"codes": [job.exit_code], "outcome": "interrupted" if job.exit_code else "ended before"}
+
+
 def raced(target: Target, draw: random.Random) -> Facts:
     """Two to six processes at once."""
     return _race(target, _members(target, draw, draw.randint(2, 6)))
@@ -250,6 +262,7 @@ KINDS: dict[str, Callable[[Target, random.Random], Facts]] = {
     "file size": file_size,
     "read-only": read_only,
     "damaged": damage_and_rerun,
+    "interrupted": interrupted,
 }
 
 
@@ -257,7 +270,7 @@ def run_case(kind: str, target: Target, seed: str) -> Facts:
     """One case: what was drawn and what came of it; `problem` says how the law was broken, or is None."""
     draw = random.Random(f"{kind} {target.name} {seed}")
     begin, facts, problem = time.monotonic(), {}, None
-    target.locks_may_stay = kind in ("killed", "killed in a race", "read-only", "damaged")
+    target.locks_may_stay = kind in ("killed", "killed in a race", "read-only", "damaged", "interrupted")
     target.forget()
     around = target.surroundings()
     try:

@@ -18,8 +18,9 @@ slow = pytest.mark.slow
 
 def kinds(few: dict[str, int]) -> list:
     """Every kind with some cases in the plain run, and with many in the slow one. few: by kind, default 1."""
-    plain = [pytest.param(kind, few.get(kind, 1), id=kind) for kind in KINDS if few.get(kind, 1)]
-    return plain + [pytest.param(kind, CASES, marks=slow, id=f"{kind}, many") for kind in KINDS]
+    kinds = [kind for kind in KINDS if kind != "interrupted"]  # which commands alone know how to end at
+    plain = [pytest.param(kind, few.get(kind, 1), id=kind) for kind in kinds if few.get(kind, 1)]
+    return plain + [pytest.param(kind, CASES, marks=slow, id=f"{kind}, many") for kind in kinds]
 
 
 @pytest.mark.parametrize(("kind", "cases"), kinds({"raced": 8, "stopped": 4, "killed in a race": 4, "damaged": 8}))
@@ -35,6 +36,11 @@ _LONG = dict.fromkeys(("raced by four", "stopped", "full", "file size", "read-on
 def test_data_stages(stages: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
     place, targets = list(KINDS).index(kind), list(stages.values())
     campaign(kind, targets[place % len(targets) :] + targets[: place % len(targets)], cases)
+
+
+@pytest.mark.parametrize("cases", [len(STAGES), pytest.param(CASES, marks=slow)])
+def test_interrupted_data_stages(stages: dict[str, Target], campaign: Campaign, cases: int) -> None:
+    campaign("interrupted", list(stages.values()), cases)
 
 
 @slow

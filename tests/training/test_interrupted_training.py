@@ -114,7 +114,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(target: Path, tmp_path: Path) ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen([*launcher, "20"], env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         # After the first phase's end at 7 and its checkpoint: the process that collects for the writers is there by then.
         while not losses.exists() or len(losses.read_text().splitlines()) < 8:
             assert time.monotonic() < until and torchrun.poll() is None
