@@ -12,6 +12,7 @@ from megatron_fuse.capture.distributions import SparseRows
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import Artefact, write_safetensors
+from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
 # What became of an example; only those of the first have rows. The last two are of captures made elsewhere: the file's tokens are
@@ -129,7 +130,7 @@ def read_capture_shard(path: Path) -> CaptureShard:
     try:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a capture ({error}): {mend}") from error
+        raise UserError(f"{path}: cannot be read as a capture ({brief(str(error), 150)}): {mend}") from error
     fault = _misfit(shard) or _impossible_row(shard)
     if fault:
         raise UserError(f"{path}: {fault}: {mend}")
