@@ -178,6 +178,17 @@ def test_a_damaged_manifest_is_written_again_from_the_markers(
     assert contents(tmp_path / "whole") == whole
 
 
+def test_markers_of_other_shards_are_not_believed(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    run_plan(plan(tmp_path / "swapped/a"), make_shard, silent)
+    first, second = (tmp_path / f"swapped/a/shard-0000{index}.done" for index in (1, 2))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    (tmp_path / "swapped/a/manifest.json").unlink()
+    run_plan(plan(tmp_path / "swapped/a"), make_shard, silent)
+    assert contents(tmp_path / "swapped") == whole
+
+
 def test_shards_of_another_plan_are_refused_though_plan_json_is_gone(tmp_path: Path, whole: dict[str, bytes]) -> None:
     for name in ("plan.json", "manifest.json"):
         (tmp_path / "whole/a" / name).unlink()

@@ -138,12 +138,19 @@ def _race(target: Target, members: list[Member]) -> Facts:
     target.clear_counts()
     jobs = [target.start(member.watch, member.environment(), place) for place, member in enumerate(members)]
     aside: set[int] = set()  # pids of the ranks whose launcher has ended them, as another one was killed
+    finished: dict[
+        int, list[str]
+    ] = {}  # by pid of those that worked alone and ended with 0: what was not whole by then
     seen: list[int] = []
     since = killed_since = time.monotonic()
 
     def meanwhile() -> None:
         nonlocal seen, since, killed_since
         now = time.monotonic()
+        for member, job in zip(members, jobs, strict=True):
+            if job.exit_code == 0 and not member.rank and job.pid not in finished:
+                # The others may still have temporary files.
+                finished[job.pid] = [line for line in target.differences() if not line.endswith("left over")]
         counts = target.counts
         moving = [counts[job.job.place] for job in jobs if not job.is_stopped]
         if moving != seen:
@@ -167,6 +174,8 @@ def _race(target: Target, members: list[Member]) -> Facts:
         if job.exit_code == 2 and "another process" not in job.text:
             raise Broken(f"exit code 2, and no other process is named: {job.text.strip()[-500:]}")
         if job.exit_code == 0 and not member.rank:
+            if early := finished.get(job.pid):
+                raise Broken(f"a process that worked alone has ended with 0 too early: {early[0]}")
             require_whole(target, "a process that worked alone has ended with 0")
     at_once = not target.differences()
     require_rerun(target)

@@ -4,13 +4,18 @@ FAULT_SEED=7 python -m pytest tests/faults                    # a few of each ki
 FAULT_CASES=1000 python -m pytest tests/faults -m slow        # default: 100 of each kind; outcomes.py makes a table of them
 """
 
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from kinds import KINDS
 from outcomes import CASES
 from stages import STAGES
 from targets import Target
+
+from megatron_fuse.errors import exit_code
 
 Campaign = Callable[[str, list[Target], int], None]
 slow = pytest.mark.slow
@@ -67,3 +72,18 @@ def test_evaluation(evaluation: Target, campaign: Campaign, kind: str) -> None:
 )
 def test_experiments(experiment: Target, campaign: Campaign, kind: str, cases: int) -> None:
     campaign(kind, [experiment], cases)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_command_ends_with_2_though_its_log_is_full(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def main() -> None:
+        raise OSError(number, os.strerror(number))  # as print raises it, without a file's name
+
+    with open("/dev/full", "w", buffering=1) as log:
+        monkeypatch.setattr("sys.stderr", log)
+        try:
+            assert exit_code(main) == 2
+        finally:
+            monkeypatch.undo()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # takes what is still in the buffer
