@@ -23,10 +23,10 @@ from types import FrameType
 _LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG = 1
 _POLL = 0.5  # seconds between two looks at whether torchrun still runs
+_PATIENCE = 30.0  # seconds for a rank to end after torchrun has; as long as torchrun itself waits
 STARTED = "MEGATRON_FUSE_STARTED"  # variable of the environment of what a command has started: only the command speaks
 INTERRUPTED = 130  # exit code after Ctrl-C
 _PASSED_ON = 5.0  # seconds for a command to end at a Ctrl-C that has reached it by itself
-_PATIENCE = 30.0  # seconds for a rank to end after that; as long as torchrun itself waits
 
 
 def end_with(parent: int) -> None:

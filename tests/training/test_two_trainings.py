@@ -44,7 +44,7 @@ def stop(ranks: list[Any]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_second_training_is_refused_on_all_its_ranks(trainings: Trainings, tmp_path: Path, world_size: int) -> None:
     expected, operations = trainings.undisturbed(world_size, False)
     at = random.Random(f"{SEED} {world_size}").randint(operations // 4, operations * 3 // 4)
@@ -76,6 +76,7 @@ def import_weights(rank: int, workdir: Path, target: Path) -> None:
     import_hugging_face(target, workdir / "training/checkpoints")
 
 
+@pytest.mark.slow
 def test_weights_are_not_imported_under_a_training(trainings: Trainings, tmp_path: Path) -> None:
     _, operations = trainings.undisturbed(1, False)
     shared, first = trainings.start(tmp_path / "run", 1, False, operations // 2, holds=True)
@@ -102,10 +103,6 @@ def race(trainings: Trainings, workdir: Path, draw: random.Random) -> list[list[
     assert names >= {"iter_0000007", "iter_0000009"} and not any(name.endswith(".tmp") for name in names)
     assert not (workdir / "training" / LOCK).exists()
     return codes
-
-
-def test_of_trainings_started_at_once_one_trains(trainings: Trainings, tmp_path: Path) -> None:
-    race(trainings, tmp_path / "run", random.Random(SEED))
 
 
 @pytest.mark.slow
