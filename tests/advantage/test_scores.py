@@ -261,6 +261,9 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(judges: dict
     write_rows(path, rows[1:])
     with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
         score_responses(recipe, "given", progress=str)
+    with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
+        load_scores(recipe, "a", "given")
+    path.unlink()
     load_scores(recipe, "a", "given")  # which has no need of the file
 
 
@@ -292,16 +295,19 @@ def test_refusals_name_judge_source_and_example(judges: dict[str, Path], tmp_pat
         load_scores(recipe, "a", "mpt")
 
 
+LARGE = 3e38  # finite itself; sums of a few are not
+
+
 @pytest.mark.parametrize(
     ("spoil", "source", "example"),
     [
-        (lambda model, ids: model.score.weight.data[0, 3].fill_(torch.nan), "a", "1"),
+        (lambda model, ids: model.score.weight.data.fill_(LARGE), "a", "1"),
         # The token that only one answer has: the others are read in the same batch and stay finite.
-        (lambda model, ids: model.get_input_embeddings().weight.data[ids("👍")[-1]].fill_(torch.inf), "b", "5"),
+        (lambda model, ids: model.get_input_embeddings().weight.data[ids("👍")[-1]].fill_(LARGE), "b", "5"),
     ],
     ids=["head", "one token"],
 )
-def test_bad_weights_are_named_with_the_answer_that_showed_them(
+def test_weights_that_overflow_are_named_with_the_answer_that_showed_them(
     judges: dict[str, Path], tmp_path: Path, spoil: Callable, source: str, example: str
 ) -> None:
     recipe = answered(judges, tmp_path)
