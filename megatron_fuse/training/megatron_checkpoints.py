@@ -38,11 +38,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.records import shortened
 from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
 from megatron_fuse.training.safe_unpickling import read_extra_state, read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+# What else Megatron-core writes there. It reads the file again by itself, and a key that it does not know ends in a TypeError.
+_OTHER_KEYS = {"common_backend_version"}
 
 
 def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, dict[str, StoredItems]]:
@@ -158,12 +161,12 @@ def load(state: dict[str, Any], path: Path, strategies: Strategies) -> dict[str,
 def _check_format(files: CheckpointFiles) -> None:
     try:
         content = json.loads(files.content("metadata.json"))
-        found = {key: content.get(key) for key in _FORMAT}
+        found = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
     except (ValueError, AttributeError, RecursionError) as error:
-        found = {"error": str(error)[:100]}
+        found = {"error": str(error)}
     if found != _FORMAT:
         raise UserError(
-            f"{files.path / 'metadata.json'}: has {found}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
+            f"{files.path / 'metadata.json'}: has {shortened(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
         )
 
 

@@ -369,7 +369,10 @@ def body_name(tensors: dict[str, torch.Tensor], suffix: str) -> str:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: [t.pop(name) for name in list(t) if name.endswith(LAYER)], rf"has no \S*{LAYER}, which would stay"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if name.endswith(LAYER)],
+            rf"has no \S*{LAYER}, which \S*config.json",
+        ),
         (
             lambda t: [t.pop(name) for name in list(t) if "embed_tokens" in name],
             r"has no embed_tokens.weight under any",
@@ -381,7 +384,7 @@ def body_name(tensors: dict[str, torch.Tensor], suffix: str) -> str:
         (lambda t: t.update({"adapter.weight": torch.ones(2)}), r"adapter.weight is no part of"),
         (
             lambda t: [t.update({name: torch.zeros(32, 9)}) for name in list(t) if name.endswith(LAYER)],
-            rf"{LAYER} is \[32, 9\], but \S*config.json makes it \[32, 48\]",
+            rf"{LAYER} is \[32, 9\], but \S*config.json \(.*\[32, 48\]",
         ),
         (
             lambda t: t.update({body_name(t, LAYER).replace("weight", "bias"): torch.ones(32)}),
@@ -466,7 +469,7 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, capsys: pytest
         load(published.options)
     assert "a pickle was run" not in capsys.readouterr().out
     (published.directory / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    with pytest.raises(UserError, match=r"pytorch_model.bin cannot be read, fetch the model again"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a Git LFS pointer"):
         load(published.options)
 
 
@@ -480,7 +483,7 @@ def test_what_is_missing_beside_the_weights_is_named(tmp_path: Path) -> None:
         load(options | {"model": "nowhere"})
     config = Path(options["body"]) / "config.json"
     config.write_text(json.dumps({"model_type": "unheard_of"}))
-    with pytest.raises(UserError, match=r"Llama-2-chat/config.json: model_type: no config of transformers: "):
+    with pytest.raises(UserError, match=r"model_type: cannot load .*Llama-2-chat/config.json: .*unheard_of"):
         load(options)
     shutil.rmtree(options["model"])
     Path(options["model"]).mkdir()

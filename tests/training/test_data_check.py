@@ -92,7 +92,7 @@ def run(
             run_training(workdir, target, sections, log)
         except UserError as error:
             message = str(error)
-    saved = sorted(path.name for path in (workdir / "training/checkpoints").glob("*"))
+    saved = sorted(path.name for path in (workdir / "training/checkpoints").glob("[!.]*"))
     return message, [step["iteration"] for step in log.steps], saved
 
 
