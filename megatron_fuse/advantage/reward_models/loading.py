@@ -8,6 +8,7 @@ take no part in the reward.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn
             )
     except Exception as error:
         raise not_loadable(weights.model_dir, error, f"{where}.model") from error
-    _refuse_incomplete(report, weights, prefix, f"{files.body / 'config.json'} ({sizes(config)})", where)
+    _refuse_incomplete(report, weights, prefix, files.body, sizes(config), where)
     return body.eval().requires_grad_(False), head
 
 
@@ -161,19 +162,23 @@ def _place(weights: WeightFiles, name: str) -> str:
     return weights.place(name)
 
 
-def _refuse_incomplete(report: dict[str, Any], weights: WeightFiles, prefix: str, config: str, where: str) -> None:
+def _refuse_incomplete(
+    report: dict[str, Any], weights: WeightFiles, prefix: str, body: Path, stated: str, where: str
+) -> None:
     """Raises UserError for the first tensor that transformers misses, finds in another shape, or has no use for.
 
-    config: its file and sizes, for the error.
+    body: the directory of the config; stated: the sizes that it has.
     """
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])
-        raise UserError(f"{where}.model: {weights.model_dir} has no {name}, which {config} asks for: {_MEND}")
+        raise UserError(
+            f"{where}.model: {weights.model_dir} has no {name}, which would stay random ({stated}): {_MEND}"
+        )
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}.model: {_place(weights, prefix + name)} is {list(found)}, but {config} makes it {list(expected)}: "
-            f"{_MEND}"
+            f"{where}.model: {_place(weights, prefix + name)} is {list(found)}, but {body / 'config.json'} makes it "
+            f"{list(expected)} ({stated}): {_MEND}"
         )
     if report["unexpected_keys"]:
         _refuse_left_over(weights, prefix + min(report["unexpected_keys"]), where)
