@@ -29,9 +29,11 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
     def run(kind: str, targets: list[Target], cases: int) -> None:
         if kind == "full" and not may_mount(tmp_path_factory.mktemp("small")):
             pytest.skip("only root may mount a small file system")
-        rows = [run_case(kind, targets[case % len(targets)], f"{outcomes.SEED}-{case}") for case in range(cases)]
-        if path:
-            outcomes.write_rows(Path(path), rows)
+        rows = []
+        for case in range(cases):
+            rows.append(run_case(kind, targets[case % len(targets)], f"{outcomes.SEED}-{case}"))
+            if path:
+                outcomes.write_rows(Path(path), rows[-1:])
         broken = [f"{row['target']}, {kind}, seed {row['seed']}: {row['problem']}" for row in rows if row["problem"]]
         assert not broken, f"{len(broken)} of {cases}:\n" + "\n".join(broken[:10])
 
