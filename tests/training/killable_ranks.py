@@ -58,7 +58,7 @@ class KillableRanks:
         self.sessions += [child.pid for child in children]
         return children
 
-    def wait(self, children: list[Any], *, hangs_after: float = 300) -> list[int]:
+    def wait(self, children: list[Any], *, hangs_after: float = 900) -> list[int]:
         """Their exit codes. If one was killed, the others are killed too, as torchrun does it; any other end is waited for.
 
         hangs_after: seconds without the end of any.
