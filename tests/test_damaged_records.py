@@ -158,7 +158,7 @@ def test_a_count_that_a_manifest_lacks(tmp_path: Path) -> None:
         example_shards(artefact)
 
 
-@pytest.mark.parametrize("data", [b"", b"no array", None])
+@pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\x01\x00\x02\x00{\n", None])
 def test_scores_that_are_none(tmp_path: Path, data: bytes | None) -> None:
     if data is None:
         np.save(tmp_path / "objects.npy", np.array(["a", None], object))

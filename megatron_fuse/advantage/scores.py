@@ -228,7 +228,7 @@ def _read_shard(path: Path) -> np.ndarray:
         scores = np.load(path, allow_pickle=False)
         if scores.dtype != np.float32 or scores.ndim not in (1, 2):
             raise ValueError(f"{scores.dtype} in {scores.ndim} dimensions")
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(
             f"{path}: not the scores of a shard ({brief(str(error))}): remove it and run {COMMAND} again"
         ) from error
