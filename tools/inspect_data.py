@@ -26,7 +26,10 @@ from megatron_fuse.verification import verify_fusion_data
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # resolve: the recipe has a --verify too, of a training; here the word means this tool's own.
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
     add_fusion_data_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--index", type=int, help="number of the example in the instructions, from 0")

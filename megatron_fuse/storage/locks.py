@@ -109,6 +109,8 @@ class LockFile:
                 f"{self.path}: this file system has no POSIX locks ({error.strerror}), so that two processes could damage "
                 "each other's files: choose a workdir on a file system that has them (Lustre: mount it with -o flock)"
             )
+        if isinstance(error, FileExistsError):  # from mkdir
+            return UserError(f"{self.path.parent}: cannot be written (Not a directory): choose another place")
         return UserError(f"{self.path}: cannot be written ({error.strerror})")
 
 
