@@ -69,6 +69,16 @@ def test_a_marker_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
         read_record(path, MarkerRecord)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_half_a_character_in_a_record_is_refused(tmp_path: Path, sealed: bool) -> None:
+    """The sha256 of such a text cannot be computed."""
+    path = tmp_path / "manifest.json"
+    seal = {"sha256": "0" * 64} if sealed else {}
+    path.write_text(json.dumps(MANIFEST | {"options": {"key": "\ud800"}} | seal))
+    with pytest.raises(UserError, match=f"{path}: holds half a surrogate pair"):
+        read_record(path, ManifestRecord)
+
+
 @dataclass(frozen=True)
 class Row:
     name: str

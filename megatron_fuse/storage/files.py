@@ -100,7 +100,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     seal = content.pop(_SEAL, None)
-    if seal is not None and seal != sha256_of_json(content):
+    try:
+        found = sha256_of_json(content)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path}: holds half a surrogate pair: restore it, or remove it and run the stage again"
+        ) from error
+    if seal is not None and seal != found:
         raise UserError(
             f"{path}: its content does not have the sha256 that it states: restore it, or remove it and run "
             "the stage again"

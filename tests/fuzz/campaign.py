@@ -37,7 +37,7 @@ CASE_BYTES = 2 << 30
 MOST_CHARACTERS = 600
 _BEGUN = "begun"
 _MOST_KEPT = 20  # faults of one child whose files stay
-_SILENT_SECONDS = 120  # a child that has not said anything for so long hangs where no signal is looked at
+_SILENT_SECONDS = 300  # a child that has not said anything for so long hangs where no signal is looked at
 
 
 @dataclass(frozen=True)
