@@ -138,5 +138,5 @@ def test_a_damaged_csv_is_named(tmp_path: Path, change: tuple[str, str]) -> None
     path.write_text(text)
     assert read_results(path)[0].value == 0.5
     path.write_text(text.replace(*change))
-    with pytest.raises(UserError, match=r"results\.csv: not a file of results"):
+    with pytest.raises(UserError, match=r"results\.csv:2: not a row of a file of results"):
         read_results(path)

@@ -106,7 +106,7 @@ def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> Non
     found = read_results(experiment.results)
     assert found == collect_results(experiment, "test") + collect_results(experiment, "dev")
     experiment.results.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="not a file of results"):
+    with pytest.raises(UserError, match="not a row of a file of results"):
         read_results(experiment.results)
 
 
