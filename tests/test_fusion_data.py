@@ -417,7 +417,9 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
         FusionDataset(changed(copied, target={"chat_template": "alpaca"}))
     with pytest.raises(UserError, match=r"was made with options.seq_length = 200, but now options.seq_length = 100"):
         FusionDataset(changed(copied, training={"seq_length": 100}))
-    with pytest.raises(UserError, match=r"was made with options.temperatures = \[2.0\], but now options.temperatures = \[3.0\]"):
+    with pytest.raises(
+        UserError, match=r"was made with options.temperatures = \[2.0\], but now options.temperatures = \[3.0\]"
+    ):
         FusionDataset(changed(copied, loss={"teacher_temperature": 3.0}))
     (fusion / "teachers/beta/training/manifest.json").unlink()
     with pytest.raises(UserError, match="beta/training is incomplete: run tools/build_fusion_data"):

@@ -153,10 +153,10 @@ def test_special_tokens_and_padded_columns_are_never_an_answer(models: dict[str,
             assert not any(name in row.response for name in chat.tokenizer.added_tokens), row
 
 
-def test_broken_weights_are_named_with_source_and_example(models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_overflow_are_named_with_source_and_example(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path)
     model = load_causal_lm(recipe.sources["llama"])
-    model.get_output_embeddings().weight.data[7] = torch.nan
+    model.get_output_embeddings().weight.data[7] = 3e38  # finite itself; sums of a few are not
     broken = tmp_path / "broken"
     save_model(broken, "llama")
     model.save_pretrained(broken)
@@ -204,9 +204,7 @@ def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert declared_positions(tmp_path) == expected
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}/config.json: not valid JSON .*: restore it, or if a stage made it"
-    ):
+    with pytest.raises(UserError, match=rf"{tmp_path}/config.json: not valid JSON: "):
         declared_positions(tmp_path)
 
 
