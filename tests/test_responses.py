@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 from small_models import FAMILIES, save_model, small_recipe, write_rows
 from transformers import AutoConfig
