@@ -16,6 +16,7 @@ from megatron_fuse.experiments.results import read_results
 from megatron_fuse.instructions import example_shards
 from megatron_fuse.responses import response_shards
 from megatron_fuse.responses.journal import open_journal
+from megatron_fuse.sources.completions import Reply
 from megatron_fuse.storage import Artefact, Plan, run_plan
 from megatron_fuse.training.metrics import MetricsFile, read_metrics
 
@@ -43,7 +44,8 @@ def made(directory: Path, files: dict[str, bytes], **counts: int) -> Artefact:
             (prefix.parent / name).write_bytes(data)
         return counts
 
-    artefact = run_plan(Plan(directory, "stage", {}, {}, 1), make, progress=str)
+    shards = sorted({name.split(".")[0] for name in files}) or ["shard-00000"]
+    artefact = run_plan(Plan(directory, "stage", {}, {}, 1, shards), make, progress=str)
     assert artefact is not None
     return artefact
 
@@ -134,7 +136,11 @@ def test_damaged_metrics(tmp_path: Path, row: object, message: str) -> None:
     ],
 )
 def test_a_damaged_journal(tmp_path: Path, line: str, message: str) -> None:
-    path = write_rows(tmp_path / "journal", [{"request": "a", "text": "x"}, line])
+    path = tmp_path / "journal"
+    with open_journal(path) as journal:
+        journal.add("a", Reply("x", truncated=False))
+    with path.open("a") as file:
+        file.write(f"{line}\n")
     with pytest.raises(UserError, match=rf"{path}:2: damaged \({message}"), open_journal(path):
         pass
 
