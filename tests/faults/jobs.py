@@ -124,7 +124,7 @@ class Server:
 def end_all(jobs: Sequence[Running]) -> None:
     """Kills what still runs, and what it has started."""
     for job in jobs:
-        with suppress(ProcessLookupError):
+        if not job.poll():  # else its process id may be another process's by now
             os.killpg(job.pid, signal.SIGKILL)
     while not all(job.poll() for job in jobs):
         time.sleep(0.001)

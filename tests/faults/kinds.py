@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from damage import damage_and_rerun
-from jobs import Running, Watch, end_all
+from jobs import Running, Watch
 from targets import Broken, Target, require_good_end, require_rerun, require_whole
 
 _STUCK_AFTER = 0.5  # seconds without an operation of the others, after which a stopped process goes on
@@ -62,7 +62,6 @@ def _killed_after(target: Target, seconds: float) -> Running:
             job.send(signal.SIGKILL)
 
     target.wait_for([job], kill)
-    end_all([job])  # with what it has started
     return job
 
 
