@@ -29,6 +29,7 @@ from megatron_fuse.storage.checksums import (
 )
 from megatron_fuse.storage.files import read_sealed, write_sealed
 from megatron_fuse.storage.locks import LockFile
+from megatron_fuse.text_safety import say
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
 
 
 @contextmanager
-def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = print) -> Iterator[None]:
+def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = say) -> Iterator[None]:
     """Within the block no other process makes this directory; it waits for one that does. Sweeps what killed ones left."""
     with LockFile(directory.with_name(f".{directory.name}.lock")) as lock:
         lock.lock(1, lambda owner: progress(f"{directory}: {owner} is writing it, waiting for its end"))

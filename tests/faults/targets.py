@@ -2,10 +2,11 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jobs import ENDED, Job, Running, Server, Watch, end_all
@@ -19,6 +20,18 @@ Files = dict[str, bytes]
 
 class Broken(AssertionError):
     """The law does not hold after a fault."""
+
+
+T = TypeVar("T")
+
+
+def _read_those_there(paths: Iterable[Path], read: Callable[[Path], T]) -> dict[Path, T]:
+    """Without files that a process removes meanwhile, as the last one does with its lock file."""
+    found = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found[path] = read(path)
+    return found
 
 
 @dataclass
@@ -113,7 +126,8 @@ class Target:
 
     def files(self) -> Files:
         paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
-        return {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
+        found = _read_those_there(paths, Path.read_bytes)
+        return {str(path.relative_to(self.directory)): content for path, content in found.items()}
 
     def forget(self) -> None:
         """Removes what the command wrote; a file of the user's lies there instead."""
@@ -146,11 +160,9 @@ class Target:
     def surroundings(self) -> dict[str, tuple[int, int]]:
         """(size, time of the last change) of all other files under `under`."""
         written = {self.directory, *([self.reader.directory] if self.reader else [])}
-        return {
-            str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in self.under.rglob("*")
-            if self._counts(path) and not written & set(path.parents)
-        }
+        paths = [path for path in self.under.rglob("*") if self._counts(path) and not written & set(path.parents)]
+        found = _read_those_there(paths, Path.stat)
+        return {str(path): (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 def require_good_end(job: Running, *, may_be_killed: bool = False, may_be_silent: bool = False) -> None:
