@@ -225,7 +225,17 @@ def test_a_damaged_list_of_splits_is_named(tmp_path: Path, splits: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "files", ["null", "5", "[]", "[5]", "[{}]", '[{"filename": 5}]', '[{"filename": "../x.arrow"}]']
+    "files",
+    [
+        "null",
+        "5",
+        "[]",
+        "[5]",
+        "[{}]",
+        '[{"filename": 5}]',
+        '[{"filename": "../x.arrow"}]',
+        f'[{{"filename": "{"x" * 5000}"}}]',
+    ],
 )
 def test_a_damaged_state_of_a_saved_data_set_is_named(tmp_path: Path, files: str) -> None:
     (tmp_path / "state.json").write_text(f'{{"_data_files": {files}}}')

@@ -21,12 +21,14 @@ from megatron_fuse.text_safety import brief
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
 
+_LONGEST_NAME = 255  # bytes, in the file systems of Linux
 _SHOWN = 60  # characters of a wrong value in a message
 
 
 def _plain_name(name: str) -> str:
     """A file of this directory, not of another one."""
-    if name in ("", ".", "..") or PurePath(name).name != name or "\0" in name:
+    is_plain = name not in ("", ".", "..") and PurePath(name).name == name and "\0" not in name
+    if not is_plain or len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
         raise ValueError("must be the name of a file in this directory")
     return name
 

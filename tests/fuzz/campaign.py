@@ -254,6 +254,8 @@ def misfit(message: str, mutation: Mutation, directory: Path, names: tuple[str, 
         return "names no file"
     # Of damaged bytes nobody knows a key; a header of safetensors is judged by its library.
     by_bytes = mutation.what.startswith(("bytes", "file", "text", "header"))
+    if "not valid JSON" in message:
+        return None  # of the file as a whole
     has_line = re.search(r"(:\d+|\b(line|row|item|char|column) \d+)", message)
     if not by_bytes and mutation.keys and not has_line and not any(key in message for key in mutation.keys if key):
         return f"names no line and none of the keys {', '.join(mutation.keys)}"
