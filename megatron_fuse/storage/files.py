@@ -32,6 +32,15 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush_to_disk(path: Path) -> None:
+    """Brings the content of a file, or the names of a directory, to disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def temporary_then_rename(path: Path) -> Iterator[Path]:
     """Yields an empty temporary file beside `path` and renames it there at the end; on an error nothing is left behind.

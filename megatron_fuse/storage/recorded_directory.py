@@ -27,7 +27,7 @@ from megatron_fuse.storage.checksums import (
     records_of_files,
     shortened,
 )
-from megatron_fuse.storage.files import read_sealed, write_sealed
+from megatron_fuse.storage.files import flush_to_disk, read_sealed, write_sealed
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.text_safety import say
 
@@ -118,7 +118,7 @@ def directory_then_rename(directory: Path, replaced: Found | None = None) -> Ite
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            _flush(temporary)
+            _flush_all(temporary)
             if replaced is not None:
                 directory.rename(old)
             try:
@@ -127,7 +127,7 @@ def directory_then_rename(directory: Path, replaced: Found | None = None) -> Ite
                 if replaced is not None:
                     old.rename(directory)
                 raise
-            _flush(directory.parent, files=False)
+            flush_to_disk(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if replaced is not None:
@@ -187,11 +187,7 @@ def _remove_files(directory: Path, recorded: list[str], record: str) -> None:
         directory.rmdir()
 
 
-def _flush(directory: Path, *, files: bool = True) -> None:
+def _flush_all(directory: Path) -> None:
     """Brings a directory to disk, so that a name never outlives a power failure that its content did not."""
-    for path in [*(directory / name for name in files_below(directory) if files), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in [*(directory / name for name in files_below(directory)), directory]:
+        flush_to_disk(path)

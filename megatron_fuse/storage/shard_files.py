@@ -4,7 +4,6 @@ DIRECTORY/.shard-00000.XXXX.work/   the files of a shard whose owner still makes
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.artefact import Artefact, Plan, completed, damage_of
-from megatron_fuse.storage.files import remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
+from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.records import MarkerRecord, read_record
 
@@ -133,9 +132,9 @@ class ShardFiles:
             for old in self.directory.glob(f"{self.names[index]}.*"):
                 old.unlink()
             for path in paths:
-                _flush(path)
+                flush_to_disk(path)
                 path.replace(self.directory / path.name)
-            _flush(self.directory)
+            flush_to_disk(self.directory)
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be written ({error.strerror or error})") from error
         others = {"together": together} if len(together) > 1 else {}
@@ -181,12 +180,3 @@ class ShardFiles:
 
     def _marker(self, index: int) -> Path:
         return self.directory / f"{self.names[index]}.done"
-
-
-def _flush(path: Path) -> None:
-    """Brings a file, or the names of a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

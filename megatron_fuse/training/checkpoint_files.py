@@ -1,6 +1,5 @@
 """How a checkpoint's directory comes and goes, as one process does it: by renaming, so that half of one never looks whole."""
 
-import os
 import re
 import secrets
 import shutil
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fuse.storage import remove_abandoned, temporary_then_rename
+from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, temporary_then_rename
 
 # Files that name a checkpoint of the directory.
 LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration.txt"
@@ -54,7 +53,8 @@ def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None
 
     All is brought to disk before, so that a name never outlives a power failure that its content did not.
     """
-    _flush([*(path for path in temporary.iterdir() if path.is_file()), temporary])
+    for path in [*(path for path in temporary.iterdir() if path.is_file()), temporary]:
+        flush_to_disk(path)
     if checkpoint.exists():  # of a run that was killed before `latest` named it
         remove_checkpoint(checkpoint)
     temporary.replace(checkpoint)
@@ -62,7 +62,7 @@ def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None
         with temporary_then_rename(tracker) as new:
             new.write_text(f"{iteration_of(checkpoint)}\n")
     # Not its files: closing the lock that lies there would release it (storage/locks.py).
-    _flush([checkpoint.parent])
+    flush_to_disk(checkpoint.parent)
 
 
 def iteration_of(checkpoint: Path) -> int:
@@ -92,12 +92,3 @@ def remove_leftovers(directory: Path) -> None:
 def free_bytes(directory: Path) -> int:
     """On the file system where a directory is, or would be made."""
     return shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.exists())).free
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

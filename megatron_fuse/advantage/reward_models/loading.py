@@ -134,7 +134,7 @@ def _load_head(weights: WeightFiles, name: str, hidden_size: int | None, where: 
     shape = weights.shape(name)
     if shape != (1, hidden_size):
         raise UserError(
-            f"{where}.model: {_place(weights, name)} is {list(shape)}, but a head that gives one reward is [1, {hidden_size}]: "
+            f"{where}.model: {weights.place(name)} is {list(shape)}, but a head that gives one reward is [1, {hidden_size}]: "
             "name a reward model with one output over this body"
         )
     _refuse_unusable(weights, name, where)
@@ -151,15 +151,11 @@ def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
     """Raises UserError for weights that are quantised, NaN or infinite: any of them would give scores that mean nothing."""
     if weights.dtype(name) not in DTYPES:
         raise UserError(
-            f"{where}.model: {_place(weights, name)} is {weights.dtype(name)}: expected {', '.join(DTYPES)}: name a model that is "
+            f"{where}.model: {weights.place(name)} is {weights.dtype(name)}: expected {', '.join(DTYPES)}: name a model that is "
             "not quantised"
         )
     if weights.shape(name):
-        refuse_non_finite(_read(weights, name), f"{where}.model: {_place(weights, name)}")
-
-
-def _place(weights: WeightFiles, name: str) -> str:
-    return weights.place(name)
+        refuse_non_finite(_read(weights, name), f"{where}.model: {weights.place(name)}")
 
 
 def _refuse_incomplete(
@@ -177,7 +173,7 @@ def _refuse_incomplete(
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}.model: {_place(weights, prefix + name)} is {list(found)}, but {body / 'config.json'} makes it "
+            f"{where}.model: {weights.place(prefix + name)} is {list(found)}, but {body / 'config.json'} makes it "
             f"{list(expected)} ({stated}): {_MEND}"
         )
     if report["unexpected_keys"]:
@@ -185,7 +181,7 @@ def _refuse_incomplete(
 
 
 def _refuse_left_over(weights: WeightFiles, name: str, where: str) -> None:
-    raise UserError(f"{where}.model: {_place(weights, name)} is no part of a body or a bias-free head: {_MEND}")
+    raise UserError(f"{where}.model: {weights.place(name)} is no part of a body or a bias-free head: {_MEND}")
 
 
 def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[str], where: str) -> None:
@@ -203,7 +199,7 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
             or not (one.is_set_to(other) or torch.equal(one, other))
         ):
             raise UserError(
-                f"{where}.model: {_place(weights, copy + name)} differs from {prefix}{name}, and only one of them can be the body: "
+                f"{where}.model: {weights.place(copy + name)} differs from {prefix}{name}, and only one of them can be the body: "
                 "take the other copy out of the file"
             )
 
