@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
-from megatron_fuse.template_limits import TemplateLimit
+from megatron_fuse.template_meter import TemplateLimit
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.settings import read_text

@@ -14,7 +14,7 @@ from small_tokenizers import small_tokenizer
 from megatron_fuse.chat import load_chat_format
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
-from megatron_fuse.template_limits import TemplateLimit
+from megatron_fuse.template_meter import TemplateLimit
 
 USER = [{"role": "user", "content": "Hi"}]
 TALK = [

@@ -1,0 +1,106 @@
+"""What one rendering of a chat template has used, and the limits of it.
+
+What may grow is compared with the messages, so long conversations are no exception. Nothing depends on the clock but the refusal of
+a template that computes for `SECONDS`.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+from jinja2.utils import Namespace
+
+OUTPUT = 256 * 1024  # characters that it may print, beside 16 for each of the messages' characters
+TEXT = 1_000_000  # characters, or members, of one value
+WORK = 15_000_000  # characters of all values together: see Meter
+STEP = 150  # what one step counts for
+SECONDS = 20.0  # of this thread's CPU time
+
+
+class TemplateLimit(jinja2.TemplateError):
+    """A template that goes beyond a limit, or whose text would differ from run to run."""
+
+
+class Meter:
+    """What one rendering has used. turns, characters: of its messages, which the limits grow with.
+
+    Work is counted in characters that were made; a step of the program counts as STEP of them.
+    """
+
+    def __init__(self, turns: int = 0, characters: int = 0) -> None:
+        self.work, self.checkpoint = 0, STEP
+        self.most_work = WORK + (turns + 16) * characters + STEP * (100 * turns * turns + 10 * characters)
+        self.largest = TEXT + 16 * characters
+        self.longest_output = OUTPUT + 16 * characters
+        self.began = time.thread_time()
+
+    def step(self, characters: int = 0) -> None:
+        self.work += STEP + characters
+        if self.work > self.checkpoint:
+            self._check()
+
+    def _check(self) -> None:
+        """At every hundredth step or so, as it reads the clock."""
+        self.checkpoint = self.work + 100 * STEP
+        if self.work > self.most_work:
+            raise TemplateLimit("it computes more than any prompt needs: does a loop of it ever end?")
+        if time.thread_time() - self.began > SECONDS:
+            raise TemplateLimit(f"it computes for more than {SECONDS:.0f} seconds")
+
+    def expect(self, size: int) -> None:
+        """Called before a value of about this size is made."""
+        if size > self.largest:
+            raise TemplateLimit(f"it makes a value of {size:,} characters, more than {self.largest:,}")
+
+    def admit(self, value: Any) -> Any:
+        """Counts a value that was made, and returns it."""
+        size = 0
+        if isinstance(value, str):
+            size = len(value)
+        elif isinstance(value, list | tuple | dict):
+            size = self.size(value)
+        if size > self.largest:
+            self.expect(size)
+        self.step(size)
+        return value
+
+    def size(self, value: Any) -> int:
+        """Characters and members of a value as it would be printed: what it holds twice counts twice. Stops at `largest`."""
+        total, members, stack = 0, 0, [value]
+        while stack and total <= self.largest:
+            part = stack.pop()
+            members += 1
+            total += 1
+            if isinstance(part, str):
+                total += len(part)
+            elif isinstance(part, list | tuple):
+                stack += part
+            elif isinstance(part, dict):
+                stack += part.keys()
+                stack += part.values()
+            elif isinstance(part, Namespace):
+                stack += object.__getattribute__(part, "_Namespace__attrs").values()
+            if len(stack) > self.largest:
+                total = len(stack)
+        self.step(members * STEP // 8)
+        return total
+
+
+_meter: ContextVar[Meter] = ContextVar("meter")
+
+
+def current_meter() -> Meter:
+    """Of the rendering, or the compilation, that is under way."""
+    return _meter.get()
+
+
+@contextmanager
+def metered(meter: Meter) -> Iterator[Meter]:
+    token = _meter.set(meter)
+    try:
+        yield meter
+    finally:
+        _meter.reset(token)
