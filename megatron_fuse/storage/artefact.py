@@ -77,8 +77,7 @@ class Artefact:
 
     def damage(self) -> str | None:
         """The first file that is missing or has another size than the manifest says; None if there is none."""
-        sizes = ((self.directory / name, recorded["bytes"]) for name, recorded in self.manifest["files"].items())
-        return next((damage for path, size in sizes if (damage := damage_of(path, size))), None)
+        return first_damage(self.directory, self.manifest["files"])
 
     def verify(self, *, checksums: bool = True) -> "Artefact":
         """Compares all files with the manifest, by size alone where checksums is False; returns the artefact."""
@@ -105,6 +104,12 @@ def damage_of(path: Path, size: int) -> str | None:
         return f"{path}: missing"
     found = path.stat().st_size
     return None if found == size else f"{path}: {found} bytes in place of {size}"
+
+
+def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
+    """damage_of the first of these files that has any. files: {name: {bytes, ...}}, as in manifests and markers."""
+    found = (damage_of(directory / name, recorded["bytes"]) for name, recorded in files.items())
+    return next((damage for damage in found if damage), None)
 
 
 @dataclass(frozen=True, eq=False)

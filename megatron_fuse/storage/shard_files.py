@@ -1,6 +1,6 @@
 """The files of one plan while processes make it: who makes which shard, and what of it is whole.
 
-DIRECTORY/.shard-00000.XXXX.work/   the files of a shard whose owner still makes it; no other process touches them
+DIRECTORY/.shard-00000.XXXX.work/   the files of a shard that its owner makes; the next owner of the shard removes what a kill left
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.artefact import Artefact, Plan, completed, damage_of
+from megatron_fuse.storage.artefact import Artefact, Plan, completed, first_damage
 from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.records import MarkerRecord, read_record
@@ -85,14 +85,7 @@ class ShardFiles:
                 f"{path} belongs to a shard that was made with other options or from other inputs: move or remove "
                 f"{self.directory} to make it anew"
             )
-        if damage := next(
-            (
-                damage
-                for name, facts in content["files"].items()
-                if (damage := damage_of(self.directory / name, facts["bytes"]))
-            ),
-            None,
-        ):
+        if damage := first_damage(self.directory, content["files"]):
             self._report(index, damage)
             return None
         return content
@@ -127,7 +120,7 @@ class ShardFiles:
             paths = sorted(prefix.parent.iterdir())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
             self._write_plan()  # a rank that failed at its first shard may have removed it
-            # The marker goes first: from here on it would speak for other files.
+            # The marker is removed first: it must not describe files that are being replaced.
             self._marker(index).unlink(missing_ok=True)
             for old in self.directory.glob(f"{self.names[index]}.*"):
                 old.unlink()
@@ -161,9 +154,8 @@ class ShardFiles:
         """After an error: a plan without a finished shard goes, so that it does not bind the next run, if nobody else uses it."""
         if self.marked() == 0 and self._locks.try_alone():
             (self.directory / "plan.json").unlink(missing_ok=True)
-            with suppress(
-                OSError
-            ):  # not empty: the answers that a server gave are kept, in files that nobody holds now
+            # An OSError if it is not empty: the answers that a server gave are kept, in files that nobody holds now.
+            with suppress(OSError):
                 self.directory.rmdir()
 
     @contextmanager

@@ -1,7 +1,7 @@
 """What of Megatron's dist_checkpointing is replaced: writing computes checksums, and reading runs no code of a checkpoint.
 
 The format is Megatron's own (`torch_dist`). All that depends on its inner workings and on those of torch's distributed checkpoints
-is in this file, and was read in megatron-core 0.16.1 and torch 2.13.
+is in this file and in write_results.py, and was read in megatron-core 0.16.1 and torch 2.13.
 """
 
 import json
