@@ -22,7 +22,7 @@ from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -244,7 +244,7 @@ def _compare(
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{first.model_dir} and {other.model_dir} cannot be merged: they differ in {what}, at {key}: "
-                f"{shortened(ours.get(key))} and {shortened(theirs.get(key))}: merging needs models trained from one base"
+                f"{quoted(ours.get(key))} and {quoted(theirs.get(key))}: merging needs models trained from one base"
             )
 
 

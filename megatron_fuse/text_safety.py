@@ -3,13 +3,8 @@
 import unicodedata
 from typing import TextIO
 
-_UNSAFE = (
-    "Cc",
-    "Cf",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # controls, formats (bidirectional, zero width), surrogates, line and paragraph separators
+# Controls, formats (bidirectional, zero width), surrogates, line and paragraph separators.
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _PROSE = "\n\t\u200c\u200d"  # the joiners are part of the spelling of Persian, of Hindi and of emoji
 
 

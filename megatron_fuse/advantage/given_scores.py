@@ -14,7 +14,7 @@ from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.storage import sha256_of_bytes
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import id_at, keys_shown, value_at
 from megatron_fuse.text_safety import brief
 
@@ -64,7 +64,7 @@ class GivenScores:
                 continue
             if score.answer not in (None, _answer_hash(response.response)):
                 raise UserError(
-                    f"{self.path}:{score.line}: scores another answer of {source!r} to {shortened(example.id)} than the one it gave: score "
+                    f"{self.path}:{score.line}: scores another answer of {source!r} to {quoted(example.id)} than the one it gave: score "
                     "the present answers, or point the recipe at the answers that were scored"
                 )
             scores[row] = score.value
@@ -98,7 +98,7 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
             other = scores.setdefault(name, score)
             if (other.value, other.answer) != (score.value, score.answer):
                 raise UserError(
-                    f"{place}: the answer of {shortened(source)} to {shortened(name)} was scored in line {other.line} already, with another score "
+                    f"{place}: the answer of {quoted(source)} to {quoted(name)} was scored in line {other.line} already, with another score "
                     "or for another text: keep one of the two"
                 )
     if not by_source:
@@ -131,7 +131,7 @@ def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> d
 def _number(value: Any, source: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         raise UserError(
-            f"{place}: the score of {shortened(source)} is {shortened(value)}, which is no finite number in float32"
+            f"{place}: the score of {quoted(source)} is {quoted(value)}, which is no finite number in float32"
         )
     return float(value)
 
@@ -141,4 +141,4 @@ def _answer_hash(text: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join([*map(shortened, islice(names, 3)), "..."])
+    return ", ".join([*map(quoted, islice(names, 3)), "..."])

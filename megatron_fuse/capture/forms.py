@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_fuse.storage.records import first_problem, shortened
+from megatron_fuse.storage.records import first_problem, quoted
 from megatron_fuse.text_safety import brief
 
 
@@ -183,7 +183,7 @@ def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[flo
         temperature = _number(key)
         if not 0 < temperature < math.inf:
             raise BadRowError(
-                f'logsumexp: {shortened(key)} is no temperature: {{"1": [...], "2": [...]}} is the form (docs/captures.md)'
+                f'logsumexp: {quoted(key)} is no temperature: {{"1": [...], "2": [...]}} is the form (docs/captures.md)'
             )
         if values is None:
             continue
@@ -206,6 +206,6 @@ def _token_id(name: str) -> int:
         return int(name.removeprefix("token_id:"))
     except ValueError as error:
         raise BadRowError(
-            f"{shortened(name)} is no token id: texts do not tell tokens apart; ask the server for ids (vLLM: "
+            f"{quoted(name)} is no token id: texts do not tell tokens apart; ask the server for ids (vLLM: "
             "return_tokens_as_token_ids)"
         ) from error

@@ -21,7 +21,7 @@ from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, CaptureSha
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
@@ -57,10 +57,10 @@ class CaptureFile:
             try:
                 parts[index] = self._sparse(row, conversations[index].encoded)
             except BadRowError as error:
-                raise UserError(f"{row.place} (id {shortened(row.id)}): {error}") from error
+                raise UserError(f"{row.place} (id {quoted(row.id)}): {error}") from error
             except _MismatchError as error:
                 status[index] = MISMATCH
-                mismatches.append(f"{row.place} (id {shortened(row.id)}): {error}")
+                mismatches.append(f"{row.place} (id {quoted(row.id)}): {error}")
         if len(mismatches) > len(parts):
             raise UserError(
                 f"{mismatches[0]}; {len(mismatches)} of {len(mismatches) + len(parts)} rows are about other tokens than the "
@@ -132,7 +132,7 @@ def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
         flat = np.array(values, np.int64 if whole else np.float64)
     except OverflowError as error:
         wrong = next(value for value in values if not -(2**63) <= value < 2**63)
-        raise BadRowError(f"{shortened(wrong)} is too large for a token id") from error
+        raise BadRowError(f"{quoted(wrong)} is too large for a token id") from error
     matrix = np.full((len(rows), lengths.max(initial=0)), -1 if whole else -np.inf, np.int64 if whole else np.float64)
     matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = flat
     return matrix

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import parse_row
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
 # Of Parquet: rows decoded together, and bytes read together of every column.
@@ -145,9 +145,9 @@ class _Parquet:
 
 def _add(places: dict[str, Any], name: Any, place: Any, where: str) -> None:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UserError(f"{where}: id is {shortened(name)}: a row needs the id of its example")
+        raise UserError(f"{where}: id is {quoted(name)}: a row needs the id of its example")
     if str(name) in places:
-        raise UserError(f"{where}: id {shortened(str(name))} was given before: every example has one row")
+        raise UserError(f"{where}: id {quoted(str(name))} was given before: every example has one row")
     places[str(name)] = place
 
 

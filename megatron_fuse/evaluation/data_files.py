@@ -7,7 +7,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import Benchmark
 from megatron_fuse.evaluation.question_rows import Mmlu, Question
 from megatron_fuse.storage import read_jsonl, sha256_of_file
-from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.records import parse_record, quoted
 
 
 def check_files(benchmark: Benchmark, directory: Path) -> dict[str, str]:
@@ -48,6 +48,6 @@ def _check_subjects(benchmark: Benchmark, directory: Path, questions: list[Mmlu]
         if there[subject] < benchmark.shots:
             _, name = benchmark.files
             raise UserError(
-                f"{directory / name}: has {there[subject]} examples of the subject {shortened(subject)}; "
+                f"{directory / name}: has {there[subject]} examples of the subject {quoted(subject)}; "
                 f"{benchmark.name} needs {benchmark.shots}"
             )

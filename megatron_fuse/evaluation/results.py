@@ -9,7 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import write_json
-from megatron_fuse.storage.records import first_problem, shortened
+from megatron_fuse.storage.records import first_problem, quoted
 from megatron_fuse.text_safety import brief
 
 MODEL = "model fingerprint"  # of what a result was made from, all that may differ between the models of a table
@@ -39,7 +39,7 @@ class Metric:
 class Result:
     """questions: `TASK/INDEX HASH` of each, the hash over its whole row; metrics: the harness's name `metric,filter` -> numbers.
 
-    made_from: what must be the same for the number to be the same. shortened: questions whose prompt lost its beginning, as the
+    made_from: what must be the same for the number to be the same. quoted: questions whose prompt lost its beginning, as the
     model reads fewer tokens.
     """
 
@@ -52,7 +52,7 @@ class Result:
     batch_size: int | str
     seconds: float
     positions: int
-    shortened: int
+    quoted: int
     questions: Sequence[str]
     metrics: Mapping[str, Metric]
 
@@ -87,6 +87,6 @@ def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UserError(
-                f"{path}: was made with {brief(key, 60)} {shortened(found.get(key), 120)}, this call has {shortened(wanted.get(key), 120)}: "
+                f"{path}: was made with {brief(key, 60)} {quoted(found.get(key), 120)}, this call has {quoted(wanted.get(key), 120)}: "
                 "give another --output, or remove the file to measure again"
             )

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.storage import sha256_of_json
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
 Message = dict[str, str]
@@ -82,7 +82,7 @@ def _conversation(row: dict[str, Any], key: str, role_key: str, text_key: str) -
     for turn in turns:
         role = turn.get(role_key)
         if not isinstance(role, str) or role not in _ROLES:
-            raise _BadRow(f"{role_key} of a turn is {shortened(role)}; known are {', '.join(_ROLES)}")
+            raise _BadRow(f"{role_key} of a turn is {quoted(role)}; known are {', '.join(_ROLES)}")
         messages.append({"role": _ROLES[role], "content": _text(turn, text_key)})
     system = _text(row, "system", optional=True)
     if messages and messages[0]["role"] == "system":
@@ -143,7 +143,7 @@ def _example(row: dict[str, Any], form: _Form) -> Example:
         # From content, so that it stays the same when rows are added, removed or sorted.
         given = sha256_of_json([system, turns])[:16]
     elif isinstance(given, bool) or not isinstance(given, str | int) or given == "":
-        raise _BadRow(f"id is {shortened(given)}, neither text nor a whole number")
+        raise _BadRow(f"id is {quoted(given)}, neither text nor a whole number")
     name = _characters(str(given), "id")
     category = row.get("category")
     category = _characters(category, "category") if isinstance(category, str) and category else None
@@ -186,7 +186,7 @@ def read_rows(path: Path, form: str = "auto") -> Rows:
             if example.id in lines:
                 if row.get("id") is not None:
                     raise UserError(
-                        f"{path}:{line}: id {shortened(example.id)} was given in line {lines[example.id]} already: "
+                        f"{path}:{line}: id {quoted(example.id)} was given in line {lines[example.id]} already: "
                         "make ids unique, or leave them out to have them made from the content"
                     )
                 raise _BadRow(f"the same as line {lines[example.id]}")

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import MOST_LAYERS, ModelConfig, check_config, load_config, reason
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
@@ -101,7 +101,7 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     family = family or _family(config, origin)
 
     def refuse(key: str, value: object, allowed: str) -> None:
-        raise UserError(f"{origin}: {key} is {shortened(value)}, but a target of class {family} needs {allowed}")
+        raise UserError(f"{origin}: {key} is {quoted(value)}, but a target of class {family} needs {allowed}")
 
     if config.hidden_act != "silu":
         refuse("hidden_act", config.hidden_act, "'silu'")
@@ -234,15 +234,15 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
     if rope_type not in SUPPORTED_ROPE_TYPES:
         allowed = ", ".join(SUPPORTED_ROPE_TYPES)
         raise UserError(
-            f"{origin}: rope type {shortened(rope_type)} is not supported: choose a model with a rope_type of {allowed}"
+            f"{origin}: rope type {quoted(rope_type)} is not supported: choose a model with a rope_type of {allowed}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"{origin}: partial_rotary_factor is {shortened(rope['partial_rotary_factor'])}, but only 1.0 is supported"
+            f"{origin}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, but only 1.0 is supported"
         )
     for key, value in rope.items():
         if isinstance(value, list):
-            raise UserError(f"{origin}: {key} is {shortened(value)}: expected one number for all layers")
+            raise UserError(f"{origin}: {key} is {quoted(value)}: expected one number for all layers")
     if theta is None:
         raise UserError(f"{origin}: rope_theta is missing: add the base of the rotary frequencies, such as 10000.0")
     if rope_type == "default":

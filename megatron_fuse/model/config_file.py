@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
-from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
@@ -222,7 +222,7 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by:
         for part in (rope, *rope.values()):
             kind = part.get("rope_type") if isinstance(part, dict) else None
             if kind is not None and not hasattr(config, f"_validate_{kind}_rope_parameters"):
-                raise UserError(f"{path}: rope_type is {shortened(kind)}, which transformers does not have")
+                raise UserError(f"{path}: rope_type is {quoted(kind)}, which transformers does not have")
     return config
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import write_safetensors
-from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.safetensors_header import read_safetensors_header, refuse_lfs_pointer
 from megatron_fuse.storage.strict_json import file_size, read_object
 from megatron_fuse.text_safety import brief
@@ -109,7 +109,7 @@ class WeightFiles:
             path = PurePath(file)
             if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
                 raise UserError(
-                    f"{index}: weight_map.{brief(name, 100)} is {shortened(file)}: expected the name of a file in the directory"
+                    f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}: expected the name of a file in the directory"
                 )
         return file_of
 
@@ -145,12 +145,12 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
         raise _not_tensors_alone(path, f"its top level is a {type(content).__name__}")
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise _not_tensors_alone(path, f"{shortened(name)} is a {type(value).__name__}")
+            raise _not_tensors_alone(path, f"{quoted(name)} is a {type(value).__name__}")
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise _not_tensors_alone(path, f"{shortened(name)} is sparse, quantised or empty")
+            raise _not_tensors_alone(path, f"{quoted(name)} is sparse, quantised or empty")
         # A view may repeat its elements: a few bytes in the file, terabytes in memory.
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise _not_tensors_alone(path, f"{shortened(name)} of shape {list(value.shape)} repeats what is stored")
+            raise _not_tensors_alone(path, f"{quoted(name)} of shape {list(value.shape)} repeats what is stored")
     return content
 
 

@@ -16,7 +16,7 @@ from megatron_fuse.recipe import ResponseFile
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.storage import sha256_of_bytes
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import id_at, keys_shown, refuse_half_characters, value_at
 from megatron_fuse.text_safety import say
 
@@ -77,7 +77,7 @@ def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[
             first, messages = first_of.setdefault(key, (name, keys[-2]))
             if messages != keys[-2]:
                 raise UserError(
-                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {shortened(first)} and {shortened(name)} end "
+                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {quoted(first)} and {quoted(name)} end "
                     "in, which differ: have it hold all messages {role, content}, or match: id"
                 )
     return given
@@ -109,7 +109,7 @@ def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
         return _messages_key(prompt)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{place}: {options.prompt} is {shortened(prompt)}: match: prompt needs the text of the last user message or a list of "
+            f"{place}: {options.prompt} is {quoted(prompt)}: match: prompt needs the text of the last user message or a list of "
             f"{{role, content}} under a key of the row, which has {keys_shown(row)}"
         ) from error
 
@@ -148,7 +148,7 @@ def _read(
         first = found.setdefault(key, given)
         if (first.text, first.truncated) != (given.text, given.truncated):
             raise UserError(
-                f"{place}: {asked} {shortened(value_at(row, asked))} was given in line {first.line} already, with another answer: "
+                f"{place}: {asked} {quoted(value_at(row, asked))} was given in line {first.line} already, with another answer: "
                 "keep one of the two"
             )
     if strangers == rows:
@@ -178,10 +178,10 @@ def _given(options: ResponseFile, row: dict[str, Any], line: int, place: str) ->
     refuse_half_characters(text, options.response, place)
     if not isinstance(truncated, bool | None):
         raise UserError(
-            f"{place}: truncated is {shortened(truncated)}: it says whether the answer was cut off, true or false"
+            f"{place}: truncated is {quoted(truncated)}: it says whether the answer was cut off, true or false"
         )
     return _Given(text, truncated or False, line)
 
 
 def _listed(values: list[Any]) -> str:
-    return ", ".join(map(shortened, values)) + ", ..." if values else "none"
+    return ", ".join(map(quoted, values)) + ", ..." if values else "none"

@@ -90,7 +90,7 @@ def wrong_content(found: FileRecord, record: FileRecord) -> str | None:
     return None
 
 
-def shortened(names: Iterable[str], most: int = 3) -> str:
+def first_few(names: Iterable[str], most: int = 3) -> str:
     """Names for a message: the first few, and how many more there are."""
     first = list(names)
     more = f" and {len(first) - most} more" if len(first) > most else ""

@@ -22,10 +22,10 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.storage.checksums import (
     difference,
     files_below,
+    first_few,
     parse_records,
     records_as_json,
     records_of_files,
-    shortened,
 )
 from megatron_fuse.storage.files import flush_to_disk, read_sealed, write_sealed
 from megatron_fuse.storage.locks import LockFile
@@ -58,7 +58,7 @@ class Found:
             )
         if self.foreign:
             raise UserError(
-                f"{self.directory} is to be replaced, but holds what {self.record} does not list: {shortened(self.foreign)}: move "
+                f"{self.directory} is to be replaced, but holds what {self.record} does not list: {first_few(self.foreign)}: move "
                 f"that to another place, or choose another {option}"
             )
 

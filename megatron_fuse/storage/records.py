@@ -126,10 +126,10 @@ def first_problem(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}missing{more}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{key}{message}, not {shortened(first['input'])}{more}"
+    return f"{key}{message}, not {quoted(first['input'])}{more}"
 
 
-def shortened(value: Any, limit: int = _SHOWN) -> str:
+def quoted(value: Any, limit: int = _SHOWN) -> str:
     """A value as a message shows it: printable, on one line, of at most `limit` characters."""
     try:
         return brief(repr(value), limit)

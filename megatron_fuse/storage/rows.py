@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
 
@@ -40,9 +40,7 @@ def id_at(row: dict[str, Any], key: str, place: str) -> str:
     """The id of a row's example. place: file and line. Raises UserError for what is no id."""
     name = value_at(row, key)
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise UserError(
-            f"{place}: {key} is {shortened(name)}: a row needs the id of its example, text or a whole number"
-        )
+        raise UserError(f"{place}: {key} is {quoted(name)}: a row needs the id of its example, text or a whole number")
     return str(name)
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, BinaryIO
 from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import parse_record, shortened
+from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.strict_json import file_size, parse_object
 from megatron_fuse.text_safety import brief
 
@@ -88,7 +88,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     content = parse_object(text, str(path))
     metadata = content.pop(METADATA, None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise UserError(f"{path}: {METADATA} is {shortened(metadata)}: expected an object of texts: {_FETCH}")
+        raise UserError(f"{path}: {METADATA} is {quoted(metadata)}: expected an object of texts: {_FETCH}")
     data = 8 + len(text)
     tensors = {name: _tensor(name, entry, data, path) for name, entry in content.items()}
     _check_cover(tensors, data, size, path)
@@ -120,11 +120,11 @@ def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
     tensor = parse_record(entry, _Tensor, place, _FETCH)
     start, end = tensor.data_offsets
     if tensor.dtype not in DTYPE_BITS:
-        raise UserError(f"{place}: dtype is {shortened(tensor.dtype)}, which safetensors does not have: {_FETCH}")
+        raise UserError(f"{place}: dtype is {quoted(tensor.dtype)}, which safetensors does not have: {_FETCH}")
     bits = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
     if bits != 8 * (end - start):
         raise UserError(
-            f"{place}: shape {shortened(tensor.shape)} of {tensor.dtype} has {-(-bits // 8)} bytes, but data_offsets {start}, {end} "
+            f"{place}: shape {quoted(tensor.shape)} of {tensor.dtype} has {-(-bits // 8)} bytes, but data_offsets {start}, {end} "
             f"give it {end - start}: {_FETCH}"
         )
     return StoredTensor(tensor.dtype, tuple(tensor.shape), data + start, data + end)

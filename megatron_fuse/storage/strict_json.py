@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
 MOST_BYTES = 64 << 20  # the index of the largest published model has 10 MB
@@ -75,7 +75,7 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
         if depth > _MOST_DEPTH:
             raise UserError(f"{place}: {key}: {_too_deep(text)}")
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{place}: {key} is {shortened(value)}: half of a surrogate pair is no text")
+            raise UserError(f"{place}: {key} is {quoted(value)}: half of a surrogate pair is no text")
     return content
 
 
@@ -85,7 +85,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _BadValue(f"the key {shortened(key)} is given twice", "")
+                raise _BadValue(f"the key {quoted(key)} is given twice", "")
             seen.add(key)
     return content
 

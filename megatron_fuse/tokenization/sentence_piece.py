@@ -14,7 +14,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.normalized_spans import covered
@@ -117,8 +117,8 @@ def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
             model.SentencePiece.BYTE,
         ):
             raise UserError(
-                f"{path.parent}: the added token {shortened(text)} has id {token}, which {path.name} gives to "
-                f"{shortened(model.pieces[token].piece)}: the settings beside the model are another model's"
+                f"{path.parent}: the added token {quoted(text)} has id {token}, which {path.name} gives to "
+                f"{quoted(model.pieces[token].piece)}: the settings beside the model are another model's"
             )
 
 

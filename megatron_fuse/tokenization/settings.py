@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import first_problem, parse_record, shortened
+from megatron_fuse.storage.records import first_problem, parse_record, quoted
 from megatron_fuse.storage.strict_json import read_object, read_small_file
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -144,9 +144,7 @@ class Settings:
         """
         text = text_of(getattr(self.config, f"{kind}_token"))
         if text and text not in tokens and kind != "pad":
-            raise UserError(
-                f"{self.file}: {kind}_token is {shortened(text)}, which is no token of this tokenizer: {_FIX}"
-            )
+            raise UserError(f"{self.file}: {kind}_token is {quoted(text)}, which is no token of this tokenizer: {_FIX}")
         return tokens.get(text, default) if text is not None else default
 
 

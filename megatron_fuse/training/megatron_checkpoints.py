@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import shortened
+from megatron_fuse.storage.records import quoted
 from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
 from megatron_fuse.training.safe_unpickling import read_extra_state, read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
@@ -166,7 +166,7 @@ def _check_format(files: CheckpointFiles) -> None:
         found = {"error": str(error)}
     if found != _FORMAT:
         raise UserError(
-            f"{files.path / 'metadata.json'}: has {shortened(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
+            f"{files.path / 'metadata.json'}: has {quoted(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
         )
 
 
