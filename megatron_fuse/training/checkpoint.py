@@ -130,11 +130,15 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
 
 def read_facts(path: Path, *, verify: bool = True) -> CheckpointFacts:
     """What facts.json says. verify: compare its checksum. Raises UserError where it is not there or not of this version."""
+    return _facts_in(_open_files(path, verify))
+
+
+def _open_files(path: Path, verify: bool) -> CheckpointFiles:
     if not (path / "facts.json").exists():
         raise UserError(
             f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
         )
-    return _facts_in(CheckpointFiles(path, verify=verify))
+    return CheckpointFiles(path, verify=verify)
 
 
 def _facts_in(files: CheckpointFiles) -> CheckpointFacts:
@@ -325,9 +329,9 @@ def load_checkpoint(
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def opened() -> tuple[CheckpointFiles, CheckpointFacts, megatron_checkpoints.Strategies]:
-        facts = read_facts(path, verify=verify)
+        files = _open_files(path, verify)
+        facts = _facts_in(files)
         refuse_other_model(path, facts, architecture)
-        files = CheckpointFiles(path, verify=verify)
         files.compare_sizes(rank, world_size)
         return files, facts, megatron_checkpoints.open_for_loading(files)
 
