@@ -39,7 +39,7 @@ class Metric:
 class Result:
     """questions: `TASK/INDEX HASH` of each, the hash over its whole row; metrics: the harness's name `metric,filter` -> numbers.
 
-    made_from: what must be the same for the number to be the same. quoted: questions whose prompt lost its beginning, as the
+    made_from: what must be the same for the number to be the same. shortened: questions whose prompt lost its beginning, as the
     model reads fewer tokens.
     """
 
@@ -52,7 +52,7 @@ class Result:
     batch_size: int | str
     seconds: float
     positions: int
-    quoted: int
+    shortened: int
     questions: Sequence[str]
     metrics: Mapping[str, Metric]
 
