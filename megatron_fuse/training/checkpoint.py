@@ -13,7 +13,6 @@ held at that moment while training goes on: of a GPU's tensors a copy is made fi
 """
 
 import importlib.metadata
-import json
 import multiprocessing.util
 import re
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.storage import write_json
+from megatron_fuse.storage.strict_json import parse_object
 from megatron_fuse.training import megatron_checkpoints
 from megatron_fuse.training.checkpoint_files import (
     BEST,
@@ -143,20 +143,19 @@ def _open_files(path: Path, verify: bool) -> CheckpointFiles:
 
 def _facts_in(files: CheckpointFiles) -> CheckpointFacts:
     path = files.path
+    place = path / "facts.json"
+    content = parse_object(files.content(place.name), str(place))
     try:
-        facts = TypeAdapter(CheckpointFacts).validate_python(json.loads(files.content("facts.json")))
+        facts = TypeAdapter(CheckpointFacts).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
-    except (ValueError, RecursionError) as error:
-        what = str(error)[:100]
-    else:
-        if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != facts.iteration:
-            raise UserError(
-                f"{path} holds the checkpoint of iteration {facts.iteration}, by its facts.json: give it its name back"
-            )
-        return facts
-    raise UserError(f"{path}/facts.json: not a checkpoint of this version ({what}): name another checkpoint")
+        raise UserError(f"{place}: not a checkpoint of this version ({what}): name another checkpoint") from error
+    if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != facts.iteration:
+        raise UserError(
+            f"{path} holds the checkpoint of iteration {facts.iteration}, by its facts.json: give it its name back"
+        )
+    return facts
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -4,7 +4,6 @@ The format is Megatron's own (`torch_dist`). All that depends on its inner worki
 is in this file and in write_results.py, and was read in megatron-core 0.16.1 and torch 2.13.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from torch.futures import Future
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.records import quoted
+from megatron_fuse.storage.strict_json import parse_object
 from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
 from megatron_fuse.training.safe_unpickling import read_extra_state, read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
@@ -159,14 +159,12 @@ def load(state: dict[str, Any], path: Path, strategies: Strategies) -> dict[str,
 
 
 def _check_format(files: CheckpointFiles) -> None:
-    try:
-        content = json.loads(files.content("metadata.json"))
-        found = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
-    except (ValueError, AttributeError, RecursionError) as error:
-        found = {"error": str(error)}
+    place = files.path / "metadata.json"
+    content = parse_object(files.content(place.name), str(place))
+    found = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
     if found != _FORMAT:
         raise UserError(
-            f"{files.path / 'metadata.json'}: has {quoted(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
+            f"{place}: has {quoted(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
         )
 
 
