@@ -467,3 +467,26 @@ def test_chat_refuses(
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools/chat.py"), run_name="__main__")
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("chat", ["~nouser/x"]),
+        ("convert_checkpoint", ["--from-megatron=~nouser/x", "--output=x"]),
+        ("convert_checkpoint", ["--from-hugging-face=~nouser/x", "--output=x"]),
+        ("convert_checkpoint", ["--from-hugging-face=x", "--output=~nouser/x"]),
+        ("convert_checkpoint", ["--from-megatron=x", "--reference=~nouser/x", "--output=x"]),
+        ("inspect_data", ["~nouser/x"]),
+        ("merge_models", ["linear", "x", "x", "--output=~nouser/x"]),
+        ("evaluate", ["--output=~nouser/x", "m=x"]),
+        ("prepare_instructions", ["--recipe=~nouser/x"]),
+    ],
+)
+def test_a_tilde_in_a_path_is_a_home_directory(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tool: str, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    assert end.value.code == 2 and "there is no home directory for ~nouser" in capsys.readouterr().err

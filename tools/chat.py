@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.own_code import not_loadable
+from megatron_fuse.recipe import path_argument
 from megatron_fuse.text_safety import printable
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -32,7 +33,7 @@ Messages = list[dict[str, str]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=path_argument)
     parser.add_argument("--prompt", help="answer this and leave")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")

@@ -7,10 +7,10 @@ A Megatron checkpoint may have been written at any TP x PP x DP. --reference giv
 """
 
 import argparse
-from pathlib import Path
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.recipe import path_argument
 from megatron_fuse.runtime import start_runtime, stop_runtime
 from megatron_fuse.text_safety import say
 
@@ -19,13 +19,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(
-        "--from-megatron", type=Path, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
+        "--from-megatron", type=path_argument, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
     )
-    direction.add_argument("--from-hugging-face", type=Path, help="model directory with safetensors")
+    direction.add_argument("--from-hugging-face", type=path_argument, help="model directory with safetensors")
     parser.add_argument(
-        "--reference", type=Path, help="Hugging Face directory of the same architecture (--from-megatron)"
+        "--reference", type=path_argument, help="Hugging Face directory of the same architecture (--from-megatron)"
     )
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=path_argument, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the exported weights")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"

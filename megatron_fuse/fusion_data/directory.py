@@ -4,11 +4,10 @@ WORKDIR/fusion/MAP-UNMATCHED-T/recipe.yaml    every option written out, as of th
 """
 
 import argparse
-from pathlib import Path
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
-from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
+from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, path_argument, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 
 _NAME = "recipe.yaml"
@@ -22,7 +21,9 @@ def save_recipe(recipe: Recipe) -> None:
 
 def add_fusion_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds DIR, the fusion directory, and the recipe's own arguments as the other way in."""
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="WORKDIR/fusion/MAP-UNMATCHED-T")
+    parser.add_argument(
+        "directory", nargs="?", type=path_argument, metavar="DIR", help="WORKDIR/fusion/MAP-UNMATCHED-T"
+    )
     add_recipe_arguments(parser, required=False)
 
 
