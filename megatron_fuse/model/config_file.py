@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from megatron_fuse.errors import UserError
@@ -77,6 +77,13 @@ class RopeParameters(_Strict):
     high_freq_factor: Factors = None
     original_max_position_embeddings: Sizes = None
     partial_rotary_factor: Annotated[Any, _numbers(1e-6, 1)] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_is_one(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("a list: give one value")
+        return value
 
     @model_validator(mode="after")
     def _check_bands(self) -> Self:
@@ -220,8 +227,9 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by:
         raise not_loadable(path, error, _key_at_fault(read_object(path)), allowed_by) from error
     if not trust_remote_code and isinstance(rope := getattr(config, "rope_parameters", None), dict):
         for part in (rope, *rope.values()):
-            kind = part.get("rope_type") if isinstance(part, dict) else None
-            if kind is not None and not hasattr(config, f"_validate_{kind}_rope_parameters"):
+            if not isinstance(part, dict) or "rope_type" not in part:
+                continue
+            if not hasattr(config, f"_validate_{(kind := part['rope_type'])}_rope_parameters"):
                 raise UserError(f"{path}: rope_type is {quoted(kind)}, which transformers does not have")
     return config
 

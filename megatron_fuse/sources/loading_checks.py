@@ -96,7 +96,7 @@ def sizes(config: ModelConfig | PreTrainedConfig) -> str:
     keys = [key for key in ModelConfig.model_fields if key not in getattr(config, "attribute_map", {})]
     named = {key: getattr(config, key, None) for key in keys if not key.endswith(("_window", "_labels"))}
     return (
-        brief(", ".join(f"{key} {value}" for key, value in named.items() if type(value) in (int, bool)), 250)
+        brief(", ".join(f"{key} {value}" for key, value in named.items() if type(value) in (int, bool)), 220)
         or "no sizes"
     )
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.selection import MEND, choose, read_judgements, read_selection, selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems
 from megatron_fuse.verification.shards import mend
 
@@ -31,7 +32,7 @@ def read_facts(path: Path, examples: int) -> Facts:
                     f"{name} is {facts[name].dtype} {facts[name].shape}, wanted are {examples} real numbers"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: what selection needs cannot be read ({error}){mend(path)}") from error
+        raise UserError(f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){mend(path)}") from error
     return {name: facts[name] for name in FACTS}
 
 
