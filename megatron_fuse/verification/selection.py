@@ -32,7 +32,9 @@ def read_facts(path: Path, examples: int) -> Facts:
                     f"{name} is {facts[name].dtype} {facts[name].shape}, wanted are {examples} real numbers"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){mend(path)}") from error
+        raise UserError(
+            f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){mend(path)}"
+        ) from error
     return {name: facts[name] for name in FACTS}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from campaign import FuzzTarget
 from data_targets import TEXTS, rows_in, shared
-from mutations import Mutation, mutate
+from file_damage import Mutation, mutate
 from small_models import small_recipe, write_rows
 
 from megatron_fuse.advantage.scores import load_scores, score_responses

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
-from mutations import Mutation, copy_files, mutate
+from file_damage import Mutation, copy_files, mutate
 
 from megatron_fuse.errors import UserError
 

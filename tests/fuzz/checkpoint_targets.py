@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from campaign import FuzzTarget
-from mutations import Mutation, mutate
+from file_damage import Mutation, mutate
 from rank_pool import RankPool
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))

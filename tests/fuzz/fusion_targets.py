@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 from campaign import FuzzTarget
-from mutations import Mutation, mutate
+from file_damage import Mutation, mutate
 from small_fusion import SOURCES, build_world
 
 from megatron_fuse.errors import UserError

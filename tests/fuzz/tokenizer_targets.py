@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from campaign import FuzzTarget
-from mutations import Mutation, mutate, mutate_file
+from file_damage import Mutation, mutate, mutate_file
 from small_tokenizers import CHATML, make_tokenizer, small_tokenizer
 
 from megatron_fuse.chat import load_chat_format
