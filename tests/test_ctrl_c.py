@@ -74,7 +74,7 @@ def to_one(process: subprocess.Popen[str], number: int) -> None:
 
 def ended(process: subprocess.Popen[str], pids: list[int]) -> tuple[int, str]:
     """Exit code and stderr, once all of these have gone."""
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     deadline = time.monotonic() + 30
     while alive := [pid for pid in pids if psutil.pid_exists(pid)]:
         assert time.monotonic() < deadline, f"left behind: {alive}"
