@@ -1,0 +1,96 @@
+"""Data stages on a pretended GPU: no tensor of theirs is left on the CPU, and what they find is what a CPU finds."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from pretend_device import MixedDevices, PretendTensor, pretend_device
+from safetensors.numpy import load_file
+from small_models import FAMILIES, save_model, small_recipe, write_rows
+
+from megatron_fuse.advantage import reward_models
+from megatron_fuse.advantage.scores import load_scores, score_responses
+from megatron_fuse.capture import capture, open_capture
+from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.responses import generate_responses, open_responses, response_shards
+from megatron_fuse.sources import huggingface
+
+ROWS = [
+    {"instruction": f"Add {n} and 1{' please' * n}.", "output": f"That is {n + 1}. {'été 🙂 ' * n}"} for n in range(7)
+]
+
+
+def test_a_pretended_gpu_computes_and_refuses_as_one_does() -> None:
+    numbers = torch.arange(6.0)
+    with pretend_device() as device:
+        there = numbers.to(device)
+        assert there.device == device and isinstance(there + 1, PretendTensor)
+        assert torch.equal((there.view(2, 3).sum(1) * torch.tensor(2.0)).cpu(), torch.tensor([6.0, 24.0]))
+        there[1] = 9
+        assert there.tolist() == [0, 9, 2, 3, 4, 5]
+        there.view(2, 3).mul_(2)
+        assert there.tolist() == [0, 18, 4, 6, 8, 10]
+        for made in (there[torch.tensor([1, 2])], torch.tensor([1], device=device), torch.zeros(2, device=device)):
+            assert isinstance(made, PretendTensor)
+        for of_both in (lambda: there + numbers, lambda: torch.cat([there, numbers]), lambda: numbers.add_(there)):
+            with pytest.raises(MixedDevices, match="of the device and of the CPU"):
+                of_both()
+        with pytest.raises((TypeError, RuntimeError)):
+            there.numpy()
+        weight = torch.randn(3, 3, device=device, requires_grad=True)
+        (weight @ weight).sum().backward()
+        assert isinstance(weight.grad, PretendTensor)
+    values = weight.values.detach().requires_grad_()
+    (values @ values).sum().backward()
+    assert torch.equal(weight.grad.values, values.grad)
+
+
+def stages(recipe: Recipe) -> dict[str, np.ndarray]:
+    """Runs what the sources and the judge do, and returns all that they found."""
+    prepare_instructions(recipe, progress=str)
+    found = {}
+    for source in recipe.sources:
+        generate_responses(recipe, source, progress=str)
+        score_responses(recipe, "judge", [source], progress=str)
+        capture(recipe, source, "training", progress=str)
+        answers = [answer for shard in response_shards(open_responses(recipe, source)) for answer in shard]
+        found[f"{source} answers"] = np.array([repr(answer) for answer in answers])
+        found[f"{source} scores"] = load_scores(recipe, source, "judge")
+        for path in sorted(open_capture(recipe, source, "training").directory.glob("*.safetensors")):
+            found |= {f"{source} {path.name} {name}": array for name, array in load_file(path).items()}
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sources_and_judges_run_on_the_device_of_their_models(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", family)
+    save_model(tmp_path / "judge", family, reward=True)
+    write_rows(tmp_path / "data.jsonl", ROWS)
+
+    def recipe(workdir: str) -> Recipe:
+        return small_recipe(
+            tmp_path / workdir,
+            tmp_path / "data.jsonl",
+            tmp_path / "model",
+            {"s": tmp_path / "model"},
+            data={"shard_size": 4},
+            reward_models={"judge": {"model": str(tmp_path / "judge"), "dtype": "fp32"}},
+            responses={"max_new_tokens": 6},
+        )
+
+    expected = stages(recipe("cpu"))
+    with (
+        pretend_device() as device,
+        patch.object(huggingface, "this_device", lambda: device),
+        patch.object(reward_models.loading, "this_device", lambda: device),
+    ):
+        found = stages(recipe("gpu"))
+    assert found.keys() == expected.keys() and len(expected) > 3
+    for name, values in expected.items():
+        if values.dtype.kind == "f":
+            np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
