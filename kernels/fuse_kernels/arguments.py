@@ -18,6 +18,7 @@ TAILS = ("bucket", "renormalize", "ignore")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 MOST_ENTRIES = 128  # that the Triton kernels take in a row
+_DEVICES = ("cuda", "meta")  # that they run on; on "meta" there are shapes alone
 
 # Log-probabilities that were stored in half precision, or added up across a vocabulary map, may end a little above 0.
 _LOGPROB_ROUNDING = 1e-3
@@ -78,7 +79,7 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "auto" and student.device.type != "cuda":
+    if implementation == "auto" and student.device.type not in _DEVICES:
         return "torch"
     if implementation in ("torch", "reference"):
         return implementation
@@ -98,7 +99,7 @@ def _unfit_for_triton(student: Student) -> str | None:
         return f"{student.name} is {student.dtype}, the kernels take bf16, fp16 and fp32"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if student.device.type == "cuda":
+    if student.device.type in _DEVICES:
         return None
     if student.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None

@@ -4,8 +4,10 @@ Operators, so that torch.compile and activation checkpointing take them as they 
 row), `losses` (from all shards' numbers), `gradient_` (over the logits). Between the first two lies the only collective.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +148,19 @@ def triton_gradient_(
     torch.ops.fuse_kernels.gradient_(logits, upstream.float().contiguous(), *state, *place)
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever device the first tensor is on."""
+
+    @functools.wraps(launch)
+    def guarded(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments, **named)
+
+    return guarded
+
+
 @torch.library.custom_op("fuse_kernels::statistics", mutates_args=())
+@_on_its_device
 def statistics(
     logits: Tensor,
     labels: Tensor,
@@ -206,6 +220,7 @@ def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, tempe
 
 
 @torch.library.custom_op("fuse_kernels::losses", mutates_args=())
+@_on_its_device
 def losses(
     everyone: Tensor, teacher: Tensor, weights: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,6 +246,7 @@ def _(everyone, teacher, weights, labels, temperature):
 
 
 @torch.library.custom_op("fuse_kernels::gradient_", mutates_args=("logits",))
+@_on_its_device
 def gradient_(
     logits: Tensor,
     upstream: Tensor,

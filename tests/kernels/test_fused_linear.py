@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fuse_kernels import fused_linear_sparse_kl, sparse_kl_cross_entropy
-from sparse_kl_cases import Case, make_case
+from sparse_kl_cases import DEVICE, Case, make_case
 
 WIDTH = 12
 
@@ -40,11 +40,14 @@ def exact(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
 
 
 def fused(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
-    hidden, weight = (tensor.clone().requires_grad_() for tensor in (hidden, weight))
+    device = DEVICE if options.get("implementation") == "triton" else "cpu"
+    hidden, weight = (tensor.to(device).clone().requires_grad_() for tensor in (hidden, weight))
     targets, weights = arguments(case)
+    targets = [target.to(device) for target in targets]
+    weights = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in weights.items()}
     loss, ce, kl = fused_linear_sparse_kl(hidden, weight, *targets, **weights, **options)
-    loss.backward(case.upstream.to(loss.dtype))
-    return loss.detach(), ce, kl, hidden.grad, weight.grad
+    loss.backward(case.upstream.to(device, loss.dtype))
+    return tuple(tensor.cpu() for tensor in (loss.detach(), ce, kl, hidden.grad, weight.grad))
 
 
 def assert_near(actual, expected, dtype: torch.dtype) -> None:

@@ -3,10 +3,12 @@
 import math
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fuse_kernels import chunked, sparse_kl_cross_entropy
+from fuse_kernels.rows import VocabularyShard
 from sparse_kl_cases import DEVICE, Case, assert_close, exact, make_case, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -165,7 +167,7 @@ def test_rows_do_not_depend_on_their_chunk(skipped, monkeypatch, seed):
     case = make_case(seed, n=40, vocab=300, skipped=skipped)
     whole = run(case, "torch", temperature=2.0)
     for elements in (1, 700, 2000):  # one row a chunk; two rows; six, with a short last one
-        monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunked, "_CPU_CHUNK", elements)
         for a, b in zip(run(case, "torch", temperature=2.0), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -252,7 +254,7 @@ class LargestTensors(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("skip", [False, True])  # skipped rows take another road through the chunks
 def test_no_tensor_of_the_size_of_the_logits_comes_into_being(temperature, skip, monkeypatch, seed):
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr(chunked, "_CPU_CHUNK", 2000)
     case = make_case(seed, n=64, vocab=1000, padding=0)
     logits = case.logits.nan_to_num(0.0).requires_grad_()
     kl_weight = case.kl_weight if skip else torch.ones(64)
@@ -274,3 +276,11 @@ def test_case_holds_what_it_promises():
     assert (case.labels == -100).any() and (case.teacher_ids < 0).all(1).any() and case.logits.isnan().all(1).any()
     assert any(len(set(row)) < len(row) for row in case.teacher_ids[3::8].tolist())
     assert ((mass - 1).abs() < 1e-6).any() and (mass < 0.9).any()
+
+
+def test_chunks_on_a_gpu_keep_it_busy():
+    """Of 131072 columns a chunk for a CPU's cache has one row, whose launches alone would take longer than its work."""
+    logits = torch.empty(8192, 131072, device="meta", dtype=torch.bfloat16)
+    rows = SimpleNamespace(labels=torch.empty(8192, device="meta"))
+    starts = [start for start, *_ in chunked._chunks(logits, rows, VocabularyShard(0, 131072, 131072, None))]
+    assert 1 < len(starts) <= 32

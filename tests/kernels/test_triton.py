@@ -1,5 +1,6 @@
 """The Triton kernels against the dense formula in fp64: on a GPU compiled, elsewhere interpreted."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuse_kernels import sparse_kl_cross_entropy
+from fuse_kernels import sparse_kl_cross_entropy, triton_loss
 from sparse_kl_cases import DEVICE, assert_close, exact, make_case, run
 from torch.utils.checkpoint import checkpoint
 
@@ -196,3 +197,39 @@ def test_compiled_ahead_of_time_nothing_spills_and_loads_are_wide(capability, dt
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count('"kernel"') == 19
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(seed, monkeypatch):
+    """Triton takes the current device, which need not be that of the logits."""
+    within = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        within.append(tensor)
+        yield
+        within.pop()
+
+    launched = []
+    for name in (
+        "gather_kernel",
+        "off_ids_kernel",
+        "finish_kernel",
+        "loss_kernel",
+        "gradient_kernel",
+        "special_gradient_kernel",
+    ):
+        kernel = getattr(triton_loss.kernels, name)
+
+        class Recorded:
+            def __init__(self, kernel, name):
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid):
+                launched.append((self.name, len(within)))
+                return self.kernel[grid]
+
+        monkeypatch.setattr(triton_loss.kernels, name, Recorded(kernel, name))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    case = make_case(seed, n=3, vocab=40, k=4)
+    run(case, "triton", device=DEVICE)
+    assert len(launched) == 6 and {depth for _, depth in launched} == {1}
