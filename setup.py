@@ -32,7 +32,9 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "triton"],
+        # The range that megatron-core 0.16 declares. Without a core library (core_cu12, core_cu13) it does not import.
+        "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12", "triton"],
+        "gpu-cu13": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton"],
         "parquet": ["pyarrow"],
         "server": ["openai"],  # answers from an OpenAI-compatible server
         "reference": ["sacrebleu", "rouge-score", "bert-score"],  # answers scored against the ground truth
