@@ -55,8 +55,13 @@ T = TypeVar("T")
 # The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
 _OPTIMIZER_FORM = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    # Gathered over gloo, bucket by bucket, into the memory of the first data-parallel rank's host: 12 bytes a parameter of its
+    # tensor and pipeline rank, and one bucket. Otherwise every rank would gather the same on its GPU and its host.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+# What Transformer Engine's layers add to the state of a model: scales of fp8, which is not used here. Without it a checkpoint loads
+# into layers of either implementation.
+_EXTRA_STATE = "_extra_state"
 # What of the architecture decides whether weights fit. The padded vocabulary alone would not: 1003 and 1024 both pad to 1024.
 _MODEL_KEYS = (
     "num_layers",
@@ -93,7 +98,15 @@ def model_facts(architecture: Architecture) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("megatron-fuse", "torch", "megatron-core")}
+    return {name: _version(name) for name in ("megatron-fuse", "torch", "megatron-core")}
+
+
+def _version(package: str) -> str:
+    """Of what is run from its source tree nothing is installed that would have a version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def named_checkpoint(directory: Path, which: str = LATEST) -> Path | None:
@@ -179,10 +192,21 @@ def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
 
 
 def _state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
-    state = {name: chunk.sharded_state_dict() for name, chunk in _by_name(chunks).items()}
+    state = {name: _without_extra_state(chunk.sharded_state_dict()) for name, chunk in _by_name(chunks).items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_OPTIMIZER_FORM)
     return state
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
+
+
+def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
+    missing, unknown = chunk.load_state_dict(state, strict=False)
+    if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
+        raise RuntimeError(f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}")
 
 
 class CheckpointWriter:
@@ -341,7 +365,7 @@ def load_checkpoint(
             except (OSError, CheckpointException, CheckpointingException) as error:
                 raise _unreadable(path, error) from error
             for name, chunk in _by_name(chunks).items():
-                chunk.load_state_dict(loaded[name])
+                _fill(chunk, loaded[name])
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
 

@@ -30,7 +30,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, ReadItem
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -40,7 +39,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import parse_object
 from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
-from megatron_fuse.training.safe_unpickling import read_extra_state, read_metadata, read_plain
+from megatron_fuse.training.safe_unpickling import read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -184,9 +183,9 @@ class _LoadStrategy(TorchDistLoadShardedStrategy):
         self.metadata, self.files = metadata, files
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """As the base class, with a reader and a planner of ours."""
+        """As the base class, with a reader of ours."""
         tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        planner = _Planner(
+        planner = MCoreLoadPlanner(
             shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
             allow_shape_mismatch_sharded_tensors={one.key: one for one in tensors if one.allow_shape_mismatch},
         )
@@ -197,16 +196,6 @@ class _LoadStrategy(TorchDistLoadShardedStrategy):
         loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_names, renamed)
         _restore_dict_types(loaded, sharded_state_dict)
         return loaded
-
-
-class _Planner(MCoreLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """As the base class, which would unpickle the bytes; here they are unpickled already."""
-        key = read_item.dest_index.fqn
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[key], value)
-        else:
-            self.state_dict[key] = value
 
 
 class _Reader(FileSystemReader):
@@ -242,11 +231,8 @@ class _Reader(FileSystemReader):
 
 def _fill(items: list[ReadItem], content: memoryview, planner: LoadPlanner, what: str) -> None:
     """Hands a stored item to the planner, for every shard that asks for a part of it."""
-    if items[0].type == LoadItemType.BYTE_IO:
-        value = read_extra_state(bytes(content), what)
-        for item in items:
-            planner.load_bytes(item, value)
-        return
+    if items[0].type == LoadItemType.BYTE_IO:  # a pickle, for which no state of ours asks
+        raise UserError(f"{what} is no tensor")
     stored = read_tensor(content, what)
     for item in items:
         part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)

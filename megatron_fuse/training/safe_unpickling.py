@@ -6,7 +6,6 @@ and those inside stand for records of ours, so that a crafted file cannot even c
 
 import io
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +44,6 @@ _RECORDS = frozenset(
     }
 )
 _PLAIN = (str, int, float, bool, type(None))
-# What Transformer Engine returns as a layer's extra state without FP8: in older versions the pickle of None.
-_PICKLED_NONE = frozenset(pickle.dumps(None, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1))
 
 
 class _Record:
@@ -160,36 +157,22 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
-def read_plain(content: bytes, place: str, allowed: Callable[[torch.Tensor], bool] = lambda _: True) -> Any:
+def read_plain(content: bytes, place: str) -> Any:
     """What torch.save wrote, of plain Python values and tensors alone.
 
-    place: the file, for the error. allowed(tensor): whether such a tensor may be there. Raises UserError for everything else.
+    place: the file, for the error. Raises UserError for everything else.
     """
     try:
         value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damage and refusals are reported in classes of several libraries
         reason = next(iter(str(error).splitlines()), "")[:160]
         raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}): {_FIX}") from error
-    if (found := _not_plain(value, allowed)) is not None:
+    if (found := _not_plain(value)) is not None:
         raise UserError(f"{place} holds {found}, which no checkpoint of ours does: {_FIX}")
     return value
 
 
-def read_extra_state(content: bytes, place: str) -> Any:
-    """A byte item of a .distcp file: what a layer stores beside its weights, which is nothing, as nothing is trained in FP8.
-
-    Transformer Engine would unpickle a tensor of bytes that it finds there. Raises as read_plain.
-    """
-    return read_plain(content, place, _says_nothing)
-
-
-def _says_nothing(tensor: torch.Tensor) -> bool:
-    if tensor.dtype != torch.uint8 or tensor.numel() > max(map(len, _PICKLED_NONE)):
-        return False
-    return tensor.numel() == 0 or bytes(tensor.flatten().tolist()) in _PICKLED_NONE
-
-
-def _not_plain(value: Any, allowed: Callable[[torch.Tensor], bool]) -> str | None:
+def _not_plain(value: Any) -> str | None:
     """What a value holds besides plain ones, None where it holds nothing else."""
     waiting, seen = [value], set()
     while waiting:
@@ -202,9 +185,6 @@ def _not_plain(value: Any, allowed: Callable[[torch.Tensor], bool]) -> str | Non
             waiting += [*one.keys(), *one.values()]
         elif type(one) in (list, tuple):
             waiting += one
-        elif type(one) is torch.Tensor:
-            if not allowed(one):
-                return f"a tensor of {one.numel()} {str(one.dtype).removeprefix('torch.')}"
-        elif type(one) not in _PLAIN:
+        elif type(one) not in (torch.Tensor, *_PLAIN):
             return f"a {type(one).__name__}"
     return None

@@ -1,5 +1,7 @@
 """A checkpoint is whole or absent, fits only its own model and run, and exports what was trained."""
 
+import functools
+import importlib.metadata
 import re
 import resource
 import shutil
@@ -274,3 +276,53 @@ def test_an_imported_model_exports_bit_for_bit(ranks, odd, tmp_path) -> None:  #
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (target, tmp_path / "model")]
     for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(a, b)
+
+
+def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> bool:
+    """Whether weights come back where layers with a state beside their weights, as Transformer Engine's have, save or load."""
+    from megatron_fuse.runtime import start_runtime
+    from megatron_fuse.training.checkpoint import CheckpointFacts, load_checkpoint, model_facts, save_checkpoint
+    from megatron_fuse.training.target import _whole_model
+
+    start_runtime()
+    architecture, chunks = _whole_model(target)
+    norm = chunks[0].decoder.final_layernorm
+    plain = type(norm)
+
+    class WithExtraState(plain):  # type: ignore[misc, valid-type]
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.ones(1)
+
+        def set_extra_state(self, state: object) -> None:
+            raise AssertionError("the scales of fp8 are not part of a checkpoint")
+
+    kinds = (WithExtraState, plain) if extra_on_save else (plain, WithExtraState)
+    for parameter in chunks[0].parameters():
+        torch.nn.init.normal_(parameter)
+    before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
+    norm.__class__ = kinds[0]
+    facts = CheckpointFacts(0, 0, model_facts(architecture), {}, None, {})
+    path = save_checkpoint(directory, chunks, None, facts)
+    for parameter in chunks[0].parameters():
+        torch.nn.init.zeros_(parameter)
+    norm.__class__ = kinds[1]
+    load_checkpoint(path, chunks, None, architecture)
+    return all(torch.equal(a, b) for a, b in zip(before, chunks[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("extra_on_save", [True, False])
+def test_checkpoints_move_between_layers_with_and_without_extra_state(ranks, odd, tmp_path, extra_on_save) -> None:  # type: ignore[no-untyped-def]
+    save = functools.partial(saved_and_loaded, extra_on_save=extra_on_save)
+    assert ranks(1, save, tmp_path / "checkpoints", odd[1]) == [True]
+
+
+def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_fuse.training import checkpoint
+
+    def version(package: str) -> str:
+        if package == "megatron-fuse":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert checkpoint.versions() == {"megatron-fuse": "not installed", "torch": "1.2", "megatron-core": "1.2"}

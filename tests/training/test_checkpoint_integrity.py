@@ -337,15 +337,6 @@ def crafted(mark: Path) -> Iterator[tuple[str, Damage]]:
     yield "common.pt", rewrite("common.pt", lambda _: torch_saved(evil))
     yield "common.pt", rewrite("common.pt", lambda _: torch_saved({"optimizer": evil}))
     yield "common.pt", rewrite("common.pt", lambda _: pickle.dumps(evil))
-    yield ".distcp", with_item("_extra_state", torch_saved([evil]))
-    yield ".distcp", with_item("_extra_state", pickle.dumps([evil]))
-    # What Transformer Engine takes for the state of a layer, and unpickles
-    yield (
-        ".distcp",
-        with_item("_extra_state", torch_saved([torch.frombuffer(bytearray(pickle.dumps(evil)), dtype=torch.uint8)])),
-    )
-    yield ".distcp", with_item("_extra_state", torch_saved([io.BytesIO(pickle.dumps(evil))]))
-    yield ".distcp", with_item("_extra_state", torch_saved([pickle.dumps(evil)]))
     yield ".distcp", with_item("output_layer.weight", torch_saved(evil))
     yield ".distcp", with_item("output_layer.weight", pickle.dumps(evil))
 
@@ -361,15 +352,6 @@ def test_no_file_of_a_checkpoint_runs_code(ranks, trained, cases: Cases, tmp_pat
     # The pickles do run where nothing keeps them from it.
     pickle.loads(pickle.dumps(Calls(mark)))
     assert mark.exists()
-
-
-# An empty tensor is Transformer Engine's state of a layer without FP8; a pickled None was it in older versions.
-@pytest.mark.parametrize("state", [None, b"", pickle.dumps(None)], ids=["none", "empty", "pickled none"])
-def test_a_state_that_says_nothing_is_loaded(ranks, trained, cases: Cases, state) -> None:  # type: ignore[no-untyped-def]
-    value = None if state is None else torch.tensor(list(state), dtype=torch.uint8)
-    cases.add("with a state", signed(with_item("_extra_state", torch_saved([value]))))
-    ((_, message, _),) = cases.outcomes(ranks, trained[1])
-    assert message == "loaded"
 
 
 def recorded_and_found(workdir: Path, target: Path, sections: dict[str, Any]) -> list[tuple[dict, dict, set[str]]]:
