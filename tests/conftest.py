@@ -7,14 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rank_pool import RankPool
+from rank_pool import WITHOUT_GPU, RankPool
 
 from megatron_fuse.recipe import Recipe
 
-if not os.path.exists("/dev/nvidiactl"):  # without a GPU Triton's kernels are interpreted; read when triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU, those of the kernels alone (`pytest tests/kernels`) on a GPU if one is visible.
+
+    Before anything asks CUDA, or imports triton, which reads TRITON_INTERPRET then.
+    """
+    kernels = Path(__file__).parent / "kernels"
+    of_kernels = config.args and all(kernels in (path := place_of(argument), *path.parents) for argument in config.args)
+    visible = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    if not (of_kernels and visible):
+        os.environ.update(WITHOUT_GPU)
+
+
+def place_of(argument: str) -> Path:
+    """The file or directory of a test's name on the command line."""
+    return Path(argument.partition("::")[0]).resolve()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,11 +9,14 @@ import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.multiprocessing as multiprocessing
 
 MOST_RANKS = 4
+# Environment of a process whose tests run on the CPU; Triton's kernels are interpreted there.
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 def _free_port() -> int:
@@ -68,8 +71,10 @@ class RankPool:
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(MOST_RANKS)]
         self.workers = [context.Process(target=_serve, args=(t, self.results), daemon=False) for t in self.tasks]
-        for worker in self.workers:
-            worker.start()
+        # Ranks on gloo and on the CPU, however many GPUs there are.
+        with patch.dict(os.environ, WITHOUT_GPU):
+            for worker in self.workers:
+                worker.start()
 
     def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600) -> list[Any]:
         port = _free_port()

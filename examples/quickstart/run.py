@@ -3,11 +3,12 @@
     python examples/quickstart/run.py
 
 Makes an instruction set, three tokenizers, three source models and three reward models; runs the recipe with tensor parallelism
-over two processes; continues the target on the same data without any teacher (CSFT) for comparison; measures all of them.
+over two processes (on a machine with a single GPU in one process); continues the target on the same data without any teacher (CSFT) for comparison; measures all of them.
 Everything that exists already is kept: a second run goes straight to what is missing.
 """
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,13 +21,20 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = "examples/quickstart/build"
 RECIPE = ["--recipe", "examples/quickstart/recipe.yaml"]
-PROCESSES = 2
+
+
+def process_count() -> int:
+    """Two, each with a GPU of its own if there are any: two processes cannot share one."""
+    count = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True
+    ).stdout
+    return min(2, int(count.strip() or 0)) or 2
 
 
 def run(title: str, *command: str, processes: int = 1) -> None:
     """Runs one of the project's scripts from its root; a failure ends the quickstart with the script's own exit code."""
     print(
-        f"\n=== {title}\n$ {'torchrun --nproc-per-node 2' if processes > 1 else 'python'} {' '.join(command)}",
+        f"\n=== {title}\n$ {f'torchrun --nproc-per-node {processes}' if processes > 1 else 'python'} {' '.join(command)}",
         flush=True,
     )
     launcher = [sys.executable]
@@ -40,9 +48,11 @@ def run(title: str, *command: str, processes: int = 1) -> None:
 
 def main() -> None:
     began = time.perf_counter()
+    processes = process_count()
+    recipe = [*RECIPE, "--tensor-model-parallel-size", str(processes)]
     run("instructions", "examples/skills/skills.py", "--output", BUILD)
     run("tokenizers, source models, reward models", "examples/skills/make_models.py", "--output", BUILD)
-    run("ProFuser", "tools/run_recipe.py", *RECIPE, "--nproc-per-node", str(PROCESSES))
+    run("ProFuser", "tools/run_recipe.py", *recipe, "--nproc-per-node", str(processes))
     csft = [
         "--schedule-preset",
         "csft",
@@ -51,7 +61,7 @@ def main() -> None:
         "--tensorboard-dir",
         f"{BUILD}/csft/tensorboard",
     ]
-    run("CSFT: the same data, no teacher", "pretrain_fuse.py", *RECIPE, *csft, processes=PROCESSES)
+    run("CSFT: the same data, no teacher", "pretrain_fuse.py", *recipe, *csft, processes=processes)
     run("export of CSFT", "tools/export_model.py", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
     models = [f"{name}={BUILD}/sources/{name}" for name in ("alpha", "beta", "gamma")]
     models += [f"CSFT={BUILD}/csft/export", f"ProFuser={BUILD}/run/export"]
