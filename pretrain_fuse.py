@@ -35,6 +35,7 @@ def main() -> None:
         pipeline_parallel_size=recipe.parallel.pipeline_model_parallel_size,
         virtual_pipeline_parallel_size=recipe.parallel.virtual_pipeline_model_parallel_size,
         seed=recipe.seed,
+        deterministic=recipe.training.deterministic,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.fusion_data import FusionDataset

@@ -9,6 +9,7 @@ Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries),
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -23,6 +24,22 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_fuse.errors import UserError
 
 BLOCK = 256  # queries attended together under a window; the fastest of 128 to 1024 on a CPU, windows of 512 and 1024
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """The documents of one packed sequence: as Megatron and Transformer Engine take them, and as the local layers do.
+
+    lengths: positions of each document, on the host: to read cu_seqlens there would wait for the GPU. rotates_by_position: the
+    rotations come by position, so that Megatron need not know of documents where it applies them.
+    """
+
+    lengths: tuple[int, ...] = ()
+    rotates_by_position: bool = False
+
+    def with_rotations_by_position(self) -> "PackedDocuments":
+        """What Megatron takes for an unpacked sequence [s, 1, ...] everywhere but in CausalAttention."""
+        return replace(self, qkv_format="sbhd", rotates_by_position=True)
 
 
 class CausalAttention(MegatronModule):
@@ -63,9 +80,9 @@ class CausalAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedDocuments | None = None,
     ) -> Tensor:
-        """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h d]; without the b where packed ("thd"), as Megatron gives them.
+        """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h d].
 
         Raises ValueError for a mask or a bias: what a position sees follows from its document and window alone.
         """
@@ -78,11 +95,8 @@ class CausalAttention(MegatronModule):
                 "attention here is causal and takes no mask and no bias: give packed_seq_params or a window"
             )
         options = {"window": self.window, "scale": self.softmax_scale}
-        if packed_seq_params is None:
-            return causal_attention(query, key, value, **options).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        query, key, value = (of.unsqueeze(1) for of in (query, key, value))
-        return causal_attention(query, key, value, lengths=lengths, **options).flatten(1)
+        lengths = None if packed_seq_params is None else packed_seq_params.lengths
+        return causal_attention(query, key, value, lengths=lengths, **options).flatten(2)
 
 
 def causal_attention(
@@ -109,9 +123,12 @@ def causal_attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
     """One document."""
     query, key, value = (of.permute(1, 2, 0, 3) for of in (query, key, value))  # [b, h or g, s, d]
-    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     length = query.shape[2]
-    if window is None or length <= window:
+    has_band = window is not None and length > window
+    if not takes_groups(query.device, query.dtype, has_band):
+        key, value = (of.repeat_interleave(query.shape[1] // of.shape[1], dim=1) for of in (key, value))
+    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    if not has_band:
         return scaled_dot_product_attention(query, key, value, is_causal=True, **options).permute(2, 0, 1, 3)
     first = (of[:, :, :window] for of in (query, key, value))  # a whole window of positions sees all before it
     parts = [scaled_dot_product_attention(*first, is_causal=True, **options)]
@@ -123,6 +140,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
         block = (query[:, :, start:stop], key[:, :, seen], value[:, :, seen])
         parts.append(scaled_dot_product_attention(*block, attn_mask=mask, **options))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
+
+
+def takes_groups(device: torch.device, dtype: torch.dtype, has_band: bool) -> bool:
+    """Whether a kernel that holds no [s, s] scores takes fewer key/value heads than query heads.
+
+    On a GPU the flash kernel does, but takes neither fp32 nor a mask; the memory-efficient one takes both, but no groups. A CPU's
+    kernel takes all.
+    """
+    return device.type == "cpu" or (dtype in (torch.bfloat16, torch.float16) and not has_band)
 
 
 def _band(queries: int, window: int, device: torch.device) -> Tensor:

@@ -1,12 +1,11 @@
 """Megatron's TransformerConfig of a target at a layout, and what this machine can run of it."""
 
-import importlib.util
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.runtime.libraries import has_gradient_accumulation_fusion, has_transformer_engine
 
 
 def transformer_config(
@@ -81,7 +80,7 @@ def transformer_config(
         "deallocate_pipeline_outputs": on_gpu,
         "batch_p2p_comm": on_gpu,
         "apply_rope_fusion": implementation == "transformer_engine",
-        "gradient_accumulation_fusion": on_gpu and _installed("fused_weight_gradient_mlp_cuda"),
+        "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
         "masked_softmax_fusion": False,
     }
     if architecture.sliding_window is not None:
@@ -98,17 +97,14 @@ def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | No
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
     """`auto` decided for this machine. Raises UserError for an unknown word or a missing Transformer Engine."""
-    available = torch.cuda.is_available() and _installed("transformer_engine")
+    available = torch.cuda.is_available() and has_transformer_engine()
     if transformer_impl == "auto":
         return "transformer_engine" if available else "local"
     if transformer_impl == "transformer_engine" and not available:
         raise UserError(
-            "--transformer-impl transformer_engine needs CUDA and the package transformer_engine: use local or auto"
+            "--transformer-impl transformer_engine needs CUDA and a Transformer Engine that Megatron-core can import: use local or "
+            "auto, or see docs/install.md"
         )
     if transformer_impl not in ("local", "transformer_engine"):
         raise UserError(f"--transformer-impl is {transformer_impl!r}: choose auto, local or transformer_engine")
     return transformer_impl
-
-
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

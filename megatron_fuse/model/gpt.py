@@ -15,13 +15,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fuse.model.architecture import Architecture, check_layout
-from megatron_fuse.model.attention import CausalAttention
+from megatron_fuse.model.attention import CausalAttention, PackedDocuments
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class FusionGPTModel(GPTModel):
 
     Logits would be copied twice on their way out: GPTModel transposes them, Float16Module casts them to fp32.
     Without labels it answers as GPTModel does: logits [b, s, v/p], padded columns included.
-    Attention is causal without a mask (`attention_mask=None`), within documents where PackedSeqParams of the format "thd" are
-    given: rotary positions then begin anew in each document, whatever position_ids say.
+    Attention is causal without a mask (`attention_mask=None`), within documents where PackedDocuments are given: rotary positions
+    then begin anew in each document, as position_ids [1, s] have to say too.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class FusionGPTModel(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            layer_spec(config),
+            layer_spec(config, vp_stage),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=seq_length,
             pre_process=pre_process,
@@ -91,7 +94,34 @@ class FusionGPTModel(GPTModel):
         self.rotary_pos_emb.inv_freq = torch.tensor(
             architecture.inverse_frequencies, dtype=torch.float32, device=frequencies.device
         )
+        # Not every layer of Megatron is made on the GPU: torch's RMSNorm is made on its default device.
+        for module in self.modules():
+            if any(parameter.device.type == "cpu" for parameter in module.parameters(recurse=False)):
+                module.to(torch.cuda.current_device())
         _mark_tensor_parallel_weights(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *rest: object,
+        packed_seq_params: PackedDocuments | None = None,
+        **named: object,
+    ) -> Tensor:
+        if packed_seq_params is not None and self.config.transformer_impl == "local":
+            packed_seq_params = packed_seq_params.with_rotations_by_position()
+        return super().forward(input_ids, position_ids, *rest, packed_seq_params=packed_seq_params, **named)
+
+    def _preprocess(
+        self, *rest: object, position_ids: Tensor, packed_seq_params: PackedSeqParams | None = None, **named
+    ):  # type: ignore[no-untyped-def]
+        """As GPTModel's. With rotations by position, those of each position of the sequence [s, 1, 1, d] take the place of a
+        table up to the longest document: Megatron's own way to apply that table document by document waits for the GPU."""
+        named |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
+        hidden_states, rotations, *others = super()._preprocess(*rest, **named)
+        if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.rotates_by_position:
+            rotations = rotations[position_ids[0]]
+        return (hidden_states, rotations, *others)
 
     def _postprocess(self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object) -> Tensor:
         """GPTModel's way from hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
@@ -198,13 +228,15 @@ def build_model_chunks(
     return [build_model(architecture, config, vp_stage=stage, **options) for stage in stages]
 
 
-def layer_spec(config: TransformerConfig):  # type: ignore[no-untyped-def]  # Megatron's ModuleSpec
-    """The transformer layer that config.transformer_impl names."""
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # type: ignore[no-untyped-def]  # Megatron's specs
+    """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl names."""
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return spec
+    # By itself Megatron gives the last norm to apex if a package of that name is there, whose kernel knows no RMSNorm.
+    layers = [spec] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 
 
 def _run_pre_hooks(module: torch.nn.Module) -> None:

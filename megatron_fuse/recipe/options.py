@@ -41,6 +41,9 @@ from megatron_fuse.recipe.values import (
     Weight,
 )
 
+# A step's sequences are padded to a multiple of so many positions: few different lengths, and whole vector lanes.
+SEQUENCE_MULTIPLE = 8
+
 
 class DataOptions(Options):
     path: Location = Field(description="instructions: JSONL, Parquet, or a directory that `datasets` saved")
@@ -207,6 +210,10 @@ class ParallelOptions(Options):
         description="gather the weights that the distributed optimizer has updated during the next forward pass; needs "
         "use_distributed_optimizer and overlap_grad_reduce",
     )
+    sequence_parallel: bool = Field(
+        False,
+        description="split norms and residuals over the tensor-parallel ranks, along the sequence; needs Transformer Engine",
+    )
     context_parallel_size: Ranks = Field(1, description="1: sequences are not split over ranks")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
@@ -226,6 +233,16 @@ class ParallelOptions(Options):
             raise ValueError(
                 f"overlap_param_gather needs {' and '.join(missing)}: set {'it' if len(missing) == 1 else 'them'} to true as well, "
                 "or overlap_param_gather to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _splits_sequences_evenly(self) -> Self:
+        size = self.tensor_model_parallel_size
+        if self.sequence_parallel and (size == 1 or SEQUENCE_MULTIPLE % size):
+            raise ValueError(
+                f"sequence_parallel splits sequences, of a multiple of {SEQUENCE_MULTIPLE} positions, over the tensor-parallel ranks: "
+                f"set tensor_model_parallel_size to 2, 4 or 8, not {size}"
             )
         return self
 
@@ -260,6 +277,11 @@ class TrainingOptions(Options):
     clip_grad: GradientNorm = Field(1.0, description="maximal gradient norm; 0 switches clipping off")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of parameters and activations; bf16 keeps fp32 masters"
+    )
+    deterministic: bool = Field(
+        False,
+        description="use only algorithms whose result is the same each time; on a GPU slower, and without it losses differ in the "
+        "last digits from run to run",
     )
     recompute: bool = Field(False, description="recompute each layer's activations in the backward pass")
     train_iters: Positive | None = Field(

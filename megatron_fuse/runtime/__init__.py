@@ -2,7 +2,8 @@
 
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.distributed import Runtime, start_runtime, stop_runtime
-from megatron_fuse.runtime.optimizer import GroupStepAdamW, fused_adam_library, install_group_step_adamw
+from megatron_fuse.runtime.libraries import fused_adam_library
+from megatron_fuse.runtime.optimizer import GroupStepAdamW, install_group_step_adamw
 
 __all__ = [
     "GroupStepAdamW",

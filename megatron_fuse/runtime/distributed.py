@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
+from megatron_fuse.runtime.libraries import importing_megatron
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
 from megatron_fuse.text_safety import say
 
@@ -50,18 +51,22 @@ def start_runtime(
     pipeline_parallel_size: int = 1,
     virtual_pipeline_parallel_size: int | None = None,
     seed: int = 1234,
+    deterministic: bool = False,
     timeout_minutes: float = 30,
 ) -> Runtime:
     """Joins the processes that torchrun started (or runs alone) and builds Megatron's process groups.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK. Raises UserError if the layout does not divide the number of processes. May be called
-    again with another layout in the same processes: the old groups of Megatron are given up first.
+    Reads RANK, WORLD_SIZE and LOCAL_RANK. deterministic: see _use_deterministic_algorithms. Raises UserError if the layout does not
+    divide the number of processes, or if they are more than the machine's GPUs. May be called again with another layout in the
+    same processes: the old groups of Megatron are given up first.
     """
     quiet_third_party_warnings()
-    on_cpu = enable_cpu_megatron()
-    install_group_step_adamw()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    with importing_megatron():
+        on_cpu = enable_cpu_megatron()
+        install_group_step_adamw()
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    _use_deterministic_algorithms(deterministic)
 
     if virtual_pipeline_parallel_size == 1:  # which Megatron would take for an interleaved schedule
         virtual_pipeline_parallel_size = None
@@ -75,6 +80,11 @@ def start_runtime(
         )
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not on_cpu:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started process {device.index + 1} of this machine, which has {torch.cuda.device_count()} GPUs that are "
+                f"visible: set --nproc-per-node to {torch.cuda.device_count()} at most"
+            )
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend, timeout = ("gloo" if on_cpu else "nccl"), timedelta(minutes=timeout_minutes)
@@ -105,6 +115,20 @@ def start_runtime(
         is_last_stage=is_last_stage,
         reports=is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0,
     )
+
+
+def _use_deterministic_algorithms(on: bool) -> None:
+    """Whether torch, cuBLAS, Transformer Engine and NCCL use nothing but algorithms whose result is the same each time.
+
+    To be called before the process first uses its GPU. What the user has set in the environment stays.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(on)
+    # By default torch then also fills all memory that it hands out: a pass over the logits for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = not on
 
 
 def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:

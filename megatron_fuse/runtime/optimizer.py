@@ -5,10 +5,10 @@ keep `step` in the group; torch's AdamW keeps it beside the moments, where Megat
 run starts its bias correction afresh. Without either library, this optimizer takes torch's place on every device.
 """
 
-import importlib.util
-
 import torch
 from torch.optim.adamw import adamw
+
+from megatron_fuse.runtime.libraries import fused_adam_library
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -30,14 +30,20 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
+            done = float(group["step"] - 1)
+            # A fill on the device: a copy from the host would wait for it. adamw counts each of them up.
+            steps = torch.full((len(parameters),), done, device=parameters[0].device).unbind()
+            # The fused kernel reads and writes everything once, and holds nothing beside.
+            on_gpu = is_on_gpu(parameters[0])
             adamw(
                 parameters,
                 [p.grad for p in parameters],
                 [self.state[p]["exp_avg"] for p in parameters],
                 [self.state[p]["exp_avg_sq"] for p in parameters],
                 [],
-                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
-                foreach=True,
+                list(steps),
+                foreach=not on_gpu,
+                fused=on_gpu,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -48,21 +54,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
 
-def fused_adam_library() -> str | None:
-    """Name of the installed library whose FusedAdam Megatron-core uses, None where there is none."""
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return "transformer_engine"
-    # The `apex` on PyPI is another project: NVIDIA's has a module `optimizers`.
-    try:
-        if importlib.util.find_spec("apex.optimizers") is not None:
-            return "apex"
-    except ModuleNotFoundError:
-        pass
-    return None
+def is_on_gpu(parameter: torch.Tensor) -> bool:
+    return parameter.is_cuda
 
 
 def install_group_step_adamw() -> bool:
-    """Makes Megatron-core use GroupStepAdamW where neither Transformer Engine nor apex is installed; tells whether it did.
+    """Makes Megatron-core use GroupStepAdamW if it has imported neither Transformer Engine nor apex; says whether it did.
 
     Megatron decides at import which Adam it has, and treats `step` by that decision: the flags say "apex" because the group
     step is apex's convention.

@@ -21,17 +21,17 @@ from megatron_fuse.fusion_data.collation import make_targets, packed_inputs, pad
 from megatron_fuse.fusion_data.packing import pack_evenly
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import ModeWeights, Phase, value_at
+from megatron_fuse.recipe.options import SEQUENCE_MULTIPLE
 
 MODES = ("inference", "training")
-SEQUENCE_MULTIPLE = 8  # few different lengths, and whole vector lanes
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One document per sequence, padded on the right, or b = 1 and several documents of one mode on end.
 
-    `targets` is None on ranks that compute no loss. cu_seqlens and max_seqlen, where packed, are those of variable-length
-    attention (collation.Inputs): a position is to see the positions before it within its document only.
+    `targets` is None on ranks that compute no loss. cu_seqlens, where packed, are those of variable-length attention
+    (collation.Inputs): a position is to see the positions before it within its document only. lengths: the same on the host.
     """
 
     tokens: torch.Tensor  # [b, s] int64
@@ -39,7 +39,7 @@ class MicroBatch:
     targets: FusionTargets | None
     mode: torch.Tensor  # [b] int64, index in MODES
     cu_seqlens: torch.Tensor | None = None  # int32, from 0 to s
-    max_seqlen: int | None = None
+    lengths: tuple[int, ...] | None = None  # positions of each part
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,20 @@ def _collate(
     if with_targets:
         weights = [_token_weights(dataset, batch, mode, example) for mode, example in chosen]
         arrays = make_targets(documents, weights, inputs, max(dataset.entries_per_row, 1))
-        targets = FusionTargets(**{name: torch.from_numpy(array) for name, array in vars(arrays).items()}).to(device)
+        targets = FusionTargets(**{name: on_device(array, device) for name, array in vars(arrays).items()})
     modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode
+    bounds = inputs.cu_seqlens
     return MicroBatch(
-        tokens=torch.from_numpy(inputs.tokens).to(device),
-        position_ids=torch.from_numpy(inputs.position_ids).to(device),
+        tokens=on_device(inputs.tokens, device),
+        position_ids=on_device(inputs.position_ids, device),
         targets=targets,
-        mode=torch.tensor(modes + [0] * (micro_batch_size - len(modes)), device=device),
-        cu_seqlens=None if inputs.cu_seqlens is None else torch.from_numpy(inputs.cu_seqlens).to(device),
-        max_seqlen=inputs.max_seqlen,
+        mode=on_device(np.array(modes + [0] * (micro_batch_size - len(modes))), device),
+        cu_seqlens=None if bounds is None else on_device(bounds, device),
+        lengths=None if bounds is None else tuple(np.diff(bounds).tolist()),
     )
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copied while the GPU is at work: from memory that is not pinned, a copy waits until all work before it is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_fuse.model.attention import PackedDocuments
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
@@ -29,7 +29,8 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
         def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             """losses [3, b, s]: weighted loss, CE, KL."""
             loss = losses[0].sum()
-            of_mode = torch.nn.functional.one_hot(batch.mode, len(MODES)).to(losses.dtype)  # [b, modes]
+            modes = torch.arange(len(MODES), device=batch.mode.device)
+            of_mode = (batch.mode[:, None] == modes).to(losses.dtype)  # [b, modes]
             sums = of_mode.t() @ losses[1:].detach().sum(dim=2).t()  # [modes, (CE, KL)]
             report = torch.cat([sums.flatten(), loss.detach()[None]])
             # A loss that is not finite gets such a gradient, by whose norm all ranks know that the step is to be skipped: the
@@ -42,13 +43,18 @@ def make_forward_step(*, micro_batches: int, data_parallel_size: int) -> Forward
     return forward_step
 
 
-def _packed_seq_params(batch: MicroBatch) -> PackedSeqParams | None:
+def _packed_seq_params(batch: MicroBatch) -> PackedDocuments | None:
     """The documents' bounds as Megatron takes them, on every pipeline stage: attention and rotary positions end with a document."""
-    if batch.cu_seqlens is None:
+    if batch.lengths is None:
         return None
-    bounds, longest = batch.cu_seqlens, batch.max_seqlen
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    bounds, longest = batch.cu_seqlens, max(batch.lengths)
+    return PackedDocuments(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=batch.lengths,
     )
 
 

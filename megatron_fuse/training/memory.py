@@ -20,6 +20,16 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
 
+# In the messages of other allocators than torch's for CUDA: the CPU's, and those of the libraries that take memory beside it.
+_ALLOCATORS = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",  # NCCL
+)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,17 +60,20 @@ def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> i
     return of_layers + embedding * (first + output) + a.hidden_size * last
 
 
-def activation_elements(architecture: Architecture, tensor_parallel_size: int) -> float:
+def activation_elements(
+    architecture: Architecture, tensor_parallel_size: int, *, sequence_parallel: bool = False
+) -> float:
     """Elements that one layer keeps of one token for its backward pass.
 
     Counted as Korthikanti et al. (arXiv 2205.05198, section 4) do, for the local layer, without dropout and without scores, which
     neither torch's attention nor Transformer Engine's keeps. Whole on every tensor rank: input, scaled input and output of both
-    norms; cosine and sine of the rotations. Split: queries and keys before and after the rotation, values, the attention's
+    norms (split with sequence parallelism); cosine and sine of the rotations. Split: queries and keys before and after the rotation, values, the attention's
     output; gate and up projection (2), the gate's SiLU and its copy, the product. Fused kernels keep fewer of the last.
     """
     a, tensor = architecture, tensor_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
-    return 6 * a.hidden_size + 4 * a.head_dim + (3 * heads + 5 * a.ffn_hidden_size) / tensor
+    of_norms = 6 * a.hidden_size / (tensor if sequence_parallel else 1)
+    return of_norms + 4 * a.head_dim + (3 * heads + 5 * a.ffn_hidden_size) / tensor
 
 
 def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
@@ -90,10 +103,10 @@ def estimate_memory(
     tokens = training.micro_batch_size * sequence
     layers = architecture.num_layers // stages
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
-    of_layer = activation_elements(architecture, tensor)
+    of_layer = activation_elements(architecture, tensor, sequence_parallel=layout.sequence_parallel)
     # Recomputed layers keep their input, and one at a time everything.
     kept = (
-        in_flight * layers * architecture.hidden_size + of_layer
+        in_flight * layers * architecture.hidden_size / (tensor if layout.sequence_parallel else 1) + of_layer
         if training.recompute
         else in_flight * layers * of_layer
     )
@@ -181,7 +194,7 @@ def advise_when_out_of_memory(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed: CUDA's error has a class of its own, the CPU's is a RuntimeError."""
+    """Whether an allocator failed: that of torch for CUDA has an error of its own, the others raise RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
     )

@@ -32,9 +32,16 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        sequence_parallel=layout.sequence_parallel,
         transformer_impl=layout.transformer_impl,
+        deterministic_mode=training.deterministic,
         **(recompute if training.recompute else {}),
     )
+    if config.transformer_impl == "transformer_engine" and training.packing and training.precision == "fp32":
+        raise UserError(
+            "training.packing: Transformer Engine's attention takes packed sequences in bf16 alone: set training.precision to bf16, "
+            "or parallel.transformer_impl to local"
+        )
     options = FusionLossOptions(
         temperature=loss.student_temperature,
         tail=loss.tail,

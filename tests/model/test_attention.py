@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model import attention
-from megatron_fuse.model.attention import CausalAttention, causal_attention
+from megatron_fuse.model.attention import CausalAttention, PackedDocuments, causal_attention
 
 # of values and gradients of the order of 1: as many roundings as a row has keys, the worst at the shortest documents
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
@@ -86,11 +85,9 @@ def test_the_module_takes_and_returns_what_megatron_passes():
     plain = module()(query, key, value, None, attn_mask_type=AttnMaskType.causal)
     assert plain.shape == (30, 1, 32)
     assert torch.equal(plain, causal_attention(query, key, value).flatten(2))
-    bounds = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
-    packed = PackedSeqParams("thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=18, max_seqlen_kv=18)
-    found = module()(query[:, 0], key[:, 0], value[:, 0], None, packed_seq_params=packed)
-    expected = causal_attention(query, key, value, lengths=[11, 1, 18])
-    assert torch.equal(found.reshape(30, 1, 32), expected.flatten(2))
+    packed = PackedDocuments("thd", lengths=(11, 1, 18)).with_rotations_by_position()
+    found = module()(query, key, value, None, packed_seq_params=packed)
+    assert torch.equal(found, causal_attention(query, key, value, lengths=[11, 1, 18]).flatten(2))
 
 
 def test_a_window_holds_in_the_layers_that_have_one():
@@ -110,3 +107,30 @@ def test_what_is_not_done_is_refused():
         module()(*tensors, torch.ones(3, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="takes no mask"):
         module()(*tensors, None, attn_mask_type=AttnMaskType.no_mask)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_band", "takes"),
+    [
+        ("cpu", torch.float32, True, True),
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.float16, False, True),
+        ("cuda", torch.bfloat16, True, False),
+        ("cuda", torch.float32, False, False),
+    ],
+)
+def test_groups_are_spread_where_no_kernel_without_scores_takes_them(device, dtype, has_band, takes):
+    assert attention.takes_groups(torch.device(device), dtype, has_band) == takes
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_spread_groups_attend_alike(window, monkeypatch):
+    query, key, value, upstream = draw_tensors(6, torch.float64, 40, 2, 6, 2, 8)
+    found = []
+    for takes in (True, False):
+        monkeypatch.setattr(attention, "takes_groups", lambda *_, takes=takes: takes)
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        out = causal_attention(*leaves, window=window)
+        found.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for whole, spread in zip(*found, strict=True):
+        torch.testing.assert_close(whole, spread, rtol=1e-10, atol=1e-10)

@@ -100,6 +100,7 @@ def with_change(path: str, value: object) -> dict:
         ("reference", {"bleu": 0, "rouge_l": 0}, r"reference: all weights are 0, or only bertscore has one"),
         # what a sequence may be
         ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
+        ("parallel.sequence_parallel", True, r"set tensor_model_parallel_size to 2, 4 or 8, not 1"),
         ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2: .* leave it at 1"),
         # whose weights are gathered
         (

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from pretend_device import pretend_device
 
-from megatron_fuse.runtime import GroupStepAdamW
+from megatron_fuse.runtime import GroupStepAdamW, optimizer
 
 
 def parameters(seed: int) -> list[torch.nn.Parameter]:
@@ -49,6 +50,37 @@ def test_moments_and_group_are_its_whole_state(options: dict) -> None:
     take_steps(first, ours, range(3, 6))
     take_steps(second, resumed, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(ours, resumed, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_fused_kernel_of_a_gpu_steps_alike(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, fused = parameters(1), parameters(1)
+    take_steps(GroupStepAdamW(ours, **options), ours, range(5))
+    monkeypatch.setattr(optimizer, "is_on_gpu", lambda _: True)
+    take_steps(GroupStepAdamW(fused, **options), fused, range(5))
+    for a, b in zip(ours, fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_of_a_step_is_made_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel, and the count of steps that it reads: of a copy from the host it would wait for the GPU."""
+    with pretend_device() as device:
+        there = [parameter.detach().to(device).requires_grad_() for parameter in parameters(1)]
+        seen = []
+
+        def adamw(parameters, gradients, means, squares, _, steps, *, foreach, fused, **rest) -> None:  # type: ignore[no-untyped-def]
+            seen.append({tensor.device for tensor in (*parameters, *gradients, *means, *squares, *steps)})
+            assert fused and not foreach and len({id(step) for step in steps}) == len(parameters)
+            assert [step.tolist() for step in steps] == [float(len(seen) - 1)] * len(parameters)
+
+        monkeypatch.setattr(optimizer, "adamw", adamw)
+        monkeypatch.setattr(optimizer, "is_on_gpu", lambda parameter: parameter.device == device)
+        steps = GroupStepAdamW(there)
+        for _ in range(2):
+            for parameter in there:
+                parameter.grad = torch.zeros_like(parameter)
+            steps.step()
+        assert seen == [{device}] * 2
 
 
 def test_a_rank_without_parameters_counts_the_same_step() -> None:

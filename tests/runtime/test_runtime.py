@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.runtime import cpu
+from megatron_fuse.runtime import cpu, distributed
 
 
 def test_beside_a_gpu_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +46,33 @@ def refusal(sizes: dict[str, Any]) -> str:
 def test_a_layout_that_needs_other_processes_is_refused(ranks) -> None:  # type: ignore[no-untyped-def]
     for message in ranks(3, refusal, {"tensor_parallel_size": 2}):
         assert "--tensor-model-parallel-size 2" in message and "torchrun started 3" in message
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_deterministic_algorithms_where_asked_for(ranks, deterministic: bool) -> None:  # type: ignore[no-untyped-def]
+    assert ranks(1, found_of_determinism, {"deterministic": deterministic}) == [(deterministic, deterministic)]
+
+
+def found_of_determinism(options: dict[str, Any]) -> tuple[bool, bool]:
+    """Of torch, and of cuBLAS and Transformer Engine, which read the environment."""
+    import os
+
+    from megatron_fuse.runtime import start_runtime
+
+    names = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    with pytest.MonkeyPatch.context() as environment:
+        for name in names:
+            environment.delenv(name, raising=False)
+        start_runtime(**options)
+        found = all(os.environ.get(name) == value for name, value in names.items())
+        by_torch = torch.are_deterministic_algorithms_enabled()
+        start_runtime()
+    return by_torch, found
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "enable_cpu_megatron", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="which has 1 GPUs that are visible: set --nproc-per-node to 1 at most"):
+        distributed.start_runtime()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import SyntheticDataset
 
-from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, plan_batch
+from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, on_device, plan_batch
 
 WEIGHTS = {"inference": (0.1, 0.05), "training": (1.0, 0.5)}
 EXAMPLES = np.random.default_rng(2).permutation(53)[:19]  # some without an answer, one without teacher rows
@@ -140,7 +140,7 @@ def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset)
         assert micro_batch.cu_seqlens is not None
         parts = micro_batch.cu_seqlens.diff().tolist()
         assert parts[: len(lengths)] == lengths and sum(parts) == packed.seq_length
-        assert micro_batch.max_seqlen == max(parts)
+        assert list(micro_batch.lengths) == parts
 
 
 def test_ranks_without_the_loss_get_the_same_inputs(dataset: SyntheticDataset) -> None:
@@ -155,3 +155,17 @@ def test_ranks_without_the_loss_get_the_same_inputs(dataset: SyntheticDataset) -
 def test_packed_sequences_go_one_by_one(dataset: SyntheticDataset) -> None:
     with pytest.raises(ValueError, match="micro_batch_size is 2"):
         plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=2, data_parallel_size=1, pack_into=CAPACITY)
+
+
+def test_batches_are_copied_to_a_gpu_from_pinned_memory_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, **options: copies.append((device, options)) or tensor
+    )
+    device = torch.device("cuda", 3)
+    on_device(np.arange(4), device)
+    assert copies == ["pinned", (device, {"non_blocking": True})]
+    copies.clear()
+    on_device(np.arange(4), torch.device("cpu"))
+    assert copies == [(torch.device("cpu"), {})]

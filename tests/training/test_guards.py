@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_has_such_a_gradient() -> None:
     def gradient(added: float) -> tuple[float, float]:
         weight = torch.ones(1, 2, requires_grad=True)
         losses = torch.stack([weight + added, weight.detach(), weight.detach()])
-        batch = SimpleNamespace(tokens=None, position_ids=None, targets=None, mode=torch.tensor([0]), cu_seqlens=None)
+        batch = SimpleNamespace(tokens=None, position_ids=None, targets=None, mode=torch.tensor([0]), lengths=None)
         step = make_forward_step(micro_batches=3, data_parallel_size=2)
         output, loss_function = step(iter([batch]), lambda *_, **__: losses)  # type: ignore[arg-type, list-item]
         loss, _ = loss_function(output)
@@ -275,12 +275,24 @@ def as_on_a_gpu() -> object:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
+def as_cublas_says() -> object:
+    raise RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`, which could not allocate"
+    )
+
+
+def as_nccl_says() -> object:
+    raise torch.distributed.DistBackendError(
+        "NCCL error: unhandled cuda error. Failed to allocate: Cuda failure 2 'out of memory'"
+    )
+
+
 def another_error() -> object:
     return torch.ones(2) @ torch.ones(3)
 
 
 def test_an_allocators_error_says_what_to_turn(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    for allocate in (too_much, as_on_a_gpu):
+    for allocate in (too_much, as_on_a_gpu, as_cublas_says, as_nccl_says):
         (message,) = ranks(1, out_of_memory, target, tmp_path, allocate, {"micro_batch_size": 4})
         assert "out of memory" in message and "allocate" in message and "weights 0.27 MiB" in message
         knobs = ("--micro-batch-size 2 (now 4)", "--recompute", "--tensor-model-parallel-size 2 (now 1)")

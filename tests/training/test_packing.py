@@ -95,3 +95,26 @@ def test_a_packed_document_has_the_losses_that_it_has_alone(ranks, tmp_path, win
         torch.testing.assert_close(
             packed[document], losses, rtol=1e-5, atol=1e-5, msg=lambda m, d=document: f"{d}: {m}"
         )
+
+
+def refusal_under_transformer_engine(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
+    from types import SimpleNamespace
+
+    from megatron_fuse.errors import UserError
+    from megatron_fuse.target import read_target
+    from megatron_fuse.training import target as targets
+
+    recipe = make_tiny_recipe(workdir, target, **sections)
+    with pytest.MonkeyPatch.context() as patched:
+        config = SimpleNamespace(transformer_impl="transformer_engine")
+        patched.setattr(targets, "transformer_config", lambda *_, **__: config)
+        try:
+            targets.build_target(recipe, read_target(recipe))
+        except UserError as error:
+            return str(error)
+    return "built"
+
+
+def test_transformer_engine_does_not_pack_in_fp32(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (message,) = ranks(1, refusal_under_transformer_engine, tmp_path, target, {"training": PACKED})
+    assert "packed sequences in bf16 alone: set training.precision to bf16" in message

@@ -1,0 +1,71 @@
+"""A GPU without values: Megatron's "cuda" is torch's "meta" device, so that a whole training step runs in shapes alone.
+
+A tensor that is made on the CPU in the place of the GPU meets tensors of "meta" in the step, which is refused; whatever asks for a
+value, as `.item()` does, fails. So a step that passes leaves nothing on the CPU and does not wait for the GPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+META = torch.device("meta")
+_COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
+
+
+class _Done:
+    """A collective that has ended."""
+
+    def wait(self, *_: object) -> bool:
+        return True
+
+
+def _of_one_rank(collective):  # type: ignore[no-untyped-def]
+    """gloo knows no tensors of "meta"; alone, a rank has nobody to talk to."""
+
+    def without_values(*arguments, **named):  # type: ignore[no-untyped-def]
+        tensors = [value for value in (*arguments, *named.values()) if isinstance(value, torch.Tensor)]
+        if any(tensor.device == META for tensor in tensors):
+            return _Done()
+        return collective(*arguments, **named)
+
+    return without_values
+
+
+@contextlib.contextmanager
+def _coalescing(*_: object, **__: object) -> Iterator[_Done]:
+    yield _Done()
+
+
+@contextlib.contextmanager
+def meta_in_place_of_cuda() -> Iterator[None]:
+    """For a process with a runtime of one rank on the CPU (start_runtime)."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from megatron_fuse.runtime import cpu
+
+    class CudaMeansMeta(cpu._CudaMeansCpu):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                return f"torch.cuda.{_TYPES[args[0].dtype]}"
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(cpu, "CPU", META))  # what "cuda" means
+        for name in _COLLECTIVES:
+            replaced = _of_one_rank(getattr(dist, name))
+            stack.enter_context(patch.object(dist, name, replaced))
+            for alias, of in (
+                ("dist_reduce_scatter_func", "reduce_scatter_tensor"),
+                ("dist_all_gather_func", "all_gather_into_tensor"),
+            ):
+                if name == of:
+                    stack.enter_context(patch.object(param_and_grad_buffer, alias, replaced))
+        stack.enter_context(patch.object(param_and_grad_buffer, "_coalescing_manager", _coalescing))
+        stack.enter_context(CudaMeansMeta())
+        yield
+
+
+_TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}
