@@ -1,6 +1,8 @@
 """Checkpoints as a resumed training reads them: with checksums, and with none, as --no-verify accepts."""
 
+import shutil
 import sys
+import tempfile
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -41,11 +43,19 @@ def _train(directory: Path) -> None:
     train(_trainer(directory))
 
 
-def _make_seeds(directory: Path) -> None:
+@cache
+def _trained() -> Path:
+    """A target and the checkpoint of its first step, which no target of a campaign damages."""
+    directory = Path(tempfile.mkdtemp(prefix="fuzz-checkpoint-"))
     make_tiny_target(directory / "target")
     ranks = RankPool()
     ranks(1, _train, directory)
     ranks.close()
+    return directory
+
+
+def _make_seeds(directory: Path) -> None:
+    shutil.copytree(_trained(), directory, dirs_exist_ok=True)
 
 
 def _make_unverified_seeds(directory: Path) -> None:

@@ -89,7 +89,7 @@ def count_collectives(seed: int, implementation: str) -> dict[str, int]:
     return dict(collectives.seen)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request, ranks):
     """What each rank found, all layouts in one go."""
     seed = random.randrange(2**31)

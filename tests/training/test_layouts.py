@@ -124,7 +124,8 @@ def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, pa
     ("world_size", "parallel", "loss", "iterations"),
     [
         pytest.param(2, layout(tp=2), {"implementation": "reference"}, STEPS, id="reference"),
-        pytest.param(2, layout(tp=2), {"implementation": "triton"}, 2, id="triton"),  # interpreted: a second a row
+        # Interpreted: a second a row.
+        pytest.param(2, layout(tp=2), {"implementation": "triton"}, 2, id="triton", marks=pytest.mark.slow),
         pytest.param(
             2,
             layout(pp=2),
