@@ -248,6 +248,31 @@ def test_a_forked_child_does_not_keep_its_parent_s_locks(tmp_path: Path) -> None
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
+def test_of_two_processes_that_end_at_once_one_removes_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each still sees the other at its first look, and has gone by its second."""
+    first_look = iter([False])
+    try_alone = LockFile.try_alone
+    monkeypatch.setattr(LockFile, "try_alone", lambda lock: next(first_look, True) and try_alone(lock))
+    with LockFile(tmp_path / "lock"):
+        pass
+    assert not (tmp_path / "lock").exists()
+
+
+def test_the_last_of_many_processes_removes_the_lock(tmp_path: Path) -> None:
+    def use() -> None:
+        for _ in range(200):
+            with LockFile(tmp_path / "lock") as locks:
+                locks.try_lock(1)
+
+    users = [start(use) for _ in range(4)]
+    for user in users:
+        user.join(60)
+    assert [user.exitcode for user in users] == [0] * 4
+    assert not (tmp_path / "lock").exists()
+
+
 def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
     write_sealed(tmp_path / "record.json", {"a": 1, "b": {"é": [1.5, None]}})
     assert read_sealed(tmp_path / "record.json") == {"a": 1, "b": {"é": [1.5, None]}}

@@ -24,7 +24,8 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 class LockFile:
-    """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them.
+    """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them, and the last process
+    that has used the file removes it.
 
     Only one LockFile of a path may be open in a process: closing a file releases all locks that the process has on it.
     Raises UserError if the file cannot be made, or if its file system has no locks.
@@ -51,7 +52,23 @@ class LockFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        if self._remove_if_alone():
+            return
+        # Two processes that end at once each see the other. Without a lock of its own, the one that looks last is alone.
+        with suppress(OSError):
+            self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            self._remove_if_alone()
+
+    def _remove_if_alone(self) -> bool:
+        """Closes the file. Whether no other process used it."""
+        try:
+            alone = self.try_alone()
+            if alone and self._is_current():  # else it is gone, and the path may be another process's file
+                with suppress(OSError):
+                    self.path.unlink()
+            return alone
+        finally:
+            os.close(self._file)
 
     def try_lock(self, number: int) -> bool:
         """Takes lock `number` if no other process has it."""
@@ -91,11 +108,6 @@ class LockFile:
         except OSError:
             return False
         return True
-
-    def remove(self) -> None:
-        """Removes the file. Only after try_alone, and at the end: the locks taken here protect nothing from then on."""
-        if self._is_current():  # else it is gone, and the path may be another process's file
-            self.path.unlink(missing_ok=True)
 
     def _is_current(self) -> bool:
         """Whether the path still names the file that is open here."""

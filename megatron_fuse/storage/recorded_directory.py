@@ -96,13 +96,9 @@ def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = 
     """Within the block no other process makes this directory; it waits for one that does. Sweeps what killed ones left."""
     with LockFile(directory.with_name(f".{directory.name}.lock")) as lock:
         lock.lock(1, lambda owner: progress(f"{directory}: {owner} is writing it, waiting for its end"))
-        try:
-            with refusals_of(directory):
-                _sweep(directory, record)
-            yield
-        finally:
-            if lock.try_alone():
-                lock.remove()
+        with refusals_of(directory):
+            _sweep(directory, record)
+        yield
 
 
 @contextmanager

@@ -52,8 +52,6 @@ class ShardFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._locks.try_alone():
-            self._locks.remove()
         self._locks.__exit__(kind, error, trace)
 
     def try_lock(self, index: int) -> bool:

@@ -41,8 +41,4 @@ def _lock(directory: Path) -> Iterator[None]:
                 f"{directory}: another run writes there, {lock.owner(1)}: wait for its end or stop it, or give this one a workdir, "
                 "or a --save, of its own"
             )
-        try:
-            yield
-        finally:
-            if lock.try_alone():
-                lock.remove()
+        yield
