@@ -1,10 +1,13 @@
 """Fixtures of all tests."""
 
+import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rank_pool import WITHOUT_GPU, RankPool
@@ -43,6 +46,13 @@ def ranks(cache: None) -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def apart(cache: None) -> Iterator[Callable[..., Any]]:
+    """apart(function, *arguments): its result, of a process of its own, for what changes torch for the rest of a process's life."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 Within `pretend_device()` every factory and every `.to` that names the device makes such a tensor. As on a GPU, an operation on
 tensors of both devices is refused, and so is `.numpy()`. Values are those of the CPU. The choice of kernels cannot be had this way.
+
+torch keeps the device for the rest of the process's life, and then treats other tensors otherwise too: only for processes of their
+own (the fixture `apart`).
 """
 
 import functools

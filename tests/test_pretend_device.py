@@ -1,6 +1,8 @@
 """Data stages on a pretended GPU: no tensor of theirs is left on the CPU, and what they find is what a CPU finds."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -23,7 +25,11 @@ ROWS = [
 ]
 
 
-def test_a_pretended_gpu_computes_and_refuses_as_one_does() -> None:
+def test_a_pretended_gpu_computes_and_refuses_as_one_does(apart: Callable[..., Any]) -> None:
+    apart(compute_and_refuse)
+
+
+def compute_and_refuse() -> None:
     numbers = torch.arange(6.0)
     with pretend_device() as device:
         there = numbers.to(device)
@@ -65,7 +71,13 @@ def stages(recipe: Recipe) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sources_and_judges_run_on_the_device_of_their_models(family: str, tmp_path: Path) -> None:
+def test_sources_and_judges_run_on_the_device_of_their_models(
+    apart: Callable[..., Any], family: str, tmp_path: Path
+) -> None:
+    apart(run_on_both_devices, family, tmp_path)
+
+
+def run_on_both_devices(family: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", family)
     save_model(tmp_path / "judge", family, reward=True)
     write_rows(tmp_path / "data.jsonl", ROWS)

@@ -1,6 +1,8 @@
 """GroupStepAdamW is torch's AdamW whose step count is part of the parameter group, where Megatron saves it."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +64,13 @@ def test_the_fused_kernel_of_a_gpu_steps_alike(options: dict, monkeypatch: pytes
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_nothing_of_a_step_is_made_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_step_is_made_on_another_device(apart: Callable[..., Any]) -> None:
     """The kernel, and the count of steps that it reads: of a copy from the host it would wait for the GPU."""
-    with pretend_device() as device:
+    apart(step_on_a_pretended_device)
+
+
+def step_on_a_pretended_device() -> None:
+    with pretend_device() as device, pytest.MonkeyPatch.context() as monkeypatch:
         there = [parameter.detach().to(device).requires_grad_() for parameter in parameters(1)]
         seen = []
 
