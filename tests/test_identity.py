@@ -191,6 +191,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "capture.temperatures": [1.0, 2.0],
         "parallel.overlap_param_gather": False,
         "parallel.context_parallel_size": 1,
+        "parallel.sequence_parallel": False,
         "parallel.virtual_pipeline_model_parallel_size": None,
         "training.packing": False,
         "training.wandb_project": None,
