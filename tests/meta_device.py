@@ -14,6 +14,9 @@ import torch.distributed as dist
 META = torch.device("meta")
 _COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
 
+# Names that Megatron's gradient buffer has given two of them.
+_ALIASES = {"dist_reduce_scatter_func": "reduce_scatter_tensor", "dist_all_gather_func": "all_gather_into_tensor"}
+
 
 class _Done:
     """A collective that has ended."""
@@ -55,14 +58,9 @@ def meta_in_place_of_cuda() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(cpu, "CPU", META))  # what "cuda" means
         for name in _COLLECTIVES:
-            replaced = _of_one_rank(getattr(dist, name))
-            stack.enter_context(patch.object(dist, name, replaced))
-            for alias, of in (
-                ("dist_reduce_scatter_func", "reduce_scatter_tensor"),
-                ("dist_all_gather_func", "all_gather_into_tensor"),
-            ):
-                if name == of:
-                    stack.enter_context(patch.object(param_and_grad_buffer, alias, replaced))
+            stack.enter_context(patch.object(dist, name, _of_one_rank(getattr(dist, name))))
+        for alias, name in _ALIASES.items():
+            stack.enter_context(patch.object(param_and_grad_buffer, alias, getattr(dist, name)))
         stack.enter_context(patch.object(param_and_grad_buffer, "_coalescing_manager", _coalescing))
         stack.enter_context(CudaMeansMeta())
         yield

@@ -3,7 +3,8 @@
     python examples/quickstart/run.py
 
 Makes an instruction set, three tokenizers, three source models and three reward models; runs the recipe with tensor parallelism
-over two processes (on a machine with a single GPU in one process); continues the target on the same data without any teacher (CSFT) for comparison; measures all of them.
+over two processes (on a machine with a single GPU in one process); continues the target on the same data without any teacher
+(CSFT) for comparison; measures all of them.
 Everything that exists already is kept: a second run goes straight to what is missing.
 """
 

@@ -30,16 +30,19 @@ BLOCK = 256  # queries attended together under a window; the fastest of 128 to 1
 class PackedDocuments(PackedSeqParams):
     """The documents of one packed sequence: as Megatron and Transformer Engine take them, and as the local layers do.
 
-    lengths: positions of each document, on the host: to read cu_seqlens there would wait for the GPU. rotates_by_position: the
-    rotations come by position, so that Megatron need not know of documents where it applies them.
+    lengths: positions of each document, on the host: to read cu_seqlens there would wait for the GPU.
     """
 
     lengths: tuple[int, ...] = ()
-    rotates_by_position: bool = False
+
+    @property
+    def rotates_by_position(self) -> bool:
+        """Whether the rotations come by position, so that Megatron need not know of documents where it applies them."""
+        return self.qkv_format != "thd"
 
     def with_rotations_by_position(self) -> "PackedDocuments":
         """What Megatron takes for an unpacked sequence [s, 1, ...] everywhere but in CausalAttention."""
-        return replace(self, qkv_format="sbhd", rotates_by_position=True)
+        return replace(self, qkv_format="sbhd")
 
 
 class CausalAttention(MegatronModule):

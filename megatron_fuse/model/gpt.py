@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -113,13 +112,13 @@ class FusionGPTModel(GPTModel):
         return super().forward(input_ids, position_ids, *rest, packed_seq_params=packed_seq_params, **named)
 
     def _preprocess(
-        self, *rest: object, position_ids: Tensor, packed_seq_params: PackedSeqParams | None = None, **named
+        self, *rest: object, position_ids: Tensor, packed_seq_params: PackedDocuments | None = None, **named
     ):  # type: ignore[no-untyped-def]
         """As GPTModel's. With rotations by position, those of each position of the sequence [s, 1, 1, d] take the place of a
         table up to the longest document: Megatron's own way to apply that table document by document waits for the GPU."""
         named |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         hidden_states, rotations, *others = super()._preprocess(*rest, **named)
-        if isinstance(packed_seq_params, PackedDocuments) and packed_seq_params.rotates_by_position:
+        if packed_seq_params is not None and packed_seq_params.rotates_by_position:
             rotations = rotations[position_ids[0]]
         return (hidden_states, rotations, *others)
 

@@ -1,4 +1,4 @@
-"""Which optional libraries Megatron-core uses, by its own flags: a package that is installed may not be importable, or may be another one."""
+"""Which optional libraries Megatron-core uses, by its own flags: a package of the name may be another one, or lack a part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

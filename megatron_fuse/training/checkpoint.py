@@ -202,7 +202,7 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
 
 
-def _fill(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     """Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
     missing, unknown = chunk.load_state_dict(state, strict=False)
     if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
@@ -365,7 +365,7 @@ def load_checkpoint(
             except (OSError, CheckpointException, CheckpointingException) as error:
                 raise _unreadable(path, error) from error
             for name, chunk in _by_name(chunks).items():
-                _fill(chunk, loaded[name])
+                _load_weights(chunk, loaded[name])
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
 

@@ -67,8 +67,8 @@ def activation_elements(
 
     Counted as Korthikanti et al. (arXiv 2205.05198, section 4) do, for the local layer, without dropout and without scores, which
     neither torch's attention nor Transformer Engine's keeps. Whole on every tensor rank: input, scaled input and output of both
-    norms (split with sequence parallelism); cosine and sine of the rotations. Split: queries and keys before and after the rotation, values, the attention's
-    output; gate and up projection (2), the gate's SiLU and its copy, the product. Fused kernels keep fewer of the last.
+    norms (split with sequence parallelism); cosine and sine of the rotations. Split: queries and keys before and after the
+    rotation, values, the attention's output; gate and up projection (2), the gate's SiLU and its copy, the product. Fused kernels keep fewer of the last.
     """
     a, tensor = architecture, tensor_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
