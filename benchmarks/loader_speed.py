@@ -188,7 +188,7 @@ def _training_step(inputs: Inputs, targets: Targets) -> Callable[[], None]:
 
     def step() -> None:
         logits = model(tokens, use_cache=False).logits[0]
-        loss, _, _ = sparse_kl_cross_entropy(logits, labels, ids, logprobs, ce_weight=ce_weight, kl_weight=kl_weight)
+        loss, *_ = sparse_kl_cross_entropy(logits, labels, ids, logprobs, ce_weight=ce_weight, kl_weight=kl_weight)
         loss.sum().backward()
 
     return step

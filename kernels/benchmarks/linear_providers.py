@@ -22,7 +22,7 @@ def fused_linear_providers() -> list[Provider]:
 
 
 def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):
-    loss, _ce, _kl = fuse_kernels.fused_linear_sparse_kl(
+    loss, *_ = fuse_kernels.fused_linear_sparse_kl(
         hidden,
         weight,
         labels,

@@ -63,7 +63,7 @@ def fitting_implementation(tensor: Tensor) -> str:
 def ours(
     logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, *, tail, implementation=None
 ):
-    loss, _ce, _kl = sparse_kl_cross_entropy(
+    loss, *_ = sparse_kl_cross_entropy(
         logits,
         labels,
         teacher_ids,

@@ -20,8 +20,8 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
 import triton
-from fuse_kernels import triton_kernels as kernels
-from fuse_kernels.triton_loss import choose_launch
+from fuse_kernels import triton_kernels, triton_topk
+from fuse_kernels.triton_loss import choose_launch, gather_warps, row_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +37,14 @@ _DIVISIBLE = (
     "split_columns",
     "width",
 )  # by 16, as the launcher finds them at run time for the usual vocabularies
-_STREAMING = ("off_ids_kernel", "gradient_kernel")
+_READING = (
+    "off_ids_kernel",
+    "whole_row_kernel",
+    "gradient_kernel",
+    "scale_kernel",
+    "topk_kernel",
+)  # 16 bytes at a time
+_WRITING = ("whole_row_kernel", "gradient_kernel", "scale_kernel")
 
 
 @dataclass(frozen=True)
@@ -54,22 +61,38 @@ class Compiled:
 
 
 def variants(dtype: str) -> Iterator[tuple[str, dict[str, object], int]]:
-    """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs."""
-    launch = choose_launch(8192, 128256, {"bf16": 2, "fp16": 2, "fp32": 4}[dtype], 132)
+    """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
+
+    A constant None is an argument that is left out.
+    """
+    size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
+    launch = choose_launch(8192, 128256, size, 132)
     for slots in (16, 128):
         for tail in ("bucket", "renormalize", "ignore"):
-            yield "gather_kernel", {"TAIL": tail, "K": slots}, 1
-        yield "finish_kernel", {"K": slots}, 1
+            yield "gather_kernel", {"TAIL": tail, "K": slots}, gather_warps(slots)
+        yield "finish_kernel", {"K": slots, "STATISTICS": None}, 1
+        yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None}, 1
+        yield "special_gradient_kernel", {"K": slots, "ROUND": False, "UPSTREAM": None}, 1
         yield "special_gradient_kernel", {"K": slots, "ROUND": False}, 1
     yield "loss_kernel", {"B": 128}, 4
     for mode in (0, 1, 2, 4):
         yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
-        yield "gradient_kernel", {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False}, launch.warps
+        for upstream in ({}, {"UPSTREAM": None}):
+            yield "gradient_kernel", {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream}, launch.warps
+        for width in (128256, 32064, 8192):
+            whole = choose_launch(8192, width, size, 132)
+            shape = row_shape(whole)
+            yield "whole_row_kernel", {**shape, "K": 16, "T_MODE": mode, "ROUND": False}, whole.row_warps
+        for slots in (16, 64):
+            lanes, neighbours, tiles = triton_topk.tile_shape(128256, size, slots)
+            constants = {"K": slots, "C": lanes, "R": neighbours, "S": tiles, "T_MODE": mode}
+            yield "topk_kernel", constants, 8
+    yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
 
 
 def compile_kernel(name: str, constants: dict[str, object], warps: int, capability: int, dtype: str) -> Compiled:
-    function = getattr(kernels, name)
-    types = {"LOGITS": f"*{dtype}", **_ARGUMENTS}
+    function = getattr(triton_topk if name == "topk_kernel" else triton_kernels, name)
+    types = {**_ARGUMENTS, "LOGITS": f"*{dtype}", "GRADIENT": f"*{dtype}"}
     names = function.arg_names
     signature = {arg: "constexpr" if arg in constants else types.get(arg, "*fp32") for arg in names}
     aligned = [arg for arg in names if signature[arg].startswith("*") or arg in _DIVISIBLE]
@@ -104,9 +127,9 @@ def _tool(name: str, *arguments: object) -> str:
 
 def problems(compiled: Compiled) -> list[str]:
     found = [f"{compiled.spills} spills"] if compiled.spills else []
-    if compiled.kernel in _STREAMING and compiled.loads == 0:
+    if compiled.kernel in _READING and compiled.loads == 0:
         found.append("no 16-byte loads")
-    if compiled.kernel == "gradient_kernel" and compiled.stores == 0:
+    if compiled.kernel in _WRITING and compiled.stores == 0:
         found.append("no 16-byte stores")
     return found
 

@@ -62,7 +62,7 @@ def check_arguments(
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}: it must be a finite number above 0")
     _check_tensors(student, targets)
-    shard = _shard(student.columns, vocab_size, vocab_start, group)
+    shard = make_shard(student.columns, vocab_size, vocab_start, group)
     if check is None:
         check = os.environ.get("FUSE_KERNELS_CHECK") == "1"
     if check or student.device.type == "cpu":
@@ -83,7 +83,7 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
         return "torch"
     if implementation in ("torch", "reference"):
         return implementation
-    reason = _unfit_for_triton(student)
+    reason = unfit_for_triton(student)
     if reason:
         if implementation == "triton":
             raise ValueError(f'implementation="triton": {reason}: use "auto" or "torch"')
@@ -94,7 +94,7 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
     return "triton"
 
 
-def _unfit_for_triton(student: Student) -> str | None:
+def unfit_for_triton(student: Student) -> str | None:
     if student.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{student.name} is {student.dtype}, the kernels take bf16, fp16 and fp32"
     if importlib.util.find_spec("triton") is None:
@@ -111,7 +111,10 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _shard(width: int, vocab_size: int | None, vocab_start: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+def make_shard(
+    width: int, vocab_size: int | None, vocab_start: int, group: dist.ProcessGroup | None
+) -> VocabularyShard:
+    """This rank's part of the vocabulary. Raises ValueError."""
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1 and vocab_start != 0:
         raise ValueError(f"vocab_start is {vocab_start}, but without a group of several ranks it must be 0")

@@ -5,7 +5,8 @@ treated in fp64. The rest ("off the ids") is dense: it is read in chunks of rows
 are taken on their own, relative to its own maximum. The student's tail mass is therefore never computed as 1 - M and keeps
 its relative precision however certain the student is.
 
-The gradient is written over the logits. Bytes moved: each logit is read once forward, read and written once backward.
+The gradient is written over the logits. Bytes moved: each logit is read once and written once if the forward pass writes the
+gradient, from the exponentials that it has just summed; else it is read once forward, read and written once backward.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, VocabularyShard, sparse_target
+from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, TokenLosses, VocabularyShard, sparse_target
 
 # Of a scratch buffer: on a CPU per thread, as two of 512 KB in fp32 stay in a core's own cache; on a GPU what keeps it busy.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 26
@@ -24,33 +25,41 @@ _POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) tha
 
 
 def chunked_loss(
-    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, ce, kl [a] from logits [n, v], over which backward writes the gradient."""
-    return _ChunkedLoss.apply(logits, rows, temperature, tail, shard)
+    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
+) -> TokenLosses:
+    """[a] each from logits [n, v], over which the gradient is written: in the forward pass (without a group) or in backward."""
+    return TokenLosses(*_ChunkedLoss.apply(logits, rows, temperature, tail, shard, in_forward))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard):
-        (loss, ce, kl), ctx.state = chunked_losses(logits, rows, temperature, tail, shard)
+    def forward(ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, in_forward: bool):
+        if in_forward:
+            losses = chunked_losses_and_gradient_(logits, rows, temperature, tail, shard)
+            ctx.state = None
+        else:
+            losses, ctx.state = chunked_losses(logits, rows, temperature, tail, shard)
+        ctx.rows, ctx.shard = rows, shard
         ctx.save_for_backward(logits)
-        ctx.overwritten = False
+        ctx.given_away = False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        ctx.mark_non_differentiable(*losses[1:])
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _ce, _kl):
-        nothing = (None,) * 4
+    def backward(ctx, upstream, *_others):
+        nothing = (None,) * 5
         if upstream is None:
             return None, *nothing
-        if ctx.overwritten:
+        if ctx.given_away:
             raise RuntimeError(OVERWRITTEN)
-        ctx.overwritten = True
+        ctx.given_away = True
         (logits,) = ctx.saved_tensors
-        chunked_gradient_(logits, upstream, ctx.state)
+        if ctx.state is None:
+            _scale_(logits, upstream, ctx.rows, ctx.shard)
+        else:
+            chunked_gradient_(logits, upstream, ctx.state)
         return logits, *nothing
 
 
@@ -67,22 +76,42 @@ class ChunkedState:
 
 def chunked_losses(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
-) -> tuple[tuple[Tensor, Tensor, Tensor], ChunkedState]:
-    """loss, ce, kl [a] from logits [n, v], which stay as they are. Under a group: one all-gather of [a, 5] fp64."""
+) -> tuple[TokenLosses, ChunkedState]:
+    """[a] each from logits [n, v], which stay as they are. Under a group: one all-gather of [7, a] fp64."""
     target = sparse_target(rows, tail)
     entries = _local_entries(logits, rows, target, shard)
-    statistics = _statistics(logits, rows, target, entries, temperature, shard)
+    off_ids = _off_ids(logits, rows)
+    for _ in _exponentials(logits, rows, entries, temperature, shard, off_ids):
+        pass
+    statistics = _statistics(off_ids, _on_ids(target, entries, temperature), target, shard)
+    state = ChunkedState(rows, entries, statistics, temperature, shard)
+    return _losses(logits, rows, target, statistics, temperature), state
 
-    ce = (statistics.lse_1 - statistics.label_logit).where(rows.labels >= 0, 0.0)
-    mass, left = target.mass, statistics.tail
-    kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
-    kl = kl + left.xlogy(left) - (left * statistics.off_t).where(left > 0, 0.0)
-    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
-    loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
-    loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
-    result = torch.promote_types(logits.dtype, torch.float32)
-    losses = loss.to(result), ce.to(result), kl.to(result)
-    return losses, ChunkedState(rows, entries, statistics, temperature, shard)
+
+def chunked_losses_and_gradient_(
+    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+) -> TokenLosses:
+    """[a] each from logits [n, v], over which the gradient of sum(loss) is written. Without a group."""
+    target = sparse_target(rows, tail)
+    entries = _local_entries(logits, rows, target, shard)
+    on_ids = _on_ids(target, entries, temperature)
+    w_ce, w_kl = rows.ce_weight, rows.kl_weight / temperature
+    weights = torch.stack((w_ce, w_kl * (target.mass.sum(1) + target.tail)))
+    of_tail = w_kl * target.tail if tail == "bucket" else None
+    _clear(logits, rows, shard)
+    off_ids = _off_ids(logits, rows)
+    for start, stop, x, y in _exponentials(logits, rows, entries, temperature, shard, off_ids):
+        # `_factors` of the few rows whose sums are known so far, in fewer steps: with exp(lse - shift) = the sum off the ids and
+        # exp(log-sum-exp on them - shift). A row with nothing off the ids has factors that multiply 0.
+        part = slice(start, stop)
+        sums = off_ids.sums[:, part]
+        factors = weights[:, part] / (on_ids[:2, part] - off_ids.shifts[:, part]).exp_().add_(sums)
+        if of_tail is not None:
+            factors[1].sub_(of_tail[part] / sums[1].clamp(min=1.0))
+        _write_gradient(logits, rows, start, stop, x, y, factors)
+    statistics = _statistics(off_ids, on_ids, target, shard)
+    _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature)
+    return _losses(logits, rows, target, statistics, temperature)
 
 
 def chunked_gradient_(logits: Tensor, upstream: Tensor, state: ChunkedState) -> None:
@@ -90,13 +119,45 @@ def chunked_gradient_(logits: Tensor, upstream: Tensor, state: ChunkedState) -> 
     rows, statistics, temperature = state.rows, state.statistics, state.temperature
     w_ce = upstream.double() * rows.ce_weight
     w_kl = upstream.double() * rows.kl_weight / temperature
+    _clear(logits, rows, state.shard)
+    _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, state.shard)
+    _write_special(logits, rows, state.entries, statistics, w_ce, w_kl, temperature)
+
+
+def _losses(
+    logits: Tensor, rows: ActiveRows, target: SparseTarget, statistics: "_Statistics", temperature: float
+) -> TokenLosses:
+    """[a] each; of the logits only the type counts."""
+    ce = (statistics.lse_1 - statistics.label_logit).where(rows.labels >= 0, 0.0)
+    mass, left = target.mass, statistics.tail
+    kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
+    kl = kl + left.xlogy(left) - (left * statistics.off_t).where(left > 0, 0.0)
+    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
+    loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
+    loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
+    student_mass = (statistics.on_t - statistics.lse_t).exp()
+    agreement = ((target.stored > 0) & (statistics.likeliest >= statistics.largest)).double()
+    result = torch.promote_types(logits.dtype, torch.float32)
+    return TokenLosses(*(values.to(result) for values in (loss, ce, kl, target.stored, student_mass, agreement)))
+
+
+def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
+    """The gradient of what takes no part: skipped rows and padded columns."""
     if rows.index is not None:
         skipped = torch.ones(rows.count, dtype=torch.bool, device=logits.device)
         skipped[rows.index] = False
         logits[skipped] = 0
-    logits[:, state.shard.columns :] = 0
-    _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, state.shard)
-    _write_special(logits, rows, state.entries, statistics, w_ce, w_kl, temperature)
+    logits[:, shard.columns :] = 0
+
+
+def _scale_(gradient: Tensor, upstream: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
+    """Multiplies the active rows of the gradient [n, v] by upstream [a]."""
+    if (upstream == 1).all():
+        return
+    for start, stop, x, _ in _buffers(gradient, rows, shard):
+        _read(gradient, rows, start, stop, 1.0, out=x)
+        x.mul_(upstream[start:stop, None])
+        _write_back(x, gradient, rows, start, stop)
 
 
 # --- the special columns: gathered, fp64 -----------------------------------------------------------------------------
@@ -172,35 +233,51 @@ class _Statistics:
     lse_1: Tensor  # log-sum-exp over all columns
     lse_t: Tensor
     off_t: Tensor  # log-sum-exp over the columns off the ids
+    on_t: Tensor  # log-sum-exp over the columns on the ids
     product: Tensor  # sum mass * logit
     label_logit: Tensor  # 0 where there is no label
+    largest: Tensor  # logit of all
+    likeliest: Tensor  # logit of the teacher's likeliest entry
     tail: Tensor  # teacher mass off the ids
     total: Tensor  # all teacher mass
 
 
-def _statistics(logits, rows, target, entries, temperature, shard) -> _Statistics:
-    off_1, off_t = _off_ids_logsumexp(logits, rows, entries, temperature, shard)
+def _on_ids(target: SparseTarget, entries: "_LocalEntries", temperature: float) -> Tensor:
+    """[6, a] fp64 of this shard's entries and label: log-sum-exps of z and of z / T, the largest z, sum of mass z, the label's z,
+    the z of the teacher's likeliest entry (the largest, if several share that mass). -inf or 0 where there are none."""
     # [a, k]; -inf (nothing to add) where the slot is empty or lies in another shard.
     on_ids = torch.full_like(target.mass, -torch.inf)
     on_ids[entries.row, entries.slot] = entries.logit
     product = (entries.mass * entries.logit).where(entries.mass > 0, 0.0)
-    lse_1 = torch.logaddexp(off_1, on_ids.logsumexp(1))
-    on_t = (on_ids / temperature).logsumexp(1)
-    product = torch.zeros_like(off_1).index_add(0, entries.row, product)
-    label_logit = torch.zeros_like(off_1).index_put((entries.label_row,), entries.label_logit)
+    product = torch.zeros_like(target.stored).index_add(0, entries.row, product)
+    label_logit = torch.zeros_like(product).index_put((entries.label_row,), entries.label_logit)
+    if on_ids.shape[1] == 0:
+        nothing = torch.full_like(product, -torch.inf)
+        return torch.stack((nothing, nothing, nothing, product, label_logit, nothing))
+    is_likeliest = target.mass == target.mass.amax(1, keepdim=True)
+    likeliest = on_ids.masked_fill(~is_likeliest, -torch.inf).amax(1)
+    sums = on_ids.logsumexp(1), (on_ids / temperature).logsumexp(1)
+    return torch.stack((*sums, on_ids.amax(1), product, label_logit, likeliest))
 
-    if shard.group is not None and lse_1.numel() > 0:
-        partial = torch.stack((lse_1, off_t, on_t, product, label_logit))
-        gathered = partial.new_empty((dist.get_world_size(shard.group) * len(partial), partial.shape[1]))
-        dist.all_gather_into_tensor(gathered, partial, group=shard.group)
-        gathered = gathered.view(-1, *partial.shape)
-        lse_1, off_t, on_t = gathered[:, :3].logsumexp(0)
-        product, label_logit = gathered[:, 3:].sum(0)
 
+def _statistics(off_ids: "_OffIds", on_ids: Tensor, target: SparseTarget, shard: VocabularyShard) -> _Statistics:
+    """From what this shard has off and on the ids; under a group, one all-gather of [7, a]."""
+    off_1, off_t = off_ids.shifts + off_ids.sums.double().log()
+    largest = torch.maximum(off_ids.shifts[0].double(), on_ids[2])
+    partial = torch.stack((torch.logaddexp(off_1, on_ids[0]), off_t, on_ids[1], largest, *on_ids[3:]))
+    gathered = partial[None]
+    if shard.group is not None and partial.numel() > 0:
+        everyone = partial.new_empty((dist.get_world_size(shard.group) * len(partial), partial.shape[1]))
+        dist.all_gather_into_tensor(everyone, partial, group=shard.group)
+        gathered = everyone.view(-1, *partial.shape)
+    lse_1, off_t, on_t = gathered[:, :3].logsumexp(0)
+    largest, likeliest = gathered[:, (3, 6)].amax(0)
+    product, label_logit = gathered[:, 4:6].sum(0)
     # With no column off the ids, rounding may leave a crumb of tail that nothing can hold.
     tail = target.tail.where(off_t != -torch.inf, 0.0)
     total = target.mass.sum(1) + tail
-    return _Statistics(lse_1, torch.logaddexp(off_t, on_t), off_t, product, label_logit, tail, total)
+    lse_t = torch.logaddexp(off_t, on_t)
+    return _Statistics(lse_1, lse_t, off_t, on_t, product, label_logit, largest, likeliest, tail, total)
 
 
 # --- the dense part: in chunks of rows --------------------------------------------------------------------------------
@@ -209,75 +286,112 @@ def _statistics(logits, rows, target, entries, temperature, shard) -> _Statistic
 # rounded value is used in the fp64 arithmetic around it, so its rounding cancels.
 
 
-def _off_ids_logsumexp(logits, rows, entries, temperature, shard) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps [a] fp64 of logits and logits / temperature over this shard's columns that hold no teacher entry."""
-    count = rows.labels.numel()
-    sum_1, sum_t, shift_1, shift_t = torch.zeros((4, count), dtype=torch.float64, device=logits.device)
-    first_entry = torch.searchsorted(entries.row, torch.arange(count + 1, device=logits.device)).tolist()
-    for start, stop, x, _ in _chunks(logits, rows, shard):
+@dataclass(frozen=True)
+class _OffIds:
+    """What the columns off the ids add up to, as far as chunks were read: [2, a] each in the buffers' dtype, of z and of z / T."""
+
+    shifts: Tensor  # the largest; that of z / T rounded
+    sums: Tensor  # of exp(... - shift)
+
+
+def _off_ids(logits: Tensor, rows: ActiveRows) -> _OffIds:
+    """Of no columns."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    sums = torch.zeros((2, rows.labels.numel()), dtype=dtype, device=logits.device)
+    return _OffIds(torch.full_like(sums, -torch.inf), sums)
+
+
+def _exponentials(
+    logits: Tensor,
+    rows: ActiveRows,
+    entries: "_LocalEntries",
+    temperature: float,
+    shard: VocabularyShard,
+    off_ids: _OffIds,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, 0 on the ids; its sums are in off_ids by then.
+
+    Both are [stop - start, columns], one and the same at T = 1. The next chunk takes their memory.
+    """
+    first_entry = torch.searchsorted(entries.row, torch.arange(rows.labels.numel() + 1, device=logits.device)).tolist()
+    lowest = torch.finfo(off_ids.shifts.dtype).min  # in the place of -inf, which cannot be subtracted from -inf
+    for start, stop, x, y in _buffers(logits, rows, shard):
         mine = slice(first_entry[start], first_entry[stop])
         on_ids = entries.row[mine] - start, entries.column[mine]
+        shift_1, shift_t = off_ids.shifts[:, start:stop]
+        sum_1, sum_t = off_ids.sums[:, start:stop]
 
-        def exponentials(scale: float, start=start, stop=stop, x=x, on_ids=on_ids) -> Tensor:
-            """exp(scale z - shift) in x; returns the shift [rows]."""
-            _read(logits, rows, start, stop, scale, out=x)
-            x[on_ids] = -torch.inf
-            shift = x.amax(1, keepdim=True)
-            shift = shift.where(shift != -torch.inf, 0.0)
-            x.sub_(shift).exp_()
-            return shift[:, 0]
+        def take(scale: float, out: Tensor, shift: Tensor, start=start, stop=stop, on_ids=on_ids) -> None:
+            _read(logits, rows, start, stop, scale, out=out)
+            out[on_ids] = -torch.inf
+            torch.amax(out, 1, out=shift)
+            out.sub_(shift.clamp_(min=lowest)[:, None]).exp_()
 
-        if temperature not in _POWERS:
-            shift_1[start:stop] = exponentials(1.0)
-            sum_1[start:stop] = x.sum(1)
-        shift_t[start:stop] = exponentials(1 / temperature)
-        sum_t[start:stop] = x.sum(1)
+        take(1 / temperature, x, shift_t)
+        torch.sum(x, 1, out=sum_t)
+        if temperature == 1:
+            shift_1.copy_(shift_t)
+            sum_1.copy_(sum_t)
+            yield start, stop, x, x
+            continue
         if temperature in _POWERS:
-            for _ in range(_POWERS.index(temperature)):
-                x.mul_(x)
-            shift_1[start:stop] = temperature * shift_t[start:stop]
-            sum_1[start:stop] = sum_t[start:stop] if temperature == 1 else x.sum(1)
-    return shift_1 + sum_1.log(), shift_t + sum_t.log()
+            torch.mul(shift_t, temperature, out=shift_1)
+            _power(x, temperature, out=y)
+        else:
+            take(1.0, y, shift_1)
+        torch.sum(y, 1, out=sum_1)
+        yield start, stop, x, y
+
+
+def _power(x: Tensor, temperature: float, out: Tensor) -> None:
+    """x to the power of 2 or 4."""
+    torch.mul(x, x, out=out)
+    if temperature == 4:
+        out.mul_(out)
+
+
+def _write_gradient(
+    logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
+) -> None:
+    """The gradient of every column as if it were off the ids and not the label: x, y as of `_exponentials`, which are used up.
+
+    factors [2, stop - start] fp64: of y and of x.
+    """
+    of_y, of_x = factors.to(x.dtype)[:, :, None]
+    in_place = rows.index is None and logits.dtype == x.dtype
+    gradient = logits[start:stop, : x.shape[1]] if in_place else x
+    if y is x:
+        torch.mul(x, of_x.add_(of_y), out=gradient)
+    else:
+        torch.addcmul(y.mul_(of_y), x, of_x, out=gradient)
+    if not in_place:
+        _write_back(x, logits, rows, start, stop)
 
 
 def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
-    """The gradient of every column as if it were off the ids and not the label: w_ce p + w_kl (total q - tail r)."""
+    """`_write_gradient` of all chunks: w_ce p + w_kl (total q - tail r), from statistics that are known already."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
     # A power of exp(z / T - shift_t) is exp(z - T shift_t); at a large T that could overflow.
     shift_1 = temperature * shift_t if temperature in _POWERS else statistics.lse_1.to(dtype).double()
-    factor_1 = w_ce * (shift_1 - statistics.lse_1).exp()
-    student = statistics.total * (shift_t - statistics.lse_t).exp()
     teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
-    factor_t = w_kl * (student - teacher)
-    if temperature == 1:
-        factor_t = factor_t + factor_1
-    columns = (factor_t, factor_1, shift_t, shift_1)
-    factor_t, factor_1, shift_t, shift_1 = (column.to(dtype)[:, None] for column in columns)
-
-    in_place = rows.index is None and logits.dtype == dtype
-    for start, stop, x, y in _chunks(logits, rows, shard):
-        f_t, f_1 = factor_t[start:stop], factor_1[start:stop]
-        if temperature not in _POWERS:
-            _read(logits, rows, start, stop, 1.0, out=y)
-            y.sub_(shift_1[start:stop]).exp_().mul_(f_1)
+    factor_t = w_kl * (statistics.total * (shift_t - statistics.lse_t).exp() - teacher)
+    factors = torch.stack((w_ce * (shift_1 - statistics.lse_1).exp(), factor_t))
+    shift_1, shift_t = shift_1.to(dtype)[:, None], shift_t.to(dtype)[:, None]
+    for start, stop, x, y in _buffers(logits, rows, shard):
         _read(logits, rows, start, stop, 1 / temperature, out=x)
         x.sub_(shift_t[start:stop]).exp_()
-        gradient = logits[start:stop, : shard.columns] if in_place else x
         if temperature == 1:
-            torch.mul(x, f_t, out=gradient)
-        elif temperature == 2:
-            torch.mul(x, torch.mul(x, f_1, out=y).add_(f_t), out=gradient)
-        elif temperature == 4:
-            torch.mul(x, torch.mul(x, x, out=y).mul_(x).mul_(f_1).add_(f_t), out=gradient)
+            y = x
+        elif temperature in _POWERS:
+            _power(x, temperature, out=y)
         else:
-            torch.addcmul(y, x, f_t, out=gradient)
-        if not in_place:
-            place = slice(start, stop) if rows.index is None else rows.index[start:stop]
-            logits[place, : shard.columns] = x.to(logits.dtype)
+            _read(logits, rows, start, stop, 1.0, out=y)
+            y.sub_(shift_1[start:stop]).exp_()
+        _write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop])
 
 
-def _chunks(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def _buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """start, stop among the active rows, and two scratch buffers [stop - start, columns], the same memory every time."""
     count = rows.labels.numel()
     if shard.columns == 0 or count == 0:
@@ -299,3 +413,9 @@ def _read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float,
         torch.mul(part, scale, out=out)
     else:  # a product of half types would be rounded before it is stored
         out.copy_(part).mul_(scale)
+
+
+def _write_back(x: Tensor, logits: Tensor, rows: ActiveRows, start: int, stop: int) -> None:
+    """x takes the place of the logits of the active rows start ... stop - 1."""
+    place = slice(start, stop) if rows.index is None else rows.index[start:stop]
+    logits[place, : x.shape[1]] = x.to(logits.dtype)

@@ -1,7 +1,8 @@
 """The loss straight from the hidden states: the output layer's product and the loss together, a chunk of tokens at a time.
 
-No more than one chunk's logits exist at once. Backward multiplies them out again rather than keep them: one product more than the
-unfused way (4 for 3), and its gradients are right for any upstream gradient and any number of passes.
+No more than one chunk's logits exist at once. By default backward multiplies them out again rather than keep them: one product
+more than the unfused way (4 for 3), and the gradients are right for any upstream gradient and any number of passes. Where the
+caller promises an upstream gradient of 1, the forward pass takes all three products while it has the logits.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fuse_kernels.arguments import Student, Targets, check_arguments, choose_implementation
-from fuse_kernels.chunked import chunked_gradient_, chunked_losses
+from fuse_kernels.chunked import chunked_gradient_, chunked_losses, chunked_losses_and_gradient_
 from fuse_kernels.reference import reference_loss
-from fuse_kernels.rows import ActiveRows, VocabularyShard, active_rows, spread
+from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard, active_rows, spread
 
+CHUNK_BYTES = 1 << 28  # of the logits that exist at once, unless the caller says how many rows
 _BLOCK = 8192  # rows of the weight whose gradient is added to an accumulator of another type at once
-CHUNK_TOKENS = 1024  # rows of logits that exist at once, unless told otherwise
+
+
+def chunk_rows(columns: int, element_size: int) -> int:
+    """Rows of logits that exist at once by default.
+
+    A function of the shapes alone, not of the memory that happens to be free: ranks have to agree on the number of chunks, and a
+    resumed run on the order of its sums.
+    """
+    return max(CHUNK_BYTES // (columns * element_size) // 128 * 128, 128)
 
 
 def fused_linear_sparse_kl(
@@ -38,13 +48,18 @@ def fused_linear_sparse_kl(
     group: dist.ProcessGroup | None = None,
     implementation: str = "auto",
     check: bool | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparse_kl_cross_entropy` of the logits hidden @ weight.T: loss, ce, kl [n], the loss differentiable in both.
+    chunk_tokens: int | None = None,
+    unit_upstream: bool = False,
+) -> TokenLosses:
+    """`sparse_kl_cross_entropy` of the logits hidden @ weight.T: `TokenLosses`, the loss differentiable in both.
 
     hidden [n, h]: the same on every rank of the group; its gradient is summed over the group. weight [v, h], of the same dtype: this
     rank's vocabulary shard, as column-parallel output layers hold it. The other arguments are those of `sparse_kl_cross_entropy`.
-    chunk_tokens: rows whose logits exist at once.
+    chunk_tokens: rows whose logits exist at once. None: as many as fit into CHUNK_BYTES.
+    unit_upstream: the caller promises that what is differentiated is the sum of the losses, so that the upstream gradient of every
+        row is 1 (or NaN, for a step that is to be thrown away). Three products then, in the place of four, and the gradients
+        exist after the forward pass: that of the weight is in `weight.main_grad` by then, if there is one. A row with any
+        other upstream gradient makes the gradients NaN; on a CPU it raises ValueError.
 
     The weight's gradient adds up over the chunks in fp32 (fp64 for fp64). Where `weight.main_grad` exists, as under Megatron's data
     parallelism, it is added there, and autograd is given an empty sparse gradient: it weighs nothing and tells the hooks that this
@@ -67,6 +82,8 @@ def fused_linear_sparse_kl(
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, but hidden is on {hidden.device}")
+    if chunk_tokens is None:
+        chunk_tokens = chunk_rows(len(weight), weight.element_size())
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
     student = Student("hidden", len(hidden), len(weight), hidden.dtype, hidden.device)
@@ -75,106 +92,193 @@ def fused_linear_sparse_kl(
     shard = check_arguments(student, targets, temperature=temperature, tail=tail, check=check, **vocabulary)
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
     temperature = float(temperature)
+    needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    function = _GradientsInForward if unit_upstream and needed else _FusedLinear
     if chosen == "triton":  # to find the rows that take part would be to wait for the device
-        return _FusedLinear.apply(
-            hidden, weight, _triton_passes(targets, temperature, tail, shard), chunk_tokens, shard.group
-        )
+        passes = _triton_passes(targets, temperature, tail, shard)
+        return TokenLosses(*function.apply(hidden, weight, passes, chunk_tokens, shard.group))
     rows = active_rows(*targets)
     if rows.index is not None:
         hidden = hidden[rows.index]
     make_passes = _chunked_passes if chosen == "torch" else _reference_passes
-    losses = _FusedLinear.apply(hidden, weight, make_passes(rows, temperature, tail, shard), chunk_tokens, shard.group)
-    loss, ce, kl = (spread(values, rows) for values in losses)
-    return loss, ce, kl
+    passes = make_passes(rows, temperature, tail, shard)
+    return spread(TokenLosses(*function.apply(hidden, weight, passes, chunk_tokens, shard.group)), rows)
 
 
 @dataclass(frozen=True)
 class _Passes:
     """An implementation over the logits of rows start ... stop - 1."""
 
-    losses: Callable[[Tensor, int, int], tuple[tuple[Tensor, Tensor, Tensor], Any]]  # logits -> (loss, ce, kl), state
+    losses: Callable[[Tensor, int, int], tuple[TokenLosses, Any]]  # logits -> losses, state
     gradient_: Callable[[Tensor, Tensor, Any], None]  # logits, upstream, state: the gradient is written over the logits
+    losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]  # both, for an upstream gradient of 1
 
 
 def _triton_passes(targets: Targets, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
-    from fuse_kernels.triton_loss import triton_gradient_, triton_losses
+    from fuse_kernels.triton_loss import triton_gradient_, triton_losses, triton_losses_and_gradient_
+
+    def part(start: int, stop: int) -> Targets:
+        return Targets(*(tensor[start:stop] for tensor in targets))
 
     return _Passes(
-        lambda logits, start, stop: triton_losses(
-            logits, *(tensor[start:stop] for tensor in targets), temperature, tail, shard
-        ),
+        lambda logits, start, stop: triton_losses(logits, part(start, stop), temperature, tail, shard),
         lambda logits, upstream, state: triton_gradient_(logits, upstream, state, temperature, shard),
+        lambda logits, start, stop: triton_losses_and_gradient_(logits, part(start, stop), temperature, tail, shard)[0],
     )
 
 
 def _chunked_passes(rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
+    def losses_and_gradient_(logits: Tensor, start: int, stop: int) -> TokenLosses:
+        part = rows.part(start, stop)
+        if shard.group is None:
+            return chunked_losses_and_gradient_(logits, part, temperature, tail, shard)
+        losses, state = chunked_losses(logits, part, temperature, tail, shard)
+        chunked_gradient_(logits, torch.ones_like(losses.loss), state)
+        return losses
+
     return _Passes(
         lambda logits, start, stop: chunked_losses(logits, rows.part(start, stop), temperature, tail, shard),
         chunked_gradient_,
+        losses_and_gradient_,
     )
 
 
 def _reference_passes(rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
-    def losses(logits: Tensor, start: int, stop: int) -> tuple[tuple[Tensor, Tensor, Tensor], ActiveRows]:
+    def losses(logits: Tensor, start: int, stop: int) -> tuple[TokenLosses, ActiveRows]:
         part = rows.part(start, stop)
         return reference_loss(logits, part, temperature, tail, shard), part
 
     def gradient_(logits: Tensor, upstream: Tensor, part: ActiveRows) -> None:
         with torch.enable_grad():
             leaf = logits.detach().clone().requires_grad_()
-            loss, _, _ = reference_loss(leaf, part, temperature, tail, shard)
+            loss = reference_loss(leaf, part, temperature, tail, shard).loss
             logits.copy_(torch.autograd.grad(loss, leaf, upstream)[0])
 
-    return _Passes(losses, gradient_)
+    def losses_and_gradient_(logits: Tensor, start: int, stop: int) -> TokenLosses:
+        found, part = losses(logits, start, stop)
+        gradient_(logits, torch.ones_like(found.loss), part)
+        return found
+
+    return _Passes(losses, gradient_, losses_and_gradient_)
 
 
 class _FusedLinear(torch.autograd.Function):
+    """The logits twice: forward for the loss, backward for its gradient."""
+
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, passes: _Passes, chunk_tokens: int, group):
         results, ctx.states = [], []
-        buffer = _logits_buffer(hidden, weight, chunk_tokens)
-        # An empty chunk is a chunk too: it has the results' types.
-        for start in range(0, max(len(hidden), 1), chunk_tokens):
-            stop = min(start + chunk_tokens, len(hidden))
-            logits = torch.mm(hidden[start:stop], weight.t(), out=buffer[: stop - start])
+        for start, stop, logits in _logits(hidden, weight, chunk_tokens):
             losses, state = passes.losses(logits, start, stop)
             results.append(losses)
             if any(ctx.needs_input_grad):
-                ctx.states.append((start, stop, state))
+                ctx.states.append(state)
         ctx.save_for_backward(hidden, weight)
         ctx.options = (passes, chunk_tokens, group)
         ctx.set_materialize_grads(False)
-        loss, ce, kl = (torch.cat(parts) for parts in zip(*results, strict=True))
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        return _outputs(ctx, results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _ce, _kl):
+    def backward(ctx, upstream, *_others):
         nothing = (None,) * 3
         if upstream is None:
             return None, None, *nothing
         hidden, weight = ctx.saved_tensors
         passes, chunk_tokens, group = ctx.options
-        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight = _accumulator(weight) if ctx.needs_input_grad[1] else None
-        buffer = _logits_buffer(hidden, weight, chunk_tokens)
-        for start, stop, state in ctx.states:
-            logits = torch.mm(hidden[start:stop], weight.t(), out=buffer[: stop - start])
+        gradients = _Gradients.of(hidden, weight, ctx.needs_input_grad)
+        chunks = _logits(hidden, weight, chunk_tokens)
+        for (start, stop, logits), state in zip(chunks, ctx.states, strict=True):
             passes.gradient_(logits, upstream[start:stop], state)
-            if of_hidden is not None:
-                torch.mm(logits, weight, out=of_hidden[start:stop])
-            if of_weight is not None:
-                _add_product(of_weight, logits, hidden[start:stop])
-        if of_hidden is not None and group is not None:
-            dist.all_reduce(of_hidden, group=group)
-        if of_weight is not None:
-            of_weight = _no_gradient(weight) if hasattr(weight, "main_grad") else of_weight.to(weight.dtype)
-        return of_hidden, of_weight, *nothing
+            gradients.add(start, stop, logits, hidden, weight)
+        return gradients.reduced(group), gradients.given(weight), *nothing
 
 
-def _logits_buffer(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Tensor:
-    return hidden.new_empty((min(chunk_tokens, len(hidden)), len(weight)))
+class _GradientsInForward(torch.autograd.Function):
+    """The logits once: an upstream gradient of 1 is taken for granted, and checked when it comes."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, passes: _Passes, chunk_tokens: int, group):
+        gradients = _Gradients.of(hidden, weight, ctx.needs_input_grad)
+        results = []
+        for start, stop, logits in _logits(hidden, weight, chunk_tokens):
+            results.append(passes.losses_and_gradient_(logits, start, stop))
+            gradients.add(start, stop, logits, hidden, weight)
+        ctx.gradients, ctx.group = gradients, group
+        ctx.save_for_backward(weight)
+        ctx.set_materialize_grads(False)
+        return _outputs(ctx, results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_others):
+        nothing = (None,) * 3
+        if upstream is None:
+            return None, None, *nothing
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients were given away in the first backward pass, so that there can be no second: run the "
+                "forward pass again, or use unit_upstream=False"
+            )
+        (weight,) = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if upstream.device.type == "cpu" and (upstream.isfinite() & (upstream != 1)).any():
+            raise ValueError(
+                "unit_upstream=True, but the upstream gradient of a loss is not 1: use unit_upstream=False"
+            )
+        unit = upstream.where(upstream == 1, torch.nan)  # an accelerator is not waited for: NaN cannot be overlooked
+        if gradients.hidden is not None:
+            gradients.hidden.mul_(unit.to(gradients.hidden.dtype)[:, None])
+        if gradients.weight is not None and len(unit):
+            gradients.weight[:1, :1].mul_(unit.amin())  # so that no gradient of such a step is finite as a whole
+        return gradients.reduced(ctx.group), gradients.given(weight), *nothing
+
+
+def _logits(hidden: Tensor, weight: Tensor, chunk_tokens: int):
+    """start, stop and the logits [stop - start, v] of each chunk, the same memory every time."""
+    buffer = hidden.new_empty((min(chunk_tokens, len(hidden)), len(weight)))
+    # An empty chunk is a chunk too: it has the results' types.
+    for start in range(0, max(len(hidden), 1), chunk_tokens):
+        stop = min(start + chunk_tokens, len(hidden))
+        yield start, stop, torch.mm(hidden[start:stop], weight.t(), out=buffer[: stop - start])
+
+
+def _outputs(ctx, results: list[TokenLosses]) -> tuple[Tensor, ...]:
+    """The chunks' results end to end; only the loss is differentiable."""
+    outputs = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    ctx.mark_non_differentiable(*outputs[1:])
+    return outputs
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of both operands, as they add up over the chunks; None where none is needed."""
+
+    hidden: Tensor | None  # [n, h]
+    weight: Tensor | None  # [v, h]: main_grad, where there is one
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> "_Gradients":
+        return cls(torch.empty_like(hidden) if needed[0] else None, _accumulator(weight) if needed[1] else None)
+
+    def add(self, start: int, stop: int, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """gradient [stop - start, v]: of the logits of these rows."""
+        if self.hidden is not None:
+            torch.mm(gradient, weight, out=self.hidden[start:stop])
+        if self.weight is not None:
+            _add_product(self.weight, gradient, hidden[start:stop])
+
+    def reduced(self, group: dist.ProcessGroup | None) -> Tensor | None:
+        """That of the hidden states, summed over the group."""
+        if self.hidden is not None and group is not None:
+            dist.all_reduce(self.hidden, group=group)
+        return self.hidden
+
+    def given(self, weight: Tensor) -> Tensor | None:
+        """What autograd is given for the weight."""
+        if self.weight is None:
+            return None
+        return _no_gradient(weight) if hasattr(weight, "main_grad") else self.weight.to(weight.dtype)
 
 
 def _accumulator(weight: Tensor) -> Tensor:
@@ -187,10 +291,16 @@ def _add_product(of_weight: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """of_weight [v, h] += gradient [c, v].T @ hidden [c, h]"""
     if of_weight.dtype == gradient.dtype:
         of_weight.addmm_(gradient.t(), hidden)
-        return
-    for start in range(0, len(of_weight), _BLOCK):  # the product in the operands' dtype would be as large as the weight
-        block = slice(start, start + _BLOCK)
-        of_weight[block].add_(gradient[:, block].t() @ hidden)
+    elif gradient.device.type == "cuda" and of_weight.dtype == torch.float32 and _MULTIPLIES_INTO_FP32:
+        torch.addmm(of_weight, gradient.t(), hidden, out_dtype=torch.float32, out=of_weight)
+    else:
+        for start in range(0, len(of_weight), _BLOCK):  # the whole product would be as large as the weight
+            block = slice(start, start + _BLOCK)
+            of_weight[block].add_(gradient[:, block].t() @ hidden)
+
+
+# A product of half types that is added to an fp32 matrix without being rounded: torch 2.8 and later, on CUDA.
+_MULTIPLIES_INTO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _no_gradient(weight: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """The loss over logits that exist: checks its arguments and hands the rows that take part to one implementation."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fuse_kernels.arguments import Student, Targets, check_arguments, choose_implementation
 from fuse_kernels.chunked import chunked_loss
 from fuse_kernels.reference import reference_loss
-from fuse_kernels.rows import active_rows, spread
+from fuse_kernels.rows import TokenLosses, VocabularyShard, active_rows, spread
 
 
 def sparse_kl_cross_entropy(
@@ -24,7 +25,7 @@ def sparse_kl_cross_entropy(
     group: dist.ProcessGroup | None = None,
     implementation: str = "auto",
     check: bool | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> TokenLosses:
     """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits / T).
 
     logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start + v - 1.
@@ -42,20 +43,25 @@ def sparse_kl_cross_entropy(
         always), and compare the group's shards, which takes a collective. None: where the environment has
         FUSE_KERNELS_CHECK=1.
 
-    Returns loss [n] (differentiable in the logits), ce [n] and kl [n] (detached, unweighted), in fp32 (fp64 for fp64
-    logits), equal on every rank of the group. A weight counts only where the row has something to weigh: a label, a
-    teacher entry. A row in which neither weight counts is skipped: its loss, ce, kl and gradient are 0, whatever its
-    logits hold. In all other rows ce and kl are reported wherever a label, a teacher, exists, also at weight 0.
+    Returns `TokenLosses`, equal on every rank of the group: loss (differentiable in the logits); detached and unweighted ce
+    and kl; how well student and teacher fit. A weight counts only where the row has something to weigh: a label, a teacher
+    entry. A row in which neither weight counts is skipped: its results and its gradient are 0, whatever its logits hold.
+    In all other rows ce and kl are reported wherever a label, a teacher, exists, also at weight 0.
 
     D, with p the stored teacher mass, m its sum, q = q_T, M the student's mass on the stored ids:
         bucket       sum p log(p / q) + (1 - m) log((1 - m) / (1 - M)); no tail term where m >= 1 or no column is left over
         renormalize  sum (p / m) log((p / m) / q); 0 where m = 0
         ignore       sum p log(p / q); can be negative
 
-    Collectives: one all-gather of five numbers per row forward (fp64 in "torch", fp32 in "triton"), none backward.
-    Memory: nothing as large as the logits. Backward writes the gradient over them, so that nobody may read them afterwards,
-    and a second backward raises RuntimeError; scratch is 1 MB per thread in "torch", nothing in "triton". ("reference" keeps
-    the logits and holds several tensors of their size.) Differentiable once.
+    The gradient takes the place of the logits, in their dtype, so that nobody may read the logits after this call, and a second
+    backward pass raises RuntimeError. Where they need a gradient and no group shares the vocabulary, it is written in the forward
+    pass, while a row is still in the cache; backward then multiplies the rows whose upstream gradient is not 1, which rounds
+    them a second time. Under a group, and in fp16 (whose gradients need their loss scale before they are rounded), it is
+    written in the backward pass. Logits that need no gradient stay as they are. "reference" keeps the logits always.
+
+    Collectives: one all-gather of seven numbers per row forward (fp64 in "torch", fp32 in "triton"), none backward.
+    Memory: nothing as large as the logits; scratch is 1 MB per thread in "torch", nothing in "triton". ("reference" holds
+    several tensors of their size.) Differentiable once.
 
     Raises ValueError, naming the argument and both values, where shapes, dtypes or devices do not fit, "triton" is asked for
     where it cannot run, or, if they are looked at, ids or log-probabilities are out of range or the group's shards do not
@@ -68,11 +74,20 @@ def sparse_kl_cross_entropy(
     vocabulary = {"vocab_size": vocab_size, "vocab_start": vocab_start, "group": group}
     shard = check_arguments(student, targets, temperature=temperature, tail=tail, check=check, **vocabulary)
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
+    temperature = float(temperature)
     if chosen == "triton":
         from fuse_kernels.triton_loss import triton_loss
 
-        return triton_loss(logits, *targets, float(temperature), tail, shard)
+        return triton_loss(logits, targets, temperature, tail, shard, in_forward=_in_forward(logits, shard))
     rows = active_rows(*targets)
-    function = chunked_loss if chosen == "torch" else reference_loss
-    loss, ce, kl = function(logits, rows, float(temperature), tail, shard)
-    return spread(loss, rows), spread(ce.detach(), rows), spread(kl.detach(), rows)
+    if chosen == "torch":
+        losses = chunked_loss(logits, rows, temperature, tail, shard, in_forward=_in_forward(logits, shard))
+    else:
+        losses = reference_loss(logits, rows, temperature, tail, shard)
+    return spread(losses, rows)
+
+
+def _in_forward(logits: Tensor, shard: VocabularyShard) -> bool:
+    """Whether the forward pass writes the gradient."""
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    return needed and shard.group is None and logits.dtype != torch.float16

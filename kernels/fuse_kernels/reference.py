@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse_kernels.rows import ActiveRows, VocabularyShard
+from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard
 
 
 def reference_loss(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, ce, kl [a] from logits [n, v], in the logits' precision (half types in fp32).
+) -> TokenLosses:
+    """[a] each from logits [n, v], in the logits' precision (half types in fp32).
 
     Under tensor parallelism every rank gathers the whole vocabulary; shards must be equally wide and in rank order.
     """
@@ -35,6 +35,8 @@ def reference_loss(
     teacher = torch.zeros_like(z).scatter_add(1, ids, rows.teacher_logprobs.to(z.dtype).exp().where(live, zero))
     stored_columns = torch.zeros_like(z).scatter_add(1, ids, live.to(z.dtype)) > 0
     m = teacher.sum(1)
+    likeliest = stored_columns & (teacher == teacher.amax(1, keepdim=True))
+    agreement = z.masked_fill(~likeliest, -torch.inf).amax(1) >= z.amax(1)
     if tail == "renormalize":
         teacher = teacher / m.where(m > 0, 1)[:, None]
     log_q = (z / temperature).log_softmax(1)
@@ -45,9 +47,12 @@ def reference_loss(
         log_student_tail = log_q.masked_fill(stored_columns & ~covered[:, None], -torch.inf).logsumexp(1)
         left = (1 - m).clamp(min=0).where(~covered, zero)
         kl = kl + left.xlogy(left) - left * log_student_tail
-    kl = torch.where(live.any(1), kl, zero)
-
-    return rows.ce_weight.to(z.dtype) * ce + rows.kl_weight.to(z.dtype) * kl, ce, kl
+    has_teacher = live.any(1)
+    kl = torch.where(has_teacher, kl, zero)
+    loss = rows.ce_weight.to(z.dtype) * ce + rows.kl_weight.to(z.dtype) * kl
+    student_mass = torch.where(stored_columns, log_q.exp(), zero).sum(1)
+    agreement = (agreement & (m > 0)).to(z.dtype)
+    return TokenLosses(loss, *(values.detach() for values in (ce, kl, m, student_mass, agreement)))
 
 
 class _GatherVocabulary(torch.autograd.Function):

@@ -1,15 +1,30 @@
 """What every implementation starts from: the shard of the vocabulary, the rows that take part, the teacher's target."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 OVERWRITTEN = (
-    "the logits' gradient was written over the logits in the first backward pass, so that there can be no second: run the forward "
-    'pass again, or use implementation="reference", which keeps the logits'
+    "the logits' gradient was written over the logits and given away in the first backward pass, so that there can be no second: "
+    'run the forward pass again, or use implementation="reference", which keeps the logits'
 )
+
+
+class TokenLosses(NamedTuple):
+    """What is known of every row, [n] each, in fp32 (fp64 for fp64 logits). Only `loss` is differentiable.
+
+    The last three describe how a row's teacher and student fit each other; they are 0 where there is no teacher.
+    """
+
+    loss: Tensor  # weighted
+    ce: Tensor  # unweighted, 0 where there is no label
+    kl: Tensor  # unweighted, 0 where there is no teacher
+    teacher_mass: Tensor  # of the stored entries, before any renormalisation
+    student_mass: Tensor  # of softmax(logits / T) on the stored ids
+    agreement: Tensor  # 1 where no logit is above that of the teacher's likeliest entry, else 0
 
 
 @dataclass(frozen=True)
@@ -52,11 +67,11 @@ def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> 
     return ActiveRows(index, len(labels), *(tensor[index] for tensor in everything))
 
 
-def spread(values: Tensor, rows: ActiveRows) -> Tensor:
-    """[a] -> [n], 0 in skipped rows."""
+def spread(losses: TokenLosses, rows: ActiveRows) -> TokenLosses:
+    """[a] -> [n] each, 0 in skipped rows."""
     if rows.index is None:
-        return values
-    return values.new_zeros(rows.count).index_copy(0, rows.index, values)
+        return losses
+    return TokenLosses(*(values.new_zeros(rows.count).index_copy(0, rows.index, values) for values in losses))
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class SparseTarget:
 
     ids: Tensor  # [a, k] int64, no id twice in a row, -1 = empty
     mass: Tensor  # [a, k] fp64, 0 in empty slots
+    stored: Tensor  # [a] fp64, the sum of the masses before any renormalisation
     tail: Tensor  # [a] fp64, mass that belongs somewhere off the ids; 0 in a row without entries, so that its D is 0
 
 
@@ -87,7 +103,7 @@ def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:
         mass = mass / stored.where(stored > 0, 1.0)[:, None]
     elif tail == "bucket":
         left = (1 - stored).clamp(min=0).where(live.any(1), 0.0)
-    return SparseTarget(ids, mass, left)
+    return SparseTarget(ids, mass, stored, left)
 
 
 def _merge_repeats(ids: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 Columns that hold a teacher entry are "on the ids", all others "off the ids". The student's tail mass is never computed as
 1 - (mass on the ids), which cancels where the student is nearly certain: gather_kernel takes the logits on the ids out and
-leaves -inf in their places, off_ids_kernel sums what is left, finish_kernel puts them back. That is exact, because a bf16 or
-fp16 number survives its way through fp32. The kernels rely on the order of launches only, never on the order of stores
-within one.
+leaves -inf in their places, what sums over a row sums what is left. finish_kernel puts them back, special_gradient_kernel
+writes their gradient. That is exact, because a bf16 or fp16 number survives its way through fp32. Between kernels this relies
+on the order of launches only; within whole_row_kernel on the fact that a value cannot be stored before it is computed, and that
+the gradient is computed from all logits of its row.
 
-Bytes moved of logits [n, v] in their own dtype: read once forward (off_ids_kernel), read and written once backward
-(gradient_kernel); all else is O(n k).
+Bytes moved of logits [n, v] in their own dtype: whole_row_kernel reads a row, reads it again while it is in the cache, and writes
+it. Where the forward pass cannot know the whole row, off_ids_kernel reads it forward, gradient_kernel reads and writes it
+backward. All else is O(n k).
 
 Legend: n rows, v columns of this shard, k slots for entries; row-wise arrays are [fields, n] so that neighbours in n are
 neighbours in memory. Row offsets are int64: n v passes 2^31 at 16384 x 131072.
@@ -69,7 +71,7 @@ def gather_kernel(
     CE_WEIGHT,  # [n]
     KL_WEIGHT,  # [n]
     WEIGHTS,  # [2, n] fp32 out: (CE, KL), 0 where the row has nothing to weigh
-    TEACHER,  # [3, n] fp32 out: mass on the ids, mass off them, sum mass log mass
+    TEACHER,  # [4, n] fp32 out: mass on the ids, mass off them, sum mass log mass; stored mass before it is renormalised
     COLUMNS,  # [n, k] int32 out: this shard's column of an entry, -1 = empty, a repeat, or another shard's
     MASS,  # [n, k] fp32 out: repeats added to the first of them, 0 elsewhere
     ON_IDS,  # [n, k] fp32 out: the logits at COLUMNS, -inf elsewhere
@@ -95,20 +97,19 @@ def gather_kernel(
     tl.store(WEIGHTS + n + row, kl_weight)
     if (ce_weight == 0.0) & (kl_weight == 0.0):  # nothing else is read of such a row
         return
-    raw = tl.load(LOGPROBS + row * k + slot, mask=live, other=NOTHING)  # empty slots may hold NaN
-    # fp64: 1 - m loses its digits in fp32 when the teacher is nearly certain, and these are a handful.
-    own = tl.where(live, tl.exp(raw.to(tl.float64)), 0.0)
-
-    mass = own
-    first = live
-    for other in range(k):
-        other_id = tl.load(IDS + row * k + other)
-        same = (ids == other_id) & (slot != other) & live
-        other_mass = tl.exp(tl.load(LOGPROBS + row * k + other, mask=other_id >= 0, other=NOTHING).to(tl.float64))
-        mass += tl.where(same, other_mass, 0.0)
-        first = first & ~(same & (other < slot))
+    # fp64: 1 - m loses its digits in fp32 when the teacher is nearly certain, and these are a handful. Empty slots may hold NaN.
+    # Row i, column j: whether the entries i and j have the same id. K x K, in registers.
+    other = tl.arange(0, K)
+    other_ids = tl.load(IDS + row * k + other, mask=other < k, other=-1)
+    other_raw = tl.load(LOGPROBS + row * k + other, mask=other_ids >= 0, other=NOTHING)
+    same = (ids[:, None] == other_ids[None, :]) & live[:, None]
+    other_mass = tl.where(other_ids >= 0, tl.exp(other_raw.to(tl.float64)), 0.0)
+    mass = tl.sum(tl.where(same, other_mass[None, :], 0.0), 1)
+    earlier = same & (other[None, :] < slot[:, None])
+    first = live & (tl.max(earlier.to(tl.int32), 1) == 0)
     mass = tl.where(first, mass, 0.0)
     stored = tl.sum(mass, 0)
+    tl.store(TEACHER + 3 * n + row, stored.to(tl.float32))
     tail = 0.0 * stored
     if TAIL == "renormalize":
         mass = mass / tl.where(stored > 0.0, stored, 1.0)
@@ -149,6 +150,24 @@ def _online(x, m, sum_t, sum_1, inv_t, T_MODE: tl.constexpr):
 
 
 @triton.jit
+def _off_ids_sums(logits, first, last, inv_t, R: tl.constexpr, C: tl.constexpr, T_MODE: tl.constexpr):
+    """Of columns first ... last - 1 of a row: maximum m, sum exp((z - m) / T), sum exp(z - m)."""
+    tile = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    m = tl.full([C], NOTHING, tl.float32)
+    sum_t = tl.zeros([C], tl.float32)
+    sum_1 = tl.zeros([C], tl.float32)
+    whole = first + (tl.maximum(last - first, 0) // (R * C)) * (R * C)
+    for at in range(first, whole, R * C):  # without a mask, so that every load is of 16 bytes
+        m, sum_t, sum_1 = _online(tl.load(logits + at + tile).to(tl.float32), m, sum_t, sum_1, inv_t, T_MODE)
+    if whole < last:
+        x = tl.load(logits + whole + tile, mask=whole + tile < last, other=NOTHING).to(tl.float32)
+        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+    top = tl.max(m, 0)
+    scale_t, scale_1 = _powers(m - _finite(top), inv_t, T_MODE)
+    return top, tl.sum(sum_t * scale_t, 0), tl.sum(sum_1 * scale_1, 0)
+
+
+@triton.jit
 def off_ids_kernel(
     LOGITS,  # [n, v], -inf on the ids
     WEIGHTS,  # [2, n]
@@ -162,30 +181,73 @@ def off_ids_kernel(
     C: tl.constexpr,  # columns of a tile: 16 bytes for every thread
     T_MODE: tl.constexpr,
 ):
-    """A part of a row a program: the only read of the logits forward."""
+    """A part of a row a program: the only read of the logits in a forward pass that writes no gradient."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     if (tl.load(WEIGHTS + row) == 0.0) & (tl.load(WEIGHTS + n + row) == 0.0):
         return
-    logits = LOGITS + row * stride
     first = (part * split_columns).to(tl.int32)
     last = tl.minimum(first + split_columns, columns)
-    tile = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-    m = tl.full([C], NOTHING, tl.float32)
-    sum_t = tl.zeros([C], tl.float32)
-    sum_1 = tl.zeros([C], tl.float32)
-    whole = first + (tl.maximum(last - first, 0) // (R * C)) * (R * C)
-    for at in range(first, whole, R * C):  # without a mask, so that every load is of 16 bytes
-        m, sum_t, sum_1 = _online(tl.load(logits + at + tile).to(tl.float32), m, sum_t, sum_1, inv_t, T_MODE)
-    if whole < last:
-        x = tl.load(logits + whole + tile, mask=whole + tile < last, other=NOTHING).to(tl.float32)
-        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
-    top = tl.max(m, 0)
-    scale_t, scale_1 = _powers(m - _finite(top), inv_t, T_MODE)
+    top, sum_t, sum_1 = _off_ids_sums(LOGITS + row * stride, first, last, inv_t, R, C, T_MODE)
     out = PARTS + part * 3 * n + row
     tl.store(out, top)
-    tl.store(out + n, tl.sum(sum_t * scale_t, 0))
-    tl.store(out + 2 * n, tl.sum(sum_1 * scale_1, 0))
+    tl.store(out + n, sum_t)
+    tl.store(out + 2 * n, sum_1)
+
+
+@triton.jit
+def _on_ids_sums(here, mass, on_ids, inv_t):
+    """Of slots [k], logits -inf where the entry is not here: log-sum-exps of z and of z / T, the largest z, the z of the teacher's
+    likeliest entry (the largest, if several share that mass), sum of mass z."""
+    largest = tl.max(on_ids, 0)
+    top = _finite(largest)
+    on_1 = top + tl.log(tl.sum(tl.exp(on_ids - top), 0))
+    on_t = top * inv_t + tl.log(tl.sum(tl.exp((on_ids - top) * inv_t), 0))
+    likeliest = tl.max(tl.where(mass == tl.max(mass, 0), on_ids, NOTHING), 0)
+    product = tl.sum(tl.where(here & (mass > 0.0), mass * on_ids, 0.0), 0)
+    return on_1, on_t, largest, likeliest, product
+
+
+@triton.jit
+def _losses(
+    ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest, stored, tail, entropy,
+    teacher_mass, inv_t,
+):  # fmt: skip
+    """Of one row or of several: loss, ce, kl, student mass, agreement; and log-sum-exp of z / T, tail and total mass."""
+    lse_t = _log_add(off_t, on_t)
+    # With no column off the ids, rounding may leave a crumb of tail that nothing can hold.
+    tail = tl.where(off_t == NOTHING, 0.0, tail)
+    total = stored + tail
+    ce = tl.where(has_label, lse_1 - label_logit, 0.0)
+    kl = entropy - product * inv_t + total * lse_t
+    kl += tl.where(tail > 0.0, tail * (tl.log(tl.where(tail > 0.0, tail, 1.0)) - off_t), 0.0)
+    kl = tl.where(total > 0.0, kl, 0.0)
+    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
+    loss = tl.where(ce_weight != 0.0, ce_weight * ce, 0.0) + tl.where(kl_weight != 0.0, kl_weight * kl, 0.0)
+    student_mass = tl.where(on_t == NOTHING, 0.0, tl.exp(on_t - lse_t))
+    agreement = tl.where((likeliest >= largest) & (teacher_mass > 0.0), 1.0, 0.0)
+    return loss, ce, kl, student_mass, agreement, lse_t, tail, total
+
+
+@triton.jit
+def _store_losses(RESULTS, row, n, inside, loss, ce, kl, teacher_mass, student_mass, agreement):
+    """RESULTS [6, n] of one row or of several, in the order of TokenLosses."""
+    tl.store(RESULTS + row, loss, mask=inside)
+    tl.store(RESULTS + n + row, ce, mask=inside)
+    tl.store(RESULTS + 2 * n + row, kl, mask=inside)
+    tl.store(RESULTS + 3 * n + row, teacher_mass, mask=inside)
+    tl.store(RESULTS + 4 * n + row, student_mass, mask=inside)
+    tl.store(RESULTS + 5 * n + row, agreement, mask=inside)
+
+
+@triton.jit
+def _store_coefficients(COEFFICIENTS, row, n, inside, lse_1, lse_t, off_t, total, tail):
+    """COEFFICIENTS [5, n] of one row or of several."""
+    tl.store(COEFFICIENTS + row, lse_1, mask=inside)
+    tl.store(COEFFICIENTS + n + row, lse_t, mask=inside)
+    tl.store(COEFFICIENTS + 2 * n + row, off_t, mask=inside)
+    tl.store(COEFFICIENTS + 3 * n + row, total, mask=inside)
+    tl.store(COEFFICIENTS + 4 * n + row, tail, mask=inside)
 
 
 @triton.jit
@@ -197,7 +259,11 @@ def finish_kernel(
     MASS,  # [n, k]
     ON_IDS,  # [n, k]
     LABEL_LOGIT,  # [n]
-    STATISTICS,  # [5, n] fp32 out, what the shards tell each other; see loss_kernel
+    LABELS,  # [n]
+    TEACHER,  # [4, n]
+    STATISTICS,  # [7, n] fp32 out, what the shards tell each other; see loss_kernel. None without a group
+    RESULTS,  # [6, n] fp32 out without a group
+    COEFFICIENTS,  # [5, n] fp32 out without a group; see loss_kernel
     stride,
     n,
     k,
@@ -205,15 +271,19 @@ def finish_kernel(
     inv_t,
     K: tl.constexpr,
 ):
-    """One row a program: this shard's share of the row's statistics."""
+    """One row a program: this shard's share of the row's statistics; without a group, the losses themselves."""
     row = tl.program_id(0).to(tl.int64)
-    if (tl.load(WEIGHTS + row) == 0.0) & (tl.load(WEIGHTS + n + row) == 0.0):
+    ce_weight = tl.load(WEIGHTS + row)
+    kl_weight = tl.load(WEIGHTS + n + row)
+    if (ce_weight == 0.0) & (kl_weight == 0.0):
+        if STATISTICS is None:
+            _store_losses(RESULTS, row, n, True, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
     slot = tl.arange(0, K)
     column = tl.load(COLUMNS + row * k + slot, mask=slot < k, other=-1)
     here = column >= 0
     on_ids = tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING)
-    mass = tl.load(MASS + row * k + slot, mask=here, other=0.0)
+    mass = tl.load(MASS + row * k + slot, mask=slot < k, other=0.0)
     # Narrowing is exact: the value was of this dtype.
     tl.store(LOGITS + row * stride + column, on_ids.to(LOGITS.dtype.element_ty), mask=here)
 
@@ -230,32 +300,44 @@ def finish_kernel(
     off_t = shift * inv_t + tl.log(sum_t)
     off_1 = shift + tl.log(sum_1)
 
-    top = _finite(tl.max(on_ids, 0))
-    on_t = top * inv_t + tl.log(tl.sum(tl.exp((on_ids - top) * inv_t), 0))
-    on_1 = top + tl.log(tl.sum(tl.exp(on_ids - top), 0))
-    tl.store(STATISTICS + row, _log_add(off_1, on_1))
-    tl.store(STATISTICS + n + row, off_t)
-    tl.store(STATISTICS + 2 * n + row, on_t)
-    tl.store(STATISTICS + 3 * n + row, tl.sum(tl.where(mass > 0.0, mass * on_ids, 0.0), 0))
-    tl.store(STATISTICS + 4 * n + row, tl.load(LABEL_LOGIT + row))
+    on_1, on_t, on_largest, likeliest, product = _on_ids_sums(here, mass, on_ids, inv_t)
+    lse_1 = _log_add(off_1, on_1)
+    largest = tl.maximum(m, on_largest)
+    label_logit = tl.load(LABEL_LOGIT + row)
+    if STATISTICS is None:
+        has_label = tl.load(LABELS + row) >= 0
+        teacher_mass = tl.load(TEACHER + 3 * n + row)
+        loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
+            ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest,
+            tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass, inv_t,
+        )  # fmt: skip
+        _store_losses(RESULTS, row, n, True, loss, ce, kl, teacher_mass, student_mass, agreement)
+        _store_coefficients(COEFFICIENTS, row, n, True, lse_1, lse_t, off_t, total, tail)
+    else:
+        tl.store(STATISTICS + row, lse_1)
+        tl.store(STATISTICS + n + row, off_t)
+        tl.store(STATISTICS + 2 * n + row, on_t)
+        tl.store(STATISTICS + 3 * n + row, product)
+        tl.store(STATISTICS + 4 * n + row, label_logit)
+        tl.store(STATISTICS + 5 * n + row, largest)
+        tl.store(STATISTICS + 6 * n + row, likeliest)
 
 
 @triton.jit
 def loss_kernel(
-    STATISTICS,  # [shards, 5, n]: log-sum-exp of z; of z / T off, and on the ids; sum mass z on them; the label's z
-    TEACHER,  # [3, n]
+    STATISTICS,  # [shards, 7, n]: log-sum-exp of z; of z / T off, and on the ids; sum mass z on them; the label's z; the largest
+    #              z; that of the teacher's likeliest entry
+    TEACHER,  # [4, n]
     WEIGHTS,  # [2, n]
     LABELS,  # [n]
-    LOSS,  # [n] fp32 out
-    CE,  # [n] fp32 out
-    KL,  # [n] fp32 out
+    RESULTS,  # [6, n] fp32 out
     COEFFICIENTS,  # [5, n] fp32 out: log-sum-exp of z; of z / T; of z / T off the ids; all teacher mass; that off the ids
     n,
     shards,
     inv_t,
     B: tl.constexpr,
 ):
-    """B rows a program: from all shards' statistics to the loss, and to what its gradient needs."""
+    """B rows a program: from all shards' statistics to the losses, and to what their gradient needs."""
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < n
     ce_weight = tl.load(WEIGHTS + row, mask=inside, other=0.0)
@@ -264,42 +346,141 @@ def loss_kernel(
     lse_1 = tl.full([B], NOTHING, tl.float32)
     off_t = lse_1
     on_t = lse_1
+    largest = lse_1
+    likeliest = lse_1
     product = tl.zeros([B], tl.float32)
     label_logit = product
     for shard in range(shards):
-        at = STATISTICS + shard * 5 * n + row
+        at = STATISTICS + shard * 7 * n + row
         lse_1 = _log_add(lse_1, tl.load(at, mask=active, other=0.0))
         off_t = _log_add(off_t, tl.load(at + n, mask=active, other=0.0))
         on_t = _log_add(on_t, tl.load(at + 2 * n, mask=active, other=0.0))
         product += tl.load(at + 3 * n, mask=active, other=0.0)
         label_logit += tl.load(at + 4 * n, mask=active, other=0.0)
-    lse_t = _log_add(off_t, on_t)
+        largest = tl.maximum(largest, tl.load(at + 5 * n, mask=active, other=0.0))
+        likeliest = tl.maximum(likeliest, tl.load(at + 6 * n, mask=active, other=0.0))
+    has_label = tl.load(LABELS + row, mask=active, other=-100) >= 0
     stored = tl.load(TEACHER + row, mask=active, other=0.0)
-    # With no column off the ids, rounding may leave a crumb of tail that nothing can hold.
-    tail = tl.where(off_t == NOTHING, 0.0, tl.load(TEACHER + n + row, mask=active, other=0.0))
-    total = stored + tail
+    tail = tl.load(TEACHER + n + row, mask=active, other=0.0)
+    entropy = tl.load(TEACHER + 2 * n + row, mask=active, other=0.0)
+    teacher_mass = tl.load(TEACHER + 3 * n + row, mask=active, other=0.0)
+    loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
+        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest,
+        stored, tail, entropy, teacher_mass, inv_t,
+    )  # fmt: skip
+    student_mass = tl.where(active, student_mass, 0.0)
+    _store_losses(RESULTS, row, n, inside, loss, ce, kl, teacher_mass, student_mass, agreement)
+    _store_coefficients(COEFFICIENTS, row, n, active, lse_1, lse_t, off_t, total, tail)
 
-    has_label = active & (tl.load(LABELS + row, mask=inside, other=-100) >= 0)
-    ce = tl.where(has_label, lse_1 - label_logit, 0.0)
-    kl = tl.load(TEACHER + 2 * n + row, mask=active, other=0.0) - product * inv_t + total * lse_t
-    kl += tl.where(tail > 0.0, tail * (tl.log(tl.where(tail > 0.0, tail, 1.0)) - off_t), 0.0)
-    kl = tl.where(active & (total > 0.0), kl, 0.0)
-    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
-    loss = tl.where(ce_weight != 0.0, ce_weight * ce, 0.0) + tl.where(kl_weight != 0.0, kl_weight * kl, 0.0)
-    tl.store(LOSS + row, loss, mask=inside)
-    tl.store(CE + row, ce, mask=inside)
-    tl.store(KL + row, kl, mask=inside)
-    tl.store(COEFFICIENTS + row, lse_1, mask=active)
-    tl.store(COEFFICIENTS + n + row, lse_t, mask=active)
-    tl.store(COEFFICIENTS + 2 * n + row, off_t, mask=active)
-    tl.store(COEFFICIENTS + 3 * n + row, total, mask=active)
-    tl.store(COEFFICIENTS + 4 * n + row, tail, mask=active)
+
+@triton.jit
+def _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE: tl.constexpr):
+    """shift, factor_t, factor_1 of `_off_ids_gradient`; w_kl holds the 1 / T of the temperature.
+
+    dloss / dz_j = w_ce p_j + w_kl (total q_j - tail r_j), with p, q the softmax of z and of z / T over all columns and r that of
+    z / T over those off the ids. Relative to u_j = exp(z_j / T - shift), shift the log-sum-exp off the ids, all three are u_j
+    or its T-th power times a number of the row.
+    """
+    shift = tl.where(off_t == NOTHING, lse_t, off_t)
+    factor_t = w_kl * (total * tl.exp(shift - lse_t) - tail)
+    factor_1 = w_ce
+    if T_MODE != 0:
+        factor_1 = factor_1 * tl.exp(T_MODE * shift - lse_1)
+    return shift, factor_t, factor_1
+
+
+@triton.jit
+def _write_gradient(
+    logits, first, real, last, shift, factor_t, factor_1, lse_1, inv_t,
+    BLOCK: tl.constexpr, T_MODE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Columns first ... last - 1 of a row, of which those from `real` on are padding: from the end to the start, so that what was
+    read last, and is in the nearest cache, comes first."""
+    block = tl.arange(0, BLOCK)
+    tiles = tl.maximum(real - first, 0) // BLOCK
+    whole = first + tiles * BLOCK
+    for at in range(whole, last, BLOCK):
+        x = tl.load(logits + at + block, mask=at + block < real, other=NOTHING).to(tl.float32)
+        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
+        _store(logits + at + block, tl.where(at + block < real, value, 0.0), at + block < last, ROUND)
+    for tile in range(tiles):  # without a mask, so that every load and store is of 16 bytes
+        at = first + (tiles - 1 - tile) * BLOCK
+        x = tl.load(logits + at + block).to(tl.float32)
+        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
+        _store(logits + at + block, value, None, ROUND)
+
+
+@triton.jit
+def _write_zeros(logits, first, last, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """The gradient of columns first ... last - 1 of a row without weight, which is not read: whatever it holds is harmless."""
+    block = tl.arange(0, BLOCK)
+    for at in range(first, last, BLOCK):
+        _store(logits + at + block, tl.zeros([BLOCK], tl.float32), at + block < last, ROUND)
+
+
+@triton.jit
+def whole_row_kernel(
+    LOGITS,  # [n, v], -inf on the ids; becomes the gradient of sum(loss), but for the special columns
+    LABELS,  # [n]
+    WEIGHTS,  # [2, n]
+    TEACHER,  # [4, n]
+    COLUMNS,  # [n, k]
+    MASS,  # [n, k]
+    ON_IDS,  # [n, k]
+    LABEL_LOGIT,  # [n]
+    RESULTS,  # [6, n] fp32 out
+    COEFFICIENTS,  # [5, n] fp32 out; see loss_kernel
+    stride,
+    n,
+    columns,
+    width,  # v: columns ... width - 1 are padding, whose gradient is 0
+    k,
+    inv_t,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T_MODE: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """One row a program, of a vocabulary that no group shares: the losses, then the gradient while the row is in the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * stride
+    ce_weight = tl.load(WEIGHTS + row)
+    kl_weight = tl.load(WEIGHTS + n + row)
+    if (ce_weight == 0.0) & (kl_weight == 0.0):
+        _write_zeros(logits, 0, width, BLOCK, ROUND)
+        _store_losses(RESULTS, row, n, True, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return
+    m, sum_t, sum_1 = _off_ids_sums(logits, 0, columns, inv_t, R, C, T_MODE)
+    shift = _finite(m)
+    off_t = shift * inv_t + tl.log(sum_t)
+    off_1 = shift + tl.log(sum_1)
+
+    slot = tl.arange(0, K)
+    here = tl.load(COLUMNS + row * k + slot, mask=slot < k, other=-1) >= 0
+    on_ids = tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING)
+    mass = tl.load(MASS + row * k + slot, mask=slot < k, other=0.0)
+    on_1, on_t, on_largest, likeliest, product = _on_ids_sums(here, mass, on_ids, inv_t)
+    lse_1 = _log_add(off_1, on_1)
+    has_label = tl.load(LABELS + row) >= 0
+    teacher_mass = tl.load(TEACHER + 3 * n + row)
+    loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
+        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, tl.load(LABEL_LOGIT + row),
+        tl.maximum(m, on_largest), likeliest,
+        tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass, inv_t,
+    )  # fmt: skip
+    _store_losses(RESULTS, row, n, True, loss, ce, kl, teacher_mass, student_mass, agreement)
+    _store_coefficients(COEFFICIENTS, row, n, True, lse_1, lse_t, off_t, total, tail)
+
+    shift, factor_t, factor_1 = _factors(ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE)
+    _write_gradient(logits, 0, columns, width, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
 
 
 @triton.jit
 def gradient_kernel(
     LOGITS,  # [n, v]; becomes the gradient
-    UPSTREAM,  # [n] fp32
+    UPSTREAM,  # [n] fp32, None: 1
     WEIGHTS,  # [2, n]
     COEFFICIENTS,  # [5, n]
     stride,
@@ -312,45 +493,30 @@ def gradient_kernel(
     T_MODE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """A part of a row a program: every column as if it were off the ids and not the label.
-
-    dloss / dz_j = ce_weight p_j + kl_weight / T (total q_j - tail r_j), with p, q the softmax of z and of z / T over all
-    columns and r that of z / T over those off the ids. Relative to u_j = exp(z_j / T - shift), shift the log-sum-exp off the
-    ids, all three are u_j or its T-th power times a number of the row.
-    """
+    """A part of a row a program: every column as if it were off the ids and not the label."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * stride
     first = (tl.program_id(1).to(tl.int64) * split_columns).to(tl.int32)
     last = tl.minimum(first + split_columns, width)
     real = tl.minimum(last, columns)
-    block = tl.arange(0, BLOCK)
     ce_weight = tl.load(WEIGHTS + row)
     kl_weight = tl.load(WEIGHTS + n + row)
-    if (ce_weight == 0.0) & (kl_weight == 0.0):  # not read: whatever such a row holds is harmless
-        for at in range(first, last, BLOCK):
-            _store(logits + at + block, tl.zeros([BLOCK], tl.float32), at + block < last, ROUND)
+    if (ce_weight == 0.0) & (kl_weight == 0.0):
+        _write_zeros(logits, first, last, BLOCK, ROUND)
         return
-    upstream = tl.load(UPSTREAM + row)
     lse_1 = tl.load(COEFFICIENTS + row)
     lse_t = tl.load(COEFFICIENTS + n + row)
     off_t = tl.load(COEFFICIENTS + 2 * n + row)
     total = tl.load(COEFFICIENTS + 3 * n + row)
     tail = tl.load(COEFFICIENTS + 4 * n + row)
-    shift = tl.where(off_t == NOTHING, lse_t, off_t)
-    factor_t = upstream * kl_weight * inv_t * (total * tl.exp(shift - lse_t) - tail)
-    if T_MODE == 0:
-        factor_1 = upstream * ce_weight
-    else:
-        factor_1 = upstream * ce_weight * tl.exp(T_MODE * shift - lse_1)
-    whole = first + (tl.maximum(real - first, 0) // BLOCK) * BLOCK
-    for at in range(first, whole, BLOCK):  # without a mask, so that every load and store is of 16 bytes
-        x = tl.load(logits + at + block).to(tl.float32)
-        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
-        _store(logits + at + block, value, None, ROUND)
-    for at in range(whole, last, BLOCK):
-        x = tl.load(logits + at + block, mask=at + block < real, other=NOTHING).to(tl.float32)
-        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
-        _store(logits + at + block, tl.where(at + block < real, value, 0.0), at + block < last, ROUND)
+    w_ce = ce_weight
+    w_kl = kl_weight * inv_t
+    if UPSTREAM is not None:
+        upstream = tl.load(UPSTREAM + row)
+        w_ce = upstream * w_ce
+        w_kl = upstream * w_kl
+    shift, factor_t, factor_1 = _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE)
+    _write_gradient(logits, first, real, last, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
 
 
 @triton.jit
@@ -371,7 +537,7 @@ def _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE: tl.con
 @triton.jit
 def special_gradient_kernel(
     LOGITS,  # [n, v]: by now the gradient off the ids
-    UPSTREAM,  # [n] fp32
+    UPSTREAM,  # [n] fp32, None: 1
     WEIGHTS,  # [2, n]
     COEFFICIENTS,  # [5, n]
     LABELS,  # [n]
@@ -394,9 +560,12 @@ def special_gradient_kernel(
     kl_weight = tl.load(WEIGHTS + n + row)
     if (ce_weight == 0.0) & (kl_weight == 0.0):
         return
-    upstream = tl.load(UPSTREAM + row)
-    w_ce = upstream * ce_weight
-    w_kl = upstream * kl_weight * inv_t
+    w_ce = ce_weight
+    w_kl = kl_weight * inv_t
+    if UPSTREAM is not None:
+        upstream = tl.load(UPSTREAM + row)
+        w_ce = upstream * w_ce
+        w_kl = upstream * w_kl
     lse_1 = tl.load(COEFFICIENTS + row)
     lse_t = tl.load(COEFFICIENTS + n + row)
     off_t = tl.load(COEFFICIENTS + 2 * n + row)
@@ -418,3 +587,35 @@ def special_gradient_kernel(
     value = w_ce * (tl.exp(z - lse_1) - 1.0) + w_kl * (total * tl.exp(z * inv_t - lse_t) - tail * r)
     alone = (label >= 0) & (label < columns) & (tl.max(is_label.to(tl.int32), 0) == 0)
     _store(LOGITS + row * stride + label, value, alone, ROUND)
+
+
+@triton.jit
+def scale_kernel(
+    GRADIENT,  # [n, v]
+    UPSTREAM,  # [n] fp32
+    WEIGHTS,  # [2, n]
+    stride,
+    n,
+    width,
+    split_columns,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """A part of a row a program: the gradient times the row's upstream gradient, where that is not 1."""
+    row = tl.program_id(0).to(tl.int64)
+    upstream = tl.load(UPSTREAM + row)
+    weightless = (tl.load(WEIGHTS + row) == 0.0) & (tl.load(WEIGHTS + n + row) == 0.0)
+    if (upstream == 1.0) | weightless:
+        return
+    gradient = GRADIENT + row * stride
+    first = (tl.program_id(1).to(tl.int64) * split_columns).to(tl.int32)
+    last = tl.minimum(first + split_columns, width)
+    block = tl.arange(0, BLOCK)
+    whole = first + (tl.maximum(last - first, 0) // BLOCK) * BLOCK
+    for at in range(first, whole, BLOCK):  # without a mask, so that every load and store is of 16 bytes
+        x = tl.load(gradient + at + block).to(tl.float32)
+        _store(gradient + at + block, x * upstream, None, ROUND)
+    if whole < last:
+        inside = whole + block < last
+        x = tl.load(gradient + whole + block, mask=inside, other=0.0).to(tl.float32)
+        _store(gradient + whole + block, x * upstream, inside, ROUND)

@@ -1,7 +1,9 @@
-"""The loss on a GPU: launches the kernels of triton_kernels.py as three custom operators under one autograd function.
+"""The loss on a GPU: launches the kernels of triton_kernels.py as custom operators under one autograd function.
 
-Operators, so that torch.compile and activation checkpointing take them as they are: `statistics` (this shard's numbers of a
-row), `losses` (from all shards' numbers), `gradient_` (over the logits). Between the first two lies the only collective.
+Operators, so that torch.compile and activation checkpointing take them as they are. Without a group there are two roads:
+`losses_and_gradient_` (training: the gradient is written in the forward pass, `scale_` is all of the backward pass) and `losses`
+(no gradient, or one that is written backward by `gradient_`). Under a group, `statistics` (this shard's numbers of a row) and
+`losses_of_shards` (from all shards' numbers) take the place of `losses`, with the only collective between them.
 """
 
 import functools
@@ -16,10 +18,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fuse_kernels import triton_kernels as kernels
-from fuse_kernels.rows import OVERWRITTEN, VocabularyShard
+from fuse_kernels.arguments import Targets
+from fuse_kernels.rows import OVERWRITTEN, TokenLosses, VocabularyShard
 
-_POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # temperatures at which one exponential serves both softmaxes
+POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # temperatures at which one exponential serves both softmaxes
 _ROWS_PER_PROGRAM = 128  # of loss_kernel
+_STATISTICS, _RESULTS, _COEFFICIENTS = 7, 6, 5  # numbers of a row
 
 
 def interpreted() -> bool:
@@ -29,25 +33,57 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """Shapes of the two kernels that pass over the logits."""
+    """Shapes of the kernels that pass over the logits."""
 
     rows: int  # of a forward tile, loads that a thread has in flight
     lanes: int  # columns of a forward tile
     block: int  # columns of a backward tile
-    splits: int  # programs per row
+    splits: int  # programs per row, forward
     split_columns: int
+    gradient_splits: int  # programs per row, backward: more, so that the last ones to end are short
+    gradient_columns: int
+    whole_rows: bool  # a program has a row to itself, if the gradient is written forward
     warps: int = 8
+    row_warps: int = 32  # of such a program
 
 
 def choose_launch(n: int, width: int, element_size: int, processors: int) -> Launch:
-    """A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the device."""
+    """A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the device.
+
+    A program that has a whole row reads it twice, the second time from the cache. Long rows get a program of 32 warps, of which a
+    multiprocessor holds one or two: what is between the two readings, 132 times 256 KB at 128256 columns of bf16, then fits
+    into the second-level cache (50 MB of an H100). Short rows would leave 32 warps little to do.
+    """
     warps = 8
     lanes = warps * 32 * 16 // element_size
     tile = 4 * lanes
     wanted = -(-4 * processors // max(n, 1))  # four programs for each multiprocessor
     splits = max(min(wanted, -(-width // tile)), 1)
     split_columns = _multiple(-(-width // splits))
-    return Launch(4, lanes, 2 * lanes, -(-width // split_columns), split_columns, warps)
+    gradient_splits = max(splits, -(-width // (16 * lanes)))
+    gradient_columns = _multiple(-(-width // gradient_splits))
+    row_bytes = width * element_size
+    row_warps = 32 if row_bytes > 1 << 17 else 16 if row_bytes > 1 << 15 else 8
+    return Launch(
+        rows=4,
+        lanes=lanes,
+        block=2 * lanes,
+        splits=-(-width // split_columns),
+        split_columns=split_columns,
+        gradient_splits=-(-width // gradient_columns),
+        gradient_columns=gradient_columns,
+        whole_rows=splits == 1,
+        warps=warps,
+        row_warps=row_warps,
+    )
+
+
+def row_shape(launch: Launch) -> dict[str, int]:
+    """R, C and BLOCK of whole_row_kernel. Two loads in flight for each of 1024 threads: four would need registers for which there
+    is no room."""
+    factor = launch.row_warps // launch.warps
+    rows = min(launch.rows, 2) if factor > 1 else launch.rows
+    return {"R": rows, "C": launch.lanes * factor, "BLOCK": launch.block * factor}
 
 
 def _multiple(columns: int) -> int:
@@ -60,95 +96,119 @@ def _launch(logits: Tensor) -> Launch:
     if interpreted():  # its cost is per operation, whatever the tile
         lanes = min(triton.next_power_of_2(max(width, 1)), 1 << 15)
         half = _multiple(-(-width // 2))  # two splits, so that tests meet more than one
-        return Launch(1, lanes, lanes, -(-width // half), half)
+        splits = -(-width // half)
+        return Launch(1, lanes, lanes, splits, half, splits, half, whole_rows=True, row_warps=8)
     processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
     return choose_launch(n, width, logits.element_size(), processors)
 
 
 def triton_loss(
-    logits: Tensor,
-    labels: Tensor,
-    teacher_ids: Tensor,
-    teacher_logprobs: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    temperature: float,
-    tail: str,
-    shard: VocabularyShard,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, ce, kl [n] as `sparse_kl_cross_entropy` defines them, in fp32.
+    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
+) -> TokenLosses:
+    """[n] each as `sparse_kl_cross_entropy` defines them, in fp32.
 
-    Backward writes the gradient over the logits [n, v]: nobody else may need them then, and a second backward through the
-    same graph raises RuntimeError. While the forward kernels run, k columns of every row hold -inf; they are put back.
-    Under a group: one all-gather of five fp32 (20 bytes) per row and rank, forward.
+    The gradient is written over the logits [n, v], in the forward pass (without a group) or in backward: nobody else may need them
+    then, and a second backward through the same graph raises RuntimeError. While the forward kernels run, k columns of every
+    row hold -inf; they are put back or become gradient. Under a group: one all-gather of seven fp32 per row and rank, forward.
     """
-    return _TritonLoss.apply(
-        logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, shard
-    )
+    return TokenLosses(*_TritonLoss.apply(logits, *targets, temperature, tail, shard, in_forward))
 
 
 class _TritonLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, shard):
+    def forward(
+        ctx,
+        logits,
+        labels,
+        teacher_ids,
+        teacher_logprobs,
+        ce_weight,
+        kl_weight,
+        temperature,
+        tail,
+        shard,
+        in_forward,
+    ):
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        arguments = (labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
-        (loss, ce, kl), state = triton_losses(logits, *arguments, temperature, tail, shard)
+        targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
+        if in_forward:
+            losses, *state = triton_losses_and_gradient_(logits, targets, temperature, tail, shard)
+        else:
+            losses, state = triton_losses(logits, targets, temperature, tail, shard)
         ctx.save_for_backward(logits, *state)
-        ctx.options = (temperature, shard)
-        ctx.overwritten = False
+        ctx.options = (temperature, shard, in_forward)
+        ctx.given_away = False
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        ctx.mark_non_differentiable(*losses[1:])
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _ce, _kl):
-        nothing = (None,) * 8
+    def backward(ctx, upstream, *_others):
+        nothing = (None,) * 9
         if upstream is None:
             return None, *nothing
-        if ctx.overwritten:
+        if ctx.given_away:
             raise RuntimeError(OVERWRITTEN)
-        ctx.overwritten = True
+        ctx.given_away = True
+        temperature, shard, in_forward = ctx.options
         logits, *state = ctx.saved_tensors
-        triton_gradient_(logits, upstream, state, *ctx.options)
+        if in_forward:
+            torch.ops.fuse_kernels.scale_(logits, upstream.float().contiguous(), *state)
+        else:
+            triton_gradient_(logits, upstream, state, temperature, shard)
         return logits, *nothing
 
 
 def triton_losses(
-    logits: Tensor,
-    labels: Tensor,
-    teacher_ids: Tensor,
-    teacher_logprobs: Tensor,
-    ce_weight: Tensor,
-    kl_weight: Tensor,
-    temperature: float,
-    tail: str,
-    shard: VocabularyShard,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-    """loss, ce, kl [n] from logits [n, v] with unit stride along v, and what the gradient takes from here: O(n k)."""
-    labels, teacher_ids = labels.long().contiguous(), teacher_ids.long().contiguous()
-    rest = (teacher_logprobs.contiguous(), ce_weight.contiguous(), kl_weight.contiguous())
+    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
+) -> tuple[TokenLosses, tuple[Tensor, ...]]:
+    """[n] each from logits [n, v] with unit stride along v, and what the gradient takes from here: O(n k)."""
+    given = _contiguous(targets)
+    place = (temperature, tail, shard.columns, shard.start)
+    if shard.group is None:
+        results, *state = torch.ops.fuse_kernels.losses(logits, *given, *place)
+        return TokenLosses(*results), (*state, given.labels)
     own, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
-        logits, labels, teacher_ids, *rest, temperature, tail, shard.columns, shard.start
+        logits, *given, *place
     )
-    everyone = own[None]
-    if shard.group is not None:
-        everyone = own.new_empty((dist.get_world_size(shard.group), *own.shape))
-        dist.all_gather_into_tensor(everyone.view(-1, own.shape[1]), own, group=shard.group)
-    loss, ce, kl, coefficients = torch.ops.fuse_kernels.losses(everyone, teacher, weights, labels, temperature)
-    return (loss, ce, kl), (weights, coefficients, labels, label_logit, columns, mass, on_ids)
+    everyone = own.new_empty((dist.get_world_size(shard.group), *own.shape))
+    dist.all_gather_into_tensor(everyone.view(-1, own.shape[1]), own, group=shard.group)
+    results, coefficients = torch.ops.fuse_kernels.losses_of_shards(
+        everyone, teacher, weights, given.labels, temperature
+    )
+    return TokenLosses(*results), (weights, coefficients, columns, mass, on_ids, label_logit, given.labels)
+
+
+def triton_losses_and_gradient_(
+    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
+) -> tuple[TokenLosses, Tensor]:
+    """[n] each, and the weights [2, n] that count; the gradient of sum(loss) is written over logits [n, v]."""
+    if shard.group is None:
+        place = (temperature, tail, shard.columns, shard.start)
+        results, weights = torch.ops.fuse_kernels.losses_and_gradient_(logits, *_contiguous(targets), *place)
+        return TokenLosses(*results), weights
+    losses, state = triton_losses(logits, targets, temperature, tail, shard)
+    triton_gradient_(logits, None, state, temperature, shard)
+    return losses, state[0]
 
 
 def triton_gradient_(
-    logits: Tensor, upstream: Tensor, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
+    logits: Tensor, upstream: Tensor | None, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
 ) -> None:
-    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]. No collective."""
-    place = (temperature, shard.columns, shard.start)
-    torch.ops.fuse_kernels.gradient_(logits, upstream.float().contiguous(), *state, *place)
+    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]; upstream None: of sum(loss). No collective."""
+    if upstream is not None:
+        upstream = upstream.float().contiguous()
+    torch.ops.fuse_kernels.gradient_(logits, upstream, *state, temperature, shard.columns, shard.start)
 
 
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def _contiguous(targets: Targets) -> Targets:
+    labels, teacher_ids, *rest = targets
+    return Targets(*(tensor.contiguous() for tensor in (labels.long(), teacher_ids.long(), *rest)))
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, whatever device the first tensor is on."""
 
     @functools.wraps(launch)
@@ -159,8 +219,179 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+class _Gathered:
+    """What gather_kernel writes, for the kernels after it."""
+
+    def __init__(self, logits: Tensor, k: int) -> None:
+        n = len(logits)
+        self.weights = _fp32(logits, 2, n)
+        self.teacher = _fp32(logits, 4, n)
+        self.columns = logits.new_empty((n, k), dtype=torch.int32)
+        self.mass, self.on_ids = _fp32(logits, n, k), _fp32(logits, n, k)
+        self.label_logit = _fp32(logits, n)
+
+    def launch(self, logits: Tensor, targets: Targets, tail: str, real_columns: int, start: int) -> None:
+        n, k = self.columns.shape
+        kernels.gather_kernel[(n,)](
+            logits, *targets, self.weights, self.teacher, self.columns, self.mass, self.on_ids, self.label_logit,
+            logits.stride(0), n, real_columns, start, k, TAIL=tail, K=slots_of(k), num_warps=gather_warps(slots_of(k)),
+        )  # fmt: skip
+
+
+def gather_warps(slots: int) -> int:
+    """So that a thread compares at most 32 pairs of entries: more would not fit into its registers."""
+    return max(slots * slots // (32 * 32), 1)
+
+
+def slots_of(k: int) -> int:
+    return triton.next_power_of_2(max(k, 1))
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _off_ids(logits: Tensor, weights: Tensor, launch: Launch, temperature: float, real_columns: int) -> Tensor:
+    """[splits, 3, n]: what the columns off the ids add up to in each part of a row."""
+    n = len(logits)
+    parts = _fp32(logits, launch.splits, 3, n)
+    kernels.off_ids_kernel[(n, launch.splits)](
+        logits, weights, parts, logits.stride(0), n, real_columns, launch.split_columns, 1.0 / temperature,
+        R=launch.rows, C=launch.lanes, T_MODE=POWERS.get(temperature, 0), num_warps=launch.warps,
+    )  # fmt: skip
+    return parts
+
+
+def _finish(
+    logits: Tensor,
+    gathered: _Gathered,
+    parts: Tensor,
+    labels: Tensor,
+    temperature: float,
+    *,
+    statistics: Tensor | None = None,
+    results: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> None:
+    """Puts the logits back and writes this shard's statistics or, without a group, results and coefficients."""
+    n, k = gathered.columns.shape
+    kernels.finish_kernel[(n,)](
+        logits, gathered.weights, parts, gathered.columns, gathered.mass, gathered.on_ids, gathered.label_logit, labels,
+        gathered.teacher, statistics, results, coefficients, logits.stride(0), n, k, len(parts), 1.0 / temperature,
+        K=slots_of(k), num_warps=1,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fuse_kernels::losses", mutates_args=())
+@on_its_device
+def losses(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float,
+    tail: str,
+    real_columns: int,
+    start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """results [6, n]; and for `gradient_` weights [2, n], coefficients [5, n], columns, mass, on_ids [n, k], label_logit [n]."""
+    gathered = _Gathered(logits, teacher_ids.shape[1])
+    results, coefficients = _fp32(logits, _RESULTS, len(logits)), _fp32(logits, _COEFFICIENTS, len(logits))
+    if len(logits):
+        targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
+        gathered.launch(logits, targets, tail, real_columns, start)
+        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, real_columns)
+        _finish(logits, gathered, parts, labels, temperature, results=results, coefficients=coefficients)
+    return (
+        results,
+        gathered.weights,
+        coefficients,
+        gathered.columns,
+        gathered.mass,
+        gathered.on_ids,
+        gathered.label_logit,
+    )
+
+
+@losses.register_fake
+def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
+    gathered = _Gathered(logits, teacher_ids.shape[1])
+    results, coefficients = _fp32(logits, _RESULTS, len(logits)), _fp32(logits, _COEFFICIENTS, len(logits))
+    return (
+        results,
+        gathered.weights,
+        coefficients,
+        gathered.columns,
+        gathered.mass,
+        gathered.on_ids,
+        gathered.label_logit,
+    )
+
+
+@torch.library.custom_op("fuse_kernels::losses_and_gradient_", mutates_args=("logits",))
+@on_its_device
+def losses_and_gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    ce_weight: Tensor,
+    kl_weight: Tensor,
+    temperature: float,
+    tail: str,
+    real_columns: int,
+    start: int,
+) -> tuple[Tensor, Tensor]:
+    """results [6, n], weights [2, n]; the gradient of sum(loss) is written over the logits [n, v]."""
+    (n, width), k = logits.shape, teacher_ids.shape[1]
+    gathered = _Gathered(logits, k)
+    results, coefficients = _fp32(logits, _RESULTS, n), _fp32(logits, _COEFFICIENTS, n)
+    if n == 0:
+        return results, gathered.weights
+    targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
+    gathered.launch(logits, targets, tail, real_columns, start)
+    launch = _launch(logits)
+    if launch.whole_rows:
+        kernels.whole_row_kernel[(n,)](
+            logits, labels, gathered.weights, gathered.teacher, gathered.columns, gathered.mass, gathered.on_ids,
+            gathered.label_logit, results, coefficients, logits.stride(0), n, real_columns, width, k, 1.0 / temperature,
+            K=slots_of(k), **row_shape(launch), T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(),
+            num_warps=launch.row_warps,
+        )  # fmt: skip
+    else:  # few rows: a program for each would leave processors idle
+        parts = _off_ids(logits, gathered.weights, launch, temperature, real_columns)
+        _finish(logits, gathered, parts, labels, temperature, results=results, coefficients=coefficients)
+        _gradient(logits, None, gathered.weights, coefficients, launch, temperature, real_columns)
+    _special_gradient(
+        logits, None, gathered.weights, coefficients, labels, gathered.label_logit, gathered.columns, gathered.mass,
+        gathered.on_ids, temperature, real_columns, start,
+    )  # fmt: skip
+    return results, gathered.weights
+
+
+@losses_and_gradient_.register_fake
+def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
+    return _fp32(logits, _RESULTS, len(logits)), _fp32(logits, 2, len(logits))
+
+
+@torch.library.custom_op("fuse_kernels::scale_", mutates_args=("gradient",))
+@on_its_device
+def scale_(gradient: Tensor, upstream: Tensor, weights: Tensor) -> None:
+    """Multiplies the rows of gradient [n, v] by upstream [n] where that is not 1."""
+    n, width = gradient.shape
+    if n == 0:
+        return
+    launch = _launch(gradient)
+    kernels.scale_kernel[(n, launch.gradient_splits)](
+        gradient, upstream, weights, gradient.stride(0), n, width, launch.gradient_columns,
+        BLOCK=launch.block, ROUND=interpreted(), num_warps=launch.warps,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("fuse_kernels::statistics", mutates_args=())
-@_on_its_device
+@on_its_device
 def statistics(
     logits: Tensor,
     labels: Tensor,
@@ -173,105 +404,100 @@ def statistics(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What this shard knows: statistics [5, n], weights [2, n], teacher [3, n], columns, mass, on_ids [n, k], label_logit [n]."""
-    outputs = _statistics_outputs(logits, teacher_ids)
-    own, weights, teacher, columns, mass, on_ids, label_logit = outputs
-    n, k = teacher_ids.shape
-    if n == 0:
-        return outputs
-    launch, slots, inv_t = _launch(logits), triton.next_power_of_2(max(k, 1)), 1.0 / temperature
-    parts = logits.new_empty((launch.splits, 3, n), dtype=torch.float32)
-    stride = logits.stride(0)
-    kernels.gather_kernel[(n,)](
-        logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, weights, teacher, columns, mass, on_ids,
-        label_logit, stride, n, real_columns, start, k, TAIL=tail, K=slots, num_warps=1,
-    )  # fmt: skip
-    kernels.off_ids_kernel[(n, launch.splits)](
-        logits, weights, parts, stride, n, real_columns, launch.split_columns, inv_t,
-        R=launch.rows, C=launch.lanes, T_MODE=_POWERS.get(temperature, 0), num_warps=launch.warps,
-    )  # fmt: skip
-    kernels.finish_kernel[(n,)](
-        logits, weights, parts, columns, mass, on_ids, label_logit, own, stride, n, k, launch.splits, inv_t,
-        K=slots, num_warps=1,
-    )  # fmt: skip
-    return outputs
-
-
-def _statistics_outputs(logits: Tensor, teacher_ids: Tensor) -> tuple[Tensor, ...]:
-    n, k = teacher_ids.shape
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return logits.new_empty(shape, dtype=dtype)
-
+    """What this shard knows: statistics [7, n], weights [2, n], teacher [4, n], columns, mass, on_ids [n, k], label_logit [n]."""
+    gathered, own = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
+    if len(logits):
+        targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
+        gathered.launch(logits, targets, tail, real_columns, start)
+        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, real_columns)
+        _finish(logits, gathered, parts, labels, temperature, statistics=own)
     return (
-        empty(5, n),
-        empty(2, n),
-        empty(3, n),
-        empty(n, k, dtype=torch.int32),
-        empty(n, k),
-        empty(n, k),
-        empty(n),
+        own,
+        gathered.weights,
+        gathered.teacher,
+        gathered.columns,
+        gathered.mass,
+        gathered.on_ids,
+        gathered.label_logit,
     )
 
 
 @statistics.register_fake
 def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
-    return _statistics_outputs(logits, teacher_ids)
+    gathered, own = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
+    return (
+        own,
+        gathered.weights,
+        gathered.teacher,
+        gathered.columns,
+        gathered.mass,
+        gathered.on_ids,
+        gathered.label_logit,
+    )
 
 
-@torch.library.custom_op("fuse_kernels::losses", mutates_args=())
-@_on_its_device
-def losses(
+@torch.library.custom_op("fuse_kernels::losses_of_shards", mutates_args=())
+@on_its_device
+def losses_of_shards(
     everyone: Tensor, teacher: Tensor, weights: Tensor, labels: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, ce, kl [n] and coefficients [5, n], all fp32, from the statistics [shards, 5, n] of all shards."""
-    outputs = _losses_outputs(labels)
+) -> tuple[Tensor, Tensor]:
+    """results [6, n] and coefficients [5, n], all fp32, from the statistics [shards, 7, n] of all shards."""
     n = len(labels)
+    results, coefficients = _fp32(everyone, _RESULTS, n), _fp32(everyone, _COEFFICIENTS, n)
     if n:
         grid = (triton.cdiv(n, _ROWS_PER_PROGRAM),)
         kernels.loss_kernel[grid](
-            everyone, teacher, weights, labels, *outputs, n, len(everyone), 1.0 / temperature, B=_ROWS_PER_PROGRAM
-        )
-    return outputs
+            everyone, teacher, weights, labels, results, coefficients, n, len(everyone), 1.0 / temperature,
+            B=_ROWS_PER_PROGRAM,
+        )  # fmt: skip
+    return results, coefficients
 
 
-def _losses_outputs(labels: Tensor) -> tuple[Tensor, ...]:
-    n = len(labels)
-    return tuple(labels.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (n,), (5, n)))
-
-
-@losses.register_fake
+@losses_of_shards.register_fake
 def _(everyone, teacher, weights, labels, temperature):
-    return _losses_outputs(labels)
+    return _fp32(everyone, _RESULTS, len(labels)), _fp32(everyone, _COEFFICIENTS, len(labels))
 
 
 @torch.library.custom_op("fuse_kernels::gradient_", mutates_args=("logits",))
-@_on_its_device
+@on_its_device
 def gradient_(
     logits: Tensor,
-    upstream: Tensor,
+    upstream: Tensor | None,
     weights: Tensor,
     coefficients: Tensor,
-    labels: Tensor,
-    label_logit: Tensor,
     columns: Tensor,
     mass: Tensor,
     on_ids: Tensor,
+    label_logit: Tensor,
+    labels: Tensor,
     temperature: float,
     real_columns: int,
     start: int,
 ) -> None:
     """Writes the gradient over the logits [n, v]. No collective."""
-    n, k = columns.shape
-    if n == 0:
+    if len(logits) == 0:
         return
-    launch, slots, inv_t = _launch(logits), triton.next_power_of_2(max(k, 1)), 1.0 / temperature
-    stride, mode, rounds = logits.stride(0), _POWERS.get(temperature, 0), interpreted()
-    kernels.gradient_kernel[(n, launch.splits)](
-        logits, upstream, weights, coefficients, stride, n, real_columns, logits.shape[1], launch.split_columns, inv_t,
-        BLOCK=launch.block, T_MODE=mode, ROUND=rounds, num_warps=launch.warps,
+    _gradient(logits, upstream, weights, coefficients, _launch(logits), temperature, real_columns)
+    _special_gradient(
+        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature, real_columns,
+        start,
     )  # fmt: skip
+
+
+def _gradient(logits, upstream, weights, coefficients, launch: Launch, temperature: float, real_columns: int) -> None:
+    n, width = logits.shape
+    kernels.gradient_kernel[(n, launch.gradient_splits)](
+        logits, upstream, weights, coefficients, logits.stride(0), n, real_columns, width, launch.gradient_columns,
+        1.0 / temperature,
+        BLOCK=launch.block, T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(), num_warps=launch.warps,
+    )  # fmt: skip
+
+
+def _special_gradient(
+    logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature, real_columns, start
+) -> None:  # fmt: skip
+    n, k = columns.shape
     kernels.special_gradient_kernel[(n,)](
-        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, stride, n, real_columns,
-        start, k, inv_t, K=slots, ROUND=rounds, num_warps=1,
+        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, logits.stride(0), n,
+        real_columns, start, k, 1.0 / temperature, K=slots_of(k), ROUND=interpreted(), num_warps=1,
     )  # fmt: skip

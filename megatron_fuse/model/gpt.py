@@ -3,12 +3,12 @@
 Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stored teacher entries per token, n = s b tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from fuse_kernels import fused_linear_sparse_kl, sparse_kl_cross_entropy
+from fuse_kernels import TokenLosses, fused_linear_sparse_kl, sparse_kl_cross_entropy
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -140,22 +140,24 @@ class FusionGPTModel(GPTModel):
         _run_pre_hooks(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight)
+        # The upstream gradient is 1 (training/loss.py).
+        loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight, unit_upstream=True)
         return self._losses(loss, labels, *hidden_states.shape[:2], columns=len(weight))
 
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
         """The fusion loss of every position, in GPTModel's place for its cross entropy.
 
-        logits [s, b, v/p] as the output layer leaves them. Returns [3, b, s] fp32: loss (differentiable, weighted), CE and KL
-        (detached, unweighted). Collectives: the kernel's, over the tensor-parallel group; none here.
+        logits [s, b, v/p] as the output layer leaves them; the gradient takes their place. Returns [6, b, s] fp32, in the order of
+        `fuse_kernels.TokenLosses`: the first, the loss, is differentiable. Collectives: the kernel's, over the tensor-parallel
+        group; none here.
         """
         loss = partial(sparse_kl_cross_entropy, logits.flatten(0, 1))
         return self._losses(loss, labels, *logits.shape[:2], columns=logits.shape[2])
 
     def _losses(
-        self, loss: Callable[..., Sequence[Tensor]], targets: FusionTargets, sequence: int, batch: int, columns: int
+        self, loss: Callable[..., TokenLosses], targets: FusionTargets, sequence: int, batch: int, columns: int
     ) -> Tensor:
-        """[3, b, s] of a loss function that has been given its rows [s b], in the order of [s, b]; columns: of this rank."""
+        """[6, b, s] of a loss function that has been given its rows [s b], in the order of [s, b]; columns: of this rank."""
         if not isinstance(targets, FusionTargets):
             raise TypeError(f"labels must be FusionTargets, not {type(targets).__name__}")
         group = self.pg_collection.tp

@@ -165,12 +165,15 @@ def micro_batches(
     mine = batch.sequences[data_parallel_rank::data_parallel_size]
     for index in range(batch.micro_batches):
         sequences = mine[index * micro_batch_size : (index + 1) * micro_batch_size]
-        yield _collate(dataset, batch, sequences, micro_batch_size, with_targets, device)
+        # Megatron's data parallelism averages the gradients of the ranks, where theirs are to be added up.
+        yield _collate(dataset, batch, sequences, micro_batch_size, data_parallel_size, with_targets, device)
 
 
-def _token_weights(dataset: FusionDataset, batch: GlobalBatch, mode: str, example: int) -> tuple[float, float]:
-    """(CE, KL) of one supervised token of a document."""
-    ce, kl = batch.weights[mode]
+def _token_weights(
+    dataset: FusionDataset, batch: GlobalBatch, mode: str, example: int, factor: float
+) -> tuple[float, float]:
+    """(CE, KL) of one supervised token of a document, times the factor."""
+    ce, kl = (factor * weight for weight in batch.weights[mode])
     counted = dataset.example_weights(mode).item(example)
     return (ce * counted if mode == "inference" else ce), kl * counted
 
@@ -180,6 +183,7 @@ def _collate(
     batch: GlobalBatch,
     sequences: list[list[tuple[str, int]]],
     micro_batch_size: int,
+    weight_factor: float,
     with_targets: bool,
     device: torch.device,
 ) -> MicroBatch:
@@ -192,7 +196,7 @@ def _collate(
     )
     targets = None
     if with_targets:
-        weights = [_token_weights(dataset, batch, mode, example) for mode, example in chosen]
+        weights = [_token_weights(dataset, batch, mode, example, weight_factor) for mode, example in chosen]
         arrays = make_targets(documents, weights, inputs, max(dataset.entries_per_row, 1))
         targets = FusionTargets(**{name: on_device(array, device) for name, array in vars(arrays).items()})
     modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode

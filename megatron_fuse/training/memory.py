@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from fuse_kernels import CHUNK_TOKENS
+from fuse_kernels import chunk_rows
 from megatron.core import parallel_state
 
 from megatron_fuse.errors import UserError
@@ -110,14 +110,15 @@ def estimate_memory(
         if training.recompute
         else in_flight * layers * of_layer
     )
-    of_logits = min(tokens, CHUNK_TOKENS) if recipe.loss.fused_linear else tokens
+    columns = architecture.padded_vocab_size // tensor
+    of_logits = min(tokens, chunk_rows(columns, element)) if recipe.loss.fused_linear else tokens
     return Memory(
         weights=element * parameters,
         gradients=4 * parameters,
         masters=4 * of_optimizer if bf16 else 0,
         moments=8 * of_optimizer,
         activations=element * tokens * kept,
-        logits=element * of_logits * architecture.padded_vocab_size / tensor if stage == stages - 1 else 0,
+        logits=element * of_logits * columns if stage == stages - 1 else 0,
     )
 
 

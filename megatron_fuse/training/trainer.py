@@ -229,9 +229,7 @@ def _forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: boo
     # Virtual pipeline chunks walk the same micro-batches, each with an iterator of its own.
     iterators = [micro_batch_iterator() for _ in trainer.wrapped]
     return get_forward_backward_func()(
-        forward_step_func=make_forward_step(
-            micro_batches=batch.micro_batches, data_parallel_size=runtime.data_parallel_size
-        ),
+        forward_step_func=make_forward_step(micro_batches=batch.micro_batches),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=trainer.wrapped if len(trainer.wrapped) > 1 else trainer.wrapped[0],
         num_microbatches=batch.micro_batches,

@@ -48,14 +48,16 @@ def make_case(seed: int, *, n=24, vocab=97, k=10, padding=3, dtype=torch.float32
     logits[3::8].scatter_add_(1, ids[3::8, :1].clamp(min=0), torch.full((n, 1), 25.0, dtype=torch.float64))  # certain
     logits[:, vocab:] = torch.nan  # padding is never looked at
     logprobs = mass.log().masked_fill(ids < 0, torch.nan)  # nor are empty slots
-    upstream = torch.randn(n, generator=g)
+    # Gradients in bf16 are written forward, and rounded once more where the upstream gradient is not 1.
+    upstream = torch.ones(n) if dtype == torch.bfloat16 else torch.randn(n, generator=g)
     return Case(logits.to(dtype), labels, ids, logprobs, ce_weight, kl_weight, upstream, vocab)
 
 
 def run(case: Case, implementation: str, *, dtype=None, columns=slice(None), device="cpu", **options):
-    """(loss, ce, kl, gradient [n, v/p] in the logits' dtype) of sum(upstream * loss), on the CPU; dtype: convert the logits first."""
+    """(loss, ce, kl, gradient [n, v/p] in the logits' dtype, teacher mass, student mass, agreement) of sum(upstream * loss), on the
+    CPU; dtype: convert the logits first."""
     logits = case.logits[:, columns].detach().to(device, dtype or case.logits.dtype).clone().requires_grad_()
-    loss, ce, kl = sparse_kl_cross_entropy(
+    losses = sparse_kl_cross_entropy(
         logits,
         *(tensor.to(device) for tensor in (case.labels, case.teacher_ids, case.teacher_logprobs)),
         ce_weight=case.ce_weight.to(device),
@@ -64,8 +66,9 @@ def run(case: Case, implementation: str, *, dtype=None, columns=slice(None), dev
         implementation=implementation,
         **options,
     )
-    loss.backward(case.upstream.to(device, loss.dtype))
-    return loss.detach().cpu(), ce.cpu(), kl.cpu(), logits.grad.cpu()
+    losses.loss.backward(case.upstream.to(device, losses.loss.dtype))
+    loss, ce, kl, *fit = (values.detach().cpu() for values in losses)
+    return loss, ce, kl, logits.grad.cpu(), *fit
 
 
 def exact(case: Case, **options):
@@ -82,6 +85,10 @@ def assert_close(actual, expected, case: Case, note: str) -> None:
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         error = (a.double() - e).abs() / e.abs().clamp(min=max(1.0, largest))
         assert error.max() <= bound, f"{note}: {name} of row {error.argmax()} is off by {error.max():.2e} > {bound}"
+    bound = (1e-13 if dtype == torch.float64 else 1e-6) * max(1.0, largest)
+    for name, a, e in zip(("teacher mass", "student mass"), actual[4:6], expected[4:6], strict=True):
+        assert (a.double() - e).abs().max() <= bound, f"{note}: {name} is off by {(a.double() - e).abs().max():.2e}"
+    assert torch.equal(actual[6].double(), expected[6]), f"{note}: agreement"
     gradient, exact_gradient = actual[3].double(), expected[3]
     assert torch.isfinite(gradient).all(), f"{note}: gradient is not finite"
     error = (gradient - exact_gradient).norm()

@@ -2,12 +2,12 @@
 
 import random
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 
 import pytest
 import torch
 import torch.distributed as dist
-from fuse_kernels import fused_linear_sparse_kl, sparse_kl_cross_entropy
+from fuse_kernels import chunk_rows, fused_linear_sparse_kl, sparse_kl_cross_entropy
 from sparse_kl_cases import DEVICE, Case, make_case
 
 WIDTH = 12
@@ -30,13 +30,13 @@ def arguments(case: Case) -> tuple[tuple, dict]:
 
 
 def exact(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
-    """loss, ce, kl, gradients of hidden and weight: fp64, all logits at once, plain autograd."""
+    """loss, ce, kl, gradients of hidden and weight, what is known of the fit: fp64, all logits at once, plain autograd."""
     hidden, weight = (tensor.double().nan_to_num(0).requires_grad_() for tensor in (hidden, weight))
     targets, weights = arguments(case)
     logits = hidden @ weight.t()
-    loss, ce, kl = sparse_kl_cross_entropy(logits, *targets, **weights, implementation="reference", **options)
+    loss, ce, kl, *fit = sparse_kl_cross_entropy(logits, *targets, **weights, implementation="reference", **options)
     loss.backward(case.upstream.double())
-    return loss.detach(), ce, kl, hidden.grad, weight.grad
+    return loss.detach(), ce, kl, hidden.grad, weight.grad, *fit[:2]
 
 
 def fused(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
@@ -45,15 +45,16 @@ def fused(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
     targets, weights = arguments(case)
     targets = [target.to(device) for target in targets]
     weights = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in weights.items()}
-    loss, ce, kl = fused_linear_sparse_kl(hidden, weight, *targets, **weights, **options)
+    loss, ce, kl, *fit = fused_linear_sparse_kl(hidden, weight, *targets, **weights, **options)
     loss.backward(case.upstream.to(device, loss.dtype))
-    return tuple(tensor.cpu() for tensor in (loss.detach(), ce, kl, hidden.grad, weight.grad))
+    return tuple(tensor.cpu() for tensor in (loss.detach(), ce, kl, hidden.grad, weight.grad, *fit[:2]))
 
 
 def assert_near(actual, expected, dtype: torch.dtype) -> None:
     """Relative to the norm of each. Half types: the logits themselves are rounded, by up to 2^-9 (bf16) of each."""
     bound = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    for name, a, e in zip(("loss", "ce", "kl", "hidden", "weight"), actual, expected, strict=True):
+    names = ("loss", "ce", "kl", "hidden", "weight", "teacher mass", "student mass")
+    for name, a, e in zip(names, actual, expected, strict=True):
         assert a.isfinite().all(), name
         assert (a.double() - e).norm() <= bound * e.norm(), name
 
@@ -77,14 +78,28 @@ def test_equals_the_product_followed_by_the_loss(implementation, chunk_tokens, t
     if implementation == "triton":
         hidden = hidden.nan_to_num(0)  # its rows stay in the products, where NaN would spread
     options = {"tail": tail, "temperature": temperature}
-    actual = fused(case, hidden, weight, implementation=implementation, chunk_tokens=chunk_tokens, **options)
-    assert_near(actual, exact(case, hidden, weight, **options), dtype)
-    assert (actual[4][case.vocab_size :] == 0).all()  # padded columns
+    for unit in (False, True):
+        if unit:
+            case = replace(case, upstream=torch.ones(20))
+        actual = fused(
+            case,
+            hidden,
+            weight,
+            implementation=implementation,
+            chunk_tokens=chunk_tokens,
+            unit_upstream=unit,
+            **options,
+        )
+        assert_near(actual, exact(case, hidden, weight, **options), dtype)
+        assert (actual[4][case.vocab_size :] == 0).all()  # padded columns
 
 
+@pytest.mark.parametrize("unit", [False, True], ids=["any upstream", "unit upstream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_adds_to_megatrons_main_gradient(dtype, seed):
+def test_gradient_adds_to_megatrons_main_gradient(dtype, unit, seed):
     case, hidden, weight = make_linear_case(seed, n=30, vocab=61, k=5, dtype=dtype)
+    if unit:
+        case = replace(case, upstream=torch.ones(30))
     expected = exact(case, hidden, weight)
     weight = weight.clone().requires_grad_()
     weight.main_grad = torch.full(weight.shape, 0.5)
@@ -93,12 +108,58 @@ def test_gradient_adds_to_megatrons_main_gradient(dtype, seed):
     accumulation.register_hook(lambda *_: hooks.append(weight.grad))
     targets, weights = arguments(case)
     for micro_batch in (1, 2):
-        loss, _, _ = fused_linear_sparse_kl(hidden, weight, *targets, **weights, chunk_tokens=8)
+        loss = fused_linear_sparse_kl(hidden, weight, *targets, **weights, chunk_tokens=8, unit_upstream=unit)[0]
         loss.backward(case.upstream)
         assert len(hooks) == micro_batch and hooks[-1].is_sparse and hooks[-1]._nnz() == 0
         weight.grad = None
     bound = 3e-6 if dtype == torch.float32 else 2e-2
     assert (weight.main_grad.double() - 0.5 - 2 * expected[4]).norm() <= bound * 2 * expected[4].norm()
+
+
+@pytest.mark.parametrize("main", [False, True])
+def test_a_promise_of_unit_upstream_is_checked(main, seed):
+    case, hidden, weight = make_linear_case(seed, n=16, vocab=61, k=5, skipped=False)
+    targets, weights = arguments(case)
+
+    def backward(upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        if main:
+            leaves[1].main_grad = torch.zeros_like(weight)
+        loss = fused_linear_sparse_kl(*leaves, *targets, **weights, chunk_tokens=8, unit_upstream=True).loss
+        loss.backward(upstream, retain_graph=True)
+        with pytest.raises(RuntimeError, match="given away in the first backward pass"):
+            loss.backward(upstream)
+        return leaves[0].grad, leaves[1].main_grad if main else leaves[1].grad
+
+    assert all(gradient.isfinite().all() for gradient in backward(torch.ones(16)))
+    with pytest.raises(ValueError, match="upstream gradient of a loss is not 1"):
+        backward(torch.full((16,), 0.5))
+    # A step that is to be thrown away: the norm of each gradient says so.
+    assert all(gradient.norm().isnan() for gradient in backward(torch.full((16,), torch.nan)))
+
+
+def test_products_of_a_unit_upstream(seed):
+    """Three for each chunk, where any upstream takes four."""
+    case, hidden, weight = make_linear_case(seed, n=20, vocab=61, k=5, skipped=False)
+    targets, weights = arguments(case)
+    for unit, products in ((True, 3), (False, 4)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        with torch.profiler.profile() as profile:
+            fused_linear_sparse_kl(
+                *leaves, *targets, **weights, chunk_tokens=10, unit_upstream=unit
+            ).loss.sum().backward()
+        names = ("aten::mm", "aten::addmm_", "aten::addmm")
+        assert sum(event.count for event in profile.key_averages() if event.key in names) == 2 * products
+
+
+def test_chunks_have_a_size_of_their_own():
+    # 1024 rows of Llama-3's vocabulary in bf16 are 250 MB; a shard of a quarter has four times as many; never fewer than 128
+    assert [chunk_rows(*shape) for shape in ((128256, 2), (32064, 2), (128256, 4), (1 << 24, 4))] == [
+        1024,
+        4096,
+        512,
+        128,
+    ]
 
 
 def test_tied_weight_keeps_its_other_gradient(seed):
@@ -111,7 +172,7 @@ def test_tied_weight_keeps_its_other_gradient(seed):
         tied = weight.clone().requires_grad_()
         if main:
             tied.main_grad = torch.zeros_like(tied)
-        loss, _, _ = fused_linear_sparse_kl(tied[ids], tied, *targets, **weights, chunk_tokens=8)
+        loss, *_ = fused_linear_sparse_kl(tied[ids], tied, *targets, **weights, chunk_tokens=8)
         loss.backward(case.upstream)
         return tied.main_grad + tied.grad if main else tied.grad
 
@@ -122,7 +183,7 @@ def test_graph_can_be_walked_twice(seed):
     case, hidden, weight = make_linear_case(seed, n=16, vocab=61, k=5, skipped=False)
     hidden.requires_grad_()
     targets, weights = arguments(case)
-    loss, _, _ = fused_linear_sparse_kl(hidden, weight, *targets, **weights, chunk_tokens=8)
+    loss, *_ = fused_linear_sparse_kl(hidden, weight, *targets, **weights, chunk_tokens=8)
     first = torch.autograd.grad(loss, hidden, case.upstream, retain_graph=True)[0]
     second = torch.autograd.grad(loss, hidden, 2 * case.upstream)[0]
     torch.testing.assert_close(second, 2 * first)
@@ -136,7 +197,7 @@ def test_no_rows_and_nothing_to_weigh(weight):
         weights = {"ce_weight": torch.full((n,), weight), "kl_weight": torch.full((n,), weight)}
         losses = fused_linear_sparse_kl(hidden, matrix, labels, ids, torch.zeros(n, 1), **weights)
         losses[0].sum().backward()
-        assert [values.shape for values in losses] == [(n,)] * 3
+        assert [values.shape for values in losses] == [(n,)] * 6
         assert hidden.grad.shape == hidden.shape and (matrix.grad != 0).any() == (n > 0 and weight > 0)
 
 
@@ -190,22 +251,27 @@ def compare_with_whole(seed: int) -> dict[str, str]:
         case, hidden, weight = make_linear_case(seed, n=20, vocab=vocab, k=5, padding=sum(widths) - vocab)
         hidden = hidden.nan_to_num(0)
         expected = exact(case, hidden, weight, temperature=2.0)
-        expected = (*expected[:4], expected[4][shard])
-        for implementation in ("torch", "triton", *["reference"] * (len(set(widths)) == 1)):
-            place = {"vocab_start": start, "group": group, "implementation": implementation}
+        expected = (*expected[:4], expected[4][shard], *expected[5:])
+        case_of = {False: case, True: replace(case, upstream=torch.ones(20))}
+        expected_of = {False: expected}
+        unit = exact(case_of[True], hidden, weight, temperature=2.0)
+        expected_of[True] = (*unit[:4], unit[4][shard], *unit[5:])
+        choices = product(("torch", "triton", *["reference"] * (len(set(widths)) == 1)), (False, True))
+        for implementation, unit in choices:
+            place = {"vocab_start": start, "group": group, "implementation": implementation, "unit_upstream": unit}
             try:
                 with Collectives() as collectives:
-                    actual = fused(case, hidden, weight[shard], temperature=2.0, chunk_tokens=10, **place)
-                assert_near(actual, expected, torch.float32)
+                    actual = fused(case_of[unit], hidden, weight[shard], temperature=2.0, chunk_tokens=10, **place)
+                assert_near(actual, expected_of[unit], torch.float32)
                 if implementation != "reference":
                     rows = (
                         20 if implementation == "triton" else int(((case.ce_weight != 0) | (case.kl_weight != 0)).sum())
                     )
                     gathers = collectives.seen["c10d::_allgather_base_"]
                     assert gathers <= -(-rows // 10) and collectives.seen["c10d::allreduce_"] == 1, collectives.seen
-                complaints[f"{name} {implementation}"] = ""
+                complaints[f"{name} {implementation} {unit}"] = ""
             except AssertionError as error:
-                complaints[f"{name} {implementation}"] = f"rank {rank}: {error}"
+                complaints[f"{name} {implementation} {unit}"] = f"rank {rank}: {error}"
     return complaints
 
 
@@ -213,5 +279,5 @@ def compare_with_whole(seed: int) -> dict[str, str]:
 def test_shards_equal_the_whole(size, ranks):
     seed = random.randrange(2**31)
     for complaints in ranks(size, compare_with_whole, seed):
-        assert len(complaints) >= 3
+        assert len(complaints) >= 4
         assert not any(complaints.values()), f"seed {seed}: {complaints}"

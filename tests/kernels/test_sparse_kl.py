@@ -50,8 +50,8 @@ def one_row(logits, ids, mass, label=-100, **options):
     mass = torch.tensor([mass], dtype=torch.float64)
     arguments = (torch.tensor([logits], dtype=torch.float64), torch.tensor([label]), torch.tensor([ids]), mass.log())
     weight = torch.ones(1)
-    _, ce, kl = sparse_kl_cross_entropy(*arguments, ce_weight=weight, kl_weight=weight, **options)
-    return ce.item(), kl.item()
+    losses = sparse_kl_cross_entropy(*arguments, ce_weight=weight, kl_weight=weight, **options)
+    return losses.ce.item(), losses.kl.item()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
@@ -81,11 +81,14 @@ def test_bucket_is_zero_exactly_at_the_teacher(temperature, seed):
     top = (logits.detach() / temperature).log_softmax(1).topk(5)
     none, one = torch.zeros(6), torch.ones(6)
     arguments = (torch.full((6,), -100), top.indices, top.values)
-    loss, _, kl = sparse_kl_cross_entropy(logits, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
+    before = logits.detach().clone()
+    loss, _, kl, *_ = sparse_kl_cross_entropy(
+        logits, *arguments, ce_weight=none, kl_weight=one, temperature=temperature
+    )
     loss.sum().backward()
     assert kl.abs().max() < 1e-14 and logits.grad.abs().max() < 1e-14
-    nudged = logits.detach() + 0.1 * torch.randn(6, 50, generator=g, dtype=torch.float64)
-    _, _, kl = sparse_kl_cross_entropy(nudged, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
+    nudged = before + 0.1 * torch.randn(6, 50, generator=g, dtype=torch.float64)
+    _, _, kl, *_ = sparse_kl_cross_entropy(nudged, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
     assert (kl > 0).all()
 
 
@@ -131,7 +134,7 @@ def test_what_is_skipped_and_what_is_reported(implementation, tail):
     ce_weight = torch.tensor([1.0, 0, 1, 1, 0, 1, 0, 1])  # row 5, 7: a weight, but no label
     kl_weight = torch.tensor([0.0, 1, 1, 1, 0, 0, 1, 1])  # row 6, 7: a weight, but no teacher
     options = {"ce_weight": ce_weight, "kl_weight": kl_weight, "tail": tail, "implementation": implementation}
-    loss, ce, kl = sparse_kl_cross_entropy(logits, labels, ids, logprobs, **options)
+    loss, ce, kl, *_ = sparse_kl_cross_entropy(logits, labels, ids, logprobs, **options)
     loss.sum().backward()
     assert not ce.requires_grad and not kl.requires_grad
     assert ((ce != 0).tolist(), (kl != 0).tolist()) == (
@@ -157,7 +160,7 @@ def test_masked_logits_of_minus_infinity(implementation, seed):
     mass = torch.full((4, 3), 0.2)
     case = replace(case, logits=logits, labels=labels, teacher_ids=ids, teacher_logprobs=mass.log())
     case = replace(case, ce_weight=ce_weight, kl_weight=kl_weight)
-    loss, ce, kl, gradient = run(case, implementation, device=DEVICE if implementation == "triton" else "cpu")
+    loss, ce, kl, gradient, *_ = run(case, implementation, device=DEVICE if implementation == "triton" else "cpu")
     assert loss.isfinite().all() and gradient.isfinite().all()
     assert ce[1] == torch.inf and kl[2] == torch.inf and (gradient[:, 20:] == 0).all()
 
@@ -183,23 +186,75 @@ def test_degenerate_sizes(implementation):
         results[0].sum().backward()
         return [r.tolist() for r in results], logits.grad
 
-    assert call(0, 5, 3)[0] == [[], [], []]
-    (loss, ce, kl), _ = call(2, 4, 0)  # no teacher at all: plain cross entropy
+    assert call(0, 5, 3)[0] == [[]] * 6
+    (loss, ce, kl, *fit), _ = call(2, 4, 0)  # no teacher at all: plain cross entropy
     assert ce == pytest.approx([math.log(4)] * 2) and loss == ce and kl == [0, 0]
+    assert fit == [[0, 0]] * 3
     values, gradient = call(2, 4, 1, weight=0.0)  # nothing to do in any row
-    assert values == [[0, 0]] * 3 and (gradient == 0).all()
+    assert values == [[0, 0]] * 6 and (gradient == 0).all()
     values, gradient = call(2, 1, 1)  # a vocabulary of one: certain, and nothing off the ids
-    assert values == [[0, 0]] * 3 and (gradient == 0).all()
+    assert values == [[0, 0]] * 3 + [[1, 1]] * 3 and (gradient == 0).all()
 
 
-def test_logits_stay_as_they_are_until_backward_which_happens_once(seed):
-    case = make_case(seed, vocab=64, padding=0)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_gradient_the_same_results_and_the_same_logits(dtype, implementation, seed):
+    device = DEVICE if implementation == "triton" else "cpu"
+    case = make_case(seed, vocab=64, dtype=dtype)
+    logits = case.logits.to(device).requires_grad_()
+    arguments = [tensor.to(device) for tensor in (case.labels, case.teacher_ids, case.teacher_logprobs)]
+    weights = {"ce_weight": case.ce_weight.to(device), "kl_weight": case.kl_weight.to(device)}
+    options = {**weights, "vocab_size": case.vocab_size, "implementation": implementation}
+    with torch.no_grad():
+        results = sparse_kl_cross_entropy(logits, *arguments, **options)
+    assert not results.loss.requires_grad
+    torch.testing.assert_close(logits.detach().cpu(), case.logits, rtol=0, atol=0, equal_nan=True)
+    loss, ce, kl, _, *fit = run(case, implementation, device=device)
+    torch.testing.assert_close([values.cpu() for values in results], [loss, ce, kl, *fit])
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_an_upstream_gradient_scales_its_row(skipped, implementation, seed):
+    """In bf16 a row whose upstream gradient is not 1 is rounded a second time; one of 1 is not touched again."""
+    device = DEVICE if implementation == "triton" else "cpu"
+    case = make_case(seed, n=32, vocab=300, dtype=torch.bfloat16, skipped=skipped)
+    unit = run(case, implementation, device=device)[3]
+    upstream = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+    upstream[::3] = 1
+    case = replace(case, upstream=upstream)
+    scaled, expected = run(case, implementation, device=device)[3], exact(case)[3]
+    assert torch.equal(scaled[::3], unit[::3])
+    assert (scaled.double() - expected).norm() <= 2.1 * (expected.bfloat16().double() - expected).norm()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+def test_how_student_and_teacher_fit(implementation):
+    device = DEVICE if implementation == "triton" else "cpu"
+    probabilities = torch.tensor(
+        [[0.5, 0.25, 0.125, 0.125], [0.25, 0.5, 0.125, 0.125], [0.4, 0.4, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4]]
+    )
+    ids = torch.tensor([[0, 2], [0, 2], [1, 2], [-1, -1]])
+    mass = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3], [1.0, 1.0]])  # in the last row of empty slots
+    losses = sparse_kl_cross_entropy(
+        probabilities.log().to(device), torch.full((4,), 3, device=device), ids.to(device), mass.log().to(device),
+        ce_weight=torch.ones(4, device=device), kl_weight=torch.ones(4, device=device), tail="renormalize",
+        implementation=implementation,
+    )  # fmt: skip
+    assert losses.teacher_mass.tolist() == pytest.approx([0.7, 0.7, 0.6, 0.0], rel=1e-6)
+    assert losses.student_mass.tolist() == pytest.approx([0.625, 0.375, 0.5, 0.0], rel=1e-6)
+    # Row 2: the student has two largest, the teacher has two likeliest, and one of them is both.
+    assert losses.agreement.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the gradient is written forward, backward
+def test_gradient_takes_the_place_of_the_logits_once(dtype, seed):
+    case = make_case(seed, vocab=64, padding=0, dtype=dtype)
     leaf = case.logits.clone().requires_grad_()
     logits = leaf * 1
     weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight}
     loss = sparse_kl_cross_entropy(logits, case.labels, case.teacher_ids, case.teacher_logprobs, **weights)[0]
-    torch.testing.assert_close(logits.detach(), case.logits, rtol=0, atol=0, equal_nan=True)
-    (gradient,) = torch.autograd.grad(loss, logits, case.upstream, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss, logits, case.upstream.to(loss.dtype), retain_graph=True)
     assert gradient.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(gradient, run(case, "torch")[3], rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="written over the logits"):
@@ -222,7 +277,7 @@ def test_strided_logits(seed):
     wide = torch.full((32, 200), torch.nan)
     wide[::2, 5 : 5 + case.logits.shape[1]] = case.logits
     wide.requires_grad_()
-    view = wide[::2, 5 : 5 + case.logits.shape[1]]
+    view = (wide * 1)[::2, 5 : 5 + case.logits.shape[1]]
     arguments = (view, case.labels, case.teacher_ids, case.teacher_logprobs)
     weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight}
     loss = sparse_kl_cross_entropy(*arguments, **weights, vocab_size=61)[0]
@@ -282,5 +337,5 @@ def test_chunks_on_a_gpu_keep_it_busy():
     """Of 131072 columns a chunk for a CPU's cache has one row, whose launches alone would take longer than its work."""
     logits = torch.empty(8192, 131072, device="meta", dtype=torch.bfloat16)
     rows = SimpleNamespace(labels=torch.empty(8192, device="meta"))
-    starts = [start for start, *_ in chunked._chunks(logits, rows, VocabularyShard(0, 131072, 131072, None))]
+    starts = [start for start, *_ in chunked._buffers(logits, rows, VocabularyShard(0, 131072, 131072, None))]
     assert 1 < len(starts) <= 32

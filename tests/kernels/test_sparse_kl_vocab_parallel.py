@@ -61,7 +61,7 @@ def compare_with_whole(seed: int) -> dict[str, str]:
                 options = {"tail": tail, "temperature": 2.0}
                 shard = slice(start, start + widths[rank])
                 expected = exact(case, **options)
-                expected = (*expected[:3], expected[3][:, shard])
+                expected = (*expected[:3], expected[3][:, shard], *expected[4:])
                 for implementation in implementations(even, dtype):
                     key = f"{name} {tail} {dtype} {implementation}"
                     place = {"vocab_start": start, "group": group}

@@ -101,9 +101,9 @@ def random_batches(vocab_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 def expected_losses(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[3, b, s] from transformers' whole logits [b, s, v], dense, without shards and without padding."""
+    """[6, b, s] from transformers' whole logits [b, s, v], dense, without shards and without padding."""
     rows = {key: value.flatten(0, 1) for key, value in batch.items() if key != "ids"}
     losses = sparse_kl_cross_entropy(
         logits.flatten(0, 1), **rows, temperature=TEMPERATURE, tail=TAIL, implementation="reference"
     )
-    return torch.stack(losses).view(3, BATCH, SEQUENCE)
+    return torch.stack(losses).view(6, BATCH, SEQUENCE)

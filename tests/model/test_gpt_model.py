@@ -79,7 +79,8 @@ def train_once(layout, model_dir, fused_linear=False):
     def forward_step(batches, model):
         batch = dict(next(batches))
         output = model(batch.pop("ids"), None, None, labels=FusionTargets(**batch))
-        return output, lambda losses: (losses[0].sum(), {"losses": losses.detach().numpy()})
+        # Megatron divides by the number of micro-batches; the model counts on an upstream gradient of 1.
+        return output, lambda losses: (losses[0].sum() * small.MICRO_BATCHES, {"losses": losses.detach().numpy()})
 
     batches = small.random_batches(architecture.vocab_size, SEED)
     report = get_forward_backward_func()(
@@ -117,7 +118,7 @@ def expected(small_models):
         losses = []
         for batch in small.random_batches(model.config.vocab_size, SEED):
             losses.append(small.expected_losses(model(batch["ids"]).logits, batch))
-            (losses[-1][0].sum() / small.MICRO_BATCHES).backward()
+            losses[-1][0].sum().backward()
         weights = dict(model.named_parameters())
         result[name] = (weights, [loss.detach() for loss in losses])
     return result

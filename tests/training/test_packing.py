@@ -71,7 +71,7 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
         plan = plan_batch(dataset, dataset.train[:24], weights, pack_into=pack_into, **sizes)
         place = {"data_parallel_rank": 0, "with_targets": True, "device": runtime.device}
         batches = micro_batches(dataset, plan, **sizes, **place)
-        forward_step = make_forward_step(micro_batches=plan.micro_batches, data_parallel_size=1)
+        forward_step = make_forward_step(micro_batches=plan.micro_batches)
         losses: dict[tuple[str, int], torch.Tensor] = {}
         for sequence in plan.sequences:
             lengths = [len(dataset.document(*document).tokens) - 1 for document in sequence]

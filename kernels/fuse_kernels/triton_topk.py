@@ -1,0 +1,159 @@
+"""topk_logsumexp on a GPU: one kernel, one pass over the logits.
+
+The columns of a row are dealt out to lanes, 16 bytes at a time. While a row streams by, a lane keeps no list: only its largest logit
+and when that came first. The k largest logits of a row lie in the k lanes whose largest rank first, so those lanes, some thousand
+columns, are read once more, and the k largest are picked from them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fuse_kernels.rows import VocabularyShard
+from fuse_kernels.topk import TopK
+from fuse_kernels.triton_kernels import NOTHING, _finite, _online, _powers
+from fuse_kernels.triton_loss import POWERS, interpreted, on_its_device, slots_of
+
+_LOWEST = tl.constexpr(-(1 << 63))
+
+
+@triton.jit
+def _rank_key(value, number):
+    """int64 that orders as (value, lower number first); see topk.py."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) + (0x7FFFFFFF - number).to(tl.int64)
+
+
+@triton.jit
+def topk_kernel(
+    LOGITS,  # [n, v]
+    LABELS,  # [n] int64 global ids; None: no label logits
+    IDS,  # [n, k] int64 out, global
+    LARGEST,  # [n, k] fp32 out
+    LSE,  # [2, n] fp32 out: at T, at 1; relative to the largest
+    LABEL_LOGIT,  # [n] fp32 out
+    stride,
+    n,
+    columns,  # real ones of this shard
+    start,  # global id of its first column
+    k,
+    inv_t,
+    K: tl.constexpr,  # power of two >= k
+    C: tl.constexpr,  # lanes, at least K
+    R: tl.constexpr,  # neighbouring columns that a lane takes of a tile: 16 bytes
+    S: tl.constexpr,  # power of two >= tiles of a row
+    T_MODE: tl.constexpr,
+):
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * stride
+    lane = tl.arange(0, C)
+    tile = lane[:, None] * R + tl.arange(0, R)[None, :]
+    m = tl.full([C], NOTHING, tl.float32)
+    came = tl.zeros([C], tl.int32)  # the tile in which m came first
+    sum_t = tl.zeros([C], tl.float32)
+    sum_1 = tl.zeros([C], tl.float32)
+    whole = columns // (C * R)
+    for number in range(whole):  # without a mask, so that every load is of 16 bytes
+        x = tl.trans(tl.load(logits + number * (C * R) + tile).to(tl.float32))
+        came = tl.where(tl.max(x, 0) > m, number, came)
+        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+    at = whole * (C * R)
+    if at < columns:
+        x = tl.trans(tl.load(logits + at + tile, mask=at + tile < columns, other=NOTHING).to(tl.float32))
+        came = tl.where(tl.max(x, 0) > m, whole, came)
+        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+    scale_t, scale_1 = _powers(m - _finite(tl.max(m, 0)), inv_t, T_MODE)
+    tl.store(LSE + row, tl.log(tl.sum(sum_t * scale_t, 0)))
+    tl.store(LSE + n + row, tl.log(tl.sum(sum_1 * scale_1, 0)))
+
+    # The order of (tile, lane) is that of the columns of two lanes, so that equal largest logits rank by id. A lane without a
+    # column is last.
+    slot = tl.arange(0, K)
+    keys = tl.where(lane * R < columns, _rank_key(m, came * C + lane), _LOWEST)
+    lanes = tl.zeros([K], tl.int32)
+    for i in range(k):
+        best = tl.max(keys, 0)
+        lanes = tl.where(slot == i, tl.max(tl.where(keys == best, lane, 0), 0), lanes)
+        keys = tl.where(keys == best, _LOWEST, keys)
+
+    part = tl.arange(0, S * R)
+    column = (part // R * (C * R) + part % R)[None, :] + (lanes * R)[:, None]
+    inside = (column < columns) & (slot < k)[:, None] & (slot * R < columns)[:, None]
+    x = tl.load(logits + column, mask=inside, other=NOTHING).to(tl.float32)
+    keys = tl.where(inside, _rank_key(x, column), _LOWEST)
+    best_keys = tl.full([K], _LOWEST, tl.int64)
+    for i in range(k):
+        best = tl.max(tl.max(keys, 1), 0)
+        best_keys = tl.where(slot == i, best, best_keys)
+        keys = tl.where(keys == best, _LOWEST, keys)
+    found = best_keys != _LOWEST
+    ordered = (best_keys >> 32).to(tl.int32)
+    value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    ids = 0x7FFFFFFF - (best_keys & 0xFFFFFFFF) + start
+    tl.store(IDS + row * k + slot, tl.where(found, ids, -1), mask=slot < k)
+    tl.store(LARGEST + row * k + slot, tl.where(found, value, NOTHING), mask=slot < k)
+    if LABELS is not None:
+        label = tl.load(LABELS + row) - start
+        here = (label >= 0) & (label < columns)
+        tl.store(LABEL_LOGIT + row, tl.load(logits + label, mask=here, other=0.0).to(tl.float32))
+
+
+def triton_topk(
+    logits: Tensor, k: int, temperatures: Sequence[float], labels: Tensor | None, shard: VocabularyShard
+) -> TopK:
+    """Of this shard, in one pass for every temperature that is not 1. Label logits are 0 where the label lies in another."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    labels = None if labels is None else labels.long().contiguous()
+    lse = {}
+    for temperature in sorted({t for t in temperatures if t != 1.0}) or [1.0]:
+        ids, largest, sums, label_logits = torch.ops.fuse_kernels.topk(
+            logits, labels, k, temperature, shard.columns, shard.start
+        )
+        lse[temperature], lse[1.0] = sums
+    relative_lse = torch.stack([lse[temperature] for temperature in temperatures], 1)
+    return TopK(ids, largest, relative_lse, None if labels is None else label_logits)
+
+
+def tile_shape(width: int, element_size: int, slots: int) -> tuple[int, int, int]:
+    """(lanes, neighbouring columns of a lane, tiles up to a power of two) of topk_kernel with 8 warps."""
+    neighbours = 16 // element_size
+    lanes = 1024
+    if interpreted():  # its cost is per operation; four tiles, so that tests meet more than one
+        lanes = max(triton.next_power_of_2(-(-width // (4 * neighbours))), slots)
+    return lanes, neighbours, triton.next_power_of_2(max(-(-width // (lanes * neighbours)), 1))
+
+
+@torch.library.custom_op("fuse_kernels::topk", mutates_args=())
+@on_its_device
+def topk(
+    logits: Tensor, labels: Tensor | None, k: int, temperature: float, real_columns: int, start: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids and largest [n, k], log-sum-exps [2, n] at the temperature and at 1, label logits [n]."""
+    outputs = _outputs(logits, k)
+    if len(logits):
+        ids, largest, sums, label_logits = outputs
+        lanes, neighbours, tiles = tile_shape(logits.shape[1], logits.element_size(), slots_of(k))
+        topk_kernel[(len(logits),)](
+            logits, labels, ids, largest, sums, label_logits, logits.stride(0), len(logits), real_columns, start, k,
+            1.0 / temperature, K=slots_of(k), C=lanes, R=neighbours, S=tiles, T_MODE=POWERS.get(temperature, 0),
+            num_warps=8,
+        )  # fmt: skip
+    return outputs
+
+
+@topk.register_fake
+def _(logits, labels, k, temperature, real_columns, start):
+    return _outputs(logits, k)
+
+
+def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = len(logits)
+    fp32 = {"dtype": torch.float32}
+    ids = logits.new_empty((n, k), dtype=torch.int64)
+    return ids, logits.new_empty((n, k), **fp32), logits.new_empty((2, n), **fp32), logits.new_empty(n, **fp32)
