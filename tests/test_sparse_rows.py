@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from fuse_kernels import topk
 
-from megatron_fuse.capture import distributions
 from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, sparse_rows
 
 
@@ -36,8 +36,8 @@ def test_sparse_rows_give_back_the_dense_distribution(
     temperatures: list[float],
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(distributions, "_CPU_CHUNK", 300)  # eight rows at a time, and one in the end
-    monkeypatch.setattr(distributions, "_BLOCK", 4)  # the last block is not full
+    monkeypatch.setattr(topk, "_CPU_CHUNK", 300)  # eight rows at a time, and one in the end
+    monkeypatch.setattr(topk, "_BLOCK", 4)  # the last block is not full
     seed, rows, vocab = 3, 41, 37
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=generator) * 3 + 50).to(dtype)  # in bf16 many are equal
@@ -63,7 +63,7 @@ def test_sparse_rows_give_back_the_dense_distribution(
 
 def test_which_entries_a_row_holds_depends_on_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few different logits, negative zeros among them: at rank k there are always ties."""
-    monkeypatch.setattr(distributions, "_BLOCK", 8)
+    monkeypatch.setattr(topk, "_BLOCK", 8)
     seed, top_k = 11, 10
     logits = torch.randint(-2, 3, (64, 203), generator=torch.Generator().manual_seed(seed)).float()
     logits *= torch.where(torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0)
@@ -71,7 +71,7 @@ def test_which_entries_a_row_holds_depends_on_the_row_alone(monkeypatch: pytest.
     expected = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :top_k]
 
     def ids(rows: slice, chunk: int, threads: int) -> np.ndarray:
-        monkeypatch.setattr(distributions, "_CPU_CHUNK", chunk)
+        monkeypatch.setattr(topk, "_CPU_CHUNK", chunk)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -87,7 +87,7 @@ def test_which_entries_a_row_holds_depends_on_the_row_alone(monkeypatch: pytest.
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, "all masked"])
 def test_rows_that_are_no_distribution_are_refused(monkeypatch: pytest.MonkeyPatch, bad: float | str) -> None:
-    monkeypatch.setattr(distributions, "_CPU_CHUNK", 34)  # three rows at a time: the fifth is in the second chunk
+    monkeypatch.setattr(topk, "_CPU_CHUNK", 34)  # three rows at a time: the fifth is in the second chunk
     logits = torch.zeros(7, 11)
     logits[4] = -torch.inf if bad == "all masked" else logits[4]
     if bad != "all masked":
