@@ -42,12 +42,14 @@ def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_bat
         targets = micro_batch.targets
         assert targets is not None
         for b, s in (targets.labels != -100).nonzero().tolist():
-            row = (targets.labels, targets.ce_weight, targets.kl_weight)
+            # Megatron averages the ranks' gradients, so that a weight is their number times what it counts.
+            weights = (float(f"{of[b, s].item() / ranks:.6g}") for of in (targets.ce_weight, targets.kl_weight))
             found[
                 MODES[micro_batch.mode[b]],
                 int(micro_batch.position_ids[b, s]),
                 int(micro_batch.tokens[b, s]),
-                *(of[b, s].item() for of in row),
+                targets.labels[b, s].item(),
+                *weights,
                 *(tuple(of[b, s].tolist()) for of in (targets.teacher_ids, targets.teacher_logprobs)),
             ] += 1
     return found
@@ -93,7 +95,7 @@ def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity
     for micro_batch in split(batch, dataset, 2, 1):
         assert micro_batch.targets is not None
         for column, weights in enumerate((micro_batch.targets.ce_weight, micro_batch.targets.kl_weight)):
-            sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1))
+            sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1) / 2)  # of two ranks
     # What is barely won counts less: of the inference mode beside the mode's other documents, of the training mode only its KL.
     labels = dataset.supervised_tokens("training")[EXAMPLES]
     counted = (labels * dataset.example_weights("training")[EXAMPLES]).sum() / labels.sum()
