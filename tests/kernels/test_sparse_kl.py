@@ -27,7 +27,8 @@ def cases():
     for shape, tail, temperature, dtype, skipped in product(shapes, TAILS, TEMPERATURES, dtypes, [True, False]):
         usual = [tail == "bucket", temperature == 2.0, dtype == torch.float32, skipped]
         marks = [pytest.mark.slow] if shape[0] == 32000 and sum(usual) < 3 else []
-        yield pytest.param(*shape, tail, temperature, dtype, skipped, marks=marks)
+        values = (*shape, tail, temperature, dtype, skipped)
+        yield pytest.param(*values, marks=marks, id="-".join(map(str, values)))
 
 
 @pytest.mark.parametrize(("vocab", "k", "n", "tail", "temperature", "dtype", "skipped"), cases())

@@ -37,7 +37,8 @@ def cases():
         # fp16: the gradient is written in the backward pass
         backward = usual == [False, True, True, False] and shape == shapes[1] and dtype == torch.float16
         marks = [] if sum(usual) >= 3 or backward else [pytest.mark.slow]
-        yield pytest.param(*shape, tail, temperature, dtype, marks=marks)
+        values = (*shape, tail, temperature, dtype)
+        yield pytest.param(*values, marks=marks, id="-".join(map(str, values)))
 
 
 @pytest.mark.parametrize(("vocab", "k", "n", "tail", "temperature", "dtype"), cases())
