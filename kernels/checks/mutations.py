@@ -118,7 +118,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the gradient written forward is not multiplied by its upstream gradient",
-        "chunked.py",
+        "off_ids.py",
         "    if (upstream == 1).all():\n",
         "    if True:\n",
     ),
@@ -130,7 +130,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the student's tail includes the ids: its mass is always 1",
-        "chunked.py",
+        "off_ids.py",
         "out[on_ids] = -torch.inf",
         "pass",
     ),
@@ -217,6 +217,7 @@ TESTS = {
     "triton_kernels.py": _TRITON_TESTS,
     "triton_loss.py": _TRITON_TESTS,
     "chunked.py": _CHUNKED_TESTS,
+    "off_ids.py": _CHUNKED_TESTS,
     "rows.py": _CHUNKED_TESTS,
     "linear.py": ("tests/kernels/test_fused_linear.py", "-k", "torch-7-bucket or main_gradient or promise"),
     "topk.py": ("tests/kernels/test_topk.py", "-k", "sort and 1003 and torch"),

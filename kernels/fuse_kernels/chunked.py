@@ -9,7 +9,6 @@ The gradient is written over the logits. Bytes moved: each logit is read once an
 gradient, from the exponentials that it has just summed; else it is read once forward, read and written once backward.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fuse_kernels.off_ids import (
+    POWERS,
+    OffIds,
+    buffers,
+    exponentials,
+    no_columns,
+    power,
+    read,
+    scale_,
+    write_gradient,
+)
 from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, TokenLosses, VocabularyShard, sparse_target
-
-# Of a scratch buffer: on a CPU per thread, as two of 512 KB in fp32 stay in a core's own cache; on a GPU what keeps it busy.
-_CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 26
-_POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential
 
 
 def chunked_loss(
@@ -57,7 +63,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.given_away = True
         (logits,) = ctx.saved_tensors
         if ctx.state is None:
-            _scale_(logits, upstream, ctx.rows, ctx.shard)
+            scale_(logits, upstream, ctx.rows, ctx.shard)
         else:
             chunked_gradient_(logits, upstream, ctx.state)
         return logits, *nothing
@@ -80,8 +86,8 @@ def chunked_losses(
     """[a] each from logits [n, v], which stay as they are. Under a group: one all-gather of [7, a] fp64."""
     target = sparse_target(rows, tail)
     entries = _local_entries(logits, rows, target, shard)
-    off_ids = _off_ids(logits, rows)
-    for _ in _exponentials(logits, rows, entries, temperature, shard, off_ids):
+    off_ids = no_columns(logits, rows)
+    for _ in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
         pass
     statistics = _statistics(off_ids, _on_ids(target, entries, temperature), target, shard)
     state = ChunkedState(rows, entries, statistics, temperature, shard)
@@ -99,16 +105,16 @@ def chunked_losses_and_gradient_(
     weights = torch.stack((w_ce, w_kl * (target.mass.sum(1) + target.tail)))
     of_tail = w_kl * target.tail if tail == "bucket" else None
     _clear(logits, rows, shard)
-    off_ids = _off_ids(logits, rows)
-    for start, stop, x, y in _exponentials(logits, rows, entries, temperature, shard, off_ids):
-        # `_factors` of the few rows whose sums are known so far, in fewer steps: with exp(lse - shift) = the sum off the ids and
+    off_ids = no_columns(logits, rows)
+    for start, stop, x, y in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
+        # What `_write_off_ids` multiplies by, for the few rows whose sums are known so far and in fewer steps: with exp(lse - shift) = the sum off the ids and
         # exp(log-sum-exp on them - shift). A row with nothing off the ids has factors that multiply 0.
         part = slice(start, stop)
         sums = off_ids.sums[:, part]
         factors = weights[:, part] / (on_ids[:2, part] - off_ids.shifts[:, part]).exp_().add_(sums)
         if of_tail is not None:
             factors[1].sub_(of_tail[part] / sums[1].clamp(min=1.0))
-        _write_gradient(logits, rows, start, stop, x, y, factors)
+        write_gradient(logits, rows, start, stop, x, y, factors)
     statistics = _statistics(off_ids, on_ids, target, shard)
     _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature)
     return _losses(logits, rows, target, statistics, temperature)
@@ -150,14 +156,27 @@ def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
     logits[:, shard.columns :] = 0
 
 
-def _scale_(gradient: Tensor, upstream: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
-    """Multiplies the active rows of the gradient [n, v] by upstream [a]."""
-    if (upstream == 1).all():
-        return
-    for start, stop, x, _ in _buffers(gradient, rows, shard):
-        _read(gradient, rows, start, stop, 1.0, out=x)
-        x.mul_(upstream[start:stop, None])
-        _write_back(x, gradient, rows, start, stop)
+def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
+    """`write_gradient` of all chunks: w_ce p + w_kl (total q - tail r), from statistics that are known already."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
+    # A power of exp(z / T - shift_t) is exp(z - T shift_t); at a large T that could overflow.
+    shift_1 = temperature * shift_t if temperature in POWERS else statistics.lse_1.to(dtype).double()
+    teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
+    factor_t = w_kl * (statistics.total * (shift_t - statistics.lse_t).exp() - teacher)
+    factors = torch.stack((w_ce * (shift_1 - statistics.lse_1).exp(), factor_t))
+    shift_1, shift_t = shift_1.to(dtype)[:, None], shift_t.to(dtype)[:, None]
+    for start, stop, x, y in buffers(logits, rows, shard):
+        read(logits, rows, start, stop, 1 / temperature, out=x)
+        x.sub_(shift_t[start:stop]).exp_()
+        if temperature == 1:
+            y = x
+        elif temperature in POWERS:
+            power(x, temperature, out=y)
+        else:
+            read(logits, rows, start, stop, 1.0, out=y)
+            y.sub_(shift_1[start:stop]).exp_()
+        write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop])
 
 
 # --- the special columns: gathered, fp64 -----------------------------------------------------------------------------
@@ -260,7 +279,7 @@ def _on_ids(target: SparseTarget, entries: "_LocalEntries", temperature: float) 
     return torch.stack((*sums, on_ids.amax(1), product, label_logit, likeliest))
 
 
-def _statistics(off_ids: "_OffIds", on_ids: Tensor, target: SparseTarget, shard: VocabularyShard) -> _Statistics:
+def _statistics(off_ids: OffIds, on_ids: Tensor, target: SparseTarget, shard: VocabularyShard) -> _Statistics:
     """From what this shard has off and on the ids; under a group, one all-gather of [7, a]."""
     off_1, off_t = off_ids.shifts + off_ids.sums.double().log()
     largest = torch.maximum(off_ids.shifts[0].double(), on_ids[2])
@@ -278,144 +297,3 @@ def _statistics(off_ids: "_OffIds", on_ids: Tensor, target: SparseTarget, shard:
     total = target.mass.sum(1) + tail
     lse_t = torch.logaddexp(off_t, on_t)
     return _Statistics(lse_1, lse_t, off_t, on_t, product, label_logit, largest, likeliest, tail, total)
-
-
-# --- the dense part: in chunks of rows --------------------------------------------------------------------------------
-#
-# exp(z / T - shift) with any shift near the row's largest z / T: the shift is rounded to the buffers' dtype first and that
-# rounded value is used in the fp64 arithmetic around it, so its rounding cancels.
-
-
-@dataclass(frozen=True)
-class _OffIds:
-    """What the columns off the ids add up to, as far as chunks were read: [2, a] each in the buffers' dtype, of z and of z / T."""
-
-    shifts: Tensor  # the largest; that of z / T rounded
-    sums: Tensor  # of exp(... - shift)
-
-
-def _off_ids(logits: Tensor, rows: ActiveRows) -> _OffIds:
-    """Of no columns."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    sums = torch.zeros((2, rows.labels.numel()), dtype=dtype, device=logits.device)
-    return _OffIds(torch.full_like(sums, -torch.inf), sums)
-
-
-def _exponentials(
-    logits: Tensor,
-    rows: ActiveRows,
-    entries: "_LocalEntries",
-    temperature: float,
-    shard: VocabularyShard,
-    off_ids: _OffIds,
-) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, 0 on the ids; its sums are in off_ids by then.
-
-    Both are [stop - start, columns], one and the same at T = 1. The next chunk takes their memory.
-    """
-    first_entry = torch.searchsorted(entries.row, torch.arange(rows.labels.numel() + 1, device=logits.device)).tolist()
-    lowest = torch.finfo(off_ids.shifts.dtype).min  # in the place of -inf, which cannot be subtracted from -inf
-    for start, stop, x, y in _buffers(logits, rows, shard):
-        mine = slice(first_entry[start], first_entry[stop])
-        on_ids = entries.row[mine] - start, entries.column[mine]
-        shift_1, shift_t = off_ids.shifts[:, start:stop]
-        sum_1, sum_t = off_ids.sums[:, start:stop]
-
-        def take(scale: float, out: Tensor, shift: Tensor, start=start, stop=stop, on_ids=on_ids) -> None:
-            _read(logits, rows, start, stop, scale, out=out)
-            out[on_ids] = -torch.inf
-            torch.amax(out, 1, out=shift)
-            out.sub_(shift.clamp_(min=lowest)[:, None]).exp_()
-
-        take(1 / temperature, x, shift_t)
-        torch.sum(x, 1, out=sum_t)
-        if temperature == 1:
-            shift_1.copy_(shift_t)
-            sum_1.copy_(sum_t)
-            yield start, stop, x, x
-            continue
-        if temperature in _POWERS:
-            torch.mul(shift_t, temperature, out=shift_1)
-            _power(x, temperature, out=y)
-        else:
-            take(1.0, y, shift_1)
-        torch.sum(y, 1, out=sum_1)
-        yield start, stop, x, y
-
-
-def _power(x: Tensor, temperature: float, out: Tensor) -> None:
-    """x to the power of 2 or 4."""
-    torch.mul(x, x, out=out)
-    if temperature == 4:
-        out.mul_(out)
-
-
-def _write_gradient(
-    logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
-) -> None:
-    """The gradient of every column as if it were off the ids and not the label: x, y as of `_exponentials`, which are used up.
-
-    factors [2, stop - start] fp64: of y and of x.
-    """
-    of_y, of_x = factors.to(x.dtype)[:, :, None]
-    in_place = rows.index is None and logits.dtype == x.dtype
-    gradient = logits[start:stop, : x.shape[1]] if in_place else x
-    if y is x:
-        torch.mul(x, of_x.add_(of_y), out=gradient)
-    else:
-        torch.addcmul(y.mul_(of_y), x, of_x, out=gradient)
-    if not in_place:
-        _write_back(x, logits, rows, start, stop)
-
-
-def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
-    """`_write_gradient` of all chunks: w_ce p + w_kl (total q - tail r), from statistics that are known already."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
-    # A power of exp(z / T - shift_t) is exp(z - T shift_t); at a large T that could overflow.
-    shift_1 = temperature * shift_t if temperature in _POWERS else statistics.lse_1.to(dtype).double()
-    teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
-    factor_t = w_kl * (statistics.total * (shift_t - statistics.lse_t).exp() - teacher)
-    factors = torch.stack((w_ce * (shift_1 - statistics.lse_1).exp(), factor_t))
-    shift_1, shift_t = shift_1.to(dtype)[:, None], shift_t.to(dtype)[:, None]
-    for start, stop, x, y in _buffers(logits, rows, shard):
-        _read(logits, rows, start, stop, 1 / temperature, out=x)
-        x.sub_(shift_t[start:stop]).exp_()
-        if temperature == 1:
-            y = x
-        elif temperature in _POWERS:
-            _power(x, temperature, out=y)
-        else:
-            _read(logits, rows, start, stop, 1.0, out=y)
-            y.sub_(shift_1[start:stop]).exp_()
-        _write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop])
-
-
-def _buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """start, stop among the active rows, and two scratch buffers [stop - start, columns], the same memory every time."""
-    count = rows.labels.numel()
-    if shard.columns == 0 or count == 0:
-        return
-    elements = _CPU_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else _GPU_CHUNK
-    size = min(max(1, elements // shard.columns), count)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    x, y = torch.empty((2, size, shard.columns), dtype=dtype, device=logits.device)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        yield start, stop, x[: stop - start], y[: stop - start]
-
-
-def _read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float, out: Tensor) -> None:
-    """scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
-    part = logits[start:stop] if rows.index is None else logits[rows.index[start:stop]]
-    part = part[:, : out.shape[1]]
-    if part.dtype == out.dtype:
-        torch.mul(part, scale, out=out)
-    else:  # a product of half types would be rounded before it is stored
-        out.copy_(part).mul_(scale)
-
-
-def _write_back(x: Tensor, logits: Tensor, rows: ActiveRows, start: int, stop: int) -> None:
-    """x takes the place of the logits of the active rows start ... stop - 1."""
-    place = slice(start, stop) if rows.index is None else rows.index[start:stop]
-    logits[place, : x.shape[1]] = x.to(logits.dtype)

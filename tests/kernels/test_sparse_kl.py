@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fuse_kernels import chunked, sparse_kl_cross_entropy
+from fuse_kernels import off_ids, sparse_kl_cross_entropy
 from fuse_kernels.rows import VocabularyShard
 from sparse_kl_cases import DEVICE, Case, assert_close, exact, make_case, run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,7 +171,7 @@ def test_rows_do_not_depend_on_their_chunk(skipped, monkeypatch, seed):
     case = make_case(seed, n=40, vocab=300, skipped=skipped)
     whole = run(case, "torch", temperature=2.0)
     for elements in (1, 700, 2000):  # one row a chunk; two rows; six, with a short last one
-        monkeypatch.setattr(chunked, "_CPU_CHUNK", elements)
+        monkeypatch.setattr(off_ids, "_CPU_CHUNK", elements)
         for a, b in zip(run(case, "torch", temperature=2.0), whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -310,7 +310,7 @@ class LargestTensors(TorchDispatchMode):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("skip", [False, True])  # skipped rows take another road through the chunks
 def test_no_tensor_of_the_size_of_the_logits_comes_into_being(temperature, skip, monkeypatch, seed):
-    monkeypatch.setattr(chunked, "_CPU_CHUNK", 2000)
+    monkeypatch.setattr(off_ids, "_CPU_CHUNK", 2000)
     case = make_case(seed, n=64, vocab=1000, padding=0)
     logits = case.logits.nan_to_num(0.0).requires_grad_()
     kl_weight = case.kl_weight if skip else torch.ones(64)
@@ -338,5 +338,5 @@ def test_chunks_on_a_gpu_keep_it_busy():
     """Of 131072 columns a chunk for a CPU's cache has one row, whose launches alone would take longer than its work."""
     logits = torch.empty(8192, 131072, device="meta", dtype=torch.bfloat16)
     rows = SimpleNamespace(labels=torch.empty(8192, device="meta"))
-    starts = [start for start, *_ in chunked._buffers(logits, rows, VocabularyShard(0, 131072, 131072, None))]
+    starts = [start for start, *_ in off_ids.buffers(logits, rows, VocabularyShard(0, 131072, 131072, None))]
     assert 1 < len(starts) <= 32

@@ -1,0 +1,141 @@
+"""The dense part of the loss in plain torch: exponentials of all columns off the ids, a few rows at a time.
+
+exp(z / T - shift) with any shift near the row's largest z / T: the shift is rounded to the buffers' dtype first and that rounded value is
+used in the fp64 arithmetic around it, so its rounding cancels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuse_kernels.rows import ActiveRows, VocabularyShard
+
+# Of a scratch buffer: on a CPU per thread, as two of 512 KB in fp32 stay in a core's own cache; on a GPU what keeps it busy.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 26
+POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential
+
+
+@dataclass(frozen=True)
+class OffIds:
+    """What the columns off the ids add up to, as far as chunks were read: [2, a] each in the buffers' dtype, of z and of z / T."""
+
+    shifts: Tensor  # the largest; that of z / T rounded
+    sums: Tensor  # of exp(... - shift)
+
+
+def no_columns(logits: Tensor, rows: ActiveRows) -> OffIds:
+    """Of no columns."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    sums = torch.zeros((2, rows.labels.numel()), dtype=dtype, device=logits.device)
+    return OffIds(torch.full_like(sums, -torch.inf), sums)
+
+
+def exponentials(
+    logits: Tensor,
+    rows: ActiveRows,
+    entry_rows: Tensor,
+    entry_columns: Tensor,
+    temperature: float,
+    shard: VocabularyShard,
+    off_ids: OffIds,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, 0 on the ids; its sums are in off_ids by then.
+
+    Both are [stop - start, columns], one and the same at T = 1. The next chunk takes their memory. entry_rows (ascending),
+    entry_columns [e]: what is on the ids of this shard.
+    """
+    first_entry = torch.searchsorted(entry_rows, torch.arange(rows.labels.numel() + 1, device=logits.device)).tolist()
+    lowest = torch.finfo(off_ids.shifts.dtype).min  # in the place of -inf, which cannot be subtracted from -inf
+    for start, stop, x, y in buffers(logits, rows, shard):
+        mine = slice(first_entry[start], first_entry[stop])
+        on_ids = entry_rows[mine] - start, entry_columns[mine]
+        shift_1, shift_t = off_ids.shifts[:, start:stop]
+        sum_1, sum_t = off_ids.sums[:, start:stop]
+
+        def take(scale: float, out: Tensor, shift: Tensor, start=start, stop=stop, on_ids=on_ids) -> None:
+            read(logits, rows, start, stop, scale, out=out)
+            out[on_ids] = -torch.inf
+            torch.amax(out, 1, out=shift)
+            out.sub_(shift.clamp_(min=lowest)[:, None]).exp_()
+
+        take(1 / temperature, x, shift_t)
+        torch.sum(x, 1, out=sum_t)
+        if temperature == 1:
+            shift_1.copy_(shift_t)
+            sum_1.copy_(sum_t)
+            yield start, stop, x, x
+            continue
+        if temperature in POWERS:
+            torch.mul(shift_t, temperature, out=shift_1)
+            power(x, temperature, out=y)
+        else:
+            take(1.0, y, shift_1)
+        torch.sum(y, 1, out=sum_1)
+        yield start, stop, x, y
+
+
+def power(x: Tensor, temperature: float, out: Tensor) -> None:
+    """x to the power of 2 or 4."""
+    torch.mul(x, x, out=out)
+    if temperature == 4:
+        out.mul_(out)
+
+
+def write_gradient(
+    logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
+) -> None:
+    """The gradient of every column as if it were off the ids and not the label: x, y as of `exponentials`, which are used up.
+
+    factors [2, stop - start] fp64: of y and of x.
+    """
+    of_y, of_x = factors.to(x.dtype)[:, :, None]
+    in_place = rows.index is None and logits.dtype == x.dtype
+    gradient = logits[start:stop, : x.shape[1]] if in_place else x
+    if y is x:
+        torch.mul(x, of_x.add_(of_y), out=gradient)
+    else:
+        torch.addcmul(y.mul_(of_y), x, of_x, out=gradient)
+    if not in_place:
+        write_back(x, logits, rows, start, stop)
+
+
+def buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """start, stop among the active rows, and two scratch buffers [stop - start, columns], the same memory every time."""
+    count = rows.labels.numel()
+    if shard.columns == 0 or count == 0:
+        return
+    elements = _CPU_CHUNK * torch.get_num_threads() if logits.device.type == "cpu" else _GPU_CHUNK
+    size = min(max(1, elements // shard.columns), count)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    x, y = torch.empty((2, size, shard.columns), dtype=dtype, device=logits.device)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        yield start, stop, x[: stop - start], y[: stop - start]
+
+
+def read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float, out: Tensor) -> None:
+    """scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
+    part = logits[start:stop] if rows.index is None else logits[rows.index[start:stop]]
+    part = part[:, : out.shape[1]]
+    if part.dtype == out.dtype:
+        torch.mul(part, scale, out=out)
+    else:  # a product of half types would be rounded before it is stored
+        out.copy_(part).mul_(scale)
+
+
+def write_back(x: Tensor, logits: Tensor, rows: ActiveRows, start: int, stop: int) -> None:
+    """x takes the place of the logits of the active rows start ... stop - 1."""
+    place = slice(start, stop) if rows.index is None else rows.index[start:stop]
+    logits[place, : x.shape[1]] = x.to(logits.dtype)
+
+
+def scale_(gradient: Tensor, upstream: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
+    """Multiplies the active rows of the gradient [n, v] by upstream [a]."""
+    if (upstream == 1).all():
+        return
+    for start, stop, x, _ in buffers(gradient, rows, shard):
+        read(gradient, rows, start, stop, 1.0, out=x)
+        x.mul_(upstream[start:stop, None])
+        write_back(x, gradient, rows, start, stop)
