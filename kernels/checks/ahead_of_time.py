@@ -79,7 +79,7 @@ def variants(dtype: str) -> Iterator[tuple[str, dict[str, object], int]]:
         yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
         for upstream in ({}, {"UPSTREAM": None}):
             yield "gradient_kernel", {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream}, launch.warps
-        for width in (128256, 32064, 8192):
+        for width in (128256, 32064):
             whole = choose_launch(8192, width, size, 132)
             shape = row_shape(whole)
             yield "whole_row_kernel", {**shape, "K": 16, "T_MODE": mode, "ROUND": False}, whole.row_warps

@@ -98,15 +98,18 @@ def gather_kernel(
     if (ce_weight == 0.0) & (kl_weight == 0.0):  # nothing else is read of such a row
         return
     # fp64: 1 - m loses its digits in fp32 when the teacher is nearly certain, and these are a handful. Empty slots may hold NaN.
-    # Row i, column j: whether the entries i and j have the same id. K x K, in registers.
-    other = tl.arange(0, K)
-    other_ids = tl.load(IDS + row * k + other, mask=other < k, other=-1)
-    other_raw = tl.load(LOGPROBS + row * k + other, mask=other_ids >= 0, other=NOTHING)
-    same = (ids[:, None] == other_ids[None, :]) & live[:, None]
-    other_mass = tl.where(other_ids >= 0, tl.exp(other_raw.to(tl.float64)), 0.0)
-    mass = tl.sum(tl.where(same, other_mass[None, :], 0.0), 1)
-    earlier = same & (other[None, :] < slot[:, None])
-    first = live & (tl.max(earlier.to(tl.int32), 1) == 0)
+    mass = tl.zeros([K], tl.float64)
+    earlier = tl.zeros([K], tl.int32)
+    for at in range(0, k, 16):
+        # Row i, column j: whether the entries i and at + j have the same id. K x 16, in registers.
+        other = at + tl.arange(0, 16)
+        other_ids = tl.load(IDS + row * k + other, mask=other < k, other=-1)
+        other_raw = tl.load(LOGPROBS + row * k + other, mask=other_ids >= 0, other=NOTHING)
+        other_mass = tl.where(other_ids >= 0, tl.exp(other_raw.to(tl.float64)), 0.0)
+        same = (ids[:, None] == other_ids[None, :]) & live[:, None]
+        mass += tl.sum(tl.where(same, other_mass[None, :], 0.0), 1)
+        earlier += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
+    first = live & (earlier == 0)
     mass = tl.where(first, mass, 0.0)
     stored = tl.sum(mass, 0)
     tl.store(TEACHER + 3 * n + row, stored.to(tl.float32))

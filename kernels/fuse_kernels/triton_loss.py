@@ -51,8 +51,8 @@ def choose_launch(n: int, width: int, element_size: int, processors: int) -> Lau
     """A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the device.
 
     A program that has a whole row reads it twice, the second time from the cache. Long rows get a program of 32 warps, of which a
-    multiprocessor holds one or two: what is between the two readings, 132 times 256 KB at 128256 columns of bf16, then fits
-    into the second-level cache (50 MB of an H100). Short rows would leave 32 warps little to do.
+    multiprocessor holds one: what is between the two readings, 132 times 256 KB at 128256 columns of bf16, then fits into the
+    second-level cache (50 MB of an H100). Of rows up to 128 KB several fit, in programs of 8 warps.
     """
     warps = 8
     lanes = warps * 32 * 16 // element_size
@@ -62,8 +62,6 @@ def choose_launch(n: int, width: int, element_size: int, processors: int) -> Lau
     split_columns = _multiple(-(-width // splits))
     gradient_splits = max(splits, -(-width // (16 * lanes)))
     gradient_columns = _multiple(-(-width // gradient_splits))
-    row_bytes = width * element_size
-    row_warps = 32 if row_bytes > 1 << 17 else 16 if row_bytes > 1 << 15 else 8
     return Launch(
         rows=4,
         lanes=lanes,
@@ -74,16 +72,14 @@ def choose_launch(n: int, width: int, element_size: int, processors: int) -> Lau
         gradient_columns=gradient_columns,
         whole_rows=splits == 1,
         warps=warps,
-        row_warps=row_warps,
+        row_warps=32 if width * element_size > 1 << 17 else 8,
     )
 
 
 def row_shape(launch: Launch) -> dict[str, int]:
-    """R, C and BLOCK of whole_row_kernel. Two loads in flight for each of 1024 threads: four would need registers for which there
-    is no room."""
+    """R, C and BLOCK of whole_row_kernel. A thread has two loads in flight: for four there are not registers enough."""
     factor = launch.row_warps // launch.warps
-    rows = min(launch.rows, 2) if factor > 1 else launch.rows
-    return {"R": rows, "C": launch.lanes * factor, "BLOCK": launch.block * factor}
+    return {"R": min(launch.rows, 2), "C": launch.lanes * factor, "BLOCK": launch.block * factor}
 
 
 def _multiple(columns: int) -> int:
@@ -239,8 +235,8 @@ class _Gathered:
 
 
 def gather_warps(slots: int) -> int:
-    """So that a thread compares at most 32 pairs of entries: more would not fit into its registers."""
-    return max(slots * slots // (32 * 32), 1)
+    """So that a thread compares at most 16 pairs of entries at once."""
+    return max(slots // 32, 1)
 
 
 def slots_of(k: int) -> int:
