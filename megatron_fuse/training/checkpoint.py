@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.transformer.module import Float16Module
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -204,7 +205,8 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     """Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
-    missing, unknown = chunk.load_state_dict(state, strict=False)
+    model = chunk.module if isinstance(chunk, Float16Module) else chunk  # which does not say what is missing
+    missing, unknown = model.load_state_dict(state, strict=False)
     if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
         raise RuntimeError(f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}")
 

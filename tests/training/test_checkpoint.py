@@ -80,6 +80,16 @@ def test_an_odd_vocabulary_loads_at_other_layouts(ranks, odd, tmp_path, world_si
     assert [step["iteration"] for step in report["steps"]] == [4]
 
 
+def test_a_run_in_bf16_continues(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """With the losses that it would have had in one go."""
+    training = {"precision": "bf16", "train_iters": 5}
+    whole = one_report(ranks(1, run_training, tmp_path / "whole", odd[1], {"training": training}))
+    ranks(1, run_training, tmp_path / "parted", odd[1], {"training": {**training, "train_iters": 3}})
+    rest = one_report(ranks(1, run_training, tmp_path / "parted", odd[1], {"training": training}))
+    assert [step["iteration"] for step in rest["steps"]] == [4, 5]
+    assert rest["steps"] == whole["steps"][3:]
+
+
 # 1024 and 1003 are padded alike: Megatron alone would load it and leave 21 rows of zeros
 @pytest.mark.parametrize(
     ("vocab_size", "tied", "key"), [(1024, False, "vocab_size"), (1003, True, "tied_embeddings")], ids=["1024", "tied"]
