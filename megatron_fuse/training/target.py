@@ -24,6 +24,15 @@ from megatron_fuse.training.checkpoint_files import checkpoints_in
 def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
     """This rank's model chunks with the Hugging Face weights of recipe.target. Needs a started runtime."""
     check_target_weights(recipe, architecture)  # before memory is taken for them
+    chunks = build_chunks(recipe, architecture)
+    load_hugging_face_weights(chunks, target_directory(recipe))
+    return chunks
+
+
+def build_chunks(
+    recipe: Recipe, architecture: Architecture, *, perform_initialization: bool = False
+) -> list[torch.nn.Module]:
+    """This rank's model chunks as the recipe lays them out, their weights unset, or random with perform_initialization."""
     layout, training, loss = recipe.parallel, recipe.training, recipe.loss
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
@@ -35,6 +44,7 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
         sequence_parallel=layout.sequence_parallel,
         transformer_impl=layout.transformer_impl,
         deterministic_mode=training.deterministic,
+        perform_initialization=perform_initialization,
         **(recompute if training.recompute else {}),
     )
     if config.transformer_impl == "transformer_engine" and training.packing and training.precision == "fp32":
@@ -48,9 +58,7 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
         implementation=loss.implementation,
         fused_linear=loss.fused_linear,
     )
-    chunks = build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
-    load_hugging_face_weights(chunks, target_directory(recipe))
-    return chunks
+    return build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
 
 
 def _whole_model(model_dir: Path) -> tuple[Architecture, list[torch.nn.Module]]:

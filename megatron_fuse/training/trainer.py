@@ -212,7 +212,11 @@ def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[f
     )
 
 
-def _forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+    """All micro-batches of a step through Megatron's schedule: what the forward steps report (loss.make_forward_step) of each.
+
+    Waits for the GPU at no point.
+    """
     runtime, size = trainer.runtime, trainer.recipe.training.micro_batch_size
 
     def micro_batch_iterator() -> Iterator[MicroBatch]:
@@ -249,7 +253,7 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
     trainer.optimizer.zero_grad()
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
-    reports = _forward_backward(trainer, batch, forward_only=False)
+    reports = forward_backward(trainer, batch, forward_only=False)
     grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
     values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
     return values | {"grad norm": grad_norm, "padding": batch.padding}
@@ -297,7 +301,7 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     size = recipe.training.global_batch_size
     for first in range(0, len(dataset.held_out), size):
         batch = plan_step(trainer, dataset.held_out[first : first + size], weights)
-        reports = _forward_backward(trainer, batch, forward_only=True)
+        reports = forward_backward(trainer, batch, forward_only=True)
         values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
         for mode, tokens in batch.supervised_tokens.items():
             counts[mode] += tokens

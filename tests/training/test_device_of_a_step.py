@@ -29,7 +29,7 @@ def devices_after_a_step(directory: Path, target: Path, sections: dict[str, dict
     from megatron_fuse.target import read_target
     from megatron_fuse.training import target as targets
     from megatron_fuse.training.batches import micro_batches, phase_weights
-    from megatron_fuse.training.trainer import _forward_backward, make_trainer, plan_step
+    from megatron_fuse.training.trainer import forward_backward, make_trainer, plan_step
 
     recipe = make_tiny_recipe(directory, target, **sections)
     runtime = dataclasses.replace(start_runtime(), device=META)
@@ -45,7 +45,7 @@ def devices_after_a_step(directory: Path, target: Path, sections: dict[str, dict
         size = recipe.training.micro_batch_size
         place = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True, "device": META}
         micro_batch = next(iter(micro_batches(trainer.dataset, batch, micro_batch_size=size, **place)))
-        reports = _forward_backward(trainer, batch, forward_only=False)
+        reports = forward_backward(trainer, batch, forward_only=False)
         parameters = list(chunks[0].parameters())
         tensors = {
             "parameters": parameters,
