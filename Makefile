@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test check-gpu lint clean
 
 setup: .venv/ready
 
@@ -21,6 +21,10 @@ quickstart: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# CHECK_ARGS: options of the command, as "--only kernels benchmark"
+check-gpu: .venv/ready
+	$(BIN)/python tools/check_gpu.py $(CHECK_ARGS)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

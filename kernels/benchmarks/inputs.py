@@ -9,12 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of every provider of a case: `(*leaves, *teacher, temperature)`."""
+    """Arguments of every provider of a case: `(*leaves, *teacher, temperature)`. Of top_k: (logits, labels, temperature)."""
 
     leaves: tuple[Tensor, ...]  # what is differentiated: (logits [n, v],) or (hidden [n, h], weight [v, h])
     masters: tuple[Tensor, ...]  # their values
     teacher: tuple[Tensor, ...]  # labels [n], teacher_ids, teacher_logprobs [n, k], ce_weight, kl_weight [n]
     temperature: float
+
+    @property
+    def forward_only(self) -> bool:
+        return not self.leaves[0].requires_grad
 
     @property
     def arguments(self) -> tuple:
@@ -58,9 +62,11 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     teacher_ids = torch.randint(part, (n, k), generator=g, device=device) + torch.arange(k, device=device) * part
     teacher_logprobs = (2 * rand(n, k)).log_softmax(1) + (0.6 + 0.35 * rand(n, 1)).log()
     labels = torch.where(rand(n) < 0.5, teacher_ids[:, 0], torch.randint(v, (n,), generator=g, device=device))
+    teacher = (labels, teacher_ids, teacher_logprobs, 0.1 + rand(n), 0.1 + rand(n))
+    differentiable = case.kernel != "top_k"
     return Inputs(
-        leaves=tuple(master.clone().requires_grad_() for master in masters),
+        leaves=tuple(master.clone().requires_grad_(differentiable) for master in masters),
         masters=masters,
-        teacher=(labels, teacher_ids, teacher_logprobs, 0.1 + rand(n), 0.1 + rand(n)),
+        teacher=teacher if differentiable else teacher[:1],
         temperature=case.temperature,
     )

@@ -13,6 +13,7 @@ def fused_linear_providers() -> list[Provider]:
     return [
         Provider("ours", fused, exact),
         Provider("ours, main_grad", fused, exact, main_grad=True),
+        Provider("ours, main_grad, unit upstream", fused_unit_upstream, exact, main_grad=True),
         Provider("unfused", unfused, exact),
         Provider("dense eager", dense_logits, exact),
         Provider("dense torch.compile", compiled(dense_logits), exact),
@@ -21,8 +22,8 @@ def fused_linear_providers() -> list[Provider]:
     ]
 
 
-def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):
-    loss, *_ = fuse_kernels.fused_linear_sparse_kl(
+def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, **options):
+    return fuse_kernels.fused_linear_sparse_kl(
         hidden,
         weight,
         labels,
@@ -34,8 +35,13 @@ def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_w
         tail="ignore",
         implementation=fitting_implementation(hidden),
         chunk_tokens=chunk_tokens(len(hidden)),
-    )
-    return loss
+        **options,
+    )[0]
+
+
+def fused_unit_upstream(*arguments):
+    """The sum of the losses, whose gradient needs no second product for the logits."""
+    return fused(*arguments, unit_upstream=True).sum()
 
 
 def unfused(hidden, weight, *rest, implementation=None):

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 from cases import Case
-from exactness import TOLERANCES, gradient_error
+from exactness import TOLERANCES, error_of
 from inputs import make_inputs
 from providers import Provider
-from timing import MODES, Meter, call_peaks, call_times
+from timing import Meter, call_peaks, call_times
+
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Result:
 
     provider: str
     note: str = ""
-    failed: bool = False  # wrong or broken, as opposed to absent
+    failed: bool = False  # wrong or broken, as opposed to absent or too large for the memory
     milliseconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # mode -> p20, p50, p80
     peak_bytes: dict[str, int] = field(default_factory=dict)  # mode -> above the inputs
 
@@ -33,11 +35,13 @@ def measure(case: Case, providers: Sequence[Provider], meter: Meter, device: str
     for provider in (p for p in providers if not p.absent):
         result = results[provider.name]
         try:  # one library that cannot work here must not cost the others their figures
-            error = gradient_error(provider, inputs)
+            error = error_of(provider, inputs)
             if not error <= TOLERANCES[case.dtype]:  # written so that NaN is wrong
-                raise ArithmeticError(f"the gradient is off by {error:.1e} of its norm")
-            result.peak_bytes = dict(zip(MODES, call_peaks(meter, provider, inputs), strict=True))
+                raise ArithmeticError(f"the result is off by {error:.1e} of its norm")
+            result.peak_bytes = dict(zip(case.modes, call_peaks(meter, provider, inputs), strict=True))
             able.append(provider)
+        except torch.OutOfMemoryError:
+            result.note = OUT_OF_MEMORY
         except Exception as error:
             result.note, result.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", True
     times = {provider.name: [] for provider in able}
@@ -46,7 +50,7 @@ def measure(case: Case, providers: Sequence[Provider], meter: Meter, device: str
             times[provider.name].append(call_times(meter, provider, inputs))
     for name, calls in times.items():
         warm = zip(*calls[1:], strict=True)
-        results[name].milliseconds = {mode: percentiles(values) for mode, values in zip(MODES, warm, strict=True)}
+        results[name].milliseconds = {mode: percentiles(values) for mode, values in zip(case.modes, warm, strict=True)}
     return list(results.values())
 
 

@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 @dataclass(frozen=True)
 class Provider:
     name: str
-    loss: Callable[..., Tensor]  # [n], or a scalar where the rows cannot be had
-    exact: Callable[..., Tensor]  # the same loss, densely, of fp64 arguments
+    # [n], or a scalar where the rows cannot be had. Of top_k: ids, logits [n, k], log-sum-exps [n, 2], label_logits [n]
+    loss: Callable[..., Tensor]
+    exact: Callable[..., Tensor] | None  # the same loss, densely, of fp64 arguments; for top_k there is one for all
     absent: str = ""  # why it cannot run here
     main_grad: bool = False  # adds the weight's gradient to weight.main_grad and returns a sparse zero for it
 
@@ -61,9 +62,19 @@ def fitting_implementation(tensor: Tensor) -> str:
 
 
 def ours(
-    logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, *, tail, implementation=None
+    logits,
+    labels,
+    teacher_ids,
+    teacher_logprobs,
+    ce_weight,
+    kl_weight,
+    temperature,
+    *,
+    tail,
+    implementation=None,
+    **shard,
 ):
-    loss, *_ = sparse_kl_cross_entropy(
+    return sparse_kl_cross_entropy(
         logits,
         labels,
         teacher_ids,
@@ -73,8 +84,8 @@ def ours(
         temperature=temperature,
         tail=tail,
         implementation=implementation or fitting_implementation(logits),
-    )
-    return loss
+        **shard,
+    )[0]
 
 
 def dense(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):

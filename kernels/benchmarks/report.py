@@ -4,16 +4,16 @@ import csv
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from cases import Case
+from cases import MODES, Case, Target
 from measure import Result, percentiles
-from timing import MODES
 
-BASELINE = "dense eager"
+BASELINES = ("dense eager", "torch topk, logsumexp")
 COLUMNS = (
     *("kernel", "provider", "mode", "dtype", "n", "v", "k", "temperature", "h"),
     *("p20_ms", "p50_ms", "p80_ms", "gb_per_s", "peak_mb", "machine", "versions", "date", "note"),
@@ -42,11 +42,11 @@ def versions(device: str) -> str:
 
 def result_rows(case: Case, results: Sequence[Result]) -> list[dict]:
     """A row for every provider and mode, without figures where there are none. MB and GB are powers of ten."""
-    shape = {"kernel": case.kernel, "dtype": str(case.dtype).removeprefix("torch."), "n": case.n, "v": case.v}
+    shape = {"kernel": case.label, "dtype": str(case.dtype).removeprefix("torch."), "n": case.n, "v": case.v}
     shape |= {"k": case.k, "temperature": case.temperature, "h": case.h}
     rows = []
     for result in results:
-        for mode in MODES:
+        for mode in case.modes:
             row = shape | {"provider": result.provider, "mode": mode, "note": result.note}
             if result.milliseconds:
                 row |= _timed(result.milliseconds[mode], case.model_bytes(mode))
@@ -81,47 +81,66 @@ def append_csv(path: Path, rows: Sequence[dict], device: str) -> None:
 
 
 def print_table(case: Case, results: Sequence[Result], copy_rate: float) -> None:
-    """copy_rate: GB/s. The column "of copy" is the share of it that forward+backward reaches."""
-    baseline = next((r for r in results if r.provider == BASELINE and r.milliseconds), None)
-    print(f"\n{case}; ratio: {BASELINE} / provider, of forward+backward")
+    """copy_rate: GB/s. The column "of copy" is the share of it that a call reaches."""
+    whole = case.modes[-1]
+    baseline = next((r for r in results if r.provider in BASELINES and r.milliseconds), None)
+    print(f"\n{case}; ratio: {baseline.provider if baseline else BASELINES[0]} / provider, of {whole}")
     heads = ("forward ms", "backward ms", "both p50", "p20", "p80", "ratio", "GB/s", "of copy", "peak MB", "/ logits")
     print(f"{'':24}" + "".join(f"{head:>12}" for head in heads))
     for result in results:
         if not result.milliseconds:
             print(f"{result.provider:24}  {result.note}")
             continue
-        p20, p50, p80 = result.milliseconds["forward+backward"]
-        ratio = f"{baseline.milliseconds['forward+backward'][1] / p50:.2f}" if baseline else "-"
-        rate, peak = case.model_bytes("forward+backward") / p50 / 1e6, result.peak_bytes["forward+backward"]
-        parts = [f"{result.milliseconds[mode][1]:.3f}" for mode in MODES[:2]]
+        p20, p50, p80 = result.milliseconds[whole]
+        ratio = f"{baseline.milliseconds[whole][1] / p50:.2f}" if baseline else "-"
+        rate, peak = case.model_bytes(whole) / p50 / 1e6, result.peak_bytes[whole]
+        parts = [f"{result.milliseconds[mode][1]:.3f}" if mode in case.modes else "-" for mode in MODES[:2]]
         both = [f"{ms:.3f}" for ms in (p50, p20, p80)]
         memory = [f"{peak / 1e6:.1f}", f"{peak / case.logits_bytes:.2f}"]
         line = (*parts, *both, ratio, f"{rate:.1f}", f"{rate / copy_rate:.0%}", *memory)
         print(f"{result.provider:24}" + "".join(f"{value:>12}" for value in line), flush=True)
 
 
-def check_targets(case: Case, results: Sequence[Result], device: str) -> bool:
-    """Prints each target of the case that counts on this machine; True unless one was missed."""
-    by_name = {r.provider: r for r in results if r.milliseconds}
-    missed = False
-    for target in (t for t in case.targets if t.machine in machine(device)):
-        against = target.against or "itself"
-        heading = f"  {target.provider}: {target.figure} against {against}"
-        if not {target.provider, target.against} - {"", "logits"} <= by_name.keys():
-            print(f"{heading}: open, not measured")
-            continue
-        share = _figure(by_name[target.provider], target.figure)
-        if target.against == "logits":
-            share /= case.logits_bytes / 1e6
-        elif target.against:
-            share /= _figure(by_name[target.against], target.figure)
-        holds = share <= target.at_most
-        missed |= not holds
-        print(f"{heading}: {share:.3f}, at most {target.at_most:.3f}: {'holds' if holds else 'MISSED'}")
-    return not missed
+@dataclass(frozen=True)
+class Verdict:
+    """Of one target of a case: what was measured, None where provider or baseline have no figures."""
+
+    target: Target
+    value: float | None
+
+    @property
+    def missed(self) -> bool:
+        return self.value is not None and not self.value <= self.target.at_most
 
 
-def _figure(result: Result, name: str) -> float:
-    if name == "p50_ms":
-        return result.milliseconds["forward+backward"][1]
-    return result.peak_bytes["forward+backward"] / 1e6
+def verdicts(case: Case, results: Sequence[Result], copy_rate: float) -> list[Verdict]:
+    """Of every target. copy_rate: bytes read and written in a second."""
+    figures = {result.provider: result for result in results if result.milliseconds}
+    return [Verdict(target, _value(case, target, figures, copy_rate)) for target in case.targets]
+
+
+def _value(case: Case, target: Target, figures: Mapping[str, Result], copy_rate: float) -> float | None:
+    if not {target.provider, target.against} - {"", "logits", "pass"} <= figures.keys():
+        return None
+    figure = _figure(case, figures[target.provider], target.figure)
+    if target.against == "":
+        return figure
+    if target.against == "logits":
+        return figure / (case.logits_bytes / 1e6)
+    if target.against == "pass":
+        return figure / (case.logits_bytes / copy_rate * 1e3)
+    return figure / _figure(case, figures[target.against], target.figure)
+
+
+def _figure(case: Case, result: Result, name: str) -> float:
+    whole = case.modes[-1]
+    return result.milliseconds[whole][1] if name == "p50_ms" else result.peak_bytes[whole] / 1e6
+
+
+def print_verdicts(found: Sequence[Verdict]) -> None:
+    for verdict in found:
+        if verdict.value is None:
+            print(f"  {verdict.target}: open, not measured")
+        else:
+            holds = "MISSED" if verdict.missed else "holds"
+            print(f"  {verdict.target}: {verdict.value:.3f}, at most {verdict.target.at_most:.3f}: {holds}")

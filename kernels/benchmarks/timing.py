@@ -1,7 +1,7 @@
 """Clock and memory of one call, on a GPU and on a CPU.
 
-A call is forward and backward of the same inputs: its three marks give forward, backward and both. Memory is taken in a
-call of its own, because asking for it takes time.
+A call is forward and backward of the same inputs: its three marks give forward, backward and both. What has no gradient is forward
+alone. Memory is taken in a call of its own, because asking for it takes time.
 """
 
 import ctypes
@@ -14,8 +14,6 @@ from pathlib import Path
 import torch
 from inputs import Inputs
 from providers import Provider
-
-MODES = ("forward", "backward", "forward+backward")
 
 
 class CpuMeter:
@@ -81,8 +79,8 @@ class CudaMeter:
 Meter = CpuMeter | CudaMeter
 
 
-def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float, float, float]:
-    """Milliseconds in the order of MODES.
+def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float, ...]:
+    """Milliseconds in the order of the case's modes.
 
     `autograd.grad`, not `.backward()`: that would copy a gradient which lies over the logits into the leaf's own .grad,
     where a model hands it on to its output layer.
@@ -90,6 +88,12 @@ def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float,
     inputs.restore(provider.main_grad)
     meter.flush()
     marks = [meter.mark()]
+    if inputs.forward_only:
+        results = provider.loss(*inputs.arguments)
+        marks.append(meter.mark())
+        times = meter.milliseconds(marks)
+        del results  # after the clock has stopped
+        return tuple(times)
     loss = provider.loss(*inputs.arguments).sum()
     marks.append(meter.mark())
     gradients = torch.autograd.grad(loss, inputs.leaves)
@@ -99,8 +103,8 @@ def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float,
     return forward, backward, forward + backward
 
 
-def call_peaks(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[int, int, int]:
-    """Peak bytes above those held before the call, in the order of MODES; what forward keeps counts in backward too.
+def call_peaks(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[int, ...]:
+    """Peak bytes above those held before the call, in the order of the case's modes; what forward keeps counts in backward too.
 
     The gradient of the logits or hidden states is part of it unless it is written over them. That of the weight is not, for
     no provider: training holds a main gradient anyway. (It flatters those whose peak comes before there is such a gradient.)
@@ -108,6 +112,9 @@ def call_peaks(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[int, i
     inputs.restore(provider.main_grad)
     before = meter.in_use()
     meter.reset_peak()
+    if inputs.forward_only:
+        provider.loss(*inputs.arguments)
+        return (meter.peak() - before,)
     loss = provider.loss(*inputs.arguments).sum()
     forward = meter.peak() - before
     meter.reset_peak()

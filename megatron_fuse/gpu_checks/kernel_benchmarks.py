@@ -1,0 +1,65 @@
+"""The kernels' benchmark (kernels/benchmarks), whose parts the checks use: a folder of scripts that import each other by file name."""
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.gpu_checks.rows import Row, failed, held, measured, not_run
+
+FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
+
+
+def import_from_folder() -> None:
+    """From now on its modules can be imported. For the process of a check."""
+    sys.path.insert(0, str(FOLDER))
+
+
+def meter_of(device: str) -> Any:
+    """The benchmark's clock."""
+    from timing import CpuMeter, CudaMeter
+
+    return CudaMeter() if device == "cuda" else CpuMeter()
+
+
+def copy_rate(device: str, meter: Any) -> float:
+    """Bytes read and written in a second by a copy that no cache can hold (on a CPU: a small one, for the sake of time)."""
+    from measure import percentiles
+    from timing import copy_times
+
+    size = 1 << 30 if device == "cuda" else 1 << 24
+    return 2 * size / (percentiles(copy_times(meter, device, size, repeats=9))[1] / 1e3)
+
+
+def rows_of_cases(device: str, cases: Sequence[Any], left_out: Collection[str] = ()) -> Iterator[Row]:
+    """What the benchmark measures of all providers but some, in milliseconds and passes over the logits, and the targets of each case.
+
+    One pass moves the bytes of the logits once: it takes their number over the copy rate of the same run.
+    """
+    from lineup import providers_of
+    from measure import measure
+    from report import verdicts
+
+    meter = meter_of(device)
+    rate = copy_rate(device, meter)
+    yield measured("copy rate", rate / 1e9, "GB/s")
+    for case in cases:
+        chosen = [provider for provider in providers_of(case, device) if provider.name not in left_out]
+        results = measure(case, chosen, meter, device, case.repeats)
+        for result in results:
+            name = f"{case}: {result.provider}"
+            if not result.milliseconds:
+                yield failed(name, result.note) if result.failed else not_run(name, result.note)
+                continue
+            milliseconds = result.milliseconds[case.modes[-1]][1]
+            yield measured(name, milliseconds, "ms")
+            if not case.h:
+                yield measured(name, milliseconds / 1e3 * rate / case.logits_bytes, "passes")
+            yield measured(name, result.peak_bytes[case.modes[-1]] / 1e6, "MB above the inputs")
+        for verdict in verdicts(case, results, rate):
+            what = f"{case}: {verdict.target}"
+            yield (
+                not_run(what, "not measured")
+                if verdict.value is None
+                else held(what, verdict.value, verdict.target.unit, f"<= {verdict.target.at_most:g}")
+            )

@@ -1,0 +1,140 @@
+"""Whether source models read and answer on a GPU as on a CPU, and what capture adds to a forward pass."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_fuse.capture.distributions import SparseRows
+from megatron_fuse.capture.reading import SourceReader
+from megatron_fuse.capture.shards import Conversation
+from megatron_fuse.chat import EncodedConversation
+from megatron_fuse.gpu_checks.clock import free_memory, seconds_in_turns
+from megatron_fuse.gpu_checks.rows import Row, held, measured, measured_or_held, not_run
+from megatron_fuse.gpu_checks.synthetic import LLAMA_1B, LLAMA_TINY, recipe_of_random_target
+from megatron_fuse.sources.batching import token_budget_batches
+from megatron_fuse.sources.generation import Prompt, Sampling, generate
+from megatron_fuse.tokenization.spans import TokenSpans
+
+_POSITIONS = 2048  # that a model can read
+_BATCH_TOKENS = 16384
+# fp32 on two machines: sums in another order. Logits of the small model have a spread of about 1.
+_ROUNDING = 1e-3
+
+
+def run(device: str, directory: Path) -> Iterator[Row]:
+    yield from _equal_rows(device, directory)
+    yield from _equal_answers(device)
+    free_memory(device)
+    try:
+        yield from _cost_of_capture(device, directory)
+    except torch.OutOfMemoryError:
+        yield not_run("capture by a large model", "out of memory")
+
+
+def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """With random weights, wide enough that what a token attends to decides what comes next."""
+    torch.manual_seed(3)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2))
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def _both(device: str) -> list[LlamaForCausalLM]:
+    """One model, on the CPU and on the device."""
+    here = _model(LLAMA_TINY, "cpu", torch.float32)
+    there = LlamaForCausalLM(here.config).eval().requires_grad_(False)
+    there.load_state_dict(here.state_dict())
+    return [here, there.to(device)]
+
+
+def _conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation]:
+    """Of random ids, three quarters of them supervised."""
+    draw = np.random.default_rng(5)
+    made = []
+    for number, length in enumerate(lengths):
+        ids = draw.integers(0, vocab_size, length).astype(np.int32)
+        supervised = np.arange(length) >= length // 4
+        bounds = np.arange(supervised.sum())
+        spans = TokenSpans(ids[supervised], bounds, bounds + 1, np.zeros(len(bounds), np.uint8))
+        made.append(Conversation(str(number), EncodedConversation(ids, supervised, spans, len(bounds))))
+    return made
+
+
+def _reader(directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any]) -> SourceReader:
+    recipe = recipe_of_random_target(directory, sizes, _POSITIONS, capture={"batch_tokens": _BATCH_TOKENS})
+    return SourceReader(recipe, "source", model)
+
+
+def _equal_rows(device: str, directory: Path) -> Iterator[Row]:
+    conversations = _conversations(range(20, 84, 2), LLAMA_TINY["vocab_size"])
+    here, there = (
+        SparseRows.join(_reader(directory / str(place), model, LLAMA_TINY).read(conversations))
+        for place, model in enumerate(_both(device))
+    )
+    alike = here.counts == there.counts
+    yield held("capture: rows that keep as many entries as on the CPU", float(alike.mean()), "", ">= 0.99")
+    ids, logits = ([_of_rows(rows, field, alike) for rows in (here, there)] for field in ("ids", "logits"))
+    yield held("capture: entries of the same id", float((ids[0] == ids[1]).mean()), "", ">= 0.99")
+    same = ids[0] == ids[1]
+    yield held(
+        "capture: largest difference of a logit", _largest(logits[0][same], logits[1][same]), "", f"<= {_ROUNDING}"
+    )
+    yield held("capture: largest difference of a log-sum-exp", _largest(here.lse, there.lse), "", f"<= {_ROUNDING}")
+
+
+def _of_rows(rows: SparseRows, field: str, chosen: np.ndarray) -> np.ndarray:
+    """The entries of some rows."""
+    return getattr(rows, field)[np.repeat(chosen, rows.counts)]
+
+
+def _largest(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max())
+
+
+def _equal_answers(device: str) -> Iterator[Row]:
+    vocab_size = LLAMA_TINY["vocab_size"]
+    draw = np.random.default_rng(7)
+    prompts = [
+        Prompt(str(number), draw.integers(3, vocab_size, 5 + number % 7).tolist(), room=8 + number % 9, seed=number)
+        for number in range(32)
+    ]
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        sampling = Sampling(frozenset({2}), torch.ones(vocab_size, dtype=torch.bool), temperature, top_p=0.95)
+        here, there = (generate(model, prompts, sampling, batch_tokens=128) for model in _both(device))
+        same = np.mean([one == other for one, other in zip(here, there, strict=True)])
+        yield held(f"generation, {name}: answers as on the CPU", float(same), "", ">= 0.9")
+
+
+def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
+    sizes, count, longest = (LLAMA_1B, 64, 1024) if device == "cuda" else (LLAMA_TINY, 8, 64)
+    model = _model(sizes, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    lengths = np.linspace(longest // 8, longest, count).astype(int).tolist()
+    conversations = _conversations(lengths, sizes["vocab_size"])
+    reader = _reader(directory / "large", model, sizes)
+    batches = token_budget_batches([length - 1 for length in lengths], _BATCH_TOKENS)
+    captured, bare = seconds_in_turns(
+        device,
+        3,
+        lambda: reader.capture_shard(conversations),
+        lambda: [_forward(model, [conversations[index].encoded.ids for index in batch]) for batch in batches],
+    )
+    name = f"capture, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    yield measured(name, sum(lengths) / captured, "tokens/s")
+    yield measured_or_held(
+        f"{name}: time over a bare forward pass", captured / bare, "", "<= 1.15", counts=device == "cuda"
+    )
+
+
+@torch.inference_mode()
+def _forward(model: LlamaForCausalLM, sequences: Sequence[np.ndarray]) -> None:
+    """All logits of a padded batch, thrown away."""
+    width = max(map(len, sequences)) - 1
+    tokens, mask = torch.zeros(2, len(sequences), width, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence) - 1] = torch.from_numpy(sequence[:-1])
+        mask[row, : len(sequence) - 1] = 1
+    model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False)

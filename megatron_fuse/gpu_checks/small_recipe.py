@@ -1,0 +1,167 @@
+"""A small recipe from instructions to an exported model: every stage, a training that is killed and resumed, the export read again."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.gpu_checks.rows import Row, held, holds, measured
+from megatron_fuse.gpu_checks.small_models import write_instructions, write_models
+from megatron_fuse.pipeline import data_stages
+from megatron_fuse.processes import end_with_pool
+from megatron_fuse.recipe import Recipe, dump_recipe, make_recipe
+from megatron_fuse.target import checkpoint_directory, export_directory
+from megatron_fuse.training.checkpoint_files import LATEST
+from megatron_fuse.training.metrics import METRICS, STEP, metrics_directory, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+_SAVE_INTERVAL = 6
+_STEPS_BEYOND = 2  # that a training has done after its checkpoint when it is killed
+_POLL = 0.02  # seconds between two looks at it
+_BF16 = 0.02  # relative: one loss computed twice, in bf16
+
+
+def run(device: str, directory: Path) -> Iterator[Row]:
+    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    recipe = small_recipe(directory)
+    path = directory / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    for stage in data_stages(recipe):
+        yield from _run(context, stage.name, stage.tool, path)
+    killed = _train_and_kill(context, recipe, path)
+    yield measured("training, killed at step", max(killed))
+    yield from _run(context, "training, resumed", "pretrain_fuse.py", path)
+    yield from _twice(device, killed, _losses(recipe))
+    yield from _run(context, "export", "tools/export_model.py", path)
+    yield _read_again(device, recipe)
+
+
+def small_recipe(directory: Path) -> Recipe:
+    """A recipe in bf16 over models and instructions that are made in the directory."""
+    models = {name: str(path) for name, path in write_models(directory / "models").items()}
+    write_instructions(directory / "instructions.jsonl", count=28)
+    return make_recipe(
+        {
+            "workdir": str(directory / "run"),
+            "target": {"model": models["alpha"]},
+            "sources": {name: {"model": models[name]} for name in ("alpha", "beta")},
+            "reward_models": {"judge": {"model": models["judge"]}},
+            "data": {"path": str(directory / "instructions.jsonl"), "held_out": 4},
+            "responses": {"max_new_tokens": 12},
+            "schedule": {
+                "phases": [
+                    {"name": "inference", "epochs": 1, "inference": {"weight": 1, "lambda": 0.5}},
+                    {
+                        "name": "co-fusion",
+                        "epochs": 3,
+                        "inference": {"weight": 0.5, "lambda": 0.5},
+                        "training": {"weight": 1, "lambda": 0.5},
+                    },
+                ]
+            },
+            "training": {
+                "seq_length": 160,
+                "micro_batch_size": 4,
+                "global_batch_size": 4,
+                "lr": 1e-3,
+                "precision": "bf16",
+                "save_interval": _SAVE_INTERVAL,
+                "async_save": True,
+            },
+            "export": {"dtype": "fp32"},
+        }
+    )
+
+
+def _run(context: BaseContext, name: str, script: str, recipe: Path) -> Iterator[Row]:
+    """One of the project's scripts, to its end. Raises UserError if it fails: nothing after it can be done."""
+    began = time.perf_counter()
+    process = _start(context, script, recipe)
+    process.join()
+    if process.exitcode:
+        raise UserError(f"{script} ended with {process.exitcode}")
+    yield measured(name, time.perf_counter() - began, "s")
+
+
+def _start(context: BaseContext, script: str, recipe: Path) -> BaseProcess:
+    process = context.Process(target=_become, args=([str(ROOT / script), "--recipe", str(recipe)],))
+    process.start()
+    return process
+
+
+def _become(words: list[str]) -> None:
+    """This process from now on is `python *words`."""
+    end_with_pool()
+    os.chdir(ROOT)
+    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _train_and_kill(context: BaseContext, recipe: Recipe, path: Path) -> dict[int, float]:
+    """Kills a training some steps behind a checkpoint that was written beside them. Its losses by step."""
+    training = _start(context, "pretrain_fuse.py", path)
+    tracker = checkpoint_directory(recipe) / LATEST
+    while training.is_alive():
+        saved = int(tracker.read_text()) if tracker.exists() else None
+        if saved and max(_losses(recipe), default=0) >= saved + _STEPS_BEYOND:
+            training.kill()
+            break
+        time.sleep(_POLL)
+    training.join()
+    if training.exitcode >= 0:
+        raise UserError(f"pretrain_fuse.py ended with {training.exitcode} before it could be killed")
+    return _losses(recipe)
+
+
+def _losses(recipe: Recipe) -> dict[int, float]:
+    """The loss of each step that the run has recorded."""
+    path = metrics_directory(recipe) / METRICS
+    rows = read_metrics(path) if path.exists() else []
+    return {row["iteration"]: row["loss"] for row in rows if row["kind"] == STEP}
+
+
+def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> Iterator[Row]:
+    """The steps of the killed run beside those of the resumed one, which did the last of them again."""
+    steps = sorted(killed)
+    yield holds(
+        "training, resumed: has every step", sorted(whole) == list(range(1, max(whole) + 1)), str(sorted(whole))
+    )
+    differences = [abs(killed[step] - whole[step]) / abs(whole[step]) for step in steps]
+    limit = 0 if device == "cpu" else _BF16  # on a GPU sums may come in another order
+    yield held("training, resumed: largest difference of a loss", max(differences), "relative", f"<= {limit:g}")
+
+
+def _read_again(device: str, recipe: Recipe) -> Row:
+    """The held-out cross entropy that training has found, computed by transformers from the export."""
+    exported = export_directory(recipe)
+    facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
+    model = AutoModelForCausalLM.from_pretrained(exported).to(device).eval()
+    found = _cross_entropy(FusionDataset(recipe), model)
+    difference = abs(found - facts["best_loss"]) / facts["best_loss"]
+    return held("export, read by transformers: difference of the held-out loss", difference, "relative", f"<= {_BF16}")
+
+
+@torch.inference_mode()
+def _cross_entropy(dataset: FusionDataset, model: PreTrainedModel) -> float:
+    """Nats per label of the held-out documents."""
+    total, count = 0.0, 0
+    for example in dataset.held_out:
+        document = dataset.document("training", int(example))
+        tokens = document.tokens.astype(np.int64)
+        logits = model(torch.from_numpy(tokens)[None].to(model.device)).logits[0].cpu()
+        labels = np.flatnonzero(document.supervised)
+        total -= logits.double().log_softmax(-1)[labels - 1, tokens[labels]].sum().item()
+        count += len(labels)
+    return total / count
