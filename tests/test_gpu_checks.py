@@ -12,6 +12,7 @@ import pytest
 from megatron_fuse import gpu_checks
 from megatron_fuse.errors import UserError
 from megatron_fuse.gpu_checks import MINUTES, Check, Row, run_checks
+from megatron_fuse.gpu_checks.runner import process_context, rows_of
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "tools/check_gpu.py"
@@ -68,6 +69,13 @@ def test_a_check_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     rows = {row.what: row for row in found["hanging"]}
     assert rows["the rest of it"].ok is False and "took more than 5 s" in rows["the rest of it"].reason
     assert not is_running(rows["child"].value) and len(found["good"]) == 3
+
+
+def test_a_fresh_process_does_what_a_fork_does(tmp_path: Path) -> None:
+    """As on a GPU."""
+    rows = list(rows_of(example("good"), "elsewhere", tmp_path / "good", process_context("cuda"), left=600))
+    assert [(row.what, row.value) for row in rows] == [("device", "elsewhere"), ("speed", 5.0), ("a | b", None)]
+    assert (tmp_path / "good.log").read_text() == "said by good\n"
 
 
 def is_running(process: int) -> bool:

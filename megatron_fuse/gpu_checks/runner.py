@@ -52,14 +52,16 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
     context = process_context(device)
     end = time.monotonic() + 60 * minutes
     rows: list[Row] = []
-    with (output / JSON_LINES).open("w", encoding="utf-8") as file:
-        for check in checks:
-            check = replace(check, seconds=check.seconds * max(minutes / MINUTES, 1))
-            say(f"{check.name} ...")
-            for row in rows_of(check, device, output / check.name, context, left=end - time.monotonic()):
-                rows.append(row)
-                print(row.json(), file=file, flush=True)
-    (output / TABLE).write_text(markdown(rows), encoding="utf-8")
+    try:
+        with (output / JSON_LINES).open("w", encoding="utf-8") as file:
+            for check in checks:
+                say(f"{check.name} ...")
+                check = replace(check, seconds=check.seconds * max(minutes / MINUTES, 1))
+                for row in rows_of(check, device, output / check.name, context, left=end - time.monotonic()):
+                    rows.append(row)
+                    print(row.json(), file=file, flush=True)
+    finally:
+        (output / TABLE).write_text(markdown(rows), encoding="utf-8")
     return rows
 
 
