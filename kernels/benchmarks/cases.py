@@ -109,9 +109,10 @@ def headline_cases() -> list[Case]:
     )
     # Before its gradient a shard waits for the others' statistics, and is read again.
     shard = (Target("p50_ms", "pass", 3.6),)
+    # A chunk of 1024 rows of logits takes 263 MB, the hidden states' gradient 67.
     fused = tuple(
         Target(figure, against, at_most, provider="ours, main_grad, unit upstream")
-        for figure, against, at_most in (("p50_ms", "unfused", 1.25), ("peak_mb", "", 300))
+        for figure, against, at_most in (("p50_ms", "unfused", 1.25), ("peak_mb", "", 340))
     )
     return [
         dataclasses.replace(_BASE, targets=whole),

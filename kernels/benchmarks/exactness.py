@@ -19,20 +19,22 @@ def error_of(provider: Provider, inputs: Inputs) -> float:
 
 
 def top_k_error(provider: Provider, inputs: Inputs) -> float:
-    """Of what is the k largest logits in falling order, log-sum-exps and the label's logit; infinite if an id has another logit.
+    """Of the k largest logits in falling order, the log-sum-exps relative to the largest, and the label's logit; infinite if an id
+    has another logit.
 
     Which of equal logits is taken is left open.
     """
     rows = _rows_at_ends(inputs)
-    ids, logits, logsumexp, label_logits = (values[rows] for values in provider.loss(*inputs.arguments))
+    ids, logits, relative_lse, label_logits = (values[rows] for values in provider.loss(*inputs.arguments))
     exact = inputs.masters[0][rows].double()
     labels, temperature = inputs.arguments[1][rows], inputs.temperature
-    wanted = torch.stack([(exact / each).logsumexp(1) for each in (1.0, temperature)], 1)
+    relative = exact - exact.amax(1, keepdim=True)
+    wanted = torch.stack([(relative / each).logsumexp(1) for each in (1.0, temperature)], 1)
     if not torch.equal(exact.gather(1, ids), logits.double()):
         return torch.inf
     pairs = (
         (logits, exact.topk(logits.shape[1], 1).values),
-        (logsumexp, wanted),
+        (relative_lse, wanted),
         (label_logits, exact.gather(1, labels[:, None])[:, 0]),
     )
     return torch.stack([_difference(actual, of_exact) for actual, of_exact in pairs]).max().item()

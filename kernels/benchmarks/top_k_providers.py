@@ -1,4 +1,4 @@
-"""What capture needs of each row of logits [n, v]: the k largest, log-sum-exps at T = 1 and at T, and the label's logit."""
+"""What capture needs of each row of logits [n, v]: the k largest, log-sum-exps relative to the largest, and the label's logit."""
 
 import functools
 
@@ -8,7 +8,7 @@ from providers import Provider, fitting_implementation
 
 
 def top_k_providers(k: int) -> list[Provider]:
-    """Each takes logits, labels [n] and T, and returns ids [n, k], logits [n, k], log-sum-exps [n, 2], label_logits [n]."""
+    """Each takes logits, labels [n] and T, and returns ids [n, k], logits [n, k], log-sum-exps at T = 1 and at T [n, 2], label_logits [n]."""
     functions = {
         "ours": ours_top_k,
         "torch topk, logsumexp": eager,
@@ -23,6 +23,6 @@ def ours_top_k(k, logits, labels, temperature):
 
 def eager(k, logits, labels, temperature):
     values, ids = logits.topk(k, 1)
-    z = logits.float()
-    sums = torch.stack([z.logsumexp(1), (z / temperature).logsumexp(1)], 1)
-    return ids, values.float(), sums, z.gather(1, labels[:, None])[:, 0]
+    relative = logits.float() - values[:, :1]
+    sums = torch.stack([relative.logsumexp(1), (relative / temperature).logsumexp(1)], 1)
+    return ids, values.float(), sums, logits.gather(1, labels[:, None])[:, 0].float()
