@@ -86,10 +86,10 @@ def print_table(case: Case, results: Sequence[Result], copy_rate: float) -> None
     baseline = next((r for r in results if r.provider in BASELINES and r.milliseconds), None)
     print(f"\n{case}; ratio: {baseline.provider if baseline else BASELINES[0]} / provider, of {whole}")
     heads = ("forward ms", "backward ms", "both p50", "p20", "p80", "ratio", "GB/s", "of copy", "peak MB", "/ logits")
-    print(f"{'':24}" + "".join(f"{head:>12}" for head in heads))
+    print(f"{'':32}" + "".join(f"{head:>12}" for head in heads))
     for result in results:
         if not result.milliseconds:
-            print(f"{result.provider:24}  {result.note}")
+            print(f"{result.provider:32}  {result.note}")
             continue
         p20, p50, p80 = result.milliseconds[whole]
         ratio = f"{baseline.milliseconds[whole][1] / p50:.2f}" if baseline else "-"
@@ -98,7 +98,7 @@ def print_table(case: Case, results: Sequence[Result], copy_rate: float) -> None
         both = [f"{ms:.3f}" for ms in (p50, p20, p80)]
         memory = [f"{peak / 1e6:.1f}", f"{peak / case.logits_bytes:.2f}"]
         line = (*parts, *both, ratio, f"{rate:.1f}", f"{rate / copy_rate:.0%}", *memory)
-        print(f"{result.provider:24}" + "".join(f"{value:>12}" for value in line), flush=True)
+        print(f"{result.provider:32}" + "".join(f"{value:>12}" for value in line), flush=True)
 
 
 @dataclass(frozen=True)
