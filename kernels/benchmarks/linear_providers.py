@@ -36,7 +36,7 @@ def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_w
         implementation=fitting_implementation(hidden),
         chunk_tokens=chunk_tokens(len(hidden)),
         **options,
-    )[0]
+    ).loss
 
 
 def fused_unit_upstream(*arguments):

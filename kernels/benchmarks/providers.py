@@ -85,7 +85,7 @@ def ours(
         tail=tail,
         implementation=implementation or fitting_implementation(logits),
         **shard,
-    )[0]
+    ).loss
 
 
 def dense(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):

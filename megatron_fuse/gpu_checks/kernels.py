@@ -38,10 +38,8 @@ class Problem:
         """loss [n] and the gradient [n, v] of sum(upstream * loss), from logits of this type."""
         leaf = self.logits.detach().to(dtype, copy=True).requires_grad_()
         logits = leaf * 1  # the gradient may be written over them
-        weights = {"ce_weight": self.ce_weight, "kl_weight": self.kl_weight}
-        loss = sparse_kl_cross_entropy(logits, *self.targets, **weights, **self.options, implementation=implementation)[
-            0
-        ]
+        options = {"ce_weight": self.ce_weight, "kl_weight": self.kl_weight, **self.options}
+        loss = sparse_kl_cross_entropy(logits, *self.targets, **options, implementation=implementation).loss
         (gradient,) = torch.autograd.grad(loss, leaf, self.upstream.to(loss.dtype))
         return loss.detach(), gradient
 
@@ -181,15 +179,16 @@ def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
     weights = {"ce_weight": problem.ce_weight, "kl_weight": problem.kl_weight, "temperature": 2.0}
 
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    loss = sparse_kl_cross_entropy(exact[0] @ exact[1].t(), *problem.targets, **weights, implementation="reference")[0]
+    loss = sparse_kl_cross_entropy(
+        exact[0] @ exact[1].t(), *problem.targets, **weights, implementation="reference"
+    ).loss
     expected = torch.autograd.grad(loss, exact, upstream.double())
 
     hidden.requires_grad_()
     weight.requires_grad_()
     weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
-    options = {"unit_upstream": True} if unit_upstream else {}
-    chunks = {"implementation": _implementation(device), "chunk_tokens": n // 2 - 1}
-    loss = fused_linear_sparse_kl(hidden, weight, *problem.targets, **weights, **chunks, **options)[0]
+    options = {"implementation": _implementation(device), "chunk_tokens": n // 2 - 1, "unit_upstream": unit_upstream}
+    loss = fused_linear_sparse_kl(hidden, weight, *problem.targets, **weights, **options).loss
     of_hidden, _ = torch.autograd.grad(loss, (hidden, weight), upstream)
     name = f"fused linear {n} x {vocab}, h={h}" + (", unit upstream" if unit_upstream else "")
     for what, actual, wanted in (
