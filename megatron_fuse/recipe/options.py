@@ -173,8 +173,8 @@ class LossOptions(Options):
     implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
     fused_linear: bool = Field(
         False,
-        description="compute the output layer and the loss together, 1024 tokens at a time, so that the logits never exist as a "
-        "whole; backward multiplies them out again",
+        description="compute the output layer and the loss together, 256 MB of logits at a time, so that they never exist as a whole; "
+        "the gradients of both are computed in the forward pass",
     )
 
 
