@@ -14,7 +14,7 @@ setup(
     package_data={"megatron_fuse.evaluation": ["tasks/*.yaml"]},
     install_requires=[
         "torch>=2.7",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.20",
         "numpy>=2",
         "transformers>=5",
         "tokenizers",

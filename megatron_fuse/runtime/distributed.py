@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_fuse.errors import UserError
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.libraries import importing_megatron
+from megatron_fuse.runtime.megatron_versions import quiet_known_messages
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
 from megatron_fuse.text_safety import say
 
@@ -43,6 +44,7 @@ def quiet_third_party_warnings() -> None:
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*[Ff]alling back.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
+    quiet_known_messages()
 
 
 def start_runtime(

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.processes import end_with_pool
+from megatron_fuse.runtime.megatron_versions import adopt_learning_rates
 from megatron_fuse.storage import write_json
 from megatron_fuse.storage.strict_json import parse_object
 from megatron_fuse.training import megatron_checkpoints
@@ -353,7 +354,7 @@ def load_checkpoint(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def opened() -> tuple[CheckpointFiles, CheckpointFacts, megatron_checkpoints.Strategies]:
+    def opened() -> tuple[CheckpointFiles, CheckpointFacts, megatron_checkpoints.OpenedCheckpoint]:
         files = _open_files(path, verify)
         facts = _facts_in(files)
         refuse_other_model(path, facts, architecture)
@@ -363,15 +364,16 @@ def load_checkpoint(
     def filled() -> None:
         with files.comparing_rest(rank, world_size):
             try:
-                loaded = megatron_checkpoints.load(_state(chunks, optimizer, loading=True), path, strategies)
+                loaded = megatron_checkpoints.load(_state(chunks, optimizer, loading=True), content)
             except (OSError, CheckpointException, CheckpointingException) as error:
                 raise _unreadable(path, error) from error
             for name, chunk in _by_name(chunks).items():
                 _load_weights(chunk, loaded[name])
             if optimizer is not None:
+                adopt_learning_rates(loaded["optimizer"], optimizer)
                 optimizer.load_state_dict(loaded["optimizer"])
 
-    files, facts, strategies = _on_all_ranks(opened)
+    files, facts, content = _on_all_ranks(opened)
     _on_all_ranks(filled)
     return facts
 

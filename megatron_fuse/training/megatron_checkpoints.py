@@ -1,36 +1,49 @@
-"""What of Megatron's dist_checkpointing is replaced: writing computes checksums, and reading runs no code of a checkpoint.
+"""Checkpoints in Megatron's format `torch_dist`: writing computes checksums, and reading runs no code of a checkpoint.
 
-The format is Megatron's own (`torch_dist`). All that depends on its inner workings and on those of torch's distributed checkpoints
-is in this file and in write_results.py, and was read in megatron-core 0.16.1 and torch 2.13.
+Megatron's own `save` and `load` differ between its versions: 0.17 brought `async_strategy`, whose default needs another package, and
+0.19 puts what is no tensor into the tensors' files. Neither is called here. `request_save` and `load` do the same steps with
+functions that are the same from 0.16 to 0.19, so that a checkpoint of one version loads in every other. All that depends on the
+inner workings of Megatron's and torch's checkpoints is in this file and in write_results.py, and was read in megatron-core 0.16.1,
+0.17.1, 0.18.2 and 0.19.2 and in torch 2.13 and 2.14.
 """
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import xxhash
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, _disable_gc
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed import checkpoint
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, ReadItem
-from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -42,9 +55,12 @@ from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredI
 from megatron_fuse.training.safe_unpickling import read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
 
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
-# What else Megatron-core writes there. It reads the file again by itself, and a key that it does not know ends in a TypeError.
-_OTHER_KEYS = {"common_backend_version"}
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+# What else Megatron-core before 0.19 writes into metadata.json. It reads the file again by itself, and a key that it does not know
+# ends in a TypeError.
+_OTHER_KEYS = {"common_backend", "common_backend_version"}
+_COMMON = "common.pt"
+_FILES_PER_RANK = 2  # written at the same time
 
 
 def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, dict[str, StoredItems]]:
@@ -53,34 +69,35 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
     Returns Megatron's request, to be executed or scheduled, and on rank 0 a mapping that holds the items of each .distcp file once the
     request's own finalize functions have run.
     """
-    strategy = _SaveStrategy("torch_dist", 1)
-    request = dist_checkpointing.save(state, str(directory), sharded_strategy=strategy, async_sharded_save=True)
-    return request, strategy.written
+    sharded, common = save_preprocess(state)
+    if dist.get_rank() == 0:
+        torch.save(common, directory / _COMMON)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # of equal shards one rank's
+    writer = _Writer(directory, thread_count=_FILES_PER_RANK)
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
+    write, stage, arguments = writer.get_save_function_and_args()
 
+    def name_format() -> None:
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig(*_FORMAT.values()), str(directory))
 
-class _SaveStrategy(TorchDistSaveShardedStrategy):
-    def __init__(self, backend: str, version: int) -> None:
-        super().__init__(backend, version)
-        self.written: dict[str, StoredItems] = {}
-
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
-        """As the base class, with a writer of ours and without its cache of plans."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = _Writer(checkpoint_dir, thread_count=self.thread_count)
-        writer.written = self.written
-        planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
-        return self._get_save_and_finalize_callbacks(writer, planned)
+    finalize = [partial(save_state_dict_async_finalize, *planned), name_format]
+    return AsyncRequest(write, arguments, finalize, preload_fn=stage), writer.written
 
 
 class _Writer(FileSystemWriterAsync):
-    """transforms: an attribute that the processes which write the files are given."""
+    """Plans and collects as Megatron's. The files themselves are written by _write_files: Megatron forks a process for each in 0.16,
+    writes them in threads later, and loses the reason there if one of them fails."""
 
-    written: dict[str, StoredItems]
+    def __init__(self, directory: Path, thread_count: int) -> None:
+        super().__init__(directory, thread_count=thread_count)
+        self.written: dict[str, StoredItems] = {}
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.transforms = _Checksumming()
+    def get_save_function_and_args(self) -> tuple[Any, Any, list[Any]]:
+        """What writes, what first copies from the GPU, and what the former takes. Nothing of them, where this rank has no tensor."""
+        _, stage, arguments = super().get_save_function_and_args()
+        return (_write_files if arguments else None), stage, arguments
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On rank 0, once all is written: takes the checksums out of the results, so that .metadata is as Megatron writes it."""
@@ -98,24 +115,56 @@ class _Writer(FileSystemWriterAsync):
         super().finish(metadata, results)
 
 
-class _Checksumming(_StorageWriterTransforms):
-    """Used in the processes that write the files."""
+Bucket = tuple[
+    str, str, tuple[list[tuple[WriteItem, Any]], list[tuple[WriteItem, Any]]]
+]  # path, name, bytes and tensors
 
+
+@_disable_gc()  # a forked process must not free its parent's tensors on the GPU
+def _write_files(rank: int, buckets: list[Bucket], report: Any) -> None:
+    """Writes this rank's files, here or in the process that an asynchronous save forks, and puts what retrieve_write_results reads:
+    the results of each file, or the first error."""
+    try:
+        with _without_crc32(), ThreadPoolExecutor(len(buckets)) as threads:
+            written = dict(enumerate(threads.map(_write_file, buckets)))
+    except Exception as error:
+        written = error
+    report.put(written)
+
+
+def _write_file(bucket: Bucket) -> list[WriteResult]:
+    path, name, (objects, tensors) = bucket
+    with open(path, "wb") as file:
+        written = [
+            _write_item(_Checksumming(), file, value, item, name, SerializationFormat.TORCH_SAVE)
+            for item, value in (*objects, *tensors)
+        ]
+        os.fsync(file.fileno())
+    return written
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Leaves out torch's own CRC32 of each tensor, which no reader compares: it takes longer than the checksum."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _Checksumming(_StorageWriterTransforms):
     def transform_save_stream(self, write_item: WriteItem, raw_stream: Any) -> tuple[Any, list[str]]:
         descriptors: list[str] = []
         return _ChecksummingStream(raw_stream, descriptors), descriptors
 
 
 class _ChecksummingStream:
-    """What torch.save writes one item to. On closing it appends the item's checksum to `descriptors`.
-
-    torch's own CRC32 of each tensor, which no reader compares, is left out meanwhile: it takes longer than the checksum.
-    """
+    """What torch.save writes one item to. On closing it appends the item's checksum to `descriptors`."""
 
     def __init__(self, file: Any, descriptors: list[str]) -> None:
         self.file, self.digest, self.descriptors = file, xxhash.xxh3_128(), descriptors
-        self.crc32 = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
@@ -125,36 +174,47 @@ class _ChecksummingStream:
         self.file.flush()
 
     def close(self) -> None:
-        torch.serialization.set_crc32_options(self.crc32)
         self.file.flush()
         self.descriptors.append(self.digest.hexdigest())
 
 
-Strategies = tuple["_LoadStrategy", "_LoadCommon"]
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What `load` needs of a checkpoint's small files."""
+
+    files: CheckpointFiles
+    metadata: Metadata
+    common: dict[str, Any]  # the state that is no tensor
 
 
-def open_for_loading(files: CheckpointFiles) -> Strategies:
-    """What `load` needs, from the small files of a checkpoint. No collectives.
+def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
+    """Reads the small files of a checkpoint. No collectives.
 
     Raises UserError for a file that is damaged, is no part of a checkpoint of this format, or would run code.
     """
     _check_format(files)
-    common = read_plain(files.content("common.pt"), str(files.path / "common.pt"))
+    place = str(files.path / _COMMON)
+    common = read_plain(files.content(_COMMON), place)
     if not isinstance(common, dict):
-        raise UserError(f"{files.path / 'common.pt'} holds a {type(common).__name__}: name another checkpoint")
+        raise UserError(f"{place} holds a {type(common).__name__}: name another checkpoint")
     metadata = read_metadata(files.content(".metadata"), str(files.path / ".metadata"))
     for place in metadata.storage_data.values():
         files.check_place(place.relative_path, place.offset, place.length)
-    return _LoadStrategy(metadata, files), _LoadCommon(common)
+    return OpenedCheckpoint(files, metadata, common)
 
 
-def load(state: dict[str, Any], path: Path, strategies: Strategies) -> dict[str, Any]:
+def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
     """Reads what a sharded state asks for, all ranks together.
 
     Raises CheckpointException on every rank where one failed; a UserError is among its failures where a file is to blame.
     """
-    sharded, common = strategies
-    return dist_checkpointing.load(state, str(path), sharded_strategy=sharded, common_strategy=common)
+    wanted, local, factories = load_preprocess(state)
+    wanted, _ = extract_sharded_base(wanted)
+    validate_sharding_integrity(determine_global_metadata(wanted)[1])
+    loaded = dict(opened.common)
+    merge(loaded, local)
+    merge(loaded, _load_tensors(wanted, opened))
+    return apply_factory_merges(loaded, factories)
 
 
 def _check_format(files: CheckpointFiles) -> None:
@@ -167,35 +227,20 @@ def _check_format(files: CheckpointFiles) -> None:
         )
 
 
-class _LoadCommon(TorchCommonLoadStrategy):
-    """The state that is no tensor, from a file that was read before."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.content = content
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return self.content
-
-
-class _LoadStrategy(TorchDistLoadShardedStrategy):
-    def __init__(self, metadata: Metadata, files: CheckpointFiles) -> None:
-        super().__init__()
-        self.metadata, self.files = metadata, files
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """As the base class, with a reader of ours."""
-        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        planner = MCoreLoadPlanner(
-            shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={one.key: one for one in tensors if one.allow_shape_mismatch},
-        )
-        by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        state = mcore_to_pyt_state_dict(by_key, True)
-        checkpoint.load_state_dict(state, _Reader(self.files, self.metadata), planner=planner)
-        values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
-        loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_names, renamed)
-        _restore_dict_types(loaded, sharded_state_dict)
-        return loaded
+def _load_tensors(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
+    """Fills the tensors of a sharded state. As TorchDistLoadShardedStrategy.load, with a reader of ours."""
+    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={one.key: one for one in tensors if one.allow_shape_mismatch},
+    )
+    by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(state)
+    unfilled = mcore_to_pyt_state_dict(by_key, True)
+    checkpoint.load(unfilled, storage_reader=_Reader(opened.files, opened.metadata), planner=planner)
+    values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in unfilled.items()}
+    loaded = _replace_sharded_keys_with_state_dict_keys(values, flat_names, renamed)
+    _restore_dict_types(loaded, state)
+    return loaded
 
 
 class _Reader(FileSystemReader):
