@@ -1,32 +1,37 @@
-# `make quickstart` and `make test` do all their own set-up in .venv.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# `make quickstart` and `make test` do all their own set-up in .venv. With PYTHON=python3.12 they make it of another Python.
+PYTHON ?= $(shell command -v .venv/bin/python || command -v python3.11 || command -v python3.12 || command -v python3)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# megatron-core from 0.17 on needs Python 3.12, so that 3.11 has versions of its own; 3.13 has those of 3.12.
+CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-py312.txt)
 # On a machine without a GPU outside our own: TORCH_INDEX = URL of PyTorch's CPU wheel index (see README, "Install").
 TORCH_INDEX ?=
 BIN = .venv/bin
+READY = .venv/ready-$(VERSION)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup quickstart test check-gpu lint clean
 
-setup: .venv/ready
+setup: $(READY)
 
-.venv/ready: setup.py pyproject.toml constraints.txt
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: set PYTHON=..."'
+	@test ! -e .venv || test -e $(BIN)/python$(VERSION) || { echo ".venv is of another Python than $(VERSION): leave PYTHON out to use it, or remove it (rm -r .venv) to have it made anew"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@
 
-quickstart: .venv/ready
+quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
-test: .venv/ready
+test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # CHECK_ARGS: options of the command, as "--only kernels benchmark"
-check-gpu: .venv/ready
+check-gpu: $(READY)
 	$(BIN)/python tools/check_gpu.py $(CHECK_ARGS)
 
-lint: .venv/ready
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 

@@ -14,7 +14,7 @@ setup(
     package_data={"megatron_fuse.evaluation": ["tasks/*.yaml"]},
     install_requires=[
         "torch>=2.7",
-        "megatron-core>=0.16,<0.20",
+        "megatron-core>=0.16,<0.20",  # Python 3.11 gets 0.16.1; megatron_fuse/runtime/megatron_versions.py holds the differences
         "numpy>=2",
         "transformers>=5",
         "tokenizers",
@@ -22,7 +22,7 @@ setup(
         "tiktoken",
         "safetensors",
         "xxhash",  # checksums of checkpoints and exports
-        "psutil",  # megatron-core's checkpoint writers need it and do not declare it: without it, saving hangs
+        "psutil",  # whether the process that started a rank is still there
         "pydantic>=2",
         "PyYAML",
         "jinja2",
@@ -32,7 +32,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        # The range that megatron-core 0.16 declares. Without a core library (core_cu12, core_cu13) it does not import.
+        # The range that megatron-core 0.16 declares; later ones declare none. Without a core library (core_cu12, core_cu13) it does
+        # not import.
         "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12", "triton"],
         "gpu-cu13": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "triton"],
         "parquet": ["pyarrow"],

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -136,11 +137,14 @@ def megatrons_own() -> Iterator[None]:
 
     from megatron_fuse.training import checkpoint, megatron_checkpoints
 
-    def request_save(state: dict, directory: Path) -> tuple[object, dict]:
-        return dist_checkpointing.save(state, str(directory), async_sharded_save=True), {}
+    # From 0.17 on: Megatron's own asynchronous saving, not that of nvidia-resiliency-ext.
+    strategy = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
 
-    def load(state: dict, path: Path, _: object) -> dict:
-        return dist_checkpointing.load(state, str(path))
+    def request_save(state: dict, directory: Path) -> tuple[object, dict]:
+        return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **strategy), {}
+
+    def load(state: dict, opened: megatron_checkpoints.OpenedCheckpoint) -> dict:
+        return dist_checkpointing.load(state, str(opened.files.path))
 
     with (
         patch.object(megatron_checkpoints, "request_save", request_save),

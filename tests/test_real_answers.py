@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import sentence_bleu
 from sentencepiece import SentencePieceProcessor
 from small_models import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
 
 from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.recipe import load_recipe
+
+RougeScorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer
+sentence_bleu = pytest.importorskip("sacrebleu").sentence_bleu
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "../shared/data"

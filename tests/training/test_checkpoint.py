@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def message_with_short_files(workdir: Path, target: Path, sections: dict[str, An
         return message_of_refusal(workdir, target, sections)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def run_without_entry_points(workdir: Path, target: Path, sections: dict[str, Any]) -> Any:
+    """run_training in which Megatron's own `save` and `load`, whose parameters change from version to version, cannot be called."""
+    from megatron.core import dist_checkpointing
+
+    with patch.object(dist_checkpointing, "save", None), patch.object(dist_checkpointing, "load", None):
+        return run_training(workdir, target, sections)
 
 
 def export(checkpoint: Path, target: Path, output: Path, dtype: str) -> None:
@@ -88,6 +97,15 @@ def test_a_run_in_bf16_continues(ranks, odd, tmp_path) -> None:  # type: ignore[
     rest = one_report(ranks(1, run_training, tmp_path / "parted", odd[1], {"training": training}))
     assert [step["iteration"] for step in rest["steps"]] == [4, 5]
     assert rest["steps"] == whole["steps"][3:]
+
+
+def test_checkpoints_do_without_megatrons_own_entry_points(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    sections = {
+        "parallel": {**layout(), "use_distributed_optimizer": True},
+        "training": {"train_iters": 4, "load": str(checkpoints(odd[0])), "save": str(tmp_path)},
+    }
+    report = one_report(ranks(1, run_without_entry_points, *odd, sections))
+    assert [step["iteration"] for step in report["steps"]] == [4] and (tmp_path / "iter_0000004/common.pt").exists()
 
 
 # 1024 and 1003 are padded alike: Megatron alone would load it and leave 21 rows of zeros
