@@ -1,4 +1,4 @@
-"""Megatron-core 0.16 on a machine without CUDA: everything that it needs there, and nothing anywhere else.
+"""Megatron-core on a machine without CUDA: everything that it needs there, and nothing anywhere else.
 
 Megatron-core asks torch.cuda for its device, its streams and its random state, writes `device="cuda"` into factories and
 compares `tensor.type()` with "torch.cuda.FloatTensor". `enable_cpu_megatron` answers those questions with the CPU's, for the

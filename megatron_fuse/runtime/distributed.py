@@ -44,8 +44,9 @@ def quiet_third_party_warnings() -> None:
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*[Ff]alling back.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
-    # Of Megatron's checkpoints; runtime/cpu.py lies between, and passes for its place.
-    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+    # Megatron's doing too; without a GPU runtime/cpu.py passes for the place.
+    for message in ("Please use DTensor instead", "The .grad attribute of a Tensor that is not a leaf"):
+        warnings.filterwarnings("ignore", message=message, module=r"megatron_fuse\.runtime\.cpu")
     quiet_known_messages()
 
 

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 class WriteResults:
-    """One report, put by the process that forked the writers and taken by the one that trains.
+    """One report, put by the process that writes, which an asynchronous save forks, and taken by the one that trains.
 
     In place of Megatron's queue, which is a process of its own: it imports torch again, keeps its memory all the time, and goes on
     for ever where the rank is killed. A pipe would not do: the report is taken only after the process that put it has ended.
