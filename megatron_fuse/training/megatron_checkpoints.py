@@ -87,8 +87,10 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
 
 
 class _Writer(FileSystemWriterAsync):
-    """Plans and collects as Megatron's. The files themselves are written by _write_files: Megatron forks a process for each in 0.16,
-    writes them in threads later, and loses the reason there if one of them fails."""
+    """Plans and collects as Megatron's, and leaves the files to _write_files.
+
+    Megatron 0.16 forks a process for each file; later versions use threads, and lose the reason if one of them fails.
+    """
 
     def __init__(self, directory: Path, thread_count: int) -> None:
         super().__init__(directory, thread_count=thread_count)
@@ -115,15 +117,16 @@ class _Writer(FileSystemWriterAsync):
         super().finish(metadata, results)
 
 
-Bucket = tuple[
-    str, str, tuple[list[tuple[WriteItem, Any]], list[tuple[WriteItem, Any]]]
-]  # path, name, bytes and tensors
+Items = list[tuple[WriteItem, Any]]
+Bucket = tuple[str, str, tuple[Items, Items]]  # of one file: path, name, what is no tensor, tensors
 
 
 @_disable_gc()  # a forked process must not free its parent's tensors on the GPU
 def _write_files(rank: int, buckets: list[Bucket], report: Any) -> None:
-    """Writes this rank's files, here or in the process that an asynchronous save forks, and puts what retrieve_write_results reads:
-    the results of each file, or the first error."""
+    """Writes this rank's files, each in a thread, here or in the process that an asynchronous save forks.
+
+    Puts into `report` what retrieve_write_results reads: the results of each file by its number, or the first error.
+    """
     try:
         with _without_crc32(), ThreadPoolExecutor(len(buckets)) as threads:
             written = dict(enumerate(threads.map(_write_file, buckets)))
@@ -211,7 +214,7 @@ def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
     wanted, local, factories = load_preprocess(state)
     wanted, _ = extract_sharded_base(wanted)
     validate_sharding_integrity(determine_global_metadata(wanted)[1])
-    loaded = dict(opened.common)
+    loaded = opened.common
     merge(loaded, local)
     merge(loaded, _load_tensors(wanted, opened))
     return apply_factory_merges(loaded, factories)
