@@ -1,22 +1,39 @@
-"""A pool of ranks, started once per test run: starting four gloo processes costs ten seconds and more.
+"""A pool of ranks, started once per test run, from a server that has imported the large libraries once for all of them.
 
 In a module of its own, since the workers import it by name, and `conftest` is the name of several files.
 """
 
+import multiprocessing.forkserver
 import os
 import queue
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch.multiprocessing as multiprocessing
+import torch.multiprocessing  # noqa: F401  (for tensors between processes)
 
 MOST_RANKS = 4
+# What a rank imports, for ten seconds of its processor's time.
+LIBRARIES = [
+    "megatron_fuse.training.trainer",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.launcher.api",
+]
 # Environment of a process whose tests run on the CPU; Triton's kernels are interpreted there.
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+
+def forked() -> ForkServerContext:
+    """Where processes come from that have LIBRARIES at once, without a GPU: forks of one server, which ends with the test run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with patch.dict(os.environ, WITHOUT_GPU):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _free_port() -> int:
@@ -67,14 +84,12 @@ class RankPool:
     """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forked()
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(MOST_RANKS)]
         self.workers = [context.Process(target=_serve, args=(t, self.results), daemon=False) for t in self.tasks]
-        # Ranks on gloo and on the CPU, however many GPUs there are.
-        with patch.dict(os.environ, WITHOUT_GPU):
-            for worker in self.workers:
-                worker.start()
+        for worker in self.workers:
+            worker.start()
 
     def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600) -> list[Any]:
         port = _free_port()

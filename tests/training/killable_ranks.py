@@ -1,7 +1,6 @@
 """Ranks in processes that can be killed, as `kill -9` does it, while the test run goes on."""
 
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from rank_pool import _free_port
+from rank_pool import _free_port, forked
 
 from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with
@@ -24,15 +23,13 @@ ENDS_WITHIN = 120
 
 
 class KillableRanks:
-    """Jobs of ranks that come from a server which has imported everything.
+    """Jobs of ranks that come from the server that has imported everything.
 
     A rank leads a session, and torchrun one with all its ranks, so that what outlives them can be found.
     """
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        preload = ["megatron_fuse.training.trainer", "transformers", "torch.distributed.launcher.api", "test_layouts"]
-        self.context.set_forkserver_preload(preload)
+        self.context = forked()
         self.sessions: list[int] = []  # of all jobs; a session's number is its leader's process id
 
     def run(self, world_size: int, workdir: Path, function: Callable, *arguments: Any, **options: Any) -> list[int]:

@@ -10,7 +10,8 @@ import torch
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
-STEPS = 20  # over 53 examples in batches of 8: 7 steps of the first phase, 13 of the second
+STEPS = 8  # over 53 examples in batches of 20: 3 steps of the first phase, then 5 of the 6 of the second, which has two epochs
+TRAINING = {"global_batch_size": 20, "micro_batch_size": 5, "train_iters": STEPS}
 
 
 @dataclasses.dataclass
@@ -88,35 +89,35 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # type: ignore[no-untyped-def]
-    """The run of one process with micro-batches of two, to which all others are compared."""
-    return one_report(ranks(1, run_training, tmp_path_factory.mktemp("alone"), target, {}))
+    """The run of one process with micro-batches of five, to which all others are compared."""
+    return one_report(ranks(1, run_training, tmp_path_factory.mktemp("alone"), target, {"training": TRAINING}))
 
 
 def test_both_losses_fall(alone: dict[str, Any]) -> None:
     steps, held_out = alone["steps"], alone["held_out"]
     assert len(steps) == STEPS
-    assert "ce/training" not in steps[0] and steps[0]["ce/inference"] > steps[6]["ce/inference"]
-    assert steps[7]["ce/training"] > steps[-1]["ce/training"]
+    assert "ce/training" not in steps[0] and steps[0]["ce/inference"] > steps[2]["ce/inference"]
+    assert steps[3]["ce/training"] > steps[-1]["ce/training"]
     assert len(held_out) == 3  # at the start, between the phases, at the end
 
 
-# fp32 sums in another order: 1e-6 a step, which Adam's division by small second moments lets grow over 20 steps
+# fp32 sums in another order: 1e-6 a step, which Adam's division by small second moments lets grow over the steps
 @pytest.mark.parametrize(
     ("world_size", "parallel", "training"),
     [
-        pytest.param(1, layout(), {"micro_batch_size": 1}, id="micro-batch-1"),
-        pytest.param(1, layout(), {"micro_batch_size": 5}, id="micro-batch-5"),  # does not divide the batch
+        pytest.param(1, layout(), {"micro_batch_size": 2}, id="micro-batch-2"),
+        pytest.param(1, layout(), {"micro_batch_size": 7}, id="micro-batch-7"),  # does not divide the batch
         pytest.param(2, layout(tp=2), {}, id="tp2"),
         pytest.param(2, layout(pp=2), {}, id="pp2"),
-        pytest.param(2, layout(pp=2, vp=2), {"micro_batch_size": 1}, id="pp2-vp2"),
+        pytest.param(2, layout(pp=2, vp=2), {}, id="pp2-vp2"),
         pytest.param(2, layout(), {}, id="dp2"),
         pytest.param(2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), {}, id="dp2-distributed"),
-        pytest.param(4, layout(tp=2, pp=2), {"micro_batch_size": 4}, id="tp2-pp2"),
+        pytest.param(4, layout(tp=2, pp=2), {"micro_batch_size": 10}, id="tp2-pp2"),
         pytest.param(4, layout(tp=2), {"micro_batch_size": 3}, id="tp2-dp2"),
     ],
 )
 def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, parallel, training) -> None:  # type: ignore[no-untyped-def]
-    sections = {"parallel": parallel, "training": training}
+    sections = {"parallel": parallel, "training": TRAINING | training}
     assert_same(one_report(ranks(world_size, run_training, tmp_path, target, sections)), alone, relative=1e-5)
 
 
@@ -146,7 +147,7 @@ def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, pa
 def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyped-def]
     ranks, alone, target, tmp_path, world_size, parallel, loss, iterations
 ) -> None:
-    sections = {"parallel": parallel, "loss": loss, "training": {"train_iters": iterations}}
+    sections = {"parallel": parallel, "loss": loss, "training": TRAINING | {"train_iters": iterations}}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
     until = {"steps": alone["steps"][:iterations], "held_out": alone["held_out"][: len(found["held_out"])]}
     if iterations < STEPS:  # the last one is of another step then
@@ -238,31 +239,31 @@ def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
     assert_same(found, accounts, relative=1e-5)
 
 
-# (layout that saves, layout that continues); the first stops at 3 of 7 steps or at 11, in the second phase
+# (layout that saves, layout that continues); the first stops at 2 of 3 steps or at 5, in the second phase
 @pytest.mark.parametrize(
     ("first", "second", "stop"),
     [
-        pytest.param((2, layout(tp=2)), (2, layout(pp=2)), 3, id="tp2-to-pp2"),
-        pytest.param((2, layout(pp=2, vp=2)), (1, layout()), 11, id="vp2-to-one"),
+        pytest.param((2, layout(tp=2)), (2, layout(pp=2)), 2, id="tp2-to-pp2"),
+        pytest.param((2, layout(pp=2, vp=2)), (1, layout()), 5, id="vp2-to-one"),
         pytest.param(
             (4, layout(tp=2, use_distributed_optimizer=True)),
             (2, layout(use_distributed_optimizer=True)),
-            11,
+            5,
             id="distributed",
         ),
-        # 7: the end of the first phase
+        # 3: the end of the first phase
         pytest.param(
             (2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True)),
             (4, layout(pp=2, use_distributed_optimizer=True)),
-            7,
+            3,
             id="distributed-at-the-boundary",
         ),
     ],
 )
 def test_a_run_continues_at_another_layout(ranks, alone, target, tmp_path, first, second, stop) -> None:  # type: ignore[no-untyped-def]
-    start = {"parallel": first[1], "training": {"train_iters": stop, "micro_batch_size": 1}}
+    start = {"parallel": first[1], "training": TRAINING | {"train_iters": stop, "micro_batch_size": 4}}
     ranks(first[0], run_training, tmp_path, target, start)
-    rest = one_report(ranks(second[0], run_training, tmp_path, target, {"parallel": second[1]}))
+    rest = one_report(ranks(second[0], run_training, tmp_path, target, {"parallel": second[1], "training": TRAINING}))
     expected = {"steps": alone["steps"][stop:], "held_out": alone["held_out"][-len(rest["held_out"]) :]}
     assert_same(rest, expected, relative=1e-5)
 
@@ -293,18 +294,18 @@ def digest(path: Path) -> dict[str, str]:
 )
 def test_the_same_layout_continues_bit_for_bit(ranks, target, tmp_path, world_size, parallel) -> None:  # type: ignore[no-untyped-def]
     def run(workdir: str, last: int) -> list[dict[str, float]]:
-        sections = {"parallel": parallel, "training": {"train_iters": last}}
+        sections = {"parallel": parallel, "training": TRAINING | {"train_iters": last}}
         return one_report(ranks(world_size, run_training, tmp_path / workdir, target, sections))["steps"]
 
-    whole = run("whole", 9)
-    assert run("parts", 5) + run("parts", 9) == whole  # the first phase ends after 7
-    ends = [tmp_path / name / "training/checkpoints/iter_0000009" for name in ("whole", "parts")]
+    whole = run("whole", 4)
+    assert run("parts", 2) + run("parts", 4) == whole  # the first phase ends after 3
+    ends = [tmp_path / name / "training/checkpoints/iter_0000004" for name in ("whole", "parts")]
     found, expected = (ranks(1, digest, end)[0] for end in ends)
     assert found == expected and any("exp_avg" in name for name in found)
 
 
 def test_bf16_with_fp32_masters_follows_fp32(ranks, alone, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    sections = {"parallel": layout(tp=2, use_distributed_optimizer=True), "training": {"precision": "bf16"}}
+    sections = {"parallel": layout(tp=2, use_distributed_optimizer=True), "training": TRAINING | {"precision": "bf16"}}
     found = one_report(ranks(4, run_training, tmp_path, target, sections))
     for a, b in zip(found["steps"], alone["steps"], strict=True):
         # bf16 keeps 8 bits: single logits are off by 1 %, means over a batch by less
