@@ -20,7 +20,7 @@ from typing import Self
 from megatron_fuse.errors import UserError
 from megatron_fuse.processes import end_with, tied
 
-LIBRARIES = ("torch", "transformers", "matplotlib.pyplot", "megatron_fuse.fusion_data")
+LIBRARIES = ("torch", "transformers.modeling_utils", "matplotlib.pyplot", "megatron_fuse.fusion_data")
 _MEGATRON = "--megatron"  # on the command line of the process that scripts on Megatron-core are forked from
 
 

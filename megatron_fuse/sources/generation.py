@@ -12,15 +12,18 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.sources.huggingface import input_device
 from megatron_fuse.sources.row_cache import RowCache, keeps_keys_and_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # seconds of imports, for commands that load no model too
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Answer:
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, prompts: Sequence[Prompt], sampling: Sampling, *, batch_tokens: int
+    model: "PreTrainedModel", prompts: Sequence[Prompt], sampling: Sampling, *, batch_tokens: int
 ) -> list[Answer]:
     """Answers in the order of the prompts.
 
@@ -153,7 +156,7 @@ def _closed_ranks(stays: list[bool]) -> list[int]:
 class _Generator:
     """Takes a batch one token further."""
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling) -> None:
+    def __init__(self, model: "PreTrainedModel", sampling: Sampling) -> None:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
         self.allowed = sampling.allowed.to(self.device)
         parameters = inspect.signature(model.forward).parameters
