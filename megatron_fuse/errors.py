@@ -1,6 +1,7 @@
 """The one exception for what a user can mend, and the door through which every command reports it."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -35,6 +36,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
     So does what the operating system says of a named file that no code of ours looks at first: no permission, no such directory.
     Ctrl-C and SIGTERM end with one line and 130 or 143 (interrupts.py). Anything else keeps its traceback.
     """
+    if not gc.isenabled():  # as start.py left it
+        gc.freeze()  # what has been imported stays: Megatron-core collects at every save, and would look through all of it
+        gc.enable()
     end_with_torchrun()
     with interruptible() as signals:
         try:

@@ -1,5 +1,7 @@
-"""Imported by every command before anything else: a Ctrl-C during the imports, which take seconds, then ends it with one line."""
+"""Imported by every command before anything else, for the imports, which take seconds: a Ctrl-C then ends it with one line, and
+the garbage collector, which would look for garbage among millions of new objects, waits for errors.exit_code."""
 
+import gc
 import signal
 import threading
 
@@ -10,3 +12,4 @@ if (
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, end_at_once)  # until errors.exit_code takes over
+gc.disable()
