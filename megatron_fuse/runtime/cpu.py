@@ -36,7 +36,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if _names_cuda(kwargs.get("device")):
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and any(_names_cuda(argument) for argument in args):
             args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
