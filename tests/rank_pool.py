@@ -3,6 +3,7 @@
 In a module of its own, since the workers import it by name, and `conftest` is the name of several files.
 """
 
+import gc
 import multiprocessing.forkserver
 import os
 import queue
@@ -57,6 +58,7 @@ def _serve(tasks: Any, results: Any) -> None:
     """A worker: for each task it becomes one rank of a world, calls the function, and leaves the world again."""
     import torch
 
+    gc.freeze()  # else Megatron, which collects garbage at every save, looks through all imported modules each time
     torch.set_num_threads(1)
     while (task := _next_task(tasks)) is not None:
         rank, world_size, port, function, arguments = task

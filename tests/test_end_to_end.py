@@ -4,15 +4,20 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from killable_ranks import KillableRanks
 from small_models import save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,33 +168,41 @@ def test_a_run_that_was_told_to_stop_is_not_exported(
     assert not (tmp_path / "export").exists()
 
 
+@pytest.fixture
+def killable() -> Iterator[KillableRanks]:
+    ranks = KillableRanks()
+    yield ranks
+    ranks.close()
+
+
+def pretrain(rank: int, recipe_file: Path, save: Path) -> None:
+    """The command as a rank, without an interpreter and imports of its own."""
+    sys.argv = [str(ROOT / "pretrain_fuse.py"), "--recipe", str(recipe_file), "--save", str(save)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
-    finished: tuple[Path, str], recipe_file: Path
+    finished: tuple[Path, str], recipe_file: Path, killable: KillableRanks, tmp_path: Path
 ) -> None:
     workdir, whole = finished
-    stop = random.Random().randint(2, 8)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "pretrain_fuse.py"]
-    command += ["--recipe", str(recipe_file), "--save", str(workdir / "killed")]
-    output = ""
-    with subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            output += line
-            if stop in logged_steps(line):
-                os.killpg(process.pid, signal.SIGKILL)
-                break
-    assert stop in logged_steps(output), output[-4000:]
-    rest = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
-    assert rest.returncode == 0, rest.stderr[-4000:]
-    expected, resumed = logged_steps(whole), logged_steps(rest.stdout)
-    assert f"at iteration {min(resumed) - 1}" in rest.stdout
-    assert stop - 2 <= min(resumed) <= stop + 1, f"killed at step {stop}"
-    assert resumed == {step: expected[step] for step in resumed} and max(resumed) == 9, f"killed at step {stop}"
+    stop = random.Random().randint(2, 7)
+
+    def start(name: str) -> list[Any]:
+        return killable.start(2, tmp_path / name, pretrain, recipe_file, workdir / "killed", torchrun=True)
+
+    def output(name: str) -> str:
+        return "".join(path.read_text() for path in (tmp_path / name).glob("output-*.txt"))
+
+    (job,) = start("killed")
+    while stop not in logged_steps(output("killed")):
+        assert job.is_alive(), output("killed")[-4000:]
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    assert killable.wait([job]) == [-signal.SIGKILL]
+    killable.wait_for_nothing_left()
+    last = max(logged_steps(output("killed")))
+    assert killable.wait(start("rest")) == [0], output("rest")[-4000:]
+    expected, resumed = logged_steps(whole), logged_steps(output("rest"))
+    assert f"at iteration {min(resumed) - 1}" in output("rest")
+    assert last - 2 <= min(resumed) <= last + 1, f"killed at step {last}"
+    assert resumed == {step: expected[step] for step in resumed} and max(resumed) == 9, f"killed at step {last}"

@@ -1,5 +1,6 @@
 """A fusion dataset of random documents and a tiny random target, for tests of training that need no stage before it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ class SyntheticDataset:
         seed: int = 0,
         margins: bool = False,
     ):
-        rng = np.random.default_rng(seed)
         self.entries_per_row = entries
         self.example_ids = [f"example-{index}" for index in range(examples + held_out)]
         self.train, self.held_out = np.arange(examples), np.arange(examples, examples + held_out)
@@ -36,26 +36,7 @@ class SyntheticDataset:
         self.sha256 = f"synthetic-{seed}-{examples}"
         barely = margins & (np.arange(examples + held_out) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}
-        self.documents: dict[tuple[str, int], Document | None] = {}
-        for index in range(examples + held_out):
-            for mode in ("inference", "training"):
-                missing = mode == "inference" and index % 11 == 3
-                self.documents[mode, index] = None if missing else self._draw(rng, vocab_size, rows=index != 5)
-
-    def _draw(self, rng: np.random.Generator, vocab_size: int, *, rows: bool) -> Document:
-        prompt, response = rng.integers(2, 9), rng.integers(1, 21)
-        counts = rng.integers(0, self.entries_per_row + 1, response).astype(np.uint8) * np.uint8(rows)
-        # A row's mass: at most 0.9, spread at random over its entries.
-        logprobs = [np.log(0.9 * rng.dirichlet(np.ones(count))) for count in counts if count]
-        ids = [rng.choice(vocab_size, count, replace=False) for count in counts if count]
-        return Document(
-            tokens=rng.integers(0, vocab_size, prompt + response),
-            supervised=np.arange(prompt + response) >= prompt,
-            counts=counts,
-            match=(counts > 0).astype(np.uint8),
-            entry_ids=np.concatenate([*ids, np.zeros(0, np.int64)]),
-            entry_logprobs=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
-        )
+        self.documents = _draw_documents(examples + held_out, vocab_size, entries, seed)
 
     def _per_example(self, mode: str, of_document: Any) -> np.ndarray:
         chosen = (self.documents[mode, index] for index in range(len(self.example_ids)))
@@ -76,14 +57,42 @@ class SyntheticDataset:
         return found
 
 
-def make_tiny_target(directory: Path, *, vocab_size: int = 503, tied: bool = False) -> Path:
-    """A random Llama of four layers (room for PP=2 with two virtual chunks) with grouped-query attention."""
+@cache
+def _draw_documents(examples: int, vocab_size: int, entries: int, seed: int) -> dict[tuple[str, int], Document | None]:
+    """By mode and example."""
+    rng = np.random.default_rng(seed)
+    found: dict[tuple[str, int], Document | None] = {}
+    for index in range(examples):
+        for mode in ("inference", "training"):
+            missing = mode == "inference" and index % 11 == 3
+            found[mode, index] = None if missing else _draw(rng, vocab_size, entries, rows=index != 5)
+    return found
+
+
+def _draw(rng: np.random.Generator, vocab_size: int, entries: int, *, rows: bool) -> Document:
+    prompt, response = rng.integers(2, 9), rng.integers(1, 21)
+    counts = rng.integers(0, entries + 1, response).astype(np.uint8) * np.uint8(rows)
+    # A row's mass: at most 0.9, spread at random over its entries.
+    logprobs = [np.log(0.9 * rng.dirichlet(np.ones(count))) for count in counts if count]
+    ids = [rng.choice(vocab_size, count, replace=False) for count in counts if count]
+    return Document(
+        tokens=rng.integers(0, vocab_size, prompt + response),
+        supervised=np.arange(prompt + response) >= prompt,
+        counts=counts,
+        match=(counts > 0).astype(np.uint8),
+        entry_ids=np.concatenate([*ids, np.zeros(0, np.int64)]),
+        entry_logprobs=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
+    )
+
+
+def make_tiny_target(directory: Path, *, vocab_size: int = 503, layers: int = 2, tied: bool = False) -> Path:
+    """A random Llama with grouped-query attention."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -103,7 +112,7 @@ def make_tiny_recipe(workdir: Path, target: Path, **sections: dict[str, Any]) ->
         "schedule": {"preset": "profuser"},
         "training": {
             "seq_length": 32,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "global_batch_size": 8,
             "lr": 1e-3,
             "precision": "fp32",

@@ -51,7 +51,9 @@ def check_moments(trainings: Trainings, workdir: Path, moments: list[Moment], co
     assert expected.keys() - skipped <= found.keys() <= expected.keys(), context
     assert all(record == expected[key] for key, record in found.items()), context
     names = {path.name for path in (workdir / "training/checkpoints").iterdir()}
-    assert names >= {"iter_0000007", "iter_0000009"} and not any(name.endswith(".tmp") for name in names), context
+    assert "iter_0000009" in names and not any(name.endswith(".tmp") for name in names), context
+    # The last two are kept, of which the first is not that of the first phase's end where a run was stopped after step 8.
+    assert names & {"iter_0000007", "iter_0000008"}, context
 
 
 @pytest.mark.parametrize("kind", [Kind.RANK, Kind.TORCHRUN])

@@ -1,6 +1,7 @@
 """Ranks in processes that can be killed, as `kill -9` does it, while the test run goes on."""
 
 import contextlib
+import gc
 import multiprocessing.connection
 import os
 import signal
@@ -123,6 +124,7 @@ def _run_torchrun(world_size: int, port: int, workdir: Path, function: Callable,
 
 
 def _become_rank(workdir: Path, function: Callable, *arguments: Any) -> None:
+    gc.freeze()  # as the ranks of rank_pool.py
     rank = int(os.environ.get("RANK", 0))
     _print_to(workdir / f"output-{rank}.txt")
     torch.set_num_threads(1)
