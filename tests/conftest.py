@@ -1,14 +1,16 @@
 """Fixtures of all tests."""
 
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from rank_pool import WITHOUT_GPU, RankPool
 
@@ -16,6 +18,10 @@ from megatron_fuse.recipe import Recipe
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A case has no deadline: how long it takes depends on what else the machine does.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +39,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def place_of(argument: str) -> Path:
     """The file or directory of a test's name on the command line."""
     return Path(argument.partition("::")[0]).resolve()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports make millions of objects that stay. The collector would look through them again and again, a second each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
