@@ -167,7 +167,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_named_with_the_room_that_is_wanted(ranks, small_disk, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    target = make_tiny_target(tmp_path / "target")
+    target = make_tiny_target(tmp_path / "target", layers=4)
     training = {"save": str(small_disk), "save_interval": 1, "train_iters": 6}
     (message,) = ranks(1, message_of_refusal, tmp_path / "work", target, {"training": training})
     assert f"{small_disk}: the checkpoint cannot be written" in message and "MB are free there" in message

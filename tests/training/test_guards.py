@@ -295,7 +295,7 @@ def another_error() -> object:
 def test_an_allocators_error_says_what_to_turn(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     for allocate in (too_much, as_on_a_gpu, as_cublas_says, as_nccl_says):
         (message,) = ranks(1, out_of_memory, target, tmp_path, allocate, {"micro_batch_size": 4})
-        assert "out of memory" in message and "allocate" in message and "weights 0.27 MiB" in message
+        assert "out of memory" in message and "allocate" in message and "weights 0.20 MiB" in message
         knobs = ("--micro-batch-size 2 (now 4)", "--recompute", "--tensor-model-parallel-size 2 (now 1)")
         assert all(f"{knob} saves about" in message for knob in knobs)
         assert "--use-distributed-optimizer" not in message  # there is no other replica to share with

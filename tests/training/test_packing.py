@@ -17,7 +17,7 @@ PACKED = {"train_iters": STEPS, "seq_length": 64, "micro_batch_size": 1, "packin
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_target(tmp_path_factory.mktemp("target"))
+    return make_tiny_target(tmp_path_factory.mktemp("target"), layers=4)
 
 
 @pytest.fixture(scope="module")

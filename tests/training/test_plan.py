@@ -17,7 +17,7 @@ from megatron_fuse.training.throughput import multiplying_parameters, peak_flops
 
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
-    return read_architecture(make_tiny_target(tmp_path_factory.mktemp("target")))
+    return read_architecture(make_tiny_target(tmp_path_factory.mktemp("target"), layers=4))
 
 
 def test_flops_are_those_counted_by_hand(architecture: Architecture) -> None:
