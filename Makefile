@@ -24,8 +24,9 @@ $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
+# In two processes, a file in one of them. `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # CHECK_ARGS: options of the command, as "--only kernels benchmark"
 check-gpu: $(READY)

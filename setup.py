@@ -43,6 +43,7 @@ setup(
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # lm-evaluation-harness, for models in process
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "pyarrow",
