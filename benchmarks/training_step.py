@@ -36,6 +36,7 @@ from megatron_fuse.runtime import Runtime, start_runtime, stop_runtime
 from megatron_fuse.target import read_target
 from megatron_fuse.training.batches import micro_batches
 from megatron_fuse.training.target import build_target
+from megatron_fuse.training.throughput import training_flops
 from megatron_fuse.training.trainer import Trainer, make_trainer, plan_step, train_step
 
 VOCABULARY, ENTRIES = 32000, 10
@@ -180,7 +181,8 @@ def _around(trainer: Trainer) -> None:
     list(micro_batches(trainer.dataset, batch, **parts, device=trainer.runtime.device))
     values = {"loss": 1.0, "ce/training": 1.0, "kl/training": 1.0, "grad norm": 1.0, "padding": 0.0}
     with redirect_stdout(StringIO()):
-        trainer.log.step(1, 1, "phase", 1e-5, values, batch.tokens)
+        flops = training_flops(trainer.architecture, batch.positions)
+        trainer.log.step(1, 1, "phase", 1e-5, values, batch.tokens, flops)
 
 
 def _dense_loss(model: torch.nn.Module, targets: FusionTargets, logits: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,14 @@ def _scalar_type(annotation: Any) -> type | tuple | None:
     return annotation if annotation in (int, float, str, bool, Path) else None
 
 
+def _element_type(annotation: Any) -> type | tuple | None:
+    """The type of the values of a list that fits into one flag, None for all else."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        inner = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+        return _element_type(inner[0]) if len(inner) == 1 else None
+    return _scalar_type(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is list else None
+
+
 def _metadata(field: FieldInfo) -> list[Any]:
     """Limits of a field's value, or where it may be null, of the value in the place of null."""
     inner = [part for part in typing.get_args(field.annotation) if typing.get_origin(part) is typing.Annotated]
@@ -49,7 +57,7 @@ def _metadata(field: FieldInfo) -> list[Any]:
 
 
 def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
-    """(flag, key path, field) of every option that a flag can set."""
+    """(flag, key path, field) of every option that a flag can set, lists included."""
     for name, field in Recipe.model_fields.items():
         section = _section(field)
         if section is None:
@@ -58,12 +66,12 @@ def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
             continue
         prefix = "" if name in BARE_SECTIONS else f"{name}-"
         for key, inner in section.model_fields.items():
-            if _scalar_type(inner.annotation):
+            if _scalar_type(inner.annotation) or _element_type(inner.annotation):
                 yield "--" + (prefix + key).replace("_", "-"), (name, key), inner
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds --recipe, --print-recipe and one flag for every scalar option."""
+    """Adds --recipe, --print-recipe and one flag for every option that is a single value or a list of them."""
     parser.add_argument("--recipe", type=path_argument, required=required, help="YAML file that describes the run")
     parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
     group = parser.add_argument_group("overrides of the recipe")
@@ -73,6 +81,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         keywords: dict[str, Any] = {"dest": ".".join(path), "default": argparse.SUPPRESS, "help": description}
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
+        elif kind is None:
+            keywords |= {"nargs": "+", "metavar": path[-1].upper()}
         else:
             keywords["metavar"] = "|".join(kind) if isinstance(kind, tuple) else path[-1].upper()
         group.add_argument(flag, **keywords)
@@ -100,9 +110,13 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
         flags[path] = flag
         if path == ("schedule", "preset"):
             content["schedule"].pop("phases", None)
-    recipe = make_recipe(
-        content, lambda keys: f"{flags[keys]}: {'.'.join(keys)}" if keys in flags else document.place(keys)
-    )
+
+    def place(keys: Keys) -> str:
+        outer = (keys[:length] for length in range(len(keys), 0, -1))  # a value in a list is its flag's
+        flag = next((flags[key] for key in outer if key in flags), None)
+        return f"{flag}: {'.'.join(map(str, keys))}" if flag else document.place(keys)
+
+    recipe = make_recipe(content, place)
     if arguments.print_recipe:
         print(dump_recipe(recipe), end="")
         raise SystemExit(0)
@@ -111,10 +125,11 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
 
 def _value(flag: str, given: Any, field: FieldInfo) -> Any:
     """What was given for a flag, by the rules that a value in the file goes by."""
-    if _scalar_type(field.annotation) not in (int, float) or not isinstance(given, str):
+    kind = _scalar_type(field.annotation) or _element_type(field.annotation)
+    if kind not in (int, float):
         return given
     try:
-        return plain_value(given)
+        return [plain_value(value) for value in given] if isinstance(given, list) else plain_value(given)
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from error
 

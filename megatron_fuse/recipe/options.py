@@ -32,6 +32,7 @@ from megatron_fuse.recipe.values import (
     Options,
     Positive,
     Precision,
+    Rank,
     Ranks,
     SamplingTemperature,
     Seed,
@@ -314,6 +315,18 @@ class TrainingOptions(Options):
         None, description="save and exit once the process is as many minutes old"
     )
     log_interval: Positive = 1
+    timing_log_level: Annotated[int, Field(ge=0, le=2)] = Field(
+        0,
+        description="0: time whole iterations; 1: also what happens about once in each; 2: also what happens once a micro-batch. Above 0 "
+        "every timer waits for the GPU, and at those of level 1 the ranks wait for each other, so that iterations may take longer",
+    )
+    profile: bool = Field(
+        False,
+        description="record some iterations with torch's profiler, a trace per rank, in profile/ beside metrics.jsonl",
+    )
+    profile_step_start: Positive = Field(10, description="first iteration that --profile records")
+    profile_step_end: Positive = Field(12, description="iteration before which --profile ends")
+    profile_ranks: list[Rank] = Field([0], min_length=1, description="ranks that --profile records")
     eval_interval: Positive | None = Field(
         None, description="steps between evaluations; default: at the end of phases only"
     )
@@ -340,6 +353,15 @@ class TrainingOptions(Options):
             raise ValueError(
                 f"packing needs micro_batch_size 1, not {self.micro_batch_size}: a packed sequence already holds several examples; "
                 "set micro_batch_size to 1, or packing to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _profiles_an_iteration(self) -> Self:
+        start, end = self.profile_step_start, self.profile_step_end
+        if self.profile and end <= start:
+            raise ValueError(
+                f"profile_step_end is {end}: it is the iteration before which the profile ends, so set it above profile_step_start ({start})"
             )
         return self
 

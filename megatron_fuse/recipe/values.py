@@ -117,6 +117,7 @@ Epochs = _whole(1, 10_000)
 Tokens = _whole(1, 2**24)  # of one sequence: the longest contexts have ten million
 BatchTokens = _whole(1, 2**30)
 Ranks = _whole(1, 2**20)
+Rank = _whole(0, 2**20 - 1)  # counted from 0
 Layers = _whole(1, 10_000)
 
 # Numbers

@@ -53,13 +53,18 @@ class GlobalBatch:
         str, tuple[float, float]
     ]  # mode -> weight of one supervised token's (CE, KL), of an example that counts 1
     supervised_tokens: dict[str, int]  # mode -> labels, however much they count
-    tokens: int  # input positions that carry a token, all ranks
+    positions: np.ndarray  # [documents] int64: those that carry a token, of all ranks
     seq_length: int  # padded length of this step
     micro_batches: int  # of every data-parallel rank, empty ones included
 
     @property
     def documents(self) -> list[tuple[str, int]]:
         return [document for sequence in self.sequences for document in sequence]
+
+    @property
+    def tokens(self) -> int:
+        """Input positions that carry a token."""
+        return int(self.positions.sum())
 
     @property
     def padding(self) -> float:
@@ -94,7 +99,7 @@ def plan_batch(
         arranged = [[[number] for number in range(len(present))] for present in present_in.values()]
     sequences: list[list[tuple[str, int]]] = []
     supervised, denominators = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0.0)
-    longest, tokens = 0, 0
+    longest = 0
     for mode, chosen in zip(weights, arranged, strict=True):
         present, positions = present_in[mode], positions_in[mode]
         sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
@@ -103,7 +108,6 @@ def plan_batch(
         supervised[mode] = int(labels.sum())
         counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
         denominators[mode] = float((labels * counted).sum(dtype=np.float64))
-        tokens += int(positions.sum())
     per_token = {
         mode: tuple(weight / denominators[mode] if denominators[mode] else 0.0 for weight in pair)
         for mode, pair in weights.items()
@@ -114,7 +118,7 @@ def plan_batch(
         packed=pack_into is not None,
         weights=per_token,
         supervised_tokens=supervised,
-        tokens=tokens,
+        positions=np.concatenate(list(positions_in.values())),
         seq_length=_padded_length(longest),
         micro_batches=max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple,
     )

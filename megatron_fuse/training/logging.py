@@ -11,25 +11,37 @@ import torch
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
 from megatron_fuse.text_safety import say
-from megatron_fuse.training.metrics import HELD_OUT, METRICS, STEP, MetricsFile, metrics_directory
+from megatron_fuse.training.metrics import HELD_OUT, METRICS, SAVED, STEP, MetricsFile, metrics_directory
 from megatron_fuse.training.plan import PhasePlan, tokens_left
+from megatron_fuse.training.timing import SAVE, STEP_TIMERS, StepTimers
 from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
 
 _FORMATS = {"loss": ".6E", "learning rate": ".6E"}  # as Megatron-LM prints them
 
 
 class TrainingLog:
-    """Prints and records on the one reporting rank, and does nothing on the others.
+    """Prints and records on the one reporting rank. On the others it only takes part in the collectives of `timers`.
 
-    Nothing here waits for a GPU: every number is on the host already, and torch's memory statistics are the allocator's own.
+    Nothing here waits for a GPU: every number is on the host already, and torch's memory statistics are the allocator's own. With
+    timers, all-reduces collect their values where a line is printed.
     """
 
-    def __init__(self, recipe: Recipe, plans: Sequence[PhasePlan], *, peak_flops: float | None, active: bool) -> None:
-        """peak_flops: of all ranks together, None where no MFU is to be told. Raises UserError on every rank where Weights &
-        Biases is asked for and not installed."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        plans: Sequence[PhasePlan],
+        timers: StepTimers,
+        *,
+        ranks: int,
+        peak_flops: float | None,
+        active: bool,
+    ) -> None:
+        """ranks: of the run. peak_flops: of one GPU, None where no MFU is to be told. Raises UserError on every rank where Weights
+        & Biases is asked for and not installed."""
         if recipe.training.wandb_project:
             check_wandb()
-        self.recipe, self.plans, self.peak_flops, self.active = recipe, plans, peak_flops, active
+        self.recipe, self.plans, self.timers = recipe, plans, timers
+        self.ranks, self.peak_flops, self.active = ranks, peak_flops, active
         self.total_steps = plans[-1].last_iteration
         self.trackers: list[Tracker] = []
         self.skipped = 0
@@ -58,50 +70,60 @@ class TrainingLog:
 
     def restart_clock(self) -> None:
         """After an evaluation or a checkpoint, which are not training time."""
-        self.since, self.steps, self.tokens = time.perf_counter(), 0, 0
+        self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+        self.timers.reset()
 
     def step(
-        self, iteration: int, consumed_samples: int, phase: str, lr: float, values: Mapping[str, float], tokens: int
+        self,
+        iteration: int,
+        consumed_samples: int,
+        phase: str,
+        lr: float,
+        values: Mapping[str, float],
+        tokens: int,
+        flops: float,
     ) -> None:
-        """iteration: steps done. values: loss, ce/MODE, kl/MODE, grad norm, padding. tokens: input tokens of the step, padding left out.
+        """iteration: steps done. values: loss, ce/MODE, kl/MODE, grad norm, padding. tokens: input tokens of the step, padding left
+        out. flops: model FLOPs of the step, of all ranks.
 
         A step whose grad norm is not finite counts as skipped (guards.step_optimizer).
         """
-        if not self.active:
-            return
         self.steps += 1
         self.tokens += tokens
+        self.flops += flops
         self.skipped += not math.isfinite(values["grad norm"])
-        numbers = {"learning rate": lr, **values}
         prints = iteration % self.recipe.training.log_interval == 0 or iteration == self.total_steps
-        speed = self._speed(iteration) if prints else {}
-        recorded = {
-            **numbers,
-            **speed,
-            "tokens": tokens,
-            "skipped iterations": self.skipped,
-            "consumed samples": consumed_samples,
-        }
-        self.metrics.write(STEP, iteration, {"phase": phase, **recorded})
-        for tracker in self.trackers:
-            tracker.numbers(recorded, iteration)
+        speed, timed = (self._speed(), self._timed(*STEP_TIMERS)) if prints else ({}, {})
+        if self.active:
+            numbers = {"learning rate": lr, **values}
+            counts = {"tokens": tokens, "skipped iterations": self.skipped, "consumed samples": consumed_samples}
+            self._record(STEP, iteration, {**numbers, **speed, **timed, **counts}, phase=phase)
+            if prints:
+                self._print(iteration, consumed_samples, phase, numbers, speed, timed)
         if prints:
-            self._print(iteration, consumed_samples, phase, numbers, speed)
             self.restart_clock()
 
-    def _speed(self, iteration: int) -> dict[str, float]:
+    def _record(self, kind: str, iteration: int, numbers: Mapping[str, float], **words: str) -> None:
+        self.metrics.write(kind, iteration, {**words, **numbers})
+        for tracker in self.trackers:
+            tracker.numbers(numbers, iteration)
+
+    def _speed(self) -> dict[str, float]:
         """What the clock says since its last start."""
         elapsed = time.perf_counter() - self.since
-        rate = self.tokens / elapsed
+        rate, flops = self.tokens / elapsed, self.flops / elapsed / self.ranks
         speed = {
             "milliseconds per iteration": 1000 * elapsed / self.steps,
             "tokens per second": rate,
+            "tokens per second per GPU": rate / self.ranks,
+            "TFLOP/s per GPU": flops / 1e12,
             "memory GiB": peak_memory() / 2**30,
         }
-        if self.peak_flops:
-            plan = next(plan for plan in self.plans if iteration <= plan.last_iteration)
-            speed["MFU"] = rate * plan.flops / plan.tokens / self.peak_flops  # as if all steps of a phase were alike
-        return speed
+        return speed | ({"MFU": flops / self.peak_flops} if self.peak_flops else {})
+
+    def _timed(self, *timers: str) -> dict[str, float]:
+        """Seconds of a step by the timers, since the clock's last start."""
+        return {name: seconds / self.steps for name, seconds in self.timers.seconds(*timers).items()}
 
     def _print(
         self,
@@ -110,6 +132,7 @@ class TrainingLog:
         phase: str,
         numbers: Mapping[str, float],
         speed: Mapping[str, float],
+        timed: Mapping[str, float],
     ) -> None:
         rate = speed["tokens per second"]
         of_phase, of_run = (duration(left / rate if rate else 0) for left in tokens_left(self.plans, iteration))
@@ -120,22 +143,33 @@ class TrainingLog:
             f"elapsed time per iteration (ms): {speed['milliseconds per iteration']:.1f}",
             *(f"{name}: {value:{_FORMATS.get(name, '.4f')}}" for name, value in numbers.items()),
             f"tokens/s: {rate:.0f}",
+            f"tokens/s/GPU: {speed['tokens per second per GPU']:.0f}",
+            f"TFLOP/s/GPU: {speed['TFLOP/s per GPU']:.4g}",
             *([f"MFU: {100 * speed['MFU']:.1f} %"] if "MFU" in speed else []),
             f"memory: {speed['memory GiB']:.2f} GiB",
             f"number of skipped iterations: {self.skipped}",
             f"ETA: {of_phase} phase, {of_run} run",
         ]
         say(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts))
+        if timed:
+            say(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
         """values: ce/MODE, kl/MODE, perplexity/MODE on the held-out examples."""
-        if not self.active:
-            return
-        self.metrics.write(HELD_OUT, iteration, values)
-        for tracker in self.trackers:
-            tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
-        shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
-        say(f" held-out at iteration {iteration} ({examples} examples) | {shown}")
+        if self.active:
+            self.metrics.write(HELD_OUT, iteration, values)
+            for tracker in self.trackers:
+                tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
+            shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
+            say(f" held-out at iteration {iteration} ({examples} examples) | {shown}")
+        self.restart_clock()
+
+    def saved(self, iteration: int) -> None:
+        """After a checkpoint, with the time that the timers say it took, if there are any."""
+        timed = self.timers.seconds(SAVE)
+        if timed and self.active:
+            self._record(SAVED, iteration, timed)
+            say(f" saved at iteration {iteration}, time on the slowest rank (ms) | {_shown_times(timed)}")
         self.restart_clock()
 
     def close(self) -> None:
@@ -143,6 +177,10 @@ class TrainingLog:
             self.metrics.close()
             for tracker in self.trackers:
                 tracker.close()
+
+
+def _shown_times(seconds: Mapping[str, float]) -> str:
+    return " | ".join(f"{name.partition('/')[2]}: {1000 * value:.1f}" for name, value in seconds.items())
 
 
 def peak_memory() -> int:

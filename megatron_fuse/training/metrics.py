@@ -1,10 +1,13 @@
-"""metrics.jsonl: what every step and every evaluation measured, one row each, in the order of the run.
+"""metrics.jsonl: what every step, evaluation and timed save measured, one row each, in the order of the run.
 
     {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2, "ce/training": 1.0, ...}
     {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
+    {"kind": "save", "iteration": 8, "seconds/save-checkpoint": 1.5}
 
 A number that is not finite is null, so a step whose `grad norm` is null was skipped. Rows of steps that printed a line hold its
-speed and memory too.
+speed and memory too: means over the steps since the line before (or since an evaluation or a save), of which MFU and
+`TFLOP/s per GPU` count model FLOPs (throughput.py), and `memory GiB` is the reporting rank's highest so far. From
+--timing-log-level 1 on they hold `seconds/TIMER` (timing.py), a step's mean on the rank where it is highest, and saves have rows.
 """
 
 import errno
@@ -23,7 +26,7 @@ from megatron_fuse.storage import Workspace, read_jsonl, temporary_then_rename
 from megatron_fuse.storage.records import Record, parse_record
 
 METRICS, LOSS_CURVE = "metrics.jsonl", "loss.png"
-STEP, HELD_OUT = "step", "held-out"
+STEP, HELD_OUT, SAVED = "step", "held-out", "save"
 
 
 def metrics_directory(recipe: Recipe) -> Path:
@@ -63,7 +66,7 @@ class MetricsFile:
 class _Row(Record):
     """phase and loss: of steps. All other keys hold numbers, null if they were not finite."""
 
-    kind: Literal["step", "held-out"]
+    kind: Literal["step", "held-out", "save"]
     iteration: NonNegativeInt
     phase: str | None = None
     loss: float | None = None

@@ -33,9 +33,11 @@ from megatron_fuse.training.loss import make_forward_step, reduce_report
 from megatron_fuse.training.metrics import metrics_directory
 from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.plan import plan_phases
+from megatron_fuse.training.profiling import StepProfiler, check_profile
 from megatron_fuse.training.resume import resume, run_facts
 from megatron_fuse.training.schedule import Schedule, Step, learning_rate, make_schedule
-from megatron_fuse.training.throughput import peak_flops_of_this_gpu
+from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
+from megatron_fuse.training.timing import SAVE, StepTimers
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Trainer:
     dataset: FusionDataset
     schedule: Schedule
     run: dict[str, Any]  # run_facts
+    timers: StepTimers
     log: TrainingLog
     guard: StepGuard
 
@@ -102,15 +105,20 @@ def make_trainer(
     curriculum = read_curriculum(recipe)
     schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
     run = run_facts(recipe, dataset, curriculum)
-    peak = peak_flops_of_this_gpu() if bf16 else None
+    check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
+    timers = StepTimers(options.timing_log_level, config)
     log = TrainingLog(
         recipe,
         plan_phases(schedule, dataset, architecture),
-        peak_flops=peak and peak * runtime.world_size,
+        timers,
+        ranks=runtime.world_size,
+        peak_flops=peak_flops_of_this_gpu() if bf16 else None,
         active=runtime.reports,
     )
     guard = StepGuard(options.max_skipped_iterations, options.check_for_spiky_loss)
-    return Trainer(recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, run, log, guard)
+    return Trainer(
+        recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, run, timers, log, guard
+    )
 
 
 def train(trainer: Trainer) -> None:
@@ -138,6 +146,7 @@ def _run(trainer: Trainer) -> None:
     )
     stop = None
     with (
+        StepProfiler(trainer.recipe, trainer.runtime, done=facts.iteration) as profiler,
         DataCheck(trainer.dataset.artefacts if options.verify else []) as data_check,
         Interruption(
             signals=options.exit_signal_handler,
@@ -150,6 +159,7 @@ def _run(trainer: Trainer) -> None:
         if facts.iteration == 0:
             _evaluate(trainer, facts.iteration)
         while facts.iteration < last_step and not stop:
+            profiler.begin_step()
             step = trainer.schedule.step(facts.consumed_samples)
             assert step is not None
             lr = learning_rate(
@@ -160,10 +170,12 @@ def _run(trainer: Trainer) -> None:
                 warmup=options.lr_warmup_iters,
             )
             weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
-            batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
+            with trainer.timers("batch-generator"):
+                batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
             values = train_step(trainer, batch, lr)
             facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
-            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens)
+            flops = training_flops(trainer.architecture, batch.positions)
+            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens, flops)
             _guard(trainer, step, values)
 
             last = facts.iteration == last_step
@@ -179,8 +191,9 @@ def _run(trainer: Trainer) -> None:
             if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
                 data_check.finish()
                 gather_weights(trainer)
-                checkpoints.save(facts, best=improved)
-                trainer.log.restart_clock()
+                with trainer.timers(SAVE):
+                    checkpoints.save(facts, best=improved)
+                trainer.log.saved(facts.iteration)
         checkpoints.finish()
     trainer.log.close()
     if stop:
@@ -231,7 +244,7 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
         )
 
     # Virtual pipeline chunks walk the same micro-batches, each with an iterator of its own.
-    iterators = [micro_batch_iterator() for _ in trainer.wrapped]
+    iterators = [trainer.timers.each("batch-generator", micro_batch_iterator()) for _ in trainer.wrapped]
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(micro_batches=batch.micro_batches),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -254,7 +267,8 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
     reports = forward_backward(trainer, batch, forward_only=False)
-    grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
+    with trainer.timers("optimizer"):
+        grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
     values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
     return values | {"grad norm": grad_norm, "padding": batch.padding}
 

@@ -59,7 +59,7 @@ class Waiting(Recorder):
         if iteration >= self.release:
             self.begin.set()
 
-    def restart_clock(self) -> None:
+    def saved(self, iteration: int) -> None:
         self.begin.set()
 
 

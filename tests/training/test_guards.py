@@ -85,7 +85,7 @@ def poisoned_run(workdir: Path, target: Path, sections: dict[str, Any]) -> list[
     seen = [(0, 0.0, state_hash(trainer))]
 
     class HashingRecorder(Recorder):
-        def step(self, iteration: int, consumed: int, phase: str, lr: float, values: dict, tokens: int) -> None:
+        def step(self, iteration: int, consumed: int, phase: str, lr: float, values: dict, *sizes: float) -> None:
             seen.append((iteration, values["grad norm"], state_hash(trainer)))
 
     train(dataclasses.replace(trainer, log=HashingRecorder()))

@@ -21,7 +21,9 @@ class Recorder:
     steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
     held_out: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def step(self, iteration: int, consumed: int, phase: str, lr: float, values: dict, tokens: int) -> None:
+    def step(
+        self, iteration: int, consumed: int, phase: str, lr: float, values: dict, tokens: int, flops: float
+    ) -> None:
         values = {name: value for name, value in values.items() if name != "padding"}  # which packing changes
         self.steps.append(values | {"iteration": iteration, "consumed": consumed, "lr": lr})
 
@@ -29,6 +31,8 @@ class Recorder:
         self.held_out.append(values)
 
     def start(self, iteration: int) -> None: ...
+
+    def saved(self, iteration: int) -> None: ...
 
     def restart_clock(self) -> None: ...
 

@@ -105,7 +105,8 @@ def logged_run(
 LINE = re.compile(
     r" \[[-\d: ]+\] iteration +(\d+)/ +21 \| consumed samples: +(\d+) \| phase: (\S+) \| elapsed time per iteration \(ms\): [\d.]+ "
     r"\| learning rate: \d\.\d{6}E-\d\d \| loss: \d\.\d{6}E[-+]\d\d \| ce/inference: [\d.]+ \| kl/inference: [\d.]+ "
-    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| padding: [\d.]+ \| tokens/s: \d+ \| memory: [\d.]+ GiB "
+    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| padding: [\d.]+ \| tokens/s: \d+ "
+    r"\| tokens/s/GPU: \d+ \| TFLOP/s/GPU: [\d.e-]+ \| memory: [\d.]+ GiB "
     r"\| number of skipped iterations: 0 \| ETA: ([\d:]+) phase, ([\d:]+) run"
 )
 
@@ -160,20 +161,57 @@ def test_a_run_with_a_save_directory_of_its_own_has_its_own_record(tmp_path: Pat
     assert metrics_directory(recipe) == tmp_path / "csft"
 
 
-def test_mfu_is_the_share_of_the_peak(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    (shares,) = ranks(1, mfu_and_rate, tmp_path, target)
-    for mfu, rate, flops_per_token in shares:
-        assert mfu == pytest.approx(rate * flops_per_token / 1e9, rel=1e-12) and mfu > 0
+@pytest.mark.parametrize("packing", [False, True])
+def test_throughput_is_the_steps_own_flops_over_their_time_and_ranks(ranks, target, tmp_path, packing) -> None:  # type: ignore[no-untyped-def]
+    training = {"log_interval": 3, "train_iters": 9, "packing": packing, "micro_batch_size": 1}
+    _, (rows, flops, tokens) = ranks(
+        2, speeds_of_a_run, tmp_path, target, {"parallel": layout(pp=2), "training": training}
+    )
+    printed = [row for row in rows if "TFLOP/s per GPU" in row]
+    # After the evaluation and the save at the end of the first phase, iteration 7, the clock starts anew.
+    windows = {3: (1, 2, 3), 6: (4, 5, 6), 9: (8, 9)}
+    assert [row["iteration"] for row in printed] == list(windows)
+    for row in printed:
+        window = windows[row["iteration"]]
+        seconds = row["milliseconds per iteration"] / 1000 * len(window)
+        of_window = sum(flops[iteration] for iteration in window)
+        assert row["TFLOP/s per GPU"] == pytest.approx(of_window / seconds / 2 / 1e12, rel=1e-9)
+        assert row["MFU"] == pytest.approx(row["TFLOP/s per GPU"] * 1e12 / PEAK, rel=1e-9)
+        assert row["tokens per second"] == pytest.approx(
+            sum(tokens[iteration] for iteration in window) / seconds, rel=1e-9
+        )
+        assert row["tokens per second per GPU"] == pytest.approx(row["tokens per second"] / 2, rel=1e-9)
 
 
-def mfu_and_rate(workdir: Path, target: Path) -> list[tuple[float, float, float]]:
-    trainer = make_tiny_trainer(workdir, target, {"training": {"log_interval": 1}})
-    log, seen = trainer.log, []
-    log.peak_flops = 1e9
-    log.start(0)
-    for plan in log.plans:
-        log.step(plan.last_iteration, 1, plan.name, 1e-3, {"loss": 1.0, "grad norm": 1.0}, tokens=1000)
-        row = read_metrics(metrics_directory(trainer.recipe) / METRICS)[-1]
-        seen.append((row["MFU"], row["tokens per second"], plan.flops / plan.tokens))
-    log.close()
-    return seen
+PEAK = 1e9  # FLOP/s, as if of one GPU
+
+
+def speeds_of_a_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[list[dict], dict, dict] | None:
+    """The steps' rows, and the model FLOPs and input tokens of each step, counted token by token."""
+    from megatron_fuse.training.trainer import train
+
+    trainer = make_tiny_trainer(workdir, target, sections)
+    trainer.log.peak_flops = PEAK
+    train(trainer)
+    a, dataset = trainer.architecture, trainer.dataset
+    kv = a.num_query_groups * a.head_dim
+    per_layer = a.hidden_size * (2 * a.num_attention_heads * a.head_dim + 2 * kv + 3 * a.ffn_hidden_size)
+    weights = a.num_layers * per_layer + a.hidden_size * a.vocab_size
+    flops, tokens, consumed = {}, {}, 0
+    while (step := trainer.schedule.step(consumed)) and step.iteration < sections["training"]["train_iters"]:
+        consumed, iteration = step.consumed_samples, step.iteration + 1
+        flops[iteration] = tokens[iteration] = 0
+        for example in dataset.train[step.examples]:
+            for mode in ("inference", "training"):
+                document = dataset.documents[mode, example]
+                if document is None or not getattr(step.phase, mode).is_used:
+                    continue
+                for position in range(len(document.tokens) - 1):
+                    seen = position + 1
+                    products = weights + 2 * seen * a.num_layers * a.num_attention_heads * a.head_dim
+                    flops[iteration] += (
+                        3 * 2 * products
+                    )  # forward and twice as much backward, a multiplication and an addition
+                    tokens[iteration] += 1
+    rows = [row for row in read_metrics(metrics_directory(trainer.recipe) / METRICS) if row["kind"] == STEP]
+    return (rows, flops, tokens) if trainer.runtime.reports else None

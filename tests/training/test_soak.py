@@ -30,7 +30,14 @@ PARTS = ((1, layout()), (2, layout(tp=2)), (2, layout(pp=2)), (2, layout()))
 # runs differ by. At 1e-3 a run drifted from 2e-7 to 1e-4 of a loss by step 800.
 LEARNING_RATE = 2e-4
 TOLERANCE = defaultdict(lambda: 1e-5, {"grad norm": 1e-4})  # a sum of squares, of gradients that nearly cancel
-CLOCK = {"milliseconds per iteration", "tokens per second", "memory GiB"}  # what differs from run to run
+# What differs from run to run
+CLOCK = {
+    "milliseconds per iteration",
+    "tokens per second",
+    "tokens per second per GPU",
+    "TFLOP/s per GPU",
+    "memory GiB",
+}
 
 
 class ReadDataset(SyntheticDataset):
@@ -89,7 +96,8 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
     )
     architecture, dataset = read_target(recipe), ReadDataset()
     trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
-    log = Log(recipe, trainer.log.plans, peak_flops=None, active=runtime.reports)
+    plans, ranks = trainer.log.plans, runtime.world_size
+    log = Log(recipe, plans, trainer.timers, ranks=ranks, peak_flops=None, active=runtime.reports)
     train(dataclasses.replace(trainer, log=log))
     stop_runtime()
 

@@ -1,0 +1,99 @@
+"""--profile: torch's profiler over some iterations, one trace for each of some ranks, by Megatron-LM's options.
+
+    DIRECTORY/profile/rank-0.iterations-10-11.pt.trace.json
+
+beside DIRECTORY/metrics.jsonl. Perfetto, chrome://tracing and TensorBoard's profiler plugin show such a file. It holds what the
+rank ran between two steps too: an evaluation or a save that was due.
+"""
+
+from types import TracebackType
+from typing import Self
+
+from torch.profiler import ProfilerAction, profile
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.runtime import Runtime
+from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.training.metrics import metrics_directory
+
+TRACES = "profile"
+
+
+def check_profile(recipe: Recipe, *, ranks: int, last_step: int) -> None:
+    """Raises UserError where --profile asks for a rank that is not there, or for iterations after the last one."""
+    options = recipe.training
+    if not options.profile:
+        return
+    if (highest := max(options.profile_ranks)) >= ranks:
+        raise UserError(
+            f"--profile-ranks: there is no rank {highest}: this run has the ranks 0 to {ranks - 1}"
+            if ranks > 1
+            else f"--profile-ranks: there is no rank {highest}: this run has rank 0 alone"
+        )
+    if options.profile_step_start > last_step:
+        raise UserError(
+            f"--profile-step-start {options.profile_step_start}: the run ends after iteration {last_step}: choose an earlier one"
+        )
+
+
+class StepProfiler:
+    """Records this rank's share of --profile. To be used as a context around the loop over steps.
+
+    done: steps that are done before the first `begin_step`. A run that continues within the chosen iterations records those that
+    are left, and one that ends within them those that it has done. Nothing waits for a GPU, and nothing at all is done on other
+    ranks, without --profile, or after the last chosen iteration. One iteration before the first is traced and thrown away, since
+    the beginning of tracing is slow.
+    """
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, *, done: int) -> None:
+        options = recipe.training
+        self.runtime, self.directory = runtime, metrics_directory(recipe) / TRACES
+        self.start, self.end = options.profile_step_start, options.profile_step_end
+        self.first = max(self.start, done + 1)
+        self.ranks = sorted(set(options.profile_ranks)) if options.profile and self.first < self.end else []
+        self._profiler = None
+        if runtime.rank in self.ranks:
+            self._profiler = profile(schedule=self._action, on_trace_ready=self._write, record_shapes=True)
+            self._profiler.step_num = done  # the trace then names iterations as the log does
+
+    def _action(self, iteration: int) -> ProfilerAction:
+        if iteration == self.end - 1:
+            return ProfilerAction.RECORD_AND_SAVE
+        if self.start <= iteration < self.end:
+            return ProfilerAction.RECORD
+        return ProfilerAction.WARMUP if iteration == self.start - 1 else ProfilerAction.NONE
+
+    def _write(self, profiler: profile) -> None:
+        last = min(profiler.step_num, self.end - 1)
+        path = self.directory / f"rank-{self.runtime.rank}.iterations-{self.first}-{last}.pt.trace.json"
+        with temporary_then_rename(path) as temporary:
+            profiler.export_chrome_trace(str(temporary))
+
+    def __enter__(self) -> Self:
+        if self.ranks:
+            whose = ", ".join(map(str, self.ranks))
+            self.runtime.print(
+                f"profiling iterations {self.first} to {self.end - 1} on rank {whose}: traces go to {self.directory}"
+            )
+        if self._profiler:
+            self._profiler.start()
+        return self
+
+    def begin_step(self) -> None:
+        """To be called before every step, on every rank."""
+        if self._profiler:
+            self._profiler.step()
+            if self._profiler.step_num >= self.end:
+                self._stop()
+
+    def _stop(self) -> None:
+        assert self._profiler is not None
+        self._profiler.stop()
+        self._profiler = None
+
+    def __exit__(self, failed: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._profiler:
+            if failed:  # whose reason is not to be hidden by another error
+                self._profiler.on_trace_ready = None
+            self._stop()
