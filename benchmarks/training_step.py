@@ -148,6 +148,7 @@ class Documents:
 
     def __init__(self, streams: DocumentStreams, entries_per_row: int = 0) -> None:
         self.streams, self.entries_per_row = streams, entries_per_row
+        self.sources = ["source"]
         self.example_ids = [str(number) for number in range(len(streams))]
         self.train, self.held_out = np.arange(len(streams)), np.arange(0)
         self.sha256 = "synthetic"
@@ -160,6 +161,9 @@ class Documents:
 
     def example_weights(self, mode: str) -> np.ndarray:
         return np.ones(len(self.example_ids), np.float32)
+
+    def winners(self, mode: str) -> np.ndarray:
+        return np.zeros(len(self.example_ids), np.int16)
 
     def document(self, mode: str, example: int) -> Document:
         document = self.streams[example]
@@ -186,14 +190,15 @@ def _around(trainer: Trainer) -> None:
 
 
 def _dense_loss(model: torch.nn.Module, targets: FusionTargets, logits: torch.Tensor) -> torch.Tensor:
-    """In FusionGPTModel's place of `compute_language_model_loss`: [3, b, s] from logits [s, b, v], tail ignored."""
+    """In FusionGPTModel's place of `compute_language_model_loss`: [6, b, s] from logits [s, b, v], tail ignored; the last three are left at 0."""
     z = logits.transpose(0, 1).float()
     temperature = model.loss_options.temperature
     mass = targets.teacher_logprobs.exp().where(targets.teacher_ids >= 0, 0)
     teacher = torch.zeros_like(z).scatter_add(2, targets.teacher_ids.clamp(min=0), mass)
     kl = F.kl_div(F.log_softmax(z / temperature, -1), teacher, reduction="none").sum(-1)
     ce = F.cross_entropy(z.flatten(0, 1), targets.labels.flatten(), reduction="none").view_as(kl)
-    return torch.stack([targets.ce_weight * ce + targets.kl_weight * kl, ce.detach(), kl.detach()])
+    losses = targets.ce_weight * ce + targets.kl_weight * kl, ce.detach(), kl.detach()
+    return torch.stack([*losses, *[torch.zeros_like(kl)] * 3])
 
 
 def _milliseconds(repeats: int, *works: Callable[[], None]) -> list[float]:

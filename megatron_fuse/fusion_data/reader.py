@@ -62,8 +62,9 @@ class FusionDataset:
         for mode in modes_with_teacher(recipe):
             parents = {source: self._open_teacher(recipe, source, mode) for source in self.sources}
             self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
+        self._chosen = dict.fromkeys(("training", "inference"), np.full(len(rows), NONE, np.int16))
         # An example that its margin has dropped is read as one that no source has won.
-        self._chosen = {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
+        self._chosen |= {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
         self._weights = dict.fromkeys(("training", "inference"), np.ones(len(rows), np.float32))
         self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
         self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
@@ -100,8 +101,8 @@ class FusionDataset:
         """[examples] int64: a field of the answers that won, 0 where none did."""
         values = np.zeros(len(self.example_ids), np.int64)
         for number, source in enumerate(self.sources):
-            if "inference" in self.selections:
-                won = self._chosen["inference"] == number
+            won = self._chosen["inference"] == number
+            if won.any():
                 values[won] = getattr(self._documents[source, "inference"], field)[won]
         return values
 
@@ -117,9 +118,14 @@ class FusionDataset:
         """[examples] float32 above 0: what the selected document counts beside others, by the margin of its source."""
         return self._weights[mode]
 
+    def winners(self, mode: str) -> np.ndarray:
+        """[examples] int16: place in `sources` of the source with the advantage, NONE = no teacher, as none won or the margin has
+        dropped the example. Of a mixture the source that weighs most."""
+        return self._chosen[mode]
+
     def selected_source(self, mode: str, example: int) -> str | None:
-        """Name of the source with the advantage; None: no teacher for this example, as none won or its margin has dropped it."""
-        number = self._chosen[mode].item(example) if mode in self.selections else NONE
+        """Name of the source with the advantage, None where `winners` has NONE."""
+        number = self._chosen[mode].item(example)
         return None if number == NONE else self.sources[number]
 
     def document(self, mode: str, example: int, source: str | None = None) -> Document:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.collation import make_targets, packed_inputs, padded_inputs
 from megatron_fuse.fusion_data.packing import pack_evenly
@@ -38,8 +39,16 @@ class MicroBatch:
     position_ids: torch.Tensor  # [b, s] int64
     targets: FusionTargets | None
     mode: torch.Tensor  # [b] int64, index in MODES
+    source: torch.Tensor  # [b], packed [parts], int64: teacher's place in the dataset's sources, -1 = none
     cu_seqlens: torch.Tensor | None = None  # int32, from 0 to s
     lengths: tuple[int, ...] | None = None  # positions of each part
+
+    def sources_by_position(self) -> torch.Tensor:
+        """[b, s] int64: `source` of the document that each position belongs to."""
+        if self.cu_seqlens is None:
+            return self.source[:, None].expand_as(self.tokens)
+        # Without the size of its result repeat_interleave waits for the GPU to know it.
+        return self.source.repeat_interleave(self.cu_seqlens.diff(), output_size=self.tokens.shape[1])[None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,11 @@ class GlobalBatch:
     def tokens(self) -> int:
         """Input positions that carry a token."""
         return int(self.positions.sum())
+
+    @property
+    def taught(self) -> set[str]:
+        """Modes whose KL has a weight."""
+        return {mode for mode, (_, kl) in self.weights.items() if kl > 0}
 
     @property
     def padding(self) -> float:
@@ -203,13 +217,16 @@ def _collate(
         weights = [_token_weights(dataset, batch, mode, example, weight_factor) for mode, example in chosen]
         arrays = make_targets(documents, weights, inputs, max(dataset.entries_per_row, 1))
         targets = FusionTargets(**{name: on_device(array, device) for name, array in vars(arrays).items()})
-    modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode
     bounds = inputs.cu_seqlens
+    parts = micro_batch_size if bounds is None else len(bounds) - 1
+    sources = [dataset.winners(mode).item(example) for mode, example in chosen]
+    modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode
     return MicroBatch(
         tokens=on_device(inputs.tokens, device),
         position_ids=on_device(inputs.position_ids, device),
         targets=targets,
         mode=on_device(np.array(modes + [0] * (micro_batch_size - len(modes))), device),
+        source=on_device(np.array(sources + [NONE] * (parts - len(sources))), device),
         cu_seqlens=None if bounds is None else on_device(bounds, device),
         lengths=None if bounds is None else tuple(np.diff(bounds).tolist()),
     )

@@ -11,6 +11,7 @@ import torch
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
 from megatron_fuse.text_safety import say
+from megatron_fuse.training.loss import FIT
 from megatron_fuse.training.metrics import HELD_OUT, METRICS, SAVED, STEP, MetricsFile, metrics_directory
 from megatron_fuse.training.plan import PhasePlan, tokens_left
 from megatron_fuse.training.timing import SAVE, STEP_TIMERS, StepTimers
@@ -83,7 +84,7 @@ class TrainingLog:
         tokens: int,
         flops: float,
     ) -> None:
-        """iteration: steps done. values: loss, ce/MODE, kl/MODE, grad norm, padding. tokens: input tokens of the step, padding left
+        """iteration: steps done. values: those of reduce_report, grad norm, padding. tokens: input tokens of the step, padding left
         out. flops: model FLOPs of the step, of all ranks.
 
         A step whose grad norm is not finite counts as skipped (guards.step_optimizer).
@@ -141,7 +142,7 @@ class TrainingLog:
             f"consumed samples: {consumed_samples:12d}",
             f"phase: {phase}",
             f"elapsed time per iteration (ms): {speed['milliseconds per iteration']:.1f}",
-            *(f"{name}: {value:{_FORMATS.get(name, '.4f')}}" for name, value in numbers.items()),
+            *(f"{name}: {value:{_FORMATS.get(name, '.4f')}}" for name, value in _of_a_line(numbers)),
             f"tokens/s: {rate:.0f}",
             f"tokens/s/GPU: {speed['tokens per second per GPU']:.0f}",
             f"TFLOP/s/GPU: {speed['TFLOP/s per GPU']:.4g}",
@@ -155,12 +156,12 @@ class TrainingLog:
             say(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
-        """values: ce/MODE, kl/MODE, perplexity/MODE on the held-out examples."""
+        """values: those of reduce_report without the loss, and perplexity/MODE, on the held-out examples."""
         if self.active:
             self.metrics.write(HELD_OUT, iteration, values)
             for tracker in self.trackers:
                 tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
-            shown = " | ".join(f"{name}: {value:.4f}" for name, value in values.items())
+            shown = " | ".join(f"{name}: {value:.4f}" for name, value in _of_a_line(values))
             say(f" held-out at iteration {iteration} ({examples} examples) | {shown}")
         self.restart_clock()
 
@@ -177,6 +178,11 @@ class TrainingLog:
             self.metrics.close()
             for tracker in self.trackers:
                 tracker.close()
+
+
+def _of_a_line(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Those that have a place on the terminal: of each source there would be too many."""
+    return [(name, value) for name, value in values.items() if name.partition("/")[0] not in FIT]
 
 
 def _shown_times(seconds: Mapping[str, float]) -> str:

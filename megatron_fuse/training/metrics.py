@@ -4,10 +4,17 @@
     {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
     {"kind": "save", "iteration": 8, "seconds/save-checkpoint": 1.5}
 
-A number that is not finite is null, so a step whose `grad norm` is null was skipped. Rows of steps that printed a line hold its
-speed and memory too: means over the steps since the line before (or since an evaluation or a save), of which MFU and
-`TFLOP/s per GPU` count model FLOPs (throughput.py), and `memory GiB` is the reporting rank's highest so far. From
---timing-log-level 1 on they hold `seconds/TIMER` (timing.py), a step's mean on the rank where it is highest, and saves have rows.
+A number that is not finite is null, so a step whose `grad norm` is null was skipped.
+
+Steps and evaluations hold the losses in nats per supervised token. For each mode whose KL has a weight they also hold `NAME/MODE`
+and, by the source that teaches (of a mixture the one that weighs most), `NAME/MODE/SOURCE`, means over the supervised tokens with a
+teacher's row: `teacher mass` is what the stored entries hold of the teacher's distribution, `student mass` what the student's
+distribution at the KL's temperature holds on the same ids, `agreement` the share of tokens at which the student's likeliest id is
+the likeliest stored one. A source without such tokens has no key. They come with the loss, and are not printed.
+
+Steps that printed a line hold its speed and memory too: means over the steps since the line before, or since an evaluation or a
+save. MFU and `TFLOP/s per GPU` count model FLOPs (throughput.py); `memory GiB` is the reporting rank's highest so far. From
+--timing-log-level 1 on they hold `seconds/TIMER` (timing.py), of one step on the slowest rank, and saves have rows.
 """
 
 import errno

@@ -246,7 +246,7 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
     # Virtual pipeline chunks walk the same micro-batches, each with an iterator of its own.
     iterators = [trainer.timers.each("batch-generator", micro_batch_iterator()) for _ in trainer.wrapped]
     return get_forward_backward_func()(
-        forward_step_func=make_forward_step(micro_batches=batch.micro_batches),
+        forward_step_func=make_forward_step(micro_batches=batch.micro_batches, sources=len(trainer.dataset.sources)),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=trainer.wrapped if len(trainer.wrapped) > 1 else trainer.wrapped[0],
         num_microbatches=batch.micro_batches,
@@ -269,7 +269,9 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
     reports = forward_backward(trainer, batch, forward_only=False)
     with trainer.timers("optimizer"):
         grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
-    values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
+    values = {}
+    if trainer.runtime.is_last_stage:
+        values = reduce_report(reports, batch.supervised_tokens, batch.taught, trainer.dataset.sources)
     return values | {"grad norm": grad_norm, "padding": batch.padding}
 
 
@@ -302,28 +304,28 @@ def _example_ids(dataset: FusionDataset, step: Step) -> list[str]:
 
 
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
-    """Held-out CE and KL of both modes. Returns the training mode's CE in nats per token, the same on every rank."""
+    """Held-out CE, KL and FIT of both modes. Returns the training mode's CE in nats per token, the same on every rank."""
     dataset, recipe = trainer.dataset, trainer.recipe
     if len(dataset.held_out) == 0:
         return None
     taught = modes_with_teacher(recipe)
     weights = {mode: (1.0, float(mode in taught)) for mode in MODES if mode == "training" or mode in taught}
-    totals: dict[str, float] = {}
+    reports: list[dict[str, torch.Tensor]] = []
     counts = dict.fromkeys(weights, 0)
     for chunk in trainer.wrapped:
         chunk.eval()
     size = recipe.training.global_batch_size
     for first in range(0, len(dataset.held_out), size):
         batch = plan_step(trainer, dataset.held_out[first : first + size], weights)
-        reports = forward_backward(trainer, batch, forward_only=True)
-        values = reduce_report(reports, batch) if trainer.runtime.is_last_stage else {}
+        reports += forward_backward(trainer, batch, forward_only=True)
         for mode, tokens in batch.supervised_tokens.items():
             counts[mode] += tokens
-            for name in values.keys() & {f"ce/{mode}", f"kl/{mode}"}:
-                totals[name] = totals.get(name, 0.0) + values[name] * tokens
     for chunk in trainer.wrapped:
         chunk.train()
-    means = {name: totals[name] / counts[name.partition("/")[2]] for name in sorted(totals)}
+    means = reduce_report(reports, counts, taught, dataset.sources) if trainer.runtime.is_last_stage else {}
+    means = {
+        name: means[name] for name in sorted(means.keys() - {"loss"})
+    }  # the batches' losses have unlike denominators
     means |= {
         f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
     }

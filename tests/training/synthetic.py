@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.fusion_data import Document
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.storage import Artefact
@@ -15,6 +16,7 @@ from megatron_fuse.storage import Artefact
 
 class SyntheticDataset:
     """The reader's interface over documents drawn from a seed. Some examples have no winning answer; one has no teacher rows.
+    Of three sources the last wins so rarely that it is in some steps alone.
 
     With margins every third example counts less, by another weight in either mode.
     """
@@ -37,6 +39,18 @@ class SyntheticDataset:
         barely = margins & (np.arange(examples + held_out) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}
         self.documents = _draw_documents(examples + held_out, vocab_size, entries, seed)
+        self.sources = ["alpha", "beta", "gamma"]
+        draw = np.random.default_rng((seed, 1))
+        self.won = {
+            mode: np.array([self._winner(draw, mode, index) for index in range(examples + held_out)], np.int16)
+            for mode in ("inference", "training")
+        }
+
+    def _winner(self, rng: np.random.Generator, mode: str, index: int) -> int:
+        document = self.documents[mode, index]
+        if document is None or not document.counts.any():
+            return NONE
+        return int(rng.choice(3, p=[0.5, 0.45, 0.05]))
 
     def _per_example(self, mode: str, of_document: Any) -> np.ndarray:
         chosen = (self.documents[mode, index] for index in range(len(self.example_ids)))
@@ -50,6 +64,9 @@ class SyntheticDataset:
 
     def example_weights(self, mode: str) -> np.ndarray:
         return self.weights[mode].astype(np.float32)
+
+    def winners(self, mode: str) -> np.ndarray:
+        return self.won[mode]
 
     def document(self, mode: str, example: int) -> Document:
         found = self.documents[mode, example]

@@ -36,16 +36,18 @@ def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch
 
 
 def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch_size: int) -> Counter[Any]:
-    """(mode, position in its document, input, label, weights, the row's ids, their log-probabilities) of every label."""
+    """(mode, source, position in its document, input, label, weights, the row's ids, their log-probabilities) of every label."""
     found: Counter[Any] = Counter()
     for micro_batch in split(batch, dataset, ranks, micro_batch_size):
         targets = micro_batch.targets
         assert targets is not None
+        sources = micro_batch.sources_by_position()
         for b, s in (targets.labels != -100).nonzero().tolist():
             # Megatron averages the ranks' gradients, so that a weight is their number times what it counts.
             weights = (float(f"{of[b, s].item() / ranks:.6g}") for of in (targets.ce_weight, targets.kl_weight))
             found[
                 MODES[micro_batch.mode[b]],
+                int(sources[b, s]),
                 int(micro_batch.position_ids[b, s]),
                 int(micro_batch.tokens[b, s]),
                 targets.labels[b, s].item(),
@@ -124,6 +126,16 @@ def test_a_document_counts_as_its_example_does() -> None:
         ce, kl = (weight * share, weight * share) if mode == "inference" else (1, weight)
         torch.testing.assert_close(ours.targets.ce_weight, theirs.targets.ce_weight * ce, rtol=1e-6, atol=0)
         torch.testing.assert_close(ours.targets.kl_weight, theirs.targets.kl_weight * kl, rtol=1e-6, atol=0)
+
+
+def test_a_position_has_the_source_of_its_document(dataset: SyntheticDataset) -> None:
+    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=1)
+    seen = set()
+    for micro_batch, (mode, example) in zip(split(batch, dataset, 1, 1), batch.documents, strict=True):
+        source = int(dataset.winners(mode)[example])
+        assert micro_batch.sources_by_position().tolist() == [[source] * batch.seq_length]
+        seen.add(source)
+    assert {-1, 0, 1} <= seen
 
 
 def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,13 +142,15 @@ def test_so_many_skipped_steps_in_a_row_end_the_run_on_every_rank(ranks, target,
 
 def test_a_loss_that_is_not_finite_has_such_a_gradient() -> None:
     """The label's logit at -inf: the loss is inf, softmax minus one-hot is not."""
+    from megatron_fuse.training.batches import MicroBatch
     from megatron_fuse.training.loss import make_forward_step
 
     def gradient(added: float) -> tuple[float, float]:
         weight = torch.ones(1, 2, requires_grad=True)
         losses = torch.stack([weight + added, *[weight.detach()] * 5])
-        batch = SimpleNamespace(tokens=None, position_ids=None, targets=None, mode=torch.tensor([0]), lengths=None)
-        step = make_forward_step(micro_batches=3)
+        tokens = torch.zeros(1, 2, dtype=torch.int64)
+        batch = MicroBatch(tokens, tokens, None, mode=torch.tensor([0]), source=torch.tensor([0]))
+        step = make_forward_step(micro_batches=3, sources=1)
         output, loss_function = step(iter([batch]), lambda *_, **__: losses)  # type: ignore[arg-type, list-item]
         loss, _ = loss_function(output)
         loss.backward()

@@ -53,7 +53,7 @@ def test_a_packed_run_continues_packed_and_unpacked(ranks, unpacked, target, tmp
 
 
 def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int], torch.Tensor]]:
-    """Unpacked and packed: by document, [3, positions]."""
+    """Unpacked and packed: by document, [6, positions]."""
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.target import read_target
     from megatron_fuse.training.batches import micro_batches, plan_batch
@@ -71,11 +71,11 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
         plan = plan_batch(dataset, dataset.train[:24], weights, pack_into=pack_into, **sizes)
         place = {"data_parallel_rank": 0, "with_targets": True, "device": runtime.device}
         batches = micro_batches(dataset, plan, **sizes, **place)
-        forward_step = make_forward_step(micro_batches=plan.micro_batches)
+        forward_step = make_forward_step(micro_batches=plan.micro_batches, sources=3)
         losses: dict[tuple[str, int], torch.Tensor] = {}
         for sequence in plan.sequences:
             lengths = [len(dataset.document(*document).tokens) - 1 for document in sequence]
-            output = forward_step(batches, model)[0].detach()[:, 0]  # [3, s]
+            output = forward_step(batches, model)[0].detach()[:, 0]  # [6, s]
             parts = output[:, : sum(lengths)].split(lengths, dim=1)
             losses |= dict(zip(sequence, parts, strict=True))
         found.append(losses)
