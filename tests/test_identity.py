@@ -198,6 +198,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "reference.bertscore_model": None,
         "training.min_lr": 1e-6,
         "training.exit_duration_in_mins": 1.0,
+        "training.profile_ranks": [1],
         "export.checkpoint": "latest",
     }
     last = key.rpartition(".")[2]
