@@ -26,11 +26,7 @@ def check_profile(recipe: Recipe, *, ranks: int, last_step: int) -> None:
     if not options.profile:
         return
     if (highest := max(options.profile_ranks)) >= ranks:
-        raise UserError(
-            f"--profile-ranks: there is no rank {highest}: this run has the ranks 0 to {ranks - 1}"
-            if ranks > 1
-            else f"--profile-ranks: there is no rank {highest}: this run has rank 0 alone"
-        )
+        raise UserError(f"--profile-ranks: there is no rank {highest}: choose from 0 to {ranks - 1}")
     if options.profile_step_start > last_step:
         raise UserError(
             f"--profile-step-start {options.profile_step_start}: the run ends after iteration {last_step}: choose an earlier one"
@@ -41,9 +37,8 @@ class StepProfiler:
     """Records this rank's share of --profile. To be used as a context around the loop over steps.
 
     done: steps that are done before the first `begin_step`. A run that continues within the chosen iterations records those that
-    are left, and one that ends within them those that it has done. Nothing waits for a GPU, and nothing at all is done on other
-    ranks, without --profile, or after the last chosen iteration. One iteration before the first is traced and thrown away, since
-    the beginning of tracing is slow.
+    are left, and one that ends within them those that it has done. The iteration before the first is traced too, and thrown away,
+    since the beginning of tracing is slow. On other ranks, without --profile and after the last chosen iteration it does nothing.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, *, done: int) -> None:

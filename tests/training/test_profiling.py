@@ -109,8 +109,8 @@ def test_values_that_profile_nothing_are_refused(target: Path, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("training", "world_size", "message"),
     [
-        (options(1, 2, [0, 2]), 2, r"--profile-ranks: there is no rank 2: this run has the ranks 0 to 1"),
-        (options(1, 2, [1]), 1, r"--profile-ranks: there is no rank 1: this run has rank 0 alone"),
+        (options(1, 2, [0, 2]), 2, r"--profile-ranks: there is no rank 2: choose from 0 to 1"),
+        (options(1, 2, [1]), 1, r"--profile-ranks: there is no rank 1: choose from 0 to 0"),
         (options(5, 7, [0]), 1, r"--profile-step-start 5: the run ends after iteration 4: choose an earlier one"),
     ],
 )
