@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig
 
+from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.fusion_data import Document
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.runtime import Runtime
@@ -49,6 +50,8 @@ class RandomDocuments:
         self.train, self.held_out = np.arange(len(positions)), np.arange(0)
         self.artefacts: list[Artefact] = []
         self.sha256 = f"random-{seed}"
+        self.sources = ["teacher"]
+        self.won = np.full(len(positions), 0 if entries else NONE, np.int16)
         self.documents = [_document(draw, count + 1, vocab_size, entries) for count in positions]
 
     def lengths(self, mode: str) -> np.ndarray:
@@ -59,6 +62,9 @@ class RandomDocuments:
 
     def example_weights(self, mode: str) -> np.ndarray:
         return np.ones(len(self.documents), np.float32)
+
+    def winners(self, mode: str) -> np.ndarray:
+        return self.won
 
     def document(self, mode: str, example: int) -> Document:
         return self.documents[example]
