@@ -27,7 +27,7 @@ SECTIONS = {
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_target(tmp_path_factory.mktemp("target"))
+    return make_tiny_target(tmp_path_factory.mktemp("target"), layers=4)
 
 
 def expected_means(model: torch.nn.Module, dataset: SyntheticDataset, examples: list[int]) -> dict[str, float]:
