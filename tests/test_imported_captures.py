@@ -309,7 +309,9 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (without_own, "is not among the entries, and token_logprobs does not give"),
         (put("top_logprobs", 3, 0, value=float("nan")), "response row 3 has a log-probability that is NaN"),
         (put("top_logprobs", 3, 1, value=0.2), "response row 3 has more probability than one"),
-        (put("top_logprobs", 3, 1, value=float("inf")), "response row 3 has more probability than one"),
+        (put("top_logprobs", 3, 1, value=float("inf")), "response row 3 has a log-probability that is infinite"),
+        (put("top_logprobs", 3, 1, value="NaN"), "top_logprobs.3.1: must be a valid number, not 'NaN'"),
+        (put("top_logprobs", 3, 1, value=None), "top_logprobs.3.1: must be a valid number, not None"),
         (put("top_logprobs", 3, 1, value="a lot"), "top_logprobs.3.1: must be a valid number, not 'a lot'"),
         (put("top_logprobs", 3, 1, value=[-1.0]), "top_logprobs.3.1: must be a valid number, not .-1.0."),
         (put("top_logprobs", 3, 1, value=False), "top_logprobs.3.1: must be a valid number, not False"),
@@ -326,7 +328,12 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (lambda row: row["top_ids"][2].__setitem__(4, row["top_ids"][2][3]), "response row 2 has an id twice"),
         (put("top_ids", 2, value=None), "top_ids.2: must be a valid list, not None .docs/captures.md"),
         (put("token_logprobs", 1, value=0.0), "token .* has another probability among the entries, or should be one"),
-        (put("token_logprobs", 1, value=float("nan")), "token .* has another probability among the entries, or should"),
+        (put("token_logprobs", 1, value=float("nan")), "response row 1: token .* has a log-probability that is NaN"),
+        (
+            put("token_logprobs", 1, value=float("inf")),
+            "response row 1: token .* has a log-probability that is infinite",
+        ),
+        (put("token_logprobs", 1, value="NaN"), "token_logprobs.1: must be a valid number, not 'NaN'"),
         (put("logsumexp", "2", 3, value=0.0), "logsumexp is less than that of the entries alone .response row 3"),
         (put("logsumexp", "2", 3, value=float("inf")), "logsumexp is not finite .response row 3"),
         (put("logsumexp", "2", 3, value=None), "logsumexp is not finite .response row 3"),
@@ -364,6 +371,90 @@ def test_a_row_that_is_no_distribution_is_refused_by_place_and_id(
     spoil(rows[2])
     with pytest.raises(UserError, match=rf"spoilt.jsonl:3 \(id 'e2'\): .*{message}"):
         capture(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows)), SOURCE, "training", progress=str)
+
+
+def entries_at(row: Row, form: str, place: int) -> dict[str, Any]:
+    """What a server's row has of one token's alternatives, by id."""
+    return row["prompt_logprobs"][place] if form == "vllm" else row["choices"][0]["logprobs"]["top_logprobs"][place]
+
+
+def set_logprob(row: Row, form: str, place: int, token: int, value: Any) -> None:
+    """As the server writes it: among the alternatives, and where the token came and the form has it, by itself."""
+    if form == "vllm":
+        entries_at(row, form, place)[str(token)]["logprob"] = value
+        return
+    given = row["choices"][0]["logprobs"]
+    if f"token_id:{token}" in given["top_logprobs"][place]:
+        given["top_logprobs"][place][f"token_id:{token}"] = value
+    if given["tokens"][place] == f"token_id:{token}":
+        given["token_logprobs"][place] = value
+
+
+def last_alternative(row: Row, form: str, place: int, came: int) -> int:
+    """The least likely alternative that did not come."""
+    ids = [int(key.removeprefix("token_id:")) for key in entries_at(row, form, place)]
+    return next(token for token in reversed(ids) if token != came)
+
+
+# vLLM writes -9999.0 for -inf; what a file means by probability 0 must not depend on the number it chose
+@pytest.mark.parametrize("zero", [-9999.0, -1000.5, -np.inf])
+@pytest.mark.parametrize("form", ["vllm", "openai"])
+def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path, form: str, zero: float) -> None:
+    """The file with the number gives what the file without the alternative gives."""
+    capture(fresh, SOURCE, "training", progress=str)
+    chats = dict(conversations(fresh, "training"))
+    rows, without = export(fresh, form), export(fresh, form)
+    for row, other in zip(rows, without, strict=True):
+        chat = chats[row["id"]]
+        assert chat is not None
+        for place in np.flatnonzero(chat.supervised).tolist():
+            token = last_alternative(row, form, place, int(chat.ids[place]))
+            set_logprob(row, form, place, token, zero)
+            del entries_at(other, form, place)[str(token) if form == "vllm" else f"token_id:{token}"]
+    found, expected = (
+        with_file(fresh, write(tmp_path / name, content))
+        for name, content in (("zero.jsonl", rows), ("no.jsonl", without))
+    )
+    for recipe in (found, expected):
+        capture(recipe, SOURCE, "training", progress=str)
+    assert_same_rows(read(found, SOURCE, "training"), read(expected, SOURCE, "training"))
+    assert all((shard.counts < 10).all() for shard in read(found, SOURCE, "training"))
+
+
+@pytest.mark.parametrize(
+    ("which", "value", "message"),
+    [
+        (
+            "label",
+            -9999.0,
+            "response row 1: token .* has a log-probability below -1000, which stands for probability 0",
+        ),
+        (
+            "label",
+            -np.inf,
+            "response row 1: token .* has a log-probability below -1000, which stands for probability 0",
+        ),
+        *((which, np.nan, "has a log-probability that is NaN") for which in ("label", "alternative")),
+        *((which, np.inf, "has a log-probability that is infinite") for which in ("label", "alternative")),
+        *((which, "NaN", "must be a valid number, not 'NaN'") for which in ("label", "alternative")),
+        *((which, None, "must be a .*number, not (null|None)") for which in ("label", "alternative")),
+    ],
+)
+@pytest.mark.parametrize("form", ["vllm", "openai"])
+def test_a_server_s_log_probability_that_cannot_be_is_refused_by_place_and_id(
+    fresh: Recipe, tmp_path: Path, form: str, which: str, value: Any, message: str
+) -> None:
+    capture(fresh, SOURCE, "training", progress=str)
+    rows = export(fresh, form)
+    chat = dict(conversations(fresh, "training"))[rows[2]["id"]]
+    assert chat is not None
+    place = int(np.flatnonzero(chat.supervised)[1])
+    label = int(chat.ids[place])
+    token = label if which == "label" else last_alternative(rows[2], form, place, label)
+    set_logprob(rows[2], form, place, token, value)
+    recipe = with_file(fresh, write(tmp_path / "served.jsonl", rows))
+    with pytest.raises(UserError, match=rf"served.jsonl:3 \(id 'e2'\): .*{message}"):
+        capture(recipe, SOURCE, "training", progress=str)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,12 @@ class _Vllm(_Columns):
             own.append(alternatives[token].logprob if position else None)
             # The token itself is no alternative where others that are not given lie between.
             falling = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
-            likeliest = [item for place, item in enumerate(falling, 1) if (item[1].rank or 0) <= place]
+            # NaN and infinity, which have no place among the others, stay in, to be refused.
+            likeliest = [
+                item
+                for place, item in enumerate(falling, 1)
+                if (item[1].rank or 0) <= place or not item[1].logprob < math.inf
+            ]
             ids.append([key for key, _ in likeliest])
             logprobs.append([value.logprob for _, value in likeliest])
         return GivenRows(tokens, True, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
@@ -139,6 +144,8 @@ class _OpenAI(_Columns):
         if not len(tokens) == len(ids) == len(own):
             raise BadRowError(f"{len(tokens)} tokens, {len(own)} token_logprobs and {len(ids)} top_logprobs")
         whole = bool(own) and own[0] is None
+        if None in own[1:]:  # as JSON libraries write NaN
+            raise BadRowError(f"token_logprobs.{own.index(None, 1)}: must be a number, not null")
         return GivenRows(tokens, whole, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
 
 

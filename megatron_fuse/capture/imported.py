@@ -2,7 +2,7 @@
 
 A file that is a token off, of another tokenizer or of another convention is refused, not guessed at: the tokens must be those of
 the source's tokenizer and template, the probabilities must be no more than one, and a token among the likeliest must have there
-the probability that it has by itself.
+the probability that it has by itself. A token that came cannot have had probability 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +27,8 @@ from megatron_fuse.tokenization import Tokenizer
 
 # What half precision may do to a file's numbers: nats, absolute and relative, and a row's mass beyond one.
 _ABSOLUTE, _RELATIVE, _MASS = 0.01, 0.005, 2e-3
+# Nats. JSON has no -inf, and servers write a large number for it: vLLM -9999.0.
+_LEAST = -1000.0
 
 
 class _MismatchError(Exception):
@@ -139,8 +141,9 @@ def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
 
 
 def _falling(given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Entries [n, k] in falling order of probability, equal ones by id."""
+    """Entries [n, k] in falling order of probability, equal ones by id. Below _LEAST is -inf, and counts as no entry."""
     ids, logprobs = _matrix(given_ids, whole=True), _matrix(given_logprobs, whole=False)
+    logprobs[logprobs < _LEAST] = -np.inf
     order = np.lexsort((ids, -logprobs), axis=1)
     return np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
 
@@ -151,6 +154,7 @@ def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> No
     known = np.sort(np.where(entry, ids, -1 - np.arange(ids.shape[1])), 1)  # what is no entry differs from all
     for what, bad in (
         ("a log-probability that is NaN", np.isnan(logprobs).any(1)),
+        ("a log-probability that is infinite", np.isposinf(logprobs).any(1)),
         ("no entry", ~entry.any(1)),
         (f"an id that is none of the model's {vocab_size}", (entry & ((ids < 0) | (ids >= vocab_size))).any(1)),
         ("an id twice", (np.diff(known, axis=1) == 0).any(1)),
@@ -168,18 +172,27 @@ def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given: Sequence[float | None]) -> np.ndarray:
     """float64 [n]: log p of the tokens that came [n], given or among the entries [n, k].
 
-    Raises BadRowError where it is neither, and where a token outside the entries is likelier than one of them or one inside has
-    another probability there: such a row is about another token.
+    Raises BadRowError where it is neither, or NaN, infinite or below _LEAST, and where a token outside the entries is likelier
+    than one of them or one inside has another probability there: such a row is about another token.
     """
     missing = np.array([value is None for value in given])
     own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
-    among = (ids == came[:, None]) & (logprobs > -np.inf)
+    named = ids == came[:, None]
+    among = named & (logprobs > -np.inf)
     inside = among.any(1)
+    impossible = np.where(missing, named.any(1) & ~inside, own < _LEAST)
     entry = np.where(among, logprobs, -np.inf).max(1)
     least = np.where(logprobs > -np.inf, logprobs, np.inf).min(1)
     with np.errstate(invalid="ignore"):  # -inf - -inf
         fits = np.where(inside, _close(own, entry), own <= least + _ABSOLUTE + _RELATIVE * np.abs(least))
     for what, bad in (
+        ("has a log-probability that is NaN", np.isnan(own)),
+        ("has a log-probability that is infinite", np.isposinf(own)),
+        (
+            f"has a log-probability below {_LEAST:g}, which stands for probability 0: leave the example out of the file, or "
+            "capture it with a model that can write its answer",
+            impossible,
+        ),
         ("is not among the entries, and token_logprobs does not give its probability either", missing & ~inside),
         (
             "has another probability among the entries, or should be one of them: is the file one token off?",
