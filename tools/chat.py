@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import path_argument
 from megatron_fuse.text_safety import printable
@@ -67,6 +68,7 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code, allowed_by=allowed_by)
     if tokenizer.chat_template is None:
         raise UserError(f"{directory} has no chat template: put a chat_template.jinja beside its tokenizer")
+    WeightFiles(directory).open_all()
     chat = load_chat_format(tokenizer, system=readable(system) if system else None, where=str(directory))
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -34,6 +34,9 @@ class WeightFiles:
 
     Raises UserError, naming the file, if files are missing, damaged or hold more than tensors, if a tensor is not where the index
     says, or the index names a file outside the directory. No pickle's code is run.
+
+    A directory that can be read in two ways is refused by whichever model it is of: transformers reads a single file before an
+    index, and every tensor of every shard, so that one directory would be two models, as a source and as a target.
     """
 
     def __init__(self, model_dir: str | os.PathLike) -> None:
@@ -42,16 +45,34 @@ class WeightFiles:
 
     @cached_property
     def file_of(self) -> dict[str, str]:
-        """The file that holds each tensor, both by name."""
+        """The file that holds each tensor, both by name. Every file is opened, which reads its header."""
         for single in SINGLE_FILES:
             index = self.model_dir / f"{single}.index.json"
             if index.exists():
-                return self._read_index(index)
+                file_of = self._read_index(index)
+                self._refuse_ambiguous(file_of, index, single)
+                return file_of
             if (self.model_dir / single).exists():
                 return dict.fromkeys(self._open(single).keys(), single)
         raise UserError(
             f"{self.model_dir} holds no weights: expected one of {', '.join(SINGLE_FILES)} or its .index.json with shards"
         )
+
+    def _refuse_ambiguous(self, file_of: dict[str, str], index: Path, single: str) -> None:
+        """Raises UserError if a single file is beside the shards of an index, or a shard is missing or holds another's tensor."""
+        if (path := self.model_dir / single).exists() and {*file_of.values()} != {single}:
+            raise UserError(
+                f"{path} and {index.name} beside it, which names other files, are two sets of weights, and it is not known "
+                "which is meant: take one of them out of the directory (the index with its shards, or the single file)"
+            )
+        for file, name in {file: name for name, file in reversed(file_of.items())}.items():
+            tensors = self._open(file, f"{brief(name, 100)} by {index.name}").keys()
+            for held in tensors:
+                if (placed := file_of.get(held, file)) != file:
+                    raise UserError(
+                        f"{self.model_dir / file} holds {brief(held, 100)}, which {index.name} places in {brief(placed, 100)}: "
+                        "fetch the model again into an empty directory, or take the tensor out of one of the two files"
+                    )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
@@ -71,8 +92,6 @@ class WeightFiles:
 
     def open_all(self) -> int:
         """Opens every file and returns their bytes together. Raises UserError for one that is missing or damaged."""
-        for file, name in {file: name for name, file in self.file_of.items()}.items():
-            self._open(file, name)
         return sum(file_size(self.model_dir / file) for file in {*self.file_of.values()})
 
     def place(self, name: str) -> str:
@@ -82,7 +101,7 @@ class WeightFiles:
     def _part(self, name: str):  # type: ignore[no-untyped-def]  # a safetensors slice or a memory-mapped tensor
         if name not in self.file_of:
             raise UserError(f"{self.model_dir} lacks the tensor {brief(name, 100)}: fetch the model again")
-        file = self._open(self.file_of[name], name)
+        file = self._open(self.file_of[name])
         try:
             return file[name] if isinstance(file, Mapping) else file.get_slice(name)
         except (KeyError, SafetensorError):
@@ -95,7 +114,7 @@ class WeightFiles:
         if file not in self._opened:
             path = self.model_dir / file
             if not path.exists():
-                raise UserError(f"{path} is missing, which should hold {brief(wanted, 100)}: fetch the model again")
+                raise UserError(f"{path} is missing, which should hold {wanted}: fetch the model again")
             file_size(path)  # refuses what is no file
             self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
