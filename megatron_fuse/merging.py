@@ -153,7 +153,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
             found.refuse_changes("--output")
         with directory_then_rename(output, found) as temporary:
             write_weight_files(temporary, shapes, merged_tensor, DTYPES[merge.dtype], SHARD_BYTES)
-            write_beside_weights(merge.models[0], temporary, merge.dtype)
+            write_beside_weights(merge.models[0], temporary, merge.dtype, progress)
             record_files(temporary, RECORD, record)
     return True
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.strict_json import read_object
+from megatron_fuse.text_safety import say
 
 # What the tokenizer, the chat template and generation need beside the weights.
 CARRIED_FILES = (
@@ -23,14 +25,19 @@ CARRIED_FILES = (
 )
 
 
-def write_beside_weights(reference: Path, directory: Path, dtype: str) -> None:
-    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16)."""
+def write_beside_weights(reference: Path, directory: Path, dtype: str, progress: Callable[[str], None] = say) -> None:
+    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16).
+
+    The weights are plain: a quantization_config in the config is left out, and progress says so.
+    """
     for pattern in CARRIED_FILES:
         for file in filter(Path.is_file, reference.glob(pattern)):
             carried = directory / file.relative_to(reference)
             carried.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, carried)
     config = read_object(reference / "config.json")
-    config.pop("torch_dtype", None)  # what "dtype" was called before transformers 5
-    config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+    if config.pop("quantization_config", None) is not None:
+        progress(f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}")
+    # Versions before transformers 5, and other programs, know the second name alone and would load the weights in fp32.
+    config["dtype"] = config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,10 +14,11 @@ import small_targets as small
 import torch
 from safetensors.torch import load_file, save_file
 from small_targets import small_models
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import read_architecture
+from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.conversion import weight_blocks
 from megatron_fuse.model.expected_weights import hugging_face_shapes
 from megatron_fuse.model.weight_files import WeightFiles
@@ -147,11 +148,30 @@ def test_an_export_carries_what_the_tokenizer_needs_and_says_its_dtype(ranks, sm
         assert (output / "generation_config.json").exists()
         assert not (output / "training_args.bin").exists() and not (output / "README.md").exists()
         config = json.loads((output / "config.json").read_text())
-        assert config["dtype"] == str(dtype).removeprefix("torch.") and "torch_dtype" not in config
+        assert config["dtype"] == config["torch_dtype"] == str(dtype).removeprefix("torch.")
         original = load_file(reference / "model.safetensors")
         for key, tensor in load_file(output / "model.safetensors").items():
             assert torch.equal(tensor, original[key].to(dtype)), key
     assert not list(tmp_path.glob("**/.*.tmp"))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_config_beside_plain_weights_says_their_type_and_no_quantisation(small_models, tmp_path, dtype):
+    """Before transformers 5 a loader knows torch_dtype alone, and it would quantise by a leftover quantization_config."""
+    reference = Path(shutil.copytree(small_models["llama2"], tmp_path / "reference"))
+    path = reference / "config.json"
+    given = json.loads(path.read_text()) | {"torch_dtype": "float64", "quantization_config": {"quant_method": "gptq"}}
+    path.write_text(json.dumps(given))
+    (tmp_path / "out").mkdir()
+    lines = []
+    write_beside_weights(reference, tmp_path / "out", dtype, lines.append)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
+    del given["quantization_config"]
+    assert written == given | {"dtype": name, "torch_dtype": name}
+    assert lines == [f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}"]
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.dtype == getattr(torch, name) and getattr(config, "quantization_config", None) is None
 
 
 def test_torch_files_are_read_like_safetensors(ranks, small_models, tmp_path):
