@@ -11,6 +11,7 @@ import transformers
 from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.tokenization.normalized_spans import covered, trace
+from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
 from megatron_fuse.tokenization.settings import check_tokenizer_files
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
 from megatron_fuse.tokenization.tokenizer_json import State, own_normalizer, vocabulary_bytes, without_beginning
@@ -19,11 +20,12 @@ from megatron_fuse.tokenization.tokenizer_json import State, own_normalizer, voc
 class HuggingFaceBackend:
     """`continuation` is the same tokenizer without what it does to the beginning of a text or to its Unicode form."""
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, state: State) -> None:
+        """state: the tokenizer's `backend_state`."""
         self._transformers = tokenizer
-        self._state = backend_state(tokenizer)
-        self._whole = _build(self._state)
-        self._continuation = _build(without_beginning(self._state))
+        self._state = state
+        self._whole = _build(state)
+        self._continuation = _build(without_beginning(state))
         self._continuation.encode_special_tokens = True  # the library's name for: special strings are plain text
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -69,6 +71,8 @@ def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_
             raise UserError(
                 f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
             )
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = as_in_file(tokenizer, directory)
         return wrap_hugging_face(tokenizer, name=str(directory))
     except UserError:
         raise
@@ -124,7 +128,7 @@ def wrap_hugging_face(tokenizer: transformers.PreTrainedTokenizerFast, name: str
         adds_bos=bos is not None and first == [bos],
         chat_template=_default_template(tokenizer.chat_template),
         sha256=hash_parts(["hugging_face", json.dumps(state, sort_keys=True), str(named), str(sorted(special))]),
-        backend=HuggingFaceBackend(tokenizer),
+        backend=HuggingFaceBackend(tokenizer, state),
     )
 
 

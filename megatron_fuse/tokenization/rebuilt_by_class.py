@@ -1,0 +1,81 @@
+"""Tokenizers that transformers rebuilds by their class, put back to what their tokenizer.json says.
+
+transformers 5 takes only vocabulary and merges from tokenizer.json if `tokenizer_class` names a class with a pipeline of its
+own (GPT2Tokenizer, LlamaTokenizer ...), and builds normaliser and pre-tokenizer as that class has them. With a file that
+splits digits, "2023" then becomes one token where the model was trained on four. The file is what the model was trained with.
+"""
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import transformers
+
+from megatron_fuse.text_safety import printable, say
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+# What pipelines disagree on: digits, runs of spaces, beginnings, newlines, letters composed, decomposed or compatible only.
+_PROBE = (
+    "a 2023 b",
+    "two  and   three",
+    " led",
+    "one\n\ntwo\tthree",
+    "café",
+    "cafe\u0301",
+    "ﬁ ½",
+    "I'm HERE: 日本語",
+    "🙂",
+)
+
+
+def as_in_file(
+    tokenizer: transformers.PreTrainedTokenizerFast, directory: Path
+) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer with the pipeline of the directory's tokenizer.json; says where transformers' class cuts otherwise.
+
+    What tokenizer_config.json adds stays: tokens, names of special tokens, chat template, BOS and EOS. So do the names that
+    only the class knows, if the file has such tokens. A class that comes with the model was allowed to run and stays as it is.
+    """
+    by_class = type(tokenizer)
+    if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith("transformers."):
+        return tokenizer
+    own = transformers.PreTrainedTokenizerFast.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
+    for name in _NAMES:
+        text = getattr(tokenizer, name)
+        if text is not None and getattr(own, name) is None and own.backend_tokenizer.token_to_id(text) is not None:
+            setattr(own, name, text)
+    own.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
+    added = sorted(own.added_tokens_decoder.items())[:16]
+    for text in (*_PROBE, *(f"a{token.content} b" for _, token in added)):
+        read, rebuilt = (_cut(one, text) for one in (own, tokenizer))
+        if read != rebuilt:
+            _warn(directory, by_class.__name__, text, read, rebuilt)
+            break
+    return own
+
+
+def _cut(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> tuple[str, ...]:
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return tuple(backend.encode(text, add_special_tokens=False).tokens)
+
+
+@cache  # once a process: a command may load a tokenizer several times
+def _warn(directory: Path, by_class: str, text: str, read: tuple[str, ...], rebuilt: tuple[str, ...]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    say(
+        f"warning: {directory}: tokenizer.json cuts {_quoted(text)} into {_quoted(*read)}, and transformers' {by_class} into "
+        f"{_quoted(*rebuilt)}: tokenizer.json is used, as in training. A server that asks transformers 5 may cut as "
+        f'{by_class} does: set "tokenizer_class": "PreTrainedTokenizerFast" in {directory / "tokenizer_config.json"}, and '
+        "name its special tokens there",
+        file=sys.stderr,
+    )
+
+
+def _quoted(*texts: str) -> str:
+    return " ".join(f"'{printable(text)}'" for text in texts)
