@@ -5,6 +5,7 @@ transformers 5 rebuilds such a model as BPE merges and cuts runs of spaces diffe
 """
 
 import json
+from collections.abc import Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.normalized_spans import covered
-from megatron_fuse.tokenization.settings import read_settings
+from megatron_fuse.tokenization.settings import Strips, read_settings
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts, split_at
 
 
 class SentencePieceBackend:
-    def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], legacy: bool) -> None:
-        """added: strings that are ids in template text; always: those of them that are ids in any text."""
-        self._model, self._added, self._always, self._legacy = model, added, always, legacy
+    def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], strips: Strips, legacy: bool) -> None:
+        """added: strings that are ids in template text; always: those of them that are ids in any text.
+
+        strips: of the added ones. They work in `encode` only: a continuation keeps every byte.
+        """
+        self._model, self._added, self._always, self._strips, self._legacy = model, added, always, strips, legacy
         self._whole = _processor(model)
         self._continuation = _processor(
             model,
@@ -38,7 +42,7 @@ class SentencePieceBackend:
     def encode(self, text: str, *, special: bool) -> list[int]:
         table = self._added if special else self._always
         ids: list[int] = []
-        for index, part in enumerate(split_at(text, table)):
+        for index, part in enumerate(self._strips.applied(split_at(text, table))):
             if part in table:
                 ids.append(table[part])
             elif part:
@@ -97,7 +101,7 @@ class SentencePieceBackend:
     def hugging_face(self, tokenizer: Tokenizer) -> Any:
         from megatron_fuse.tokenization.sentence_piece_export import as_transformers
 
-        return as_transformers(tokenizer, self._model, legacy=self._legacy)
+        return as_transformers(tokenizer, self._model, self._strips, legacy=self._legacy)
 
 
 def _processor(model: Any, **normalizer: Any) -> sentencepiece.SentencePieceProcessor:
@@ -120,6 +124,23 @@ def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
                 f"{path.parent}: the added token {quoted(text)} has id {token}, which {path.name} gives to "
                 f"{quoted(model.pieces[token].piece)}: the settings beside the model are another model's"
             )
+
+
+def _hide_from_text(model: Any, special: Set[int | None]) -> None:
+    """Makes control pieces of the user-defined ones that are special (Gemma's `<end_of_turn>`): text must not become them."""
+    for token, entry in enumerate(model.pieces):
+        if token in special and entry.type == entry.USER_DEFINED:
+            entry.type = entry.CONTROL
+
+
+def _user_defined(model: Any) -> dict[str, int]:
+    """Pieces that are matched as whole strings in any text, by SentencePiece itself. Runs of spaces are left out: their
+    strings are no pieces."""
+    return {
+        entry.piece: token
+        for token, entry in enumerate(model.pieces)
+        if entry.type == entry.USER_DEFINED and VISIBLE_SPACE not in entry.piece
+    }
 
 
 def _visible(piece: str) -> bytes:
@@ -146,13 +167,15 @@ def load_sentence_piece(path: Path) -> Tokenizer:
             "needs a tokenizer.json beside it"
         ) from error
     settings = read_settings(path.parent)
-    control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
     extra = {text: token for text, token in settings.added.items() if text not in pieces}
     _refuse_other_bytes(model, extra, path)
     named = {}
     for kind in ("bos", "eos", "pad"):
         own = getattr(processor, f"{kind}_id")()  # -1 = none
         named[kind] = settings.named_token(kind, pieces | extra, own if own >= 0 else None)
+    _hide_from_text(model, {*settings.special, *named.values()})
+    processor = _processor(model)
+    control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
     special = {*control.values(), *settings.special, *named.values()} - {None}
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
     for token, own in own_bytes.items():
@@ -162,6 +185,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     for token in special:
         token_bytes[token] = b""
     always = {text: token for text, token in extra.items() if token not in special}
+    added = control | extra
     legacy = settings.config.legacy is not False
     adds_bos = named["bos"] is not None and settings.config.add_bos_token is not False
     return Tokenizer(
@@ -171,11 +195,16 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         eos_id=named["eos"],
         pad_id=named["pad"],
         special_ids=frozenset(special),
-        added_tokens=control | extra,
+        added_tokens=_user_defined(model) | added,
         adds_bos=adds_bos,
         chat_template=settings.chat_template,
         sha256=hash_parts(
-            ["sentencepiece", data, json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos])]
+            [
+                "sentencepiece",
+                data,
+                json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos]),
+                json.dumps([sorted(settings.strips.left), sorted(settings.strips.right)]),
+            ]
         ),
-        backend=SentencePieceBackend(model, control | extra, always, legacy),
+        backend=SentencePieceBackend(model, added, always, settings.strips, legacy),
     )

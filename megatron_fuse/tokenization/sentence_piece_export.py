@@ -7,13 +7,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.tokenization.settings import Strips
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer
 from megatron_fuse.tokenization.transformers_export import wrap_backend
 
 BPE = 2  # TrainerSpec.ModelType
 
 
-def as_transformers(tokenizer: Tokenizer, model: Any, *, legacy: bool) -> PreTrainedTokenizerFast:
+def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy: bool) -> PreTrainedTokenizerFast:
     """model: the ModelProto. Raises UserError for a model that is not BPE or that normalises text."""
     normalizer = model.normalizer_spec
     if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
@@ -45,7 +46,13 @@ def as_transformers(tokenizer: Tokenizer, model: Any, *, legacy: bool) -> PreTra
         to_space.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(to_space)
     for text, token in sorted(tokenizer.added_tokens.items(), key=lambda item: item[1]):
-        entry = tokenizers.AddedToken(text, special=token in tokenizer.special_ids, normalized=False)
+        entry = tokenizers.AddedToken(
+            text,
+            special=token in tokenizer.special_ids,
+            normalized=False,
+            lstrip=text in strips.left,
+            rstrip=text in strips.right,
+        )
         backend.add_special_tokens([entry]) if entry.special else backend.add_tokens([entry])
         if backend.token_to_id(text) != token:
             raise UserError(f"{tokenizer.name}: token {text!r} has id {token}, which leaves a hole in the numbering")

@@ -124,6 +124,24 @@ class TokenizerFile(BaseModel):
 
 
 @dataclass(frozen=True)
+class Strips:
+    """The added tokens that take the white space on their left (`lstrip`) or right (`rstrip`) with them."""
+
+    left: frozenset[str]
+    right: frozenset[str]
+
+    def applied(self, parts: list[str]) -> list[str]:
+        """Parts of a text, cut at its added tokens, without the white space that these take."""
+        parts = list(parts)
+        for index, part in enumerate(parts):
+            if part in self.left and index > 0:
+                parts[index - 1] = parts[index - 1].rstrip()
+            if part in self.right and index + 1 < len(parts):
+                parts[index + 1] = parts[index + 1].lstrip()
+        return parts
+
+
+@dataclass(frozen=True)
 class Settings:
     """All empty where nothing lies beside the file.
 
@@ -135,6 +153,7 @@ class Settings:
     config: TokenizerConfig
     added: dict[str, int]
     special: frozenset[int]
+    strips: Strips
     chat_template: str | None
 
     def named_token(self, kind: str, tokens: dict[str, int], default: int | None) -> int | None:
@@ -160,6 +179,11 @@ def read_settings(directory: Path) -> Settings:
     _read(directory / "special_tokens_map.json", SpecialTokens)
     added |= {entry.content: int(token) for token, entry in config.added_tokens_decoder.items()}
     special = frozenset(int(token) for token, entry in config.added_tokens_decoder.items() if entry.special)
+    entries = config.added_tokens_decoder.values()
+    strips = Strips(
+        frozenset(entry.content for entry in entries if entry.lstrip),
+        frozenset(entry.content for entry in entries if entry.rstrip),
+    )
     template: Any = config.chat_template
     template_file = directory / "chat_template.jinja"
     if template_file.exists() or template_file.is_symlink():
@@ -168,7 +192,7 @@ def read_settings(directory: Path) -> Settings:
         template = next((entry.template for entry in template if entry.name == "default"), None)
     elif isinstance(template, dict):
         template = template.get("default")
-    return Settings(file, config, added, special, template)
+    return Settings(file, config, added, special, strips, template)
 
 
 def read_text(path: Path, where: str = "") -> str:
