@@ -147,7 +147,7 @@ def _read_again(device: str, recipe: Recipe) -> Row:
     """The held-out cross entropy that training has found, computed by transformers from the export."""
     exported = export_directory(recipe)
     facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
-    model = AutoModelForCausalLM.from_pretrained(exported).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False).to(device).eval()
     found = _cross_entropy(FusionDataset(recipe), model)
     difference = abs(found - facts["best_loss"]) / facts["best_loss"]
     return held("export, read by transformers: difference of the held-out loss", difference, "relative", f"<= {_BF16}")

@@ -203,7 +203,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
                 "sentencepiece",
                 data,
                 json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos]),
-                json.dumps([sorted(settings.strips.left), sorted(settings.strips.right)]),
+                *settings.strips.parts(),
             ]
         ),
         backend=SentencePieceBackend(model, added, always, settings.strips, legacy),

@@ -8,6 +8,7 @@ config.json               ModelKind, for the class of the tokenizer
 chat_template.jinja       text
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -129,6 +130,10 @@ class Strips:
 
     left: frozenset[str]
     right: frozenset[str]
+
+    def parts(self) -> list[str]:
+        """Of a hash; none of a tokenizer whose tokens take no white space."""
+        return [json.dumps([sorted(self.left), sorted(self.right)])] if self.left or self.right else []
 
     def applied(self, parts: list[str]) -> list[str]:
         """Parts of a text, cut at its added tokens, without the white space that these take."""
