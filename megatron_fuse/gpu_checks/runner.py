@@ -59,7 +59,8 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
                 check = replace(check, seconds=check.seconds * max(minutes / MINUTES, 1))
                 for row in rows_of(check, device, output / check.name, context, left=end - time.monotonic()):
                     rows.append(row)
-                    print(row.json(), file=file, flush=True)
+                    file.write(row.json() + "\n")
+                    file.flush()
     finally:
         (output / TABLE).write_text(markdown(rows), encoding="utf-8")
     return rows

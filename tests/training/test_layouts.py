@@ -106,7 +106,8 @@ def test_both_losses_fall(alone: dict[str, Any]) -> None:
     assert len(held_out) == 3  # at the start, between the phases, at the end
 
 
-# fp32 sums in another order: 1e-6 a step, which Adam's division by small second moments lets grow over the steps
+# fp32 sums in another order: 1e-7 in the first step, then 1e-5, for Adam divides by small second moments (seen under TP=2 with every
+# implementation of the loss)
 @pytest.mark.parametrize(
     ("world_size", "parallel", "training"),
     [
@@ -123,7 +124,7 @@ def test_both_losses_fall(alone: dict[str, Any]) -> None:
 )
 def test_a_layout_changes_nothing(ranks, alone, target, tmp_path, world_size, parallel, training) -> None:  # type: ignore[no-untyped-def]
     sections = {"parallel": parallel, "training": TRAINING | training}
-    assert_same(one_report(ranks(world_size, run_training, tmp_path, target, sections)), alone, relative=1e-5)
+    assert_same(one_report(ranks(world_size, run_training, tmp_path, target, sections)), alone, relative=3e-5)
 
 
 @pytest.mark.parametrize(
