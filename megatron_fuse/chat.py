@@ -5,7 +5,7 @@ itself never goes through Jinja, so that its bytes are the same for every model.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.template_meter import TemplateLimit
+from megatron_fuse.template_probe import end_token, surroundings
 from megatron_fuse.text_safety import brief
+from megatron_fuse.thoughts import thought_end, without_empty_thought
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
@@ -23,7 +25,6 @@ from megatron_fuse.tokenization.tokenizer import hash_parts
 
 Messages = Sequence[Mapping[str, str]]
 
-_MARKER = "RESPONSE9d41c7e2"
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
 
@@ -54,35 +55,53 @@ class EncodedConversation:
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """A tokenizer with its chat template; `load_chat_format` makes it and finds the last three fields out.
+    """A tokenizer with its chat template; `load_chat_format` makes it and finds all but the first three fields out.
 
     system: message for examples that have none; None leaves it to the template.
-    separator: white space of the template between generation prompt and response; opening: other text there (an empty
-    `<think></think>`), which belongs to the prompt. folds_system: the template refuses or forgets system messages, so
-    they are put before the first user message. origin: where the template comes from, for errors.
+    stop_id: the token that ends a response, a label. end_ids: all tokens at which sampling ends, stop_id among them.
+    separator: white space of the template between generation prompt and response. opening: other text there (an empty
+    `<think></think>`), which belongs to the prompt. generation: what the generation prompt has beyond the text before a given
+    response (an open `<think>`): a response that is generated follows it, one that is given does not.
+    closing: white space that the template prints between a response and its stop token; context, not a label.
+    folds_system: the template refuses or forgets system messages, so they are put before the first user message.
+    origin: where the template comes from, for errors.
     """
 
     tokenizer: Tokenizer
     template: str
     system: str | None
     stop_id: int
+    end_ids: frozenset[int] = frozenset()
     separator: str = ""
     opening: str = ""
+    generation: str = ""
+    closing: str = ""
     folds_system: bool = False
     origin: str = "the chat template"
 
     @cached_property
     def sha256(self) -> str:
-        return hash_parts([self.tokenizer.sha256, self.template, repr(self.system), str(self.stop_id)])
+        parts = [self.tokenizer.sha256, self.template, repr(self.system), str(self.stop_id)]
+        around = [self.opening, self.generation, self.closing]
+        return hash_parts(parts + (around if any(around) else []))
+
+    @property
+    def thought_end(self) -> str | None:
+        """The tag that ends the model's thoughts, where the template prints the tag that begins one before a response."""
+        return thought_end(self.generation) or thought_end(self.opening)
 
     def render_prompt(self, messages: Messages) -> str:
         """The generation prompt as text. Raises UserError when the template refuses the messages."""
-        return self._render(self.with_system(messages), prompt=True) + self.opening
+        return self._generation_prompt(self.with_system(messages))
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one."""
-        [(prompt, _, _)], hide = self._parts(messages, "", every_turn=False)
-        return self._ids(prompt, hide)
+        turns = self.with_system(messages)
+        hide = _Hidden(self.tokenizer, [turn["content"] for turn in turns])
+        return self._ids(self._generation_prompt([turn | {"content": hide(turn["content"])} for turn in turns]), hide)
+
+    def _generation_prompt(self, turns: Messages) -> str:
+        return self._render(turns, prompt=True) + ("" if self.generation else self.opening)
 
     def encode_conversation(
         self, messages: Messages, response: str, *, stop: bool = True, every_turn: bool = False
@@ -91,6 +110,8 @@ class ChatFormat:
 
         stop: the response's end is its end, and its stop token a label. every_turn: the assistant's earlier turns are
         labels too, each with its stop token where the template prints one; else they are context.
+        The text before the response is what the template prints there in the finished conversation. An empty thought at its
+        end is left out where the response begins with a thought of its own.
         A turn's tokens are those of the whole text up to its end, wherever these begin with the tokens of the text
         before it and spell the turn's bytes; else it continues the text before, as in generation.
         Raises UserError where the template refuses the messages or leaves a supervised turn out.
@@ -115,18 +136,19 @@ class ChatFormat:
             ids += added + answer
             begin += len(response_bytes([turn]))
         if stop:
-            ids.append(self.stop_id)
-            supervised.append(True)
+            end = [*self._closing_ids(text, text_ids, hide), self.stop_id]
+            ids += end
+            supervised += [place == len(end) - 1 for place in range(len(end))]
             spans.append(_stop_span(self.stop_id, begin - 1))
         whole = TokenSpans.join(spans, [0] * len(spans))
         return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts))
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Text of generated ids up to the stop token, without the template's separator: what encode_conversation takes."""
-        ids = list(ids)
-        if self.stop_id in ids:
-            ids = ids[: ids.index(self.stop_id)]
-        return self.tokenizer.decode(ids).removeprefix(self.separator)
+        """Text of generated ids up to the token that ends them, without the template's separator: what encode_conversation takes."""
+        ends = self.end_ids | {self.stop_id}
+        end = next((place for place, token in enumerate(ids) if token in ends), None)
+        text = self.tokenizer.decode(list(ids[:end])).removeprefix(self.separator)
+        return text if end is None else text.removesuffix(self.closing)
 
     def with_system(self, messages: Messages) -> list[dict[str, str]]:
         turns = [dict(message) for message in messages]
@@ -167,20 +189,30 @@ class ChatFormat:
             turn | {"content": hide.mark if mark else hide(turn["content"])}
             for turn, mark in zip(turns, learned, strict=True)
         ]
-        texts = (self._render(shown, prompt=True) + self.opening).split(hide.mark)
+        finished = [*shown, {"role": "assistant", "content": hide.mark}]
+        texts = self._render(finished, prompt=False).split(hide.mark)[:-1]
         answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
         if len(texts) != len(answers):
             raise UserError(
-                f"{self.tokenizer.name}: the chat template prints {len(texts) - 1} of the {len(answers) - 1} earlier "
+                f"{self.tokenizer.name}: the chat template prints {max(len(texts) - 1, 0)} of the {len(answers) - 1} earlier "
                 "assistant turns: choose another chat_template, or set data.supervise to last_turn"
             )
-        spaces = [self.separator if text.endswith(self.separator) else "" for text in texts[:-1]]
+        texts = [without_empty_thought(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        spaces = [self.separator if text.endswith(self.separator) else "" for text in texts]
         parts = [
             (text.removesuffix(space), space, answer)
-            for text, space, answer in zip(texts, spaces, answers[:-1], strict=False)
+            for text, space, answer in zip(texts, spaces, answers, strict=True)
         ]
         # The generation prompt ends before the white space; nothing separates it from an empty response.
-        return [*parts, (texts[-1], self.separator if response else "", response)], hide
+        before, space, _ = parts.pop()
+        return [*parts, (before, space if response else "", response)], hide
+
+    def _closing_ids(self, text: str, text_ids: list[int], hide: "_Hidden") -> list[int]:
+        """Ids of the white space that the template prints between this text, the conversation so far, and the stop token."""
+        if not self.closing:
+            return []
+        joint = _behind(text_ids, self._ids(text + self.closing, hide))
+        return self._ids(self.closing, hide, continued=True) if joint is None else joint
 
     def _answer(self, joint: list[int] | None, space: str, turn: str, begin: int) -> tuple[list[int], TokenSpans]:
         """Ids of a turn behind its template's white space (ASCII), and their spans; the turn's first byte is byte `begin`.
@@ -283,33 +315,43 @@ def _stop_span(stop_id: int, end: int) -> TokenSpans:
 
 
 def load_chat_format(
-    tokenizer: Tokenizer, chat_template: str | None = None, system: str | None = None, where: str = "target"
+    tokenizer: Tokenizer,
+    chat_template: str | None = None,
+    system: str | None = None,
+    where: str = "target",
+    end_ids: Collection[int] = (),
+    learns: bool = False,
 ) -> ChatFormat:
     """Chooses the template (built-in name, path of a .jinja file, None = the tokenizer's own) and tries it once.
 
-    where: the recipe's key for error messages. Raises UserError when there is no template, no stop token, or the
-    template loses the response.
+    where: the recipe's key for error messages. end_ids: tokens at which the model ends an answer, from its
+    generation_config.json. learns: the model is trained on the format, so that a response is to end without `closing`: white
+    space that is no label would not be learned. Raises UserError when there is no template, no stop token, or the template loses the response.
     """
     template, origin = _choose_template(tokenizer, chat_template, where)
     stop_id = tokenizer.eos_id if tokenizer.eos_id is not None else -1
     draft = ChatFormat(tokenizer, template, system, stop_id, origin=origin)
     draft = replace(draft, folds_system=_forgets_system(draft))
     question = draft.with_system([{"role": "user", "content": "Question"}])
-    prompt = draft._render(question, prompt=True)
-    whole = draft._render([*question, {"role": "assistant", "content": _MARKER}], prompt=False)
-    before, marker, after = whole.partition(_MARKER)
-    if not marker:
-        raise UserError(f"{where}.chat_template: the template does not print the assistant's message")
-    between = before.removeprefix(prompt) if before.startswith(prompt) else ""
-    white = not between.strip() and between.isascii()
-    stop_id = _first_special(tokenizer, after)
-    if stop_id is None:
+    around = surroundings(draft._render, question, where)
+    # A model that was saved with another family's defaults lists an id that is a piece of text here. No answer ends there.
+    ends = tokenizer.special_ids.union(tokenizer.added_tokens.values()).intersection(end_ids)
+    stop, closing = end_token(tokenizer, around, ends)
+    if stop is None:
         raise UserError(
             f"{where}: {tokenizer.name} has no EOS token and the chat template puts no special token after a response: "
             'set "eos_token" in its tokenizer_config.json (the string of a token in its vocabulary), or choose '
             f"{where}.chat_template so that a response ends in a special token of this tokenizer"
         )
-    return replace(draft, stop_id=stop_id, separator=between if white else "", opening="" if white else between)
+    return replace(
+        draft,
+        stop_id=stop,
+        end_ids=frozenset({stop, tokenizer.eos_id, *ends} - {None}),
+        separator=around.separator,
+        opening=around.before.removeprefix(around.separator),
+        generation=around.generation,
+        closing="" if learns else closing,
+    )
 
 
 def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str) -> tuple[str, str]:
@@ -333,10 +375,3 @@ def _forgets_system(draft: ChatFormat) -> bool:
         return _SYSTEM_MARKER not in draft._render(turns, prompt=True)
     except UserError:
         return True
-
-
-def _first_special(tokenizer: Tokenizer, after: str) -> int | None:
-    """The token that ends a response: the first special or added token that the template prints after it, else EOS."""
-    names = sorted((text for text in tokenizer.added_tokens if text.strip()), key=len, reverse=True)
-    match = re.search("|".join(map(re.escape, names)) or "(?!)", after)
-    return tokenizer.added_tokens[match[0]] if match else tokenizer.eos_id

@@ -127,8 +127,13 @@ def test_response_tokens_spell_the_response(kind, template):
         encoded = form.encode_conversation(messages, response, stop=stop)
         spans, data = encoded.spans, response_bytes([response])
         assert encoded.ids.dtype == np.int32 and encoded.exact
-        assert encoded.ids[: encoded.prompt_length].tolist() == form.encode_prompt(messages)
-        assert encoded.supervised.tolist() == [i >= encoded.prompt_length for i in range(len(encoded.ids))]
+        prompt = form.encode_prompt(messages)
+        assert encoded.ids[: len(prompt)].tolist() == prompt and not encoded.supervised[: len(prompt)].any()
+        behind = encoded.ids[len(prompt) :]
+        unlearned = len(behind) - len(spans)  # the template's white space before the stop token
+        assert encoded.supervised[len(prompt) : len(encoded.ids) - unlearned - stop].all()
+        assert tokenizer.joined_bytes(behind[-1 - unlearned : -1]) == form.closing.encode() * stop or not unlearned
+        assert bool(unlearned) == bool(form.closing and stop)
         assert encoded.ids[encoded.supervised].tolist() == spans.tokens.tolist()
         assert spans.has(SpanFlag.STOP).tolist() == [False] * (len(spans) - stop) + [True] * stop
         assert_spans_lie_in(spans, data, tokenizer)
@@ -140,7 +145,8 @@ def test_response_tokens_spell_the_response(kind, template):
         assert tokenizer.joined_bytes(answer) == space + response.encode()
         assert not len(answer) or spans.ends[len(answer) - 1] == len(data) - 1
         assert spans.has(SpanFlag.LEADING).tolist() == [bool(space) and row == 0 for row in range(len(spans))]
-        assert form.decode_response([*answer, form.stop_id, 5]) == response
+        if stop or not form.closing:
+            assert form.decode_response([*behind, form.stop_id, 5]) == response
 
     law()
 
@@ -185,7 +191,7 @@ def test_every_turn_is_supervised_with_its_stop_token(kind, template):
         count = len(last.spans)
         assert spans.tokens[len(spans) - count :].tolist() == last.spans.tokens.tolist()
         assert (spans.starts[len(spans) - count :] - ends[-2] - 1).tolist() == last.spans.starts.tolist()
-        if stops.all() and not any(not turn.isascii() or turn != turn.strip() for turn in turns):
+        if stops.all() and not form.closing and not any(not turn.isascii() or turn != turn.strip() for turn in turns):
             assert encoded.ids.tolist() == last.ids.tolist()
 
     law()
@@ -283,7 +289,8 @@ def test_empty_response():
 def test_joint_tokenization_that_changes_the_prompt_is_not_taken():
     """A template whose prompt ends in a space: jointly the space would move into `▁the`, in generation it cannot."""
     tokenizer = small("byte_level")
-    form = dataclasses.replace(chat_format("byte_level", "chatml"), template="{{ messages[-1]['content'] + ': ' }}")
+    template = "{{ messages[0]['content'] + ': ' }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
+    form = dataclasses.replace(chat_format("byte_level", "chatml"), template=template)
     encoded = form.encode_conversation(USER, "the station")
     prompt = tokenizer.encode("Hi: ")
     assert tokenizer.encode("Hi: the station")[: len(prompt)] != prompt

@@ -283,8 +283,8 @@ REPLIES = {
     2: (completion("", "content_filter"), Response("e2", "", True, 0, refused=True)),
     3: (completion(None, refusal="I must not."), Response("e3", "I must not.", False, 0, refused=True)),
     4: (completion("I'm sorry, but I cannot help with that."), Response("e4", "I'm sorry, but I cannot help with that.", False, 0, refused=True)),
-    5: (completion("yes", reasoning_content="hm"), Response("e5", "yes", False, 0)),
-    6: (completion(None, "length", reasoning_content="hm"), Response("e6", "", True, 0)),
+    5: (completion("yes", reasoning_content="hm"), Response("e5", "yes", False, 0, reasoning="hm")),
+    6: (completion(None, "length", reasoning_content="hm"), Response("e6", "", True, 0, reasoning="hm")),
     7: (completion("before STOP after", "length"), Response("e7", "before ", False, 0)),  # the server left the stop text in
     8: (completion("half a \ud83d"), Response("e8", "half a \ufffd", False, 0)),
     9: (completion("cut in é\ufffd", "length"), Response("e9", "cut in é", True, 0)),

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.model.config_file import end_token_ids
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import path_argument
@@ -69,7 +70,8 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
     if tokenizer.chat_template is None:
         raise UserError(f"{directory} has no chat template: put a chat_template.jinja beside its tokenizer")
     WeightFiles(directory).open_all()
-    chat = load_chat_format(tokenizer, system=readable(system) if system else None, where=str(directory))
+    message, ends = readable(system) if system else None, end_token_ids(directory)
+    chat = load_chat_format(tokenizer, system=message, where=str(directory), end_ids=ends)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, dtype="auto", trust_remote_code=trust_remote_code
@@ -82,12 +84,11 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
 def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[str, Any]) -> str:
     """Prints the answer while it is generated, and returns it."""
     ids = torch.tensor([chat.encode_prompt(messages)], device=model.device)
-    stops = model.generation_config.eos_token_id
     printer = Printer(chat)
     model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        eos_token_id=sorted({chat.stop_id, *(stops if isinstance(stops, list) else [stops])} - {None}),
+        eos_token_id=sorted(chat.end_ids),
         pad_token_id=chat.stop_id,
         streamer=printer,
         **generation,

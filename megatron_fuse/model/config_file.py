@@ -207,10 +207,22 @@ def check_model_directory(model_dir: Path) -> ModelConfig:
             f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "
             "merge_and_unload), or take its files out of the directory"
         )
-    path = model_dir / "generation_config.json"
-    if path.exists() or path.is_symlink():
-        parse_record(read_object(path), GenerationConfig, str(path), _CORRECT)
+    _generation_config(model_dir)
     return config
+
+
+def _generation_config(model_dir: Path) -> GenerationConfig:
+    """generation_config.json, without any value where there is none. Raises UserError for a malformed one."""
+    path = model_dir / "generation_config.json"
+    if not (path.exists() or path.is_symlink()):
+        return GenerationConfig()
+    return parse_record(read_object(path), GenerationConfig, str(path), _CORRECT)
+
+
+def end_token_ids(model_dir: Path) -> list[int]:
+    """Ids at which generation_config.json ends an answer; none where it lists none. Raises UserError for a malformed file."""
+    ids = _generation_config(model_dir).eos_token_id
+    return [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None and token >= 0]
 
 
 def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> PreTrainedConfig:

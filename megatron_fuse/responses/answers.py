@@ -15,6 +15,7 @@ class Response:
     truncated: bool
     tokens: int  # of the answering model's own tokenizer, the stop token not counted
     refused: bool = False  # it declines to answer, by the server's word or by its opening words
+    reasoning: str | None = None  # the thought before the answer, which is no part of it
 
 
 # (number of the shard, its examples) -> their answers in order; None where there is none to be had.

@@ -21,6 +21,7 @@ from megatron_fuse.sources.huggingface import (
     recipe_key,
     refuse_unknown_ids,
 )
+from megatron_fuse.thoughts import split_thought, thought_end
 
 
 def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat) -> Answerer:
@@ -58,12 +59,11 @@ def _prompts(recipe: Recipe, name: str, model, chat: ChatFormat, examples: list[
 
 def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampling:
     tokenizer = chat.tokenizer
-    stop_ids = frozenset({chat.stop_id, tokenizer.eos_id} - {None})
     # Special tokens and holes in the numbering carry no text, nor do columns of the logits beyond: none may be an answer.
     allowed = torch.from_numpy(tokenizer.byte_lengths > 0)
-    allowed[sorted(stop_ids)] = True
+    allowed[sorted(chat.end_ids)] = True
     return Sampling(
-        stop_ids,
+        chat.end_ids,
         allowed,
         temperature=recipe.responses.temperature,
         top_p=recipe.responses.top_p,
@@ -71,20 +71,28 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
     )
 
 
-def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response:
+def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
+    """None where a thought came to its end and no answer follows."""
     text, tokens = answer_text(chat, answer, stop_texts)
-    return Response(name, text, not answer.stopped, tokens, is_refusal(text))
+    thought, text = split_thought(text, chat.thought_end, opened=thought_end(chat.generation) is not None)
+    if thought is not None:
+        if not text and answer.stopped:
+            return None
+        tokens = len(chat.tokenizer.encode_continuation(text))
+    return Response(name, text, not answer.stopped, tokens, is_refusal(text), thought)
 
 
 def answer_text(chat: ChatFormat, answer: Answer, stop_texts: StopTexts | None = None) -> tuple[str, int]:
     """Exact text of generated ids before the first stop text, without the white space that the template itself puts before a
-    response; and how many of the ids it lies in.
+    response or behind it; and how many of the ids it lies in.
 
     A character that the limit of tokens cut in two is left out; bytes that are no UTF-8 become U+FFFD.
     """
     data = chat.tokenizer.joined_bytes(answer.ids)
     space = len(chat.separator) if data.startswith(chat.separator.encode()) else 0
     kept = stop_texts.cut(data[space:]) if stop_texts else data[space:]
+    if answer.stopped and len(kept) == len(data) - space:
+        kept = kept.removesuffix(chat.closing.encode())
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(kept, final=answer.stopped)
     lengths = chat.tokenizer.byte_lengths[np.array(answer.ids, np.int64)]
     return text, int(np.sum(np.cumsum(lengths) - lengths < space + len(kept)))

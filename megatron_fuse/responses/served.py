@@ -16,7 +16,9 @@ from megatron_fuse.sources.huggingface import answering_options, declared_positi
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say
+from megatron_fuse.thoughts import split_thought, thought_end
 
+_THOUGHT_END = "</think>"  # where a server keeps thoughts apart and the template names no tag
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # what any model can answer
 
@@ -70,9 +72,10 @@ class _Format:
         positions = declared_positions(resolve_model(options.model, f"{recipe_key(name)}.model"))
         # The answer and its stop token have to fit beside the prompt: capture leaves out what is longer.
         self.limit = min(recipe.training.seq_length, positions or recipe.training.seq_length)
-        # A server that gets the prompt as text may not know which token ends a turn in our template.
-        ends_turn = chat.tokenizer.token_text(chat.stop_id) if options.server.endpoint == "completions" else None
-        self.stops = [*options.stop, *([ends_turn] if ends_turn else [])]
+        # A server that gets the prompt as text may not know which tokens end a turn in our template.
+        ends = sorted(chat.end_ids, key=lambda token: (token != chat.stop_id, token))
+        names = filter(None, map(chat.tokenizer.token_text, ends)) if options.server.endpoint == "completions" else ()
+        self.stops = list(dict.fromkeys([*options.stop, *names]))
         self.stop_texts = StopTexts(self.stops, chat)
 
     def room(self, example: Example) -> int:
@@ -107,13 +110,31 @@ class _Format:
         return {"prompt": prompt.removeprefix(bos or "")}
 
     def response(self, name: str, reply: Reply) -> Response | None:
+        """None where there is no answer: the request failed, or a finished reply has no text behind its thought, or none at all."""
         if reply.fault:
             return None
-        data = reply.text.removeprefix(self.chat.separator).encode()
+        thought, answer = self._thought_and_answer(reply)
         # Servers differ in whether they leave the stop text in, and may find it within the last token only.
-        kept = self.stop_texts.cut(data)
-        truncated = reply.truncated and len(kept) == len(data)
+        kept = self.stop_texts.cut_answer(answer.encode())
+        truncated = reply.truncated and len(kept) == len(answer.encode())
         # U+FFFD ends what was cut off within a character.
         text = kept.decode().rstrip("\N{REPLACEMENT CHARACTER}") if truncated else kept.decode()
+        if not (text.strip() or truncated or reply.refused):
+            return None
         tokens = len(self.chat.tokenizer.encode_continuation(text))
-        return Response(name, text, truncated, tokens, refused=reply.refused or is_refusal(text))
+        return Response(name, text, truncated, tokens, reply.refused or is_refusal(text), thought)
+
+    def _thought_and_answer(self, reply: Reply) -> tuple[str | None, str]:
+        """What the server keeps apart as the thought, or else leaves in the text; and the answer without the white space around it.
+
+        A server may leave the end of a thought in the text. Behind a prompt that we rendered (endpoint `completions`) all of it is.
+        """
+        chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
+        asked = self.options.server.endpoint == "completions" and thought_end(chat.generation) is not None
+        end = chat.thought_end or (_THOUGHT_END if reply.reasoning is not None else None)
+        thought, answer = split_thought(text, end, opened=asked)
+        if reply.reasoning is not None:
+            thought = "\n".join(filter(None, (reply.reasoning.strip(), thought)))
+        if thought is not None or chat.thought_end is not None:  # parsers of thoughts leave the white space behind them
+            answer = answer.lstrip()
+        return thought, answer if reply.truncated or not chat.closing else answer.removesuffix(chat.closing)

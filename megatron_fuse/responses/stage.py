@@ -1,8 +1,9 @@
 """The responses stage: every source answers every instruction once, in its own chat template; so does the target, under the
 name `target`, where its own answers order the examples.
 
-responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}, the same examples as the instructions' shard
-responses/NAME/shard-00000.unmatched.txt   ids of this shard without answer: not in the file, or refused by the server
+responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}, the same examples as the instructions' shard;
+                                           and reasoning, where the model thought before it answered
+responses/NAME/shard-00000.unmatched.txt   ids of this shard without answer: not in the file, refused by the server, or a thought alone
 
 Backends: `hf`, the model in process; `openai`, a server that the recipe names; `file`, answers that exist already.
 """
@@ -110,7 +111,7 @@ def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None
             response or Response(example.id, "", truncated=False, tokens=0)
             for example, response in zip(examples, found, strict=True)
         ]
-        write_jsonl(prefix.with_name(prefix.name + ".jsonl"), [asdict(response) for response in responses])
+        write_jsonl(prefix.with_name(prefix.name + ".jsonl"), map(_row, responses))
         if unmatched:
             with temporary_then_rename(prefix.with_name(prefix.name + ".unmatched.txt")) as temporary:
                 temporary.write_text("".join(f"{name}\n" for name in unmatched), encoding="utf-8")
@@ -120,10 +121,16 @@ def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None
             "truncated": sum(response.truncated for response in responses),
             "empty": sum(not response.response.strip() for response in responses),
             "refused": sum(response.refused for response in responses),
+            "with_thought": sum(response.reasoning is not None for response in responses),
             "unmatched": len(unmatched),
         }
 
     return run_plan(plan, make_shard, progress)
+
+
+def _row(response: Response) -> dict[str, Any]:
+    row = asdict(response)
+    return row if response.reasoning is not None else {key: row[key] for key in row if key != "reasoning"}
 
 
 def _answerer(

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.thoughts import thought_end
 
 
 class StopTexts:
     """They are sought in the answer's bytes, behind the white space that the template itself puts before a response.
 
+    A thought that the prompt opened is not searched: the answer begins behind it.
     The text that is whole at the earliest byte ends the answer; of several, the longest. Where tokens cut the answer makes no
     difference then, and what is kept holds no stop text.
     """
@@ -16,18 +18,38 @@ class StopTexts:
         self.texts = [text.encode() for text in texts]
         self.longest = max(map(len, self.texts), default=0)
         self.separator, self.tokenizer = chat.separator.encode(), chat.tokenizer
+        self.thought_end = (thought_end(chat.generation) or "").encode()
 
     def completed_by(self, ids: Sequence[int]) -> bool:
         """Whether generated ids hold a stop text, of which it is known that all but the last of them hold none."""
         # Every token has a byte at least: so many lie behind the template's white space, and have room for every stop text.
         if len(ids) > self.longest + len(self.separator):
-            return self._find(self.tokenizer.joined_bytes(ids[-self.longest :])) is not None
+            if self._find(self.tokenizer.joined_bytes(ids[-self.longest :])) is None:
+                return False
+            if not self.thought_end:
+                return True
         data = self.tokenizer.joined_bytes(ids)
-        return not self.separator.startswith(data) and self._find(data.removeprefix(self.separator)) is not None
+        if self.separator.startswith(data):
+            return False
+        data = data.removeprefix(self.separator)
+        return self._find(data[self._answer_begins(data) :]) is not None
 
     def cut(self, data: bytes) -> bytes:
         """A response's bytes before the stop text that ends it; all of them where there is none."""
+        begin = self._answer_begins(data)
+        end = self._find(data[begin:])
+        return data if end is None else data[: begin + end]
+
+    def cut_answer(self, data: bytes) -> bytes:
+        """As cut, of an answer without its thought."""
         return data[: self._find(data)]
+
+    def _answer_begins(self, data: bytes) -> int:
+        """Number of bytes of the thought and its end; all of them where it has none."""
+        if not self.thought_end:
+            return 0
+        thought, end, _ = data.partition(self.thought_end)
+        return len(thought) + len(end)
 
     def _find(self, data: bytes) -> int | None:
         """Where the stop text begins that is whole first."""

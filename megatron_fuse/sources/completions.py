@@ -1,7 +1,8 @@
 """A server's answer to a completion request, parsed at the border: what is not certainly an answer to our question is none.
 
 OpenAI's form, as far as it is read: {"model", "choices": [{"index", "finish_reason", "message": {"content", "refusal"}}]}, with
-"text" in the message's place from the endpoint `completions`. Other keys are the servers' own and are left alone.
+"text" in the message's place from the endpoint `completions`. The thought of a reasoning model may be in the message's
+"reasoning_content", "reasoning" or "thinking". Other keys are the servers' own and are left alone.
 """
 
 import json
@@ -24,12 +25,14 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as the server gave it. refused: by the server's own word. fault: why the request has no answer at all."""
+    """An answer as the server gave it. refused: by the server's own word. fault: why the request has no answer at all.
+    reasoning: the thought before it, where the server keeps that apart."""
 
     text: str
     truncated: bool = False
     refused: bool = False
     fault: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class _Form(BaseModel):
 class _Message(_Form):
     content: str | None = None
     refusal: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    thinking: Any = None
+
+    @property
+    def thought(self) -> str | None:
+        found = (self.reasoning_content, self.reasoning, self.thinking)
+        return next((text for text in found if isinstance(text, str) and text), None)
 
 
 class _Choice(_Form):
@@ -83,13 +94,15 @@ def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None
         raise Malformed(f"{key}: {first['msg']}") from None
     choice = found.choices[0]
     message = choice.message if isinstance(choice, _ChatChoice) else _Message(content=choice.text)
-    if message.content is None and message.refusal is None and choice.finish_reason in _WHOLE:
+    nothing = message.content is None and message.refusal is None and message.thought is None
+    if nothing and choice.finish_reason in _WHOLE:
         raise Malformed(f"choices.0.message: no content, but finish_reason {choice.finish_reason!r}")
     text = message.content or message.refusal or ""
-    if most_bytes is not None and (size := len(text.encode())) > most_bytes:
+    if most_bytes is not None and (size := len((text + (message.thought or "")).encode())) > most_bytes:
         raise Malformed(f"an answer of {size:,} bytes, more than the tokens that were asked for can be")
     refused = bool(message.refusal) or choice.finish_reason == "content_filter"
-    return Completion(Reply(text, truncated=choice.finish_reason in _CUT_OFF, refused=refused), found.model or None)
+    reply = Reply(text, choice.finish_reason in _CUT_OFF, refused, reasoning=message.thought)
+    return Completion(reply, found.model or None)
 
 
 def most_bytes_of(body: Body, longest_token: int) -> int | None:

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.config_file import read_model_config
+from megatron_fuse.model.config_file import end_token_ids, read_model_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.own_code import not_loadable
@@ -74,7 +74,9 @@ def load_format(options: ModelOptions, where: str) -> ChatFormat:
     directory = resolve_model(options.model, f"{where}.model")
     read_model_config(directory)  # before the tokenizer's library reads it, whose errors name no key
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
-    return load_chat_format(tokenizer, options.chat_template, options.system, where)
+    return load_chat_format(
+        tokenizer, options.chat_template, options.system, where, end_token_ids(directory), learns=where == TARGET
+    )
 
 
 def trust_key(where: str) -> str:

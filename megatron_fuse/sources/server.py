@@ -177,7 +177,7 @@ class Server:
     def _read(self, content: bytes, body: Body) -> Reply:
         """Raises Malformed for what is no answer, UserError where another model answers than the one that was asked."""
         found = read_completion(content, self.options.endpoint, most_bytes_of(body, self._longest_token))
-        if self._key and self._key in found.reply.text:
+        if self._key and self._key in found.reply.text + (found.reply.reasoning or ""):
             raise Malformed("the answer holds the key")
         options = self.options
         names = [options.model, *([options.answers_as] if options.answers_as else [])]

@@ -1,0 +1,39 @@
+"""Thoughts of reasoning models: the text between `<think>` and `</think>`, or another pair of such tags, before an answer."""
+
+import re
+
+_TAG = re.compile(r"\s*(<(think|thinking|thought|reason|reasoning|seed:think)>|\[(THINK)\])")
+
+
+def thought_end(text: str) -> str | None:
+    """The tag that ends the thought with which a text begins (`</think>` for `<think>`); None where it begins with none."""
+    match = _TAG.match(text)
+    if match is None:
+        return None
+    return f"</{match[2]}>" if match[2] else f"[/{match[3]}]"
+
+
+def without_empty_thought(context: str, response: str) -> str:
+    """The text before a response, without the empty thought at its end if the response brings a thought of its own.
+
+    Templates print `<think></think>` before a given response. One that begins with `<think>` itself would get a second thought.
+    """
+    end = thought_end(response)
+    if end is None or end not in response:
+        return context
+    return re.sub(rf"{re.escape(_TAG.match(response)[1])}\s*{re.escape(end)}\s*$", "", context)
+
+
+def split_thought(text: str, end: str | None, *, opened: bool) -> tuple[str | None, str]:
+    """(the thought, the answer behind it) of what a model wrote; the thought is None where there is none.
+
+    end: the tag that ends the model's thoughts, as its chat template has it. opened: the prompt ends in an open thought, so that
+    all is thought up to that tag. The answer has no white space at its beginning, and is empty where the thought does not end.
+    """
+    own = thought_end(text)
+    if own is not None and (own in text or own == end):
+        text, end, opened = text[_TAG.match(text).end() :], own, True
+    if end is None or not (opened or end in text):
+        return None, text
+    thought, found, answer = text.partition(end)
+    return thought.strip(), answer.lstrip() if found else ""

@@ -1,0 +1,118 @@
+"""Thoughts of reasoning models: kept apart from the answer, however they come."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_families import save_tokenizer
+from local_server import Act, completion, scripted
+from small_models import save_model
+from test_server import answers, number, recipe_for
+
+from megatron_fuse.chat import load_chat_format
+from megatron_fuse.responses import Response, answer_text
+from megatron_fuse.responses.sampled import _response
+from megatron_fuse.responses.stop_texts import StopTexts
+from megatron_fuse.sources.generation import Answer
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.thoughts import split_thought, thought_end, without_empty_thought
+from megatron_fuse.tokenization import load_tokenizer
+
+END = "</think>"
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "opened", "expected"),
+    [
+        ("add\n</think>\n\n4", END, True, ("add", "4")),
+        ("<think>\nadd</think>4", END, True, ("add", "4")),  # the model repeats the tag of its prompt
+        ("<think>add</think> 4", None, False, ("add", "4")),
+        ("[THINK]add[/THINK]4", None, False, ("add", "4")),
+        ("add and add", END, True, ("add and add", "")),  # no end: all of it is thought
+        ("half</think>\n\nParis", END, False, ("half", "Paris")),  # a server's parser left the end in
+        ("half</think>Paris", None, False, (None, "half</think>Paris")),  # text of a model that does not think
+        ("<think> is a tag", None, False, (None, "<think> is a tag")),
+        ("<p>a</p>b", None, False, (None, "<p>a</p>b")),
+        ("  plain \n", END, False, (None, "  plain \n")),
+        ("", END, True, ("", "")),
+        ("a</think>b</think>c", END, True, ("a", "b</think>c")),
+    ],
+)
+def test_a_thought_is_split_from_its_answer(text: str, end: str | None, opened: bool, expected: tuple) -> None:
+    assert split_thought(text, end, opened=opened) == expected
+
+
+@pytest.mark.parametrize(
+    ("context", "response", "expected"),
+    [
+        ("A:\n<think>\n\n</think>\n\n", "<think>\nadd</think>4", "A:\n"),
+        ("A:<think></think>", "\n<think>add</think>4", "A:"),
+        ("A:<think></think>", "4", "A:<think></think>"),
+        ("A:<think></think>", "<think> is a tag", "A:<think></think>"),
+        ("A:<think>x</think>", "<think>add</think>4", "A:<think>x</think>"),
+        ("A:<p></p>", "<p>a</p>", "A:<p></p>"),
+    ],
+)
+def test_an_empty_thought_makes_room_for_one(context: str, response: str, expected: str) -> None:
+    assert without_empty_thought(context, response) == expected
+
+
+def test_a_sampled_answer_begins_behind_the_thought(tmp_path: Path) -> None:
+    """The stop text inside the thought ends nothing; a thought alone is no answer."""
+    chat = load_chat_format(load_tokenizer(save_tokenizer("deepseek r1 distillation", tmp_path)))
+    assert thought_end(chat.generation) == END
+    stops = StopTexts(["STOP"], chat)
+
+    def answer(text: str, *, stopped: bool = True) -> Response | None:
+        return _response("e", chat, Answer(chat.tokenizer.encode_continuation(text), stopped), stops)
+
+    tokens = len(chat.tokenizer.encode_continuation("Paris"))
+    assert answer("so STOP it\n</think>\n\nParis") == Response("e", "Paris", False, tokens, reasoning="so STOP it")
+    assert answer("so\n</think>\n\nParis STOP it") == Response("e", "Paris ", False, tokens + 1, reasoning="so")
+    assert answer("so it goes on", stopped=False) == Response("e", "", True, 0, reasoning="so it goes on")
+    assert answer("so it ends") is None and answer("so</think>\n") is None
+    ids = chat.tokenizer.encode_continuation("a STOP b</think>c STOP d")
+    complete = [count for count in range(1, len(ids) + 1) if stops.completed_by(ids[:count])]
+    assert b"c STOP" in chat.tokenizer.joined_bytes(ids[: complete[0]])
+    assert b"c STOP" not in chat.tokenizer.joined_bytes(ids[: complete[0] - 1])
+
+
+def test_white_space_before_the_stop_token_is_no_part_of_a_sampled_answer(tmp_path: Path) -> None:
+    chat = load_chat_format(load_tokenizer(save_tokenizer("nemotron nano v2", tmp_path)))
+    ids = chat.tokenizer.encode_continuation("Paris\n")
+    assert answer_text(chat, Answer(ids, stopped=True))[0] == "Paris"
+    assert answer_text(chat, Answer(ids, stopped=False))[0] == "Paris\n"  # perhaps more lines were to come
+
+
+def _said(content: str | None, **message: Any) -> Act:
+    return completion(content, **message)
+
+
+SERVED = {
+    0: (_said("\n\nParis", reasoning_content="hm"), ("Paris", "hm")),
+    1: (_said("half</think>\n\nParis", reasoning_content="hm"), ("Paris", "hm\nhalf")),
+    2: (_said("<think>\nhm\n</think>\n\nParis"), ("Paris", "hm")),
+    3: (_said("Paris", reasoning="hm"), ("Paris", "hm")),
+    4: (_said("Paris", thinking="hm", reasoning_content=None), ("Paris", "hm")),
+    5: (_said("", reasoning_content="hm"), None),
+    6: (_said(None, reasoning_content="hm"), None),
+    7: (_said(""), None),
+    8: (_said("\n\n", reasoning_content="hm"), None),
+    9: (_said("\n\nParis"), ("\n\nParis", None)),  # nothing says that the model thinks
+    10: (_said("Paris", reasoning_content={"a": 1}), ("Paris", None)),
+    11: (_said("a </think> b"), ("a </think> b", None)),
+}
+
+
+def test_what_a_server_says_beside_an_answer(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama", seed=6)
+    with scripted(lambda asked: SERVED[number(asked)][0]) as server:
+        recipe = recipe_for(model, tmp_path, server.url, examples=len(SERVED))
+        rows = answers(recipe)
+    tokenizer = load_format(recipe.sources["served"], "served").tokenizer
+    for place, (_, expected) in SERVED.items():
+        text, thought = expected or ("", None)
+        tokens = len(tokenizer.encode_continuation(text))
+        assert rows[f"e{place}"] == Response(f"e{place}", text, False, tokens, reasoning=thought)
+    (unmatched,) = tmp_path.rglob("*.unmatched.txt")
+    assert unmatched.read_text().split() == [f"e{place}" for place, (_, expected) in SERVED.items() if expected is None]
