@@ -86,6 +86,11 @@ class ChatFormat:
         return hash_parts(parts + (around if any(around) else []))
 
     @property
+    def opens_thought(self) -> bool:
+        """Whether the generation prompt ends in an open thought, so that a generated response begins with one."""
+        return thought_end(self.generation) is not None
+
+    @property
     def thought_end(self) -> str | None:
         """The tag that ends the model's thoughts, where the template prints the tag that begins one before a response."""
         return thought_end(self.generation) or thought_end(self.opening)

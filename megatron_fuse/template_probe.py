@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.thoughts import open_thought
 from megatron_fuse.tokenization import Tokenizer
 
 Turns = list[dict[str, str]]
@@ -55,6 +56,8 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
         longer = ""
     next_turn = longer.partition(_MARKER)[2].partition(_NEXT_MARKER)[0]
     shared = _shared_length(context, prompt)
+    if shared < len(prompt):  # `<think></think>` and `<think>` part at the tag, not behind or within it
+        shared = min(shared, len(prompt) - len(open_thought(prompt)))
     return Surroundings(context[shared:], prompt[shared:], after, next_turn)
 
 

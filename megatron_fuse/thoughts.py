@@ -13,6 +13,12 @@ def thought_end(text: str) -> str | None:
     return f"</{match[2]}>" if match[2] else f"[/{match[3]}]"
 
 
+def open_thought(text: str) -> str:
+    """The tag in which a text ends, but for white space, with that white space; "" where it ends in none."""
+    match = re.search(rf"{_TAG.pattern}\s*$", text)
+    return text[match.start(1) :] if match else ""
+
+
 def without_empty_thought(context: str, response: str) -> str:
     """The text before a response, without the empty thought at its end if the response brings a thought of its own.
 

@@ -202,8 +202,8 @@ FAMILIES = {
         each(f"<｜User｜>{C}", f"<｜Assistant｜></think>{C}{END}", "<｜Assistant｜><think>\n", C, BOS),
         DEEPSEEK,
         END,
-        generation="think>\n",  # both texts begin with `<`
-        opening="/think>",
+        generation="<think>\n",
+        opening="</think>",
         bos=DEEPSEEK[1],
     ),
     "deepseek r1 distillation": Family(
@@ -222,8 +222,8 @@ FAMILIES = {
         ),
         IM,
         "<|im_end|>",
-        generation="\n",
-        opening="</think>",
+        generation="<think>\n",
+        opening="<think></think>",
     ),
     "nemotron nano v2": Family(  # a newline stands before the token that ends the answer
         each(
@@ -234,8 +234,8 @@ FAMILIES = {
         ),
         ("<SPECIAL_12>", "<SPECIAL_10>", "<SPECIAL_11>"),
         "<SPECIAL_12>",
-        generation="\n",
-        opening="</think>",
+        generation="<think>\n",
+        opening="<think></think>",
         closing="\n",
     ),
     "glm 4": Family(  # nothing ends an answer but what begins the next turn

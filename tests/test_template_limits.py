@@ -130,7 +130,7 @@ def test_a_template_is_refused_when_it_is_chosen_and_named(name: str, tmp_path: 
 @pytest.mark.parametrize("name", ["nested ranges", "times", "doubled by +", "random"])
 def test_a_template_that_behaves_until_a_row_provokes_it_is_refused_there(name: str, tmp_path: Path) -> None:
     path = tmp_path / "sleeper.jinja"
-    path.write_text("{% if 'now' in messages[-1].content %}" + HOSTILE[name] + "{% endif %}" + TEMPLATES["alpaca"])
+    path.write_text("{% if 'now' in messages[0].content %}" + HOSTILE[name] + "{% endif %}" + TEMPLATES["alpaca"])
     form = load_chat_format(small_tokenizer("llama_json"), str(path))
     form.encode_conversation(USER, "fine")
     with pytest.raises(UserError, match=r"sleeper\.jinja cannot be used, "):

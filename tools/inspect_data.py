@@ -3,10 +3,14 @@
     python tools/inspect_data.py WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
     python tools/inspect_data.py WORKDIR/fusion/exact-skip-T2 --verify
     python tools/inspect_data.py --recipe examples/quickstart/recipe.yaml --id ID --mode inference
+    python tools/inspect_data.py --template MODEL
+    python tools/inspect_data.py --recipe examples/quickstart/recipe.yaml --template
 
 --source is the selected one by default. --json prints one object: {"id", "mode", "source", "tokens": [{"id", "text", "supervised",
 "match", "entries": [{"id", "text", "logprob"}], "tail"}]}; the entries at a token are the distribution that PREDICTS that token.
 --verify reads every file, lists all that is wrong and ends with 2 where anything is.
+--template shows a sample conversation as a model reads it: which tokens are learned, what ends an answer and where generation begins;
+of a model directory, or of the target, the sources and the reward models of a recipe. It needs no fusion data.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.inspection import find_example, format_view, view_document
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.template_view import format_of_model, format_template_view, formats_of, view_template
 from megatron_fuse.text_safety import say
 from megatron_fuse.verification import verify_fusion_data
 
@@ -34,6 +39,13 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--index", type=int, help="number of the example in the instructions, from 0")
     what.add_argument("--id", help="id of the example")
+    what.add_argument(
+        "--template",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="show how MODEL, or each model of the recipe, reads a conversation",
+    )
     what.add_argument("--verify", action="store_true", help="check every file, row and choice")
     parser.add_argument("--mode", choices=MODES, help="needed for an example")
     parser.add_argument("--source", help="default: the source with the advantage")
@@ -41,6 +53,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verify and (arguments.json or arguments.mode or arguments.source):
         parser.error("--verify looks at everything: --mode, --source and --json belong to one example")
+    if arguments.template is not None:
+        if arguments.mode or arguments.source:
+            parser.error("--template shows conversations without data: --mode and --source belong to one example")
+        show_templates(arguments)
+        return
     if not arguments.verify and arguments.mode is None:
         parser.error("--mode is needed to show an example")
     recipe = fusion_data_recipe(arguments)
@@ -51,6 +68,16 @@ def main() -> None:
     example = find_example(dataset, arguments.index, arguments.id)
     view = view_document(recipe, dataset, arguments.mode, example, arguments.source)
     say(_as_json(view) if arguments.json else format_view(view, dataset))
+
+
+def show_templates(arguments: argparse.Namespace) -> None:
+    """Prints the template view of one model, or of all models of the recipe."""
+    if arguments.template:
+        formats = [(arguments.template, format_of_model(arguments.template))]
+    else:
+        formats = list(formats_of(fusion_data_recipe(arguments)))
+    views = [view_template(name, chat) for name, chat in formats]
+    say("\n".join(map(_as_json, views)) if arguments.json else "\n\n".join(map(format_template_view, views)))
 
 
 def _as_json(view: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[i
     """
     first_row = np.searchsorted(encoded.spans.starts, offset)
     ends = encoded.spans.ends[first_row:] - offset
-    prompt_length = len(encoded.ids) - len(ends)
+    prompt_length = int(np.flatnonzero(encoded.supervised)[first_row])
     kept = seq_length - prompt_length
     return prompt_length, int(ends[kept - 1]) if kept > 0 else 0
 

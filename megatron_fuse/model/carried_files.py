@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_fuse.model.config_file import end_token_ids, read_model_config
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import say
@@ -41,3 +42,25 @@ def write_beside_weights(reference: Path, directory: Path, dtype: str, progress:
     # Versions before transformers 5, and other programs, know the second name alone and would load the weights in fp32.
     config["dtype"] = config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def missing_end(model_dir: Path, stop_id: int) -> bool:
+    """Whether servers of a model directory would not end an answer at this token: neither its generation_config.json nor, where
+    that lists none, its config.json has it."""
+    ends = end_token_ids(model_dir) or read_model_config(model_dir).eos_token_id
+    return stop_id not in (ends if isinstance(ends, list) else [ends])
+
+
+def add_end(model_dir: Path, stop_id: int) -> None:
+    """Puts a token among the ends of answers in generation_config.json, which is made if there is none; the others stay."""
+    path = model_dir / "generation_config.json"
+    config = read_model_config(model_dir)
+    if path.exists():
+        options = read_object(path)
+    else:  # what transformers makes of the config then
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        options = {key: value for key in keys if (value := getattr(config, key)) is not None}
+    ends = end_token_ids(model_dir) or config.eos_token_id
+    known = [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None and token >= 0]
+    options["eos_token_id"] = [*known, stop_id]
+    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from megatron_fuse.sources.huggingface import (
     recipe_key,
     refuse_unknown_ids,
 )
-from megatron_fuse.thoughts import split_thought, thought_end
+from megatron_fuse.thoughts import split_thought
 
 
 def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat) -> Answerer:
@@ -74,7 +74,7 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
 def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
     """None where a thought came to its end and no answer follows."""
     text, tokens = answer_text(chat, answer, stop_texts)
-    thought, text = split_thought(text, chat.thought_end, opened=thought_end(chat.generation) is not None)
+    thought, text = split_thought(text, chat.thought_end, opened=chat.opens_thought)
     if thought is not None:
         if not text and answer.stopped:
             return None

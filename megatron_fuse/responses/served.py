@@ -16,7 +16,7 @@ from megatron_fuse.sources.huggingface import answering_options, declared_positi
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say
-from megatron_fuse.thoughts import split_thought, thought_end
+from megatron_fuse.thoughts import split_thought
 
 _THOUGHT_END = "</think>"  # where a server keeps thoughts apart and the template names no tag
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
@@ -130,7 +130,7 @@ class _Format:
         A server may leave the end of a thought in the text. Behind a prompt that we rendered (endpoint `completions`) all of it is.
         """
         chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
-        asked = self.options.server.endpoint == "completions" and thought_end(chat.generation) is not None
+        asked = self.options.server.endpoint == "completions" and chat.opens_thought
         end = chat.thought_end or (_THOUGHT_END if reply.reasoning is not None else None)
         thought, answer = split_thought(text, end, opened=asked)
         if reply.reasoning is not None:

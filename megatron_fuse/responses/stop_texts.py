@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.thoughts import thought_end
 
 
 class StopTexts:
@@ -18,7 +17,7 @@ class StopTexts:
         self.texts = [text.encode() for text in texts]
         self.longest = max(map(len, self.texts), default=0)
         self.separator, self.tokenizer = chat.separator.encode(), chat.tokenizer
-        self.thought_end = (thought_end(chat.generation) or "").encode()
+        self.thought_end = (chat.thought_end or "").encode() if chat.opens_thought else b""
 
     def completed_by(self, ids: Sequence[int]) -> bool:
         """Whether generated ids hold a stop text, of which it is known that all but the last of them hold none."""

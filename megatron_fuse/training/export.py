@@ -6,11 +6,13 @@ An export of the same checkpoint whose files are as they were written is left al
 that was changed, or that the export did not write, is never removed: if it is in the way, it is named.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.carried_files import add_end, missing_end
 from megatron_fuse.model.conversion import write_hugging_face_model
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
@@ -18,6 +20,7 @@ from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.text_safety import say
 from megatron_fuse.training.checkpoint import named_checkpoint, read_facts
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
@@ -26,9 +29,10 @@ from megatron_fuse.training.target import load_whole_model
 RECORD = "fusion.json"
 
 
-def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
+def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) -> tuple[Path, Path]:
     """Exports the recipe's best (or latest) checkpoint; returns the model directory and the checkpoint.
 
+    Its generation_config.json ends answers at the stop token of the training too, and progress says so if it was not there.
     An earlier export is replaced if the checkpoint has moved on, and keeps its name until the new one is whole. Needs a runtime
     started with one process. Raises UserError where there is no checkpoint, something else is in the place of the export, or it
     cannot be written.
@@ -40,8 +44,11 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
     if checkpoint is None:
         raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
     reference, output = target_directory(recipe), export_directory(recipe)
-    template = load_format(recipe.target, "target").template if recipe.target.chat_template is not None else None
-    origin = _origin(checkpoint, recipe.export.dtype, template, verify=verify)
+    chat = load_format(recipe.target, "target")
+    template = chat.template if recipe.target.chat_template is not None else None
+    # A base model's own files end an answer at its EOS alone, which a chat model never writes.
+    end = chat.stop_id if missing_end(reference, chat.stop_id) else None
+    origin = _origin(checkpoint, recipe.export.dtype, template, end, verify=verify)
     place = output.resolve()  # a link to a directory stays, its directory is replaced
     with sole_writer(place, RECORD):
         found = find(place, RECORD, "export.path", verify=verify)
@@ -54,11 +61,14 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
             write_hugging_face_model(model, reference, temporary, recipe.export.dtype)
             if template is not None:
                 (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
+            if end is not None:
+                add_end(temporary, end)
+                progress(f"generation_config.json: answers end at {chat.tokenizer.token_text(end)!r} ({end}) as well")
             record_files(temporary, RECORD, origin)
     return output, checkpoint
 
 
-def _origin(checkpoint: Path, dtype: str, template: str | None, *, verify: bool) -> dict[str, Any]:
+def _origin(checkpoint: Path, dtype: str, template: str | None, end: int | None, *, verify: bool) -> dict[str, Any]:
     """What the files of an export depend on. Facts of two checkpoints may be the same: their checksums are not."""
     checksums = checkpoint / CHECKSUMS
     return {
@@ -67,4 +77,5 @@ def _origin(checkpoint: Path, dtype: str, template: str | None, *, verify: bool)
         "facts": asdict(read_facts(checkpoint, verify=verify)),
         "dtype": dtype,
         "chat_template": template,
+        **({"end": end} if end is not None else {}),
     }

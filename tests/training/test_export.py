@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_families import save_tokenizer
 from synthetic import make_tiny_recipe, make_tiny_target
 from test_layouts import run_training
+
+from megatron_fuse.chat_templates import TEMPLATES
 
 
 @pytest.fixture(scope="module")
 def trained(ranks, tmp_path_factory) -> tuple[Path, Path]:  # type: ignore[no-untyped-def]
     """Checkpoints of two steps, the second the latest, and their target."""
     directory = tmp_path_factory.mktemp("trained")
-    target = make_tiny_target(directory / "target")
+    target = save_tokenizer("qwen2.5 and smollm2", make_tiny_target(directory / "target"))
     ranks(1, run_training, directory / "work", target, {"training": {"train_iters": 2, "save_interval": 1}})
     return directory / "work/training/checkpoints", target
 
@@ -105,10 +108,9 @@ def another_template(workdir: Path, target: Path, template: Path) -> None:
     from megatron_fuse.training import export as module
 
     start_runtime()
-    module.load_format = lambda options, key: type("Format", (), {"template": Path(options.chat_template).read_text()})
     recipe = make_tiny_recipe(workdir, target)
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
-    for text in ("{{ 'one' }}", "{{ 'two' }}"):
+    for text in (TEMPLATES["alpaca"], TEMPLATES["alpaca"].replace("###", "##")):
         template.write_text(text)
         output, _ = module.export_fused_model(recipe)
         assert (output / "chat_template.jinja").read_text() == text
@@ -116,6 +118,49 @@ def another_template(workdir: Path, target: Path, template: Path) -> None:
 
 def test_another_chat_template_is_another_export(ranks, run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     ranks(1, another_template, *run, tmp_path / "template.jinja")
+
+
+def ends_of(workdir: Path, target: Path) -> list[str]:
+    """In a rank: what an export says of the ends of answers."""
+    from megatron_fuse.runtime import start_runtime
+    from megatron_fuse.training.export import export_fused_model
+
+    start_runtime()
+    lines: list[str] = []
+    export_fused_model(make_tiny_recipe(workdir, target), lines.append)
+    return [line for line in lines if "answers end" in line]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": 0, "top_k": 5}, {}, {"eos_token_id": [0, 2], "top_k": 5}),  # a base model with its own EOS
+        ({"eos_token_id": [0, 1]}, {}, {"eos_token_id": [0, 1, 2]}),
+        ({"top_k": 5}, {"eos_token_id": 0}, {"eos_token_id": [0, 2], "top_k": 5}),
+        (None, {"eos_token_id": 0, "bos_token_id": 1}, {"eos_token_id": [0, 2], "bos_token_id": 1}),
+        ({"eos_token_id": [2, 0]}, {"eos_token_id": 0}, None),
+        (None, {"eos_token_id": 2}, None),
+    ],
+)
+def test_an_export_ends_answers_where_the_training_did(  # type: ignore[no-untyped-def]
+    ranks, run, tmp_path: Path, generation: dict | None, config: dict, expected: dict | None
+) -> None:
+    workdir, trained_from = run
+    target = shutil.copytree(trained_from, tmp_path / "target")
+    path, written = target / "generation_config.json", workdir / "export/generation_config.json"
+    path.unlink(missing_ok=True)
+    if generation is not None:
+        path.write_text(json.dumps(generation))
+    known = json.loads((target / "config.json").read_text())
+    known = {key: value for key, value in known.items() if key not in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    (target / "config.json").write_text(json.dumps(known | config))
+    said = ranks(1, ends_of, workdir, target)[0]
+    if expected is None:
+        assert said == [] and written.exists() == path.exists()
+        assert not path.exists() or written.read_bytes() == path.read_bytes()
+    else:
+        assert json.loads(written.read_text()) == expected
+        assert said == ["generation_config.json: answers end at '<|im_end|>' (2) as well"]
 
 
 def import_again(target: Path, output: Path) -> str:
