@@ -101,3 +101,30 @@ def test_added_tokens_take_white_space(left: bool, right: bool, legacy: bool, tm
     ).encode_continuation("hello \n<|user|>\n world")
     exported = tokenizer.hugging_face()
     assert exported.encode("hello \n<|user|>\n world", add_special_tokens=False) == given_ids
+
+
+@pytest.mark.parametrize(
+    ("control", "config", "prefixes"),
+    [
+        (True, {}, 1),  # Mistral's later models, without settings
+        (False, {}, 2),  # Llama-2 and Mistral's first: [INST] is text, </s> is not
+        (True, {"legacy": True}, 2),
+        (False, {"legacy": False}, 1),
+        (True, {"legacy": None}, 1),
+    ],
+)
+def test_the_dummy_prefix_behind_a_special_token_is_the_models(
+    control: bool, config: dict, prefixes: int, tmp_path: Path
+) -> None:
+    """`]▁Say` where the tokenizer adds no prefix there, else `]▁▁Say`: the text's own space behind one more."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model("bpe", byte_fallback=True))
+    if control:
+        model.pieces.add(piece="[INST]", score=0, type=model.SentencePiece.CONTROL)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    name = "[INST]" if control else "</s>"
+    ids = tokenizer.encode(f"{name} the", special=True)
+    cut = ids[ids.index(tokenizer.added_tokens[name]) + 1 :]
+    assert tokenizer.joined_bytes(cut) == b" " * prefixes + b"the"

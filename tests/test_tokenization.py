@@ -374,3 +374,18 @@ def test_an_empty_sentencepiece_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("tekken.json", "convert_tekken_tokenizer"), ("tiktoken.model", "TikTokenConverter")],
+)
+def test_a_vocabulary_in_a_form_of_its_own_is_refused_with_the_command_that_converts_it(
+    name: str, command: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name} has to be converted to tokenizer.json once: .*{command}") as refused:
+        load_tokenizer(tmp_path)
+    assert str(refused.value).count(str(tmp_path / name)) == 1 and str(tmp_path) in str(refused.value)
+    hugging_face("byte_level").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("a")

@@ -32,6 +32,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
         ranks = sorted(path.glob("*.tiktoken"))
         if len(ranks) == 1:
             return _tiktoken(ranks[0])
+        _refuse_own_forms(path)
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
         raise UserError(f"{path}: no tokenizer found: expected {EXPECTED}; found {found}")
     if not path.exists():
@@ -43,6 +44,29 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
     if path.name == "tokenizer.json":
         return _hugging_face(path.parent, trust_remote_code, allowed_by)
     raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
+
+
+# The vocabularies of Mistral and of some models with code of their own, and how transformers makes a tokenizer.json of them.
+_CONVERSIONS = {
+    "tekken.json": (
+        "pip install mistral-common && python -c 'from transformers.integrations.mistral import convert_tekken_tokenizer as "
+        'convert; convert("{path}").save_pretrained("{directory}")\''
+    ),
+    "tiktoken.model": (
+        "python -c 'from transformers import AutoTokenizer as A; from transformers.convert_slow_tokenizer import TikTokenConverter as "
+        'C; t = A.from_pretrained("{directory}", trust_remote_code=True); C("{path}", t.pat_str, extra_special_tokens='
+        't.special_tokens).converted().save("{directory}/tokenizer.json")\' (this runs the Python code in the directory)'
+    ),
+}
+
+
+def _refuse_own_forms(directory: Path) -> None:
+    """Raises UserError, with the command that converts it, for a vocabulary in a form that has no splitting rule of its own."""
+    for name, command in _CONVERSIONS.items():
+        if (path := directory / name).is_file():
+            raise UserError(
+                f"{directory}: {name} has to be converted to tokenizer.json once: {command.format(path=path, directory=directory)}"
+            )
 
 
 def _hugging_face(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:

@@ -186,7 +186,10 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         token_bytes[token] = b""
     always = {text: token for text, token in extra.items() if token not in special}
     added = control | extra
-    legacy = settings.config.legacy is not False
+    legacy = settings.config.legacy
+    if legacy is None:
+        # Mistral's later models have [INST] as a control piece, and no dummy prefix behind one. Llama-2 and Mistral's first do not.
+        legacy = "[INST]" not in control
     adds_bos = named["bos"] is not None and settings.config.add_bos_token is not False
     return Tokenizer(
         name=str(path),
