@@ -1,10 +1,10 @@
-"""A user's rows, one at a time, from whatever holds them: JSONL, Parquet, or a directory that `datasets` saved.
+"""A user's rows, one at a time, from whatever holds them: JSON, Parquet, or a directory that `datasets` saved.
 
 `key` is the recipe's key that names the table, for errors.
 
 FILE.parquet, DIRECTORY/*.parquet    one table; several files in the order of their names
 DIRECTORY/state.json                 what `Dataset.save_to_disk` writes: names Arrow files in the streaming format
-any other file                       JSONL
+any other file                       JSONL, a JSON array or JSON columns (json_files.py), also with gzip
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import read_json, read_jsonl, sha256_of_file, sha256_of_json
+from megatron_fuse.instructions.json_files import read_json_rows
+from megatron_fuse.storage import read_json, sha256_of_file, sha256_of_json
 from megatron_fuse.storage.records import FileName, Record, parse_record
 from megatron_fuse.text_safety import brief
 
@@ -58,7 +59,7 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
     """(number, row): in JSONL the number of the line, else of the row, both from 1. Raises UserError where it cannot be read."""
     files = _files(path, key)
     if files == [path] and path.suffix != ".parquet":
-        yield from read_jsonl(path)
+        yield from read_json_rows(path)
         return
     try:
         import pyarrow

@@ -152,6 +152,11 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, row) of every non-empty line. A malformed line raises UserError naming it."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, parse_row(line, f"{path}:{number}")
+        yield from jsonl_rows(file, path)
+
+
+def jsonl_rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """read_jsonl of lines that come from elsewhere; path: their file, for errors."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, parse_row(line, f"{path}:{number}")

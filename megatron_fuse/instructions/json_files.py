@@ -1,0 +1,160 @@
+"""Rows of a JSON file, however they were written: one object a line, an array of objects, an object of columns; also with gzip.
+
+The content decides, not the name, with one exception: a single object is a row in FILE.jsonl and may be columns in FILE.json.
+
+{"a": 1}                    a row a line; blank lines are skipped
+{"a": 2}
+[{"a": 1}, {"a": 2}]        an array, on any number of lines
+{"a": [1, 2]}               columns in FILE.json: equally long lists; held in memory as a whole
+{"a": {"0": 1, "1": 2}}     the same as pandas' to_json writes them
+"""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.instructions.json_values import JsonError, array_elements, is_cut_off
+from megatron_fuse.storage.files import jsonl_rows
+from megatron_fuse.text_safety import brief
+
+_GZIP = b"\x1f\x8b"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Row = dict[str, Any]
+
+
+def read_json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number, row): of one row a line the number of the line, else of the row, both from 1.
+
+    Raises UserError naming the file and the line or element that cannot be read.
+    """
+    with _opened(path) as file:
+        begin = _first_byte(file)
+        if begin == b"[":
+            yield from _array(file, path)
+            return
+        columns = _columns(file, path) if begin == b"{" and _is_json(path) else None
+        if columns is not None:
+            yield from enumerate(
+                (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), 1
+            )
+            return
+        yield from jsonl_rows(file, path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked."""
+    with path.open("rb") as file:
+        if file.peek(2)[:2] != _GZIP:  # type: ignore[attr-defined]
+            yield file
+            return
+        try:
+            with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:  # type: ignore[arg-type]
+                yield unpacked
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be unpacked ({brief(str(error))}): write it again") from error
+
+
+def _first_byte(file: BinaryIO) -> bytes:
+    """The first byte that is no white space. The file is at its beginning before and after."""
+    if file.read(3) != _BYTE_ORDER_MARK:
+        file.seek(0)
+    byte = file.read(1)
+    while byte.isspace():
+        byte = file.read(1)
+    file.seek(0)
+    return byte
+
+
+def _is_json(path: Path) -> bool:
+    return path.name.removesuffix(".gz").endswith(".json")
+
+
+def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
+    number = 0
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        for row in array_elements(text):
+            number += 1
+            yield number, row
+    except JsonError as error:
+        raise UserError(
+            f"{path}:{error.line}: not valid JSON in element {number + 1} ({brief(str(error))}): the file is an array, whose "
+            "elements are JSON objects"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 after {number} elements ({error.reason}): write it again as UTF-8"
+        ) from error
+    finally:
+        text.detach()
+
+
+def _columns(file: BinaryIO, path: Path) -> dict[str, list[Any]] | None:
+    """The columns, if the file is a single object of columns. The file is at its beginning before and after.
+
+    No more than the first object is parsed, and no more than the first line read where it holds a whole one.
+    """
+    try:
+        value = _single_object(file)
+    finally:
+        file.seek(0)
+    if not value:
+        return None
+    columns = {key: _by_index(column) for key, column in value.items()}
+    if not all(isinstance(column, list) for column in columns.values()):
+        return None
+    if all(_are_turns(column) for column in columns.values()):
+        return None
+    lengths = {key: len(column) for key, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        found = brief(", ".join(f"{key} {length}" for key, length in lengths.items()), 150)
+        raise UserError(f"{path}: an object of columns whose lengths differ ({found}): write one row an object")
+    return columns
+
+
+def _single_object(file: BinaryIO) -> Row | None:
+    """The object that a file consists of; None if it has another form, which the reader of lines then judges."""
+    first = file.readline()
+    while first and not first.strip(_BYTE_ORDER_MARK).strip():
+        first = file.readline()
+    try:
+        value = _parsed(first)
+    except json.JSONDecodeError as error:
+        if not is_cut_off(error, error.doc):
+            return None
+        value = None
+    except (ValueError, RecursionError):
+        return None
+    if value is not None:
+        return value if isinstance(value, dict) and not any(line.strip() for line in file) else None
+    try:
+        value = _parsed(first + file.read())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parsed(data: bytes) -> Any:
+    return json.loads(data.decode("utf-8-sig"))
+
+
+def _by_index(column: Any) -> Any:
+    """pandas' {"0": value, "1": value} as a list; anything else as it is."""
+    if isinstance(column, dict) and column and list(column) == [str(index) for index in range(len(column))]:
+        return list(column.values())
+    return column
+
+
+def _are_turns(column: list[Any]) -> bool:
+    """Whether a list is the conversation of one row, {role, content} after {role, content}, and no column."""
+    return bool(column) and all(
+        isinstance(turn, dict) and any(isinstance(v, str) for v in turn.values()) for turn in column
+    )
