@@ -23,7 +23,7 @@ from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, str | bool]]  # {role, content}, and {supervised: false} of a masked assistant turn
 
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
@@ -171,7 +171,8 @@ class ChatFormat:
             f"{name}_token": (token(number) if number is not None else None) or "" for name, number in names.items()
         }
         try:
-            return render(self.template, list(turns), add_generation_prompt=prompt, **specials)
+            shown = [{key: value for key, value in turn.items() if key != "supervised"} for turn in turns]
+            return render(self.template, shown, add_generation_prompt=prompt, **specials)
         except TemplateLimit as error:
             raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
@@ -189,7 +190,7 @@ class ChatFormat:
         """
         turns = self.with_system(messages)
         hide = _Hidden(self.tokenizer, [*(turn["content"] for turn in turns), response])
-        learned = [every_turn and turn["role"] == "assistant" for turn in turns]
+        learned = [every_turn and _may_be_learned(turn) for turn in turns]
         shown = [
             turn | {"content": hide.mark if mark else hide(turn["content"])}
             for turn, mark in zip(turns, learned, strict=True)
@@ -304,8 +305,13 @@ class _Hidden:
 
 def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:
     """The texts whose bytes `EncodedConversation.spans` counts in."""
-    earlier = [message["content"] for message in messages if message["role"] == "assistant"]
+    earlier = [message["content"] for message in messages if _may_be_learned(message)]
     return [*(earlier if every_turn else []), response]
+
+
+def _may_be_learned(message: Mapping[str, str | bool]) -> bool:
+    """An assistant turn that the data do not mask, as {supervised: false} does."""
+    return message["role"] == "assistant" and bool(message.get("supervised", True))
 
 
 def _behind(before: list[int], ids: list[int]) -> list[int] | None:
