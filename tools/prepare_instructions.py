@@ -2,12 +2,13 @@
 
     python tools/prepare_instructions.py --recipe examples/quickstart/recipe.yaml
 
-Writes WORKDIR/instructions. Rows that cannot be used are listed in examples.bad_rows.jsonl there, with line and reason.
+Writes WORKDIR/instructions, and prints what was left out and why. examples.bad_rows.jsonl there has every row that cannot be used,
+with line, kind and reason, examples.dropped.jsonl every example left out for its length. The forms of data: docs/data.md.
 """
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
-from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.instructions import left_out, prepare_instructions
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.target import check_target_tokenizer, read_target
 from megatron_fuse.text_safety import say
@@ -20,6 +21,8 @@ def main() -> None:
     if artefact:
         counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
         say(f"{artefact.directory}: {counts}")
+        for line in left_out(artefact):
+            say(line)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Instructions: examples read from a user's file, checked, sampled and cut to length once for every later stage."""
 
-from megatron_fuse.instructions.examples import Example, Rows, read_rows
+from megatron_fuse.instructions.examples import Example
+from megatron_fuse.instructions.left_out import left_out
 from megatron_fuse.instructions.prepare import (
     example_shards,
     instructions_options,
@@ -10,12 +11,14 @@ from megatron_fuse.instructions.prepare import (
     prepare_instructions,
     require_instructions,
 )
+from megatron_fuse.instructions.rows import Rows, read_rows
 
 __all__ = [
     "Example",
     "Rows",
     "example_shards",
     "instructions_options",
+    "left_out",
     "load_examples",
     "open_instructions",
     "plan_instructions",

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_fuse.chat import ChatFormat, EncodedConversation, supervised_turns
+from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.tokenization.spans import response_bytes
 
@@ -36,12 +37,12 @@ def fit(
     *,
     policy: str = "truncate",
     every_turn: bool = False,
-) -> Example | str:
+) -> Example:
     """The example, its response cut where needed so that the conversation has at most `seq_length` tokens in every model.
 
     formats: (name, chat format), the target's first. every_turn: the assistant's earlier turns are labels too, which never
     are cut. A whole response counts with its stop token, a cut one has none. The cut is at the last token end of the tightest
-    model that is also a character's end. Returns the reason where the example is to be left out.
+    model that is also a character's end. Raises BadRow where the example is to be left out.
     """
     formats = list(formats)
     turns = supervised_turns(example.messages, example.response, every_turn=every_turn)
@@ -59,13 +60,14 @@ def fit(
             lengths.append(length)
             continue
         if policy == "drop":
-            return f"{length} tokens for {name}, seq_length is {seq_length}"
+            raise BadRow(Kind.TOO_LONG, f"{length} tokens for {name}, seq_length is {seq_length}")
         prompt_length, room = _room(encoded, offset, seq_length)
         # Where only the stop token is too much the text stays whole; after that every further cut takes a byte at least.
         response = _cut_at_character(response, min(room, len(response) - truncated))
         truncated = True
         if not response.strip():
             left = "room for white space only" if room else "no room"
-            return f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+            reason = f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+            raise BadRow(Kind.NO_ROOM, reason)
         lengths.clear()  # a cut may split a token, so that those in which it fitted are asked again
     return replace(example, response=response.decode(), truncated=truncated, target_tokens=lengths[0])

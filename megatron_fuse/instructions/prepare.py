@@ -1,8 +1,8 @@
 """The instructions stage: sample, cut to length, split, write. Every later stage works on these examples in these shards.
 
 instructions/examples.00000.jsonl ...   data.shard_size examples each, in the order of the user's file
-instructions/examples.bad_rows.jsonl    {line, reason}: rows that could not be used
-instructions/examples.dropped.jsonl     {id, reason}: examples left out for their length
+instructions/examples.bad_rows.jsonl    {line, kind, reason}: rows that could not be used
+instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples left out for their length
 """
 
 import hashlib
@@ -15,8 +15,11 @@ import numpy as np
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions.examples import Example, Rows, read_rows
+from megatron_fuse.instructions.bad_rows import BadRow
+from megatron_fuse.instructions.cleaning import Cleaning, is_in_nfc
+from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit
+from megatron_fuse.instructions.rows import Rows, read_rows
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
@@ -39,6 +42,7 @@ from megatron_fuse.text_safety import say
 STAGE = "instructions"
 COMMAND = "tools/prepare_instructions.py"
 _NAME = "examples"
+_OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize", "strip", "shard_size")
 
 
 def instructions_options(recipe: Recipe) -> dict:
@@ -47,7 +51,7 @@ def instructions_options(recipe: Recipe) -> dict:
     return {
         "seed": recipe.seed,
         "seq_length": recipe.training.seq_length,
-        **{key: getattr(data, key) for key in ("format", "samples", "held_out", "too_long", "supervise", "shard_size")},
+        **{key: getattr(data, key) for key in _OPTIONS},
     }
 
 
@@ -73,6 +77,7 @@ class _Fitted:
     characters: int  # of the response that fit
     truncated: bool
     target_tokens: int
+    in_nfc: bool  # all that the assistant says
 
     def __call__(self, example: Example, *, held_out: bool) -> Example:
         return replace(
@@ -86,27 +91,26 @@ class _Fitted:
 
 def _choose(
     recipe: Recipe, rows: Rows, formats: list[tuple[str, ChatFormat]], progress: Callable[[str], None]
-) -> tuple[dict[str, _Fitted], dict[str, str]]:
+) -> tuple[dict[str, _Fitted], dict[str, BadRow]]:
     """The sample, and the reasons of those left out for their length, by id. Holds no more than one example's texts at a time."""
     data = recipe.data
     fitted: dict[str, _Fitted] = {}
-    dropped: dict[str, str] = {}
+    dropped: dict[str, BadRow] = {}
     candidates = _by_rank(rows.lines, recipe.seed, "sample")
     wanted = data.samples or len(rows)
     while candidates and len(fitted) < wanted:  # the next in rank take the place of those who did not fit
         missing = wanted - len(fitted)
         for example in rows.read(candidates[:missing]):
-            result = fit(
-                example,
-                formats,
-                recipe.training.seq_length,
-                policy=data.too_long,
-                every_turn=data.supervise == "every_turn",
-            )
-            if isinstance(result, str):
-                dropped[example.id] = result
+            try:
+                result = fit(
+                    example, formats, recipe.training.seq_length, policy=data.too_long, every_turn=rows.every_turn
+                )
+            except BadRow as reason:
+                dropped[example.id] = reason.with_traceback(None)  # which would keep the texts
                 continue
-            fitted[example.id] = _Fitted(len(result.response), result.truncated, result.target_tokens)
+            fitted[example.id] = _Fitted(
+                len(result.response), result.truncated, result.target_tokens, is_in_nfc(example)
+            )
             if len(fitted) % 10_000 == 0:
                 progress(f"{len(fitted)} of at most {wanted} examples fitted to length")
         candidates = candidates[missing:]
@@ -123,7 +127,7 @@ def _choose(
 def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) -> Artefact | None:
     """Writes the instructions of a recipe; None on ranks that have no share in it (rank 0 does it all).
 
-    Raises UserError for a file that cannot be read, ids given twice, nothing usable, or a split that leaves nothing to train on.
+    Raises UserError for a file that cannot be read, nothing usable, or a split that leaves nothing to train on.
     """
     target = load_format(recipe.target, "target")
     plan = plan_instructions(recipe, target)
@@ -131,36 +135,51 @@ def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) 
     if artefact or rank_and_world()[0] != 0:
         return artefact
     # Chosen before anything is written: a refusal leaves no directory behind.
-    rows = read_rows(recipe.data.path, recipe.data.format)
+    data = recipe.data
+    clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip)
+    rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
     if not rows:
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "it is empty"
-        raise UserError(f"{recipe.data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
+        raise UserError(f"{data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
     formats = [("target", target)]
     formats += [(name, load_format(options, f"sources.{name}")) for name, options in recipe.sources.items()]
     fitted, dropped = _choose(recipe, rows, formats, progress)
-    held_out = set(_by_rank(fitted, recipe.seed, "held out")[: recipe.data.held_out])
+    held_out = set(_by_rank(fitted, recipe.seed, "held out")[: data.held_out])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
         examples = (fitted[example.id](example, held_out=example.id in held_out) for example in rows.read(fitted))
-        sizes = np.diff(shard_bounds(len(fitted), recipe.data.shard_size))
+        sizes = np.diff(shard_bounds(len(fitted), data.shard_size))
         for shard, size in enumerate(sizes):
             path = prefix.with_name(f"{prefix.name}.{shard:05d}.jsonl")
             write_jsonl(path, (asdict(example) for example in islice(examples, size)))
         write_jsonl(prefix.with_name(f"{prefix.name}.bad_rows.jsonl"), rows.bad)
-        left_out = ({"id": name, "reason": dropped[name]} for name in rows.lines if name in dropped)
-        write_jsonl(prefix.with_name(f"{prefix.name}.dropped.jsonl"), left_out)
+        too_long = (
+            {"id": name, "line": line, "kind": dropped[name].kind, "reason": str(dropped[name])}
+            for name, line in rows.lines.items()
+            if name in dropped
+        )
+        write_jsonl(prefix.with_name(f"{prefix.name}.dropped.jsonl"), too_long)
         return {
             "rows": len(rows) + len(rows.bad),
             "bad_rows": len(rows.bad),
+            "leading_answers_left_off": rows.began_with_answer,
             "dropped_for_length": len(dropped),
             "examples": len(fitted),
             "held_out": len(held_out),
+            "not_in_nfc": sum(not example.in_nfc for example in fitted.values()),
             "truncated": sum(example.truncated for example in fitted.values()),
             "target_tokens": sum(example.target_tokens for example in fitted.values()),
             "shards": len(sizes),
         }
 
-    return run_plan(plan, make_shard, progress)
+    artefact = run_plan(plan, make_shard, progress)
+    composing = [name for name, chat in formats if chat.tokenizer.composes]
+    if artefact and artefact.counts["not_in_nfc"] and composing:
+        progress(
+            f"{artefact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in Unicode's form NFC, which "
+            f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
+        )
+    return artefact
 
 
 def open_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artefact:

@@ -47,7 +47,9 @@ SEQUENCE_MULTIPLE = 8
 
 
 class DataOptions(Options):
-    path: Location = Field(description="instructions: JSONL, Parquet, or a directory that `datasets` saved")
+    path: Location = Field(
+        description="instructions: JSONL, a JSON array, Parquet, or a directory that `datasets` saved"
+    )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "orca"] = Field(
         "auto", description="row form of the file"
     )
@@ -59,6 +61,10 @@ class DataOptions(Options):
     supervise: Literal["every_turn", "last_turn"] = Field(
         "every_turn", description="assistant turns of a ground-truth conversation that are learned from"
     )
+    normalize: Literal["none", "nfc"] = Field(
+        "none", description="nfc: every text in Unicode's composed form, as most tokenizers of today read it"
+    )
+    strip: bool = Field(False, description="leave off white space around the responses of the ground truth")
     shard_size: Positive = Field(512, description="examples per shard, the unit of parallel and resumed work")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example
+from megatron_fuse.instructions.examples import Message
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.journal import open_journal
@@ -102,7 +103,7 @@ class _Format:
         messages = example.prompt(self.chat.system)
         if self.options.server.endpoint == "chat":
             # Folded into the first user message where our template, mostly the server's own, takes no system message.
-            return {"messages": self.chat.with_system(messages)}
+            return {"messages": [_plain(message) for message in self.chat.with_system(messages)]}
         prompt, tokenizer = self.chat.render_prompt(messages), self.chat.tokenizer
         # Servers read a prompt as the tokenizer reads any text, with BOS in front if it adds one: the template's own is then one
         # too many. Where it adds none, what the template writes is all there is, and stays.
@@ -138,3 +139,8 @@ class _Format:
         if thought is not None or chat.thought_end is not None:  # parsers of thoughts leave the white space behind them
             answer = answer.lstrip()
         return thought, answer if reply.truncated or not chat.closing else answer.removesuffix(chat.closing)
+
+
+def _plain(message: Message) -> dict[str, str]:
+    """Without the mask, which is ours."""
+    return {"role": message["role"], "content": message["content"]}

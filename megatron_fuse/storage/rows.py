@@ -6,6 +6,8 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
+_EXACT = 2**53  # beyond, a float stands for several whole numbers
+
 
 def value_at(row: dict[str, Any], key: str) -> Any:
     """The value under a key whose dots lead into mappings; None where there is none.
@@ -36,12 +38,21 @@ def keys_shown(row: dict[str, Any]) -> str:
     return brief(keys_of(row), 150)
 
 
+def as_id(value: Any) -> str | None:
+    """The text or whole number of an id as text; None for what is none. 7.0, as tables write it, is 7."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT:
+        value = int(value)
+    is_id = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+    return str(value) if is_id else None
+
+
 def id_at(row: dict[str, Any], key: str, place: str) -> str:
     """The id of a row's example. place: file and line. Raises UserError for what is no id."""
-    name = value_at(row, key)
-    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-        raise UserError(f"{place}: {key} is {quoted(name)}: a row needs the id of its example, text or a whole number")
-    return str(name)
+    value = value_at(row, key)
+    name = as_id(value)
+    if name is None:
+        raise UserError(f"{place}: {key} is {quoted(value)}: a row needs the id of its example, text or a whole number")
+    return name
 
 
 def refuse_half_characters(text: str, key: str, place: str) -> None:

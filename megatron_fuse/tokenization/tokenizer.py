@@ -78,6 +78,12 @@ class Tokenizer:
         """
         return self.backend.encode(text, special=special)
 
+    @cached_property
+    def composes(self) -> bool:
+        """Whether its normaliser joins a letter and the accent behind it (NFC, NFKC), which encode_continuation does not."""
+        composed = self.encode("ae\u0301")
+        return composed == self.encode("a\u00e9") and self.joined_bytes(composed).endswith("\u00e9".encode())
+
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text: no dummy prefix, no Unicode normalisation, special strings are text.
 

@@ -19,7 +19,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import BENCHMARKS
 from megatron_fuse.evaluation.data_files import check_files
 from megatron_fuse.instructions import Example, prepare_instructions
-from megatron_fuse.instructions.examples import read_rows
+from megatron_fuse.instructions.rows import read_rows
 from megatron_fuse.recipe import ResponseFile, ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.responses.given import given_answers

@@ -1,0 +1,23 @@
+"""What prepare_instructions left out and why, as a table: from the listings in its directory."""
+
+from collections.abc import Iterator
+
+from megatron_fuse.storage import Artefact, read_jsonl
+
+LISTINGS = ("bad_rows", "dropped")
+
+
+def left_out(artefact: Artefact) -> Iterator[str]:
+    """Lines of the table, the most frequent kind first; none where nothing was left out."""
+    counts: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for listing in LISTINGS:
+        for _, row in read_jsonl(artefact.directory / f"examples.{listing}.jsonl"):
+            counts[row["kind"]] = counts.get(row["kind"], 0) + 1
+            first.setdefault(row["kind"], row["line"])
+    if not counts:
+        return
+    width = max(len(kind) for kind in ("left out", *counts))
+    yield f"{'left out':<{width}}  {'rows':>9}  for example"
+    for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
+        yield f"{kind:<{width}}  {count:>9,}  line {first[kind]}"
