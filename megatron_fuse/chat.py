@@ -23,7 +23,8 @@ from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
-Messages = Sequence[Mapping[str, str | bool]]  # {role, content}, and {supervised: false} of a masked assistant turn
+# {role, content}; of an assistant turn also reasoning_content, its thought, and {supervised: false}, its mask.
+Messages = Sequence[Mapping[str, str | bool]]
 
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
@@ -102,26 +103,33 @@ class ChatFormat:
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one."""
         turns = self.with_system(messages)
-        hide = _Hidden(self.tokenizer, [turn["content"] for turn in turns])
-        return self._ids(self._generation_prompt([turn | {"content": hide(turn["content"])} for turn in turns]), hide)
+        hide = _Hidden(self.tokenizer, _texts(turns))
+        return self._ids(self._generation_prompt([_hidden(turn, hide) for turn in turns]), hide)
 
     def _generation_prompt(self, turns: Messages) -> str:
         return self._render(turns, prompt=True) + ("" if self.generation else self.opening)
 
     def encode_conversation(
-        self, messages: Messages, response: str, *, stop: bool = True, every_turn: bool = False
+        self,
+        messages: Messages,
+        response: str,
+        *,
+        stop: bool = True,
+        every_turn: bool = False,
+        reasoning: str | None = None,
     ) -> EncodedConversation:
         """The conversation as the model meets it; messages end with the user's.
 
         stop: the response's end is its end, and its stop token a label. every_turn: the assistant's earlier turns are
-        labels too, each with its stop token where the template prints one; else they are context.
+        labels too, each with its stop token where the template prints one; else they are context. reasoning: the thought before
+        the response, context where the template prints it.
         The text before the response is what the template prints there in the finished conversation. An empty thought at its
         end is left out where the response begins with a thought of its own.
         A turn's tokens are those of the whole text up to its end, wherever these begin with the tokens of the text
         before it and spell the turn's bytes; else it continues the text before, as in generation.
         Raises UserError where the template refuses the messages or leaves a supervised turn out.
         """
-        parts, hide = self._parts(messages, response, every_turn)
+        parts, hide = self._parts(messages, response, every_turn, reasoning)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
         text, text_ids, begin = "", list[int](), 0  # begin: of the turn, in the bytes of all supervised turns
         for number, (before, space, turn) in enumerate(parts):
@@ -171,8 +179,7 @@ class ChatFormat:
             f"{name}_token": (token(number) if number is not None else None) or "" for name, number in names.items()
         }
         try:
-            shown = [{key: value for key, value in turn.items() if key != "supervised"} for turn in turns]
-            return render(self.template, shown, add_generation_prompt=prompt, **specials)
+            return render(self.template, list(map(_for_template, turns)), add_generation_prompt=prompt, **specials)
         except TemplateLimit as error:
             raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
@@ -180,7 +187,7 @@ class ChatFormat:
             raise UserError(f"{self.origin} refuses the messages: {said}") from error
 
     def _parts(
-        self, messages: Messages, response: str, every_turn: bool
+        self, messages: Messages, response: str, every_turn: bool, reasoning: str | None
     ) -> tuple[list[tuple[str, str, str]], "_Hidden"]:
         """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
 
@@ -189,13 +196,14 @@ class ChatFormat:
         turn does not go through the template at all, which may strip it: a mark holds its place.
         """
         turns = self.with_system(messages)
-        hide = _Hidden(self.tokenizer, [*(turn["content"] for turn in turns), response])
+        hide = _Hidden(self.tokenizer, [*_texts(turns), response, reasoning or ""])
         learned = [every_turn and _may_be_learned(turn) for turn in turns]
         shown = [
-            turn | {"content": hide.mark if mark else hide(turn["content"])}
+            _hidden(turn, hide) | ({"content": hide.mark} if mark else {})
             for turn, mark in zip(turns, learned, strict=True)
         ]
-        finished = [*shown, {"role": "assistant", "content": hide.mark}]
+        thought = {"reasoning_content": hide(reasoning)} if reasoning else {}
+        finished = [*shown, {"role": "assistant", "content": hide.mark} | thought]
         texts = self._render(finished, prompt=False).split(hide.mark)[:-1]
         answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
         if len(texts) != len(answers):
@@ -267,6 +275,24 @@ class ChatFormat:
         """Whether the tokenizer treats text after a special token as the beginning of a text (dummy prefix)."""
         text = self.tokenizer.token_text(self.stop_id) or ""
         return self.tokenizer.encode(text + "a", special=True)[1:] == self.tokenizer.encode("a")
+
+
+def _texts(turns: Messages) -> list[str]:
+    return [
+        text for turn in turns for text in (turn["content"], turn.get("reasoning_content")) if isinstance(text, str)
+    ]
+
+
+def _hidden(turn: Mapping[str, str | bool], hide: "_Hidden") -> dict[str, str | bool]:
+    keys = [key for key in ("content", "reasoning_content") if key in turn]
+    return {**turn} | {key: hide(turn[key]) for key in keys}
+
+
+def _for_template(turn: Mapping[str, str | bool]) -> dict[str, str]:
+    """A message without our own keys; templates call its thought by one of two names."""
+    shown = {key: turn[key] for key in ("role", "content")}
+    thought = turn.get("reasoning_content")
+    return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
 
 
 class _Hidden:

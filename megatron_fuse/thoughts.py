@@ -30,6 +30,11 @@ def without_empty_thought(context: str, response: str) -> str:
     return re.sub(rf"{re.escape(_TAG.match(response)[1])}\s*{re.escape(end)}\s*$", "", context)
 
 
+def with_thought(thought: str | None, answer: str) -> str:
+    """The answer with its thought in front, as most reasoning models write it."""
+    return answer if thought is None else f"<think>\n{thought}\n</think>\n\n{answer}"
+
+
 def split_thought(text: str, end: str | None, *, opened: bool) -> tuple[str | None, str]:
     """(the thought, the answer behind it) of what a model wrote; the thought is None where there is none.
 

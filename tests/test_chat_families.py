@@ -107,6 +107,25 @@ def test_an_answer_with_a_thought_gets_no_second_one(name: str) -> None:
     assert "</think>" in tokenizer_of(name).decode(plain.ids[~plain.supervised])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_thought_is_context_where_the_template_prints_it(name: str) -> None:
+    chat, tokenizer = format_of(name), tokenizer_of(name)
+    thought = "hello <|im_end|> world" if name != "qwen3" else "hello world"
+    found = chat.encode_conversation(TALK, ANSWER, reasoning=thought)
+    said = {"role": "assistant", "content": ANSWER, "reasoning_content": "hello world"}
+    expected = printed(name, [*TALK, said])
+    plain = chat.encode_conversation(TALK, ANSWER)
+    assert found.ids[found.supervised].tolist() == plain.ids[plain.supervised].tolist()
+    if thought == "hello world":
+        assert found.ids[:-1].tolist() == expected[: len(found.ids) - 1]
+    text = tokenizer.decode(found.ids[~found.supervised])
+    assert (thought in text) == (name in ("qwen3", "nemotron 3", "glm 4.5"))
+    ends = [token for token in found.ids if token in chat.tokenizer.special_ids]
+    assert ends == [
+        token for token in plain.ids if token in chat.tokenizer.special_ids
+    ]  # the thought's <|im_end|> is text
+
+
 def test_white_space_before_the_stop_token_is_context_to_a_source_and_left_out_for_a_learner() -> None:
     source, target = (format_of("nemotron nano v2", learns=learns) for learns in (False, True))
     assert (source.closing, target.closing) == ("\n", "")

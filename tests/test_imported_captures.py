@@ -25,6 +25,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses.answers import learned_of
 from megatron_fuse.sources.huggingface import load_format
 
 SOURCE = "beta"
@@ -47,7 +48,12 @@ def conversations(recipe: Recipe, mode: str) -> list[tuple[str, EncodedConversat
     if mode == "inference":
         answers = [answer for shard in response_shards(open_responses(recipe, SOURCE)) for answer in shard]
     return [
-        (example.id, conversation_of(chat, example, answer, every_turn=mode == "training").encoded)
+        (
+            example.id,
+            conversation_of(
+                chat, example, answer and learned_of(answer, "template"), every_turn=mode == "training"
+            ).encoded,
+        )
         for example, answer in zip(examples, answers, strict=True)
     ]
 

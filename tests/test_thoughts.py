@@ -1,5 +1,6 @@
 """Thoughts of reasoning models: kept apart from the answer, however they come."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from small_models import save_model
 from test_server import answers, number, recipe_for
 
 from megatron_fuse.chat import load_chat_format
+from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
+from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.responses.sampled import _response
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer
@@ -116,3 +119,40 @@ def test_what_a_server_says_beside_an_answer(tmp_path: Path) -> None:
         assert rows[f"e{place}"] == Response(f"e{place}", text, False, tokens, reasoning=thought)
     (unmatched,) = tmp_path.rglob("*.unmatched.txt")
     assert unmatched.read_text().split() == [f"e{place}" for place, (_, expected) in SERVED.items() if expected is None]
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "1 + 2?"},
+            {"role": "assistant", "content": "3", "reasoning_content": "one"},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4", "thinking": "two"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "6"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "response", "thought", "earlier"),
+    [
+        ("template", "4", "two", {"content": "3", "reasoning_content": "one"}),
+        ("drop", "4", None, {"content": "3"}),
+        ("supervise", "<think>\ntwo\n</think>\n\n4", None, {"content": "<think>\none\n</think>\n\n3"}),
+    ],
+)
+def test_thoughts_in_the_data(option: str, response: str, thought: str | None, earlier: dict, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "llama", seed=6)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = recipe_for(model, tmp_path, "http://localhost:1/v1")
+    data = recipe.data.model_copy(update={"path": path, "reasoning": option, "held_out": 0})
+    examples = load_examples(prepare_instructions(recipe.model_copy(update={"data": data}), progress=str))
+    by_answer = {example.response: example for example in examples}
+    assert by_answer.keys() == {response, "6"} and by_answer["6"].reasoning is None
+    found = by_answer[response]
+    assert found.reasoning == thought
+    assert found.messages[1] == {"role": "assistant", **earlier}
+    answer = Response("x", "4", False, 1, reasoning="two")
+    assert learned_of(answer, option) == learned_of_example(found) == Learned(response, True, thought)

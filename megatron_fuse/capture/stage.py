@@ -17,7 +17,8 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions, require_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import Response, open_responses, response_shards
+from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.sources.huggingface import (
     declared_vocab_size,
     load_causal_lm,
@@ -160,7 +161,7 @@ def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], No
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         every_turn = answers is None and recipe.data.supervise == "every_turn"
         asked = examples[index]
-        given = answers[index] if answers else [None] * len(asked)
+        given = [learned_of(each, recipe.data.reasoning) for each in answers[index]] if answers else [None] * len(asked)
         conversations = [
             conversation_of(chat, example, answer, every_turn=every_turn)
             for example, answer in zip(asked, given, strict=True)
@@ -178,10 +179,11 @@ def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], No
     return run_plan(plan, make_shard, progress)
 
 
-def conversation_of(chat: ChatFormat, example: Example, answer: Response | None, *, every_turn: bool) -> Conversation:
+def conversation_of(chat: ChatFormat, example: Example, answer: Learned | None, *, every_turn: bool) -> Conversation:
     """An example with its ground truth, or with the source's answer where there is one, as the source is to read it."""
-    text, truncated = (answer.response, answer.truncated) if answer else (example.response, example.truncated)
+    text, ends, thought = answer or learned_of_example(example)
     if not text.strip():
         return Conversation(example.id, None)
-    encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn)
+    messages = example.prompt(chat.system)
+    encoded = chat.encode_conversation(messages, text, stop=ends, every_turn=every_turn, reasoning=thought)
     return Conversation(example.id, encoded)

@@ -32,6 +32,7 @@ from megatron_fuse.fusion_data.text import (
 from megatron_fuse.instructions import example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses.answers import learned_of
 from megatron_fuse.sources.huggingface import fingerprint_if_here, load_format, source_options
 from megatron_fuse.storage import Artefact, Plan, completed, run_plan, write_safetensors
 from megatron_fuse.target import target_hashes
@@ -75,8 +76,8 @@ def build_teacher(
         captured, shard = capture_shard(captures, index), examples[index]
         usable = captured.status == CAPTURED
         if answers:
-            responses = [(answer.response, not answer.truncated) for answer in answers[index]]
-            texts = [text for text, _ in responses]
+            responses = [learned_of(answer, recipe.data.reasoning) for answer in answers[index]]
+            texts = [response.text for response in responses]
             documents = encode_documents(
                 target,
                 shard,

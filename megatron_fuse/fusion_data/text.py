@@ -15,6 +15,7 @@ from megatron_fuse.fusion_data.layout import TEXT_STAGE, text_directory, text_op
 from megatron_fuse.fusion_data.streams import write_stream
 from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.responses.answers import Learned, learned_of_example
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import Artefact, Plan, run_plan, write_jsonl
 from megatron_fuse.target import target_hashes
@@ -48,12 +49,12 @@ def id_dtype(vocab_size: int) -> type:
 def encode_documents(
     chat: ChatFormat,
     examples: Sequence[Example],
-    responses: Sequence[tuple[str, bool] | None],
+    responses: Sequence[Learned | None],
     *,
     every_turn: bool,
     seq_length: int,
 ) -> Documents:
-    """responses [n]: (text, whether its end is an end and the stop token is a label); None leaves the example out.
+    """responses [n]: where one ends, its stop token is a label; None leaves the example out.
 
     every_turn: the assistant's earlier turns are labels too. A conversation of more than seq_length tokens, not counting
     the last, which is never read, is left out as well.
@@ -64,8 +65,13 @@ def encode_documents(
     for index, (example, response) in enumerate(zip(examples, responses, strict=True)):
         encoded = None
         if response is not None:
-            text, stop = response
-            encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=stop, every_turn=every_turn)
+            encoded = chat.encode_conversation(
+                example.prompt(chat.system),
+                response.text,
+                stop=response.ends,
+                every_turn=every_turn,
+                reasoning=response.thought,
+            )
         fits = encoded is not None and len(encoded.ids) <= seq_length + 1
         tokens.append(encoded.ids if fits else nothing)
         supervised.append((encoded.supervised if fits else nothing).astype(np.uint8))
@@ -79,7 +85,7 @@ def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Exa
     return encode_documents(
         chat,
         examples,
-        [(example.response, not example.truncated) for example in examples],
+        list(map(learned_of_example, examples)),
         every_turn=recipe.data.supervise == "every_turn",
         seq_length=recipe.training.seq_length,
     )

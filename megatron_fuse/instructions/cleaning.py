@@ -1,10 +1,10 @@
-"""What `data.normalize` and `data.strip` do to an example's texts: once, before any model reads them."""
+"""What `data.normalize`, `data.strip` and `data.reasoning` do to an example's texts: once, before any model reads them."""
 
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_fuse.instructions.examples import Example, Message
+from megatron_fuse.thoughts import with_thought
 
 _FORM = "NFC"
 
@@ -13,20 +13,32 @@ _FORM = "NFC"
 class Cleaning:
     nfc: bool  # every text in Unicode's composed form
     strip: bool  # no white space around what the assistant says
+    reasoning: str = (
+        "template"  # thoughts: kept apart for the templates, dropped, or written into the texts that are learned
+    )
 
     def __call__(self, example: Example) -> Example:
-        if not (self.nfc or self.strip):
+        if not (self.nfc or self.strip) and self.reasoning == "template":
             return example
+        text, thought = self._answer(example.response), example.reasoning and self._text(example.reasoning)
         return replace(
             example,
             system=example.system and self._text(example.system),
             messages=[self._message(message) for message in example.messages],
-            response=self._answer(example.response),
+            response=with_thought(thought, text) if self.reasoning == "supervise" else text,
+            reasoning=thought if self.reasoning == "template" else None,
         )
 
     def _message(self, message: Message) -> Message:
-        clean: Callable[[str], str] = self._answer if message["role"] == "assistant" else self._text
-        return {**message, "content": clean(message["content"])}
+        if message["role"] != "assistant":
+            return {**message, "content": self._text(message["content"])}
+        clean: Message = {**message, "content": self._answer(message["content"])}
+        thought = clean.pop("reasoning_content", None)
+        if thought is not None and self.reasoning == "template":
+            clean["reasoning_content"] = self._text(thought)
+        elif thought is not None and self.reasoning == "supervise" and message.get("supervised", True):
+            clean["content"] = with_thought(self._text(thought), clean["content"])
+        return clean
 
     def _answer(self, text: str) -> str:
         return self._text(text.strip() if self.strip else text)

@@ -9,6 +9,7 @@ from typing_extensions import TypedDict
 class Message(TypedDict):
     role: str
     content: str
+    reasoning_content: NotRequired[str]  # the assistant's thought before the turn, for templates that print it
     supervised: NotRequired[bool]  # false: an assistant turn that is context only, also where every turn is learned
 
 
@@ -24,6 +25,7 @@ class Example:
     held_out: bool = False
     target_tokens: int = 0  # of the whole conversation in the target's template, the stop token included
     category: str | None = None  # the row's own, for reports
+    reasoning: str | None = None  # the thought before the response: context, where the model's template prints it
 
     def prompt(self, default_system: str | None = None) -> list[Message]:
         """Messages that a model answers: the system message, where the example or the model has one, comes first."""

@@ -53,7 +53,11 @@ def fit(
     while len(lengths) < len(formats):
         name, chat = formats[len(lengths)]
         encoded = chat.encode_conversation(
-            example.prompt(chat.system), response.decode(), stop=not truncated, every_turn=every_turn
+            example.prompt(chat.system),
+            response.decode(),
+            stop=not truncated,
+            every_turn=every_turn,
+            reasoning=example.reasoning,
         )
         length = len(encoded.ids)
         if length <= seq_length:

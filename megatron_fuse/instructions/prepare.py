@@ -42,7 +42,7 @@ from megatron_fuse.text_safety import say
 STAGE = "instructions"
 COMMAND = "tools/prepare_instructions.py"
 _NAME = "examples"
-_OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize", "strip", "shard_size")
+_OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize", "strip", "reasoning", "shard_size")
 
 
 def instructions_options(recipe: Recipe) -> dict:
@@ -136,7 +136,7 @@ def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) 
         return artefact
     # Chosen before anything is written: a refusal leaves no directory behind.
     data = recipe.data
-    clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip)
+    clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
     rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
     if not rows:
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "it is empty"

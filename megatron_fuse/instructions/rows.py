@@ -33,7 +33,8 @@ def _read(row: Row, form: Form, every_turn: bool) -> _Read:
         raise BadRow(Kind.EMPTY, "the prompt is empty")
     category = row.get("category")
     category = characters(category, "category") if isinstance(category, str) and category else None
-    example = Example(name, said.system or None, messages, response["content"], category=category)
+    thought = response.get("reasoning_content")
+    example = Example(name, said.system or None, messages, response["content"], category=category, reasoning=thought)
     return _Read(example, given is not None, said.began_with_answer)
 
 

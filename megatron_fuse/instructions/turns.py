@@ -23,6 +23,7 @@ _TOOL_ROLES = {
     *("function_response", "function_result", "observation", "ipython"),
 }
 _MASKS = ("weight", "loss", "train")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _NO_TOOLS = (None, "", "[]", [])
 
 
@@ -105,6 +106,8 @@ def _turn(turn: Row, role_key: str, text_key: str) -> Message:
     if has_more and (turn.get("tool_calls") or turn.get("function_call")):
         raise BadRow(Kind.TOOLS, "tool turns are not read (a turn calls a tool)")
     message: Message = {"role": role, "content": text(turn, text_key)}
+    if has_more and (thought := next((turn[key] for key in _THOUGHTS if turn.get(key)), None)) is not None:
+        message["reasoning_content"] = text({"reasoning": thought}, "reasoning")
     if has_more and not _is_learned(turn):
         message["supervised"] = False
     return message

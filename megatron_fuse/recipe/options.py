@@ -65,6 +65,11 @@ class DataOptions(Options):
         "none", description="nfc: every text in Unicode's composed form, as most tokenizers of today read it"
     )
     strip: bool = Field(False, description="leave off white space around the responses of the ground truth")
+    reasoning: Literal["template", "drop", "supervise"] = Field(
+        "template",
+        description="thoughts of messages and answers; template: context, where the model's own template prints them; supervise: "
+        "learned, as the beginning of the response",
+    )
     shard_size: Positive = Field(512, description="examples per shard, the unit of parallel and resumed work")
 
 

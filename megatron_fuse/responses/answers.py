@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_fuse.instructions import Example
+from megatron_fuse.thoughts import with_thought
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,26 @@ class Response:
     tokens: int  # of the answering model's own tokenizer, the stop token not counted
     refused: bool = False  # it declines to answer, by the server's word or by its opening words
     reasoning: str | None = None  # the thought before the answer, which is no part of it
+
+
+class Learned(NamedTuple):
+    """What models read and learn of a response: its text, whether it ends there, and the thought before it, which is context."""
+
+    text: str
+    ends: bool
+    thought: str | None = None
+
+
+def learned_of(answer: Response, reasoning: str) -> Learned:
+    """reasoning: the recipe's `data.reasoning`."""
+    if reasoning == "supervise":
+        return Learned(with_thought(answer.reasoning, answer.response), not answer.truncated)
+    return Learned(answer.response, not answer.truncated, answer.reasoning if reasoning == "template" else None)
+
+
+def learned_of_example(example: Example) -> Learned:
+    """`data.reasoning` was applied when the instructions were prepared."""
+    return Learned(example.response, not example.truncated, example.reasoning)
 
 
 # (number of the shard, its examples) -> their answers in order; None where there is none to be had.
