@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from chat_families import save_tokenizer
 from local_server import Act, completion, scripted
-from small_models import save_model
+from small_models import save_model, small_recipe
 from test_server import answers, number, recipe_for
 
 from megatron_fuse.chat import load_chat_format
@@ -146,9 +146,9 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     model = save_model(tmp_path / "model", "llama", seed=6)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    recipe = recipe_for(model, tmp_path, "http://localhost:1/v1")
-    data = recipe.data.model_copy(update={"path": path, "reasoning": option, "held_out": 0})
-    examples = load_examples(prepare_instructions(recipe.model_copy(update={"data": data}), progress=str))
+    options = {"reasoning": option, "held_out": 0}
+    recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
+    examples = load_examples(prepare_instructions(recipe, progress=str))
     by_answer = {example.response: example for example in examples}
     assert by_answer.keys() == {response, "6"} and by_answer["6"].reasoning is None
     found = by_answer[response]
