@@ -221,6 +221,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "wandb_exp_name": "name",
         "supervise": "last_turn",
         "too_long": "drop",
+        "normalize": "nfc",
         "format": "alpaca",
         "filter": "hugging_face",
         "vocabulary_map": "em",
