@@ -250,3 +250,15 @@ def test_real_answers_are_all_found(model: Path, tmp_path: Path, match: str) -> 
         assert {key: row.response for key, row in rows_of(artefact).items()} == {
             row["id"]: row["responses"][name] for row in rows
         }
+
+
+def test_prompts_are_found_in_either_unicode_form(model: Path, tmp_path: Path) -> None:
+    """data.normalize may have composed the prompts of the examples, not those of the file."""
+    write_rows(tmp_path / "answers.jsonl", [{"prompt": "cafe\u0301?", "response": "yes"}])
+    options = {"path": str(tmp_path / "answers.jsonl"), "match": "prompt"}
+    data = [{"id": "e0", "instruction": "cafe\u0301?", "output": "A."}]
+    recipe = recipe_for(model, tmp_path, data, options)
+    normalized = recipe.data.model_copy(update={"normalize": "nfc"})
+    recipe = recipe.model_copy(update={"data": normalized, "workdir": tmp_path / "normalized"})
+    prepare_instructions(recipe, progress=str)
+    assert [row.response for row in rows_of(generate_responses(recipe, "file", str)).values()] == ["yes"]

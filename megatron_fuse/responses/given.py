@@ -3,6 +3,7 @@
 Every rank reads the file once, before the first shard is made, and keeps the answers to this run's examples, each once.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -119,8 +120,9 @@ def _messages_key(messages: list[dict[str, str]]) -> str:
 
 
 def _text_key(*texts: str) -> str:
-    """A hash in the place of texts that may be long and many."""
-    return sha256_of_bytes(*(text.strip().encode("utf-8", "surrogatepass") for text in texts))
+    """A hash in the place of texts that may be long and many. In NFC, which data.normalize may have brought the prompts into."""
+    composed = (unicodedata.normalize("NFC", text.strip()) for text in texts)
+    return sha256_of_bytes(*(text.encode("utf-8", "surrogatepass") for text in composed))
 
 
 def _read(

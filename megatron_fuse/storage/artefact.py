@@ -152,7 +152,13 @@ def open_artefact(
         )
     mend = f"remove {remove or directory} and run {made_by} again, or put the old value back"
     for section, wanted in {"options": options or {}, "inputs": inputs or {}}.items():
-        _refuse_difference(directory, section, {key: manifest[section].get(key) for key in wanted}, wanted, mend)
+        _refuse_difference(
+            directory,
+            section,
+            {key: manifest[section][key] for key in wanted if key in manifest[section]},
+            wanted,
+            mend,
+        )
     return Artefact(directory, manifest).verify(checksums=False)
 
 
@@ -186,7 +192,9 @@ def _refuse_difference(directory: Path, key: str, have: Any, want: Any, mend: st
     if have == want:
         return
     if isinstance(have, dict) and isinstance(want, Mapping):
-        inner = next(k for k in [*want, *have] if have.get(k) != want.get(k))
+        inner = next(k for k in [*want, *have] if have.get(k) != want.get(k) or (k in have) != (k in want))
+        if inner not in have:  # an older version did not record it
+            raise UserError(f"{directory} was made without {key}.{inner}, now {shown(want[inner])}: {mend}")
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
     raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {mend}")
 
