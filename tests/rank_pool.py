@@ -77,6 +77,8 @@ def _serve(tasks: Any, results: Any) -> None:
             from megatron_fuse.runtime import stop_runtime
 
             stop_runtime()
+            # Else the cycles among Megatron's objects keep process groups, whose threads of gloo wake up a hundred times a second.
+            gc.collect()
 
 
 class RankPool:

@@ -147,13 +147,14 @@ def answers(directory: Path) -> None:
 
 def round_trip(directory: Path, output: Path) -> None:
     """On a rank: the model as a Megatron model, written back. Raises UserError where it cannot be a target."""
-    from test_gpt_model import start
-
+    from megatron_fuse.model.config import transformer_config
     from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
     from megatron_fuse.model.gpt import build_model
+    from megatron_fuse.runtime import start_runtime
 
-    architecture, config = start((1, 1, None), directory)
-    model = build_model(architecture, config, seq_length=64)
+    start_runtime()
+    architecture = read_architecture(directory)
+    model = build_model(architecture, transformer_config(architecture), seq_length=64)
     load_hugging_face_weights([model], directory)
     save_hugging_face_model(model, directory, output, "fp32", 10**9)
 
