@@ -193,6 +193,29 @@ def test_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path: Path) 
     assert model_fingerprint(tmp_path / "same") != first
 
 
+def test_a_fingerprint_is_of_the_shards_that_the_index_names(tmp_path: Path) -> None:
+    """Two sets of shards lie in one directory: the index decides which is the model. One that nothing names changes nothing."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "new").mkdir()
+
+    def fingerprint_of(*shards: str) -> str:
+        index = {"weight_map": {f"w{number}": shard for number, shard in enumerate(shards)}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        return model_fingerprint(tmp_path)
+
+    for number, name in enumerate(("a-1.safetensors", "a-2.safetensors", "b-2.safetensors", "new/a-2.safetensors")):
+        save_file({f"w{min(number, 1)}": np.full(9, number, np.float32)}, tmp_path / name)
+    seconds = ("a-2.safetensors", "b-2.safetensors", "new/a-2.safetensors")
+    found = {fingerprint_of("a-1.safetensors", second) for second in seconds}
+    assert len(found) == 3
+    first = fingerprint_of("a-1.safetensors", "a-2.safetensors")
+    (tmp_path / "b-2.safetensors").unlink()
+    assert fingerprint_of("a-1.safetensors", "a-2.safetensors") == first
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "new/a-2.safetensors").unlink()
+    assert model_fingerprint(tmp_path) == first  # without an index: every file that is there
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path: Path, family: str) -> None:
     """Whether transformers reads the config or nobody but us, whatever the key, and whatever else the model reads."""

@@ -49,7 +49,7 @@ class WeightFiles:
         for single in SINGLE_FILES:
             index = self.model_dir / f"{single}.index.json"
             if index.exists():
-                file_of = self._read_index(index)
+                file_of = _read_index(index)
                 self._refuse_ambiguous(file_of, index, single)
                 return file_of
             if (self.model_dir / single).exists():
@@ -119,18 +119,27 @@ class WeightFiles:
             self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
 
-    @staticmethod
-    def _read_index(index: Path) -> dict[str, str]:
-        file_of = parse_record(read_object(index), _Index, str(index), "fetch the model again").weight_map
-        if not file_of:
-            raise UserError(f"{index}: weight_map is empty: fetch the model again")
-        for name, file in file_of.items():
-            path = PurePath(file)
-            if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
-                raise UserError(
-                    f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}: expected the name of a file in the directory"
-                )
-        return file_of
+
+def shards_of(model_dir: Path) -> dict[str, set[str]]:
+    """Suffix of the shards (".safetensors", ".bin") -> their names, for every index that a directory has.
+
+    Raises UserError for a malformed index. Whether the shards exist is not looked at.
+    """
+    indexes = {PurePath(single).suffix: model_dir / f"{single}.index.json" for single in SINGLE_FILES}
+    return {suffix: {*_read_index(index).values()} for suffix, index in indexes.items() if index.exists()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    file_of = parse_record(read_object(index), _Index, str(index), "fetch the model again").weight_map
+    if not file_of:
+        raise UserError(f"{index}: weight_map is empty: fetch the model again")
+    for name, file in file_of.items():
+        path = PurePath(file)
+        if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
+            raise UserError(
+                f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}: expected the name of a file in the directory"
+            )
+    return file_of
 
 
 class _Index(BaseModel):

@@ -13,7 +13,7 @@ from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import end_token_ids, read_model_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
-from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.model.weight_files import DTYPES, shards_of
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
 from megatron_fuse.sources.loading_checks import check_after_loading, check_before_loading
@@ -89,16 +89,20 @@ def model_fingerprint(model_dir: Path) -> str:
 
     Covers config.json and, of every weight file, its name, size, safetensors header, first and last 64 KiB and the first 4 KiB
     of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were. Python files are read
-    whole: under trust_remote_code they decide the logits.
+    whole: under trust_remote_code they decide the logits. Of shards those count that the index names, in whatever folder.
     """
-    files = sorted(path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    shards = shards_of(model_dir)
+    files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
+    files = sorted(
+        files + [path for names in shards.values() for name in names if (path := model_dir / name).is_file()]
+    )
     if not files:
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
     parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
         parts += [path.name.encode(), read_small_file(path)]
     for path in files:
-        parts += [path.name.encode(), *weight_samples(path)]
+        parts += [path.relative_to(model_dir).as_posix().encode(), *weight_samples(path)]
     return sha256_of_bytes(*parts)
 
 
