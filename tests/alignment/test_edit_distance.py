@@ -4,32 +4,72 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from plain_edit_distance import nearest_of_all
 
-from megatron_fuse.alignment import edit_distance
+from megatron_fuse.alignment import edit_distance, edit_patterns
 from megatron_fuse.alignment.edit_distance import characters, nearest_pieces
 
 # few different parts, so that ties and equal pieces are common: letters, a space, a character, its first byte alone
 PIECES = st.lists(st.sampled_from([b"a", b"b", b" ", "é".encode(), b"\xc3", b"\0"]), max_size=6).map(b"".join)
 
 
-@settings(deadline=None)
-@given(st.lists(PIECES, max_size=12), st.lists(PIECES, min_size=1, max_size=30, unique=True))
-def test_nearest_is_what_comparing_with_all_finds(pieces, vocabulary):
+# () has every piece compared with all that shares characters, (9, 9) those that are farther than one edit
+LOOKED_UP = [edit_distance.LONGEST, (), (9, 9), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("longest", LOOKED_UP)
+def test_nearest_is_what_comparing_with_all_finds(longest, monkeypatch):
+    monkeypatch.setattr(edit_distance, "LONGEST", longest)
+
+    @given(st.lists(PIECES, max_size=12), st.lists(PIECES, min_size=1, max_size=30, unique=True))
+    def law(pieces, vocabulary):
+        found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
+        assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+
+    law()
+
+
+def words(seed: int, alphabet: str, longest: int, count: int) -> list[bytes]:
+    """Different words, long ones among them that share beginnings, endings or the middle with others."""
+    rng = random.Random(seed)
+    parts = ["".join(rng.choices(alphabet, k=rng.randint(1, max(longest // 3, 1)))) for _ in range(count // 4)]
+    made = {"".join(rng.choices(parts, k=rng.randint(1, 3))).encode() for _ in range(3 * count)}
+    return rng.sample(sorted(made), min(count, len(made)))
+
+
+# a few letters: many ties; an alphabet: as in words; several scripts: up to 4 bytes a character; long: farther than 3 edits
+@pytest.mark.parametrize(
+    ("alphabet", "longest"),
+    [("ab", 6), ("abcdefghijklmnopqrstuvwxyz ", 12), ("ae é日本語🙂ßж", 9), ("abcdefgh", 24)],
+)
+@pytest.mark.parametrize("in_parts", [False, True])  # some pieces, and some strings of the vocabulary, at once
+def test_words(alphabet, longest, in_parts, monkeypatch):
+    if in_parts:
+        monkeypatch.setattr(edit_patterns, "_QUERY_KEYS", 2000)
+        monkeypatch.setattr(edit_patterns, "_BLOCK_KEYS", 40)
+    made = words(3, alphabet, longest, 240)
+    pieces, vocabulary = [*made[:60], b" " + made[-1]], made[60:]
     found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
     assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
 
 
-def test_words_in_several_blocks(monkeypatch):
-    monkeypatch.setattr(edit_distance, "BLOCK", 7)
-    rng = random.Random(3)
-    words = sorted({bytes(rng.choices(b"abcdefgh", k=rng.randint(1, 9))) for _ in range(260)})
-    rng.shuffle(words)
-    pieces, vocabulary = words[:60], words[60:]
+@pytest.mark.parametrize("distinct", [1, 2, 3])
+def test_equal_hashes_of_different_patterns_do_no_harm(distinct, monkeypatch):
+    """Here a hash knows characters by a remainder only, so that most look-ups find strings that are farther away."""
+    monkeypatch.setattr(edit_patterns, "_mixed", lambda codes: codes.astype(np.uint64) % np.uint64(distinct))
+    made = words(5, "abcdefg", 9, 200)
+    pieces, vocabulary = made[:50], made[50:]
     found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
     assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+
+
+def test_progress_counts_every_piece_once():
+    made = words(7, "abcdefgh", 24, 200)
+    decided = []
+    nearest_pieces(made[:50], made[50:], decided.append)
+    assert sum(decided) == 50
 
 
 # 64: one machine word of rapidfuzz; 254, 255, 256: what a distance in one byte can hold
