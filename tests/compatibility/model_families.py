@@ -145,24 +145,29 @@ def answers(directory: Path) -> None:
         assert answer.ids == expected
 
 
-def round_trip(directory: Path, output: Path) -> None:
-    """On a rank: the model as a Megatron model, written back. Raises UserError where it cannot be a target."""
+def round_trip(directory: Path, output: Path) -> str | None:
+    """On a rank: the model as a Megatron model, written back. Returns the refusal where it cannot be a target."""
     from megatron_fuse.model.config import transformer_config
     from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
     from megatron_fuse.model.gpt import build_model
     from megatron_fuse.runtime import start_runtime
 
     start_runtime()
-    architecture = read_architecture(directory)
-    model = build_model(architecture, transformer_config(architecture), seq_length=64)
-    load_hugging_face_weights([model], directory)
-    save_hugging_face_model(model, directory, output, "fp32", 10**9)
+    try:
+        architecture = read_architecture(directory)
+        model = build_model(architecture, transformer_config(architecture), seq_length=64)
+        load_hugging_face_weights([model], directory)
+        save_hugging_face_model(model, directory, output, "fp32", 10**9)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def is_target(directory: Path, ranks: Callable, output: Path, original: Path | None = None) -> None:
     """Every bit of the weights comes back. original: a directory with one weight file that holds the same weights."""
-    read_architecture(directory)
-    ranks(1, round_trip, directory, output)
+    [refusal] = ranks(1, round_trip, directory, output)
+    if refusal is not None:
+        raise UserError(refusal)
     before, after = (load_file(path / "model.safetensors") for path in (original or directory, output))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
