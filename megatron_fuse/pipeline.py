@@ -1,4 +1,4 @@
-"""The stages of a recipe in order: which artefacts each one makes, what is done, and roughly what the rest will cost.
+"""The stages of a recipe in order: which artefacts each one makes, what is done, and roughly what the rest will cost (estimates.py).
 
 The only place that knows the whole road. It runs nothing: tools/run_recipe.py starts the commands.
 """
@@ -16,6 +16,7 @@ from megatron_fuse.advantage.reward_models.forms import find_judge
 from megatron_fuse.advantage.scores import plan_scores
 from megatron_fuse.capture import plan_capture
 from megatron_fuse.errors import UserError
+from megatron_fuse.estimates import Amounts, count_parameters, training_tokens
 from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
 from megatron_fuse.fusion_data.layout import fusion_directory, teacher_directory, text_directory
 from megatron_fuse.fusion_data.text import plan_text
@@ -23,14 +24,12 @@ from megatron_fuse.instructions import plan_instructions
 from megatron_fuse.instructions.tables import table_bytes
 from megatron_fuse.recipe import REFERENCE, Recipe
 from megatron_fuse.responses import backend_of, plan_responses
-from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, resolve_model
-from megatron_fuse.storage import Plan, Workspace, completed, open_artefact
+from megatron_fuse.sources.huggingface import answering_options, resolve_model
+from megatron_fuse.storage import Plan, Workspace, completed
 from megatron_fuse.target import check_target_weights, checkpoint_directory, read_target
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.schedule import make_schedule
 
-# Bytes per parameter at which published weights are stored; only for estimates.
-_WEIGHT_BYTES = 2
 # Share of a bare matrix product's rate that a transformer's forward pass reaches; only for estimates.
 _EFFICIENCY = 0.5
 
@@ -42,8 +41,8 @@ class Work:
     name: str
     directory: Path
     plan: Callable[[], Plan] | None = None  # None: a manifest in the directory is all that can be asked for
-    flops: float = 0.0
-    disk: float = 0.0  # bytes
+    flops: Callable[[Amounts], float] = lambda _: 0.0
+    disk: Callable[[Amounts], float] = lambda _: 0.0  # bytes
 
     def state(self) -> str:
         """`done`, `to do` or `k of n shards`. Raises UserError where the directory was made with other options or inputs."""
@@ -121,7 +120,6 @@ def _require(path: Path, key: str) -> None:
 def data_stages(recipe: Recipe) -> list[Stage]:
     """The stages before training, in order. Captures, answers and scores are made only where phases, selection or order use them."""
     workspace = Workspace(recipe.workdir)
-    tokens = count_tokens(recipe)
     modes = modes_with_teacher(recipe)
     # About 6 of 10 entries are kept of real text by the default filter. Rows beside the entries: ids, places, sums.
     captured, fused = 8 * 0.6 * recipe.capture.top_k + 26, 4 * 0.6 * recipe.capture.top_k + 2
@@ -133,18 +131,18 @@ def data_stages(recipe: Recipe) -> list[Stage]:
         Work(
             f"responses/{name}",
             workspace.responses(name),
-            lambda name=name: plan_responses(recipe, name),
-            flops=2 * _parameters(options.model) * tokens if backend_of(recipe, name) == "hf" else 0,
-            disk=5 * tokens,
+            partial(plan_responses, recipe, name),
+            flops=partial(_response_flops, recipe, name),
+            disk=lambda amounts: 5 * amounts.answer_tokens,
         )
-        for name, options in recipe.answering.items()
+        for name in recipe.answering
     ]
     scores = [
         Work(
             f"scores/{name}/{scorer}",
             workspace.scores(name, scorer),
-            lambda name=name, scorer=scorer: _plan_scores(recipe, name, scorer),
-            flops=_scoring_flops(recipe, scorer, tokens),
+            partial(_plan_scores, recipe, name, scorer),
+            flops=partial(_scoring_flops, recipe, scorer),
         )
         for name, scorers in recipe.scorers.items()
         for scorer in scorers
@@ -154,16 +152,16 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             f"captures/{source}/{mode}",
             workspace.captures(source, mode),
             lambda: plan_capture(recipe, source, mode),
-            flops=0
-            if mode in recipe.sources[source].captures
-            else 2 * _parameters(recipe.sources[source].model) * tokens,
-            disk=captured * tokens,
+            flops=partial(_capture_flops, recipe, source, mode),
+            disk=lambda amounts: captured * amounts.learned(mode),
         )
     )
     fusion_name = f"fusion/{fusion_directory(recipe).name}"
     teachers = per_source_and_mode(
         lambda source, mode: Work(
-            f"{fusion_name}/teachers/{source}/{mode}", teacher_directory(recipe, source, mode), disk=fused * tokens
+            f"{fusion_name}/teachers/{source}/{mode}",
+            teacher_directory(recipe, source, mode),
+            disk=lambda amounts: fused * amounts.learned(mode),
         )
     )
     return [
@@ -179,7 +177,12 @@ def data_stages(recipe: Recipe) -> list[Stage]:
             "fusion data",
             "tools/build_fusion_data.py",
             [
-                Work(f"{fusion_name}/text", text_directory(recipe), lambda: plan_text(recipe), disk=3 * tokens),
+                Work(
+                    f"{fusion_name}/text",
+                    text_directory(recipe),
+                    lambda: plan_text(recipe),
+                    disk=lambda amounts: 3 * amounts.read("training"),
+                ),
                 *teachers,
             ],
         ),
@@ -190,37 +193,35 @@ def _plan_scores(recipe: Recipe, name: str, scorer: str) -> Plan:
     return plan_reference_scores(recipe, name) if scorer == REFERENCE else plan_scores(recipe, name, scorer)
 
 
-def _scoring_flops(recipe: Recipe, scorer: str, tokens: int) -> float:
+# Two operations per parameter and token of a forward pass, six of forward and backward (Kaplan et al., arXiv 2001.08361).
+def _response_flops(recipe: Recipe, name: str, amounts: Amounts) -> float:
+    """A model in process reads every prompt and writes its answer. Answers of a server or a file cost nothing here."""
+    if backend_of(recipe, name) != "hf":
+        return 0.0
+    return 2 * _parameters(answering_options(recipe, name).model) * amounts.read("inference")
+
+
+def _scoring_flops(recipe: Recipe, scorer: str, amounts: Amounts) -> float:
     """A judge reads every answer once; BERTScore's encoder the ground truth as well. Scores from a file cost nothing."""
     if scorer == REFERENCE:
         encoder = recipe.reference.bertscore_model
-        return 2 * _parameters(encoder) * 2 * tokens if encoder else 0
+        return 2 * _parameters(encoder) * (amounts.answer_tokens + amounts.response_tokens) if encoder else 0.0
     judge = recipe.reward_models[scorer]
-    return 0 if judge.scores else 2 * parameter_count(find_judge(judge, scorer).weights) * tokens
+    return 0.0 if judge.scores else 2 * count_parameters(find_judge(judge, scorer).weights) * amounts.read("inference")
 
 
-def training_flops(recipe: Recipe) -> float:
-    """Forward and backward over all phases: 6 operations per parameter and token (Kaplan et al., arXiv 2001.08361)."""
-    passes = sum(phase.epochs * (phase.inference.is_used + phase.training.is_used) for phase in recipe.phases)
-    return 6 * _parameters(recipe.target.model) * count_tokens(recipe) * passes
+def _capture_flops(recipe: Recipe, source: str, mode: str, amounts: Amounts) -> float:
+    options = recipe.sources[source]
+    return 0.0 if mode in options.captures else 2 * _parameters(options.model) * amounts.read(mode)
 
 
-def count_tokens(recipe: Recipe) -> int:
-    """Target tokens of the ground-truth responses: counted if the instructions are prepared, else a quarter of the bytes."""
-    instructions = Workspace(recipe.workdir).instructions
-    if (instructions / "manifest.json").exists():
-        return open_artefact(instructions, "instructions", "tools/prepare_instructions.py").counts["target_tokens"]
-    return table_bytes(recipe.data.path) // 4
+def training_flops(recipe: Recipe, amounts: Amounts) -> float:
+    """Over all phases, as far as train_iters lets them go."""
+    return 6 * _parameters(recipe.target.model) * training_tokens(recipe, amounts)
 
 
 def _parameters(model: str) -> float:
-    return parameter_count(resolve_model(model, "model"))
-
-
-def parameter_count(directory: Path) -> float:
-    """From the size of the weight files, without reading them."""
-    files = [path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES]
-    return sum(path.stat().st_size for path in files) / _WEIGHT_BYTES
+    return count_parameters(resolve_model(model, "model"))
 
 
 def measured_flops_per_second(size: int = 1024, repeats: int = 4) -> float:

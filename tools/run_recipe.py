@@ -15,10 +15,10 @@ from pathlib import Path
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.estimates import estimate_amounts
 from megatron_fuse.fusion_data.summary import rule_lines
 from megatron_fuse.pipeline import (
     check_files,
-    count_tokens,
     data_stages,
     measured_flops_per_second,
     require_whole_training,
@@ -26,6 +26,7 @@ from megatron_fuse.pipeline import (
 )
 from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
+from megatron_fuse.responses import backend_of
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.target import checkpoint_directory, export_directory
 from megatron_fuse.text_safety import say
@@ -104,8 +105,17 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
 
 
 def print_plan(recipe: Recipe) -> None:
-    rate = measured_flops_per_second()
-    say(f"{recipe.workdir}: about {count_tokens(recipe):,} response tokens per pass; rough estimates, one process")
+    amounts, rate = estimate_amounts(recipe), measured_flops_per_second()
+    say(
+        f"{recipe.workdir}: {amounts.examples:,} examples, about {amounts.prompt_tokens:,.0f} tokens of prompts and "
+        f"{amounts.response_tokens:,.0f} of ground truth; rough estimates, one process"
+    )
+    if any(backend_of(recipe, name) == "hf" for name in recipe.answering):
+        most = recipe.responses.max_new_tokens
+        say(
+            f"answers are taken to be as long as the ground truth, about {amounts.answer_tokens:,.0f} tokens a model; "
+            f"with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
+        )
     for line in rule_lines(recipe):
         say(line)
     say(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
@@ -117,11 +127,13 @@ def print_plan(recipe: Recipe) -> None:
             except UserError as refusal:
                 state = "refused"
                 refusals.append(str(refusal))
-            cost = ("", "") if state == "done" else (readable_bytes(work.disk), readable_seconds(work.flops / rate))
+            cost = ("", "")
+            if state != "done":
+                cost = readable_bytes(work.disk(amounts)), readable_seconds(work.flops(amounts) / rate)
             say(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
     tracker = checkpoint_directory(recipe) / LATEST
     state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
-    time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe) / rate)
+    time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe, amounts) / rate)
     say(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
     exported = export_directory(recipe).exists()
     say(f"{'export':<48} {'done' if exported else 'to do':<16}")

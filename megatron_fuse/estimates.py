@@ -1,0 +1,143 @@
+"""How much work a recipe is: examples, tokens, parameters. For `--plan`, before anything is made; nothing here is exact.
+
+A token is taken to be four bytes of text until the instructions are prepared, which counts them in the target's tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from math import prod
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.instructions import Example, example_shards, open_instructions
+from megatron_fuse.instructions.examples import read_rows
+from megatron_fuse.model.weight_files import WeightFiles
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.storage import Artefact
+from megatron_fuse.training.schedule import make_schedule
+
+_BYTES_PER_TOKEN = 4
+_LOOKED_AT = 1000  # examples whose texts are measured
+# Weights that one element of a packed type holds where they are quantised to four bits: bitsandbytes; GPTQ and AWQ.
+_PACKED = {"U8": 2, "torch.uint8": 2, "I32": 8, "torch.int32": 8}
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Of a recipe's examples; the tokens of all of them together.
+
+    prompt_tokens: what is read and not learned; response_tokens: what is learned of the ground truth; question_tokens: what a model
+    reads before it answers; answer_tokens: of one model's own answers, taken to be as long as the ground truth where
+    responses.max_new_tokens allows.
+    """
+
+    examples: int
+    held_out: int
+    prompt_tokens: float
+    response_tokens: float
+    question_tokens: float
+    answer_tokens: float
+
+    def read(self, mode: str) -> float:
+        """Tokens that a model reads of all conversations in a mode."""
+        if mode == "inference":
+            return self.question_tokens + self.answer_tokens
+        return self.prompt_tokens + self.response_tokens
+
+    def learned(self, mode: str) -> float:
+        """Tokens of these that are supervised: those whose distributions are stored."""
+        return self.answer_tokens if mode == "inference" else self.response_tokens
+
+
+def estimate_amounts(recipe: Recipe) -> Amounts:
+    """Of the prepared instructions if there are any, else of the rows of the user's file, every one of which is read once.
+
+    Raises UserError for a file that cannot be read or has no usable row.
+    """
+    artefact = _prepared(recipe)
+    if artefact:
+        counts, prepared = artefact.counts, chain.from_iterable(example_shards(artefact))
+        sizes = _mean_sizes(recipe, list(islice(prepared, _LOOKED_AT)))
+        scale = counts["target_tokens"] / counts["examples"] / max(sizes.conversation, 1e-9)
+        return _amounts(recipe, counts["examples"], counts["held_out"], sizes, scale)
+    rows = read_rows(recipe.data.path, recipe.data.format)
+    if not rows:
+        raise UserError(f"{recipe.data.path}: no usable row among {len(rows.bad)} in {rows.form} form")
+    examples = min(recipe.data.samples or len(rows), len(rows))
+    # From all parts of the file, whose rows may be sorted.
+    looked_at = list(rows.lines)[:: -(-len(rows) // _LOOKED_AT)]
+    sizes = _mean_sizes(recipe, list(rows.read(looked_at)))
+    scale = min(1.0, recipe.training.seq_length / sizes.conversation)
+    return _amounts(recipe, examples, min(recipe.data.held_out, examples - 1), sizes, scale)
+
+
+def _prepared(recipe: Recipe) -> Artefact | None:
+    try:
+        return open_instructions(recipe)
+    except UserError:  # not there, or another recipe's, which their own line of the plan says
+        return None
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Mean tokens of an example, by its bytes."""
+
+    conversation: float
+    learned: float  # of it: the supervised turns
+    last: float  # the last response
+    answer: float  # the last response, as far as max_new_tokens go
+
+
+def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
+    every_turn, limit = recipe.data.supervise == "every_turn", recipe.responses.max_new_tokens
+    conversation = learned = last = answer = 0.0
+    for example in examples:
+        turns = {"user": 0.0, "assistant": 0.0, "system": _tokens(example.system or "")}
+        for message in example.messages:
+            turns[message["role"]] += _tokens(message["content"])
+        response = _tokens(example.response)
+        conversation += sum(turns.values()) + response
+        learned += response + (turns["assistant"] if every_turn else 0.0)
+        last += response
+        answer += min(response, limit)
+    count = len(examples)
+    return _Sizes(conversation / count, learned / count, last / count, answer / count)
+
+
+def _tokens(text: str) -> float:
+    return len(text.encode()) / _BYTES_PER_TOKEN
+
+
+def _amounts(recipe: Recipe, examples: int, held_out: int, sizes: _Sizes, scale: float) -> Amounts:
+    """scale: tokens of a conversation over those by its bytes."""
+    answer = min(sizes.answer * scale, recipe.responses.max_new_tokens)
+    return Amounts(
+        examples,
+        held_out,
+        prompt_tokens=examples * scale * (sizes.conversation - sizes.learned),
+        response_tokens=examples * scale * sizes.learned,
+        question_tokens=examples * scale * (sizes.conversation - sizes.last),
+        answer_tokens=examples * answer,
+    )
+
+
+def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
+    """Tokens that the target reads in training, prompts included, up to the step at which train_iters ends it."""
+    training_examples = amounts.examples - amounts.held_out
+    schedule = make_schedule(recipe, training_examples)
+    steps = schedule.last_step(recipe.training.train_iters)
+    samples = min(steps * recipe.training.global_batch_size, schedule.total_samples)
+    read = 0.0
+    for phase in recipe.phases:
+        of_phase = min(samples, phase.epochs * training_examples)
+        samples -= of_phase
+        modes = ["inference"] * phase.inference.is_used + ["training"] * phase.training.is_used
+        read += of_phase * sum(amounts.read(mode) for mode in modes) / amounts.examples
+    return read
+
+
+def count_parameters(directory: Path) -> float:
+    """Of the weight files, from their headers alone, whatever the type in which they are stored. Raises UserError for damaged ones."""
+    weights = WeightFiles(directory)
+    return sum(prod(weights.shape(name)) * _PACKED.get(weights.dtype(name), 1) for name in weights.file_of)
