@@ -13,6 +13,7 @@ from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.fusion_data.curriculum import read_measures
 from megatron_fuse.fusion_data.layout import open_text
 from megatron_fuse.fusion_data.summary import curriculum_line, selection_line
+from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.storage import rank_and_world
 from megatron_fuse.text_safety import say
@@ -20,6 +21,7 @@ from megatron_fuse.text_safety import say
 
 def main() -> None:
     recipe = load_recipe(__doc__)
+    warn_of_idle_processes(recipe)
     selections = build_fusion_data(recipe)
     if rank_and_world()[0] != 0:
         return

@@ -14,6 +14,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import modes_with_teacher
+from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.text_safety import say
 
@@ -39,6 +40,7 @@ def main() -> None:
     if arguments.no_truncate:
         setattr(arguments, "capture.top_p", "1")
     recipe = recipe_from_arguments(arguments)
+    warn_of_idle_processes(recipe)
     modes = [arguments.mode] if arguments.mode else modes_with_teacher(recipe)
     if not modes:
         say("schedule: no phase has a lambda for a source's distributions: nothing to capture")

@@ -14,6 +14,7 @@ import argparse
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.responses import BACKENDS, backend_of, generate_responses
 from megatron_fuse.text_safety import say
@@ -33,6 +34,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
+    warn_of_idle_processes(recipe)
     names = arguments.source or list(recipe.answering)
     if not names:
         say(

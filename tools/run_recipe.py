@@ -15,8 +15,9 @@ from pathlib import Path
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.estimates import estimate_amounts
+from megatron_fuse.estimates import Amounts, estimate_amounts
 from megatron_fuse.fusion_data.summary import rule_lines
+from megatron_fuse.idle_processes import idle_line
 from megatron_fuse.pipeline import (
     check_files,
     data_stages,
@@ -56,8 +57,10 @@ def main() -> None:
     if arguments.until and arguments.until not in names:
         raise UserError(f"--until {arguments.until!r}: the stages of this recipe are {', '.join(names)}")
     if arguments.plan:
-        print_plan(recipe)
+        print_plan(recipe, arguments.nproc_per_node)
         return
+    if arguments.nproc_per_node > 1:
+        warn_of_idle_processes(recipe, estimate_amounts(recipe), arguments.nproc_per_node)
     resolved = write_resolved_recipe(recipe)
     for name in names:
         run_stage(name, recipe, resolved, arguments.nproc_per_node)
@@ -104,7 +107,13 @@ def write_resolved_recipe(recipe: Recipe) -> Path:
     return path
 
 
-def print_plan(recipe: Recipe) -> None:
+def warn_of_idle_processes(recipe: Recipe, amounts: Amounts, processes: int) -> None:
+    """Before the instructions are prepared, as long as data.shard_size can be changed for nothing."""
+    if line := idle_line(recipe, amounts.examples, processes):
+        say(line)
+
+
+def print_plan(recipe: Recipe, processes: int) -> None:
     amounts, rate = estimate_amounts(recipe), measured_flops_per_second()
     say(
         f"{recipe.workdir}: {amounts.examples:,} examples, about {amounts.prompt_tokens:,.0f} tokens of prompts and "
@@ -116,6 +125,7 @@ def print_plan(recipe: Recipe) -> None:
             f"answers are taken to be as long as the ground truth, about {amounts.answer_tokens:,.0f} tokens a model; "
             f"with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
         )
+    warn_of_idle_processes(recipe, amounts, processes)
     for line in rule_lines(recipe):
         say(line)
     say(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")

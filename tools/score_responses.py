@@ -15,6 +15,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.advantage.reference_scores import score_against_reference
 from megatron_fuse.advantage.scores import BACKENDS, require_backend, score_responses
 from megatron_fuse.errors import exit_code
+from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.sources.huggingface import answering_options
 from megatron_fuse.text_safety import say
@@ -34,6 +35,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
+    warn_of_idle_processes(recipe)
     asked = [*(arguments.reward_model or []), *([REFERENCE] if arguments.reference else [])]
     wanted = _wanted(recipe, arguments.source, asked)
     if not wanted:

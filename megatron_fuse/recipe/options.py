@@ -70,7 +70,11 @@ class DataOptions(Options):
         description="thoughts of messages and answers; template: context, where the model's own template prints them; supervise: "
         "learned, as the beginning of the response",
     )
-    shard_size: Positive = Field(512, description="examples per shard, the unit of parallel and resumed work")
+    shard_size: Positive = Field(
+        512,
+        description="examples per shard, the unit of parallel and resumed work: fewer shards than processes leave some of these idle. "
+        "The data that are made do not depend on the number of processes",
+    )
 
 
 class ResponseOptions(Options):
