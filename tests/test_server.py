@@ -189,7 +189,7 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         (Act(REFUSED, 403), r"does not accept the key \(403"),
         (
             Act(REFUSED, 404),
-            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists tiny: fix sources",
+            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists small, tiny: fix sources",
         ),
         (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\): fix sources.served.server"),
         (Act({"detail": "Unexpected fields"}, 422), r"refuses every request \(422 Unexpected fields\)"),
@@ -209,7 +209,7 @@ def test_what_is_wrong_with_all_requests_ends_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, act: Act, message: str
 ) -> None:
     monkeypatch.setenv("FUSE_TEST_KEY", KEY + "\n")  # as from `$(cat file)` in some shells
-    with scripted(lambda asked: act, models=Act({"data": [{"id": "tiny"}]})) as server:
+    with scripted(lambda asked: act, models=Act({"data": [{"id": "small"}, {"id": "tiny"}]})) as server:
         options = {"max_retries": 0, "concurrency": 2, "api_key_variable": "FUSE_TEST_KEY"}
         recipe = recipe_for(model, tmp_path, server.url, examples=30, **options)
         with pytest.raises(UserError) as caught:
@@ -250,6 +250,52 @@ def test_nobody_listens_or_the_key_is_wrong_before_anything_is_asked(
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
     with pytest.raises(UserError, match=r"^the environment variable OPENAI_API_KEY holds characters that no key has"):
         answers(recipe)
+
+
+LISTED = Act({"data": [{"id": "other"}, {"id": "org/Small-2b"}, {"id": "third", "aliases": ["also"]}]})
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "refused"),
+    [
+        (LISTED, {"model": "small"}, True),
+        (LISTED, {"model": "smal-2b"}, True),
+        (LISTED, {"model": "small-2b"}, False),
+        (LISTED, {"model": "also"}, False),
+        (LISTED, {"model": "mine", "answers_as": "org/Small-2b"}, False),
+        (LISTED, {"model": "/models/mine"}, False),  # transformers serve lists its cache alone
+        (Act({"data": [{"id": "openai/*"}, {"id": "x"}]}), {"model": "openai/small"}, False),
+        (Act({"data": [{"id": f"m{n}"} for n in range(99)]}), {"model": "small"}, True),
+        (Act({"data": [{"id": KEY}]}), {"model": "small"}, True),
+        (Act({"data": []}), {"model": "small"}, False),
+        (Act("no such page", 404), {"model": "small"}, False),
+        (Act("broken", 500), {"model": "small"}, False),
+    ],
+    ids=str,
+)
+def test_a_name_that_the_server_does_not_list_is_refused_before_anything_is_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Act, options: dict[str, str], refused: bool
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with scripted(echo, models=models) as server:
+        recipe = recipe_for(model, tmp_path, server.url, **options)
+        if not refused:
+            assert len(answers(recipe)) == 8
+            return
+        with pytest.raises(UserError) as caught:
+            answers(recipe)
+        error = str(caught.value)
+        assert not server.asked
+        assert error.startswith(f"sources.served.server: {server.url} has no model {options['model']!r}; it lists ")
+        assert error.endswith(
+            "fix sources.served.server.model, or set sources.served.server.answers_as to its name in that list where it is the same "
+            "model"
+        )
+        assert KEY not in error and len(error) < 700
+        if models is LISTED:
+            assert "it lists org/Small-2b, other, third, also: fix" in error  # the closest first
+        if len(models.content["data"]) == 99:
+            assert "m7, and 91 more" in error
 
 
 def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answered(
@@ -455,7 +501,7 @@ def test_answers_to_another_question_are_not_reused(
 ) -> None:
     """The answers of a first shard outlive its plan, so that a mended recipe is not bound by it."""
     outage = Outage(3)
-    with scripted(outage) as server:
+    with scripted(outage, models=Act({"data": [{"id": "small"}, {"id": "larger"}]})) as server:
         with pytest.raises(UserError, match="503 down"):
             answers(recipe_for(model, tmp_path, server.url, concurrency=1, max_retries=0))
         outage.left = float("inf")

@@ -15,7 +15,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_fuse.errors import UserError
@@ -27,8 +27,8 @@ from megatron_fuse.sources.completions import (
     is_name_of,
     most_bytes_of,
     read_completion,
-    read_object,
 )
+from megatron_fuse.sources.listed_models import listed_models, unlisted
 from megatron_fuse.text_safety import brief
 
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
@@ -125,22 +125,30 @@ class Server:
                 clock.cancel()
 
     async def _reach(self, client: Any) -> None:
-        """Raises UserError where nobody listens or the key is not accepted. Not every server can list its models."""
+        """Raises UserError where nobody listens, the key is not accepted or the model is not listed. Not every server has a list."""
         openai = self._openai
         with self._explained():
             try:
                 listed = await client.with_options(max_retries=0, timeout=_CONNECT_SECONDS).get(
                     "/models", cast_to=self._http.httpx2.Response
                 )
-                with suppress(Malformed, KeyError, TypeError):
-                    named = [model["id"] for model in read_object(listed.content)["data"]]
-                    self._known = [name for name in named if isinstance(name, str)]
+                self._known = listed_models(listed.content)
             except openai.APITimeoutError:
                 pass
             except openai.APIStatusError as error:
                 if error.status_code == 401:
                     raise
+        self._require_listed()
         self._reached = True
+
+    def _require_listed(self) -> None:
+        """Raises UserError where the server lists its models and the one to be asked is not among them."""
+        names = [name for name in (self.options.model, self.options.answers_as) if name]
+        if problem := unlisted(names, self._known):
+            raise self._error(
+                f"{self._short(problem, 400)}: fix {self.where}.model, or set {self.where}.answers_as to its name in that list where it "
+                "is the same model"
+            )
 
     async def _send(self, client: Any, body: Body) -> Reply:
         """The reply to one request, after as many tries as the options allow."""
@@ -248,11 +256,11 @@ class Server:
             body = body.get("message") or body.get("detail") or body
         return f"{getattr(error, 'status_code', '')} {self._short(body or error)}".strip()
 
-    def _short(self, said: Any) -> str:
+    def _short(self, said: Any, limit: int = _LONGEST_QUOTE) -> str:
         """On one line, without the key, and without what a terminal would obey."""
         text = " ".join(str(said).split())
         text = text.replace(self._key, "[key]") if self._key else text
-        return brief(text, _LONGEST_QUOTE)
+        return brief(text, limit)
 
 
 async def _every_few_seconds(progress: Callable[[float], None]) -> None:
