@@ -468,6 +468,7 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
 
 def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_fuse.sources.server._PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("megatron_fuse.progress.INTERVAL", 0.0)
     told, lines = threading.Event(), list[str]()
 
     def script(asked: Asked) -> Act:
@@ -481,7 +482,9 @@ def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, mon
 
     with scripted(script) as server:
         generate_responses(recipe_for(model, tmp_path, server.url, concurrency=1), "served", progress)
-    assert any(re.search(r"responses/served: shard 0: 5/8 answers, \d+\.\d/s$", line) for line in lines)
+    assert any(
+        re.search(r"responses/served: shard 0: 5/8 answers, [\d.,]+ answers/s, .* left$", line) for line in lines
+    )
 
 
 @pytest.mark.parametrize(

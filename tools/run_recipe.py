@@ -26,6 +26,7 @@ from megatron_fuse.pipeline import (
     training_flops,
 )
 from megatron_fuse.processes import run_tied
+from megatron_fuse.progress import readable_seconds
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, recipe_from_arguments
 from megatron_fuse.responses import backend_of
 from megatron_fuse.storage import temporary_then_rename
@@ -157,14 +158,6 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def readable_seconds(seconds: float) -> str:
-    if seconds < 1:
-        return "< 1 s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, require_instructions
 from megatron_fuse.instructions.tables import table_sha256
+from megatron_fuse.progress import Progress, Report
 from megatron_fuse.recipe import Recipe, RewardModelOptions
 from megatron_fuse.responses import Response, open_responses, response_shards
 from megatron_fuse.sources.huggingface import answering_options, fingerprint_if_here, load_format, recipe_key
@@ -120,15 +121,19 @@ def score_responses(
         answers[source] = open_answers(recipe, source)
         plans[source] = _plan(recipe, source, name, chat, origin)
 
+    lines = Progress(f"reward_models.{name}", "answers", progress)
+
     @cache  # not before there is work for it
     def scorer() -> Scorer:
         if chat is None:
             return _given(recipe, name, plans, examples)
         judge = load_reward_model(_judge(recipe, name), name)
-        return lambda shard, given: _score(judge, recipe, shard, given)
+        return lambda shard, given: _score(judge, recipe, shard, given, lines.update)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
-        scores = scorer()(examples[index], {source: answers[source][index] for source in prefixes})
+        score = scorer()
+        lines.begin(f"shard {index}")
+        scores = score(examples[index], {source: answers[source][index] for source in prefixes})
         return {source: save_shard(prefix, scores[source]) for source, prefix in prefixes.items()}
 
     return list(run_plans(plans, make_shards, progress).values())
@@ -157,7 +162,7 @@ def _given(recipe: Recipe, name: str, sources: Sequence[str], examples: Shards[l
 
 
 def _score(
-    judge: RewardModel, recipe: Recipe, examples: list[Example], answers: dict[str, list[Response]]
+    judge: RewardModel, recipe: Recipe, examples: list[Example], answers: dict[str, list[Response]], report: Report
 ) -> dict[str, np.ndarray]:
     """float32 [n] by source; NaN for what cannot be judged."""
     scores = {source: np.full(len(examples), np.nan, np.float32) for source in answers}
@@ -169,6 +174,7 @@ def _score(
         [list(group.values()) for group in groups],
         batch_tokens=recipe.scoring.batch_tokens,
         share_prompts=recipe.scoring.share_prompts,
+        report=report,
     )
     names = list(answers)
     for row, (group, values) in enumerate(zip(groups, rewards, strict=True)):

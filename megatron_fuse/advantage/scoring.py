@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from megatron_fuse.advantage.reward_models import RewardModel
+from megatron_fuse.progress import Report, silent
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.huggingface import input_device, refuse_unknown_ids
 from megatron_fuse.sources.row_cache import keeps_keys_and_values
@@ -29,11 +30,17 @@ _WORTH = 0.05
 
 @torch.inference_mode()
 def score_conversations(
-    judge: RewardModel, groups: Sequence[Sequence[np.ndarray]], *, batch_tokens: int, share_prompts: bool = True
+    judge: RewardModel,
+    groups: Sequence[Sequence[np.ndarray]],
+    *,
+    batch_tokens: int,
+    share_prompts: bool = True,
+    report: Report = silent,
 ) -> list[np.ndarray]:
     """float32 [K] rewards of every group: an example's K conversations, int32 ids of at most judge.max_tokens each.
 
-    batch_tokens: padded tokens of a forward pass; with a shared prompt those whose keys and values are held at once. Raises
+    batch_tokens: padded tokens of a forward pass; with a shared prompt those whose keys and values are held at once. report:
+    gets, after every batch, the conversations that are scored and those left. Raises
     UserError where a conversation holds an id that the judge does not have, or a reward is NaN or infinite.
     """
     conversations = [ids for group in groups for ids in group]
@@ -43,11 +50,18 @@ def score_conversations(
     prompts = np.array([_prompt_length(group) if share else 0 for group in groups], np.int64)
     sizes = [len(group) for group in groups]
     rewards = np.zeros(len(conversations), np.float32)
+    done = 0
+
+    def scored(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, len(rewards) - done, f"{done}/{len(rewards)} answers")
 
     alone = np.flatnonzero(np.repeat(prompts, sizes) == 0)
     for batch in token_budget_batches([len(conversations[row]) for row in alone], batch_tokens):
         rows = alone[batch]
         rewards[rows] = _rewards(judge, [conversations[row] for row in rows])
+        scored(len(rows))
 
     rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
     shared = np.flatnonzero(prompts)
@@ -58,6 +72,7 @@ def score_conversations(
         rewards[rows] = _rewards_behind_prompts(
             judge, [groups[group] for group in chosen], prompts[chosen], batch_tokens // 2
         )
+        scored(len(rows))
     return [rewards[rows] for rows in rows_of]
 
 

@@ -10,6 +10,7 @@ import torch
 from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, sparse_rows
 from megatron_fuse.capture.shards import CAPTURED, NO_RESPONSE, TOO_LONG, CaptureShard, Conversation
 from megatron_fuse.errors import UserError
+from megatron_fuse.progress import Report, silent
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.huggingface import input_device, max_positions, refuse_unknown_ids
@@ -30,11 +31,12 @@ def reading_limit(recipe: Recipe, config: Any) -> int:
 
 @dataclass
 class SourceReader:
-    """A source model that reads conversations."""
+    """A source model that reads conversations. report: gets, after every batch, the tokens read of a shard and those left."""
 
     recipe: Recipe
     source: str
     model: Any
+    report: Report = silent
 
     def capture_shard(self, conversations: Sequence[Conversation]) -> CaptureShard:
         """Reads them in batches of neighbours in length; the shard has them in their own order again."""
@@ -43,9 +45,12 @@ class SourceReader:
         chosen = np.flatnonzero(status == CAPTURED)
         lengths = [len(conversations[index].encoded.ids) - 1 for index in chosen]
         rows: dict[int, SparseRows] = {}
+        done = 0
         for batch in token_budget_batches(lengths, self.recipe.capture.batch_tokens):
             indices = chosen[batch].tolist()
             rows |= zip(indices, self.read([conversations[index] for index in indices]), strict=True)
+            done += sum(lengths[place] for place in batch)
+            self.report(done, sum(lengths) - done, f"{len(rows)}/{len(lengths)} conversations")
         nothing = SparseRows.none(len(self.recipe.capture_temperatures))
         joined = SparseRows.join([nothing, *(rows[index] for index in chosen.tolist())])
         return CaptureShard.of(conversations, status, joined)

@@ -16,6 +16,7 @@ from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONS
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions, require_instructions
+from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import open_responses, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
@@ -141,11 +142,12 @@ def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], No
         return artefact
     examples = example_shards(instructions)
     answers = response_shards(open_responses(recipe, source)) if mode == "inference" else None
+    lines = Progress(plan.directory, "tokens", progress)
 
     @cache  # not before there is work for it
     def reader() -> SourceReader | CaptureFile:
         if plan.options["backend"] == "hf":
-            return SourceReader(recipe, source, load_causal_lm(options, where=where))
+            return SourceReader(recipe, source, load_causal_lm(options, where=where), lines.update)
         path = _captures_file(recipe, source, mode)
         size = declared_vocab_size(resolve_model(options.model, f"{where}.model"))
         file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
@@ -166,7 +168,9 @@ def capture(recipe: Recipe, source: str, mode: str, progress: Callable[[str], No
             conversation_of(chat, example, answer, every_turn=every_turn)
             for example, answer in zip(asked, given, strict=True)
         ]
-        shard = reader().capture_shard(conversations)
+        source_reader = reader()
+        lines.begin(f"shard {index}")
+        shard = source_reader.capture_shard(conversations)
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
         return {
             "examples": len(shard.status),

@@ -2,13 +2,16 @@
 
 import codecs
 import hashlib
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example
+from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
@@ -21,19 +24,28 @@ from megatron_fuse.sources.huggingface import (
     recipe_key,
     refuse_unknown_ids,
 )
+from megatron_fuse.text_safety import say
 from megatron_fuse.thoughts import split_thought
 
 
-def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat) -> Answerer:
-    """Lets the model called `name` in the recipe answer; it is loaded for the first shard that is missing."""
+def sampled_answers(
+    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
+) -> Answerer:
+    """Lets the model called `name` in the recipe answer; it is loaded for the first shard that is missing.
+
+    directory: of the answers, for the lines of progress.
+    """
     options, where = answering_options(recipe, name), recipe_key(name)
     stop_texts = StopTexts(options.stop, chat)
     sampling = _sampling(recipe, chat, stop_texts)
     model = cache(lambda: load_causal_lm(options, where=where))
+    lines = Progress(directory, "tokens", progress, most=True)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         prompts = _prompts(recipe, name, model(), chat, examples)
-        answers = generate(model(), prompts, sampling, batch_tokens=recipe.responses.batch_tokens)
+        lines.begin(f"shard {shard}")
+        batch_tokens = recipe.responses.batch_tokens
+        answers = generate(model(), prompts, sampling, batch_tokens=batch_tokens, report=lines.update)
         return [_response(example.id, chat, each, stop_texts) for example, each in zip(examples, answers, strict=True)]
 
     return answer

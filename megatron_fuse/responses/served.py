@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example
 from megatron_fuse.instructions.examples import Message
+from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.journal import open_journal
@@ -36,6 +37,7 @@ def served_answers(
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
     server = Server(format.options.server, f"{recipe_key(name)}.server", longest)
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
+    lines = Progress(directory, "answers", progress)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         rooms = {example.id: format.room(example) for example in examples}
@@ -52,11 +54,12 @@ def served_answers(
                 if reply.fault:
                     progress(f"{directory}: no answer to example {brief(repr(key))}: {reply.fault}")
 
-            def report(seconds: float) -> None:
-                done = len(bodies) - len(missing) + received
-                progress(f"{directory}: shard {shard}: {done}/{len(bodies)} answers, {received / seconds:.1f}/s")
+            def report() -> None:
+                left = len(missing) - received
+                lines.update(received, left, f"{len(bodies) - left}/{len(bodies)} answers")
 
             if missing:
+                lines.begin(f"shard {shard}")
                 server.ask(missing, trial, receive, report)
             replies = {key: journal.find(request) for key, request in requests.items()}
         return [format.response(each.id, replies.get(each.id, Reply("", truncated=True))) for each in examples]

@@ -149,7 +149,7 @@ def _answerer(
         case "openai":
             return served_answers(recipe, name, chat, directory, progress)
         case _:
-            return sampled_answers(recipe, name, chat)
+            return sampled_answers(recipe, name, chat, directory, progress)
 
 
 def open_responses(recipe: Recipe, name: str, *, chat: ChatFormat | None = None, model: str | None = None) -> Artefact:

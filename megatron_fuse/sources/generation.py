@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.progress import Report, silent
 from megatron_fuse.sources.huggingface import input_device
 from megatron_fuse.sources.row_cache import RowCache, keeps_keys_and_values
 
@@ -62,13 +63,19 @@ class Answer:
 
 @torch.inference_mode()
 def generate(
-    model: "PreTrainedModel", prompts: Sequence[Prompt], sampling: Sampling, *, batch_tokens: int
+    model: "PreTrainedModel",
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    batch_tokens: int,
+    report: Report = silent,
 ) -> list[Answer]:
     """Answers in the order of the prompts.
 
     batch_tokens: the most positions under way at once, every row counted with the longest that any of them may become; a longer
     one runs alone. The longest begin, so that a budget too large for the memory fails at once. A prompt without room gets an
-    empty answer that did not stop. Raises UserError where logits are not numbers.
+    empty answer that did not stop. report: gets, after every token of the rows under way, the tokens of all answers and the most
+    that may follow. Raises UserError where logits are not numbers.
     """
     rows = [_Row(prompt) for prompt in prompts]
     waiting = deque(sorted((row for row in rows if row.prompt.room > 0), key=lambda row: -row.limit))
@@ -80,6 +87,9 @@ def generate(
             batch = _join(batch, generator.step(generator.start(newcomers)))
         else:
             batch = generator.step(batch)
+        under_way = [*waiting, *batch.rows]
+        tokens, left = sum(len(row.ids) for row in rows), sum(row.prompt.room - len(row.ids) for row in under_way)
+        report(tokens, left, f"{len(rows) - len(under_way)}/{len(rows)} answers, {tokens:,} tokens")
     return [Answer(row.ids, row.stopped) for row in rows]
 
 

@@ -13,7 +13,6 @@ is answered, the request alone is given up; else the run ends. The key is in no 
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -75,12 +74,12 @@ class Server:
         bodies: Mapping[str, Body],
         trial: Body,
         received: Callable[[str, Reply], None],
-        progress: Callable[[float], None],
+        progress: Callable[[], None],
     ) -> None:
         """Sends every body, at most `concurrency` at once.
 
         received: called with a body's name and its reply as soon as that comes in, in the order in which they come. trial: a request
-        like the others that any model can answer. progress: called every few seconds with the seconds since the beginning.
+        like the others that any model can answer. progress: called every few seconds.
         Raises UserError, at once, for what is wrong with all requests: no server, no such model, a key that is not accepted; and
         where a server stays away or overloaded through all retries.
         """
@@ -101,9 +100,7 @@ class Server:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _together(
-        self, work: Callable[[Any], Awaitable[None]], times: int, progress: Callable[[float], None]
-    ) -> None:
+    async def _together(self, work: Callable[[Any], Awaitable[None]], times: int, progress: Callable[[], None]) -> None:
         """Does `work` with a client, so many times side by side; the first error ends all."""
         options, openai = self.options, self._openai
         client = openai.AsyncOpenAI(
@@ -263,8 +260,7 @@ class Server:
         return brief(text, limit)
 
 
-async def _every_few_seconds(progress: Callable[[float], None]) -> None:
-    begin = time.monotonic()
+async def _every_few_seconds(progress: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(_PROGRESS_SECONDS)
-        progress(time.monotonic() - begin)
+        progress()
