@@ -19,7 +19,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.config_file import load_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
-from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype, write_weight_files
 from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.storage.records import quoted
@@ -70,7 +70,8 @@ class Merge:
 
     models, base: Hugging Face directories. weights: one per model. t: 0 is the first model, 1 the second. density: share of
     a task vector's entries that is kept, of each tensor by itself. rescale: kept entries of DARE are divided by the density,
-    or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16.
+    or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16. None: the models' own,
+    and where they differ the one that holds them all.
     """
 
     method: str
@@ -81,7 +82,7 @@ class Merge:
     density: float | None = None
     rescale: str | None = None
     seed: int | None = None
-    dtype: str = "bf16"
+    dtype: str | None = None
 
 
 def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
@@ -119,6 +120,9 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     directories = [*merge.models, *([merge.base] if merge.base else [])]
     inputs = [WeightFiles(directory) for directory in directories]
     shapes = _common_shapes(inputs)
+    stored = common_dtype(weights.dtype(name) for weights in inputs for name in shapes)
+    merge = replace(merge, dtype=merge.dtype or stored)
+    out_dtype = DTYPES[merge.dtype or stored]
     record = _record(merge)
     parameters = _mergekit_parameters(merge)
     base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
@@ -137,7 +141,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
                 base_index=base_index,
                 name=name,
                 dtype=torch.float32,
-                out_dtype=DTYPES[merge.dtype],
+                out_dtype=out_dtype,
             )
             refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
         if numbers[name] % max(len(shapes) // 10, 1) == 0:
@@ -152,7 +156,11 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
                 return False
             found.refuse_changes("--output")
         with directory_then_rename(output, found) as temporary:
-            write_weight_files(temporary, shapes, merged_tensor, DTYPES[merge.dtype], SHARD_BYTES)
+            if merge.dtype not in (stored, "fp32"):
+                progress(
+                    f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} keeps them"
+                )
+            write_weight_files(temporary, shapes, merged_tensor, out_dtype, SHARD_BYTES)
             write_beside_weights(merge.models[0], temporary, merge.dtype, progress)
             record_files(temporary, RECORD, record)
     return True
@@ -162,7 +170,7 @@ def _complete(merge: Merge) -> Merge:
     """The merge with every option of its method set. Raises UserError for what cannot be, or has no meaning for the method."""
     if merge.method not in METHODS:
         raise UserError(f"--method is {merge.method!r}: choose one of {', '.join(METHODS)}")
-    if merge.dtype not in DTYPES:
+    if merge.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {merge.dtype!r}: choose one of {', '.join(DTYPES)}")
     method, count = METHODS[merge.method], len(merge.models)
     for option in ("weights", "base", "t", "density", "rescale", "seed"):

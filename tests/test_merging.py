@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.merging import RECORD, Merge, merge_models, read_models
+from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage import read_json, sha256_of_file
 
 pytest.importorskip("mergekit", reason="mergekit is not installed: pip install 'megatron-fuse[merge]'")
@@ -248,6 +249,58 @@ def test_bf16_is_the_fp32_merge_rounded_once(family: Path, tmp_path: Path) -> No
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16").dtype == torch.bfloat16
 
 
+def in_dtype(origin: Path, directory: Path, dtype: torch.dtype) -> Path:
+    return moved(origin, directory, lambda _, tensor: tensor.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "asked", "written", "line"),
+    [
+        ("fp32", "fp32", None, "fp32", None),
+        ("bf16", "bf16", None, "bf16", None),
+        ("fp16", "fp16", None, "fp16", None),
+        ("bf16", "fp16", None, "fp32", None),  # neither holds the other's values
+        ("bf16", "fp32", None, "fp32", None),
+        ("bf16", "bf16", "fp32", "fp32", None),
+        (
+            "fp32",
+            "fp32",
+            "bf16",
+            "bf16",
+            "fp32 weights are written as bf16, which rounds them: --dtype fp32 keeps them",
+        ),
+        (
+            "fp32",
+            "bf16",
+            "fp16",
+            "fp16",
+            "fp32 weights are written as fp16, which rounds them: --dtype fp32 keeps them",
+        ),
+        (
+            "bf16",
+            "bf16",
+            "fp16",
+            "fp16",
+            "bf16 weights are written as fp16, which rounds them: --dtype bf16 keeps them",
+        ),
+    ],
+)
+def test_a_merge_keeps_the_precision_of_its_models_or_says_that_it_does_not(
+    family: Path, tmp_path: Path, first: str, second: str, asked: str | None, written: str, line: str | None
+) -> None:
+    models = [
+        in_dtype(family / name, tmp_path / name, DTYPES[dtype])
+        for name, dtype in zip("ab", (first, second), strict=True)
+    ]
+    said: list[str] = []
+    assert merge_models(Merge("linear", tuple(models), dtype=asked), tmp_path / "out", progress=said.append)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {DTYPES[written]}
+    assert read_json(tmp_path / "out" / RECORD)["dtype"] == written
+    assert read_json(tmp_path / "out/config.json")["dtype"] == str(DTYPES[written]).removeprefix("torch.")
+    assert [each for each in said if "rounds" in each] == ([line] if line else [])
+
+
 def test_the_command_writes_a_model_once_and_says_of_what(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +330,7 @@ def test_the_command_writes_a_model_once_and_says_of_what(
 
     stamp = (output / "model.safetensors").stat().st_mtime_ns
     assert run(command) == 0
-    assert "was there already" in capsys.readouterr().out
+    assert "was there already, in fp32" in capsys.readouterr().out
     assert run([".5" if word == ".4" else word for word in command]) == 2
     assert "density is 0.4 where this one has 0.5" in capsys.readouterr().err
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp

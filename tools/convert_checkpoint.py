@@ -26,7 +26,11 @@ def main() -> None:
         "--reference", type=path_argument, help="Hugging Face directory of the same architecture (--from-megatron)"
     )
     parser.add_argument("--output", type=path_argument, required=True)
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the exported weights")
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="of the exported weights (--from-megatron; default: the reference's)",
+    )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"
     )
@@ -43,10 +47,11 @@ def main() -> None:
         if path is None:
             raise UserError(f"{arguments.from_megatron}: no {LATEST} and no facts.json: not a checkpoint")
         verify = not arguments.no_verify
-        target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
+        dtype = target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
     else:
-        path = target.import_hugging_face(arguments.from_hugging_face, arguments.output)
-    say(f"wrote {arguments.output}")
+        target.import_hugging_face(arguments.from_hugging_face, arguments.output)
+        dtype = "fp32"  # which holds every value of the others
+    say(f"wrote {arguments.output} in {dtype}")
     stop_runtime()
 
 

@@ -12,10 +12,11 @@ import argparse
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
-from megatron_fuse.merging import DEFAULTS, METHODS, RESCALES, Merge, merge_models, read_models
+from megatron_fuse.merging import DEFAULTS, METHODS, RECORD, RESCALES, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.recipe import path_argument
 from megatron_fuse.sources.huggingface import resolve_model
+from megatron_fuse.storage import read_json
 from megatron_fuse.text_safety import say
 
 
@@ -44,7 +45,9 @@ def main() -> None:
         "(default), or multiplied by what restores each tensor's L1 norm, as in mergekit today",
     )
     parser.add_argument("--seed", type=int, help=f"dare_*: of what is dropped (default {DEFAULTS['seed']})")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the merged weights (default bf16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the merged weights (default: the models' own; fp32 where theirs differ)"
+    )
     parser.add_argument("--output", type=path_argument, required=True)
     arguments = parser.parse_args()
     models, weights = read_models(arguments.model)
@@ -60,7 +63,8 @@ def main() -> None:
         dtype=arguments.dtype,
     )
     made = merge_models(merge, arguments.output)
-    say(f"{arguments.output}: {'merged' if made else 'this merge was there already'}")
+    dtype = read_json(arguments.output / RECORD)["dtype"]
+    say(f"{arguments.output}: {'merged' if made else 'this merge was there already'}, in {dtype}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ along it in one direction and exporting in the other. Nothing is computed, so th
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from megatron_fuse.model.expected_weights import (
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
+from megatron_fuse.text_safety import say
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def save_hugging_face_model(
     output_dir: str | os.PathLike,
     dtype: str = "bf16",
     shard_bytes: int = 5_000_000_000,
+    progress: Callable[[str], None] = say,
 ) -> None:
     """write_hugging_face_model to a directory that appears under its name only when it is complete.
 
@@ -147,16 +149,21 @@ def save_hugging_face_model(
         if output.exists():
             raise UserError(f"{output} already exists: remove it or choose another directory")
         with directory_then_rename(output) as temporary:
-            write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes)
+            write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes, progress)
 
 
 def write_hugging_face_model(
-    model: torch.nn.Module, reference: Path, directory: Path, dtype: str, shard_bytes: int = 5_000_000_000
+    model: torch.nn.Module,
+    reference: Path,
+    directory: Path,
+    dtype: str,
+    shard_bytes: int = 5_000_000_000,
+    progress: Callable[[str], None] = say,
 ) -> None:
     """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
 
     reference: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
-    (fp32, bf16 or fp16) put into its config. Raises UserError for an unknown dtype, or a reference of another architecture.
+    (fp32, bf16 or fp16) put into its config. progress says how many tensors lose digits in it. Raises UserError for an unknown dtype, or a reference of another architecture.
     """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -168,9 +175,20 @@ def write_hugging_face_model(
                 f"the model to export has {field.name} {ours!r}, but {theirs.origin} has {other!r}: "
                 "give the directory that the target was made from"
             )
-    tensor = _assembler(model, DTYPES[dtype])
-    write_weight_files(directory, hugging_face_shapes(architecture), tensor, DTYPES[dtype], shard_bytes)
-    write_beside_weights(reference, directory, dtype)
+    assembled, rounded = _assembler(model, None), 0
+
+    def tensor(name: str) -> Tensor:
+        nonlocal rounded
+        exact = assembled(name)
+        written = exact.to(DTYPES[dtype])
+        rounded += not torch.equal(written.to(exact.dtype), exact)
+        return written
+
+    shapes = hugging_face_shapes(architecture)
+    write_weight_files(directory, shapes, tensor, DTYPES[dtype], shard_bytes)
+    if rounded:
+        progress(f"{rounded} of {len(shapes)} tensors are rounded to {dtype}: fp32 keeps what the checkpoint holds")
+    write_beside_weights(reference, directory, dtype, progress)
 
 
 def _bare(model: torch.nn.Module) -> FusionGPTModel:

@@ -182,6 +182,12 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
     return content
 
 
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """The least of DTYPES that holds every value of all of these: fp32 for bf16 and fp16, neither of which holds the other."""
+    given = set(dtypes)
+    return given.pop() if len(given) == 1 else "fp32"
+
+
 def _not_tensors_alone(path: Path, found: str) -> UserError:
     return UserError(
         f"{path} holds other things than named tensors ({found}): have the tensors alone saved as safetensors"

@@ -7,8 +7,11 @@ import torch
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.config import transformer_config
+from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
+from megatron_fuse.model.expected_weights import hugging_face_shapes
 from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
 from megatron_fuse.training.checkpoint import (
@@ -67,14 +70,31 @@ def _whole_model(model_dir: Path) -> tuple[Architecture, list[torch.nn.Module]]:
     return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
 
 
-def export_checkpoint(checkpoint: Path, reference: Path, output: Path, dtype: str, *, verify: bool = True) -> None:
+def dtype_of_reference(reference: Path) -> str:
+    """fp32, bf16 or fp16: of the weights in a Hugging Face directory or, where it has none, what its config says, or fp32."""
+    try:
+        weights = WeightFiles(reference)
+        found = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))
+    except UserError:  # config and tokenizer alone, which are enough
+        stated = read_model_config(reference)
+        found = next(
+            (name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"), ""
+        )
+    return found if found in DTYPES else "fp32"
+
+
+def export_checkpoint(
+    checkpoint: Path, reference: Path, output: Path, dtype: str | None = None, *, verify: bool = True
+) -> str:
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
 
     reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
-    dtype: fp32, bf16 or fp16. verify: compare the checksums of the checkpoint's files. output must not exist. Needs a runtime
-    started with one process.
+    dtype: fp32, bf16 or fp16; None: the reference's. verify: compare the checksums of the checkpoint's files. output must not exist.
+    Needs a runtime started with one process. Returns the dtype.
     """
+    dtype = dtype or dtype_of_reference(reference)
     save_hugging_face_model(load_whole_model(checkpoint, reference, verify=verify), reference, output, dtype)
+    return dtype
 
 
 def load_whole_model(checkpoint: Path, reference: Path, *, verify: bool) -> torch.nn.Module:

@@ -21,7 +21,7 @@ from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.conversion import weight_blocks
 from megatron_fuse.model.expected_weights import hugging_face_shapes
-from megatron_fuse.model.weight_files import WeightFiles
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 
 PER_LAYER = (
     "input_layernorm.weight",
@@ -128,6 +128,37 @@ def test_an_export_returns_every_bit(ranks, small_models, tmp_path, name):
         reference = AutoModelForCausalLM.from_pretrained(small_models[name])
         ids = small.random_batches(model.config.vocab_size, 0)[0]["ids"]
         assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def exported_lines(model_dir, output_dirs):
+    """What is said of exports of model_dir in each dtype; output_dirs: directory -> dtype."""
+    from test_gpt_model import start
+
+    from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
+    from megatron_fuse.model.gpt import build_model
+
+    architecture, config = start((1, 1, None), model_dir)
+    model = build_model(architecture, config, seq_length=small.SEQUENCE)
+    load_hugging_face_weights([model], model_dir)
+    lines = {}
+    for output_dir, dtype in output_dirs.items():
+        said = []
+        save_hugging_face_model(model, model_dir, output_dir, dtype, progress=said.append)
+        lines[dtype] = said
+    return lines
+
+
+def test_an_export_says_where_it_rounds(ranks, small_models, tmp_path):
+    outputs = {tmp_path / dtype: dtype for dtype in ("fp32", "bf16", "fp16")}
+    lines = ranks(1, exported_lines, small_models["llama2"], outputs)[0]
+    original = load_file(small_models["llama2"] / "model.safetensors")
+    assert lines.pop("fp32") == []
+    for dtype, (line,) in lines.items():
+        lost = sum(not torch.equal(tensor.to(DTYPES[dtype]).float(), tensor) for tensor in original.values())
+        assert lost > 0
+        assert line.startswith(f"{lost} of {len(original)} tensors are rounded to {dtype}: fp32 keeps")
+    again = ranks(1, exported_lines, tmp_path / "bf16", {tmp_path / "again": "bf16"})[0]
+    assert again == {"bf16": []}  # what has been rounded stays
 
 
 def test_an_export_carries_what_the_tokenizer_needs_and_says_its_dtype(ranks, small_models, tmp_path):
