@@ -62,6 +62,7 @@ METHODS = {
 }
 DEFAULTS = {"t": 0.5, "density": 0.5, "rescale": "density", "seed": 0}
 RESCALES = ("density", "l1")
+ROWS = ("first",)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Merge:
     models, base: Hugging Face directories. weights: one per model. t: 0 is the first model, 1 the second. density: share of
     a task vector's entries that is kept, of each tensor by itself. rescale: kept entries of DARE are divided by the density,
     or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16. None: the models' own,
-    and where they differ the one that holds them all.
+    and where they differ the one that holds them all. rows: where vocabularies differ in size, `first` gives all models as many rows
+    as the first has: further ones are cut, and those that a model lacks are the first model's own. None: that is refused.
     """
 
     method: str
@@ -83,6 +85,7 @@ class Merge:
     rescale: str | None = None
     seed: int | None = None
     dtype: str | None = None
+    rows: str | None = None
 
 
 def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
@@ -119,7 +122,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     merge_tensors = _mergekit()
     directories = [*merge.models, *([merge.base] if merge.base else [])]
     inputs = [WeightFiles(directory) for directory in directories]
-    shapes = _common_shapes(inputs)
+    shapes = _common_shapes(inputs, merge.rows, progress)
     stored = common_dtype(weights.dtype(name) for weights in inputs for name in shapes)
     merge = replace(merge, dtype=merge.dtype or stored)
     out_dtype = DTYPES[merge.dtype or stored]
@@ -131,7 +134,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     def merged_tensor(name: str) -> Tensor:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_tensor_seed(merge.seed or 0, name))
-            tensors = [weights.read(name, 0, 0, shapes[name][0]) for weights in inputs]
+            tensors = [_read(weights, name, shapes[name][0], inputs[0]) for weights in inputs]
             for weights, tensor in zip(inputs, tensors, strict=True):
                 refuse_non_finite(tensor, weights.place(name))
             tensor = merge_tensors(
@@ -170,6 +173,8 @@ def _complete(merge: Merge) -> Merge:
     """The merge with every option of its method set. Raises UserError for what cannot be, or has no meaning for the method."""
     if merge.method not in METHODS:
         raise UserError(f"--method is {merge.method!r}: choose one of {', '.join(METHODS)}")
+    if merge.rows not in (None, *ROWS):
+        raise UserError(f"--rows is {merge.rows!r}: choose {' or '.join(ROWS)}, or leave it out")
     if merge.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {merge.dtype!r}: choose one of {', '.join(DTYPES)}")
     method, count = METHODS[merge.method], len(merge.models)
@@ -233,16 +238,73 @@ def _tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 
 
-def _common_shapes(inputs: list[WeightFiles]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that are merged. Raises UserError where config, tokenizer or a tensor do not agree."""
+def _common_shapes(
+    inputs: list[WeightFiles], rows: str | None, progress: Callable[[str], None]
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the tensors that are merged. Raises UserError where config, tokenizer or a tensor do not agree.
+
+    With rows, the size of the vocabulary may differ: what both models have is compared, and the shapes are the first model's.
+    """
     first, *others = inputs
     config, shapes = _config(first.model_dir), _shapes(first)
-    tokens = _tokens(first.model_dir, config.get("vocab_size"))
+    size = config.get("vocab_size")
+    tokens = _tokens(first.model_dir, size)
     for other in others:
-        _compare("config.json", config, _config(other.model_dir), first, other)
-        _compare("the tokenizer", tokens, _tokens(other.model_dir, config.get("vocab_size")), first, other)
-        _compare("the shapes of tensors", shapes, _shapes(other), first, other)
+        their_config, their_shapes = _config(other.model_dir), _shapes(other)
+        their_size = their_config.get("vocab_size")
+        their_tokens = _tokens(other.model_dir, their_size)
+        ours, theirs = tokens, their_tokens
+        if isinstance(size, int) and isinstance(their_size, int) and size != their_size:
+            if rows is None:
+                raise _other_rows((first.model_dir, size, tokens), (other.model_dir, their_size, their_tokens))
+            progress(
+                f"{other.model_dir}: its rows from {size} on, of {their_size}, are cut"
+                if their_size > size
+                else f"{other.model_dir}: the rows that it lacks, {their_size} to {size - 1}, are those of {first.model_dir}"
+            )
+            least = min(size, their_size)
+            ours, theirs = ({token: text for token, text in each.items() if token < least} for each in (tokens, theirs))
+            their_config["vocab_size"] = size
+            their_shapes = {
+                name: (size, *shape[1:]) if (shapes.get(name, ())[:1], shape[0]) == ((size,), their_size) else shape
+                for name, shape in their_shapes.items()
+            }
+        _compare("config.json", config, their_config, first, other)
+        _compare("the tokenizer", ours, theirs, first, other)
+        _compare("the shapes of tensors", shapes, their_shapes, first, other)
     return shapes
+
+
+_Vocabulary = tuple[Path, int, Mapping[int, str | bytes]]  # a model's directory, rows and tokens
+
+
+def _other_rows(ours: _Vocabulary, theirs: _Vocabulary) -> UserError:
+    """What the rows that only one of two models has stand for, and what --rows does with them."""
+    (_, fewer, _), (longer, more, tokens) = sorted((ours, theirs), key=lambda each: each[1])
+    lie = "row lies" if more - fewer == 1 else "rows lie"
+    further = [token for token in sorted(tokens) if token >= fewer]
+    if further:
+        shown = ", ".join(quoted(tokens[token]) for token in further[:3]) + ", ..." * (len(further) > 3)
+        meaning = f"{len(further)} of the {more - fewer} further rows of {longer} stand for tokens that the other lacks ({shown})"
+    else:
+        meaning = (
+            f"the {more - fewer} further {lie} beyond the tokenizer of {longer}, whose tokens are {len(tokens)}: no text reaches "
+            "them, and they are safe to cut"
+        )
+    does = "leaves them out" if longer == theirs[0] else "keeps them as they are in that model"
+    return UserError(
+        f"{ours[0]} and {theirs[0]} have vocabularies of {ours[1]} and {theirs[1]} rows: {meaning}. --rows first merges the rows of the "
+        f"first model, and {does}"
+    )
+
+
+def _read(weights: WeightFiles, name: str, rows: int, first: WeightFiles) -> Tensor:
+    """A tensor of so many rows: further ones are cut, missing ones are the first model's."""
+    found = weights.shape(name)[0]
+    tensor = weights.read(name, 0, 0, min(found, rows))
+    if found >= rows:
+        return tensor
+    return torch.cat([tensor.float(), first.read(name, 0, found, rows - found).float()])
 
 
 def _compare(

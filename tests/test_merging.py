@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -459,7 +460,7 @@ def tensor_missing(directory: Path) -> None:
     ("change", "message"),
     [
         (other_rotation, "differ in config.json, at rope_parameters"),
-        (other_vocabulary, r"differ in config.json, at vocab_size: \d+ and 299"),
+        (other_vocabulary, r"have vocabularies of \d+ and 299 rows"),
         (two_tokens_exchanged, r"differ in the tokenizer, at \d+: b'[ab]' and b'[ab]'"),
         (a_token_more, r"differ in the tokenizer, at \d+: None and '<\|tool\|>'"),
         (other_shape, r"differ in the shapes of tensors, at lm_head.weight: \(\d+, 32\) and \(\d+, 32\)"),
@@ -477,6 +478,108 @@ def test_models_that_do_not_fit_each_other_are_refused(
     with pytest.raises(UserError, match=message):
         merge_models(Merge("ties", (family / "a", second), base=base), tmp_path / "new" / "out")
     assert not (tmp_path / "new").exists()
+
+
+def with_rows(origin: Path, directory: Path, further: int, *, token: bool = False) -> Path:
+    """A copy of a model with so many rows more, random ones, or fewer in embedding and head; token: the first new one has a token."""
+    rows = load_file(origin / "model.safetensors")["lm_head.weight"].shape[0]
+    generator = torch.Generator().manual_seed(5)
+
+    def longer(_: str, tensor: Tensor) -> Tensor:
+        if tensor.shape[0] != rows:
+            return tensor
+        return torch.cat([tensor, torch.randn(max(further, 0), *tensor.shape[1:], generator=generator)])[
+            : rows + further
+        ]
+
+    moved(origin, directory, longer)
+    edited(directory, "config.json", lambda config: config.update(vocab_size=rows + further))
+    if token:
+
+        def add(content: dict) -> None:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            content["added_tokens"].append({"id": rows, "content": "<|more|>", "special": True} | flags)
+
+        edited(directory, "tokenizer.json", add)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def full(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family with a token for every row."""
+    root = tmp_path_factory.mktemp("full")
+    for name in ("base", "a", "b"):
+        with_rows(family / name, root / name, -5)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("further", "token", "longer_first", "said"),
+    [
+        (
+            1,
+            False,
+            False,
+            r"the 1 further row lies beyond the tokenizer of {longer}, whose tokens are \d+: no text reaches them",
+        ),
+        (64, False, False, "the 64 further rows lie beyond the tokenizer"),
+        (1, True, False, r"1 of the 1 further rows of {longer} stand for tokens that the other lacks \('<\|more\|>'\)"),
+        (64, True, False, r"1 of the 64 further rows of {longer} stand for tokens"),
+        (1, True, True, r"1 of the 1 further rows of {longer} stand for tokens"),
+    ],
+)
+def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
+    full: Path, tmp_path: Path, further: int, token: bool, longer_first: bool, said: str
+) -> None:
+    longer = with_rows(full / "b", tmp_path / "longer", further, token=token)
+    models = [longer, full / "a"] if longer_first else [full / "a", longer]
+    with pytest.raises(UserError) as refusal:
+        merge_models(Merge("linear", tuple(models)), tmp_path / "new" / "out")
+    rows = load_file(full / "a" / "model.safetensors")["lm_head.weight"].shape[0]
+    counts = (rows + further, rows) if longer_first else (rows, rows + further)
+    message = str(refusal.value)
+    assert f"{models[0]} and {models[1]} have vocabularies of {counts[0]} and {counts[1]} rows: " in message
+    assert re.search(said.format(longer=re.escape(str(longer))), message), message
+    assert message.endswith(
+        f"--rows first merges the rows of the first model, and {'keeps them as they are in that model' if longer_first else 'leaves them out'}"
+    )
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("longer_first", [False, True])
+def test_rows_of_the_first_model_are_merged(
+    full: Path, tmp_path: Path, method: str, token: bool, longer_first: bool
+) -> None:
+    """Cut to the shorter one it is the merge without further rows; padded to the longer one, these stay as they are."""
+    longer = with_rows(full / "b", tmp_path / "longer", 3, token=token)
+    options = {} if method == "linear" else {"base": full / "base"}
+    rows = load_file(full / "a" / "model.safetensors")["lm_head.weight"].shape[0]
+    if longer_first:
+        ours = merged(tmp_path / "out", method, longer, full / "a", rows="first", **options)
+        assert read_json(tmp_path / "out/config.json")["vocab_size"] == rows + 3
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            torch.testing.assert_close(ours[name][rows:], read(longer)[name][rows:], rtol=1e-6, atol=1e-6)
+        if method == "linear":
+            expected = merged(tmp_path / "plain", method, full / "b", full / "a")
+            assert_same({name: x[:rows] if len(x) == rows + 3 else x for name, x in ours.items()}, expected)
+    else:
+        ours = merged(tmp_path / "out", method, full / "a", longer, rows="first", **options)
+        expected = merged(tmp_path / "plain", method, full / "a", full / "b", **options)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected) and ours.keys() == expected.keys()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_input_embeddings().weight.shape[0] == rows + 3 * longer_first
+    assert read_json(tmp_path / "out" / RECORD)["rows"] == "first"
+
+
+def test_rows_of_other_tokens_stay_refused(full: Path, tmp_path: Path) -> None:
+    longer = with_rows(full / "b", tmp_path / "longer", 3)
+    two_tokens_exchanged(longer)
+    with pytest.raises(UserError, match="differ in the tokenizer"):
+        merge_models(Merge("linear", (full / "a", longer), rows="first"), tmp_path / "out")
+    with pytest.raises(UserError, match="--rows is 'base': choose first, or leave it out"):
+        merge_models(Merge("linear", (full / "a", longer), rows="base"), tmp_path / "out")
 
 
 def test_another_class_is_refused_by_its_name(family: Path, tmp_path: Path) -> None:

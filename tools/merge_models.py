@@ -12,7 +12,7 @@ import argparse
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
-from megatron_fuse.merging import DEFAULTS, METHODS, RECORD, RESCALES, Merge, merge_models, read_models
+from megatron_fuse.merging import DEFAULTS, METHODS, RECORD, RESCALES, ROWS, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.recipe import path_argument
 from megatron_fuse.sources.huggingface import resolve_model
@@ -48,6 +48,12 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the merged weights (default: the models' own; fp32 where theirs differ)"
     )
+    parser.add_argument(
+        "--rows",
+        choices=ROWS,
+        help="where vocabularies differ in size: give every model the rows of the first. Further ones are cut, and those that a model "
+        "lacks stay the first model's; without it, such models are refused",
+    )
     parser.add_argument("--output", type=path_argument, required=True)
     arguments = parser.parse_args()
     models, weights = read_models(arguments.model)
@@ -61,6 +67,7 @@ def main() -> None:
         rescale=arguments.rescale,
         seed=arguments.seed,
         dtype=arguments.dtype,
+        rows=arguments.rows,
     )
     made = merge_models(merge, arguments.output)
     dtype = read_json(arguments.output / RECORD)["dtype"]
