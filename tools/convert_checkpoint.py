@@ -1,9 +1,12 @@
-"""Convert between Hugging Face model directories and Megatron checkpoints, in one process, without a GPU.
+"""Convert between Hugging Face model directories and Megatron checkpoints, or a GGUF file, in one process, without a GPU.
 
     python tools/convert_checkpoint.py --from-megatron runs/x/training/checkpoints --reference models/target --output fused
     python tools/convert_checkpoint.py --from-hugging-face models/target --output checkpoints
+    python tools/convert_checkpoint.py --from-gguf X.Q4_K_M.gguf --tokenizer models/x --output models/x-q4
 
 A Megatron checkpoint may have been written at any TP x PP x DP. --reference gives config, tokenizer and chat template.
+A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default, and gets the tokenizer files and the chat
+template of --tokenizer, whose tokens have to be its own; only the file of a SentencePiece tokenizer can do without.
 """
 
 import argparse
@@ -22,6 +25,12 @@ def main() -> None:
         "--from-megatron", type=path_argument, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
     )
     direction.add_argument("--from-hugging-face", type=path_argument, help="model directory with safetensors")
+    direction.add_argument("--from-gguf", type=path_argument, help="GGUF file with a quantised model")
+    parser.add_argument(
+        "--tokenizer",
+        type=path_argument,
+        help="Hugging Face directory of the model that a GGUF file was made from (--from-gguf)",
+    )
     parser.add_argument(
         "--reference", type=path_argument, help="Hugging Face directory of the same architecture (--from-megatron)"
     )
@@ -29,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],
-        help="of the exported weights (--from-megatron; default: the reference's)",
+        help="of the exported weights (--from-megatron, default: the reference's; --from-gguf, default: fp32)",
     )
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"
@@ -37,6 +46,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.from_megatron and not arguments.reference:
         raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
+    if arguments.from_gguf:
+        from megatron_fuse.sources.gguf import convert_gguf  # brings transformers
+
+        convert_gguf(arguments.from_gguf, arguments.tokenizer, arguments.output, arguments.dtype or "fp32")
+        return
     start_runtime()
     from megatron_fuse.training import checkpoint, target
     from megatron_fuse.training.checkpoint_files import LATEST

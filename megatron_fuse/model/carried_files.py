@@ -26,16 +26,21 @@ CARRIED_FILES = (
 )
 
 
-def write_beside_weights(reference: Path, directory: Path, dtype: str, progress: Callable[[str], None] = say) -> None:
-    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16).
-
-    The weights are plain: a quantization_config in the config is left out, and progress says so.
-    """
+def copy_beside_weights(reference: Path, directory: Path) -> None:
+    """Copies what the model of `reference` has beside its weights and its config into `directory`."""
     for pattern in CARRIED_FILES:
         for file in filter(Path.is_file, reference.glob(pattern)):
             carried = directory / file.relative_to(reference)
             carried.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, carried)
+
+
+def write_beside_weights(reference: Path, directory: Path, dtype: str, progress: Callable[[str], None] = say) -> None:
+    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16).
+
+    The weights are plain: a quantization_config in the config is left out, and progress says so.
+    """
+    copy_beside_weights(reference, directory)
     config = read_object(reference / "config.json")
     if config.pop("quantization_config", None) is not None:
         progress(f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}")

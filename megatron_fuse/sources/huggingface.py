@@ -16,6 +16,7 @@ from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, shards_of
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
+from megatron_fuse.sources.gguf import refuse_gguf
 from megatron_fuse.sources.loading_checks import check_after_loading, check_before_loading
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.storage.safetensors_header import read_safetensors_header
@@ -42,6 +43,7 @@ def resolve_model(model: str, where: str) -> Path:
     `where` is the recipe key (`target.model`), for the error. Raises UserError where there is no such directory or it has no config.json.
     """
     directory = local_model(model, where)
+    refuse_gguf(directory or user_path(model), where)
     if directory is None:
         raise UserError(f"{where}: {model!r} is neither a directory nor a model in the local Hugging Face cache")
     if not (directory / "config.json").is_file():

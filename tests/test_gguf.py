@@ -1,0 +1,168 @@
+"""A GGUF file becomes a model directory by one command, and is refused with that command wherever a model is named."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import save_model, small_recipe, write_rows
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.pipeline import check_files
+from megatron_fuse.sources.gguf import convert_gguf
+from megatron_fuse.sources.huggingface import resolve_model
+from megatron_fuse.tokenization import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "original", "llama")
+
+
+def write_gguf(model: Path, file: Path, *, quantised: bool = False) -> Path:
+    """A Llama as llama.cpp writes it: the two halves of every head's queries and keys are interleaved."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'megatron-fuse[gguf]'")
+    config, tokenizer = AutoConfig.from_pretrained(model), load_tokenizer(model)
+    heads, tokens = config.num_attention_heads, tokenizer.vocab_size
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    texts = AutoTokenizer.from_pretrained(model).convert_ids_to_tokens(list(range(tokens)))
+    writer.add_token_list([*texts, *(f"[PAD{number}]" for number in range(config.vocab_size - tokens))])
+    for name, tensor in load_file(model / "model.safetensors").items():
+        values = tensor.float().numpy()
+        base = name.removesuffix(".weight")
+        if base.endswith(("q_proj", "k_proj")):
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if base not in WHOLE:
+            _, _, layer, inner = base.split(".", 3)
+            base = f"blk.{layer}.{NAMES[inner]}"
+        values, kind = np.ascontiguousarray(values), None
+        if quantised and values.ndim == 2 and values.shape[1] % 32 == 0:  # a block of Q8_0
+            kind = gguf.GGMLQuantizationType.Q8_0
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{WHOLE.get(base, base)}.weight", values, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_is_converted_with_the_original_tokenizer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file, output = write_gguf(model, tmp_path / "x.gguf"), tmp_path / "out"
+    words = ["--from-gguf", str(file), "--tokenizer", str(model), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
+    assert end.value.code == 0, capsys.readouterr().err
+    assert "dequantised, in fp32" in capsys.readouterr().out
+    assert resolve_model(str(output), "target.model") == output
+    assert not hasattr(AutoConfig.from_pretrained(output), "quantization_config")
+    assert load_tokenizer(output).sha256 == load_tokenizer(model).sha256
+    before, after = load_file(model / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and after.keys() == before.keys()
+    ids = torch.arange(4, 20)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(one)(ids).logits for one in (model, output)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_quantised_weights_become_plain_ones(model: Path, tmp_path: Path, dtype: str) -> None:
+    convert_gguf(write_gguf(model, tmp_path / "x.gguf", quantised=True), model, tmp_path / "out", dtype, progress=str)
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {DTYPES[dtype]}
+    for name, tensor in before.items():
+        error, largest = (after[name].float() - tensor).abs().max(), tensor.abs().max()
+        # Half a step of 127 to the largest, the fp16 of that step, and what bf16 rounds
+        assert error <= largest * (0.5 / 127 + 2**-10 + 2**-8 * (dtype == "bf16")), name
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"].float())
+    convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again", progress=str)
+    with pytest.raises(UserError, match="again already exists"):
+        convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again", progress=str)
+
+
+def test_a_tokenizer_that_is_not_the_files_is_refused(model: Path, tmp_path: Path) -> None:
+    file = write_gguf(model, tmp_path / "x.gguf")
+    with pytest.raises(UserError, match=r"of kind 'gpt2', whose file does not say how texts are split .* --tokenizer"):
+        convert_gguf(file, None, tmp_path / "out")
+    other = save_model(tmp_path / "other", "llama")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"--tokenizer: id \d+ is '[ab]' in .*other, but '[ab]' in .*x\.gguf"):
+        convert_gguf(file, other, tmp_path / "out")
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--tokenizer: .*other cannot be read"):
+        convert_gguf(file, other, tmp_path / "out")
+    more = save_model(tmp_path / "more", "llama")
+    small = write_gguf(save_model(tmp_path / "small", "llama", vocab_size=280), tmp_path / "small.gguf")
+    with pytest.raises(UserError, match=r"has 300 tokens|id \d+ is"):
+        convert_gguf(small, more, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"{}"], ids=repr)
+def test_a_damaged_file_is_refused(model: Path, tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.gguf.*: "):
+        convert_gguf(tmp_path / "x.gguf", model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"x\.bin is no \.gguf file"):
+        convert_gguf(tmp_path / "x.bin", model, tmp_path / "out")
+
+
+def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"pip install 'megatron-fuse\[gguf\]'"):
+        convert_gguf(tmp_path / "x.gguf", model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["target", "source"])
+@pytest.mark.parametrize("named", ["models/x.gguf", "models"])
+def test_a_gguf_file_as_a_model_is_refused_with_the_command_that_converts_it(
+    model: Path, tmp_path: Path, role: str, named: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models/x.gguf"
+    file.write_bytes(b"GGUF")
+    models = {"target": model, "source": model, role: tmp_path / named}
+    data = write_rows(tmp_path / "data.jsonl", [{"instruction": "a", "output": "b"}])
+    with pytest.raises(UserError) as refusal:
+        check_files(small_recipe(tmp_path / "w", data, models["target"], {"a": models["source"]}))
+    key = "target.model" if role == "target" else "sources.a.model"
+    assert f"{key}: {file} is a GGUF file: convert it once" in str(refusal.value)
+    assert f"--from-gguf {file} --tokenizer ORIGINAL_MODEL --output {tmp_path / 'models/x'}" in str(refusal.value)
