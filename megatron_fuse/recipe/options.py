@@ -324,7 +324,7 @@ class TrainingOptions(Options):
         True,
         description="compare checkpoints, exports and fusion data with their checksums; without, presence and sizes alone",
     )
-    exit_signal_handler: bool = Field(True, description="at SIGTERM or SIGUSR1 finish the step, save and exit")
+    exit_signal_handler: bool = Field(True, description="at SIGTERM, SIGUSR1 or Ctrl-C finish the step, save and exit")
     exit_interval: Positive | None = Field(None, description="save and exit after a step that is a multiple of this")
     exit_duration_in_mins: Annotated[float, Field(ge=1e-9, le=1e8)] | None = Field(
         None, description="save and exit once the process is as many minutes old"

@@ -2,7 +2,8 @@
 
 SIGTERM and SIGUSR1 are what a batch system sends some time before it kills. To torchrun itself one sends SIGTERM: it passes it
 on to every rank, kills after 30 s what still runs, and ends with a code other than 0 although its ranks end with 0. It does so
-with SIGUSR1 too where TORCHELASTIC_SIGNALS_TO_HANDLE names it; without, SIGUSR1 ends torchrun alone.
+with SIGUSR1 too where TORCHELASTIC_SIGNALS_TO_HANDLE names it; without, SIGUSR1 ends torchrun alone. SIGINT is a Ctrl-C: it saves
+as well, and the run ends as every command does then (interrupts.py), with 130.
 """
 
 import signal
@@ -18,11 +19,14 @@ import torch.distributed as dist
 
 from megatron_fuse.training.data_check import DataCheck
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Seconds in which a second Ctrl-C is the first: what has started a training passes it on after 5 (processes.run_tied).
+_AGAIN = 10.0
 
 
 class Interruption:
-    """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question.
+    """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question; a second
+    Ctrl-C does not wait.
 
     signals: whether they do. interval: stop after a step whose number is a multiple of it. minutes: stop once this process is as
     old, loading included, as batch systems count. device: of the one all-reduce of three integers that each question costs.
@@ -39,9 +43,10 @@ class Interruption:
         data_check: DataCheck,
     ) -> None:
         self.interval, self.minutes, self.device, self.data_check = interval, minutes, device, data_check
+        self.is_interrupt = False  # whether the last reason to stop was a Ctrl-C
         self._handled = SIGNALS if signals else ()
         self._started = psutil.Process().create_time()
-        self._received = 0
+        self._received, self._since = 0, 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,8 +57,12 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self._received = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._since = number, now
+        elif number == signal.SIGINT and now - self._since > _AGAIN and callable(before := self._before[number]):
+            before(number, frame)
 
     def reason(self, iteration: int) -> str | None:
         """Why to stop after this step, None to go on. To be called by all ranks, and the same on all, whichever was asked."""
@@ -63,6 +72,7 @@ class Interruption:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # clocks differ between ranks as well
         number, late, status = asked.tolist()
         self.data_check.heed(status)
+        self.is_interrupt = number == signal.SIGINT
         if number:
             return f"{signal.Signals(number).name} was received"
         if late:

@@ -124,7 +124,8 @@ def make_trainer(
 def train(trainer: Trainer) -> None:
     """Runs the schedule from the last checkpoint, or from the start, to its end, to --train-iters, or until it is to stop early.
 
-    Raises UserError, on every rank, where another process trains into the same directories.
+    Raises UserError, on every rank, where another process trains into the same directories, and KeyboardInterrupt after a Ctrl-C, when
+    all is saved.
     """
     with only_one_run([trainer.save_directory, metrics_directory(trainer.recipe)]):
         _run(trainer)
@@ -201,6 +202,8 @@ def _run(trainer: Trainer) -> None:
             f"stopped after iteration {facts.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
             "the same command continues from there"
         )
+    if interruption.is_interrupt:
+        raise KeyboardInterrupt
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:

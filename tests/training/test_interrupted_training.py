@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from synthetic import make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
@@ -36,12 +37,14 @@ def run_and_signal(
     workdir: Path, target: Path, sections: dict[str, Any], number: int, receiver: int
 ) -> tuple[list[int], str, bool]:
     """One rank: iterations done, what it printed, and whether the handlers are again those from before."""
-    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     receives = int(os.environ["RANK"]) == receiver
     log, output = Sender(number=number if receives else 0, at=2), io.StringIO()
-    with contextlib.redirect_stdout(output):
+    # A Ctrl-C ends the command, once all is saved.
+    ending = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+    with contextlib.redirect_stdout(output), ending:
         run_training(workdir, target, sections, log)
-    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)]
+    after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     return [step["iteration"] for step in log.steps], output.getvalue(), before == after
 
 
@@ -57,6 +60,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(2, layout(tp=2), signal.SIGTERM, 1, False, id="tp2"),
         pytest.param(2, layout(pp=2), signal.SIGUSR1, 0, True, id="pp2"),
         pytest.param(2, layout(), signal.SIGUSR1, 1, False, id="dp2"),
+        pytest.param(1, layout(), signal.SIGINT, 0, True, id="ctrl-c alone"),
+        pytest.param(2, layout(), signal.SIGINT, 1, False, id="ctrl-c dp2"),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(  # type: ignore[no-untyped-def]
@@ -71,6 +76,23 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(  # type: ignore[no-un
     rest = one_report(ranks(world_size, run_training, tmp_path, target, sections))
     whole = one_report(ranks(world_size, run_training, tmp_path / "whole", target, sections))
     assert rest["steps"] == whole["steps"][2:]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_second_ctrl_c_after_a_while_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    from megatron_fuse.training import interruption
+
+    monkeypatch.setattr(interruption, "_AGAIN", 1e6 if waits else 0.0)
+    before, seen = signal.signal(signal.SIGINT, lambda number, _: seen.append(number)), []
+    try:
+        with interruption.Interruption(device=torch.device("cpu"), data_check=None):
+            os.kill(os.getpid(), signal.SIGTERM)  # a first one, whichever
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert seen == []
+            os.kill(os.getpid(), signal.SIGINT)
+            assert seen == ([] if waits else [signal.SIGINT])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
@@ -172,5 +194,6 @@ def test_ctrl_c_ends_a_training_with_one_line_and_the_same_command_goes_on(
     assert torchrun.returncode == 130
     assert error.endswith("interrupted: what is finished is kept, and the same command continues from there\n")
     assert "Traceback" not in error and error.count("interrupted") == 1, error
+    assert int((tmp_path / "training/checkpoints" / LATEST).read_text()) == steps(losses)[-1]
     subprocess.run(launcher, env=environment, check=True, timeout=300)
-    assert sorted(set(steps(losses))) == [*range(1, 21)]  # those after the last checkpoint twice
+    assert steps(losses) == [*range(1, 21)]  # each once: the last one before the Ctrl-C is saved
