@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, mod
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.weight_files import refuse_adapter
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.strict_json import read_object
@@ -202,11 +203,7 @@ def check_model_directory(model_dir: Path) -> ModelConfig:
     and only there.
     """
     config = read_model_config(model_dir)
-    if (adapter := model_dir / "adapter_config.json").exists():
-        raise UserError(
-            f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "
-            "merge_and_unload), or take its files out of the directory"
-        )
+    refuse_adapter(model_dir)
     _generation_config(model_dir)
     return config
 

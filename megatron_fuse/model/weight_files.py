@@ -46,6 +46,7 @@ class WeightFiles:
     @cached_property
     def file_of(self) -> dict[str, str]:
         """The file that holds each tensor, both by name. Every file is opened, which reads its header."""
+        refuse_adapter(self.model_dir)
         for single in SINGLE_FILES:
             index = self.model_dir / f"{single}.index.json"
             if index.exists():
@@ -118,6 +119,15 @@ class WeightFiles:
             file_size(path)  # refuses what is no file
             self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
+
+
+def refuse_adapter(model_dir: Path) -> None:
+    """Raises UserError for an adapter beside a model: transformers applies it where `peft` is installed and only there."""
+    if (adapter := model_dir / "adapter_config.json").exists():
+        raise UserError(
+            f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "
+            "merge_and_unload), or take its files out of the directory"
+        )
 
 
 def shards_of(model_dir: Path) -> dict[str, set[str]]:
