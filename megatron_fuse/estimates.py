@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions
-from megatron_fuse.instructions.examples import read_rows
+from megatron_fuse.instructions.rows import read_rows
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Artefact
@@ -61,7 +61,7 @@ def estimate_amounts(recipe: Recipe) -> Amounts:
         sizes = _mean_sizes(recipe, list(islice(prepared, _LOOKED_AT)))
         scale = counts["target_tokens"] / counts["examples"] / max(sizes.conversation, 1e-9)
         return _amounts(recipe, counts["examples"], counts["held_out"], sizes, scale)
-    rows = read_rows(recipe.data.path, recipe.data.format)
+    rows = read_rows(recipe.data.path, recipe.data.format, every_turn=recipe.data.supervise == "every_turn")
     if not rows:
         raise UserError(f"{recipe.data.path}: no usable row among {len(rows.bad)} in {rows.form} form")
     examples = min(recipe.data.samples or len(rows), len(rows))
@@ -93,12 +93,12 @@ def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
     every_turn, limit = recipe.data.supervise == "every_turn", recipe.responses.max_new_tokens
     conversation = learned = last = answer = 0.0
     for example in examples:
-        turns = {"user": 0.0, "assistant": 0.0, "system": _tokens(example.system or "")}
-        for message in example.messages:
-            turns[message["role"]] += _tokens(message["content"])
         response = _tokens(example.response)
-        conversation += sum(turns.values()) + response
-        learned += response + (turns["assistant"] if every_turn else 0.0)
+        conversation += (
+            _tokens(example.system or "") + sum(_tokens(each["content"]) for each in example.messages) + response
+        )
+        earlier = (each for each in example.messages if each["role"] == "assistant" and each.get("supervised", True))
+        learned += response + (sum(_tokens(each["content"]) for each in earlier) if every_turn else 0.0)
         last += response
         answer += min(response, limit)
     count = len(examples)
