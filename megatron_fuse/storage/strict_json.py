@@ -71,11 +71,11 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: not valid JSON: {brief(str(error))}") from error
     if not isinstance(content, dict):
         raise UserError(f"{place}: holds a JSON {type(content).__name__}, expected an object")
-    for key, value, depth in _values(content):
+    for path, value, depth in _values(content):
         if depth > _MOST_DEPTH:
-            raise UserError(f"{place}: {key}: {_too_deep(text)}")
-        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{place}: {key} is {quoted(value)}: half of a surrogate pair is no text")
+            raise UserError(f"{place}: {_named(path)}: {_too_deep(text)}")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"{place}: {_named(path)} is {quoted(value)}: half of a surrogate pair is no text")
     return content
 
 
@@ -96,9 +96,12 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _values(content: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+_Path = tuple["_Path", str] | None  # the path of what it is in, and its key there; a chain, because few are ever named
+
+
+def _values(content: dict[str, Any]) -> Iterator[tuple[_Path, Any, int]]:
     """(path, value, depth) of all values and keys, without recursion."""
-    waiting: list[tuple[str, Any, int]] = [("", content, 0)]
+    waiting: list[tuple[_Path, Any, int]] = [(None, content, 0)]
     while waiting:
         path, value, depth = waiting.pop()
         yield path, value, depth
@@ -106,13 +109,20 @@ def _values(content: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
             continue
         if isinstance(value, dict):
             for key, inner in value.items():
-                name = f"{path}.{brief(key, 60)}" if path else brief(key, 60)
                 if isinstance(inner, dict | list | str):
-                    waiting.append((name, inner, depth + 1))
+                    waiting.append(((path, key), inner, depth + 1))
                 if not key.isascii():
-                    yield name, key, depth
+                    yield (path, key), key, depth
         elif isinstance(value, list):
             waiting += [(path, inner, depth + 1) for inner in value if isinstance(inner, dict | list | str)]
+
+
+def _named(path: _Path) -> str:
+    keys = []
+    while path is not None:
+        path, key = path
+        keys.append(brief(key, 60))
+    return ".".join(reversed(keys))
 
 
 def _line_of(text: bytes, token: str) -> str:

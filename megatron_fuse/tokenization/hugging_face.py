@@ -24,8 +24,8 @@ class HuggingFaceBackend:
         """state: the tokenizer's `backend_state`."""
         self._transformers = tokenizer
         self._state = state
-        self._whole = _build(state)
-        self._continuation = _build(without_beginning(state))
+        self._whole = _with_pipeline(tokenizer.backend_tokenizer, state)
+        self._continuation = _with_pipeline(tokenizer.backend_tokenizer, without_beginning(state))
         self._continuation.encode_special_tokens = True  # the library's name for: special strings are plain text
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -71,9 +71,12 @@ def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_
             raise UserError(
                 f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
             )
-        if (directory / "tokenizer.json").is_file():
-            tokenizer = as_in_file(tokenizer, directory)
-        return wrap_hugging_face(tokenizer, name=str(directory))
+        state = backend_state(tokenizer)
+        if (directory / "tokenizer.json").is_file() and (
+            own := as_in_file(tokenizer, state, directory)
+        ) is not tokenizer:
+            tokenizer, state = own, backend_state(own)
+        return wrap_hugging_face(tokenizer, str(directory), state)
     except UserError:
         raise
     except BaseException as error:  # transformers raises many kinds for a broken file; the library in Rust may panic
@@ -106,9 +109,11 @@ def _damaged_part(path: Path) -> str | None:
     return None
 
 
-def wrap_hugging_face(tokenizer: transformers.PreTrainedTokenizerFast, name: str) -> Tokenizer:
-    """The interface over a transformers fast tokenizer that is already in memory."""
-    state = backend_state(tokenizer)
+def wrap_hugging_face(
+    tokenizer: transformers.PreTrainedTokenizerFast, name: str, state: State | None = None
+) -> Tokenizer:
+    """The interface over a transformers fast tokenizer that is already in memory. state: its `backend_state`, if it is known."""
+    state = backend_state(tokenizer) if state is None else state
     added = {token["content"]: token["id"] for token in state["added_tokens"]}
     special = {token["id"] for token in state["added_tokens"] if token["special"]}
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
@@ -127,7 +132,7 @@ def wrap_hugging_face(tokenizer: transformers.PreTrainedTokenizerFast, name: str
         added_tokens=added,
         adds_bos=bos is not None and first == [bos],
         chat_template=_default_template(tokenizer.chat_template),
-        sha256=hash_parts(["hugging_face", json.dumps(state, sort_keys=True), str(named), str(sorted(special))]),
+        sha256=hash_parts(["hugging_face", _canonical(state), str(named), str(sorted(special))]),
         backend=HuggingFaceBackend(tokenizer, state),
     )
 
@@ -138,8 +143,33 @@ def backend_state(tokenizer: transformers.PreTrainedTokenizerFast) -> State:
     return state | {"truncation": None, "padding": None}
 
 
+def _canonical(state: State) -> str:
+    """JSON with sorted keys. A large vocabulary is sorted before: `json` sorts pairs, which takes several times as long."""
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        state = state | {
+            "model": state["model"] | {"vocab": {piece: vocabulary[piece] for piece in sorted(vocabulary)}}
+        }
+    return json.dumps(state, sort_keys=True)
+
+
 def _build(state: State) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _with_pipeline(backend: tokenizers.Tokenizer, state: State) -> tokenizers.Tokenizer:
+    """A tokenizer with the state's pipeline that shares the backend's model: vocabulary and merges are in memory once."""
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    pipeline = _build(state | empty)
+    shared = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(pipeline, part)) is not None:
+            setattr(shared, part, value)
+    added = backend.get_added_tokens_decoder()
+    shared.add_tokens([added[token] for token in sorted(added)])  # after the normaliser, which changes what some match
+    if shared.get_added_tokens_decoder() != added:
+        raise ValueError("the ids of its added tokens depend on the order in which they were added")
+    return shared
 
 
 def _default_template(template: str | dict[str, str] | None) -> str | None:

@@ -5,6 +5,7 @@ own (GPT2Tokenizer, LlamaTokenizer ...), and builds normaliser and pre-tokenizer
 splits digits, "2023" then becomes one token where the model was trained on four. The file is what the model was trained with.
 """
 
+import json
 import os
 import sys
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 import transformers
 
 from megatron_fuse.text_safety import printable, say
+from megatron_fuse.tokenization.tokenizer_json import State
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # What pipelines disagree on: digits, runs of spaces, beginnings, newlines, letters composed, decomposed or compatible only.
@@ -30,15 +32,20 @@ _PROBE = (
 
 
 def as_in_file(
-    tokenizer: transformers.PreTrainedTokenizerFast, directory: Path
+    tokenizer: transformers.PreTrainedTokenizerFast, state: State, directory: Path
 ) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer with the pipeline of the directory's tokenizer.json; says where transformers' class cuts otherwise.
+
+    state: what the tokenizer is in memory, as the JSON of its file. Where that is what the file says, the tokenizer itself is
+    returned and nothing is read again.
 
     What tokenizer_config.json adds stays: tokens, names of special tokens, chat template, BOS and EOS. So do the names that
     only the class knows, if the file has such tokens. A class that comes with the model was allowed to run and stays as it is.
     """
     by_class = type(tokenizer)
     if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith("transformers."):
+        return tokenizer
+    if _says(directory / "tokenizer.json", state) and _has_its_names(tokenizer):
         return tokenizer
     own = transformers.PreTrainedTokenizerFast.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False
@@ -55,6 +62,22 @@ def as_in_file(
             _warn(directory, by_class.__name__, text, read, rebuilt)
             break
     return own
+
+
+def _says(file: Path, state: State) -> bool:
+    """Whether a tokenizer.json says the same but for what is taken from the class: BOS and EOS around a text."""
+    taken = {"truncation": None, "padding": None, "post_processor": None}
+    said = json.loads(file.read_bytes())
+    model = said["model"]
+    if model.get("merges") and isinstance(model["merges"][0], str):  # the older form
+        said["model"] = model | {"merges": [merge.split(" ") for merge in model["merges"]]}
+    return said | taken == state | taken
+
+
+def _has_its_names(tokenizer: transformers.PreTrainedTokenizerFast) -> bool:
+    """Whether the special tokens that the class names are tokens of the file."""
+    texts = (getattr(tokenizer, name) for name in _NAMES)
+    return all(text is None or tokenizer.backend_tokenizer.token_to_id(text) is not None for text in texts)
 
 
 def _cut(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> tuple[str, ...]:

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
+
+import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE
@@ -28,7 +31,7 @@ def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
     """
     model = state["model"]
     byte_level = any(part["type"] == "ByteLevel" for key in _PIPELINE for part in _parts(state[key]))
-    piece_bytes = _piece_bytes(state, byte_level, name)
+    spelled = _spelling(state, byte_level, name)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score], the place is the id
         vocabulary = {piece: token for token, (piece, _) in enumerate(vocabulary)}
@@ -37,8 +40,8 @@ def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
         special = special | {vocabulary[model["unk_token"]]}
     added = {token["id"]: token["content"] for token in state["added_tokens"]}
     result = [b""] * (1 + max([*vocabulary.values(), *added]))
-    for piece, token in vocabulary.items():
-        result[token] = piece_bytes(piece)
+    for token, data in zip(vocabulary.values(), spelled(list(vocabulary)), strict=True):
+        result[token] = data
     for token, content in added.items():  # matched in the raw text, so their bytes are plain UTF-8
         result[token] = (content if byte_level else content.replace(VISIBLE_SPACE, " ")).encode()
     for token in special:
@@ -49,7 +52,8 @@ def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
 _PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
 
 
-def _piece_bytes(state: State, byte_level: bool, name: str) -> Callable[[str], bytes]:
+def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]], list[bytes]]:
+    """The bytes of pieces, of a whole vocabulary at once."""
     model = state["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["type"] == "WordPiece":
         raise UserError(
@@ -57,23 +61,39 @@ def _piece_bytes(state: State, byte_level: bool, name: str) -> Callable[[str], b
             "with a byte-level or SentencePiece-like tokenizer"
         )
     if byte_level:
-        table = byte_level_table()
+        return _byte_level_bytes
+    if model.get("byte_fallback"):
+        return lambda pieces: [_fallback_byte(piece) or _spaced(piece) for piece in pieces]
+    if _makes_spaces_visible(state):
+        return lambda pieces: [_spaced(piece) for piece in pieces]
+    kinds = sorted({part["type"] for key in _PIPELINE for part in _parts(state[key])})
+    raise UserError(
+        f"{name}: cannot tell which bytes its tokens stand for: expected a byte-level or SentencePiece-like "
+        f"tokenizer.json, found model {model['type']} with {kinds or 'no decoder'}"
+    )
 
-        def piece_bytes(piece: str) -> bytes:
-            codes = [table.get(character) for character in piece]
-            return piece.encode() if None in codes else bytes(codes)
-    elif model.get("byte_fallback") or _makes_spaces_visible(state):
 
-        def piece_bytes(piece: str) -> bytes:
-            match = BYTE_PIECE.fullmatch(piece) if model.get("byte_fallback") else None
-            return bytes([int(match[1], 16)]) if match else piece.replace(VISIBLE_SPACE, " ").encode()
-    else:
-        kinds = sorted({part["type"] for key in _PIPELINE for part in _parts(state[key])})
-        raise UserError(
-            f"{name}: cannot tell which bytes its tokens stand for: expected a byte-level or SentencePiece-like "
-            f"tokenizer.json, found model {model['type']} with {kinds or 'no decoder'}"
-        )
-    return piece_bytes
+def _byte_level_bytes(pieces: list[str]) -> list[bytes]:
+    """Of a piece with a character that stands for no byte: its UTF-8."""
+    table = np.full(0x110000, -1, np.int16)
+    for character, byte in byte_level_table().items():
+        table[ord(character)] = byte
+    found = table[np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)]
+    ends = np.cumsum([0, *map(len, pieces)])
+    data = found.astype(np.uint8).tobytes()
+    result = [data[begin:end] for begin, end in pairwise(ends.tolist())]
+    for place in np.unique(np.searchsorted(ends, np.flatnonzero(found < 0), side="right") - 1):
+        result[place] = pieces[place].encode()
+    return result
+
+
+def _fallback_byte(piece: str) -> bytes | None:
+    match = BYTE_PIECE.fullmatch(piece) if piece.startswith("<0x") else None
+    return bytes([int(match[1], 16)]) if match else None
+
+
+def _spaced(piece: str) -> bytes:
+    return piece.replace(VISIBLE_SPACE, " ").encode()
 
 
 def _makes_spaces_visible(state: State) -> bool:
