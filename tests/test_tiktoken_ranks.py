@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -196,6 +197,31 @@ def test_damaged_rank_files(name, ranks, words, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=words) as error:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["o200k_base.tiktoken", "tokenizer.model"])
+def test_a_renamed_rank_file_is_refused(name, tmp_path, monkeypatch):
+    data = rank_file("llama3")
+    published = dataclasses.replace(ENCODINGS["cl100k_base"], sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(ENCODINGS, "cl100k_base", published)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"rank file of cl100k_base .* name it cl100k_base\.tiktoken") as error:
+        load_tokenizer(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    (tmp_path / name).rename(tmp_path / "cl100k_base.tiktoken")
+    load_tokenizer(tmp_path / "cl100k_base.tiktoken")
+
+
+def test_hashes_are_those_that_tiktoken_expects(monkeypatch):
+    expected = {}
+    monkeypatch.setattr(
+        tiktoken_ext.openai_public,
+        "load_tiktoken_bpe",
+        lambda place, expected_hash: expected.update({place.rpartition("/")[2]: expected_hash}) or {},
+    )
+    for name in ("cl100k_base", "o200k_base"):
+        getattr(tiktoken_ext.openai_public, name)()
+        assert ENCODINGS[name].sha256 == expected[f"{name}.tiktoken"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class PublishedEncoding:
     """pattern cuts a text into the pieces that are merged apart. It is written without possessive quantifiers, which the
     regex engine of `tokenizers` reads as something else. ranks: their number. special: text -> id; follows: they come right
-    behind the ranks, however many a file has.
+    behind the ranks, however many a file has. sha256: of the rank file, where its publisher says it.
     """
 
     name: str
@@ -17,6 +17,7 @@ class PublishedEncoding:
     follows: bool = False
     bos: str | None = None
     eos: str = "<|endoftext|>"
+    sha256: str | None = None
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -56,9 +57,14 @@ _PUBLISHED = (
             "<|fim_suffix|>": 100260,
             "<|endofprompt|>": 100276,
         },
+        sha256="223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
     ),
     PublishedEncoding(
-        name="o200k_base", pattern=_O200K, ranks=199998, special={"<|endoftext|>": 199999, "<|endofprompt|>": 200018}
+        name="o200k_base",
+        pattern=_O200K,
+        ranks=199998,
+        special={"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+        sha256="446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
     ),
     PublishedEncoding(
         name="llama3",

@@ -5,6 +5,7 @@ are known by their names; a `.model` file of this form is Llama-3's `tokenizer.m
 """
 
 import base64
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def load_tiktoken(path: Path) -> Tokenizer:
     """
     data = read_small_file(path)
     encoding = _known_encoding(path)
+    _refuse_another_encoding(data, encoding, path)
     ranks = _read_ranks(data, path)
     if len(ranks) > encoding.ranks:
         raise UserError(
@@ -130,6 +132,17 @@ def _known_encoding(path: Path) -> PublishedEncoding:
             f"{', '.join(ENCODINGS)}): rename the file to the encoding that it is, or give the model's tokenizer.json instead"
         )
     return ENCODINGS[name]
+
+
+def _refuse_another_encoding(data: bytes, encoding: PublishedEncoding, path: Path) -> None:
+    """A renamed file would be cut by the wrong pattern, and its ranks cannot tell."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    for other in ENCODINGS.values():
+        if other.sha256 == sha256 and other.name != encoding.name:
+            raise UserError(
+                f"{path}: this is the rank file of {other.name} under the name of {encoding.name}, which cuts text by another "
+                f"pattern or has other special tokens: name it {other.name}.tiktoken"
+            )
 
 
 def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
