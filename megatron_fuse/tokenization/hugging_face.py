@@ -1,6 +1,9 @@
 """Tokenizers of the `tokenizers` library: what transformers loads from tokenizer.json, or from vocab.json + merges.txt."""
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -58,6 +61,23 @@ class HuggingFaceBackend:
 def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
     """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt (GPT-2)."""
     check_tokenizer_files(directory)
+    with _collector_paused():
+        return _load(directory, trust_remote_code, allowed_by)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A vocabulary in JSON is a million objects that live on: looking for cycles among them takes as long as reading them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:
     try:
         if (directory / "tokenizer.json").is_file():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
