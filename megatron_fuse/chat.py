@@ -96,6 +96,21 @@ class ChatFormat:
         """The tag that ends the model's thoughts, where the template prints the tag that begins one before a response."""
         return thought_end(self.generation) or thought_end(self.opening)
 
+    @cached_property
+    def thought_tags(self) -> dict[int, bytes]:
+        """Tags around a thought that are special tokens, which have no bytes of their own: id -> the tag."""
+        if self.thought_end is None:
+            return {}
+        tags = (self.thought_end, self.thought_end.replace("/", "", 1))
+        found = {self.tokenizer.added_tokens[tag]: tag.encode() for tag in tags if tag in self.tokenizer.added_tokens}
+        return {token: tag for token, tag in found.items() if token in self.tokenizer.special_ids}
+
+    def spelled(self, ids: Sequence[int]) -> bytes:
+        """Bytes of generated ids, the tags of thoughts included."""
+        if not self.thought_tags:
+            return self.tokenizer.joined_bytes(ids)
+        return b"".join(self.thought_tags.get(token) or self.tokenizer.joined_bytes([token]) for token in ids)
+
     def render_prompt(self, messages: Messages) -> str:
         """The generation prompt as text. Raises UserError when the template refuses the messages."""
         return self._generation_prompt(self.with_system(messages))
@@ -129,7 +144,7 @@ class ChatFormat:
         before it and spell the turn's bytes; else it continues the text before, as in generation.
         Raises UserError where the template refuses the messages or leaves a supervised turn out.
         """
-        parts, hide = self._parts(messages, response, every_turn, reasoning)
+        parts, hide = self._parts(messages, response, every_turn, reasoning, cut=not stop)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
         text, text_ids, begin = "", list[int](), 0  # begin: of the turn, in the bytes of all supervised turns
         for number, (before, space, turn) in enumerate(parts):
@@ -160,7 +175,7 @@ class ChatFormat:
         """Text of generated ids up to the token that ends them, without the template's separator: what encode_conversation takes."""
         ends = self.end_ids | {self.stop_id}
         end = next((place for place, token in enumerate(ids) if token in ends), None)
-        text = self.tokenizer.decode(list(ids[:end])).removeprefix(self.separator)
+        text = self.spelled(ids[:end]).decode("utf-8", "replace").removeprefix(self.separator)
         return text if end is None else text.removesuffix(self.closing)
 
     def with_system(self, messages: Messages) -> list[dict[str, str]]:
@@ -187,7 +202,7 @@ class ChatFormat:
             raise UserError(f"{self.origin} refuses the messages: {said}") from error
 
     def _parts(
-        self, messages: Messages, response: str, every_turn: bool, reasoning: str | None
+        self, messages: Messages, response: str, every_turn: bool, reasoning: str | None, *, cut: bool
     ) -> tuple[list[tuple[str, str, str]], "_Hidden"]:
         """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
 
@@ -211,7 +226,11 @@ class ChatFormat:
                 f"{self.tokenizer.name}: the chat template prints {max(len(texts) - 1, 0)} of the {len(answers) - 1} earlier "
                 "assistant turns: choose another chat_template, or set data.supervise to last_turn"
             )
-        texts = [without_empty_thought(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        last = len(answers) - 1
+        texts = [
+            without_empty_thought(text, answer, cut=cut and number == last)
+            for number, (text, answer) in enumerate(zip(texts, answers, strict=True))
+        ]
         spaces = [self.separator if text.endswith(self.separator) else "" for text in texts]
         parts = [
             (text.removesuffix(space), space, answer)

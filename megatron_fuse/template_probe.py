@@ -24,9 +24,8 @@ class Surroundings:
     """Texts that a template prints at one response.
 
     before: what a finished conversation has before the response beyond the generation prompt; after: what it has behind it.
-    next_turn: what stands between the response and the user's next message. generation: what the generation prompt has beyond
-    the text that stands before a given response, as an open `<think>`. Where both `before` and `generation` are not empty the two
-    texts part.
+    next_turn: the text between the response and the user's next message. generation: what the generation prompt has beyond the
+    text before a given response, as an open `<think>`. If neither `before` nor `generation` is empty, the two texts part there.
     """
 
     before: str
@@ -56,8 +55,8 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
         longer = ""
     next_turn = longer.partition(_MARKER)[2].partition(_NEXT_MARKER)[0]
     shared = _shared_length(context, prompt)
-    if shared < len(prompt):  # `<think></think>` and `<think>` part at the tag, not behind or within it
-        shared = min(shared, len(prompt) - len(open_thought(prompt)))
+    # `<think></think>` and `<think>` part at the tag, not behind or within it.
+    shared = min(shared, len(prompt) - len(open_thought(prompt)))
     return Surroundings(context[shared:], prompt[shared:], after, next_turn)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_fuse.advantage.reward_models.forms import load_judge_format
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.errors import UserError
 from megatron_fuse.inspection import token_text
 from megatron_fuse.recipe import TARGET, ModelOptions, Recipe
 from megatron_fuse.sources.huggingface import load_format, recipe_key
@@ -26,6 +27,8 @@ def formats_of(recipe: Recipe) -> Iterator[tuple[str, ChatFormat]]:
     for name, options in recipe.sources.items():
         yield recipe_key(name), load_format(options, recipe_key(name))
     for name, options in recipe.reward_models.items():
+        if options.model is None:  # scores from a file
+            continue
         yield f"reward_models.{name}", load_judge_format(options, name)
 
 
@@ -40,7 +43,11 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
     tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text after which the model
     answers the sample's last question. The other keys are those fields of ChatFormat.
     """
-    encoded = chat.encode_conversation(_SAMPLE, _RESPONSE)
+    try:
+        sample, encoded = _SAMPLE, chat.encode_conversation(_SAMPLE, _RESPONSE)
+    except UserError:  # a template for one question only
+        sample = [_SAMPLE[0], _SAMPLE[-1]]
+        encoded = chat.encode_conversation(sample, _RESPONSE)
 
     def token(number: int) -> dict[str, Any]:
         return {"id": number, "text": token_text(chat.tokenizer, number)}
@@ -54,7 +61,7 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
         ],
         "stop": token(chat.stop_id),
         "ends": [token(number) for number in sorted(chat.end_ids)],
-        "generation_prompt": chat.render_prompt(_SAMPLE),
+        "generation_prompt": chat.render_prompt(sample),
         "separator": chat.separator,
         "opening": chat.opening,
         "generation": chat.generation,

@@ -19,13 +19,14 @@ def open_thought(text: str) -> str:
     return text[match.start(1) :] if match else ""
 
 
-def without_empty_thought(context: str, response: str) -> str:
+def without_empty_thought(context: str, response: str, *, cut: bool = False) -> str:
     """The text before a response, without the empty thought at its end if the response brings a thought of its own.
 
     Templates print `<think></think>` before a given response. One that begins with `<think>` itself would get a second thought.
+    cut: the response was cut off, perhaps within its thought.
     """
     end = thought_end(response)
-    if end is None or end not in response:
+    if end is None or not (cut or end in response):
         return context
     return re.sub(rf"{re.escape(_TAG.match(response)[1])}\s*{re.escape(end)}\s*$", "", context)
 
@@ -35,14 +36,16 @@ def with_thought(thought: str | None, answer: str) -> str:
     return answer if thought is None else f"<think>\n{thought}\n</think>\n\n{answer}"
 
 
-def split_thought(text: str, end: str | None, *, opened: bool) -> tuple[str | None, str]:
+def split_thought(
+    text: str, end: str | None = None, *, opened: bool = False, cut: bool = False
+) -> tuple[str | None, str]:
     """(the thought, the answer behind it) of what a model wrote; the thought is None where there is none.
 
     end: the tag that ends the model's thoughts, as its chat template has it. opened: the prompt ends in an open thought, so that
-    all is thought up to that tag. The answer has no white space at its beginning, and is empty where the thought does not end.
+    all is thought up to that tag. cut: the text was cut off, perhaps within a thought that it begins itself. The answer has no white space at its beginning, and is empty where the thought does not end.
     """
     own = thought_end(text)
-    if own is not None and (own in text or own == end):
+    if own is not None and (own in text or own == end or cut):
         text, end, opened = text[_TAG.match(text).end() :], own, True
     if end is None or not (opened or end in text):
         return None, text

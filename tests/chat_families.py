@@ -139,6 +139,18 @@ FAMILIES = {
         "<|im_end|>",
         opening="<think>\n\n</think>\n\n",
     ),
+    "qwen3 thinking": Family(  # both begin with <think>, which a finished conversation closes at once
+        each(
+            im("user"),
+            im("assistant", "<think>\n{{ m['reasoning_content'] or '' }}\n</think>\n\n" + C),
+            "<|im_start|>assistant\n<think>\n",
+            im("system"),
+        ),
+        IM,
+        "<|im_end|>",
+        generation="<think>\n",
+        opening="<think>\n\n</think>\n\n",
+    ),
     "smollm3": Family(  # without thinking: its generation prompt has the empty thought, as the finished conversation
         each(
             im("user"),
@@ -237,6 +249,15 @@ FAMILIES = {
         generation="<think>\n",
         opening="<think></think>",
         closing="\n",
+    ),
+    "tags that are special tokens": Family(
+        each(f"[INST]{C}[/INST]", f"[THINK][/THINK]{C} \n {EOS}", "[THINK]", C, BOS),
+        ("</s>", "<s>", "[INST]", "[/INST]", "[THINK]", "[/THINK]"),
+        "</s>",
+        generation="[THINK]",
+        opening="[THINK][/THINK]",
+        closing=" \n ",
+        bos="<s>",
     ),
     "glm 4": Family(  # nothing ends an answer but what begins the next turn
         each(f"<|user|>\n{C}", f"<|assistant|>\n{C}", "<|assistant|>", f"<|system|>\n{C}", "[gMASK]<sop>"),

@@ -14,7 +14,7 @@ from megatron_fuse.chat import load_chat_format
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
-from megatron_fuse.responses.sampled import _response
+from megatron_fuse.responses.sampled import _response, _sampling
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer
 from megatron_fuse.sources.huggingface import load_format
@@ -54,6 +54,7 @@ def test_a_thought_is_split_from_its_answer(text: str, end: str | None, opened: 
         ("A:<think></think>", "<think> is a tag", "A:<think></think>"),
         ("A:<think>x</think>", "<think>add</think>4", "A:<think>x</think>"),
         ("A:<p></p>", "<p>a</p>", "A:<p></p>"),
+        ("A:[THINK][/THINK]", "[THINK]add[/THINK]4", "A:"),
     ],
 )
 def test_an_empty_thought_makes_room_for_one(context: str, response: str, expected: str) -> None:
@@ -80,6 +81,41 @@ def test_a_sampled_answer_begins_behind_the_thought(tmp_path: Path) -> None:
     assert b"c STOP" not in chat.tokenizer.joined_bytes(ids[: complete[0] - 1])
 
 
+def test_a_response_that_was_cut_within_its_thought_gets_no_empty_one(tmp_path: Path) -> None:
+    """Nor is it an end of an answer: what is learned of it ends within the thought."""
+    chat = load_chat_format(load_tokenizer(save_tokenizer("qwen3", tmp_path)))
+    question = [{"role": "user", "content": "hello"}]
+    text = chat.tokenizer.decode(chat.encode_conversation(question, "<think>\nso it goes", stop=False).ids.tolist())
+    assert text.endswith("assistant\n<think>\nso it goes") and "</think>" not in text
+    assert split_thought("<think>\nso it", cut=True) == ("so it", "")
+    cut = Response("e", "", True, 0, reasoning="so it goes")
+    assert {learned_of(cut, option) for option in ("template", "drop", "supervise")} == {Learned("", False)}
+
+
+def test_tags_that_are_special_tokens_are_sampled_and_found(tmp_path: Path) -> None:
+    """They have no bytes, but a model that thinks writes them."""
+    chat = load_chat_format(load_tokenizer(save_tokenizer("tags that are special tokens", tmp_path)))
+    begin, end = (chat.tokenizer.added_tokens[tag] for tag in ("[THINK]", "[/THINK]"))
+    assert set(chat.thought_tags) == {begin, end} <= chat.tokenizer.special_ids
+    ids = [*chat.tokenizer.encode("so STOP"), end, *chat.tokenizer.encode(" \n Paris STOP it")]
+    found = _response("e", chat, Answer(ids, stopped=True), StopTexts(["STOP"], chat))
+    assert (found.response, found.reasoning) == ("Paris ", "so STOP")
+    assert chat.decode_response([*ids, chat.stop_id]) == "so STOP[/THINK] \n Paris STOP it"
+    recipe = small_recipe(tmp_path / "run", tmp_path / "none", tmp_path, {"a": tmp_path})
+    sampling = _sampling(recipe, chat, StopTexts([], chat))
+    assert sampling.allowed[[begin, end]].all()
+
+
+def test_a_stop_text_is_not_sought_in_the_white_space_behind_a_thought(tmp_path: Path) -> None:
+    chat = load_chat_format(load_tokenizer(save_tokenizer("deepseek r1 distillation", tmp_path)))
+    stops = StopTexts(["\n\n"], chat)
+    ids = chat.tokenizer.encode_continuation("so\n\nit\n</think>\n\nParis\n\nmore")
+    complete = [count for count in range(1, len(ids) + 1) if stops.completed_by(ids[:count])]
+    assert chat.tokenizer.joined_bytes(ids[: complete[0]]).endswith(b"Paris\n\n")
+    found = _response("e", chat, Answer(ids[: complete[0]], stopped=True), stops)
+    assert (found.response, found.reasoning) == ("Paris", "so\n\nit")
+
+
 def test_white_space_before_the_stop_token_is_no_part_of_a_sampled_answer(tmp_path: Path) -> None:
     chat = load_chat_format(load_tokenizer(save_tokenizer("nemotron nano v2", tmp_path)))
     ids = chat.tokenizer.encode_continuation("Paris\n")
@@ -104,6 +140,7 @@ SERVED = {
     9: (_said("\n\nParis"), ("\n\nParis", None)),  # nothing says that the model thinks
     10: (_said("Paris", reasoning_content={"a": 1}), ("Paris", None)),
     11: (_said("a </think> b"), ("a </think> b", None)),
+    12: (completion("<think>\nso it goes", "length"), ("", "so it goes")),
 }
 
 
@@ -116,7 +153,7 @@ def test_what_a_server_says_beside_an_answer(tmp_path: Path) -> None:
     for place, (_, expected) in SERVED.items():
         text, thought = expected or ("", None)
         tokens = len(tokenizer.encode_continuation(text))
-        assert rows[f"e{place}"] == Response(f"e{place}", text, False, tokens, reasoning=thought)
+        assert rows[f"e{place}"] == Response(f"e{place}", text, place == 12, tokens, reasoning=thought)
     (unmatched,) = tmp_path.rglob("*.unmatched.txt")
     assert unmatched.read_text().split() == [f"e{place}" for place, (_, expected) in SERVED.items() if expected is None]
 
@@ -131,6 +168,12 @@ ROWS = [
         ]
     },
     {"messages": [{"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "6"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "4 + 4?"},
+            {"role": "assistant", "content": "<think>two</think>8", "reasoning": "two"},
+        ]
+    },
 ]
 
 
@@ -150,7 +193,8 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
     examples = load_examples(prepare_instructions(recipe, progress=str))
     by_answer = {example.response: example for example in examples}
-    assert by_answer.keys() == {response, "6"} and by_answer["6"].reasoning is None
+    assert by_answer.keys() == {response, "6", "<think>two</think>8"} and by_answer["6"].reasoning is None
+    assert by_answer["<think>two</think>8"].reasoning is None  # the text has it already
     found = by_answer[response]
     assert found.reasoning == thought
     assert found.messages[1] == {"role": "assistant", **earlier}

@@ -39,6 +39,7 @@ from transformers import (
 
 from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with_pool
+from megatron_fuse.sources.row_cache import cache_argument
 
 MEASURES = ("generation", "choice")
 ROW_LENGTH = 192
@@ -63,6 +64,7 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], stop_id: int, bat
 
     Prompts are taken by length, so that little is padded; answers that have ended leave the batch.
     """
+    argument = cache_argument(model.base_model.forward)
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(order), batch_size):
@@ -70,7 +72,7 @@ def generate(model: PreTrainedModel, prompts: list[list[int]], stop_id: int, bat
         ids, mask = padded([prompts[number] for number in live], 0, "left")
         cache = DynamicCache(config=model.config)
         for _ in range(MAX_NEW_TOKENS):
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": ids, "attention_mask": mask, argument: cache, "use_cache": True}
             if model.config.model_type != "mpt":  # ALiBi looks at distances only
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
             hidden = model.base_model(**inputs).last_hidden_state[:, -1]

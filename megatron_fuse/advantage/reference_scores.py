@@ -23,6 +23,7 @@ from megatron_fuse.responses import open_responses
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, model_fingerprint, resolve_model
 from megatron_fuse.storage import Artefact, Plan, Workspace, open_artefact, run_plans, sha256_of_bytes
 from megatron_fuse.text_safety import say
+from megatron_fuse.thoughts import split_thought
 
 _PACKAGES = ("sacrebleu", "rouge-score")
 _WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
@@ -78,10 +79,11 @@ def score_against_reference(
     plans = {source: plan_reference_scores(recipe, source) for source in sources}
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
-        references = [example.response for example in examples[index]]
+        # Answers are compared without thoughts: those that a model wrote before its own are kept apart already.
+        references = [split_thought(example.response)[1] for example in examples[index]]
         counts = {}
         for source, prefix in prefixes.items():
-            responses = [response.response for response in answers[source][index]]
+            responses = [split_thought(response.response)[1] for response in answers[source][index]]
             counts[source] = save_shard(prefix, reference_measures(recipe.reference, responses, references, progress))
         return counts
 

@@ -22,7 +22,7 @@ from megatron_fuse.advantage.reward_models import RewardModel
 from megatron_fuse.progress import Report, silent
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.huggingface import input_device, refuse_unknown_ids
-from megatron_fuse.sources.row_cache import keeps_keys_and_values
+from megatron_fuse.sources.row_cache import cache_argument, keeps_keys_and_values
 
 # A prompt is shared where this saves so much of what the group's conversations hold: reading in two passes is not for nothing.
 _WORTH = 0.05
@@ -78,7 +78,7 @@ def score_conversations(
 
 def _can_share(judge: RewardModel) -> bool:
     """Whether what comes after a prompt may be read behind its keys and values, and these are all that the model keeps of it."""
-    takes_cache = "past_key_values" in inspect.signature(judge.backbone.forward).parameters
+    takes_cache = cache_argument(judge.backbone.forward) is not None
     return judge.causal and takes_cache and keeps_keys_and_values(judge.backbone.config)
 
 
@@ -187,6 +187,6 @@ def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache:
     parameters = inspect.signature(judge.backbone.forward).parameters
     if judge.causal and "position_ids" in parameters:  # ALiBi models take none
         extra["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    if "past_key_values" in parameters:
-        extra |= {"past_key_values": cache, "use_cache": cache is not None}
+    if (argument := cache_argument(judge.backbone.forward)) is not None:
+        extra |= {argument: cache, "use_cache": cache is not None}
     return judge.backbone(input_ids=tokens, attention_mask=mask, **extra).last_hidden_state

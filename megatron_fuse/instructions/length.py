@@ -27,7 +27,8 @@ def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[i
     ends = encoded.spans.ends[first_row:] - offset
     prompt_length = int(np.flatnonzero(encoded.supervised)[first_row])
     kept = seq_length - prompt_length
-    return prompt_length, int(ends[kept - 1]) if kept > 0 else 0
+    # Behind the labels there may be white space before the stop token, so that `kept` may be more than there are.
+    return prompt_length, int(ends[min(kept, len(ends)) - 1]) if kept > 0 else 0
 
 
 def fit(

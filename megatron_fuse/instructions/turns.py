@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Message
 from megatron_fuse.storage.records import quoted
+from megatron_fuse.thoughts import split_thought
 
 Row = dict[str, Any]
 
@@ -106,7 +107,8 @@ def _turn(turn: Row, role_key: str, text_key: str) -> Message:
     if has_more and (turn.get("tool_calls") or turn.get("function_call")):
         raise BadRow(Kind.TOOLS, "tool turns are not read (a turn calls a tool)")
     message: Message = {"role": role, "content": text(turn, text_key)}
-    if has_more and (thought := next((turn[key] for key in _THOUGHTS if turn.get(key)), None)) is not None:
+    thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), None) if has_more else None
+    if thought is not None and split_thought(message["content"])[0] is None:  # else the text has it already
         message["reasoning_content"] = text({"reasoning": thought}, "reasoning")
     if has_more and not _is_learned(turn):
         message["supervised"] = False

@@ -1,11 +1,11 @@
-"""What stands beside the weights in a Hugging Face model directory: tokenizer, chat template, generation options, config."""
+"""What is beside the weights in a Hugging Face model directory: tokenizer, chat template, generation options, config."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_fuse.model.config_file import end_token_ids, read_model_config
+from megatron_fuse.model.config_file import ends_of_answers, read_model_config
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import say
@@ -52,8 +52,7 @@ def write_beside_weights(reference: Path, directory: Path, dtype: str, progress:
 def missing_end(model_dir: Path, stop_id: int) -> bool:
     """Whether servers of a model directory would not end an answer at this token: neither its generation_config.json nor, where
     that lists none, its config.json has it."""
-    ends = end_token_ids(model_dir) or read_model_config(model_dir).eos_token_id
-    return stop_id not in (ends if isinstance(ends, list) else [ends])
+    return stop_id not in ends_of_answers(model_dir)
 
 
 def add_end(model_dir: Path, stop_id: int) -> None:
@@ -65,7 +64,5 @@ def add_end(model_dir: Path, stop_id: int) -> None:
     else:  # what transformers makes of the config then
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         options = {key: value for key in keys if (value := getattr(config, key)) is not None}
-    ends = end_token_ids(model_dir) or config.eos_token_id
-    known = [token for token in (ends if isinstance(ends, list) else [ends]) if token is not None and token >= 0]
-    options["eos_token_id"] = [*known, stop_id]
+    options["eos_token_id"] = [*ends_of_answers(model_dir), stop_id]
     path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")

@@ -218,8 +218,17 @@ def _generation_config(model_dir: Path) -> GenerationConfig:
 
 def end_token_ids(model_dir: Path) -> list[int]:
     """Ids at which generation_config.json ends an answer; none where it lists none. Raises UserError for a malformed file."""
-    ids = _generation_config(model_dir).eos_token_id
-    return [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None and token >= 0]
+    return _ids(_generation_config(model_dir).eos_token_id)
+
+
+def ends_of_answers(model_dir: Path) -> list[int]:
+    """Ids at which servers of a model directory end an answer: those of generation_config.json, or if it lists none, config.json's."""
+    return end_token_ids(model_dir) or _ids(read_model_config(model_dir).eos_token_id)
+
+
+def _ids(value: Any) -> list[int]:
+    """One id, a list of ids, or none: null, or -1 in the first Llama's configs."""
+    return [token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0]
 
 
 def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""An answer, whoever gave it and however it was got."""
+"""An answer, in the same form for every backend, and what is learned of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Learned(NamedTuple):
 
 def learned_of(answer: Response, reasoning: str) -> Learned:
     """reasoning: the recipe's `data.reasoning`."""
+    if answer.truncated and not answer.response.strip():
+        return Learned("", False)  # cut off within its thought
     if reasoning == "supervise":
         return Learned(with_thought(answer.reasoning, answer.response), not answer.truncated)
     return Learned(answer.response, not answer.truncated, answer.reasoning if reasoning == "template" else None)

@@ -73,7 +73,7 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
     tokenizer = chat.tokenizer
     # Special tokens and holes in the numbering carry no text, nor do columns of the logits beyond: none may be an answer.
     allowed = torch.from_numpy(tokenizer.byte_lengths > 0)
-    allowed[sorted(chat.end_ids)] = True
+    allowed[sorted({*chat.end_ids, *chat.thought_tags})] = True
     return Sampling(
         chat.end_ids,
         allowed,
@@ -84,9 +84,9 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
 
 
 def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
-    """None where a thought came to its end and no answer follows."""
+    """None where the model ended and no answer follows its thought."""
     text, tokens = answer_text(chat, answer, stop_texts)
-    thought, text = split_thought(text, chat.thought_end, opened=chat.opens_thought)
+    thought, text = split_thought(text, chat.thought_end, opened=chat.opens_thought, cut=not answer.stopped)
     if thought is not None:
         if not text and answer.stopped:
             return None
@@ -100,7 +100,7 @@ def answer_text(chat: ChatFormat, answer: Answer, stop_texts: StopTexts | None =
 
     A character that the limit of tokens cut in two is left out; bytes that are no UTF-8 become U+FFFD.
     """
-    data = chat.tokenizer.joined_bytes(answer.ids)
+    data = chat.spelled(answer.ids)
     space = len(chat.separator) if data.startswith(chat.separator.encode()) else 0
     kept = stop_texts.cut(data[space:]) if stop_texts else data[space:]
     if answer.stopped and len(kept) == len(data) - space:

@@ -134,9 +134,13 @@ class _Format:
         A server may leave the end of a thought in the text. Behind a prompt that we rendered (endpoint `completions`) all of it is.
         """
         chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
-        asked = self.options.server.endpoint == "completions" and chat.opens_thought
+        server = self.options.server
+        # A chat server that keeps no thoughts apart sends the text behind the template's `<think>`. Cut off before its end, all of
+        # it is thought, unless the recipe sets options of the server's template.
+        unmarked = reply.truncated and reply.reasoning is None and "chat_template_kwargs" not in server.extra
+        opened = chat.opens_thought and (server.endpoint == "completions" or unmarked)
         end = chat.thought_end or (_THOUGHT_END if reply.reasoning is not None else None)
-        thought, answer = split_thought(text, end, opened=asked)
+        thought, answer = split_thought(text, end, opened=opened, cut=reply.truncated)
         if reply.reasoning is not None:
             thought = "\n".join(filter(None, (reply.reasoning.strip(), thought)))
         if thought is not None or chat.thought_end is not None:  # parsers of thoughts leave the white space behind them
@@ -145,5 +149,5 @@ class _Format:
 
 
 def _plain(message: Message) -> dict[str, str]:
-    """Without the mask, which is ours."""
-    return {"role": message["role"], "content": message["content"]}
+    """Without the mask, which is ours. The thought stays: the server's template prints it or leaves it out."""
+    return {key: message[key] for key in ("role", "content", "reasoning_content") if key in message}

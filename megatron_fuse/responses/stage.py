@@ -71,8 +71,14 @@ def responses_options(recipe: Recipe, name: str) -> dict[str, Any]:
 
 def _format_hashes(recipe: Recipe, name: str, chat: ChatFormat) -> dict[str, str]:
     """Of a given answer only its tokens are counted: the template had no share in it."""
-    tokenizer = {"tokenizer": chat.tokenizer.sha256}
-    return tokenizer if backend_of(recipe, name) == "file" else {**tokenizer, "chat format": chat.sha256}
+    tokenizer, backend = {"tokenizer": chat.tokenizer.sha256}, backend_of(recipe, name)
+    if backend == "file":
+        return tokenizer
+    # Those of generation_config.json, which neither the format nor the model's fingerprint covers. A chat server has its own.
+    further = sorted(chat.end_ids - {chat.stop_id, chat.tokenizer.eos_id})
+    asks_itself = backend == "hf" or answering_options(recipe, name).server.endpoint == "completions"
+    ends = {"further ends": ",".join(map(str, further))} if further and asks_itself else {}
+    return {**tokenizer, "chat format": chat.sha256, **ends}
 
 
 def _plan(recipe: Recipe, name: str, instructions: Artefact, chat: ChatFormat) -> Plan:

@@ -16,18 +16,18 @@ class StopTexts:
     def __init__(self, texts: Sequence[str], chat: ChatFormat) -> None:
         self.texts = [text.encode() for text in texts]
         self.longest = max(map(len, self.texts), default=0)
-        self.separator, self.tokenizer = chat.separator.encode(), chat.tokenizer
+        self.separator, self.spelled = chat.separator.encode(), chat.spelled
         self.thought_end = (chat.thought_end or "").encode() if chat.opens_thought else b""
 
     def completed_by(self, ids: Sequence[int]) -> bool:
         """Whether generated ids hold a stop text, of which it is known that all but the last of them hold none."""
         # Every token has a byte at least: so many lie behind the template's white space, and have room for every stop text.
         if len(ids) > self.longest + len(self.separator):
-            if self._find(self.tokenizer.joined_bytes(ids[-self.longest :])) is None:
+            if self._find(self.spelled(ids[-self.longest :])) is None:
                 return False
             if not self.thought_end:
                 return True
-        data = self.tokenizer.joined_bytes(ids)
+        data = self.spelled(ids)
         if self.separator.startswith(data):
             return False
         data = data.removeprefix(self.separator)
@@ -44,11 +44,11 @@ class StopTexts:
         return data[: self._find(data)]
 
     def _answer_begins(self, data: bytes) -> int:
-        """Number of bytes of the thought and its end; all of them where it has none."""
+        """Number of bytes of the thought, its end and the white space behind it; all of them where it has no end."""
         if not self.thought_end:
             return 0
-        thought, end, _ = data.partition(self.thought_end)
-        return len(thought) + len(end)
+        _, _, answer = data.partition(self.thought_end)
+        return len(data) - len(answer.lstrip())
 
     def _find(self, data: bytes) -> int | None:
         """Where the stop text begins that is whole first."""

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from megatron_fuse.errors import UserError
 from megatron_fuse.progress import Report, silent
 from megatron_fuse.sources.huggingface import input_device
-from megatron_fuse.sources.row_cache import RowCache, keeps_keys_and_values
+from megatron_fuse.sources.row_cache import RowCache, cache_argument, keeps_keys_and_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for commands that load no model too
@@ -170,7 +170,8 @@ class _Generator:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
         self.allowed = sampling.allowed.to(self.device)
         parameters = inspect.signature(model.forward).parameters
-        if "past_key_values" not in parameters or not keeps_keys_and_values(model.config):
+        self.cache_argument = cache_argument(model.forward)
+        if self.cache_argument is None or not keeps_keys_and_values(model.config):
             raise UserError(
                 f"{model.config.name_or_path}: {type(model).__name__} keeps more of a text than keys and values, which batches "
                 "here cannot hold: let a server answer for it, or name a file of its answers (docs/responses.md)"
@@ -208,8 +209,8 @@ class _Generator:
         output = self.model(
             input_ids=batch.tokens,
             attention_mask=batch.mask,
-            past_key_values=batch.cache,
             use_cache=True,
+            **{self.cache_argument: batch.cache},
             **({"position_ids": positions} if self.takes_positions else {}),
             **self.only_last,
         )

@@ -13,7 +13,7 @@ from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import end_token_ids, read_model_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
-from megatron_fuse.model.weight_files import DTYPES, shards_of
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, shards_of
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
 from megatron_fuse.sources.gguf import refuse_gguf
@@ -93,12 +93,10 @@ def model_fingerprint(model_dir: Path) -> str:
     of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were. Python files are read
     whole: under trust_remote_code they decide the logits. Of shards those count that the index names, in whatever folder.
     """
-    shards = shards_of(model_dir)
-    files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
-    files = sorted(
-        files + [path for names in shards.values() for name in names if (path := model_dir / name).is_file()]
-    )
+    files = weight_paths(model_dir)
     if not files:
+        if shards_of(model_dir):  # names the shard that is missing, or the file beside its index
+            WeightFiles(model_dir).open_all()
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
     parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
@@ -114,6 +112,14 @@ def fingerprint_if_here(options: ModelOptions, where: str) -> str | None:
         return model_fingerprint(resolve_model(options.model, f"{where}.model"))
     except (UserError, OSError):
         return None
+
+
+def weight_paths(model_dir: Path) -> list[Path]:
+    """Weight files of a directory, sorted; of shards those that the index names, in whatever folder."""
+    shards = shards_of(model_dir)
+    files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
+    named = [model_dir / name for names in shards.values() for name in names]
+    return sorted(files + [path for path in named if path.is_file()])
 
 
 def weight_samples(path: Path) -> list[bytes]:

@@ -1,6 +1,7 @@
 """Keys and values of the rows that are generated together, which leave and join them one by one."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -8,6 +9,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 _FREE = 32  # positions that a layer takes at a time
+
+
+def cache_argument(forward: Callable) -> str | None:
+    """Under which name a model's forward pass takes its cache: transformers renames it in 5.24. None if it takes none."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def keeps_keys_and_values(config: PreTrainedConfig) -> bool:

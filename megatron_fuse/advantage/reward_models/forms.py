@@ -9,11 +9,11 @@ from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.sources.huggingface import (
-    WEIGHT_SUFFIXES,
     local_model,
     model_fingerprint,
     resolve_model,
     trust_key,
+    weight_paths,
     weight_samples,
 )
 from megatron_fuse.storage import sha256_of_bytes
@@ -100,6 +100,6 @@ def judge_fingerprint(options: RewardModelOptions, name: str) -> str:
     if files.weights == files.body:
         return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
     parts = [files.form.encode(), read_small_file(files.body / "config.json")]
-    for path in sorted(path for path in files.weights.iterdir() if path.suffix in WEIGHT_SUFFIXES):
-        parts += [path.name.encode(), *weight_samples(path)]
+    for path in weight_paths(files.weights):
+        parts += [path.relative_to(files.weights).as_posix().encode(), *weight_samples(path)]
     return sha256_of_bytes(*parts)
