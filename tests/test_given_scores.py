@@ -142,7 +142,7 @@ def test_files_for_other_examples_or_sources_are_refused(tmp_path: Path) -> None
         ),
         ([{"id": "a", "Score": 1}], f"no row has a score, .* mapping .* scores .{WHERE}.scores.; line 1 has id, Score"),
         ([], "no row has a score, .*; it is empty"),
-        (["["], "jsonl:1: not valid JSON"),
+        (["["], "jsonl:2: not valid JSON in element 1 .an object is missing."),
         (None, f"{WHERE}: .*scores.jsonl does not exist"),
     ],
 )

@@ -375,7 +375,7 @@ def read_as_judge(directory: Path) -> None:
 
 
 def read_to_merge(directory: Path) -> None:
-    _common_shapes([WeightFiles(directory)])
+    _common_shapes([WeightFiles(directory)], None, lambda line: None)
 
 
 def read_to_chat(directory: Path) -> None:
