@@ -40,7 +40,7 @@ setup(
         "server": ["openai"],  # answers from an OpenAI-compatible server
         "reference": ["sacrebleu", "rouge-score", "bert-score"],  # answers scored against the ground truth
         "merge": ["mergekit>=0.1.5"],  # merging baselines: SLERP, TIES, DARE
-        "gguf": ["gguf>=0.10"],  # conversion of GGUF files
+        "gguf": ["gguf>=0.10", "accelerate"],  # conversion of GGUF files
         "eval": ["lm-eval>=0.4.13,<0.5", "accelerate"],  # lm-evaluation-harness, for models in process
         "test": [
             "pytest",

@@ -6,7 +6,7 @@
 
 A Megatron checkpoint may have been written at any TP x PP x DP. --reference gives config, tokenizer and chat template.
 A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default, and gets the tokenizer files and the chat
-template of --tokenizer, whose tokens have to be its own; only the file of a SentencePiece tokenizer can do without.
+template of --tokenizer, whose tokens have to be its own.
 """
 
 import argparse
@@ -47,6 +47,10 @@ def main() -> None:
     if arguments.from_megatron and not arguments.reference:
         raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
     if arguments.from_gguf:
+        if not arguments.tokenizer:
+            raise UserError(
+                "--from-gguf needs --tokenizer: the Hugging Face directory of the model that the file was made from"
+            )
         from megatron_fuse.sources.gguf import convert_gguf  # brings transformers
 
         convert_gguf(arguments.from_gguf, arguments.tokenizer, arguments.output, arguments.dtype or "fp32")

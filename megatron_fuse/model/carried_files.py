@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_fuse.model.config_file import ends_of_answers, read_model_config
 from megatron_fuse.model.weight_files import DTYPES
@@ -44,9 +45,15 @@ def write_beside_weights(reference: Path, directory: Path, dtype: str, progress:
     config = read_object(reference / "config.json")
     if config.pop("quantization_config", None) is not None:
         progress(f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}")
+    write_config(directory, config, dtype)
+
+
+def write_config(directory: Path, config: dict[str, Any], dtype: str) -> None:
+    """Writes a config.json that states the dtype of the weights beside it (fp32, bf16 or fp16)."""
     # Versions before transformers 5, and other programs, know the second name alone and would load the weights in fp32.
-    config["dtype"] = config["torch_dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    named = str(DTYPES[dtype]).removeprefix("torch.")
+    content = config | {"dtype": named, "torch_dtype": named}
+    (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def missing_end(model_dir: Path, stop_id: int) -> bool:
