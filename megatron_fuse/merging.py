@@ -73,7 +73,7 @@ class Merge:
     a task vector's entries that is kept, of each tensor by itself. rescale: kept entries of DARE are divided by the density,
     or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16. None: the models' own,
     and where they differ the one that holds them all. rows: where vocabularies differ in size, `first` gives all models as many rows
-    as the first has: further ones are cut, and those that a model lacks are the first model's own. None: that is refused.
+    as the first has: further ones are cut, and rows that any model lacks stay the first model's own. None: that is refused.
     """
 
     method: str
@@ -134,7 +134,8 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     def merged_tensor(name: str) -> Tensor:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(_tensor_seed(merge.seed or 0, name))
-            tensors = [_read(weights, name, shapes[name][0], inputs[0]) for weights in inputs]
+            common = min(weights.shape(name)[0] for weights in inputs)
+            tensors = [weights.read(name, 0, 0, common) for weights in inputs]
             for weights, tensor in zip(inputs, tensors, strict=True):
                 refuse_non_finite(tensor, weights.place(name))
             tensor = merge_tensors(
@@ -146,6 +147,9 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
                 dtype=torch.float32,
                 out_dtype=out_dtype,
             )
+            # Appended after the merge, because slerp, ties and dare compute with the norm or the ranks of a whole tensor.
+            if further := shapes[name][0] - common:
+                tensor = torch.cat([tensor, inputs[0].read(name, 0, common, further).to(out_dtype)])
             refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
         if numbers[name] % max(len(shapes) // 10, 1) == 0:
             progress(f"merged {numbers[name]} of {len(shapes)} tensors")
@@ -296,15 +300,6 @@ def _other_rows(ours: _Vocabulary, theirs: _Vocabulary) -> UserError:
         f"{ours[0]} and {theirs[0]} have vocabularies of {ours[1]} and {theirs[1]} rows: {meaning}. --rows first merges the rows of the "
         f"first model, and {does}"
     )
-
-
-def _read(weights: WeightFiles, name: str, rows: int, first: WeightFiles) -> Tensor:
-    """A tensor of so many rows: further ones are cut, missing ones are the first model's."""
-    found = weights.shape(name)[0]
-    tensor = weights.read(name, 0, 0, min(found, rows))
-    if found >= rows:
-        return tensor
-    return torch.cat([tensor.float(), first.read(name, 0, found, rows - found).float()])
 
 
 def _compare(

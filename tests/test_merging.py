@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.merging import RECORD, Merge, merge_models, read_models
+from megatron_fuse.merging import METHODS, RECORD, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage import read_json, sha256_of_file
 
@@ -546,28 +546,26 @@ def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("token", [False, True])
 @pytest.mark.parametrize("longer_first", [False, True])
 def test_rows_of_the_first_model_are_merged(
     full: Path, tmp_path: Path, method: str, token: bool, longer_first: bool
 ) -> None:
-    """Cut to the shorter one it is the merge without further rows; padded to the longer one, these stay as they are."""
+    """It is the merge without further rows; further ones of the first model stay as they are in it, those of the second are cut."""
     longer = with_rows(full / "b", tmp_path / "longer", 3, token=token)
-    options = {} if method == "linear" else {"base": full / "base"}
+    options = {"base": full / "base"} if "base" in METHODS[method].options else {}
     rows = load_file(full / "a" / "model.safetensors")["lm_head.weight"].shape[0]
+    models = (longer, full / "a") if longer_first else (full / "a", longer)
+    equal = (full / "b", full / "a") if longer_first else (full / "a", full / "b")
+    ours = merged(tmp_path / "out", method, *models, rows="first", **options)
+    expected = merged(tmp_path / "plain", method, *equal, **options)
     if longer_first:
-        ours = merged(tmp_path / "out", method, longer, full / "a", rows="first", **options)
         assert read_json(tmp_path / "out/config.json")["vocab_size"] == rows + 3
         for name in ("lm_head.weight", "model.embed_tokens.weight"):
-            torch.testing.assert_close(ours[name][rows:], read(longer)[name][rows:], rtol=1e-6, atol=1e-6)
-        if method == "linear":
-            expected = merged(tmp_path / "plain", method, full / "b", full / "a")
-            assert_same({name: x[:rows] if len(x) == rows + 3 else x for name, x in ours.items()}, expected)
-    else:
-        ours = merged(tmp_path / "out", method, full / "a", longer, rows="first", **options)
-        expected = merged(tmp_path / "plain", method, full / "a", full / "b", **options)
-        assert all(torch.equal(ours[name], expected[name]) for name in expected) and ours.keys() == expected.keys()
+            assert torch.equal(ours[name][rows:], read(longer)[name][rows:]) and len(ours[name]) == rows + 3
+            ours[name] = ours[name][:rows]
+    assert all(torch.equal(ours[name], expected[name]) for name in expected) and ours.keys() == expected.keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.get_input_embeddings().weight.shape[0] == rows + 3 * longer_first
     assert read_json(tmp_path / "out" / RECORD)["rows"] == "first"
