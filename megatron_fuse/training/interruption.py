@@ -26,7 +26,7 @@ _AGAIN = 10.0
 
 class Interruption:
     """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question; a second
-    Ctrl-C does not wait.
+    Ctrl-C does not wait. Of those that are ignored outside, nothing is received.
 
     signals: whether they do. interval: stop after a step whose number is a multiple of it. minutes: stop once this process is as
     old, loading included, as batch systems count. device: of the one all-reduce of three integers that each question costs.
@@ -50,7 +50,11 @@ class Interruption:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in self._handled}
+        before = {number: signal.getsignal(number) for number in self._handled}
+        # What is ignored stays ignored: a shell starts a script's background jobs without Ctrl-C.
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

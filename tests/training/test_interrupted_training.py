@@ -95,6 +95,22 @@ def test_a_second_ctrl_c_after_a_while_does_not_wait_for_the_step(monkeypatch: p
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_signal_that_is_ignored_stays_ignored(number: signal.Signals, ignored: bool) -> None:
+    from megatron_fuse.training import interruption
+
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        with interruption.Interruption(device=torch.device("cpu"), data_check=None) as stop:
+            os.kill(os.getpid(), number)
+            assert stop._received == (0 if ignored else number)
+            assert (signal.getsignal(number) == signal.SIG_IGN) == ignored
+        assert signal.getsignal(number) == (signal.SIG_IGN if ignored else signal.default_int_handler)
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(
     ("option", "stops"),
     [({"exit_interval": 3}, [3, 4]), ({"exit_duration_in_mins": 1e-6}, [1, 2]), ({"exit_duration_in_mins": 1e6}, [4])],
