@@ -163,7 +163,8 @@ def write_hugging_face_model(
     """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
 
     reference: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
-    (fp32, bf16 or fp16) put into its config. progress says how many tensors lose digits in it. Raises UserError for an unknown dtype, or a reference of another architecture.
+    (fp32, bf16 or fp16) put into its config. progress says how many tensors lose digits in it. Raises UserError for an unknown
+    dtype, values that are infinite in it, or a reference of another architecture.
     """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -180,7 +181,13 @@ def write_hugging_face_model(
     def tensor(name: str) -> Tensor:
         nonlocal rounded
         exact = assembled(name)
+        refuse_non_finite(exact, f"{name} of the model to export")
         written = exact.to(DTYPES[dtype])
+        if not written.isfinite().all():
+            raise UserError(
+                f"{name} of the model to export has values up to {exact.abs().max():g}, which {dtype} cannot hold: export it as bf16 or "
+                "fp32"
+            )
         rounded += not torch.equal(written.to(exact.dtype), exact)
         return written
 

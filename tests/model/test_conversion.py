@@ -161,6 +161,41 @@ def test_an_export_says_where_it_rounds(ranks, small_models, tmp_path):
     assert again == {"bf16": []}  # what has been rounded stays
 
 
+def exports_of_large_values(model_dir, output_dir):
+    """Three exports (fp16, bf16, fp32) each of a model with a first, second and third value put in: the error, or None."""
+    from test_gpt_model import start
+
+    from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
+    from megatron_fuse.model.gpt import build_model
+
+    architecture, config = start((1, 1, None), model_dir)
+    model = build_model(architecture, config, seq_length=small.SEQUENCE)
+    load_hugging_face_weights([model], model_dir)
+    said = []
+    for value in (65504.0, -7e4, float("nan")):
+        next(iter(model.parameters())).data.flatten()[3] = value
+        said.append([])
+        for dtype in ("fp16", "bf16", "fp32"):
+            output = output_dir / f"{value} {dtype}"
+            try:
+                save_hugging_face_model(model, model_dir, output, dtype, progress=lambda line: None)
+                said[-1].append(None)
+            except UserError as error:
+                said[-1].append(str(error))
+            assert output.exists() == (said[-1][-1] is None)
+    return said
+
+
+def test_values_that_a_dtype_cannot_hold_are_not_exported(ranks, small_models, tmp_path):
+    largest, larger, none = ranks(1, exports_of_large_values, small_models["llama2"], tmp_path)[0]
+    assert largest == [None] * 3
+    assert larger[1:] == [None] * 2
+    assert larger[0].startswith(
+        "model.embed_tokens.weight of the model to export has values up to 70000, which fp16 cannot"
+    )
+    assert all("holds NaN or infinite weights" in message for message in none)
+
+
 def test_an_export_carries_what_the_tokenizer_needs_and_says_its_dtype(ranks, small_models, tmp_path):
     reference = Path(shutil.copytree(small_models["llama2"], tmp_path / "reference"))
     carried = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "merges.txt")
