@@ -23,6 +23,7 @@ from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import Response, generate_responses, open_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.sources.listed_models import unlisted
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-5ecretOfNobody/+=31"
@@ -253,6 +254,26 @@ def test_nobody_listens_or_the_key_is_wrong_before_anything_is_asked(
 
 
 LISTED = Act({"data": [{"id": "other"}, {"id": "org/Small-2b"}, {"id": "third", "aliases": ["also"]}]})
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ("small", True),  # a folder's name, too
+        ("models/small", False),
+        ("models/other", True),
+        ("/models/other", False),  # perhaps there, on the server's machine
+        ("s" * 300, True),  # longer than a file's name may be
+        ("models/" + "s" * 300, True),
+    ],
+)
+def test_a_path_may_be_served_without_being_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("small", "models/small"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert bool(unlisted([asked], ["large", "org/large"])) == refused
 
 
 @pytest.mark.parametrize(

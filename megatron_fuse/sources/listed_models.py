@@ -1,6 +1,7 @@
 """Whether a server has the model that it is to be asked for, by its own list: some answer under any name, with the model they have."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +30,8 @@ def unlisted(asked: Sequence[str], listed: Sequence[str]) -> str | None:
     """
     if not listed or any(is_name_of(name, one) or fnmatchcase(one, name) for name in listed for one in asked):
         return None
-    if any(Path(one).is_absolute() or Path(one).exists() for one in asked):
+    # os.path.exists is false for a name that is longer than the file system allows, where Path.exists raises.
+    if any(Path(one).is_absolute() or ("/" in one and os.path.exists(one)) for one in asked):
         return None
     lower = {name.casefold(): name for name in listed}
     close = [lower[name] for name in difflib.get_close_matches(asked[0].casefold(), lower, n=3, cutoff=0.5)]
