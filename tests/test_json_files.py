@@ -95,6 +95,7 @@ TEXTS = {
     "indented_columns.json": "\n" + json.dumps(columns(ROWS), indent=1),
     "pandas.json": json.dumps(by_index(ROWS)),
     "with_a_mark.json": "\ufeff" + json.dumps(ROWS),
+    "lines_with_a_mark.jsonl": "\ufeff" + lines(ROWS),
 }
 
 
@@ -116,6 +117,25 @@ def test_a_single_conversation_is_a_row_and_no_columns(tmp_path: Path, form: obj
         assert list(read_table(tmp_path / name)) == [(1, row)]
     (tmp_path / "columns.jsonl").write_text(json.dumps(form(ROWS)))  # type: ignore[operator]
     assert len(list(read_table(tmp_path / "columns.jsonl"))) == 1, "a line of JSONL is a row"
+
+
+TURNS = ROWS[0]["messages"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS, "tools": []},
+        {"messages": TURNS, "tags": ["a", "b"]},  # as many as there are turns
+        {"tags": ["a"], "conversations": [{"from": "human", "value": "Q"}]},
+        {"messages": TURNS, "id": 3},
+        {"instruction": "Q", "output": "A"},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_with_turns_or_with_no_columns_is_a_row(tmp_path: Path, row: dict, indent: int | None) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(row, indent=indent))
+    assert list(read_table(tmp_path / "x.json")) == [(1, row)]
 
 
 BROKEN = {

@@ -5,7 +5,8 @@ The content decides, not the name, with one exception: a single object is a row 
 {"a": 1}                    a row a line; blank lines are skipped
 {"a": 2}
 [{"a": 1}, {"a": 2}]        an array, on any number of lines
-{"a": [1, 2]}               columns in FILE.json: equally long lists; held in memory as a whole
+{"a": [1, 2]}               columns in FILE.json: equally long lists; held in memory as a whole. A list of turns under `messages` or
+                            `conversations` is one row's, and so is an object with anything but lists
 {"a": {"0": 1, "1": 2}}     the same as pandas' to_json writes them
 """
 
@@ -13,6 +14,7 @@ import gzip
 import io
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from megatron_fuse.storage.files import jsonl_rows
 from megatron_fuse.text_safety import brief
 
 _GZIP = b"\x1f\x8b"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CONVERSATIONS = ("messages", "conversations")  # keys under which a row has its turns, a column one list of turns a row
 
 Row = dict[str, Any]
 
@@ -39,11 +41,9 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Row]]:
         if begin == b"[":
             yield from _array(file, path)
             return
-        columns = _columns(file, path) if begin == b"{" and _is_json(path) else None
-        if columns is not None:
-            yield from enumerate(
-                (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)), 1
-            )
+        value = _single_object(file) if begin == b"{" and _is_json(path) else None
+        if value is not None:
+            yield from enumerate(_rows_of(value, path), 1)
             return
         yield from jsonl_rows(file, path)
 
@@ -64,7 +64,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _first_byte(file: BinaryIO) -> bytes:
     """The first byte that is no white space. The file is at its beginning before and after."""
-    if file.read(3) != _BYTE_ORDER_MARK:
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
         file.seek(0)
     byte = file.read(1)
     while byte.isspace():
@@ -97,49 +97,44 @@ def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
         text.detach()
 
 
-def _columns(file: BinaryIO, path: Path) -> dict[str, list[Any]] | None:
-    """The columns, if the file is a single object of columns. The file is at its beginning before and after.
-
-    No more than the first object is parsed, and no more than the first line read where it holds a whole one.
-    """
-    try:
-        value = _single_object(file)
-    finally:
-        file.seek(0)
-    if not value:
-        return None
+def _rows_of(value: Row, path: Path) -> Iterator[Row]:
+    """The rows of an object of columns; of any other object, the object."""
     columns = {key: _by_index(column) for key, column in value.items()}
-    if not all(isinstance(column, list) for column in columns.values()):
-        return None
-    if all(_are_turns(column) for column in columns.values()):
-        return None
+    if not columns or not all(isinstance(column, list) for column in columns.values()):
+        yield value
+        return
+    if any(_are_turns(columns.get(key, [])) for key in _CONVERSATIONS) or all(map(_are_turns, columns.values())):
+        yield value
+        return
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) > 1:
         found = brief(", ".join(f"{key} {length}" for key, length in lengths.items()), 150)
         raise UserError(f"{path}: an object of columns whose lengths differ ({found}): write one row an object")
-    return columns
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))
 
 
 def _single_object(file: BinaryIO) -> Row | None:
-    """The object that a file consists of; None if it has another form, which the reader of lines then judges."""
-    first = file.readline()
-    while first and not first.strip(_BYTE_ORDER_MARK).strip():
+    """The object that a file consists of; None if it has another form, which the reader of lines then judges.
+
+    The file is at its beginning before and after. No more than the first object is parsed, and no more than the first line read
+    where it holds a whole one.
+    """
+    try:
         first = file.readline()
-    try:
-        value = _parsed(first)
-    except json.JSONDecodeError as error:
-        if not is_cut_off(error, error.doc):
-            return None
-        value = None
-    except (ValueError, RecursionError):
-        return None
-    if value is not None:
+        while first and not first.strip(BOM_UTF8).strip():
+            first = file.readline()
+        try:
+            value = _parsed(first)
+        except json.JSONDecodeError as error:
+            if not is_cut_off(error, error.doc):
+                return None
+            value = _parsed(first + file.read())
         return value if isinstance(value, dict) and not any(line.strip() for line in file) else None
-    try:
-        value = _parsed(first + file.read())
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    finally:
+        file.seek(0)
 
 
 def _parsed(data: bytes) -> Any:
