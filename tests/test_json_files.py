@@ -119,6 +119,14 @@ def test_a_single_conversation_is_a_row_and_no_columns(tmp_path: Path, form: obj
     assert len(list(read_table(tmp_path / "columns.jsonl"))) == 1, "a line of JSONL is a row"
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+@pytest.mark.parametrize("blank", ["\n", "\r\n", " \n\n"])
+def test_blank_lines_may_follow_a_byte_order_mark(tmp_path: Path, name: str, blank: str) -> None:
+    (tmp_path / name).write_text(f"\ufeff{blank}{lines(ROWS)}", newline="")
+    first = 1 + blank.count("\n")
+    assert list(read_table(tmp_path / name)) == list(enumerate(ROWS, first))
+
+
 TURNS = ROWS[0]["messages"]
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -150,7 +151,9 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of every non-empty line. A malformed line raises UserError naming it."""
+    """(line number from 1, row) of every non-empty line; a byte order mark may come first. A malformed line raises UserError
+    naming it.
+    """
     with path.open("rb") as file:
         yield from jsonl_rows(file, path)
 
@@ -158,5 +161,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def jsonl_rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """read_jsonl of lines that come from elsewhere; path: their file, for errors."""
     for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if line.strip():
             yield number, parse_row(line, f"{path}:{number}")
