@@ -155,9 +155,9 @@ def change_config(root: Path, **changes: object) -> None:
             "data.jsonl:2: not valid JSON .'utf-8' codec can't decode byte 0xe9",
         ),
         (
-            lambda root: (root / "data.jsonl").write_text('[\n{"a": 1}\n]'),
+            lambda root: (root / "data.jsonl").write_text('[\n{"a": 1},\n]'),
             [],
-            "data.jsonl:1: .*JSON object on one line",
+            "data.jsonl:3: not valid JSON in element 2",
         ),
         (lambda root: None, ["--workdir", "data.jsonl"], "data.jsonl: cannot be written .Not a directory"),
     ],

@@ -222,6 +222,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "supervise": "last_turn",
         "too_long": "drop",
         "normalize": "nfc",
+        "reasoning": "drop",
         "format": "alpaca",
         "filter": "hugging_face",
         "vocabulary_map": "em",

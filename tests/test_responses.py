@@ -1,6 +1,7 @@
 """Laws of the responses stage: an answer depends on model, prompt and seed, and on nothing that happens to share its batch."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,18 @@ def test_missing_models_are_refused_with_the_key(models: dict[str, Path], tmp_pa
         options = recipe.sources["mpt"].model_copy(update={"model": str(tmp_path / place)})
         with pytest.raises(UserError, match=f"sources.x.model: .*{message}"):
             load_causal_lm(options, where="sources.x")
+
+
+def test_other_ends_in_generation_config_are_other_answers(models: dict[str, Path], tmp_path: Path) -> None:
+    """An end that the template and the tokenizer do not name decides where answers end, and so which answers they are."""
+    name = next(iter(models))
+    model = shutil.copytree(models[name], tmp_path / "model")
+    recipe = recipe_for(models | {name: model}, tmp_path)
+    generate_responses(recipe, name, progress=str)
+    generate_responses(recipe, name, progress=str)  # finds them done
+    path = model / "generation_config.json"
+    ends = json.loads(path.read_text()) if path.exists() else {}
+    further = load_format(recipe.sources[name], name).tokenizer.added_tokens["<|im_start|>"]
+    path.write_text(json.dumps(ends | {"eos_token_id": [further]}))
+    with pytest.raises(UserError, match="further ends"):
+        generate_responses(recipe, name, progress=str)

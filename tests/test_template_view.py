@@ -57,6 +57,15 @@ def test_the_tool_shows_one_model(
     assert "--mode and --source belong to one example" in capsys.readouterr().err
 
 
+def test_a_template_for_one_question_is_shown_with_one(tmp_path: Path) -> None:
+    model, template = _model("chatml and mpt", tmp_path / "model"), tmp_path / "one.jinja"
+    refusal = "{% if messages|length > 3 %}{{ raise_exception('one question only') }}{% endif %}"
+    template.write_text(refusal + FAMILIES["chatml and mpt"].template)
+    view = view_template("x", load_format(ModelOptions(model=str(model), chat_template=str(template)), "sources.x"))
+    assert "".join(token["text"] for token in view["tokens"] if token["supervised"]) == "It is 7.<|im_end|>"
+    assert "It is 5." not in "".join(token["text"] for token in view["tokens"])
+
+
 def test_the_tool_shows_every_role_of_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -65,7 +74,10 @@ def test_the_tool_shows_every_role_of_a_recipe(
         "workdir": str(tmp_path / "work"),
         "target": {"model": models["qwen3"]},
         "sources": {"glm": {"model": models["glm 4"]}},
-        "reward_models": {"judge": {"model": models["gemma 3"], "form": "classifier"}},
+        "reward_models": {
+            "judge": {"model": models["gemma 3"], "form": "classifier"},
+            "elsewhere": {"scores": "scores.jsonl"},  # nothing to show
+        },
         "schedule": {"preset": "profuser"},
         "data": {"path": "none.jsonl"},
     }
