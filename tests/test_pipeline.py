@@ -1,6 +1,8 @@
 """Only what a recipe uses is planned, a source that joins later runs its own stages and no others, and a recipe with missing files
 is refused at once."""
 
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.pipeline import Work, check_files, data_stages
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+
+ROOT = Path(__file__).parents[1]
 
 
 def run_data_stages(recipe: Recipe) -> None:
@@ -202,3 +206,17 @@ def test_a_reference_without_its_encoder_is_refused_before_anybody_answers(tmp_p
         check_files(recipe)
     without = {"without_bertscore": "renormalize"}
     check_files(small_recipe(tmp_path / "w", parts["data"], parts["alpha"], sources, reference=without, **sections))
+
+
+def test_a_plan_of_damaged_weights_is_a_whole_table(tmp_path: Path, parts: dict, capsys: pytest.CaptureFixture) -> None:
+    damaged = {name: Path(shutil.copytree(parts[name], tmp_path / name)) for name in ("alpha", "beta")}
+    for directory in damaged.values():
+        (directory / "model.safetensors").write_bytes(b"\xff" * 100)
+    recipe = recipe_of(tmp_path, {**parts, **damaged}, "alpha", "beta", "gamma")  # alpha is the target as well
+    with pytest.raises(UserError) as refusal:
+        runpy.run_path(str(ROOT / "tools/run_recipe.py"))["print_plan"](recipe, 1)
+    for directory in damaged.values():
+        assert str(refusal.value).count(f"{directory / 'model.safetensors'} is not a whole") == 1
+    states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert states["responses/alpha"] == states["responses/beta"] == states["training"] == "refused"
+    assert states["responses/gamma"] == states["export"] == "to"

@@ -133,23 +133,30 @@ def print_plan(recipe: Recipe, processes: int) -> None:
     refusals = []
     for stage in data_stages(recipe):
         for work in stage.works:
+            cost = ("", "")
             try:
                 state = work.state()
+                if state != "done":  # damaged weights are refused here
+                    cost = readable_bytes(work.disk(amounts)), readable_seconds(work.flops(amounts) / rate)
             except UserError as refusal:
                 state = "refused"
                 refusals.append(str(refusal))
-            cost = ("", "")
-            if state != "done":
-                cost = readable_bytes(work.disk(amounts)), readable_seconds(work.flops(amounts) / rate)
             say(f"{work.name:<48} {state:<16} {cost[0]:>10} {cost[1]:>10}")
     tracker = checkpoint_directory(recipe) / LATEST
-    state = f"at step {tracker.read_text().strip()}" if tracker.exists() else "to do"
-    time_left = "" if tracker.exists() else readable_seconds(training_flops(recipe, amounts) / rate)
+    state, time_left = "to do", ""
+    try:
+        if tracker.exists():
+            state = f"at step {tracker.read_text().strip()}"
+        else:
+            time_left = readable_seconds(training_flops(recipe, amounts) / rate)
+    except UserError as refusal:
+        state = "refused"
+        refusals.append(str(refusal))
     say(f"{'training':<48} {state:<16} {'':>10} {time_left:>10}")
     exported = export_directory(recipe).exists()
     say(f"{'export':<48} {'done' if exported else 'to do':<16}")
     if refusals:
-        raise UserError("\n       ".join(refusals))
+        raise UserError("\n       ".join(dict.fromkeys(refusals)))
 
 
 def readable_bytes(count: float) -> str:
