@@ -1,6 +1,7 @@
 """Laws of every tokenizer: ids are the library's own, bytes are the vocabulary's own, special strings only when asked."""
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -376,16 +377,21 @@ def test_an_empty_sentencepiece_model(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["plain", "with blanks", 'it\'s "quoted"', "$HOME"])
 @pytest.mark.parametrize(
-    ("name", "command"),
+    ("name", "called"),
     [("tekken.json", "convert_tekken_tokenizer"), ("tiktoken.model", "TikTokenConverter")],
 )
 def test_a_vocabulary_in_a_form_of_its_own_is_refused_with_the_command_that_converts_it(
-    name: str, command: str, tmp_path: Path
+    name: str, called: str, folder: str, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=rf"{name} has to be converted to tokenizer.json once: .*{command}") as refused:
-        load_tokenizer(tmp_path)
-    assert str(refused.value).count(str(tmp_path / name)) == 1 and str(tmp_path) in str(refused.value)
-    hugging_face("byte_level").save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).encode("a")
+    directory = tmp_path / folder
+    directory.mkdir()
+    (directory / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name} has to be converted to tokenizer.json once: ") as refused:
+        load_tokenizer(directory)
+    words = shlex.split(str(refused.value).split("once: ")[1].split(" (transformers asks")[0].rpartition("&& ")[2])
+    assert words[:2] == ["python", "-c"] and words[3:] == [str(directory)] and called in words[2] and name in words[2]
+    compile(words[2], "command", "exec")
+    hugging_face("byte_level").save_pretrained(directory)
+    assert load_tokenizer(directory).encode("a")

@@ -1,6 +1,7 @@
 """Tokenizers of every family behind one interface: `load_tokenizer(path) -> Tokenizer`."""
 
 import re
+import shlex
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
@@ -46,27 +47,31 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
     raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
 
 
-# The vocabularies of Mistral and of some models with code of their own, and how transformers makes a tokenizer.json of them.
+# The vocabularies of Mistral and of some models with code of their own, and the program by which transformers makes a tokenizer.json
+# of them; sys.argv[1]: the directory. What comes before and after the command that runs it.
 _CONVERSIONS = {
     "tekken.json": (
-        "pip install mistral-common && python -c 'from transformers.integrations.mistral import convert_tekken_tokenizer as "
-        'convert; convert("{path}").save_pretrained("{directory}")\''
+        "pip install mistral-common && ",
+        "import sys; from transformers.integrations.mistral import convert_tekken_tokenizer as convert; "
+        'convert(sys.argv[1] + "/tekken.json").save_pretrained(sys.argv[1])',
+        "",
     ),
     "tiktoken.model": (
-        "python -c 'from transformers import AutoTokenizer as A; from transformers.convert_slow_tokenizer import TikTokenConverter as "
-        'C; t = A.from_pretrained("{directory}", trust_remote_code=True); C("{path}", t.pat_str, extra_special_tokens='
-        't.special_tokens).converted().save("{directory}/tokenizer.json")\' (this runs the Python code in the directory)'
+        "",
+        "import sys; from transformers import AutoTokenizer as A; from transformers.convert_slow_tokenizer import TikTokenConverter as C; "
+        'd = sys.argv[1]; t = A.from_pretrained(d); C(d + "/tiktoken.model", t.pat_str, '
+        'extra_special_tokens=t.special_tokens).converted().save(d + "/tokenizer.json")',
+        " (transformers asks whether to run the Python code in the directory)",
     ),
 }
 
 
 def _refuse_own_forms(directory: Path) -> None:
     """Raises UserError, with the command that converts it, for a vocabulary in a form that has no splitting rule of its own."""
-    for name, command in _CONVERSIONS.items():
-        if (path := directory / name).is_file():
-            raise UserError(
-                f"{directory}: {name} has to be converted to tokenizer.json once: {command.format(path=path, directory=directory)}"
-            )
+    for name, (before, program, after) in _CONVERSIONS.items():
+        if (directory / name).is_file():
+            command = f"{before}{shlex.join(['python', '-c', program, str(directory)])}{after}"
+            raise UserError(f"{directory}: {name} has to be converted to tokenizer.json once: {command}")
 
 
 def _hugging_face(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:
