@@ -22,14 +22,14 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
         return None
     idle = processes - shards
     useful = max(examples // processes, 1)
-    mend = f"start {shards}: there are no more examples"
+    advice = f"start {shards}: there are no more examples"
     if useful < size:
-        mend = f"set data.shard_size to {useful}{' or less' * (useful > 1)}"
+        advice = f"set data.shard_size to {useful}{' or less' * (useful > 1)}"
         if Workspace(recipe.workdir).instructions.exists():
-            mend += f"; what is prepared keeps its shards: remove {recipe.workdir} to make it, and all that came of it, anew"
+            advice += f"; what is prepared keeps its shards: remove {recipe.workdir} to make it, and all that came of it, again"
     return (
         f"data.shard_size is {size}, so that {examples} example{'s' * (examples != 1)} are {shards} shard{'s' * (shards != 1)}, and "
-        f"{idle} of {processes} processes {'has' if idle == 1 else 'have'} nothing to do in the stages before training: {mend}"
+        f"{idle} of {processes} processes {'has' if idle == 1 else 'have'} nothing to do in the stages before training: {advice}"
     )
 
 

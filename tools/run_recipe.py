@@ -76,7 +76,7 @@ def run_stage(name: str, recipe: Recipe, resolved: Path, processes: int) -> None
     elif name == "export":
         run(["tools/export_model.py", "--recipe", str(resolved)], 1)
     else:
-        # Counted anew for every stage: its plan depends on what the stages before it wrote.
+        # Counted again for every stage: its plan depends on what the stages before it wrote.
         (stage,) = [stage for stage in data_stages(recipe) if stage.name == name]
         if stage.is_done() and name != "fusion data":  # which also chooses between the sources and says what it chose
             say(f"{name}: done")
@@ -96,7 +96,7 @@ def run(command: list[str], processes: int) -> None:
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
     if code := run_tied([*launcher, str(ROOT / script), *options], env=environment):
-        raise UserError(f"{script} ended with exit code {code}: mend what it says above and run this again")
+        raise UserError(f"{script} ended with exit code {code}: fix what it says above and run this again")
     say(f"  {script}: {time.perf_counter() - start:.1f} s")
 
 

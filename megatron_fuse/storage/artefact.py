@@ -150,14 +150,14 @@ def open_artefact(
             f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
             f"needed is {stage!r} in format {FORMAT_VERSION}: remove {directory} and run {made_by} again"
         )
-    mend = f"remove {remove or directory} and run {made_by} again, or put the old value back"
+    advice = f"remove {remove or directory} and run {made_by} again, or put the old value back"
     for section, wanted in {"options": options or {}, "inputs": inputs or {}}.items():
         _refuse_difference(
             directory,
             section,
             {key: manifest[section][key] for key in wanted if key in manifest[section]},
             wanted,
-            mend,
+            advice,
         )
     return Artefact(directory, manifest).verify(checksums=False)
 
@@ -177,7 +177,7 @@ def completed(plan: Plan) -> Artefact | None:
             if name == "manifest.json":  # the markers hold all that it says
                 continue
             raise
-        fix = f"move or remove {directory} to make it anew, or put the old value back"
+        fix = f"move or remove {directory} to make it again, or put the old value back"
         for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
             _refuse_difference(directory, key, found.get(key), wanted.get(key), fix)
         if name == "manifest.json":
@@ -187,16 +187,16 @@ def completed(plan: Plan) -> Artefact | None:
     return None
 
 
-def _refuse_difference(directory: Path, key: str, have: Any, want: Any, mend: str) -> None:
+def _refuse_difference(directory: Path, key: str, have: Any, want: Any, advice: str) -> None:
     """Raises UserError naming the key (within a section, the first that differs) and both values."""
     if have == want:
         return
     if isinstance(have, dict) and isinstance(want, Mapping):
         inner = next(k for k in [*want, *have] if have.get(k) != want.get(k) or (k in have) != (k in want))
         if inner not in have:  # an older version did not record it
-            raise UserError(f"{directory} was made without {key}.{inner}, now {shown(want[inner])}: {mend}")
+            raise UserError(f"{directory} was made without {key}.{inner}, now {shown(want[inner])}: {advice}")
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
-    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {mend}")
+    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {advice}")
 
 
 def shown(value: Any) -> str:

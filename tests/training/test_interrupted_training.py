@@ -1,4 +1,4 @@
-"""A run that is told to stop stops on all ranks with a checkpoint, and one that is killed at any moment loses no step twice."""
+"""A run that gets a signal stops on all ranks with a checkpoint, and one that is killed at any moment loses no step twice."""
 
 import contextlib
 import dataclasses
