@@ -89,7 +89,7 @@ def read_rows(
 
     every_turn: all assistant turns are learned that no mask leaves out, else the last one alone. clean: what `Rows.read` does to
     each example; ids made from content are those of the row as it is in the file.
-    docs/data.md says which rows are listed. An id that different rows have is nobody's: all of them are listed, as what other
+    docs/data.md says which rows are listed. Rows with one id and different contents are all listed, as what other
     files say of that id cannot be given to one of them. Raises UserError for a line that is no JSON object and for a file
     without known rows.
     """

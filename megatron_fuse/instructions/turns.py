@@ -70,7 +70,7 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
     system = text(row, "system", optional=True)
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
-    while messages and messages[-1]["role"] == "user":  # a question that nobody answered
+    while messages and messages[-1]["role"] == "user":  # a question without an answer
         messages.pop()
     previous = None
     for message in messages:
