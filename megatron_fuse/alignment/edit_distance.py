@@ -52,7 +52,7 @@ def nearest_pieces(
 def _look_ups(pieces: Sequence[bytes], places: np.ndarray, distance: int) -> Iterator[np.ndarray]:
     """The places of pieces with one number of characters, as many as one look-up takes; none of the longest ones."""
     for length, chosen in _by_length([characters(pieces[place]) for place in places]).items():
-        if length <= LONGEST[distance]:
+        if length <= min(LONGEST[: distance + 1]):  # looked up at every smaller distance too, without a find
             step = queries_at_once(length, distance)
             yield from (places[chosen[begin : begin + step]] for begin in range(0, len(chosen), step))
 
