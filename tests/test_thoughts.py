@@ -10,8 +10,10 @@ from local_server import Act, completion, scripted
 from small_models import save_model, small_recipe
 from test_server import answers, number, recipe_for
 
+from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import load_chat_format
-from megatron_fuse.instructions import load_examples, prepare_instructions
+from megatron_fuse.fusion_data.text import encode_documents
+from megatron_fuse.instructions import Example, load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.responses.sampled import _response, _sampling
@@ -20,6 +22,7 @@ from megatron_fuse.sources.generation import Answer
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.thoughts import split_thought, thought_end, without_empty_thought
 from megatron_fuse.tokenization import load_tokenizer
+from megatron_fuse.tokenization.spans import response_bytes
 
 END = "</think>"
 
@@ -200,3 +203,27 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     assert found.messages[1] == {"role": "assistant", **earlier}
     answer = Response("x", "4", False, 1, reasoning="two")
     assert learned_of(answer, option) == learned_of_example(found) == Learned(response, True, thought)
+
+
+@pytest.mark.parametrize("option", ["template", "drop", "supervise"])
+def test_source_and_target_learn_the_same_bytes_of_an_answer_with_a_thought(option: str, tmp_path: Path) -> None:
+    """The source's own answer as it is captured, and as the target's document: the thought is label, context or nowhere in both."""
+    source, target = (
+        load_chat_format(load_tokenizer(save_tokenizer(name, tmp_path / name)), learns=name == "qwen3")
+        for name in ("nemotron 3", "qwen3")
+    )
+    example = Example("e", None, [{"role": "user", "content": "hello"}], "truth")
+    learned = learned_of(Response("e", "Paris", False, 1, reasoning="so it is"), option)
+    read = conversation_of(source, example, learned, every_turn=False).encoded
+    documents = encode_documents(target, [example], [learned], every_turn=False, seq_length=500)
+    data = response_bytes([learned.text])
+    assert read is not None and read.exact and not documents.lossy[0]
+    assert read.spans.ends[-1] == documents.spans[0].ends[-1] == len(data)
+    for chat, ids, supervised in (
+        (source, read.ids, read.supervised),
+        (target, documents.tokens[0], documents.supervised[0].astype(bool)),
+    ):
+        labels, context = (chat.tokenizer.decode(ids[mask].tolist()) for mask in (supervised, ~supervised))
+        assert labels == learned.text
+        assert ("so it is" in labels, "so it is" in context) == (option == "supervise", option == "template")
+        assert (labels + context).count("</think>") == 1
