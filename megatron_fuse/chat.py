@@ -4,7 +4,6 @@ One mechanism: every template is Jinja text in the form of Hugging Face's `chat_
 itself never goes through Jinja, so that its bytes are the same for every model.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_fuse.chat_templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
+from megatron_fuse.hidden_strings import HiddenStrings
 from megatron_fuse.template_meter import TemplateLimit
 from megatron_fuse.template_probe import end_token, surroundings
 from megatron_fuse.text_safety import brief
@@ -118,8 +118,8 @@ class ChatFormat:
     def encode_prompt(self, messages: Messages) -> list[int]:
         """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one."""
         turns = self.with_system(messages)
-        hide = _Hidden(self.tokenizer, _texts(turns))
-        return self._ids(self._generation_prompt([_hidden(turn, hide) for turn in turns]), hide)
+        hide = HiddenStrings(self.tokenizer, _texts(turns))
+        return self._ids(self._generation_prompt([hide.in_turn(turn) for turn in turns]), hide)
 
     def _generation_prompt(self, turns: Messages) -> str:
         return self._render(turns, prompt=True) + ("" if self.generation else self.opening)
@@ -173,8 +173,7 @@ class ChatFormat:
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the token that ends them, without the template's separator: what encode_conversation takes."""
-        ends = self.end_ids | {self.stop_id}
-        end = next((place for place, token in enumerate(ids) if token in ends), None)
+        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         text = self.spelled(ids[:end]).decode("utf-8", "replace").removeprefix(self.separator)
         return text if end is None else text.removesuffix(self.closing)
 
@@ -203,7 +202,7 @@ class ChatFormat:
 
     def _parts(
         self, messages: Messages, response: str, every_turn: bool, reasoning: str | None, *, cut: bool
-    ) -> tuple[list[tuple[str, str, str]], "_Hidden"]:
+    ) -> tuple[list[tuple[str, str, str]], HiddenStrings]:
         """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
 
         Special-token strings in messages and turns stay text: they are hidden while the template is rendered, and only
@@ -211,10 +210,10 @@ class ChatFormat:
         turn does not go through the template at all, which may strip it: a mark holds its place.
         """
         turns = self.with_system(messages)
-        hide = _Hidden(self.tokenizer, [*_texts(turns), response, reasoning or ""])
+        hide = HiddenStrings(self.tokenizer, [*_texts(turns), response, reasoning or ""])
         learned = [every_turn and _may_be_learned(turn) for turn in turns]
         shown = [
-            _hidden(turn, hide) | ({"content": hide.mark} if mark else {})
+            hide.in_turn(turn) | ({"content": hide.mark} if mark else {})
             for turn, mark in zip(turns, learned, strict=True)
         ]
         thought = {"reasoning_content": hide(reasoning)} if reasoning else {}
@@ -240,7 +239,7 @@ class ChatFormat:
         before, space, _ = parts.pop()
         return [*parts, (before, space if response else "", response)], hide
 
-    def _closing_ids(self, text: str, text_ids: list[int], hide: "_Hidden") -> list[int]:
+    def _closing_ids(self, text: str, text_ids: list[int], hide: HiddenStrings) -> list[int]:
         """Ids of the white space that the template prints between this text, the conversation so far, and the stop token."""
         if not self.closing:
             return []
@@ -272,7 +271,7 @@ class ChatFormat:
         special = self.tokenizer.special_ids & set(ids[:place])
         return None if special or self.tokenizer.joined_bytes(ids[:place]).strip() else place
 
-    def _ids(self, text: str, hide: "_Hidden", *, continued: bool = False) -> list[int]:
+    def _ids(self, text: str, hide: HiddenStrings, *, continued: bool = False) -> list[int]:
         """Ids of a text with the template's special tokens; continued: other text stands before it."""
         tokenizer = self.tokenizer
         if not continued and not hide.is_in(text):
@@ -302,50 +301,11 @@ def _texts(turns: Messages) -> list[str]:
     ]
 
 
-def _hidden(turn: Mapping[str, str | bool], hide: "_Hidden") -> dict[str, str | bool]:
-    keys = [key for key in ("content", "reasoning_content") if key in turn]
-    return {**turn} | {key: hide(turn[key]) for key in keys}
-
-
 def _for_template(turn: Mapping[str, str | bool]) -> dict[str, str]:
     """A message without our own keys; templates call its thought by one of two names."""
     shown = {key: turn[key] for key in ("role", "content")}
     thought = turn.get("reasoning_content")
     return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
-
-
-class _Hidden:
-    """Replaces special-token strings in texts by private characters that the texts do not contain, and back.
-
-    mark: one more such character, for what is to be found again in a rendered template.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-        names = [text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids and text]
-        self._names = sorted(names, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
-        whole = "".join(texts)
-        used = bool(self._pattern.search(whole))
-        free = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in whole)
-        self.mark = next(free)
-        self._characters = [next(free) for _ in self._names] if used else []
-
-    def __call__(self, text: str) -> str:
-        if not self._characters:
-            return text
-        return self._pattern.sub(lambda match: self._characters[self._names.index(match[0])], text)
-
-    def is_in(self, text: str) -> bool:
-        """Whether something is hidden in this text."""
-        return any(character in text for character in self._characters)
-
-    def split(self, text: str) -> list[str]:
-        return re.split(f"({self._pattern.pattern})", text)
-
-    def reveal(self, text: str) -> str:
-        for name, character in zip(self._names, self._characters, strict=False):
-            text = text.replace(character, name)
-        return text
 
 
 def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:

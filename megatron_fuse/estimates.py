@@ -9,6 +9,7 @@ from itertools import chain, islice
 from math import prod
 from pathlib import Path
 
+from megatron_fuse.chat import supervised_turns
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example, example_shards, open_instructions
 from megatron_fuse.instructions.rows import read_rows
@@ -97,8 +98,7 @@ def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
         conversation += (
             _tokens(example.system or "") + sum(_tokens(each["content"]) for each in example.messages) + response
         )
-        earlier = (each for each in example.messages if each["role"] == "assistant" and each.get("supervised", True))
-        learned += response + (sum(_tokens(each["content"]) for each in earlier) if every_turn else 0.0)
+        learned += sum(map(_tokens, supervised_turns(example.messages, example.response, every_turn=every_turn)))
         last += response
         answer += min(response, limit)
     count = len(examples)

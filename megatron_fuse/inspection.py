@@ -87,7 +87,7 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
         *_reasons(view, dataset),
         f"{len(tokens)} tokens, {len(labels)} supervised, {matched} of them with teacher entries",
         "",
-        *_conversation(tokens),
+        *conversation_lines(tokens),
         "",
         f"{'position':>8}  {'label':<16} {'match':<9} {'tail':>6}  teacher's entries, in per cent",
     ]
@@ -100,8 +100,8 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
     return "\n".join(lines)
 
 
-def _conversation(tokens: list[dict[str, Any]]) -> list[str]:
-    """The text with its token boundaries, one part for every run of tokens that are learned or only read."""
+def conversation_lines(tokens: list[dict[str, Any]]) -> list[str]:
+    """The text of tokens {text, supervised} with its token boundaries, one part for every run that is learned or only read."""
     return [
         f"[{'learned' if supervised else 'context'}] {'│'.join(printable(token['text'], prose=True) for token in run)}"
         for supervised, run in groupby(tokens, key=lambda token: token["supervised"])

@@ -1,16 +1,14 @@
 """How a model reads conversations, for a person: its template's text around a response, what is learned, and what ends an answer."""
 
 from collections.abc import Iterator
-from itertools import groupby
 from typing import Any
 
 from megatron_fuse.advantage.reward_models.forms import load_judge_format
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.inspection import token_text
+from megatron_fuse.inspection import conversation_lines, token_text
 from megatron_fuse.recipe import TARGET, ModelOptions, Recipe
 from megatron_fuse.sources.huggingface import load_format, recipe_key
-from megatron_fuse.text_safety import printable
 
 _SAMPLE = [
     {"role": "system", "content": "Be brief."},
@@ -38,7 +36,7 @@ def format_of_model(model: str) -> ChatFormat:
 
 
 def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
-    """{"model", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}], "generation_prompt", "begins"...}
+    """{"model", "template", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}], "generation_prompt", ...}
 
     tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text after which the model
     answers the sample's last question. The other keys are those fields of ChatFormat.
@@ -73,13 +71,9 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
 def format_template_view(view: dict[str, Any]) -> str:
     """The view as text: the conversation with its token boundaries, and below it what is known of the template."""
     labels = [token for token in view["tokens"] if token["supervised"]]
-    runs = groupby(view["tokens"], key=lambda token: token["supervised"])
     lines = [
         f"{view['model']}: {view['template']}",
-        *(
-            f"[{'learned' if learned else 'context'}] {'│'.join(printable(each['text'], prose=True) for each in run)}"
-            for learned, run in runs
-        ),
+        *conversation_lines(view["tokens"]),
         f"first learned token: {_shown(labels[0])}; last: {_shown(labels[-1])}",
         f"stop token, a label: {_shown(view['stop'])}; sampling ends at: {', '.join(map(_shown, view['ends']))}",
         f"generation begins behind: {view['generation_prompt'][-60:]!r}",

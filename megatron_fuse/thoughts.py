@@ -42,7 +42,8 @@ def split_thought(
     """(the thought, the answer behind it) of what a model wrote; the thought is None where there is none.
 
     end: the tag that ends the model's thoughts, as its chat template has it. opened: the prompt ends in an open thought, so that
-    all is thought up to that tag. cut: the text was cut off, perhaps within a thought that it begins itself. The answer has no white space at its beginning, and is empty where the thought does not end.
+    all is thought up to that tag. cut: the text was cut off, perhaps within a thought that it begins itself. The answer has no
+    white space at its beginning, and is empty where the thought does not end.
     """
     own = thought_end(text)
     if own is not None and (own in text or own == end or cut):

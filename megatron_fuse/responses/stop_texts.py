@@ -36,8 +36,7 @@ class StopTexts:
     def cut(self, data: bytes) -> bytes:
         """A response's bytes before the stop text that ends it; all of them where there is none."""
         begin = self._answer_begins(data)
-        end = self._find(data[begin:])
-        return data if end is None else data[: begin + end]
+        return data[:begin] + self.cut_answer(data[begin:])
 
     def cut_answer(self, data: bytes) -> bytes:
         """As cut, of an answer without its thought."""

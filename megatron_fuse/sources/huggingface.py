@@ -91,19 +91,17 @@ def model_fingerprint(model_dir: Path) -> str:
 
     Covers config.json and, of every weight file, its name, size, safetensors header, first and last 64 KiB and the first 4 KiB
     of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were. Python files are read
-    whole: under trust_remote_code they decide the logits. Of shards those count that the index names, in whatever folder.
+    whole: under trust_remote_code they decide the logits.
     """
-    files = weight_paths(model_dir)
-    if not files:
+    weights = weight_parts(model_dir)
+    if not weights:
         if shards_of(model_dir):  # names the shard that is missing, or the file beside its index
             WeightFiles(model_dir).open_all()
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
     parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
         parts += [path.name.encode(), read_small_file(path)]
-    for path in files:
-        parts += [path.relative_to(model_dir).as_posix().encode(), *weight_samples(path)]
-    return sha256_of_bytes(*parts)
+    return sha256_of_bytes(*parts, *weights)
 
 
 def fingerprint_if_here(options: ModelOptions, where: str) -> str | None:
@@ -114,12 +112,18 @@ def fingerprint_if_here(options: ModelOptions, where: str) -> str | None:
         return None
 
 
-def weight_paths(model_dir: Path) -> list[Path]:
-    """Weight files of a directory, sorted; of shards those that the index names, in whatever folder."""
+def weight_parts(model_dir: Path) -> list[bytes]:
+    """What tells the weights of a directory from others: name and samples of every file; none where there are no weights.
+
+    Of shards those count that the index names, in whatever folder.
+    """
     shards = shards_of(model_dir)
     files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
     named = [model_dir / name for names in shards.values() for name in names]
-    return sorted(files + [path for path in named if path.is_file()])
+    parts: list[bytes] = []
+    for path in sorted(files + [path for path in named if path.is_file()]):
+        parts += [path.relative_to(model_dir).as_posix().encode(), *weight_samples(path)]
+    return parts
 
 
 def weight_samples(path: Path) -> list[bytes]:

@@ -13,8 +13,7 @@ from megatron_fuse.sources.huggingface import (
     model_fingerprint,
     resolve_model,
     trust_key,
-    weight_paths,
-    weight_samples,
+    weight_parts,
 )
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.storage.strict_json import read_small_file
@@ -100,6 +99,4 @@ def judge_fingerprint(options: RewardModelOptions, name: str) -> str:
     if files.weights == files.body:
         return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
     parts = [files.form.encode(), read_small_file(files.body / "config.json")]
-    for path in weight_paths(files.weights):
-        parts += [path.relative_to(files.weights).as_posix().encode(), *weight_samples(path)]
-    return sha256_of_bytes(*parts)
+    return sha256_of_bytes(*parts, *weight_parts(files.weights))
