@@ -39,6 +39,7 @@ from megatron_fuse.model.attention import CausalAttention, causal_attention
 from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.gpt import FusionGPTModel, build_model
 from megatron_fuse.runtime import start_runtime, stop_runtime
+from megatron_fuse.stages import Context
 from megatron_fuse.training.batches import GlobalBatch, micro_batches, plan_batch
 from megatron_fuse.training.loss import make_forward_step
 
@@ -74,7 +75,7 @@ def _dataset(directory: Path, options: argparse.Namespace) -> FusionDataset:
     """The instructions' conversations with drawn teacher's rows."""
     examples, tokenizer = options.steps * options.global_batch_size, options.target_tokenizer
     recipe = synthetic_run(directory, tokenizer, {"source": tokenizer}, options.instructions, examples=examples)
-    build_fusion_data(recipe, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     return FusionDataset(recipe)
 
 

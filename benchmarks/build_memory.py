@@ -23,6 +23,7 @@ from megatron_fuse.instructions import read_rows
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 
 WANTED = "ratio <= 1.2"
 TIMES = 10
@@ -73,7 +74,7 @@ def _build(recipe: Recipe) -> tuple[float, float]:
     for options in (recipe.target, *recipe.sources.values()):
         load_format(options, "benchmark")
     before = _peak()
-    build_fusion_data(recipe, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     return before, _peak()
 
 

@@ -24,6 +24,7 @@ from table import Measurement, run
 
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
+from megatron_fuse.stages import Context
 
 NAMES = {
     "full_vocabulary": "default rule",
@@ -62,7 +63,7 @@ def _measure(
         recipe = synthetic_run(
             Path(directory), target_tokenizer, sources, options.instructions, examples=options.examples, rule=rule
         )
-        build_fusion_data(recipe, progress=str)
+        build_fusion_data(Context(recipe), progress=str)
         files = [path for path in fusion_directory(recipe).rglob("*") if path.is_file()]
         dataset = FusionDataset(recipe)
         labels = int(dataset.supervised_tokens("training").sum())

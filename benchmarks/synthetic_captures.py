@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from megatron_fuse.capture import CAPTURED, CaptureShard, Conversation, SparseRows, plan_capture
+from megatron_fuse.capture import CAPTURED, CAPTURES, CaptureShard, Conversation, SparseRows
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import ChatFormat
-from megatron_fuse.instructions import example_shards, open_instructions, prepare_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
-from megatron_fuse.sources.huggingface import load_format, source_options
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import run_plan
 
 # Entries kept of 10 on average: what real text gives under each rule (about 6 and about 8), and without truncation.
@@ -63,9 +63,9 @@ def synthetic_run(
             "schedule": {"preset": "fuse"},
         }
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for place, source in enumerate(recipe.sources):
-        _write_capture(recipe, source, MEAN_KEPT[rule], np.random.default_rng([seed, place]))
+        _write_capture(Context(recipe), source, MEAN_KEPT[rule], np.random.default_rng([seed, place]))
     return recipe
 
 
@@ -85,9 +85,9 @@ def _model_directory(directory: Path, tokenizer: Path) -> Path:
     return directory
 
 
-def _write_capture(recipe: Recipe, source: str, mean_kept: float, draw: np.random.Generator) -> None:
-    chat = load_format(source_options(recipe, source), f"sources.{source}")
-    shards = example_shards(open_instructions(recipe))
+def _write_capture(context: Context, source: str, mean_kept: float, draw: np.random.Generator) -> None:
+    recipe, chat = context.recipe, context.format(source)
+    shards = example_shards(context.open(INSTRUCTIONS))
     every_turn = recipe.data.supervise == "every_turn"
 
     def conversations_of(index: int) -> list[Conversation]:
@@ -103,7 +103,7 @@ def _write_capture(recipe: Recipe, source: str, mean_kept: float, draw: np.rando
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
         return {"examples": len(conversations), "rows": len(shard.counts), "entries": len(shard.entry_ids)}
 
-    run_plan(plan_capture(recipe, source, "training", chat), make_shard, progress=str)
+    run_plan(context.plan(CAPTURES, source, "training"), make_shard, progress=str)
 
 
 def _labels(conversations: list[Conversation]) -> np.ndarray:

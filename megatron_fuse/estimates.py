@@ -6,57 +6,25 @@ A token is taken to be four bytes of text until the instructions are prepared, w
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from math import prod
-from pathlib import Path
 
 from megatron_fuse.chat import supervised_turns
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import Example, example_shards, open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.rows import read_rows
-from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Amounts, Context
 from megatron_fuse.storage import Artefact
-from megatron_fuse.training.schedule import make_schedule
 
 _BYTES_PER_TOKEN = 4
 _LOOKED_AT = 1000  # examples whose texts are measured
-# Weights that one element of a packed type holds where they are quantised to four bits: bitsandbytes; GPTQ and AWQ.
-_PACKED = {"U8": 2, "torch.uint8": 2, "I32": 8, "torch.int32": 8}
 
 
-@dataclass(frozen=True)
-class Amounts:
-    """Of a recipe's examples; the tokens of all of them together.
-
-    prompt_tokens: what is read and not learned; response_tokens: what is learned of the ground truth; question_tokens: what a model
-    reads before it answers; answer_tokens: of one model's own answers, taken to be as long as the ground truth where
-    responses.max_new_tokens allows.
-    """
-
-    examples: int
-    held_out: int
-    prompt_tokens: float
-    response_tokens: float
-    question_tokens: float
-    answer_tokens: float
-
-    def read(self, mode: str) -> float:
-        """Tokens that a model reads of all conversations in a mode."""
-        if mode == "inference":
-            return self.question_tokens + self.answer_tokens
-        return self.prompt_tokens + self.response_tokens
-
-    def learned(self, mode: str) -> float:
-        """Tokens of these that are supervised: those whose distributions are stored."""
-        return self.answer_tokens if mode == "inference" else self.response_tokens
-
-
-def estimate_amounts(recipe: Recipe) -> Amounts:
+def estimate_amounts(context: Context) -> Amounts:
     """Of the prepared instructions if there are any, else of the rows of the user's file, every one of which is read once.
 
     Raises UserError for a file that cannot be read or has no usable row.
     """
-    artefact = _prepared(recipe)
+    recipe, artefact = context.recipe, _prepared(context)
     if artefact:
         counts, prepared = artefact.counts, chain.from_iterable(example_shards(artefact))
         sizes = _mean_sizes(recipe, list(islice(prepared, _LOOKED_AT)))
@@ -73,9 +41,9 @@ def estimate_amounts(recipe: Recipe) -> Amounts:
     return _amounts(recipe, examples, min(recipe.data.held_out, examples - 1), sizes, scale)
 
 
-def _prepared(recipe: Recipe) -> Artefact | None:
+def _prepared(context: Context) -> Artefact | None:
     try:
-        return open_instructions(recipe)
+        return context.open(INSTRUCTIONS)
     except UserError:  # not there, or another recipe's, which their own line of the plan says
         return None
 
@@ -120,24 +88,3 @@ def _amounts(recipe: Recipe, examples: int, held_out: int, sizes: _Sizes, scale:
         question_tokens=examples * scale * (sizes.conversation - sizes.last),
         answer_tokens=examples * answer,
     )
-
-
-def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
-    """Tokens that the target reads in training, prompts included, up to the step at which train_iters ends it."""
-    training_examples = amounts.examples - amounts.held_out
-    schedule = make_schedule(recipe, training_examples)
-    steps = schedule.last_step(recipe.training.train_iters)
-    samples = min(steps * recipe.training.global_batch_size, schedule.total_samples)
-    read = 0.0
-    for phase in recipe.phases:
-        of_phase = min(samples, phase.epochs * training_examples)
-        samples -= of_phase
-        modes = ["inference"] * phase.inference.is_used + ["training"] * phase.training.is_used
-        read += of_phase * sum(amounts.read(mode) for mode in modes) / amounts.examples
-    return read
-
-
-def count_parameters(directory: Path) -> float:
-    """Of the weight files, from their headers alone, whatever the type in which they are stored. Raises UserError for damaged ones."""
-    weights = WeightFiles(directory)
-    return sum(prod(weights.shape(name)) * _PACKED.get(weights.dtype(name), 1) for name in weights.file_of)

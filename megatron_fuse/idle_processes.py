@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS
 from megatron_fuse.processes import STARTED
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage import Workspace, rank_and_world
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import rank_and_world
 from megatron_fuse.text_safety import say
 
 
@@ -25,7 +26,7 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
     advice = f"start {shards}: there are no more examples"
     if useful < size:
         advice = f"set data.shard_size to {useful}{' or less' * (useful > 1)}"
-        if Workspace(recipe.workdir).instructions.exists():
+        if INSTRUCTIONS.directory(recipe).exists():
             advice += f"; what is prepared keeps its shards: remove {recipe.workdir} to make it, and all that came of it, again"
     return (
         f"data.shard_size is {size}, so that {examples} example{'s' * (examples != 1)} are {shards} shard{'s' * (shards != 1)}, and "
@@ -33,14 +34,14 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
     )
 
 
-def warn_of_idle_processes(recipe: Recipe, progress: Callable[[str], None] = say) -> None:
+def warn_of_idle_processes(context: Context, progress: Callable[[str], None] = say) -> None:
     """For a stage that begins: its first process says idle_line, unless the command that has started it does."""
     rank, processes = rank_and_world()
     if rank != 0 or processes == 1 or STARTED in os.environ:
         return
     try:
-        examples = open_instructions(recipe).counts["examples"]
+        instructions = context.open(INSTRUCTIONS)
     except UserError:  # the stage says what is wrong
         return
-    if line := idle_line(recipe, examples, processes):
-        progress(f"{Workspace(recipe.workdir).instructions}: {line}")
+    if line := idle_line(context.recipe, instructions.counts["examples"], processes):
+        progress(f"{instructions.directory}: {line}")

@@ -9,7 +9,7 @@ from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format, resolve_model
+from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.storage import Workspace
 
 
@@ -24,11 +24,6 @@ def export_directory(recipe: Recipe) -> Path:
 
 def target_directory(recipe: Recipe) -> Path:
     return resolve_model(recipe.target.model, "target.model")
-
-
-def target_hashes(target: ChatFormat) -> dict[str, str]:
-    """What artefacts record that hold the target's tokens, or were cut to them."""
-    return {"target tokenizer": target.tokenizer.sha256, "target chat format": target.sha256}
 
 
 def read_target(recipe: Recipe) -> Architecture:
@@ -60,9 +55,8 @@ def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
     check_weights(WeightFiles(directory), architecture)
 
 
-def check_target_tokenizer(recipe: Recipe, architecture: Architecture) -> None:
-    """Raises UserError where the target's tokenizer gives ids that its model does not have."""
-    chat = load_format(recipe.target, "target")
+def check_target_tokenizer(chat: ChatFormat, architecture: Architecture) -> None:
+    """Raises UserError if the target's tokenizer gives ids that its model does not have. chat: the target's format."""
     # A special token may lie beyond the vocabulary as long as no conversation holds it, as padding tokens often do.
     used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
     largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_fuse.advantage.reward_models.forms import load_judge_format
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.inspection import conversation_lines, token_text
-from megatron_fuse.recipe import TARGET, ModelOptions, Recipe
-from megatron_fuse.sources.huggingface import load_format, recipe_key
+from megatron_fuse.recipe import TARGET, ModelOptions
+from megatron_fuse.recipe.lookup import recipe_key
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 
 _SAMPLE = [
     {"role": "system", "content": "Be brief."},
@@ -19,15 +20,13 @@ _SAMPLE = [
 _RESPONSE = "It is 7."
 
 
-def formats_of(recipe: Recipe) -> Iterator[tuple[str, ChatFormat]]:
+def formats_of(context: Context) -> Iterator[tuple[str, ChatFormat]]:
     """(key in the recipe, chat format) of the target, every source and every reward model."""
-    yield TARGET, load_format(recipe.target, TARGET)
-    for name, options in recipe.sources.items():
-        yield recipe_key(name), load_format(options, recipe_key(name))
-    for name, options in recipe.reward_models.items():
-        if options.model is None:  # scores from a file
-            continue
-        yield f"reward_models.{name}", load_judge_format(options, name)
+    for name in (TARGET, *context.recipe.sources):
+        yield recipe_key(name), context.format(name)
+    for name, options in context.recipe.reward_models.items():
+        if options.model is not None:  # else its scores are from a file
+            yield f"reward_models.{name}", context.reward_model_format(name)
 
 
 def format_of_model(model: str) -> ChatFormat:

@@ -6,10 +6,11 @@ from pathlib import Path
 from small_fusion import SOURCES, fusion_recipe, save_models, write_data
 from small_models import write_rows
 
-from megatron_fuse.capture import CaptureShard, capture_shard, open_capture
+from megatron_fuse.capture import CAPTURES, CaptureShard, capture_shard
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 
 TEXTS = [
     "Sure: the internationalization of 123 stations is 45.",
@@ -38,9 +39,9 @@ def build_world(root: Path) -> tuple[Path, Models]:
         rows.append({"id": f"e{n}", "messages": [{"role": role, "content": text} for role, text in turns]})
     write_rows(root / "data.jsonl", rows)
     recipe = world_recipe(root, models)
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for source in SOURCES:
-        generate_responses(recipe, source, progress=str)
+        generate_responses(Context(recipe), source, progress=str)
     return root, models
 
 
@@ -59,5 +60,5 @@ def changed(recipe: Recipe, **sections: object) -> Recipe:
 
 
 def read(recipe: Recipe, source: str, mode: str) -> list[CaptureShard]:
-    artefact = open_capture(recipe, source, mode)
+    artefact = Context(recipe).open(CAPTURES, source, mode)
     return [capture_shard(artefact, index) for index in range(artefact.manifest["shards"])]

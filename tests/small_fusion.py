@@ -17,12 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megatron_fuse.advantage.scores import plan_scores
+from megatron_fuse.advantage.scores import SCORES
 from megatron_fuse.capture import capture
 from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import run_plan
 
 SOURCES = ("alpha", "beta", "gamma")
@@ -112,11 +113,11 @@ def write_data(root: Path, examples: int = 13) -> None:
 
 def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
     """Everything that build_fusion_data reads."""
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for place, source in enumerate(recipe.sources):
-        generate_responses(recipe, source, progress=str)
+        generate_responses(Context(recipe), source, progress=str)
         for mode in ("training", "inference"):
-            capture(recipe, source, mode, progress=str)
+            capture(Context(recipe), source, mode, progress=str)
         for judge_place, judge in enumerate(recipe.reward_models):
             random = np.random.default_rng([seed, place, judge_place])
 
@@ -127,7 +128,7 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
                 np.save(prefix.with_name(prefix.name + ".npy"), random.integers(0, 3, examples).astype(np.float32))
                 return {}
 
-            run_plan(plan_scores(recipe, source, judge), draw, progress=str)
+            run_plan(Context(recipe).plan(SCORES, source, judge), draw, progress=str)
 
 
 def build_world(root: Path) -> Recipe:
@@ -136,5 +137,5 @@ def build_world(root: Path) -> Recipe:
     write_data(root)
     recipe = fusion_recipe(root, models)
     run_before_fusion(recipe)
-    build_fusion_data(recipe, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     return recipe

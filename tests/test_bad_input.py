@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_models import save_model, save_tokenizer, small_recipe, write_rows
 
-from megatron_fuse.capture import capture, capture_shard, open_capture
+from megatron_fuse.capture import CAPTURES, capture, capture_shard
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.responses import generate_responses
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Plan, run_plan
 
 ROOT = Path(__file__).parents[1]
@@ -379,19 +380,19 @@ def test_every_byte_of_a_text_arrives_in_captures_and_fusion_data(tmp_path: Path
         training={"seq_length": 400},
         data={"shard_size": 9},
     )
-    instructions = prepare_instructions(recipe, progress=str)
+    instructions = prepare_instructions(Context(recipe), progress=str)
     assert [example.response for example in load_examples(instructions)] == texts
-    generate_responses(recipe, "beta", progress=str)
+    generate_responses(Context(recipe), "beta", progress=str)
     for mode in ("training", "inference"):
-        capture(recipe, "beta", mode, progress=str)
-    build_fusion_data(recipe, progress=str)
+        capture(Context(recipe), "beta", mode, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     fusion = FusionDataset(recipe)
     tokenizer, target = (
         load_format(recipe.sources["beta"], "beta").tokenizer,
         load_format(recipe.target, "target").tokenizer,
     )
     for mode, wanted in (("training", texts), ("inference", answers)):
-        captured = open_capture(recipe, "beta", mode)
+        captured = Context(recipe).open(CAPTURES, "beta", mode)
         shards = [capture_shard(captured, index) for index in range(captured.manifest["shards"])]
         read = [
             shard.spans(n).tokens[:-1] for shard in shards for n in range(len(shard.status))

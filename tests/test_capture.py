@@ -22,23 +22,25 @@ from transformers import (
 
 from megatron_fuse.capture import (
     CAPTURED,
+    CAPTURES,
     STATUSES,
     Conversation,
     SparseRows,
     capture,
     capture_shard,
-    open_capture,
     read_capture_shard,
 )
 from megatron_fuse.capture.reading import logits_at
 from megatron_fuse.capture.shards import NO_RESPONSE, TOO_LONG, CaptureShard
 from megatron_fuse.chat import supervised_turns
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import example_shards, load_examples, open_instructions, prepare_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import generate_responses, open_responses, response_shards
+from megatron_fuse.recipe.lookup import source_options
+from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.sources.batching import token_budget_batches
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format, source_options
+from megatron_fuse.sources.huggingface import load_causal_lm, load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 
@@ -89,12 +91,12 @@ def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str, batch_tokens: int, mode: str) -> None:
     recipe = changed(fresh, capture={"batch_tokens": batch_tokens})
-    capture(recipe, source, mode, progress=str)
+    capture(Context(recipe), source, mode, progress=str)
     shards = read(recipe, source, mode)
     options = source_options(recipe, source)
     model, chat = load_causal_lm(options), load_format(options, source)
-    examples = load_examples(open_instructions(recipe))
-    answers = [answer for shard in response_shards(open_responses(recipe, source)) for answer in shard]
+    examples = load_examples(Context(recipe).open(INSTRUCTIONS))
+    answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
     place = [(shard, index) for shard in shards for index in range(len(shard.status))]
     seen = set()
     for example, answer, (shard, index) in zip(examples, answers, place, strict=True):
@@ -142,11 +144,11 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
 def test_a_source_runs_in_its_own_precision(fresh: Recipe, dtype: str) -> None:
     options = fresh.sources["beta"].model_copy(update={"dtype": dtype})
     recipe = fresh.model_copy(update={"sources": {"beta": options}})
-    capture(recipe, "beta", "training", progress=str)
+    capture(Context(recipe), "beta", "training", progress=str)
     shard, chat = read(recipe, "beta", "training")[0], load_format(options, "beta")
     model = load_causal_lm(options)
     assert model.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    example = load_examples(open_instructions(recipe))[1]
+    example = load_examples(Context(recipe).open(INSTRUCTIONS))[1]
     encoded = chat.encode_conversation(example.prompt(chat.system), example.response)
     with torch.inference_mode():
         logits = model(torch.from_numpy(encoded.ids[None].astype(np.int64))).logits[0].double()
@@ -164,13 +166,13 @@ def test_spans_of_a_shard_are_those_of_its_conversations(
     root, models = world
     recipe = world_recipe(root, models, data={"shard_size": 5, "supervise": supervise})
     recipe = recipe.model_copy(update={"workdir": tmp_path})
-    prepare_instructions(recipe, progress=str)
-    capture(recipe, "alpha", "training", progress=str)
+    prepare_instructions(Context(recipe), progress=str)
+    capture(Context(recipe), "alpha", "training", progress=str)
     chat = load_format(recipe.sources["alpha"], "alpha")
     every_turn = supervise == "every_turn"
     turns_met = set()
     for shard, examples in zip(
-        read(recipe, "alpha", "training"), example_shards(open_instructions(recipe)), strict=True
+        read(recipe, "alpha", "training"), example_shards(Context(recipe).open(INSTRUCTIONS)), strict=True
     ):
         spans = []
         for number, example in enumerate(examples):
@@ -205,8 +207,8 @@ def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_fla
     options = {"model": str(directory), "chat_template": "vicuna_v1.1"}
     recipe = small_recipe(tmp_path / "run", data, directory, {"lossy": options}, training={"seq_length": 256})
     recipe = changed(recipe, target={"chat_template": "vicuna_v1.1"})
-    prepare_instructions(recipe, progress=str)
-    artefact = capture(recipe, "lossy", "training", progress=str)
+    prepare_instructions(Context(recipe), progress=str)
+    artefact = capture(Context(recipe), "lossy", "training", progress=str)
     [shard] = read(recipe, "lossy", "training")
     assert (shard.status == CAPTURED).all()
     lossy = [int(shard.spans(number).has(SpanFlag.LOSSY).sum()) for number in range(2)]
@@ -224,7 +226,7 @@ def content(directory: Path) -> dict[str, bytes]:
 def test_any_number_of_ranks_gives_the_same_bytes(
     fresh: Recipe, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    whole = capture(fresh, "beta", "training", progress=str)
+    whole = capture(Context(fresh), "beta", "training", progress=str)
     assert whole is not None
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
@@ -232,7 +234,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     artefacts = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        artefacts.append(capture(fresh, "beta", "training", progress=str))
+        artefacts.append(capture(Context(fresh), "beta", "training", progress=str))
     assert artefacts[-1] is not None and artefacts[0] is None
     assert content(whole.directory) == expected
 
@@ -243,7 +245,7 @@ def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
         recipe = changed(fresh, capture={"batch_tokens": budget, "top_p": 1.0})
         recipe = recipe.model_copy(update={"workdir": fresh.workdir.with_name(f"run{budget}")})
         shutil.copytree(fresh.workdir / "instructions", recipe.workdir / "instructions")
-        capture(recipe, "gamma", "training", progress=str)
+        capture(Context(recipe), "gamma", "training", progress=str)
         shards[budget] = read(recipe, "gamma", "training")
     for budget in (1, 170):
         for found, expected in zip(shards[budget], shards[10**6], strict=True):
@@ -257,7 +259,7 @@ def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
 
 
 def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) -> None:
-    whole = capture(fresh, "beta", "training", progress=str)
+    whole = capture(Context(fresh), "beta", "training", progress=str)
     assert whole is not None
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
@@ -266,11 +268,11 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        capture(fresh, "beta", "training", progress=interrupt)
+        capture(Context(fresh), "beta", "training", progress=interrupt)
     with pytest.raises(UserError, match="is incomplete: run tools/capture_teacher"):
-        open_capture(fresh, "beta", "training")
+        Context(fresh).open(CAPTURES, "beta", "training")
     (whole.directory / "shard-00001.safetensors").write_bytes(b"half a file")
-    capture(fresh, "beta", "training", progress=str)
+    capture(Context(fresh), "beta", "training", progress=str)
     assert content(whole.directory) == expected
 
 
@@ -286,10 +288,10 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     )
     late = fresh.sources["alpha"].model_copy(update={"model": str(short)})
     recipe = fresh.model_copy(update={"sources": {**fresh.sources, "late": late}})
-    artefact = capture(recipe, "late", "training", progress=str)
+    artefact = capture(Context(recipe), "late", "training", progress=str)
     assert artefact is not None
     chat = load_format(late, "late")
-    examples = load_examples(open_instructions(recipe))
+    examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     lengths = [
         len(chat.encode_conversation(e.prompt(chat.system), e.response, stop=not e.truncated).ids) for e in examples
     ]
@@ -304,7 +306,7 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
     fresh: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = load_format(fresh.sources["beta"], "beta")
-    example = load_examples(open_instructions(fresh))[1]
+    example = load_examples(Context(fresh).open(INSTRUCTIONS))[1]
     ids = chat.encode_conversation(example.prompt(chat.system), example.response).ids
 
     def overflow(model: object, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -316,12 +318,12 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
 
     monkeypatch.setattr("megatron_fuse.capture.reading.logits_at", overflow)
     with pytest.raises(UserError, match="NaN or infinite logits in example 'e1', response row 3: "):
-        capture(fresh, "beta", "training", progress=str)
+        capture(Context(fresh), "beta", "training", progress=str)
     assert not list((fresh.workdir / "captures/beta/training").glob("shard*"))
 
 
 def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) -> None:
-    artefact = capture(fresh, "beta", "training", progress=str)
+    artefact = capture(Context(fresh), "beta", "training", progress=str)
     assert artefact is not None
     for recipe, key in [
         (changed(fresh, capture={"top_k": 4}), "top_k = 10, but now options.top_k = 4"),
@@ -330,16 +332,16 @@ def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) 
         (fresh.model_copy(update={"sources": {"beta": fresh.sources["gamma"]}}), "tokenizer = "),
     ]:
         with pytest.raises(UserError, match=key):
-            open_capture(recipe, "beta", "training")
+            Context(recipe).open(CAPTURES, "beta", "training")
     with pytest.raises(UserError, match=r"options.top_k = 10, but now options.top_k = 4"):
-        capture(changed(fresh, capture={"top_k": 4}), "beta", "training", progress=str)
+        capture(Context(changed(fresh, capture={"top_k": 4})), "beta", "training", progress=str)
     # Another budget or another source in the recipe is the same capture.
     same = changed(fresh, capture={"batch_tokens": 77}).model_copy(update={"sources": {"beta": fresh.sources["beta"]}})
-    assert open_capture(same, "beta", "training").sha256 == artefact.sha256
+    assert Context(same).open(CAPTURES, "beta", "training").sha256 == artefact.sha256
 
 
 def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
-    artefact = capture(fresh, "alpha", "inference", progress=str)
+    artefact = capture(Context(fresh), "alpha", "inference", progress=str)
     assert artefact is not None
     path = artefact.files(".safetensors")[1]
     good = path.read_bytes()
@@ -394,7 +396,7 @@ def test_arrays_of_other_lengths_are_refused(captured_shard: CaptureShard, tmp_p
 @pytest.fixture(scope="module")
 def captured_shard(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> CaptureShard:
     recipe = fresh_recipe(world, tmp_path_factory.mktemp("shard"))
-    capture(recipe, "beta", "training", progress=str)
+    capture(Context(recipe), "beta", "training", progress=str)
     return read(recipe, "beta", "training")[0]
 
 
@@ -417,8 +419,8 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
     shutil.rmtree(recipe.workdir / "responses" / "beta")
     sources = recipe.sources | {"beta": recipe.sources["beta"].model_copy(update={"responses": answers})}
     recipe = recipe.model_copy(update={"sources": sources})
-    generate_responses(recipe, "beta", progress=str)
-    artefact = capture(recipe, "beta", "inference", progress=str)
+    generate_responses(Context(recipe), "beta", progress=str)
+    artefact = capture(Context(recipe), "beta", "inference", progress=str)
     assert artefact is not None
     counts = {key: artefact.counts[key] for key in ("examples", "captured", "too_long", "no_response")}
     assert counts == {"examples": 13, "captured": 1, "too_long": 1, "no_response": 11}
@@ -427,7 +429,7 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
 def test_a_source_without_answers_says_which_command_makes_them(fresh: Recipe) -> None:
     shutil.rmtree(fresh.workdir / "responses" / "alpha")
     with pytest.raises(UserError, match="generate_responses"):
-        capture(fresh, "alpha", "inference", progress=str)
+        capture(Context(fresh), "alpha", "inference", progress=str)
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_than_the_model_is_refused(fresh: Recipe, tmp_path: Path) -> None:
@@ -437,4 +439,4 @@ def test_a_tokenizer_of_a_larger_vocabulary_than_the_model_is_refused(fresh: Rec
         shutil.copy(Path(fresh.sources["gamma"].model) / name, mixed)
     options = fresh.sources["beta"].model_copy(update={"model": str(mixed), "chat_template": "chatml"})
     with pytest.raises(UserError, match="the tokenizer belongs to another model"):
-        capture(fresh.model_copy(update={"sources": {"beta": options}}), "beta", "training", progress=str)
+        capture(Context(fresh.model_copy(update={"sources": {"beta": options}})), "beta", "training", progress=str)

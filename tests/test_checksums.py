@@ -19,13 +19,14 @@ from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 
 
 def opened(recipe: Recipe) -> FusionDataset:
     """As training opens fusion data, and compares it before its first checkpoint."""
     dataset = FusionDataset(recipe)
-    read_curriculum(recipe)
+    read_curriculum(recipe, dataset.text.sha256)
     verify_once(dataset.artefacts)
     return dataset
 
@@ -74,11 +75,11 @@ def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe
     for path in sorted(fusion.rglob("*.*")):
         if path.is_file() and path.suffix not in (".done", ".npz", ".yaml") and path.name != "plan.json":
             kinds[path.parent, *path.suffixes] = path
-    build_fusion_data(curriculum, progress=str)
+    build_fusion_data(Context(curriculum), progress=str)
     kinds["curriculum"] = fusion / "curriculum-gt_length.safetensors"
     kinds = {kind: path for kind, path in kinds.items() if path.name != "curriculum-shuffled.safetensors"}
-    # text and rows of both modes, each with a manifest and a list or facts; choice, order
-    assert len(kinds) == 2 * 2 + 2 + 3 * (4 * 2 + 2) + 3 * (6 * 2 + 2) + 1 + 1
+    # text (with its spans) and rows of both modes, each with a manifest and a list or facts; choice, order
+    assert len(kinds) == 2 * 2 + 3 + 3 * (4 * 2 + 2) + 3 * (6 * 2 + 2) + 1 + 1
     opened(curriculum)
     for kind, path in kinds.items():
         whole, place = path.read_bytes(), int(draw.integers(path.stat().st_size))

@@ -13,15 +13,16 @@ from transformers import LlamaConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import (
+    INSTRUCTIONS,
     Example,
     left_out,
     load_examples,
-    open_instructions,
     prepare_instructions,
     read_rows,
 )
 from megatron_fuse.instructions.cleaning import Cleaning, is_in_nfc
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.tokenization import load_tokenizer
 
 NFD, NFC = "e\u0301te\u0301", "\u00e9t\u00e9"
@@ -90,7 +91,7 @@ def test_options_clean_the_artefact_and_leave_ids_alone(
     models: dict[str, Path], tmp_path: Path, data: dict, responses: list[str]
 ) -> None:
     recipe = recipe_for(models, tmp_path, ROWS, **data)
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     examples = load_examples(artefact)
     assert [example.response for example in examples] == responses
     assert [example.id for example in examples] == [example.id for example in read_rows(recipe.data.path).read()]
@@ -99,7 +100,7 @@ def test_options_clean_the_artefact_and_leave_ids_alone(
         if data.get(key) != value:
             other = recipe.model_copy(update={"data": recipe.data.model_copy(update={key: value})})
             with pytest.raises(UserError, match=rf"made with options\.{key} = "):
-                open_instructions(other)
+                Context(other).open(INSTRUCTIONS)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_the_hint_appears_where_a_tokenizer_would_compose(
     models: dict[str, Path], tmp_path: Path, target: str, data: dict, hint: bool
 ) -> None:
     said: list[str] = []
-    prepare_instructions(recipe_for(models, tmp_path, ROWS, target, **data), progress=said.append)
+    prepare_instructions(Context(recipe_for(models, tmp_path, ROWS, target, **data)), progress=said.append)
     hints = [line for line in said if "data.normalize: nfc" in line]
     expected = "1 of 3 examples have responses that are not in Unicode's form NFC, which target would read as NFC"
     assert [line.startswith(expected) for line in hints] == [True] * hint
@@ -118,7 +119,7 @@ def test_the_hint_appears_where_a_tokenizer_would_compose(
 def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path], tmp_path: Path) -> None:
     long = {"instruction": "word " * 200, "output": "A"}
     rows = [ROWS[1], {"instruction": "Q"}, long, ROWS[1], {"instruction": "R"}, ROWS[0]]
-    artefact = prepare_instructions(recipe_for(models, tmp_path, rows), progress=str)
+    artefact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
     assert [line.split() for line in left_out(artefact)] == [
         ["left", "out", "rows", "for", "example"],
         ["value", "missing", "2", "line", "2"],
@@ -128,16 +129,18 @@ def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path]
     (dropped,) = (json.loads(line) for line in (artefact.directory / "examples.dropped.jsonl").open())
     assert (dropped["line"], dropped["kind"]) == (3, "no room behind the prompt")
     (tmp_path / "whole").mkdir()
-    assert list(left_out(prepare_instructions(recipe_for(models, tmp_path / "whole", ROWS), progress=str))) == []
+    assert (
+        list(left_out(prepare_instructions(Context(recipe_for(models, tmp_path / "whole", ROWS)), progress=str))) == []
+    )
 
 
 def test_instructions_of_an_older_version_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path, ROWS)
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     for name in ("manifest.json", "plan.json"):
         content = json.loads((artefact.directory / name).read_text())
         del content["options"]["normalize"], content["sha256"]
         (artefact.directory / name).write_text(json.dumps(content))
-    for refuse in (open_instructions, prepare_instructions):
+    for refuse in (lambda context: context.open(INSTRUCTIONS), prepare_instructions):
         with pytest.raises(UserError, match=r"was made without options\.normalize, now 'none': .*remove"):
-            refuse(recipe)
+            refuse(Context(recipe))

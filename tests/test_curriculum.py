@@ -21,11 +21,13 @@ from megatron_fuse.advantage.scores import load_scores, score_responses
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
-from megatron_fuse.fusion_data.curriculum import curriculum, curriculum_path, read_curriculum
+from megatron_fuse.fusion_data.curriculum import Curriculum, curriculum, curriculum_path, read_curriculum
+from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.pipeline import data_stages
+from megatron_fuse.pipeline import steps
 from megatron_fuse.recipe import Margin, Recipe, dump_recipe
-from megatron_fuse.responses import generate_responses, open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
+from megatron_fuse.stages import Context
 from megatron_fuse.verification import verify_fusion_data
 
 
@@ -33,9 +35,14 @@ def ordered(recipe: Recipe, order: str, **schedule: Any) -> Recipe:
     return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"order": order, **schedule})})
 
 
+def order_of(recipe: Recipe) -> Curriculum | None:
+    """As training reads it."""
+    return read_curriculum(recipe, Context(recipe).open_alone(TEXT).sha256)
+
+
 def built(recipe: Recipe, order: str) -> Recipe:
     recipe = ordered(recipe, order)
-    build_fusion_data(recipe, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     return recipe
 
 
@@ -65,7 +72,7 @@ def test_the_length_is_that_of_the_ground_truth_in_the_targets_tokens(copied: Re
     found = load_file(curriculum_path(recipe))["gt_tokens"]
     labels = [int(dataset.document("training", n).supervised.sum()) for n in range(len(dataset.example_ids))]
     assert found.tolist() == labels and len(set(labels)) > 3
-    ranks = read_curriculum(recipe).ranks
+    ranks = order_of(recipe).ranks
     assert (np.diff(found[np.argsort(ranks)]) >= 0).all()
 
 
@@ -75,15 +82,15 @@ def test_the_reward_is_the_strongest_judges_of_the_source_that_is_the_target(cop
         recipe = built(copied.model_copy(update={"selection": selection}), "target_reward")
         assert recipe.target_as_source == "alpha"
         found = load_file(curriculum_path(recipe))["target_reward"]
-        assert np.array_equal(found, load_scores(recipe, "alpha", strongest), equal_nan=True)
-        assert (np.diff(found[np.argsort(read_curriculum(recipe).ranks)]) <= 0).all()
+        assert np.array_equal(found, load_scores(Context(recipe), "alpha", strongest), equal_nan=True)
+        assert (np.diff(found[np.argsort(order_of(recipe).ranks)]) <= 0).all()
 
 
 def test_shuffled_examples_need_no_curriculum(copied: Recipe) -> None:
     recipe = built(copied, "shuffled")
     curriculum_path(recipe).unlink()
-    assert read_curriculum(recipe) is None
-    assert verify_fusion_data(recipe, progress=str).problems == []
+    assert order_of(recipe) is None
+    assert verify_fusion_data(Context(recipe), progress=str).problems == []
 
 
 def test_missing_scores_are_named_with_the_command_that_makes_them(copied: Recipe) -> None:
@@ -136,31 +143,31 @@ def test_a_curriculum_that_is_not_the_recipes_is_refused(copied: Recipe, case: s
     with pytest.raises(
         UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*: run tools/build_fusion_data\.py"
     ):
-        read_curriculum(recipe)
+        order_of(recipe)
     built(copied, "target_reward")
-    read_curriculum(recipe)
+    order_of(recipe)
 
 
 def test_another_judge_or_another_target_is_another_curriculum(copied: Recipe) -> None:
     recipe = built(copied, "target_reward")
     other = recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"strongest": "two"})})
     with pytest.raises(UserError, match="reward model = 'one', but now it is 'two'"):
-        read_curriculum(other)
+        order_of(other)
     own = recipe.target.model_copy(update={"stop": ["User:"]})  # which the source alpha does not have
     with pytest.raises(UserError, match="answers = 'alpha', but now it is 'target'"):
-        read_curriculum(recipe.model_copy(update={"target": own}))
+        order_of(recipe.model_copy(update={"target": own}))
 
 
 @pytest.mark.parametrize("name", ["gt_tokens", "target_reward"])
 def test_verification_measures_again(copied: Recipe, name: str) -> None:
     recipe = built(copied, "target_reward")
-    assert verify_fusion_data(recipe, progress=str).problems == []
+    assert verify_fusion_data(Context(recipe), progress=str).problems == []
 
     def edit(arrays: dict, header: dict) -> None:
         arrays[name][4] = 7
 
     rewrite(recipe, edit)
-    (problem,) = verify_fusion_data(recipe, progress=str).problems
+    (problem,) = verify_fusion_data(Context(recipe), progress=str).problems
     assert f"{curriculum_path(recipe).name}: example 'e4': {name} is 7" in problem and "(1 examples differ)" in problem
 
 
@@ -168,8 +175,8 @@ def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None
     recipe = built(copied, "target_reward")
     for name in ("instructions", "responses", "scores", "captures"):
         shutil.rmtree(copied.workdir / name)
-    assert read_curriculum(recipe) is not None
-    assert verify_fusion_data(recipe, progress=str).problems == []
+    assert order_of(recipe) is not None
+    assert verify_fusion_data(Context(recipe), progress=str).problems == []
 
 
 def test_a_target_that_is_no_source_answers_and_is_judged_first(tmp_path: Path) -> None:
@@ -191,23 +198,25 @@ def test_a_target_that_is_no_source_answers_and_is_judged_first(tmp_path: Path) 
         schedule={"preset": "csft", "order": "target_reward"},
         responses={"max_new_tokens": 6},
     )
-    names = [work.name for stage in data_stages(recipe) for work in stage.works]
-    fusion = f"fusion/{curriculum_path(recipe).parent.name}"
-    assert names == ["instructions", "responses/target", "scores/target/strong", f"{fusion}/text"]
-    prepare_instructions(recipe, progress=str)
-    generate_responses(recipe, "target", progress=str)
-    score_responses(recipe, "strong", ["target"], progress=str)
-    build_fusion_data(recipe, progress=str)
-    assert all(stage.is_done() for stage in data_stages(recipe))
-    assert verify_fusion_data(recipe, progress=str).problems == []
+    works = [work for works in steps(recipe).values() for work in works]
+    order = curriculum_path(recipe).relative_to(recipe.workdir)
+    data = ["instructions", "responses/target", "scores/target/strong", f"{order.parent}/text", str(order)]
+    assert [work.label(recipe) for work in works] == [*data, "training", "export"]
+    prepare_instructions(Context(recipe), progress=str)
+    generate_responses(Context(recipe), "target", progress=str)
+    score_responses(Context(recipe), "strong", ["target"], progress=str)
+    build_fusion_data(Context(recipe), progress=str)
+    context = Context(recipe)
+    assert [work.state(context) for work in works] == ["done"] * len(data) + ["to do"] * 2
+    assert verify_fusion_data(Context(recipe), progress=str).problems == []
 
     rewards = load_file(curriculum_path(recipe))["target_reward"]
-    assert np.array_equal(rewards, load_scores(recipe, "target", "strong"), equal_nan=True)
-    answers = [answer for shard in response_shards(open_responses(recipe, "target")) for answer in shard]
+    assert np.array_equal(rewards, load_scores(Context(recipe), "target", "strong"), equal_nan=True)
+    answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, "target")) for answer in shard]
     assert np.isnan(rewards).tolist() == [not answer.response.strip() for answer in answers]
     judged = rewards[~np.isnan(rewards)]
     assert len(judged) > 3 and len(set(judged.tolist())) > 3  # so that there is something to order
-    order = np.argsort(read_curriculum(recipe).ranks, kind="stable")
+    order = np.argsort(order_of(recipe).ranks, kind="stable")
     assert rewards[order][: len(judged)].tolist() == sorted(judged.tolist(), reverse=True)
 
 
@@ -282,7 +291,7 @@ def test_training_keeps_to_the_order_and_a_checkpoint_to_its_curriculum(ranks, c
 
     (facts,) = recipe.workdir.rglob("facts.json")
     run = json.loads(facts.read_text())["run"]
-    assert (run["order"], run["curriculum"]) == ("gt_length", read_curriculum(recipe).sha256)
+    assert (run["order"], run["curriculum"]) == ("gt_length", order_of(recipe).sha256)
     (message,) = ranks(1, refusal_in_order, ordered(recipe, "shuffled"))
     assert "order = 'gt_length', this run has order = 'shuffled'" in message and "another --save" in message
 

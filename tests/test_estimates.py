@@ -9,10 +9,13 @@ from safetensors.torch import save_file
 from small_models import save_model, small_recipe, write_rows
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.estimates import count_parameters, estimate_amounts, training_tokens
+from megatron_fuse.estimates import estimate_amounts
 from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.pipeline import data_stages, training_flops
+from megatron_fuse.model.parameter_count import count_parameters
+from megatron_fuse.pipeline import steps
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
+from megatron_fuse.training.stage import training_flops, training_tokens
 
 ROWS = [{"instruction": "Copy it. " + "w" * 31, "output": "x" * (8 if i % 2 else 24)} for i in range(40)]  # 10; 2 or 6
 
@@ -37,7 +40,7 @@ def recipe_of(tmp_path: Path, model: Path, rows: list = ROWS, **sections: object
 def test_a_sample_is_counted_before_the_instructions_are_prepared(
     tmp_path: Path, model: Path, samples: int | None, examples: int
 ) -> None:
-    amounts = estimate_amounts(recipe_of(tmp_path, model, data={"samples": samples}))
+    amounts = estimate_amounts(Context(recipe_of(tmp_path, model, data={"samples": samples})))
     assert amounts.examples == examples
     assert amounts.prompt_tokens == pytest.approx(10 * examples)
     assert amounts.response_tokens == pytest.approx(4 * examples)
@@ -46,22 +49,22 @@ def test_a_sample_is_counted_before_the_instructions_are_prepared(
 
 def test_a_file_of_longer_conversations_than_seq_length_costs_what_is_kept(tmp_path: Path, model: Path) -> None:
     rows = [{"instruction": "a" * 400, "output": "b" * 400}] * 1
-    amounts = estimate_amounts(recipe_of(tmp_path, model, rows, training={"seq_length": 20}))
+    amounts = estimate_amounts(Context(recipe_of(tmp_path, model, rows, training={"seq_length": 20})))
     assert amounts.read("training") == pytest.approx(20)
 
 
 def test_prepared_instructions_are_counted_by_their_tokens(tmp_path: Path, model: Path) -> None:
     recipe = recipe_of(tmp_path, model, data={"samples": 20, "held_out": 4})
-    counts = prepare_instructions(recipe).counts
-    amounts = estimate_amounts(recipe)
+    counts = prepare_instructions(Context(recipe)).counts
+    amounts = estimate_amounts(Context(recipe))
     assert (amounts.examples, amounts.held_out) == (20, 4)
     assert amounts.read("training") == pytest.approx(counts["target_tokens"])
     assert amounts.learned("training") / amounts.read("training") == pytest.approx(4 / 14, abs=0.05)
 
 
 def test_instructions_of_another_recipe_are_not_counted(tmp_path: Path, model: Path) -> None:
-    prepare_instructions(recipe_of(tmp_path, model, data={"samples": 20}))
-    assert estimate_amounts(recipe_of(tmp_path, model, data={"samples": 8})).examples == 8
+    prepare_instructions(Context(recipe_of(tmp_path, model, data={"samples": 20})))
+    assert estimate_amounts(Context(recipe_of(tmp_path, model, data={"samples": 8}))).examples == 8
 
 
 @pytest.mark.parametrize(("supervise", "learned"), [("every_turn", 7), ("last_turn", 4)])
@@ -70,14 +73,14 @@ def test_turns_that_are_not_learned_are_read_as_prompts(
 ) -> None:
     turns = [("user", 5), ("assistant", 3), ("user", 2), ("assistant", 4)]
     row = {"messages": [{"role": role, "content": "abcd" * count} for role, count in turns]}
-    amounts = estimate_amounts(recipe_of(tmp_path, model, [row], data={"supervise": supervise}))
+    amounts = estimate_amounts(Context(recipe_of(tmp_path, model, [row], data={"supervise": supervise})))
     assert (amounts.learned("training"), amounts.read("training")) == (learned, 14)
     assert amounts.question_tokens == 10  # a model answers the last turn only
 
 
 def test_training_costs_as_many_steps_as_it_takes(tmp_path: Path, model: Path) -> None:
     whole = recipe_of(tmp_path, model, data={"held_out": 8})
-    amounts = estimate_amounts(whole)
+    amounts = estimate_amounts(Context(whole))
     total = training_tokens(whole, amounts)
     # ProFuser: one epoch of the inference mode, two of both, over the 32 of 40 that are not held out
     assert total == pytest.approx(32 / 40 * (3 * amounts.read("inference") + 2 * amounts.read("training")))
@@ -85,15 +88,15 @@ def test_training_costs_as_many_steps_as_it_takes(tmp_path: Path, model: Path) -
     two_steps = training_tokens(recipe_of(tmp_path, model, training={"train_iters": 2}), amounts)
     assert 0 < one_step == pytest.approx(two_steps / 2)
     assert training_tokens(recipe_of(tmp_path, model, training={"train_iters": 10**6}), amounts) == total
-    few = training_flops(recipe_of(tmp_path, model, training={"train_iters": 1}), amounts)
+    few = training_flops(Context(recipe_of(tmp_path, model, training={"train_iters": 1})), amounts)
     assert few == pytest.approx(6 * count_parameters(model) * one_step)
 
 
 def test_answers_cost_prompts_and_at_most_max_new_tokens(tmp_path: Path, model: Path) -> None:
     def flops(**responses: int) -> float:
         recipe = recipe_of(tmp_path, model, responses=responses)
-        (stage,) = [stage for stage in data_stages(recipe) if stage.name == "responses"]
-        return stage.works[0].flops(estimate_amounts(recipe))
+        context = Context(recipe)
+        return steps(recipe)["responses"][0].flops(context, estimate_amounts(context))
 
     parameters = count_parameters(model)
     assert flops(max_new_tokens=1) == pytest.approx(2 * parameters * 40 * (10 + 1))
@@ -118,4 +121,4 @@ def test_parameters_are_counted_whatever_their_type(tmp_path: Path, dtype: torch
 
 def test_a_file_without_a_usable_row_is_refused(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match="no usable row among 1 in alpaca form"):
-        estimate_amounts(recipe_of(tmp_path, model, [{"instruction": "a", "output": ""}]))
+        estimate_amounts(Context(recipe_of(tmp_path, model, [{"instruction": "a", "output": ""}])))

@@ -12,7 +12,7 @@ from small_fusion import SOURCES
 
 from megatron_fuse.advantage.reference_scores import score_against_reference
 from megatron_fuse.alignment import build_vocabulary_map
-from megatron_fuse.capture import CaptureShard, open_capture, read_capture_shard
+from megatron_fuse.capture import CAPTURES, CaptureShard, read_capture_shard
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
@@ -22,10 +22,12 @@ from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.inspection import format_view, view_document
-from megatron_fuse.instructions import Example, load_examples, open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, Example, load_examples
 from megatron_fuse.recipe import Margin, Recipe
-from megatron_fuse.responses import Response, open_responses, response_shards
-from megatron_fuse.sources.huggingface import load_format, source_options
+from megatron_fuse.recipe.lookup import source_options
+from megatron_fuse.responses import RESPONSES, Response, response_shards
+from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.spans import SpanFlag
 from megatron_fuse.training.batches import MicroBatch, micro_batches, plan_batch
 from megatron_fuse.verification import verify_fusion_data
@@ -44,15 +46,15 @@ def changed(recipe: Recipe, **sections: object) -> Recipe:
 
 def texts(recipe: Recipe, source: str, mode: str) -> list[tuple[Example, str, bool]]:
     """(example, response, whether it has an end)"""
-    examples = load_examples(open_instructions(recipe))
+    examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     if mode == "training":
         return [(example, example.response, not example.truncated) for example in examples]
-    answers: list[Response] = [a for shard in response_shards(open_responses(recipe, source)) for a in shard]
+    answers: list[Response] = [a for shard in response_shards(Context(recipe).open(RESPONSES, source)) for a in shard]
     return [(example, a.response, not a.truncated) for example, a in zip(examples, answers, strict=True)]
 
 
 def captured(recipe: Recipe, source: str, mode: str) -> list[tuple[CaptureShard, int]]:
-    shards = [read_capture_shard(path) for path in open_capture(recipe, source, mode).files(".safetensors")]
+    shards = [read_capture_shard(path) for path in Context(recipe).open(CAPTURES, source, mode).files(".safetensors")]
     return [(shard, index) for shard in shards for index in range(len(shard.status))]
 
 
@@ -170,7 +172,7 @@ def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
 
 def test_selected_documents_and_their_lengths(world: Recipe) -> None:
     dataset = FusionDataset(world)
-    examples = load_examples(open_instructions(world))
+    examples = load_examples(Context(world).open(INSTRUCTIONS))
     assert dataset.example_ids == [example.id for example in examples]
     assert dataset.held_out.tolist() == [n for n, example in enumerate(examples) if example.held_out]
     assert sorted([*dataset.train, *dataset.held_out]) == list(range(len(examples)))
@@ -208,7 +210,7 @@ def test_empty_answers_never_win_and_nobody_wins_where_all_are_empty(copied: Rec
         assert winner is not None
         assert not empty[SOURCES.index(winner), number]
     alone = changed(copied, sources={"beta": copied.sources["beta"]})
-    build_fusion_data(alone, progress=str)
+    build_fusion_data(Context(alone), progress=str)
     dataset = FusionDataset(alone)
     lost = np.flatnonzero(empty[1])
     assert [dataset.selected_source("inference", int(n)) for n in lost] == [None] * len(lost)
@@ -233,11 +235,11 @@ def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe)
     before, three = files_of(fusion_directory(copied)), FusionDataset(copied)
     with pytest.raises(UserError, match=r"does not exist; it is to hold .*'sources': \['beta', 'alpha'\]"):
         FusionDataset(two)
-    build_fusion_data(two, progress=str)
+    build_fusion_data(Context(two), progress=str)
     assert files_of(fusion_directory(copied)) == before
     assert {FusionDataset(two).selected_source("training", n) for n in range(13)} <= {"alpha", "beta"}
     assert FusionDataset(two).sha256 != three.sha256
-    build_fusion_data(copied, progress=str)
+    build_fusion_data(Context(copied), progress=str)
     assert files_of(fusion_directory(copied)) == before
     assert FusionDataset(copied).sha256 == three.sha256
     strong = changed(copied, selection={"strongest": "two"})
@@ -250,7 +252,7 @@ def test_only_the_judges_that_the_recipe_names_decide(copied: Recipe) -> None:
     alone = changed(copied, selection={"judges": ["two"]})
     with pytest.raises(UserError, match=r"does not exist; it is to hold .*'judges': \['two'\]"):
         FusionDataset(alone)
-    build_fusion_data(alone, progress=str)
+    build_fusion_data(Context(alone), progress=str)
     found = FusionDataset(alone).selections["inference"].arrays
     np.testing.assert_array_equal(found["scores"], both["scores"][..., 1:])
     scores = np.where(found["available"] == 1, found["scores"][..., 0], -np.inf)
@@ -263,14 +265,14 @@ def test_only_the_judges_that_the_recipe_names_decide(copied: Recipe) -> None:
 def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe) -> None:
     by_reference = changed(copied, selection={"inference": "reference"})
     with pytest.raises(UserError, match=r"no reference.bertscore_model"):
-        build_fusion_data(by_reference, progress=str)
+        build_fusion_data(Context(by_reference), progress=str)
     by_reference = changed(by_reference, reference={"without_bertscore": "renormalize"})
     with pytest.raises(UserError, match=r"scores/alpha/reference.*run tools/score_responses.py"):
-        build_fusion_data(by_reference, progress=str)
-    score_against_reference(by_reference, progress=str)
-    build_fusion_data(by_reference, progress=str)
+        build_fusion_data(Context(by_reference), progress=str)
+    score_against_reference(Context(by_reference), progress=str)
+    build_fusion_data(Context(by_reference), progress=str)
     dataset = FusionDataset(by_reference)
-    examples = load_examples(open_instructions(copied))
+    examples = load_examples(Context(copied).open(INSTRUCTIONS))
     answers = [[text for _, text, _ in texts(copied, source, "inference")] for source in SOURCES]
     arrays, exact = dataset.selections["inference"].arrays, 0
     np.testing.assert_allclose(arrays["score"], arrays["reference"][..., :2].mean(2), rtol=1e-6)
@@ -281,7 +283,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
             assert said[place] == example.response
             exact += 1
     assert exact > 5
-    assert verify_fusion_data(by_reference, progress=str).problems == []
+    assert verify_fusion_data(Context(by_reference), progress=str).problems == []
     heavier = changed(by_reference, reference={"bleu": 0.75})
     with pytest.raises(UserError, match=r"does not exist; it is to hold .*'measures': \{'bleu': 0.75"):
         FusionDataset(heavier)
@@ -318,7 +320,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     strict = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least)})
     with pytest.raises(UserError, match=r"does not exist; it is to hold .*'margin': \{'at_least'"):
         FusionDataset(strict)
-    build_fusion_data(strict, progress=str)
+    build_fusion_data(Context(strict), progress=str)
     dataset = FusionDataset(strict)
     assert_equal_to_the_last_bit(all_batches(dataset, weights), expected)
     assert dataset.sha256 != before.sha256
@@ -334,7 +336,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
         assert "weight 0\n" in format_view(view_document(strict, dataset, mode, lost), dataset)
 
     half = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least, weight=0.5)})
-    build_fusion_data(half, progress=str)
+    build_fusion_data(Context(half), progress=str)
     dataset = FusionDataset(half)
     np.testing.assert_array_equal(dataset.example_weights(mode), np.where(dropped, 0.5, 1))
     assert dataset.lengths(mode).tolist() == before.lengths(mode).tolist()
@@ -343,9 +345,11 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
 def test_a_source_that_joins_later_leaves_the_others_untouched(copied: Recipe) -> None:
     fusion = fusion_directory(copied)
     shutil.rmtree(fusion)
-    build_fusion_data(changed(copied, sources={name: copied.sources[name] for name in SOURCES[:2]}), progress=str)
+    build_fusion_data(
+        Context(changed(copied, sources={name: copied.sources[name] for name in SOURCES[:2]})), progress=str
+    )
     before = files_of(fusion)
-    build_fusion_data(copied, progress=str)
+    build_fusion_data(Context(copied), progress=str)
     after = files_of(fusion)
     assert {path: after[path] for path in before} == before
     new = {Path(path).relative_to(fusion).parts[:2] for path in set(after) - set(before)}
@@ -373,15 +377,15 @@ def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(copied: Rec
 
     for _ in range(4):
         with pytest.raises(Stop):
-            build_fusion_data(copied, progress=interrupt)
-    build_fusion_data(copied, progress=str)
+            build_fusion_data(Context(copied), progress=interrupt)
+    build_fusion_data(Context(copied), progress=str)
     found = bytes_of(fusion)
     assert found.keys() == expected.keys()
     assert [path for path in found if found[path] != expected[path]] == []
 
 
 def build_on_this_rank(recipe: Recipe) -> dict[str, str]:
-    return {mode: selection.sha256 for mode, selection in build_fusion_data(recipe, progress=str).items()}
+    return {mode: selection.sha256 for mode, selection in build_fusion_data(Context(recipe), progress=str).items()}
 
 
 def test_two_ranks_share_the_work_and_end_with_the_same_bytes(copied: Recipe, ranks: Callable) -> None:
@@ -399,7 +403,7 @@ def test_csft_needs_no_source_and_its_text_has_rows_without_entries(copied: Reci
     csft = copied.model_copy(update={"schedule": type(copied.schedule)(preset="csft")})
     for name in ("captures", "scores", "responses", "fusion"):
         shutil.rmtree(copied.workdir / name)
-    build_fusion_data(csft, progress=str)
+    build_fusion_data(Context(csft), progress=str)
     dataset = FusionDataset(csft)
     document = dataset.document("training", 0)
     assert dataset.lengths("training")[0] == len(document.tokens) > 0
@@ -426,10 +430,10 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
         FusionDataset(copied)
     shutil.rmtree(copied.workdir / "captures/gamma/inference")
     with pytest.raises(UserError, match="--source gamma --mode inference"):
-        build_fusion_data(copied, progress=str)
+        build_fusion_data(Context(copied), progress=str)
     selection_path(copied, "training").write_bytes(b"{}")
     shutil.copytree(world.workdir / "captures/gamma/inference", copied.workdir / "captures/gamma/inference")
-    build_fusion_data(copied, progress=str)
+    build_fusion_data(Context(copied), progress=str)
     FusionDataset(copied)
 
 

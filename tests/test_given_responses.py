@@ -12,7 +12,8 @@ from small_models import save_model, small_recipe, write_rows
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import Response, generate_responses, open_responses, plan_responses, response_shards
+from megatron_fuse.responses import RESPONSES, Response, generate_responses, response_shards
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 from megatron_fuse.storage.rows import keys_of, value_at
 
@@ -31,7 +32,7 @@ def recipe_for(model: Path, workdir: Path, data: list[dict[str, Any]], responses
     recipe = small_recipe(
         workdir / "run", path, model, {"file": {"model": str(model), "responses": responses}}, **sections
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     return recipe
 
 
@@ -65,8 +66,8 @@ def test_answers_from_a_file(model: Path, tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path / name, given)
     recipe = recipe_for(model, tmp_path, questions(), str(path))
     said: list[str] = []
-    artefact = generate_responses(recipe, "file", progress=said.append)
-    assert artefact.sha256 == open_responses(recipe, "file").sha256
+    artefact = generate_responses(Context(recipe), "file", progress=said.append)
+    assert artefact.sha256 == Context(recipe).open(RESPONSES, "file").sha256
     rows = rows_of(artefact)
     expected = {row["id"]: row["response"] or "" for row in given if row["id"] != "more"} | {"e6": ""}
     assert {key: row.response for key, row in rows.items()} == expected
@@ -81,7 +82,7 @@ def test_answers_from_a_file(model: Path, tmp_path: Path, name: str) -> None:
 
     write_table(path, [*given, {"id": "e6", "response": "late", "truncated": False}])
     with pytest.raises(UserError, match=r"inputs\.responses file"):
-        generate_responses(recipe, "file", progress=str)
+        generate_responses(Context(recipe), "file", progress=str)
 
 
 def test_neither_order_nor_ranks_nor_the_key_decide(
@@ -91,7 +92,7 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
     given = [{"id": row["id"], "q": f"\n{row['instruction']} ", "response": f"to {row['id']}"} for row in data]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt", "prompt": "q"})
-    artefact = generate_responses(recipe, "file", progress=str)
+    artefact = generate_responses(Context(recipe), "file", progress=str)
     expected = rows_of(artefact)
     assert [row.response for row in expected.values()] == [f"to e{n}" for n in range(10)]
 
@@ -99,16 +100,16 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
         leftover.unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert generate_responses(recipe, "file", progress=str) is None
+    assert generate_responses(Context(recipe), "file", progress=str) is None
     monkeypatch.setenv("RANK", "0")
-    assert generate_responses(recipe, "file", progress=str).sha256 == artefact.sha256
+    assert generate_responses(Context(recipe), "file", progress=str).sha256 == artefact.sha256
     monkeypatch.delenv("WORLD_SIZE")
 
     backwards = write_rows(tmp_path / "backwards.jsonl", given[::-1])
     (tmp_path / "by_id").mkdir()
     by_id = recipe_for(model, tmp_path / "by_id", data, str(backwards))
-    assert rows_of(generate_responses(by_id, "file", progress=str)) == expected
-    assert plan_responses(by_id, "file").options != plan_responses(recipe, "file").options
+    assert rows_of(generate_responses(Context(by_id), "file", progress=str)) == expected
+    assert Context(by_id).plan(RESPONSES, "file").options != Context(recipe).plan(RESPONSES, "file").options
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -132,7 +133,7 @@ def test_a_list_of_messages_is_compared_as_a_whole(model: Path, tmp_path: Path) 
     ]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt"})
-    rows = rows_of(generate_responses(recipe, "file", progress=str))
+    rows = rows_of(generate_responses(Context(recipe), "file", progress=str))
     assert {key: row.response for key, row in rows.items()} == {
         "first": "of the first",
         "second": "of the second",
@@ -153,12 +154,14 @@ def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Pat
     ]
     options = {"path": str(path), "match": "prompt"}
     (tmp_path / "alike").mkdir()
-    rows = rows_of(generate_responses(recipe_for(model, tmp_path / "alike", data, options), "file", progress=str))
+    rows = rows_of(
+        generate_responses(Context(recipe_for(model, tmp_path / "alike", data, options)), "file", progress=str)
+    )
     assert {key: row.response for key, row in rows.items()} == {"one": "c", "same": "c", "last": "b"}
     data[2]["messages"] = turns("B?", "b", "Why?", "gt")
     recipe = recipe_for(model, tmp_path, data, options)
     with pytest.raises(UserError, match=rf"{path}:2: prompt is what the conversations of 'one' and 'last' end in"):
-        generate_responses(recipe, "file", progress=str)
+        generate_responses(Context(recipe), "file", progress=str)
 
 
 ID, PROMPT = {}, {"match": "prompt"}
@@ -204,7 +207,7 @@ def test_files_that_are_refused(
         write_rows(path, rows)
     recipe = recipe_for(model, tmp_path, questions(), {"path": str(path), **options})
     with pytest.raises(UserError, match=message):
-        generate_responses(recipe, "file", progress=str)
+        generate_responses(Context(recipe), "file", progress=str)
     assert not (recipe.workdir / "responses").exists()
 
 
@@ -243,9 +246,9 @@ def test_real_answers_are_all_found(model: Path, tmp_path: Path, match: str) -> 
         sources,
         training={"seq_length": 8192},
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for name in names:
-        artefact = generate_responses(recipe, name, progress=str)
+        artefact = generate_responses(Context(recipe), name, progress=str)
         assert (artefact.counts["examples"], artefact.counts["unmatched"]) == (40, 0)
         assert {key: row.response for key, row in rows_of(artefact).items()} == {
             row["id"]: row["responses"][name] for row in rows
@@ -260,5 +263,5 @@ def test_prompts_are_found_in_either_unicode_form(model: Path, tmp_path: Path) -
     recipe = recipe_for(model, tmp_path, data, options)
     normalized = recipe.data.model_copy(update={"normalize": "nfc"})
     recipe = recipe.model_copy(update={"data": normalized, "workdir": tmp_path / "normalized"})
-    prepare_instructions(recipe, progress=str)
-    assert [row.response for row in rows_of(generate_responses(recipe, "file", str)).values()] == ["yes"]
+    prepare_instructions(Context(recipe), progress=str)
+    assert [row.response for row in rows_of(generate_responses(Context(recipe), "file", str)).values()] == ["yes"]

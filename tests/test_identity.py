@@ -12,21 +12,24 @@ from small_models import save_model, small_recipe, write_rows
 from megatron_fuse.advantage.scores import score_responses
 from megatron_fuse.capture import capture
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data, modes_with_teacher
+from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 
 # What a stage's command does, where all that it needs is there
-STAGES: dict[str, Callable[[Recipe], Any]] = {
+STAGES: dict[str, Callable[[Context], Any]] = {
     "instructions": prepare_instructions,
-    "responses": lambda recipe: [generate_responses(recipe, name) for name in recipe.answering],
-    "scores": lambda recipe: [score_responses(recipe, judge) for judge in recipe.judges],
-    "captures": lambda recipe: [
-        capture(recipe, source, mode) for source in recipe.sources for mode in modes_with_teacher(recipe)
+    "responses": lambda context: [generate_responses(context, name) for name in context.recipe.answering],
+    "scores": lambda context: [score_responses(context, judge) for judge in context.recipe.judges],
+    "captures": lambda context: [
+        capture(context, source, mode)
+        for source in context.recipe.sources
+        for mode in context.recipe.modes_with_teacher
     ],
     "fusion": build_fusion_data,
-    "training": FusionDataset,
+    "training": lambda context: FusionDataset(context.recipe),
 }
 
 
@@ -139,7 +142,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         responses={"max_new_tokens": 8},
     )
     for stage in STAGES.values():
-        stage(recipe)
+        stage(Context(recipe))
     return recipe
 
 
@@ -255,7 +258,7 @@ def notices(stage: str, recipe: Recipe) -> bool:
     """Whether a stage that is done refuses the recipe, or makes something else of it."""
     before = files(recipe.workdir)
     try:
-        STAGES[stage](recipe)
+        STAGES[stage](Context(recipe))
     except UserError:
         return True
     after = files(recipe.workdir)

@@ -10,6 +10,7 @@ from megatron_fuse.idle_processes import idle_line, warn_of_idle_processes
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.processes import STARTED
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 
 
 def recipe_of(tmp_path: Path, shard_size: int, model: str = "nowhere") -> Recipe:
@@ -57,10 +58,10 @@ def test_the_first_process_of_a_stage_says_it_once(
     said: list[str] = []
     for key in ("RANK", "WORLD_SIZE", STARTED):
         monkeypatch.delenv(key, raising=False)
-    prepare_instructions(recipe)
+    prepare_instructions(Context(recipe))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    warn_of_idle_processes(recipe, said.append)
+    warn_of_idle_processes(Context(recipe), said.append)
     assert len(said) == says
     assert all(
         "1 of 2 processes has nothing to do" in line
@@ -72,5 +73,5 @@ def test_the_first_process_of_a_stage_says_it_once(
 def test_nothing_is_said_of_instructions_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     said: list[str] = []
-    warn_of_idle_processes(recipe_of(tmp_path, 512), said.append)
+    warn_of_idle_processes(Context(recipe_of(tmp_path, 512)), said.append)
     assert said == []

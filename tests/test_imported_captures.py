@@ -17,16 +17,17 @@ from pyarrow import parquet
 from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import write_rows
 
-from megatron_fuse.capture import STATUSES, CaptureShard, capture, open_capture, require_backend
+from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, require_backend
 from megatron_fuse.capture.row_files import open_rows
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import example_shards, open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import learned_of
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 
 SOURCE = "beta"
 
@@ -43,10 +44,10 @@ def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
 
 def conversations(recipe: Recipe, mode: str) -> list[tuple[str, EncodedConversation | None]]:
     chat = load_format(recipe.sources[SOURCE], SOURCE)
-    examples = [example for shard in example_shards(open_instructions(recipe)) for example in shard]
+    examples = [example for shard in example_shards(Context(recipe).open(INSTRUCTIONS)) for example in shard]
     answers = [None] * len(examples)
     if mode == "inference":
-        answers = [answer for shard in response_shards(open_responses(recipe, SOURCE)) for answer in shard]
+        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, SOURCE)) for answer in shard]
     return [
         (
             example.id,
@@ -116,21 +117,21 @@ def assert_same_rows(found: list[CaptureShard], expected: list[CaptureShard]) ->
 def test_our_own_capture_in_another_form_comes_back_bit_for_bit(
     fresh: Recipe, tmp_path: Path, form: str, suffix: str, order: str
 ) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     rows = export(fresh, form)
     if order == "shuffled":
         np.random.default_rng(4).shuffle(rows)
     recipe = with_file(fresh, write(tmp_path / f"{form}.{suffix}", rows))
-    artefact = capture(recipe, SOURCE, "training", progress=str)
+    artefact = capture(Context(recipe), SOURCE, "training", progress=str)
     assert artefact is not None and artefact.counts["captured"] == 13
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
 
 
 def test_the_sources_own_answers_come_in_too(fresh: Recipe, tmp_path: Path) -> None:
     """With truncated answers, which have no stop token, and with examples that have none."""
-    capture(fresh, SOURCE, "inference", progress=str)
+    capture(Context(fresh), SOURCE, "inference", progress=str)
     recipe = with_file(fresh, write(tmp_path / "own.jsonl", export(fresh, "ours", "inference")), "inference")
-    capture(recipe, SOURCE, "inference", progress=str)
+    capture(Context(recipe), SOURCE, "inference", progress=str)
     expected = read(fresh, SOURCE, "inference")
     assert {STATUSES[code] for shard in expected for code in shard.status} == {"captured", "no_response"}
     assert_same_rows(read(recipe, SOURCE, "inference"), expected)
@@ -141,13 +142,13 @@ def test_the_sources_own_answers_come_in_too(fresh: Recipe, tmp_path: Path) -> N
 def test_a_file_is_truncated_as_a_model_s_rows_are(
     fresh: Recipe, tmp_path: Path, filter: str, top_k: int, top_p: float
 ) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     wanted = {"top_k": top_k, "top_p": top_p, "filter": filter}
     recipe = changed(with_file(fresh, write(tmp_path / "all.jsonl", export(fresh, "ours"))), capture=wanted)
-    capture(recipe, SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training", progress=str)
     shutil.rmtree(fresh.workdir / "captures")
     direct = changed(fresh, capture=wanted)
-    capture(direct, SOURCE, "training", progress=str)
+    capture(Context(direct), SOURCE, "training", progress=str)
     expected = read(direct, SOURCE, "training")
     assert len({count for shard in expected for count in shard.counts.tolist()}) > (top_p < 1), "nothing was cut"
     assert_same_rows(read(recipe, SOURCE, "training"), expected)
@@ -155,14 +156,14 @@ def test_a_file_is_truncated_as_a_model_s_rows_are(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_path: Path, form: str) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
     with pytest.raises(
         UserError, match=r"plain.jsonl:1 \(id 'e0'\): has no logsumexp at temperature 2 .*teacher_temperature to 1"
     ):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     at_one = changed(recipe, loss={"teacher_temperature": 1.0})
-    capture(at_one, SOURCE, "training", progress=str)
+    capture(Context(at_one), SOURCE, "training", progress=str)
     for found, expected in zip(read(at_one, SOURCE, "training"), read(fresh, SOURCE, "training"), strict=True):
         np.testing.assert_array_equal(found.lse, expected.lse[:, [0, 0]])
         np.testing.assert_array_equal(found.entry_logits, expected.entry_logits)
@@ -171,31 +172,31 @@ def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_pat
 def test_ranks_share_the_work_and_an_unchanged_file_is_not_read_again(
     fresh: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     path = write(tmp_path / "shared.jsonl", export(fresh, "ours"))
     recipe = with_file(fresh, path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert capture(recipe, SOURCE, "training", progress=str) is None
+    assert capture(Context(recipe), SOURCE, "training", progress=str) is None
     monkeypatch.setenv("RANK", "0")
-    artefact = capture(recipe, SOURCE, "training", progress=str)
+    artefact = capture(Context(recipe), SOURCE, "training", progress=str)
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    assert artefact is not None and capture(recipe, SOURCE, "training", progress=str) == artefact
+    assert artefact is not None and capture(Context(recipe), SOURCE, "training", progress=str) == artefact
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"inputs.captures file"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     path.unlink()
-    assert open_capture(recipe, SOURCE, "training") == artefact
+    assert Context(recipe).open(CAPTURES, SOURCE, "training") == artefact
 
 
 def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(fresh: Recipe, tmp_path: Path) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     recipe = with_file(fresh, write(tmp_path / "far.jsonl", export(fresh, "ours")))
     directory = tmp_path / "tokenizer only"
     shutil.copytree(recipe.sources[SOURCE].model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     options = recipe.sources[SOURCE].model_copy(update={"model": str(directory)})
     recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
-    capture(recipe, SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training", progress=str)
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
     with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file: take it out"):
         require_backend(recipe, SOURCE, "training", "hf")
@@ -203,7 +204,7 @@ def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run
 
 
 def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: Recipe, tmp_path: Path) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     rows = export(fresh, "ours")
     del rows[4]
     token = rows[7]["token_ids"][2]
@@ -213,7 +214,7 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
     del rows[9]["logsumexp"]
     lines: list[str] = []
     recipe = with_file(fresh, write(tmp_path / "some.jsonl", rows))
-    artefact = capture(recipe, SOURCE, "training", progress=lines.append)
+    artefact = capture(Context(recipe), SOURCE, "training", progress=lines.append)
     assert artefact is not None
     counts = {name: artefact.counts[name] for name in STATUSES}
     assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}
@@ -230,7 +231,7 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path: Path, form: str) -> None:
     """Every response is a token off, as if the template were another."""
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     rows = export(fresh, form)
     for row in rows:
         tokens = {"ours": "token_ids", "distill_kit": "input_ids", "vllm": "prompt_token_ids"}.get(form)
@@ -244,14 +245,14 @@ def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path:
     with pytest.raises(
         UserError, match=r"other.jsonl:1 \(id 'e0'\): token 1 of the .* ours is .*5 of 5 rows are about other"
     ):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     assert not list(recipe.workdir.glob("captures/*/*/shard*"))
 
 
 def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_zero(
     fresh: Recipe, tmp_path: Path
 ) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     rows = export(fresh, "ours")
     for row in rows:  # two entries that hold everything, in three digits
         for place, token in enumerate(row["token_ids"]):
@@ -262,7 +263,7 @@ def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_ze
         row["logsumexp"]["1"] = [0.673] * len(row["token_ids"])
     assert np.exp([-0.713, -0.673]).sum() > 1.0001
     recipe = with_file(fresh, write(tmp_path / "rounded.jsonl", rows))
-    capture(recipe, SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training", progress=str)
     for shard in read(recipe, SOURCE, "training"):
         for column, temperature in ((0, 1.0), (1, 2.0)):
             row = np.repeat(np.arange(len(shard.counts)), shard.counts)
@@ -376,7 +377,7 @@ def test_a_row_that_is_no_distribution_is_refused_by_place_and_id(
     rows = [json.loads(line) for line in text.splitlines()]
     spoil(rows[2])
     with pytest.raises(UserError, match=rf"spoilt.jsonl:3 \(id 'e2'\): .*{message}"):
-        capture(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows)), SOURCE, "training", progress=str)
+        capture(Context(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows))), SOURCE, "training", progress=str)
 
 
 def entries_at(row: Row, form: str, place: int) -> dict[str, Any]:
@@ -407,7 +408,7 @@ def last_alternative(row: Row, form: str, place: int, came: int) -> int:
 @pytest.mark.parametrize("form", ["vllm", "openai"])
 def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path, form: str, zero: float) -> None:
     """The file with the number gives what the file without the alternative gives."""
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     chats = dict(conversations(fresh, "training"))
     rows, without = export(fresh, form), export(fresh, form)
     for row, other in zip(rows, without, strict=True):
@@ -422,7 +423,7 @@ def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path
         for name, content in (("zero.jsonl", rows), ("no.jsonl", without))
     )
     for recipe in (found, expected):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     assert_same_rows(read(found, SOURCE, "training"), read(expected, SOURCE, "training"))
     assert all((shard.counts < 10).all() for shard in read(found, SOURCE, "training"))
 
@@ -450,7 +451,7 @@ def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path
 def test_a_server_s_log_probability_that_cannot_be_is_refused_by_place_and_id(
     fresh: Recipe, tmp_path: Path, form: str, which: str, value: Any, message: str
 ) -> None:
-    capture(fresh, SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training", progress=str)
     rows = export(fresh, form)
     chat = dict(conversations(fresh, "training"))[rows[2]["id"]]
     assert chat is not None
@@ -460,14 +461,14 @@ def test_a_server_s_log_probability_that_cannot_be_is_refused_by_place_and_id(
     set_logprob(rows[2], form, place, token, value)
     recipe = with_file(fresh, write(tmp_path / "served.jsonl", rows))
     with pytest.raises(UserError, match=rf"served.jsonl:3 \(id 'e2'\): .*{message}"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
 
 
 @pytest.fixture(scope="module")
 def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str]:
     """(recipe, its capture as JSONL in our form)"""
     recipe = changed(fresh_recipe(world, tmp_path_factory.mktemp("captured")), capture={"top_p": 1.0})
-    capture(recipe, SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training", progress=str)
     return recipe, "".join(json.dumps(row) + "\n" for row in export(recipe, "ours"))
 
 
@@ -488,7 +489,7 @@ def test_a_file_without_rows_of_our_examples_is_refused(
 ) -> None:
     recipe = with_file(captured[0], write_rows(tmp_path / "file.jsonl", lines))
     with pytest.raises(UserError, match=message):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
 
 
 def test_a_file_that_is_not_there_or_no_parquet_is_refused(
@@ -497,16 +498,16 @@ def test_a_file_that_is_not_there_or_no_parquet_is_refused(
     path = write_rows(tmp_path / "text.parquet", ["no parquet"])
     recipe = with_file(captured[0], path)
     with pytest.raises(UserError, match=r"text.parquet: cannot be read as Parquet"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     parquet.write_table(pa.table({"token_ids": [[1]]}), path)
     with pytest.raises(UserError, match=r"text.parquet: has no column id; it has token_ids"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"text.parquet: reading Parquet needs pyarrow: pip install pyarrow"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     path.unlink()
     with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
-        capture(recipe, SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training", progress=str)
     with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set: name a file"):
         require_backend(recipe, SOURCE, "inference", "file")
 
@@ -544,4 +545,4 @@ def test_the_tool_keeps_all_entries_and_the_manifest_says_so(
     kept = changed(recipe, capture={"top_p": 1.0})
     assert all((shard.counts == 10).all() for shard in read(kept, SOURCE, "training"))
     with pytest.raises(UserError, match=r"options.top_p = 1.0, but now options.top_p = 0.95"):
-        open_capture(recipe, SOURCE, "training")
+        Context(recipe).open(CAPTURES, SOURCE, "training")

@@ -17,10 +17,9 @@ from transformers import LlamaConfig
 from megatron_fuse.chat import load_chat_format
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import (
+    INSTRUCTIONS,
     example_shards,
     load_examples,
-    open_instructions,
-    plan_instructions,
     prepare_instructions,
     read_rows,
 )
@@ -29,6 +28,7 @@ from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -190,10 +190,10 @@ def test_every_kind_of_table_gives_the_same_examples(models: dict[str, Path], tm
         (tmp_path / name).mkdir()
         data = {"path": str(save_table(tmp_path / name / name, rows)), "shard_size": 2}
         recipe = recipe_for(models, tmp_path / name, [], data=data)
-        artefact = prepare_instructions(recipe, progress=str)
+        artefact = prepare_instructions(Context(recipe), progress=str)
         made[name] = {path.name: path.read_bytes() for path in artefact.files(".jsonl")}
-        assert open_instructions(recipe).counts["examples"] == 4
-        assert prepare_instructions(recipe, progress=str).sha256 == artefact.sha256
+        assert Context(recipe).open(INSTRUCTIONS).counts["examples"] == 4
+        assert prepare_instructions(Context(recipe), progress=str).sha256 == artefact.sha256
         assert made[name]["examples.bad_rows.jsonl"] == (
             b'{"line": 4, "kind": "no assistant turn", "reason": "no assistant turn"}\n'
         )
@@ -268,7 +268,7 @@ def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
 def test_a_row_without_characters_leaves_no_directory(models: dict[str, Path], tmp_path: Path, key: str) -> None:
     recipe = recipe_for(models, tmp_path, [f'{{"instruction": "Q", "output": "A", "{key}": "\\ud800"}}'])
     with pytest.raises(UserError, match=rf"data.jsonl: no usable row .*line 1: {key} holds half a surrogate pair"):
-        prepare_instructions(recipe, progress=str)
+        prepare_instructions(Context(recipe), progress=str)
     assert not recipe.workdir.exists()
 
 
@@ -285,7 +285,7 @@ def test_sample_and_split_depend_on_seed_and_ids_only(models: dict[str, Path], t
 
     def draw(name: str, rows: list, **sections: object) -> dict[str, bool]:
         (tmp_path / name).mkdir()
-        artefact = prepare_instructions(recipe_for(models, tmp_path / name, rows, **sections), progress=str)
+        artefact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)), progress=str)
         examples = load_examples(artefact)
         assert artefact.counts["held_out"] == sum(e.held_out for e in examples)
         order = {row["id"]: place for place, row in enumerate(rows)}
@@ -308,7 +308,7 @@ def test_a_cut_response_is_the_longest_that_fits_every_model(
     texts = ["The quick brown fox. " * 20, "日本語のテキスト" * 9, "👍🏽é" * 12, "12345 " * 30, "ok", "\r\n\0 x" * 30]
     rows = [{"id": str(i), "instruction": "Q?", "output": text} for i, text in enumerate(texts)]
     recipe = recipe_for(models, tmp_path, rows, training={"seq_length": seq_length})
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     formats = [load_format(recipe.target, "target"), *(load_format(o, n) for n, o in recipe.sources.items())]
     examples = load_examples(artefact)
     assert [e.truncated for e in examples] == [True, True, True, True, False, True]
@@ -375,7 +375,7 @@ def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
 ) -> None:
     rows = [alpaca(n) if n % 2 else alpaca(n, output="long " * 99) for n in range(20)]
     recipe = recipe_for(models, tmp_path, rows, data={"too_long": "drop", "samples": 10})
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     assert sorted(int(e.id[1:]) for e in load_examples(artefact)) == list(range(1, 20, 2))
     dropped = [json.loads(line) for line in (artefact.directory / "examples.dropped.jsonl").open()]
     assert artefact.counts["dropped_for_length"] == len(dropped) > 0
@@ -384,7 +384,7 @@ def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
 
 def test_a_prompt_without_room_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(1), alpaca(2, instruction="word " * 200)]
-    artefact = prepare_instructions(recipe_for(models, tmp_path, rows), progress=str)
+    artefact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
     assert [e.id for e in load_examples(artefact)] == ["e1"]
     assert artefact.counts["dropped_for_length"] == 1
 
@@ -403,7 +403,7 @@ _MORE_MEGABYTES = [("a", "truncate")] + [
 def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, text: str, policy: str) -> None:
     whole = text * (10**6 // len(text.encode())) + "end"
     recipe = recipe_for(models, tmp_path, [alpaca(1), alpaca(2, output=whole)], data={"too_long": policy})
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     dropped = [json.loads(line)["reason"] for line in (artefact.directory / "examples.dropped.jsonl").open()]
     assert [e.id for e in load_examples(artefact)] == (["e1"] if dropped else ["e1", "e2"])
     if policy == "drop":
@@ -422,12 +422,12 @@ def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Pat
     turns = [{"role": role, "content": role} for role in ["user", "assistant"] * 2]
     recipe = recipe_for(models, tmp_path, [{"messages": turns}], data={"supervise": "last_turn"})
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     every = recipe.model_copy(update={"data": recipe.data.model_copy(update={"supervise": "every_turn"})})
     with pytest.raises(UserError, match=r"options\.supervise = 'last_turn', but now .* 'every_turn'"):
-        open_instructions(every)
+        Context(every).open(INSTRUCTIONS)
     with pytest.raises(UserError, match="prints 0 of the 1 earlier assistant turns"):
-        prepare_instructions(every.model_copy(update={"workdir": tmp_path / "other"}), progress=str)
+        prepare_instructions(Context(every.model_copy(update={"workdir": tmp_path / "other"})), progress=str)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_refusals_leave_nothing_behind(
 ) -> None:
     recipe = recipe_for(models, tmp_path, rows, **sections)
     with pytest.raises(UserError, match=message):
-        prepare_instructions(recipe, progress=str)
+        prepare_instructions(Context(recipe), progress=str)
     assert not recipe.workdir.exists()
 
 
@@ -464,8 +464,8 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
         (tmp_path / str(run)).mkdir()
         rows = [alpaca(n, instruction="Question? " * 1000) for n in range(examples)]  # 10 kB each
         recipe = recipe_for(models, tmp_path / str(run), rows, data={"shard_size": 2}, training={"seq_length": 10**6})
-        prepared = peak(lambda recipe=recipe: prepare_instructions(recipe, progress=str))
-        shards = example_shards(open_instructions(recipe))
+        prepared = peak(lambda recipe=recipe: prepare_instructions(Context(recipe), progress=str))
+        shards = example_shards(Context(recipe).open(INSTRUCTIONS))
         peaks.append((prepared, peak(lambda shards=shards: [len(shard) for shard in shards])))
     for few, many in zip(*peaks[1:], strict=True):
         assert many < few + 100_000, peaks  # ids and counts grow; the texts by 200 kB
@@ -474,16 +474,20 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
 def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(number) for number in range(9)]
     recipe = recipe_for(models, tmp_path, rows, data={"shard_size": 4})
-    artefact = prepare_instructions(recipe, progress=str)
+    artefact = prepare_instructions(Context(recipe), progress=str)
     assert (artefact.counts["examples"], artefact.counts["shards"]) == (9, 3)
     artefact.verify()
     one = recipe.model_copy(update={"sources": {"coarse": recipe.sources["coarse"]}})
-    assert plan_instructions(one) == plan_instructions(recipe)
-    assert prepare_instructions(one, progress=str).sha256 == artefact.sha256 == open_instructions(one).sha256
+    assert Context(one).plan(INSTRUCTIONS) == Context(recipe).plan(INSTRUCTIONS)
+    assert (
+        prepare_instructions(Context(one), progress=str).sha256
+        == artefact.sha256
+        == Context(one).open(INSTRUCTIONS).sha256
+    )
     other = recipe.model_copy(update={"seed": 5})
-    for refuse in (prepare_instructions, open_instructions):
+    for refuse in (prepare_instructions, lambda context: context.open(INSTRUCTIONS)):
         with pytest.raises(UserError, match=r"seed = 1234.*5"):
-            refuse(other)
+            refuse(Context(other))
 
 
 def test_the_command_prints_counts_and_exits_with_2_on_bad_data(

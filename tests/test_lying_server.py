@@ -23,6 +23,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
 from megatron_fuse.sources import bounded_http
 from megatron_fuse.sources.completions import is_name_of
+from megatron_fuse.stages import Context
 
 LIED_ABOUT = 3  # the example
 
@@ -152,7 +153,7 @@ def test_what_stays_no_answer_is_listed_with_the_reason(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with scripted(LiarAboutMany([lie for lie, _ in NO_ANSWERS.values()], 99)) as server:
         recipe = recipe_for(model, tmp_path, server.url, examples=len(NO_ANSWERS), max_retries=1)
-        artefact = generate_responses(recipe, "served")
+        artefact = generate_responses(Context(recipe), "served")
         assert artefact is not None
         assert len(server.asked) == 3 * len(NO_ANSWERS)  # again, and a trial
     printed = capfd.readouterr()
@@ -177,7 +178,7 @@ def test_a_server_that_gives_no_answer_at_all_ends_the_run(
     with scripted(Liar(lie, about_all=True)) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0)
         with pytest.raises(UserError) as caught:
-            generate_responses(recipe, "served")
+            generate_responses(Context(recipe), "served")
     error = str(caught.value)
     assert error.startswith(f"sources.served.server: {server.url} refuses every request (no completion came back but ")
     assert why in error and "[at example 'e" in error
@@ -242,7 +243,7 @@ def test_an_exchange_that_always_breaks_or_has_no_end_ends_the_run(model: Path, 
         with pytest.raises(
             UserError, match=rf"^sources.served.server: {server.url} {message}.*'e{LIED_ABOUT}'"
         ) as caught:
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         assert len(str(caught.value)) <= 600
         kept = journals(recipe)[0].read_bytes().count(b"\n")
         assert kept == LIED_ABOUT  # asked one by one, in order
@@ -263,7 +264,7 @@ def test_an_endless_body_ends(model: Path, tmp_path: Path, monkeypatch: pytest.M
     with scripted(Liar(Act(write=endless))) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0, timeout=50)
         with pytest.raises(UserError, match=r"cannot be reached \(a body of more than 1 MiB came back\)"):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
     assert written[0] < 64 << 20  # what the system's buffers take of it
 
 
@@ -302,7 +303,7 @@ def test_errors_are_quoted_in_short_and_as_a_terminal_may_show_them(
     with scripted(Liar(lie, about_all=True), models) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0)
         with pytest.raises(UserError, match=f"^sources.served.server: {server.url} .*{status}") as caught:
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
     assert len(str(caught.value)) <= 600 and str(caught.value).isprintable()
 
 
@@ -312,7 +313,7 @@ def test_an_absurd_retry_after_is_no_reason_to_wait(model: Path, tmp_path: Path,
     with scripted(Liar(Act({"detail": "later"}, 429, {"retry-after": after}), times=1)) as server:
         recipe = recipe_for(model, tmp_path, server.url)
         with contextlib.suppress(UserError):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         assert_right(recipe)
 
 
@@ -329,7 +330,7 @@ def test_an_answer_of_another_model_ends_the_run(model: Path, tmp_path: Path, na
     with scripted(Liar(Act({**completion("a lie").content, "model": other}))) as server:
         recipe = recipe_for(model, tmp_path, server.url, concurrency=1)
         with pytest.raises(UserError) as caught:
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         error = str(caught.value)
         assert (
             error.startswith(f"sources.served.server: {server.url} answers as model ") and "asked is 'small'" in error
@@ -375,7 +376,7 @@ def test_neither_prompts_nor_key_follow_a_redirect(
     with scripted(lambda asked: redirect, redirect if models_too else None) as server:
         recipe = recipe_for(model, tmp_path, server.url)
         with pytest.raises(UserError) as caught:
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
     error = str(caught.value)
     assert f"{server.url} sends requests elsewhere ({status} to '{elsewhere.url}" in error and KEY not in error
     assert not elsewhere.asked

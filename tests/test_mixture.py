@@ -14,6 +14,7 @@ from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.fusion_data.mixture import mix
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 
 VOCABULARY = 12
 
@@ -78,7 +79,7 @@ def test_chance_takes_each_of_the_able_as_often() -> None:
 
 def rebuilt(recipe: Recipe, **selection: object) -> tuple[Recipe, FusionDataset]:
     recipe = recipe.model_copy(update={"selection": recipe.selection.model_copy(update=selection)})
-    build_fusion_data(recipe, progress=str)
+    build_fusion_data(Context(recipe), progress=str)
     return recipe, FusionDataset(recipe)
 
 

@@ -1,7 +1,6 @@
 """Only what a recipe uses is planned, a source that joins later runs its own stages and no others, and a recipe with missing files
 is refused at once."""
 
-import runpy
 import shutil
 from pathlib import Path
 
@@ -12,25 +11,36 @@ from megatron_fuse.advantage.scores import score_responses
 from megatron_fuse.capture import capture
 from megatron_fuse.errors import UserError
 from megatron_fuse.estimates import estimate_amounts
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data, modes_with_teacher
+from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.pipeline import Work, check_files, data_stages
+from megatron_fuse.pipeline import Work, check_files, steps
+from megatron_fuse.pipeline.plan_table import print_plan
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
+from megatron_fuse.training.stage import EXPORT, TRAINING
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_data_stages(recipe: Recipe) -> None:
-    prepare_instructions(recipe)
+    prepare_instructions(Context(recipe))
     for name in recipe.answering:
-        generate_responses(recipe, name)
+        generate_responses(Context(recipe), name)
     for judge in recipe.judges:
-        score_responses(recipe, judge)
+        score_responses(Context(recipe), judge)
     for source in recipe.sources:
-        for mode in modes_with_teacher(recipe):
-            capture(recipe, source, mode)
-    build_fusion_data(recipe)
+        for mode in recipe.modes_with_teacher:
+            capture(Context(recipe), source, mode)
+    build_fusion_data(Context(recipe))
+
+
+def to_do(recipe: Recipe) -> set[str]:
+    """Labels of the artifacts before training that are not done."""
+    context = Context(recipe)
+    data = [work for works in steps(recipe).values() for work in works if work.stage not in (TRAINING, EXPORT)]
+    return {work.label(recipe) for work in data if work.state(context) != "done"}
 
 
 def files(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -69,16 +79,17 @@ def recipe_of(tmp_path: Path, parts: dict, *sources: str) -> Recipe:
 def test_a_source_that_joins_later_runs_only_its_own_stages(tmp_path: Path, parts: dict) -> None:
     two, three = recipe_of(tmp_path, parts, "alpha", "beta"), recipe_of(tmp_path, parts, "alpha", "beta", "gamma")
     run_data_stages(two)
-    assert all(stage.is_done() for stage in data_stages(two))
+    assert not to_do(two)
     before = files(two.workdir)
-    to_do = {work.name for stage in data_stages(three) for work in stage.works if work.state() != "done"}
-    assert to_do == {
+    fusion = "fusion/exact-skip-T2"
+    chosen = {str(selection_path(three, mode).relative_to(three.workdir)) for mode in ("inference", "training")}
+    assert to_do(three) == chosen | {
         "responses/gamma",
         "scores/gamma/judge",
         "captures/gamma/inference",
         "captures/gamma/training",
-        "fusion/exact-skip-T2/teachers/gamma/inference",
-        "fusion/exact-skip-T2/teachers/gamma/training",
+        f"{fusion}/teachers/gamma/inference",
+        f"{fusion}/teachers/gamma/training",
     }
     run_data_stages(three)
     after = files(three.workdir)
@@ -93,16 +104,15 @@ def test_changed_options_are_refused_and_name_both_values(tmp_path: Path, parts:
     recipe = recipe_of(tmp_path, parts, "alpha")
     run_data_stages(recipe)
     other = recipe.model_copy(update={"capture": recipe.capture.model_copy(update={"top_k": 7})})
-    (captures,) = [stage for stage in data_stages(other) if stage.name == "captures"]
     with pytest.raises(UserError, match=r"top_k = 10, but now .*top_k = 7"):
-        captures.works[0].state()
+        steps(other)["captures"][0].state(Context(other))
 
 
 SERVER = {"url": "http://localhost:1/v1", "model": "served", "api_key_variable": "NO_SUCH_KEY"}
 
 
 def works(recipe: Recipe, stage: str) -> dict[str, Work]:
-    return {work.name: work for each in data_stages(recipe) if each.name == stage for work in each.works}
+    return {work.label(recipe): work for work in steps(recipe).get(stage, [])}
 
 
 @pytest.mark.parametrize("order", ["shuffled", "gt_length", "target_reward"])
@@ -131,7 +141,7 @@ def test_the_plan_is_of_all_answers_and_scores_that_are_used(
         answering, scored = answering | {own}, scored | {(own, "two")}
     assert works(recipe, "responses").keys() == {f"responses/{name}" for name in answering}
     assert works(recipe, "scores").keys() == {f"scores/{name}/{scorer}" for name, scorer in scored}
-    names = [stage.name for stage in data_stages(recipe)]
+    names = list(steps(recipe))
     assert ("responses" in names, "scores" in names) == (bool(answering), bool(scored))
     assert ("captures" in names) == (preset != "csft")
 
@@ -153,8 +163,11 @@ def test_what_is_made_elsewhere_costs_no_computation_here(tmp_path: Path, parts:
     )
     check_files(recipe)  # a key for the server may be set or not: many servers ask for none
     stages = ("responses", "scores", "captures")
-    amounts = estimate_amounts(recipe)
-    free = {work.name for stage in stages for work in works(recipe, stage).values() if work.flops(amounts) == 0}
+    context = Context(recipe)
+    amounts = estimate_amounts(context)
+    free = {
+        name for stage in stages for name, work in works(recipe, stage).items() if work.flops(context, amounts) == 0
+    }
     assert free == {
         "responses/beta",
         "responses/gamma",
@@ -214,7 +227,7 @@ def test_a_plan_of_damaged_weights_is_a_whole_table(tmp_path: Path, parts: dict,
         (directory / "model.safetensors").write_bytes(b"\xff" * 100)
     recipe = recipe_of(tmp_path, {**parts, **damaged}, "alpha", "beta", "gamma")  # alpha is the target as well
     with pytest.raises(UserError) as refusal:
-        runpy.run_path(str(ROOT / "tools/run_recipe.py"))["print_plan"](recipe, 1)
+        print_plan(Context(recipe), 1)
     for directory in damaged.values():
         assert str(refusal.value).count(f"{directory / 'model.safetensors'} is not a whole") == 1
     states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()}

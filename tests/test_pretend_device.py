@@ -14,11 +14,12 @@ from small_models import FAMILIES, save_model, small_recipe, write_rows
 
 from megatron_fuse.advantage import reward_models
 from megatron_fuse.advantage.scores import load_scores, score_responses
-from megatron_fuse.capture import capture, open_capture
+from megatron_fuse.capture import CAPTURES, capture
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import generate_responses, open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.sources import huggingface
+from megatron_fuse.stages import Context
 
 ROWS = [
     {"instruction": f"Add {n} and 1{' please' * n}.", "output": f"That is {n + 1}. {'été 🙂 ' * n}"} for n in range(7)
@@ -56,16 +57,16 @@ def compute_and_refuse() -> None:
 
 def stages(recipe: Recipe) -> dict[str, np.ndarray]:
     """Runs what the sources and the judge do, and returns all that they found."""
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     found = {}
     for source in recipe.sources:
-        generate_responses(recipe, source, progress=str)
-        score_responses(recipe, "judge", [source], progress=str)
-        capture(recipe, source, "training", progress=str)
-        answers = [answer for shard in response_shards(open_responses(recipe, source)) for answer in shard]
+        generate_responses(Context(recipe), source, progress=str)
+        score_responses(Context(recipe), "judge", [source], progress=str)
+        capture(Context(recipe), source, "training", progress=str)
+        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
         found[f"{source} answers"] = np.array([repr(answer) for answer in answers])
-        found[f"{source} scores"] = load_scores(recipe, source, "judge")
-        for path in sorted(open_capture(recipe, source, "training").directory.glob("*.safetensors")):
+        found[f"{source} scores"] = load_scores(Context(recipe), source, "judge")
+        for path in sorted(Context(recipe).open(CAPTURES, source, "training").directory.glob("*.safetensors")):
             found |= {f"{source} {path.name} {name}": array for name, array in load_file(path).items()}
     return found
 

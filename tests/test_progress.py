@@ -16,6 +16,7 @@ from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.progress import INTERVAL, Progress, readable_rate, readable_seconds
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 
 
 class Clock:
@@ -105,7 +106,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         scoring={"batch_tokens": 150},
         capture={"batch_tokens": 150},
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     return recipe
 
 
@@ -123,7 +124,7 @@ def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkey
 
     for name in recipe.sources:
         said: list[str] = []
-        generate_responses(recipe, name, progress=said.append)
+        generate_responses(Context(recipe), name, progress=said.append)
         directory = recipe.workdir / "responses" / name
         found = lines(
             said, rf"{directory}: shard 0: \d+/10 answers, \d+ tokens, [\d.]+ tokens/(s|min|h), at most \S+( \S+)* left"
@@ -132,11 +133,11 @@ def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkey
         assert counts == sorted(counts) and counts[-1] > 0
     for mode in ("inference", "training"):
         said = []
-        capture(recipe, "alpha", mode, progress=said.append)
+        capture(Context(recipe), "alpha", mode, progress=said.append)
         directory = recipe.workdir / "captures/alpha" / mode
         lines(said, rf"{directory}: shard 0: \d+/\d+ conversations, [\d.]+ tokens/(s|min|h), \S+( \S+)* left")
     said = []
-    score_responses(recipe, "judge", progress=said.append)
+    score_responses(Context(recipe), "judge", progress=said.append)
     lines(said, r"reward_models\.judge: shard 0: \d+/\d+ answers, [\d.]+ answers/(s|min|h), \S+( \S+)* left")
 
 
@@ -156,7 +157,7 @@ def test_a_server_that_takes_minutes_has_a_rate(
 
     with scripted(answer) as server:
         served = recipe_for(recipe.workdir.parent / "alpha", tmp_path, server.url, concurrency=1)
-        generate_responses(served, "served", progress=said.append)
+        generate_responses(Context(served), "served", progress=said.append)
     assert len(said) == len(set(said))
     rates = [line for line in said if "nothing new" not in line and line.endswith(" left")]
     assert len(rates) >= 7

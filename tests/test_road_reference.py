@@ -31,10 +31,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_fuse.advantage.scores import load_scores
 from megatron_fuse.fusion_data import MATCHES, Document, FusionDataset, build_fusion_data
-from megatron_fuse.instructions import load_examples, open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, response_shards
+from megatron_fuse.stages import Context
 
 SEQ_LENGTH = 250
 # Earlier questions and answers of some examples.
@@ -114,10 +115,10 @@ class Reading:
 
 def read_all(recipe: Recipe, sides: dict[str, Side], target: Side) -> Iterator[Reading]:
     every_turn = recipe.data.supervise == "every_turn"
-    examples = load_examples(open_instructions(recipe))
+    examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     for name, source in recipe.sources.items():
         model = AutoModelForCausalLM.from_pretrained(source.model)
-        answers = [answer for shard in response_shards(open_responses(recipe, name)) for answer in shard]
+        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, name)) for answer in shard]
         for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
             for mode, final in (
                 ("training", (example.response, not example.truncated)),
@@ -149,7 +150,7 @@ class Road:
         vocabulary_map, unmatched = alignment.split()
         options = {"vocabulary_map": vocabulary_map, "unmatched": unmatched}
         recipe = self.recipe.model_copy(update={"alignment": self.recipe.alignment.model_copy(update=options)})
-        build_fusion_data(recipe, progress=str)
+        build_fusion_data(Context(recipe), progress=str)
         return FusionDataset(recipe)
 
 
@@ -213,7 +214,7 @@ def test_every_choice(roads: Callable[[str], Road], target: str) -> None:
     road = roads(target)
     dataset, names = road.dataset("exact condition"), list(road.recipe.sources)
     scores = np.stack(
-        [[load_scores(road.recipe, name, judge) for judge in road.recipe.reward_models] for name in names]
+        [[load_scores(Context(road.recipe), name, judge) for judge in road.recipe.reward_models] for name in names]
     )
     of = {(reading.mode, reading.example, reading.source): reading for reading in road.readings}
     for number in range(len(TEXTS)):

@@ -21,9 +21,10 @@ from small_tokenizers import make_tokenizer
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import Response, generate_responses, open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, Response, generate_responses, response_shards
 from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.sources.listed_models import unlisted
+from megatron_fuse.stages import Context
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-5ecretOfNobody/+=31"
@@ -61,13 +62,13 @@ def recipe_for(model: Path, workdir: Path, url: str, /, *, examples: int = 8, **
     server = {"url": url, "model": "small", "timeout": 10, "max_retries": 2} | options
     sources = {"served": source | {"server": server}, "local": source | {"dtype": "fp32"}}
     recipe = small_recipe(workdir / "run", data, model, sources, **sections)
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     return recipe
 
 
 def answers(recipe: Recipe, name: str = "served") -> dict[str, Response]:
-    generate_responses(recipe, name, progress=str)
-    return {row.id: row for shard in response_shards(open_responses(recipe, name)) for row in shard}
+    generate_responses(Context(recipe), name, progress=str)
+    return {row.id: row for shard in response_shards(Context(recipe).open(RESPONSES, name)) for row in shard}
 
 
 def number(asked: Asked) -> int:
@@ -126,7 +127,7 @@ def test_a_real_server_killed_in_mid_run_and_started_again(real: RealServer, mod
         with pytest.raises(
             UserError, match=rf"sources.served.server: {real.url} cannot be reached .*start the server.*rerun"
         ):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
     finally:
         killer.join()
         real.start()
@@ -214,7 +215,7 @@ def test_what_is_wrong_with_all_requests_ends_the_run(
         options = {"max_retries": 0, "concurrency": 2, "api_key_variable": "FUSE_TEST_KEY"}
         recipe = recipe_for(model, tmp_path, server.url, examples=30, **options)
         with pytest.raises(UserError) as caught:
-            generate_responses(recipe, "served")
+            generate_responses(Context(recipe), "served")
     error = str(caught.value)
     assert re.match(rf"sources\.served\.server: {server.url} {message}", error), error
     assert len(server.asked) <= 4  # two at once, each with a trial
@@ -332,8 +333,8 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
     with scripted(script) as server:
         recipe = recipe_for(model, tmp_path, server.url, examples=12, concurrency=1, max_retries=0)
         with pytest.raises(UserError, match="503 restarting"):
-            generate_responses(recipe, "served")
-        artefact = generate_responses(recipe, "served")
+            generate_responses(Context(recipe), "served")
+        artefact = generate_responses(Context(recipe), "served")
         assert artefact is not None
     assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \\ud83d") == 1
     (unmatched,) = artefact.files(".unmatched.txt")
@@ -368,7 +369,7 @@ def test_what_comes_back_is_kept_and_flagged(model: Path, tmp_path: Path) -> Non
     for _, expected in REPLIES.values():
         tokens = len(tokenizer.encode_continuation(expected.response))
         assert rows[expected.id] == Response(**vars(expected) | {"tokens": tokens})
-    counts = open_responses(recipe, "served").counts
+    counts = Context(recipe).open(RESPONSES, "served").counts
     assert (counts["refused"], counts["truncated"], counts["empty"]) == (4, 4, 3)
 
 
@@ -381,7 +382,7 @@ def test_prompts_without_room_are_not_asked(model: Path, tmp_path: Path) -> None
         recipe = recipe_for(model, tmp_path, server.url, directory=short, responses={"max_new_tokens": 99})
         rows = answers(recipe)
     chat = load_format(recipe.sources["served"], "served")
-    examples = load_examples(prepare_instructions(recipe, progress=str))
+    examples = load_examples(prepare_instructions(Context(recipe), progress=str))
     rooms = {each.id: positions - len(chat.encode_prompt(each.prompt())) for each in examples}
     assert {f"e{number(asked)}": asked.body["max_tokens"] for asked in server.asked} == {
         name: room for name, room in rooms.items() if room > 0
@@ -407,7 +408,7 @@ def test_a_prompt_as_text_has_one_bos_where_the_server_reads_it(
         )
         rows = answers(recipe)
     chat = load_format(recipe.sources["served"], "served")
-    examples = {example.id: example for example in load_examples(prepare_instructions(recipe, progress=str))}
+    examples = {example.id: example for example in load_examples(prepare_instructions(Context(recipe), progress=str))}
     read = chat.tokenizer.hugging_face()
     for asked in server.asked:
         prompt, ids = (
@@ -457,21 +458,21 @@ def test_an_interrupted_run_asks_for_the_rest_alone(model: Path, tmp_path: Path)
         options = {"data": {"shard_size": 5}, "concurrency": 1, "max_retries": 0}
         recipe = recipe_for(model, tmp_path, server.url, examples=12, **options)
         with pytest.raises(UserError, match=r"503 down.*the answers that came in are kept"):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         _, begun = journals(recipe)  # five answers, two answers
         begun.write_bytes(begun.read_bytes()[:-9])  # a kill within the last line
         server.asked.clear()
         outage.left = 2
         with pytest.raises(UserError, match="503 down"):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         outage.left = float("inf")
-        interrupted = generate_responses(recipe, "served", progress=str)
+        interrupted = generate_responses(Context(recipe), "served", progress=str)
         assert len(server.asked) == 12 - 5 - 1 + 1  # the one that met the second outage twice
         assert interrupted is not None
         assert not journals(recipe)
 
         shutil.rmtree(interrupted.directory)
-        undisturbed = generate_responses(recipe, "served", progress=str)
+        undisturbed = generate_responses(Context(recipe), "served", progress=str)
         assert undisturbed is not None
         assert undisturbed.sha256 == interrupted.sha256
 
@@ -484,7 +485,7 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
     for line in ("{", "[]", "[" * 100_000, '{"text": "a"}', '{"sha256": "a"}', whole):
         path.write_text(line + "\n")
         with pytest.raises(UserError, match=f"^{path}:1: damaged .*: remove the file"):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
 
 
 def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +503,7 @@ def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, mon
             told.set()
 
     with scripted(script) as server:
-        generate_responses(recipe_for(model, tmp_path, server.url, concurrency=1), "served", progress)
+        generate_responses(Context(recipe_for(model, tmp_path, server.url, concurrency=1)), "served", progress)
     assert any(
         re.search(r"responses/served: shard 0: 5/8 answers, [\d.,]+ answers/s, .* left$", line) for line in lines
     )
@@ -543,10 +544,10 @@ def test_the_key_reaches_the_server_and_no_file(
         options = {"api_key_variable": "FUSE_TEST_KEY", "max_retries": 0, "concurrency": 1}
         recipe = recipe_for(model, tmp_path, server.url, **options)
         with pytest.raises(UserError):
-            generate_responses(recipe, "served")
+            generate_responses(Context(recipe), "served")
         assert_nowhere(KEY, tmp_path, capfd)
         outage.left = float("inf")
-        generate_responses(recipe, "served")
+        generate_responses(Context(recipe), "served")
     assert {asked.authorization for asked in server.asked} == {f"Bearer {KEY}"}
     assert_nowhere(KEY, tmp_path, capfd)
 
@@ -561,11 +562,11 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
 
     with scripted(script) as server:
         recipe = recipe_for(model, tmp_path, server.url)
-        first = threading.Thread(target=generate_responses, args=(recipe, "served", str))
+        first = threading.Thread(target=generate_responses, args=(Context(recipe), "served", str))
         first.start()
         assert asked_once.wait(20)
         with pytest.raises(UserError, match=r"answers-00000.tmp: another process asks for the same answers"):
-            generate_responses(recipe, "served", progress=str)
+            generate_responses(Context(recipe), "served", progress=str)
         may_answer.set()
         first.join()
         assert {row.response for row in answers(recipe).values()} == {f"answer {n}" for n in range(8)}

@@ -12,7 +12,7 @@ from test_server import answers, number, recipe_for
 
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import load_chat_format
-from megatron_fuse.fusion_data.text import encode_documents
+from megatron_fuse.fusion_data.encoding import encode_documents
 from megatron_fuse.instructions import Example, load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
@@ -20,6 +20,7 @@ from megatron_fuse.responses.sampled import _response, _sampling
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.thoughts import split_thought, thought_end, without_empty_thought
 from megatron_fuse.tokenization import load_tokenizer
 from megatron_fuse.tokenization.spans import response_bytes
@@ -194,7 +195,7 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = {"reasoning": option, "held_out": 0}
     recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
-    examples = load_examples(prepare_instructions(recipe, progress=str))
+    examples = load_examples(prepare_instructions(Context(recipe), progress=str))
     by_answer = {example.response: example for example in examples}
     assert by_answer.keys() == {response, "6", "<think>two</think>8"} and by_answer["6"].reasoning is None
     assert by_answer["<think>two</think>8"].reasoning is None  # the text has it already

@@ -17,6 +17,7 @@ from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import Verification, verify_fusion_data
 
@@ -25,7 +26,7 @@ ANSWERS = "teachers/beta/inference"
 
 
 def verified(recipe: Recipe) -> Verification:
-    return verify_fusion_data(recipe, progress=str)
+    return verify_fusion_data(Context(recipe), progress=str)
 
 
 def own_up(path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
     expect(
         problems, rf"{path.name}: example 'e7': weight is 0\.125, the sources' facts give 1\.0 \(1 examples differ\)"
     )
-    build_fusion_data(copied, progress=str)
+    build_fusion_data(Context(copied), progress=str)
     assert verified(copied).problems == []
 
 

@@ -11,23 +11,25 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data import build_fusion_data
 from megatron_fuse.fusion_data.curriculum import read_measures
-from megatron_fuse.fusion_data.layout import open_text
+from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.fusion_data.summary import curriculum_line, selection_line
 from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import load_recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import rank_and_world
 from megatron_fuse.text_safety import say
 
 
 def main() -> None:
     recipe = load_recipe(__doc__)
-    warn_of_idle_processes(recipe)
-    selections = build_fusion_data(recipe)
+    context = Context(recipe)
+    warn_of_idle_processes(context)
+    selections = build_fusion_data(context)
     if rank_and_world()[0] != 0:
         return
     for mode, selection in selections.items():
         say(selection_line(recipe, mode, selection))
-    say(curriculum_line(recipe, read_measures(recipe, open_text(recipe).sha256)))
+    say(curriculum_line(recipe, read_measures(recipe, context.open(TEXT).sha256)))
 
 
 if __name__ == "__main__":

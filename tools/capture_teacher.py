@@ -13,9 +13,9 @@ import argparse
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
 from megatron_fuse.errors import exit_code
-from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 
 
@@ -40,15 +40,16 @@ def main() -> None:
     if arguments.no_truncate:
         setattr(arguments, "capture.top_p", "1")
     recipe = recipe_from_arguments(arguments)
-    warn_of_idle_processes(recipe)
-    modes = [arguments.mode] if arguments.mode else modes_with_teacher(recipe)
+    context = Context(recipe)
+    warn_of_idle_processes(context)
+    modes = [arguments.mode] if arguments.mode else recipe.modes_with_teacher
     if not modes:
         say("schedule: no phase has a lambda for a source's distributions: nothing to capture")
     for source in arguments.source or recipe.sources:
         for mode in modes:
             if arguments.backend:
                 require_backend(recipe, source, mode, arguments.backend)
-            artefact = capture(recipe, source, mode)
+            artefact = capture(context, source, mode)
             if artefact:
                 counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
                 say(f"{artefact.directory}: {counts}")

@@ -17,6 +17,7 @@ from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.responses import BACKENDS, backend_of, generate_responses
+from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 
 
@@ -34,7 +35,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
-    warn_of_idle_processes(recipe)
+    context = Context(recipe)
+    warn_of_idle_processes(context)
     names = arguments.source or list(recipe.answering)
     if not names:
         say(
@@ -48,7 +50,7 @@ def main() -> None:
                 "its keys server and responses (docs/responses.md)"
             )
     for name in names:
-        artefact = generate_responses(recipe, name)
+        artefact = generate_responses(context, name)
         if artefact:
             counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
             say(f"{artefact.directory}: {counts}")

@@ -25,6 +25,7 @@ from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.inspection import find_example, format_view, view_document
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.template_view import format_of_model, format_template_view, formats_of, view_template
 from megatron_fuse.text_safety import say
 from megatron_fuse.verification import verify_fusion_data
@@ -75,7 +76,7 @@ def show_templates(arguments: argparse.Namespace) -> None:
     if arguments.template:
         formats = [(arguments.template, format_of_model(arguments.template))]
     else:
-        formats = list(formats_of(fusion_data_recipe(arguments)))
+        formats = list(formats_of(Context(fusion_data_recipe(arguments))))
     views = [view_template(name, chat) for name, chat in formats]
     say("\n".join(map(_as_json, views)) if arguments.json else "\n\n".join(map(format_template_view, views)))
 
@@ -88,7 +89,7 @@ def _as_json(view: dict[str, Any]) -> str:
 
 def verify(recipe: Recipe) -> None:
     """Prints what was looked at. Raises UserError with all that was found wrong."""
-    found = verify_fusion_data(recipe, progress=lambda line: say(line, file=sys.stderr))
+    found = verify_fusion_data(Context(recipe), progress=lambda line: say(line, file=sys.stderr))
     say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
     if found.problems:
         raise UserError(f"{len(found.problems)} problems:\n" + "\n".join(found.problems))

@@ -10,14 +10,15 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.instructions import left_out, prepare_instructions
 from megatron_fuse.recipe import load_recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.target import check_target_tokenizer, read_target
 from megatron_fuse.text_safety import say
 
 
 def main() -> None:
-    recipe = load_recipe(__doc__)
-    check_target_tokenizer(recipe, read_target(recipe))
-    artefact = prepare_instructions(recipe)
+    context = Context(load_recipe(__doc__))
+    check_target_tokenizer(context.target, read_target(context.recipe))
+    artefact = prepare_instructions(context)
     if artefact:
         counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
         say(f"{artefact.directory}: {counts}")

@@ -15,6 +15,7 @@ import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
 from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.report import advantage_text, alignment_text, write_advantage_report, write_alignment_report
+from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 
 REPORTS = {
@@ -29,7 +30,7 @@ def main() -> None:
     add_fusion_data_arguments(parser)
     arguments = parser.parse_args()
     write, text = REPORTS[arguments.report]
-    report, directory = write(fusion_data_recipe(arguments))
+    report, directory = write(Context(fusion_data_recipe(arguments)))
     say(f"\n{text(report)}\n\nwritten to {directory}")
 
 

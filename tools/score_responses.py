@@ -17,7 +17,8 @@ from megatron_fuse.advantage.scores import BACKENDS, require_backend, score_resp
 from megatron_fuse.errors import exit_code
 from megatron_fuse.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
-from megatron_fuse.sources.huggingface import answering_options
+from megatron_fuse.recipe.lookup import answering_options
+from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 
 
@@ -35,7 +36,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
-    warn_of_idle_processes(recipe)
+    context = Context(recipe)
+    warn_of_idle_processes(context)
     asked = [*(arguments.reward_model or []), *([REFERENCE] if arguments.reference else [])]
     wanted = _wanted(recipe, arguments.source, asked)
     if not wanted:
@@ -44,9 +46,9 @@ def main() -> None:
         if arguments.backend and scorer != REFERENCE:
             require_backend(recipe, scorer, arguments.backend)
         artefacts = (
-            score_against_reference(recipe, sources)
+            score_against_reference(context, sources)
             if scorer == REFERENCE
-            else score_responses(recipe, scorer, sources)
+            else score_responses(context, scorer, sources)
         )
         for artefact in artefacts:
             counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from megatron_fuse.advantage.reference import reference_measures, used_weights
-from megatron_fuse.advantage.scores import COMMAND, STAGE, open_answers, read_shards, save_shard
+from megatron_fuse.advantage.scores import COMMAND, NAME, read_shards, save_shard
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import example_shards, require_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
-from megatron_fuse.responses import open_responses
+from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.sources.huggingface import WEIGHT_SUFFIXES, model_fingerprint, resolve_model
-from megatron_fuse.storage import Artefact, Plan, Workspace, open_artefact, run_plans, sha256_of_bytes
+from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.storage import Artefact, Workspace, run_plans, sha256_of_bytes
 from megatron_fuse.text_safety import say
 from megatron_fuse.thoughts import split_thought
 
@@ -29,24 +31,49 @@ _PACKAGES = ("sacrebleu", "rouge-score")
 _WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
 
 
-def _basis(recipe: Recipe, source: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """(options, inputs) of the measures, all but the packages' versions and BERTScore's encoder."""
+def _options(recipe: Recipe, _: str) -> dict[str, Any]:
     used_weights(recipe.reference)  # refuses a missing model, unless the recipe allows to go without
     with_model = recipe.reference.bertscore_model is not None
-    bertscore = {"layer": recipe.reference.bertscore_layer} if with_model else _WITHOUT_BERTSCORE
-    return {"bertscore": bertscore}, {"responses": open_responses(recipe, source).sha256}
+    return {"bertscore": {"layer": recipe.reference.bertscore_layer} if with_model else _WITHOUT_BERTSCORE}
 
 
-def plan_reference_scores(recipe: Recipe, source: str) -> Plan:
-    """What the measures of one source's answers depend on. The answers must be there."""
-    options, inputs = _basis(recipe, source)
-    model = recipe.reference.bertscore_model
-    options["packages"] = _package_versions(recipe.reference)
-    if model:
-        directory = resolve_model(model, "reference.bertscore_model")
-        inputs |= {"bertscore model": model_fingerprint(directory), "bertscore tokenizer": _small_files(directory)}
-    directory = Workspace(recipe.workdir).scores(source, REFERENCE)
-    return Plan(directory, STAGE, options, inputs, open_responses(recipe, source).manifest["shards"])
+def _origin(context: Context, _: str) -> dict[str, str]:
+    """Of BERTScore's encoder."""
+    model = context.recipe.reference.bertscore_model
+    if not model:
+        return {}
+    directory = resolve_model(model, "reference.bertscore_model")
+    return {
+        "bertscore model": context.once("bertscore model", model, lambda: model_fingerprint(directory)),
+        "bertscore tokenizer": context.once("bertscore tokenizer", model, lambda: _small_files(directory)),
+    }
+
+
+def _flops(context: Context, amounts: Amounts, _: str) -> float:
+    """BERTScore's encoder reads every answer, and the ground truth as well."""
+    model = context.recipe.reference.bertscore_model
+    if not model:
+        return 0.0
+    encoder = resolve_model(model, "reference.bertscore_model")
+    return 2 * count_parameters(encoder) * (amounts.answer_tokens + amounts.response_tokens)
+
+
+def _keys(recipe: Recipe) -> list[Key]:
+    return [(name,) for name, scorers in recipe.scorers.items() if REFERENCE in scorers]
+
+
+REFERENCE_SCORES = Stage(
+    name=NAME,
+    recorded_as="scores",
+    command=COMMAND + " --source {} --reference",
+    keys=_keys,
+    directory=lambda recipe, source: Workspace(recipe.workdir).scores(source, REFERENCE),
+    options=_options,
+    parents=lambda _, source: {"responses": (RESPONSES, (source,))},
+    origin=_origin,
+    packages=lambda recipe, _: {"packages": _package_versions(recipe.reference)},
+    flops=_flops,
+)
 
 
 def require_measures(options: ReferenceOptions) -> None:
@@ -70,13 +97,13 @@ def _small_files(directory: Path) -> str:
 
 
 def score_against_reference(
-    recipe: Recipe, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
+    context: Context, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artefact]:
     """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artefacts."""
-    examples = example_shards(require_instructions(recipe))
+    recipe, examples = context.recipe, example_shards(context.open(INSTRUCTIONS))
     sources = list(recipe.sources if sources is None else sources)
-    answers = {source: open_answers(recipe, source) for source in sources}
-    plans = {source: plan_reference_scores(recipe, source) for source in sources}
+    answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
+    plans = {source: context.plan(REFERENCE_SCORES, source) for source in sources}
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         # Answers are compared without thoughts: those that a model wrote before its own are kept apart already.
@@ -90,9 +117,6 @@ def score_against_reference(
     return list(run_plans(plans, make_shards, progress).values())
 
 
-def load_reference_scores(recipe: Recipe, source: str) -> np.ndarray:
-    """float32 [examples, 3]. Raises UserError where they are missing or were made otherwise."""
-    options, inputs = _basis(recipe, source)
-    directory = Workspace(recipe.workdir).scores(source, REFERENCE)
-    command = f"{COMMAND} --source {source} --reference"
-    return read_shards(open_artefact(directory, STAGE, command, options=options, inputs=inputs))
+def load_reference_scores(context: Context, source: str) -> np.ndarray:
+    """float32 [examples, 3]. Raises UserError if they are missing or were made otherwise."""
+    return read_shards(context.open(REFERENCE_SCORES, source))

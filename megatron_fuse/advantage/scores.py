@@ -11,7 +11,7 @@ that their prompt is read once; a source that joins later has only its own judge
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,22 @@ from typing import Any
 import numpy as np
 
 from megatron_fuse.advantage.given_scores import given_scores
-from megatron_fuse.advantage.reward_models import (
-    RewardModel,
-    judge_fingerprint,
-    load_judge_format,
-    load_reward_model,
-)
+from megatron_fuse.advantage.reward_models import RewardModel, load_reward_model
+from megatron_fuse.advantage.reward_models.forms import find_judge
 from megatron_fuse.advantage.scoring import score_conversations
-from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import Example, example_shards, require_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.tables import table_sha256
+from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress, Report
-from megatron_fuse.recipe import Recipe, RewardModelOptions
-from megatron_fuse.responses import Response, open_responses, response_shards
-from megatron_fuse.sources.huggingface import answering_options, fingerprint_if_here, load_format, recipe_key
-from megatron_fuse.storage import Artefact, Plan, Shards, Workspace, open_artefact, run_plans, temporary_then_rename
+from megatron_fuse.recipe import REFERENCE, Recipe
+from megatron_fuse.recipe.lookup import reward_model_options
+from megatron_fuse.responses import RESPONSES, Response, response_shards
+from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.storage import Artefact, Shards, Workspace, run_plans, temporary_then_rename
 from megatron_fuse.text_safety import brief, say
 
-STAGE = "scores"
+NAME = "scores"  # of this stage and of the scores against the ground truth (reference_scores.py), which share command and form
 COMMAND = "tools/score_responses.py"
 BACKENDS = ("hf", "file")
 
@@ -45,16 +42,9 @@ BACKENDS = ("hf", "file")
 Scorer = Callable[[list[Example], dict[str, list[Response]]], dict[str, np.ndarray]]
 
 
-def _judge(recipe: Recipe, name: str) -> RewardModelOptions:
-    if name not in recipe.reward_models:
-        known = ", ".join(recipe.reward_models) or "none"
-        raise UserError(f"reward_models: there is no {name!r}; the recipe has {known}")
-    return recipe.reward_models[name]
-
-
 def _backend(recipe: Recipe, name: str) -> str:
     """`file` where the recipe names one for this reward model, else `hf`."""
-    return "file" if _judge(recipe, name).scores else "hf"
+    return "file" if reward_model_options(recipe, name).scores else "hf"
 
 
 def require_backend(recipe: Recipe, name: str, backend: str) -> None:
@@ -67,67 +57,78 @@ def require_backend(recipe: Recipe, name: str, backend: str) -> None:
         raise UserError(f"--backend {backend}: {mend}")
 
 
-def _format(recipe: Recipe, name: str) -> ChatFormat | None:
-    """None for scores from a file, in which no template has a share."""
-    return load_judge_format(_judge(recipe, name), name) if _backend(recipe, name) == "hf" else None
-
-
 def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
     """What one judge's scores record of the recipe."""
-    options = _judge(recipe, name)
+    options = reward_model_options(recipe, name)
     if options.scores:
         return {"backend": "file", **options.scores.model_dump(exclude={"path"})}
     # Not batch_tokens and share_prompts: they are a matter of memory and speed; results agree to rounding.
     return {"backend": "hf", "dtype": options.dtype}
 
 
-def _basis(recipe: Recipe, source: str, name: str, chat: ChatFormat | None) -> tuple[dict[str, Any], dict[str, str]]:
-    """(options, inputs) of scores, all but the judge's weights or the file's content."""
-    inputs = {"responses": open_responses(recipe, source).sha256}
-    inputs |= {"tokenizer": chat.tokenizer.sha256, "chat format": chat.sha256} if chat else {}
-    return scores_options(recipe, name), inputs
+def _formats(context: Context, _: str, name: str) -> dict[str, str]:
+    """Nothing for scores from a file, in which no template has a share."""
+    if _backend(context.recipe, name) == "file":
+        return {}
+    chat = context.reward_model_format(name)
+    return {"tokenizer": chat.tokenizer.sha256, "chat format": chat.sha256}
 
 
-def _origin(recipe: Recipe, name: str) -> dict[str, str]:
-    options = _judge(recipe, name)
+def _origin(context: Context, _: str, name: str) -> dict[str, str]:
+    given = reward_model_options(context.recipe, name).scores
+    if given is None:
+        return {"model": context.reward_model_fingerprint(name)}
+    read = partial(table_sha256, given.path, f"reward_models.{name}.scores")
+    return {"scores file": context.once("scores file", name, read)}
+
+
+def _flops(context: Context, amounts: Amounts, _: str, name: str) -> float:
+    """A reward model reads every answer once. Scores from a file cost nothing."""
+    options = reward_model_options(context.recipe, name)
     if options.scores:
-        return {"scores file": table_sha256(options.scores.path, f"reward_models.{name}.scores")}
-    return {"model": judge_fingerprint(options, name)}
+        return 0.0
+    return 2 * count_parameters(find_judge(options, name).weights) * amounts.read("inference")
 
 
-def _plan(recipe: Recipe, source: str, name: str, chat: ChatFormat | None, origin: dict[str, str]) -> Plan:
-    options, inputs = _basis(recipe, source, name, chat)
-    shards = open_responses(recipe, source).manifest["shards"]
-    return Plan(Workspace(recipe.workdir).scores(source, name), STAGE, options, inputs | origin, shards)
+def _keys(recipe: Recipe) -> list[Key]:
+    return [(name, scorer) for name, scorers in recipe.scorers.items() for scorer in scorers if scorer != REFERENCE]
 
 
-def plan_scores(recipe: Recipe, source: str, name: str) -> Plan:
-    """What the scores of one source's answers, or the target's, by one reward model depend on. The answers must be there."""
-    return _plan(recipe, source, name, _format(recipe, name), _origin(recipe, name))
+SCORES = Stage(
+    name=NAME,
+    recorded_as="scores",
+    command=COMMAND + " --source {} --reward-model {}",
+    keys=_keys,
+    directory=lambda recipe, source, name: Workspace(recipe.workdir).scores(source, name),
+    options=lambda recipe, _, name: scores_options(recipe, name),
+    parents=lambda _, source, name: {"responses": (RESPONSES, (source,))},
+    formats=_formats,
+    origin=_origin,
+    flops=_flops,
+)
 
 
 def score_responses(
-    recipe: Recipe, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
+    context: Context, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artefact]:
     """Lets one reward model judge the answers of these (default: of everyone who answers), loading it once, if there is work.
 
     Returns the finished artefacts: those of other ranks' unfinished shards are missing. Raises UserError for scores that are
     no finite numbers, naming source and example.
     """
-    chat, origin = _format(recipe, name), _origin(recipe, name)
-    examples = example_shards(require_instructions(recipe))
-    answers, plans = {}, {}
-    for source in recipe.answering if sources is None else sources:
-        answers[source] = open_answers(recipe, source)
-        plans[source] = _plan(recipe, source, name, chat, origin)
+    recipe = context.recipe
+    examples = example_shards(context.open(INSTRUCTIONS))
+    sources = list(recipe.answering if sources is None else sources)
+    answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
+    plans = {source: context.plan(SCORES, source, name) for source in sources}
 
     lines = Progress(f"reward_models.{name}", "answers", progress)
 
     @cache  # not before there is work for it
     def scorer() -> Scorer:
-        if chat is None:
+        if _backend(recipe, name) == "file":
             return _given(recipe, name, plans, examples)
-        judge = load_reward_model(_judge(recipe, name), name)
+        judge = load_reward_model(reward_model_options(recipe, name), name)
         return lambda shard, given: _score(judge, recipe, shard, given, lines.update)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
@@ -139,14 +140,6 @@ def score_responses(
     return list(run_plans(plans, make_shards, progress).values())
 
 
-def open_answers(recipe: Recipe, name: str) -> Shards[list[Response]]:
-    """The answers of a source or the target by shard. Raises UserError unless they are those of its tokenizer and template and, on
-    a machine that has its weights, of these."""
-    options, where = answering_options(recipe, name), recipe_key(name)
-    model = fingerprint_if_here(options, where)
-    return response_shards(open_responses(recipe, name, chat=load_format(options, where), model=model))
-
-
 def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
     """Writes scores float32 [n] or [n, measures]; returns the counts for the manifest."""
     with temporary_then_rename(prefix.with_name(f"{prefix.name}.npy")) as temporary, temporary.open("wb") as file:
@@ -155,7 +148,7 @@ def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
 
 
 def _given(recipe: Recipe, name: str, sources: Sequence[str], examples: Shards[list[Example]]) -> Scorer:
-    given = given_scores(_judge(recipe, name).scores, f"reward_models.{name}.scores")
+    given = given_scores(reward_model_options(recipe, name).scores, f"reward_models.{name}.scores")
     for source in sources:
         given.check(source, chain.from_iterable(examples))
     return lambda shard, answers: {source: given.of(source, shard, answers[source]) for source in answers}
@@ -200,28 +193,9 @@ def _readable(judge: RewardModel, example: Example, responses: Sequence[Response
     return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
 
 
-def origin_if_here(recipe: Recipe, name: str) -> dict[str, str]:
-    """What a judge's scores come from, for load_scores; nothing on a machine that has neither its weights nor its file."""
-    try:
-        return _origin(recipe, name)
-    except (UserError, OSError):
-        return {}
-
-
-def load_scores(
-    recipe: Recipe, source: str, name: str, chat: ChatFormat | None = None, origin: dict[str, str] | None = None
-) -> np.ndarray:
-    """float32 [examples], NaN for unjudged. chat, origin: the judge's format and origin_if_here, where the caller has them.
-
-    Neither the judge's weights nor the file of scores are needed. Raises UserError where the scores are missing or were made otherwise.
-    """
-    options, inputs = _basis(recipe, source, name, chat or _format(recipe, name))
-    inputs |= origin_if_here(recipe, name) if origin is None else origin
-    command = f"{COMMAND} --source {source} --reward-model {name}"
-    artefact = open_artefact(
-        Workspace(recipe.workdir).scores(source, name), STAGE, command, options=options, inputs=inputs
-    )
-    return read_shards(artefact)
+def load_scores(context: Context, source: str, name: str) -> np.ndarray:
+    """float32 [examples], NaN for unjudged. Raises UserError if the scores are missing or were made otherwise."""
+    return read_shards(context.open(SCORES, source, name))
 
 
 def read_shards(artefact: Artefact) -> np.ndarray:

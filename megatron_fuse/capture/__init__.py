@@ -9,11 +9,12 @@ from megatron_fuse.capture.shards import (
     capture_shard,
     read_capture_shard,
 )
-from megatron_fuse.capture.stage import BACKENDS, MODES, capture, open_capture, plan_capture, require_backend
+from megatron_fuse.capture.stage import BACKENDS, CAPTURES, MODES, capture, require_backend
 
 __all__ = [
     "BACKENDS",
     "CAPTURED",
+    "CAPTURES",
     "MODES",
     "STATUSES",
     "CaptureShard",
@@ -21,8 +22,6 @@ __all__ = [
     "SparseRows",
     "capture",
     "capture_shard",
-    "open_capture",
-    "plan_capture",
     "read_capture_shard",
     "require_backend",
 ]

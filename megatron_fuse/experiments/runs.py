@@ -31,10 +31,13 @@ from megatron_fuse.experiments.experiment import (
     with_seed,
 )
 from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
-from megatron_fuse.pipeline import require_whole_training
+from megatron_fuse.fusion_data.layout import TEXT
+from megatron_fuse.instructions import INSTRUCTIONS
 from megatron_fuse.recipe import Recipe, checked, dump_recipe
-from megatron_fuse.storage import Workspace, open_artefact, read_json, sha256_of_json, temporary_then_rename, write_json
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
+from megatron_fuse.training.stage import EXPORT, TRAINING, require_whole_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,15 +175,13 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
-        _command(
-            run, commands, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", "fusion data"]
-        )
+        _command(run, commands, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", TEXT.name])
     commands.import_libraries(megatron=True)  # no part of the training's seconds
     start = time.perf_counter()
-    _command(run, commands, [sys.executable, "pretrain_fuse.py", "--recipe", str(path)], megatron=True)
+    _command(run, commands, [sys.executable, TRAINING.script, "--recipe", str(path)], megatron=True)
     trained = time.perf_counter() - start
     require_whole_training(recipe)
-    _command(run, commands, [sys.executable, "tools/export_model.py", "--recipe", str(path)], megatron=True)
+    _command(run, commands, [sys.executable, EXPORT.script, "--recipe", str(path)], megatron=True)
     steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
     return {
         "data": instructions_sha256(recipe),
@@ -191,8 +192,7 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
 
 
 def instructions_sha256(recipe: Recipe) -> str:
-    directory = Workspace(recipe.workdir).instructions
-    return open_artefact(directory, "instructions", "tools/prepare_instructions.py").sha256
+    return Context(recipe).open(INSTRUCTIONS).sha256
 
 
 def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from megatron_fuse.alignment import MATCHES
 from megatron_fuse.fusion_data.build import build_fusion_data
-from megatron_fuse.fusion_data.layout import modes_with_teacher
 from megatron_fuse.fusion_data.reader import Document, FusionDataset
 
-__all__ = ["MATCHES", "Document", "FusionDataset", "build_fusion_data", "modes_with_teacher"]
+__all__ = ["MATCHES", "Document", "FusionDataset", "build_fusion_data"]

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fuse.advantage.scores import load_scores
+from megatron_fuse.advantage.scores import SCORES, load_scores
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
-from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory, open_text
+from megatron_fuse.fusion_data.layout import BUILT_BY, NAME, TEXT, fusion_directory
 from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.recipe import TARGET, Recipe
+from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artefact, sha256_of_bytes
 
 MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
@@ -56,19 +57,40 @@ def _made_from(recipe: Recipe, text: str) -> dict[str, dict[str, Any]]:
     return made_from
 
 
-def measure(recipe: Recipe, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _parents(recipe: Recipe) -> dict[str, tuple[Stage, Key]]:
+    parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
+    if _wanted(recipe) == TARGET_REWARD:
+        assert recipe.strongest is not None  # a recipe without judges cannot say target_reward
+        parents["reward"] = (SCORES, (recipe.target_as_source or TARGET, recipe.strongest))
+    return parents
+
+
+CURRICULUM = Stage(
+    name=NAME,
+    recorded_as="curriculum",
+    command=BUILT_BY,
+    keys=lambda _: [()],
+    directory=curriculum_path,
+    parents=_parents,
+    state=lambda context: "done" if curriculum_path(context.recipe).exists() else "to do",
+    always=True,
+)
+
+
+def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays. gt_tokens int [n]: labels of every example's text. Raises UserError where scores are missing."""
+    recipe = context.recipe
     arrays = {GT_TOKENS: gt_tokens.astype(np.int32)}
     if _wanted(recipe) == TARGET_REWARD:
         assert recipe.strongest is not None  # a recipe without judges cannot say target_reward
-        arrays[TARGET_REWARD] = load_scores(recipe, recipe.target_as_source or TARGET, recipe.strongest)
+        arrays[TARGET_REWARD] = load_scores(context, recipe.target_as_source or TARGET, recipe.strongest)
     return arrays
 
 
-def write_curriculum(recipe: Recipe, text: Artefact) -> dict[str, np.ndarray]:
+def write_curriculum(context: Context, text: Artefact) -> dict[str, np.ndarray]:
     """Measures all examples and writes the result, which it returns. Raises UserError where scores are missing."""
-    arrays = measure(recipe, np.array([row.supervised_tokens for row in read_examples(text)]))
-    write_arrays(curriculum_path(recipe), arrays, _made_from(recipe, text.sha256))
+    arrays = measure(context, np.array([row.supervised_tokens for row in read_examples(text)]))
+    write_arrays(curriculum_path(context.recipe), arrays, _made_from(context.recipe, text.sha256))
     return arrays
 
 
@@ -89,12 +111,12 @@ def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
     return {name: arrays[name] for name in wanted}
 
 
-def read_curriculum(recipe: Recipe) -> Curriculum | None:
-    """The order of the examples; None where the recipe shuffles them. Raises UserError as read_measures."""
+def read_curriculum(recipe: Recipe, text: str) -> Curriculum | None:
+    """The order of the examples; None where the recipe shuffles them. text, errors: as of read_measures."""
     wanted = _wanted(recipe)
     if wanted is None:
         return None
-    values = read_measures(recipe, open_text(recipe).sha256)[wanted]
+    values = read_measures(recipe, text)[wanted]
     return curriculum(values, highest_first=wanted == TARGET_REWARD)
 
 

@@ -15,14 +15,15 @@ import numpy as np
 
 from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.ancestors import refuse_changed_recipe
+from megatron_fuse.fusion_data.curriculum import CURRICULUM
 from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
-from megatron_fuse.fusion_data.layout import modes_with_teacher, open_teacher, open_text
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.fusion_data.mixture import mix
-from megatron_fuse.fusion_data.selection import Selection, read_selection
+from megatron_fuse.fusion_data.selection import SELECTION, Selection, read_selection
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact, sha256_of_json
 
 MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
@@ -34,7 +35,7 @@ class FusionDataset:
     Examples are numbered as in the instructions. `train` and `held_out` [*] int64: the examples of either split that have a
     document. `entries_per_row`: most entries that a row can have. `sha256`: of every document and of the choice between sources.
 
-    `artefacts`: those that documents are read from, whose checksums checksums.py compares.
+    `text`: the text's artefact. `artefacts`: those that documents are read from, whose checksums checksums.py compares.
 
     Opening compares the sizes of all files with their manifests and indices, the indices with each other, and the checksums of
     the small files that it reads whole: the lists of examples and the choices. It reads no document. What a document says is
@@ -43,15 +44,19 @@ class FusionDataset:
 
     def __init__(self, recipe: Recipe) -> None:
         self.sources = list(recipe.sources)
-        refuse_changed_recipe(recipe)
-        text = open_text(recipe)
+        # Training may run where only the fusion data is: of the stages before, the options of those that are here are compared.
+        context = Context(recipe)
+        context.refuse_changed_options(CURRICULUM)
+        for mode in recipe.modes_with_teacher:
+            context.refuse_changed_options(SELECTION, mode)
+        self.text = text = context.open_alone(TEXT)
         self.artefacts = [text]
         rows = read_examples(text)
         self.example_ids: list[str] = [row.id for row in rows]
-        self._text = _streams(text, TEXT_FIELDS)
+        self._text_streams = _streams(text, TEXT_FIELDS)
         self._labels = np.array([row.supervised_tokens for row in rows], np.int64)
         ground_truth = DocumentStreams(
-            text.directory, self._text, None, examples=len(rows), supervised_tokens=self._labels
+            text.directory, self._text_streams, None, examples=len(rows), supervised_tokens=self._labels
         )
         self._documents: dict[tuple[str | None, str], DocumentStreams] = {(None, "training"): ground_truth}
         held_out = np.array([row.held_out for row in rows], bool)
@@ -59,8 +64,11 @@ class FusionDataset:
         self.train, self.held_out = np.flatnonzero(present & ~held_out), np.flatnonzero(present & held_out)
         self.entries_per_row = 0
         self.selections: dict[str, Selection] = {}
-        for mode in modes_with_teacher(recipe):
-            parents = {source: self._open_teacher(recipe, source, mode) for source in self.sources}
+        for mode in recipe.modes_with_teacher:
+            parents = {
+                source: self._add_teacher(context.open_alone(TEACHERS, source, mode), source, mode)
+                for source in self.sources
+            }
             self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
         self._chosen = dict.fromkeys(("training", "inference"), np.full(len(rows), NONE, np.int16))
         # An example that its margin has dropped is read as one that no source has won.
@@ -81,11 +89,13 @@ class FusionDataset:
         self._lengths = {"training": ground_truth.lengths, "inference": self._of_winners("lengths")}
         self._supervised = {"training": self._labels, "inference": self._of_winners("supervised_tokens")}
 
-    def _open_teacher(self, recipe: Recipe, source: str, mode: str) -> str:
-        artefact = open_teacher(recipe, source, mode)
+    def _add_teacher(self, artefact: Artefact, source: str, mode: str) -> str:
+        """Opens one source's rows; returns their sha256."""
         self.artefacts.append(artefact)
         rows, entries_per_row = _streams(artefact, ROW_FIELDS), artefact.manifest["options"]["entries_per_row"]
-        text, labels = (self._text, self._labels) if mode == "training" else (_streams(artefact, TEXT_FIELDS), None)
+        text, labels = (
+            (self._text_streams, self._labels) if mode == "training" else (_streams(artefact, TEXT_FIELDS), None)
+        )
         self._documents[source, mode] = DocumentStreams(
             artefact.directory,
             text,

@@ -21,9 +21,8 @@ from safetensors.numpy import load_file
 
 from megatron_fuse.advantage.margins import example_weights, score_margin, training_margin, vote_margin
 from megatron_fuse.advantage.reference import combine, used_weights
-from megatron_fuse.advantage.reference_scores import load_reference_scores
-from megatron_fuse.advantage.reward_models import load_judge_format
-from megatron_fuse.advantage.scores import load_scores, origin_if_here
+from megatron_fuse.advantage.reference_scores import REFERENCE_SCORES, load_reference_scores
+from megatron_fuse.advantage.scores import SCORES, load_scores
 from megatron_fuse.advantage.selection import (
     NONE,
     able_readers,
@@ -35,8 +34,9 @@ from megatron_fuse.advantage.selection import (
 )
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
-from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
+from megatron_fuse.fusion_data.layout import BUILT_BY, NAME, TEACHERS, TEXT, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json
 from megatron_fuse.storage.artefact import shown
 
@@ -97,10 +97,40 @@ def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, A
     return {**_rule(recipe, mode), "inputs": dict(parents)}
 
 
-def select(recipe: Recipe, mode: str, text: Artefact, teachers: Mapping[str, Artefact]) -> Selection:
+def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
+    """The text, the sources' rows and, in the inference mode, the scores that it goes by."""
+    parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
+    parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
+    if mode == "inference" and recipe.selection.inference == "vote":
+        pairs = [(source, judge) for source in recipe.sources for judge in recipe.judges]
+        parents |= {f"scores of {source} by {judge}": (SCORES, (source, judge)) for source, judge in pairs}
+    if mode == "inference" and recipe.selection.inference == "reference":
+        parents |= {f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources}
+    return parents
+
+
+def _state(context: Context, mode: str) -> str:
+    """`done` only says that there is a choice by the recipe's rule. It is made anew by every build: its scores may have changed."""
+    return "done" if selection_path(context.recipe, mode).exists() else "to do"
+
+
+SELECTION = Stage(
+    name=NAME,
+    recorded_as="selection",
+    command=BUILT_BY,
+    keys=lambda recipe: [(mode,) for mode in recipe.modes_with_teacher],
+    directory=selection_path,
+    parents=_parents,
+    state=_state,
+    always=True,
+)
+
+
+def select(context: Context, mode: str, text: Artefact, teachers: Mapping[str, Artefact]) -> Selection:
     """Chooses a source for every example in one mode and writes the result. Raises UserError where scores are missing."""
+    recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
-    judgements = read_judgements(recipe, len(facts[0]["available"])) if mode == "inference" else {}
+    judgements = read_judgements(context, len(facts[0]["available"])) if mode == "inference" else {}
     arrays = choose(recipe, mode, facts, judgements)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
     write_arrays(selection_path(recipe, mode), arrays, basis)
@@ -168,21 +198,19 @@ def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
     return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
 
 
-def read_judgements(recipe: Recipe, examples: int) -> dict[str, np.ndarray]:
+def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
     """What the sources' answers are chosen by: `scores` float32 [n, S, R] of the judges or, by the rule `reference`, the measures
     `reference` float32 [n, S, 3]; nothing where chance decides. Raises UserError where some are missing or were made otherwise."""
+    recipe = context.recipe
     sources = list(recipe.sources)
     if recipe.selection.inference == "random":
         return {}
     if recipe.selection.inference == "reference":
-        return {"reference": np.stack([load_reference_scores(recipe, source) for source in sources], 1)}
+        return {"reference": np.stack([load_reference_scores(context, source) for source in sources], 1)}
     scores = np.full((examples, len(sources), len(recipe.judges)), np.nan, np.float32)
     for column, judge in enumerate(recipe.judges):
-        options = recipe.reward_models[judge]
-        chat = load_judge_format(options, judge) if options.model else None  # once for all sources
-        origin = origin_if_here(recipe, judge)
         for place, source in enumerate(sources):
-            scores[:, place, column] = load_scores(recipe, source, judge, chat, origin)
+            scores[:, place, column] = load_scores(context, source, judge)
     return {"scores": scores}
 
 

@@ -6,7 +6,6 @@ import numpy as np
 
 from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.fusion_data.curriculum import GT_TOKENS, TARGET_REWARD
-from megatron_fuse.fusion_data.layout import modes_with_teacher
 from megatron_fuse.fusion_data.selection import Selection
 from megatron_fuse.recipe import TARGET, Recipe
 
@@ -14,7 +13,7 @@ from megatron_fuse.recipe import TARGET, Recipe
 def rule_lines(recipe: Recipe) -> list[str]:
     """By which rules a recipe chooses and orders, before anything is built."""
     rules = {"inference": _inference_rule(recipe), "training": _training_rule(recipe)}
-    lines = [f"advantage in {mode} mode: {rules[mode]}" for mode in modes_with_teacher(recipe)]
+    lines = [f"advantage in {mode} mode: {rules[mode]}" for mode in recipe.modes_with_teacher]
     return [*lines, f"order of the examples: {recipe.schedule.order}"]
 
 

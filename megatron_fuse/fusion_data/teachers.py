@@ -16,56 +16,37 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
-from megatron_fuse.capture import CAPTURED, CaptureShard, capture_shard, open_capture
+from megatron_fuse.capture import CAPTURED, CAPTURES, CaptureShard, capture_shard
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.fusion_data.documents import round_down_to_half
-from megatron_fuse.fusion_data.layout import TEACHER_STAGE, teacher_directory, teacher_options
+from megatron_fuse.fusion_data.encoding import Documents, encode_documents, id_dtype, supervised_bytes, write_ragged
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
-from megatron_fuse.fusion_data.text import (
-    Documents,
-    encode_documents,
-    encode_ground_truth,
-    id_dtype,
-    supervised_bytes,
-    write_ragged,
-)
-from megatron_fuse.instructions import example_shards, open_instructions
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.fusion_data.stored_spans import read_text_shard
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import learned_of
-from megatron_fuse.sources.huggingface import fingerprint_if_here, load_format, source_options
-from megatron_fuse.storage import Artefact, Plan, completed, run_plan, write_safetensors
-from megatron_fuse.target import target_hashes
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import Artefact, completed, run_plan, write_safetensors
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 
 
-def plan_teacher(recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact) -> Plan:
-    """What a source's rows depend on: capture, target, text, and how they are brought together; never the other sources."""
-    model = fingerprint_if_here(source_options(recipe, source), f"sources.{source}")
-    captured = open_capture(recipe, source, mode, model=model)
-    inputs = {"capture": captured.sha256, "text": text.sha256, **target_hashes(target)}
-    directory = teacher_directory(recipe, source, mode)
-    return Plan(directory, TEACHER_STAGE, teacher_options(recipe, mode), inputs, captured.manifest["shards"])
-
-
-def build_teacher(
-    recipe: Recipe, source: str, mode: str, target: ChatFormat, text: Artefact, progress: Callable[[str], None] = say
-) -> Artefact | None:
-    """Aligns and projects one source's capture of one mode. None while other ranks still work."""
-    plan = plan_teacher(recipe, source, mode, target, text)
+def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artefact | None:
+    """Aligns and projects one source's capture of one mode. The text must be there. None while other ranks still work."""
+    recipe, target = context.recipe, context.target
+    plan = context.plan(TEACHERS, source, mode)
     artefact = completed(plan)
     if artefact:
         return artefact
-    chat = load_format(source_options(recipe, source), f"sources.{source}")
-    captures = open_capture(recipe, source, mode)
-    examples = example_shards(open_instructions(recipe))
-    answers = response_shards(open_responses(recipe, source)) if mode == "inference" else None
+    captures, text = context.open(CAPTURES, source, mode), context.open(TEXT)
+    examples = example_shards(context.open(INSTRUCTIONS))
+    answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
     project = _Projection(
-        source=chat,
-        vocabulary_map=vocabulary_map_of(recipe, chat, target),
+        source=context.format(source),
+        vocabulary_map=vocabulary_map_of(context, source),
         unmatched=recipe.alignment.unmatched,
         temperature=recipe.loss.teacher_temperature,
         column=1 + recipe.capture_temperatures.index(recipe.loss.teacher_temperature),
@@ -90,7 +71,7 @@ def build_teacher(
             data = [response_bytes([text]) for text in texts]
         else:
             texts = [example.response for example in shard]
-            documents = encode_ground_truth(recipe, target, shard)
+            documents = read_text_shard(text, index)
             data = supervised_bytes(recipe, shard)
         rows, match, corrected = project(captured, documents, data)
         counts = _write_rows(prefix, documents, rows, match, dtype)

@@ -1,130 +1,36 @@
 """Conversations in the target's tokens: the text part of fusion data, which every source's rows refer to.
 
 FUSION/text/shard-00000.{tokens,supervised}.{bin,idx}    one sequence per example, empty where it is left out
+FUSION/text/shard-00000.spans.safetensors                the bytes that its labels cover (stored_spans.py)
 FUSION/text/shard-00000.examples.jsonl                   {id, held_out, supervised_tokens}
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_fuse.chat import ChatFormat, supervised_turns
-from megatron_fuse.fusion_data.layout import TEXT_STAGE, text_directory, text_options
-from megatron_fuse.fusion_data.streams import write_stream
-from megatron_fuse.instructions import Example, example_shards, open_instructions
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses.answers import Learned, learned_of_example
-from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.storage import Artefact, Plan, run_plan, write_jsonl
-from megatron_fuse.target import target_hashes
+from megatron_fuse.fusion_data.encoding import encode_ground_truth, id_dtype, write_ragged
+from megatron_fuse.fusion_data.layout import TEXT
+from megatron_fuse.fusion_data.stored_spans import write_spans
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import Artefact, run_plan, write_jsonl
 from megatron_fuse.text_safety import say
-from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
+from megatron_fuse.tokenization.spans import SpanFlag
 
 
-@dataclass(frozen=True)
-class Documents:
-    """n conversations in the target's tokens; one that is left out has neither tokens nor rows.
-
-    tokens: ids of prompt, response and stop token; supervised uint8: the token is a label; spans: one row per label.
-    """
-
-    tokens: list[np.ndarray]
-    supervised: list[np.ndarray]
-    spans: list[TokenSpans]
-    lossy: np.ndarray  # bool [n]: the tokens do not spell every byte of the responses
-
-    @property
-    def present(self) -> np.ndarray:
-        """bool [n]"""
-        return np.array([len(tokens) > 0 for tokens in self.tokens], bool)
-
-
-def id_dtype(vocab_size: int) -> type:
-    """Smallest type of Megatron's that holds every id."""
-    return np.uint16 if vocab_size <= 2**16 else np.int32
-
-
-def encode_documents(
-    chat: ChatFormat,
-    examples: Sequence[Example],
-    responses: Sequence[Learned | None],
-    *,
-    every_turn: bool,
-    seq_length: int,
-) -> Documents:
-    """responses [n]: where one ends, its stop token is a label; None leaves the example out.
-
-    every_turn: the assistant's earlier turns are labels too. A conversation of more than seq_length tokens, not counting
-    the last, which is never read, is left out as well.
-    """
-    nothing = np.zeros(0, np.int32)
-    tokens, supervised, spans = [], [], []
-    lossy = np.zeros(len(examples), bool)
-    for index, (example, response) in enumerate(zip(examples, responses, strict=True)):
-        encoded = None
-        if response is not None:
-            encoded = chat.encode_conversation(
-                example.prompt(chat.system),
-                response.text,
-                stop=response.ends,
-                every_turn=every_turn,
-                reasoning=response.thought,
-            )
-        fits = encoded is not None and len(encoded.ids) <= seq_length + 1
-        tokens.append(encoded.ids if fits else nothing)
-        supervised.append((encoded.supervised if fits else nothing).astype(np.uint8))
-        spans.append(encoded.spans if fits else TokenSpans.join([], []))
-        lossy[index] = fits and not encoded.exact
-    return Documents(tokens, supervised, spans, lossy)
-
-
-def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Example]) -> Documents:
-    """The examples' own responses, as the training mode learns them."""
-    return encode_documents(
-        chat,
-        examples,
-        list(map(learned_of_example, examples)),
-        every_turn=recipe.data.supervise == "every_turn",
-        seq_length=recipe.training.seq_length,
-    )
-
-
-def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]:
-    """The bytes of the examples' own responses, in which `encode_ground_truth` counts."""
-    every_turn = recipe.data.supervise == "every_turn"
-    return [
-        response_bytes(supervised_turns(example.messages, example.response, every_turn=every_turn))
-        for example in examples
-    ]
-
-
-def write_ragged(prefix: Path, field: str, arrays: Sequence[np.ndarray], dtype: type) -> None:
-    """One stream, one sequence per array."""
-    values = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
-    write_stream(f"{prefix}.{field}", values, [len(array) for array in arrays])
-
-
-def plan_text(recipe: Recipe, target: ChatFormat | None = None) -> Plan:
-    """What the text depends on: instructions and target. Raises UserError where the instructions are not made yet."""
-    target = target or load_format(recipe.target, "target")
-    instructions = open_instructions(recipe, target)
-    inputs = {"instructions": instructions.sha256, **target_hashes(target)}
-    options = text_options(recipe)
-    return Plan(text_directory(recipe), TEXT_STAGE, options, inputs, instructions.counts["shards"])
-
-
-def build_text(recipe: Recipe, target: ChatFormat, progress: Callable[[str], None] = say) -> Artefact | None:
+def build_text(context: Context, progress: Callable[[str], None] = say) -> Artefact | None:
     """Writes prompt and ground-truth response of every example. None while other ranks still work."""
-    plan = plan_text(recipe, target)
-    shards = example_shards(open_instructions(recipe))
+    recipe, target, plan = context.recipe, context.target, context.plan(TEXT)
+    shards = example_shards(context.open(INSTRUCTIONS))
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
         documents = encode_ground_truth(recipe, target, examples)
         write_ragged(prefix, "tokens", documents.tokens, id_dtype(target.tokenizer.vocab_size))
         write_ragged(prefix, "supervised", documents.supervised, np.uint8)
+        write_spans(prefix, documents)
         rows = [
             {"id": example.id, "held_out": example.held_out, "supervised_tokens": len(spans)}
             for example, spans in zip(examples, documents.spans, strict=True)

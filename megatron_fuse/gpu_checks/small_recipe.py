@@ -19,12 +19,13 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.gpu_checks.rows import Row, held, holds, measured
 from megatron_fuse.gpu_checks.small_models import write_instructions, write_models
-from megatron_fuse.pipeline import data_stages
+from megatron_fuse.pipeline import steps
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe, dump_recipe, make_recipe
 from megatron_fuse.target import checkpoint_directory, export_directory
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.metrics import METRICS, STEP, metrics_directory, read_metrics
+from megatron_fuse.training.stage import EXPORT, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 _SAVE_INTERVAL = 6
@@ -38,13 +39,14 @@ def run(device: str, directory: Path) -> Iterator[Row]:
     recipe = small_recipe(directory)
     path = directory / "recipe.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
-    for stage in data_stages(recipe):
-        yield from _run(context, stage.name, stage.tool, path)
+    for name, (work, *_) in steps(recipe).items():
+        if work.stage not in (TRAINING, EXPORT):
+            yield from _run(context, name, work.stage.script, path)
     killed = _train_and_kill(context, recipe, path)
     yield measured("training, killed at step", max(killed))
-    yield from _run(context, "training, resumed", "pretrain_fuse.py", path)
+    yield from _run(context, "training, resumed", TRAINING.script, path)
     yield from _twice(device, killed, _losses(recipe))
-    yield from _run(context, "export", "tools/export_model.py", path)
+    yield from _run(context, "export", EXPORT.script, path)
     yield _read_again(device, recipe)
 
 

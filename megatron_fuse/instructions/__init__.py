@@ -3,26 +3,22 @@
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.left_out import left_out
 from megatron_fuse.instructions.prepare import (
+    INSTRUCTIONS,
     example_shards,
     instructions_options,
     load_examples,
-    open_instructions,
-    plan_instructions,
     prepare_instructions,
-    require_instructions,
 )
 from megatron_fuse.instructions.rows import Rows, read_rows
 
 __all__ = [
+    "INSTRUCTIONS",
     "Example",
     "Rows",
     "example_shards",
     "instructions_options",
     "left_out",
     "load_examples",
-    "open_instructions",
-    "plan_instructions",
     "prepare_instructions",
     "read_rows",
-    "require_instructions",
 ]

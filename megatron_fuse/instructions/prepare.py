@@ -21,26 +21,21 @@ from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit
 from megatron_fuse.instructions.rows import Rows, read_rows
 from megatron_fuse.instructions.tables import table_sha256
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.recipe import TARGET, Recipe
+from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import (
     Artefact,
-    Plan,
     Shards,
     Workspace,
     completed,
-    open_artefact,
     rank_and_world,
     run_plan,
     shard_bounds,
     write_jsonl,
 )
 from megatron_fuse.storage.records import read_typed_rows
-from megatron_fuse.target import target_hashes
 from megatron_fuse.text_safety import say
 
-STAGE = "instructions"
-COMMAND = "tools/prepare_instructions.py"
 _NAME = "examples"
 _OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize", "strip", "reasoning", "shard_size")
 
@@ -55,13 +50,19 @@ def instructions_options(recipe: Recipe) -> dict:
     }
 
 
-def plan_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Plan:
-    """Depends on the user's file and the target, not on the list of sources: a source may join later (and leave out what does not fit it)."""
-    target = target or load_format(recipe.target, "target")
-    inputs = {"data.path": table_sha256(recipe.data.path), **target_hashes(target)}
-    # One unit of work: how many shards it writes is known only once the examples are chosen.
-    directory = Workspace(recipe.workdir).instructions
-    return Plan(directory, STAGE, instructions_options(recipe), inputs, shards=1, shard_names=[_NAME])
+# They depend on the user's file and the target, not on the list of sources: a source may join later, and leave out what does not
+# fit it. They are one unit of work: the number of shards is known only after the examples are chosen.
+INSTRUCTIONS = Stage(
+    name="instructions",
+    recorded_as="instructions",
+    command="tools/prepare_instructions.py",
+    keys=lambda _: [()],
+    directory=lambda recipe: Workspace(recipe.workdir).instructions,
+    options=instructions_options,
+    formats=lambda context: context.target_hashes,
+    origin=lambda context: {"data.path": table_sha256(context.recipe.data.path)},
+    shard_names=(_NAME,),
+)
 
 
 def _by_rank(names: Iterable[str], seed: int, purpose: str) -> list[str]:
@@ -124,13 +125,12 @@ def _choose(
     return fitted, dropped
 
 
-def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) -> Artefact | None:
+def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artefact | None:
     """Writes the instructions of a recipe; None on ranks that have no share in it (rank 0 does it all).
 
     Raises UserError for a file that cannot be read, nothing usable, or a split that leaves nothing to train on.
     """
-    target = load_format(recipe.target, "target")
-    plan = plan_instructions(recipe, target)
+    recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
     artefact = completed(plan)
     if artefact or rank_and_world()[0] != 0:
         return artefact
@@ -141,8 +141,7 @@ def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) 
     if not rows:
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "it is empty"
         raise UserError(f"{data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
-    formats = [("target", target)]
-    formats += [(name, load_format(options, f"sources.{name}")) for name, options in recipe.sources.items()]
+    formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
     fitted, dropped = _choose(recipe, rows, formats, progress)
     held_out = set(_by_rank(fitted, recipe.seed, "held out")[: data.held_out])
 
@@ -180,31 +179,6 @@ def prepare_instructions(recipe: Recipe, progress: Callable[[str], None] = say) 
             f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
         )
     return artefact
-
-
-def open_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artefact:
-    """The finished instructions of a recipe. Raises UserError where they are missing or were made otherwise.
-
-    target: the target's format, where the caller has it: the instructions were cut to its tokens.
-    """
-    directory = Workspace(recipe.workdir).instructions
-    return open_artefact(
-        directory,
-        STAGE,
-        COMMAND,
-        options=instructions_options(recipe),
-        inputs=target_hashes(target) if target else None,
-    )
-
-
-def require_instructions(recipe: Recipe, target: ChatFormat | None = None) -> Artefact:
-    """open_instructions for a stage that begins: also compared with the target's format and, on a machine that has it, the user's
-    file. A recipe that was edited after the instructions is refused here, not stages later."""
-    artefact = open_instructions(recipe, target or load_format(recipe.target, "target"))
-    if not recipe.data.path.exists():
-        return artefact
-    inputs = {"data.path": table_sha256(recipe.data.path)}
-    return open_artefact(artefact.directory, STAGE, COMMAND, inputs=inputs)
 
 
 def example_shards(artefact: Artefact) -> Shards[list[Example]]:

@@ -455,6 +455,12 @@ class Recipe(Options):
         return any(phase.inference.is_used for phase in self.phases)
 
     @property
+    def modes_with_teacher(self) -> list[str]:
+        """Modes whose captures training reads. The ground-truth text needs no source if no phase has a lambda for it (CSFT)."""
+        training = any(phase.training.needs_teacher for phase in self.phases)
+        return ["inference"] * self.uses_inference_mode + ["training"] * training
+
+    @property
     def candidates(self) -> list[str]:
         """Sources that are chosen between, in the order of `sources`."""
         chosen = self.selection.sources

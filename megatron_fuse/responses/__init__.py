@@ -2,23 +2,15 @@
 
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.sampled import answer_text
-from megatron_fuse.responses.stage import (
-    BACKENDS,
-    backend_of,
-    generate_responses,
-    open_responses,
-    plan_responses,
-    response_shards,
-)
+from megatron_fuse.responses.stage import BACKENDS, RESPONSES, backend_of, generate_responses, response_shards
 
 __all__ = [
     "BACKENDS",
+    "RESPONSES",
     "Answerer",
     "Response",
     "answer_text",
     "backend_of",
     "generate_responses",
-    "open_responses",
-    "plan_responses",
     "response_shards",
 ]

@@ -13,17 +13,12 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.instructions import Example
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.lookup import answering_options, recipe_key
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer, Prompt, Sampling, generate
-from megatron_fuse.sources.huggingface import (
-    answering_options,
-    load_causal_lm,
-    max_positions,
-    recipe_key,
-    refuse_unknown_ids,
-)
+from megatron_fuse.sources.huggingface import load_causal_lm, max_positions, refuse_unknown_ids
 from megatron_fuse.text_safety import say
 from megatron_fuse.thoughts import split_thought
 

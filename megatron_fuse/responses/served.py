@@ -8,13 +8,14 @@ from megatron_fuse.instructions import Example
 from megatron_fuse.instructions.examples import Message
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.lookup import answering_options, recipe_key
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.sampled import example_seed
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.completions import Body, Reply
-from megatron_fuse.sources.huggingface import answering_options, declared_positions, recipe_key, resolve_model
+from megatron_fuse.sources.huggingface import declared_positions, resolve_model
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say

@@ -10,32 +10,27 @@ Backends: `hf`, the model in process; `openai`, a server that the recipe names; 
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.chat import ChatFormat
-from megatron_fuse.instructions import Example, example_shards, open_instructions, require_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.tables import table_sha256
+from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.lookup import answering_options, recipe_key
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.given import given_answers
 from megatron_fuse.responses.sampled import sampled_answers
 from megatron_fuse.responses.served import served_answers
-from megatron_fuse.sources.huggingface import (
-    answering_options,
-    load_format,
-    model_fingerprint,
-    recipe_key,
-    resolve_model,
-)
+from megatron_fuse.sources.huggingface import resolve_model
+from megatron_fuse.stages import Amounts, Context, Stage
 from megatron_fuse.storage import (
     Artefact,
-    Plan,
     Shards,
     Workspace,
     completed,
-    open_artefact,
     run_plan,
     temporary_then_rename,
     write_jsonl,
@@ -43,8 +38,6 @@ from megatron_fuse.storage import (
 from megatron_fuse.storage.records import read_typed_rows
 from megatron_fuse.text_safety import say
 
-STAGE = "responses"
-COMMAND = "tools/generate_responses.py"
 BACKENDS = ("hf", "openai", "file")
 
 
@@ -69,45 +62,61 @@ def responses_options(recipe: Recipe, name: str) -> dict[str, Any]:
     return sampling | {"dtype": options.dtype, "seq_length": recipe.training.seq_length}
 
 
-def _format_hashes(recipe: Recipe, name: str, chat: ChatFormat) -> dict[str, str]:
+def _formats(context: Context, name: str) -> dict[str, str]:
     """Of a given answer only its tokens are counted: the template had no share in it."""
-    tokenizer, backend = {"tokenizer": chat.tokenizer.sha256}, backend_of(recipe, name)
+    chat, backend = context.format(name), backend_of(context.recipe, name)
+    tokenizer = {"tokenizer": chat.tokenizer.sha256}
     if backend == "file":
         return tokenizer
     # Those of generation_config.json, which neither the format nor the model's fingerprint covers. A chat server has its own.
     further = sorted(chat.end_ids - {chat.stop_id, chat.tokenizer.eos_id})
-    asks_itself = backend == "hf" or answering_options(recipe, name).server.endpoint == "completions"
+    asks_itself = backend == "hf" or answering_options(context.recipe, name).server.endpoint == "completions"
     ends = {"further ends": ",".join(map(str, further))} if further and asks_itself else {}
     return {**tokenizer, "chat format": chat.sha256, **ends}
 
 
-def _plan(recipe: Recipe, name: str, instructions: Artefact, chat: ChatFormat) -> Plan:
-    options, backend, where = answering_options(recipe, name), backend_of(recipe, name), recipe_key(name)
-    inputs = {"instructions": instructions.sha256, **_format_hashes(recipe, name, chat)}
-    if backend == "file":
-        inputs["responses file"] = table_sha256(options.responses.path, f"{where}.responses")
-    elif backend == "hf":
-        inputs["model"] = model_fingerprint(resolve_model(options.model, f"{where}.model"))
-    directory = Workspace(recipe.workdir).responses(name)
-    return Plan(directory, STAGE, responses_options(recipe, name), inputs, shards=instructions.counts["shards"])
+def _origin(context: Context, name: str) -> dict[str, str]:
+    backend = backend_of(context.recipe, name)
+    if backend == "hf":
+        return {"model": context.fingerprint(name)}
+    if backend == "openai":
+        return {}
+    given = answering_options(context.recipe, name).responses
+    read = partial(table_sha256, given.path, f"{recipe_key(name)}.responses")
+    return {"responses file": context.once("responses file", name, read)}
 
 
-def plan_responses(recipe: Recipe, name: str) -> Plan:
-    """What one model's answers depend on. Raises UserError where the instructions are not made yet."""
-    chat = load_format(answering_options(recipe, name), recipe_key(name))
-    return _plan(recipe, name, open_instructions(recipe), chat)
+def _flops(context: Context, amounts: Amounts, name: str) -> float:
+    """A model in process reads every prompt and writes its answer. Answers of a server or a file cost nothing here."""
+    if backend_of(context.recipe, name) != "hf":
+        return 0.0
+    model = resolve_model(answering_options(context.recipe, name).model, f"{recipe_key(name)}.model")
+    return 2 * count_parameters(model) * amounts.read("inference")
 
 
-def generate_responses(recipe: Recipe, name: str, progress: Callable[[str], None] = say) -> Artefact | None:
+RESPONSES = Stage(
+    name="responses",
+    recorded_as="responses",
+    command="tools/generate_responses.py --source {}",
+    keys=lambda recipe: [(name,) for name in recipe.answering],
+    directory=lambda recipe, name: Workspace(recipe.workdir).responses(name),
+    options=responses_options,
+    parents=lambda *_: {"instructions": (INSTRUCTIONS, ())},
+    formats=_formats,
+    origin=_origin,
+    flops=_flops,
+    disk=lambda _, amounts, name: 5 * amounts.answer_tokens,
+)
+
+
+def generate_responses(context: Context, name: str, progress: Callable[[str], None] = say) -> Artefact | None:
     """Lets a source, or the target, answer, or takes its answers from where the recipe says. None while other ranks still work."""
-    chat = load_format(answering_options(recipe, name), recipe_key(name))
-    instructions = require_instructions(recipe)
-    plan = _plan(recipe, name, instructions, chat)
+    plan = context.plan(RESPONSES, name)
     artefact = completed(plan)
     if artefact:
         return artefact
-    shards = example_shards(instructions)
-    answer = _answerer(recipe, name, chat, plan.directory, shards, progress)
+    shards = example_shards(context.open(INSTRUCTIONS))
+    answer = _answerer(context, name, plan.directory, shards, progress)
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
@@ -140,14 +149,14 @@ def _row(response: Response) -> dict[str, Any]:
 
 
 def _answerer(
-    recipe: Recipe,
+    context: Context,
     name: str,
-    chat: ChatFormat,
     directory: Path,
     shards: Shards[list[Example]],
     progress: Callable[[str], None],
 ) -> Answerer:
     """Refuses a file of other instructions at once; a model is loaded, and a server asked, at the first shard that is missing."""
+    recipe, chat = context.recipe, context.format(name)
     match backend_of(recipe, name):
         case "file":
             options, where = answering_options(recipe, name).responses, f"{recipe_key(name)}.responses"
@@ -156,19 +165,6 @@ def _answerer(
             return served_answers(recipe, name, chat, directory, progress)
         case _:
             return sampled_answers(recipe, name, chat, directory, progress)
-
-
-def open_responses(recipe: Recipe, name: str, *, chat: ChatFormat | None = None, model: str | None = None) -> Artefact:
-    """The finished answers of one model. Raises UserError where they are missing or were made otherwise.
-
-    chat, model: its format and its weights' fingerprint, where the caller has them: they are compared as well.
-    """
-    options = responses_options(recipe, name)  # refuses a name that the recipe does not have
-    inputs = {"instructions": open_instructions(recipe).sha256}
-    inputs |= _format_hashes(recipe, name, chat) if chat else {}
-    inputs |= {"model": model} if model and options["backend"] == "hf" else {}
-    directory = Workspace(recipe.workdir).responses(name)
-    return open_artefact(directory, STAGE, f"{COMMAND} --source {name}", options=options, inputs=inputs)
 
 
 def response_shards(artefact: Artefact) -> Shards[list[Response]]:

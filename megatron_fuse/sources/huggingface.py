@@ -15,7 +15,7 @@ from megatron_fuse.model.config_file import end_token_ids, read_model_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, shards_of
 from megatron_fuse.own_code import not_loadable
-from megatron_fuse.recipe import TARGET, AnsweringOptions, ModelOptions, Recipe, SourceOptions, user_path
+from megatron_fuse.recipe import TARGET, ModelOptions, user_path
 from megatron_fuse.sources.gguf import refuse_gguf
 from megatron_fuse.sources.loading_checks import check_after_loading, check_before_loading
 from megatron_fuse.storage import sha256_of_bytes
@@ -102,14 +102,6 @@ def model_fingerprint(model_dir: Path) -> str:
     for path in sorted(model_dir.glob("*.py")):
         parts += [path.name.encode(), read_small_file(path)]
     return sha256_of_bytes(*parts, *weights)
-
-
-def fingerprint_if_here(options: ModelOptions, where: str) -> str | None:
-    """model_fingerprint of a model of the recipe; None on a machine that does not have its weights. `where` is its key."""
-    try:
-        return model_fingerprint(resolve_model(options.model, f"{where}.model"))
-    except (UserError, OSError):
-        return None
 
 
 def weight_parts(model_dir: Path) -> list[bytes]:
@@ -247,20 +239,3 @@ def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:
         raise UserError(
             f"{where}: its tokenizer gives id {largest}, but the model knows {known} ids: the tokenizer belongs to another model"
         )
-
-
-def recipe_key(name: str) -> str:
-    """The key of a source, or of the target as it answers, in the recipe (`sources.mpt`, `target`), for errors."""
-    return TARGET if name == TARGET else f"sources.{name}"
-
-
-def answering_options(recipe: Recipe, name: str) -> AnsweringOptions:
-    """The options of a source by its name, or of the target. Raises UserError with the names that the recipe has."""
-    return recipe.target if name == TARGET else source_options(recipe, name)
-
-
-def source_options(recipe: Recipe, source: str) -> SourceOptions:
-    """The options of a source by its name. Raises UserError with the names that the recipe has."""
-    if source not in recipe.sources:
-        raise UserError(f"sources: there is no {source!r}; the recipe has {', '.join(recipe.sources)}")
-    return recipe.sources[source]

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
+from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
@@ -102,7 +102,7 @@ def make_trainer(
         ),
         wrapped,
     )
-    curriculum = read_curriculum(recipe)
+    curriculum = read_curriculum(recipe, dataset.text.sha256)
     schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
     run = run_facts(recipe, dataset, curriculum)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
@@ -311,7 +311,7 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     dataset, recipe = trainer.dataset, trainer.recipe
     if len(dataset.held_out) == 0:
         return None
-    taught = modes_with_teacher(recipe)
+    taught = recipe.modes_with_teacher
     weights = {mode: (1.0, float(mode in taught)) for mode in MODES if mode == "training" or mode in taught}
     reports: list[dict[str, torch.Tensor]] = []
     counts = dict.fromkeys(weights, 0)

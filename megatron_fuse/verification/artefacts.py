@@ -1,22 +1,25 @@
 """The artefacts that fusion data consists of and was made from: their files, and what they say of their origin."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.capture import MODES
-from megatron_fuse.chat import ChatFormat
+from megatron_fuse.advantage.reference_scores import REFERENCE_SCORES
+from megatron_fuse.advantage.scores import SCORES
+from megatron_fuse.capture import CAPTURES
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import modes_with_teacher
-from megatron_fuse.fusion_data.layout import BUILT_BY, teacher_directory, teacher_options, text_directory, text_options
-from megatron_fuse.recipe import REFERENCE, TARGET, Recipe
-from megatron_fuse.storage import Artefact, Workspace
+from megatron_fuse.fusion_data.layout import BUILT_BY, TEACHERS, TEXT
+from megatron_fuse.instructions import INSTRUCTIONS
+from megatron_fuse.responses import RESPONSES
+from megatron_fuse.stages import Context, Key, Stage
+from megatron_fuse.storage import Artefact
 from megatron_fuse.storage.artefact import shown
 from megatron_fuse.storage.records import ManifestRecord, read_record
-from megatron_fuse.target import target_hashes
 
 Problems = Iterator[str]
+
+DATA_STAGES = (INSTRUCTIONS, RESPONSES, SCORES, REFERENCE_SCORES, CAPTURES, TEXT, TEACHERS)
 
 
 @dataclass(frozen=True)
@@ -24,37 +27,33 @@ class Expected:
     """What an artefact has to be: options and inputs by the recipe, and the artefacts whose hashes it records, by input."""
 
     directory: Path
-    needed: bool = False  # else it is looked at where it is there: a machine that trains needs no captures
-    options: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-    parents: dict[str, Path] = field(default_factory=dict)
-    mend: str = "restore it, or remove it and rerun its stage"
+    needed: bool  # else it is looked at where it is there: a machine that trains needs no captures
+    options: dict[str, Any]
+    inputs: dict[str, str]
+    parents: dict[str, Path]
+    mend: str
 
 
-def expected_artefacts(recipe: Recipe, target: ChatFormat) -> list[Expected]:
-    """Parents first."""
-    work, hashes = Workspace(recipe.workdir), target_hashes(target)
-    instructions = {"instructions": work.instructions}
-    rebuild = f"remove it and run {BUILT_BY} again, or put the recipe's old value back"
-    found = [Expected(work.instructions)]
-    for name in [*recipe.sources, TARGET]:
-        answers = {"responses": work.responses(name)}
-        found.append(Expected(work.responses(name), parents=instructions))
-        scorers = [*recipe.reward_models, REFERENCE]
-        found += [Expected(work.scores(name, scorer), parents=answers) for scorer in scorers]
-    for source in recipe.sources:
-        answers = {"responses": work.responses(source)}
-        for mode in MODES:
-            parents = instructions | (answers if mode == "inference" else {})
-            found.append(Expected(work.captures(source, mode), parents=parents))
-    text = text_directory(recipe)
-    found.append(Expected(text, True, text_options(recipe), hashes, instructions, rebuild))
-    for mode in modes_with_teacher(recipe):
-        for source in recipe.sources:
-            parents = {"text": text, "capture": work.captures(source, mode)}
-            directory = teacher_directory(recipe, source, mode)
-            found.append(Expected(directory, True, teacher_options(recipe, mode), hashes, parents, rebuild))
-    return found
+def expected_artefacts(context: Context) -> list[Expected]:
+    """All that the recipe's fusion data consists of and comes from, parents first."""
+    expected = []
+    for stage in DATA_STAGES:
+        for key in stage.keys(context.recipe):
+            expected.append(_expected(context, stage, key))
+    return expected
+
+
+def _expected(context: Context, stage: Stage, key: Key) -> Expected:
+    recipe, is_fusion_data = context.recipe, stage in (TEXT, TEACHERS)
+    parents = {name: parent.directory(recipe, *names) for name, (parent, names) in stage.parents(recipe, *key).items()}
+    return Expected(
+        stage.directory(recipe, *key),
+        is_fusion_data,
+        stage.options(recipe, *key),
+        stage.formats(context, *key) if is_fusion_data else {},
+        parents,
+        f"remove it and run {stage.command.format(*key)} again, or put the recipe's old value back",
+    )
 
 
 def open_artefacts(expected: list[Expected], problems: list[str]) -> dict[Path, Artefact]:

@@ -6,25 +6,26 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.curriculum import GT_TOKENS, MEND, curriculum_path, measure, read_measures
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.verification.recomputed import difference_problems
 
 
-def curriculum_problems(recipe: Recipe, text: str, listed: np.ndarray, names: list[str]) -> Iterator[str]:
+def curriculum_problems(context: Context, text: str, listed: np.ndarray, names: list[str]) -> Iterator[str]:
     """text: sha256 of the text's artefact; listed int64 [n]: supervised tokens of its examples; names [n]: their ids."""
+    recipe = context.recipe
     path = curriculum_path(recipe)
     try:
         found = read_measures(recipe, text)
     except UserError as error:
         yield str(error)
         return
-    wanted = _measured(recipe, listed)
+    wanted = _measured(context, listed)
     yield from difference_problems(path, found, wanted, names, basis="the texts and scores", mend=MEND)
 
 
-def _measured(recipe: Recipe, listed: np.ndarray) -> Mapping[str, np.ndarray]:
+def _measured(context: Context, listed: np.ndarray) -> Mapping[str, np.ndarray]:
     """Anew where the scores are still there (what ails them is found with the artefacts); else lengths alone."""
     try:
-        return measure(recipe, listed)
+        return measure(context, listed)
     except (UserError, OSError, ValueError, EOFError):
         return {GT_TOKENS: listed}

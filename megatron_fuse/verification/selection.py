@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.selection import MEND, choose, read_judgements, read_selection, selection_path
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems
 from megatron_fuse.verification.shards import mend
@@ -52,9 +52,10 @@ def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], 
 
 
 def selection_problems(
-    recipe: Recipe, mode: str, parents: Mapping[str, str], facts: list[Facts], names: list[str]
+    context: Context, mode: str, parents: Mapping[str, str], facts: list[Facts], names: list[str]
 ) -> Problems:
     """The stored selection of one mode. parents: sha256 of the text and of every source's rows; facts: of each source."""
+    recipe = context.recipe
     path = selection_path(recipe, mode)
     try:
         found = read_selection(recipe, mode, parents).arrays
@@ -71,7 +72,7 @@ def selection_problems(
             f"{path}: example {names[example]!r}: source {found['source'][example]}, "
             f"the recipe has {len(recipe.sources)}, counted from 0: {MEND}"
         )
-    judgements = _judgements(recipe, len(names), found) if mode == "inference" else {}
+    judgements = _judgements(context, len(names), found) if mode == "inference" else {}
     if judgements is None:
         yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {MEND}"
         return
@@ -79,11 +80,12 @@ def selection_problems(
     yield from difference_problems(path, found, wanted, names, basis="the sources' facts", mend=MEND)
 
 
-def _judgements(recipe: Recipe, examples: int, found: Facts) -> Facts | None:
+def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
     """Those of the scores stage where they are still there (what ails them is found with the artefacts), else those stored."""
     try:
-        return read_judgements(recipe, examples)
+        return read_judgements(context, examples)
     except (UserError, OSError, ValueError, EOFError):
+        recipe = context.recipe
         name = "reference" if recipe.selection.inference == "reference" else "scores"
         stored = found.get(name)
         fits = stored is not None and stored.ndim == 3 and stored.shape[:2] == (examples, len(recipe.sources))

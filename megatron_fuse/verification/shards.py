@@ -13,6 +13,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import MATCHES
 from megatron_fuse.fusion_data.layout import BUILT_BY
 from megatron_fuse.fusion_data.listing import read_listed as read_listed_examples
+from megatron_fuse.fusion_data.stored_spans import read_spans
 from megatron_fuse.fusion_data.streams import Stream
 
 # Log-probabilities are rounded down to float16, so that only float32's rounding of a row can carry it above 1.
@@ -139,6 +140,25 @@ def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.nda
     if labels is not None:
         yield from shard.wrong(
             "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, {listed[i]} are listed"
+        )
+
+
+def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
+    """Of the text's spans; labels int64 [n]: supervised tokens of every example, names [n]: their ids."""
+    try:
+        arrays = read_spans(path, labels=int(labels.sum()), examples=len(labels))
+    except UserError as error:
+        yield str(error)
+        return
+    starts, ends = arrays["starts"], arrays["ends"]
+    example = np.repeat(np.arange(len(labels)), labels)
+    falls = np.concatenate([[False], (np.diff(starts) < 0) & (np.diff(example) == 0)])[: len(starts)]
+    wrong = (ends < starts) | (starts < 0) | falls
+    if wrong.any():
+        row = int(wrong.argmax())
+        yield (
+            f"{path}: example {names[example[row]]!r}: a label covers bytes {starts[row]} to {ends[row]}, which is no range "
+            f"behind the one before{mend(path)}"
         )
 
 

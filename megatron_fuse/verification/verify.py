@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import modes_with_teacher
 from megatron_fuse.fusion_data.curriculum import curriculum_path
 from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS
-from megatron_fuse.fusion_data.layout import teacher_directory, teacher_options, text_directory
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
+from megatron_fuse.fusion_data.stored_spans import SUFFIX
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 from megatron_fuse.text_safety import say
 from megatron_fuse.verification.artefacts import expected_artefacts, file_problems, lineage_problems, open_artefacts
@@ -28,6 +27,7 @@ from megatron_fuse.verification.shards import (
     mend,
     read_listed,
     row_problems,
+    span_problems,
 )
 
 
@@ -39,11 +39,10 @@ class Verification:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def verify_fusion_data(recipe: Recipe, progress: Callable[[str], None] = say) -> Verification:
+def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) -> Verification:
     """Looks at all fusion data of a recipe. Raises UserError only where the recipe's target itself cannot be read."""
-    target = load_format(recipe.target, "target")
-    found = Verification()
-    expected = expected_artefacts(recipe, target)
+    recipe, found = context.recipe, Verification()
+    expected = expected_artefacts(context)
     artefacts = open_artefacts(expected, found.problems)
     for entry in expected:
         if entry.directory in artefacts:
@@ -52,13 +51,13 @@ def verify_fusion_data(recipe: Recipe, progress: Callable[[str], None] = say) ->
             found.problems += [*file_problems(artefact), *lineage_problems(entry, artefacts)]
             files = artefact.manifest["files"].values()
             found.counts.update(artefacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
-    text = artefacts.get(text_directory(recipe))
+    text = artefacts.get(TEXT.directory(recipe))
     if text:
-        verifier = _ShardVerifier(recipe, target.tokenizer.vocab_size, found, progress)
+        verifier = _ShardVerifier(context, found, progress)
         shards = [verifier.text_shard(prefix) for prefix in _prefixes(text)]
         verifier.curriculum(text, shards)
-        for mode in modes_with_teacher(recipe):
-            teachers = {source: artefacts.get(teacher_directory(recipe, source, mode)) for source in recipe.sources}
+        for mode in recipe.modes_with_teacher:
+            teachers = {source: artefacts.get(TEACHERS.directory(recipe, source, mode)) for source in recipe.sources}
             verifier.mode(mode, text, shards, {source: teacher for source, teacher in teachers.items() if teacher})
     return found
 
@@ -79,9 +78,10 @@ class _TextShard:
 class _ShardVerifier:
     """Looks into the shards of one recipe's artefacts and adds what it finds to `found`."""
 
-    def __init__(self, recipe: Recipe, vocab_size: int, found: Verification, progress: Callable[[str], None]) -> None:
-        self.recipe = recipe
-        self.vocab_size = vocab_size  # the target's
+    def __init__(self, context: Context, found: Verification, progress: Callable[[str], None]) -> None:
+        self.context = context
+        self.recipe = context.recipe
+        self.vocab_size = context.target.tokenizer.vocab_size
         self.found = found
         self.progress = progress
 
@@ -98,6 +98,8 @@ class _ShardVerifier:
         shard = ShardFiles.read(prefix, list(listed), TEXT_FIELDS)
         labels = self._documents(shard)
         self.found.problems += listed_problems(shard, labels, tokens)
+        if labels is not None:
+            self.found.problems += span_problems(Path(f"{prefix}{SUFFIX}"), labels, list(listed))
         return _TextShard(list(listed), tokens, labels)
 
     def curriculum(self, text: Artefact, shards: list[_TextShard]) -> None:
@@ -107,18 +109,18 @@ class _ShardVerifier:
             self.progress(str(path))
             names = list(chain.from_iterable(shard.names for shard in shards))
             listed = np.concatenate([shard.listed for shard in shards])
-            self.found.problems += curriculum_problems(self.recipe, text.sha256, listed, names)
+            self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
     def mode(self, mode: str, text: Artefact, shards: list[_TextShard], teachers: dict[str, Artefact]) -> None:
         """Rows of these sources, and the selection where the facts of all the recipe's sources can be read."""
-        facts = [self._teacher(mode, teacher, shards) for teacher in teachers.values()]
+        facts = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
         if len(facts) == len(self.recipe.sources) and None not in facts and all(shard.names for shard in shards):
             self.progress(f"selection of the {mode} mode")
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
             names = list(chain.from_iterable(shard.names for shard in shards))
-            self.found.problems += selection_problems(self.recipe, mode, parents, facts, names)
+            self.found.problems += selection_problems(self.context, mode, parents, facts, names)
 
-    def _teacher(self, mode: str, teacher: Artefact, shards: list[_TextShard]) -> Facts | None:
+    def _teacher(self, mode: str, source: str, teacher: Artefact, shards: list[_TextShard]) -> Facts | None:
         """One source's rows. The facts of all examples; None where some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
@@ -128,20 +130,20 @@ class _ShardVerifier:
             )
             return None
         pairs = zip(prefixes, shards, strict=True)
-        facts = [self._row_shard(mode, prefix, shard) for prefix, shard in pairs if shard.names]
+        most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
+        facts = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
         if not facts or None in facts:
             return None
         return {name: np.concatenate([part[name] for part in facts]) for name in facts[0]}
 
-    def _row_shard(self, mode: str, prefix: Path, text: _TextShard) -> Facts | None:
+    def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> Facts | None:
         """The facts of one shard's examples; None where they cannot be read."""
         self.progress(f"{prefix}: rows")
         labels = text.labels
         if mode == "inference":  # documents of its own: the source's answers
             labels = self._documents(ShardFiles.read(prefix, text.names, TEXT_FIELDS))
         shard = ShardFiles.read(prefix, text.names, ROW_FIELDS)
-        most = teacher_options(self.recipe, mode)["entries_per_row"]
-        self.found.problems += row_problems(shard, labels, vocab_size=self.vocab_size, entries_per_row=most)
+        self.found.problems += row_problems(shard, labels, vocab_size=self.vocab_size, entries_per_row=entries_per_row)
         sizes = {name: len(rows.values) for name, rows in shard.fields.items()}
         self.found.counts.update(rows=sizes.get("counts", 0), entries=sizes.get("entry_ids", 0))
         path = prefix.with_name(prefix.name + ".examples.safetensors")

@@ -9,8 +9,8 @@ from small_models import save_model, small_recipe, write_rows
 
 from megatron_fuse.advantage import reference_scores as stage
 from megatron_fuse.advantage.reference_scores import (
+    REFERENCE_SCORES,
     load_reference_scores,
-    plan_reference_scores,
     require_measures,
     score_against_reference,
 )
@@ -18,6 +18,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe, ReferenceOptions
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
@@ -50,9 +51,9 @@ def answered(model: Path, root: Path, **reference: object) -> Recipe:
         selection={"inference": "reference"},
         reference={"without_bertscore": "renormalize", **reference},
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for name in sources:
-        generate_responses(recipe, name, progress=str)
+        generate_responses(Context(recipe), name, progress=str)
     return recipe
 
 
@@ -60,14 +61,14 @@ def test_measures_are_stored_in_example_order_and_the_manifest_says_what_is_left
     model: Path, tmp_path: Path
 ) -> None:
     recipe = answered(model, tmp_path)
-    artefacts = score_against_reference(recipe, progress=str)
+    artefacts = score_against_reference(Context(recipe), progress=str)
     assert [artefact.counts for artefact in artefacts] == [
         {"examples": 5, "unscored": 0},
         {"examples": 5, "unscored": 1},
     ]
     assert "left out" in artefacts[0].manifest["options"]["bertscore"]
     assert set(artefacts[0].manifest["options"]["packages"]) == {"sacrebleu", "rouge-score"}
-    same, other = (load_reference_scores(recipe, name) for name in ANSWERS)
+    same, other = (load_reference_scores(Context(recipe), name) for name in ANSWERS)
     assert same.dtype == other.dtype == np.float32
     assert same.shape == other.shape == (5, 3)
     np.testing.assert_allclose(same[:, :2], 1, atol=1e-6)
@@ -81,12 +82,12 @@ def test_weights_are_no_part_of_the_artefact(model: Path, tmp_path: Path) -> Non
     recipe = answered(model, tmp_path)
     weighed = recipe.reference.model_copy(update={"bleu": 0.7, "rouge_l": 0.1})
     other = recipe.model_copy(update={"reference": weighed})
-    assert plan_reference_scores(other, "same") == plan_reference_scores(recipe, "same")
+    assert Context(other).plan(REFERENCE_SCORES, "same") == Context(recipe).plan(REFERENCE_SCORES, "same")
 
 
 def test_a_model_for_bertscore_is_part_of_it(model: Path, tmp_path: Path) -> None:
     plans = [
-        plan_reference_scores(answered(model, tmp_path, bertscore_model=str(model), **layer), "same")
+        Context(answered(model, tmp_path, bertscore_model=str(model), **layer)).plan(REFERENCE_SCORES, "same")
         for layer in ({}, {"bertscore_layer": 1})
     ]
     assert [plan.options["bertscore"] for plan in plans] == [{"layer": None}, {"layer": 1}]
@@ -96,19 +97,19 @@ def test_a_model_for_bertscore_is_part_of_it(model: Path, tmp_path: Path) -> Non
 
 def test_without_a_model_it_goes_on_only_on_request(model: Path, tmp_path: Path) -> None:
     recipe = answered(model, tmp_path, without_bertscore="refuse")
-    for use in (score_against_reference, lambda recipe: load_reference_scores(recipe, "same")):
+    for use in (score_against_reference, lambda context: load_reference_scores(context, "same")):
         with pytest.raises(UserError, match=r"without_bertscore: renormalize"):
-            use(recipe)
+            use(Context(recipe))
     assert not (tmp_path / "run/scores").exists()
 
 
 def test_another_version_of_a_package_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = answered(model, tmp_path)
-    score_against_reference(recipe, progress=str)
+    score_against_reference(Context(recipe), progress=str)
     monkeypatch.setattr(stage, "version", lambda package: f"0 of {package}")
     with pytest.raises(UserError, match=r"options\.packages = .*0 of rouge-score"):
-        score_against_reference(recipe, progress=str)
-    load_reference_scores(recipe, "same")  # which needs no package
+        score_against_reference(Context(recipe), progress=str)
+    load_reference_scores(Context(recipe), "same")  # which needs no package
 
 
 @pytest.mark.parametrize("missing", ["sacrebleu", "rouge-score", "bert-score", "none"])
@@ -135,4 +136,4 @@ def test_missing_scores_name_the_command(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"scores/same/reference does not exist: run tools/score_responses.py --source same --reference"
     ):
-        load_reference_scores(recipe, "same")
+        load_reference_scores(Context(recipe), "same")

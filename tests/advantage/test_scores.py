@@ -13,11 +13,12 @@ from small_models import FAMILIES, save_model, small_recipe, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_fuse.advantage import scores as stage
-from megatron_fuse.advantage.scores import load_scores, plan_scores, require_backend, score_responses
+from megatron_fuse.advantage.scores import SCORES, load_scores, require_backend, score_responses
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import TARGET, Recipe, RewardModelOptions, dump_recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.stages import Context
 
 ANSWERS = {  # by example; None: the file has no answer
     "a": {"1": "yes", "2": "", "3": "no fig", "4": None, "5": "long " * 99, "6": "\n", "7": "yes"},
@@ -71,14 +72,14 @@ def answered(judges: dict[str, Path], root: Path, sources: str = "ab", **section
         schedule={"preset": "profuser"},
         **sections,
     )
-    prepare_instructions(recipe, progress=str)
+    prepare_instructions(Context(recipe), progress=str)
     for source in sources:
-        generate_responses(recipe, source, progress=str)
+        generate_responses(Context(recipe), source, progress=str)
     return recipe
 
 
 def scored(recipe: Recipe, judge: str = "llama", **options: object) -> dict[str, bytes]:
-    score_responses(recipe, judge, progress=str, **options)  # type: ignore[arg-type]
+    score_responses(Context(recipe), judge, progress=str, **options)  # type: ignore[arg-type]
     return contents(recipe)
 
 
@@ -111,13 +112,13 @@ def test_scores_are_in_example_order_and_what_cannot_be_judged_is_nan(
     judges: dict[str, Path], tmp_path: Path, share_prompts: bool
 ) -> None:
     recipe = answered(judges, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
-    artefacts = score_responses(recipe, "mpt", progress=str)
+    artefacts = score_responses(Context(recipe), "mpt", progress=str)
     assert [artefact.counts for artefact in artefacts] == [
         {"examples": 7, "unscored": unscored} for unscored in (4, 0, 2)
     ]
     for artefact, (source, texts) in zip(artefacts, ANSWERS.items(), strict=True):
         artefact.verify()
-        scores = load_scores(recipe, source, "mpt")
+        scores = load_scores(Context(recipe), source, "mpt")
         assert scores.dtype == np.float32
         unjudged = [not (text or "").strip() or len(text) > 400 for text in texts.values()]
         expected = [
@@ -135,8 +136,11 @@ def test_how_it_was_computed_is_no_part_of_a_plan(judges: dict[str, Path], tmp_p
             "scoring": recipe.scoring.model_copy(update={"batch_tokens": 7, "share_prompts": False}),
         }
     )
-    assert plan_scores(other, "a", "mpt") == plan_scores(recipe, "a", "mpt")
-    assert plan_scores(recipe, "a", "mpt").inputs["model"] != plan_scores(recipe, "a", "llama").inputs["model"]
+    assert Context(other).plan(SCORES, "a", "mpt") == Context(recipe).plan(SCORES, "a", "mpt")
+    assert (
+        Context(recipe).plan(SCORES, "a", "mpt").inputs["model"]
+        != Context(recipe).plan(SCORES, "a", "llama").inputs["model"]
+    )
 
 
 # After each of the eight times (four shards of two sources) that a shard was marked: in the middle of a shard's two, or between shards.
@@ -153,7 +157,7 @@ def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(judges: dict[str, Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_responses(recipe, "llama", progress=cutting)
+        score_responses(Context(recipe), "llama", progress=cutting)
     assert not list((recipe.workdir / "scores").rglob("manifest.json"))
     assert scored(recipe) == whole
 
@@ -170,7 +174,7 @@ def test_any_number_of_ranks_ends_with_the_same_bytes(
     finished = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        finished.append(len(score_responses(recipe, "llama", progress=str)))
+        finished.append(len(score_responses(Context(recipe), "llama", progress=str)))
     assert finished == [0] * (world_size - 1) + [2]
     assert contents(recipe) == one
 
@@ -198,7 +202,7 @@ def test_a_source_that_joins_an_unfinished_run_leaves_whole_shards_alone(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_responses(answered(judges, tmp_path, "ab"), "llama", progress=cutting)
+        score_responses(Context(answered(judges, tmp_path, "ab")), "llama", progress=cutting)
     encodings.texts.clear()
     scored(answered(judges, tmp_path, "abc"))
     rest = [text for texts in (ANSWERS["a"], ANSWERS["b"]) for text in list(texts.values())[4:]]
@@ -218,10 +222,10 @@ def test_a_truncated_answer_is_judged_as_if_it_had_ended(judges: dict[str, Path]
         rows = [{"id": name, "response": "The quick", "truncated": truncated} for name in IDS]
         write_rows(tmp_path / str(truncated) / "a.jsonl", rows)
         shutil.rmtree(recipe.workdir / "responses/a")
-        counts = generate_responses(recipe, "a", progress=str).counts
+        counts = generate_responses(Context(recipe), "a", progress=str).counts
         assert counts["truncated"] == 7 * truncated
         scored(recipe)
-        scores[truncated] = load_scores(recipe, "a", "llama")
+        scores[truncated] = load_scores(Context(recipe), "a", "llama")
     np.testing.assert_array_equal(scores[True], scores[False])
     assert np.isfinite(scores[True]).all()
 
@@ -233,10 +237,10 @@ def test_the_target_s_own_answers_are_scored_where_its_reward_orders_the_example
     own = recipe.target.model_copy(update={"responses": recipe.sources["b"].responses})
     schedule = recipe.schedule.model_copy(update={"order": "target_reward"})
     recipe = recipe.model_copy(update={"target": own, "schedule": schedule})
-    generate_responses(recipe, TARGET, progress=str)
+    generate_responses(Context(recipe), TARGET, progress=str)
     assert {name.split("/")[0] for name in scored(recipe)} == {"b", TARGET}
     np.testing.assert_allclose(
-        load_scores(recipe, TARGET, "llama"), load_scores(recipe, "b", "llama"), atol=1e-5
+        load_scores(Context(recipe), TARGET, "llama"), load_scores(Context(recipe), "b", "llama"), atol=1e-5
     )  # the same texts
 
 
@@ -244,34 +248,37 @@ def test_nothing_is_loaded_where_nothing_is_to_be_done(
     judges: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = answered(judges, tmp_path)
-    first = score_responses(recipe, "llama", progress=str)
+    first = score_responses(Context(recipe), "llama", progress=str)
     monkeypatch.setattr(stage, "load_reward_model", None)
-    assert [a.sha256 for a in score_responses(recipe, "llama", progress=str)] == [a.sha256 for a in first]
+    assert [a.sha256 for a in score_responses(Context(recipe), "llama", progress=str)] == [a.sha256 for a in first]
 
 
 def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(judges: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"id": name, "scores": {"a": float(name), "b": -float(name)}} for name in IDS]
     path = write_rows(tmp_path / "given.jsonl", rows)
     recipe = answered(judges, tmp_path, reward_models={"given": {"scores": str(path)}})
-    assert [artefact.counts["unscored"] for artefact in score_responses(recipe, "given", progress=str)] == [3, 0]
-    np.testing.assert_array_equal(load_scores(recipe, "a", "given"), [1, np.nan, 3, np.nan, 5, np.nan, 7])
-    np.testing.assert_array_equal(load_scores(recipe, "b", "given"), [-1, -2, -3, -4, -5, -6, -7])
-    plan = plan_scores(recipe, "a", "given")
+    assert [artefact.counts["unscored"] for artefact in score_responses(Context(recipe), "given", progress=str)] == [
+        3,
+        0,
+    ]
+    np.testing.assert_array_equal(load_scores(Context(recipe), "a", "given"), [1, np.nan, 3, np.nan, 5, np.nan, 7])
+    np.testing.assert_array_equal(load_scores(Context(recipe), "b", "given"), [-1, -2, -3, -4, -5, -6, -7])
+    plan = Context(recipe).plan(SCORES, "a", "given")
     assert set(plan.inputs) == {"responses", "scores file"}
     write_rows(path, rows[1:])
     with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
-        score_responses(recipe, "given", progress=str)
+        score_responses(Context(recipe), "given", progress=str)
     with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
-        load_scores(recipe, "a", "given")
+        load_scores(Context(recipe), "a", "given")
     path.unlink()
-    load_scores(recipe, "a", "given")  # which has no need of the file
+    load_scores(Context(recipe), "a", "given")  # which has no need of the file
 
 
 def test_a_file_without_a_source_is_refused_before_anything_is_written(judges: dict[str, Path], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "given.jsonl", [{"id": name, "scores": {"a": 1.0}} for name in IDS])
     recipe = answered(judges, tmp_path, reward_models={"given": {"scores": str(path)}})
     with pytest.raises(UserError, match="has no score of 'b'"):
-        score_responses(recipe, "given", progress=str)
+        score_responses(Context(recipe), "given", progress=str)
     assert contents(recipe) == {}
 
 
@@ -288,11 +295,11 @@ def test_the_backend_is_the_recipe_s(judges: dict[str, Path], tmp_path: Path) ->
 def test_refusals_name_judge_source_and_example(judges: dict[str, Path], tmp_path: Path) -> None:
     recipe = answered(judges, tmp_path)
     with pytest.raises(UserError, match="there is no 'x'; the recipe has llama, mpt, gpt_neox"):
-        score_responses(recipe, "x")
+        score_responses(Context(recipe), "x")
     with pytest.raises(UserError, match="there is no 'x'; the recipe has a, b"):
-        score_responses(recipe, "mpt", ["x"])
+        score_responses(Context(recipe), "mpt", ["x"])
     with pytest.raises(UserError, match=r"scores/a/mpt does not exist: run tools/score_responses.py --source a"):
-        load_scores(recipe, "a", "mpt")
+        load_scores(Context(recipe), "a", "mpt")
 
 
 LARGE = 3e38  # finite itself; sums of a few are not
@@ -320,7 +327,7 @@ def test_weights_that_overflow_are_named_with_the_answer_that_showed_them(
     broken = recipe.reward_models | {"bad": RewardModelOptions(model=str(tmp_path / "broken"), dtype="fp32")}
     match = rf"reward_models\.bad gives (nan|inf|-inf) to the answer of '{source}' to example '{example}'"
     with pytest.raises(UserError, match=match):
-        score_responses(recipe.model_copy(update={"reward_models": broken}), "bad", progress=str)
+        score_responses(Context(recipe.model_copy(update={"reward_models": broken})), "bad", progress=str)
 
 
 TOOL = Path(__file__).parents[2] / "tools/score_responses.py"

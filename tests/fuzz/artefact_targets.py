@@ -17,12 +17,13 @@ from megatron_fuse.advantage.scores import load_scores, score_responses
 from megatron_fuse.evaluation.benchmarks import BENCHMARKS
 from megatron_fuse.evaluation.comparison import compare
 from megatron_fuse.evaluation.results import Metric, Result, load_result, result_path
-from megatron_fuse.instructions import example_shards, open_instructions, prepare_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.report.loss_curve import draw_losses
-from megatron_fuse.responses import generate_responses, open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.sources.server import Reply
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Plan, open_artefact, run_plan, sha256_of_file
 from megatron_fuse.training.metrics import METRICS, STEP, MetricsFile, read_metrics
 
@@ -44,15 +45,18 @@ def _make_stages(directory: Path) -> None:
     write_rows(directory / "answers.jsonl", [{"id": f"e{n}", "response": text} for n, text in enumerate(TEXTS)])
     write_rows(directory / "scores.jsonl", [{"id": f"e{n}", "scores": {"s": n / 3}} for n in range(8)])
     recipe = _recipe(directory)
-    prepare_instructions(recipe, progress=str)
-    generate_responses(recipe, "s", progress=str)
-    score_responses(recipe, "judge", ["s"], progress=str)
+    prepare_instructions(Context(recipe), progress=str)
+    generate_responses(Context(recipe), "s", progress=str)
+    score_responses(Context(recipe), "judge", ["s"], progress=str)
 
 
 def _content(recipe: Recipe) -> str:
     """A hash of all that later stages read of the three."""
-    found: list[Any] = [list(example_shards(open_instructions(recipe)))]
-    found += [list(response_shards(open_responses(recipe, "s"))), load_scores(recipe, "s", "judge").tolist()]
+    found: list[Any] = [list(example_shards(Context(recipe).open(INSTRUCTIONS)))]
+    found += [
+        list(response_shards(Context(recipe).open(RESPONSES, "s"))),
+        load_scores(Context(recipe), "s", "judge").tolist(),
+    ]
     return sha256(repr(found).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from megatron_fuse.recipe import ResponseFile, ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.responses.given import given_answers
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_jsonl
 
 Rows = list[dict[str, Any]]
@@ -110,7 +111,7 @@ def _prepare(directory: Path) -> None:
     model = shared()
     recipe = small_recipe(directory / "run", directory / "data.jsonl", model, {"s": model}, data={"held_out": 1})
     try:
-        prepare_instructions(recipe, progress=str)
+        prepare_instructions(Context(recipe), progress=str)
     except UserError:
         assert not (directory / "run").exists(), "a refusal left a directory behind"
         raise

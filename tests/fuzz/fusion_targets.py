@@ -17,6 +17,7 @@ from megatron_fuse.fusion_data.checksums import verify_once
 from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.options import ScheduleOptions
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import verify_fusion_data
 
@@ -26,7 +27,7 @@ def world() -> Recipe:
     """Models, captures and fusion data that no target damages."""
     recipe = build_world(Path(tempfile.mkdtemp(prefix="fuzz-fusion-")))
     ordered = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"order": "target_reward"})})
-    build_fusion_data(ordered, progress=str)
+    build_fusion_data(Context(ordered), progress=str)
     return ordered
 
 
@@ -45,7 +46,8 @@ def make_seeds(directory: Path) -> None:
 
 def all_that_training_reads(recipe: Recipe) -> str:
     """A hash of every document of every source, and of all that decides which of them a step learns from, and how."""
-    dataset, order = FusionDataset(recipe), read_curriculum(recipe)
+    dataset = FusionDataset(recipe)
+    order = read_curriculum(recipe, dataset.text.sha256)
     verify_once(dataset.artefacts)
     digest = sha256(
         repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode()
@@ -85,7 +87,7 @@ def read_own_up(directory: Path) -> None:
 
 
 def verify(directory: Path) -> None:
-    problems = verify_fusion_data(recipe_in(directory), progress=str).problems
+    problems = verify_fusion_data(Context(recipe_in(directory)), progress=str).problems
     if problems:
         raise UserError(problems[0])
 

@@ -16,7 +16,7 @@ from small_fusion import SOURCES
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.layout import fusion_directory
-from megatron_fuse.instructions import load_examples, open_instructions
+from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.report.advantage import advantage_report, advantage_text, write_advantage_report
 from megatron_fuse.report.advantage.card_page import html_card
@@ -24,19 +24,20 @@ from megatron_fuse.report.advantage.cards import card, choose_cards
 from megatron_fuse.report.advantage.charts import SOURCE_COLOURS, advantage_charts
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, advantage_numbers
 from megatron_fuse.report.advantage.page import advantage_page
-from megatron_fuse.responses import open_responses, response_shards
+from megatron_fuse.responses import RESPONSES, response_shards
+from megatron_fuse.stages import Context
 
 HOSTILE = "<script>alert('&\"')</script></details> $\\frac{x ]]> \x00 日本 \u202e {inference} %s"
 
 
 @pytest.fixture(scope="module")
 def report(world: Recipe) -> dict:
-    return advantage_report(world)
+    return advantage_report(Context(world))
 
 
 def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, report: dict) -> None:
     dataset = FusionDataset(world)
-    examples = load_examples(open_instructions(world))
+    examples = load_examples(Context(world).open(INSTRUCTIONS))
     learned = [n for n, example in enumerate(examples) if not example.held_out]
     assert report["examples"] == {"counted": len(learned), "held_out": len(examples) - len(learned)}
     for mode in MODES:
@@ -47,9 +48,9 @@ def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, rep
 
 
 def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -> None:
-    held_out = {example.id for example in load_examples(open_instructions(world)) if example.held_out}
+    held_out = {example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.held_out}
     for source in SOURCES:
-        artefact = open_responses(world, source)
+        artefact = Context(world).open(RESPONSES, source)
         answers = [answer for shard in response_shards(artefact) for answer in shard if answer.id not in held_out]
         files = [path.read_text().split() for path in artefact.files(".unmatched.txt")]
         found = report["answers"][source]
@@ -67,7 +68,7 @@ def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -
 def test_a_schedule_without_teachers_has_no_advantage(world: Recipe) -> None:
     content = json.loads(world.model_dump_json()) | {"schedule": {"preset": "csft"}}
     with pytest.raises(UserError, match="no phase learns from a source"):
-        advantage_report(make_recipe(content))
+        advantage_report(Context(make_recipe(content)))
 
 
 def random_report(text: str = "text", **options: object) -> dict:
@@ -179,5 +180,5 @@ def test_the_command_prints_the_numbers_and_writes_the_same_files_twice(
     assert set(files) == {"advantage.json", "advantage.html", *charts}
     assert json.loads(files["advantage.json"]) == report
     assert all(files[name].startswith(b"\x89PNG\r\n") for name in charts)
-    write_advantage_report(world, progress=str)
+    write_advantage_report(Context(world), progress=str)
     assert files == {path.name: path.read_bytes() for path in directory.iterdir()}

@@ -15,7 +15,7 @@ from page_parts import Page
 from small_fusion import SOURCES
 from small_tokenizers import hugging_face
 
-from megatron_fuse.capture import CAPTURED, capture_shard, open_capture
+from megatron_fuse.capture import CAPTURED, CAPTURES, capture_shard
 from megatron_fuse.fusion_data import MATCHES, FusionDataset
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.recipe import Recipe
@@ -23,6 +23,7 @@ from megatron_fuse.report.alignment import alignment_report, alignment_text, wri
 from megatron_fuse.report.alignment.numbers import LONGEST, TEXT_CLASSES, Labels, Tally, text_classes, unmatched_spans
 from megatron_fuse.report.alignment.page import alignment_page
 from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 
 MODES = ("training", "inference")
@@ -30,7 +31,7 @@ MODES = ("training", "inference")
 
 @pytest.fixture(scope="module")
 def report(world: Recipe) -> dict:
-    return alignment_report(world, progress=str)
+    return alignment_report(Context(world), progress=str)
 
 
 def teacher(report: dict, source: str, mode: str) -> dict:
@@ -38,7 +39,7 @@ def teacher(report: dict, source: str, mode: str) -> dict:
 
 
 def captured_examples(recipe: Recipe, source: str, mode: str) -> np.ndarray:
-    capture = open_capture(recipe, source, mode)
+    capture = Context(recipe).open(CAPTURES, source, mode)
     shards = [capture_shard(capture, index) for index in range(capture.manifest["shards"])]
     return np.concatenate([shard.status == CAPTURED for shard in shards])
 
@@ -91,7 +92,7 @@ def test_a_source_with_the_targets_tokenizer_loses_nothing(report: dict) -> None
 
 def test_captured_mass_is_that_of_the_captures(world: Recipe, report: dict) -> None:
     for source in SOURCES:
-        capture = open_capture(world, source, "training")
+        capture = Context(world).open(CAPTURES, source, "training")
         shards = [capture_shard(capture, index) for index in range(capture.manifest["shards"])]
         mass = sum(np.exp(shard.logprobs(1, 2.0)).sum() for shard in shards)
         found = teacher(report, source, "training")["captured"]
@@ -182,7 +183,7 @@ def test_the_command_prints_a_table_and_writes_three_files(
     directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     assert sorted(path.name for path in directory.iterdir()) == ["alignment.html", "alignment.json", "alignment.png"]
     report = json.loads((directory / "alignment.json").read_text())
-    assert report == alignment_report(world, progress=str)
+    assert report == alignment_report(Context(world), progress=str)
     assert (directory / "alignment.png").read_bytes().startswith(b"\x89PNG\r\n")
     output = capsys.readouterr().out
     assert alignment_text(report) in output
@@ -196,6 +197,6 @@ def test_the_same_data_give_the_same_files(world: Recipe) -> None:
     directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     files = []
     for _ in range(2):
-        write_alignment_report(world, progress=str)
+        write_alignment_report(Context(world), progress=str)
         files.append({path.name: path.read_bytes() for path in directory.iterdir()})
     assert files[0] == files[1]

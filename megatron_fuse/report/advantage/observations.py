@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, modes_with_teacher
-from megatron_fuse.instructions import Example, example_shards, open_instructions
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.responses import Response, open_responses, response_shards
+from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
+from megatron_fuse.responses import RESPONSES, Response, response_shards
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Shards
 
 FLAGS = ("empty", "truncated", "refused", "unmatched")  # what an answer can be
@@ -63,13 +63,14 @@ class Observations:
     selections: dict[str, dict[str, np.ndarray]]
 
 
-def observe(recipe: Recipe) -> Observations:
+def observe(context: Context) -> Observations:
     """Raises UserError where a stage before is missing, or where the schedule learns from no source."""
-    modes = sorted(modes_with_teacher(recipe), reverse=True)  # the training mode first
+    recipe = context.recipe
+    modes = sorted(recipe.modes_with_teacher, reverse=True)  # the training mode first
     if not modes:
         raise UserError("schedule: no phase learns from a source, so that none has an advantage")
     selected = FusionDataset(recipe).selections
-    instructions, responses = _open(recipe)
+    instructions, responses = _open(context)
     system_messages, categories = dict[str, int](), dict[str, int]()
     rows: list[tuple[int, ...]] = []  # held_out, characters, truncated, instruction_characters, system, category
     answered: list[list[tuple[int, ...]]] = []
@@ -111,9 +112,9 @@ def observe(recipe: Recipe) -> Observations:
     )
 
 
-def read_texts(recipe: Recipe, numbers: list[int]) -> dict[int, tuple[Example, list[Response]]]:
+def read_texts(context: Context, numbers: list[int]) -> dict[int, tuple[Example, list[Response]]]:
     """The examples of these places in the instructions, with every source's answer where there are answers."""
-    instructions, responses = _open(recipe)
+    instructions, responses = _open(context)
     found, first = {}, 0
     for shard, examples in enumerate(instructions):
         wanted = [number for number in numbers if first <= number < first + len(examples)]
@@ -123,11 +124,10 @@ def read_texts(recipe: Recipe, numbers: list[int]) -> dict[int, tuple[Example, l
     return found
 
 
-def _open(recipe: Recipe) -> tuple[Shards[list[Example]], list[Shards[list[Response]]]]:
-    answering = recipe.sources if recipe.uses_inference_mode else []
-    return example_shards(open_instructions(recipe)), [
-        response_shards(open_responses(recipe, source)) for source in answering
-    ]
+def _open(context: Context) -> tuple[Shards[list[Example]], list[Shards[list[Response]]]]:
+    answering = context.recipe.sources if context.recipe.uses_inference_mode else []
+    responses = [response_shards(context.open(RESPONSES, source)) for source in answering]
+    return example_shards(context.open(INSTRUCTIONS)), responses
 
 
 def _unmatched(responses: Shards[list[Response]]) -> set[str]:

@@ -24,17 +24,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from megatron_fuse.capture import capture_shard, open_capture
+from megatron_fuse.capture import CAPTURES, capture_shard
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import MATCHES, modes_with_teacher
+from megatron_fuse.fusion_data import MATCHES
 from megatron_fuse.fusion_data.checksums import verify_once
-from megatron_fuse.fusion_data.layout import fusion_directory, open_teacher, open_text
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT, fusion_directory
 from megatron_fuse.fusion_data.listing import read_listed
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format, source_options
+from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
@@ -43,18 +42,16 @@ TEXT_CLASSES = ("Latin letters", "digits", "white space", "punctuation and other
 LONGEST = 10  # unmatched spans that are listed
 
 
-def alignment_report(recipe: Recipe, progress: Callable[[str], None] = say) -> dict[str, Any]:
+def alignment_report(context: Context, progress: Callable[[str], None] = say) -> dict[str, Any]:
     """The numbers of every source and mode. Raises UserError where fusion data or captures are missing or of another recipe."""
-    text = open_text(recipe)
-    target = load_format(recipe.target, "target")
-    classes = text_classes(target)
-    modes, teachers = modes_with_teacher(recipe), []
+    recipe, classes = context.recipe, text_classes(context.target)
+    modes, teachers = recipe.modes_with_teacher, []
     if not modes:
         raise UserError("schedule: no phase has a lambda for a source's distributions, so that none are aligned")
     for mode in modes:
         for source in recipe.sources:
             progress(f"alignment report: {mode} mode, source {source}")
-            teachers.append(_teacher_report(recipe, source, mode, text, target, classes))
+            teachers.append(_teacher_report(context, source, mode, classes))
     return {
         "fusion_data": str(fusion_directory(recipe)),
         "vocabulary_map": recipe.alignment.vocabulary_map,
@@ -170,15 +167,13 @@ def _longest(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(first.values(), key=lambda span: (-span["bytes"], spans.index(span)))[:LONGEST]
 
 
-def _teacher_report(
-    recipe: Recipe, source: str, mode: str, text: Artefact, target: ChatFormat, classes: np.ndarray
-) -> dict[str, Any]:
-    teacher = open_teacher(recipe, source, mode)
+def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarray) -> dict[str, Any]:
+    text, teacher = context.open_alone(TEXT), context.open_alone(TEACHERS, source, mode)
     tally, longest = Tally.none(), list[dict[str, Any]]()
     examples = read = whole = 0
     for names, facts, labels in _shards(text, teacher, mode):
         tally += Tally.of(labels, classes)
-        longest = _longest(longest + unmatched_spans(labels, target.tokenizer, names))
+        longest = _longest(longest + unmatched_spans(labels, context.target.tokenizer, names))
         available = facts["available"].astype(bool)
         examples += len(names)
         read += int(available.sum())
@@ -187,7 +182,7 @@ def _teacher_report(
         "source": source,
         "mode": mode,
         "examples": {"all": examples, "read": read, "whole": _ratio(whole, read)},
-        **_capture_report(recipe, source, mode, target),
+        **_capture_report(context, source, mode),
         "label_mass": _ratio(teacher.counts["rows_label_mass"], tally.rows.sum()),
         "rows": tally.shares(),
         "longest_unmatched": longest,
@@ -218,15 +213,15 @@ def _labels(prefix: Path, tokens: np.ndarray, available: np.ndarray) -> Labels:
     return Labels(example[read], tokens[read].astype(np.int64), match.values()[read], mass[read])
 
 
-def _capture_report(recipe: Recipe, source: str, mode: str, target: ChatFormat) -> dict[str, Any]:
-    chat = load_format(source_options(recipe, source), f"sources.{source}")
-    exact = vocabulary_map_of(recipe, chat, target).exact
+def _capture_report(context: Context, source: str, mode: str) -> dict[str, Any]:
+    recipe, chat = context.recipe, context.format(source)
+    exact = vocabulary_map_of(context, source).exact
     spelling = chat.tokenizer.byte_lengths > 0
     spelling[list(chat.tokenizer.special_ids)] = False
     temperature = recipe.loss.teacher_temperature
     column = 1 + recipe.capture_temperatures.index(temperature)
     rows, mass, exact_mass = 0, 0.0, 0.0
-    capture = open_capture(recipe, source, mode)
+    capture = context.open(CAPTURES, source, mode)
     for shard in range(capture.manifest["shards"]):
         captured = capture_shard(capture, shard)
         entries = np.exp(captured.logprobs(column, temperature).astype(np.float64))

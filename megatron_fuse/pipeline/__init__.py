@@ -1,0 +1,6 @@
+"""The whole road of a recipe: its stages in order, what they cost, and the commands that run them."""
+
+from megatron_fuse.pipeline.preflight import check_files
+from megatron_fuse.pipeline.stages import STAGES, Work, steps
+
+__all__ = ["STAGES", "Work", "check_files", "steps"]

@@ -1,0 +1,72 @@
+"""`--plan`: what is done, what will run, and roughly what it costs in time and disk."""
+
+import time
+
+import torch
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.estimates import estimate_amounts
+from megatron_fuse.fusion_data.summary import rule_lines
+from megatron_fuse.idle_processes import idle_line
+from megatron_fuse.pipeline.stages import steps
+from megatron_fuse.progress import readable_seconds
+from megatron_fuse.responses import backend_of
+from megatron_fuse.stages import Context
+from megatron_fuse.text_safety import say
+
+# Share of a bare matrix product's rate that a transformer's forward pass reaches; only for estimates.
+_EFFICIENCY = 0.5
+
+
+def print_plan(context: Context, processes: int) -> None:
+    """Prints the artifacts of a recipe with their states and costs. Raises UserError, after the table, for all that was refused."""
+    recipe, amounts, rate = context.recipe, estimate_amounts(context), measured_flops_per_second()
+    say(
+        f"{recipe.workdir}: {amounts.examples:,} examples, about {amounts.prompt_tokens:,.0f} tokens of prompts and "
+        f"{amounts.response_tokens:,.0f} of ground truth; rough estimates, one process"
+    )
+    if any(backend_of(recipe, name) == "hf" for name in recipe.answering):
+        most = recipe.responses.max_new_tokens
+        say(
+            f"answers are taken to be as long as the ground truth, about {amounts.answer_tokens:,.0f} tokens a model; "
+            f"with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
+        )
+    idle = idle_line(recipe, amounts.examples, processes)
+    for line in [*([idle] if idle else []), *rule_lines(recipe)]:
+        say(line)
+    say(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
+    refusals = []
+    for work in (work for works in steps(recipe).values() for work in works):
+        disk = time_left = ""
+        try:
+            state = work.state(context)
+            if state == "to do" or "shards" in state:  # damaged weights are refused here
+                disk = readable_bytes(work.disk(recipe, amounts))
+                time_left = readable_seconds(work.flops(context, amounts) / rate)
+        except UserError as refusal:
+            state = "refused"
+            refusals.append(str(refusal))
+        say(f"{work.label(recipe):<48} {state:<16} {disk:>10} {time_left:>10}")
+    if refusals:
+        raise UserError("\n       ".join(dict.fromkeys(refusals)))
+
+
+def readable_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def measured_flops_per_second(size: int = 1024, repeats: int = 4) -> float:
+    """What this process's device reaches in a matrix product, times what a transformer usually keeps of it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    (matrix @ matrix).sum().item()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        product = matrix @ matrix
+    product.sum().item()
+    return _EFFICIENCY * repeats * 2 * size**3 / (time.perf_counter() - start)

@@ -1,0 +1,65 @@
+"""Runs the steps of a recipe that are not done: each one is a command, under torchrun if there are several processes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.estimates import estimate_amounts
+from megatron_fuse.idle_processes import idle_line
+from megatron_fuse.pipeline.stages import Work, steps
+from megatron_fuse.processes import run_tied
+from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.text_safety import say
+from megatron_fuse.training.stage import TRAINING, require_whole_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None:
+    """Runs all steps, or those up to `until`. Raises UserError if a command ends with an error, or training before its last step."""
+    # Said before the instructions are prepared: until then data.shard_size can be changed for nothing.
+    if processes > 1 and (line := idle_line(recipe, estimate_amounts(Context(recipe)).examples, processes)):
+        say(line)
+    resolved = write_resolved_recipe(recipe)
+    for name, works in steps(recipe).items():
+        run_step(name, works, recipe, resolved, processes)
+        if name == until:
+            break
+
+
+def run_step(name: str, works: list[Work], recipe: Recipe, resolved: Path, processes: int) -> None:
+    """Runs the command of a step, unless all that it makes is done."""
+    context = Context(recipe)  # a new one for every step: the one before has written artifacts
+    if not any(work.stage.always for work in works) and all(work.state(context) == "done" for work in works):
+        say(f"{name}: done")
+        return
+    stage = works[0].stage
+    run_script([stage.script, "--recipe", str(resolved)], 1 if stage.one_process else processes)
+    if stage == TRAINING:
+        require_whole_training(recipe)
+
+
+def run_script(command: list[str], processes: int) -> None:
+    """Runs one of our scripts, under torchrun if there are several processes. command: the script, from the root, and its options."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    script, *options = command
+    say(f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(command)}")
+    start = time.perf_counter()
+    environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
+    if code := run_tied([*launcher, str(ROOT / script), *options], env=environment):
+        raise UserError(f"{script} ended with exit code {code}: fix what it says above and run this again")
+    say(f"  {script}: {time.perf_counter() - start:.1f} s")
+
+
+def write_resolved_recipe(recipe: Recipe) -> Path:
+    """The recipe with all overrides, which every stage then reads."""
+    path = recipe.workdir / "recipe.yaml"
+    with temporary_then_rename(path) as temporary:
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+    return path

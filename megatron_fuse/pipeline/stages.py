@@ -1,0 +1,61 @@
+"""The stages of the pipeline in order. Each one is declared in its own module; this is the only list of them."""
+
+from dataclasses import dataclass
+
+from megatron_fuse.advantage.reference_scores import REFERENCE_SCORES
+from megatron_fuse.advantage.scores import SCORES
+from megatron_fuse.capture import CAPTURES
+from megatron_fuse.fusion_data.curriculum import CURRICULUM
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
+from megatron_fuse.fusion_data.selection import SELECTION
+from megatron_fuse.instructions import INSTRUCTIONS
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.responses import RESPONSES
+from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.training.stage import EXPORT, TRAINING
+
+STAGES = (
+    INSTRUCTIONS,
+    RESPONSES,
+    SCORES,
+    REFERENCE_SCORES,
+    CAPTURES,
+    TEXT,
+    TEACHERS,
+    SELECTION,
+    CURRICULUM,
+    TRAINING,
+    EXPORT,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One artifact that a recipe needs."""
+
+    stage: Stage
+    key: Key
+
+    def label(self, recipe: Recipe) -> str:
+        return self.stage.label(recipe, *self.key)
+
+    def state(self, context: Context) -> str:
+        """See Context.state."""
+        return context.state(self.stage, *self.key)
+
+    def flops(self, context: Context, amounts: Amounts) -> float:
+        """Floating-point operations to make it from nothing."""
+        return self.stage.flops(context, amounts, *self.key)
+
+    def disk(self, recipe: Recipe, amounts: Amounts) -> float:
+        """Bytes that it takes."""
+        return self.stage.disk(recipe, amounts, *self.key)
+
+
+def steps(recipe: Recipe) -> dict[str, list[Work]]:
+    """The steps of a recipe in order, one command each, with all that the command makes. Steps without work are left out."""
+    found: dict[str, list[Work]] = {}
+    for stage in STAGES:
+        for key in stage.keys(recipe):
+            found.setdefault(stage.name, []).append(Work(stage, key))
+    return found

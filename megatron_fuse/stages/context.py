@@ -1,0 +1,151 @@
+"""What the stages of one recipe share. Everything that is slow to read is read once: tokenizers, fingerprints, manifests."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_fuse.advantage.reward_models.forms import judge_fingerprint, load_judge_format
+from megatron_fuse.chat import ChatFormat
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.lookup import answering_options, recipe_key, reward_model_options
+from megatron_fuse.sources.huggingface import load_format, model_fingerprint, resolve_model
+from megatron_fuse.stages.stage import Hashes, Key, Stage
+from megatron_fuse.storage import Artefact, Plan, completed, open_artefact
+
+
+class Context:
+    """A recipe with the chat formats of its models, the fingerprints of their weights, and the artifacts opened so far.
+
+    An artifact that was opened is not looked at again: make a new context once a command has written others.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._read: dict[tuple[str, ...], Any] = {}
+        self._opened: dict[tuple[Stage, Key], Artefact] = {}
+
+    def once(self, kind: str, name: str, read: Callable[[], Any]) -> Any:
+        """The result of `read`, which is called once for each kind and name."""
+        if (kind, name) not in self._read:
+            self._read[kind, name] = read()
+        return self._read[kind, name]
+
+    def format(self, name: str) -> ChatFormat:
+        """Tokenizer and chat format of a source, or of `target`."""
+        options = answering_options(self.recipe, name)
+        return self.once("format", name, lambda: load_format(options, recipe_key(name)))
+
+    @property
+    def target(self) -> ChatFormat:
+        """The target's tokenizer and chat format."""
+        return self.format("target")
+
+    @property
+    def target_hashes(self) -> Hashes:
+        """What artifacts record that hold the target's tokens, or were cut to them."""
+        return {"target tokenizer": self.target.tokenizer.sha256, "target chat format": self.target.sha256}
+
+    def reward_model_format(self, name: str) -> ChatFormat:
+        """Tokenizer and chat format in which a reward model reads conversations."""
+        options = reward_model_options(self.recipe, name)
+        return self.once("reward model's format", name, lambda: load_judge_format(options, name))
+
+    def fingerprint(self, name: str) -> str:
+        """Hash of the weights of a source, or of `target`. Raises UserError if they are not here."""
+        options = answering_options(self.recipe, name)
+        where = f"{recipe_key(name)}.model"
+        return self.once("weights", name, lambda: model_fingerprint(resolve_model(options.model, where)))
+
+    def reward_model_fingerprint(self, name: str) -> str:
+        """Hash of what a reward model's scores come from. Raises UserError if it is not here."""
+        options = reward_model_options(self.recipe, name)
+        return self.once("reward model's weights", name, lambda: judge_fingerprint(options, name))
+
+    def plan(self, stage: Stage, *key: str) -> Plan:
+        """What an artifact is to be made by and from. Raises UserError if a parent is missing or was made otherwise."""
+        parents = self._parents(stage, key)
+        inputs = {name: parent.sha256 for name, parent in parents.items()}
+        inputs |= stage.formats(self, *key) | stage.origin(self, *key)
+        return Plan(
+            stage.directory(self.recipe, *key),
+            stage.recorded_as,
+            stage.options(self.recipe, *key) | stage.packages(self.recipe, *key),
+            inputs,
+            shards=_shards(parents) if stage.shard_names is None else len(stage.shard_names),
+            shard_names=None if stage.shard_names is None else list(stage.shard_names),
+        )
+
+    def open(self, stage: Stage, *key: str) -> Artefact:
+        """A finished artifact. Raises UserError if it is missing, or was made otherwise than the recipe says.
+
+        Compared are the options, the tokenizers and templates and the parents; weights and the user's files if they are here.
+        """
+        if (stage, key) not in self._opened:
+            inputs = {name: parent.sha256 for name, parent in self._parents(stage, key).items()}
+            inputs |= stage.formats(self, *key) | self._origin_if_here(stage, key)
+            self._opened[stage, key] = self._open(stage, key, inputs)
+        return self._opened[stage, key]
+
+    def open_alone(self, stage: Stage, *key: str) -> Artefact:
+        """`open` on a machine that may have none of its parents: compared are options, tokenizers and templates."""
+        return self._open(stage, key, stage.formats(self, *key))
+
+    def refuse_changed_options(self, stage: Stage, *key: str) -> None:
+        """Raises UserError if an ancestor of an artifact was made with other options than the recipe has now.
+
+        For a machine that may have the artifact alone: what is not here is not compared, nor are tokenizers and weights.
+        """
+        for ancestor, names in _ancestors(self.recipe, stage, key):
+            if (ancestor.directory(self.recipe, *names) / "manifest.json").exists():
+                self._open(ancestor, names, {})
+
+    def state(self, stage: Stage, *key: str) -> str:
+        """`done`, `to do` or `k of n shards`. Raises UserError if the artifact was made with other options or inputs."""
+        if stage.state is not None:
+            return stage.state(self, *key)
+        directory = stage.directory(self.recipe, *key)
+        if not (directory / "plan.json").exists():
+            return "to do"
+        plan = self.plan(stage, *key)
+        if completed(plan):
+            return "done"
+        done = sum((directory / f"{name}.done").exists() for name in plan.names())
+        return f"{done} of {plan.shards} shards"
+
+    def _open(self, stage: Stage, key: Key, inputs: Hashes) -> Artefact:
+        return open_artefact(
+            stage.directory(self.recipe, *key),
+            stage.recorded_as,
+            stage.command.format(*key),
+            options=stage.options(self.recipe, *key),
+            inputs=inputs,
+            remove=stage.remove(self.recipe) if stage.remove else None,
+        )
+
+    def _parents(self, stage: Stage, key: Key) -> dict[str, Artefact]:
+        parents = stage.parents(self.recipe, *key)
+        return {name: self.open(parent, *names) for name, (parent, names) in parents.items()}
+
+    def _origin_if_here(self, stage: Stage, key: Key) -> Hashes:
+        try:
+            return stage.origin(self, *key)
+        except (UserError, OSError):
+            return {}
+
+
+def _shards(parents: dict[str, Artefact]) -> int:
+    """Shards of the examples, which all stages share. The instructions are one unit of work, and count the shards that they hold."""
+    parent = next(iter(parents.values()))
+    return parent.manifest["counts"].get("shards", parent.manifest["shards"])
+
+
+def _ancestors(recipe: Recipe, stage: Stage, key: Key) -> Iterator[tuple[Stage, Key]]:
+    """All that an artifact comes from, each one once."""
+    waiting, seen = [(stage, key)], set[tuple[Stage, Key]]()
+    while waiting:
+        stage, key = waiting.pop()
+        for parent in stage.parents(recipe, *key).values():
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+                yield parent
