@@ -37,6 +37,9 @@ TEMPERATURE = 2.0  # of the sources' distributions
 LAMBDA = 0.5  # weight of the KL beside the cross-entropy
 
 
+Family = tuple[type, type]  # of transformers: the config and the model
+
+
 @dataclass(frozen=True)
 class Model:
     name: str
@@ -54,7 +57,7 @@ class Model:
         return tokenizer.token_text(token) or repr(tokenizer.decode([token]))
 
 
-def make_model(name: str, template: str, specials: list[str], words: str, vocab_size: int) -> Model:
+def make_model(name: str, family: Family, template: str, specials: list[str], words: str, vocab_size: int) -> Model:
     """A random model with its own byte-level BPE tokenizer, trained on these words."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -63,8 +66,8 @@ def make_model(name: str, template: str, specials: list[str], words: str, vocab_
     backend.train_from_iterator([words], trainers.BpeTrainer(vocab_size=vocab_size, **options))
     tokenizer = wrap_hugging_face(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=specials[-1]), name)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes["vocab_size"] = tokenizer.vocab_size
-    network = LlamaForCausalLM(LlamaConfig(**sizes)) if name == "alpha" else GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    config, architecture = family
+    network = architecture(config(vocab_size=tokenizer.vocab_size, **sizes))
     return Model(name, load_chat_format(tokenizer, template, where=f"sources.{name}"), network.eval())
 
 
@@ -190,8 +193,10 @@ def main() -> None:
     # Alpha's tokenizer knows few pieces, beta's whole words. Their templates and stop tokens differ too.
     torch.manual_seed(1)
     words = " ".join(text for example in EXAMPLES for text in example)
-    alpha = make_model("alpha", "chatml", ["<|im_start|>", "<|im_end|>"], "the capital is: the pear is sorted", 280)
-    beta = make_model("beta", "vicuna_v1.1", ["</s>"], words, 330)
+    llama, neox = (LlamaConfig, LlamaForCausalLM), (GPTNeoXConfig, GPTNeoXForCausalLM)
+    few = "the capital is: the pear is sorted"
+    alpha = make_model("alpha", llama, "chatml", ["<|im_start|>", "<|im_end|>"], few, 280)
+    beta = make_model("beta", neox, "vicuna_v1.1", ["</s>"], words, 330)
     sources = [alpha, beta]
     for source, example in zip(sources, EXAMPLES, strict=True):
         teach(source, example)
