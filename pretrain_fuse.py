@@ -38,7 +38,7 @@ def main() -> None:
         deterministic=recipe.training.deterministic,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
-    from megatron_fuse.fusion_data import FusionDataset
+    from megatron_fuse.dataset import FusionDataset
     from megatron_fuse.report.loss_curve import write_loss_curve
     from megatron_fuse.training.banner import describe_run
     from megatron_fuse.training.dry_run import print_dry_run

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.attention import CausalAttention, causal_attention
 from megatron_fuse.model.config import transformer_config

@@ -17,12 +17,12 @@ from pathlib import Path
 from synthetic_captures import synthetic_run
 from table import Measurement, run
 
+from megatron_fuse.dataset import build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import build_fusion_data
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import read_rows
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.stages import Context
 
 WANTED = "ratio <= 1.2"

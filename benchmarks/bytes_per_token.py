@@ -22,7 +22,7 @@ import numpy as np
 from synthetic_captures import MEAN_KEPT, synthetic_run
 from table import Measurement, run
 
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.stages import Context
 

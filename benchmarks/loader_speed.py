@@ -28,9 +28,9 @@ from synthetic_documents import write_documents
 from table import Measurement, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_fuse.fusion_data.collation import Inputs, Targets, make_targets, packed_inputs, padded_inputs
+from megatron_fuse.dataset.collation import Inputs, Targets, make_targets, packed_inputs, padded_inputs
+from megatron_fuse.dataset.packing import pack
 from megatron_fuse.fusion_data.documents import Document, DocumentStreams
-from megatron_fuse.fusion_data.packing import pack
 from megatron_fuse.fusion_data.streams import Stream, write_stream
 from megatron_fuse.storage import sha256_of_file
 
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 def _checksums(
     directory: Path, options: argparse.Namespace, step: Callable[[], None], alone: float
 ) -> list[Measurement]:
-    """What a run pays once per build and machine (fusion_data/checksums.py), beside the steps that read the documents once."""
+    """What a run pays once per build and machine (dataset/checksums.py), beside the steps that read the documents once."""
     files = sorted(directory.iterdir())
     size = sum(path.stat().st_size for path in files)
     seconds = _best(lambda: [sha256_of_file(path) for path in files], options.repeats)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from megatron_fuse.advantage.scoring import pad
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import RewardModelOptions
+from megatron_fuse.scoring.conversations import pad
 from megatron_fuse.storage import read_jsonl
 from megatron_fuse.tokenization import load_tokenizer
 

@@ -22,9 +22,9 @@ import torch
 from table import Measurement, medians_in_turns, run
 from transformers import LlamaConfig, LlamaModel
 
-from megatron_fuse.advantage.reward_models import RewardModel
-from megatron_fuse.advantage.scoring import score_conversations
 from megatron_fuse.chat import ChatFormat, load_chat_format
+from megatron_fuse.scoring.conversations import score_conversations
+from megatron_fuse.scoring.reward_models import RewardModel
 from megatron_fuse.storage import read_jsonl
 from megatron_fuse.tokenization import load_tokenizer
 

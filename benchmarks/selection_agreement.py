@@ -20,10 +20,10 @@ import numpy as np
 from preference_judges import JUDGES, options_of, train_judges
 from table import Measurement, run
 
-from megatron_fuse.advantage.reference import MEASURES, combine, reference_measures
-from megatron_fuse.advantage.reward_models import load_reward_model
-from megatron_fuse.advantage.scoring import score_conversations
 from megatron_fuse.recipe import ReferenceOptions
+from megatron_fuse.scoring.conversations import score_conversations
+from megatron_fuse.scoring.reference import MEASURES, combine, reference_measures
+from megatron_fuse.scoring.reward_models import load_reward_model
 from megatron_fuse.storage import read_jsonl
 
 

@@ -17,16 +17,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.advantage.selection import min_ce
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, build_vocabulary_map, find_source_rows, project_responses
 from megatron_fuse.capture.distributions import sparse_rows
 from megatron_fuse.capture.reading import logits_at
 from megatron_fuse.capture.shards import CAPTURED, CaptureShard, Conversation
 from megatron_fuse.chat import ChatFormat, EncodedConversation, load_chat_format
+from megatron_fuse.dataset.collation import make_targets, padded_inputs
 from megatron_fuse.errors import exit_code
-from megatron_fuse.fusion_data.collation import make_targets, padded_inputs
 from megatron_fuse.fusion_data.documents import Document, round_down_to_half
-from megatron_fuse.report.layout import text_table
+from megatron_fuse.reporting.layout import text_table
+from megatron_fuse.selection.rules import min_ce
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.fingerprints import model_fingerprint
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.config_file import load_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype, write_weight_files
-from megatron_fuse.sources.huggingface import model_fingerprint, resolve_model
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import say

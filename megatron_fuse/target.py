@@ -4,12 +4,12 @@ from pathlib import Path
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.storage import Workspace
 
 

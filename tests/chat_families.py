@@ -11,7 +11,7 @@ from small_tokenizers import CORPUS
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_fuse.chat_templates import TEMPLATES
+from megatron_fuse.chat.templates import TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megatron_fuse.advantage.scores import SCORES
 from megatron_fuse.capture import capture
-from megatron_fuse.fusion_data import build_fusion_data
+from megatron_fuse.dataset import build_fusion_data
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring.scores import SCORES
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import run_plan
 

@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 from small_models import save_model, save_tokenizer, small_recipe, write_rows
 
 from megatron_fuse.capture import CAPTURES, capture, capture_shard
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.responses import generate_responses
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Plan, run_plan
 

@@ -34,12 +34,13 @@ from megatron_fuse.capture.reading import logits_at
 from megatron_fuse.capture.shards import NO_RESPONSE, TOO_LONG, CaptureShard
 from megatron_fuse.chat import supervised_turns
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.instructions import INSTRUCTIONS, example_shards, load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import source_options
 from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.sources.batching import token_budget_batches
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 

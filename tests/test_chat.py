@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS, REAL, byte_level, llama_json, make_tokenizer
 
 from megatron_fuse.chat import ChatFormat, load_chat_format, supervised_turns
-from megatron_fuse.chat_templates import TEMPLATES
+from megatron_fuse.chat.templates import TEMPLATES
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer, load_tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import save_file
 from test_verification import own_up
 
+from megatron_fuse.dataset import FusionDataset, build_fusion_data, checksums
+from megatron_fuse.dataset.checksums import BackgroundVerification, verify_once
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data, checksums
-from megatron_fuse.fusion_data.array_file import read_arrays
-from megatron_fuse.fusion_data.checksums import BackgroundVerification, verify_once
-from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.fusion_data.layout import fusion_directory
-from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.array_file import read_arrays
+from megatron_fuse.selection.choice import selection_path
+from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fuse.fusion_data.collation import (
+from megatron_fuse.dataset.collation import (
     NO_ENTRY,
     NO_LABEL,
     Inputs,
@@ -17,8 +17,8 @@ from megatron_fuse.fusion_data.collation import (
     packed_inputs,
     padded_inputs,
 )
+from megatron_fuse.dataset.packing import pack, pack_evenly
 from megatron_fuse.fusion_data.documents import Document
-from megatron_fuse.fusion_data.packing import pack, pack_evenly
 
 K = 5
 VOCABULARY = {np.uint16: 2**16, np.int32: 2**31 - 1}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
+from megatron_fuse.experiments.fork_server import Commands
 
 
 @pytest.fixture
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Commands]:
-    monkeypatch.setattr("megatron_fuse.commands.LIBRARIES", ("fractions",))
+    monkeypatch.setattr("megatron_fuse.experiments.fork_server.LIBRARIES", ("fractions",))
     with Commands(tmp_path, {**os.environ, "GREETING": "hello"}) as found:
         yield found
 

@@ -141,10 +141,10 @@ def test_a_command_whose_part_was_interrupted_ends_too(tmp_path: Path) -> None:
 
 
 EXPERIMENT = """
-    import megatron_fuse.commands
+    import megatron_fuse.experiments.fork_server
     from pathlib import Path
     from megatron_fuse.experiments import load_experiment, run_experiment
-    megatron_fuse.commands.LIBRARIES = ()
+    megatron_fuse.experiments.fork_server.LIBRARIES = ()
     path = Path({path!r})
     run_experiment(load_experiment(path), path, jobs=3)
 """

@@ -17,16 +17,16 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage.scores import load_scores, score_responses
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
-from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
-from megatron_fuse.fusion_data.curriculum import Curriculum, curriculum, curriculum_path, read_curriculum
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.pipeline import steps
 from megatron_fuse.recipe import Margin, Recipe, dump_recipe
 from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
+from megatron_fuse.scoring.scores import load_scores, score_responses
+from megatron_fuse.selection.array_file import read_arrays, write_arrays
+from megatron_fuse.selection.curriculum import Curriculum, curriculum, curriculum_path, read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.verification import verify_fusion_data
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from small_models import write_rows
 
-from megatron_fuse.advantage.scores import read_shards
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.results import Metric, Result, load_result
 from megatron_fuse.experiments.results import read_results
 from megatron_fuse.instructions import example_shards
 from megatron_fuse.responses import response_shards
 from megatron_fuse.responses.journal import open_journal
+from megatron_fuse.scoring.scores import read_shards
 from megatron_fuse.sources.completions import Reply
 from megatron_fuse.storage import Artefact, Plan, run_plan
 from megatron_fuse.training.metrics import MetricsFile, read_metrics

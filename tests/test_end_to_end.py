@@ -125,7 +125,7 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> No
 
 
 def held_out_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
-    from megatron_fuse.fusion_data import FusionDataset
+    from megatron_fuse.dataset import FusionDataset
     from megatron_fuse.recipe import load_recipe
 
     dataset = FusionDataset(load_recipe(argv=["--recipe", str(workdir / "recipe.yaml")]))

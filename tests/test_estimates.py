@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from small_models import save_model, small_recipe, write_rows
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.estimates import estimate_amounts
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.pipeline import steps
+from megatron_fuse.pipeline.estimates import estimate_amounts
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.training.stage import training_flops, training_tokens

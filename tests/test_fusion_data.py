@@ -10,23 +10,23 @@ import pytest
 import torch
 from small_fusion import SOURCES
 
-from megatron_fuse.advantage.reference_scores import score_against_reference
-from megatron_fuse.alignment import build_vocabulary_map
+from megatron_fuse.alignment import MATCHES, build_vocabulary_map
 from megatron_fuse.capture import CAPTURES, CaptureShard, read_capture_shard
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import MATCHES, FusionDataset, build_fusion_data
-from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
 from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.layout import fusion_directory
-from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.inspection import format_view, view_document
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.inspection.documents import format_view, view_document
 from megatron_fuse.instructions import INSTRUCTIONS, Example, load_examples
 from megatron_fuse.recipe import Margin, Recipe
 from megatron_fuse.recipe.lookup import source_options
 from megatron_fuse.responses import RESPONSES, Response, response_shards
-from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.scoring.reference_scores import score_against_reference
+from megatron_fuse.selection.array_file import read_arrays, write_arrays
+from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.spans import SpanFlag
 from megatron_fuse.training.batches import MicroBatch, micro_batches, plan_batch

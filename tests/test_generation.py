@@ -14,11 +14,12 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausa
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.recipe import SourceOptions
 from megatron_fuse.responses import answer_text
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer, Prompt, Sampling, generate, sample
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format
 
 POSITIONS = 128
 

@@ -16,11 +16,11 @@ from small_models import save_model, small_recipe, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.gguf import convert_gguf
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.pipeline import check_files
-from megatron_fuse.sources.gguf import convert_gguf
-from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from small_models import write_rows
 
-from megatron_fuse.advantage.given_scores import given_scores
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example
 from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
+from megatron_fuse.scoring.given_scores import given_scores
 
 DATA = Path(__file__).parents[1] / "../shared/data"
 WHERE = "reward_models.judge.scores"

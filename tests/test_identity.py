@@ -9,13 +9,13 @@ import pytest
 from pydantic import BaseModel
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage.scores import score_responses
 from megatron_fuse.capture import capture
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring.scores import score_responses
 from megatron_fuse.stages import Context
 
 # What a stage's command does, where all that it needs is there

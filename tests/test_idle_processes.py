@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.idle_processes import idle_line, warn_of_idle_processes
 from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.pipeline.idle_processes import idle_line, warn_of_idle_processes
 from megatron_fuse.processes import STARTED
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Context

@@ -22,11 +22,11 @@ from megatron_fuse.capture.row_files import open_rows
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import INSTRUCTIONS, example_shards
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import learned_of
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.stages import Context
 
 SOURCE = "beta"

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 from megatron_fuse.chat import load_chat_format
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import (
     INSTRUCTIONS,
     example_shards,
@@ -27,7 +28,6 @@ from megatron_fuse.instructions.bad_rows import BadRow
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization import load_tokenizer
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatron_fuse.advantage.selection import NONE, inverse_ce, random_source
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.documents import Document
-from megatron_fuse.fusion_data.mixture import mix
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.mixture import mix
+from megatron_fuse.selection.rules import NONE, inverse_ce, random_source
 from megatron_fuse.stages import Context
 
 VOCABULARY = 12
@@ -111,7 +111,7 @@ def test_the_average_of_all_sources_is_read_as_one_teacher(copied: Recipe) -> No
 
 def test_a_mixture_of_too_many_entries_is_refused(copied: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, _ = rebuilt(copied, training="average")
-    monkeypatch.setattr("megatron_fuse.fusion_data.reader.MOST_ENTRIES", 20)
+    monkeypatch.setattr("megatron_fuse.dataset.reader.MOST_ENTRIES", 20)
     with pytest.raises(
         UserError, match=r"average of 3 sources puts 33 entries into a row, but it can hold 20: name fewer"
     ):

@@ -13,14 +13,15 @@ import pytest
 import torch
 from small_models import save_model
 
-from megatron_fuse.advantage.reference import _load_encoder
-from megatron_fuse.advantage.reward_models.loading import load_reward_model
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation import Settings, harness
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.merging import Merge, merge_models
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.recipe import AnsweringOptions, ModelOptions, RewardModelOptions
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format
+from megatron_fuse.scoring.reference import _load_encoder
+from megatron_fuse.scoring.reward_models.loading import load_reward_model
 from megatron_fuse.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage.scores import score_responses
 from megatron_fuse.capture import capture
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
-from megatron_fuse.estimates import estimate_amounts
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
-from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.pipeline import Work, check_files, steps
+from megatron_fuse.pipeline.estimates import estimate_amounts
 from megatron_fuse.pipeline.plan_table import print_plan
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring.scores import score_responses
+from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.training.stage import EXPORT, TRAINING
 

@@ -12,13 +12,13 @@ from pretend_device import MixedDevices, PretendTensor, pretend_device
 from safetensors.numpy import load_file
 from small_models import FAMILIES, save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage import reward_models
-from megatron_fuse.advantage.scores import load_scores, score_responses
 from megatron_fuse.capture import CAPTURES, capture
+from megatron_fuse.huggingface import loading
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
-from megatron_fuse.sources import huggingface
+from megatron_fuse.scoring import reward_models
+from megatron_fuse.scoring.scores import load_scores, score_responses
 from megatron_fuse.stages import Context
 
 ROWS = [
@@ -97,7 +97,7 @@ def run_on_both_devices(family: str, tmp_path: Path) -> None:
     expected = stages(recipe("cpu"))
     with (
         pretend_device() as device,
-        patch.object(huggingface, "this_device", lambda: device),
+        patch.object(loading, "this_device", lambda: device),
         patch.object(reward_models.loading, "this_device", lambda: device),
     ):
         found = stages(recipe("gpu"))

@@ -40,7 +40,7 @@ INNER = f"from megatron_fuse.processes import run_tied\nrun_tied({SLEEPS})"
 COMMANDS = """
 import os, sys
 from pathlib import Path
-from megatron_fuse import commands
+from megatron_fuse.experiments import fork_server as commands
 commands.LIBRARIES = ()
 here = Path(__file__).parent
 (here / "inner.py").write_text({INNER})
@@ -50,7 +50,7 @@ with commands.Commands(here, os.environ) as starter:
 OTHER_COMMAND = """
 import os
 from pathlib import Path
-from megatron_fuse.commands import Commands
+from megatron_fuse.experiments.fork_server import Commands
 with Commands(Path("/"), os.environ) as starter:
     starter.run({SLEEPS}, Path(__file__).with_name("output.txt"))
 """

@@ -10,12 +10,12 @@ from small_models import save_model, small_recipe, write_rows
 from test_server import recipe_for
 
 import megatron_fuse.progress
-from megatron_fuse.advantage.scores import score_responses
 from megatron_fuse.capture import capture
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.progress import INTERVAL, Progress, readable_rate, readable_seconds
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring.scores import score_responses
 from megatron_fuse.stages import Context
 
 

@@ -19,7 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from small_models import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
 
-from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.recipe import load_recipe
 
 RougeScorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer

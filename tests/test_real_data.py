@@ -15,7 +15,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
 
 from megatron_fuse.chat import load_chat_format
-from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.recipe import load_recipe
 from megatron_fuse.tokenization import load_tokenizer
 

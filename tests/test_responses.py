@@ -11,6 +11,10 @@ from small_models import FAMILIES, save_model, small_recipe, write_rows
 from transformers import AutoConfig
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.fingerprints import model_fingerprint
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.limits import declared_positions, max_positions
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.instructions import example_shards, load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import (
@@ -18,13 +22,6 @@ from megatron_fuse.responses import (
     Response,
     generate_responses,
     response_shards,
-)
-from megatron_fuse.sources.huggingface import (
-    declared_positions,
-    load_causal_lm,
-    load_format,
-    max_positions,
-    model_fingerprint,
 )
 from megatron_fuse.stages import Context
 

@@ -29,12 +29,14 @@ from small_fusion import run_before_fusion
 from small_models import small_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
-from megatron_fuse.advantage.scores import load_scores
-from megatron_fuse.fusion_data import MATCHES, Document, FusionDataset, build_fusion_data
+from megatron_fuse.alignment import MATCHES
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
+from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, response_shards
+from megatron_fuse.scoring.scores import load_scores
 from megatron_fuse.stages import Context
 
 SEQ_LENGTH = 250

@@ -19,10 +19,10 @@ from small_models import save_model, small_recipe, write_rows
 from small_tokenizers import make_tokenizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, Response, generate_responses, response_shards
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.sources.listed_models import unlisted
 from megatron_fuse.stages import Context
 

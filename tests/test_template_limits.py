@@ -12,9 +12,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from small_tokenizers import small_tokenizer
 
 from megatron_fuse.chat import load_chat_format
-from megatron_fuse.chat_templates import TEMPLATES, render
+from megatron_fuse.chat.meter import TemplateLimit
+from megatron_fuse.chat.templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
-from megatron_fuse.template_meter import TemplateLimit
 
 USER = [{"role": "user", "content": "Hi"}]
 TALK = [
@@ -90,7 +90,7 @@ HOSTILE = ENDLESS | LARGE | OTHER_AT_EVERY_RUN
 # Each in a process of its own limits: without those of the code, the machine would suffer.
 LIMITED = """
 import json, resource, sys, time
-from megatron_fuse.chat_templates import render
+from megatron_fuse.chat.templates import render
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
 messages = [{"role": "user", "content": "Hi"}]
@@ -255,7 +255,7 @@ def test_a_message_may_speak_of_addresses() -> None:
 
 def test_two_runs_print_the_same_on_any_day_in_any_process(monkeypatch: pytest.MonkeyPatch) -> None:
     script = (
-        "import json, sys\nfrom megatron_fuse.chat_templates import render\n"
+        "import json, sys\nfrom megatron_fuse.chat.templates import render\n"
         "for t in json.load(sys.stdin): print(render(t, [{'role': 'user', 'content': 'x'}], add_generation_prompt=True, bos_token=''))"
     )
     texts = []

@@ -9,9 +9,9 @@ import pytest
 from chat_families import FAMILIES, save_tokenizer
 from transformers import LlamaConfig
 
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.inspection.templates import format_template_view, view_template
 from megatron_fuse.recipe import ModelOptions
-from megatron_fuse.sources.huggingface import load_format
-from megatron_fuse.template_view import format_template_view, view_template
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
 

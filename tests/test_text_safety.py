@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.inspection import format_view
-from megatron_fuse.report.layout import html_page, html_table, markdown_table, text_table
+from megatron_fuse.inspection.documents import format_view
+from megatron_fuse.reporting.layout import html_page, html_table, markdown_table, text_table
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.text_safety import printable, say
 from megatron_fuse.training.guards import StepGuard
@@ -134,7 +134,7 @@ def test_pages_show_html_of_the_data_as_text() -> None:
     assert markdown_table((["a|b"], [["c\nd"]]))[0] == r"| a\|b |"
 
 
-PROTOCOLS = {"text_safety.py", "errors.py", "commands.py", "processes.py", "interrupts.py", "chat.py", "loading.py"}
+PROTOCOLS = {"text_safety.py", "errors.py", "fork_server.py", "processes.py", "interrupts.py", "chat.py", "loading.py"}
 
 
 def test_every_command_prints_through_say() -> None:

@@ -12,16 +12,16 @@ from test_server import answers, number, recipe_for
 
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import load_chat_format
+from megatron_fuse.chat.thoughts import split_thought, thought_end, without_empty_thought
 from megatron_fuse.fusion_data.encoding import encode_documents
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import Example, load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.responses.sampled import _response, _sampling
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.stages import Context
-from megatron_fuse.thoughts import split_thought, thought_end, without_empty_thought
 from megatron_fuse.tokenization import load_tokenizer
 from megatron_fuse.tokenization.spans import response_bytes
 

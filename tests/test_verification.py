@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from small_fusion import SOURCES
 
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
-from megatron_fuse.fusion_data.array_file import read_arrays, write_arrays
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
-from megatron_fuse.fusion_data.selection import selection_path
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.array_file import read_arrays, write_arrays
+from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import Verification, verify_fusion_data

@@ -8,13 +8,13 @@ examples are made again (a second).
 """
 
 import megatron_fuse.start  # noqa: F401
+from megatron_fuse.dataset import build_fusion_data
 from megatron_fuse.errors import exit_code
-from megatron_fuse.fusion_data import build_fusion_data
-from megatron_fuse.fusion_data.curriculum import read_measures
 from megatron_fuse.fusion_data.layout import TEXT
-from megatron_fuse.fusion_data.summary import curriculum_line, selection_line
-from megatron_fuse.idle_processes import warn_of_idle_processes
+from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import load_recipe
+from megatron_fuse.selection.curriculum import read_measures
+from megatron_fuse.selection.summary import curriculum_line, selection_line
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import rank_and_world
 from megatron_fuse.text_safety import say

@@ -51,7 +51,7 @@ def main() -> None:
             raise UserError(
                 "--from-gguf needs --tokenizer: the Hugging Face directory of the model that the file was made from"
             )
-        from megatron_fuse.sources.gguf import convert_gguf  # brings transformers
+        from megatron_fuse.huggingface.gguf import convert_gguf  # brings transformers
 
         convert_gguf(arguments.from_gguf, arguments.tokenizer, arguments.output, arguments.dtype or "fp32")
         return

@@ -14,7 +14,7 @@ import argparse
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.idle_processes import warn_of_idle_processes
+from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.responses import BACKENDS, backend_of, generate_responses
 from megatron_fuse.stages import Context

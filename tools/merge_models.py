@@ -12,10 +12,10 @@ import argparse
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.merging import DEFAULTS, METHODS, RECORD, RESCALES, ROWS, Merge, merge_models, read_models
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.recipe import path_argument
-from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.storage import read_json
 from megatron_fuse.text_safety import say
 

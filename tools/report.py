@@ -12,8 +12,8 @@ Prints the main numbers and writes WORKDIR/reports/REPORT/MAP-UNMATCHED-T/REPORT
 import argparse
 
 import megatron_fuse.start  # noqa: F401
+from megatron_fuse.dataset.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.errors import exit_code
-from megatron_fuse.fusion_data.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.report import advantage_text, alignment_text, write_advantage_report, write_alignment_report
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say

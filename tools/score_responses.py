@@ -12,12 +12,12 @@ Writes WORKDIR/scores/NAME/REWARD_MODEL, one float32 for each example, or WORKDI
 import argparse
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.advantage.reference_scores import score_against_reference
-from megatron_fuse.advantage.scores import BACKENDS, require_backend, score_responses
 from megatron_fuse.errors import exit_code
-from megatron_fuse.idle_processes import warn_of_idle_processes
+from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
 from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.recipe.lookup import answering_options
+from megatron_fuse.scoring.reference_scores import score_against_reference
+from megatron_fuse.scoring.scores import BACKENDS, require_backend, score_responses
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 

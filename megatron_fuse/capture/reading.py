@@ -10,10 +10,11 @@ import torch
 from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, sparse_rows
 from megatron_fuse.capture.shards import CAPTURED, NO_RESPONSE, TOO_LONG, CaptureShard, Conversation
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.limits import max_positions
+from megatron_fuse.huggingface.loading import input_device, refuse_unknown_ids
 from megatron_fuse.progress import Report, silent
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.sources.batching import token_budget_batches
-from megatron_fuse.sources.huggingface import input_device, max_positions, refuse_unknown_ids
 
 
 def reading_status(conversation: Conversation, limit: int) -> int:

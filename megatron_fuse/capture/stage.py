@@ -15,6 +15,9 @@ from megatron_fuse.capture.reading import SourceReader
 from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONSE, STATUSES, TOO_LONG, Conversation
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.limits import declared_vocab_size
+from megatron_fuse.huggingface.loading import load_causal_lm
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress
@@ -22,7 +25,6 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import recipe_key, source_options
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
-from megatron_fuse.sources.huggingface import declared_vocab_size, load_causal_lm, resolve_model
 from megatron_fuse.stages import Amounts, Context, Key, Stage
 from megatron_fuse.storage import Artefact, Workspace, completed, run_plan, sha256_of_file
 from megatron_fuse.text_safety import say

@@ -10,11 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from megatron_fuse.chat_templates import FIXED_DATE, render
+from megatron_fuse.chat.templates import FIXED_DATE, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
-from megatron_fuse.own_code import not_loadable
+from megatron_fuse.huggingface.own_code import not_loadable
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.text_safety import brief
 
@@ -59,10 +59,10 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
     asked for."""
     from lm_eval.models.huggingface import HFLM
 
+    from megatron_fuse.huggingface.loading import this_device
+    from megatron_fuse.huggingface.loading_checks import check_layers
     from megatron_fuse.model.config_file import check_model_directory
     from megatron_fuse.model.weight_files import WeightFiles
-    from megatron_fuse.sources.huggingface import this_device
-    from megatron_fuse.sources.loading_checks import check_layers
 
     stated, weights = check_model_directory(directory), WeightFiles(directory)
     weights.open_all()

@@ -43,7 +43,7 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
 
 def fingerprint(directory: Path) -> str:
     """sha256 over a model's configuration, weights (sampled), tokenizer, chat template and generation options."""
-    from megatron_fuse.sources.huggingface import model_fingerprint  # brings torch
+    from megatron_fuse.huggingface.fingerprints import model_fingerprint  # brings torch
 
     files = {path for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES) for path in directory.glob(pattern) if path.is_file()}
     parts = [part for path in sorted(files) for part in (path.name.encode(), path.read_bytes())]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_fuse.evaluation.chart import draw_comparison
 from megatron_fuse.evaluation.comparison import Comparison, Difference, Value
-from megatron_fuse.report.layout import Table, markdown_table, save_picture, save_text, text_table
+from megatron_fuse.reporting.layout import Table, markdown_table, save_picture, save_text, text_table
 from megatron_fuse.storage import write_json
 
 EXPLANATION = (

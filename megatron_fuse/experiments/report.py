@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from megatron_fuse.experiments.experiment import Experiment, Table
 from megatron_fuse.experiments.results import Result
 from megatron_fuse.experiments.statistics import Mean, mean, paired_difference
-from megatron_fuse.report.layout import Table as Cells
-from megatron_fuse.report.layout import markdown_table, save_picture, save_text
+from megatron_fuse.reporting.layout import Table as Cells
+from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "

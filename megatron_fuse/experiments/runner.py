@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 
-from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
+from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.records import Owner, read_record
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make

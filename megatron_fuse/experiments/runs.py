@@ -20,7 +20,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from megatron_fuse.commands import Commands
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import (
     Experiment,
@@ -30,6 +29,7 @@ from megatron_fuse.experiments.experiment import (
     variant_recipe,
     with_seed,
 )
+from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import INSTRUCTIONS
@@ -90,8 +90,8 @@ class Run:
 _ELSEWHERE = ("tests", "benchmarks", "kernels/benchmarks", "kernels/checks")
 _ABOUT_RUNS = (
     "megatron_fuse/experiments",
-    "megatron_fuse/commands.py",
     "megatron_fuse/report",
+    "megatron_fuse/reporting",
     "tools/run_experiments.py",
 )
 _CODE = [":(glob)**/*.py", *(f":(exclude){place}" for place in _ELSEWHERE + _ABOUT_RUNS)]

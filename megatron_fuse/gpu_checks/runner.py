@@ -19,8 +19,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from megatron_fuse.commands import LIBRARIES
 from megatron_fuse.errors import UserError
+from megatron_fuse.experiments.fork_server import LIBRARIES
 from megatron_fuse.gpu_checks.catalogue import MINUTES, Check
 from megatron_fuse.gpu_checks.report import markdown
 from megatron_fuse.gpu_checks.rows import Row, failed, not_run

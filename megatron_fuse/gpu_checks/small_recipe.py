@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.gpu_checks.rows import Row, held, holds, measured
 from megatron_fuse.gpu_checks.small_models import write_instructions, write_models
 from megatron_fuse.pipeline import steps

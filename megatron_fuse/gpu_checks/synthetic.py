@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig
 
-from megatron_fuse.advantage.selection import NONE
-from megatron_fuse.fusion_data import Document
+from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.runtime import Runtime
+from megatron_fuse.selection.rules import NONE
 from megatron_fuse.storage import Artefact
 
 _LABELS = 0.75  # of the tokens

@@ -3,8 +3,8 @@
 import unicodedata
 from dataclasses import dataclass, replace
 
+from megatron_fuse.chat.thoughts import with_thought
 from megatron_fuse.instructions.examples import Example, Message
-from megatron_fuse.thoughts import with_thought
 
 _FORM = "NFC"
 

@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Message
 from megatron_fuse.storage.records import quoted
-from megatron_fuse.thoughts import split_thought
 
 Row = dict[str, Any]
 

@@ -5,12 +5,12 @@ import time
 import torch
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.estimates import estimate_amounts
-from megatron_fuse.fusion_data.summary import rule_lines
-from megatron_fuse.idle_processes import idle_line
+from megatron_fuse.pipeline.estimates import estimate_amounts
+from megatron_fuse.pipeline.idle_processes import idle_line
 from megatron_fuse.pipeline.stages import steps
 from megatron_fuse.progress import readable_seconds
 from megatron_fuse.responses import backend_of
+from megatron_fuse.selection.summary import rule_lines
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from megatron_fuse.advantage.reference_scores import require_measures
-from megatron_fuse.advantage.reward_models.forms import find_judge
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.resolving import resolve_model
+from megatron_fuse.huggingface.reward_models import find_judge
 from megatron_fuse.instructions.tables import table_bytes
 from megatron_fuse.recipe import REFERENCE, Recipe
-from megatron_fuse.sources.huggingface import resolve_model
+from megatron_fuse.scoring.reference_scores import require_measures
 from megatron_fuse.target import check_target_weights, read_target
 
 

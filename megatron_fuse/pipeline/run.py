@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.estimates import estimate_amounts
-from megatron_fuse.idle_processes import idle_line
+from megatron_fuse.pipeline.estimates import estimate_amounts
+from megatron_fuse.pipeline.idle_processes import idle_line
 from megatron_fuse.pipeline.stages import Work, steps
 from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, dump_recipe

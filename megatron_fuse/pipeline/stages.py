@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from megatron_fuse.advantage.reference_scores import REFERENCE_SCORES
-from megatron_fuse.advantage.scores import SCORES
 from megatron_fuse.capture import CAPTURES
-from megatron_fuse.fusion_data.curriculum import CURRICULUM
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
-from megatron_fuse.fusion_data.selection import SELECTION
 from megatron_fuse.instructions import INSTRUCTIONS
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES
+from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
+from megatron_fuse.scoring.scores import SCORES
+from megatron_fuse.selection.choice import SELECTION
+from megatron_fuse.selection.curriculum import CURRICULUM
 from megatron_fuse.stages import Amounts, Context, Key, Stage
 from megatron_fuse.training.stage import EXPORT, TRAINING
 

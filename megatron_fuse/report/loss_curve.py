@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_fuse.report.layout import save_picture
+from megatron_fuse.reporting.layout import save_picture
 from megatron_fuse.training.metrics import HELD_OUT, LOSS_CURVE, METRICS, STEP, read_metrics
 
 # Two of Okabe and Ito's colours, which the colour-blind can tell apart.

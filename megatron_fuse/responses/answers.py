@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_fuse.chat.thoughts import with_thought
 from megatron_fuse.instructions import Example
-from megatron_fuse.thoughts import with_thought
 
 
 @dataclass(frozen=True)

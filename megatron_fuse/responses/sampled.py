@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.chat.thoughts import split_thought
+from megatron_fuse.huggingface.limits import max_positions
+from megatron_fuse.huggingface.loading import load_causal_lm, refuse_unknown_ids
 from megatron_fuse.instructions import Example
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
@@ -18,9 +21,7 @@ from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer, Prompt, Sampling, generate
-from megatron_fuse.sources.huggingface import load_causal_lm, max_positions, refuse_unknown_ids
 from megatron_fuse.text_safety import say
-from megatron_fuse.thoughts import split_thought
 
 
 def sampled_answers(

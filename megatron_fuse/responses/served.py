@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.chat.thoughts import split_thought
+from megatron_fuse.huggingface.limits import declared_positions
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import Example
 from megatron_fuse.instructions.examples import Message
 from megatron_fuse.progress import Progress
@@ -15,11 +18,9 @@ from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.sampled import example_seed
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.completions import Body, Reply
-from megatron_fuse.sources.huggingface import declared_positions, resolve_model
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say
-from megatron_fuse.thoughts import split_thought
 
 _THOUGHT_END = "</think>"  # where a server keeps thoughts apart and the template names no tag
 _SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64

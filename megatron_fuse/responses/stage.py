@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
@@ -24,7 +25,6 @@ from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.given import given_answers
 from megatron_fuse.responses.sampled import sampled_answers
 from megatron_fuse.responses.served import served_answers
-from megatron_fuse.sources.huggingface import resolve_model
 from megatron_fuse.stages import Amounts, Context, Stage
 from megatron_fuse.storage import (
     Artefact,

@@ -19,8 +19,8 @@ import torch
 from torch.nn.functional import pad
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.loading import input_device
 from megatron_fuse.progress import Report, silent
-from megatron_fuse.sources.huggingface import input_device
 from megatron_fuse.sources.row_cache import RowCache, cache_argument, keeps_keys_and_values
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How much text a recipe's examples hold. The stages' costs are counted in it; estimates.py finds it out."""
+"""How much text a recipe's examples hold. The stages' costs are counted in it; pipeline/estimates.py finds it out."""
 
 from dataclasses import dataclass
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_fuse.advantage.reward_models.forms import judge_fingerprint, load_judge_format
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.fingerprints import model_fingerprint
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.resolving import resolve_model
+from megatron_fuse.huggingface.reward_models import judge_fingerprint, load_judge_format
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key, reward_model_options
-from megatron_fuse.sources.huggingface import load_format, model_fingerprint, resolve_model
 from megatron_fuse.stages.stage import Hashes, Key, Stage
 from megatron_fuse.storage import Artefact, Plan, completed, open_artefact
 

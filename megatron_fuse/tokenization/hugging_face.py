@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.own_code import not_loadable
+from megatron_fuse.huggingface.own_code import not_loadable
 from megatron_fuse.tokenization.normalized_spans import covered, trace
 from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
 from megatron_fuse.tokenization.settings import check_tokenizer_files

@@ -1,6 +1,6 @@
 """Fusion data against its checksums while a run takes its first steps: no checkpoint comes from damaged data.
 
-One rank of each node compares (fusion_data/checksums.py); the other ranks learn of it between two steps, in the all-reduce of
+One rank of each node compares (dataset/checksums.py); the other ranks learn of it between two steps, in the all-reduce of
 interruption.py. The first checkpoint waits for the comparison to end.
 """
 
@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from megatron_fuse.dataset.checksums import BackgroundVerification
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.checksums import BackgroundVerification
 from megatron_fuse.storage import Artefact
 
 WHOLE, UNKNOWN, DAMAGED = range(3)  # the highest of all ranks is what is known of the data

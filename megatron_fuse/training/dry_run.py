@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_fuse.report.layout import Table, text_table
+from megatron_fuse.reporting.layout import Table, text_table
 from megatron_fuse.training.memory import Memory, estimate_memory, readable_size, sequence_of_run
 from megatron_fuse.training.plan import PhasePlan
 from megatron_fuse.training.trainer import Trainer

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.model.carried_files import add_end, missing_end
 from megatron_fuse.model.conversion import write_hugging_face_model
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer

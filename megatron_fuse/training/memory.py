@@ -13,8 +13,8 @@ import torch
 from fuse_kernels import chunk_rows
 from megatron.core import parallel_state
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_fuse.fusion_data import FusionDataset
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.training.batches import phase_weights
 from megatron_fuse.training.schedule import Schedule

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
-from megatron_fuse.fusion_data.curriculum import Curriculum
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
+from megatron_fuse.selection.curriculum import Curriculum
 from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.checkpoint import (
     CheckpointFacts,

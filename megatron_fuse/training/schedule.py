@@ -3,7 +3,7 @@
 A sample is one example; in a phase with two modes both its documents go into the same step. A phase is a whole number of steps:
 batches run on over the epochs inside a phase and never cross a phase, so its last batch may be short.
 
-Every epoch is a permutation drawn from seed and epoch; a curriculum sorts it by the examples' ranks (fusion_data/curriculum.py)
+Every epoch is a permutation drawn from seed and epoch; a curriculum sorts it by the examples' ranks (selection/curriculum.py)
 and leaves those of equal rank as they were drawn.
 """
 

@@ -1,11 +1,11 @@
 """Training and export as stages of the pipeline. Their commands find out by themselves whether anything is left to do."""
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
-from megatron_fuse.fusion_data.curriculum import CURRICULUM
-from megatron_fuse.fusion_data.selection import SELECTION
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.choice import SELECTION
+from megatron_fuse.selection.curriculum import CURRICULUM
 from megatron_fuse.stages import Amounts, Context, Key, Stage
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
 from megatron_fuse.training.checkpoint_files import LATEST

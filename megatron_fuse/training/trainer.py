@@ -16,11 +16,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_fuse.fusion_data import FusionDataset
-from megatron_fuse.fusion_data.curriculum import read_curriculum
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
+from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.advantage.reference_scores import REFERENCE_SCORES
-from megatron_fuse.advantage.scores import SCORES
 from megatron_fuse.capture import CAPTURES
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, TEACHERS, TEXT
 from megatron_fuse.instructions import INSTRUCTIONS
 from megatron_fuse.responses import RESPONSES
+from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
+from megatron_fuse.scoring.scores import SCORES
 from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artefact
 from megatron_fuse.storage.artefact import shown

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.curriculum import GT_TOKENS, MEND, curriculum_path, measure, read_measures
+from megatron_fuse.selection.curriculum import GT_TOKENS, MEND, curriculum_path, measure, read_measures
 from megatron_fuse.stages import Context
 from megatron_fuse.verification.recomputed import difference_problems
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.selection import MEND, choose, read_judgements, read_selection, selection_path
+from megatron_fuse.selection.choice import MEND, choose, read_judgements, read_selection, selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fuse.alignment import MATCHES
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import MATCHES
 from megatron_fuse.fusion_data.layout import BUILT_BY
 from megatron_fuse.fusion_data.listing import read_listed as read_listed_examples
 from megatron_fuse.fusion_data.stored_spans import read_spans

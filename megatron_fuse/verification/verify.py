@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.curriculum import curriculum_path
 from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.stored_spans import SUFFIX
+from megatron_fuse.selection.curriculum import curriculum_path
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artefact
 from megatron_fuse.text_safety import say

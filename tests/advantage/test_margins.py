@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from test_selection import judged_examples
 
-from megatron_fuse.advantage.margins import example_weights, score_margin, training_margin, vote_margin
-from megatron_fuse.advantage.selection import NONE, majority_vote, min_ce
 from megatron_fuse.recipe import Margin
+from megatron_fuse.selection.margins import example_weights, score_margin, training_margin, vote_margin
+from megatron_fuse.selection.rules import NONE, majority_vote, min_ce
 
 NAN = np.nan
 

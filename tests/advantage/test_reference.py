@@ -21,9 +21,9 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from megatron_fuse.advantage.reference import combine, reference_measures, used_weights
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import ReferenceOptions
+from megatron_fuse.scoring.reference import combine, reference_measures, used_weights
 
 ANSWERS = [
     ("The quick brown fox jumps.", "The quick brown dog sleeps, and the fox jumps over it."),

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage import reference_scores as stage
-from megatron_fuse.advantage.reference_scores import (
+from megatron_fuse.errors import UserError
+from megatron_fuse.instructions import prepare_instructions
+from megatron_fuse.recipe import Recipe, ReferenceOptions
+from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring import reference_scores as stage
+from megatron_fuse.scoring.reference_scores import (
     REFERENCE_SCORES,
     load_reference_scores,
     require_measures,
     score_against_reference,
 )
-from megatron_fuse.errors import UserError
-from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.recipe import Recipe, ReferenceOptions
-from megatron_fuse.responses import generate_responses
 from megatron_fuse.stages import Context
 
 pytest.importorskip("sacrebleu")

@@ -26,15 +26,15 @@ from transformers import (
     RobertaConfig,
 )
 
-from megatron_fuse.advantage.reward_models import (
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import RewardModelOptions
+from megatron_fuse.scoring.conversations import pad, score_conversations
+from megatron_fuse.scoring.reward_models import (
     RewardModel,
     judge_fingerprint,
     load_judge_format,
     load_reward_model,
 )
-from megatron_fuse.advantage.scoring import pad, score_conversations
-from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import RewardModelOptions
 
 CONVERSATIONS = [
     ([{"role": "user", "content": "Q"}], "yes"),

@@ -12,12 +12,12 @@ import torch
 from small_models import FAMILIES, save_model, small_recipe, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_fuse.advantage import scores as stage
-from megatron_fuse.advantage.scores import SCORES, load_scores, require_backend, score_responses
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import TARGET, Recipe, RewardModelOptions, dump_recipe
 from megatron_fuse.responses import generate_responses
+from megatron_fuse.scoring import scores as stage
+from megatron_fuse.scoring.scores import SCORES, load_scores, require_backend, score_responses
 from megatron_fuse.stages import Context
 
 ANSWERS = {  # by example; None: the file has no answer

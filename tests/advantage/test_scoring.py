@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, MptConfig, OpenAIGPTConfig
 
-from megatron_fuse.advantage import scoring
-from megatron_fuse.advantage.reward_models import RewardModel
-from megatron_fuse.advantage.scoring import score_conversations
 from megatron_fuse.errors import UserError
+from megatron_fuse.scoring import conversations as scoring
+from megatron_fuse.scoring.conversations import score_conversations
+from megatron_fuse.scoring.reward_models import RewardModel
 
 VOCAB, POSITIONS, WINDOW = 300, 96, 7
 SIZES = {

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatron_fuse.advantage.selection import NONE, best_score, majority_vote, min_ce
+from megatron_fuse.selection.rules import NONE, best_score, majority_vote, min_ce
 
 NAN = np.nan
 CE = np.array([[3.0, 2.0, 2.0], [NAN, 5.0, 4.0], [NAN, NAN, NAN], [np.inf, 9.0, NAN], [1.0, 1.0, 1.0], [0, NAN, 1]])

@@ -17,15 +17,16 @@ from small_models import save_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from megatron_fuse.advantage.reward_models import load_reward_model
-from megatron_fuse.advantage.scoring import score_conversations
 from megatron_fuse.capture.reading import SourceReader
 from megatron_fuse.capture.shards import Conversation
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.recipe import RewardModelOptions, SourceOptions, make_recipe
+from megatron_fuse.scoring.conversations import score_conversations
+from megatron_fuse.scoring.reward_models import load_reward_model
 from megatron_fuse.sources.generation import Prompt, Sampling, generate
-from megatron_fuse.sources.huggingface import load_causal_lm, load_format
 
 SIZES = {
     "hidden_size": 32,

@@ -43,7 +43,7 @@ output.write_text(json.dumps(found))
 
 @pytest.fixture
 def experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("megatron_fuse.commands.LIBRARIES", ())  # which nothing here needs
+    monkeypatch.setattr("megatron_fuse.experiments.fork_server.LIBRARIES", ())  # which nothing here needs
     (tmp_path / "measure.py").write_text(MEASURE)
     for name in ("a", "bb", "cccc"):
         (tmp_path / name).mkdir()

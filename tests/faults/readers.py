@@ -68,9 +68,9 @@ def evaluation_target(server: Server, root: Path) -> Target:
 
 def run_experiments(path: Path) -> None:
     """Without the libraries that commands usually find imported: the measurements of this one need none."""
-    import megatron_fuse.commands
+    import megatron_fuse.experiments.fork_server
 
-    megatron_fuse.commands.LIBRARIES = ()
+    megatron_fuse.experiments.fork_server.LIBRARIES = ()
     run_tool("run_experiments", [str(path)])
 
 

@@ -34,9 +34,10 @@ def _prepare(root: Path) -> None:
     """Two sources of two families and vocabularies, a judge, one example a shard."""
     from small_models import save_model, write_rows
 
-    from megatron_fuse.advantage.reward_models import load_judge_format
+    from megatron_fuse.huggingface.formats import load_format
+    from megatron_fuse.huggingface.loading import load_causal_lm
     from megatron_fuse.recipe import make_recipe
-    from megatron_fuse.sources.huggingface import load_causal_lm, load_format
+    from megatron_fuse.scoring.reward_models import load_judge_format
 
     models = {
         "alpha": save_model(root / "alpha", "llama", seed=0),

@@ -13,7 +13,6 @@ from data_targets import TEXTS, rows_in, shared
 from file_damage import Mutation, mutate
 from small_models import small_recipe, write_rows
 
-from megatron_fuse.advantage.scores import load_scores, score_responses
 from megatron_fuse.evaluation.benchmarks import BENCHMARKS
 from megatron_fuse.evaluation.comparison import compare
 from megatron_fuse.evaluation.results import Metric, Result, load_result, result_path
@@ -22,6 +21,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.report.loss_curve import draw_losses
 from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.responses.journal import open_journal
+from megatron_fuse.scoring.scores import load_scores, score_responses
 from megatron_fuse.sources.server import Reply
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Plan, open_artefact, run_plan, sha256_of_file

@@ -13,17 +13,17 @@ from campaign import FuzzTarget
 from pyarrow import parquet
 from small_models import save_model, small_recipe, write_rows
 
-from megatron_fuse.advantage.given_scores import given_scores
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import BENCHMARKS
 from megatron_fuse.evaluation.data_files import check_files
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import Example, prepare_instructions
 from megatron_fuse.instructions.rows import read_rows
 from megatron_fuse.recipe import ResponseFile, ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.responses.given import given_answers
-from megatron_fuse.sources.huggingface import load_format
+from megatron_fuse.scoring.given_scores import given_scores
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_jsonl
 

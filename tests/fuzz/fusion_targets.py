@@ -11,12 +11,12 @@ from campaign import FuzzTarget
 from file_damage import Mutation, mutate
 from small_fusion import SOURCES, build_world
 
+from megatron_fuse.dataset import FusionDataset, build_fusion_data
+from megatron_fuse.dataset.checksums import verify_once
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset, build_fusion_data
-from megatron_fuse.fusion_data.checksums import verify_once
-from megatron_fuse.fusion_data.curriculum import read_curriculum
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.options import ScheduleOptions
+from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import verify_fusion_data

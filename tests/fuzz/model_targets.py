@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from small_models import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
-from megatron_fuse.advantage.reward_models import judge_fingerprint, load_reward_model
+from megatron_fuse.huggingface.fingerprints import model_fingerprint
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.merging import Merge, merge_models
 from megatron_fuse.model.architecture import check_layout, read_architecture
 from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights, refuse_non_finite
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions, SourceOptions
-from megatron_fuse.sources.huggingface import load_causal_lm, model_fingerprint
+from megatron_fuse.scoring.reward_models import judge_fingerprint, load_reward_model
 
 _FILES = ("**/config.json", "**/generation_config.json", "**/*.index.json", "**/*.safetensors", "**/*.bin")
 _SIZES = {

@@ -10,10 +10,10 @@ from file_damage import Mutation, mutate, mutate_file
 from small_tokenizers import CHATML, make_tokenizer, small_tokenizer
 
 from megatron_fuse.chat import load_chat_format
-from megatron_fuse.chat_templates import TEMPLATES, render
+from megatron_fuse.chat.templates import TEMPLATES, render
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.recipe import ModelOptions
-from megatron_fuse.sources.huggingface import load_format
 from megatron_fuse.tokenization import load_tokenizer
 
 TALK = [

@@ -15,15 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import save_model
 
-from megatron_fuse.advantage.reward_models import load_reward_model
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.fingerprints import model_fingerprint
+from megatron_fuse.huggingface.limits import declared_vocab_size
+from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.merging import _common_shapes
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.config_file import check_model_directory, load_config
 from megatron_fuse.model.expected_weights import check_weights, refuse_non_finite
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions, SourceOptions
-from megatron_fuse.sources.huggingface import declared_vocab_size, load_causal_lm, model_fingerprint
+from megatron_fuse.scoring.reward_models import load_reward_model
 from megatron_fuse.storage.safetensors_header import read_safetensors_header
 
 Change = dict[str, Any] | str | bytes | Callable[[Path], None]

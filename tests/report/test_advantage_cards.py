@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from random_observations import MODES, random_observations, texts_of
 
-from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.report.advantage.cards import CARDS, card, choose_cards
 from megatron_fuse.report.advantage.numbers import tied
 from megatron_fuse.report.advantage.observations import Observations
+from megatron_fuse.selection.rules import NONE
 
 
 def holds(seen: Observations, n: int, reason: str) -> bool:

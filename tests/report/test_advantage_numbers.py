@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_observations import MODES, random_observations
 
-from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.report.advantage.numbers import (
     CATEGORIES,
     FREQUENT,
@@ -24,6 +23,7 @@ from megatron_fuse.report.advantage.numbers import (
     wilson,
     wins,
 )
+from megatron_fuse.selection.rules import NONE
 
 # One source always wins or nobody does; three as in the paper; eight, more than panels stand side by side.
 SOURCES = [1, 3, 8]

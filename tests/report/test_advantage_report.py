@@ -13,8 +13,8 @@ from page_parts import Page
 from random_observations import MODES, random_observations, texts_of
 from small_fusion import SOURCES
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.recipe import Recipe, make_recipe

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_fuse.advantage.selection import NONE
-from megatron_fuse.fusion_data import Document
+from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.recipe import Recipe, make_recipe
+from megatron_fuse.selection.rules import NONE
 from megatron_fuse.storage import Artefact
 
 

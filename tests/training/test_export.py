@@ -11,7 +11,7 @@ from chat_families import save_tokenizer
 from synthetic import make_tiny_recipe, make_tiny_target
 from test_layouts import run_training
 
-from megatron_fuse.chat_templates import TEMPLATES
+from megatron_fuse.chat.templates import TEMPLATES
 
 
 @pytest.fixture(scope="module")

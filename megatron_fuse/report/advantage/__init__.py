@@ -10,7 +10,7 @@ from megatron_fuse.report.advantage.charts import advantage_charts
 from megatron_fuse.report.advantage.numbers import advantage_numbers
 from megatron_fuse.report.advantage.observations import observe, read_texts
 from megatron_fuse.report.advantage.page import advantage_page, advantage_text
-from megatron_fuse.report.layout import save_picture, save_text
+from megatron_fuse.reporting.layout import save_picture, save_text
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_json
 from megatron_fuse.text_safety import say

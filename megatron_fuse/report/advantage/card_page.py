@@ -5,7 +5,7 @@ from typing import Any
 from megatron_fuse.report.advantage.charts import colour_of
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY
 from megatron_fuse.report.advantage.observations import FLAGS
-from megatron_fuse.report.layout import escape, html_table
+from megatron_fuse.reporting.layout import escape, html_table
 
 CARD_STYLE = """
 .card { border: 1px solid #999; border-radius: 6px; margin: 1.2em 0; padding: .8em 1.2em 1em; }

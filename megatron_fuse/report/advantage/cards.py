@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fuse.advantage.reference import MEASURES
-from megatron_fuse.advantage.selection import NONE
 from megatron_fuse.instructions import Example
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, tied
 from megatron_fuse.report.advantage.observations import FLAGS, Observations
 from megatron_fuse.responses import Response
+from megatron_fuse.scoring.reference import MEASURES
+from megatron_fuse.selection.rules import NONE
 
 CARDS = 10
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
-from megatron_fuse.report.layout import percent
+from megatron_fuse.reporting.layout import percent
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, in an order in which neighbours differ in lightness as well;
 # black is the ground truth. The eighth is not theirs.

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_fuse.advantage.selection import NONE, able_answers, best_score
 from megatron_fuse.report.advantage.observations import FLAGS, Observations
+from megatron_fuse.selection.rules import NONE, able_answers, best_score
 
 NOBODY = "no source"
 GROUND_TRUTH = "ground truth"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import FusionDataset
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.responses import RESPONSES, Response, response_shards
 from megatron_fuse.stages import Context
@@ -43,7 +43,7 @@ class Observations:
     instruction_characters int64 [n]: of all messages of user and assistant before it.
 
     system, category int64 [n]: places in system_messages and categories, -1 = none. selections: mode -> the arrays of its
-    selection (fusion_data/selection.py), of these examples only. strongest: place of the judge that breaks ties.
+    selection (selection/choice.py), of these examples only. strongest: place of the judge that breaks ties.
     """
 
     sources: list[str]

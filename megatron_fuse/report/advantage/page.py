@@ -6,7 +6,7 @@ from megatron_fuse.report.advantage.card_page import CARD_STYLE, html_card, swat
 from megatron_fuse.report.advantage.charts import rule_in_words
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
 from megatron_fuse.report.advantage.observations import FLAGS
-from megatron_fuse.report.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
+from megatron_fuse.reporting.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
 
 _STYLE = """
 ul.findings { padding-left: 1.2em; font-size: 1.06em; }

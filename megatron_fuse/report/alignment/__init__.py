@@ -8,7 +8,7 @@ from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.report.alignment.charts import draw_alignment
 from megatron_fuse.report.alignment.numbers import TEXT_CLASSES, alignment_report, text_classes
 from megatron_fuse.report.alignment.page import alignment_page, alignment_text
-from megatron_fuse.report.layout import save_picture, save_text
+from megatron_fuse.reporting.layout import save_picture, save_text
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_json
 from megatron_fuse.text_safety import say

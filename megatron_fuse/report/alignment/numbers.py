@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from megatron_fuse.alignment import MATCHES
 from megatron_fuse.capture import CAPTURES, capture_shard
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.dataset.checksums import verify_once
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data import MATCHES
-from megatron_fuse.fusion_data.checksums import verify_once
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT, fusion_directory
 from megatron_fuse.fusion_data.listing import read_listed
 from megatron_fuse.fusion_data.maps import vocabulary_map_of

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_fuse.report.alignment.charts import MATCH_NAMES
-from megatron_fuse.report.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
+from megatron_fuse.reporting.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
 
 _SHOWN = 60  # characters of a span in the terminal
 

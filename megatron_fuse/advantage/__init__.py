@@ -1,1 +1,0 @@
-"""Which source has the advantage on which example: reward scores, votes, and losses on the ground truth."""

@@ -1,0 +1,6 @@
+"""The data set of a training: built from captures, read by examples, collated and packed into batches."""
+
+from megatron_fuse.dataset.build import build_fusion_data
+from megatron_fuse.dataset.reader import FusionDataset
+
+__all__ = ["FusionDataset", "build_fusion_data"]

@@ -1,0 +1,50 @@
+"""Builds fusion data: the text once, every source's rows, then the choice between the sources and the measures of a curriculum."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+from megatron_fuse.dataset.directory import save_recipe
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT, fusion_directory
+from megatron_fuse.fusion_data.teachers import build_teacher
+from megatron_fuse.fusion_data.text import build_text
+from megatron_fuse.selection.choice import Selection, select
+from megatron_fuse.selection.curriculum import write_curriculum
+from megatron_fuse.stages import Context, Stage
+from megatron_fuse.storage import Artefact, remove_abandoned
+from megatron_fuse.text_safety import say
+
+_WAIT = 0.2  # seconds between looks at what other ranks have done
+
+
+def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -> dict[str, Selection]:
+    """Builds what is missing, chooses and measures anew; returns the choice by mode. A second run only chooses and measures.
+
+    Under torchrun the ranks share the shards of every part and wait for each other between parts. Raises UserError where a
+    stage before is missing or does not fit the recipe.
+    """
+    recipe = context.recipe
+    text = _together(context, TEXT, (), partial(build_text, context, progress))
+    selections = {}
+    for mode in recipe.modes_with_teacher:
+        teachers = {}
+        for source in recipe.sources:
+            build = partial(build_teacher, context, source, mode, progress)
+            teachers[source] = _together(context, TEACHERS, (source, mode), build)
+        selections[mode] = select(context, mode, text, teachers)
+    write_curriculum(context, text)
+    save_recipe(recipe)
+    fusion = fusion_directory(recipe)
+    for directory in (fusion, fusion / "maps", fusion / "selection"):  # what is no artefact
+        remove_abandoned(directory)
+    return selections
+
+
+def _together(context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artefact | None]) -> Artefact:
+    """Does this rank's share, then waits until the other ranks have done theirs."""
+    manifest = stage.directory(context.recipe, *key) / "manifest.json"
+    while (artefact := build()) is None:
+        time.sleep(_WAIT)  # a damaged shard may be made again under the manifest that is still there
+        while not manifest.exists():
+            time.sleep(_WAIT)
+    return artefact

@@ -1,0 +1,169 @@
+"""What the trainer reads: documents in the target's tokens with the teacher's rows, for the winning source or any other.
+
+    FUSION/text/                           prompt and ground-truth response of every example
+    FUSION/teachers/SOURCE/training/       the source's rows at the text's supervised tokens
+    FUSION/teachers/SOURCE/inference/      prompt, the source's own answer and its rows
+    FUSION/selection/MODE-RULE.safetensors which source has the advantage, per example
+    FUSION/curriculum-ORDER.safetensors    what orders the examples where they are not shuffled (curriculum.py)
+
+Every artefact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
+from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
+from megatron_fuse.fusion_data.listing import read_examples
+from megatron_fuse.fusion_data.streams import Stream
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.choice import SELECTION, Selection, read_selection
+from megatron_fuse.selection.curriculum import CURRICULUM
+from megatron_fuse.selection.mixture import mix
+from megatron_fuse.selection.rules import NONE
+from megatron_fuse.stages import Context
+from megatron_fuse.storage import Artefact, sha256_of_json
+
+MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
+
+
+class FusionDataset:
+    """Fusion data of a recipe, memory-mapped. Raises UserError where a part is missing, incomplete or made for another target.
+
+    Examples are numbered as in the instructions. `train` and `held_out` [*] int64: the examples of either split that have a
+    document. `entries_per_row`: most entries that a row can have. `sha256`: of every document and of the choice between sources.
+
+    `text`: the text's artefact. `artefacts`: those that documents are read from, whose checksums checksums.py compares.
+
+    Opening compares the sizes of all files with their manifests and indices, the indices with each other, and the checksums of
+    the small files that it reads whole: the lists of examples and the choices. It reads no document. What a document says is
+    looked at when it is read, as far as its parts must fit each other.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.sources = list(recipe.sources)
+        # Training may run where only the fusion data is: of the stages before, the options of those that are here are compared.
+        context = Context(recipe)
+        context.refuse_changed_options(CURRICULUM)
+        for mode in recipe.modes_with_teacher:
+            context.refuse_changed_options(SELECTION, mode)
+        self.text = text = context.open_alone(TEXT)
+        self.artefacts = [text]
+        rows = read_examples(text)
+        self.example_ids: list[str] = [row.id for row in rows]
+        self._text_streams = _streams(text, TEXT_FIELDS)
+        self._labels = np.array([row.supervised_tokens for row in rows], np.int64)
+        ground_truth = DocumentStreams(
+            text.directory, self._text_streams, None, examples=len(rows), supervised_tokens=self._labels
+        )
+        self._documents: dict[tuple[str | None, str], DocumentStreams] = {(None, "training"): ground_truth}
+        held_out = np.array([row.held_out for row in rows], bool)
+        present = ground_truth.lengths > 0
+        self.train, self.held_out = np.flatnonzero(present & ~held_out), np.flatnonzero(present & held_out)
+        self.entries_per_row = 0
+        self.selections: dict[str, Selection] = {}
+        for mode in recipe.modes_with_teacher:
+            parents = {
+                source: self._add_teacher(context.open_alone(TEACHERS, source, mode), source, mode)
+                for source in self.sources
+            }
+            self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
+        self._chosen = dict.fromkeys(("training", "inference"), np.full(len(rows), NONE, np.int16))
+        # An example that its margin has dropped is read as one that no source has won.
+        self._chosen |= {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
+        self._weights = dict.fromkeys(("training", "inference"), np.ones(len(rows), np.float32))
+        self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
+        self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
+        if self._mixtures:
+            self.entries_per_row *= len(recipe.candidates)
+            if self.entries_per_row > MOST_ENTRIES:
+                raise UserError(
+                    f"selection.training: average of {len(recipe.candidates)} sources puts {self.entries_per_row} entries into a row, "
+                    f"but it can hold {MOST_ENTRIES}: name fewer in selection.sources, or capture fewer (capture.top_k)"
+                )
+        choices = [f"{mode} {selection.sha256}" for mode, selection in self.selections.items()]
+        self.sha256 = sha256_of_json([text.sha256, *choices])
+        # The same text whichever source is the teacher.
+        self._lengths = {"training": ground_truth.lengths, "inference": self._of_winners("lengths")}
+        self._supervised = {"training": self._labels, "inference": self._of_winners("supervised_tokens")}
+
+    def _add_teacher(self, artefact: Artefact, source: str, mode: str) -> str:
+        """Opens one source's rows; returns their sha256."""
+        self.artefacts.append(artefact)
+        rows, entries_per_row = _streams(artefact, ROW_FIELDS), artefact.manifest["options"]["entries_per_row"]
+        text, labels = (
+            (self._text_streams, self._labels) if mode == "training" else (_streams(artefact, TEXT_FIELDS), None)
+        )
+        self._documents[source, mode] = DocumentStreams(
+            artefact.directory,
+            text,
+            rows,
+            examples=len(self.example_ids),
+            entries_per_row=entries_per_row,
+            supervised_tokens=labels,
+        )
+        self.entries_per_row = max(self.entries_per_row, entries_per_row)
+        return artefact.sha256
+
+    def _of_winners(self, field: str) -> np.ndarray:
+        """[examples] int64: a field of the answers that won, 0 where none did."""
+        values = np.zeros(len(self.example_ids), np.int64)
+        for number, source in enumerate(self.sources):
+            won = self._chosen["inference"] == number
+            if won.any():
+                values[won] = getattr(self._documents[source, "inference"], field)[won]
+        return values
+
+    def lengths(self, mode: str) -> np.ndarray:
+        """[examples] int64: tokens of the selected document, 0 = there is none."""
+        return self._lengths[mode]
+
+    def supervised_tokens(self, mode: str) -> np.ndarray:
+        """[examples] int64: supervised tokens of the selected document."""
+        return self._supervised[mode]
+
+    def example_weights(self, mode: str) -> np.ndarray:
+        """[examples] float32 above 0: what the selected document counts beside others, by the margin of its source."""
+        return self._weights[mode]
+
+    def winners(self, mode: str) -> np.ndarray:
+        """[examples] int16: place in `sources` of the source with the advantage, NONE = no teacher, as none won or the margin has
+        dropped the example. Of a mixture the source that weighs most."""
+        return self._chosen[mode]
+
+    def selected_source(self, mode: str, example: int) -> str | None:
+        """Name of the source with the advantage, None where `winners` has NONE."""
+        number = self._chosen[mode].item(example)
+        return None if number == NONE else self.sources[number]
+
+    def document(self, mode: str, example: int, source: str | None = None) -> Document:
+        """The document of an example with the rows of `source`: views of the files, no copies. Default: the selected one's, or all
+        sources' rows mixed where the selection weighs them.
+
+        In training mode without a teacher the text has rows without entries; in inference mode without an answer the document
+        is empty. Raises UserError where the recipe has no such source, or the document is damaged.
+        """
+        if source is None and mode in self._mixtures:
+            return self._mixed(mode, example)
+        source = source or self.selected_source(mode, example)
+        documents = self._documents.get((source, mode))
+        if documents is not None:
+            return documents[example]
+        if source is None:
+            return NO_DOCUMENT
+        known = sorted(name for name, of_mode in self._documents if of_mode == mode and name is not None)
+        found = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
+        raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {found}")
+
+    def _mixed(self, mode: str, example: int) -> Document:
+        weights = self._mixtures[mode][example]
+        if self._chosen[mode][example] == NONE or not weights.any():
+            return self._documents[None, mode][example]
+        weighed = [(self.sources[number], float(weights[number])) for number in np.flatnonzero(weights)]
+        return mix([self._documents[source, mode][example] for source, _ in weighed], [weight for _, weight in weighed])
+
+
+def _streams(artefact: Artefact, fields: Sequence[str]) -> dict[str, Stream]:
+    return {field: Stream([path.with_suffix("") for path in artefact.files(f".{field}.idx")]) for field in fields}

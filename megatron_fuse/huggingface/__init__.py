@@ -1,0 +1,1 @@
+"""Hugging Face model directories: finding, identifying, checking and loading them."""

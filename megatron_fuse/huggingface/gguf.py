@@ -1,0 +1,198 @@
+"""A GGUF file as a Hugging Face model directory, once and for all roles: dequantised by transformers, with the original tokenizer.
+
+A GGUF file does not hold all that a model directory does. It names the pattern by which text is split before merging, and does not
+have it; and it holds the frequencies of scaled rotary positions where transformers does not read them. The directory of the model
+that the file was made from has both.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.loading_checks import check_after_loading
+from megatron_fuse.model.carried_files import copy_beside_weights, write_config
+from megatron_fuse.model.config_file import load_config
+from megatron_fuse.model.expected_weights import refuse_non_finite
+from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
+from megatron_fuse.storage.strict_json import file_size, read_object
+from megatron_fuse.text_safety import brief, say
+
+SUFFIX = ".gguf"
+_USER_DEFINED, _UNUSED = 4, 5  # of tokenizer.ggml.token_type
+_COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+def refuse_gguf(model: Path, where: str) -> None:
+    """Raises UserError, with the command that converts it, for a GGUF file or a directory that holds one and no config.json."""
+    is_file = model.suffix == SUFFIX and model.is_file()
+    files = [model] if is_file else sorted(model.glob(f"*{SUFFIX}")) if model.is_dir() else []
+    if not files or (model / "config.json").exists():
+        return
+    file, output = shlex.quote(str(files[0])), shlex.quote(str(files[0].with_suffix("")))
+    raise UserError(
+        f"{where}: {files[0]} is a GGUF file: convert it once, and name the directory that comes of it: "
+        f"python tools/convert_checkpoint.py --from-gguf {file} --tokenizer ORIGINAL_MODEL --output {output}"
+    )
+
+
+def convert_gguf(
+    file: Path, tokenizer: Path, output: Path, dtype: str = "fp32", progress: Callable[[str], None] = say
+) -> None:
+    """Writes the model of a GGUF file as safetensors, without quantization_config, beside its tokenizer, into a new directory.
+
+    tokenizer: the Hugging Face directory of the model that the file was made from. Its tokenizer files and chat template are taken,
+    and of its config.json the rotary scaling, if the file has one. Raises UserError for a file that transformers cannot read, for
+    tokens or sizes that differ, and without the package gguf.
+    """
+    if file.suffix != SUFFIX:
+        raise UserError(f"--from-gguf: {file} is no {SUFFIX} file")
+    file_size(file)
+    held = _held(file)
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Versions that can leave weights packed do so by default; those before cannot.
+    config = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": config(gguf_file=file.name, dequantize=True)} if config else {}
+    with _read(f"--tokenizer: {tokenizer}"):
+        found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    _compare_tokens({token: text for text, token in found.get_vocab().items()}, held, file, tokenizer)
+    if held.rotary_scaling:  # before the weights are read
+        original = _scaled_config(tokenizer, file, held.rotary_scaling)
+    with _read(f"--from-gguf: {file}"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            local_files_only=True,
+            **plain,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    check_after_loading(model, report, file, "--from-gguf")
+    for name, parameter in model.named_parameters():
+        refuse_non_finite(parameter.detach(), f"--from-gguf: {file}: {name}")
+    if held.rotary_scaling:
+        _compare_sizes(model.config, original, file, tokenizer)
+        model.config.rope_parameters = original.rope_parameters
+    # The weights are plain now, but save_pretrained goes by what the file had.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with sole_writer(output, "config.json"):
+        if output.exists():
+            raise UserError(f"{output} already exists: remove it or choose another directory")
+        with directory_then_rename(output) as temporary:
+            model.save_pretrained(temporary)
+            write_config(temporary, read_object(temporary / "config.json"), dtype)
+            copy_beside_weights(tokenizer, temporary)
+    progress(
+        f"{output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, dequantised, in {dtype}"
+    )
+
+
+@contextmanager
+def _read(what: str) -> Iterator[None]:
+    """Turns what transformers and gguf raise for damaged or unknown files, which are many kinds, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} cannot be read: {brief(str(error))}") from error
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a file holds beside the weights that transformers reads."""
+
+    tokens: list[str]
+    types: list[int]  # one per token, or none
+    rotary_scaling: str | None  # the key or tensor that says that rotary positions are scaled
+
+
+def _held(file: Path) -> _Held:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError(f"--from-gguf needs the package gguf ({error}): pip install 'megatron-fuse[gguf]'") from error
+    with _read(f"--from-gguf: {file}"):
+        reader = GGUFReader(file)
+
+        def value(name: str) -> Any:
+            return reader.fields[name].contents() if name in reader.fields else None
+
+        # Llama 3.1 has its scaling as a tensor alone, others have it as keys, and Phi-3 as tensors and keys.
+        keys = [name for name in reader.fields if re.search(r"\.rope\.(scaling\.|scale_linear$)", name)]
+        if any(name.endswith(".type") and value(name) == "none" for name in keys):
+            keys = []
+        tensors = [tensor.name for tensor in reader.tensors if re.match(r"rope_(freqs|factors)", tensor.name)]
+        return _Held(
+            value("tokenizer.ggml.tokens") or [],
+            value("tokenizer.ggml.token_type") or [],
+            next(iter(tensors + keys), None),
+        )
+
+
+def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
+    """The original's config of the text model. Raises UserError if there is none, or none with rotary scaling."""
+    needed = (
+        f"--tokenizer: {file} has scaled rotary positions ({scaling}), whose parameters transformers does not read from it, but "
+        f"{tokenizer}"
+    )
+    if not (tokenizer / "config.json").is_file():
+        raise UserError(f"{needed} has no config.json: put the original model's there")
+    config = load_config(tokenizer).get_text_config()
+    rope = config.rope_parameters or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
+    if all(part.get("rope_type", "default") == "default" for part in parts):
+        raise UserError(
+            f"{needed}/config.json has no rope_scaling: name the directory of the model that it was made from"
+        )
+    return config
+
+
+def _compare_sizes(ours: Any, original: Any, file: Path, tokenizer: Path) -> None:
+    """Raises UserError if the config of a file and the original's, of which rotary parameters are taken, are of different models."""
+
+    def sizes(config: Any) -> dict[str, Any]:
+        theta = (config.rope_parameters or {}).get("rope_theta")
+        return {name: getattr(config, name, None) for name in _COMPARED} | {"rope_theta": theta}
+
+    theirs = sizes(original)
+    for name, size in sizes(ours).items():
+        if size != theirs[name]:
+            raise UserError(
+                f"--tokenizer: {name} is {theirs[name]} in {tokenizer}/config.json, but {size} in {file}: name the directory of the "
+                "model that it was made from"
+            )
+
+
+def _compare_tokens(tokenizer: dict[int, str], held: _Held, file: Path, where: Path) -> None:
+    """Raises UserError for an id that is another token in the file, or that only one of the two has. tokenizer: text by id.
+
+    Tokens that the file alone has may be padding.
+    """
+    fix = "name the directory of the model that it was made from"
+    types = dict(enumerate(held.types))
+    for token, theirs in enumerate(held.tokens):
+        ours, kind, shown = tokenizer.get(token), types.get(token), brief(repr(theirs), 60)
+        if ours is None:
+            if kind == _UNUSED or re.fullmatch(r"\[PAD\d+\]", theirs):
+                continue
+            raise UserError(f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}: {fix}")
+        if kind == _USER_DEFINED:  # llama.cpp writes these with blanks
+            same = ours.replace("\u2581", " ") == theirs.replace("\u2581", " ")
+        else:
+            same = ours == theirs
+        if not same:
+            raise UserError(
+                f"--tokenizer: id {token} is {brief(repr(ours), 60)} in {where}, but {shown} in {file}: {fix}"
+            )
+    count = max(tokenizer, default=-1) + 1
+    if count > len(held.tokens):
+        raise UserError(f"--tokenizer: {where} has {count} tokens, {file} {len(held.tokens)}: {fix}")

@@ -1,0 +1,1 @@
+"""One example, or one chat template, as a person or a program can read it."""

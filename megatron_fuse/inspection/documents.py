@@ -1,0 +1,144 @@
+"""One document of the fusion data as a person or a program can read it: each token with the distribution that predicts it."""
+
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from megatron_fuse.alignment import MATCHES
+from megatron_fuse.dataset import FusionDataset
+from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.recipe import Recipe
+from megatron_fuse.selection.rules import NONE
+from megatron_fuse.text_safety import printable
+from megatron_fuse.tokenization import Tokenizer
+
+
+def find_example(dataset: FusionDataset, index: int | None, example_id: str | None) -> int:
+    """Number of the example given by number or by id. Raises UserError where there is no such example."""
+    examples = len(dataset.example_ids)
+    if example_id is not None:
+        if example_id not in dataset.example_ids:
+            raise UserError(
+                f"--id {example_id}: no such example; there are {examples}, the first is {dataset.example_ids[0]!r}"
+            )
+        return dataset.example_ids.index(example_id)
+    if index is None or not 0 <= index < examples:
+        raise UserError(f"--index {index}: examples are numbered 0 to {examples - 1}")
+    return index
+
+
+def view_document(
+    recipe: Recipe, dataset: FusionDataset, mode: str, example: int, source: str | None = None
+) -> dict[str, Any]:
+    """{"id", "mode", "source", "tokens": [{"id", "text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}
+
+    The entries at a token are the teacher's distribution that PREDICTS it, at the KL temperature, and tail is the mass outside
+    them. source: default the selected one, null where no source is. Raises UserError where the mode has no document.
+    """
+    document = dataset.document(mode, example, source)
+    name = dataset.example_ids[example]
+    if not len(document.tokens):
+        if mode not in dataset.selections:
+            raise UserError(f"--mode {mode}: the recipe's schedule gives it no weight, so that it has no documents")
+        whose = f"of source {source!r}" if source else "(no source's answer was selected, or its margin is too small)"
+        raise UserError(
+            f"example {name!r} has no {mode} document {whose}: it was left out, see the counts in manifest.json"
+        )
+    tokenizer = load_format(recipe.target, "target").tokenizer
+    bounds = np.concatenate([[0], np.cumsum(document.counts, dtype=np.int64)])
+    row = np.cumsum(document.supervised) - 1
+    tokens = []
+    for position, token in enumerate(document.tokens.tolist()):
+        supervised = bool(document.supervised[position])
+        entries = slice(*bounds[row[position] :][:2]) if supervised else slice(0, 0)
+        logprobs = document.entry_logprobs[entries].astype(np.float64)
+        tokens.append(
+            {
+                "id": token,
+                "text": token_text(tokenizer, token),
+                "supervised": supervised,
+                "match": MATCHES[document.match[row[position]]] if supervised else "skip",
+                "entries": [
+                    {"id": entry, "text": token_text(tokenizer, entry), "logprob": logprob}
+                    for entry, logprob in zip(document.entry_ids[entries].tolist(), logprobs.tolist(), strict=True)
+                ],
+                "tail": float(1 - np.exp(logprobs).sum()),
+            }
+        )
+    return {"id": name, "mode": mode, "source": source or dataset.selected_source(mode, example), "tokens": tokens}
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; bytes that are no whole character as \\xNN, special tokens by their name."""
+    piece = tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b""
+    if token in tokenizer.special_ids or not piece:
+        return tokenizer.token_text(token) or f"<{token}>"
+    return piece.decode("utf-8", errors="backslashreplace")
+
+
+def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
+    """The view as text: the conversation with its token boundaries, then one line for every supervised token."""
+    tokens = view["tokens"]
+    labels = [token for token in tokens if token["supervised"]]
+    matched = sum(token["match"] != "skip" for token in labels)
+    lines = [
+        f"example {printable(view['id'])} | mode {view['mode']} | source {view['source'] or 'none'}",
+        *_reasons(view, dataset),
+        f"{len(tokens)} tokens, {len(labels)} supervised, {matched} of them with teacher entries",
+        "",
+        *conversation_lines(tokens),
+        "",
+        f"{'position':>8}  {'label':<16} {'match':<9} {'tail':>6}  teacher's entries, in per cent",
+    ]
+    for position, token in enumerate(tokens):
+        if not token["supervised"]:
+            continue
+        entries = "  ".join(f"{e['text']!r} {100 * np.exp(e['logprob']):.1f}" for e in token["entries"])
+        line = f"{position:>8}  {token['text']!r:<16} {token['match']:<9} {100 * token['tail']:>5.1f}%  {entries}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def conversation_lines(tokens: list[dict[str, Any]]) -> list[str]:
+    """The text of tokens {text, supervised} with its token boundaries, one part for every run that is learned or only read."""
+    return [
+        f"[{'learned' if supervised else 'context'}] {'│'.join(printable(token['text'], prose=True) for token in run)}"
+        for supervised, run in groupby(tokens, key=lambda token: token["supervised"])
+    ]
+
+
+def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:
+    """What the choice between the sources was made by, one line per source, and how clear it was."""
+    selection = dataset.selections.get(view["mode"])
+    if selection is None:
+        return []
+    example = dataset.example_ids.index(view["id"])
+    lines = []
+    for place, source in enumerate(dataset.sources):
+        mark = "*" if selection.source[example] == place else " "
+        available = selection.arrays["available"][example, place]
+        lines.append(f"  {mark} {source}: {_reason(selection.arrays, example, place) if available else 'left out'}")
+    if selection.source[example] != NONE:
+        margin, weight = selection.arrays["margin"][example], selection.weight[example]
+        lines.append(f"  margin {margin:.4g} {_margin_unit(selection.arrays)}, weight {weight:.4g}")
+    return lines
+
+
+def _margin_unit(arrays: dict[str, np.ndarray]) -> str:
+    if "ce_sum" in arrays:
+        return "nats per byte"
+    return "votes" if "scores" in arrays and arrays["scores"].shape[2] != 1 else "of score"
+
+
+def _reason(arrays: dict[str, np.ndarray], example: int, place: int) -> str:
+    """What one source was compared by."""
+    if "ce_sum" in arrays:
+        nats, count = arrays["ce_sum"][example, place], arrays["response_bytes"][example]
+        return f"cross-entropy {nats:.2f} nats, {nats / max(count, 1):.4f} per byte"
+    if "reference" in arrays:
+        measures = ", ".join(f"{v:.3f}" for v in arrays["reference"][example, place])
+        return f"score {arrays['score'][example, place]:.3f} of BLEU, ROUGE-L, BERTScore {measures}"
+    scores = ", ".join(f"{score:.3f}" for score in arrays["scores"][example, place])
+    return f"{arrays['votes'][example, place]} votes, scores {scores or 'none'}"

@@ -1,0 +1,192 @@
+"""Rewards of encoded conversations: batches under a token budget, and a prompt that several answers share is read once.
+
+A reward is the head's output at the conversation's last token by our own count (of an encoder: at its first): transformers looks
+for a pad id, which may be absent, the stop token itself, or part of the text. It belongs to the conversation alone: what shares
+its batch, its group or its prompt changes it by rounding only.
+
+    a row read alone     prompt answer · · ·              padded on the right
+    a shared prompt      · · prompt | answer · · ·        the prompt padded on the left, so that its answers begin right behind
+                                                          it: distances between tokens, which ALiBi models go by, stay whole
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from megatron_fuse.huggingface.loading import input_device, refuse_unknown_ids
+from megatron_fuse.progress import Report, silent
+from megatron_fuse.scoring.reward_models import RewardModel
+from megatron_fuse.sources.batching import token_budget_batches
+from megatron_fuse.sources.row_cache import cache_argument, keeps_keys_and_values
+
+# A prompt is shared where this saves so much of what the group's conversations hold: reading in two passes is not for nothing.
+_WORTH = 0.05
+
+
+@torch.inference_mode()
+def score_conversations(
+    judge: RewardModel,
+    groups: Sequence[Sequence[np.ndarray]],
+    *,
+    batch_tokens: int,
+    share_prompts: bool = True,
+    report: Report = silent,
+) -> list[np.ndarray]:
+    """float32 [K] rewards of every group: an example's K conversations, int32 ids of at most judge.max_tokens each.
+
+    batch_tokens: padded tokens of a forward pass; with a shared prompt those whose keys and values are held at once. report:
+    gets, after every batch, the conversations that are scored and those left. Raises
+    UserError where a conversation holds an id that the judge does not have, or a reward is NaN or infinite.
+    """
+    conversations = [ids for group in groups for ids in group]
+    if conversations:
+        refuse_unknown_ids(judge.backbone, max(int(ids.max()) for ids in conversations), f"reward_models.{judge.name}")
+    share = share_prompts and _can_share(judge)
+    prompts = np.array([_prompt_length(group) if share else 0 for group in groups], np.int64)
+    sizes = [len(group) for group in groups]
+    rewards = np.zeros(len(conversations), np.float32)
+    done = 0
+
+    def scored(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, len(rewards) - done, f"{done}/{len(rewards)} answers")
+
+    alone = np.flatnonzero(np.repeat(prompts, sizes) == 0)
+    for batch in token_budget_batches([len(conversations[row]) for row in alone], batch_tokens):
+        rows = alone[batch]
+        rewards[rows] = _rewards(judge, [conversations[row] for row in rows])
+        scored(len(rows))
+
+    rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
+    shared = np.flatnonzero(prompts)
+    longest = np.array([max(len(ids) for ids in groups[group]) for group in shared], np.int64)
+    for batch in _prompt_batches(prompts[shared], longest, batch_tokens // 2, judge.max_tokens):
+        chosen = shared[batch]
+        rows = np.concatenate([rows_of[group] for group in chosen])
+        rewards[rows] = _rewards_behind_prompts(
+            judge, [groups[group] for group in chosen], prompts[chosen], batch_tokens // 2
+        )
+        scored(len(rows))
+    return [rewards[rows] for rows in rows_of]
+
+
+def _can_share(judge: RewardModel) -> bool:
+    """Whether what comes after a prompt may be read behind its keys and values, and these are all that the model keeps of it."""
+    takes_cache = cache_argument(judge.backbone.forward) is not None
+    return judge.causal and takes_cache and keeps_keys_and_values(judge.backbone.config)
+
+
+def _prompt_length(group: Sequence[np.ndarray]) -> int:
+    """What all conversations of a group begin with, at least the last token of each left out; 0 where it is not worth sharing."""
+    if len(group) < 2:
+        return 0
+    shortest = min(len(ids) for ids in group) - 1
+    differs = np.any([ids[:shortest] != group[0][:shortest] for ids in group[1:]], axis=0)
+    length = int(np.argmax(differs)) if differs.any() else shortest
+    saved = (len(group) - 1) * length
+    return length if saved >= _WORTH * sum(len(ids) for ids in group) else 0
+
+
+def _prompt_batches(
+    prompts: np.ndarray, longest: np.ndarray, batch_tokens: int, max_tokens: int | None
+) -> list[list[int]]:
+    """Groups [n] whose prompts are read together, by falling length of the prompt, in batches of at most batch_tokens padded tokens.
+
+    longest [n]: of a group's conversations. The longest prompt of a batch and the longest rest behind it, which may be another
+    group's, have to fit the model together: ALiBi tables end there, whatever is padding.
+    """
+    batches: list[list[int]] = []
+    width = rest = 0
+    for group in np.argsort(-prompts, kind="stable").tolist():
+        rest = max(rest, int(longest[group] - prompts[group]))
+        full = not batches or (len(batches[-1]) + 1) * width > batch_tokens
+        if full or width + rest > (max_tokens or np.inf):
+            batches.append([])
+            width, rest = int(prompts[group]), int(longest[group] - prompts[group])
+        batches[-1].append(group)
+    return batches
+
+
+def _rewards_behind_prompts(
+    judge: RewardModel, groups: Sequence[Sequence[np.ndarray]], prompts: np.ndarray, batch_tokens: int
+) -> np.ndarray:
+    """float32 rewards of these groups' conversations, on end; the prompts, of lengths [groups], are read together and once."""
+    read = _read_prompts(judge, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
+    places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    rests = [ids[length:] for group, length in zip(groups, prompts, strict=True) for ids in group]
+    rewards = np.zeros(len(rests), np.float32)
+    for batch in token_budget_batches([read.mask.shape[1] + len(rest) for rest in rests], batch_tokens):
+        rewards[batch] = _rewards(judge, [rests[row] for row in batch], behind=read.rows(places[batch]))
+    return rewards
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompts:
+    """Prompts that have been read, padded on the left: their keys and values [n, heads, p, d] by layer, and mask int64 [n, p]."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+
+    def rows(self, places: np.ndarray) -> "_Prompts":
+        """The prompts at these places, which may repeat, in a cache of their own."""
+        index = torch.from_numpy(places).to(self.mask.device)
+        layers = [
+            (layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)])
+            for layer in self.cache.layers
+        ]
+        return _Prompts(DynamicCache(layers), self.mask[index])
+
+
+def _read_prompts(judge: RewardModel, prompts: Sequence[np.ndarray]) -> _Prompts:
+    # Full layers, not the model's own kinds: a sliding layer would drop what is older than its window, left padding included,
+    # and the mask already keeps every token from looking back further.
+    cache = DynamicCache()
+    tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(prompts, "left"))
+    _hidden(judge, tokens, mask, cache)
+    return _Prompts(cache, mask)
+
+
+def _rewards(
+    judge: RewardModel,
+    rows: Sequence[np.ndarray],
+    *,
+    padding: Literal["left", "right"] = "right",
+    behind: _Prompts | None = None,
+) -> np.ndarray:
+    """float32 [n] rewards of one batch of conversations, or of what is left of them behind their prompts."""
+    tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(rows, padding))
+    whole = torch.cat([behind.mask, mask], dim=1) if behind else mask
+    hidden = _hidden(judge, tokens, whole, behind.cache if behind else None)
+    first = mask.argmax(dim=1).to(hidden.device)
+    places = first + mask.sum(dim=1).to(hidden.device) - 1 if judge.causal else first
+    read = hidden[torch.arange(len(rows), device=hidden.device), places]
+    return judge.head(read.float())[:, 0].cpu().numpy()
+
+
+def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int64 [n, s] and mask int64 [n, s] of rows of ids. Padding is id 0, which the mask hides."""
+    width = max(len(ids) for ids in rows)
+    tokens = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros_like(tokens)
+    for row, ids in enumerate(rows):
+        begin = width - len(ids) if side == "left" else 0
+        tokens[row, begin : begin + len(ids)] = ids
+        mask[row, begin : begin + len(ids)] = 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+    """Last hidden states [n, s, h] of tokens [n, s] behind what the cache holds; mask [n, cached + s]."""
+    extra = {}
+    parameters = inspect.signature(judge.backbone.forward).parameters
+    if judge.causal and "position_ids" in parameters:  # ALiBi models take none
+        extra["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    if (argument := cache_argument(judge.backbone.forward)) is not None:
+        extra |= {argument: cache, "use_cache": cache is not None}
+    return judge.backbone(input_ids=tokens, attention_mask=mask, **extra).last_hidden_state

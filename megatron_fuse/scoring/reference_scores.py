@@ -1,0 +1,123 @@
+"""The scores stage's other half: how close everyone's answers come to the ground truth.
+
+    scores/NAME/reference/shard-00000.npy    float32 [examples of the shard, 3]: BLEU, ROUGE-L, BERTScore, each from 0 to 1
+
+The measures are stored apart: what they weigh is decided where they are used (`reference` in the recipe), and other weights need
+no new run. A row of NaN marks an empty answer; a column of NaN for BERTScore says that no model was named for it, as does the
+manifest.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_fuse.chat.thoughts import split_thought
+from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.fingerprints import WEIGHT_SUFFIXES, model_fingerprint
+from megatron_fuse.huggingface.resolving import resolve_model
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.model.parameter_count import count_parameters
+from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
+from megatron_fuse.responses import RESPONSES, response_shards
+from megatron_fuse.scoring.reference import reference_measures, used_weights
+from megatron_fuse.scoring.scores import COMMAND, NAME, read_shards, save_shard
+from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.storage import Artefact, Workspace, run_plans, sha256_of_bytes
+from megatron_fuse.text_safety import say
+
+_PACKAGES = ("sacrebleu", "rouge-score")
+_WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
+
+
+def _options(recipe: Recipe, _: str) -> dict[str, Any]:
+    used_weights(recipe.reference)  # refuses a missing model, unless the recipe allows to go without
+    with_model = recipe.reference.bertscore_model is not None
+    return {"bertscore": {"layer": recipe.reference.bertscore_layer} if with_model else _WITHOUT_BERTSCORE}
+
+
+def _origin(context: Context, _: str) -> dict[str, str]:
+    """Of BERTScore's encoder."""
+    model = context.recipe.reference.bertscore_model
+    if not model:
+        return {}
+    directory = resolve_model(model, "reference.bertscore_model")
+    return {
+        "bertscore model": context.once("bertscore model", model, lambda: model_fingerprint(directory)),
+        "bertscore tokenizer": context.once("bertscore tokenizer", model, lambda: _small_files(directory)),
+    }
+
+
+def _flops(context: Context, amounts: Amounts, _: str) -> float:
+    """BERTScore's encoder reads every answer, and the ground truth as well."""
+    model = context.recipe.reference.bertscore_model
+    if not model:
+        return 0.0
+    encoder = resolve_model(model, "reference.bertscore_model")
+    return 2 * count_parameters(encoder) * (amounts.answer_tokens + amounts.response_tokens)
+
+
+def _keys(recipe: Recipe) -> list[Key]:
+    return [(name,) for name, scorers in recipe.scorers.items() if REFERENCE in scorers]
+
+
+REFERENCE_SCORES = Stage(
+    name=NAME,
+    recorded_as="scores",
+    command=COMMAND + " --source {} --reference",
+    keys=_keys,
+    directory=lambda recipe, source: Workspace(recipe.workdir).scores(source, REFERENCE),
+    options=_options,
+    parents=lambda _, source: {"responses": (RESPONSES, (source,))},
+    origin=_origin,
+    packages=lambda recipe, _: {"packages": _package_versions(recipe.reference)},
+    flops=_flops,
+)
+
+
+def require_measures(options: ReferenceOptions) -> None:
+    """Raises UserError where the score cannot be made: a package is not installed, or BERTScore has no model."""
+    used_weights(options)
+    _package_versions(options)
+
+
+def _package_versions(options: ReferenceOptions) -> dict[str, str]:
+    names = (*_PACKAGES, "bert-score") if options.bertscore_model else _PACKAGES
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'megatron-fuse[reference]'") from error
+
+
+def _small_files(directory: Path) -> str:
+    """sha256 of a model directory's files without its weights: its tokenizer, in whatever form."""
+    files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix not in WEIGHT_SUFFIXES]
+    return sha256_of_bytes(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
+
+
+def score_against_reference(
+    context: Context, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
+) -> list[Artefact]:
+    """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artefacts."""
+    recipe, examples = context.recipe, example_shards(context.open(INSTRUCTIONS))
+    sources = list(recipe.sources if sources is None else sources)
+    answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
+    plans = {source: context.plan(REFERENCE_SCORES, source) for source in sources}
+
+    def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
+        # Answers are compared without thoughts: those that a model wrote before its own are kept apart already.
+        references = [split_thought(example.response)[1] for example in examples[index]]
+        counts = {}
+        for source, prefix in prefixes.items():
+            responses = [split_thought(response.response)[1] for response in answers[source][index]]
+            counts[source] = save_shard(prefix, reference_measures(recipe.reference, responses, references, progress))
+        return counts
+
+    return list(run_plans(plans, make_shards, progress).values())
+
+
+def load_reference_scores(context: Context, source: str) -> np.ndarray:
+    """float32 [examples, 3]. Raises UserError if they are missing or were made otherwise."""
+    return read_shards(context.open(REFERENCE_SCORES, source))

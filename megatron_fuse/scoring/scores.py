@@ -1,0 +1,215 @@
+"""The scores stage: what every reward model thinks of everyone's answers.
+
+    scores/NAME/REWARD_MODEL/shard-00000.npy    float32 [examples of the shard], in the order of the instructions
+
+NAME: a source, or `target` where its own answers order the examples. NaN marks an answer that cannot be judged and so cannot win:
+an empty one, or a conversation longer than the judge can read. An answer that the limit of tokens cut off is judged as if it had
+ended there: it is what the example has of that source, and what would be learned from.
+
+Backends: `hf`, the reward model in process; `file`, scores that exist already. All answers to one example are judged together, so
+that their prompt is read once; a source that joins later has only its own judged.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.reward_models import find_judge
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
+from megatron_fuse.instructions.tables import table_sha256
+from megatron_fuse.model.parameter_count import count_parameters
+from megatron_fuse.progress import Progress, Report
+from megatron_fuse.recipe import REFERENCE, Recipe
+from megatron_fuse.recipe.lookup import reward_model_options
+from megatron_fuse.responses import RESPONSES, Response, response_shards
+from megatron_fuse.scoring.conversations import score_conversations
+from megatron_fuse.scoring.given_scores import given_scores
+from megatron_fuse.scoring.reward_models import RewardModel, load_reward_model
+from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.storage import Artefact, Shards, Workspace, run_plans, temporary_then_rename
+from megatron_fuse.text_safety import brief, say
+
+NAME = "scores"  # of this stage and of the scores against the ground truth (reference_scores.py), which share command and form
+COMMAND = "tools/score_responses.py"
+BACKENDS = ("hf", "file")
+
+# (examples of a shard, {name: answers to them}) -> {name: float32 [n], NaN for what cannot be judged}
+Scorer = Callable[[list[Example], dict[str, list[Response]]], dict[str, np.ndarray]]
+
+
+def _backend(recipe: Recipe, name: str) -> str:
+    """`file` where the recipe names one for this reward model, else `hf`."""
+    return "file" if reward_model_options(recipe, name).scores else "hf"
+
+
+def require_backend(recipe: Recipe, name: str, backend: str) -> None:
+    """Raises UserError unless the recipe has this reward model's scores made so: all later stages go by the recipe."""
+    if backend != _backend(recipe, name):
+        key = f"reward_models.{name}"
+        mend = f"{key} names a model: name a file in {key}.scores instead"
+        if backend == "hf":
+            mend = f"{key}.scores names a file: name a model in {key}.model instead"
+        raise UserError(f"--backend {backend}: {mend}")
+
+
+def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What one judge's scores record of the recipe."""
+    options = reward_model_options(recipe, name)
+    if options.scores:
+        return {"backend": "file", **options.scores.model_dump(exclude={"path"})}
+    # Not batch_tokens and share_prompts: they are a matter of memory and speed; results agree to rounding.
+    return {"backend": "hf", "dtype": options.dtype}
+
+
+def _formats(context: Context, _: str, name: str) -> dict[str, str]:
+    """Nothing for scores from a file, in which no template has a share."""
+    if _backend(context.recipe, name) == "file":
+        return {}
+    chat = context.reward_model_format(name)
+    return {"tokenizer": chat.tokenizer.sha256, "chat format": chat.sha256}
+
+
+def _origin(context: Context, _: str, name: str) -> dict[str, str]:
+    given = reward_model_options(context.recipe, name).scores
+    if given is None:
+        return {"model": context.reward_model_fingerprint(name)}
+    read = partial(table_sha256, given.path, f"reward_models.{name}.scores")
+    return {"scores file": context.once("scores file", name, read)}
+
+
+def _flops(context: Context, amounts: Amounts, _: str, name: str) -> float:
+    """A reward model reads every answer once. Scores from a file cost nothing."""
+    options = reward_model_options(context.recipe, name)
+    if options.scores:
+        return 0.0
+    return 2 * count_parameters(find_judge(options, name).weights) * amounts.read("inference")
+
+
+def _keys(recipe: Recipe) -> list[Key]:
+    return [(name, scorer) for name, scorers in recipe.scorers.items() for scorer in scorers if scorer != REFERENCE]
+
+
+SCORES = Stage(
+    name=NAME,
+    recorded_as="scores",
+    command=COMMAND + " --source {} --reward-model {}",
+    keys=_keys,
+    directory=lambda recipe, source, name: Workspace(recipe.workdir).scores(source, name),
+    options=lambda recipe, _, name: scores_options(recipe, name),
+    parents=lambda _, source, name: {"responses": (RESPONSES, (source,))},
+    formats=_formats,
+    origin=_origin,
+    flops=_flops,
+)
+
+
+def score_responses(
+    context: Context, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
+) -> list[Artefact]:
+    """Lets one reward model judge the answers of these (default: of everyone who answers), loading it once, if there is work.
+
+    Returns the finished artefacts: those of other ranks' unfinished shards are missing. Raises UserError for scores that are
+    no finite numbers, naming source and example.
+    """
+    recipe = context.recipe
+    examples = example_shards(context.open(INSTRUCTIONS))
+    sources = list(recipe.answering if sources is None else sources)
+    answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
+    plans = {source: context.plan(SCORES, source, name) for source in sources}
+
+    lines = Progress(f"reward_models.{name}", "answers", progress)
+
+    @cache  # not before there is work for it
+    def scorer() -> Scorer:
+        if _backend(recipe, name) == "file":
+            return _given(recipe, name, plans, examples)
+        judge = load_reward_model(reward_model_options(recipe, name), name)
+        return lambda shard, given: _score(judge, recipe, shard, given, lines.update)
+
+    def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
+        score = scorer()
+        lines.begin(f"shard {index}")
+        scores = score(examples[index], {source: answers[source][index] for source in prefixes})
+        return {source: save_shard(prefix, scores[source]) for source, prefix in prefixes.items()}
+
+    return list(run_plans(plans, make_shards, progress).values())
+
+
+def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
+    """Writes scores float32 [n] or [n, measures]; returns the counts for the manifest."""
+    with temporary_then_rename(prefix.with_name(f"{prefix.name}.npy")) as temporary, temporary.open("wb") as file:
+        np.save(file, scores)
+    return {"examples": len(scores), "unscored": int(np.isnan(scores.reshape(len(scores), -1)).all(1).sum())}
+
+
+def _given(recipe: Recipe, name: str, sources: Sequence[str], examples: Shards[list[Example]]) -> Scorer:
+    given = given_scores(reward_model_options(recipe, name).scores, f"reward_models.{name}.scores")
+    for source in sources:
+        given.check(source, chain.from_iterable(examples))
+    return lambda shard, answers: {source: given.of(source, shard, answers[source]) for source in answers}
+
+
+def _score(
+    judge: RewardModel, recipe: Recipe, examples: list[Example], answers: dict[str, list[Response]], report: Report
+) -> dict[str, np.ndarray]:
+    """float32 [n] by source; NaN for what cannot be judged."""
+    scores = {source: np.full(len(examples), np.nan, np.float32) for source in answers}
+    groups = [
+        _readable(judge, example, [answers[source][row] for source in answers]) for row, example in enumerate(examples)
+    ]
+    rewards = score_conversations(
+        judge,
+        [list(group.values()) for group in groups],
+        batch_tokens=recipe.scoring.batch_tokens,
+        share_prompts=recipe.scoring.share_prompts,
+        report=report,
+    )
+    names = list(answers)
+    for row, (group, values) in enumerate(zip(groups, rewards, strict=True)):
+        for place, value in zip(group, values, strict=True):
+            if not np.isfinite(value):
+                raise UserError(
+                    f"reward_models.{judge.name} gives {value} to the answer of {names[place]!r} to example "
+                    f"{examples[row].id!r}: its weights are broken, or its dtype overflows (try bf16 or fp32)"
+                )
+            scores[names[place]][row] = value
+    return scores
+
+
+def _readable(judge: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
+    """Encoded conversations by the place of their answer among all; what is empty or too long to read is left out."""
+    messages = example.prompt(judge.chat.system)
+    encoded = {
+        place: judge.encode(messages, response.response)
+        for place, response in enumerate(responses)
+        if response.response.strip()
+    }
+    limit = judge.max_tokens or np.inf
+    return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
+
+
+def load_scores(context: Context, source: str, name: str) -> np.ndarray:
+    """float32 [examples], NaN for unjudged. Raises UserError if the scores are missing or were made otherwise."""
+    return read_shards(context.open(SCORES, source, name))
+
+
+def read_shards(artefact: Artefact) -> np.ndarray:
+    """What save_shard wrote, all shards on end."""
+    return np.concatenate([_read_shard(artefact.checked(path)) for path in artefact.files(".npy")])
+
+
+def _read_shard(path: Path) -> np.ndarray:
+    try:
+        scores = np.load(path, allow_pickle=False)
+        if scores.dtype != np.float32 or scores.ndim not in (1, 2):
+            raise ValueError(f"{scores.dtype} in {scores.ndim} dimensions")
+    except Exception as error:  # numpy raises many kinds for a damaged header
+        raise UserError(
+            f"{path}: not the scores of a shard ({brief(str(error))}): remove it and run {COMMAND} again"
+        ) from error
+    return scores

@@ -1,0 +1,239 @@
+"""The choice of a source per example, as small arrays beside the documents: computed again in a second, never captured again.
+
+FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
+                                              [n, S]; by average: mixture float64 [n, S], the sources' weights
+FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not judged; votes int16 [n, S]
+                                              by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
+both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
+
+n examples, S sources in the recipe's order, R judges (recipe.judges); a source that selection.sources leaves out is not available.
+RULE is a hash of all that the recipe says of the choice, so that runs by several rules stand side by side. The header says what the
+choice was made from and by which rule (array_file.py). Unlike an artefact the file is overwritten by every build.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.fusion_data.layout import BUILT_BY, NAME, TEACHERS, TEXT, fusion_directory
+from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.scoring.reference import combine, used_weights
+from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES, load_reference_scores
+from megatron_fuse.scoring.scores import SCORES, load_scores
+from megatron_fuse.selection.array_file import read_arrays, write_arrays
+from megatron_fuse.selection.margins import example_weights, score_margin, training_margin, vote_margin
+from megatron_fuse.selection.rules import (
+    NONE,
+    able_readers,
+    best_score,
+    inverse_ce,
+    majority_vote,
+    min_ce,
+    random_source,
+)
+from megatron_fuse.stages import Context, Key, Stage
+from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json
+from megatron_fuse.storage.artefact import shown
+
+MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen for n examples in one mode.
+
+    source int16 [n]: place in the recipe's sources, NONE = no source has the advantage. weight float32 [n], from 0 to 1: what an
+    example counts by its margin. arrays: all that the file holds. sha256: of what was chosen and how.
+    """
+
+    source: np.ndarray
+    weight: np.ndarray
+    arrays: dict[str, np.ndarray]
+    sha256: str
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray], basis: dict[str, Any]) -> "Selection":
+        # The choice itself counts, not the scores that led to it.
+        chosen = [arrays[name] for name in ("source", "weight", "mixture") if name in arrays]
+        parts = [sha256_of_json(basis).encode(), *(array.tobytes() for array in chosen)]
+        return cls(arrays["source"], arrays["weight"], arrays, sha256_of_bytes(*parts))
+
+
+def selection_path(recipe: Recipe, mode: str) -> Path:
+    rule = sha256_of_json(_rule(recipe, mode))[:8]
+    return fusion_directory(recipe) / "selection" / f"{mode}-{rule}.safetensors"
+
+
+def _margin_options(recipe: Recipe, mode: str) -> Margin | None:
+    return recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin
+
+
+def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
+    """All that the recipe says of the choice in a mode."""
+    margin, rule = _margin_options(recipe, mode), getattr(recipe.selection, mode)
+    said: dict[str, Any] = {
+        "mode": mode,
+        "sources": list(recipe.sources),
+        "candidates": recipe.candidates,
+        "margin": margin and margin.model_dump(),
+        "rule": rule,
+    }
+    if rule == "reference":
+        said["measures"] = used_weights(recipe.reference)
+    elif rule == "vote":
+        said |= {"judges": recipe.judges, "strongest": recipe.strongest}
+    elif rule == "random":
+        said["seed"] = recipe.seed
+    return said
+
+
+def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, Any]:
+    """What a selection is made from, but for the scores: parents are the sha256 of the text and of every source's rows."""
+    return {**_rule(recipe, mode), "inputs": dict(parents)}
+
+
+def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
+    """The text, the sources' rows and, in the inference mode, the scores that it goes by."""
+    parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
+    parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
+    if mode == "inference" and recipe.selection.inference == "vote":
+        pairs = [(source, judge) for source in recipe.sources for judge in recipe.judges]
+        parents |= {f"scores of {source} by {judge}": (SCORES, (source, judge)) for source, judge in pairs}
+    if mode == "inference" and recipe.selection.inference == "reference":
+        parents |= {f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources}
+    return parents
+
+
+def _state(context: Context, mode: str) -> str:
+    """`done` only says that there is a choice by the recipe's rule. It is made anew by every build: its scores may have changed."""
+    return "done" if selection_path(context.recipe, mode).exists() else "to do"
+
+
+SELECTION = Stage(
+    name=NAME,
+    recorded_as="selection",
+    command=BUILT_BY,
+    keys=lambda recipe: [(mode,) for mode in recipe.modes_with_teacher],
+    directory=selection_path,
+    parents=_parents,
+    state=_state,
+    always=True,
+)
+
+
+def select(context: Context, mode: str, text: Artefact, teachers: Mapping[str, Artefact]) -> Selection:
+    """Chooses a source for every example in one mode and writes the result. Raises UserError where scores are missing."""
+    recipe = context.recipe
+    facts = [_facts(teachers[source]) for source in recipe.sources]
+    judgements = read_judgements(context, len(facts[0]["available"])) if mode == "inference" else {}
+    arrays = choose(recipe, mode, facts, judgements)
+    basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
+    write_arrays(selection_path(recipe, mode), arrays, basis)
+    return Selection.of(arrays, basis)
+
+
+def choose(
+    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], judgements: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays of a selection. facts: what each source's rows say of all examples; judgements: of the inference mode."""
+    candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
+    available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
+    if mode == "training":
+        arrays = _by_cross_entropy(recipe, facts, available)
+    else:
+        answers = np.where(available, np.stack([fact["answer"] for fact in facts], 1), 0)
+        by_rule = {"vote": _by_vote, "reference": _by_reference, "random": _by_chance}[recipe.selection.inference]
+        arrays = {**judgements, **by_rule(recipe, answers, **judgements)}
+    weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
+    return {"available": available.astype(np.uint8), **arrays, "weight": weight}
+
+
+def _by_cross_entropy(
+    recipe: Recipe, facts: Sequence[Mapping[str, np.ndarray]], available: np.ndarray
+) -> dict[str, np.ndarray]:
+    ce = np.where(available, np.stack([fact["ce_sum"] for fact in facts], 1), np.nan)
+    lossy = np.stack([fact["lossy"] for fact in facts], 1).astype(bool)
+    # All sources read the same response; those that left it out have 0.
+    response_bytes = np.max([fact["response_bytes"] for fact in facts], 0).astype(np.int64)
+    response_tokens = np.stack([fact["response_tokens"] for fact in facts], 1)
+    rule = recipe.selection.training
+    mixture = {}
+    if rule == "random":
+        source = random_source(able_readers(ce, lossy), (recipe.seed, 0))
+    else:
+        # Of a mixture the one that weighs most; ties of both are those of the first source.
+        compared = "sum" if rule == "average" else rule
+        source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=compared)
+        mixture = {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}
+    return {
+        **mixture,
+        "source": source,
+        "margin": training_margin(ce, lossy, response_bytes, source),
+        "ce_sum": ce,
+        "lossy": lossy.astype(np.uint8),
+        "response_bytes": response_bytes,
+        "response_tokens": response_tokens,
+    }
+
+
+def _by_vote(recipe: Recipe, answers: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+    strongest = recipe.judges.index(recipe.strongest) if recipe.strongest else 0
+    source, votes = majority_vote(scores, answers, strongest)
+    return {"source": source, "margin": vote_margin(scores, votes, answers, source), "votes": votes}
+
+
+def _by_reference(recipe: Recipe, answers: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
+    score = combine(reference, recipe.reference)
+    source = best_score(score, answers)
+    return {"source": source, "margin": score_margin(score, answers, source), "score": score}
+
+
+def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
+    source = random_source(answers != 0, (recipe.seed, 1))
+    return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
+
+
+def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
+    """What the sources' answers are chosen by: `scores` float32 [n, S, R] of the judges or, by the rule `reference`, the measures
+    `reference` float32 [n, S, 3]; nothing where chance decides. Raises UserError where some are missing or were made otherwise."""
+    recipe = context.recipe
+    sources = list(recipe.sources)
+    if recipe.selection.inference == "random":
+        return {}
+    if recipe.selection.inference == "reference":
+        return {"reference": np.stack([load_reference_scores(context, source) for source in sources], 1)}
+    scores = np.full((examples, len(sources), len(recipe.judges)), np.nan, np.float32)
+    for column, judge in enumerate(recipe.judges):
+        for place, source in enumerate(sources):
+            scores[:, place, column] = load_scores(context, source, judge)
+    return {"scores": scores}
+
+
+def _facts(teacher: Artefact) -> dict[str, np.ndarray]:
+    shards = [load_file(teacher.checked(path)) for path in teacher.files(".examples.safetensors")]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Selection:
+    """The stored choice. parents: sha256 of the text and of every source's rows, by name.
+
+    Raises UserError where there is none, where it is damaged, or where it was made for other sources, rules or data than the
+    recipe's.
+    """
+    path = selection_path(recipe, mode)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {MEND}")
+    arrays, found = read_arrays(path, MEND)
+    for key, want in _basis(recipe, mode, parents).items():
+        have = found.get(key)
+        if isinstance(have, dict) and isinstance(want, dict) and have != want:  # of all inputs the one that differs
+            inner = next(name for name in [*want, *have] if have.get(name) != want.get(name))
+            key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
+        if have != want:
+            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {MEND}")
+    return Selection.of(arrays, found)

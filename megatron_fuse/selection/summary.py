@@ -1,0 +1,65 @@
+"""What was chosen and measured, in a line each, for the commands that build and run."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_fuse.recipe import TARGET, Recipe
+from megatron_fuse.selection.choice import Selection
+from megatron_fuse.selection.curriculum import GT_TOKENS, TARGET_REWARD
+from megatron_fuse.selection.rules import NONE
+
+
+def rule_lines(recipe: Recipe) -> list[str]:
+    """By which rules a recipe chooses and orders, before anything is built."""
+    rules = {"inference": _inference_rule(recipe), "training": _training_rule(recipe)}
+    lines = [f"advantage in {mode} mode: {rules[mode]}" for mode in recipe.modes_with_teacher]
+    return [*lines, f"order of the examples: {recipe.schedule.order}"]
+
+
+def _training_rule(recipe: Recipe) -> str:
+    rule = recipe.selection.training
+    told = {"random": "chance", "average": "all sources mixed, by their cross-entropies"}
+    return told.get(rule, f"least cross-entropy ({rule})")
+
+
+def _inference_rule(recipe: Recipe) -> str:
+    if recipe.selection.inference == "reference":
+        return "best score against the ground truth"
+    if recipe.selection.inference == "random":
+        return "chance"
+    if len(recipe.judges) > 1:
+        return f"vote of {', '.join(recipe.judges)}; ties go to {recipe.strongest}"
+    return f"best score by {recipe.strongest}" if recipe.judges else "the only source"
+
+
+def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
+    """The share of the examples that each source has, and what the margin did to those barely won."""
+    examples = len(selection.source)
+    places = {place: name for place, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
+    wins = ((name, int((selection.source == place).sum())) for place, name in places.items())
+    line = f"{mode} mode, advantage of " + ", ".join(f"{name}: {won:,} ({won / examples:.1%})" for name, won in wins)
+    margin = recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin
+    if margin is None:
+        return line
+    below = int((selection.weight < 1).sum())
+    fate = f"count {margin.weight:g}" if margin.weight else "are dropped"
+    return f"{line}; {below:,} ({below / examples:.1%}) are won by less than {margin.at_least:g} and {fate}"
+
+
+def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
+    """The order of the examples, and the range of what it goes by. measures: as the curriculum's file holds them."""
+    tokens = measures[GT_TOKENS]
+    line = (
+        f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to {tokens.max():,} target tokens, "
+        f"median {np.median(tokens):,.0f}"
+    )
+    if TARGET_REWARD not in measures:
+        return line
+    rewards = measures[TARGET_REWARD]
+    judged = rewards[~np.isnan(rewards)]
+    extent = f"{judged.min():.3g} to {judged.max():.3g}, median {np.median(judged):.3g}" if len(judged) else "none"
+    return (
+        f"{line}; reward of {recipe.target_as_source or TARGET}'s answers by {recipe.strongest}: {extent}, "
+        f"{len(rewards) - len(judged):,} not judged"
+    )
