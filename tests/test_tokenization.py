@@ -64,6 +64,21 @@ def test_continuation_spells_exactly_the_text(name):
     law()
 
 
+@pytest.mark.parametrize("name", [*EXACT, *LOSSY_KINDS])
+def test_continuations_together_are_those_alone(name):
+    tokenizer = named(name)
+    words = [piece.decode("utf-8", "ignore") for piece in tokenizer.token_bytes[:600]]
+
+    @quick
+    @given(st.lists(TEXTS | st.sampled_from(words), max_size=8), st.sampled_from([0, 254, 600]))
+    @example(["", "a", "", "▁", " \n ", ""], 254)  # around the end of what the library takes at once
+    def law(texts, before):
+        texts = words[:before] + texts
+        assert list(tokenizer.encode_continuations(texts)) == [tokenizer.encode_continuation(text) for text in texts]
+
+    law()
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_plain_text_never_becomes_a_special_token(name):
     tokenizer = named(name)

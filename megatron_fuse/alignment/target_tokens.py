@@ -1,13 +1,16 @@
 """Which token of the target stands for a string of bytes: the three rules that vocabulary maps are made of."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from megatron_fuse.alignment.edit_distance import nearest_pieces
 from megatron_fuse.tokenization import Tokenizer
 
 
 class TargetTokens:
-    """The target's tokens by their bytes, without the special ones and the stop token. Every rule gives an id, or -1."""
+    """The target's tokens by their bytes, without the special ones and the stop token.
+
+    A rule takes many strings, none of them empty, and gives an id or -1 for each.
+    """
 
     def __init__(self, target: Tokenizer, stop: int) -> None:
         self._target, self._stop = target, stop
@@ -21,46 +24,60 @@ class TargetTokens:
             else:
                 by_bytes[piece] = token
         for piece in doubles:  # a letter and its byte token, say: take the one that the target itself would write
-            own = self._own_pieces(piece)
+            text = _text(piece)
+            own = target.encode_continuation(text) if text is not None else []
             if len(own) == 1 and target.token_bytes[own[0]] == piece:
                 by_bytes[piece] = own[0]
         self._by_bytes = by_bytes
         self._longest = max(map(len, by_bytes), default=0)
-        self._first = dict(by_bytes)  # what `first` has found so far
 
-    def equal(self, piece: bytes) -> int:
+    def equal(self, pieces: Sequence[bytes]) -> list[int]:
         """The token of exactly these bytes."""
-        return self._by_bytes.get(piece, -1)
+        known = self._by_bytes
+        return [known.get(piece, -1) for piece in pieces]
 
-    def first(self, piece: bytes) -> int:
+    def first(self, pieces: Sequence[bytes]) -> list[int]:
         """The token of exactly these bytes, else the first piece of the target's own tokenization of them.
 
         Of bytes that are no UTF-8, or that the target would write otherwise (normalised, say): the longest token that
         they begin with.
         """
-        if piece not in self._first:
-            own = self._own_pieces(piece)[:1]
-            if not own or own[0] == self._stop or not self._begins(piece, own[0]):
-                lengths = range(min(len(piece) - 1, self._longest), 0, -1)
-                own = [self._by_bytes[piece[:length]] for length in lengths if piece[:length] in self._by_bytes][:1]
-            self._first[piece] = own[0] if own else -1
-        return self._first[piece]
-
-    def nearest(self, pieces: Iterable[bytes]) -> dict[bytes, int]:
-        """For each of the pieces, the token of exactly these bytes, else the one at the least edit distance."""
-        found = {piece: self.equal(piece) for piece in pieces}
-        rest = [piece for piece, token in found.items() if token < 0]
-        vocabulary = list(self._by_bytes)
-        for piece, index in zip(rest, nearest_pieces(rest, vocabulary).tolist(), strict=True):
-            found[piece] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
+        found = self.equal(pieces)
+        rest = [place for place, token in enumerate(found) if token < 0]
+        texts = {place: text for place in rest if (text := _text(pieces[place])) is not None}
+        if texts:
+            for place, own in zip(texts, self._target.encode_continuations(list(texts.values())), strict=True):
+                if own and self._begins(own[0], pieces[place]):
+                    found[place] = own[0]
+        for place in rest:
+            if found[place] < 0:
+                found[place] = self._longest_beginning(pieces[place])
         return found
 
-    def _own_pieces(self, piece: bytes) -> list[int]:
-        try:
-            return self._target.encode_continuation(piece.decode("utf-8"))
-        except UnicodeDecodeError:
-            return []
+    def nearest(self, pieces: Sequence[bytes]) -> list[int]:
+        """The token of exactly these bytes, else the one at the least edit distance."""
+        found = self.equal(pieces)
+        rest = [place for place, token in enumerate(found) if token < 0]
+        vocabulary = list(self._by_bytes)
+        nearest = nearest_pieces([pieces[place] for place in rest], vocabulary).tolist()
+        for place, index in zip(rest, nearest, strict=True):
+            found[place] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
+        return found
 
-    def _begins(self, piece: bytes, token: int) -> bool:
-        start = self._target.token_bytes[token]
-        return bool(start) and piece.startswith(start)
+    def _begins(self, token: int, piece: bytes) -> bool:
+        written = self._target.token_bytes[token]
+        return token != self._stop and bool(written) and piece.startswith(written)
+
+    def _longest_beginning(self, piece: bytes) -> int:
+        known = self._by_bytes
+        for length in range(min(len(piece) - 1, self._longest), 0, -1):
+            if piece[:length] in known:
+                return known[piece[:length]]
+        return -1
+
+
+def _text(piece: bytes) -> str | None:
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

@@ -21,9 +21,11 @@ them by edit distance. Here pairs are tokens that begin at the same byte, nothin
 never met, or equally often with several, goes where `exact` sends it.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -129,12 +131,15 @@ def build_vocabulary_map(
     settings = (kind, source_separator, target_separator, remainders, texts_sha256)
     key = vocabulary_map_key(source, target, source_stop, target_stop, *settings)
     tokens = TargetTokens(target, target_stop)
-    words = _words(source, source_separator.encode(), target_separator.encode())
+    states = _words(source, source_separator.encode(), target_separator.encode())
+    words = [word for state in states for word in state]
+    endings = _endings(source, source_stop) if remainders else iter(())
     rule = tokens.equal if kind == "em" else tokens.first
-    choose = rule
     if kind == "mined":
-        choose = tokens.nearest({word for state in words for word in state if word}).__getitem__
-    tables = np.array([[choose(word) if word else -1 for word in state] for state in words], dtype=np.int32)
+        chosen, remainder_ids = _chosen(tokens.nearest, words), _chosen(rule, endings)
+    else:  # together: most endings are words too
+        chosen, remainder_ids = np.split(_chosen(rule, chain(words, endings)), [len(words)])
+    tables = chosen.reshape(len(states), -1)
     plain = [0, 3] if source_separator == target_separator else [0]  # states without any difference in white space
     if kind == "ms":
         if pairs is None:
@@ -151,7 +156,8 @@ def build_vocabulary_map(
         exact=_equal_bytes(source, target, tables[0], source_stop),
         kind=kind,
         key=key,
-        **(_remainders(source, source_stop, rule) if remainders else {}),
+        byte_lengths=source.byte_lengths.astype(np.int32) if remainders else _no_remainders(),
+        remainder_ids=remainder_ids,
     )
 
 
@@ -257,11 +263,17 @@ def _equal_bytes(source: Tokenizer, target: Tokenizer, ids: np.ndarray, source_s
     return equal
 
 
-def _remainders(source: Tokenizer, stop: int, rule: Callable[[bytes], int]) -> dict[str, np.ndarray]:
-    """The two fields of VocabularyMap. The rule remembers what it found: tokens share most of their endings."""
-    chosen = [
-        rule(piece[begin:]) if token != stop else -1
-        for token, piece in enumerate(source.token_bytes)
-        for begin in range(1, len(piece))
-    ]
-    return {"byte_lengths": source.byte_lengths.astype(np.int32), "remainder_ids": np.array(chosen, dtype=np.int32)}
+def _endings(source: Tokenizer, stop: int) -> Iterator[bytes]:
+    """Token by token, its bytes without the first 1, 2 ...; b"" for the stop token: none of its bytes are the response's."""
+    for token, piece in enumerate(source.token_bytes):
+        for begin in range(1, len(piece)):
+            yield piece[begin:] if token != stop else b""
+
+
+def _chosen(rule: Callable[[Sequence[bytes]], list[int]], strings: Iterable[bytes]) -> np.ndarray:
+    """What a rule of TargetTokens gives for each of the strings, -1 for b"": int32 [n]. The rule sees each string once."""
+    numbers: defaultdict[bytes, int] = defaultdict()
+    numbers.default_factory = numbers.__len__
+    numbers[b""] = 0
+    places = np.fromiter(map(numbers.__getitem__, strings), np.int64)
+    return np.array([-1, *rule(list(numbers)[1:])], dtype=np.int32)[places]

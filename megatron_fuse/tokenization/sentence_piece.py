@@ -5,7 +5,7 @@ transformers 5 rebuilds such a model as BPE merges and cuts runs of spaces diffe
 """
 
 import json
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ class SentencePieceBackend:
         for part in split_at(text, self._always):
             ids += [self._always[part]] if part in self._always else self._continuation.encode(part)
         return ids
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode_continuation(text) for text in texts]
 
     def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
         ids: list[int] = []

@@ -7,6 +7,7 @@ are known by their names; a `.model` file of this form is Llama-3's `tokenizer.m
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class TiktokenBackend:
         splitter = pre_tokenizers.Split(Regex(self._pattern), behavior="isolated")
         pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)]
         return [token for piece in pieces for token in self._encoding._encode_single_piece(piece)]
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode_continuation(text) for text in texts]
 
     def hugging_face(self, tokenizer: Tokenizer) -> Any:
         from megatron_fuse.tokenization.tiktoken_export import as_transformers

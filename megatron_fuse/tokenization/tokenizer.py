@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,8 @@ class Backend(Protocol):
     def encode(self, text: str, *, special: bool) -> list[int]: ...
 
     def encode_continuation(self, text: str) -> list[int]: ...
+
+    def encode_continuations(self, texts: Sequence[str]) -> Iterable[list[int]]: ...
 
     def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
         """ids of a text as the tokenizer's own normaliser changes it, still without dummy prefix; starts, ends int64 [n]:
@@ -101,6 +103,12 @@ class Tokenizer:
         for index, part in enumerate(text.split(VISIBLE_SPACE)):
             ids += (spelled if index else []) + (self.backend.encode_continuation(part) if part else [])
         return ids
+
+    def encode_continuations(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """`encode_continuation` of each. Short texts take less time together."""
+        together = iter(self.backend.encode_continuations([text for text in texts if VISIBLE_SPACE not in text]))
+        for text in texts:
+            yield self.encode_continuation(text) if VISIBLE_SPACE in text else next(together)
 
     def encode_spans(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Ids of a text that follows other text, and where each of them lies in its UTF-8.

@@ -1,5 +1,6 @@
 """Every source token goes where its kind of map says, its remainders too, and a vocabulary goes to itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import permutations, product
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_edit_distance import nearest_of_all
-from small_tokenizers import KINDS, REAL, make_tokenizer
+from small_tokenizers import KINDS, LOSSY_KINDS, REAL, make_tokenizer
 
 from megatron_fuse.alignment.statistics import PairCounts
+from megatron_fuse.alignment.target_tokens import TargetTokens
 from megatron_fuse.alignment.vocabulary import (
     VOCABULARY_MAPS,
     VocabularyMap,
@@ -84,6 +86,34 @@ def test_a_token_goes_to_one_that_begins_its_bytes(one, other):
                 assert to == target.encode_continuation(piece.decode())[0]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [*TWO_VOCABULARIES, *((kind, lossy) for kind in KINDS for lossy in LOSSY_KINDS)]
+)
+def test_strings_together_go_where_each_goes_alone(one, other):
+    target = small(other)
+    tokens = TargetTokens(target, target.eos_id)
+    known = tokens._by_bytes
+    said = [piece for piece in small(one).token_bytes if piece]
+    pieces = list({*said, *(b" " + piece for piece in said), *(piece[1:] for piece in said)} - {b""})
+
+    def first(piece: bytes) -> int:
+        text = piece.decode(errors="ignore")
+        own = target.encode_continuation(text)[:1] if text.encode() == piece else []
+        if piece in known:
+            return known[piece]
+        if (
+            own
+            and own[0] != target.eos_id
+            and target.token_bytes[own[0]]
+            and piece.startswith(target.token_bytes[own[0]])
+        ):
+            return own[0]
+        begins = [begin for begin in (piece[:length] for length in range(1, len(piece))) if begin in known]
+        return known[begins[-1]] if begins else -1
+
+    assert tokens.first(pieces) == [first(piece) for piece in pieces]
+
+
 @pytest.mark.parametrize("rule", VOCABULARY_MAPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_vocabulary_on_both_sides_gives_every_id_back(kind, rule):
@@ -143,6 +173,9 @@ class Renumbered:
 
     def encode_continuation(self, text: str) -> list[int]:
         return self.place[self.backend.encode_continuation(text)].tolist()
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode_continuation(text) for text in texts]
 
 
 def renumbered(tokenizer: Tokenizer, place: np.ndarray) -> Tokenizer:
