@@ -25,6 +25,7 @@ from strange_texts import TEXTS
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization import Tokenizer, load_tokenizer
+from megatron_fuse.tokenization.hugging_face import _canonical, backend_state
 
 quick = settings(max_examples=60, deadline=None, database=None)
 EXACT = [*EXACT_KINDS, *(f"real/{kind}" for kind in REAL_KINDS)]
@@ -62,6 +63,24 @@ def test_continuation_spells_exactly_the_text(name):
         assert not tokenizer.special_ids & set(ids)
 
     law()
+
+
+@pytest.mark.parametrize("kind", ["llama_json", "llama_metaspace", "byte_level", "t5_json", "t5_json_metaspace"])
+@pytest.mark.parametrize("change", ["none", "another order", "another id", "a merge less", "no file"])
+def test_what_a_file_says_does_not_change_what_is_read_from_memory(kind, change):
+    tokenizer = hugging_face(kind)
+    state = backend_state(tokenizer)
+    said = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, vocabulary = said["model"], said["model"]["vocab"]
+    if change == "another order":
+        model["vocab"] = dict(reversed(vocabulary.items())) if isinstance(vocabulary, dict) else vocabulary[::-1]
+    elif change == "another id" and isinstance(vocabulary, dict):
+        model["vocab"] = {piece: token + 1 for piece, token in vocabulary.items()}
+    elif change == "a merge less" and "merges" in model:
+        model["merges"] = model["merges"][1:]
+    read = backend_state(tokenizer, None if change == "no file" else said)
+    assert read == state and list(read["model"]["vocab"]) == list(state["model"]["vocab"])
+    assert _canonical(read) == json.dumps(state, sort_keys=True)
 
 
 @pytest.mark.parametrize("name", [*EXACT, *LOSSY_KINDS])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import transformers
+from pydantic_core import to_json
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.own_code import not_loadable
@@ -18,7 +19,14 @@ from megatron_fuse.tokenization.normalized_spans import covered, trace
 from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
 from megatron_fuse.tokenization.settings import check_tokenizer_files
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
-from megatron_fuse.tokenization.tokenizer_json import State, own_normalizer, vocabulary_bytes, without_beginning
+from megatron_fuse.tokenization.tokenizer_json import (
+    State,
+    own_normalizer,
+    pipeline,
+    vocabulary_bytes,
+    with_paired_merges,
+    without_beginning,
+)
 
 _TEXTS_AT_ONCE = 256  # more of them take no less time each
 
@@ -29,7 +37,7 @@ class HuggingFaceBackend:
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, state: State) -> None:
         """state: the tokenizer's `backend_state`."""
         self._transformers = tokenizer
-        self._state = state
+        self._pipeline = pipeline(state)
         self._whole = _with_pipeline(tokenizer.backend_tokenizer, state)
         self._continuation = _with_pipeline(tokenizer.backend_tokenizer, without_beginning(state))
         self._continuation.encode_special_tokens = True  # the library's name for: special strings are plain text
@@ -64,7 +72,7 @@ class HuggingFaceBackend:
 
     @cached_property
     def _own_normalizer(self) -> tuple[tokenizers.normalizers.Normalizer, bool]:
-        state, strips = own_normalizer(self._state)
+        state, strips = own_normalizer(self._pipeline)
         return _build(state).normalizer, strips
 
     def hugging_face(self, tokenizer: Tokenizer) -> transformers.PreTrainedTokenizerFast:
@@ -73,9 +81,9 @@ class HuggingFaceBackend:
 
 def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
     """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt (GPT-2)."""
-    check_tokenizer_files(directory)
     with _collector_paused():
-        return _load(directory, trust_remote_code, allowed_by)
+        said = check_tokenizer_files(directory)
+        return _load(directory, said, trust_remote_code, allowed_by)
 
 
 @contextmanager
@@ -90,9 +98,10 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _load(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:
+def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:
     try:
-        if (directory / "tokenizer.json").is_file():
+        if said is not None:
+            said = with_paired_merges(said)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -104,11 +113,9 @@ def _load(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> T
             raise UserError(
                 f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
             )
-        state = backend_state(tokenizer)
-        if (directory / "tokenizer.json").is_file() and (
-            own := as_in_file(tokenizer, state, directory)
-        ) is not tokenizer:
-            tokenizer, state = own, backend_state(own)
+        state = backend_state(tokenizer, said)
+        if said is not None and (own := as_in_file(tokenizer, state, said, directory)) is not tokenizer:
+            tokenizer, state = own, backend_state(own, said)
         return wrap_hugging_face(tokenizer, str(directory), state)
     except UserError:
         raise
@@ -170,20 +177,31 @@ def wrap_hugging_face(
     )
 
 
-def backend_state(tokenizer: transformers.PreTrainedTokenizerFast) -> State:
-    """tokenizer.json as it works in memory; truncation and padding are moods of a caller and are left out."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+def backend_state(tokenizer: transformers.PreTrainedTokenizerFast, said: State | None = None) -> State:
+    """tokenizer.json as it works in memory; truncation and padding are moods of a caller and are left out.
+
+    said: the content of its file, if it is known. A vocabulary and merges that are written as in there are taken from there.
+    """
+    text = tokenizer.backend_tokenizer.to_str().encode()
+    large = {key: said["model"].get(key) for key in ("vocab", "merges")} if said else {}
+    written = to_json(large)[1:] + b"}"  # writing a million strings takes a fifth of the time of reading them
+    if large and text.endswith(written):
+        state = json.loads(text.removesuffix(written) + b'"vocab": null, "merges": null}}')
+        state["model"] |= large
+    else:
+        state = json.loads(text)
     return state | {"truncation": None, "padding": None}
 
 
 def _canonical(state: State) -> str:
-    """JSON with sorted keys. A large vocabulary is sorted before: `json` sorts pairs, which takes several times as long."""
-    vocabulary = state["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        state = state | {
-            "model": state["model"] | {"vocab": {piece: vocabulary[piece] for piece in sorted(vocabulary)}}
-        }
-    return json.dumps(state, sort_keys=True)
+    """json.dumps(state, sort_keys=True). A large vocabulary is sorted here: `json` sorts pairs, which takes several times as long."""
+    model = state["model"]
+    large = {key: model[key] for key in ("merges", "vocab") if key in model}
+    ordered = json.loads(json.dumps(state | {"model": model | dict.fromkeys(large)}, sort_keys=True))
+    if isinstance(vocabulary := model["vocab"], dict):
+        large["vocab"] = {piece: vocabulary[piece] for piece in sorted(vocabulary)}
+    ordered["model"] |= large
+    return json.dumps(ordered)
 
 
 def _build(state: State) -> tokenizers.Tokenizer:

@@ -5,7 +5,6 @@ own (GPT2Tokenizer, LlamaTokenizer ...), and builds normaliser and pre-tokenizer
 splits digits, "2023" then becomes one token where the model was trained on four. The file is what the model was trained with.
 """
 
-import json
 import os
 import sys
 from functools import cache
@@ -32,12 +31,12 @@ _PROBE = (
 
 
 def as_in_file(
-    tokenizer: transformers.PreTrainedTokenizerFast, state: State, directory: Path
+    tokenizer: transformers.PreTrainedTokenizerFast, state: State, said: State, directory: Path
 ) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer with the pipeline of the directory's tokenizer.json; says where transformers' class cuts otherwise.
 
-    state: what the tokenizer is in memory, as the JSON of its file. Where that is what the file says, the tokenizer itself is
-    returned and nothing is read again.
+    state: what the tokenizer is in memory, as the JSON of its file; said: what its file says, with merges as pairs. Where they
+    are the same, the tokenizer itself is returned and nothing is read again.
 
     What tokenizer_config.json adds stays: tokens, names of special tokens, chat template, BOS and EOS. So do the names that
     only the class knows, if the file has such tokens. A class that comes with the model was allowed to run and stays as it is.
@@ -45,7 +44,7 @@ def as_in_file(
     by_class = type(tokenizer)
     if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith("transformers."):
         return tokenizer
-    if _says(directory / "tokenizer.json", state) and _has_its_names(tokenizer):
+    if _same(said, state) and _has_its_names(tokenizer):
         return tokenizer
     own = transformers.PreTrainedTokenizerFast.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False
@@ -64,13 +63,9 @@ def as_in_file(
     return own
 
 
-def _says(file: Path, state: State) -> bool:
-    """Whether a tokenizer.json says the same but for what is taken from the class: BOS and EOS around a text."""
+def _same(said: State, state: State) -> bool:
+    """Whether both are the same but for what is taken from the class: BOS and EOS around a text."""
     taken = {"truncation": None, "padding": None, "post_processor": None}
-    said = json.loads(file.read_bytes())
-    model = said["model"]
-    if model.get("merges") and isinstance(model["merges"][0], str):  # the older form
-        said["model"] = model | {"merges": [merge.split(" ") for merge in model["merges"]]}
     return said | taken == state | taken
 
 

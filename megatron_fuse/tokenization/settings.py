@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic_core import from_json
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.records import first_problem, parse_record, quoted
@@ -211,16 +212,29 @@ def read_text(path: Path, where: str = "") -> str:
         raise UserError(f"{place}: line {line} is no UTF-8 text: {error.reason}") from error
 
 
-def check_tokenizer_files(directory: Path) -> None:
-    """Refuses what transformers would meet with an error that names neither file nor key, or with more memory than there is."""
+def check_tokenizer_files(directory: Path) -> dict[str, Any] | None:
+    """Refuses what transformers would meet with an error that names neither file nor key, or with more memory than there is.
+
+    Returns the content of tokenizer.json, if there is one.
+    """
     read_settings(directory)
     _read(directory / "config.json", ModelKind)
     path = directory / "tokenizer.json"
-    if path.exists() or path.is_symlink():
+    return _read_tokenizer_file(path) if path.exists() or path.is_symlink() else None
+
+
+def _read_tokenizer_file(path: Path) -> dict[str, Any]:
+    data = read_small_file(path, _MOST_BYTES)
+    try:
+        content = from_json(data, cache_strings="none")  # few strings are there twice
+        TokenizerFile.model_validate(content)
+    except ValueError:
         try:
-            TokenizerFile.model_validate_json(read_small_file(path, _MOST_BYTES))
+            TokenizerFile.model_validate_json(data)  # whose messages are those of JSON
         except ValidationError as error:
             raise UserError(f"{path}: {first_problem(error)}: {_FIX}") from error
+        raise
+    return content
 
 
 def _read(path: Path, model: type[Model]) -> Model:

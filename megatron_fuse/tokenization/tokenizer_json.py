@@ -52,6 +52,20 @@ def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
 _PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
 
 
+def pipeline(state: State) -> State:
+    """The state without its model, which takes most of the memory."""
+    return {key: state[key] for key in _PIPELINE}
+
+
+def with_paired_merges(state: State) -> State:
+    """The state with merges as pairs, `["a", "b"]`; older files have them as `"a b"`."""
+    model = state["model"]
+    merges = model.get("merges")
+    if merges and isinstance(merges[0], str):
+        return state | {"model": model | {"merges": [merge.split(" ") for merge in merges]}}
+    return state
+
+
 def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]], list[bytes]]:
     """The bytes of pieces, of a whole vocabulary at once."""
     model = state["model"]
