@@ -14,7 +14,7 @@ from megatron_fuse.chat.templates import FIXED_DATE, render
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
-from megatron_fuse.huggingface.own_code import not_loadable
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.text_safety import brief
 

@@ -14,7 +14,7 @@ import transformers
 from pydantic_core import to_json
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.huggingface.own_code import not_loadable
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.tokenization.normalized_spans import covered, trace
 from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
 from megatron_fuse.tokenization.settings import check_tokenizer_files
