@@ -96,7 +96,7 @@ def _real_prompts(options: argparse.Namespace) -> tuple[list[list[int]], int]:
     chat = load_chat_format(load_tokenizer(options.source_tokenizer), "vicuna_v1.1")
     examples = list(read_rows(options.instructions).read())
     chosen = np.linspace(0, len(examples) - 1, options.prompts).astype(int).tolist()
-    sequences = [chat.encode_prompt(examples[index].prompt(chat.system)) for index in chosen]
+    sequences = [chat.encode_prompt(examples[index].prompt(chat.system), examples[index].tools) for index in chosen]
     longest = options.seq_length - options.max_new_tokens
     return [ids for ids in sequences if len(ids) <= longest], chat.tokenizer.vocab_size
 

@@ -40,7 +40,7 @@ def printed(name: str, messages: list[dict[str, str]], **options: bool) -> list[
 
 def folded(name: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
     """The system message where the family takes it: in front of the first question, if its template refuses it."""
-    if "raise_exception" not in FAMILIES[name].template:
+    if "no system" not in FAMILIES[name].template:
         return [SYSTEM, *messages]
     first = {"role": "user", "content": f"{SYSTEM['content']}\n\n{messages[0]['content']}"}
     return [first, *messages[1:]]

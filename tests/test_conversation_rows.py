@@ -68,12 +68,6 @@ LISTED = {
     "no answer": (turns("u: Q"), Kind.NO_ANSWER, "no assistant turn"),
     "an unknown role": (turns("u: Q", "bot: A"), Kind.UNKNOWN_ROLE, "'bot'"),
     "an empty answer": (turns("u: Q", "a:  "), Kind.EMPTY, "response is empty"),
-    **{
-        f"role {role}": (turns("u: Q", f"{role}: x", "a: A"), Kind.TOOLS, "tool turns are not read")
-        for role in ("tool", "function", "observation", "function_call")
-    },
-    "a call": (turns("u: Q", "a: A", t1={"content": None, "tool_calls": [{"id": 1}]}), Kind.TOOLS, "calls a tool"),
-    "tools offered": (turns("u: Q", "a: A") | {"tools": '[{"name": "f"}]'}, Kind.TOOLS, "tools are offered"),
     "half a weight": (turns("u: Q", "a: A", t1={"weight": 0.5}), Kind.BAD_MASK, "weight of a turn is 0.5"),
     "a mask of text": (turns("u: Q", "a: A", t1={"train": "no"}), Kind.BAD_MASK, "train of a turn is 'no'"),
     "masks at odds": (turns("u: Q", "a: A", t1={"weight": 0, "loss": True}), Kind.BAD_MASK, "contradict"),

@@ -123,7 +123,7 @@ def test_bad_rows_are_listed_with_line_and_reason(tmp_path: Path, kind: str) -> 
     "roles, reason",
     [
         (["user", "user", "assistant"], "do not take turns"),
-        (["user", "tool", "assistant"], "'tool'"),
+        (["user", "tool", "assistant"], "a tool's turn without a call before it"),
         (["user", ["assistant"]], "role of a turn is ['assistant']"),
         (["user"], "no assistant turn"),
         ([], "no assistant turn"),

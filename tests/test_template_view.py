@@ -40,7 +40,9 @@ def test_a_view_shows_what_is_learned_and_what_ends_an_answer(name: str, tmp_pat
     text = format_template_view(view)
     for shown in (family.generation, family.opening, family.closing):
         assert repr(shown) in text or not shown
-    assert ("takes no system message" in text) == ("raise_exception" in family.template)
+    assert ("tools: the template prints offered tools, calls and outputs" in text) == bool(family.calls)
+    assert ("tools: rows with tools are left out: sources.x: the chat template of" in text) == (not family.calls)
+    assert ("takes no system message" in text) == ("no system" in family.template)
 
 
 def test_the_tool_shows_one_model(

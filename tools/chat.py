@@ -23,9 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.model.config_file import end_token_ids
 from megatron_fuse.model.weight_files import WeightFiles
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import path_argument
 from megatron_fuse.text_safety import printable
 from megatron_fuse.tokenization import load_tokenizer

@@ -18,7 +18,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import declared_vocab_size
 from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
@@ -179,5 +179,8 @@ def conversation_of(chat: ChatFormat, example: Example, answer: Learned | None, 
     if not text.strip():
         return Conversation(example.id, None)
     messages = example.prompt(chat.system)
-    encoded = chat.encode_conversation(messages, text, stop=ends, every_turn=every_turn, reasoning=thought)
+    with naming_example(example):
+        encoded = chat.encode_conversation(
+            messages, text, stop=ends, every_turn=every_turn, reasoning=thought, tools=example.tools
+        )
     return Conversation(example.id, encoded)

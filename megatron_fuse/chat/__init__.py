@@ -5,7 +5,8 @@ from megatron_fuse.chat.format import (
     EncodedConversation,
     Messages,
     load_chat_format,
+    may_be_learned,
     supervised_turns,
 )
 
-__all__ = ["ChatFormat", "EncodedConversation", "Messages", "load_chat_format", "supervised_turns"]
+__all__ = ["ChatFormat", "EncodedConversation", "Messages", "load_chat_format", "may_be_learned", "supervised_turns"]

@@ -8,14 +8,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_fuse.chat.hidden_strings import HiddenStrings
 from megatron_fuse.chat.meter import TemplateLimit
+from megatron_fuse.chat.nested_texts import texts_in
 from megatron_fuse.chat.probe import end_token, surroundings
 from megatron_fuse.chat.templates import TEMPLATES, render
 from megatron_fuse.chat.thoughts import thought_end, without_empty_thought
+from megatron_fuse.chat.tool_rendering import CallStyle, Tools, best_style, has_tools, not_printed
 from megatron_fuse.errors import UserError
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
@@ -23,8 +26,9 @@ from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
-# {role, content}; of an assistant turn also reasoning_content, its thought, and {supervised: false}, its mask.
-Messages = Sequence[Mapping[str, str | bool]]
+# {role, content}; of an assistant turn also reasoning_content, its thought, {supervised: false}, its mask, and tool_calls; of a tool's
+# turn name and tool_call_id. The forms are those of instructions/examples.py.
+Messages = Sequence[Mapping[str, Any]]
 
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
@@ -111,18 +115,24 @@ class ChatFormat:
             return self.tokenizer.joined_bytes(ids)
         return b"".join(self.thought_tags.get(token) or self.tokenizer.joined_bytes([token]) for token in ids)
 
-    def render_prompt(self, messages: Messages) -> str:
-        """The generation prompt as text. Raises UserError when the template refuses the messages."""
-        return self._generation_prompt(self.with_system(messages))
+    def render_prompt(self, messages: Messages, tools: Tools | None = None) -> str:
+        """The generation prompt as text; messages end with the user's or a tool's. tools: what is offered, {type: function, function}.
 
-    def encode_prompt(self, messages: Messages) -> list[int]:
-        """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one."""
+        Raises UserError where the template refuses the messages or does not print what belongs to tools.
+        """
         turns = self.with_system(messages)
-        hide = HiddenStrings(self.tokenizer, _texts(turns))
-        return self._ids(self._generation_prompt([hide.in_turn(turn) for turn in turns]), hide)
+        self._require_tools_printed(turns, tools)
+        return self._generation_prompt(turns, tools)
 
-    def _generation_prompt(self, turns: Messages) -> str:
-        return self._render(turns, prompt=True) + ("" if self.generation else self.opening)
+    def encode_prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
+        """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one. Raises as above."""
+        turns = self.with_system(messages)
+        self._require_tools_printed(turns, tools)
+        hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools)])
+        return self._ids(self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools)), hide)
+
+    def _generation_prompt(self, turns: Messages, tools: Tools | None) -> str:
+        return self._render(turns, tools, prompt=True) + ("" if self.generation else self.opening)
 
     def encode_conversation(
         self,
@@ -132,19 +142,21 @@ class ChatFormat:
         stop: bool = True,
         every_turn: bool = False,
         reasoning: str | None = None,
+        tools: Tools | None = None,
     ) -> EncodedConversation:
-        """The conversation as the model meets it; messages end with the user's.
+        """The conversation as the model meets it; messages end with the user's or a tool's.
 
         stop: the response's end is its end, and its stop token a label. every_turn: the assistant's earlier turns are
-        labels too, each with its stop token where the template prints one; else they are context. reasoning: the thought before
-        the response, context where the template prints it.
+        labels too, each with its stop token where the template prints one; else they are context, as turns with tool_calls always
+        are. reasoning: the thought before the response, context where the template prints it. tools: what is offered.
         The text before the response is what the template prints there in the finished conversation. An empty thought at its
         end is left out where the response begins with a thought of its own.
         A turn's tokens are those of the whole text up to its end, wherever these begin with the tokens of the text
         before it and spell the turn's bytes; else it continues the text before, as in generation.
-        Raises UserError where the template refuses the messages or leaves a supervised turn out.
+        Raises UserError where the template refuses the messages, leaves a supervised turn out, or does not print what belongs to
+        tools: an offered one, a call or an output.
         """
-        parts, hide = self._parts(messages, response, every_turn, reasoning, cut=not stop)
+        parts, hide = self._parts(messages, response, every_turn, reasoning, tools, cut=not stop)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
         text, text_ids, begin = "", list[int](), 0  # begin: of the turn, in the bytes of all supervised turns
         for number, (before, space, turn) in enumerate(parts):
@@ -177,7 +189,7 @@ class ChatFormat:
         text = self.spelled(ids[:end]).decode("utf-8", "replace").removeprefix(self.separator)
         return text if end is None else text.removesuffix(self.closing)
 
-    def with_system(self, messages: Messages) -> list[dict[str, str]]:
+    def with_system(self, messages: Messages) -> list[dict[str, Any]]:
         turns = [dict(message) for message in messages]
         if self.system is not None and (not turns or turns[0]["role"] != "system"):
             turns.insert(0, {"role": "system", "content": self.system})
@@ -186,14 +198,40 @@ class ChatFormat:
             turns = [{"role": "user", "content": f"{system}\n\n{user}" if system else user}, *turns[2:]]
         return turns
 
-    def _render(self, turns: Messages, *, prompt: bool) -> str:
+    @cached_property
+    def _call_style(self) -> tuple[CallStyle, str | None]:
+        """How the template takes calls of tools, and why it does not print a simple one; None where it does."""
+
+        def rendered(turns: Messages, tools: Tools | None) -> str:
+            return self._render(self.with_system(turns), tools, prompt=True, style=CallStyle())
+
+        return best_style(rendered, self.origin)
+
+    @property
+    def missing_of_tools(self) -> str | None:
+        """Why a simple conversation with tools cannot be read in this template; None where it can."""
+        return self._call_style[1]
+
+    def _require_tools_printed(self, turns: Messages, tools: Tools | None) -> None:
+        if has_tools(turns, tools):
+            missing = not_printed(lambda marked, offered: self._render(marked, offered, prompt=True), turns, tools)
+            if missing:
+                raise UserError(f"{self.origin} does not print {brief(missing[0])}")
+
+    def _render(
+        self, turns: Messages, tools: Tools | None = None, *, prompt: bool, style: CallStyle | None = None
+    ) -> str:
+        """style: of calls; default the one that the template takes."""
         token = self.tokenizer.token_text
         names = {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id, "pad": self.tokenizer.pad_id}
         specials = {
             f"{name}_token": (token(number) if number is not None else None) or "" for name, number in names.items()
         }
+        shown = list(map(_for_template, turns))
+        if style is None and has_tools(turns, tools):
+            shown = self._call_style[0].shown(shown)
         try:
-            return render(self.template, list(map(_for_template, turns)), add_generation_prompt=prompt, **specials)
+            return render(self.template, shown, tools or None, add_generation_prompt=prompt, **specials)
         except TemplateLimit as error:
             raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
@@ -201,24 +239,32 @@ class ChatFormat:
             raise UserError(f"{self.origin} refuses the messages: {said}") from error
 
     def _parts(
-        self, messages: Messages, response: str, every_turn: bool, reasoning: str | None, *, cut: bool
+        self,
+        messages: Messages,
+        response: str,
+        every_turn: bool,
+        reasoning: str | None,
+        tools: Tools | None,
+        *,
+        cut: bool,
     ) -> tuple[list[tuple[str, str, str]], HiddenStrings]:
         """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
 
-        Special-token strings in messages and turns stay text: they are hidden while the template is rendered, and only
+        Special-token strings in messages, turns and tools stay text: they are hidden while the template is rendered, and only
         the template's own become special ids. (Tokens that are not marked special cannot be told apart.) A supervised
         turn does not go through the template at all, which may strip it: a mark holds its place.
         """
         turns = self.with_system(messages)
-        hide = HiddenStrings(self.tokenizer, [*_texts(turns), response, reasoning or ""])
-        learned = [every_turn and _may_be_learned(turn) for turn in turns]
+        self._require_tools_printed(turns, tools)
+        hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools), response, reasoning or ""])
+        learned = [every_turn and may_be_learned(turn) for turn in turns]
         shown = [
             hide.in_turn(turn) | ({"content": hide.mark} if mark else {})
             for turn, mark in zip(turns, learned, strict=True)
         ]
         thought = {"reasoning_content": hide(reasoning)} if reasoning else {}
         finished = [*shown, {"role": "assistant", "content": hide.mark} | thought]
-        texts = self._render(finished, prompt=False).split(hide.mark)[:-1]
+        texts = self._render(finished, hide.in_value(tools), prompt=False).split(hide.mark)[:-1]
         answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
         if len(texts) != len(answers):
             raise UserError(
@@ -296,27 +342,26 @@ class ChatFormat:
 
 
 def _texts(turns: Messages) -> list[str]:
-    return [
-        text for turn in turns for text in (turn["content"], turn.get("reasoning_content")) if isinstance(text, str)
-    ]
+    return [text for turn in turns for key, value in turn.items() if key != "role" for text in texts_in(value)]
 
 
-def _for_template(turn: Mapping[str, str | bool]) -> dict[str, str]:
+def _for_template(turn: Mapping[str, Any]) -> dict[str, Any]:
     """A message without our own keys; templates call its thought by one of two names."""
-    shown = {key: turn[key] for key in ("role", "content")}
+    shown = {key: turn[key] for key in ("role", "content", "tool_calls", "name", "tool_call_id") if key in turn}
     thought = turn.get("reasoning_content")
     return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
 
 
 def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:
     """The texts whose bytes `EncodedConversation.spans` counts in."""
-    earlier = [message["content"] for message in messages if _may_be_learned(message)]
+    earlier = [message["content"] for message in messages if may_be_learned(message)]
     return [*(earlier if every_turn else []), response]
 
 
-def _may_be_learned(message: Mapping[str, str | bool]) -> bool:
-    """An assistant turn that the data do not mask, as {supervised: false} does."""
-    return message["role"] == "assistant" and bool(message.get("supervised", True))
+def may_be_learned(message: Mapping[str, Any]) -> bool:
+    """An assistant turn that the data do not mask, as {supervised: false} does, and that calls no tool: models write calls in forms
+    of their own, which have no bytes in common."""
+    return message["role"] == "assistant" and bool(message.get("supervised", True)) and "tool_calls" not in message
 
 
 def _behind(before: list[int], ids: list[int]) -> list[int] | None:

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from megatron_fuse.chat.nested_texts import with_texts
 from megatron_fuse.tokenization import Tokenizer
 
 
@@ -27,10 +29,13 @@ class HiddenStrings:
             return text
         return self._pattern.sub(lambda match: self._characters[self._names.index(match[0])], text)
 
-    def in_turn(self, turn: Mapping[str, str | bool]) -> dict[str, str | bool]:
-        """A message with its texts, the thought among them, hidden."""
-        keys = [key for key in ("content", "reasoning_content") if key in turn]
-        return {**turn} | {key: self(turn[key]) for key in keys}
+    def in_turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        """A message with its texts hidden, the thought and the calls of tools among them."""
+        return {key: value if key == "role" else self.in_value(value) for key, value in turn.items()}
+
+    def in_value(self, value: Any) -> Any:
+        """A JSON value with all its texts hidden."""
+        return with_texts(value, self) if self._characters else value
 
     def is_in(self, text: str) -> bool:
         """Whether something is hidden in this text."""

@@ -7,6 +7,7 @@ ever or from asking for 10 GB. Here every loop, call, operator, filter, literal 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any, NoReturn
 
 import jinja2
@@ -17,6 +18,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from megatron_fuse.chat.meter import Meter, TemplateLimit, current_meter, metered
+from megatron_fuse.chat.nested_texts import texts_in
 from megatron_fuse.chat.sizes import FILTERS, METHODS, format_size, operator_size, result_size
 
 SOURCE = 256 * 1024  # characters of a template; the longest published ones have 30,000
@@ -89,11 +91,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
 
-def render_bounded(template: jinja2.Template, messages: Sequence[Mapping[str, str]], **names: Any) -> str:
+def render_bounded(
+    template: jinja2.Template,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    **names: Any,
+) -> str:
     """Raises TemplateLimit beside what Jinja raises."""
-    texts = [text for message in messages for text in message.values()]
+    values = [value for message in messages for value in message.values()]
+    texts = list(chain.from_iterable(map(texts_in, [*values, *(tools or ())])))
     with metered(Meter(len(messages), sum(map(len, texts)))) as meter:
-        text = template.render(messages=messages, **names)
+        text = template.render(messages=messages, tools=tools, **names)
     if len(text) > meter.longest_output:
         raise TemplateLimit(f"it prints {len(text):,} characters, more than {meter.longest_output:,}")
     if " at 0x" in text and not any(" at 0x" in given for given in texts):

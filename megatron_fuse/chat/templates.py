@@ -1,6 +1,7 @@
 """Chat templates: Jinja text in the form of Hugging Face's `chat_template`, the built-in ones and how all are rendered.
 
-They read messages, add_generation_prompt, bos_token and eos_token ('' where the tokenizer has none).
+They read messages, tools (None where none are offered), add_generation_prompt, bos_token and eos_token ('' where the tokenizer has
+none).
 """
 
 import json
@@ -78,14 +79,21 @@ TEMPLATES: dict[str, str] = {
 }
 
 
-def render(template: str, messages: list[dict[str, str]], *, add_generation_prompt: bool, **specials: str) -> str:
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    add_generation_prompt: bool,
+    **specials: str,
+) -> str:
     """Renders a template with the names that transformers gives to it, under the limits of template_limits.
 
     The same messages give the same text on every day and machine. Raises jinja2.TemplateError, and what Python raises for a
     program that is wrong.
     """
-    names = specials | {"tools": None, "documents": None}
-    return render_bounded(_compile(template), messages, add_generation_prompt=add_generation_prompt, **names)
+    names = specials | {"documents": None}
+    return render_bounded(_compile(template), messages, tools, add_generation_prompt=add_generation_prompt, **names)
 
 
 class _Generation(Extension):

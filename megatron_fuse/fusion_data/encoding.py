@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_fuse.chat import ChatFormat, supervised_turns
 from megatron_fuse.fusion_data.streams import write_stream
-from megatron_fuse.instructions import Example
+from megatron_fuse.instructions import Example, naming_example
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses.answers import Learned, learned_of_example
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
@@ -56,13 +56,15 @@ def encode_documents(
     for index, (example, response) in enumerate(zip(examples, responses, strict=True)):
         encoded = None
         if response is not None:
-            encoded = chat.encode_conversation(
-                example.prompt(chat.system),
-                response.text,
-                stop=response.ends,
-                every_turn=every_turn,
-                reasoning=response.thought,
-            )
+            with naming_example(example):
+                encoded = chat.encode_conversation(
+                    example.prompt(chat.system),
+                    response.text,
+                    stop=response.ends,
+                    every_turn=every_turn,
+                    reasoning=response.thought,
+                    tools=example.tools,
+                )
         fits = encoded is not None and len(encoded.ids) <= seq_length + 1
         tokens.append(encoded.ids if fits else nothing)
         supervised.append((encoded.supervised if fits else nothing).astype(np.uint8))

@@ -9,10 +9,10 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.loading_checks import check_after_loading, check_before_loading
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.huggingface.resolving import resolve_model, trust_key
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ModelOptions
 
 

@@ -38,7 +38,8 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
     """{"model", "template", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}], "generation_prompt", ...}
 
     tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text after which the model
-    answers the sample's last question. The other keys are those fields of ChatFormat.
+    answers the sample's last question. missing_of_tools: null where the template prints offered tools, calls and outputs, else why it
+    does not. The other keys are those fields of ChatFormat.
     """
     try:
         sample, encoded = _SAMPLE, chat.encode_conversation(_SAMPLE, _RESPONSE)
@@ -64,6 +65,7 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
         "generation": chat.generation,
         "closing": chat.closing,
         "folds_system": chat.folds_system,
+        "missing_of_tools": chat.missing_of_tools,
     }
 
 
@@ -93,6 +95,10 @@ def format_template_view(view: dict[str, Any]) -> str:
         lines.append(f"white space between a response and its stop token: {view['closing']!r}, context")
     if view["folds_system"]:
         lines.append("the template takes no system message: it is put before the first user message")
+    if view["missing_of_tools"] is None:
+        lines.append("tools: the template prints offered tools, calls and outputs")
+    else:
+        lines.append(f"tools: rows with tools are left out: {view['missing_of_tools']}")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Instructions: examples read from a user's file, checked, sampled and cut to length once for every later stage."""
 
-from megatron_fuse.instructions.examples import Example
+from megatron_fuse.instructions.examples import Example, naming_example
 from megatron_fuse.instructions.left_out import left_out
 from megatron_fuse.instructions.prepare import (
     INSTRUCTIONS,
@@ -19,6 +19,7 @@ __all__ = [
     "instructions_options",
     "left_out",
     "load_examples",
+    "naming_example",
     "prepare_instructions",
     "read_rows",
 ]

@@ -3,6 +3,8 @@
 import unicodedata
 from dataclasses import dataclass, replace
 
+from megatron_fuse.chat import may_be_learned
+from megatron_fuse.chat.nested_texts import with_texts
 from megatron_fuse.chat.thoughts import with_thought
 from megatron_fuse.instructions.examples import Example, Message
 
@@ -27,16 +29,19 @@ class Cleaning:
             messages=[self._message(message) for message in example.messages],
             response=with_thought(thought, text) if self.reasoning == "supervise" else text,
             reasoning=thought if self.reasoning == "template" else None,
+            tools=with_texts(example.tools, self._text),
         )
 
     def _message(self, message: Message) -> Message:
         if message["role"] != "assistant":
-            return {**message, "content": self._text(message["content"])}
+            return with_texts(message, self._text)
         clean: Message = {**message, "content": self._answer(message["content"])}
+        if "tool_calls" in message:
+            clean["tool_calls"] = with_texts(message["tool_calls"], self._text)
         thought = clean.pop("reasoning_content", None)
         if thought is not None and self.reasoning == "template":
             clean["reasoning_content"] = self._text(thought)
-        elif thought is not None and self.reasoning == "supervise" and message.get("supervised", True):
+        elif thought is not None and self.reasoning == "supervise" and may_be_learned(message):
             clean["content"] = with_thought(self._text(thought), clean["content"])
         return clean
 

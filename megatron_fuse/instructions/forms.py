@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.instructions.row_texts import Row, text
 from megatron_fuse.instructions.tables import read_table
-from megatron_fuse.instructions.turns import Row, Turns, conversation, pair, text
+from megatron_fuse.instructions.turns import Turns, conversation, pair
 from megatron_fuse.text_safety import brief
 
 

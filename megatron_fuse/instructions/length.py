@@ -1,4 +1,4 @@
-"""Cutting a response to the length that every model can read: once, before any other stage."""
+"""Cutting a response to the length that every model can read, and leaving out what one cannot: once, before any other stage."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_fuse.chat import ChatFormat, EncodedConversation, supervised_turns
+from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.tokenization.spans import response_bytes
@@ -31,6 +32,27 @@ def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[i
     return prompt_length, int(ends[min(kept, len(ends)) - 1]) if kept > 0 else 0
 
 
+def _encoded(
+    example: Example, chat: ChatFormat, response: str, *, stop: bool = True, every_turn: bool = False
+) -> EncodedConversation:
+    """Raises BadRow for an example with tools that the template refuses or does not print; a UserError about another stays one."""
+    messages, thought = example.prompt(chat.system), example.reasoning
+    try:
+        return chat.encode_conversation(
+            messages, response, stop=stop, every_turn=every_turn, reasoning=thought, tools=example.tools
+        )
+    except UserError as error:
+        if not example.uses_tools:
+            raise
+        raise BadRow(Kind.TOOLS, str(error)) from None
+
+
+def require_readable(example: Example, formats: Iterable[ChatFormat]) -> None:
+    """Raises BadRow where one of these templates refuses an example with tools or does not print it."""
+    for chat in formats:
+        _encoded(example, chat, example.response)
+
+
 def fit(
     example: Example,
     formats: Iterable[tuple[str, ChatFormat]],
@@ -53,13 +75,7 @@ def fit(
     lengths: list[int] = []  # tokens in each of the formats, from the first on, in which the response fits as it is now
     while len(lengths) < len(formats):
         name, chat = formats[len(lengths)]
-        encoded = chat.encode_conversation(
-            example.prompt(chat.system),
-            response.decode(),
-            stop=not truncated,
-            every_turn=every_turn,
-            reasoning=example.reasoning,
-        )
+        encoded = _encoded(example, chat, response.decode(), stop=not truncated, every_turn=every_turn)
         length = len(encoded.ids)
         if length <= seq_length:
             lengths.append(length)

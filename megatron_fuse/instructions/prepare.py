@@ -2,12 +2,13 @@
 
 instructions/examples.00000.jsonl ...   data.shard_size examples each, in the order of the user's file
 instructions/examples.bad_rows.jsonl    {line, kind, reason}: rows that could not be used
-instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples left out for their length
+instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples left out for their length, or for tools that a model cannot read
 """
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import numpy as np
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.instructions.bad_rows import BadRow
+from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.cleaning import Cleaning, is_in_nfc
 from megatron_fuse.instructions.examples import Example
-from megatron_fuse.instructions.length import fit
+from megatron_fuse.instructions.length import fit, require_readable
 from megatron_fuse.instructions.rows import Rows, read_rows
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.recipe import TARGET, Recipe
@@ -91,14 +92,16 @@ class _Fitted:
 
 
 def _choose(
-    recipe: Recipe, rows: Rows, formats: list[tuple[str, ChatFormat]], progress: Callable[[str], None]
+    context: Context, rows: Rows, formats: list[tuple[str, ChatFormat]], progress: Callable[[str], None]
 ) -> tuple[dict[str, _Fitted], dict[str, BadRow]]:
-    """The sample, and the reasons of those left out for their length, by id. Holds no more than one example's texts at a time."""
-    data = recipe.data
+    """The sample, and the reasons of those left out for their length or their tools, by id. Holds no more than one example's texts at a
+    time."""
+    recipe, data = context.recipe, context.recipe.data
     fitted: dict[str, _Fitted] = {}
     dropped: dict[str, BadRow] = {}
     candidates = _by_rank(rows.lines, recipe.seed, "sample")
     wanted = data.samples or len(rows)
+    reward_models = cache(lambda: _reward_model_formats(context, progress))  # only for rows with tools
     while candidates and len(fitted) < wanted:  # the next in rank take the place of those who did not fit
         missing = wanted - len(fitted)
         for example in rows.read(candidates[:missing]):
@@ -106,6 +109,8 @@ def _choose(
                 result = fit(
                     example, formats, recipe.training.seq_length, policy=data.too_long, every_turn=rows.every_turn
                 )
+                if example.uses_tools:
+                    require_readable(result, reward_models())
             except BadRow as reason:
                 dropped[example.id] = reason.with_traceback(None)  # which would keep the texts
                 continue
@@ -117,12 +122,27 @@ def _choose(
         candidates = candidates[missing:]
     if not fitted:
         name, reason = next(iter(dropped.items()))
-        raise UserError(f"{data.path}: no example fits --seq-length {recipe.training.seq_length} ({name!r}: {reason})")
+        why = "can be read" if reason.kind == Kind.TOOLS else f"fits --seq-length {recipe.training.seq_length}"
+        raise UserError(f"{data.path}: no example {why} ({name!r}: {reason})")
     if data.held_out >= len(fitted):
         raise UserError(
             f"data.held_out is {data.held_out} but there are {len(fitted)} examples in all: none would be left to train on"
         )
     return fitted, dropped
+
+
+def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> list[ChatFormat]:
+    """Of those that will read conversations, as far as they are on this machine."""
+    recipe, formats = context.recipe, []
+    for name in dict.fromkeys(name for names in recipe.scorers.values() for name in names):
+        options = recipe.reward_models.get(name)
+        if options is None or options.scores:  # the reference, or a file
+            continue
+        try:
+            formats.append(context.reward_model_format(name))
+        except UserError as error:
+            progress(f"not known whether reward_models.{name} can read tools: {error}")
+    return formats
 
 
 def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artefact | None:
@@ -142,7 +162,7 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "it is empty"
         raise UserError(f"{data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
-    fitted, dropped = _choose(recipe, rows, formats, progress)
+    fitted, dropped = _choose(context, rows, formats, progress)
     held_out = set(_by_rank(fitted, recipe.seed, "held out")[: data.held_out])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
@@ -150,19 +170,21 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
         sizes = np.diff(shard_bounds(len(fitted), data.shard_size))
         for shard, size in enumerate(sizes):
             path = prefix.with_name(f"{prefix.name}.{shard:05d}.jsonl")
-            write_jsonl(path, (asdict(example) for example in islice(examples, size)))
+            write_jsonl(path, (example.as_row() for example in islice(examples, size)))
         write_jsonl(prefix.with_name(f"{prefix.name}.bad_rows.jsonl"), rows.bad)
-        too_long = (
+        left_out = (
             {"id": name, "line": line, "kind": dropped[name].kind, "reason": str(dropped[name])}
             for name, line in rows.lines.items()
             if name in dropped
         )
-        write_jsonl(prefix.with_name(f"{prefix.name}.dropped.jsonl"), too_long)
+        write_jsonl(prefix.with_name(f"{prefix.name}.dropped.jsonl"), left_out)
+        unreadable = sum(reason.kind == Kind.TOOLS for reason in dropped.values())
         return {
             "rows": len(rows) + len(rows.bad),
             "bad_rows": len(rows.bad),
             "leading_answers_left_off": rows.began_with_answer,
-            "dropped_for_length": len(dropped),
+            "dropped_for_length": len(dropped) - unreadable,
+            **({"dropped_for_tools": unreadable} if unreadable else {}),
             "examples": len(fitted),
             "held_out": len(held_out),
             "not_in_nfc": sum(not example.in_nfc for example in fitted.values()),

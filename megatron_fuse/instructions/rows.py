@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_fuse.chat import may_be_learned
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.forms import FORMS, Form, detect_form
+from megatron_fuse.instructions.row_texts import Row, characters
 from megatron_fuse.instructions.tables import read_table
-from megatron_fuse.instructions.turns import Row, Turns, characters
+from megatron_fuse.instructions.turns import Turns
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import as_id
@@ -25,16 +27,22 @@ def _read(row: Row, form: Form, every_turn: bool) -> _Read:
     said = form.read(row)
     given = row.get("id")
     # From content, so that it stays the same when rows are added, removed or sorted.
-    name = sha256_of_json([said.system, said.turns])[:16] if given is None else _own_id(given)
+    content = [said.system, said.turns, *([said.tools] if said.tools else [])]
+    name = sha256_of_json(content)[:16] if given is None else _own_id(given)
     *messages, response = _learned(said, every_turn)
     if not response["content"].strip():
         raise BadRow(Kind.EMPTY, "the response is empty")
-    if not messages[-1]["content"].strip():
+    if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
         raise BadRow(Kind.EMPTY, "the prompt is empty")
     category = row.get("category")
     category = characters(category, "category") if isinstance(category, str) and category else None
     thought = response.get("reasoning_content")
-    example = Example(name, said.system or None, messages, response["content"], category=category, reasoning=thought)
+    example = Example(
+        *(name, said.system or None, messages, response["content"]),
+        category=category,
+        reasoning=thought,
+        tools=said.tools,
+    )
     return _Read(example, given is not None, said.began_with_answer)
 
 
@@ -49,8 +57,8 @@ def _learned(said: Turns, every_turn: bool) -> list[dict[str, Any]]:
     """The turns up to the last one that is learned. Where only the last is to be learned, this has to be it."""
     turns = said.turns
     if every_turn:
-        while turns and "supervised" in turns[-1]:  # what follows the last label teaches nothing
-            turns = turns[:-2]
+        while turns and not may_be_learned(turns[-1]):  # what follows the last label teaches nothing
+            turns = turns[:-1]
         if not turns:
             raise BadRow(Kind.MASKED, "every assistant turn is masked")
     elif "supervised" in turns[-1]:

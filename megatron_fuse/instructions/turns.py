@@ -1,61 +1,36 @@
-"""What a row says, whatever its form: the system message and turns of user and assistant, checked."""
+"""What a row says, whatever its form: the system message and turns of user, assistant and tools, checked."""
 
 from typing import Any, NamedTuple
 
 from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
 from megatron_fuse.instructions.examples import Message
+from megatron_fuse.instructions.row_texts import Row, text
+from megatron_fuse.instructions.tool_turns import (
+    CALL_ROLES,
+    OUTPUT_ROLES,
+    calls_in_text,
+    calls_of,
+    join_outputs,
+    offered_tools,
+    output_of,
+)
 from megatron_fuse.storage.records import quoted
-
-Row = dict[str, Any]
 
 
 class Turns(NamedTuple):
-    """A conversation: user and assistant in turn, the assistant last; at least one of each."""
+    """A conversation: user and assistant in turn, an answer of the assistant last; at least one of each. Before an answer there may
+    be turns of the assistant that call tools, each with the tools' turns behind it."""
 
     system: str  # "": none
     turns: list[Message]
     began_with_answer: bool = False  # the assistant's turn before the first question was left off
+    tools: list[dict[str, Any]] | None = None  # what the row offers
 
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-_TOOL_ROLES = {
-    *("tool", "tool_call", "tool_calls", "tool_response", "tool_result", "function", "function_call"),
-    *("function_response", "function_result", "observation", "ipython"),
-}
 _MASKS = ("weight", "loss", "train")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_NO_TOOLS = (None, "", "[]", [])
-
-
-def text(row: Row, key: str, *, optional: bool = False) -> str:
-    """A text of a row or turn; of a list of text parts their whole. Optional: "" where there is none."""
-    value = row.get(key)
-    if isinstance(value, str):
-        return characters(value, key)
-    if value is None:
-        if optional:
-            return ""
-        raise BadRow(Kind.MISSING, f"{key} is missing")
-    if isinstance(value, list):
-        return characters("".join(_part(part, key) for part in value), key)
-    raise BadRow(Kind.NOT_TEXT, f"{key} is a {type(value).__name__}, not text")
-
-
-def _part(part: Any, key: str) -> str:
-    kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else ("text", part)
-    if kind == "text" and isinstance(words, str):
-        return words
-    raise BadRow(Kind.NOT_TEXT, f"{key} is a list with {quoted(part)}, which is no text part {{type: text, text}}")
-
-
-def characters(value: str, key: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no character
-        reason = f"{key} holds half a surrogate pair at character {error.start}"
-        raise BadRow(Kind.BAD_ID if key == "id" else Kind.NOT_TEXT, reason) from error
-    return value
 
 
 def pair(system: str, question: str, answer: str) -> Turns:
@@ -64,28 +39,43 @@ def pair(system: str, question: str, answer: str) -> Turns:
 
 def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
     """The turns under `key`: a list of {role, text}, or {role: list, text: list} as `datasets` stores it."""
-    if row.get("tools") not in _NO_TOOLS:
-        raise BadRow(Kind.TOOLS, "tools are offered, which are not read")
     messages = [_turn(turn, role_key, text_key) for turn in _listed(row.get(key), key)]
+    join_outputs(messages)
     system = text(row, "system", optional=True)
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
-    while messages and messages[-1]["role"] == "user":  # a question without an answer
+    calls = any("tool_calls" in message for message in messages)
+    while messages and _awaits_answer(messages[-1]):
         messages.pop()
+    _check_order(messages)
+    began_with_answer = bool(messages) and messages[0]["role"] == "assistant"
+    if began_with_answer:
+        first = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages))
+        del messages[:first]
+    if not messages:
+        but = " behind a user's" if began_with_answer else " but calls of tools" if calls else ""
+        raise BadRow(Kind.NO_ANSWER, f"no assistant turn{but}")
+    return Turns(system, messages, began_with_answer, offered_tools(row, calls=calls))
+
+
+def _awaits_answer(message: Message) -> bool:
+    """A question, a call or its output: what the assistant has not answered yet."""
+    return message["role"] in ("user", "tool") or "tool_calls" in message
+
+
+def _check_order(messages: list[Message]) -> None:
+    """Raises BadRow. An output comes behind a call, as join_outputs has found."""
     previous = None
     for message in messages:
         role = message["role"]
         if role == "system":
             raise BadRow(Kind.LATE_SYSTEM, "a turn behind the first is the system's")
-        if role == previous:
+        if previous and role == previous["role"] != "tool":
             raise BadRow(Kind.SAME_ROLE, f"user and assistant do not take turns: two of the {role} in a row")
-        previous = role
-    began_with_answer = bool(messages) and messages[0]["role"] == "assistant"
-    if began_with_answer:
-        del messages[0]
-    if not messages:
-        raise BadRow(Kind.NO_ANSWER, "no assistant turn" + (" behind a user's" if began_with_answer else ""))
-    return Turns(system, messages, began_with_answer)
+        if previous and role == "user" and _awaits_answer(previous):
+            before = "a tool's" if previous["role"] == "tool" else "a call of a tool"
+            raise BadRow(Kind.TOOLS, f"a user's turn behind {before}, which the assistant has not answered")
+        previous = message
 
 
 def _listed(turns: Any, key: str) -> list[Row]:
@@ -99,26 +89,30 @@ def _listed(turns: Any, key: str) -> list[Row]:
 
 
 def _turn(turn: Row, role_key: str, text_key: str) -> Message:
+    role = turn.get(role_key)
+    if isinstance(role, str) and role in OUTPUT_ROLES:
+        return output_of(turn, text(turn, text_key))
+    if isinstance(role, str) and role in CALL_ROLES:
+        thought, calls = calls_in_text(text(turn, text_key), role)
+        message: Message = {"role": "assistant", "content": "", "tool_calls": calls}
+        return message if thought is None else {**message, "reasoning_content": thought}
     try:
-        role = _ROLES[turn[role_key]]
+        role = _ROLES[role]  # type: ignore[index]
     except (KeyError, TypeError):  # missing, not known, or of a type that no key has
-        raise _unknown_role(turn.get(role_key), role_key) from None
+        known = ", ".join(_ROLES)
+        reason = f"{role_key} of a turn is {quoted(role)}; known are {known} and those of tools"
+        raise BadRow(Kind.UNKNOWN_ROLE, reason) from None
     has_more = len(turn) > 2 and role == "assistant"  # than role and text
-    if has_more and (turn.get("tool_calls") or turn.get("function_call")):
-        raise BadRow(Kind.TOOLS, "tool turns are not read (a turn calls a tool)")
-    message: Message = {"role": role, "content": text(turn, text_key)}
+    calls = calls_of(turn) if has_more else []
+    message = {"role": role, "content": text(turn, text_key, optional=bool(calls))}
     thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), None) if has_more else None
     if thought is not None and split_thought(message["content"])[0] is None:  # else the text has it already
         message["reasoning_content"] = text({"reasoning": thought}, "reasoning")
-    if has_more and not _is_learned(turn):
+    if calls:
+        message["tool_calls"] = calls
+    elif has_more and not _is_learned(turn):
         message["supervised"] = False
     return message
-
-
-def _unknown_role(name: Any, role_key: str) -> BadRow:
-    if isinstance(name, str) and name in _TOOL_ROLES:
-        return BadRow(Kind.TOOLS, f"tool turns are not read ({role_key} {quoted(name)})")
-    return BadRow(Kind.UNKNOWN_ROLE, f"{role_key} of a turn is {quoted(name)}; known are {', '.join(_ROLES)}")
 
 
 def _is_learned(turn: Row) -> bool:

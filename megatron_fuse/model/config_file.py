@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, mod
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.model.weight_files import refuse_adapter
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from megatron_fuse.chat import supervised_turns
+from megatron_fuse.chat.nested_texts import texts_in
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.rows import read_rows
@@ -66,6 +67,8 @@ def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
         conversation += (
             _tokens(example.system or "") + sum(_tokens(each["content"]) for each in example.messages) + response
         )
+        calls = [each["tool_calls"] for each in example.messages if "tool_calls" in each]
+        conversation += sum(map(_tokens, texts_in([example.tools, calls])))
         learned += sum(map(_tokens, supervised_turns(example.messages, example.response, every_turn=every_turn)))
         last += response
         answer += min(response, limit)

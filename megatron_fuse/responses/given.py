@@ -3,8 +3,9 @@
 Every rank reads the file once, before the first shard is made, and keeps the answers to this run's examples, each once.
 """
 
+import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import Example
+from megatron_fuse.instructions.bad_rows import BadRow
 from megatron_fuse.instructions.tables import read_table
+from megatron_fuse.instructions.tool_turns import OUTPUT_ROLES, calls_of
 from megatron_fuse.recipe import ResponseFile
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
@@ -43,7 +46,7 @@ def given_answers(
     """Looks the answers to these examples up. chat: the answering model's, whose tokens are counted; where: the recipe's key.
 
     A row belongs to an example by its id, or, with match: prompt, by the text of the last user message or by a list of all
-    messages {role, content}, white space at their ends apart. It has no answer where the text is null or missing; `truncated`
+    messages {role, content}, with calls of tools in OpenAI's form, white space at their ends apart. It has no answer where the text is null or missing; `truncated`
     (true or false) stands beside the text in the row, where it is known. Rows of other examples are counted.
 
     Raises UserError naming the line of a row without id or prompt or with a value of a wrong type, both lines of two answers
@@ -55,7 +58,7 @@ def given_answers(
     for example in examples:
         asked[example.id] = list(_keys(options, example))
         if len(here) < _SHOWN:
-            here.append(example.id if options.match == "id" else example.messages[-1]["content"])
+            here.append(example.id if options.match == "id" else _question(example))
     found = _read(options, where, set(chain.from_iterable(asked.values())), here, progress)
     given = _by_example(options, asked, found)
 
@@ -97,7 +100,12 @@ def _keys(options: ResponseFile, example: Example) -> Iterator[str]:
     if example.system is not None:
         yield _messages_key(example.prompt())
     yield _messages_key(example.messages)
-    yield _text_key(example.messages[-1]["content"])
+    yield _text_key(_question(example))
+
+
+def _question(example: Example) -> str:
+    """The last user message; behind it there may be calls of tools."""
+    return next(message["content"] for message in reversed(example.messages) if message["role"] == "user")
 
 
 def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
@@ -108,15 +116,25 @@ def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
         return _text_key(prompt)
     try:
         return _messages_key(prompt)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, BadRow) as error:
         raise UserError(
             f"{place}: {options.prompt} is {quoted(prompt)}: match: prompt needs the text of the last user message or a list of "
             f"{{role, content}} under a key of the row, which has {keys_shown(row)}"
         ) from error
 
 
-def _messages_key(messages: list[dict[str, str]]) -> str:
-    return _text_key(*(message[key] for message in messages for key in ("role", "content")))
+def _messages_key(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Of a prompt in a file or of an example's messages. Ids of calls do not count."""
+    return _text_key(*(text for message in messages for text in _message_texts(message)))
+
+
+def _message_texts(message: Mapping[str, Any]) -> Iterator[str]:
+    calls = calls_of(message) if len(message) > 2 else []
+    yield "tool" if message["role"] in OUTPUT_ROLES else message["role"]
+    yield (message.get("content") or "") if calls else message["content"]
+    for call in calls:
+        yield call["function"]["name"]
+        yield json.dumps(call["function"]["arguments"], sort_keys=True, ensure_ascii=False)
 
 
 def _text_key(*texts: str) -> str:

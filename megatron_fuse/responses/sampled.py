@@ -13,7 +13,7 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.huggingface.limits import max_positions
 from megatron_fuse.huggingface.loading import load_causal_lm, refuse_unknown_ids
-from megatron_fuse.instructions import Example
+from megatron_fuse.instructions import Example, naming_example
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key
@@ -58,7 +58,8 @@ def _prompts(recipe: Recipe, name: str, model, chat: ChatFormat, examples: list[
     limit = min(recipe.training.seq_length, max_positions(model.config) or recipe.training.seq_length)
     prompts = []
     for example in examples:
-        ids = chat.encode_prompt(example.prompt(chat.system))
+        with naming_example(example):
+            ids = chat.encode_prompt(example.prompt(chat.system), example.tools)
         room = min(recipe.responses.max_new_tokens, limit - len(ids))
         prompts.append(Prompt(example.id, ids, room, example_seed(recipe, name, example)))
     refuse_unknown_ids(model, max(max(prompt.ids) for prompt in prompts), recipe_key(name))

@@ -1,13 +1,15 @@
 """Answers that an OpenAI-compatible server gives."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.huggingface.limits import declared_positions
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.instructions import Example
+from megatron_fuse.instructions import Example, naming_example
 from megatron_fuse.instructions.examples import Message
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
@@ -86,7 +88,8 @@ class _Format:
 
     def room(self, example: Example) -> int:
         """Most tokens of an answer; none where it is below 1."""
-        prompt = self.chat.encode_prompt(example.prompt(self.chat.system))
+        with naming_example(example):
+            prompt = self.chat.encode_prompt(example.prompt(self.chat.system), example.tools)
         return min(self.recipe.responses.max_new_tokens, self.limit - len(prompt))
 
     def body(self, example: Example, room: int) -> Body:
@@ -108,8 +111,10 @@ class _Format:
         messages = example.prompt(self.chat.system)
         if self.options.server.endpoint == "chat":
             # Folded into the first user message where our template, mostly the server's own, takes no system message.
-            return {"messages": [_plain(message) for message in self.chat.with_system(messages)]}
-        prompt, tokenizer = self.chat.render_prompt(messages), self.chat.tokenizer
+            question = {"messages": [_plain(message) for message in self.chat.with_system(messages)]}
+            # What is learned is text: the tools that are offered are context only.
+            return question | ({"tools": example.tools, "tool_choice": "none"} if example.tools else {})
+        prompt, tokenizer = self.chat.render_prompt(messages, example.tools), self.chat.tokenizer
         # Servers read a prompt as the tokenizer reads any text, with BOS in front if it adds one: the template's own is then one
         # too many. Where it adds none, what the template writes is all there is, and stays.
         bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.adds_bos else None
@@ -150,6 +155,15 @@ class _Format:
         return thought, answer if reply.truncated or not chat.closing else answer.removesuffix(chat.closing)
 
 
-def _plain(message: Message) -> dict[str, str]:
-    """Without the mask, which is ours. The thought stays: the server's template prints it or leaves it out."""
-    return {key: message[key] for key in ("role", "content", "reasoning_content") if key in message}
+def _plain(message: Message) -> dict[str, Any]:
+    """Without the mask, which is ours, and with the arguments of calls as text, which OpenAI's form asks for. The thought stays: the
+    server's template prints it or leaves it out."""
+    keys = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
+    plain = {key: message[key] for key in keys if key in message}
+    if "tool_calls" in plain:
+        plain["tool_calls"] = [
+            call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+            for call in plain["tool_calls"]
+            for function in [call["function"]]
+        ]
+    return plain

@@ -25,10 +25,10 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import longest_text
 from megatron_fuse.huggingface.loading import this_device
 from megatron_fuse.huggingface.loading_checks import check_before_loading
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.config_file import load_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
 from megatron_fuse.text_safety import say
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.reward_models import find_judge
-from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress, Report
@@ -184,11 +184,12 @@ def _score(
 def _readable(judge: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
     """Encoded conversations by the place of their answer among all; what is empty or too long to read is left out."""
     messages = example.prompt(judge.chat.system)
-    encoded = {
-        place: judge.encode(messages, response.response)
-        for place, response in enumerate(responses)
-        if response.response.strip()
-    }
+    with naming_example(example):
+        encoded = {
+            place: judge.encode(messages, response.response, example.tools)
+            for place, response in enumerate(responses)
+            if response.response.strip()
+        }
     limit = judge.max_tokens or np.inf
     return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
 

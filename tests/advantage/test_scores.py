@@ -95,9 +95,9 @@ class Encodings:
         self.texts: list[str] = []
         encode = stage.RewardModel.encode
 
-        def listening(judge: stage.RewardModel, messages: list, response: str) -> np.ndarray:
+        def listening(judge: stage.RewardModel, messages: list, response: str, tools: list | None) -> np.ndarray:
             self.texts.append(response)
-            return encode(judge, messages, response)
+            return encode(judge, messages, response, tools)
 
         monkeypatch.setattr(stage.RewardModel, "encode", listening)
 

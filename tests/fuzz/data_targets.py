@@ -29,6 +29,7 @@ from megatron_fuse.storage import write_jsonl
 
 Rows = list[dict[str, Any]]
 TEXTS = ["Sure: 12 + 30 = 42.", "日本 and été are words. 🙂", "Yes.", " begins and ends with a space "]
+_CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 12.5, "b": [null, {"c": "é"}]}'}}
 FORMS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     "alpaca": lambda n, text: {"instruction": f"Question {n}?", "input": "", "output": text, "system": "Be brief."},
     "sharegpt": lambda n, text: {
@@ -36,6 +37,15 @@ FORMS: dict[str, Callable[[int, str], dict[str, Any]]] = {
     },
     "messages": lambda n, text: {
         "messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": text}]
+    },
+    "tools": lambda n, text: {
+        "messages": [
+            {"role": "user", "content": f"Question {n}?"},
+            {"role": "assistant", "content": None, "tool_calls": [_CALL, {**_CALL, "id": f"call_{n}"}]},
+            {"role": "tool", "content": text, "tool_call_id": f"call_{n}"},
+            {"role": "assistant", "content": text},
+        ],
+        "tools": '[{"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}]',
     },
     "orca": lambda n, text: {"system_prompt": "", "question": f"Question {n}?", "response": text},
 }
@@ -67,7 +77,7 @@ def rows_in(form: str) -> Rows:
 def read_instructions(path: Path) -> None:
     """Every usable row is an example that can be written and split."""
     rows = read_rows(path)
-    write_jsonl(path.parent / "out/examples.jsonl", (asdict(example) for example in rows.read()))
+    write_jsonl(path.parent / "out/examples.jsonl", (example.as_row() for example in rows.read()))
     write_jsonl(path.parent / "out/bad_rows.jsonl", rows.bad)
 
 

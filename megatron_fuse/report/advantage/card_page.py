@@ -1,5 +1,6 @@
 """One example of the advantage report as HTML: who won and why, the instruction, and every answer."""
 
+import json
 from typing import Any
 
 from megatron_fuse.report.advantage.charts import colour_of
@@ -41,7 +42,7 @@ def html_card(card: dict[str, Any], sources: list[str]) -> str:
     facts = [f"example {card['id']}", *([card["category"]] if card["category"] else []), f"wins in {won}"]
     system = f'<p class="note">System: {_folded(card["system"], _SYSTEM)}</p>' if card["system"] else ""
     turns = card["messages"]
-    spoken = [_folded(turn["content"], _INSTRUCTION) for turn in turns]
+    spoken = [_folded(_spoken(turn), _INSTRUCTION) for turn in turns]
     if len(turns) > 1:
         spoken = [f"<b>{escape(turn['role'])}:</b> {text}" for turn, text in zip(turns, spoken, strict=True)]
     given = [answer for answer in card["answers"] if answer["text"] is not None]
@@ -53,6 +54,13 @@ def html_card(card: dict[str, Any], sources: list[str]) -> str:
         f'<div class="instruction text">{"<br>".join(spoken)}</div>{_scores(card)}'
         f'<div class="answers" style="grid-template-columns: repeat({columns}, 1fr)">{answers}</div></div>\n'
     )
+
+
+def _spoken(turn: dict[str, Any]) -> str:
+    """The text of a turn, with the tools that it calls."""
+    calls = [call["function"] for call in turn.get("tool_calls", ())]
+    shown = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in calls]
+    return "\n".join(filter(None, (turn["content"], *shown))) if calls else turn["content"]
 
 
 def _weight(card: dict[str, Any], mode: str) -> str:

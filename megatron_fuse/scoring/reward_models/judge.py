@@ -8,6 +8,7 @@ from torch import nn
 
 from megatron_fuse.chat import ChatFormat, Messages
 from megatron_fuse.chat.templates import render
+from megatron_fuse.chat.tool_rendering import Tools
 from megatron_fuse.huggingface.limits import longest_text
 
 _PADDED = " Answer "
@@ -34,13 +35,13 @@ class RewardModel:
     def max_tokens(self) -> int | None:
         return longest_text(self.backbone)
 
-    def encode(self, messages: Messages, response: str) -> np.ndarray:
+    def encode(self, messages: Messages, response: str, tools: Tools | None = None) -> np.ndarray:
         """int32 [n]: ids of the conversation, with one BOS if the tokenizer adds or the template prints any; messages end
-        with the user's. Special-token strings of the texts stay text, so that the last token is always the template's or
-        the answer's own. Raises UserError where the template refuses the messages.
+        with the user's or a tool's. Special-token strings of the texts stay text, so that the last token is always the template's or
+        the answer's own. Raises UserError where the template refuses the messages or does not print what belongs to tools.
         """
         answer = response.strip() if self._strips_answers else response
-        return self.chat.encode_conversation(messages, answer, stop=self.stop).ids
+        return self.chat.encode_conversation(messages, answer, stop=self.stop, tools=tools).ids
 
     @cached_property
     def _strips_answers(self) -> bool:

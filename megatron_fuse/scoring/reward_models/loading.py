@@ -20,11 +20,11 @@ from transformers.utils import logging as transformers_logging
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.loading import load_model, this_device
 from megatron_fuse.huggingface.loading_checks import check_layers, check_size, sizes
-from megatron_fuse.own_code import not_loadable
 from megatron_fuse.huggingface.reward_models import FORMS, JudgeFiles, find_judge, load_judge_format
 from megatron_fuse.model.config_file import check_model_directory, load_config, reason
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
+from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.scoring.reward_models.judge import RewardModel
 from megatron_fuse.text_safety import brief

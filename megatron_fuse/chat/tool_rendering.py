@@ -1,0 +1,164 @@
+"""How a chat template takes calls of tools, and whether it prints them: found out by rendering conversations with marks.
+
+Templates differ in what they expect of a call beside transformers' form, whose arguments are an object: DeepSeek's older ones glue
+arguments to a text, and print calls only where the turn's content is null; Mistral's take ids of nine characters. A template that does
+not know tools prints less than it is given, without a word.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from megatron_fuse.chat.nested_texts import with_texts
+from megatron_fuse.errors import UserError
+
+Turn = Mapping[str, Any]
+Tools = list[dict[str, Any]]
+
+_MARK = "9d41c7e2"
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """In what form a template gets calls.
+
+    text_arguments: as JSON text, else as an object. null_content: of a turn with calls and no text, else "". short_ids: `call00000`
+    and so on for those of another length, else all are the row's own.
+    """
+
+    text_arguments: bool = False
+    null_content: bool = False
+    short_ids: bool = False
+
+    def shown(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """Turns as the template gets them."""
+        ids = [call["id"] for turn in turns for call in turn.get("tool_calls", ())]
+        numbered = {name: f"call{number:05d}" for number, name in enumerate(dict.fromkeys(ids))}
+        short = {name: new for name, new in numbered.items() if self.short_ids and len(name) != len(new)}
+        return [self._shown(dict(turn), short) for turn in turns]
+
+    def _shown(self, turn: dict[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+        if "tool_call_id" in turn:
+            turn["tool_call_id"] = short.get(turn["tool_call_id"], turn["tool_call_id"])
+        if "tool_calls" in turn:
+            turn["tool_calls"] = [self._call(call, short) for call in turn["tool_calls"]]
+            turn["content"] = turn["content"] or (None if self.null_content else "")
+        return turn
+
+    def _call(self, call: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:
+        function = call["function"]
+        if self.text_arguments:
+            function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+        return {**call, "id": short.get(call["id"], call["id"]), "function": function}
+
+
+STYLES = [CallStyle(*choice) for choice in product((False, True), repeat=3)]
+
+
+def has_tools(turns: Sequence[Turn], tools: Tools | None) -> bool:
+    return bool(tools) or any("tool_calls" in turn or turn["role"] == "tool" for turn in turns)
+
+
+def not_printed(
+    render: Callable[[list[Turn], Tools | None], str], turns: Sequence[Turn], tools: Tools | None
+) -> list[str]:
+    """What a template leaves out of offered tools, calls and outputs, in words; render(turns, tools): its text.
+
+    A mark is put behind every name, every text and key of the arguments, and every output. It comes through white space being
+    stripped and through JSON, and no other text of the conversation has it.
+    """
+    marks: dict[str, str] = {}  # mark -> what it is a mark of
+    ids: dict[str, str] = {}  # of calls -> with marks: templates compare them with those of outputs
+
+    def marked(text: str, what: str) -> str:
+        mark = f"{_MARK}{len(marks)}x"
+        marks[mark] = what
+        return text + mark
+
+    def called(call: Mapping[str, Any]) -> dict[str, Any]:
+        name, function = call["function"]["name"], call["function"]
+        shown = marked(name, f"the name of a call of {name}")
+        arguments = with_texts(function["arguments"], lambda text: marked(text, f"the arguments of a call of {name}"))
+        # Kimi's templates print the id alone, which has the name in it.
+        ids[call["id"]] = call["id"].replace(name, shown)
+        return {**call, "id": ids[call["id"]], "function": {"name": shown, "arguments": arguments}}
+
+    offered = [
+        {**tool, "function": {**tool["function"], "name": marked(name, f"the offered tool {name}")}}
+        for tool in tools or ()
+        for name in [tool["function"]["name"]]
+    ]
+    given = []
+    for turn in turns:
+        if "tool_calls" in turn:
+            turn = {**turn, "tool_calls": [called(call) for call in turn["tool_calls"]]}
+        elif turn["role"] == "tool":
+            what = f"the output of {turn.get('name', 'a tool')}"
+            content = marked(turn["content"], what) if turn["content"].strip() else turn["content"]
+            turn = {**turn, "content": content, "tool_call_id": ids.get(turn.get("tool_call_id", ""), "")}
+        given.append(turn)
+    text = render(given, offered or None)
+    missing = [what for mark, what in marks.items() if mark not in text]
+    every = [call["function"] for turn in given for call in turn.get("tool_calls", ())]
+    missing += ["the arguments of a call as JSON" for function in every if _is_in_python(function["arguments"], text)]
+    return list(dict.fromkeys(missing))
+
+
+def _is_in_python(arguments: dict[str, Any], text: str) -> bool:
+    """Whether a text has arguments in Python's form, as a template prints an object that it takes for text."""
+    form = repr(arguments)
+    return form in text and form != json.dumps(arguments, ensure_ascii=False)
+
+
+def best_style(render: Callable[[list[Turn], Tools | None], str], origin: str) -> tuple[CallStyle, str | None]:
+    """(the first style in which the template prints most of a call, why that is not all or None).
+
+    render: as above; it raises UserError where the template refuses. origin: what the template is called in errors.
+    """
+    reasons: list[tuple[int, CallStyle, str | None]] = []
+    for style in STYLES:
+        try:
+            missing = not_printed(
+                lambda turns, tools, style=style: render(style.shown(turns), tools), _PROBE, _PROBE_TOOLS
+            )
+        except UserError as error:
+            reasons.append((len(_PROBE) * 100, style, str(error)))
+            continue
+        if not missing:
+            return style, None
+        reasons.append((len(missing), style, f"{origin} does not print {missing[0]}"))
+    return min(reasons, key=lambda found: found[0])[1:]
+
+
+_PROBE_ID = "call_x0y1z2a3b4"  # as OpenAI's: longer than nine characters
+_PROBE: list[Turn] = [
+    {"role": "user", "content": "How warm is it?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": _PROBE_ID,
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Rome"}},
+            }
+        ],
+    },
+    {"role": "tool", "content": "20 degrees", "name": "weather", "tool_call_id": _PROBE_ID},
+]
+_PROBE_TOOLS: Tools = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a city.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "The city."}},
+                "required": ["city"],
+            },
+        },
+    }
+]
