@@ -34,7 +34,7 @@ def main() -> None:
         tensor_parallel_size=recipe.parallel.tensor_model_parallel_size,
         pipeline_parallel_size=recipe.parallel.pipeline_model_parallel_size,
         virtual_pipeline_parallel_size=recipe.parallel.virtual_pipeline_model_parallel_size,
-        seed=recipe.seed,
+        seed=recipe.training_seed,
         deterministic=recipe.training.deterministic,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.

@@ -97,7 +97,13 @@ RUN_FACTS = {
     "training.global_batch_size",
     "training.lr",
     "training.min_lr",
+    "training.seed",
+    "training.lr_decay_style",
+    "training.lr_decay_iters",
     "training.lr_warmup_iters",
+    "training.lr_warmup_fraction",
+    "training.lr_wsd_decay_iters",
+    "training.lr_wsd_decay_style",
     "training.weight_decay",
     "training.adam_beta1",
     "training.adam_beta2",
@@ -200,6 +206,10 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "training.wandb_project": None,
         "reference.bertscore_model": None,
         "training.min_lr": 1e-6,
+        "training.lr_decay_style": "linear",
+        "training.lr_decay_iters": 40,
+        "training.lr_warmup_fraction": 0.1,
+        "training.lr_wsd_decay_style": "minus_sqrt",
         "training.exit_duration_in_mins": 1.0,
         "training.profile_ranks": [1],
         "export.checkpoint": "latest",
@@ -250,8 +260,14 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     else:
         assert value is None or isinstance(value, int), f"{key} has no other value here"
         other = (value or 0) + 2
-    alone = {"reward_models.judge.model": None} if key == "reward_models.judge.scores" else {}
-    return {key: other, **alone}
+    wsd = {"training.lr_decay_style": "WSD", "training.lr_wsd_decay_iters": 2}
+    besides = {
+        "reward_models.judge.scores": {"reward_models.judge.model": None},
+        "training.lr_warmup_fraction": {"training.lr_warmup_iters": 0},
+        "training.lr_wsd_decay_iters": wsd,
+        "training.lr_wsd_decay_style": wsd,
+    }
+    return {**besides.get(key, {}), key: other}
 
 
 def notices(stage: str, recipe: Recipe) -> bool:

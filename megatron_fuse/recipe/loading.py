@@ -1,7 +1,8 @@
 """From a YAML file and command-line flags to a checked Recipe.
 
 Flags: the keys of `parallel` and `training` bear Megatron-LM's bare names (`training.global_batch_size` is
-`--global-batch-size`), those of every other section are prefixed by it (`data.path` is `--data-path`).
+`--global-batch-size`), those of every other section are prefixed by it (`data.path` is `--data-path`). A key that the recipe itself
+has too is always prefixed: `seed` is `--seed`, `training.seed` is `--training-seed`.
 """
 
 import argparse
@@ -64,8 +65,8 @@ def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
             if _scalar_type(field.annotation):
                 yield f"--{name}", (name,), field
             continue
-        prefix = "" if name in BARE_SECTIONS else f"{name}-"
         for key, inner in section.model_fields.items():
+            prefix = "" if name in BARE_SECTIONS and key not in Recipe.model_fields else f"{name}-"
             if _scalar_type(inner.annotation) or _element_type(inner.annotation):
                 yield "--" + (prefix + key).replace("_", "-"), (name, key), inner
 

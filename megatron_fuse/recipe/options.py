@@ -4,7 +4,7 @@ Keys carry Megatron-LM's names where Megatron has one. An unknown key is an erro
 which the command runs. `Field(description=...)` is what `--help` prints.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -273,6 +273,11 @@ class ParallelOptions(Options):
 
 
 class TrainingOptions(Options):
+    seed: Seed | None = Field(
+        None,
+        description="of the order of the examples in every epoch, the only draw of a training; default: the recipe's seed, which alone "
+        "decides what the other stages draw",
+    )
     seq_length: Tokens = Field(2048, description="most target tokens of one conversation, in every stage")
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         1, description="sequences per forward pass and data-parallel rank"
@@ -284,8 +289,26 @@ class TrainingOptions(Options):
         "from the same examples without the padding",
     )
     lr: LearningRate = Field(1.5e-5, description="highest learning rate")
-    min_lr: LeastLearningRate = Field(0.0, description="learning rate at the end of the schedule")
+    min_lr: LeastLearningRate = Field(0.0, description="learning rate at the end of its decay")
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = Field(
+        "cosine",
+        description="how the learning rate goes from lr to min_lr after the warm-up; constant: not at all; WSD (warm-up, stable, decay): "
+        "in the last lr_wsd_decay_iters steps",
+    )
+    lr_decay_iters: Positive | None = Field(
+        None,
+        description="steps after which the learning rate is min_lr, the warm-up counted; default: those of the whole schedule",
+    )
     lr_warmup_iters: Count = Field(0, description="steps from 0 to lr")
+    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="the same as a share of lr_decay_iters; default: lr_warmup_iters decides"
+    )
+    lr_wsd_decay_iters: Positive | None = Field(
+        None, description="steps of the decay of WSD, the last of lr_decay_iters"
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] | None = Field(
+        None, description="how the learning rate goes down in them; default: exponential with WSD"
+    )
     weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="of AdamW")
     adam_beta1: Decay = Field(0.9, description="decay of the mean of the gradient")
     adam_beta2: Decay = Field(0.999, description="decay of the mean of its square")
@@ -356,11 +379,76 @@ class TrainingOptions(Options):
         None, description="steps between comparisons of the weights of all data-parallel replicas; default: never"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_the_decay_of_wsd(cls, value: Any) -> Any:
+        """Megatron-LM's default, written out, so that the resolved recipe says it."""
+        if isinstance(value, dict) and value.get("lr_decay_style") == "WSD" and not value.get("lr_wsd_decay_style"):
+            return value | {"lr_wsd_decay_style": "exponential"}
+        return value
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        iters, fraction, decay = self.lr_warmup_iters, self.lr_warmup_fraction, self.lr_decay_iters
+        if iters and fraction is not None:
+            raise ValueError(
+                f"lr_warmup_iters is {iters} and lr_warmup_fraction {fraction}, and both say how long the warm-up is: set "
+                "lr_warmup_iters to 0, or leave out lr_warmup_fraction"
+            )
+        if decay is not None and decay <= iters:
+            raise ValueError(
+                f"lr_decay_iters ({decay}) is not above lr_warmup_iters ({iters}), but the warm-up is a part of it: raise "
+                "lr_decay_iters, or lower lr_warmup_iters"
+            )
+        return self
+
     @model_validator(mode="after")
     def _decays(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr}), from which it is to be reached")
         return self
+
+    @model_validator(mode="after")
+    def _decays_by_one_style(self) -> Self:
+        style, decay = self.lr_decay_style, self.lr_decay_iters
+        if style == "WSD":
+            if self.lr_wsd_decay_iters is None:
+                raise ValueError(
+                    "lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay: set it, or take another lr_decay_style"
+                )
+            if decay is not None:
+                self.require_room_for_wsd(decay)
+        else:
+            of_wsd = {"lr_wsd_decay_iters": self.lr_wsd_decay_iters, "lr_wsd_decay_style": self.lr_wsd_decay_style}
+            for key, value in of_wsd.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{key} is {value}, but lr_decay_style is {style}: leave out {key}, or set lr_decay_style to WSD"
+                    )
+        if style == "constant" and self.min_lr:
+            raise ValueError(
+                f"min_lr is {self.min_lr}, but lr_decay_style constant stays at lr: set min_lr to 0, or take another lr_decay_style"
+            )
+        if style == "constant" and decay is not None:
+            raise ValueError(
+                f"lr_decay_iters is {decay}, but lr_decay_style constant stays at lr: leave out lr_decay_iters, or take another "
+                "lr_decay_style"
+            )
+        return self
+
+    def warmup_steps(self, decay_iters: int) -> float:
+        """Steps of the warm-up, not always a whole number; decay_iters: lr_decay_iters, or its default."""
+        return self.lr_warmup_iters if self.lr_warmup_fraction is None else self.lr_warmup_fraction * decay_iters
+
+    def require_room_for_wsd(self, decay_iters: int) -> None:
+        """Raises ValueError where warm-up and decay of WSD take more than decay_iters steps together."""
+        warmup, wsd = self.warmup_steps(decay_iters), self.lr_wsd_decay_iters or 0
+        if warmup + wsd > decay_iters:
+            of_warmup = "lr_warmup_iters" if self.lr_warmup_fraction is None else "lr_warmup_fraction"
+            raise ValueError(
+                f"lr_wsd_decay_iters ({wsd}) and the {warmup:g} steps of {of_warmup} are more than lr_decay_iters ({decay_iters}): "
+                f"lower one of the two, or raise lr_decay_iters"
+            )
 
     @model_validator(mode="after")
     def _packs_one_by_one(self) -> Self:
@@ -449,6 +537,10 @@ class Recipe(Options):
     @property
     def phases(self) -> list[Phase]:
         return self.schedule.resolve()
+
+    @property
+    def training_seed(self) -> int:
+        return self.seed if self.training.seed is None else self.training.seed
 
     @property
     def uses_inference_mode(self) -> bool:

@@ -174,12 +174,17 @@ def _facts_in(files: CheckpointFiles) -> CheckpointFacts:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Every key in which what a checkpoint says differs from what this run says, with both values."""
-    return [
-        f"has {key} = {found.get(key)!r}, this run has {key} = {value!r}"
-        for key, value in wanted.items()
-        if found.get(key) != value
-    ]
+    """Every key in which what a checkpoint says differs from what this run says, with both values; of two mappings their differences."""
+    said = []
+    for key, value in wanted.items():
+        other = found.get(key)
+        if other == value:
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            same = {name for name in value if name in other and other[name] == value[name]}
+            other, value = ({name: of[name] for name in of if name not in same} for of in (other, value))
+        said.append(f"has {key} = {other!r}, this run has {key} = {value!r}")
+    return said
 
 
 def refuse_other_model(path: Path, facts: CheckpointFacts, architecture: Architecture) -> None:

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fuse.reporting.layout import Table, text_table
+from megatron_fuse.training.learning_rate import LearningRate
 from megatron_fuse.training.memory import Memory, estimate_memory, readable_size, sequence_of_run
 from megatron_fuse.training.plan import PhasePlan
 from megatron_fuse.training.trainer import Trainer
@@ -30,7 +31,8 @@ def print_dry_run(trainer: Trainer) -> None:
     kind = "packed" if training.packing else "padded to the longest document"
     largest = f"{training.micro_batch_size} x {sequence} positions, {kind}"
     held_out = len(trainer.dataset.held_out)
-    runtime.print("\n".join(dry_run_text(parameters, memory, trainer.log.plans, largest, held_out=held_out)))
+    plans, rate = trainer.log.plans, trainer.learning_rate
+    runtime.print("\n".join(dry_run_text(parameters, memory, plans, largest, held_out=held_out, learning_rate=rate)))
 
 
 def dry_run_text(
@@ -40,6 +42,7 @@ def dry_run_text(
     micro_batch: str,
     *,
     held_out: int,
+    learning_rate: LearningRate,
 ) -> list[str]:
     """Lines for a terminal. parameters, memory: of one rank, by pipeline stage. micro_batch: the size of the largest, in words."""
     return [
@@ -50,6 +53,7 @@ def dry_run_text(
         "",
         f"Steps of the schedule ({held_out:,} examples are held out of it)",
         *text_table(_step_table(plans)),
+        f"  learning rate: {learning_rate}",
         "",
         "dry run: nothing was trained",
     ]

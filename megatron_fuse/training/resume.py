@@ -10,6 +10,7 @@ from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.options import TrainingOptions
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import Curriculum
 from megatron_fuse.target import checkpoint_directory
@@ -29,7 +30,12 @@ from megatron_fuse.training.checkpoint_files import LATEST
 _STEP_OPTIONS = {
     "lr",
     "min_lr",
+    "lr_decay_style",
+    "lr_decay_iters",
     "lr_warmup_iters",
+    "lr_warmup_fraction",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_style",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -43,7 +49,7 @@ def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | N
     return {
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
-        "seed": recipe.seed,
+        "seed": recipe.training_seed,
         "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"}),
         "order": recipe.schedule.order,
         "curriculum": curriculum.sha256 if curriculum else None,
@@ -85,7 +91,7 @@ def resume(
             raise UserError(f"--load {options.load}: no {LATEST} there: name a directory that --save wrote")
         return start
     found = read_facts(path, verify=options.verify)
-    other_run = differences(found.run, run)
+    other_run = differences(_with_defaults(found.run), run)
     if other_run and not options.override:
         raise UserError(
             f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
@@ -101,3 +107,10 @@ def resume(
     load_checkpoint(path, chunks, optimizer, architecture, verify=options.verify)
     runtime.print(f"continuing from {path} at iteration {found.iteration}")
     return replace(start, iteration=found.iteration, consumed_samples=found.consumed_samples, best_loss=found.best_loss)
+
+
+def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
+    """run_facts of a checkpoint. An option of a step that an older version did not have had today's default."""
+    step = run.get("step")
+    defaults = TrainingOptions().model_dump(include=_STEP_OPTIONS)
+    return run | {"step": defaults | step} if isinstance(step, dict) else run

@@ -1,4 +1,4 @@
-"""Which examples a step sees, under which weights and learning rate: a pure function of consumed samples.
+"""Which examples a step sees, and under which weights: a pure function of consumed samples.
 
 A sample is one example; in a phase with two modes both its documents go into the same step. A phase is a whole number of steps:
 batches run on over the epochs inside a phase and never cross a phase, so its last batch may be short.
@@ -8,7 +8,6 @@ and leaves those of equal rank as they were drawn.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,7 +108,7 @@ class Schedule:
 
 def make_schedule(recipe: Recipe, examples: int, *, ranks: np.ndarray | None = None) -> Schedule:
     """The recipe's schedule over so many training examples. ranks: see Schedule."""
-    return Schedule(tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.seed, ranks)
+    return Schedule(tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.training_seed, ranks)
 
 
 @functools.lru_cache(maxsize=2)  # a step that crosses from one epoch to the next reads both
@@ -117,14 +116,3 @@ def _epoch_order(schedule: Schedule, epoch: int) -> np.ndarray:
     """[examples] positions in the order of an epoch, counted over all phases."""
     drawn = np.random.default_rng([schedule.seed, epoch]).permutation(schedule.examples)
     return drawn if schedule.ranks is None else drawn[np.argsort(schedule.ranks[drawn], kind="stable")]
-
-
-def learning_rate(iteration: int, total: int, *, lr: float, min_lr: float = 0.0, warmup: int = 0) -> float:
-    """Linear warm-up, then cosine from lr to min_lr over the rest of the run, as Megatron-LM counts it.
-
-    iteration counts from 0: without warm-up the first step has lr, the step after the last would have min_lr.
-    """
-    if iteration < warmup:
-        return lr * (iteration + 1) / warmup
-    progress = min((iteration - warmup) / max(total - warmup, 1), 1.0)
-    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -28,6 +28,7 @@ from megatron_fuse.training.checkpoint_files import Retention
 from megatron_fuse.training.data_check import DataCheck
 from megatron_fuse.training.guards import StepGuard, check_weights_across_replicas, step_optimizer
 from megatron_fuse.training.interruption import Interruption
+from megatron_fuse.training.learning_rate import LearningRate, make_learning_rate
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
 from megatron_fuse.training.metrics import metrics_directory
@@ -35,7 +36,7 @@ from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.profiling import StepProfiler, check_profile
 from megatron_fuse.training.resume import resume, run_facts
-from megatron_fuse.training.schedule import Schedule, Step, learning_rate, make_schedule
+from megatron_fuse.training.schedule import Schedule, Step, make_schedule
 from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
 from megatron_fuse.training.timing import SAVE, StepTimers
 
@@ -52,6 +53,7 @@ class Trainer:
     optimizer: Any
     dataset: FusionDataset
     schedule: Schedule
+    learning_rate: LearningRate
     run: dict[str, Any]  # run_facts
     timers: StepTimers
     log: TrainingLog
@@ -104,6 +106,7 @@ def make_trainer(
     )
     curriculum = read_curriculum(recipe, dataset.text.sha256)
     schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
+    learning_rate = make_learning_rate(options, schedule.total_steps)
     run = run_facts(recipe, dataset, curriculum)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
     timers = StepTimers(options.timing_log_level, config)
@@ -117,7 +120,19 @@ def make_trainer(
     )
     guard = StepGuard(options.max_skipped_iterations, options.check_for_spiky_loss)
     return Trainer(
-        recipe, runtime, architecture, modules, wrapped, optimizer, dataset, schedule, run, timers, log, guard
+        recipe,
+        runtime,
+        architecture,
+        modules,
+        wrapped,
+        optimizer,
+        dataset,
+        schedule,
+        learning_rate,
+        run,
+        timers,
+        log,
+        guard,
     )
 
 
@@ -163,13 +178,7 @@ def _run(trainer: Trainer) -> None:
             profiler.begin_step()
             step = trainer.schedule.step(facts.consumed_samples)
             assert step is not None
-            lr = learning_rate(
-                step.iteration,
-                trainer.schedule.total_steps,
-                lr=options.lr,
-                min_lr=options.min_lr,
-                warmup=options.lr_warmup_iters,
-            )
+            lr = trainer.learning_rate.at(step.iteration)
             weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
             with trainer.timers("batch-generator"):
                 batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)

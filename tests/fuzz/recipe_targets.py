@@ -40,7 +40,18 @@ _RECIPE = {
         ]
     },
     "loss": {"teacher_temperature": 2.0},
-    "training": {"seq_length": 2048, "global_batch_size": 128, "lr": 2e-5, "min_lr": 2e-6, "precision": "bf16"},
+    "training": {
+        "seed": 8,
+        "seq_length": 2048,
+        "global_batch_size": 128,
+        "lr": 2e-5,
+        "min_lr": 2e-6,
+        "lr_decay_style": "WSD",
+        "lr_decay_iters": 900,
+        "lr_wsd_decay_iters": 90,
+        "lr_warmup_fraction": 0.03,
+        "precision": "bf16",
+    },
     "parallel": {"tensor_model_parallel_size": 2},
 }
 _EXPERIMENT = {

@@ -179,7 +179,11 @@ NUMBERS: dict[str, tuple[list[float], list[float]]] = {
     "training.seq_length": ([0, -1, 10**9], [16, 2048, 10_000_000]),
     "training.micro_batch_size": ([0, 10**7], [1, 512]),
     "training.global_batch_size": ([0, 10**9], [1, 65536]),
+    "training.seed": ([-1, 2**32, 1.5], [0, 2**32 - 1]),
+    "training.lr_decay_iters": ([0, 10**10], [1, 10**6]),
     "training.lr_warmup_iters": ([-1, 10**10], [0, 1000]),
+    "training.lr_warmup_fraction": ([-0.1, 1, float("nan")], [0, 0.03, 0.5]),
+    "training.lr_wsd_decay_iters": ([0, 10**10], [1, 10**6]),
     "training.train_iters": ([0, 10**10], [1, 10**7]),
     "training.exit_duration_in_mins": ([0, 1e308], [1e-6, 1400]),
     "data.samples": ([0, -1, 10**10], [1, 10**8]),
@@ -232,6 +236,8 @@ def nested(key: str, value: object) -> dict:
     place[last] = value
     if key == "training.lr":
         place["min_lr"] = 0
+    if key == "training.lr_wsd_decay_iters":
+        place["lr_decay_style"] = "WSD"
     return content
 
 
@@ -264,6 +270,12 @@ def test_every_number_of_a_recipe_has_a_lower_and_an_upper_limit_in_its_help() -
         (["--seed", "0777"], r"^--seed: 0777 is 511"),
         (["--seed", "1:30"], r"^--seed: 1:30 is a number to the base 60"),
         (["--seed", "9" * 5000], r"^--seed: 9+ \.\.\. 9+ has more digits"),
+        (["--training-seed", "-1"], r"^--training-seed: training\.seed: .*greater than or equal to 0"),
+        (
+            ["--lr-decay-style", "wsd"],
+            r"^--lr-decay-style: training\.lr_decay_style: .*'constant', 'linear', 'cosine' or 'WSD'",
+        ),
+        (["--lr-warmup-fraction", "1"], r"^--lr-warmup-fraction: training\.lr_warmup_fraction: .*less than 1"),
         (["--seed", "two"], r"^--seed: seed: .*valid integer \(given: 'two'\)"),
         (["--lr", "1e308"], r"^--lr: training\.lr: .*less than or equal to 10"),
         (["--lr", "1e-400"], r"^--lr: 1e-400 is beyond"),

@@ -102,6 +102,53 @@ def with_change(path: str, value: object) -> dict:
         ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
         ("parallel.sequence_parallel", True, r"set tensor_model_parallel_size to 2, 4 or 8, not 1"),
         ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2: .* leave it at 1"),
+        # one learning rate
+        (
+            "training",
+            {"lr_warmup_iters": 15, "lr_warmup_fraction": 0.1},
+            r"training: lr_warmup_iters is 15 and lr_warmup_fraction 0\.1, .*: set lr_warmup_iters to 0, or leave out",
+        ),
+        *(
+            (
+                "training",
+                {"lr_warmup_iters": 15, "lr_decay_iters": decay},
+                rf"training: lr_decay_iters \({decay}\) is not above lr_warmup_iters \(15\).*: raise lr_decay_iters, or lower",
+            )
+            for decay in (14, 15)
+        ),
+        (
+            "training",
+            {"lr_decay_style": "constant", "min_lr": 1e-6},
+            r"training: min_lr is 1e-06, but lr_decay_style constant stays at lr: set min_lr to 0, or take",
+        ),
+        (
+            "training",
+            {"lr_decay_style": "constant", "lr_decay_iters": 9},
+            r"training: lr_decay_iters is 9, but lr_decay_style constant stays at lr: leave out lr_decay_iters, or take",
+        ),
+        (
+            "training",
+            {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear"},
+            r"training: lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay: set it, or take",
+        ),
+        *(
+            (
+                "training",
+                {**style, key: value},
+                rf"training: {key} is {value}, but lr_decay_style is {style.get('lr_decay_style', 'cosine')}: leave out {key}, or set "
+                "lr_decay_style to WSD",
+            )
+            for style in ({}, {"lr_decay_style": "linear"}, {"lr_decay_style": "constant"})
+            for key, value in {"lr_wsd_decay_iters": 5, "lr_wsd_decay_style": "exponential"}.items()
+        ),
+        *(
+            (
+                "training",
+                {"lr_decay_style": "WSD", "lr_decay_iters": 20, "lr_wsd_decay_iters": 11, warmup: value},
+                rf"training: lr_wsd_decay_iters \(11\) and the 10 steps of {warmup} are more than lr_decay_iters \(20\): lower",
+            )
+            for warmup, value in {"lr_warmup_iters": 10, "lr_warmup_fraction": 0.5}.items()
+        ),
         # whose weights are gathered
         (
             "parallel.overlap_param_gather",
@@ -215,10 +262,38 @@ def test_printing_and_reading_back_gives_the_same_recipe() -> None:
         "selection": {"judges": ["k"], "training_margin": {"at_least": 0.1}, "inference": "reference"},
         "reference": {"bertscore_model": "e", "bertscore_layer": 9},
         "schedule": {"preset": "simulfuse", "order": "target_reward"},
+        "training": {"seed": 5, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_warmup_fraction": 0.1},
     }
     for content in (MINIMAL, {**MINIMAL, **everything}):
         recipe = make_recipe(content)
         assert make_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("training", "style", "of_wsd"),
+    [
+        ({}, "cosine", None),
+        ({"lr_decay_style": "constant"}, "constant", None),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9}, "WSD", "exponential"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_wsd_decay_style": "minus_sqrt"}, "WSD", "minus_sqrt"),
+    ],
+)
+def test_the_resolved_recipe_names_the_decay(training: dict, style: str, of_wsd: str | None) -> None:
+    printed = yaml.safe_load(dump_recipe(make_recipe({**MINIMAL, "training": training})))["training"]
+    assert (printed["lr_decay_style"], printed["lr_wsd_decay_style"]) == (style, of_wsd)
+
+
+def test_a_training_takes_the_seed_of_the_recipe_or_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "seed": 3}))
+    for flags, seeds in {
+        "": (3, 3),
+        "--seed 4": (4, 4),
+        "--training-seed 0": (3, 0),
+        "--seed 4 --training-seed 5": (4, 5),
+    }.items():
+        recipe = load_recipe(argv=["--recipe", str(path), *flags.split()])
+        assert (recipe.seed, recipe.training_seed) == seeds
 
 
 def test_a_path_alone_stands_for_a_file_with_the_usual_keys() -> None:
