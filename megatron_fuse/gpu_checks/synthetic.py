@@ -49,6 +49,7 @@ class RandomDocuments:
         self.example_ids = [str(number) for number in range(len(positions))]
         self.train, self.held_out = np.arange(len(positions)), np.arange(0)
         self.artefacts: list[Artefact] = []
+        self.text = Artefact(Path(), {})  # of which an order of examples would be
         self.sha256 = f"random-{seed}"
         self.sources = ["teacher"]
         self.won = np.full(len(positions), 0 if entries else NONE, np.int16)

@@ -35,6 +35,7 @@ class SyntheticDataset:
         self.example_ids = [f"example-{index}" for index in range(examples + held_out)]
         self.train, self.held_out = np.arange(examples), np.arange(examples, examples + held_out)
         self.artefacts: list[Artefact] = []
+        self.text = Artefact(Path(), {})  # of which an order of examples would be
         self.sha256 = f"synthetic-{seed}-{examples}"
         barely = margins & (np.arange(examples + held_out) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}
