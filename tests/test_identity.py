@@ -325,7 +325,7 @@ def test_keys_that_do_not_count_are_noticed_nowhere_and_change_nothing(made: Rec
     exact = {key: value for key, value in values.items() if not key.endswith(rounding)}
     again = changed(made, {**exact, "workdir": str(made.workdir.parent / "again")})
     for stage in STAGES.values():
-        stage(again)
+        stage(Context(again))
     expected, found = (
         {path.relative_to(of.workdir): content for path, content in files(of.workdir).items()} for of in (made, again)
     )
