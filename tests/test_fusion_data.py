@@ -21,7 +21,7 @@ from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.inspection.documents import format_view, view_document
 from megatron_fuse.instructions import INSTRUCTIONS, Example, load_examples
-from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.recipe import MODES, Margin, Recipe
 from megatron_fuse.recipe.lookup import source_options
 from megatron_fuse.responses import RESPONSES, Response, response_shards
 from megatron_fuse.scoring.reference_scores import score_against_reference
@@ -31,8 +31,6 @@ from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.spans import SpanFlag
 from megatron_fuse.training.batches import MicroBatch, micro_batches, plan_batch
 from megatron_fuse.verification import verify_fusion_data
-
-MODES = ("training", "inference")
 
 
 def changed(recipe: Recipe, **sections: object) -> Recipe:

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_fuse.alignment import MATCHES
-from megatron_fuse.capture import MODES
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.inspection.documents import find_example, format_view, view_document
-from megatron_fuse.recipe import Recipe, dump_recipe
+from megatron_fuse.recipe import MODES, Recipe, dump_recipe
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,10 +11,10 @@ reads the ground-truth response, mode inference the source's own. Interrupted, i
 import argparse
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.capture import BACKENDS, MODES, capture, require_backend
+from megatron_fuse.capture import BACKENDS, capture, require_backend
 from megatron_fuse.errors import exit_code
 from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
-from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.recipe import MODES, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 

@@ -19,13 +19,12 @@ import sys
 from typing import Any
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.capture import MODES
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.dataset.directory import add_fusion_data_arguments, fusion_data_recipe
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.inspection.documents import find_example, format_view, view_document
 from megatron_fuse.inspection.templates import format_of_model, format_template_view, formats_of, view_template
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 from megatron_fuse.verification import verify_fusion_data

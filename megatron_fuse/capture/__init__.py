@@ -9,13 +9,12 @@ from megatron_fuse.capture.shards import (
     capture_shard,
     read_capture_shard,
 )
-from megatron_fuse.capture.stage import BACKENDS, CAPTURES, MODES, capture, require_backend
+from megatron_fuse.capture.stage import BACKENDS, CAPTURES, capture, require_backend
 
 __all__ = [
     "BACKENDS",
     "CAPTURED",
     "CAPTURES",
-    "MODES",
     "STATUSES",
     "CaptureShard",
     "Conversation",

@@ -21,7 +21,7 @@ from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.recipe.lookup import recipe_key, source_options
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
@@ -30,7 +30,6 @@ from megatron_fuse.storage import Artefact, Workspace, completed, run_plan, sha2
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag
 
-MODES = ("training", "inference")
 BACKENDS = ("hf", "file")
 
 

@@ -18,7 +18,7 @@ from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FI
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.selection.choice import SELECTION, Selection, read_selection
 from megatron_fuse.selection.curriculum import CURRICULUM
 from megatron_fuse.selection.mixture import mix
@@ -70,10 +70,10 @@ class FusionDataset:
                 for source in self.sources
             }
             self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
-        self._chosen = dict.fromkeys(("training", "inference"), np.full(len(rows), NONE, np.int16))
+        self._chosen = dict.fromkeys(MODES, np.full(len(rows), NONE, np.int16))
         # An example that its margin has dropped is read as one that no source has won.
         self._chosen |= {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
-        self._weights = dict.fromkeys(("training", "inference"), np.ones(len(rows), np.float32))
+        self._weights = dict.fromkeys(MODES, np.ones(len(rows), np.float32))
         self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
         self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
         if self._mixtures:

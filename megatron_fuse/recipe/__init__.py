@@ -19,12 +19,14 @@ from megatron_fuse.recipe.models import (
     ServerOptions,
     SourceOptions,
 )
+from megatron_fuse.recipe.modes import MODES, Mode
 from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
 from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
 from megatron_fuse.recipe.values import Line, Name, Options, path_argument, user_path
 from megatron_fuse.recipe.yaml_files import Document, read_document, read_yaml
 
 __all__ = [
+    "MODES",
     "PRESETS",
     "REFERENCE",
     "TARGET",
@@ -33,6 +35,7 @@ __all__ = [
     "Keys",
     "Line",
     "Margin",
+    "Mode",
     "ModeWeights",
     "ModelOptions",
     "Name",

@@ -119,7 +119,7 @@ class TargetOptions(AnsweringOptions):
 
 
 class SourceOptions(AnsweringOptions):
-    captures: dict[Literal["training", "inference"], Location] = Field(
+    captures: dict[Literal["inference", "training"], Location] = Field(
         default_factory=dict,
         description="Parquet or JSONL of distributions captured elsewhere, by mode (docs/captures.md)",
     )

@@ -16,6 +16,7 @@ from megatron_fuse.recipe.models import (
     SourceOptions,
     TargetOptions,
 )
+from megatron_fuse.recipe.modes import Mode
 from megatron_fuse.recipe.presets import PRESETS, Phase
 from megatron_fuse.recipe.values import (
     BatchTokens,
@@ -549,8 +550,9 @@ class Recipe(Options):
     @property
     def modes_with_teacher(self) -> list[str]:
         """Modes whose captures training reads. The ground-truth text needs no source if no phase has a lambda for it (CSFT)."""
-        training = any(phase.training.needs_teacher for phase in self.phases)
-        return ["inference"] * self.uses_inference_mode + ["training"] * training
+        used = {Mode.INFERENCE: self.uses_inference_mode}
+        used[Mode.TRAINING] = any(phase.training.needs_teacher for phase in self.phases)
+        return [mode.value for mode in Mode if used[mode]]
 
     @property
     def candidates(self) -> list[str]:

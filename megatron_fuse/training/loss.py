@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_fuse.model.attention import PackedDocuments
-from megatron_fuse.training.batches import MODES, MicroBatch
+from megatron_fuse.recipe import MODES
+from megatron_fuse.training.batches import MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
 

@@ -18,11 +18,11 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.target import checkpoint_directory
-from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
+from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter
 from megatron_fuse.training.checkpoint_files import Retention
 from megatron_fuse.training.data_check import DataCheck

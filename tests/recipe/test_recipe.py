@@ -63,7 +63,7 @@ def with_change(path: str, value: object) -> dict:
         ("target.server", {"model": "m"}, r"target\.server\.url: required, but not given"),
         ("target.server", {**SERVER, "concurrency": 0}, r"target\.server\.concurrency: .*greater than or equal to 1"),
         ("target.server", {**SERVER, "extra": 3}, r"target\.server\.extra: must be a mapping"),
-        ("sources.b.captures", {"trainng": "p"}, r"sources\.b\.captures\.trainng: .*'training' or 'inference'"),
+        ("sources.b.captures", {"trainng": "p"}, r"sources\.b\.captures\.trainng: .*'inference' or 'training'"),
         ("reward_models.j", {"scores": {"path": "s", "score": 1}}, r"reward_models\.j\.scores\.score: unknown key"),
         (
             "selection.training_margin",

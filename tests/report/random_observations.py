@@ -3,12 +3,11 @@
 import numpy as np
 
 from megatron_fuse.instructions import Example
+from megatron_fuse.recipe import MODES
 from megatron_fuse.report.advantage.observations import Answers, Observations
 from megatron_fuse.responses import Response
 from megatron_fuse.selection.margins import score_margin, training_margin, vote_margin
 from megatron_fuse.selection.rules import best_score, majority_vote, min_ce
-
-MODES = ("training", "inference")
 
 
 def random_observations(

@@ -20,14 +20,12 @@ from megatron_fuse.capture import CAPTURED, CAPTURES, capture_shard
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.huggingface.formats import load_format
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.report.alignment import alignment_report, alignment_text, write_alignment_report
 from megatron_fuse.report.alignment.numbers import LONGEST, TEXT_CLASSES, Labels, Tally, text_classes, unmatched_spans
 from megatron_fuse.report.alignment.page import alignment_page
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
-
-MODES = ("training", "inference")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from synthetic import SyntheticDataset
 
-from megatron_fuse.training.batches import MODES, GlobalBatch, MicroBatch, micro_batches, on_device, plan_batch
+from megatron_fuse.recipe import MODES
+from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, on_device, plan_batch
 
 WEIGHTS = {"inference": (0.1, 0.05), "training": (1.0, 0.5)}
 EXAMPLES = np.random.default_rng(2).permutation(53)[:19]  # some without an answer, one without teacher rows
