@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v .venv/bin/python || command -v python3.11 || comman
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # megatron-core from 0.17 on needs Python 3.12, so that 3.11 has versions of its own; 3.13 has those of 3.12.
 CONSTRAINTS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-py312.txt)
-# On a machine without a GPU outside our own: TORCH_INDEX = URL of PyTorch's CPU wheel index (see README, "Install").
+# On a machine without a GPU outside our own: TORCH_INDEX = URL of PyTorch's CPU wheel index (see docs/install.md).
 TORCH_INDEX ?=
 BIN = .venv/bin
 READY = .venv/ready-$(VERSION)
+READY_FOR_TESTS = .venv/ready-for-tests-$(VERSION)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check-gpu lint clean
+.PHONY: setup quickstart test check-gpu lint docs clean
 
 setup: $(READY)
 
@@ -17,24 +19,35 @@ $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: set PYTHON=..."'
 	@test ! -e .venv || test -e $(BIN)/python$(VERSION) || { echo ".venv is of another Python than $(VERSION): leave PYTHON out to use it, or remove it (rm -r .venv) to have it made anew"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) -e .
+	@touch $@
+
+$(READY_FOR_TESTS): $(READY)
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
 # In two processes, a file in one of them. `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
-test: $(READY)
+test: $(READY_FOR_TESTS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # CHECK_ARGS: options of the command, as "--only kernels benchmark"
 check-gpu: $(READY)
-	$(BIN)/python tools/check_gpu.py $(CHECK_ARGS)
+	$(BIN)/megatron-fuse check-gpu $(CHECK_ARGS)
 
-lint: $(READY)
+lint: $(READY_FOR_TESTS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+# The documentation as a site in build/site. A link that leads nowhere ends the build.
+docs: $(READY)
+	$(INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv build *.egg-info examples/quickstart/build examples/skills/build

@@ -1,66 +1,8 @@
-"""Fuse several source models into one target: the training job.
+"""The training job; the same as `python -m megatron_fuse.pretrain`, also under torchrun: megatron_fuse/pretrain.py."""
 
-    torchrun --nproc-per-node 2 pretrain_fuse.py --recipe examples/quickstart/recipe.yaml --tensor-model-parallel-size 2
-    torchrun --nproc-per-node 2 pretrain_fuse.py --recipe R.yaml --dry-run    # sizes, memory and the step plan, no training
-    python pretrain_fuse.py --recipe R.yaml --print-recipe                    # what would run, without a model or a GPU
-
-The fusion data must exist (tools/run_recipe.py makes everything in order). Continues from the last checkpoint by itself.
-"""
-
-import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
-
-# isort: split
-
-import argparse
-
-from torch.distributed.elastic.multiprocessing.errors import record
-
+import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code
-from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
-from megatron_fuse.runtime import start_runtime, stop_runtime
-from megatron_fuse.runtime.distributed import banner
-from megatron_fuse.target import read_target
-
-
-@record  # torchrun then shows the traceback of the rank that failed first, not the ones of those that lost it
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="build everything, print what it takes, and stop")
-    arguments = parser.parse_args()
-    recipe = recipe_from_arguments(arguments)
-    architecture = read_target(recipe)  # refuses what cannot be trained before any process waits for another
-    runtime = start_runtime(
-        tensor_parallel_size=recipe.parallel.tensor_model_parallel_size,
-        pipeline_parallel_size=recipe.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_parallel_size=recipe.parallel.virtual_pipeline_model_parallel_size,
-        seed=recipe.training_seed,
-        deterministic=recipe.training.deterministic,
-    )
-    # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
-    from megatron_fuse.dataset import FusionDataset
-    from megatron_fuse.report.loss_curve import write_loss_curve
-    from megatron_fuse.training.banner import describe_run
-    from megatron_fuse.training.dry_run import print_dry_run
-    from megatron_fuse.training.memory import advise_when_out_of_memory
-    from megatron_fuse.training.metrics import metrics_directory
-    from megatron_fuse.training.target import build_target
-    from megatron_fuse.training.trainer import make_trainer, train
-
-    dataset = FusionDataset(recipe)
-    with advise_when_out_of_memory(recipe, architecture, runtime, dataset):
-        chunks = build_target(recipe, architecture)
-        what = describe_run(recipe, architecture, chunks, entries_per_row=dataset.entries_per_row)
-        runtime.print(banner(runtime, what))
-        trainer = make_trainer(recipe, runtime, architecture, chunks, dataset)
-        if arguments.dry_run:
-            print_dry_run(trainer)
-        else:
-            train(trainer)
-    stop_runtime()
-    if runtime.reports and not arguments.dry_run:
-        write_loss_curve(metrics_directory(recipe))
-
+from megatron_fuse.pretrain import main
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

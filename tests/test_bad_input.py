@@ -345,7 +345,7 @@ def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"work/{message}.*: remove .* and run tools/.* again, or put the old value back", error)
+    assert re.search(f"work/{message}.*: remove .* and run megatron-fuse .* again, or put the old value back", error)
 
 
 ODD = [
@@ -449,7 +449,7 @@ def test_torchrun_quotes_the_message_once_per_rank(
         assert exit_code(refuse) == 2
     assert capsys.readouterr().err == "error: parallel.x: 3 is not 2\n"  # by rank 0 only
     failures = {rank: ProcessFailure(rank, 1, 2, str(tmp_path / f"{rank}.json")) for rank in range(2)}
-    assert "traceback : parallel.x: 3 is not 2\n" in str(ChildFailedError("pretrain_fuse.py", failures))
+    assert "traceback : parallel.x: 3 is not 2\n" in str(ChildFailedError("megatron_fuse.pretrain", failures))
 
 
 @pytest.mark.parametrize(

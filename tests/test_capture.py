@@ -270,7 +270,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) ->
 
     with pytest.raises(KeyboardInterrupt):
         capture(Context(fresh), "beta", "training", progress=interrupt)
-    with pytest.raises(UserError, match="is incomplete: run tools/capture_teacher"):
+    with pytest.raises(UserError, match="is incomplete: run megatron-fuse capture"):
         Context(fresh).open(CAPTURES, "beta", "training")
     (whole.directory / "shard-00001.safetensors").write_bytes(b"half a file")
     capture(Context(fresh), "beta", "training", progress=str)

@@ -234,5 +234,5 @@ def test_a_choice_whose_file_is_another_form_is_refused(copied: Recipe) -> None:
         ({"made": "[" * 100000}, "damaged"),
     ):
         save_file(arrays, path, header)
-        with pytest.raises(UserError, match=rf"^{path}: .*{said}.*: run tools/build"):
+        with pytest.raises(UserError, match=rf"^{path}: .*{said}.*: run megatron-fuse build"):
             FusionDataset(copied)

@@ -60,6 +60,18 @@ def test_how_a_script_ends_is_told_and_the_next_one_runs(
     assert commands.run(script(tmp_path, "print('next')"), log) == 0 and log.read_text().endswith("next\n")
 
 
+def test_a_module_is_forked_as_a_script_is(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "parcel").mkdir()
+    (tmp_path / "parcel/__main__.py").write_text(
+        "import os, sys; print(__name__, sys.argv, 'fractions' in sys.modules)"
+    )
+    log = tmp_path / "log.txt"
+    assert commands.run([sys.executable, "-m", "parcel", "--flag", "a b"], log) == 0
+    assert log.read_text() == f"__main__ {[str(tmp_path / 'parcel/__main__.py'), '--flag', 'a b']} True\n"
+    assert commands.run([sys.executable, "-m", "no_such_module"], log) == 1
+    assert log.read_text().endswith("ImportError: No module named no_such_module\n")
+
+
 def test_other_commands_are_started_as_they_are(commands: Commands, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     assert commands.run(["sh", "-c", "echo $GREETING; exit 4"], log) == 4

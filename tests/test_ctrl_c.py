@@ -121,6 +121,28 @@ def test_an_interrupt_during_the_imports_ends_with_the_same_line(tmp_path: Path)
     assert ended(process, pids) == (130, LINE)
 
 
+# A library that catches what its imports raise would lose a KeyboardInterrupt.
+IMPORTS = """
+    from megatron_fuse.start import importing
+    with importing():
+        try: time.sleep(60)
+        except BaseException: print("lost")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_so_does_one_during_the_imports_within_a_command(tmp_path: Path, number: int, code: int) -> None:
+    process = start(script(tmp_path / "command.py", IMPORTS))
+    pids = began(process)
+    time.sleep(0.5)  # for it to be within the block; before, it ends in the same way
+    to_one(process, number)
+    assert ended(process, pids) == (
+        code,
+        LINE if number == signal.SIGINT else LINE.replace("interrupted", "ended by SIGTERM"),
+    )
+
+
 @pytest.mark.parametrize("reach", [to_group, to_one])
 def test_what_a_command_has_started_ends_with_it_and_keeps_silent(
     tmp_path: Path, reach: Callable[[subprocess.Popen[str], int], None]
@@ -211,6 +233,7 @@ def test_the_first_rank_of_torchrun_speaks_alone(
 
 def test_every_command_goes_through_the_door() -> None:
     commands = [*ROOT.glob("tools/*.py"), ROOT / "pretrain_fuse.py", *ROOT.glob("examples/*/*.py")]
+    commands += [ROOT / "megatron_fuse/pretrain.py", ROOT / "megatron_fuse/cli/__main__.py"]
     texts = {path: path.read_text() for path in commands}
     texts = {path: text for path, text in texts.items() if "__main__" in text}
     assert len(texts) >= 20

@@ -95,7 +95,7 @@ def test_shuffled_examples_need_no_curriculum(copied: Recipe) -> None:
 
 def test_missing_scores_are_named_with_the_command_that_makes_them(copied: Recipe) -> None:
     shutil.rmtree(copied.workdir / "scores" / "alpha")
-    with pytest.raises(UserError, match=r"scores/alpha/one does not exist: run tools/score_responses.py"):
+    with pytest.raises(UserError, match=r"scores/alpha/one does not exist: run megatron-fuse score"):
         built(copied, "target_reward")
 
 
@@ -140,9 +140,7 @@ def test_a_curriculum_that_is_not_the_recipes_is_refused(copied: Recipe, case: s
     recipe = built(copied, "target_reward")
     damage, said = REFUSALS[case]
     damage(recipe)
-    with pytest.raises(
-        UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*: run tools/build_fusion_data\.py"
-    ):
+    with pytest.raises(UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*: run megatron-fuse build"):
         order_of(recipe)
     built(copied, "target_reward")
     order_of(recipe)

@@ -265,7 +265,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
     with pytest.raises(UserError, match=r"no reference.bertscore_model"):
         build_fusion_data(Context(by_reference), progress=str)
     by_reference = changed(by_reference, reference={"without_bertscore": "renormalize"})
-    with pytest.raises(UserError, match=r"scores/alpha/reference.*run tools/score_responses.py"):
+    with pytest.raises(UserError, match=r"scores/alpha/reference.*run megatron-fuse score"):
         build_fusion_data(Context(by_reference), progress=str)
     score_against_reference(Context(by_reference), progress=str)
     build_fusion_data(Context(by_reference), progress=str)
@@ -424,7 +424,7 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
     ):
         FusionDataset(changed(copied, loss={"teacher_temperature": 3.0}))
     (fusion / "teachers/beta/training/manifest.json").unlink()
-    with pytest.raises(UserError, match="beta/training is incomplete: run tools/build_fusion_data"):
+    with pytest.raises(UserError, match="beta/training is incomplete: run megatron-fuse build"):
         FusionDataset(copied)
     shutil.rmtree(copied.workdir / "captures/gamma/inference")
     with pytest.raises(UserError, match="--source gamma --mode inference"):

@@ -297,7 +297,7 @@ def test_a_gguf_file_as_a_model_is_refused_with_the_command_that_converts_it(
     key = "target.model" if role == "target" else "sources.a.model"
     assert f"{key}: {file} is a GGUF file: convert it once" in str(refusal.value)
     words = ["--from-gguf", str(file), "--tokenizer", "ORIGINAL_MODEL", "--output", str(file.with_suffix(""))]
-    assert shlex.split(str(refusal.value).split("tools/convert_checkpoint.py ")[1]) == words
+    assert shlex.split(str(refusal.value).split("megatron-fuse convert ")[1]) == words
     file.unlink()
     with pytest.raises(UserError) as refusal:
         check_files(recipe)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def test_every_term_of_the_glossary_is_in_use(term: str, used: str) -> None:
 
 
 def test_every_guide_has_the_version_that_is_installed() -> None:
-    version = re.search(r'version="([\d.]+)"', guide("setup.py"))[1]
+    version = tomllib.loads(guide("pyproject.toml"))["project"]["version"]
     assert re.findall(r"^## ([\d.]+) - ", guide("CHANGELOG.md"), re.M)[0] == version
     citation = yaml.safe_load(guide("CITATION.cff"))
     assert (citation["title"], citation["version"], citation["license"]) == ("Megatron-Fuse", version, "Apache-2.0")

@@ -1,33 +1,49 @@
-"""What the image installs is what setup.py asks for."""
+"""The image and the pinned versions are of what pyproject.toml asks for."""
 
+import re
+import tomllib
 from importlib.metadata import requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_the_image_gets_what_setup_asks_for() -> None:
+def needed(*extras: str) -> set[Requirement]:
+    lines = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {Requirement(line) for some in lines for line in some}
+
+
+def test_the_image_gets_what_the_project_asks_for() -> None:
     """All but torch, which the image brings with the libraries that are built for it."""
     lines = (ROOT / "docker/requirements.txt").read_text().splitlines()
     given = {Requirement(line) for line in lines if not line.startswith("#")}
-    needed = {Requirement(line) for line in requires("megatron-fuse") or () if "extra ==" not in line}
-    assert given == {requirement for requirement in needed if requirement.name != "torch"} and len(given) > 10
+    assert given == {requirement for requirement in needed() if requirement.name != "torch"} and len(given) > 10
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-py312.txt"])
+def test_every_version_is_pinned_once(file: str) -> None:
+    """Of what `make test` and `make lint` install, as far as the project names it; each pin is one that the project allows."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+    pins = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines]
+    pinned = {canonicalize_name(name): version for name, version in pins}
+    assert len(pinned) == len(pins)
+    for requirement in needed("dev"):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)])
 
 
 def test_transformer_engine_is_of_the_range_that_megatron_core_declares() -> None:
     """Of 0.16; what later ones declare has no bounds."""
-    ours, theirs = (of_transformer_engine(package) for package in ("megatron-fuse", "megatron-core"))
+    ours = [requirement for requirement in needed("gpu-cu12", "gpu-cu13") if requirement.name == "transformer-engine"]
+    theirs = next(of for of in map(Requirement, requires("megatron-core") or ()) if of.name == "transformer-engine")
     assert len(ours) == 2 and all(requirement.extras > {"pytorch"} for requirement in ours)
     allowed = {
         version
         for version in ("2.8", "2.9", "2.11.0", "2.12", "3.0")
         if all(requirement.specifier.contains(version) for requirement in ours)
     }
-    assert allowed == {"2.9", "2.11.0"} and all(theirs[0].specifier.contains(version) for version in allowed)
-
-
-def of_transformer_engine(package: str) -> list[Requirement]:
-    found = map(Requirement, requires(package) or ())
-    return [requirement for requirement in found if requirement.name == "transformer-engine"]
+    assert allowed == {"2.9", "2.11.0"} and all(theirs.specifier.contains(version) for version in allowed)

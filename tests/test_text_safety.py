@@ -3,7 +3,6 @@
 import ast
 import io
 import math
-import runpy
 import unicodedata
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from megatron_fuse.errors import UserError, exit_code
+from megatron_fuse.huggingface.talk import Printer
 from megatron_fuse.inspection.documents import format_view
 from megatron_fuse.reporting.layout import html_page, html_table, markdown_table, text_table
 from megatron_fuse.runtime import Runtime
@@ -83,7 +83,7 @@ def _runtime() -> str:
 
 def _chat_tool() -> str:
     chat = SimpleNamespace(decode_response=lambda ids: (BAD + "\n")[: len(ids)])
-    printer = runpy.run_path(str(ROOT / "tools/chat.py"))["Printer"](chat)
+    printer = Printer(chat)
 
     def generate() -> None:
         printer.put(torch.tensor([1, 2]))  # the prompt
@@ -134,7 +134,17 @@ def test_pages_show_html_of_the_data_as_text() -> None:
     assert markdown_table((["a|b"], [["c\nd"]]))[0] == r"| a\|b |"
 
 
-PROTOCOLS = {"text_safety.py", "errors.py", "fork_server.py", "processes.py", "interrupts.py", "chat.py", "loading.py"}
+PROTOCOLS = {
+    "text_safety.py",
+    "errors.py",
+    "fork_server.py",
+    "processes.py",
+    "interrupts.py",
+    "chat.py",
+    "loading.py",
+    "main.py",
+    "talk.py",
+}
 
 
 def test_every_command_prints_through_say() -> None:

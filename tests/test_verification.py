@@ -225,7 +225,7 @@ def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:
     expect(problems, r"shard-00001.match.idx: missing: restore it")
     expect(problems, r"shard-00002.examples.jsonl: its examples cannot be read")
     expect(problems, r"beta/inference/shard-00000.examples.safetensors: what selection needs cannot be read")
-    expect(problems, r"teachers/gamma/training: missing or incomplete: run tools/build_fusion_data.py")
+    expect(problems, r"teachers/gamma/training: missing or incomplete: run megatron-fuse build")
     expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes in place of")
 
 

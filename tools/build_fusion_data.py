@@ -1,36 +1,10 @@
-"""Brings captures into the target's tokens and chooses the source with the advantage on every example.
-
-    python tools/build_fusion_data.py --recipe examples/quickstart/recipe.yaml
-    torchrun --nproc-per-node 8 tools/build_fusion_data.py --recipe ...       # rank r takes every 8th shard
-
-Writes WORKDIR/fusion/MAP-UNMATCHED-T. Where the documents are built already, only the choice and the measures that order the
-examples are made again (a second).
-"""
+"""The same as `megatron-fuse build`: megatron_fuse/cli/build.py."""
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.dataset import build_fusion_data
+from megatron_fuse.cli.main import door
 from megatron_fuse.errors import exit_code
-from megatron_fuse.fusion_data.layout import TEXT
-from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
-from megatron_fuse.recipe import load_recipe
-from megatron_fuse.selection.curriculum import read_measures
-from megatron_fuse.selection.summary import curriculum_line, selection_line
-from megatron_fuse.stages import Context
-from megatron_fuse.storage import rank_and_world
-from megatron_fuse.text_safety import say
 
-
-def main() -> None:
-    recipe = load_recipe(__doc__)
-    context = Context(recipe)
-    warn_of_idle_processes(context)
-    selections = build_fusion_data(context)
-    if rank_and_world()[0] != 0:
-        return
-    for mode, selection in selections.items():
-        say(selection_line(recipe, mode, selection))
-    say(curriculum_line(recipe, read_measures(recipe, context.open(TEXT).sha256)))
-
+main = door("build")
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

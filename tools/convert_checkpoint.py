@@ -1,77 +1,10 @@
-"""Convert between Hugging Face model directories and Megatron checkpoints, or a GGUF file, in one process, without a GPU.
-
-    python tools/convert_checkpoint.py --from-megatron runs/x/training/checkpoints --reference models/target --output fused
-    python tools/convert_checkpoint.py --from-hugging-face models/target --output checkpoints
-    python tools/convert_checkpoint.py --from-gguf X.Q4_K_M.gguf --tokenizer models/x --output models/x-q4
-
-A Megatron checkpoint may have been written at any TP x PP x DP. --reference gives config, tokenizer and chat template.
-A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default, and gets the tokenizer files and the chat
-template of --tokenizer, whose tokens have to be its own.
-"""
-
-import argparse
+"""The same as `megatron-fuse convert`: megatron_fuse/cli/convert.py."""
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.recipe import path_argument
-from megatron_fuse.runtime import start_runtime, stop_runtime
-from megatron_fuse.text_safety import say
+from megatron_fuse.cli.main import door
+from megatron_fuse.errors import exit_code
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument(
-        "--from-megatron", type=path_argument, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
-    )
-    direction.add_argument("--from-hugging-face", type=path_argument, help="model directory with safetensors")
-    direction.add_argument("--from-gguf", type=path_argument, help="GGUF file with a quantised model")
-    parser.add_argument(
-        "--tokenizer",
-        type=path_argument,
-        help="Hugging Face directory of the model that a GGUF file was made from (--from-gguf)",
-    )
-    parser.add_argument(
-        "--reference", type=path_argument, help="Hugging Face directory of the same architecture (--from-megatron)"
-    )
-    parser.add_argument("--output", type=path_argument, required=True)
-    parser.add_argument(
-        "--dtype",
-        choices=["fp32", "bf16", "fp16"],
-        help="of the exported weights (--from-megatron, default: the reference's; --from-gguf, default: fp32)",
-    )
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"
-    )
-    arguments = parser.parse_args()
-    if arguments.from_megatron and not arguments.reference:
-        raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
-    if arguments.from_gguf:
-        if not arguments.tokenizer:
-            raise UserError(
-                "--from-gguf needs --tokenizer: the Hugging Face directory of the model that the file was made from"
-            )
-        from megatron_fuse.huggingface.gguf import convert_gguf  # brings transformers
-
-        convert_gguf(arguments.from_gguf, arguments.tokenizer, arguments.output, arguments.dtype or "fp32")
-        return
-    start_runtime()
-    from megatron_fuse.training import checkpoint, target
-    from megatron_fuse.training.checkpoint_files import LATEST
-
-    if arguments.from_megatron:
-        path = arguments.from_megatron
-        path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
-        if path is None:
-            raise UserError(f"{arguments.from_megatron}: no {LATEST} and no facts.json: not a checkpoint")
-        verify = not arguments.no_verify
-        dtype = target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
-    else:
-        target.import_hugging_face(arguments.from_hugging_face, arguments.output)
-        dtype = "fp32"  # which holds every value of the others
-    say(f"wrote {arguments.output} in {dtype}")
-    stop_runtime()
-
+main = door("convert")
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

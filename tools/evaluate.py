@@ -1,58 +1,10 @@
-"""Measure models with lm-evaluation-harness, side by side, with standard errors and paired differences.
-
-    python tools/evaluate.py fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm --output runs/evaluation --baseline vicuna
-    python tools/evaluate.py alpha=MODEL beta=MODEL --tasks arc_challenge gsm8k_cot --output OUT --data DIRECTORY --limit 40
-
-Every model is a Hugging Face model directory. Without --data the questions come from the Hugging Face hub, with it from JSONL files.
-The same command again continues where it was interrupted. docs/evaluation.md says what every task asks.
-
-Prints the table and writes OUT/evaluation.{json,md,png}, and OUT/NAME/TASK.json with the outcome of every question.
-"""
-
-import argparse
+"""The same as `megatron-fuse evaluate`: megatron_fuse/cli/evaluate.py."""
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.evaluation import BENCHMARKS, GROUPS, Settings, benchmarks_named, evaluate, models_named
-from megatron_fuse.recipe import path_argument
-from megatron_fuse.text_safety import say
+from megatron_fuse.cli.main import door
+from megatron_fuse.errors import exit_code
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join([*GROUPS, *BENCHMARKS])}")
-    parser.add_argument("--output", type=path_argument, required=True, help="directory of the results")
-    parser.add_argument(
-        "--data", type=path_argument, help="directory of JSONL files to take the questions from, without the network"
-    )
-    parser.add_argument("--baseline", help="model that the others are compared with; the first unless named")
-    parser.add_argument("--limit", type=int, help="only the first questions of every task")
-    parser.add_argument("--batch-size", default="8", help="sequences at a time, or auto")
-    parser.add_argument("--apply-chat-template", action="store_true", help="ask in the model's own chat template")
-    parser.add_argument("--max-new-tokens", type=int, help="longest generated answer; the harness's 256 unless given")
-    arguments = parser.parse_args()
-    for name in ("limit", "max_new_tokens"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
-        raise UserError(f"--batch-size must be a number from 1 or auto, not {arguments.batch_size!r}")
-    comparison, failures = evaluate(
-        models_named(arguments.models),
-        benchmarks_named(arguments.tasks),
-        arguments.output,
-        data=arguments.data,
-        settings=Settings(arguments.limit, arguments.apply_chat_template, arguments.max_new_tokens),
-        batch_size=arguments.batch_size if arguments.batch_size == "auto" else int(arguments.batch_size),
-        baseline=arguments.baseline,
-    )
-    from megatron_fuse.evaluation.page import comparison_text  # brings matplotlib, which --help does without
-
-    say(f"\n{comparison_text(comparison)}\n\nwritten to {arguments.output}")
-    if failures:
-        failed = ", ".join(f"{model} on {task}" for model, task in failures)
-        raise UserError(f"{failed} failed: the same command runs these again and keeps what is finished")
-
+main = door("evaluate")
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

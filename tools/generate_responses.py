@@ -1,60 +1,10 @@
-"""Gets every model's answers to the instructions: one answer per example and model.
-
-    python tools/generate_responses.py --recipe examples/quickstart/recipe.yaml [--source NAME ...]
-    torchrun --nproc-per-node 8 tools/generate_responses.py --recipe ...      # rank r takes every 8th shard
-
-Writes WORKDIR/responses/NAME; by default for all whose answers the recipe uses: the sources where a phase gives the inference
-mode a weight, and the target (`--source target`) where its reward orders the examples. Interrupted, it continues where it stopped.
-
-The recipe says where answers come from. By default the model gives them in process; with `sources.NAME.server` an
-OpenAI-compatible server does; with `sources.NAME.responses` they are read from a file (docs/responses.md).
-"""
-
-import argparse
+"""The same as `megatron-fuse generate`: megatron_fuse/cli/generate.py."""
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.errors import UserError, exit_code
-from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
-from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
-from megatron_fuse.responses import BACKENDS, backend_of, generate_responses
-from megatron_fuse.stages import Context
-from megatron_fuse.text_safety import say
+from megatron_fuse.cli.main import door
+from megatron_fuse.errors import exit_code
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_recipe_arguments(parser)
-    parser.add_argument(
-        "--source", action="append", metavar="NAME", help="only this source, or `target`; may be repeated"
-    )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="hf: the model, in process; openai: the server in NAME.server; file: what NAME.responses names. The recipe decides; "
-        "given here, it is refused where the recipe has it otherwise",
-    )
-    arguments = parser.parse_args()
-    recipe = recipe_from_arguments(arguments)
-    context = Context(recipe)
-    warn_of_idle_processes(context)
-    names = arguments.source or list(recipe.answering)
-    if not names:
-        say(
-            "schedule: no phase gives the inference mode a weight, nor does the target's reward order the examples: no answers are "
-            "needed (--source NAME makes them all the same)"
-        )
-    for name in names:
-        if arguments.backend not in (None, backend_of(recipe, name)):
-            raise UserError(
-                f"--backend {arguments.backend}: the recipe has {name!r} answer by backend {backend_of(recipe, name)}: set or take out "
-                "its keys server and responses (docs/responses.md)"
-            )
-    for name in names:
-        artefact = generate_responses(context, name)
-        if artefact:
-            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-            say(f"{artefact.directory}: {counts}")
-
+main = door("generate")
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

@@ -1,30 +1,10 @@
-"""Reads an instruction file, samples it, cuts responses to length, splits off the held-out examples.
-
-    python tools/prepare_instructions.py --recipe examples/quickstart/recipe.yaml
-
-Writes WORKDIR/instructions, and prints what was left out and why. examples.bad_rows.jsonl there has every row that cannot be used,
-with line, kind and reason, examples.dropped.jsonl every example left out for its length. The forms of data: docs/data.md.
-"""
+"""The same as `megatron-fuse prepare`: megatron_fuse/cli/prepare.py."""
 
 import megatron_fuse.start  # noqa: F401
+from megatron_fuse.cli.main import door
 from megatron_fuse.errors import exit_code
-from megatron_fuse.instructions import left_out, prepare_instructions
-from megatron_fuse.recipe import load_recipe
-from megatron_fuse.stages import Context
-from megatron_fuse.target import check_target_tokenizer, read_target
-from megatron_fuse.text_safety import say
 
-
-def main() -> None:
-    context = Context(load_recipe(__doc__))
-    check_target_tokenizer(context.target, read_target(context.recipe))
-    artefact = prepare_instructions(context)
-    if artefact:
-        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-        say(f"{artefact.directory}: {counts}")
-        for line in left_out(artefact):
-            say(line)
-
+main = door("prepare")
 
 if __name__ == "__main__":
     raise SystemExit(exit_code(main))

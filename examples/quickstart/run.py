@@ -21,6 +21,7 @@ from megatron_fuse.processes import run_tied
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = "examples/quickstart/build"
+FUSE = ["-m", "megatron_fuse.cli"]
 RECIPE = ["--recipe", "examples/quickstart/recipe.yaml"]
 
 
@@ -33,7 +34,7 @@ def process_count() -> int:
 
 
 def run(title: str, *command: str, processes: int = 1) -> None:
-    """Runs one of the project's scripts from its root; a failure ends the quickstart with the script's own exit code."""
+    """Runs a script or a module from the project's root; a failure ends the quickstart with its own exit code."""
     print(
         f"\n=== {title}\n$ {f'torchrun --nproc-per-node {processes}' if processes > 1 else 'python'} {' '.join(command)}",
         flush=True,
@@ -53,7 +54,7 @@ def main() -> None:
     recipe = [*RECIPE, "--tensor-model-parallel-size", str(processes)]
     run("instructions", "examples/skills/skills.py", "--output", BUILD)
     run("tokenizers, source models, reward models", "examples/skills/make_models.py", "--output", BUILD)
-    run("ProFuser", "tools/run_recipe.py", *recipe, "--nproc-per-node", str(processes))
+    run("ProFuser", *FUSE, "run", *recipe, "--nproc-per-node", str(processes))
     csft = [
         "--schedule-preset",
         "csft",
@@ -62,14 +63,14 @@ def main() -> None:
         "--tensorboard-dir",
         f"{BUILD}/csft/tensorboard",
     ]
-    run("CSFT: the same data, no teacher", "pretrain_fuse.py", *recipe, *csft, processes=processes)
-    run("export of CSFT", "tools/export_model.py", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
+    run("CSFT: the same data, no teacher", "-m", "megatron_fuse.pretrain", *recipe, *csft, processes=processes)
+    run("export of CSFT", *FUSE, "export", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
     models = [f"{name}={BUILD}/sources/{name}" for name in ("alpha", "beta", "gamma")]
     models += [f"CSFT={BUILD}/csft/export", f"ProFuser={BUILD}/run/export"]
     run("evaluation", "examples/skills/evaluate.py", *models, "--output", BUILD)
     print(f"\nthe whole quickstart: {(time.perf_counter() - began) / 60:.1f} min")
     print(f"the table: {BUILD}/evaluation.md")
-    print(f"talk to the fused model: .venv/bin/python tools/chat.py {BUILD}/run/export")
+    print(f"talk to the fused model: .venv/bin/megatron-fuse chat {BUILD}/run/export")
 
 
 if __name__ == "__main__":

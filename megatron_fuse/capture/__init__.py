@@ -9,10 +9,9 @@ from megatron_fuse.capture.shards import (
     capture_shard,
     read_capture_shard,
 )
-from megatron_fuse.capture.stage import BACKENDS, CAPTURES, capture, require_backend
+from megatron_fuse.capture.stage import CAPTURES, capture, require_backend
 
 __all__ = [
-    "BACKENDS",
     "CAPTURED",
     "CAPTURES",
     "STATUSES",

@@ -126,7 +126,7 @@ def capture_shard(artefact: Artefact, index: int) -> CaptureShard:
 
 def read_capture_shard(path: Path) -> CaptureShard:
     """Raises UserError where the file is missing or broken, or a row holds what no capture can."""
-    mend = f"remove {path.parent} and run tools/capture_teacher.py again"
+    mend = f"remove {path.parent} and run megatron-fuse capture again"
     try:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:

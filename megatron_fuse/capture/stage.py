@@ -30,8 +30,6 @@ from megatron_fuse.storage import Artefact, Workspace, completed, run_plan, sha2
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag
 
-BACKENDS = ("hf", "file")
-
 
 def _backend(recipe: Recipe, source: str, mode: str) -> str:
     """`file` where the recipe names one for the mode, else `hf`: the source's model, in process."""
@@ -95,7 +93,7 @@ def _disk(recipe: Recipe, amounts: Amounts, _: str, mode: str) -> float:
 CAPTURES = Stage(
     name="captures",
     recorded_as="capture",
-    command="tools/capture_teacher.py --source {} --mode {}",
+    command="megatron-fuse capture --source {} --mode {}",
     keys=lambda recipe: [(source, mode) for source in recipe.sources for mode in recipe.modes_with_teacher],
     directory=lambda recipe, source, mode: Workspace(recipe.workdir).captures(source, mode),
     options=capture_options,

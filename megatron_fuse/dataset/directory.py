@@ -7,7 +7,7 @@ import argparse
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, fusion_directory
-from megatron_fuse.recipe import Recipe, add_recipe_arguments, dump_recipe, path_argument, recipe_from_arguments
+from megatron_fuse.recipe import Recipe, dump_recipe, recipe_from_arguments
 from megatron_fuse.storage import temporary_then_rename
 
 _NAME = "recipe.yaml"
@@ -19,16 +19,8 @@ def save_recipe(recipe: Recipe) -> None:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
 
 
-def add_fusion_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds DIR, the fusion directory, and the recipe's own arguments as the other way in."""
-    parser.add_argument(
-        "directory", nargs="?", type=path_argument, metavar="DIR", help="WORKDIR/fusion/MAP-UNMATCHED-T"
-    )
-    add_recipe_arguments(parser, required=False)
-
-
 def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of the arguments. With DIR its workdir is where DIR lies now, everything else as it was at the build.
+    """The recipe of the arguments (cli/fusion_data_arguments.py). With DIR its workdir is where DIR lies now, everything else as it was at the build.
 
     Raises UserError where there is neither DIR nor --recipe, or no recipe in DIR.
     """

@@ -72,7 +72,7 @@ MeasuringCommand = Annotated[str, AfterValidator(_measuring_command)]
 
 
 class Merge(Options):
-    """A merge of models of one architecture, by tools/merge_models.py."""
+    """A merge of models of one architecture, by `megatron-fuse merge`."""
 
     method: Literal["linear", "slerp", "ties", "dare_ties", "dare_linear"]
     models: Annotated[list[Name], Field(min_length=2)] = Field(description="variants, of the same seed, and models")
@@ -80,7 +80,7 @@ class Merge(Options):
         None, description="one of models or variants whose weights the differences are taken from"
     )
     options: dict[Name, float | Line] = Field(
-        default_factory=dict, description="further flags of tools/merge_models.py"
+        default_factory=dict, description="further flags of `megatron-fuse merge`"
     )
 
     @property

@@ -42,13 +42,13 @@ class Commands:
     def run(self, words: Sequence[str], log: Path, *, megatron: bool = False) -> int:
         """The command's exit code, -N if signal N ended it; its output is appended to the log.
 
-        A script, named by this interpreter and a path in .py, is forked; everything else is started as it is. megatron: a script of the
-        project on Megatron-core; all others run without what that changes in torch. Raises UserError where it cannot be started, or is
-        not any more.
+        A script, which is this interpreter with a path in .py or with -m and a module, is forked; everything else is started as it is.
+        megatron: a script of the project on Megatron-core; all others run without what that changes in torch. Raises UserError where
+        it cannot be started, or is not any more.
         """
         if self._interrupted:
             raise UserError(f"{words[0]} is not started after an interrupt")
-        if words[0] == sys.executable and words[1].endswith(".py"):
+        if words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py")):
             return self._fork(words[1:], log, megatron)
         program = self._where["cwd"] / words[0] if os.sep in words[0] else words[0]
         if shutil.which(program, path=self._where["env"].get("PATH")) is None:
@@ -92,7 +92,8 @@ class Commands:
             return int(parent.stdout.readline())
         except (BrokenPipeError, ValueError) as error:  # no reply
             del self._parents[megatron]
-            raise UserError(f"the process that {words[0]} was to be forked from ended with {parent.wait()}") from error
+            script = words[1] if words[0] == "-m" else words[0]
+            raise UserError(f"the process that {script} was to be forked from ended with {parent.wait()}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -147,6 +148,10 @@ def _become_script(words: list[str], log: str) -> None:
     null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for source, place in ((null, 0), (output, 1), (output, 2)):
         os.dup2(source, place)
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv, sys.path[0] = words, str(Path(words[0]).resolve().parent)
     runpy.run_path(words[0], run_name="__main__")
 

@@ -142,7 +142,7 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
 def read_results(path: Path) -> list[Result]:
     """Raises UserError where the file is missing or is none of ours."""
     if not path.exists():
-        raise UserError(f"{path} does not exist: run tools/run_experiments.py first")
+        raise UserError(f"{path} does not exist: run megatron-fuse experiments first")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)

@@ -14,7 +14,7 @@ from megatron_fuse.experiments.experiment import Experiment, data_directory, req
 from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.records import Owner, read_record
 from megatron_fuse.experiments.results import collect_results
-from megatron_fuse.experiments.runs import ROOT, Run, code_version, command_words, make
+from megatron_fuse.experiments.runs import Run, code_version, command_words, make
 from megatron_fuse.processes import run_tied
 from megatron_fuse.storage import write_json
 from megatron_fuse.text_safety import say
@@ -47,7 +47,7 @@ def run_experiment(
             with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
         ):
             progress(f"$ {prepare}")
-            if code := run_tied(command_words(prepare), cwd=ROOT):
+            if code := run_tied(command_words(prepare)):
                 raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
         # Variant by variant, so that the seeds make their data side by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
@@ -56,7 +56,7 @@ def run_experiment(
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
         with ExitStack() as stack:
             # What they start holds the lock too: it may go on for a while where this process is killed.
-            starters = [stack.enter_context(Commands(ROOT, environment, keep_open=[lock])) for _ in range(jobs)]
+            starters = [stack.enter_context(Commands(Path.cwd(), environment, keep_open=[lock])) for _ in range(jobs)]
             return _run_all(todo, split, starters, version, progress)
 
 
@@ -123,7 +123,7 @@ def _parts(run: Run) -> list[Run]:
 def _only_one(workdir: Path, path: Path) -> Iterator[int]:
     """The workdir belongs to one experiment file, and to one process and what it started at a time; yields the lock's descriptor."""
     workdir.mkdir(parents=True, exist_ok=True)
-    owner, name = workdir / "experiment.json", os.path.relpath(path.resolve(), ROOT)
+    owner, name = workdir / "experiment.json", os.path.relpath(path.resolve())
     if owner.exists() and (theirs := read_record(Owner, owner).experiment) != name:
         raise UserError(
             f"{workdir} belongs to the experiment {theirs}, not to {name}: give this one a workdir of its own"

@@ -10,12 +10,14 @@ WORKDIR/runs/NAME/seed-N/recipe.yaml             what was run, every option writ
 Each command goes on where it was interrupted, so a run does so too. A model is measured anew where the command has changed.
 """
 
+import importlib.metadata
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -39,7 +41,7 @@ from megatron_fuse.storage import read_json, sha256_of_json, temporary_then_rena
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
 from megatron_fuse.training.stage import EXPORT, TRAINING, require_whole_training
 
-ROOT = Path(__file__).resolve().parents[2]
+_CHECKOUT = Path(__file__).resolve().parents[2]  # of git, unless the package is installed
 
 
 class RunFailed(UserError):
@@ -92,22 +94,29 @@ _ABOUT_RUNS = (
     "megatron_fuse/experiments",
     "megatron_fuse/report",
     "megatron_fuse/reporting",
+    "megatron_fuse/cli/experiments.py",
     "tools/run_experiments.py",
 )
 _CODE = [":(glob)**/*.py", *(f":(exclude){place}" for place in _ELSEWHERE + _ABOUT_RUNS)]
 
 
+_FUSE = [sys.executable, "-m", "megatron_fuse.cli"]
+
+
 def code_version() -> str:
-    """The last commit that touched the code of runs; where that has changed since, with a + and a hash of the change."""
+    """The last commit that touched the code of runs; where that has changed since, with a + and a hash of the change.
+
+    Of a package that is installed without its repository: its version.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments, "--", *_CODE], capture_output=True, text=True, check=False
+            ["git", "-C", str(_CHECKOUT), *arguments, "--", *_CODE], capture_output=True, text=True, check=False
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     changed = git("diff", "HEAD")
-    return (git("log", "-1", "--format=%h", "--abbrev=10") or "unknown") + (
+    return (git("log", "-1", "--format=%h", "--abbrev=10") or importlib.metadata.version("megatron-fuse")) + (
         f"+{sha256_of_json(changed)[:6]}" if changed else ""
     )
 
@@ -175,13 +184,13 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
-        _command(run, commands, [sys.executable, "tools/run_recipe.py", "--recipe", str(path), "--until", TEXT.name])
+        _command(run, commands, [*_FUSE, "run", "--recipe", str(path), "--until", TEXT.name])
     commands.import_libraries(megatron=True)  # no part of the training's seconds
     start = time.perf_counter()
-    _command(run, commands, [sys.executable, TRAINING.script, "--recipe", str(path)], megatron=True)
+    _command(run, commands, [sys.executable, *TRAINING.module, "--recipe", str(path)], megatron=True)
     trained = time.perf_counter() - start
     require_whole_training(recipe)
-    _command(run, commands, [sys.executable, EXPORT.script, "--recipe", str(path)], megatron=True)
+    _command(run, commands, [sys.executable, *EXPORT.module, "--recipe", str(path)], megatron=True)
     steps = [row for row in read_metrics(run.directory / "checkpoints" / METRICS) if row["kind"] == STEP]
     return {
         "data": instructions_sha256(recipe),
@@ -197,7 +206,7 @@ def instructions_sha256(recipe: Recipe) -> str:
 
 def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
     models = {name: str(Run(run.experiment, name, run.seed).model) for name in merge.parts}
-    command = [sys.executable, "tools/merge_models.py", "--method", merge.method, "--output", str(run.model)]
+    command = [*_FUSE, "merge", "--method", merge.method, "--output", str(run.model)]
     command += [part for name in merge.models for part in ("--model", models[name])]
     command += ["--dtype", "fp32"]
     command += ["--base", models[merge.base]] if merge.base else []
@@ -225,7 +234,7 @@ def command_words(text: str) -> list[str]:
 
 
 def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bool = False) -> None:
-    """Runs it from the project's root, its output going to the run's log."""
+    """Runs it, its output going to the run's log."""
     log = run.directory / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     told = words[1:] if words[0] == sys.executable else words
@@ -234,6 +243,13 @@ def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bo
     if code := commands.run(words, log, megatron=megatron):
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
         raise RunFailed(
-            f"{run.name}, seed {run.seed}: {told[0]} ended with exit code {code}; the last of {log}:\n  "
+            f"{run.name}, seed {run.seed}: {_name(told)} ended with exit code {code}; the last of {log}:\n  "
             + "\n  ".join(last)
         )
+
+
+def _name(words: Sequence[str]) -> str:
+    """What a command line is called in messages: the script, or the module and its command."""
+    if words[0] != "-m":
+        return words[0]
+    return " ".join(takewhile(lambda word: not word.startswith("-"), words[1:]))

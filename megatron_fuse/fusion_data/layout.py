@@ -10,7 +10,7 @@ from megatron_fuse.stages import Amounts, Stage
 from megatron_fuse.storage import Workspace
 
 NAME = "fusion data"
-BUILT_BY = "tools/build_fusion_data.py"
+BUILT_BY = "megatron-fuse build"
 
 
 def fusion_directory(recipe: Recipe) -> Path:

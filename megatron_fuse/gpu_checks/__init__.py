@@ -1,4 +1,4 @@
-"""What a machine with a GPU can show of this project: one check per file, each in a process of its own (tools/check_gpu.py).
+"""What a machine with a GPU can show of this project: one check per file, each in a process of its own (`megatron-fuse check-gpu`).
 
 A check is a function `run(device, directory)` that yields rows. device: "cuda", or "cpu" for the same code at tiny sizes, where no
 limit on time counts. directory: an empty one of its own. What it prints goes to a log beside it.

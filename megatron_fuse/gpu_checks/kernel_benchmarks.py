@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_fuse.errors import UserError
 from megatron_fuse.gpu_checks.rows import Row, failed, held, measured, not_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
@@ -13,6 +14,14 @@ FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 def import_from_folder() -> None:
     """From now on its modules can be imported. For the process of a check."""
     sys.path.insert(0, str(FOLDER))
+
+
+def require_repository() -> None:
+    """Raises UserError if the folder is not here: an installed package is without it."""
+    if not FOLDER.is_dir():
+        raise UserError(
+            "the checks need the project's repository, which has kernels/benchmarks: run them in a checkout"
+        )
 
 
 def meter_of(device: str) -> Any:

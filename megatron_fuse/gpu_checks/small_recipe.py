@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import runpy
 import sys
 import time
@@ -22,12 +21,12 @@ from megatron_fuse.gpu_checks.small_models import write_instructions, write_mode
 from megatron_fuse.pipeline import steps
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe, dump_recipe, make_recipe
+from megatron_fuse.stages import Stage
 from megatron_fuse.target import checkpoint_directory, export_directory
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.metrics import METRICS, STEP, metrics_directory, read_metrics
 from megatron_fuse.training.stage import EXPORT, TRAINING
 
-ROOT = Path(__file__).resolve().parents[2]
 _SAVE_INTERVAL = 6
 _STEPS_BEYOND = 2  # that a training has done after its checkpoint when it is killed
 _POLL = 0.02  # seconds between two looks at it
@@ -41,12 +40,12 @@ def run(device: str, directory: Path) -> Iterator[Row]:
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     for name, (work, *_) in steps(recipe).items():
         if work.stage not in (TRAINING, EXPORT):
-            yield from _run(context, name, work.stage.script, path)
+            yield from _run(context, name, work.stage, path)
     killed = _train_and_kill(context, recipe, path)
     yield measured("training, killed at step", max(killed))
-    yield from _run(context, "training, resumed", TRAINING.script, path)
+    yield from _run(context, "training, resumed", TRAINING, path)
     yield from _twice(device, killed, _losses(recipe))
-    yield from _run(context, "export", EXPORT.script, path)
+    yield from _run(context, "export", EXPORT, path)
     yield _read_again(device, recipe)
 
 
@@ -87,33 +86,32 @@ def small_recipe(directory: Path) -> Recipe:
     )
 
 
-def _run(context: BaseContext, name: str, script: str, recipe: Path) -> Iterator[Row]:
-    """One of the project's scripts, to its end. Raises UserError if it fails: nothing after it can be done."""
+def _run(context: BaseContext, name: str, stage: Stage, recipe: Path) -> Iterator[Row]:
+    """A stage's command, to its end. Raises UserError if it fails: nothing after it can be done."""
     began = time.perf_counter()
-    process = _start(context, script, recipe)
+    process = _start(context, stage, recipe)
     process.join()
     if process.exitcode:
-        raise UserError(f"{script} ended with {process.exitcode}")
+        raise UserError(f"{stage.command} ended with {process.exitcode}")
     yield measured(name, time.perf_counter() - began, "s")
 
 
-def _start(context: BaseContext, script: str, recipe: Path) -> BaseProcess:
-    process = context.Process(target=_become, args=([str(ROOT / script), "--recipe", str(recipe)],))
+def _start(context: BaseContext, stage: Stage, recipe: Path) -> BaseProcess:
+    process = context.Process(target=_become, args=([*stage.module, "--recipe", str(recipe)],))
     process.start()
     return process
 
 
 def _become(words: list[str]) -> None:
-    """This process from now on is `python *words`."""
+    """This process from now on is `python *words`. words: `-m`, a module and its arguments."""
     end_with_pool()
-    os.chdir(ROOT)
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-    runpy.run_path(words[0], run_name="__main__")
+    sys.argv = words[1:]
+    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 
 def _train_and_kill(context: BaseContext, recipe: Recipe, path: Path) -> dict[int, float]:
     """Kills a training some steps behind a checkpoint that was written beside them. Its losses by step."""
-    training = _start(context, "pretrain_fuse.py", path)
+    training = _start(context, TRAINING, path)
     tracker = checkpoint_directory(recipe) / LATEST
     while training.is_alive():
         saved = int(tracker.read_text()) if tracker.exists() else None
@@ -123,7 +121,7 @@ def _train_and_kill(context: BaseContext, recipe: Recipe, path: Path) -> dict[in
         time.sleep(_POLL)
     training.join()
     if training.exitcode >= 0:
-        raise UserError(f"pretrain_fuse.py ended with {training.exitcode} before it could be killed")
+        raise UserError(f"{TRAINING.command} ended with {training.exitcode} before it could be killed")
     return _losses(recipe)
 
 

@@ -37,7 +37,7 @@ def refuse_gguf(model: Path, where: str) -> None:
     file, output = shlex.quote(str(files[0])), shlex.quote(str(files[0].with_suffix("")))
     raise UserError(
         f"{where}: {files[0]} is a GGUF file: convert it once, and name the directory that comes of it: "
-        f"python tools/convert_checkpoint.py --from-gguf {file} --tokenizer ORIGINAL_MODEL --output {output}"
+        f"megatron-fuse convert --from-gguf {file} --tokenizer ORIGINAL_MODEL --output {output}"
     )
 
 

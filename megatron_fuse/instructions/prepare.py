@@ -56,7 +56,7 @@ def instructions_options(recipe: Recipe) -> dict:
 INSTRUCTIONS = Stage(
     name="instructions",
     recorded_as="instructions",
-    command="tools/prepare_instructions.py",
+    command="megatron-fuse prepare",
     keys=lambda _: [()],
     directory=lambda recipe: Workspace(recipe.workdir).instructions,
     options=instructions_options,

@@ -11,12 +11,10 @@ from megatron_fuse.pipeline.idle_processes import idle_line
 from megatron_fuse.pipeline.stages import Work, steps
 from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, dump_recipe
-from megatron_fuse.stages import Context
+from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.text_safety import say
 from megatron_fuse.training.stage import TRAINING, require_whole_training
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None:
@@ -38,23 +36,23 @@ def run_step(name: str, works: list[Work], recipe: Recipe, resolved: Path, proce
         say(f"{name}: done")
         return
     stage = works[0].stage
-    run_script([stage.script, "--recipe", str(resolved)], 1 if stage.one_process else processes)
+    _run_command(stage, resolved, 1 if stage.one_process else processes)
     if stage == TRAINING:
         require_whole_training(recipe)
 
 
-def run_script(command: list[str], processes: int) -> None:
-    """Runs one of our scripts, under torchrun if there are several processes. command: the script, from the root, and its options."""
+def _run_command(stage: Stage, recipe: Path, processes: int) -> None:
+    """Runs a stage's command, under torchrun if there are several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
-    script, *options = command
-    say(f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(command)}")
+    words = [*stage.module, "--recipe", str(recipe)]
+    say(f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(words)}")
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
-    if code := run_tied([*launcher, str(ROOT / script), *options], env=environment):
-        raise UserError(f"{script} ended with exit code {code}: fix what it says above and run this again")
-    say(f"  {script}: {time.perf_counter() - start:.1f} s")
+    if code := run_tied([*launcher, *words], env=environment):
+        raise UserError(f"{stage.name} ended with exit code {code}: fix what it says above and run this again")
+    say(f"  {stage.name}: {time.perf_counter() - start:.1f} s")
 
 
 def write_resolved_recipe(recipe: Recipe) -> Path:

@@ -2,10 +2,9 @@
 
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.sampled import answer_text
-from megatron_fuse.responses.stage import BACKENDS, RESPONSES, backend_of, generate_responses, response_shards
+from megatron_fuse.responses.stage import RESPONSES, backend_of, generate_responses, response_shards
 
 __all__ = [
-    "BACKENDS",
     "RESPONSES",
     "Answerer",
     "Response",

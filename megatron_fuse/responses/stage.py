@@ -38,11 +38,9 @@ from megatron_fuse.storage import (
 from megatron_fuse.storage.records import read_typed_rows
 from megatron_fuse.text_safety import say
 
-BACKENDS = ("hf", "openai", "file")
-
 
 def backend_of(recipe: Recipe, name: str) -> str:
-    """What the recipe says of where a model's answers come from: one of BACKENDS."""
+    """What the recipe says of where a model's answers come from: one of RESPONSE_BACKENDS."""
     options = answering_options(recipe, name)
     return "file" if options.responses else "openai" if options.server else "hf"
 
@@ -97,7 +95,7 @@ def _flops(context: Context, amounts: Amounts, name: str) -> float:
 RESPONSES = Stage(
     name="responses",
     recorded_as="responses",
-    command="tools/generate_responses.py --source {}",
+    command="megatron-fuse generate --source {}",
     keys=lambda recipe: [(name,) for name in recipe.answering],
     directory=lambda recipe, name: Workspace(recipe.workdir).responses(name),
     options=responses_options,

@@ -1,4 +1,4 @@
-"""What differs between the versions of Megatron-core that setup.py allows, 0.16 to 0.19, and cannot be written alike for all.
+"""What differs between the versions of Megatron-core that pyproject.toml allows, 0.16 to 0.19, and cannot be written alike for all.
 
 Where one way fits every version there is no branch and nothing here: training/megatron_checkpoints.py does without `save` and `load`,
 and model/gpt.py overrides what GPTModel has in all of them. Later versions will take away more of what the project uses, by what

@@ -35,8 +35,7 @@ from megatron_fuse.storage import Artefact, Shards, Workspace, run_plans, tempor
 from megatron_fuse.text_safety import brief, say
 
 NAME = "scores"  # of this stage and of the scores against the ground truth (reference_scores.py), which share command and form
-COMMAND = "tools/score_responses.py"
-BACKENDS = ("hf", "file")
+COMMAND = "megatron-fuse score"
 
 # (examples of a shard, {name: answers to them}) -> {name: float32 [n], NaN for what cannot be judged}
 Scorer = Callable[[list[Example], dict[str, list[Response]]], dict[str, np.ndarray]]

@@ -34,7 +34,8 @@ class Stage:
     """One kind of artifact and the command that makes it. The functions get a key's names as their last arguments.
 
     name: the step of the pipeline, as `--until` takes it. Stages with one name are made by one command.
-    recorded_as: the stage in plan.json and manifest.json. command: what makes one artifact; `{}` stands for a name of its key.
+    recorded_as: the stage in plan.json and manifest.json. command: what makes one artifact, as a user types it; `{}` stands for a name
+    of its key.
     keys(recipe): the artifacts that the recipe needs. directory(recipe, *key). options(recipe, *key): every option of the recipe
     that changes the bytes. parents(recipe, *key).
     formats(context, *key): tokenizers and chat templates. origin(context, *key): weights and files of the user, which a machine
@@ -66,9 +67,10 @@ class Stage:
     remove: Callable[[Recipe], Path] | None = None
 
     @property
-    def script(self) -> str:
-        """The command without its arguments, from the project's root."""
-        return self.command.split()[0]
+    def module(self) -> list[str]:
+        """The command without its arguments, as words for `python` or torchrun: they find the package, wherever it is installed."""
+        program, *words = self.command.split()
+        return words[:2] if program == "python" else ["-m", "megatron_fuse.cli", words[0]]
 
     def label(self, recipe: Recipe, *key: str) -> str:
         """What plans and tables call an artifact: its directory under the recipe's workdir."""

@@ -42,7 +42,7 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
     # Without a held-out split there is no best one.
     checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
     if checkpoint is None:
-        raise UserError(f"{directory} holds no checkpoint: run pretrain_fuse.py first")
+        raise UserError(f"{directory} holds no checkpoint: run python -m megatron_fuse.pretrain first")
     reference, output = target_directory(recipe), export_directory(recipe)
     chat = load_format(recipe.target, "target")
     template = chat.template if recipe.target.chat_template is not None else None

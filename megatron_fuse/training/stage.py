@@ -60,7 +60,7 @@ def _training_parents(recipe: Recipe) -> dict[str, tuple[Stage, Key]]:
 TRAINING = Stage(
     name="training",
     recorded_as="training",
-    command="pretrain_fuse.py",
+    command="python -m megatron_fuse.pretrain",
     keys=lambda _: [()],
     directory=lambda recipe: checkpoint_directory(recipe).parent,
     parents=_training_parents,
@@ -72,7 +72,7 @@ TRAINING = Stage(
 EXPORT = Stage(
     name="export",
     recorded_as="export",
-    command="tools/export_model.py",
+    command="megatron-fuse export",
     keys=lambda _: [()],
     directory=export_directory,
     parents=lambda _: {"checkpoint": (TRAINING, ())},

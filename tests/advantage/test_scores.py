@@ -298,7 +298,7 @@ def test_refusals_name_judge_source_and_example(judges: dict[str, Path], tmp_pat
         score_responses(Context(recipe), "x")
     with pytest.raises(UserError, match="there is no 'x'; the recipe has a, b"):
         score_responses(Context(recipe), "mpt", ["x"])
-    with pytest.raises(UserError, match=r"scores/a/mpt does not exist: run tools/score_responses.py --source a"):
+    with pytest.raises(UserError, match=r"scores/a/mpt does not exist: run megatron-fuse score --source a"):
         load_scores(Context(recipe), "a", "mpt")
 
 

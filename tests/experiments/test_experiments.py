@@ -113,10 +113,10 @@ def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> Non
 def test_the_report_tells_differences_ties_and_gaps(experiment_file: Path, tmp_path: Path) -> None:
     experiment, *_ = run(experiment_file)
     path = tmp_path / "docs/RESULTS.md"
-    write_report([Reported(experiment, collect_results(experiment, "test"), "python tools/run_experiments.py E")], path)
+    write_report([Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path)
     assert "## More" not in path.read_text() and "- More (`--only more`): cccc" in path.read_text()
     run(experiment_file, tables=["more"])
-    write_report([Reported(experiment, collect_results(experiment, "test"), "python tools/run_experiments.py E")], path)
+    write_report([Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path)
     text = path.read_text()
     assert "| bb | – | 21.5 ± 0.5 (+10.0 ± 0.0)▲ |" in text and "–: not measured (bb)." in text
     assert "Clearly above a: bb (+10.0)." in text and "## More" in text and "(results-main.png)" in text

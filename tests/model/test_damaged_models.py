@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import runpy
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.fingerprints import model_fingerprint
 from megatron_fuse.huggingface.limits import declared_vocab_size
 from megatron_fuse.huggingface.loading import load_causal_lm
+from megatron_fuse.huggingface.talk import load
 from megatron_fuse.merging import _common_shapes
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.config_file import check_model_directory, load_config
@@ -381,7 +381,7 @@ def read_to_merge(directory: Path) -> None:
 
 
 def read_to_chat(directory: Path) -> None:
-    runpy.run_path(str(Path(__file__).parents[2] / "tools/chat.py"))["load"](directory, None, False)
+    load(directory, None, False)
 
 
 ROLES = {

@@ -1,4 +1,4 @@
-"""pretrain_fuse.py over the small target, with one rank that dies in its third step; to be started by torchrun.
+"""megatron_fuse.pretrain over the small target, with one rank that dies in its third step; to be started by torchrun.
 
 torchrun --nproc-per-node 2 dying_rank.py WORKDIR TARGET RANK
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from synthetic import SyntheticDataset, make_tiny_recipe
 
-import pretrain_fuse
+from megatron_fuse import pretrain
 from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import dump_recipe
 
@@ -36,8 +36,8 @@ def main() -> None:
         return plan(*arguments)
 
     trainer.plan_step = plan_or_die
-    sys.argv = ["pretrain_fuse.py", "--recipe", str(recipe)]
-    pretrain_fuse.main()
+    sys.argv = ["pretrain", "--recipe", str(recipe)]
+    pretrain.main()
 
 
 if __name__ == "__main__":

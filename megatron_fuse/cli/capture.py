@@ -1,0 +1,58 @@
+"""Captures what every source predicts over responses: its likeliest tokens and the exact mass of the rest.
+
+    megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode training|inference]
+    torchrun --nproc-per-node 8 -m megatron_fuse.cli capture --recipe ...    # rank r takes every 8th shard
+
+Writes WORKDIR/captures/SOURCE/MODE; by default every source in every mode that the recipe's schedule learns from. Mode training
+reads the ground-truth response, mode inference the source's own. Interrupted, it continues where it stopped. A source with
+`captures: {MODE: FILE}` in the recipe is read from there instead (docs/captures.md).
+"""
+
+import argparse
+
+from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.recipe.backends import CAPTURE_BACKENDS
+from megatron_fuse.recipe.modes import MODES
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--source", action="append", metavar="NAME", help="only this source; may be repeated")
+    parser.add_argument("--mode", choices=MODES, help="only this mode")
+    parser.add_argument(
+        "--backend",
+        choices=CAPTURE_BACKENDS,
+        help="hf: the source's model, in process; file: what sources.NAME.captures names. The recipe decides; given here, it is "
+        "refused where the recipe has it otherwise",
+    )
+    parser.add_argument(
+        "--no-truncate",
+        action="store_true",
+        help="keep all capture.top_k entries of every token: the same as --capture-top-p 1. The stages after this one compare "
+        "a capture with the recipe, so that the recipe should say capture.top_p: 1 as well",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.no_truncate:
+        setattr(arguments, "capture.top_p", "1")
+    recipe = recipe_from_arguments(arguments)
+    with importing():
+        from megatron_fuse.capture import capture, require_backend
+        from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
+        from megatron_fuse.stages import Context
+    context = Context(recipe)
+    warn_of_idle_processes(context)
+    modes = [arguments.mode] if arguments.mode else recipe.modes_with_teacher
+    if not modes:
+        say("schedule: no phase has a lambda for a source's distributions: nothing to capture")
+    for source in arguments.source or recipe.sources:
+        for mode in modes:
+            if arguments.backend:
+                require_backend(recipe, source, mode, arguments.backend)
+            artefact = capture(context, source, mode)
+            if artefact:
+                counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
+                say(f"{artefact.directory}: {counts}")

@@ -1,0 +1,88 @@
+"""Run variants of one recipe over several seeds, and tell what differs by more than chance.
+
+    megatron-fuse experiments examples/skills/experiments.yaml                      # its first table
+    megatron-fuse experiments examples/skills/experiments.yaml --only sources kl_form
+    megatron-fuse experiments EXPERIMENT.yaml --split dev                           # for choices; test is for reports
+    megatron-fuse experiments EXPERIMENT.yaml ... --report docs/RESULTS.md          # the tables again, from the CSVs alone
+
+What is finished is kept, and what was interrupted goes on; a longer list of seeds runs only the new ones. Results go to the
+experiment's CSV, a row per variant, seed and metric.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe import Name, checked_value, path_argument
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "experiments",
+        type=path_argument,
+        nargs="+",
+        metavar="EXPERIMENT",
+        help="YAML (megatron_fuse/experiments/experiment.py)",
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="tables to run; default: the first")
+    parser.add_argument("--split", help="problems to measure with; default: the experiment's")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument(
+        "--report", type=path_argument, help="write the report of the CSVs to this Markdown file, and run nothing"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.report:
+        _report(arguments.experiments, arguments.split, arguments.report)
+        return
+    if len(arguments.experiments) > 1:
+        raise UserError("run experiments one by one; only --report takes several")
+    with importing():
+        from megatron_fuse.experiments import (
+            Reported,
+            collect_results,
+            load_experiment,
+            run_experiment,
+            write_report,
+            write_results,
+        )
+    (path,) = arguments.experiments
+    experiment = load_experiment(path)
+    split = _split(arguments.split, experiment.split)
+    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=say)
+    results = collect_results(experiment, split)
+    if lost := write_results(experiment, results, split):
+        say(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")
+    report = experiment.workdir / f"report-{split}.md"
+    write_report([Reported(experiment, results, _command(path))], report)
+    say(f"{experiment.results}: {len(results)} results; tables: {report}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs failed, the others are kept; run this again after mending:\n  " + "\n  ".join(failed)
+        )
+
+
+def _report(paths: list[Path], split: str | None, output: Path) -> None:
+    """Writes the report of what the experiments' CSVs hold."""
+    with importing():
+        from megatron_fuse.experiments import Reported, load_experiment, read_results, write_report
+    reported = []
+    for path in paths:
+        experiment = load_experiment(path)
+        wanted = _split(split, experiment.split)
+        results = [result for result in read_results(experiment.results) if result.split == wanted]
+        reported.append(Reported(experiment, results, _command(path)))
+    write_report(reported, output)
+    say(f"{output}: written from {', '.join(str(of.experiment.results) for of in reported)}")
+
+
+def _split(given: str | None, default: str) -> str:
+    """By the rule for the key `split` in the file: it becomes part of a file's name."""
+    return default if given is None else checked_value(Name, given, "--split")
+
+
+def _command(path: Path) -> str:
+    return f"megatron-fuse experiments {path}"

@@ -1,0 +1,26 @@
+"""Write the fused model of a recipe as a Hugging Face directory: weights, config, tokenizer and chat template.
+
+    megatron-fuse export --recipe examples/quickstart/recipe.yaml [--export-checkpoint latest] [--export-dtype fp32]
+
+Works from a checkpoint of any layout, in one process, without a GPU. A second run writes anew only if the checkpoint moved on.
+"""
+
+import argparse
+
+from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+add_arguments = add_recipe_arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipe_from_arguments(arguments)
+    with importing():
+        from megatron_fuse.runtime import start_runtime, stop_runtime
+    start_runtime()
+    from megatron_fuse.training.export import export_fused_model
+
+    output, checkpoint = export_fused_model(recipe)
+    say(f"{output}: the model of {checkpoint} in {recipe.export.dtype}")
+    stop_runtime()

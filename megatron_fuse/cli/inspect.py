@@ -1,0 +1,108 @@
+"""Shows one example of fusion data, its tokens and what the teacher says should come at each; or checks all of it.
+
+    megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
+    megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --verify
+    megatron-fuse inspect --recipe examples/quickstart/recipe.yaml --id ID --mode inference
+    megatron-fuse inspect --template MODEL
+    megatron-fuse inspect --recipe examples/quickstart/recipe.yaml --template
+
+--source is the selected one by default. --json prints one object: {"id", "mode", "source", "tokens": [{"id", "text", "supervised",
+"match", "entries": [{"id", "text", "logprob"}], "tail"}]}; the entries at a token are the distribution that PREDICTS that token.
+--verify reads every file, lists all that is wrong and ends with 2 where anything is.
+--template shows a sample conversation as a model reads it: which tokens are learned, what ends an answer and where generation begins;
+of a model directory, or of the target, the sources and the reward models of a recipe. It needs no fusion data.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron_fuse.cli.fusion_data_arguments import add_fusion_data_arguments
+from megatron_fuse.errors import UserError
+from megatron_fuse.recipe.modes import MODES
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+PARSER = {
+    "conflict_handler": "resolve"
+}  # the recipe has a --verify too, of a training; here the word means this command's own
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_fusion_data_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--index", type=int, help="number of the example in the instructions, from 0")
+    what.add_argument("--id", help="id of the example")
+    what.add_argument(
+        "--template",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="show how MODEL, or each model of the recipe, reads a conversation",
+    )
+    what.add_argument("--verify", action="store_true", help="check every file, row and choice")
+    parser.add_argument("--mode", choices=MODES, help="needed for an example")
+    parser.add_argument("--source", help="default: the source with the advantage")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.verify and (arguments.json or arguments.mode or arguments.source):
+        raise UserError("--verify looks at everything: --mode, --source and --json belong to one example")
+    if arguments.template is not None and (arguments.mode or arguments.source):
+        raise UserError("--template shows conversations without data: --mode and --source belong to one example")
+    if arguments.template is not None:
+        _show_templates(arguments)
+    elif arguments.verify:
+        _verify(arguments)
+    elif arguments.mode is None:
+        raise UserError("--mode is needed to show an example")
+    else:
+        _show_example(arguments)
+
+
+def _show_example(arguments: argparse.Namespace) -> None:
+    with importing():
+        from megatron_fuse.dataset import FusionDataset
+        from megatron_fuse.dataset.directory import fusion_data_recipe
+        from megatron_fuse.inspection.documents import find_example, format_view, view_document
+    recipe = fusion_data_recipe(arguments)
+    dataset = FusionDataset(recipe)
+    example = find_example(dataset, arguments.index, arguments.id)
+    view = view_document(recipe, dataset, arguments.mode, example, arguments.source)
+    say(_as_json(view) if arguments.json else format_view(view, dataset))
+
+
+def _show_templates(arguments: argparse.Namespace) -> None:
+    """Prints the template view of one model, or of all models of the recipe."""
+    with importing():
+        from megatron_fuse.dataset.directory import fusion_data_recipe
+        from megatron_fuse.inspection.templates import format_of_model, format_template_view, formats_of, view_template
+        from megatron_fuse.stages import Context
+    if arguments.template:
+        formats = [(arguments.template, format_of_model(arguments.template))]
+    else:
+        formats = list(formats_of(Context(fusion_data_recipe(arguments))))
+    views = [view_template(name, chat) for name, chat in formats]
+    say("\n".join(map(_as_json, views)) if arguments.json else "\n\n".join(map(format_template_view, views)))
+
+
+def _as_json(view: dict[str, Any]) -> str:
+    """With JSON's own escapes where a terminal must not see a text as it is."""
+    text = json.dumps(view, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(view)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    """Prints what was looked at. Raises UserError with all that was found wrong."""
+    with importing():
+        from megatron_fuse.dataset.directory import fusion_data_recipe
+        from megatron_fuse.stages import Context
+        from megatron_fuse.verification import verify_fusion_data
+    context = Context(fusion_data_recipe(arguments))
+    found = verify_fusion_data(context, progress=lambda line: say(line, file=sys.stderr))
+    say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
+    if found.problems:
+        raise UserError(f"{len(found.problems)} problems:\n" + "\n".join(found.problems))
+    say("all is well")

@@ -1,0 +1,110 @@
+"""From the words of a command line to a command's module, the only one that is imported."""
+
+import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
+
+# isort: split
+
+import argparse
+import sys
+from collections.abc import Callable, Collection
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_fuse.errors import exit_code
+from megatron_fuse.recipe import path_argument
+
+COMMANDS = {
+    "plan": "what of a recipe is done, what will run, and what it may cost",
+    "run": "everything of a recipe that is not done: data stages, training, export",
+    "prepare": "a stage: instructions, sampled and cut to length",
+    "generate": "a stage: every model's answers",
+    "score": "a stage: scores of the answers",
+    "capture": "a stage: the sources' distributions",
+    "build": "a stage: distributions in the target's tokens, and the winner of every example",
+    "inspect": "one example of fusion data, a check of all of them, or how a model reads a conversation",
+    "report": "who has the advantage, or how the alignment went",
+    "convert": "between Hugging Face directories, Megatron checkpoints and GGUF files",
+    "export": "a stage: the fused model as a Hugging Face directory",
+    "evaluate": "models side by side, by lm-evaluation-harness",
+    "merge": "models of one architecture become one, without training",
+    "experiments": "variants of one recipe over several seeds",
+    "chat": "a talk with a model",
+    "check-gpu": "this project on this machine's GPU",
+}
+"""Every command with one line about it. Its module has the same name, with _ for -."""
+
+SHELLS = ("bash", "zsh")
+_AFTERWORD = """
+`megatron-fuse COMMAND --help` describes a command. Under torchrun a stage is `torchrun ... -m megatron_fuse.cli COMMAND`, and the
+training alone is `torchrun ... -m megatron_fuse.pretrain`.
+"""
+
+
+def program() -> int:
+    """The installed `megatron-fuse`."""
+    return exit_code(main)
+
+
+def main() -> int | None:
+    chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    arguments = make_parser([chosen] if chosen in COMMANDS else []).parse_args()
+    return _module(arguments.command).run(arguments)
+
+
+def door(command: str) -> Callable[[], int | None]:
+    """The main function of a script that is this command alone, as tools/*.py are."""
+
+    def main() -> int | None:
+        module = _module(command)
+        parser = argparse.ArgumentParser(**_parser_options(module))
+        module.add_arguments(parser)
+        return module.run(parser.parse_args())
+
+    return main
+
+
+def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
+    """The parser of `megatron-fuse`. Only the commands in `filled` have their arguments: theirs are the modules imported."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-fuse",
+        description="Fuses several large language models into one (ProFuser, arXiv 2408.04998).",
+        epilog=_AFTERWORD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print the shell's script that completes"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        if name in filled:
+            module = _module(name)
+            module.add_arguments(commands.add_parser(name, help=summary, **_parser_options(module)))
+        else:
+            commands.add_parser(name, help=summary)
+    return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints and exits, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        import shtab
+
+        described = make_parser(COMMANDS)
+        commands = next(action for action in described._actions if isinstance(action, argparse._SubParsersAction))
+        for action in (action for command in commands.choices.values() for action in command._actions):
+            if action.type in (Path, path_argument):
+                action.complete = shtab.FILE
+        print(shtab.complete(described, values))
+        parser.exit()
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"megatron_fuse.cli.{command.replace('-', '_')}")
+
+
+def _parser_options(module: ModuleType) -> dict[str, Any]:
+    described = {"description": module.__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    return described | getattr(module, "PARSER", {})

@@ -1,0 +1,20 @@
+"""Says what of a recipe is done, what will run, and what that may cost in time and disk. Runs nothing.
+
+    megatron-fuse plan --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
+
+The same as `megatron-fuse run --plan`.
+"""
+
+import argparse
+
+from megatron_fuse.cli import run as run_command
+from megatron_fuse.recipe import add_recipe_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    run_command.add_processes_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    run_command.run(argparse.Namespace(**vars(arguments), plan=True, until=None))

@@ -1,0 +1,31 @@
+"""Reads an instruction file, samples it, cuts responses to length, splits off the held-out examples.
+
+    megatron-fuse prepare --recipe examples/quickstart/recipe.yaml
+
+Writes WORKDIR/instructions, and prints what was left out and why. examples.bad_rows.jsonl there has every row that cannot be used,
+with line, kind and reason, examples.dropped.jsonl every example left out for its length. The forms of data: docs/data.md.
+"""
+
+import argparse
+
+from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+add_arguments = add_recipe_arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipe_from_arguments(arguments)
+    with importing():
+        from megatron_fuse.instructions import left_out, prepare_instructions
+        from megatron_fuse.stages import Context
+        from megatron_fuse.target import check_target_tokenizer, read_target
+    context = Context(recipe)
+    check_target_tokenizer(context.target, read_target(context.recipe))
+    artefact = prepare_instructions(context)
+    if artefact:
+        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
+        say(f"{artefact.directory}: {counts}")
+        for line in left_out(artefact):
+            say(line)

@@ -1,0 +1,70 @@
+"""Scores everyone's answers: by every reward model that the recipe goes by, or against the ground truth.
+
+    megatron-fuse score --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--reward-model NAME ...]
+    megatron-fuse score --recipe ... --reference                           # BLEU, ROUGE-L and BERTScore against the ground truth
+    torchrun --nproc-per-node 8 -m megatron_fuse.cli score --recipe ...    # rank r takes every 8th shard
+
+Writes WORKDIR/scores/NAME/REWARD_MODEL, one float32 for each example, or WORKDIR/scores/NAME/reference, three. NAME is a source, or
+`target` where its reward orders the examples. Interrupted, it continues where it stopped. A reward model with
+`scores: FILE` in the recipe is read from there instead.
+"""
+
+import argparse
+
+from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.recipe.backends import SCORE_BACKENDS
+from megatron_fuse.recipe.lookup import answering_options
+from megatron_fuse.start import importing
+from megatron_fuse.text_safety import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--source", action="append", metavar="NAME", help="only this one's answers; may be repeated")
+    parser.add_argument("--reward-model", action="append", metavar="NAME", help="only this judge; may be repeated")
+    parser.add_argument("--reference", action="store_true", help="against the ground truth")
+    parser.add_argument(
+        "--backend",
+        choices=SCORE_BACKENDS,
+        help="hf: the reward model, in process; file: what reward_models.NAME.scores names. The recipe decides; given here, it is "
+        "refused where the recipe has it otherwise",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipe_from_arguments(arguments)
+    with importing():
+        from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
+        from megatron_fuse.scoring.reference_scores import score_against_reference
+        from megatron_fuse.scoring.scores import require_backend, score_responses
+        from megatron_fuse.stages import Context
+    context = Context(recipe)
+    warn_of_idle_processes(context)
+    asked = [*(arguments.reward_model or []), *([REFERENCE] if arguments.reference else [])]
+    wanted = _wanted(recipe, arguments.source, asked)
+    if not wanted:
+        say("neither the inference mode nor the order of the examples needs any score: name a --reward-model")
+    for scorer, sources in wanted.items():
+        if arguments.backend and scorer != REFERENCE:
+            require_backend(recipe, scorer, arguments.backend)
+        artefacts = (
+            score_against_reference(context, sources)
+            if scorer == REFERENCE
+            else score_responses(context, scorer, sources)
+        )
+        for artefact in artefacts:
+            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
+            say(f"{artefact.directory}: {counts}")
+
+
+def _wanted(recipe: Recipe, sources: list[str] | None, asked: list[str]) -> dict[str, list[str]]:
+    """Whose answers each scorer scores: what the recipe needs, unless it is told otherwise."""
+    for source in sources or []:
+        answering_options(recipe, source)  # refuses a name that the recipe does not have
+    if asked:
+        return {scorer: sources or list(recipe.answering or recipe.sources) for scorer in asked}
+    wanted: dict[str, list[str]] = {}
+    for source in sources or recipe.scorers:
+        for scorer in recipe.scorers.get(source, recipe.reward_models):
+            wanted.setdefault(scorer, []).append(source)
+    return wanted
