@@ -330,8 +330,9 @@ class ChatFormat:
                 elif part:
                     first = self._prefix_after_special if index else not continued
                     ids += (tokenizer.encode if first else tokenizer.encode_continuation)(hide.reveal(part))
-        if tokenizer.adds_bos and not continued and ids[:1] != [tokenizer.bos_id]:
-            ids = [tokenizer.bos_id, *ids]
+        bos = tokenizer.bos_id
+        if tokenizer.adds_bos and bos is not None and not continued and ids[:1] != [bos]:
+            ids = [bos, *ids]
         return ids
 
     @cached_property
@@ -407,7 +408,7 @@ def load_chat_format(
     return replace(
         draft,
         stop_id=stop,
-        end_ids=frozenset({stop, tokenizer.eos_id, *ends} - {None}),
+        end_ids=frozenset(token for token in (stop, tokenizer.eos_id, *ends) if token is not None),
         separator=around.separator,
         opening=around.before.removeprefix(around.separator),
         generation=around.generation,

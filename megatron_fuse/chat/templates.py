@@ -99,7 +99,7 @@ def render(
 class _Generation(Extension):
     """`{% generation %}` marks assistant text for training in some templates; it prints what it holds."""
 
-    tags = frozenset({"generation"})
+    tags: set[str] = {"generation"}  # noqa: RUF012, as the base class has it
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

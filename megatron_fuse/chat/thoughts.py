@@ -25,10 +25,10 @@ def without_empty_thought(context: str, response: str, *, cut: bool = False) -> 
     Templates print `<think></think>` before a given response. One that begins with `<think>` itself would get a second thought.
     cut: the response was cut off, perhaps within its thought.
     """
-    end = thought_end(response)
-    if end is None or not (cut or end in response):
+    begin, end = _TAG.match(response), thought_end(response)
+    if begin is None or end is None or not (cut or end in response):
         return context
-    return re.sub(rf"{re.escape(_TAG.match(response)[1])}\s*{re.escape(end)}\s*$", "", context)
+    return re.sub(rf"{re.escape(begin[1])}\s*{re.escape(end)}\s*$", "", context)
 
 
 def with_thought(thought: str | None, answer: str) -> str:
@@ -45,9 +45,9 @@ def split_thought(
     all is thought up to that tag. cut: the text was cut off, perhaps within a thought that it begins itself. The answer has no
     white space at its beginning, and is empty where the thought does not end.
     """
-    own = thought_end(text)
-    if own is not None and (own in text or own == end or cut):
-        text, end, opened = text[_TAG.match(text).end() :], own, True
+    begin, own = _TAG.match(text), thought_end(text)
+    if begin is not None and own is not None and (own in text or own == end or cut):
+        text, end, opened = text[begin.end() :], own, True
     if end is None or not (opened or end in text):
         return None, text
     thought, found, answer = text.partition(end)

@@ -2,13 +2,14 @@
 
 import unicodedata
 from dataclasses import dataclass, replace
+from typing import Final
 
 from megatron_fuse.chat import may_be_learned
 from megatron_fuse.chat.nested_texts import with_texts
 from megatron_fuse.chat.thoughts import with_thought
 from megatron_fuse.instructions.examples import Example, Message
 
-_FORM = "NFC"
+_FORM: Final = "NFC"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class Example:
     def prompt(self, default_system: str | None = None) -> list[Message]:
         """Messages that a model answers: the system message, where the example or the model has one, comes first."""
         system = self.system if self.system is not None else default_system
-        return ([] if system is None else [{"role": "system", "content": system}]) + self.messages
+        first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        return first + self.messages
 
     @property
     def uses_tools(self) -> bool:

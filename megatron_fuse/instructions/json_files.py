@@ -52,11 +52,11 @@ def read_json_rows(path: Path) -> Iterator[tuple[int, Row]]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked."""
     with path.open("rb") as file:
-        if file.peek(2)[:2] != _GZIP:  # type: ignore[attr-defined]
+        if file.peek(2)[:2] != _GZIP:
             yield file
             return
         try:
-            with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:  # type: ignore[arg-type]
+            with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:
                 yield unpacked
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: cannot be unpacked ({brief(str(error))}): write it again") from error

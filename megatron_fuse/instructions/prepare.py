@@ -111,8 +111,8 @@ def _choose(
                 )
                 if example.uses_tools:
                     require_readable(result, reward_models())
-            except BadRow as reason:
-                dropped[example.id] = reason.with_traceback(None)  # which would keep the texts
+            except BadRow as error:
+                dropped[example.id] = error.with_traceback(None)  # which would keep the texts
                 continue
             fitted[example.id] = _Fitted(
                 len(result.response), result.truncated, result.target_tokens, is_in_nfc(example)

@@ -115,8 +115,8 @@ def read_rows(
                     repeated.setdefault(example.id, []).append(line)
                     continue
                 raise BadRow(Kind.COPY, f"the same as line {first}")
-        except BadRow as reason:
-            bad.append(_listed(line, reason))
+        except BadRow as error:
+            bad.append(_listed(line, error))
             continue
         if began_with_answer:
             openings.add(line)
