@@ -47,9 +47,9 @@ def interruptible() -> Iterator[list[int]]:
         if number == signal.SIGINT and time.monotonic() - began > _TWICE:
             os._exit(128 + number)
 
-    handled = (signal.SIGINT,) if "TORCHELASTIC_RUN_ID" in os.environ else (signal.SIGINT, signal.SIGTERM)
+    handled = [signal.SIGINT] if "TORCHELASTIC_RUN_ID" in os.environ else [signal.SIGINT, signal.SIGTERM]
     if threading.current_thread() is not threading.main_thread():
-        handled = ()
+        handled = []
     before = {number: signal.getsignal(number) for number in handled}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:

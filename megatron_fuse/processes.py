@@ -110,7 +110,7 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
             os.kill(os.getpid(), received[0])
 
 
-def _become(parent: int, words: Sequence[str]) -> None:
+def _become(parent: int, words: list[str]) -> None:
     end_with(parent)
     try:
         os.execvp(words[0], words)

@@ -42,8 +42,8 @@ def nearest_pieces(
     for distance in range(len(LONGEST)):
         for places in _look_ups(pieces, np.flatnonzero(ranks < 0), distance):
             ranks[places] = search.at_distance(distance, [pieces[place] for place in places])
-            progress(np.count_nonzero(ranks[places] >= 0))
-    for place in np.flatnonzero(ranks < 0):
+            progress(int(np.count_nonzero(ranks[places] >= 0)))
+    for place in np.flatnonzero(ranks < 0).tolist():
         ranks[place] = search.by_comparing(pieces[place])
         progress(1)
     return order[ranks]

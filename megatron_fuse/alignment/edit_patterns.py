@@ -75,7 +75,10 @@ class PatternIndex:
         self._buckets: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # length -> ranks, ascending, and prefix hashes
         for length in np.unique(lengths).tolist():
             ranks = np.flatnonzero(lengths == length)
-            self._buckets[length] = ranks, _prefix_hashes(code_points([ranked[rank] for rank in ranks], length))
+            self._buckets[length] = (
+                ranks,
+                _prefix_hashes(code_points([ranked[rank] for rank in ranks.tolist()], length)),
+            )
 
     def neighbours(self, texts: Sequence[str], length: int, distance: int) -> Neighbours:
         """Of texts of this length, with all that is at most `distance` edits away, and rarely something else."""

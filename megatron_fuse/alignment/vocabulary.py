@@ -151,8 +151,12 @@ def build_vocabulary_map(
         special = sorted(source.special_ids)
         tables[:, special] = special
     tables[:, source_stop] = target_stop
+    ids, leading, source_leading, both_leading = tables
     return VocabularyMap(
-        *tables,
+        ids,
+        leading,
+        source_leading,
+        both_leading,
         exact=_equal_bytes(source, target, tables[0], source_stop),
         kind=kind,
         key=key,
@@ -195,15 +199,20 @@ def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:
     small = {name: array.astype(np.min_scalar_type(array.max(initial=0))) for name, array in integers.items()}
     others = {name: getattr(vocabulary_map, name) for name in ("exact", "kind", "key")}
     with temporary_then_rename(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **small, **others)
+        # numpy's stub holds every keyword for allow_pickle.
+        np.savez_compressed(file, **small, **others)  # type: ignore[arg-type]
 
 
 def load_vocabulary_map(path: Path) -> VocabularyMap:
     """Reads what save_vocabulary_map wrote. Raises UserError for a file that is not a whole map."""
     try:
         with np.load(path, allow_pickle=False) as data:
+            ids, leading, source_leading, both_leading = (data["tables"].astype(np.int32) - 1)[data["states"]]
             return VocabularyMap(
-                *(data["tables"].astype(np.int32) - 1)[data["states"]],
+                ids,
+                leading,
+                source_leading,
+                both_leading,
                 exact=data["exact"],
                 kind=str(data["kind"]),
                 key=str(data["key"]),

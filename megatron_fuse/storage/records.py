@@ -7,7 +7,7 @@
 Models are strict: true is no number, 1.0 no whole one, NaN no number at all. Keys that a model does not know are kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
@@ -91,7 +91,7 @@ def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model
     return parse_record(read_sealed(path), model, str(path), fix)
 
 
-def parse_record(content: Mapping[str, Any], model: type[Model], place: str, fix: str) -> Model:
+def parse_record(content: object, model: type[Model], place: str, fix: str) -> Model:
     """As read_record, of what has been read already. place: the file, or file and line."""
     try:
         return model.model_validate(content)
@@ -102,7 +102,8 @@ def parse_record(content: Mapping[str, Any], model: type[Model], place: str, fix
 def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterator[T]:
     """The rows of a JSONL file that a stage wrote, as dataclasses or models. Raises UserError naming file, line and key."""
     fix = fix or f"restore it, or remove {path.parent} and rerun the stage"
-    adapter = _adapter(kind)
+    # mypy takes type[T] for not hashable.
+    adapter = _adapter(kind)  # type: ignore[arg-type]
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -106,10 +106,10 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
                 directory, local_files_only=True, trust_remote_code=trust_remote_code
             )
         else:
-            tokenizer = transformers.GPT2TokenizerFast.from_pretrained(
+            tokenizer = transformers.GPT2Tokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-        if not tokenizer.is_fast:
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
             raise UserError(
                 f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
             )

@@ -22,6 +22,9 @@ from megatron_fuse.tokenization.normalized_spans import covered
 from megatron_fuse.tokenization.settings import Strips, read_settings
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts, split_at
 
+# protoc builds the classes of the module when it is imported: mypy does not see them.
+_ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
+
 
 class SentencePieceBackend:
     def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], strips: Strips, legacy: bool) -> None:
@@ -109,7 +112,7 @@ class SentencePieceBackend:
 
 def _processor(model: Any, **normalizer: Any) -> sentencepiece.SentencePieceProcessor:
     """The model with some fields of its normalizer_spec changed."""
-    changed = sentencepiece_model_pb2.ModelProto()
+    changed = _ModelProto()
     changed.CopyFrom(model)
     for field, value in normalizer.items():
         setattr(changed.normalizer_spec, field, value)
@@ -153,7 +156,7 @@ def _visible(piece: str) -> bytes:
 def load_sentence_piece(path: Path) -> Tokenizer:
     """Reads a SentencePiece model file and, beside it, what transformers keeps in tokenizer_config.json and the like."""
     data = read_small_file(path)
-    model = sentencepiece_model_pb2.ModelProto()
+    model = _ModelProto()
     try:
         model.ParseFromString(data)
         if not model.pieces:
@@ -179,7 +182,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     _hide_from_text(model, {*settings.special, *named.values()})
     processor = _processor(model)
     control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
-    special = {*control.values(), *settings.special, *named.values()} - {None}
+    special = {*control.values(), *settings.special, *(token for token in named.values() if token is not None)}
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
     for token, own in own_bytes.items():
         token_bytes[token] = own

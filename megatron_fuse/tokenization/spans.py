@@ -45,7 +45,7 @@ class TokenSpans:
         return int((self.ends - self.starts)[(self.flags & (SpanFlag.STOP | SpanFlag.LOSSY)) == 0].sum())
 
     @classmethod
-    def join(cls, parts: Sequence["TokenSpans"], offsets: Sequence[int]) -> "TokenSpans":
+    def join(cls, parts: Sequence["TokenSpans"], offsets: Sequence[int] | np.ndarray) -> "TokenSpans":
         """Responses one after the other; offsets: where each one's bytes begin in all their bytes on end."""
         moved = [
             (part.tokens, part.starts + o, part.ends + o, part.flags) for part, o in zip(parts, offsets, strict=True)

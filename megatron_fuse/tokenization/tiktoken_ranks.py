@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tiktoken
 
@@ -54,6 +54,9 @@ class TiktokenBackend:
     def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode_continuation(text) for text in texts]
 
+    def encode_normalized(self, text: str) -> NoReturn:
+        raise NotImplementedError("tiktoken has no normaliser: its tokens spell every text")
+
     def hugging_face(self, tokenizer: Tokenizer) -> Any:
         from megatron_fuse.tokenization.tiktoken_export import as_transformers
 
@@ -83,7 +86,7 @@ def load_tiktoken(path: Path) -> Tokenizer:
     settings = read_settings(path.parent)
     published, special = _special_tokens(path, encoding, len(ranks), settings)
     named = {
-        kind: settings.named_token(kind, special, published.get(own))
+        kind: settings.named_token(kind, special, None if own is None else published.get(own))
         for kind, own in (("bos", encoding.bos), ("eos", encoding.eos), ("pad", None))
     }
     asked = settings.config.add_bos_token

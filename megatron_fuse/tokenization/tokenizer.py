@@ -28,7 +28,7 @@ class Backend(Protocol):
         """ids of a text as the tokenizer's own normaliser changes it, still without dummy prefix; starts, ends int64 [n]:
         the bytes of the text that went into each token, overlapping where tokens share a chunk (`normalized_spans`).
 
-        Asked only where encode_continuation does not spell the text; a backend that spells every text has none.
+        Called only where encode_continuation does not spell the text; a backend that spells every text raises.
         """
 
     def hugging_face(self, tokenizer: "Tokenizer") -> Any: ...
@@ -96,8 +96,9 @@ class Tokenizer:
             return self.backend.encode_continuation(text) if text else []
         # SentencePiece reads a literal U+2581 as a space: spell it by bytes where the vocabulary can.
         ids = self.backend.encode_continuation(text)
-        spelled = [self._single_bytes.get(byte) for byte in VISIBLE_SPACE.encode()]
-        if self.joined_bytes(ids) == text.encode() or None in spelled:
+        space = VISIBLE_SPACE.encode()
+        spelled = [self._single_bytes[byte] for byte in space if byte in self._single_bytes]
+        if self.joined_bytes(ids) == text.encode() or len(spelled) < len(space):
             return ids
         ids = []
         for index, part in enumerate(text.split(VISIBLE_SPACE)):

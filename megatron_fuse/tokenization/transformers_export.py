@@ -10,7 +10,8 @@ from megatron_fuse.tokenization.tokenizer import Tokenizer
 def wrap_backend(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, **named: str) -> PreTrainedTokenizerFast:
     """A transformers tokenizer around `backend`, which has the ids of `tokenizer`; named: special tokens that only it knows."""
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    named |= {name: tokenizer.token_text(token) for name, token in ids.items() if token is not None}
+    texts = {name: tokenizer.token_text(token) for name, token in ids.items() if token is not None}
+    named |= {name: text for name, text in texts.items() if text is not None}
     if tokenizer.adds_bos:
         bos = named["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
