@@ -88,8 +88,16 @@ def fused_linear_sparse_kl(
         raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
     student = Student("hidden", len(hidden), len(weight), hidden.dtype, hidden.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
-    vocabulary = {"vocab_size": vocab_size, "vocab_start": vocab_start, "group": group}
-    shard = check_arguments(student, targets, temperature=temperature, tail=tail, check=check, **vocabulary)
+    shard = check_arguments(
+        student,
+        targets,
+        temperature=temperature,
+        tail=tail,
+        vocab_size=vocab_size,
+        vocab_start=vocab_start,
+        group=group,
+        check=check,
+    )
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
     temperature = float(temperature)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -305,5 +313,7 @@ _MULTIPLIES_INTO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 def _no_gradient(weight: Tensor) -> Tensor:
     """A gradient of zero that takes no memory."""
-    place = {"dtype": weight.dtype, "device": weight.device}
-    return torch.sparse_coo_tensor(size=weight.shape, **place, check_invariants=False)
+    # torch's stub lacks the form of a size alone.
+    return torch.sparse_coo_tensor(  # type: ignore[call-arg]
+        size=weight.shape, dtype=weight.dtype, device=weight.device, check_invariants=False
+    )

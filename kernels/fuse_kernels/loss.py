@@ -69,10 +69,18 @@ def sparse_kl_cross_entropy(
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")
-    student = Student("logits", *logits.shape, logits.dtype, logits.device)
+    student = Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
-    vocabulary = {"vocab_size": vocab_size, "vocab_start": vocab_start, "group": group}
-    shard = check_arguments(student, targets, temperature=temperature, tail=tail, check=check, **vocabulary)
+    shard = check_arguments(
+        student,
+        targets,
+        temperature=temperature,
+        tail=tail,
+        vocab_size=vocab_size,
+        vocab_start=vocab_start,
+        group=group,
+        check=check,
+    )
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
     temperature = float(temperature)
     if chosen == "triton":

@@ -84,7 +84,7 @@ def _choose(implementation: str, logits: Tensor, k: int) -> str:
         raise ValueError(f"implementation is {implementation!r}: use one of auto, triton, torch")
     if implementation == "torch" or (implementation == "auto" and logits.device.type != "cuda"):
         return "torch"
-    reason = unfit_for_triton(Student("logits", *logits.shape, logits.dtype, logits.device))
+    reason = unfit_for_triton(Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device))
     if k > MOST_LARGEST:
         reason = f"k is {k}, the kernel keeps {MOST_LARGEST}"
     if reason and implementation == "triton":
@@ -137,7 +137,7 @@ def _torch_topk(
         values = scratch[: rows.stop - first]
         values[:, : shard.columns] = logits[rows, : shard.columns]
         values[:, shard.columns :] = -torch.inf
-        if labels is not None:
+        if labels is not None and found.label_logits is not None:
             column = labels[rows] - shard.start
             inside = (column >= 0) & (column < shard.columns)
             label_logits = values.gather(1, column.where(inside, 0)[:, None])[:, 0]

@@ -129,7 +129,8 @@ class _TritonLoss(torch.autograd.Function):
             logits = logits.contiguous()
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
         if in_forward:
-            losses, *state = triton_losses_and_gradient_(logits, targets, temperature, tail, shard)
+            losses, *gradient = triton_losses_and_gradient_(logits, targets, temperature, tail, shard)
+            state = tuple(gradient)
         else:
             losses, state = triton_losses(logits, targets, temperature, tail, shard)
         ctx.save_for_backward(logits, *state)

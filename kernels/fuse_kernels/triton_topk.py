@@ -6,6 +6,7 @@ columns, are read once more, and the k largest are picked from them.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -154,6 +155,6 @@ def _(logits, labels, k, temperature, real_columns, start):
 
 def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = len(logits)
-    fp32 = {"dtype": torch.float32}
     ids = logits.new_empty((n, k), dtype=torch.int64)
-    return ids, logits.new_empty((n, k), **fp32), logits.new_empty((2, n), **fp32), logits.new_empty(n, **fp32)
+    fp32 = partial(logits.new_empty, dtype=torch.float32)
+    return ids, fp32((n, k)), fp32((2, n)), fp32(n)

@@ -10,6 +10,7 @@ Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries),
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -42,7 +43,8 @@ class PackedDocuments(PackedSeqParams):
 
     def with_rotations_by_position(self) -> "PackedDocuments":
         """What Megatron takes for an unpacked sequence [s, 1, ...] everywhere but in CausalAttention."""
-        return replace(self, qkv_format="sbhd")
+        # Megatron has no types: mypy does not know the fields of PackedSeqParams.
+        return replace(self, qkv_format="sbhd")  # type: ignore[call-arg]
 
 
 class CausalAttention(MegatronModule):
@@ -97,9 +99,9 @@ class CausalAttention(MegatronModule):
             raise ValueError(
                 "attention here is causal and takes no mask and no bias: give packed_seq_params or a window"
             )
-        options = {"window": self.window, "scale": self.softmax_scale}
         lengths = None if packed_seq_params is None else packed_seq_params.lengths
-        return causal_attention(query, key, value, lengths=lengths, **options).flatten(2)
+        context = causal_attention(query, key, value, lengths=lengths, window=self.window, scale=self.softmax_scale)
+        return context.flatten(2)
 
 
 def causal_attention(
@@ -119,7 +121,8 @@ def causal_attention(
     if lengths is None:
         return _attend(query, key, value, window, scale).contiguous()
     # `split`, whose gradient is one concatenation; that of a slice is as long as the sequence, for every document.
-    documents = zip(*(of.split(list(lengths)) for of in (query, key, value)), strict=True)
+    queries, keys, values = (of.split(list(lengths)) for of in (query, key, value))
+    documents = zip(queries, keys, values, strict=True)
     return torch.cat([_attend(*document, window, scale) for document in documents]).contiguous()
 
 
@@ -130,18 +133,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
     has_band = window is not None and length > window
     if not takes_groups(query.device, query.dtype, has_band):
         key, value = (of.repeat_interleave(query.shape[1] // of.shape[1], dim=1) for of in (key, value))
-    options = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    if not has_band:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, **options).permute(2, 0, 1, 3)
-    first = (of[:, :, :window] for of in (query, key, value))  # a whole window of positions sees all before it
-    parts = [scaled_dot_product_attention(*first, is_causal=True, **options)]
+    attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    if window is None or not has_band:
+        return attend(query, key, value, is_causal=True).permute(2, 0, 1, 3)
+    first = slice(window)  # a whole window of positions sees all before it
+    parts = [attend(query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True)]
     band = _band(BLOCK, window, query.device)
     for start in range(window, length, BLOCK):
         stop = min(start + BLOCK, length)
         seen = slice(start - window + 1, stop)
         mask = band[: stop - start, : stop - start + window - 1]
-        block = (query[:, :, start:stop], key[:, :, seen], value[:, :, seen])
-        parts.append(scaled_dot_product_attention(*block, attn_mask=mask, **options))
+        parts.append(attend(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], attn_mask=mask))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
 
 

@@ -200,7 +200,7 @@ def write_hugging_face_model(
 
 def _bare(model: torch.nn.Module) -> FusionGPTModel:
     while not isinstance(model, FusionGPTModel):
-        model = model.module
+        model = model.get_submodule("module")
     return model
 
 
@@ -216,7 +216,7 @@ def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[Weigh
         yield parameter, weight_blocks(name, model.architecture, rank, size)
 
 
-def _assembler(model: torch.nn.Module, dtype: torch.dtype | None):  # type: ignore[no-untyped-def]
+def _assembler(model: torch.nn.Module, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
     """A function from a Hugging Face name to that tensor on the CPU, so that an export holds few of them at a time."""
     bare = _bare(model)
     if not (bare.pre_process and bare.post_process) or parallel_state.get_tensor_model_parallel_world_size() > 1:

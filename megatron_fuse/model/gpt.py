@@ -3,7 +3,7 @@
 Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stored teacher entries per token, n = s b tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -113,7 +113,7 @@ class FusionGPTModel(GPTModel):
 
     def _preprocess(
         self, *rest: object, position_ids: Tensor, packed_seq_params: PackedDocuments | None = None, **named
-    ):  # type: ignore[no-untyped-def]
+    ):
         """As GPTModel's. With rotations by position, those of each position of the sequence [s, 1, 1, d] take the place of a
         table up to the longest document: Megatron's own way to apply that table document by document waits for the GPU."""
         named |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
@@ -142,7 +142,8 @@ class FusionGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         # The upstream gradient is 1 (training/loss.py).
         loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight, unit_upstream=True)
-        return self._losses(loss, labels, *hidden_states.shape[:2], columns=len(weight))
+        sequence, batch = hidden_states.shape[:2]
+        return self._losses(loss, labels, sequence, batch, columns=len(weight))
 
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
         """The fusion loss of every position, in GPTModel's place for its cross entropy.
@@ -152,7 +153,8 @@ class FusionGPTModel(GPTModel):
         group; none here.
         """
         loss = partial(sparse_kl_cross_entropy, logits.flatten(0, 1))
-        return self._losses(loss, labels, *logits.shape[:2], columns=logits.shape[2])
+        sequence, batch, columns = logits.shape
+        return self._losses(loss, labels, sequence, batch, columns)
 
     def _losses(
         self, loss: Callable[..., TokenLosses], targets: FusionTargets, sequence: int, batch: int, columns: int
@@ -224,12 +226,12 @@ def build_model_chunks(
 ) -> list[FusionGPTModel]:
     """All model chunks of this rank, in order: one, or as many as virtual pipeline parallelism asks for."""
     virtual = config.virtual_pipeline_model_parallel_size
-    stages = [None] if virtual is None else range(virtual)
-    options = {"seq_length": seq_length, "loss_options": loss_options}
-    return [build_model(architecture, config, vp_stage=stage, **options) for stage in stages]
+    stages: Iterable[int | None] = [None] if virtual is None else range(virtual)
+    build = partial(build_model, architecture, config, seq_length=seq_length, loss_options=loss_options)
+    return [build(vp_stage=stage) for stage in stages]
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # type: ignore[no-untyped-def]  # Megatron's specs
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # Megatron's specs
     """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl names."""
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()

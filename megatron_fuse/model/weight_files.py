@@ -84,7 +84,7 @@ class WeightFiles:
         """The tensor's type in the file, without reading it: one of DTYPES, or the library's word for another."""
         part = self._part(name)
         dtype = part.dtype if isinstance(part, Tensor) else part.get_dtype()
-        return {**_SAFETENSORS_DTYPES, **{value: key for key, value in DTYPES.items()}}.get(dtype, str(dtype))
+        return (_SAFETENSORS_DTYPES | {value: key for key, value in DTYPES.items()}).get(dtype, str(dtype))
 
     def read(self, name: str, dim: int, start: int, size: int) -> Tensor:
         """Elements start .. start + size of dimension dim (0 or 1), in the file's dtype; only they are read."""
@@ -99,7 +99,7 @@ class WeightFiles:
         """File and name of a tensor, for errors."""
         return f"{self.model_dir / self.file_of[name]}: {brief(name, 100)}"
 
-    def _part(self, name: str):  # type: ignore[no-untyped-def]  # a safetensors slice or a memory-mapped tensor
+    def _part(self, name: str) -> Any:  # a safetensors slice or a memory-mapped tensor
         if name not in self.file_of:
             raise UserError(f"{self.model_dir} lacks the tensor {brief(name, 100)}: fetch the model again")
         file = self._open(self.file_of[name])
@@ -111,7 +111,7 @@ class WeightFiles:
                 "model again"
             ) from None
 
-    def _open(self, file: str, wanted: str = "weights"):  # type: ignore[no-untyped-def]
+    def _open(self, file: str, wanted: str = "weights") -> Any:  # a safetensors file or the tensors of a .bin file
         if file not in self._opened:
             path = self.model_dir / file
             if not path.exists():
@@ -159,7 +159,7 @@ class _Index(BaseModel):
     metadata: dict[str, Any] | None = None  # which transformers reads
 
 
-def _open_safetensors(path: Path):  # type: ignore[no-untyped-def]
+def _open_safetensors(path: Path) -> safe_open:
     read_safetensors_header(path)  # the library's own errors do not name the tensor
     try:
         return safe_open(path, framework="pt")

@@ -6,6 +6,7 @@ whole process; where CUDA is present it does nothing. Sequence parallelism is ou
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,7 +35,7 @@ def _names_cuda(device: object) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """Turns every CUDA device named to a torch function into the CPU, and lets a CPU tensor answer as a CUDA type."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
@@ -46,7 +47,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=False) -> None:  # type: ignore[no-untyped-def]
+def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=False) -> None:
     """Megatron's gradient clipping without the assertion that gradients are CUDA tensors."""
     coefficient = max_norm / (total_norm + 1.0e-6)
     if coefficient >= 1.0:
@@ -64,7 +65,8 @@ def enable_cpu_megatron() -> bool:
     if torch.cuda.is_available():
         return False
     stream = _NoStream()
-    cuda = torch.cuda
+    cuda: Any = torch.cuda  # what takes the place of its functions has other types
+    tensor: Any = torch.Tensor
     # One function object for each name: torch.compile's table of known functions refuses an object with two names.
     cuda.current_device = lambda: CPU
     cuda.current_stream = lambda *_, **__: stream
@@ -74,7 +76,7 @@ def enable_cpu_megatron() -> bool:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.Tensor.cuda = lambda self, *_, **__: self
+    tensor.cuda = lambda self, *_, **__: self
     _CudaMeansCpu().__enter__()
 
     import megatron.core.optimizer.optimizer as megatron_optimizer

@@ -133,7 +133,8 @@ def _use_deterministic_algorithms(on: bool) -> None:
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(on)
     # By default torch then also fills all memory that it hands out: a pass over the logits for nothing.
-    torch.utils.deterministic.fill_uninitialized_memory = not on
+    # torch.utils.deterministic sets this attribute where mypy does not see it.
+    torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
 
 
 def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:

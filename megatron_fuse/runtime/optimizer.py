@@ -14,11 +14,11 @@ from megatron_fuse.runtime.libraries import fused_adam_library
 class GroupStepAdamW(torch.optim.Optimizer):
     """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) with `step` held in the parameter group, as FusedAdam holds it."""
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_: object) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_: object) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure=None):  # without types, as in torch's own; Megatron gives no closure
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             # Counted also where this rank holds none of the group's parameters, so that every rank saves the same step.
