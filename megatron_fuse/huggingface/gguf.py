@@ -66,7 +66,7 @@ def convert_gguf(
     if held.rotary_scaling:  # before the weights are read
         original = _scaled_config(tokenizer, file, held.rotary_scaling)
     with _read(f"--from-gguf: {file}"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' annotation leaves out
             file.parent,
             gguf_file=file.name,
             local_files_only=True,
@@ -75,6 +75,7 @@ def convert_gguf(
             trust_remote_code=False,
             output_loading_info=True,
         )
+    model, report = loaded
     check_after_loading(model, report, file, "--from-gguf")
     for name, parameter in model.named_parameters():
         refuse_non_finite(parameter.detach(), f"--from-gguf: {file}: {name}")

@@ -13,7 +13,7 @@ from megatron_fuse.huggingface.resolving import resolve_model, trust_key
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.own_code import not_loadable
-from megatron_fuse.recipe import ModelOptions
+from megatron_fuse.recipe import AnsweringOptions
 
 
 def this_device() -> torch.device:
@@ -23,30 +23,38 @@ def this_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def load_model(auto_class: Any, options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
+def load_model(
+    auto_class: Any,
+    model_name: str,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    device_map: str | None = None,
+    device: torch.device | None = None,
+    where: str = "model",
+) -> Any:
     """What `auto_class.from_pretrained` gives, in evaluation mode and without gradients.
 
-    `device` defaults to this process's own; `options.device_map`, where set, places the model instead. `where` is the recipe key
-    of the options (`sources.mpt`), for errors. Options without a dtype (the target's) load in fp32. Raises UserError for a model
-    that cannot be loaded whole: transformers itself would fill in random weights.
+    `model_name`: a directory, or a hub name in the local cache. `device` defaults to this process's own; `device_map`, where set,
+    places the model instead. `where` is the recipe key of the model's options (`sources.mpt`), for errors. Raises UserError for a
+    model that cannot be loaded whole: transformers itself would fill in random weights.
     """
-    directory = resolve_model(options.model, f"{where}.model")
+    directory = resolve_model(model_name, f"{where}.model")
     check_before_loading(
         auto_class,
         directory,
         f"{where}.model",
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         allowed_by=trust_key(where),
     )
-    device_map = getattr(options, "device_map", None)
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, report = auto_class.from_pretrained(
             directory,
-            dtype=DTYPES[getattr(options, "dtype", "fp32")],
+            dtype=DTYPES[dtype],
             local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which reports them, for us to refuse
             **({"device_map": device_map} if device_map else {}),
@@ -66,9 +74,17 @@ def load_model(auto_class: Any, options: ModelOptions, device: torch.device | No
     return model
 
 
-def load_causal_lm(options: ModelOptions, device: torch.device | None = None, where: str = "model") -> Any:
+def load_causal_lm(options: AnsweringOptions, device: torch.device | None = None, where: str = "model") -> Any:
     """The language model of a source or target; see load_model."""
-    return load_model(AutoModelForCausalLM, options, device, where)
+    return load_model(
+        AutoModelForCausalLM,
+        options.model,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        device_map=options.device_map,
+        device=device,
+        where=where,
+    )
 
 
 def input_device(model: Any) -> torch.device:

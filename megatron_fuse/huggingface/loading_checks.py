@@ -6,7 +6,7 @@ the config says: all of it in silence or in a log.
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,6 +15,9 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import ModelConfig, check_model_directory, load_config, reason
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.text_safety import brief
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # seconds of imports, for commands that load no model too
 
 _QUANTISED = 16  # elements that a byte of a quantised file may hold, with room
 
@@ -66,7 +69,7 @@ def check_size(
         )
 
 
-def check_after_loading(model: torch.nn.Module, report: dict[str, Any], directory: Path, where: str) -> None:
+def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], directory: Path, where: str) -> None:
     """Raises UserError where transformers reports weights that are missing, of another shape, or of layers left out."""
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:

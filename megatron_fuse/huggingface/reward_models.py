@@ -44,6 +44,8 @@ class JudgeFiles:
 def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
     """Directories and form of a judge of the recipe. Raises UserError where one is missing or the form cannot be told."""
     where = f"reward_models.{name}"
+    if options.model is None:
+        raise ValueError(f"{where} has scores from a file and no model")
     weights = local_model(options.model, f"{where}.model") or resolve_model(
         options.model, f"{where}.model"
     )  # which refuses it

@@ -13,16 +13,23 @@ TARGET = "target"  # under this name lie the target's own answers, beside those 
 REFERENCE = "reference"  # under this name lie the scores against the ground truth, beside those of the reward models
 
 
+ChatTemplate = Annotated[
+    ModelPlace | None,
+    Field(
+        description="vicuna_v1.1, llama2, llama3, chatml, alpaca, starling_rm, eurus_rm or a .jinja file; default: the tokenizer's own"
+    ),
+]
+SystemMessage = Annotated[str | None, Field(description="system message where an example has none")]
+TrustRemoteCode = Annotated[bool, Field(description="run Python code that comes with the model")]
+
+
 class ModelOptions(Options):
     model: ModelPlace = Field(
         description="Hugging Face model directory, or a hub name that is already in the local cache"
     )
-    chat_template: ModelPlace | None = Field(
-        None,
-        description="vicuna_v1.1, llama2, llama3, chatml, alpaca, starling_rm, eurus_rm or a .jinja file; default: the tokenizer's own",
-    )
-    system: str | None = Field(None, description="system message where an example has none")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    chat_template: ChatTemplate = None
+    system: SystemMessage = None
+    trust_remote_code: TrustRemoteCode = False
 
 
 class FileOptions(Options):
@@ -133,8 +140,11 @@ class ScoreFile(FileOptions):
     scores: Line = Field("scores", description="key, nested or not, of the mapping from source to score")
 
 
-class RewardModelOptions(ModelOptions):
+class RewardModelOptions(Options):
     model: ModelPlace | None = Field(None, description="Hugging Face model directory, or a hub name in the local cache")
+    chat_template: ChatTemplate = None
+    system: SystemMessage = None
+    trust_remote_code: TrustRemoteCode = False
     form: Literal["auto", "classifier", "value_head", "regression_head"] = Field(
         "auto",
         description="one-label sequence classifier (FsfairX); value head over a causal LM (Starling); regression head read at "

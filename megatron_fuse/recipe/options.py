@@ -606,7 +606,8 @@ class Recipe(Options):
         scorers = {name: list(chosen_by) for name in self.sources} if self.uses_inference_mode else {}
         if self.schedule.order == "target_reward":
             own = scorers.setdefault(self.target_as_source or TARGET, [])
-            own += [self.strongest] if self.strongest not in own else []
+            if self.strongest is not None and self.strongest not in own:
+                own.append(self.strongest)
         return scorers
 
     @property

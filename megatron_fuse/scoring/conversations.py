@@ -16,7 +16,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from megatron_fuse.huggingface.loading import input_device, refuse_unknown_ids
 from megatron_fuse.progress import Report, silent
@@ -65,7 +66,7 @@ def score_conversations(
 
     rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
     shared = np.flatnonzero(prompts)
-    longest = np.array([max(len(ids) for ids in groups[group]) for group in shared], np.int64)
+    longest = np.array([max(len(ids) for ids in groups[group]) for group in shared.tolist()], np.int64)
     for batch in _prompt_batches(prompts[shared], longest, batch_tokens // 2, judge.max_tokens):
         chosen = shared[batch]
         rows = np.concatenate([rows_of[group] for group in chosen])
@@ -78,8 +79,10 @@ def score_conversations(
 
 def _can_share(judge: RewardModel) -> bool:
     """Whether what comes after a prompt may be read behind its keys and values, and these are all that the model keeps of it."""
-    takes_cache = cache_argument(judge.backbone.forward) is not None
-    return judge.causal and takes_cache and keeps_keys_and_values(judge.backbone.config)
+    if not judge.causal or cache_argument(judge.backbone.forward) is None:
+        return False
+    config = judge.backbone.config
+    return isinstance(config, PreTrainedConfig) and keeps_keys_and_values(config)
 
 
 def _prompt_length(group: Sequence[np.ndarray]) -> int:
@@ -136,10 +139,10 @@ class _Prompts:
     def rows(self, places: np.ndarray) -> "_Prompts":
         """The prompts at these places, which may repeat, in a cache of their own."""
         index = torch.from_numpy(places).to(self.mask.device)
-        layers = [
-            (layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)])
-            for layer in self.cache.layers
-        ]
+        layers = []
+        for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+            layers.append((layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)]))
         return _Prompts(DynamicCache(layers), self.mask[index])
 
 
@@ -183,7 +186,7 @@ def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[tor
 
 def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
     """Last hidden states [n, s, h] of tokens [n, s] behind what the cache holds; mask [n, cached + s]."""
-    extra = {}
+    extra: dict[str, torch.Tensor | DynamicCache | bool | None] = {}
     parameters = inspect.signature(judge.backbone.forward).parameters
     if judge.causal and "position_ids" in parameters:  # ALiBi models take none
         extra["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]

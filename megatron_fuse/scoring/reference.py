@@ -85,7 +85,10 @@ def used_weights(options: ReferenceOptions) -> dict[str, float]:
 def combine(measures: np.ndarray, options: ReferenceOptions) -> np.ndarray:
     """Weighted mean of measures [..., 3]: float64 [...], NaN where one that counts is. Raises UserError as used_weights does."""
     weights = used_weights(options)
-    return sum(weight * measures[..., MEASURES.index(name)].astype(np.float64) for name, weight in weights.items())
+    total = np.zeros(measures.shape[:-1])
+    for name, weight in weights.items():
+        total += weight * measures[..., MEASURES.index(name)].astype(np.float64)
+    return total
 
 
 def _package(name: str) -> Any:

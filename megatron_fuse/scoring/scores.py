@@ -10,7 +10,7 @@ Backends: `hf`, the reward model in process; `file`, scores that exist already. 
 that their prompt is read once; a source that joins later has only its own judged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, na
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress, Report
-from megatron_fuse.recipe import REFERENCE, Recipe
+from megatron_fuse.recipe import REFERENCE, Recipe, ScoreFile
 from megatron_fuse.recipe.lookup import reward_model_options
 from megatron_fuse.responses import RESPONSES, Response, response_shards
 from megatron_fuse.scoring.conversations import score_conversations
@@ -125,9 +125,10 @@ def score_responses(
 
     @cache  # not before there is work for it
     def scorer() -> Scorer:
-        if _backend(recipe, name) == "file":
-            return _given(recipe, name, plans, examples)
-        judge = load_reward_model(reward_model_options(recipe, name), name)
+        options = reward_model_options(recipe, name)
+        if options.scores:
+            return _given(options.scores, name, plans, examples)
+        judge = load_reward_model(options, name)
         return lambda shard, given: _score(judge, recipe, shard, given, lines.update)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
@@ -146,8 +147,8 @@ def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
     return {"examples": len(scores), "unscored": int(np.isnan(scores.reshape(len(scores), -1)).all(1).sum())}
 
 
-def _given(recipe: Recipe, name: str, sources: Sequence[str], examples: Shards[list[Example]]) -> Scorer:
-    given = given_scores(reward_model_options(recipe, name).scores, f"reward_models.{name}.scores")
+def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shards[list[Example]]) -> Scorer:
+    given = given_scores(options, f"reward_models.{name}.scores")
     for source in sources:
         given.check(source, chain.from_iterable(examples))
     return lambda shard, answers: {source: given.of(source, shard, answers[source]) for source in answers}

@@ -45,10 +45,12 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
     chat = load_judge_format(options, name)
     form = FORMS[files.form]
     causal = files.form != "classifier" or form.head in WeightFiles(files.weights).file_of
+    backbone: nn.Module
+    head: nn.Module
     if causal:
         backbone, head = _load_decoder(files, DTYPES[options.dtype], where)
     else:
-        backbone, head = _load_encoder(options, where), nn.Identity()
+        backbone, head = _load_encoder(options, files, where), nn.Identity()
     return RewardModel(name, backbone.to(this_device()), head.to(this_device()), chat, form.stop, causal)
 
 
@@ -60,7 +62,7 @@ def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn
     check_layers(stated, weights, files.body, f"{where}.model")
     config = load_config(files.body)
     try:
-        body_class = MODEL_MAPPING[type(config)]
+        body_class: Any = MODEL_MAPPING[type(config)]  # transformers annotates its mappings as those of tokenizers
         with torch.device("meta"):
             empty = body_class(config)
     except Exception as error:  # transformers raises many kinds for unknown or impossible configs
@@ -237,8 +239,14 @@ class _EncoderLogits(nn.Module):
         return BaseModelOutput(last_hidden_state=logits[:, None])
 
 
-def _load_encoder(options: RewardModelOptions, where: str) -> _EncoderLogits:
-    model = load_model(AutoModelForSequenceClassification, options, where=where)
+def _load_encoder(options: RewardModelOptions, files: JudgeFiles, where: str) -> _EncoderLogits:
+    model = load_model(
+        AutoModelForSequenceClassification,
+        str(files.weights),
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        where=where,
+    )
     if model.config.num_labels != 1:
         raise UserError(
             f"{where}.model: {options.model} has {model.config.num_labels} labels, a reward model has 1: "
