@@ -39,9 +39,14 @@ class SparseRows:
 
     @classmethod
     def join(cls, parts: Sequence["SparseRows"]) -> "SparseRows":
-        names = ("counts", "ids", "logits", "lse", "token_logprobs")
-        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-        return cls(*arrays, vocab_size=max(part.vocab_size for part in parts))
+        return cls(
+            counts=np.concatenate([part.counts for part in parts]),
+            ids=np.concatenate([part.ids for part in parts]),
+            logits=np.concatenate([part.logits for part in parts]),
+            lse=np.concatenate([part.lse for part in parts]),
+            token_logprobs=np.concatenate([part.token_logprobs for part in parts]),
+            vocab_size=max(part.vocab_size for part in parts),
+        )
 
     def split(self, lengths: Sequence[int]) -> list["SparseRows"]:
         """Parts of so many rows each."""
@@ -84,6 +89,7 @@ def sparse_rows(
     if bad.any():
         raise NotFiniteError(int(bad.nonzero()[0]))
     relative = found.logits - top
+    assert found.label_logits is not None  # labels are given
     keep = kept_by_mass(relative, lse[:, 0], top_p=top_p, filter=filter, temperature=temperatures[0])
     return SparseRows(
         counts=keep.sum(1).to(torch.uint8).cpu().numpy(),

@@ -57,7 +57,7 @@ class CaptureFile:
         for row in self.rows.read(places):
             index = places[row.id]
             try:
-                parts[index] = self._sparse(row, conversations[index].encoded)
+                parts[index] = self._sparse(row, conversations[index].readable)
             except BadRowError as error:
                 raise UserError(f"{row.place} (id {quoted(row.id)}): {error}") from error
             except _MismatchError as error:
@@ -209,7 +209,9 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
     return np.where(missing, entry, own)
 
 
-def _logsumexps(logprobs: np.ndarray, given: dict[float, list[float]], temperatures: Sequence[float]) -> np.ndarray:
+def _logsumexps(
+    logprobs: np.ndarray, given: dict[float, list[float | None]], temperatures: Sequence[float]
+) -> np.ndarray:
     """float32 [n, 1 + t], from falling logprobs [n, k] at T = 1: relative to the largest, log-sum-exp is minus its log p.
 
     Raises BadRowError where the file does not say what is needed at another temperature, or says what cannot be.

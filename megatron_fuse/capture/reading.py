@@ -44,7 +44,7 @@ class SourceReader:
         limit = reading_limit(self.recipe, self.model.config)
         status = np.array([reading_status(conversation, limit) for conversation in conversations], np.uint8)
         chosen = np.flatnonzero(status == CAPTURED)
-        lengths = [len(conversations[index].encoded.ids) - 1 for index in chosen]
+        lengths = [len(conversations[index].readable.ids) - 1 for index in chosen.tolist()]
         rows: dict[int, SparseRows] = {}
         done = 0
         for batch in token_budget_batches(lengths, self.recipe.capture.batch_tokens):
@@ -59,7 +59,7 @@ class SourceReader:
     @torch.inference_mode()
     def read(self, conversations: list[Conversation]) -> list[SparseRows]:
         """The rows of one batch, padded on the right. The logits after position t predict token t + 1."""
-        encoded = [conversation.encoded for conversation in conversations]
+        encoded = [conversation.readable for conversation in conversations]
         refuse_unknown_ids(self.model, max(int(e.ids.max()) for e in encoded), f"sources.{self.source}")
         width = max(len(e.ids) for e in encoded) - 1
         tokens = np.zeros((len(encoded), width), np.int64)

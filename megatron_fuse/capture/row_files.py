@@ -100,7 +100,8 @@ class _Parquet:
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._group_ends = np.cumsum(groups)
         # The batch at hand begins with row `first` of the file and lies in this row group.
-        self._group, self._first, self._batch = -1, 0, None
+        self._group, self._first = -1, 0
+        self._batch: Any  # a RecordBatch
 
     def _ids(self) -> Iterator[Any]:
         try:

@@ -31,6 +31,13 @@ class Conversation:
     example: str
     encoded: EncodedConversation | None
 
+    @property
+    def readable(self) -> EncodedConversation:
+        """`encoded` of a conversation with a response; ValueError without one."""
+        if self.encoded is None:
+            raise ValueError(f"example {self.example} has no response")
+        return self.encoded
+
 
 @dataclass(frozen=True, eq=False)
 class CaptureShard:
@@ -57,13 +64,13 @@ class CaptureShard:
     def of(cls, conversations: Sequence[Conversation], status: np.ndarray, rows: SparseRows) -> "CaptureShard":
         """rows: those of the captured conversations, one after the other."""
         captured = status == CAPTURED
-        read = [c for c, fine in zip(conversations, captured, strict=True) if fine]
-        spans = TokenSpans.join([c.encoded.spans for c in read], [0] * len(read))
+        read = [c.readable for c, fine in zip(conversations, captured, strict=True) if fine]
+        spans = TokenSpans.join([each.spans for each in read], [0] * len(read))
         lengths, sizes = np.zeros((2, len(conversations)), np.int64)
-        lengths[captured] = [len(c.encoded.spans) for c in read]
-        sizes[captured] = [c.encoded.size for c in read]
+        lengths[captured] = [len(each.spans) for each in read]
+        sizes[captured] = [each.size for each in read]
         lossy = np.zeros(len(conversations), np.uint8)
-        lossy[captured] = [not c.encoded.exact for c in read]
+        lossy[captured] = [not each.exact for each in read]
         example = np.repeat(np.arange(len(conversations)), lengths)
         nats, stop = -rows.token_logprobs.astype(np.float64), spans.has(SpanFlag.STOP)
 

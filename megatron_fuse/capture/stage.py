@@ -37,7 +37,8 @@ def _backend(recipe: Recipe, source: str, mode: str) -> str:
 
 
 def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
-    path = source_options(recipe, source).captures[mode]
+    captures: dict[str, Path] = dict(source_options(recipe, source).captures.items())
+    path = captures[mode]
     if not path.is_file():
         raise UserError(f"sources.{source}.captures.{mode}: {path} does not exist or is no file")
     return path

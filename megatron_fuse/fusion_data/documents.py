@@ -70,6 +70,8 @@ class DocumentStreams:
             self._refuse(match != counts, "one match per row")
             self._refuse(ids > entries_per_row * counts, f"at most {entries_per_row} entries per row")
             self._refuse(logprobs != ids, "one log-probability per entry")
+        elif supervised_tokens is None:
+            raise ValueError("supervised_tokens may be left out only where there are rows")
         self.supervised_tokens = supervised_tokens
 
     def _damaged(self, example: int, what: str) -> UserError:

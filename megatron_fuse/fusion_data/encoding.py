@@ -65,11 +65,15 @@ def encode_documents(
                     reasoning=response.thought,
                     tools=example.tools,
                 )
-        fits = encoded is not None and len(encoded.ids) <= seq_length + 1
-        tokens.append(encoded.ids if fits else nothing)
-        supervised.append((encoded.supervised if fits else nothing).astype(np.uint8))
-        spans.append(encoded.spans if fits else TokenSpans.join([], []))
-        lossy[index] = fits and not encoded.exact
+        if encoded is None or len(encoded.ids) > seq_length + 1:
+            tokens.append(nothing)
+            supervised.append(nothing.astype(np.uint8))
+            spans.append(TokenSpans.join([], []))
+            continue
+        tokens.append(encoded.ids)
+        supervised.append(encoded.supervised.astype(np.uint8))
+        spans.append(encoded.spans)
+        lossy[index] = not encoded.exact
     return Documents(tokens, supervised, spans, lossy)
 
 
@@ -95,5 +99,5 @@ def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]
 
 def write_ragged(prefix: Path, field: str, arrays: Sequence[np.ndarray], dtype: type) -> None:
     """One stream, one sequence per array."""
-    values = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
+    values: np.ndarray = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
     write_stream(f"{prefix}.{field}", values, [len(array) for array in arrays])

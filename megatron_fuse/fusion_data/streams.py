@@ -22,7 +22,7 @@ from megatron_fuse.fusion_data.layout import BUILT_BY
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_CODES = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_CODES: dict[np.dtype, int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 

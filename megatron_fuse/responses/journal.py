@@ -45,8 +45,11 @@ class Journal:
                 raise _damaged(path, number, "it does not have the sha256 that it states")
             self._replies[entry.request] = reply
 
-    def find(self, request: str) -> Reply | None:
-        return self._replies.get(request)
+    def __contains__(self, request: str) -> bool:
+        return request in self._replies
+
+    def reply(self, request: str) -> Reply:
+        return self._replies[request]
 
     def add(self, request: str, reply: Reply) -> None:
         self._replies[request] = reply

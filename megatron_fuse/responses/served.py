@@ -39,7 +39,7 @@ def served_answers(
     """
     format = _Format(recipe, name, chat)
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
-    server = Server(format.options.server, f"{recipe_key(name)}.server", longest)
+    server = Server(format.server, f"{recipe_key(name)}.server", longest)
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
     lines = Progress(directory, "answers", progress)
 
@@ -48,7 +48,7 @@ def served_answers(
         bodies = {each.id: format.body(each, rooms[each.id]) for each in examples if rooms[each.id] > 0}
         requests = {key: sha256_of_json([key, body]) for key, body in bodies.items()}
         with open_journal(directory / f".answers-{shard:05d}.tmp") as journal:
-            missing = {key: body for key, body in bodies.items() if journal.find(requests[key]) is None}
+            missing = {key: body for key, body in bodies.items() if requests[key] not in journal}
             received = 0
 
             def receive(key: str, reply: Reply) -> None:
@@ -65,7 +65,7 @@ def served_answers(
             if missing:
                 lines.begin(f"shard {shard}")
                 server.ask(missing, trial, receive, report)
-            replies = {key: journal.find(request) for key, request in requests.items()}
+            replies = {key: journal.reply(request) for key, request in requests.items()}
         return [format.response(each.id, replies.get(each.id, Reply("", truncated=True))) for each in examples]
 
     return answer
@@ -76,13 +76,16 @@ class _Format:
 
     def __init__(self, recipe: Recipe, name: str, chat: ChatFormat) -> None:
         self.recipe, self.name, self.chat = recipe, name, chat
-        self.options = options = answering_options(recipe, name)
+        options = answering_options(recipe, name)
+        if options.server is None:
+            raise ValueError(f"{recipe_key(name)} names no server")
+        self.server = options.server
         positions = declared_positions(resolve_model(options.model, f"{recipe_key(name)}.model"))
         # The answer and its stop token have to fit beside the prompt: capture leaves out what is longer.
         self.limit = min(recipe.training.seq_length, positions or recipe.training.seq_length)
         # A server that gets the prompt as text may not know which tokens end a turn in our template.
         ends = sorted(chat.end_ids, key=lambda token: (token != chat.stop_id, token))
-        names = filter(None, map(chat.tokenizer.token_text, ends)) if options.server.endpoint == "completions" else ()
+        names = filter(None, map(chat.tokenizer.token_text, ends)) if self.server.endpoint == "completions" else ()
         self.stops = list(dict.fromkeys([*options.stop, *names]))
         self.stop_texts = StopTexts(self.stops, chat)
 
@@ -94,7 +97,7 @@ class _Format:
 
     def body(self, example: Example, room: int) -> Body:
         """The request, without keys that the recipe's `extra` sets to null."""
-        sampling, server = self.recipe.responses, self.options.server
+        sampling, server = self.recipe.responses, self.server
         body = {
             "model": server.model,
             "temperature": sampling.temperature,
@@ -109,7 +112,7 @@ class _Format:
 
     def _question(self, example: Example) -> Body:
         messages = example.prompt(self.chat.system)
-        if self.options.server.endpoint == "chat":
+        if self.server.endpoint == "chat":
             # Folded into the first user message where our template, mostly the server's own, takes no system message.
             question = {"messages": [_plain(message) for message in self.chat.with_system(messages)]}
             # What is learned is text: the tools that are offered are context only.
@@ -117,8 +120,8 @@ class _Format:
         prompt, tokenizer = self.chat.render_prompt(messages, example.tools), self.chat.tokenizer
         # Servers read a prompt as the tokenizer reads any text, with BOS in front if it adds one: the template's own is then one
         # too many. Where it adds none, what the template writes is all there is, and stays.
-        bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.adds_bos else None
-        return {"prompt": prompt.removeprefix(bos or "")}
+        bos = tokenizer.bos_id if tokenizer.adds_bos else None
+        return {"prompt": prompt.removeprefix((tokenizer.token_text(bos) if bos is not None else None) or "")}
 
     def response(self, name: str, reply: Reply) -> Response | None:
         """None where there is no answer: the request failed, or a finished reply has no text behind its thought, or none at all."""
@@ -141,7 +144,7 @@ class _Format:
         A server may leave the end of a thought in the text. Behind a prompt that we rendered (endpoint `completions`) all of it is.
         """
         chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
-        server = self.options.server
+        server = self.server
         # A chat server that keeps no thoughts apart sends the text behind the template's `<think>`. Cut off before its end, all of
         # it is thought, unless the recipe sets options of the server's template.
         unmarked = reply.truncated and reply.reasoning is None and "chat_template_kwargs" not in server.extra

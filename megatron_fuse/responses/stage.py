@@ -48,12 +48,11 @@ def backend_of(recipe: Recipe, name: str) -> str:
 def responses_options(recipe: Recipe, name: str) -> dict[str, Any]:
     """What one model's answers record of the recipe."""
     options, backend = answering_options(recipe, name), backend_of(recipe, name)
-    if backend == "file":
-        given = options.responses
+    if given := options.responses:
         return {"backend": backend, **given.model_dump(include={"response", "match", given.match})}
     sampling = {key: getattr(recipe.responses, key) for key in ("temperature", "top_p", "max_new_tokens")}
     sampling |= {"backend": backend, "seed": recipe.seed, "stop": options.stop}
-    if backend == "openai":  # not where it is, nor how it is asked
+    if options.server:  # not where it is, nor how it is asked
         server = options.server.model_dump(include={"model", "endpoint", "extra"})
         return sampling | server | {"seq_length": recipe.training.seq_length}
     # Not batch_tokens: it is a matter of memory and speed.
@@ -68,18 +67,17 @@ def _formats(context: Context, name: str) -> dict[str, str]:
         return tokenizer
     # Those of generation_config.json, which neither the format nor the model's fingerprint covers. A chat server has its own.
     further = sorted(chat.end_ids - {chat.stop_id, chat.tokenizer.eos_id})
-    asks_itself = backend == "hf" or answering_options(context.recipe, name).server.endpoint == "completions"
+    server = answering_options(context.recipe, name).server
+    asks_itself = server is None or server.endpoint == "completions"
     ends = {"further ends": ",".join(map(str, further))} if further and asks_itself else {}
     return {**tokenizer, "chat format": chat.sha256, **ends}
 
 
 def _origin(context: Context, name: str) -> dict[str, str]:
-    backend = backend_of(context.recipe, name)
-    if backend == "hf":
-        return {"model": context.fingerprint(name)}
-    if backend == "openai":
-        return {}
-    given = answering_options(context.recipe, name).responses
+    options = answering_options(context.recipe, name)
+    given = options.responses
+    if given is None:
+        return {} if options.server else {"model": context.fingerprint(name)}
     read = partial(table_sha256, given.path, f"{recipe_key(name)}.responses")
     return {"responses file": context.once("responses file", name, read)}
 
@@ -155,14 +153,13 @@ def _answerer(
 ) -> Answerer:
     """Refuses a file of other instructions at once; a model is loaded, and a server asked, at the first shard that is missing."""
     recipe, chat = context.recipe, context.format(name)
-    match backend_of(recipe, name):
-        case "file":
-            options, where = answering_options(recipe, name).responses, f"{recipe_key(name)}.responses"
-            return given_answers(options, where, chat, chain.from_iterable(shards), progress)
-        case "openai":
-            return served_answers(recipe, name, chat, directory, progress)
-        case _:
-            return sampled_answers(recipe, name, chat, directory, progress)
+    options = answering_options(recipe, name)
+    if options.responses:
+        where = f"{recipe_key(name)}.responses"
+        return given_answers(options.responses, where, chat, chain.from_iterable(shards), progress)
+    if options.server:
+        return served_answers(recipe, name, chat, directory, progress)
+    return sampled_answers(recipe, name, chat, directory, progress)
 
 
 def response_shards(artefact: Artefact) -> Shards[list[Response]]:

@@ -11,7 +11,7 @@ RULE is a hash of all that the recipe says of the choice, so that runs by severa
 choice was made from and by which rule (array_file.py). Unlike an artefact the file is overwritten by every build.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,12 @@ def choose(
         arrays = _by_cross_entropy(recipe, facts, available)
     else:
         answers = np.where(available, np.stack([fact["answer"] for fact in facts], 1), 0)
-        by_rule = {"vote": _by_vote, "reference": _by_reference, "random": _by_chance}[recipe.selection.inference]
+        rules: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+            "vote": _by_vote,
+            "reference": _by_reference,
+            "random": _by_chance,
+        }
+        by_rule = rules[recipe.selection.inference]
         arrays = {**judgements, **by_rule(recipe, answers, **judgements)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}

@@ -170,12 +170,13 @@ class _Generator:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
         self.allowed = sampling.allowed.to(self.device)
         parameters = inspect.signature(model.forward).parameters
-        self.cache_argument = cache_argument(model.forward)
-        if self.cache_argument is None or not keeps_keys_and_values(model.config):
+        argument = cache_argument(model.forward)
+        if argument is None or not keeps_keys_and_values(model.config):
             raise UserError(
                 f"{model.config.name_or_path}: {type(model).__name__} keeps more of a text than keys and values, which batches "
                 "here cannot hold: let a server answer for it, or name a file of its answers (docs/responses.md)"
             )
+        self.cache_argument = argument
         self.takes_positions = "position_ids" in parameters  # ALiBi models do not
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 

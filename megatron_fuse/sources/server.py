@@ -13,7 +13,7 @@ is answered, the request alone is given up; else the run ends. The key is in no 
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,7 +100,9 @@ class Server:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _together(self, work: Callable[[Any], Awaitable[None]], times: int, progress: Callable[[], None]) -> None:
+    async def _together(
+        self, work: Callable[[Any], Coroutine[Any, Any, None]], times: int, progress: Callable[[], None]
+    ) -> None:
         """Does `work` with a client, so many times side by side; the first error ends all."""
         options, openai = self.options, self._openai
         client = openai.AsyncOpenAI(
@@ -209,7 +211,7 @@ class Server:
         except self._openai.APIError as error:
             raise self._explain(error) from None
 
-    def _explain(self, error: Exception) -> UserError:
+    def _explain(self, error: Any) -> UserError:
         openai, options = self._openai, self.options
         if isinstance(error, openai.APITimeoutError):
             return self._error(
