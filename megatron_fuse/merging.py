@@ -81,8 +81,9 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     inputs = [WeightFiles(directory) for directory in directories]
     shapes = _common_shapes(inputs, merge.rows, progress)
     stored = common_dtype(weights.dtype(name) for weights in inputs for name in shapes)
-    merge = replace(merge, dtype=merge.dtype or stored)
-    out_dtype = DTYPES[merge.dtype or stored]
+    dtype = merge.dtype or stored
+    merge = replace(merge, dtype=dtype)
+    out_dtype = DTYPES[dtype]
     record = _record(merge)
     parameters = _mergekit_parameters(merge)
     base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
@@ -125,7 +126,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
                     f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} keeps them"
                 )
             write_weight_files(temporary, shapes, merged_tensor, out_dtype, SHARD_BYTES)
-            write_beside_weights(merge.models[0], temporary, merge.dtype, progress)
+            write_beside_weights(merge.models[0], temporary, dtype, progress)
             record_files(temporary, RECORD, record)
     return True
 
@@ -148,7 +149,7 @@ def _complete(merge: Merge) -> Merge:
     if count < method.least or count > (method.most or count):
         wanted = f"exactly {method.least}" if method.most else f"at least {method.least}"
         raise UserError(f"--method {merge.method} merges {wanted} models, but --model names {count}")
-    values = {option: DEFAULTS[option] for option in method.options if option in DEFAULTS}
+    values: dict[str, Any] = {option: DEFAULTS[option] for option in method.options if option in DEFAULTS}
     if "weights" in method.options:
         values["weights"] = (1 / count,) * count
     merge = replace(merge, **{key: value for key, value in values.items() if getattr(merge, key) is None})

@@ -81,7 +81,8 @@ def paired_difference(baseline: Sequence[float | None], other: Sequence[float | 
     The error is that of the mean of differences, sd / sqrt(n) with n - 1 in the variance. Models that fail on the same questions differ by
     less than their own standard errors suggest.
     """
-    both = [after - before for before, after in zip(baseline, other, strict=True) if None not in (before, after)]
+    pairs = zip(baseline, other, strict=True)
+    both = [after - before for before, after in pairs if before is not None and after is not None]
     if len(both) < 2:
         return None
     mean, error = float(np.mean(both)), float(np.std(both, ddof=1) / math.sqrt(len(both)))

@@ -24,7 +24,8 @@ def check_files(benchmark: Benchmark, directory: Path) -> dict[str, str]:
             f"as the {benchmark.shots} examples of every question are other rows of this file"
         )
     if benchmark.name == "mmlu":
-        _check_subjects(benchmark, directory, *rows.values())
+        subjects = [[row.subject for row in of if isinstance(row, Mmlu)] for of in rows.values()]
+        _check_subjects(benchmark, directory, *subjects)
     return {name: sha256_of_file(directory / name) for name in benchmark.files}
 
 
@@ -42,9 +43,9 @@ def _rows_of(benchmark: Benchmark, path: Path) -> list[Question]:
     return rows
 
 
-def _check_subjects(benchmark: Benchmark, directory: Path, questions: list[Mmlu], examples: list[Mmlu]) -> None:
-    there = Counter(row.subject for row in examples)
-    for subject in dict.fromkeys(row.subject for row in questions):
+def _check_subjects(benchmark: Benchmark, directory: Path, questions: list[str], examples: list[str]) -> None:
+    there = Counter(examples)
+    for subject in dict.fromkeys(questions):
         if there[subject] < benchmark.shots:
             _, name = benchmark.files
             raise UserError(

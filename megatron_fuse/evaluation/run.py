@@ -75,8 +75,10 @@ def evaluate(
         if missing:
             manager = manager or harness.make_task_manager(data)
             for benchmark, found in _measure(model, missing, asked, manager):
-                kept = failures if isinstance(found, str) else results
-                kept[model.name, benchmark.name] = found
+                if isinstance(found, str):
+                    failures[model.name, benchmark.name] = found
+                else:
+                    results[model.name, benchmark.name] = found
     comparison = compare(results, failures, names, benchmarks, baseline)
     from megatron_fuse.evaluation.page import write_comparison  # brings matplotlib and torch
 

@@ -68,8 +68,9 @@ def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
             _tokens(example.system or "") + sum(_tokens(each["content"]) for each in example.messages) + response
         )
         calls = [each["tool_calls"] for each in example.messages if "tool_calls" in each]
-        conversation += sum(map(_tokens, texts_in([example.tools, calls])))
-        learned += sum(map(_tokens, supervised_turns(example.messages, example.response, every_turn=every_turn)))
+        conversation += sum(_tokens(text) for text in texts_in([example.tools, calls]))
+        turns = supervised_turns(example.messages, example.response, every_turn=every_turn)
+        learned += sum(_tokens(turn) for turn in turns)
         last += response
         answer += min(response, limit)
     count = len(examples)

@@ -6,12 +6,13 @@ import torch
 from fuse_kernels.arguments import Student, choose_implementation
 
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import fused_adam_library
 
 
 def describe_run(
-    recipe: Recipe, architecture: Architecture, chunks: Sequence[torch.nn.Module], *, entries_per_row: int
+    recipe: Recipe, architecture: Architecture, chunks: Sequence[FusionGPTModel], *, entries_per_row: int
 ) -> list[str]:
     """What was chosen where the recipe says "auto" too. chunks: this rank's, as built. entries_per_row: of the fusion data."""
     training, layout = recipe.training, recipe.parallel

@@ -121,8 +121,8 @@ def plan_batch(
         counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
         denominators[mode] = float((labels * counted).sum(dtype=np.float64))
     per_token = {
-        mode: tuple(weight / denominators[mode] if denominators[mode] else 0.0 for weight in pair)
-        for mode, pair in weights.items()
+        mode: (ce / denominators[mode], kl / denominators[mode]) if denominators[mode] else (0.0, 0.0)
+        for mode, (ce, kl) in weights.items()
     }
     micro_batch_count = -(-len(sequences) // (micro_batch_size * data_parallel_size))
     return GlobalBatch(

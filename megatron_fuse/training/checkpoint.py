@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.runtime.megatron_versions import adopt_learning_rates
 from megatron_fuse.storage import write_json
@@ -193,12 +194,12 @@ def refuse_other_model(path: Path, facts: CheckpointFacts, architecture: Archite
         raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
 
 
-def _by_name(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Module]:
+def _by_name(chunks: Sequence[FusionGPTModel]) -> dict[str, FusionGPTModel]:
     """Model chunks under the names that Megatron-LM gives them in a checkpoint."""
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
-def _state(chunks: Sequence[torch.nn.Module], optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
+def _state(chunks: Sequence[FusionGPTModel], optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
     state = {name: _without_extra_state(chunk.sharded_state_dict()) for name, chunk in _by_name(chunks).items()}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_OPTIMIZER_FORM)
@@ -226,7 +227,7 @@ class CheckpointWriter:
     def __init__(
         self,
         directory: Path,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[FusionGPTModel],
         optimizer: Any | None,
         *,
         retention: Retention | None = None,
@@ -328,7 +329,7 @@ class CheckpointWriter:
         )
 
 
-def save_checkpoint(directory: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, facts: CheckpointFacts) -> Path:
+def save_checkpoint(directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, facts: CheckpointFacts) -> Path:
     """One checkpoint and no other."""
     with only_one_run([directory]):
         return CheckpointWriter(directory, chunks, optimizer).save(facts)
@@ -345,7 +346,7 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
 
 def load_checkpoint(
     path: Path,
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[FusionGPTModel],
     optimizer: Any | None,
     architecture: Architecture,
     *,

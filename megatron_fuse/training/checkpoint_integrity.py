@@ -172,8 +172,8 @@ class CheckpointFiles:
             except Exception as error:
                 failure = error
             for comparison in comparisons:
-                if error := comparison.exception():
-                    raise error from failure
+                if damage := comparison.exception():
+                    raise damage from failure
             if failure is not None:
                 raise failure
         finally:

@@ -138,4 +138,4 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
 
 
 def _bytes(weight: torch.Tensor) -> memoryview:
-    return memoryview(weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return weight.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data

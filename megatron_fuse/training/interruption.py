@@ -47,7 +47,7 @@ class Interruption:
         self._handled = SIGNALS if signals else ()
         self._started = psutil.Process().create_time()
         self._received, self._since = 0, 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         before = {number: signal.getsignal(number) for number in self._handled}

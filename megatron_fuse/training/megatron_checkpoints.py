@@ -127,6 +127,7 @@ def _write_files(rank: int, buckets: list[Bucket], report: Any) -> None:
 
     Puts into `report` what retrieve_write_results reads: the results of each file by its number, or the first error.
     """
+    written: dict[int, list[WriteResult]] | Exception
     try:
         with _without_crc32(), ThreadPoolExecutor(len(buckets)) as threads:
             written = dict(enumerate(threads.map(_write_file, buckets)))

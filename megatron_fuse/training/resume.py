@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.options import TrainingOptions
 from megatron_fuse.runtime import Runtime
@@ -62,7 +61,7 @@ def resume(
     recipe: Recipe,
     runtime: Runtime,
     architecture: Architecture,
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[FusionGPTModel],
     optimizer: Any,
     run: dict[str, Any],
 ) -> CheckpointFacts:

@@ -10,7 +10,7 @@ from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
 from megatron_fuse.model.expected_weights import hugging_face_shapes
-from megatron_fuse.model.gpt import FusionLossOptions, build_model_chunks
+from megatron_fuse.model.gpt import FusionGPTModel, FusionLossOptions, build_model_chunks
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
@@ -24,7 +24,7 @@ from megatron_fuse.training.checkpoint import (
 from megatron_fuse.training.checkpoint_files import checkpoints_in
 
 
-def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Module]:
+def build_target(recipe: Recipe, architecture: Architecture) -> list[FusionGPTModel]:
     """This rank's model chunks with the Hugging Face weights of recipe.target. Needs a started runtime."""
     check_target_weights(recipe, architecture)  # before memory is taken for them
     chunks = build_chunks(recipe, architecture)
@@ -34,7 +34,7 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[torch.nn.Mo
 
 def build_chunks(
     recipe: Recipe, architecture: Architecture, *, perform_initialization: bool = False
-) -> list[torch.nn.Module]:
+) -> list[FusionGPTModel]:
     """This rank's model chunks as the recipe lays them out, their weights unset, or random with perform_initialization."""
     layout, training, loss = recipe.parallel, recipe.training, recipe.loss
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -64,7 +64,7 @@ def build_chunks(
     return build_model_chunks(architecture, config, seq_length=training.seq_length, loss_options=options)
 
 
-def _whole_model(model_dir: Path) -> tuple[Architecture, list[torch.nn.Module]]:
+def _whole_model(model_dir: Path) -> tuple[Architecture, list[FusionGPTModel]]:
     """The model of a Hugging Face directory in fp32 on one rank, its parameters unset."""
     architecture = read_architecture(model_dir)
     return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))

@@ -42,9 +42,9 @@ class StepTimers:
     """The timers of one rank. level: 0 makes every method do nothing. config: the one that Megatron's schedule reads."""
 
     def __init__(self, level: int, config: TransformerConfig) -> None:
-        self._timers = Timers(level, "max") if level else None
+        self._timers = Timers(level, "max")
         self._levels = {name: of_timer for name, of_timer in _LEVELS.items() if of_timer <= level}
-        config.timers = self._timers
+        config.timers = self._timers if level else None
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

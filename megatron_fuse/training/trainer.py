@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import read_curriculum
@@ -48,7 +49,7 @@ class Trainer:
     recipe: Recipe
     runtime: Runtime
     architecture: Architecture
-    chunks: list[torch.nn.Module]  # this rank's model chunks as built, for checkpoints
+    chunks: list[FusionGPTModel]  # this rank's model chunks as built, for checkpoints
     wrapped: list[DistributedDataParallel]
     optimizer: Any
     dataset: FusionDataset
@@ -65,7 +66,7 @@ class Trainer:
 
 
 def make_trainer(
-    recipe: Recipe, runtime: Runtime, architecture: Architecture, chunks: list[torch.nn.Module], dataset: FusionDataset
+    recipe: Recipe, runtime: Runtime, architecture: Architecture, chunks: list[FusionGPTModel], dataset: FusionDataset
 ) -> Trainer:
     """Wraps the model chunks (weights loaded) for data parallelism, mixed precision and optimization by Megatron-core."""
     options, layout = recipe.training, recipe.parallel

@@ -88,5 +88,6 @@ def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
         recipe = context.recipe
         name = "reference" if recipe.selection.inference == "reference" else "scores"
         stored = found.get(name)
-        fits = stored is not None and stored.ndim == 3 and stored.shape[:2] == (examples, len(recipe.sources))
-        return {name: stored} if fits else None
+        if stored is None or stored.ndim != 3 or stored.shape[:2] != (examples, len(recipe.sources)):
+            return None
+        return {name: stored}

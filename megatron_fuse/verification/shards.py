@@ -5,6 +5,7 @@ Of one kind of error in one file the first is described and the others are count
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: in
             field,
             differs,
             shard.example,
-            lambda i, have=entries.lengths, want=expected: f"{have[i]} entries, the counts add up to {want[i]}",
+            partial(_said_entries, entries.lengths, expected),
         )
     if ids is not None:
         yield from _unknown_ids(shard, "entry_ids", ids.values, vocab_size, shard.place(ids.lengths, "entry"))
@@ -207,8 +208,12 @@ def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: in
             shard.place(logprobs.lengths, "entry"),
             lambda i: f"the log-probability is {values[i]}, not a finite number of at most 0",
         )
-    if fits:
+    if fits and counts is not None and ids is not None and logprobs is not None:
         yield from _whole_row_problems(shard, counts, ids.values, logprobs.values.view(np.float16))
+
+
+def _said_entries(have: np.ndarray, want: np.ndarray, number: int) -> str:
+    return f"{have[number]} entries, the counts add up to {want[number]}"
 
 
 def _unknown_ids(

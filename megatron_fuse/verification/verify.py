@@ -113,8 +113,9 @@ class _ShardVerifier:
 
     def mode(self, mode: str, text: Artefact, shards: list[_TextShard], teachers: dict[str, Artefact]) -> None:
         """Rows of these sources, and the selection where the facts of all the recipe's sources can be read."""
-        facts = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
-        if len(facts) == len(self.recipe.sources) and None not in facts and all(shard.names for shard in shards):
+        of_teachers = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
+        facts = [found for found in of_teachers if found is not None]
+        if len(facts) == len(self.recipe.sources) and all(shard.names for shard in shards):
             self.progress(f"selection of the {mode} mode")
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
             names = list(chain.from_iterable(shard.names for shard in shards))
@@ -131,8 +132,9 @@ class _ShardVerifier:
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
-        facts = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
-        if not facts or None in facts:
+        of_shards = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
+        facts = [found for found in of_shards if found is not None]
+        if not facts or len(facts) < len(of_shards):
             return None
         return {name: np.concatenate([part[name] for part in facts]) for name in facts[0]}
 
