@@ -58,7 +58,7 @@ def _command(text: str) -> str:
 def _measuring_command(text: str) -> str:
     """A command with the places {model} and {output}, and nothing else in braces than PLACEHOLDERS."""
     fields = [field for word in command_parts(text) for field in string.Formatter().parse(word) if field[1] is not None]
-    named = {name for _, name, _, _ in fields}
+    named = {name for _, name, _, _ in fields if name is not None}
     if not {"model", "output"} <= named <= PLACEHOLDERS or any(form or conversion for _, _, form, conversion in fields):
         raise ValueError(
             f"it has the places {sorted(named)}: wanted are {{model}} and {{output}}, allowed {sorted(PLACEHOLDERS)}, all without "

@@ -33,7 +33,7 @@ class Commands:
 
     def __init__(self, directory: Path, environment: Mapping[str, str], keep_open: Sequence[int] = ()) -> None:
         # torch looks for a GPU without CUDA's own calls then, after which no fork could use it.
-        self._where = {"cwd": directory, "env": {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}}
+        self._directory, self._environment = directory, {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._keep_open = tuple(keep_open)
         self._parents: dict[bool, subprocess.Popen[str]] = {}
         self._running: subprocess.Popen[bytes] | None = None
@@ -50,12 +50,17 @@ class Commands:
             raise UserError(f"{words[0]} is not started after an interrupt")
         if words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py")):
             return self._fork(words[1:], log, megatron)
-        program = self._where["cwd"] / words[0] if os.sep in words[0] else words[0]
-        if shutil.which(program, path=self._where["env"].get("PATH")) is None:
+        program = self._directory / words[0] if os.sep in words[0] else words[0]
+        if shutil.which(program, path=self._environment.get("PATH")) is None:
             raise UserError(f"{words[0]} cannot be started: no such program, or not executable")
         with log.open("a", encoding="utf-8") as file:
             self._running = subprocess.Popen(
-                tied(words), **self._where, stdout=file, stderr=subprocess.STDOUT, pass_fds=self._keep_open
+                tied(words),
+                cwd=self._directory,
+                env=self._environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                pass_fds=self._keep_open,
             )
             try:
                 return self._running.wait()
@@ -72,16 +77,17 @@ class Commands:
     def import_libraries(self, *, megatron: bool = False) -> None:
         """What the first script would wait for otherwise, some seconds."""
         if megatron not in self._parents:
-            self._parents[megatron] = subprocess.Popen(
+            self._parents[megatron] = parent = subprocess.Popen(
                 tied([sys.executable, "-m", __name__, *LIBRARIES, *([_MEGATRON] if megatron else [])]),
-                **self._where,
+                cwd=self._directory,
+                env=self._environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=self._keep_open,
                 text=True,
             )
-            assert self._parents[megatron].stdout is not None
-            self._parents[megatron].stdout.readline()  # or "", where it has ended
+            assert parent.stdout is not None
+            parent.stdout.readline()  # or "", where it has ended
 
     def _fork(self, words: Sequence[str], log: Path, megatron: bool) -> int:
         self.import_libraries(megatron=megatron)

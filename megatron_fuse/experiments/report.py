@@ -128,7 +128,7 @@ def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]
     """A sentence per metric: what is clearly above the baseline, what clearly below, what ties with it."""
     lines = []
     for metric, title in metrics.items():
-        above, below, ties = [], [], []
+        above, below, ties = list[str](), list[str](), list[str]()
         for row in table.rows:
             difference = _difference(values, row, table.baseline, metric)
             if row == table.baseline or difference is None or difference.error is None:
@@ -150,7 +150,8 @@ def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
     rows = table.rows
     figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
-        found = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
+        means = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
+        found = {row: of for row, of in means.items() if of is not None}
         errors = {row: of.error or 0.0 for row, of in found.items()}
         curve = [row for row in found if row in table.x]
         if table.x:
@@ -162,9 +163,9 @@ def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
                 axis.annotate(row, (places[row], found[row].value), fontsize=7, textcoords="offset points", **place)
             axis.set(xlabel=table.x_label, ylabel=title, xticks=sorted(set(table.x.values())))
         else:
-            places = range(len(found))[::-1]
-            axis.errorbar([of.value for of in found.values()], places, xerr=list(errors.values()), fmt="o", capsize=3)
-            axis.set_yticks(list(places), list(found))
+            heights = range(len(found))[::-1]
+            axis.errorbar([of.value for of in found.values()], heights, xerr=list(errors.values()), fmt="o", capsize=3)
+            axis.set_yticks(list(heights), list(found))
             axis.set_xlabel(f"{title} (mean ± standard error)")
             if table.baseline in found:
                 axis.axvline(found[table.baseline].value, color="0.7", linewidth=0.8, zorder=0)

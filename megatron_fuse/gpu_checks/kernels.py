@@ -31,8 +31,8 @@ class Problem:
 
     def rows(self, chosen: Tensor) -> "Problem":
         tensors = (self.logits, *self.targets, self.ce_weight, self.kl_weight, self.upstream)
-        logits, labels, ids, logprobs, *weights = (tensor[chosen] for tensor in tensors)
-        return Problem(logits, (labels, ids, logprobs), *weights, self.options)
+        logits, labels, ids, logprobs, ce, kl, upstream = (tensor[chosen] for tensor in tensors)
+        return Problem(logits, (labels, ids, logprobs), ce, kl, upstream, self.options)
 
     def solve(self, dtype: torch.dtype, implementation: str) -> tuple[Tensor, Tensor]:
         """loss [n] and the gradient [n, v] of sum(upstream * loss), from logits of this type."""
@@ -156,6 +156,7 @@ def _largest(device: str, dtype: torch.dtype) -> Row:
     relative = exact - values[:, :1]
     sums = torch.stack([(relative / each).logsumexp(1) for each in temperatures], 1)
     error = (found.relative_lse.double() - sums).abs().max() / _LOSS_TOLERANCE
+    assert found.label_logits is not None  # labels are given
     same = (
         torch.equal(found.ids, ids[:, :k])
         and torch.equal(found.logits.double(), values[:, :k])
@@ -176,7 +177,7 @@ def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
     hidden = torch.randn(n, h, generator=g, device=device, dtype=dtype)
     weight = torch.randn(vocab, h, generator=g, device=device, dtype=dtype).mul_(3 / h**0.5)
     upstream = torch.ones_like(problem.upstream) if unit_upstream else problem.upstream
-    weights = {"ce_weight": problem.ce_weight, "kl_weight": problem.kl_weight, "temperature": 2.0}
+    weights: dict[str, Any] = {"ce_weight": problem.ce_weight, "kl_weight": problem.kl_weight, "temperature": 2.0}
 
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     loss = sparse_kl_cross_entropy(
@@ -186,14 +187,20 @@ def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
 
     hidden.requires_grad_()
     weight.requires_grad_()
-    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
-    options = {"implementation": _implementation(device), "chunk_tokens": n // 2 - 1, "unit_upstream": unit_upstream}
-    loss = fused_linear_sparse_kl(hidden, weight, *problem.targets, **weights, **options).loss
+    main_grad = torch.ones_like(weight, dtype=torch.float32)
+    # Megatron gives this attribute to its parameters.
+    weight.main_grad = main_grad  # type: ignore[attr-defined]
+    options: dict[str, Any] = {
+        "implementation": _implementation(device),
+        "chunk_tokens": n // 2 - 1,
+        "unit_upstream": unit_upstream,
+    }
+    loss = fused_linear_sparse_kl(hidden, weight, *problem.targets, **{**weights, **options}).loss
     of_hidden, _ = torch.autograd.grad(loss, (hidden, weight), upstream)
     name = f"fused linear {n} x {vocab}, h={h}" + (", unit upstream" if unit_upstream else "")
     for what, actual, wanted in (
         ("hidden states", of_hidden, expected[0]),
-        ("main_grad", weight.main_grad.double() - 1, expected[1]),
+        ("main_grad", main_grad.double() - 1, expected[1]),
     ):
         error = ((actual.double() - wanted).norm() / wanted.norm()).item()
         yield held(

@@ -64,9 +64,17 @@ def tensors_of_a_step(recipe: Any, runtime: Runtime) -> dict[str, list[torch.Ten
     trainer = random_trainer(recipe, runtime, RandomDocuments([40, 30], LLAMA_TINY["vocab_size"], entries=4))
     batch = plan_step(trainer, trainer.dataset.train, _WEIGHTS)
     train_step(trainer, batch, 1e-5)
-    place = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True, "device": runtime.device}
-    size = recipe.training.micro_batch_size
-    of_batches = list(micro_batches(trainer.dataset, batch, micro_batch_size=size, **place))
+    of_batches = list(
+        micro_batches(
+            trainer.dataset,
+            batch,
+            micro_batch_size=recipe.training.micro_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            with_targets=True,
+            device=runtime.device,
+        )
+    )
     model = trainer.chunks[0]
     parameters = list(model.parameters())
     return {

@@ -40,7 +40,8 @@ def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCa
     torch.manual_seed(3)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2))
-    return model.to(dtype).eval().requires_grad_(False)
+    # By the decorator of transformers' `to` mypy takes it for a function of the model.
+    return model.to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 def _both(device: str) -> list[LlamaForCausalLM]:
@@ -120,7 +121,7 @@ def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
         device,
         3,
         lambda: reader.capture_shard(conversations),
-        lambda: [_forward(model, [conversations[index].encoded.ids for index in batch]) for batch in batches],
+        lambda: [_forward(model, [conversations[index].readable.ids for index in batch]) for batch in batches],
     )
     name = f"capture, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     yield measured(name, sum(lengths) / captured, "tokens/s")

@@ -11,11 +11,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
     return rows
 
 
-def process_context(device: str) -> BaseContext:
+def process_context(device: str) -> SpawnContext | ForkContext:
     """How processes are started. For the CPU: imports what their forks will need."""
     if device != "cpu":
         return multiprocessing.get_context("spawn")
@@ -75,7 +75,9 @@ def process_context(device: str) -> BaseContext:
     return multiprocessing.get_context("fork")
 
 
-def rows_of(check: Check, device: str, directory: Path, context: BaseContext, *, left: float) -> Iterator[Row]:
+def rows_of(
+    check: Check, device: str, directory: Path, context: SpawnContext | ForkContext, *, left: float
+) -> Iterator[Row]:
     """The rows of a check as they come. left: seconds that it may take, whatever its own limit."""
     if left <= 0:
         yield replace(not_run("all of it", NO_TIME), check=check.name)
@@ -103,7 +105,7 @@ def rows_of(check: Check, device: str, directory: Path, context: BaseContext, *,
         yield replace(problem, check=check.name)
 
 
-def _received(reader: Connection, process: BaseProcess, until: float) -> Iterator[Row]:
+def _received(reader: Connection, process: BaseProcess, until: float) -> Generator[Row, None, bool]:
     """The rows that a process sends until it ends; returns whether it has ended in time."""
     while True:
         if reader in wait([reader, process.sentinel], max(until - time.monotonic(), 0)):
@@ -121,8 +123,9 @@ def _received(reader: Connection, process: BaseProcess, until: float) -> Iterato
 
 def _end(process: BaseProcess) -> None:
     """The process with all that it has started."""
-    with suppress(ProcessLookupError):  # nothing of it is left, or it has not come to its setsid
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.pid is not None:
+        with suppress(ProcessLookupError):  # nothing of it is left, or it has not come to its setsid
+            os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
 

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,12 +45,12 @@ def write_models(directory: Path) -> dict[str, Path]:
     sizes = {key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")}
     paths = {name: directory / name for name in ("alpha", "beta", "judge")}
     vocab = {name: _write_tokenizer(path, 300 + 10 * place) for place, (name, path) in enumerate(paths.items())}
-    llama = {**sizes, "max_position_embeddings": _POSITIONS}
+    llama: dict[str, Any] = {**sizes, "max_position_embeddings": _POSITIONS}
     neox = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
     torch.manual_seed(11)
     _write(paths["alpha"], LlamaForCausalLM(LlamaConfig(vocab_size=vocab["alpha"], **llama)))
     _write(paths["beta"], GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab["beta"], **neox)))
-    reward = LlamaConfig(vocab_size=vocab["judge"], num_labels=1, **llama)
+    reward = LlamaConfig(**{**llama, "vocab_size": vocab["judge"], "num_labels": 1})
     _write(paths["judge"], LlamaForSequenceClassification(reward))
     return paths
 

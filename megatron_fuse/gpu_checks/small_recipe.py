@@ -6,7 +6,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -34,7 +34,9 @@ _BF16 = 0.02  # relative: one loss computed twice, in bf16
 
 
 def run(device: str, directory: Path) -> Iterator[Row]:
-    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    context: SpawnContext | ForkContext = multiprocessing.get_context("spawn")
+    if device == "cpu":
+        context = multiprocessing.get_context("fork")
     recipe = small_recipe(directory)
     path = directory / "recipe.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
@@ -86,7 +88,7 @@ def small_recipe(directory: Path) -> Recipe:
     )
 
 
-def _run(context: BaseContext, name: str, stage: Stage, recipe: Path) -> Iterator[Row]:
+def _run(context: SpawnContext | ForkContext, name: str, stage: Stage, recipe: Path) -> Iterator[Row]:
     """A stage's command, to its end. Raises UserError if it fails: nothing after it can be done."""
     began = time.perf_counter()
     process = _start(context, stage, recipe)
@@ -96,7 +98,7 @@ def _run(context: BaseContext, name: str, stage: Stage, recipe: Path) -> Iterato
     yield measured(name, time.perf_counter() - began, "s")
 
 
-def _start(context: BaseContext, stage: Stage, recipe: Path) -> BaseProcess:
+def _start(context: SpawnContext | ForkContext, stage: Stage, recipe: Path) -> BaseProcess:
     process = context.Process(target=_become, args=([*stage.module, "--recipe", str(recipe)],))
     process.start()
     return process
@@ -109,7 +111,7 @@ def _become(words: list[str]) -> None:
     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 
-def _train_and_kill(context: BaseContext, recipe: Recipe, path: Path) -> dict[int, float]:
+def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: Path) -> dict[int, float]:
     """Kills a training some steps behind a checkpoint that was written beside them. Its losses by step."""
     training = _start(context, TRAINING, path)
     tracker = checkpoint_directory(recipe) / LATEST
@@ -147,7 +149,9 @@ def _read_again(device: str, recipe: Recipe) -> Row:
     """The held-out cross entropy that training has found, computed by transformers from the export."""
     exported = export_directory(recipe)
     facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
-    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
+    # By the decorator of transformers' `to` mypy takes it for a function of the model.
+    model = model.to(device).eval()  # type: ignore[arg-type]
     found = _cross_entropy(FusionDataset(recipe), model)
     difference = abs(found - facts["best_loss"]) / facts["best_loss"]
     return held("export, read by transformers: difference of the held-out loss", difference, "relative", f"<= {_BF16}")

@@ -18,7 +18,7 @@ MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
 HELD_OUT_SIZES = {"training": 8, "inference": 4.5}  # the latter are drawn over the former, and often coincide
 LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}
 LOSSES = {"ce": "cross-entropy (nats per token)", "kl": "KL to the teacher (nats per token)"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys by one literal of all names
     "text.parse_math": False,  # a phase's name may hold a dollar sign
     "font.size": 10,
     "axes.spines.top": False,
@@ -103,7 +103,11 @@ def _draw_trend(axes: Axes, phases: Sequence[Rows], name: str, mode: str) -> Non
 def _draw_held_out(axes: Axes, held_out: Rows, name: str, mode: str) -> None:
     x, y = _series(held_out, name)
     if len(x):
-        style = {"color": MODE_COLOURS[mode], "markeredgecolor": "black", "markersize": HELD_OUT_SIZES[mode]}
+        style: dict[str, Any] = {
+            "color": MODE_COLOURS[mode],
+            "markeredgecolor": "black",
+            "markersize": HELD_OUT_SIZES[mode],
+        }
         axes.plot(x, y, "o", label=f"{mode} mode, held out", zorder=3, clip_on=False, **style)
 
 

@@ -39,7 +39,7 @@ img { display: block; max-width: 100%; height: auto; margin: .8em 0; }
 _DPI = 160  # of pictures on the disk and on paper
 _PIXELS_PER_INCH = 102  # of pictures on the screen: what is 11 inches wide fills a page of 1280 px
 
-Table = tuple[Sequence[str], list[Sequence[str]]]  # heading, rows; the first column holds names, the others numbers
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heading, rows; the first column holds names, the others numbers
 
 
 def escape(text: str) -> str:

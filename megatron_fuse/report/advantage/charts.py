@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
@@ -20,7 +21,7 @@ _WIDTH = 11  # inches: 14 px a point of 10 in a page of 1280 px
 _COLUMNS = 4  # most panels side by side
 _INTERVAL = "line: 95 % interval"
 _LABEL = 44  # characters of a group's name that are shown
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys by one literal of all names
     "text.parse_math": False,  # names and texts of the data may hold a dollar sign
     "font.size": 10,
     "axes.titlesize": 10,
@@ -109,9 +110,9 @@ def _draw_modes(report: dict[str, Any]) -> tuple[str, Figure]:
     for row, of in enumerate(shares):
         for column, share in enumerate(of):
             axes.text(column, row, f"{share:.1f}", ha="center", va="center")
-        frame = {"fill": False, "edgecolor": "black", "linewidth": 2, "clip_on": False}
+        frame: dict[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 2, "clip_on": False}
         axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, **frame))  # the same source in both modes
-    slant = {"rotation": 30, "ha": "right"} if len(sources) > _COLUMNS else {}
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(sources) > _COLUMNS else {}
     axes.set_xticks(range(len(sources)), sources, **slant)
     axes.set_yticks(range(len(sources)), sources)
     axes.set_ylabel("winner in training mode")
@@ -167,7 +168,7 @@ def _draw_lengths(report: dict[str, Any]) -> tuple[str, Figure]:
     whole = groups[0]["median"]
     answering = [source for source in sources if source in whole]
     figure, panels = _panels(answering or [GROUND_TRUTH], groups)
-    mark = {"clip_on": False, "markeredgecolor": "black"}
+    mark: dict[str, Any] = {"clip_on": False, "markeredgecolor": "black"}
     for name, axes in zip(answering or [GROUND_TRUTH], panels, strict=True):
         for row, group in enumerate(groups):
             truth, answer = group["median"][GROUND_TRUTH], group["median"][name]
@@ -192,7 +193,9 @@ def _panels(names: Sequence[str], groups: Sequence[dict[str, Any]]) -> tuple[Fig
     columns = min(len(names), _COLUMNS)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(_WIDTH, 0.7 + lines * (0.9 + 0.3 * len(groups))))
-    figure.get_layout_engine().set(wspace=0.05)  # the numbers under neighbours stay apart
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)  # by _STYLE
+    engine.set(wspace=0.05)  # the numbers under neighbours stay apart
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
     for axes, name in zip(grid, names, strict=False):
         axes.set_title(name, loc="left", fontweight="bold")

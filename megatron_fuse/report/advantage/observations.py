@@ -92,11 +92,12 @@ def observe(context: Context) -> Observations:
     kept = table[:, 0] == 0
     selections = {mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes}
     facts = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
+    strongest = recipe.strongest
     judges = recipe.judges if "inference" in modes and recipe.selection.inference == "vote" else []
     return Observations(
         sources=list(recipe.sources),
         judges=judges,
-        strongest=judges.index(recipe.strongest) if judges else 0,
+        strongest=judges.index(strongest) if judges and strongest is not None else 0,
         rules={mode: getattr(recipe.selection, mode) for mode in modes},
         numbers=np.flatnonzero(kept),
         held_out=int((~kept).sum()),
@@ -115,7 +116,7 @@ def observe(context: Context) -> Observations:
 def read_texts(context: Context, numbers: list[int]) -> dict[int, tuple[Example, list[Response]]]:
     """The examples of these places in the instructions, with every source's answer where there are answers."""
     instructions, responses = _open(context)
-    found, first = {}, 0
+    found, first = dict[int, tuple[Example, list[Response]]](), 0
     for shard, examples in enumerate(instructions):
         wanted = [number for number in numbers if first <= number < first + len(examples)]
         given = [shards[shard] for shards in responses] if wanted else []
