@@ -16,6 +16,7 @@ from megatron_fuse.errors import UserError
 
 Turn = Mapping[str, Any]
 Tools = list[dict[str, Any]]
+Render = Callable[[Sequence[Turn], Tools | None], str]  # the text of a template for turns and offered tools
 
 _MARK = "9d41c7e2"
 
@@ -61,9 +62,7 @@ def has_tools(turns: Sequence[Turn], tools: Tools | None) -> bool:
     return bool(tools) or any("tool_calls" in turn or turn["role"] == "tool" for turn in turns)
 
 
-def not_printed(
-    render: Callable[[list[Turn], Tools | None], str], turns: Sequence[Turn], tools: Tools | None
-) -> list[str]:
+def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> list[str]:
     """What a template leaves out of offered tools, calls and outputs, in words; render(turns, tools): its text.
 
     A mark is put behind every name, every text and key of the arguments, and every output. It comes through white space being
@@ -112,7 +111,11 @@ def _is_in_python(arguments: dict[str, Any], text: str) -> bool:
     return form in text and form != json.dumps(arguments, ensure_ascii=False)
 
 
-def best_style(render: Callable[[list[Turn], Tools | None], str], origin: str) -> tuple[CallStyle, str | None]:
+def _in_style(render: Render, style: CallStyle) -> Render:
+    return lambda turns, tools: render(style.shown(turns), tools)
+
+
+def best_style(render: Render, origin: str) -> tuple[CallStyle, str | None]:
     """(the first style in which the template prints most of a call, why that is not all or None).
 
     render: as above; it raises UserError where the template refuses. origin: what the template is called in errors.
@@ -120,9 +123,7 @@ def best_style(render: Callable[[list[Turn], Tools | None], str], origin: str) -
     reasons: list[tuple[int, CallStyle, str | None]] = []
     for style in STYLES:
         try:
-            missing = not_printed(
-                lambda turns, tools, style=style: render(style.shown(turns), tools), _PROBE, _PROBE_TOOLS
-            )
+            missing = not_printed(_in_style(render, style), _PROBE, _PROBE_TOOLS)
         except UserError as error:
             reasons.append((len(_PROBE) * 100, style, str(error)))
             continue

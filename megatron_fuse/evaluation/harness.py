@@ -91,7 +91,7 @@ def _try_template(tokenizer: Any, directory: Path) -> None:
     question = [{"role": "user", "content": "Question"}]
     specials = {f"{name}_token": getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "pad")}
     try:
-        render(tokenizer.get_chat_template(), question, add_generation_prompt=True, **specials)
+        render(tokenizer.get_chat_template(), question, None, add_generation_prompt=True, **specials)
     except Exception as error:  # a template is a program: it may divide by zero
         raise UserError(f"{directory}: its chat template cannot be used: {brief(str(error))}") from error
 

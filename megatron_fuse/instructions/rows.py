@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_fuse.chat import may_be_learned
 from megatron_fuse.instructions.bad_rows import BadRow, Kind
-from megatron_fuse.instructions.examples import Example
+from megatron_fuse.instructions.examples import Example, Message
 from megatron_fuse.instructions.forms import FORMS, Form, detect_form
 from megatron_fuse.instructions.row_texts import Row, characters
 from megatron_fuse.instructions.tables import read_table
@@ -38,7 +38,10 @@ def _read(row: Row, form: Form, every_turn: bool) -> _Read:
     category = characters(category, "category") if isinstance(category, str) and category else None
     thought = response.get("reasoning_content")
     example = Example(
-        *(name, said.system or None, messages, response["content"]),
+        name,
+        said.system or None,
+        messages,
+        response["content"],
         category=category,
         reasoning=thought,
         tools=said.tools,
@@ -53,7 +56,7 @@ def _own_id(given: Any) -> str:
     return characters(name, "id")
 
 
-def _learned(said: Turns, every_turn: bool) -> list[dict[str, Any]]:
+def _learned(said: Turns, every_turn: bool) -> list[Message]:
     """The turns up to the last one that is learned. Where only the last is to be learned, this has to be it."""
     turns = said.turns
     if every_turn:

@@ -6,6 +6,7 @@ output     {role: tool, content, name, tool_call_id}: a turn, one or more of whi
 """
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
@@ -59,7 +60,7 @@ def _require_name(function: dict[str, Any], what: str) -> str:
     return characters(name, "name")
 
 
-def calls_of(turn: Row) -> list[ToolCall]:
+def calls_of(turn: Mapping[str, Any]) -> list[ToolCall]:
     """The calls of an assistant's turn; an id is "" where the row has none. OpenAI's older `function_call` is a single one."""
     calls = _from_text(turn.get("tool_calls"), "tool_calls") or []
     if not isinstance(calls, list):
@@ -104,7 +105,7 @@ def output_of(turn: Row, content: str) -> Message:
         if turn.get(key):
             if not isinstance(turn[key], str):
                 raise _bad(f"{key} of a turn is {quoted(turn[key])}, not text")
-            message[key] = characters(turn[key], key)  # type: ignore[literal-required]
+            message[key] = characters(turn[key], key)
     return message
 
 
@@ -122,13 +123,13 @@ def join_outputs(messages: list[Message]) -> None:
             calls += len(waiting)
             continue
         wanted = message.get("tool_call_id") if have_ids else None
-        call = next((call for call in waiting if wanted in (None, call["id"])), None)
-        if call is None:
+        answered = next((call for call in waiting if wanted in (None, call["id"])), None)
+        if answered is None:
             named = f" of the id {quoted(wanted)}" if wanted else ""
             raise _bad(f"a tool's turn without a call{named} before it")
-        waiting.remove(call)
-        message["tool_call_id"] = call["id"]
-        message.setdefault("name", call["function"]["name"])
+        waiting.remove(answered)
+        message["tool_call_id"] = answered["id"]
+        message.setdefault("name", answered["function"]["name"])
 
 
 def _from_text(value: Any, what: str) -> Any:

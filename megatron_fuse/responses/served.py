@@ -1,7 +1,7 @@
 """Answers that an OpenAI-compatible server gives."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.huggingface.limits import declared_positions
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import Example, naming_example
-from megatron_fuse.instructions.examples import Message
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key
@@ -158,7 +157,7 @@ class _Format:
         return thought, answer if reply.truncated or not chat.closing else answer.removesuffix(chat.closing)
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """Without the mask, which is ours, and with the arguments of calls as text, which OpenAI's form asks for. The thought stays: the
     server's template prints it or leaves it out."""
     keys = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")

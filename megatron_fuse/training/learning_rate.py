@@ -57,6 +57,7 @@ def make_learning_rate(options: TrainingOptions, total_steps: int) -> LearningRa
     """That of a schedule of so many steps. Raises UserError where warm-up and decay of WSD do not fit into it."""
     decay_to = options.lr_decay_iters or total_steps
     warmup = options.warmup_steps(decay_to)
+    decay: str | None
     decay_from, decay = warmup, None if options.lr_decay_style == "constant" else options.lr_decay_style
     if options.lr_wsd_decay_iters is not None:
         try:

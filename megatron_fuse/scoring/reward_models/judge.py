@@ -53,4 +53,4 @@ class RewardModel:
         if self.chat.system and not self.chat.folds_system:
             turns.insert(0, {"role": "system", "content": self.chat.system})
         specials = {"bos_token": "", "eos_token": "", "pad_token": ""}
-        return _PADDED not in render(self.chat.template, turns, add_generation_prompt=False, **specials)
+        return _PADDED not in render(self.chat.template, turns, None, add_generation_prompt=False, **specials)
