@@ -43,6 +43,7 @@ lint: $(READY_FOR_TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 # The documentation as a site in build/site. A link that leads nowhere ends the build.
 docs: $(READY)

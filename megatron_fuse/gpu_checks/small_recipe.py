@@ -122,7 +122,7 @@ def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: P
             break
         time.sleep(_POLL)
     training.join()
-    if training.exitcode >= 0:
+    if training.exitcode is not None and training.exitcode >= 0:
         raise UserError(f"{TRAINING.command} ended with {training.exitcode} before it could be killed")
     return _losses(recipe)
 
