@@ -1,4 +1,4 @@
-"""A talk with a Hugging Face model directory: its answers are printed while they are generated, control characters as escapes."""
+"""A chat with a Hugging Face model: answers are printed while they are generated, control characters as escapes."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
         )
     except Exception as error:  # transformers raises many kinds for missing or damaged files
         raise not_loadable(directory, error, allowed_by=allowed_by) from error
-    return chat, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # transformers' wrapper of `to` hides its arguments from mypy.
+    return chat, model.to(device).eval()  # type: ignore[arg-type]
 
 
 def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[str, Any]) -> str:
