@@ -58,7 +58,7 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
     from megatron_fuse.model.config import transformer_config
     from megatron_fuse.model.gpt import build_model_chunks
     from megatron_fuse.training.checkpoint import (
-        CheckpointFacts,
+        CheckpointMetadata,
         load_checkpoint,
         model_facts,
         save_checkpoint,
@@ -73,7 +73,7 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
     architecture = read_architecture(directory)
     chunks = build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
     megabytes = sum(parameter.nbytes for parameter in chunks[0].parameters()) / 1e6
-    facts = CheckpointFacts(0, 0, model_facts(architecture), {}, None, versions())
+    facts = CheckpointMetadata(0, 0, model_facts(architecture), {}, None, versions())
     path = directory / "saved/iter_0000000"
 
     def save() -> None:

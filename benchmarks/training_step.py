@@ -33,7 +33,7 @@ from megatron_fuse.fusion_data.documents import Document, DocumentStreams
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import make_recipe
 from megatron_fuse.runtime import Runtime, start_runtime, stop_runtime
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 from megatron_fuse.target import read_target
 from megatron_fuse.training.batches import micro_batches
 from megatron_fuse.training.target import build_target
@@ -153,7 +153,7 @@ class Documents:
         self.example_ids = [str(number) for number in range(len(streams))]
         self.train, self.held_out = np.arange(len(streams)), np.arange(0)
         self.sha256 = "synthetic"
-        self.text = Artefact(Path(), {})  # of which an order of examples would be
+        self.text = Artifact(Path(), {})  # of which an order of examples would be
 
     def lengths(self, mode: str) -> np.ndarray:
         return self.streams.lengths

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the door through which every command reports it."""
+"""The one exception for what a user can fix, and the door through which every command reports it."""
 
 import errno
 import gc
@@ -19,7 +19,7 @@ _LINE, _LINES = 600, 40  # characters and lines of a message on a terminal
 
 
 class UserError(Exception):
-    """A usage or data error. The message names the file, line or key, both values where two disagree, and the mend."""
+    """A usage or data error. The message names the file, line or key, both values where two disagree, and the fix."""
 
 
 def shortened(text: str, limit: int) -> str:

@@ -65,7 +65,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
         else:
             train(trainer)
     stop_runtime()
-    if runtime.reports and not dry_run:
+    if runtime.is_logging_rank and not dry_run:
         write_loss_curve(metrics_directory(recipe))
 
 

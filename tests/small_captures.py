@@ -60,5 +60,5 @@ def changed(recipe: Recipe, **sections: object) -> Recipe:
 
 
 def read(recipe: Recipe, source: str, mode: str) -> list[CaptureShard]:
-    artefact = Context(recipe).open(CAPTURES, source, mode)
-    return [capture_shard(artefact, index) for index in range(artefact.manifest["shards"])]
+    artifact = Context(recipe).open(CAPTURES, source, mode)
+    return [capture_shard(artifact, index) for index in range(artifact.manifest["shards"])]

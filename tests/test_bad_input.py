@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered by one message with file, line or key and the mend, by exit code 2, and by no half-written file."""
+"""What a user gets wrong is answered by one message with file, line or key and the fix, by exit code 2, and by no half-written file."""
 
 import json
 import random

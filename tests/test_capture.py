@@ -209,12 +209,12 @@ def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_fla
     recipe = small_recipe(tmp_path / "run", data, directory, {"lossy": options}, training={"seq_length": 256})
     recipe = changed(recipe, target={"chat_template": "vicuna_v1.1"})
     prepare_instructions(Context(recipe), progress=str)
-    artefact = capture(Context(recipe), "lossy", "training", progress=str)
+    artifact = capture(Context(recipe), "lossy", "training", progress=str)
     [shard] = read(recipe, "lossy", "training")
     assert (shard.status == CAPTURED).all()
     lossy = [int(shard.spans(number).has(SpanFlag.LOSSY).sum()) for number in range(2)]
     assert shard.lossy.tolist() == [rows > 0 for rows in lossy]
-    assert lossy[1] > 0 and artefact is not None and artefact.counts["lossy_rows"] == sum(lossy)
+    assert lossy[1] > 0 and artifact is not None and artifact.counts["lossy_rows"] == sum(lossy)
     assert np.isfinite(shard.ce_sum).all() and len(shard.counts) == len(shard.tokens)
 
 
@@ -232,11 +232,11 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    artefacts = []
+    artifacts = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        artefacts.append(capture(Context(fresh), "beta", "training", progress=str))
-    assert artefacts[-1] is not None and artefacts[0] is None
+        artifacts.append(capture(Context(fresh), "beta", "training", progress=str))
+    assert artifacts[-1] is not None and artifacts[0] is None
     assert content(whole.directory) == expected
 
 
@@ -289,8 +289,8 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     )
     late = fresh.sources["alpha"].model_copy(update={"model": str(short)})
     recipe = fresh.model_copy(update={"sources": {**fresh.sources, "late": late}})
-    artefact = capture(Context(recipe), "late", "training", progress=str)
-    assert artefact is not None
+    artifact = capture(Context(recipe), "late", "training", progress=str)
+    assert artifact is not None
     chat = load_format(late, "late")
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     lengths = [
@@ -299,7 +299,7 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     expected = [length - 1 > 150 for length in lengths]
     status = np.concatenate([shard.status for shard in read(recipe, "late", "training")])
     assert (status == TOO_LONG).tolist() == expected
-    assert artefact.counts["too_long"] == sum(expected)
+    assert artifact.counts["too_long"] == sum(expected)
     assert 0 < sum(expected) < len(expected), f"lengths {lengths} do not try both sides"
 
 
@@ -324,8 +324,8 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
 
 
 def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) -> None:
-    artefact = capture(Context(fresh), "beta", "training", progress=str)
-    assert artefact is not None
+    artifact = capture(Context(fresh), "beta", "training", progress=str)
+    assert artifact is not None
     for recipe, key in [
         (changed(fresh, capture={"top_k": 4}), "top_k = 10, but now options.top_k = 4"),
         (changed(fresh, capture={"top_p": 1.0}), "top_p = 0.95, but now options.top_p = 1.0"),
@@ -338,13 +338,13 @@ def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) 
         capture(Context(changed(fresh, capture={"top_k": 4})), "beta", "training", progress=str)
     # Another budget or another source in the recipe is the same capture.
     same = changed(fresh, capture={"batch_tokens": 77}).model_copy(update={"sources": {"beta": fresh.sources["beta"]}})
-    assert Context(same).open(CAPTURES, "beta", "training").sha256 == artefact.sha256
+    assert Context(same).open(CAPTURES, "beta", "training").sha256 == artifact.sha256
 
 
 def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
-    artefact = capture(Context(fresh), "alpha", "inference", progress=str)
-    assert artefact is not None
-    path = artefact.files(".safetensors")[1]
+    artifact = capture(Context(fresh), "alpha", "inference", progress=str)
+    assert artifact is not None
+    path = artifact.files(".safetensors")[1]
     good = path.read_bytes()
     for damaged in (good[:-9], b"", good[:100]):
         path.write_bytes(damaged)
@@ -354,7 +354,7 @@ def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
     flipped[-40] ^= 1  # within a number, where nothing but the checksum tells
     path.write_bytes(flipped)
     with pytest.raises(UserError, match=r"shard-00001.safetensors: sha256 .* restore it, or remove"):
-        capture_shard(artefact, 1)
+        capture_shard(artifact, 1)
 
 
 @pytest.mark.parametrize(
@@ -421,9 +421,9 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
     sources = recipe.sources | {"beta": recipe.sources["beta"].model_copy(update={"responses": answers})}
     recipe = recipe.model_copy(update={"sources": sources})
     generate_responses(Context(recipe), "beta", progress=str)
-    artefact = capture(Context(recipe), "beta", "inference", progress=str)
-    assert artefact is not None
-    counts = {key: artefact.counts[key] for key in ("examples", "captured", "too_long", "no_response")}
+    artifact = capture(Context(recipe), "beta", "inference", progress=str)
+    assert artifact is not None
+    counts = {key: artifact.counts[key] for key in ("examples", "captured", "too_long", "no_response")}
     assert counts == {"examples": 13, "captured": 1, "too_long": 1, "no_response": 11}
 
 

@@ -20,14 +20,14 @@ from megatron_fuse.selection.array_file import read_arrays
 from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 
 
 def opened(recipe: Recipe) -> FusionDataset:
     """As training opens fusion data, and compares it before its first checkpoint."""
     dataset = FusionDataset(recipe)
     read_curriculum(recipe, dataset.text.sha256)
-    verify_once(dataset.artefacts)
+    verify_once(dataset.artifacts)
     return dataset
 
 
@@ -103,19 +103,19 @@ def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files whose checksums were computed."""
     paths: list[Path] = []
-    checked = Artefact.checked
+    checked = Artifact.checked
 
-    def record(self: Artefact, path: Path, *, checksum: bool = True) -> Path:
+    def record(self: Artifact, path: Path, *, checksum: bool = True) -> Path:
         paths.extend([path] * checksum)
         return checked(self, path, checksum=checksum)
 
-    monkeypatch.setattr(Artefact, "checked", record)
+    monkeypatch.setattr(Artifact, "checked", record)
     return paths
 
 
-def read_by(paths: list[Path], artefacts: list[Artefact]) -> int:
+def read_by(paths: list[Path], artifacts: list[Artifact]) -> int:
     paths.clear()
-    verify_once(artefacts)
+    verify_once(artifacts)
     return len(paths)
 
 
@@ -123,30 +123,30 @@ def test_what_was_found_whole_is_read_again_only_after_a_change(
     copied: Recipe, read: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MEGATRON_FUSE_CACHE", str(tmp_path / "cache"))
-    artefacts = FusionDataset(copied).artefacts
-    text, teacher = artefacts[0], artefacts[1]
-    files = sum(len(artefact.manifest["files"]) for artefact in artefacts)
-    assert read_by(read, artefacts) == files
-    assert read_by(read, artefacts) == 0
+    artifacts = FusionDataset(copied).artifacts
+    text, teacher = artifacts[0], artifacts[1]
+    files = sum(len(artifact.manifest["files"]) for artifact in artifacts)
+    assert read_by(read, artifacts) == files
+    assert read_by(read, artifacts) == 0
     (teacher.directory / "shard-00000.match.bin").touch()
-    assert read_by(read, artefacts) == len(teacher.manifest["files"])
-    assert read_by(read, artefacts) == 0
+    assert read_by(read, artifacts) == len(teacher.manifest["files"])
+    assert read_by(read, artifacts) == 0
     rewrite_in_place(text.directory / "shard-00000.tokens.bin", lambda data: None)
-    assert read_by(read, artefacts) == len(text.manifest["files"])
-    rebuilt = Artefact(text.directory, {**text.manifest, "inputs": {}})
+    assert read_by(read, artifacts) == len(text.manifest["files"])
+    rebuilt = Artifact(text.directory, {**text.manifest, "inputs": {}})
     assert read_by(read, [rebuilt]) == len(text.manifest["files"])
     assert read_by(read, [text]) == len(text.manifest["files"])  # one record, of the last build
-    assert read_by(read, artefacts) == 0
+    assert read_by(read, artifacts) == 0
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(checksums.socket, "gethostname", lambda: "another machine")
-        assert read_by(read, artefacts) == files
-        assert read_by(read, artefacts) == 0
-    assert read_by(read, artefacts) == 0
+        assert read_by(read, artifacts) == files
+        assert read_by(read, artifacts) == 0
+    assert read_by(read, artifacts) == 0
 
 
 def test_damaged_data_leave_no_record(copied: Recipe, read: list[Path]) -> None:
     path = fusion_directory(copied) / "text/shard-00001.tokens.bin"
-    text = FusionDataset(copied).artefacts[0]
+    text = FusionDataset(copied).artifacts[0]
     rewrite_in_place(path, every_40th_token)
     for _ in range(2):
         with pytest.raises(UserError, match="shard-00001"):
@@ -162,19 +162,19 @@ def test_without_a_cache_directory_everything_is_read_every_time(
 ) -> None:
     root = tmp_path / "cache"
     monkeypatch.setenv("MEGATRON_FUSE_CACHE", str(root))
-    artefacts = FusionDataset(copied).artefacts[:1]
+    artifacts = FusionDataset(copied).artifacts[:1]
     if cache == "a file":
         root.write_text("")
     elif cache == "in a file":
         root.mkdir()
         (root / "verified").write_text("")
     elif cache == "no bytes":
-        verify_once(artefacts)
+        verify_once(artifacts)
         (record,) = (root / "verified").iterdir()
         record.write_bytes(b"\xff\xfe")
         record.chmod(stat.S_IRUSR)
-        assert read_by(read, artefacts) > 0
-        assert read_by(read, artefacts) == 0  # written anew
+        assert read_by(read, artifacts) > 0
+        assert read_by(read, artifacts) == 0  # written anew
         return
     else:
         monkeypatch.delenv("MEGATRON_FUSE_CACHE")
@@ -184,15 +184,15 @@ def test_without_a_cache_directory_everything_is_read_every_time(
             raise RuntimeError("Could not determine home directory.")
 
         monkeypatch.setattr(Path, "home", homeless)
-    assert read_by(read, artefacts) == read_by(read, artefacts) > 0
+    assert read_by(read, artifacts) == read_by(read, artifacts) > 0
 
 
 def test_threads_end_with_their_block(copied: Recipe, read: list[Path]) -> None:
-    artefacts = [artefact for artefact in FusionDataset(copied).artefacts for _ in range(50)]
-    with BackgroundVerification(artefacts) as verification:
+    artifacts = [artifact for artifact in FusionDataset(copied).artifacts for _ in range(50)]
+    with BackgroundVerification(artifacts) as verification:
         pass
     assert verification.done
-    assert len(read) < sum(len(artefact.manifest["files"]) for artefact in artefacts)
+    assert len(read) < sum(len(artifact.manifest["files"]) for artifact in artifacts)
 
 
 @pytest.mark.parametrize(

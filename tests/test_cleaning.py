@@ -87,15 +87,15 @@ def recipe_for(models: dict[str, Path], path: Path, rows: list, target: str = "p
         ({"normalize": "nfc", "strip": True}, [NFC, "A", NFC]),
     ],
 )
-def test_options_clean_the_artefact_and_leave_ids_alone(
+def test_options_clean_the_artifact_and_leave_ids_alone(
     models: dict[str, Path], tmp_path: Path, data: dict, responses: list[str]
 ) -> None:
     recipe = recipe_for(models, tmp_path, ROWS, **data)
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    examples = load_examples(artefact)
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    examples = load_examples(artifact)
     assert [example.response for example in examples] == responses
     assert [example.id for example in examples] == [example.id for example in read_rows(recipe.data.path).read()]
-    assert artefact.counts["not_in_nfc"] == (data.get("normalize") is None)
+    assert artifact.counts["not_in_nfc"] == (data.get("normalize") is None)
     for key, value in {"normalize": "nfc", "strip": True}.items():
         if data.get(key) != value:
             other = recipe.model_copy(update={"data": recipe.data.model_copy(update={key: value})})
@@ -119,14 +119,14 @@ def test_the_hint_appears_where_a_tokenizer_would_compose(
 def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path], tmp_path: Path) -> None:
     long = {"instruction": "word " * 200, "output": "A"}
     rows = [ROWS[1], {"instruction": "Q"}, long, ROWS[1], {"instruction": "R"}, ROWS[0]]
-    artefact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
-    assert [line.split() for line in left_out(artefact)] == [
+    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
+    assert [line.split() for line in left_out(artifact)] == [
         ["left", "out", "rows", "for", "example"],
         ["value", "missing", "2", "line", "2"],
         ["copy", "of", "an", "earlier", "row", "1", "line", "4"],
         ["no", "room", "behind", "the", "prompt", "1", "line", "3"],
     ]
-    (dropped,) = (json.loads(line) for line in (artefact.directory / "examples.dropped.jsonl").open())
+    (dropped,) = (json.loads(line) for line in (artifact.directory / "examples.dropped.jsonl").open())
     assert (dropped["line"], dropped["kind"]) == (3, "no room behind the prompt")
     (tmp_path / "whole").mkdir()
     assert (
@@ -136,11 +136,11 @@ def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path]
 
 def test_instructions_of_an_older_version_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path, ROWS)
-    artefact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe), progress=str)
     for name in ("manifest.json", "plan.json"):
-        content = json.loads((artefact.directory / name).read_text())
+        content = json.loads((artifact.directory / name).read_text())
         del content["options"]["normalize"], content["sha256"]
-        (artefact.directory / name).write_text(json.dumps(content))
+        (artifact.directory / name).write_text(json.dumps(content))
     for refuse in (lambda context: context.open(INSTRUCTIONS), prepare_instructions):
         with pytest.raises(UserError, match=r"was made without options\.normalize, now 'none': .*remove"):
             refuse(Context(recipe))

@@ -17,7 +17,7 @@ from megatron_fuse.responses import response_shards
 from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.scoring.scores import read_shards
 from megatron_fuse.sources.completions import Reply
-from megatron_fuse.storage import Artefact, Plan, run_plan
+from megatron_fuse.storage import Artifact, Plan, run_plan
 from megatron_fuse.training.metrics import MetricsFile, read_metrics
 
 RESULT = asdict(
@@ -36,8 +36,8 @@ RESULT = asdict(
 )
 
 
-def made(directory: Path, files: dict[str, bytes], **counts: int) -> Artefact:
-    """A finished artefact whose checksums vouch for these files."""
+def made(directory: Path, files: dict[str, bytes], **counts: int) -> Artifact:
+    """A finished artifact whose checksums vouch for these files."""
 
     def make(_: int, prefix: Path) -> dict[str, int]:
         for name, data in files.items():
@@ -45,9 +45,9 @@ def made(directory: Path, files: dict[str, bytes], **counts: int) -> Artefact:
         return counts
 
     shards = sorted({name.split(".")[0] for name in files}) or ["shard-00000"]
-    artefact = run_plan(Plan(directory, "stage", {}, {}, 1, shards), make, progress=str)
-    assert artefact is not None
-    return artefact
+    artifact = run_plan(Plan(directory, "stage", {}, {}, 1, shards), make, progress=str)
+    assert artifact is not None
+    return artifact
 
 
 @pytest.mark.parametrize(
@@ -150,18 +150,18 @@ def test_a_damaged_journal(tmp_path: Path, line: str, message: str) -> None:
 )
 def test_rows_of_stages_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     """Their checksums vouch for them: another version has written them, or somebody by hand."""
-    artefact = made(tmp_path / "instructions", {"examples.00000.jsonl": line.encode() + b"\n"}, shards=1)
+    artifact = made(tmp_path / "instructions", {"examples.00000.jsonl": line.encode() + b"\n"}, shards=1)
     with pytest.raises(UserError, match=rf"examples.00000.jsonl:1: {message}"):
-        example_shards(artefact)[0]
-    artefact = made(tmp_path / "responses", {"shard-00000.jsonl": b'{"id": "a", "response": "x"}\n'})
+        example_shards(artifact)[0]
+    artifact = made(tmp_path / "responses", {"shard-00000.jsonl": b'{"id": "a", "response": "x"}\n'})
     with pytest.raises(UserError, match=r"shard-00000.jsonl:1: truncated: missing \(and 1 more\)"):
-        response_shards(artefact)[0]
+        response_shards(artifact)[0]
 
 
 def test_a_count_that_a_manifest_lacks(tmp_path: Path) -> None:
-    artefact = made(tmp_path / "instructions", {})
+    artifact = made(tmp_path / "instructions", {})
     with pytest.raises(UserError, match=r"instructions/manifest.json: counts.shards is missing"):
-        example_shards(artefact)
+        example_shards(artifact)
 
 
 @pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\x01\x00\x02\x00{\n", None])
@@ -169,6 +169,6 @@ def test_scores_that_are_none(tmp_path: Path, data: bytes | None) -> None:
     if data is None:
         np.save(tmp_path / "objects.npy", np.array(["a", None], object))
         data = (tmp_path / "objects.npy").read_bytes()
-    artefact = made(tmp_path / "scores", {"shard-00000.npy": data})
+    artifact = made(tmp_path / "scores", {"shard-00000.npy": data})
     with pytest.raises(UserError, match=r"shard-00000.npy: not the scores of a shard"):
-        read_shards(artefact)
+        read_shards(artifact)

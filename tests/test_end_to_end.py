@@ -145,7 +145,7 @@ def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_f
     command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--plan"]
     plan = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=True).stdout
     lines = plan.splitlines()
-    table = lines[next(number for number, line in enumerate(lines) if line.startswith("artefact ")) + 1 :]
+    table = lines[next(number for number, line in enumerate(lines) if line.startswith("artifact ")) + 1 :]
     states = [line.split("  ")[0] for line in table if " done " not in line + " "]
     assert states == ["training"] and "at step 9" in plan
 

@@ -14,7 +14,7 @@ from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, Response, generate_responses, response_shards
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 from megatron_fuse.storage.rows import keys_of, value_at
 
 DATA = Path(__file__).parents[1] / "../shared/data"
@@ -40,8 +40,8 @@ def questions(count: int = 10) -> list[dict[str, Any]]:
     return [{"id": f"e{n}", "instruction": f"Question {n}?", "output": "A."} for n in range(count)]
 
 
-def rows_of(artefact: Artefact) -> dict[str, Response]:
-    return {row.id: row for shard in response_shards(artefact) for row in shard}
+def rows_of(artifact: Artifact) -> dict[str, Response]:
+    return {row.id: row for shard in response_shards(artifact) for row in shard}
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -66,18 +66,18 @@ def test_answers_from_a_file(model: Path, tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path / name, given)
     recipe = recipe_for(model, tmp_path, questions(), str(path))
     said: list[str] = []
-    artefact = generate_responses(Context(recipe), "file", progress=said.append)
-    assert artefact.sha256 == Context(recipe).open(RESPONSES, "file").sha256
-    rows = rows_of(artefact)
+    artifact = generate_responses(Context(recipe), "file", progress=said.append)
+    assert artifact.sha256 == Context(recipe).open(RESPONSES, "file").sha256
+    rows = rows_of(artifact)
     expected = {row["id"]: row["response"] or "" for row in given if row["id"] != "more"} | {"e6": ""}
     assert {key: row.response for key, row in rows.items()} == expected
     assert list(rows) == [f"e{n}" for n in range(10)]
     assert [key for key, row in rows.items() if row.truncated] == ["e2"]
     assert [key for key, row in rows.items() if row.refused] == ["e5"] == [given[4]["id"]]
     assert all(row.tokens > 0 for row in rows.values() if row.response)
-    counts = {key: artefact.counts[key] for key in ("unmatched", "empty", "examples", "refused", "truncated")}
+    counts = {key: artifact.counts[key] for key in ("unmatched", "empty", "examples", "refused", "truncated")}
     assert counts == {"unmatched": 2, "empty": 2, "examples": 10, "refused": 1, "truncated": 1}
-    assert [path.read_text() for path in artefact.files(".unmatched.txt")] == ["e3\n", "e6\n"]
+    assert [path.read_text() for path in artifact.files(".unmatched.txt")] == ["e3\n", "e6\n"]
     assert any("1 of 11 rows belong to no example, among them 'more'" in line for line in said)
 
     write_table(path, [*given, {"id": "e6", "response": "late", "truncated": False}])
@@ -92,17 +92,17 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
     given = [{"id": row["id"], "q": f"\n{row['instruction']} ", "response": f"to {row['id']}"} for row in data]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt", "prompt": "q"})
-    artefact = generate_responses(Context(recipe), "file", progress=str)
-    expected = rows_of(artefact)
+    artifact = generate_responses(Context(recipe), "file", progress=str)
+    expected = rows_of(artifact)
     assert [row.response for row in expected.values()] == [f"to e{n}" for n in range(10)]
 
-    for leftover in artefact.directory.iterdir():
+    for leftover in artifact.directory.iterdir():
         leftover.unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert generate_responses(Context(recipe), "file", progress=str) is None
     monkeypatch.setenv("RANK", "0")
-    assert generate_responses(Context(recipe), "file", progress=str).sha256 == artefact.sha256
+    assert generate_responses(Context(recipe), "file", progress=str).sha256 == artifact.sha256
     monkeypatch.delenv("WORLD_SIZE")
 
     backwards = write_rows(tmp_path / "backwards.jsonl", given[::-1])
@@ -248,9 +248,9 @@ def test_real_answers_are_all_found(model: Path, tmp_path: Path, match: str) -> 
     )
     prepare_instructions(Context(recipe), progress=str)
     for name in names:
-        artefact = generate_responses(Context(recipe), name, progress=str)
-        assert (artefact.counts["examples"], artefact.counts["unmatched"]) == (40, 0)
-        assert {key: row.response for key, row in rows_of(artefact).items()} == {
+        artifact = generate_responses(Context(recipe), name, progress=str)
+        assert (artifact.counts["examples"], artifact.counts["unmatched"]) == (40, 0)
+        assert {key: row.response for key, row in rows_of(artifact).items()} == {
             row["id"]: row["responses"][name] for row in rows
         }
 

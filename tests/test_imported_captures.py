@@ -122,8 +122,8 @@ def test_our_own_capture_in_another_form_comes_back_bit_for_bit(
     if order == "shuffled":
         np.random.default_rng(4).shuffle(rows)
     recipe = with_file(fresh, write(tmp_path / f"{form}.{suffix}", rows))
-    artefact = capture(Context(recipe), SOURCE, "training", progress=str)
-    assert artefact is not None and artefact.counts["captured"] == 13
+    artifact = capture(Context(recipe), SOURCE, "training", progress=str)
+    assert artifact is not None and artifact.counts["captured"] == 13
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
 
 
@@ -179,14 +179,14 @@ def test_ranks_share_the_work_and_an_unchanged_file_is_not_read_again(
     monkeypatch.setenv("RANK", "1")
     assert capture(Context(recipe), SOURCE, "training", progress=str) is None
     monkeypatch.setenv("RANK", "0")
-    artefact = capture(Context(recipe), SOURCE, "training", progress=str)
+    artifact = capture(Context(recipe), SOURCE, "training", progress=str)
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    assert artefact is not None and capture(Context(recipe), SOURCE, "training", progress=str) == artefact
+    assert artifact is not None and capture(Context(recipe), SOURCE, "training", progress=str) == artifact
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"inputs.captures file"):
         capture(Context(recipe), SOURCE, "training", progress=str)
     path.unlink()
-    assert Context(recipe).open(CAPTURES, SOURCE, "training") == artefact
+    assert Context(recipe).open(CAPTURES, SOURCE, "training") == artifact
 
 
 def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(fresh: Recipe, tmp_path: Path) -> None:
@@ -214,9 +214,9 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
     del rows[9]["logsumexp"]
     lines: list[str] = []
     recipe = with_file(fresh, write(tmp_path / "some.jsonl", rows))
-    artefact = capture(Context(recipe), SOURCE, "training", progress=lines.append)
-    assert artefact is not None
-    counts = {name: artefact.counts[name] for name in STATUSES}
+    artifact = capture(Context(recipe), SOURCE, "training", progress=lines.append)
+    assert artifact is not None
+    counts = {name: artifact.counts[name] for name in STATUSES}
     assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}
     assert any(
         f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"ours is {token} (" in line for line in lines

@@ -190,10 +190,10 @@ def test_every_kind_of_table_gives_the_same_examples(models: dict[str, Path], tm
         (tmp_path / name).mkdir()
         data = {"path": str(save_table(tmp_path / name / name, rows)), "shard_size": 2}
         recipe = recipe_for(models, tmp_path / name, [], data=data)
-        artefact = prepare_instructions(Context(recipe), progress=str)
-        made[name] = {path.name: path.read_bytes() for path in artefact.files(".jsonl")}
+        artifact = prepare_instructions(Context(recipe), progress=str)
+        made[name] = {path.name: path.read_bytes() for path in artifact.files(".jsonl")}
         assert Context(recipe).open(INSTRUCTIONS).counts["examples"] == 4
-        assert prepare_instructions(Context(recipe), progress=str).sha256 == artefact.sha256
+        assert prepare_instructions(Context(recipe), progress=str).sha256 == artifact.sha256
         assert made[name]["examples.bad_rows.jsonl"] == (
             b'{"line": 4, "kind": "no assistant turn", "reason": "no assistant turn"}\n'
         )
@@ -285,9 +285,9 @@ def test_sample_and_split_depend_on_seed_and_ids_only(models: dict[str, Path], t
 
     def draw(name: str, rows: list, **sections: object) -> dict[str, bool]:
         (tmp_path / name).mkdir()
-        artefact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)), progress=str)
-        examples = load_examples(artefact)
-        assert artefact.counts["held_out"] == sum(e.held_out for e in examples)
+        artifact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)), progress=str)
+        examples = load_examples(artifact)
+        assert artifact.counts["held_out"] == sum(e.held_out for e in examples)
         order = {row["id"]: place for place, row in enumerate(rows)}
         assert sorted(examples, key=lambda e: order[e.id]) == examples, "file order is lost"
         return {e.id: e.held_out for e in examples}
@@ -308,11 +308,11 @@ def test_a_cut_response_is_the_longest_that_fits_every_model(
     texts = ["The quick brown fox. " * 20, "日本語のテキスト" * 9, "👍🏽é" * 12, "12345 " * 30, "ok", "\r\n\0 x" * 30]
     rows = [{"id": str(i), "instruction": "Q?", "output": text} for i, text in enumerate(texts)]
     recipe = recipe_for(models, tmp_path, rows, training={"seq_length": seq_length})
-    artefact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe), progress=str)
     formats = [load_format(recipe.target, "target"), *(load_format(o, n) for n, o in recipe.sources.items())]
-    examples = load_examples(artefact)
+    examples = load_examples(artifact)
     assert [e.truncated for e in examples] == [True, True, True, True, False, True]
-    assert artefact.counts["truncated"] == 5
+    assert artifact.counts["truncated"] == 5
     for example, text in zip(examples, texts, strict=True):
         assert text.startswith(example.response)
         encoded = [
@@ -375,18 +375,18 @@ def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
 ) -> None:
     rows = [alpaca(n) if n % 2 else alpaca(n, output="long " * 99) for n in range(20)]
     recipe = recipe_for(models, tmp_path, rows, data={"too_long": "drop", "samples": 10})
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    assert sorted(int(e.id[1:]) for e in load_examples(artefact)) == list(range(1, 20, 2))
-    dropped = [json.loads(line) for line in (artefact.directory / "examples.dropped.jsonl").open()]
-    assert artefact.counts["dropped_for_length"] == len(dropped) > 0
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    assert sorted(int(e.id[1:]) for e in load_examples(artifact)) == list(range(1, 20, 2))
+    dropped = [json.loads(line) for line in (artifact.directory / "examples.dropped.jsonl").open()]
+    assert artifact.counts["dropped_for_length"] == len(dropped) > 0
     assert all("tokens for" in row["reason"] for row in dropped)
 
 
 def test_a_prompt_without_room_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(1), alpaca(2, instruction="word " * 200)]
-    artefact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
-    assert [e.id for e in load_examples(artefact)] == ["e1"]
-    assert artefact.counts["dropped_for_length"] == 1
+    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
+    assert [e.id for e in load_examples(artifact)] == ["e1"]
+    assert artifact.counts["dropped_for_length"] == 1
 
 
 _MEGABYTES = [("word ", "truncate"), ("a", "drop"), ("\r\n", "truncate")]
@@ -403,15 +403,15 @@ _MORE_MEGABYTES = [("a", "truncate")] + [
 def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, text: str, policy: str) -> None:
     whole = text * (10**6 // len(text.encode())) + "end"
     recipe = recipe_for(models, tmp_path, [alpaca(1), alpaca(2, output=whole)], data={"too_long": policy})
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    dropped = [json.loads(line)["reason"] for line in (artefact.directory / "examples.dropped.jsonl").open()]
-    assert [e.id for e in load_examples(artefact)] == (["e1"] if dropped else ["e1", "e2"])
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    dropped = [json.loads(line)["reason"] for line in (artifact.directory / "examples.dropped.jsonl").open()]
+    assert [e.id for e in load_examples(artifact)] == (["e1"] if dropped else ["e1", "e2"])
     if policy == "drop":
         assert re.fullmatch(r"[0-9]+ tokens for target, seq_length is 128", *dropped)
     elif not text.strip():
         assert re.match("the prompt leaves room for white space only: ", *dropped)
     else:
-        _, cut = load_examples(artefact)
+        _, cut = load_examples(artifact)
         assert cut.truncated and len(cut.response) > 10 and whole.startswith(cut.response)
 
 
@@ -474,14 +474,14 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
 def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(number) for number in range(9)]
     recipe = recipe_for(models, tmp_path, rows, data={"shard_size": 4})
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    assert (artefact.counts["examples"], artefact.counts["shards"]) == (9, 3)
-    artefact.verify()
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    assert (artifact.counts["examples"], artifact.counts["shards"]) == (9, 3)
+    artifact.verify()
     one = recipe.model_copy(update={"sources": {"coarse": recipe.sources["coarse"]}})
     assert Context(one).plan(INSTRUCTIONS) == Context(recipe).plan(INSTRUCTIONS)
     assert (
         prepare_instructions(Context(one), progress=str).sha256
-        == artefact.sha256
+        == artifact.sha256
         == Context(one).open(INSTRUCTIONS).sha256
     )
     other = recipe.model_copy(update={"seed": 5})

@@ -153,8 +153,8 @@ def test_what_stays_no_answer_is_listed_with_the_reason(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with scripted(LiarAboutMany([lie for lie, _ in NO_ANSWERS.values()], 99)) as server:
         recipe = recipe_for(model, tmp_path, server.url, examples=len(NO_ANSWERS), max_retries=1)
-        artefact = generate_responses(Context(recipe), "served")
-        assert artefact is not None
+        artifact = generate_responses(Context(recipe), "served")
+        assert artifact is not None
         assert len(server.asked) == 3 * len(NO_ANSWERS)  # again, and a trial
     printed = capfd.readouterr()
     for place, (name, (_, why)) in enumerate(NO_ANSWERS.items()):
@@ -162,7 +162,7 @@ def test_what_stays_no_answer_is_listed_with_the_reason(
         assert "no completion came back but " in line and why in line and line.isprintable(), name
         assert len(line) <= 600 + len(str(recipe.workdir)), name
     assert {row.response for row in answers(recipe).values()} == {""}
-    (unmatched,) = artefact.files(".unmatched.txt")
+    (unmatched,) = artifact.files(".unmatched.txt")
     assert unmatched.read_text().split() == [f"e{n}" for n in range(len(NO_ANSWERS))]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"a lie" in path.read_bytes()]
     assert KEY not in printed.out + printed.err

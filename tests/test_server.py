@@ -334,10 +334,10 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
         recipe = recipe_for(model, tmp_path, server.url, examples=12, concurrency=1, max_retries=0)
         with pytest.raises(UserError, match="503 restarting"):
             generate_responses(Context(recipe), "served")
-        artefact = generate_responses(Context(recipe), "served")
-        assert artefact is not None
+        artifact = generate_responses(Context(recipe), "served")
+        assert artifact is not None
     assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \\ud83d") == 1
-    (unmatched,) = artefact.files(".unmatched.txt")
+    (unmatched,) = artifact.files(".unmatched.txt")
     assert unmatched.read_text() == "e5\n"
     rows = answers(recipe)
     assert [row.id for row in rows.values() if row.response != f"answer {row.id[1:]}"] == ["e5"]

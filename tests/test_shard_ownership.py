@@ -156,7 +156,7 @@ def test_of_damaged_files_only_the_shard_is_made_again(
     made: list[int] = []
     lines: list[str] = []
     run_plan(plan(directory), lambda index, prefix: made.append(index) or make_shard(index, prefix), lines.append)
-    # A finished artefact is what its manifest says: it does without markers.
+    # A finished artifact is what its manifest says: it does without markers.
     assert made == ([] if finished and name.endswith(".done") else [2])
     if made and (directory / name).suffix != ".done":
         assert lines[0].startswith(f"{directory / name}: ")
@@ -219,9 +219,9 @@ def test_plans_made_together_race_without_a_deadlock(tmp_path: Path) -> None:
         process.join(60)
     assert [process.exitcode for process in racing] == [0] * len(orders)
     for name in "abc":
-        artefact = completed(plan(tmp_path / name))
-        assert artefact is not None
-        artefact.verify()
+        artifact = completed(plan(tmp_path / name))
+        assert artifact is not None
+        artifact.verify()
 
 
 def test_a_forked_child_does_not_keep_its_parent_s_locks(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An artefact is whole or resumable, ends with the same bytes however it was interrupted, and refuses another plan."""
+"""An artifact is whole or resumable, ends with the same bytes however it was interrupted, and refuses another plan."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ from megatron_fuse.storage import (
     Plan,
     Shards,
     completed,
-    open_artefact,
+    open_artifact,
     remove_abandoned,
     run_plan,
     run_plans,
@@ -39,12 +39,12 @@ def contents(directory: Path) -> dict[str, bytes]:
 def silent(_: str) -> None: ...
 
 
-def test_a_complete_artefact_opens_and_verifies(tmp_path: Path) -> None:
+def test_a_complete_artifact_opens_and_verifies(tmp_path: Path) -> None:
     run_plan(plan(tmp_path / "a"), make_shard, silent)
-    artefact = open_artefact(tmp_path / "a", "numbers", "make_numbers")
-    artefact.verify()
-    assert artefact.counts == {"lines": 10}
-    assert [path.name for path in artefact.files(".txt")] == [f"shard-0000{i}.txt" for i in range(4)]
+    artifact = open_artifact(tmp_path / "a", "numbers", "make_numbers")
+    artifact.verify()
+    assert artifact.counts == {"lines": 10}
+    assert [path.name for path in artifact.files(".txt")] == [f"shard-0000{i}.txt" for i in range(4)]
 
 
 @pytest.mark.parametrize("failing", range(4))
@@ -60,7 +60,7 @@ def test_interrupted_anywhere_a_rerun_ends_with_the_same_bytes(tmp_path: Path, f
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan(tmp_path / "broken"), fails, silent)
     with pytest.raises(UserError, match=r"incomplete: run make_numbers"):
-        open_artefact(tmp_path / "broken", "numbers", "make_numbers")
+        open_artifact(tmp_path / "broken", "numbers", "make_numbers")
     made = []
     run_plan(plan(tmp_path / "broken"), lambda i, p: made.append(i) or make_shard(i, p), silent)
     assert made == list(range(failing, 4))
@@ -129,11 +129,11 @@ def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             run_plans(plans(tmp_path, "ab"), make, silent)
     made.append("from here on")
-    artefacts = run_plans(plans(tmp_path, "abc"), make, silent)
+    artifacts = run_plans(plans(tmp_path, "abc"), make, silent)
     company = ["a b", "a b", "a b", "a b"] if finished else ["a b", "a b", "a b c", "a b c"]
     joined = ["c"] * 4 if finished else ["c", "c", "a b c", "a b c"]
     for name, expected in {"a": company, "b": company, "c": joined}.items():
-        texts = [path.read_text() for path in artefacts[name].verify().files(".txt")]
+        texts = [path.read_text() for path in artifacts[name].verify().files(".txt")]
         assert texts == [f"shard {index} of {who}" for index, who in enumerate(expected)], name
 
 
@@ -191,13 +191,13 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
         ({"options": {"k": 5}, "remove": Path("all/of/it")}, r"remove all/of/it and run make_numbers"),
     ],
 )
-def test_an_artefact_made_otherwise_is_refused_and_keys_not_given_are_not_compared(
+def test_an_artifact_made_otherwise_is_refused_and_keys_not_given_are_not_compared(
     tmp_path: Path, wanted: dict, message: str
 ) -> None:
     made = run_plan(plan(tmp_path / "a", options={"k": 10, "p": 0.9}), make_shard, silent)
     with pytest.raises(UserError, match=message):
-        open_artefact(tmp_path / "a", "numbers", "make_numbers", **wanted)
-    opened = open_artefact(tmp_path / "a", "numbers", "make_numbers", options={"k": 10}, inputs={"parent": "abc"})
+        open_artifact(tmp_path / "a", "numbers", "make_numbers", **wanted)
+    opened = open_artifact(tmp_path / "a", "numbers", "make_numbers", options={"k": 10}, inputs={"parent": "abc"})
     assert opened == made
 
 
@@ -205,13 +205,13 @@ def test_an_artefact_made_otherwise_is_refused_and_keys_not_given_are_not_compar
     "damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]], ids=["truncated", "bit flip"]
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    artefact = run_plan(plan(tmp_path), make_shard, silent)
-    assert artefact is not None
-    paths = artefact.files(".txt")
+    artifact = run_plan(plan(tmp_path), make_shard, silent)
+    assert artifact is not None
+    paths = artifact.files(".txt")
     paths[2].write_bytes(damage(paths[2].read_bytes()))
     with pytest.raises(UserError, match=r"shard-00002\.txt"):
-        artefact.verify()
-    shards = Shards(artefact, paths, Path.read_text)
+        artifact.verify()
+    shards = Shards(artifact, paths, Path.read_text)
     assert (len(shards), shards[1], shards[-1]) == (4, "shard 1\n" * 2, "shard 3\n" * 4)
     with pytest.raises(UserError, match=r"shard-00002\.txt: .*(the manifest has|in place of).*run the stage again"):
         list(shards)

@@ -80,10 +80,10 @@ def listed(recipe: Recipe) -> list[dict[str, Any]]:
 
 def test_rows_with_tools_reach_the_targets_text(models: Callable, tmp_path: Path) -> None:
     recipe = recipe_of(models, tmp_path, [*PLAIN, TOOL_ROW])
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    (example,) = [each for each in load_examples(artefact) if each.id == "t"]
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    (example,) = [each for each in load_examples(artifact) if each.id == "t"]
     assert (example.messages, example.response, example.tools) == (TALK, "It is warm.", TOOLS)
-    assert listed(recipe) == [] and "dropped_for_tools" not in artefact.counts
+    assert listed(recipe) == [] and "dropped_for_tools" not in artifact.counts
     target = load_format(recipe.target, "target")
     text = build_text(Context(recipe), progress=str)
     assert text is not None and text.counts["documents"] == 4
@@ -100,9 +100,9 @@ def test_rows_with_tools_reach_the_targets_text(models: Callable, tmp_path: Path
 def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_path: Path) -> None:
     """The same bytes as those of instructions that were made before tools were read."""
     recipe = recipe_of(models, tmp_path, [*PLAIN, TOOL_ROW])
-    artefact = prepare_instructions(Context(recipe), progress=str)
-    lines = (artefact.directory / "examples.00000.jsonl").read_text().splitlines()
-    for line, example in zip(lines, load_examples(artefact), strict=True):
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    lines = (artifact.directory / "examples.00000.jsonl").read_text().splitlines()
+    for line, example in zip(lines, load_examples(artifact), strict=True):
         row = asdict(example)
         assert row.pop("tools") == (TOOLS if example.id == "t" else None)
         assert ("tools" in json.loads(line)) == (example.id == "t")
@@ -121,11 +121,11 @@ def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_pa
 )
 def test_a_row_that_a_source_cannot_read_is_listed(models: Callable, tmp_path: Path, source: str, reason: str) -> None:
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], source)
-    artefact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe), progress=str)
     assert listed(recipe) == [{"id": "t", "line": 1, "kind": Kind.TOOLS, "reason": reason.format(models(source))}]
-    assert (artefact.counts["dropped_for_tools"], artefact.counts["dropped_for_length"]) == (1, 0)
-    assert [each.id for each in load_examples(artefact)] == ["p0", "p1", "p2"]
-    assert any(line.split() == ["tools", "1", "line", "1"] for line in left_out(artefact))
+    assert (artifact.counts["dropped_for_tools"], artifact.counts["dropped_for_length"]) == (1, 0)
+    assert [each.id for each in load_examples(artifact)] == ["p0", "p1", "p2"]
+    assert any(line.split() == ["tools", "1", "line", "1"] for line in left_out(artifact))
     alone = recipe_of(models, tmp_path / "alone", [TOOL_ROW], source)
     with pytest.raises(UserError, match=r"rows\.jsonl: no example can be read \('t': sources\.s: the chat template"):
         prepare_instructions(Context(alone), progress=str)

@@ -66,7 +66,7 @@ def test_whole_fusion_data_is_found_whole(world: Recipe) -> None:
     assert found.counts["rows"] == sum(len(document.counts) for document in documents)
     assert found.counts["entries"] == sum(len(document.entry_ids) for document in documents)
     assert (
-        found.counts["artefacts"] == 1 + 3 + 3 * 2 + 6 + 1 + 6
+        found.counts["artifacts"] == 1 + 3 + 3 * 2 + 6 + 1 + 6
     )  # instructions, responses, scores, captures, text, rows
 
 

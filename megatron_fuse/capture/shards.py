@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from megatron_fuse.capture.distributions import SparseRows
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact, write_safetensors
+from megatron_fuse.storage import Artifact, write_safetensors
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
@@ -126,21 +126,21 @@ class CaptureShard:
         return self.entry_logits / np.float32(temperature) - np.repeat(self.lse[:, column], self.counts)
 
 
-def capture_shard(artefact: Artefact, index: int) -> CaptureShard:
+def capture_shard(artifact: Artifact, index: int) -> CaptureShard:
     """One shard of a finished capture, compared with the checksum in its manifest. Raises UserError naming the file."""
-    return read_capture_shard(artefact.checked(artefact.files(".safetensors")[index]))
+    return read_capture_shard(artifact.checked(artifact.files(".safetensors")[index]))
 
 
 def read_capture_shard(path: Path) -> CaptureShard:
     """Raises UserError where the file is missing or broken, or a row holds what no capture can."""
-    mend = f"remove {path.parent} and run megatron-fuse capture again"
+    fix = f"remove {path.parent} and run megatron-fuse capture again"
     try:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a capture ({brief(str(error), 150)}): {mend}") from error
+        raise UserError(f"{path}: cannot be read as a capture ({brief(str(error), 150)}): {fix}") from error
     fault = _misfit(shard) or _impossible_row(shard)
     if fault:
-        raise UserError(f"{path}: {fault}: {mend}")
+        raise UserError(f"{path}: {fault}: {fix}")
     return shard
 
 

@@ -26,7 +26,7 @@ from megatron_fuse.recipe.lookup import recipe_key, source_options
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artefact, Workspace, completed, run_plan, sha256_of_file
+from megatron_fuse.storage import Artifact, Workspace, completed, run_plan, sha256_of_file
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag
 
@@ -114,7 +114,7 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
         raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md)")
 
 
-def capture(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artefact | None:
+def capture(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
     Raises UserError where a stage before is missing, where the model's logits are not finite, and where a file of captures is not
@@ -125,9 +125,9 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
     recipe, where = context.recipe, recipe_key(source)
     options, chat = source_options(recipe, source), context.format(source)
     plan = context.plan(CAPTURES, source, mode)
-    artefact = completed(plan)
-    if artefact:
-        return artefact
+    artifact = completed(plan)
+    if artifact:
+        return artifact
     examples = example_shards(context.open(INSTRUCTIONS))
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
     lines = Progress(plan.directory, "tokens", progress)

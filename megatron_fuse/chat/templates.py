@@ -119,7 +119,7 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _fixed_date(form: str) -> str:
-    """Today's date, in transformers. Artefacts must not change over night: this is the day that Llama 3's templates fall back on."""
+    """Today's date, in transformers. Artifacts must not change over night: this is the day that Llama 3's templates fall back on."""
     return datetime(2024, 7, 26).strftime(form)
 
 

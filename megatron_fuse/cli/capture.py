@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         for mode in modes:
             if arguments.backend:
                 require_backend(recipe, source, mode, arguments.backend)
-            artefact = capture(context, source, mode)
-            if artefact:
-                counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-                say(f"{artefact.directory}: {counts}")
+            artifact = capture(context, source, mode)
+            if artifact:
+                counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
+                say(f"{artifact.directory}: {counts}")

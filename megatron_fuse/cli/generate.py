@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "its keys server and responses (docs/responses.md)"
             )
     for name in names:
-        artefact = generate_responses(context, name)
-        if artefact:
-            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-            say(f"{artefact.directory}: {counts}")
+        artifact = generate_responses(context, name)
+        if artifact:
+            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
+            say(f"{artifact.directory}: {counts}")

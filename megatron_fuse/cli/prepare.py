@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.target import check_target_tokenizer, read_target
     context = Context(recipe)
     check_target_tokenizer(context.target, read_target(context.recipe))
-    artefact = prepare_instructions(context)
-    if artefact:
-        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-        say(f"{artefact.directory}: {counts}")
-        for line in left_out(artefact):
+    artifact = prepare_instructions(context)
+    if artifact:
+        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
+        say(f"{artifact.directory}: {counts}")
+        for line in left_out(artifact):
             say(line)

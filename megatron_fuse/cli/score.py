@@ -47,14 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
     for scorer, sources in wanted.items():
         if arguments.backend and scorer != REFERENCE:
             require_backend(recipe, scorer, arguments.backend)
-        artefacts = (
+        artifacts = (
             score_against_reference(context, sources)
             if scorer == REFERENCE
             else score_responses(context, scorer, sources)
         )
-        for artefact in artefacts:
-            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artefact.counts.items())
-            say(f"{artefact.directory}: {counts}")
+        for artifact in artifacts:
+            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
+            say(f"{artifact.directory}: {counts}")
 
 
 def _wanted(recipe: Recipe, sources: list[str] | None, asked: list[str]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from megatron_fuse.fusion_data.text import build_text
 from megatron_fuse.selection.choice import Selection, select
 from megatron_fuse.selection.curriculum import write_curriculum
 from megatron_fuse.stages import Context, Stage
-from megatron_fuse.storage import Artefact, remove_abandoned
+from megatron_fuse.storage import Artifact, remove_abandoned
 from megatron_fuse.text_safety import say
 
 _WAIT = 0.2  # seconds between looks at what other ranks have done
@@ -35,16 +35,16 @@ def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -
     write_curriculum(context, text)
     save_recipe(recipe)
     fusion = fusion_directory(recipe)
-    for directory in (fusion, fusion / "maps", fusion / "selection"):  # what is no artefact
+    for directory in (fusion, fusion / "maps", fusion / "selection"):  # what is no artifact
         remove_abandoned(directory)
     return selections
 
 
-def _together(context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artefact | None]) -> Artefact:
+def _together(context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artifact | None]) -> Artifact:
     """Does this rank's share, then waits until the other ranks have done theirs."""
     manifest = stage.directory(context.recipe, *key) / "manifest.json"
-    while (artefact := build()) is None:
+    while (artifact := build()) is None:
         time.sleep(_WAIT)  # a damaged shard may be made again under the manifest that is still there
         while not manifest.exists():
             time.sleep(_WAIT)
-    return artefact
+    return artifact

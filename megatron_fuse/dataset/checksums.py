@@ -2,10 +2,10 @@
 
 A checksum costs about a second a GB. What was found whole is therefore recorded in the user's cache directory:
 
-    ~/.cache/megatron-fuse/verified/KEY    KEY: hash of the machine and of the artefact's directory
+    ~/.cache/megatron-fuse/verified/KEY    KEY: hash of the machine and of the artifact's directory
 
 The record holds the manifest's sha256, and name, inode, size, mtime and ctime of every file. A file that was replaced or written
-to since, even by a tool that restores its mtime, has another inode or ctime, and its artefact is read again. The same is true on
+to since, even by a tool that restores its mtime, has another inode or ctime, and its artifact is read again. The same is true on
 another machine, which has other disks, caches and memory, even where home and data are shared. Where the cache directory cannot
 be used, every run reads everything again. MEGATRON_FUSE_CACHE names another directory than ~/.cache/megatron-fuse.
 """
@@ -20,25 +20,25 @@ from types import TracebackType
 from typing import Self
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json, temporary_then_rename
+from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json, temporary_then_rename
 
-_MOST_THREADS = 4  # one per artefact; more would take the storage from the training that reads the same files
+_MOST_THREADS = 4  # one per artifact; more would take the storage from the training that reads the same files
 
 
 class BackgroundVerification:
-    """Compares all files of these artefacts with their manifests in threads, which start at once.
+    """Compares all files of these artifacts with their manifests in threads, which start at once.
 
     hashlib releases the interpreter's lock, so that the threads take little from a process that waits for its GPU. Leaving the
     `with` block ends them after the file that each has at hand.
     """
 
-    def __init__(self, artefacts: Sequence[Artefact]) -> None:
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
         self._stopped = threading.Event()
         self._checks: list[Future[None]] = []
-        if artefacts:
-            threads = min(len(artefacts), _MOST_THREADS, max(len(os.sched_getaffinity(0)) // 2, 1))
+        if artifacts:
+            threads = min(len(artifacts), _MOST_THREADS, max(len(os.sched_getaffinity(0)) // 2, 1))
             self._pool = ThreadPoolExecutor(threads, "fusion-data-checksums")
-            self._checks = [self._pool.submit(_verify_once, artefact, self._stopped) for artefact in artefacts]
+            self._checks = [self._pool.submit(_verify_once, artifact, self._stopped) for artifact in artifacts]
 
     def __enter__(self) -> Self:
         return self
@@ -55,7 +55,7 @@ class BackgroundVerification:
 
     @property
     def failure(self) -> UserError | None:
-        """Of the first artefact that is damaged, as far as is known. An error of another kind is raised as it is."""
+        """Of the first artifact that is damaged, as far as is known. An error of another kind is raised as it is."""
         for check in self._checks:
             if check.done() and (error := check.exception()) is not None:
                 if isinstance(error, UserError):
@@ -69,42 +69,42 @@ class BackgroundVerification:
         return self.failure
 
 
-def verify_once(artefacts: Sequence[Artefact]) -> None:
+def verify_once(artifacts: Sequence[Artifact]) -> None:
     """Raises UserError where a file is not what its manifest says. Reads only what this machine has no record of."""
-    with BackgroundVerification(artefacts) as verification:
+    with BackgroundVerification(artifacts) as verification:
         if failure := verification.wait():
             raise failure
 
 
-def _verify_once(artefact: Artefact, stopped: threading.Event) -> None:
-    record = _record(artefact)
-    state = _state(artefact)  # before the files are read: what is written to them meanwhile makes the record void
+def _verify_once(artifact: Artifact, stopped: threading.Event) -> None:
+    record = _record(artifact)
+    state = _state(artifact)  # before the files are read: what is written to them meanwhile makes the record void
     if _content(record) == state:
         return
-    for name in artefact.manifest["files"]:
+    for name in artifact.manifest["files"]:
         if stopped.is_set():
             return
-        path = artefact.directory / name
+        path = artifact.directory / name
         try:
-            artefact.checked(path)
+            artifact.checked(path)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}): restore it, or remove {artefact.directory} and rerun the stage"
+                f"{path}: cannot be read ({error.strerror}): restore it, or remove {artifact.directory} and rerun the stage"
             ) from error
     _write(record, state)
 
 
-def _state(artefact: Artefact) -> str:
-    """What a record says of an artefact: its build, and the identity of every file at this moment."""
+def _state(artifact: Artifact) -> str:
+    """What a record says of an artifact: its build, and the identity of every file at this moment."""
     files = []
-    for name in artefact.manifest["files"]:
+    for name in artifact.manifest["files"]:
         try:
-            found = os.stat(artefact.directory / name)
+            found = os.stat(artifact.directory / name)
         except OSError:
             files.append([name])  # `checked` says of it what is wrong
         else:
             files.append([name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
-    return f"{artefact.directory.resolve()} on {_machine()}: {sha256_of_json([artefact.sha256, files])}\n"
+    return f"{artifact.directory.resolve()} on {_machine()}: {sha256_of_json([artifact.sha256, files])}\n"
 
 
 def _machine() -> str:
@@ -115,9 +115,9 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _record(artefact: Artefact) -> Path | None:
-    """The file of an artefact's record; None where there is no cache directory, as for a user without a home."""
-    key = sha256_of_bytes(os.fsencode(artefact.directory.resolve()), _machine().encode())[:32]
+def _record(artifact: Artifact) -> Path | None:
+    """The file of an artifact's record; None where there is no cache directory, as for a user without a home."""
+    key = sha256_of_bytes(os.fsencode(artifact.directory.resolve()), _machine().encode())[:32]
     try:
         named, of_user = os.environ.get("MEGATRON_FUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
         root = Path(named) if named else Path(of_user or Path.home() / ".cache") / "megatron-fuse"

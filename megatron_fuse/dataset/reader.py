@@ -6,7 +6,7 @@
     FUSION/selection/MODE-RULE.safetensors which source has the advantage, per example
     FUSION/curriculum-ORDER.safetensors    what orders the examples where they are not shuffled (curriculum.py)
 
-Every artefact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
+Every artifact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from megatron_fuse.selection.curriculum import CURRICULUM
 from megatron_fuse.selection.mixture import mix
 from megatron_fuse.selection.rules import NONE
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact, sha256_of_json
+from megatron_fuse.storage import Artifact, sha256_of_json
 
 MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
 
@@ -35,7 +35,7 @@ class FusionDataset:
     Examples are numbered as in the instructions. `train` and `held_out` [*] int64: the examples of either split that have a
     document. `entries_per_row`: most entries that a row can have. `sha256`: of every document and of the choice between sources.
 
-    `text`: the text's artefact. `artefacts`: those that documents are read from, whose checksums checksums.py compares.
+    `text`: the text's artifact. `artifacts`: those that documents are read from, whose checksums checksums.py compares.
 
     Opening compares the sizes of all files with their manifests and indices, the indices with each other, and the checksums of
     the small files that it reads whole: the lists of examples and the choices. It reads no document. What a document says is
@@ -50,7 +50,7 @@ class FusionDataset:
         for mode in recipe.modes_with_teacher:
             context.refuse_changed_options(SELECTION, mode)
         self.text = text = context.open_alone(TEXT)
-        self.artefacts = [text]
+        self.artifacts = [text]
         rows = read_examples(text)
         self.example_ids: list[str] = [row.id for row in rows]
         self._text_streams = _streams(text, TEXT_FIELDS)
@@ -89,15 +89,15 @@ class FusionDataset:
         self._lengths = {"training": ground_truth.lengths, "inference": self._of_winners("lengths")}
         self._supervised = {"training": self._labels, "inference": self._of_winners("supervised_tokens")}
 
-    def _add_teacher(self, artefact: Artefact, source: str, mode: str) -> str:
+    def _add_teacher(self, artifact: Artifact, source: str, mode: str) -> str:
         """Opens one source's rows; returns their sha256."""
-        self.artefacts.append(artefact)
-        rows, entries_per_row = _streams(artefact, ROW_FIELDS), artefact.manifest["options"]["entries_per_row"]
+        self.artifacts.append(artifact)
+        rows, entries_per_row = _streams(artifact, ROW_FIELDS), artifact.manifest["options"]["entries_per_row"]
         text, labels = (
-            (self._text_streams, self._labels) if mode == "training" else (_streams(artefact, TEXT_FIELDS), None)
+            (self._text_streams, self._labels) if mode == "training" else (_streams(artifact, TEXT_FIELDS), None)
         )
         self._documents[source, mode] = DocumentStreams(
-            artefact.directory,
+            artifact.directory,
             text,
             rows,
             examples=len(self.example_ids),
@@ -105,7 +105,7 @@ class FusionDataset:
             supervised_tokens=labels,
         )
         self.entries_per_row = max(self.entries_per_row, entries_per_row)
-        return artefact.sha256
+        return artifact.sha256
 
     def _of_winners(self, field: str) -> np.ndarray:
         """[examples] int64: a field of the answers that won, 0 where none did."""
@@ -165,5 +165,5 @@ class FusionDataset:
         return mix([self._documents[source, mode][example] for source, _ in weighed], [weight for _, weight in weighed])
 
 
-def _streams(artefact: Artefact, fields: Sequence[str]) -> dict[str, Stream]:
-    return {field: Stream([path.with_suffix("") for path in artefact.files(f".{field}.idx")]) for field in fields}
+def _streams(artifact: Artifact, fields: Sequence[str]) -> dict[str, Stream]:
+    return {field: Stream([path.with_suffix("") for path in artifact.files(f".{field}.idx")]) for field in fields}

@@ -48,7 +48,7 @@ def run_experiment(
         ):
             progress(f"$ {prepare}")
             if code := run_tied(command_words(prepare)):
-                raise UserError(f"prepare ended with exit code {code}: mend what it says above and run this again")
+                raise UserError(f"prepare ended with exit code {code}: fix what it says above and run this again")
         # Variant by variant, so that the seeds make their data side by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]

@@ -59,7 +59,7 @@ class DocumentStreams:
         for field, stream in {**text, **(rows or {})}.items():
             if len(stream) != examples:
                 raise UserError(
-                    f"{directory}: {field} of {len(stream)} examples, but there are {examples}: {mend(directory)}"
+                    f"{directory}: {field} of {len(stream)} examples, but there are {examples}: {fix(directory)}"
                 )
         self.lengths = self._tokens.lengths
         self._refuse(self._supervised.lengths != self.lengths, "one supervision mark per token")
@@ -75,7 +75,7 @@ class DocumentStreams:
         self.supervised_tokens = supervised_tokens
 
     def _damaged(self, example: int, what: str) -> UserError:
-        return UserError(f"{self._directory}: example {example} has {what}: {mend(self._directory)}")
+        return UserError(f"{self._directory}: example {example} has {what}: {fix(self._directory)}")
 
     def _refuse(self, wrong: np.ndarray, rule: str) -> None:
         if wrong.any():
@@ -117,5 +117,5 @@ def round_down_to_half(values: np.ndarray) -> np.ndarray:
 NO_DOCUMENT = Document(np.zeros(0, np.uint16), np.zeros(0, bool), *no_rows(0))
 
 
-def mend(directory: Path) -> str:
+def fix(directory: Path) -> str:
     return f"restore it, or remove {directory} and run {BUILT_BY} again"

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact, read_jsonl
+from megatron_fuse.storage import Artifact, read_jsonl
 
 
 class ListedExample(BaseModel):
@@ -19,7 +19,7 @@ class ListedExample(BaseModel):
     supervised_tokens: Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def read_examples(text: Artefact) -> list[ListedExample]:
+def read_examples(text: Artifact) -> list[ListedExample]:
     """All examples of a text in their order. Raises UserError where a list is not what the stage wrote."""
     return [example for path in text.files(".examples.jsonl") for example in read_listed(text.checked(path))]
 

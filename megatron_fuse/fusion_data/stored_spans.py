@@ -16,7 +16,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.encoding import Documents
 from megatron_fuse.fusion_data.layout import BUILT_BY
 from megatron_fuse.fusion_data.streams import Stream
-from megatron_fuse.storage import Artefact, write_safetensors
+from megatron_fuse.storage import Artifact, write_safetensors
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.spans import TokenSpans
 
@@ -47,7 +47,7 @@ def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarra
     return arrays
 
 
-def read_text_shard(text: Artefact, index: int) -> Documents:
+def read_text_shard(text: Artifact, index: int) -> Documents:
     """One shard of the text. Its files are compared with their checksums. Raises UserError for damage."""
     prefix = text.directory / f"shard-{index:05d}"
     for field in ("tokens", "supervised"):

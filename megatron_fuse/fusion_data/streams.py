@@ -93,25 +93,25 @@ class Stream:
 def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     """(lengths int32 [n], type of the values) of one shard whose files fit each other."""
     index_path, values_path = f"{prefix}.idx", f"{prefix}.bin"
-    mend = f"restore it or remove {Path(prefix).parent} and run {BUILT_BY} again"
+    fix = f"restore it or remove {Path(prefix).parent} and run {BUILT_BY} again"
     try:
         index = Path(index_path).read_bytes()
         size = os.stat(values_path).st_size
     except OSError as error:
         said = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{error.filename}: {said}: {mend}") from error
+        raise UserError(f"{error.filename}: {said}: {fix}") from error
     fields = _HEADER.unpack_from(index) if len(index) >= _HEADER.size else (None,) * 5
     if fields[0] != _MAGIC or fields[2] not in _DTYPES or len(index) != _HEADER.size + 20 * fields[3] + 8:
-        raise UserError(f"{index_path}: not a whole index of the form .bin/.idx: {mend}")
+        raise UserError(f"{index_path}: not a whole index of the form .bin/.idx: {fix}")
     dtype = _DTYPES[fields[2]]
     lengths = np.frombuffer(index, np.int32, fields[3], _HEADER.size)
     needed = _file_size(int(lengths.sum(dtype=np.int64)), dtype)
     if lengths.min(initial=0) < 0:
-        raise UserError(f"{index_path}: a length below 0: {mend}")
+        raise UserError(f"{index_path}: a length below 0: {fix}")
     if index != _index(lengths.astype(np.int64), dtype):  # Megatron reads the offsets and bounds
-        raise UserError(f"{index_path}: its lengths, offsets and bounds contradict each other: {mend}")
+        raise UserError(f"{index_path}: its lengths, offsets and bounds contradict each other: {fix}")
     if size != needed:
-        raise UserError(f"{values_path}: {size} bytes, but its index describes {needed}: {mend}")
+        raise UserError(f"{values_path}: {size} bytes, but its index describes {needed}: {fix}")
     return lengths, dtype
 
 

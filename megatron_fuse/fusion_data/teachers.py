@@ -27,20 +27,20 @@ from megatron_fuse.instructions import INSTRUCTIONS, example_shards
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import learned_of
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact, completed, run_plan, write_safetensors
+from megatron_fuse.storage import Artifact, completed, run_plan, write_safetensors
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
 
 
-def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artefact | None:
+def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
     """Aligns and projects one source's capture of one mode. The text must be there. None while other ranks still work."""
     recipe, target = context.recipe, context.target
     plan = context.plan(TEACHERS, source, mode)
-    artefact = completed(plan)
-    if artefact:
-        return artefact
+    artifact = completed(plan)
+    if artifact:
+        return artifact
     captures, text = context.open(CAPTURES, source, mode), context.open(TEXT)
     examples = example_shards(context.open(INSTRUCTIONS))
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None

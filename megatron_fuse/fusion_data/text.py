@@ -15,12 +15,12 @@ from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.fusion_data.stored_spans import write_spans
 from megatron_fuse.instructions import INSTRUCTIONS, example_shards
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact, run_plan, write_jsonl
+from megatron_fuse.storage import Artifact, run_plan, write_jsonl
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import SpanFlag
 
 
-def build_text(context: Context, progress: Callable[[str], None] = say) -> Artefact | None:
+def build_text(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
     """Writes prompt and ground-truth response of every example. None while other ranks still work."""
     recipe, target, plan = context.recipe, context.target, context.plan(TEXT)
     shards = example_shards(context.open(INSTRUCTIONS))

@@ -11,7 +11,7 @@ from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.rules import NONE
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 
 _LABELS = 0.75  # of the tokens
 _MASS = 0.9  # of the teacher, on its entries
@@ -48,8 +48,8 @@ class RandomDocuments:
         self.entries_per_row = entries + 1 if entries else 0
         self.example_ids = [str(number) for number in range(len(positions))]
         self.train, self.held_out = np.arange(len(positions)), np.arange(0)
-        self.artefacts: list[Artefact] = []
-        self.text = Artefact(Path(), {})  # of which an order of examples would be
+        self.artifacts: list[Artifact] = []
+        self.text = Artifact(Path(), {})  # of which an order of examples would be
         self.sha256 = f"random-{seed}"
         self.sources = ["teacher"]
         self.won = np.full(len(positions), 0 if entries else NONE, np.int16)

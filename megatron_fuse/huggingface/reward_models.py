@@ -33,7 +33,7 @@ FORMS = {
 
 
 @dataclass(frozen=True)
-class JudgeFiles:
+class RewardModelFiles:
     """Where a judge lies: `weights` and, with config and tokenizer, `body` are directories, the same one for most."""
 
     form: str
@@ -41,7 +41,7 @@ class JudgeFiles:
     body: Path
 
 
-def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
+def find_reward_model(options: RewardModelOptions, name: str) -> RewardModelFiles:
     """Directories and form of a judge of the recipe. Raises UserError where one is missing or the form cannot be told."""
     where = f"reward_models.{name}"
     if options.model is None:
@@ -59,7 +59,7 @@ def find_judge(options: RewardModelOptions, name: str) -> JudgeFiles:
             "and tokenizer it goes by (for Starling-RM-7B-alpha: Llama-2-7b-chat)"
         )
     form = options.form if options.form != "auto" else _form(weights, body, where)
-    return JudgeFiles(form, weights, body)
+    return RewardModelFiles(form, weights, body)
 
 
 def _form(weights: Path, body: Path, where: str) -> str:
@@ -78,21 +78,21 @@ def _form(weights: Path, body: Path, where: str) -> str:
     )
 
 
-def load_judge_format(options: RewardModelOptions, name: str) -> ChatFormat:
+def load_reward_model_format(options: RewardModelOptions, name: str) -> ChatFormat:
     """Tokenizer and chat format in which a judge of the recipe reads conversations."""
-    files = find_judge(options, name)
+    files = find_reward_model(options, name)
     template = options.chat_template or FORMS[files.form].template
     where = f"reward_models.{name}"
     tokenizer = load_tokenizer(files.body, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
     return load_chat_format(tokenizer, template, options.system, where)
 
 
-def judge_fingerprint(options: RewardModelOptions, name: str) -> str:
+def reward_model_fingerprint(options: RewardModelOptions, name: str) -> str:
     """sha256 over what a judge's scores come from besides its chat format: form, config and weights (see model_fingerprint).
 
     The weights of a `body` of its own are not used and not covered.
     """
-    files = find_judge(options, name)
+    files = find_reward_model(options, name)
     if files.weights == files.body:
         return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
     parts = [files.form.encode(), read_small_file(files.body / "config.json")]

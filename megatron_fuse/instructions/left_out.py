@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 
-from megatron_fuse.storage import Artefact, read_jsonl
+from megatron_fuse.storage import Artifact, read_jsonl
 
 LISTINGS = ("bad_rows", "dropped")
 
 
-def left_out(artefact: Artefact) -> Iterator[str]:
+def left_out(artifact: Artifact) -> Iterator[str]:
     """Lines of the table, the most frequent kind first; none where nothing was left out."""
     counts: dict[str, int] = {}
     first: dict[str, int] = {}
     for listing in LISTINGS:
-        for _, row in read_jsonl(artefact.directory / f"examples.{listing}.jsonl"):
+        for _, row in read_jsonl(artifact.directory / f"examples.{listing}.jsonl"):
             counts[row["kind"]] = counts.get(row["kind"], 0) + 1
             first.setdefault(row["kind"], row["line"])
     if not counts:

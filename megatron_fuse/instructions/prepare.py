@@ -25,7 +25,7 @@ from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.recipe import TARGET, Recipe
 from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import (
-    Artefact,
+    Artifact,
     Shards,
     Workspace,
     completed,
@@ -145,15 +145,15 @@ def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> 
     return formats
 
 
-def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artefact | None:
+def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
     """Writes the instructions of a recipe; None on ranks that have no share in it (rank 0 does it all).
 
     Raises UserError for a file that cannot be read, nothing usable, or a split that leaves nothing to train on.
     """
     recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
-    artefact = completed(plan)
-    if artefact or rank_and_world()[0] != 0:
-        return artefact
+    artifact = completed(plan)
+    if artifact or rank_and_world()[0] != 0:
+        return artifact
     # Chosen before anything is written: a refusal leaves no directory behind.
     data = recipe.data
     clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
@@ -193,22 +193,22 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
             "shards": len(sizes),
         }
 
-    artefact = run_plan(plan, make_shard, progress)
+    artifact = run_plan(plan, make_shard, progress)
     composing = [name for name, chat in formats if chat.tokenizer.composes]
-    if artefact and artefact.counts["not_in_nfc"] and composing:
+    if artifact and artifact.counts["not_in_nfc"] and composing:
         progress(
-            f"{artefact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in Unicode's form NFC, which "
+            f"{artifact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in Unicode's form NFC, which "
             f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
         )
-    return artefact
+    return artifact
 
 
-def example_shards(artefact: Artefact) -> Shards[list[Example]]:
+def example_shards(artifact: Artifact) -> Shards[list[Example]]:
     """Examples by shard. Shard i of responses, scores and captures holds the same examples in the same order."""
-    paths = [artefact.directory / f"{_NAME}.{shard:05d}.jsonl" for shard in range(artefact.counts["shards"])]
-    return Shards(artefact, paths, lambda path: list(read_typed_rows(path, Example)))
+    paths = [artifact.directory / f"{_NAME}.{shard:05d}.jsonl" for shard in range(artifact.counts["shards"])]
+    return Shards(artifact, paths, lambda path: list(read_typed_rows(path, Example)))
 
 
-def load_examples(artefact: Artefact) -> list[Example]:
+def load_examples(artifact: Artifact) -> list[Example]:
     """All examples in order, at once."""
-    return [example for shard in example_shards(artefact) for example in shard]
+    return [example for shard in example_shards(artifact) for example in shard]

@@ -151,7 +151,7 @@ def check_layout(
     virtual_pipeline_model_parallel_size: int | None = None,
     seq_length: int | None = None,
 ) -> None:
-    """Raises UserError, naming the option, both values and the mend, if the architecture cannot be laid out like this.
+    """Raises UserError, naming the option, both values and the fix, if the architecture cannot be laid out like this.
 
     virtual_pipeline_model_parallel_size: model chunks per pipeline rank, None or 1 for one. seq_length: tokens.
     """

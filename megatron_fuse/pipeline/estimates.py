@@ -14,7 +14,7 @@ from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.rows import read_rows
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Amounts, Context
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 
 _BYTES_PER_TOKEN = 4
 _LOOKED_AT = 1000  # examples whose texts are measured
@@ -25,9 +25,9 @@ def estimate_amounts(context: Context) -> Amounts:
 
     Raises UserError for a file that cannot be read or has no usable row.
     """
-    recipe, artefact = context.recipe, _prepared(context)
-    if artefact:
-        counts, prepared = artefact.counts, chain.from_iterable(example_shards(artefact))
+    recipe, artifact = context.recipe, _prepared(context)
+    if artifact:
+        counts, prepared = artifact.counts, chain.from_iterable(example_shards(artifact))
         sizes = _mean_sizes(recipe, list(islice(prepared, _LOOKED_AT)))
         scale = counts["target_tokens"] / counts["examples"] / max(sizes.conversation, 1e-9)
         return _amounts(recipe, counts["examples"], counts["held_out"], sizes, scale)
@@ -42,7 +42,7 @@ def estimate_amounts(context: Context) -> Amounts:
     return _amounts(recipe, examples, min(recipe.data.held_out, examples - 1), sizes, scale)
 
 
-def _prepared(context: Context) -> Artefact | None:
+def _prepared(context: Context) -> Artifact | None:
     try:
         return context.open(INSTRUCTIONS)
     except UserError:  # not there, or another recipe's, which their own line of the plan says

@@ -1,6 +1,6 @@
 """Processes that share a stage take whole shards: where there are fewer shards than processes, some have nothing to do.
 
-data.shard_size does not follow the number of processes by itself: the shards, and so every artefact, are the same for any number.
+data.shard_size does not follow the number of processes by itself: the shards, and so every artifact, are the same for any number.
 """
 
 import os

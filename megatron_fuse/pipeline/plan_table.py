@@ -34,7 +34,7 @@ def print_plan(context: Context, processes: int) -> None:
     idle = idle_line(recipe, amounts.examples, processes)
     for line in [*([idle] if idle else []), *rule_lines(recipe)]:
         say(line)
-    say(f"{'artefact':<48} {'state':<16} {'disk':>10} {'time':>10}")
+    say(f"{'artifact':<48} {'state':<16} {'disk':>10} {'time':>10}")
     refusals = []
     for work in (work for works in steps(recipe).values() for work in works):
         disk = time_left = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.huggingface.reward_models import find_judge
+from megatron_fuse.huggingface.reward_models import find_reward_model
 from megatron_fuse.instructions.tables import table_bytes
 from megatron_fuse.recipe import REFERENCE, Recipe
 from megatron_fuse.scoring.reference_scores import require_measures
@@ -41,7 +41,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
         if judge.scores:
             yield partial(_require, judge.scores.path, f"reward_models.{name}.scores")
         else:
-            yield partial(find_judge, judge, name)
+            yield partial(find_reward_model, judge, name)
     if recipe.reference.bertscore_model:
         yield partial(resolve_model, recipe.reference.bertscore_model, "reference.bertscore_model")
     if any(REFERENCE in scorers for scorers in recipe.scorers.values()):

@@ -481,7 +481,7 @@ class ExportOptions(Options):
 class Recipe(Options):
     """One fusion run: what is fused, from which data, how it is captured, aligned, chosen and learned."""
 
-    workdir: Location = Field(description="directory of all artefacts")
+    workdir: Location = Field(description="directory of all artifacts")
     seed: Seed = Field(1234, description="of every draw: samples, answers, order, ties")
     target: TargetOptions
     sources: dict[Name, SourceOptions] = Field(min_length=1)

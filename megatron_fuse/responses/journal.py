@@ -70,7 +70,7 @@ def _damaged(path: Path, line: int, why: str) -> UserError:
 def open_journal(path: Path) -> Iterator[Journal]:
     """Opens a journal, new or begun, for this process alone.
 
-    Named as temporary files are (`.*.tmp`), it stays until the artefact is complete: the end of a stage removes those that nobody
+    Named as temporary files are (`.*.tmp`), it stays until the artifact is complete: the end of a stage removes those that nobody
     holds. Raises UserError where another process has it open, or where it is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

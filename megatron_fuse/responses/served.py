@@ -33,7 +33,7 @@ def served_answers(
 ) -> Answerer:
     """Asks the server that the recipe names for the model called `name`.
 
-    What has come in of a shard is kept under `directory` until the artefact is complete. A prompt that leaves no room is not asked and
+    What has come in of a shard is kept under `directory` until the artifact is complete. A prompt that leaves no room is not asked and
     gets an empty, truncated answer, as from a model in process. A request that the server refuses while it answers others gets None.
     """
     format = _Format(recipe, name, chat)

@@ -27,7 +27,7 @@ from megatron_fuse.responses.sampled import sampled_answers
 from megatron_fuse.responses.served import served_answers
 from megatron_fuse.stages import Amounts, Context, Stage
 from megatron_fuse.storage import (
-    Artefact,
+    Artifact,
     Shards,
     Workspace,
     completed,
@@ -105,12 +105,12 @@ RESPONSES = Stage(
 )
 
 
-def generate_responses(context: Context, name: str, progress: Callable[[str], None] = say) -> Artefact | None:
+def generate_responses(context: Context, name: str, progress: Callable[[str], None] = say) -> Artifact | None:
     """Lets a source, or the target, answer, or takes its answers from where the recipe says. None while other ranks still work."""
     plan = context.plan(RESPONSES, name)
-    artefact = completed(plan)
-    if artefact:
-        return artefact
+    artifact = completed(plan)
+    if artifact:
+        return artifact
     shards = example_shards(context.open(INSTRUCTIONS))
     answer = _answerer(context, name, plan.directory, shards, progress)
 
@@ -162,6 +162,6 @@ def _answerer(
     return sampled_answers(recipe, name, chat, directory, progress)
 
 
-def response_shards(artefact: Artefact) -> Shards[list[Response]]:
+def response_shards(artifact: Artifact) -> Shards[list[Response]]:
     """Answers by shard, in the order of the instructions' examples."""
-    return Shards(artefact, artefact.files(".jsonl"), lambda path: list(read_typed_rows(path, Response)))
+    return Shards(artifact, artifact.files(".jsonl"), lambda path: list(read_typed_rows(path, Response)))

@@ -29,11 +29,13 @@ class Runtime:
     data_parallel_size: int
     data_parallel_rank: int
     is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
-    reports: bool  # exactly one rank: the first tensor and data rank of the last stage, the one that knows the loss
+    is_logging_rank: (
+        bool  # exactly one rank: the first tensor and data rank of the last stage, the one that knows the loss
+    )
 
     def print(self, message: str) -> None:
         """Prints on the reporting rank only."""
-        if self.reports:
+        if self.is_logging_rank:
             say(message)
 
 
@@ -118,7 +120,9 @@ def start_runtime(
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=data_parallel_rank,
         is_last_stage=is_last_stage,
-        reports=is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0,
+        is_logging_rank=is_last_stage
+        and data_parallel_rank == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0,
     )
 
 

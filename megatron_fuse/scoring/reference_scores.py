@@ -25,7 +25,7 @@ from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.scoring.reference import reference_measures, used_weights
 from megatron_fuse.scoring.scores import COMMAND, NAME, read_shards, save_shard
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artefact, Workspace, run_plans, sha256_of_bytes
+from megatron_fuse.storage import Artifact, Workspace, run_plans, sha256_of_bytes
 from megatron_fuse.text_safety import say
 
 _PACKAGES = ("sacrebleu", "rouge-score")
@@ -99,8 +99,8 @@ def _small_files(directory: Path) -> str:
 
 def score_against_reference(
     context: Context, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
-) -> list[Artefact]:
-    """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artefacts."""
+) -> list[Artifact]:
+    """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artifacts."""
     recipe, examples = context.recipe, example_shards(context.open(INSTRUCTIONS))
     sources = list(recipe.sources if sources is None else sources)
     answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}

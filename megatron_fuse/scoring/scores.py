@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.huggingface.reward_models import find_judge
+from megatron_fuse.huggingface.reward_models import find_reward_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
@@ -31,7 +31,7 @@ from megatron_fuse.scoring.conversations import score_conversations
 from megatron_fuse.scoring.given_scores import given_scores
 from megatron_fuse.scoring.reward_models import RewardModel, load_reward_model
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artefact, Shards, Workspace, run_plans, temporary_then_rename
+from megatron_fuse.storage import Artifact, Shards, Workspace, run_plans, temporary_then_rename
 from megatron_fuse.text_safety import brief, say
 
 NAME = "scores"  # of this stage and of the scores against the ground truth (reference_scores.py), which share command and form
@@ -50,10 +50,10 @@ def require_backend(recipe: Recipe, name: str, backend: str) -> None:
     """Raises UserError unless the recipe has this reward model's scores made so: all later stages go by the recipe."""
     if backend != _backend(recipe, name):
         key = f"reward_models.{name}"
-        mend = f"{key} names a model: name a file in {key}.scores instead"
+        fix = f"{key} names a model: name a file in {key}.scores instead"
         if backend == "hf":
-            mend = f"{key}.scores names a file: name a model in {key}.model instead"
-        raise UserError(f"--backend {backend}: {mend}")
+            fix = f"{key}.scores names a file: name a model in {key}.model instead"
+        raise UserError(f"--backend {backend}: {fix}")
 
 
 def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _flops(context: Context, amounts: Amounts, _: str, name: str) -> float:
     options = reward_model_options(context.recipe, name)
     if options.scores:
         return 0.0
-    return 2 * count_parameters(find_judge(options, name).weights) * amounts.read("inference")
+    return 2 * count_parameters(find_reward_model(options, name).weights) * amounts.read("inference")
 
 
 def _keys(recipe: Recipe) -> list[Key]:
@@ -109,10 +109,10 @@ SCORES = Stage(
 
 def score_responses(
     context: Context, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
-) -> list[Artefact]:
+) -> list[Artifact]:
     """Lets one reward model judge the answers of these (default: of everyone who answers), loading it once, if there is work.
 
-    Returns the finished artefacts: those of other ranks' unfinished shards are missing. Raises UserError for scores that are
+    Returns the finished artifacts: those of other ranks' unfinished shards are missing. Raises UserError for scores that are
     no finite numbers, naming source and example.
     """
     recipe = context.recipe
@@ -199,9 +199,9 @@ def load_scores(context: Context, source: str, name: str) -> np.ndarray:
     return read_shards(context.open(SCORES, source, name))
 
 
-def read_shards(artefact: Artefact) -> np.ndarray:
+def read_shards(artifact: Artifact) -> np.ndarray:
     """What save_shard wrote, all shards on end."""
-    return np.concatenate([_read_shard(artefact.checked(path)) for path in artefact.files(".npy")])
+    return np.concatenate([_read_shard(artifact.checked(path)) for path in artifact.files(".npy")])
 
 
 def _read_shard(path: Path) -> np.ndarray:

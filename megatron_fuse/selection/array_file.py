@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import sha256_of_bytes, sha256_of_json, write_safetensors
-from megatron_fuse.storage.artefact import shown
+from megatron_fuse.storage.artifact import shown
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], basis: Mapping[str, Any]) -> None:
@@ -23,8 +23,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], basis: Mapping[st
     write_safetensors(path, arrays, {"made": made})
 
 
-def read_arrays(path: Path, mend: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, basis). Raises UserError, which ends in `mend`, where the file is missing, damaged or another program's."""
+def read_arrays(path: Path, fix: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, basis). Raises UserError, which ends in `fix`, where the file is missing, damaged or another program's."""
     try:
         with safe_open(path, "np") as file:
             made = json.loads((file.metadata() or {})["made"])
@@ -35,11 +35,11 @@ def read_arrays(path: Path, mend: str) -> tuple[dict[str, np.ndarray], dict[str,
         if not isinstance(basis, dict):
             raise ValueError(f"its basis is a {type(basis).__name__} instead of an object")
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: {mend}") from error
+        raise UserError(f"{path} does not exist: {fix}") from error
     except KeyError as error:
-        raise UserError(f"{path}: its header has no {error}, as of another program or version: {mend}") from error
+        raise UserError(f"{path}: its header has no {error}, as of another program or version: {fix}") from error
     except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}): {mend}") from error
+        raise UserError(f"{path}: damaged ({error}): {fix}") from error
     return arrays, basis
 
 

@@ -8,7 +8,7 @@ both                                          source int16 [n]; available [n, S]
 
 n examples, S sources in the recipe's order, R judges (recipe.judges); a source that selection.sources leaves out is not available.
 RULE is a hash of all that the recipe says of the choice, so that runs by several rules stand side by side. The header says what the
-choice was made from and by which rule (array_file.py). Unlike an artefact the file is overwritten by every build.
+choice was made from and by which rule (array_file.py). Unlike an artifact the file is overwritten by every build.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ from megatron_fuse.selection.rules import (
     random_source,
 )
 from megatron_fuse.stages import Context, Key, Stage
-from megatron_fuse.storage import Artefact, sha256_of_bytes, sha256_of_json
-from megatron_fuse.storage.artefact import shown
+from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json
+from megatron_fuse.storage.artifact import shown
 
-MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
+FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ SELECTION = Stage(
 )
 
 
-def select(context: Context, mode: str, text: Artefact, teachers: Mapping[str, Artefact]) -> Selection:
+def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, Artifact]) -> Selection:
     """Chooses a source for every example in one mode and writes the result. Raises UserError where scores are missing."""
     recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
@@ -219,7 +219,7 @@ def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
     return {"scores": scores}
 
 
-def _facts(teacher: Artefact) -> dict[str, np.ndarray]:
+def _facts(teacher: Artifact) -> dict[str, np.ndarray]:
     shards = [load_file(teacher.checked(path)) for path in teacher.files(".examples.safetensors")]
     return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
@@ -232,13 +232,13 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
     """
     path = selection_path(recipe, mode)
     if not path.exists():
-        raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {MEND}")
-    arrays, found = read_arrays(path, MEND)
+        raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {FIX}")
+    arrays, found = read_arrays(path, FIX)
     for key, want in _basis(recipe, mode, parents).items():
         have = found.get(key)
         if isinstance(have, dict) and isinstance(want, dict) and have != want:  # of all inputs the one that differs
             inner = next(name for name in [*want, *have] if have.get(name) != want.get(name))
             key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
         if have != want:
-            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {MEND}")
+            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {FIX}")
     return Selection.of(arrays, found)

@@ -25,9 +25,9 @@ from megatron_fuse.recipe import TARGET, Recipe
 from megatron_fuse.scoring.scores import SCORES, load_scores
 from megatron_fuse.selection.array_file import read_arrays, write_arrays
 from megatron_fuse.stages import Context, Key, Stage
-from megatron_fuse.storage import Artefact, sha256_of_bytes
+from megatron_fuse.storage import Artifact, sha256_of_bytes
 
-MEND = f"run {BUILT_BY} (it takes a second where the documents are built)"
+FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
 GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
 
 
@@ -49,7 +49,7 @@ def _wanted(recipe: Recipe) -> str | None:
 
 
 def _made_from(recipe: Recipe, text: str) -> dict[str, dict[str, Any]]:
-    """By array, what it is made from as far as the recipe knows it. text: sha256 of the text's artefact."""
+    """By array, what it is made from as far as the recipe knows it. text: sha256 of the text's artifact."""
     made_from: dict[str, dict[str, Any]] = {GT_TOKENS: {"text": text}}
     if _wanted(recipe) == TARGET_REWARD:
         answers = recipe.target_as_source or TARGET
@@ -87,7 +87,7 @@ def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_curriculum(context: Context, text: Artefact) -> dict[str, np.ndarray]:
+def write_curriculum(context: Context, text: Artifact) -> dict[str, np.ndarray]:
     """Measures all examples and writes the result, which it returns. Raises UserError where scores are missing."""
     arrays = measure(context, np.array([row.supervised_tokens for row in read_examples(text)]))
     write_arrays(curriculum_path(context.recipe), arrays, _made_from(context.recipe, text.sha256))
@@ -95,19 +95,19 @@ def write_curriculum(context: Context, text: Artefact) -> dict[str, np.ndarray]:
 
 
 def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
-    """The stored arrays that the recipe's own build writes. text: sha256 of the text's artefact.
+    """The stored arrays that the recipe's own build writes. text: sha256 of the text's artifact.
 
     Raises UserError where there are none, where they are damaged, or where they were made for another recipe or other data.
     """
     path = curriculum_path(recipe)
-    arrays, made_from = read_arrays(path, MEND)
+    arrays, made_from = read_arrays(path, FIX)
     wanted = _made_from(recipe, text)
     for name, basis in wanted.items():
         if name not in arrays or name not in made_from:
-            raise UserError(f"{path} has no {name}: {MEND}")
+            raise UserError(f"{path} has no {name}: {FIX}")
         for key, want in basis.items():
             if (have := made_from[name].get(key)) != want:
-                raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}: {MEND}")
+                raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}: {FIX}")
     return {name: arrays[name] for name in wanted}
 
 

@@ -8,11 +8,11 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.fingerprints import model_fingerprint
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.huggingface.reward_models import judge_fingerprint, load_judge_format
+from megatron_fuse.huggingface.reward_models import load_reward_model_format, reward_model_fingerprint
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key, reward_model_options
 from megatron_fuse.stages.stage import Hashes, Key, Stage
-from megatron_fuse.storage import Artefact, Plan, completed, open_artefact
+from megatron_fuse.storage import Artifact, Plan, completed, open_artifact
 
 
 class Context:
@@ -24,7 +24,7 @@ class Context:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._read: dict[tuple[str, ...], Any] = {}
-        self._opened: dict[tuple[Stage, Key], Artefact] = {}
+        self._opened: dict[tuple[Stage, Key], Artifact] = {}
 
     def once(self, kind: str, name: str, read: Callable[[], Any]) -> Any:
         """The result of `read`, which is called once for each kind and name."""
@@ -50,7 +50,7 @@ class Context:
     def reward_model_format(self, name: str) -> ChatFormat:
         """Tokenizer and chat format in which a reward model reads conversations."""
         options = reward_model_options(self.recipe, name)
-        return self.once("reward model's format", name, lambda: load_judge_format(options, name))
+        return self.once("reward model's format", name, lambda: load_reward_model_format(options, name))
 
     def fingerprint(self, name: str) -> str:
         """Hash of the weights of a source, or of `target`. Raises UserError if they are not here."""
@@ -61,7 +61,7 @@ class Context:
     def reward_model_fingerprint(self, name: str) -> str:
         """Hash of what a reward model's scores come from. Raises UserError if it is not here."""
         options = reward_model_options(self.recipe, name)
-        return self.once("reward model's weights", name, lambda: judge_fingerprint(options, name))
+        return self.once("reward model's weights", name, lambda: reward_model_fingerprint(options, name))
 
     def plan(self, stage: Stage, *key: str) -> Plan:
         """What an artifact is to be made by and from. Raises UserError if a parent is missing or was made otherwise."""
@@ -77,7 +77,7 @@ class Context:
             shard_names=None if stage.shard_names is None else list(stage.shard_names),
         )
 
-    def open(self, stage: Stage, *key: str) -> Artefact:
+    def open(self, stage: Stage, *key: str) -> Artifact:
         """A finished artifact. Raises UserError if it is missing, or was made otherwise than the recipe says.
 
         Compared are the options, the tokenizers and templates and the parents; weights and the user's files if they are here.
@@ -88,7 +88,7 @@ class Context:
             self._opened[stage, key] = self._open(stage, key, inputs)
         return self._opened[stage, key]
 
-    def open_alone(self, stage: Stage, *key: str) -> Artefact:
+    def open_alone(self, stage: Stage, *key: str) -> Artifact:
         """`open` on a machine that may have none of its parents: compared are options, tokenizers and templates."""
         return self._open(stage, key, stage.formats(self, *key))
 
@@ -114,8 +114,8 @@ class Context:
         done = sum((directory / f"{name}.done").exists() for name in plan.names())
         return f"{done} of {plan.shards} shards"
 
-    def _open(self, stage: Stage, key: Key, inputs: Hashes) -> Artefact:
-        return open_artefact(
+    def _open(self, stage: Stage, key: Key, inputs: Hashes) -> Artifact:
+        return open_artifact(
             stage.directory(self.recipe, *key),
             stage.recorded_as,
             stage.command.format(*key),
@@ -124,7 +124,7 @@ class Context:
             remove=stage.remove(self.recipe) if stage.remove else None,
         )
 
-    def _parents(self, stage: Stage, key: Key) -> dict[str, Artefact]:
+    def _parents(self, stage: Stage, key: Key) -> dict[str, Artifact]:
         parents = stage.parents(self.recipe, *key)
         return {name: self.open(parent, *names) for name, (parent, names) in parents.items()}
 
@@ -135,7 +135,7 @@ class Context:
             return {}
 
 
-def _shards(parents: dict[str, Artefact]) -> int:
+def _shards(parents: dict[str, Artifact]) -> int:
     """Shards of the examples, which all stages share. The instructions are one unit of work, and count the shards that they hold."""
     parent = next(iter(parents.values()))
     return parent.manifest["counts"].get("shards", parent.manifest["shards"])

@@ -1,4 +1,4 @@
-"""Artefact directories: what a stage writes, whole or resumable, and tied by hashes to everything it was made from.
+"""Artifact directories: what a stage writes, whole or resumable, and tied by hashes to everything it was made from.
 
     DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
     DIRECTORY/shard-00000.*         data files; they get their place once the shard is whole
@@ -12,7 +12,7 @@ do the same work: the one that makes a shard holds its lock, and the one that co
 plan.json, markers and manifest hold the sha256 of their own content.
 """
 
-from megatron_fuse.storage.artefact import Artefact, Plan, Shards, completed, open_artefact
+from megatron_fuse.storage.artifact import Artifact, Plan, Shards, completed, open_artifact
 from megatron_fuse.storage.files import (
     parse_row,
     read_json,
@@ -33,13 +33,13 @@ from megatron_fuse.storage.stage import rank_and_world, run_plan, run_plans, sha
 from megatron_fuse.storage.workspace import Workspace
 
 __all__ = [
-    "Artefact",
+    "Artifact",
     "LockFile",
     "Plan",
     "Shards",
     "Workspace",
     "completed",
-    "open_artefact",
+    "open_artifact",
     "parse_row",
     "rank_and_world",
     "read_json",

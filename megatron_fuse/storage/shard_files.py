@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.artefact import Artefact, Plan, completed, first_damage
+from megatron_fuse.storage.artifact import Artifact, Plan, completed, first_damage
 from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.records import MarkerRecord, read_record
@@ -131,11 +131,11 @@ class ShardFiles:
         others = {"together": together} if len(together) > 1 else {}
         write_sealed(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
 
-    def finish(self) -> Artefact:
+    def finish(self) -> Artifact:
         """Writes the manifest of a plan whose shards are all there."""
         with self._alone():
-            artefact = completed(self.plan)
-            if artefact is None:
+            artifact = completed(self.plan)
+            if artifact is None:
                 files: dict[str, Any] = {}
                 counts: Counts = {}
                 for index in range(len(self.names)):
@@ -143,10 +143,10 @@ class ShardFiles:
                     files |= content["files"]
                     for key, value in content["counts"].items():
                         counts[key] = counts.get(key, 0) + value
-                artefact = Artefact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
+                artifact = Artifact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
                 remove_abandoned(self.directory)
-                write_sealed(self.directory / "manifest.json", artefact.manifest)
-        return artefact
+                write_sealed(self.directory / "manifest.json", artifact.manifest)
+        return artifact
 
     def forget_if_empty(self) -> None:
         """After an error: a plan without a finished shard goes, so that it does not bind the next run, if nobody else uses it."""

@@ -1,4 +1,4 @@
-"""How a stage writes its artefact: shard by shard, shared between processes, resumed where it was cut off."""
+"""How a stage writes its artifact: shard by shard, shared between processes, resumed where it was cut off."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_fuse.storage.artefact import Artefact, Plan, completed
+from megatron_fuse.storage.artifact import Artifact, Plan, completed
 from megatron_fuse.storage.shard_files import Counts, ShardFiles
 from megatron_fuse.text_safety import say
 
@@ -25,11 +25,11 @@ MakeShard = Callable[[int, Path], Counts]
 MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
 
-def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artefact | None:
+def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artifact | None:
     """Makes the missing shards of this rank, then the manifest if every shard is there.
 
     make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in the manifest. The
-    prefix lies in a directory of this process's own: the files get their place once the shard is whole. Returns the artefact,
+    prefix lies in a directory of this process's own: the files get their place once the shard is whole. Returns the artifact,
     None while other ranks still work on theirs.
     """
     return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get("")
@@ -37,8 +37,8 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
 
 def run_plans(
     plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = say
-) -> dict[str, Artefact]:
-    """run_plan for several plans of the same shards, which share work: returns the finished artefacts by name.
+) -> dict[str, Artifact]:
+    """run_plan for several plans of the same shards, which share work: returns the finished artifacts by name.
 
     make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by name. What is made
     together may differ in rounding from what is made alone: a shard that was cut off when some of its plans were marked is made
@@ -47,8 +47,8 @@ def run_plans(
     A process holds the lock of a shard while it makes it. A second process with the same share takes the other shards first,
     then waits, and takes over the shards of a process that has ended.
     """
-    artefacts = {name: completed(plan) for name, plan in plans.items()}
-    unfinished = {name: plans[name] for name in plans if artefacts[name] is None}
+    artifacts = {name: completed(plan) for name, plan in plans.items()}
+    unfinished = {name: plans[name] for name in plans if artifacts[name] is None}
     if unfinished:
         with ExitStack() as stack:
             # In one order for all processes; the locks of a shard are tried, never waited for, while others are held.
@@ -61,8 +61,8 @@ def run_plans(
                 raise
             # All or none: after a kill between two markers both plans are unfinished.
             if all(each.is_whole() for each in files.values()):
-                artefacts |= {name: each.finish() for name, each in files.items()}
-    return {name: artefact for name, artefact in artefacts.items() if artefact}
+                artifacts |= {name: each.finish() for name, each in files.items()}
+    return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 
 def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Where the artefacts of a recipe lie."""
+"""Where the artifacts of a recipe lie."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Workspace:
-    """Names of the artefact directories under a recipe's workdir; nothing else knows them."""
+    """Names of the artifact directories under a recipe's workdir; nothing else knows them."""
 
     root: Path
 

@@ -81,7 +81,7 @@ _MODEL_KEYS = (
 
 
 @dataclass(frozen=True)
-class CheckpointFacts:
+class CheckpointMetadata:
     """What a checkpoint says of itself in facts.json, readable without Megatron."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -144,7 +144,7 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
     return directory / f"iter_{iteration:07d}"
 
 
-def read_facts(path: Path, *, verify: bool = True) -> CheckpointFacts:
+def read_facts(path: Path, *, verify: bool = True) -> CheckpointMetadata:
     """What facts.json says. verify: compare its checksum. Raises UserError where it is not there or not of this version."""
     return _facts_in(_open_files(path, verify))
 
@@ -157,12 +157,12 @@ def _open_files(path: Path, verify: bool) -> CheckpointFiles:
     return CheckpointFiles(path, verify=verify)
 
 
-def _facts_in(files: CheckpointFiles) -> CheckpointFacts:
+def _facts_in(files: CheckpointFiles) -> CheckpointMetadata:
     path = files.path
     place = path / "facts.json"
     content = parse_object(files.content(place.name), str(place))
     try:
-        facts = TypeAdapter(CheckpointFacts).validate_python(content)
+        facts = TypeAdapter(CheckpointMetadata).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
@@ -188,7 +188,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return said
 
 
-def refuse_other_model(path: Path, facts: CheckpointFacts, architecture: Architecture) -> None:
+def refuse_other_model(path: Path, facts: CheckpointMetadata, architecture: Architecture) -> None:
     """Raises UserError where a checkpoint holds another model or vocabulary."""
     if differing := differences(facts.model, model_facts(architecture)):
         raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
@@ -243,7 +243,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             remove_leftovers(directory)
 
-    def save(self, facts: CheckpointFacts, *, best: bool = False) -> Path:
+    def save(self, facts: CheckpointMetadata, *, best: bool = False) -> Path:
         """Writes a checkpoint; asynchronously it is there after publish_finished or finish. best: `best` is to name it.
 
         Raises UserError where it cannot be written, on the rank or ranks that know why; the checkpoints before are untouched.
@@ -287,7 +287,7 @@ class CheckpointWriter:
         temporary.mkdir(parents=True)
         return temporary
 
-    def _publish(self, temporary: Path, written: dict[str, StoredItems], facts: CheckpointFacts, best: bool) -> None:
+    def _publish(self, temporary: Path, written: dict[str, StoredItems], facts: CheckpointMetadata, best: bool) -> None:
         write_json(temporary / "facts.json", asdict(facts))
         write_checksums(temporary, written)
         trackers = [self.directory / which for which in ([BEST, LATEST] if best else [LATEST])]
@@ -329,7 +329,9 @@ class CheckpointWriter:
         )
 
 
-def save_checkpoint(directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, facts: CheckpointFacts) -> Path:
+def save_checkpoint(
+    directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, facts: CheckpointMetadata
+) -> Path:
     """One checkpoint and no other."""
     with only_one_run([directory]):
         return CheckpointWriter(directory, chunks, optimizer).save(facts)
@@ -351,7 +353,7 @@ def load_checkpoint(
     architecture: Architecture,
     *,
     verify: bool = True,
-) -> CheckpointFacts:
+) -> CheckpointMetadata:
     """Fills this rank's chunks, and the optimizer unless None, from a checkpoint written at any layout. All ranks call it.
 
     verify: compare the checksums of all files, also of those whose tensors are not asked for. Raises the same UserError on every
@@ -360,7 +362,7 @@ def load_checkpoint(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def opened() -> tuple[CheckpointFiles, CheckpointFacts, megatron_checkpoints.OpenedCheckpoint]:
+    def opened() -> tuple[CheckpointFiles, CheckpointMetadata, megatron_checkpoints.OpenedCheckpoint]:
         files = _open_files(path, verify)
         facts = _facts_in(files)
         refuse_other_model(path, facts, architecture)

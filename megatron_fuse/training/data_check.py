@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_fuse.dataset.checksums import BackgroundVerification
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 
 WHOLE, UNKNOWN, DAMAGED = range(3)  # the highest of all ranks is what is known of the data
 
@@ -21,14 +21,14 @@ WHOLE, UNKNOWN, DAMAGED = range(3)  # the highest of all ranks is what is known 
 class DataCheck:
     """Begins at once, and ends with its `with` block. All ranks call heed and finish together.
 
-    artefacts: what is compared; nothing where there are none, as with --no-verify.
+    artifacts: what is compared; nothing where there are none, as with --no-verify.
     """
 
-    def __init__(self, artefacts: Sequence[Artefact]) -> None:
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
         self._compares = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        self._artefacts = artefacts
-        self._verification = BackgroundVerification(artefacts if self._compares else [])
-        self._settled = not artefacts
+        self._artifacts = artifacts
+        self._verification = BackgroundVerification(artifacts if self._compares else [])
+        self._settled = not artifacts
 
     def __enter__(self) -> Self:
         return self
@@ -39,7 +39,7 @@ class DataCheck:
             if isinstance(error, Exception) and not self._settled:
                 failure = self._verification.wait()
                 if failure is None and not self._compares:
-                    with BackgroundVerification(self._artefacts) as mine:
+                    with BackgroundVerification(self._artifacts) as mine:
                         failure = mine.wait()
                 if failure:
                     raise _ended_by(str(failure)) from error

@@ -14,7 +14,7 @@ from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import Curriculum
 from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.checkpoint import (
-    CheckpointFacts,
+    CheckpointMetadata,
     differences,
     load_checkpoint,
     model_facts,
@@ -64,14 +64,14 @@ def resume(
     chunks: Sequence[FusionGPTModel],
     optimizer: Any,
     run: dict[str, Any],
-) -> CheckpointFacts:
+) -> CheckpointMetadata:
     """Loads the last checkpoint into chunks and optimizer, if there is one, and says where the run stands.
 
     run: run_facts. Raises UserError where the checkpoint is of another run; with --override that is a warning for each
     difference, as another version of a library always is. An optimizer whose state has another form is always refused.
     """
     options, save = recipe.training, checkpoint_directory(recipe)
-    start = CheckpointFacts(
+    start = CheckpointMetadata(
         iteration=0,
         consumed_samples=0,
         model=model_facts(architecture),

@@ -15,7 +15,7 @@ from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
 from megatron_fuse.training.checkpoint import (
-    CheckpointFacts,
+    CheckpointMetadata,
     load_checkpoint,
     model_facts,
     save_checkpoint,
@@ -115,7 +115,7 @@ def import_hugging_face(model_dir: Path, output: Path) -> Path:
         )
     architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)
-    facts = CheckpointFacts(
+    facts = CheckpointMetadata(
         iteration=0, consumed_samples=0, model=model_facts(architecture), run={}, best_loss=None, versions=versions()
     )
     return save_checkpoint(output, chunks, None, facts)

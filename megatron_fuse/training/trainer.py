@@ -117,7 +117,7 @@ def make_trainer(
         timers,
         ranks=runtime.world_size,
         peak_flops=peak_flops_of_this_gpu() if bf16 else None,
-        active=runtime.reports,
+        active=runtime.is_logging_rank,
     )
     guard = StepGuard(options.max_skipped_iterations, options.check_for_spiky_loss)
     return Trainer(
@@ -164,7 +164,7 @@ def _run(trainer: Trainer) -> None:
     stop = None
     with (
         StepProfiler(trainer.recipe, trainer.runtime, done=facts.iteration) as profiler,
-        DataCheck(trainer.dataset.artefacts if options.verify else []) as data_check,
+        DataCheck(trainer.dataset.artifacts if options.verify else []) as data_check,
         Interruption(
             signals=options.exit_signal_handler,
             interval=options.exit_interval,

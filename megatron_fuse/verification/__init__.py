@@ -1,7 +1,7 @@
 """Checks everything that fusion data holds, and says all that is wrong with it.
 
     verify.py       goes through all of it, and keeps what is found
-    artefacts.py    files: size and sha256 against the manifest, of the text, of the sources' rows and, as far as it is there, of
+    artifacts.py    files: size and sha256 against the manifest, of the text, of the sources' rows and, as far as it is there, of
                     what they were made from; lineage: what each was made with and from, against the recipe and its parents
     shards.py       documents: ids within the vocabulary, one mark a token, lengths that fit each other; rows: counts that fit
                     labels and entries, no id twice in a row, finite log-probabilities of at most 0, a mass of at most 1

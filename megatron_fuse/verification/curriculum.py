@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.selection.curriculum import GT_TOKENS, MEND, curriculum_path, measure, read_measures
+from megatron_fuse.selection.curriculum import FIX, GT_TOKENS, curriculum_path, measure, read_measures
 from megatron_fuse.stages import Context
 from megatron_fuse.verification.recomputed import difference_problems
 
 
 def curriculum_problems(context: Context, text: str, listed: np.ndarray, names: list[str]) -> Iterator[str]:
-    """text: sha256 of the text's artefact; listed int64 [n]: supervised tokens of its examples; names [n]: their ids."""
+    """text: sha256 of the text's artifact; listed int64 [n]: supervised tokens of its examples; names [n]: their ids."""
     recipe = context.recipe
     path = curriculum_path(recipe)
     try:
@@ -20,11 +20,11 @@ def curriculum_problems(context: Context, text: str, listed: np.ndarray, names: 
         yield str(error)
         return
     wanted = _measured(context, listed)
-    yield from difference_problems(path, found, wanted, names, basis="the texts and scores", mend=MEND)
+    yield from difference_problems(path, found, wanted, names, basis="the texts and scores", fix=FIX)
 
 
 def _measured(context: Context, listed: np.ndarray) -> Mapping[str, np.ndarray]:
-    """Anew where the scores are still there (what ails them is found with the artefacts); else lengths alone."""
+    """Anew where the scores are still there (what ails them is found with the artifacts); else lengths alone."""
     try:
         return measure(context, listed)
     except (UserError, OSError, ValueError, EOFError):

@@ -13,21 +13,21 @@ def difference_problems(
     names: Sequence[str],
     *,
     basis: str,
-    mend: str,
+    fix: str,
 ) -> Iterator[str]:
     """A line for every array that is not exactly the wanted one [n, ...]; NaN equals NaN.
 
-    names [n]: the examples' ids; basis: what `wanted` was computed from, in words; mend: what helps.
+    names [n]: the examples' ids; basis: what `wanted` was computed from, in words; fix: what helps.
     """
     for name, want in wanted.items():
         have = found.get(name)
         if have is None or have.shape != want.shape:
-            yield f"{path}: {name} is missing or of another shape than {basis} give: {mend}"
+            yield f"{path}: {name} is missing or of another shape than {basis} give: {fix}"
             continue
         differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(want), -1).all(1)
         if differs.any():
             example = int(differs.argmax())
             yield (
                 f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, {basis} give "
-                f"{want[example].tolist()} ({differs.sum():,} examples differ): {mend}"
+                f"{want[example].tolist()} ({differs.sum():,} examples differ): {fix}"
             )

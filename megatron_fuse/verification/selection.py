@@ -8,11 +8,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.selection.choice import MEND, choose, read_judgements, read_selection, selection_path
+from megatron_fuse.selection.choice import FIX, choose, read_judgements, read_selection, selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems
-from megatron_fuse.verification.shards import mend
+from megatron_fuse.verification.shards import fix
 
 Problems = Iterator[str]
 Facts = Mapping[str, np.ndarray]
@@ -32,9 +32,7 @@ def read_facts(path: Path, examples: int) -> Facts:
                     f"{name} is {facts[name].dtype} {facts[name].shape}, wanted are {examples} real numbers"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){mend(path)}"
-        ) from error
+        raise UserError(f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){fix(path)}") from error
     return {name: facts[name] for name in FACTS}
 
 
@@ -48,7 +46,7 @@ def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], 
             example = int(bad.argmax())
             more = f" (and {bad.sum() - 1:,} more in this file)" if bad.sum() > 1 else ""
             available = facts["available"][example]
-            yield f"{path}: example {names[example]!r}: available is {available}, {what}{more}{mend(path)}"
+            yield f"{path}: example {names[example]!r}: available is {available}, {what}{more}{fix(path)}"
 
 
 def selection_problems(
@@ -63,25 +61,25 @@ def selection_problems(
         yield str(error)
         return
     if len(found["source"]) != len(names):
-        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {MEND}"
+        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {FIX}"
         return
     beyond = (found["source"] < -1) | (found["source"] >= len(recipe.sources))
     if beyond.any():
         example = int(beyond.argmax())
         yield (
             f"{path}: example {names[example]!r}: source {found['source'][example]}, "
-            f"the recipe has {len(recipe.sources)}, counted from 0: {MEND}"
+            f"the recipe has {len(recipe.sources)}, counted from 0: {FIX}"
         )
     judgements = _judgements(context, len(names), found) if mode == "inference" else {}
     if judgements is None:
-        yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {MEND}"
+        yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
         return
     wanted = choose(recipe, mode, facts, judgements)
-    yield from difference_problems(path, found, wanted, names, basis="the sources' facts", mend=MEND)
+    yield from difference_problems(path, found, wanted, names, basis="the sources' facts", fix=FIX)
 
 
 def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
-    """Those of the scores stage where they are still there (what ails them is found with the artefacts), else those stored."""
+    """Those of the scores stage where they are still there (what ails them is found with the artifacts), else those stored."""
     try:
         return read_judgements(context, examples)
     except (UserError, OSError, ValueError, EOFError):

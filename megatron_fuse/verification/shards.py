@@ -50,9 +50,7 @@ class ShardFiles:
                 problems.append(str(error))
                 continue
             if len(stream) != len(names):
-                problems.append(
-                    f"{prefix}.{field}.idx: {len(stream)} examples, the text has {len(names)}{mend(prefix)}"
-                )
+                problems.append(f"{prefix}.{field}.idx: {len(stream)} examples, the text has {len(names)}{fix(prefix)}")
             else:
                 found[field] = Field(stream.values(), stream.lengths)
         return cls(prefix, names, found, problems)
@@ -62,7 +60,7 @@ class ShardFiles:
         numbers = np.flatnonzero(bad)
         if len(numbers):
             more = f" (and {len(numbers) - 1:,} more in this file)" if len(numbers) > 1 else ""
-            yield f"{self.prefix}.{field}.bin: {place(numbers[0])}: {say(numbers[0])}{more}{mend(self.prefix)}"
+            yield f"{self.prefix}.{field}.bin: {place(numbers[0])}: {say(numbers[0])}{more}{fix(self.prefix)}"
 
     def example(self, number: int) -> str:
         return f"example {self.names[number]!r}"
@@ -78,7 +76,7 @@ class ShardFiles:
         return describe
 
 
-def mend(path: Path) -> str:
+def fix(path: Path) -> str:
     """What helps where a file, or the files of a prefix, are damaged: the end of a problem's line."""
     return f": restore the file, or remove {path.parent} and run {BUILT_BY} again"
 
@@ -89,7 +87,7 @@ def read_listed(prefix: Path) -> dict[str, int]:
     try:
         return {row.id: row.supervised_tokens for row in read_listed_examples(path)}
     except (UserError, OSError) as error:
-        raise UserError(f"{path}: its examples cannot be read ({error}){mend(prefix)}") from error
+        raise UserError(f"{path}: its examples cannot be read ({error}){fix(prefix)}") from error
 
 
 def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:
@@ -159,7 +157,7 @@ def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
         row = int(wrong.argmax())
         yield (
             f"{path}: example {names[example[row]]!r}: a label covers bytes {starts[row]} to {ends[row]}, which is no range "
-            f"behind the one before{mend(path)}"
+            f"behind the one before{fix(path)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The whole verification: artefacts, then the text shard by shard, what orders its examples, and every mode's rows and choice."""
+"""The whole verification: artifacts, then the text shard by shard, what orders its examples, and every mode's rows and choice."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.stored_spans import SUFFIX
 from megatron_fuse.selection.curriculum import curriculum_path
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 from megatron_fuse.text_safety import say
-from megatron_fuse.verification.artefacts import expected_artefacts, file_problems, lineage_problems, open_artefacts
+from megatron_fuse.verification.artifacts import expected_artifacts, file_problems, lineage_problems, open_artifacts
 from megatron_fuse.verification.curriculum import curriculum_problems
 from megatron_fuse.verification.selection import Facts, fact_problems, read_facts, selection_problems
 from megatron_fuse.verification.shards import (
     ShardFiles,
     document_problems,
+    fix,
     labels_per_example,
     listed_problems,
-    mend,
     read_listed,
     row_problems,
     span_problems,
@@ -33,7 +33,7 @@ from megatron_fuse.verification.shards import (
 
 @dataclass
 class Verification:
-    """problems: one line each, with file, example or row, value and mend; counts: what was looked at."""
+    """problems: one line each, with file, example or row, value and fix; counts: what was looked at."""
 
     problems: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -42,22 +42,22 @@ class Verification:
 def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) -> Verification:
     """Looks at all fusion data of a recipe. Raises UserError only where the recipe's target itself cannot be read."""
     recipe, found = context.recipe, Verification()
-    expected = expected_artefacts(context)
-    artefacts = open_artefacts(expected, found.problems)
+    expected = expected_artifacts(context)
+    artifacts = open_artifacts(expected, found.problems)
     for entry in expected:
-        if entry.directory in artefacts:
+        if entry.directory in artifacts:
             progress(f"{entry.directory}: checksums and lineage")
-            artefact = artefacts[entry.directory]
-            found.problems += [*file_problems(artefact), *lineage_problems(entry, artefacts)]
-            files = artefact.manifest["files"].values()
-            found.counts.update(artefacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
-    text = artefacts.get(TEXT.directory(recipe))
+            artifact = artifacts[entry.directory]
+            found.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
+            files = artifact.manifest["files"].values()
+            found.counts.update(artifacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
+    text = artifacts.get(TEXT.directory(recipe))
     if text:
         verifier = _ShardVerifier(context, found, progress)
         shards = [verifier.text_shard(prefix) for prefix in _prefixes(text)]
         verifier.curriculum(text, shards)
         for mode in recipe.modes_with_teacher:
-            teachers = {source: artefacts.get(TEACHERS.directory(recipe, source, mode)) for source in recipe.sources}
+            teachers = {source: artifacts.get(TEACHERS.directory(recipe, source, mode)) for source in recipe.sources}
             verifier.mode(mode, text, shards, {source: teacher for source, teacher in teachers.items() if teacher})
     return found
 
@@ -76,7 +76,7 @@ class _TextShard:
 
 
 class _ShardVerifier:
-    """Looks into the shards of one recipe's artefacts and adds what it finds to `found`."""
+    """Looks into the shards of one recipe's artifacts and adds what it finds to `found`."""
 
     def __init__(self, context: Context, found: Verification, progress: Callable[[str], None]) -> None:
         self.context = context
@@ -102,7 +102,7 @@ class _ShardVerifier:
             self.found.problems += span_problems(Path(f"{prefix}{SUFFIX}"), labels, list(listed))
         return _TextShard(list(listed), tokens, labels)
 
-    def curriculum(self, text: Artefact, shards: list[_TextShard]) -> None:
+    def curriculum(self, text: Artifact, shards: list[_TextShard]) -> None:
         """What orders the examples, where all of them can be read. Where they are shuffled it need not be there."""
         path = curriculum_path(self.recipe)
         if all(shard.names for shard in shards) and (path.exists() or self.recipe.schedule.order != "shuffled"):
@@ -111,7 +111,7 @@ class _ShardVerifier:
             listed = np.concatenate([shard.listed for shard in shards])
             self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
-    def mode(self, mode: str, text: Artefact, shards: list[_TextShard], teachers: dict[str, Artefact]) -> None:
+    def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
         """Rows of these sources, and the selection where the facts of all the recipe's sources can be read."""
         of_teachers = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
         facts = [found for found in of_teachers if found is not None]
@@ -121,14 +121,12 @@ class _ShardVerifier:
             names = list(chain.from_iterable(shard.names for shard in shards))
             self.found.problems += selection_problems(self.context, mode, parents, facts, names)
 
-    def _teacher(self, mode: str, source: str, teacher: Artefact, shards: list[_TextShard]) -> Facts | None:
+    def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> Facts | None:
         """One source's rows. The facts of all examples; None where some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
             manifest = teacher.directory / "manifest.json"
-            self.found.problems.append(
-                f"{manifest}: {len(prefixes)} shards, the text has {len(shards)}{mend(manifest)}"
-            )
+            self.found.problems.append(f"{manifest}: {len(prefixes)} shards, the text has {len(shards)}{fix(manifest)}")
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
@@ -168,5 +166,5 @@ class _ShardVerifier:
         return labels
 
 
-def _prefixes(artefact: Artefact) -> list[Path]:
-    return [artefact.directory / f"shard-{index:05d}" for index in range(artefact.manifest["shards"])]
+def _prefixes(artifact: Artifact) -> list[Path]:
+    return [artifact.directory / f"shard-{index:05d}" for index in range(artifact.manifest["shards"])]

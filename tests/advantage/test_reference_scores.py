@@ -1,4 +1,4 @@
-"""The measures against the ground truth as an artefact: what is stored, what it depends on, and what the manifest says."""
+"""The measures against the ground truth as an artifact: what is stored, what it depends on, and what the manifest says."""
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -61,13 +61,13 @@ def test_measures_are_stored_in_example_order_and_the_manifest_says_what_is_left
     model: Path, tmp_path: Path
 ) -> None:
     recipe = answered(model, tmp_path)
-    artefacts = score_against_reference(Context(recipe), progress=str)
-    assert [artefact.counts for artefact in artefacts] == [
+    artifacts = score_against_reference(Context(recipe), progress=str)
+    assert [artifact.counts for artifact in artifacts] == [
         {"examples": 5, "unscored": 0},
         {"examples": 5, "unscored": 1},
     ]
-    assert "left out" in artefacts[0].manifest["options"]["bertscore"]
-    assert set(artefacts[0].manifest["options"]["packages"]) == {"sacrebleu", "rouge-score"}
+    assert "left out" in artifacts[0].manifest["options"]["bertscore"]
+    assert set(artifacts[0].manifest["options"]["packages"]) == {"sacrebleu", "rouge-score"}
     same, other = (load_reference_scores(Context(recipe), name) for name in ANSWERS)
     assert same.dtype == other.dtype == np.float32
     assert same.shape == other.shape == (5, 3)
@@ -78,7 +78,7 @@ def test_measures_are_stored_in_example_order_and_the_manifest_says_what_is_left
     np.testing.assert_allclose(other[[0, 1, 3, 4], 1], [0.0, 0.75, 1.0, 0.75], atol=1e-6)
 
 
-def test_weights_are_no_part_of_the_artefact(model: Path, tmp_path: Path) -> None:
+def test_weights_are_no_part_of_the_artifact(model: Path, tmp_path: Path) -> None:
     recipe = answered(model, tmp_path)
     weighed = recipe.reference.model_copy(update={"bleu": 0.7, "rouge_l": 0.1})
     other = recipe.model_copy(update={"reference": weighed})

@@ -31,9 +31,9 @@ from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.scoring.conversations import pad, score_conversations
 from megatron_fuse.scoring.reward_models import (
     RewardModel,
-    judge_fingerprint,
-    load_judge_format,
     load_reward_model,
+    load_reward_model_format,
+    reward_model_fingerprint,
 )
 
 CONVERSATIONS = [
@@ -321,14 +321,14 @@ def test_starlings_card_in_the_sentencepiece_of_its_body(tmp_path: Path) -> None
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(source))
     parts = ["[INST] Hello? ", " [/INST] Hi, how can I help you?"]
     expected = [1, *pieces.encode(parts[0]), 2, *pieces.encode(parts[1]), 2]
-    chat = load_judge_format(RewardModelOptions(**published.options), "judge")
+    chat = load_reward_model_format(RewardModelOptions(**published.options), "judge")
     ids = chat.encode_conversation([{"role": "user", "content": "Hello?"}], "Hi, how can I help you?").ids
     assert ids.tolist() == expected
 
 
 def test_a_recipes_own_template_and_form_stand(published: dict[str, PublishedForm]) -> None:
     options = RewardModelOptions(**published["regression_head"].options, chat_template="chatml")
-    assert "<|im_start|>" in load_judge_format(options, "judge").render_prompt(CONVERSATIONS[0][0])
+    assert "<|im_start|>" in load_reward_model_format(options, "judge").render_prompt(CONVERSATIONS[0][0])
     named = load(published["value_head"].options, form="value_head")
     assert named.stop and named.causal
     with pytest.raises(UserError, match=r"reward_models.judge.model: .*Eurus has no v_head.weight"):
@@ -337,21 +337,21 @@ def test_a_recipes_own_template_and_form_stand(published: dict[str, PublishedFor
 
 def test_the_fingerprint_covers_form_config_and_weights(own: PublishedForm, form: str) -> None:
     options = RewardModelOptions(**own.options)
-    first = judge_fingerprint(options, "judge")
-    assert first == judge_fingerprint(options.model_copy(update={"form": form, "dtype": "fp16"}), "another")
+    first = reward_model_fingerprint(options, "judge")
+    assert first == reward_model_fingerprint(options.model_copy(update={"form": form, "dtype": "fp16"}), "another")
     config = Path(own.options.get("body", own.options["model"])) / "config.json"
     text = config.read_text()
     config.write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.5}))
-    assert judge_fingerprint(options, "judge") != first
+    assert reward_model_fingerprint(options, "judge") != first
     config.write_text(text)
     for path in [*own.directory.glob("*.safetensors"), *own.directory.glob("*.bin")]:
         data = path.read_bytes()
         path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
-        assert judge_fingerprint(options, "judge") != first
+        assert reward_model_fingerprint(options, "judge") != first
         path.write_bytes(data)
     for path in config.parent.glob("*.safetensors") if "body" in own.options else ():
         path.unlink()  # a body's own weights are not used
-    assert judge_fingerprint(options, "judge") == first
+    assert reward_model_fingerprint(options, "judge") == first
 
 
 Damage = Callable[[dict[str, torch.Tensor]], object]

@@ -112,12 +112,12 @@ def test_scores_are_in_example_order_and_what_cannot_be_judged_is_nan(
     judges: dict[str, Path], tmp_path: Path, share_prompts: bool
 ) -> None:
     recipe = answered(judges, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
-    artefacts = score_responses(Context(recipe), "mpt", progress=str)
-    assert [artefact.counts for artefact in artefacts] == [
+    artifacts = score_responses(Context(recipe), "mpt", progress=str)
+    assert [artifact.counts for artifact in artifacts] == [
         {"examples": 7, "unscored": unscored} for unscored in (4, 0, 2)
     ]
-    for artefact, (source, texts) in zip(artefacts, ANSWERS.items(), strict=True):
-        artefact.verify()
+    for artifact, (source, texts) in zip(artifacts, ANSWERS.items(), strict=True):
+        artifact.verify()
         scores = load_scores(Context(recipe), source, "mpt")
         assert scores.dtype == np.float32
         unjudged = [not (text or "").strip() or len(text) > 400 for text in texts.values()]
@@ -257,7 +257,7 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(judges: dict
     rows = [{"id": name, "scores": {"a": float(name), "b": -float(name)}} for name in IDS]
     path = write_rows(tmp_path / "given.jsonl", rows)
     recipe = answered(judges, tmp_path, reward_models={"given": {"scores": str(path)}})
-    assert [artefact.counts["unscored"] for artefact in score_responses(Context(recipe), "given", progress=str)] == [
+    assert [artifact.counts["unscored"] for artifact in score_responses(Context(recipe), "given", progress=str)] == [
         3,
         0,
     ]

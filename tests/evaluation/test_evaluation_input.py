@@ -1,4 +1,4 @@
-"""Bad input is named, with the place and the mend, before a model is loaded."""
+"""Bad input is named, with the place and the fix, before a model is loaded."""
 
 import shutil
 import sys

@@ -1,6 +1,6 @@
-"""Files that change under an artefact, finished or begun: the stage makes them again or refuses them, or a later one refuses them.
+"""Files that change under an artifact, finished or begun: the stage makes them again or refuses them, or a later one refuses them.
 
-What no later result depends on (a marker of a finished artefact, say) may stay as it is: then a later stage gives the same bytes.
+What no later result depends on (a marker of a finished artifact, say) may stay as it is: then a later stage gives the same bytes.
 """
 
 import random
@@ -10,7 +10,7 @@ from typing import Any
 from jobs import Watch
 from targets import Broken, Files, Target, require_good_end, require_rerun
 
-# (files in the artefact, name, another name, draw) -> the files that are written over; None: deleted
+# (files in the artifact, name, another name, draw) -> the files that are written over; None: deleted
 Damage = dict[str, bytes | None]
 
 
@@ -129,5 +129,5 @@ def _identities(target: Target) -> dict[str, tuple[int, int]]:
 
 
 def _shards_of(names: Any) -> set[str]:
-    """Shards are known by their name alone: those of artefacts that share work are made together."""
+    """Shards are known by their name alone: those of artifacts that share work are made together."""
     return {name for name in (Path(path).name.split(".")[0] for path in names) if name.startswith(("shard-", "part"))}

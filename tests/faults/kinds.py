@@ -1,7 +1,7 @@
 """The kinds of fault. Each draws one from a seed, does it to a target, checks the law, and says what came of it.
 
 The law: every process ends with exit code 0 or 2 (killed ones aside) and without a traceback; who worked alone and ended with 0 has
-left a whole artefact; a rerun ends with 0; the artefact equals the undisturbed one byte for byte, without any other file; no other
+left a whole artifact; a rerun ends with 0; the artifact equals the undisturbed one byte for byte, without any other file; no other
 file has changed.
 """
 
@@ -40,7 +40,7 @@ class Member:
 
 
 def killed(target: Target, draw: random.Random) -> Facts:
-    """kill -9 at a drawn operation or time, sometimes twice, before the artefact is whole."""
+    """kill -9 at a drawn operation or time, sometimes twice, before the artifact is whole."""
     codes = []
     for _ in range(draw.choice((1, 1, 2))):
         if draw.random() < 0.7:
@@ -186,7 +186,7 @@ def _race(target: Target, members: list[Member]) -> Facts:
 
 
 def full(target: Target, draw: random.Random) -> Facts:
-    """A file system that is full before the artefact is whole; more room comes before the rerun."""
+    """A file system that is full before the artifact is whole; more room comes before the rerun."""
     with _small_file_system(target, draw) as make_room:
         return _refused_then_rerun(target, Watch(), make_room, {"how": "tmpfs"})
 
@@ -198,36 +198,36 @@ def file_size(target: Target, draw: random.Random) -> Facts:
 
 
 def read_only(target: Target, draw: random.Random) -> Facts:
-    """One directory of the artefact's without the right to write, sometimes after a kill."""
+    """One directory of the artifact's without the right to write, sometimes after a kill."""
     if draw.random() < 0.6:
         target.run(Watch(kill_at=draw.randint(1, target.operations)))
     directories = [target.directory, *(path for path in target.directory.rglob("[!.]*") if path.is_dir())]
     directory = draw.choice(sorted(directories))
     directory.chmod(0o555)
 
-    def mend() -> None:
+    def fix() -> None:
         with suppress(FileNotFoundError):  # what a killed process had left, by now removed
             directory.chmod(0o755)
 
     try:
-        return _refused_then_rerun(target, Watch(plain_user=True), mend, {"how": directory.name})
+        return _refused_then_rerun(target, Watch(plain_user=True), fix, {"how": directory.name})
     finally:
-        mend()
+        fix()
 
 
-def _refused_then_rerun(target: Target, watch: Watch, mend: Callable[[], object], facts: Facts) -> Facts:
+def _refused_then_rerun(target: Target, watch: Watch, fix: Callable[[], object], facts: Facts) -> Facts:
     job = target.run(watch)
     require_good_end(job, may_be_silent=bool(watch.file_size))
     if job.exit_code == 0:
         require_whole(target, "a process has ended with 0")
-    mend()
+    fix()
     require_rerun(target)
     return {**facts, "codes": [job.exit_code], "outcome": "refused" if job.exit_code else "not in the way"}
 
 
 @contextmanager
 def _small_file_system(target: Target, draw: random.Random) -> Iterator[Callable[[], object]]:
-    """Everything under `under` moves to a tmpfs that has room for a drawn part of the artefact. Yields what makes it large."""
+    """Everything under `under` moves to a tmpfs that has room for a drawn part of the artifact. Yields what makes it large."""
 
     inputs = target.scratch / "inputs"
     shutil.rmtree(inputs, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Artefacts of `run_plan` and `run_plans` alone: their shards cost milliseconds, so that hundreds of races take seconds."""
+"""Artifacts of `run_plan` and `run_plans` alone: their shards cost milliseconds, so that hundreds of races take seconds."""
 
 import random
 import time
@@ -10,7 +10,7 @@ from targets import Target
 SHARDS = 10
 
 
-def make_artefact(directory: Path) -> None:
+def make_artifact(directory: Path) -> None:
     """Shards of two files, one of them in a directory's worth of small writes, at a pace that changes from process to process."""
     from megatron_fuse.storage import Plan, run_plan
 
@@ -22,8 +22,8 @@ def make_artefact(directory: Path) -> None:
     run_plan(Plan(directory / "one", "toy", {"seed": 1}, {"data": "0" * 64}, SHARDS), make_shard, progress=print)
 
 
-def make_artefacts(directory: Path) -> None:
-    """Two artefacts that share their shards' work."""
+def make_artifacts(directory: Path) -> None:
+    """Two artifacts that share their shards' work."""
     from megatron_fuse.storage import Plan, run_plans
 
     pace = random.Random()
@@ -35,16 +35,16 @@ def make_artefacts(directory: Path) -> None:
     run_plans(plans, make_shards, progress=print)
 
 
-def read_artefacts(directory: Path, output: Path) -> None:
-    """A later stage: all that the artefacts hold, in one file; refuses what is not whole."""
-    from megatron_fuse.storage import open_artefact, write_jsonl
+def read_artifacts(directory: Path, output: Path) -> None:
+    """A later stage: all that the artifacts hold, in one file; refuses what is not whole."""
+    from megatron_fuse.storage import open_artifact, write_jsonl
 
     rows = []
     for place in sorted(path for path in directory.iterdir() if path.is_dir()):
-        artefact = open_artefact(place, "toy", "this test")
-        for path in artefact.files(".jsonl") + artefact.files(".bin"):
-            rows.append({"name": path.name, "content": artefact.checked(path).read_bytes().hex()})
-        rows.append({"counts": artefact.counts})
+        artifact = open_artifact(place, "toy", "this test")
+        for path in artifact.files(".jsonl") + artifact.files(".bin"):
+            rows.append({"name": path.name, "content": artifact.checked(path).read_bytes().hex()})
+        rows.append({"counts": artifact.counts})
     write_jsonl(output / "all.jsonl", rows)
 
 
@@ -70,17 +70,17 @@ def _exit_code(function: object, *arguments: Path) -> None:
 def plan_targets(server: Server, root: Path) -> dict[str, Target]:
     """The two, run once."""
     targets = {}
-    for function in (make_artefact, make_artefacts):
-        name = "run_plan" if function is make_artefact else "run_plans"
+    for function in (make_artifact, make_artifacts):
+        name = "run_plan" if function is make_artifact else "run_plans"
         under, scratch = root / name, root / f"{name}-scratch"
-        for directory in (under / "artefacts", under / "read", scratch):
+        for directory in (under / "artifacts", under / "read", scratch):
             directory.mkdir(parents=True)
 
         def target(name: str, function: object, directory: Path, *more: Path, of=(under, scratch)) -> Target:  # type: ignore[no-untyped-def]
             return Target(name, _exit_code, (function, *more), directory, of[0], of[1], server)
 
-        made = target(name, function, under / "artefacts", under / "artefacts").learn()
-        reader = target(f"{name}'s reader", read_artefacts, under / "read", under / "artefacts", under / "read")
+        made = target(name, function, under / "artifacts", under / "artifacts").learn()
+        reader = target(f"{name}'s reader", read_artifacts, under / "read", under / "artifacts", under / "read")
         made.reader = reader.learn()
         targets[name] = made
     return targets

@@ -1,4 +1,4 @@
-"""Commands that make no artefact in shards: reports, evaluations, experiments."""
+"""Commands that make no artifact in shards: reports, evaluations, experiments."""
 
 import re
 from pathlib import Path

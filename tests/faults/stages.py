@@ -37,7 +37,7 @@ def _prepare(root: Path) -> None:
     from megatron_fuse.huggingface.formats import load_format
     from megatron_fuse.huggingface.loading import load_causal_lm
     from megatron_fuse.recipe import make_recipe
-    from megatron_fuse.scoring.reward_models import load_judge_format
+    from megatron_fuse.scoring.reward_models import load_reward_model_format
 
     models = {
         "alpha": save_model(root / "alpha", "llama", seed=0),
@@ -62,7 +62,7 @@ def _prepare(root: Path) -> None:
         load_format(source, f"sources.{name}")
         load_causal_lm(source, where=f"sources.{name}")
     for name, options in recipe.reward_models.items():
-        load_judge_format(options, name)
+        load_reward_model_format(options, name)
 
 
 def stage_targets(server: Server, root: Path) -> dict[str, Target]:

@@ -182,7 +182,7 @@ def require_whole(target: Target, when: str) -> None:
 
 
 def require_rerun(target: Target) -> Running:
-    """The same command once more, alone. Raises Broken unless it ends with 0 and the artefact is whole."""
+    """The same command once more, alone. Raises Broken unless it ends with 0 and the artifact is whole."""
     job, end = target.run(), time.monotonic() + HANGS_AFTER
     # What a killed process has started may go on for a while.
     while "wait for it" in job.text and time.monotonic() < end:

@@ -48,7 +48,7 @@ def all_that_training_reads(recipe: Recipe) -> str:
     """A hash of every document of every source, and of all that decides which of them a step learns from, and how."""
     dataset = FusionDataset(recipe)
     order = read_curriculum(recipe, dataset.text.sha256)
-    verify_once(dataset.artefacts)
+    verify_once(dataset.artifacts)
     digest = sha256(
         repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode()
     )

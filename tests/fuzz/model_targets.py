@@ -19,7 +19,7 @@ from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights, refuse_non_finite
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions, SourceOptions
-from megatron_fuse.scoring.reward_models import judge_fingerprint, load_reward_model
+from megatron_fuse.scoring.reward_models import load_reward_model, reward_model_fingerprint
 
 _FILES = ("**/config.json", "**/generation_config.json", "**/*.index.json", "**/*.safetensors", "**/*.bin")
 _SIZES = {
@@ -106,7 +106,7 @@ def _make_judge(form: str, directory: Path) -> None:
 
 def _read_judge(directory: Path) -> None:
     options = RewardModelOptions(model=str(directory / "model"), dtype="fp32")
-    judge_fingerprint(options, "judge")
+    reward_model_fingerprint(options, "judge")
     judge = load_reward_model(options, "judge")
     hidden = judge.backbone(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
     assert judge.head(hidden.float()).shape == (1, 3, 1)

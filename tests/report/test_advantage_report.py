@@ -50,9 +50,9 @@ def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, rep
 def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -> None:
     held_out = {example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.held_out}
     for source in SOURCES:
-        artefact = Context(world).open(RESPONSES, source)
-        answers = [answer for shard in response_shards(artefact) for answer in shard if answer.id not in held_out]
-        files = [path.read_text().split() for path in artefact.files(".unmatched.txt")]
+        artifact = Context(world).open(RESPONSES, source)
+        answers = [answer for shard in response_shards(artifact) for answer in shard if answer.id not in held_out]
+        files = [path.read_text().split() for path in artifact.files(".unmatched.txt")]
         found = report["answers"][source]
         lengths = [len(answer.response) for answer in answers if answer.response.strip()]
         assert found["answers"] == len(lengths)

@@ -22,7 +22,7 @@ def sizes_and_banner(sizes: dict[str, Any]) -> tuple[tuple[int, ...], str]:
 
     runtime = start_runtime(**sizes)
     found = (runtime.tensor_parallel_size, runtime.pipeline_parallel_size, runtime.data_parallel_size)
-    return (*found, int(runtime.reports)), banner(runtime)
+    return (*found, int(runtime.is_logging_rank)), banner(runtime)
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.selection.rules import NONE
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 
 
 class SyntheticDataset:
@@ -34,8 +34,8 @@ class SyntheticDataset:
         self.entries_per_row = entries
         self.example_ids = [f"example-{index}" for index in range(examples + held_out)]
         self.train, self.held_out = np.arange(examples), np.arange(examples, examples + held_out)
-        self.artefacts: list[Artefact] = []
-        self.text = Artefact(Path(), {})  # of which an order of examples would be
+        self.artifacts: list[Artifact] = []
+        self.text = Artifact(Path(), {})  # of which an order of examples would be
         self.sha256 = f"synthetic-{seed}-{examples}"
         barely = margins & (np.arange(examples + held_out) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}

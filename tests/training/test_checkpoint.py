@@ -309,7 +309,7 @@ def test_an_imported_model_exports_bit_for_bit(ranks, odd, tmp_path) -> None:  #
 def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> bool:
     """Whether weights come back where layers with a state beside their weights, as Transformer Engine's have, save or load."""
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.checkpoint import CheckpointFacts, load_checkpoint, model_facts, save_checkpoint
+    from megatron_fuse.training.checkpoint import CheckpointMetadata, load_checkpoint, model_facts, save_checkpoint
     from megatron_fuse.training.target import _whole_model
 
     start_runtime()
@@ -329,7 +329,7 @@ def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> b
         torch.nn.init.normal_(parameter)
     before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
     norm.__class__ = kinds[0]
-    facts = CheckpointFacts(0, 0, model_facts(architecture), {}, None, {})
+    facts = CheckpointMetadata(0, 0, model_facts(architecture), {}, None, {})
     path = save_checkpoint(directory, chunks, None, facts)
     for parameter in chunks[0].parameters():
         torch.nn.init.zeros_(parameter)

@@ -12,7 +12,7 @@ from synthetic import SyntheticDataset, make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artefact, Plan, run_plan
+from megatron_fuse.storage import Artifact, Plan, run_plan
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_target(tmp_path_factory.mktemp("target"))
 
 
-def artefact(directory: Path, damaged: bool) -> Artefact:
+def artifact(directory: Path, damaged: bool) -> Artifact:
     """What a dataset says that it was read from; damage keeps the size."""
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
@@ -37,9 +37,9 @@ def artefact(directory: Path, damaged: bool) -> Artefact:
 class Dataset(SyntheticDataset):
     """trouble: what its first document raises, as damage may cause it."""
 
-    def __init__(self, made: Artefact, trouble: Exception | None = None) -> None:
+    def __init__(self, made: Artifact, trouble: Exception | None = None) -> None:
         super().__init__()
-        self.artefacts, self.trouble = [made], trouble
+        self.artifacts, self.trouble = [made], trouble
 
     def document(self, mode: str, example: int) -> Any:
         if self.trouble:
@@ -67,16 +67,16 @@ def run(
     workdir: Path,
     target: Path,
     sections: dict[str, Any],
-    made: Artefact,
+    made: Artifact,
     release: int = 0,
     trouble: Exception | None = None,
     local_rank: int | None = None,
 ) -> tuple[str, list[int], list[str]]:
     """One rank: the UserError that it ended with, the steps that it did, and the checkpoints at its end."""
     log = Waiting(release)
-    checked = Artefact.checked
+    checked = Artifact.checked
 
-    def wait_and_check(self: Artefact, path: Path, *, checksum: bool = True) -> Path:
+    def wait_and_check(self: Artifact, path: Path, *, checksum: bool = True) -> Path:
         # A minute stands for never: where training waits for the comparison, that begins all the same.
         if checksum and release:
             log.begin.wait(1 if release > 100 else 60)
@@ -86,7 +86,7 @@ def run(
         os.environ["LOCAL_RANK"] = str(local_rank)
     message = ""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(Artefact, "checked", wait_and_check)
+        patch.setattr(Artifact, "checked", wait_and_check)
         patch.setattr("test_layouts.SyntheticDataset", lambda: Dataset(made, trouble))
         try:
             run_training(workdir, target, sections, log)
@@ -109,7 +109,7 @@ def run(
 def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: ignore[no-untyped-def]
     ranks, target, tmp_path, world_size, parallel, release, asynchronous
 ) -> None:
-    made = artefact(tmp_path / "data", damaged=True)
+    made = artifact(tmp_path / "data", damaged=True)
     sections = {"parallel": parallel, "training": {"train_iters": 6, "async_save": asynchronous, "eval_interval": 100}}
     results = ranks(world_size, run, tmp_path, target, sections, made, release)
     for message, steps, saved in results:
@@ -120,13 +120,13 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
     if world_size == 1:
         ((message, _, saved),) = ranks(1, run, tmp_path, target, sections, made)
         assert message and saved == []
-        ((message, _, saved),) = ranks(1, run, tmp_path, target, sections, artefact(tmp_path / "whole", damaged=False))
+        ((message, _, saved),) = ranks(1, run, tmp_path, target, sections, artifact(tmp_path / "whole", damaged=False))
         assert not message and saved
 
 
 def test_whole_data_change_nothing_and_no_verify_reads_nothing(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     expected = one_report(ranks(1, run_training, tmp_path / "a", target, {"training": {"train_iters": 3}}))
-    made = artefact(tmp_path / "data", damaged=True)
+    made = artifact(tmp_path / "data", damaged=True)
     sections = {"training": {"train_iters": 3, "verify": False}}
     ((message, steps, saved),) = ranks(1, run, tmp_path / "b", target, sections, made)
     assert message == "" and saved
@@ -137,7 +137,7 @@ def test_whole_data_change_nothing_and_no_verify_reads_nothing(ranks, target, tm
 @pytest.mark.parametrize("damaged", [True, False])
 def test_what_damage_breaks_first_is_explained_by_it(ranks, target, tmp_path, local_rank, damaged) -> None:  # type: ignore[no-untyped-def]
     """Whether this rank compares from the start or, as other ranks of a node, only now."""
-    made = artefact(tmp_path / "data", damaged)
+    made = artifact(tmp_path / "data", damaged)
     trouble = UserError("the loss is NaN")
     plan = (
         tmp_path,

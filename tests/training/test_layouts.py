@@ -61,7 +61,7 @@ def run_training(
     trainer = make_trainer(recipe, runtime, architecture, chunks, SyntheticDataset())
     recorder = recorder or Recorder()
     train(dataclasses.replace(trainer, log=recorder))
-    return dataclasses.asdict(recorder) if runtime.reports else None
+    return dataclasses.asdict(recorder) if runtime.is_logging_rank else None
 
 
 def layout(tp: int = 1, pp: int = 1, vp: int | None = None, **options: Any) -> dict[str, Any]:

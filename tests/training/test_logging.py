@@ -99,7 +99,7 @@ def logged_run(
             train(trainer)
     finally:
         sys.modules.pop("wandb", None)
-    return (printed.getvalue(), calls) if trainer.runtime.reports else None
+    return (printed.getvalue(), calls) if trainer.runtime.is_logging_rank else None
 
 
 LINE = re.compile(
@@ -214,4 +214,4 @@ def speeds_of_a_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tu
                     )  # forward and twice as much backward, a multiplication and an addition
                     tokens[iteration] += 1
     rows = [row for row in read_metrics(metrics_directory(trainer.recipe) / METRICS) if row["kind"] == STEP]
-    return (rows, flops, tokens) if trainer.runtime.reports else None
+    return (rows, flops, tokens) if trainer.runtime.is_logging_rank else None

@@ -97,7 +97,7 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
     architecture, dataset = read_target(recipe), ReadDataset()
     trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
     plans, ranks = trainer.log.plans, runtime.world_size
-    log = Log(recipe, plans, trainer.timers, ranks=ranks, peak_flops=None, active=runtime.reports)
+    log = Log(recipe, plans, trainer.timers, ranks=ranks, peak_flops=None, active=runtime.is_logging_rank)
     train(dataclasses.replace(trainer, log=log))
     stop_runtime()
 

@@ -47,7 +47,7 @@ def timed_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[st
         patch.setattr(trainers, "train_step", counted)
         trainers.train(trainer)
     rows = read_metrics(metrics_directory(trainer.recipe) / METRICS)
-    return (printed.getvalue(), rows, counts) if trainer.runtime.reports else None
+    return (printed.getvalue(), rows, counts) if trainer.runtime.is_logging_rank else None
 
 
 def seconds_of(row: dict[str, Any]) -> dict[str, float]:

@@ -132,8 +132,8 @@ def _open(context: Context) -> tuple[Shards[list[Example]], list[Shards[list[Res
 
 
 def _unmatched(responses: Shards[list[Response]]) -> set[str]:
-    artefact = responses.artefact
-    texts = [artefact.checked(path).read_text(encoding="utf-8") for path in artefact.files(".unmatched.txt")]
+    artifact = responses.artifact
+    texts = [artifact.checked(path).read_text(encoding="utf-8") for path in artifact.files(".unmatched.txt")]
     return {name for text in texts for name in text.split("\n")}
 
 

@@ -34,7 +34,7 @@ from megatron_fuse.fusion_data.listing import read_listed
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artefact
+from megatron_fuse.storage import Artifact
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
@@ -189,7 +189,7 @@ def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarra
     }
 
 
-def _shards(text: Artefact, teacher: Artefact, mode: str) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
+def _shards(text: Artifact, teacher: Artifact, mode: str) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
     """Of every shard the examples' names, the facts that selection needs of them, and the labels. Raises UserError for damage."""
     verify_once([text, teacher])
     for shard in range(teacher.manifest["shards"]):

@@ -20,13 +20,13 @@ from transformers.utils import logging as transformers_logging
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.loading import load_model, this_device
 from megatron_fuse.huggingface.loading_checks import check_layers, check_size, sizes
-from megatron_fuse.huggingface.reward_models import FORMS, JudgeFiles, find_judge, load_judge_format
+from megatron_fuse.huggingface.reward_models import FORMS, RewardModelFiles, find_reward_model, load_reward_model_format
 from megatron_fuse.model.config_file import check_model_directory, load_config, reason
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import RewardModelOptions
-from megatron_fuse.scoring.reward_models.judge import RewardModel
+from megatron_fuse.scoring.reward_models.reward_model import RewardModel
 from megatron_fuse.text_safety import brief
 
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # of the language model that the body once was
@@ -39,10 +39,10 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
     Raises UserError, naming file and tensor, unless its files hold a whole body, one head [1, h] and nothing else that matters.
     """
     where = f"reward_models.{name}"
-    files = find_judge(options, name)
+    files = find_reward_model(options, name)
     if not options.trust_remote_code:
         load_config(files.body)  # before the tokenizer's library reads it, whose errors name no key
-    chat = load_judge_format(options, name)
+    chat = load_reward_model_format(options, name)
     form = FORMS[files.form]
     causal = files.form != "classifier" or form.head in WeightFiles(files.weights).file_of
     backbone: nn.Module
@@ -54,7 +54,7 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
     return RewardModel(name, backbone.to(this_device()), head.to(this_device()), chat, form.stop, causal)
 
 
-def _load_decoder(files: JudgeFiles, dtype: torch.dtype, where: str) -> tuple[nn.Module, nn.Linear]:
+def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tuple[nn.Module, nn.Linear]:
     """The body in dtype, each tensor converted as it is read, and the head in fp32."""
     weights, head_name = WeightFiles(files.weights), FORMS[files.form].head
     stated = check_model_directory(files.body)
@@ -239,7 +239,7 @@ class _EncoderLogits(nn.Module):
         return BaseModelOutput(last_hidden_state=logits[:, None])
 
 
-def _load_encoder(options: RewardModelOptions, files: JudgeFiles, where: str) -> _EncoderLogits:
+def _load_encoder(options: RewardModelOptions, files: RewardModelFiles, where: str) -> _EncoderLogits:
     model = load_model(
         AutoModelForSequenceClassification,
         str(files.weights),

@@ -24,7 +24,7 @@ from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.scoring.scores import load_scores, score_responses
 from megatron_fuse.sources.server import Reply
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Plan, open_artefact, run_plan, sha256_of_file
+from megatron_fuse.storage import Plan, open_artifact, run_plan, sha256_of_file
 from megatron_fuse.training.metrics import METRICS, STEP, MetricsFile, read_metrics
 
 
@@ -111,13 +111,13 @@ def _make_part(directory: Path) -> None:
 
 
 def _rerun(directory: Path) -> None:
-    """Ends with the whole artefact, or refuses."""
+    """Ends with the whole artifact, or refuses."""
     for root in (directory, directory / "cut_off"):
         plan = _plan(root)
-        artefact = run_plan(plan, _make, progress=str)
-        assert artefact is not None
-        assert artefact.verify().counts == {"items": 3} and len(artefact.manifest["files"]) == 6
-        assert open_artefact(plan.directory, "stage", "the command", options=plan.options) == artefact
+        artifact = run_plan(plan, _make, progress=str)
+        assert artifact is not None
+        assert artifact.verify().counts == {"items": 3} and len(artifact.manifest["files"]) == 6
+        assert open_artifact(plan.directory, "stage", "the command", options=plan.options) == artifact
         for index in range(3):
             data = (plan.directory / f"shard-{index:05d}.npy").read_bytes()
             assert data == bytes([index]) * (100 + index), "other content, and no word about it"
@@ -171,7 +171,7 @@ def _read_metrics(directory: Path) -> None:
     MetricsFile(directory / METRICS, continue_at=4).close()
 
 
-# An artefact that was made from another one, or by another version, is not to be blamed on one key of it.
+# An artifact that was made from another one, or by another version, is not to be blamed on one key of it.
 _OTHERS = ("was made with inputs.", "needed is")
 
 TARGETS = [

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage is to write. Two plans are the same artefact when all but `directory` is equal."""
+    """What a stage is to write. Two plans are the same artifact when all but `directory` is equal."""
 
     directory: Path
     stage: str
@@ -38,8 +38,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Artefact:
-    """A complete artefact directory."""
+class Artifact:
+    """A complete artifact directory."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -59,7 +59,7 @@ class Artefact:
         return [self.directory / name for name in self.manifest["files"] if name.endswith(suffix)]
 
     def checked(self, path: Path, *, checksum: bool = True) -> Path:
-        """`path`, one of this artefact's files, after comparing its size and its sha256 with the manifest (about 1 s a GB).
+        """`path`, one of this artifact's files, after comparing its size and its sha256 with the manifest (about 1 s a GB).
 
         Raises UserError naming the file where it is not what the stage wrote.
         """
@@ -79,8 +79,8 @@ class Artefact:
         """The first file that is missing or has another size than the manifest says; None if there is none."""
         return first_damage(self.directory, self.manifest["files"])
 
-    def verify(self, *, checksums: bool = True) -> "Artefact":
-        """Compares all files with the manifest, by size alone where checksums is False; returns the artefact."""
+    def verify(self, *, checksums: bool = True) -> "Artifact":
+        """Compares all files with the manifest, by size alone where checksums is False; returns the artifact."""
         for name in self.manifest["files"]:
             self.checked(self.directory / name, checksum=checksums)
         return self
@@ -114,9 +114,9 @@ def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Shards(Sequence[T]):
-    """The contents of an artefact's shards. One is read, and its checksum compared, whenever it is indexed; none is kept."""
+    """The contents of an artifact's shards. One is read, and its checksum compared, whenever it is indexed; none is kept."""
 
-    artefact: Artefact
+    artifact: Artifact
     paths: list[Path]
     read: Callable[[Path], T]
 
@@ -124,10 +124,10 @@ class Shards(Sequence[T]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> T:  # type: ignore[override]  # no slices: they would be in memory all at once
-        return self.read(self.artefact.checked(self.paths[index]))
+        return self.read(self.artifact.checked(self.paths[index]))
 
 
-def open_artefact(
+def open_artifact(
     directory: Path,
     stage: str,
     made_by: str,
@@ -135,11 +135,11 @@ def open_artefact(
     options: Mapping[str, Any] | None = None,
     inputs: Mapping[str, str] | None = None,
     remove: Path | None = None,
-) -> Artefact:
-    """Opens a complete artefact whose files all have their size.
+) -> Artifact:
+    """Opens a complete artifact whose files all have their size.
 
     options, inputs: what it has to have been made with and from; keys that are not given are not compared. made_by: the
-    command that makes it; remove: what has to go before that, by default the artefact alone. Both stand in the errors.
+    command that makes it; remove: what has to go before that, by default the artifact alone. Both stand in the errors.
     """
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
@@ -159,11 +159,11 @@ def open_artefact(
             wanted,
             advice,
         )
-    return Artefact(directory, manifest).verify(checksums=False)
+    return Artifact(directory, manifest).verify(checksums=False)
 
 
-def completed(plan: Plan) -> Artefact | None:
-    """The finished artefact of a plan, None if something is left to do. Another plan's directory is refused.
+def completed(plan: Plan) -> Artifact | None:
+    """The finished artifact of a plan, None if something is left to do. Another plan's directory is refused.
 
     Files that are missing or have another size, and a damaged manifest, are something to do: run_plans makes them again.
     """
@@ -181,8 +181,8 @@ def completed(plan: Plan) -> Artefact | None:
         for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
             _refuse_difference(directory, key, found.get(key), wanted.get(key), fix)
         if name == "manifest.json":
-            artefact = Artefact(directory, found)
-            return None if artefact.damage() else artefact
+            artifact = Artifact(directory, found)
+            return None if artifact.damage() else artifact
         return None
     return None
 

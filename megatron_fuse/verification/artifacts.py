@@ -1,4 +1,4 @@
-"""The artefacts that fusion data consists of and was made from: their files, and what they say of their origin."""
+"""The artifacts that fusion data consists of and was made from: their files, and what they say of their origin."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from megatron_fuse.responses import RESPONSES
 from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
 from megatron_fuse.scoring.scores import SCORES
 from megatron_fuse.stages import Context, Key, Stage
-from megatron_fuse.storage import Artefact
-from megatron_fuse.storage.artefact import shown
+from megatron_fuse.storage import Artifact
+from megatron_fuse.storage.artifact import shown
 from megatron_fuse.storage.records import ManifestRecord, read_record
 
 Problems = Iterator[str]
@@ -24,17 +24,17 @@ DATA_STAGES = (INSTRUCTIONS, RESPONSES, SCORES, REFERENCE_SCORES, CAPTURES, TEXT
 
 @dataclass(frozen=True)
 class Expected:
-    """What an artefact has to be: options and inputs by the recipe, and the artefacts whose hashes it records, by input."""
+    """What an artifact has to be: options and inputs by the recipe, and the artifacts whose hashes it records, by input."""
 
     directory: Path
     needed: bool  # else it is looked at where it is there: a machine that trains needs no captures
     options: dict[str, Any]
     inputs: dict[str, str]
     parents: dict[str, Path]
-    mend: str
+    fix: str
 
 
-def expected_artefacts(context: Context) -> list[Expected]:
+def expected_artifacts(context: Context) -> list[Expected]:
     """All that the recipe's fusion data consists of and comes from, parents first."""
     expected = []
     for stage in DATA_STAGES:
@@ -56,40 +56,40 @@ def _expected(context: Context, stage: Stage, key: Key) -> Expected:
     )
 
 
-def open_artefacts(expected: list[Expected], problems: list[str]) -> dict[Path, Artefact]:
+def open_artifacts(expected: list[Expected], problems: list[str]) -> dict[Path, Artifact]:
     """Those that are there, by their directory, whatever state their files are in."""
-    artefacts = {}
+    artifacts = {}
     for entry in expected:
         if not (entry.directory / "manifest.json").exists():
             if entry.needed:
                 problems.append(f"{entry.directory}: missing or incomplete: run {BUILT_BY}")
             continue
         try:
-            manifest = read_record(entry.directory / "manifest.json", ManifestRecord, entry.mend).content()
+            manifest = read_record(entry.directory / "manifest.json", ManifestRecord, entry.fix).content()
         except UserError as error:
             problems.append(str(error))
         else:
-            artefacts[entry.directory] = Artefact(entry.directory, manifest)
-    return artefacts
+            artifacts[entry.directory] = Artifact(entry.directory, manifest)
+    return artifacts
 
 
-def file_problems(artefact: Artefact) -> Problems:
+def file_problems(artifact: Artifact) -> Problems:
     """Files that are missing or not what the stage wrote."""
-    for name in artefact.manifest["files"]:
+    for name in artifact.manifest["files"]:
         try:
-            artefact.checked(artefact.directory / name)
+            artifact.checked(artifact.directory / name)
         except UserError as error:
             yield str(error)
 
 
-def lineage_problems(entry: Expected, artefacts: dict[Path, Artefact]) -> Problems:
+def lineage_problems(entry: Expected, artifacts: dict[Path, Artifact]) -> Problems:
     """Options and inputs that are not the recipe's, and recorded hashes of parents that are not those that are there."""
-    manifest = artefacts[entry.directory].manifest
-    there = {key: artefacts[path].sha256 for key, path in entry.parents.items() if path in artefacts}
+    manifest = artifacts[entry.directory].manifest
+    there = {key: artifacts[path].sha256 for key, path in entry.parents.items() if path in artifacts}
     for section, wanted in {"options": entry.options, "inputs": entry.inputs | there}.items():
         for key, want in wanted.items():
             have = manifest[section].get(key)
             if have != want:
                 whose = f"{entry.parents[key]} is" if key in there else "the recipe has"
                 facts = f"{section}.{key} is {shown(have)}, {whose} {shown(want)}"
-                yield f"{entry.directory}/manifest.json: {facts}: {entry.mend}"
+                yield f"{entry.directory}/manifest.json: {facts}: {entry.fix}"
