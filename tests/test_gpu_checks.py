@@ -11,8 +11,8 @@ import pytest
 
 from megatron_fuse import gpu_checks
 from megatron_fuse.errors import UserError
-from megatron_fuse.gpu_checks import MINUTES, Check, Row, run_checks
-from megatron_fuse.gpu_checks.runner import process_context, rows_of
+from megatron_fuse.gpu_checks import MINUTES, Check, Row
+from megatron_fuse.gpu_checks.runner import process_context, rows_of, run_checks
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "tools/check_gpu.py"

@@ -35,8 +35,9 @@ def run(options: argparse.Namespace) -> int:
     with importing():
         import torch
 
-        from megatron_fuse.gpu_checks import markdown, run_checks
+        from megatron_fuse.gpu_checks import markdown
         from megatron_fuse.gpu_checks.kernel_benchmarks import require_repository
+        from megatron_fuse.gpu_checks.runner import run_checks
     require_repository()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU is visible to torch: --device cpu runs the same code at tiny sizes")

@@ -7,6 +7,5 @@ limit on time counts. directory: an empty one of its own. What it prints goes to
 from megatron_fuse.gpu_checks.catalogue import CHECKS, MINUTES, Check
 from megatron_fuse.gpu_checks.report import markdown
 from megatron_fuse.gpu_checks.rows import Row
-from megatron_fuse.gpu_checks.runner import run_checks
 
-__all__ = ["CHECKS", "MINUTES", "Check", "Row", "markdown", "run_checks"]
+__all__ = ["CHECKS", "MINUTES", "Check", "Row", "markdown"]
