@@ -114,7 +114,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path) -> None:
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     """The exit code of the command in this process, where "good" and "slow" are the checks."""
-    monkeypatch.setattr(gpu_checks, "CHECKS", (example("good"), example("slow")))
+    monkeypatch.setattr("megatron_fuse.cli.check_gpu.CHECKS", (example("good"), example("slow")))
     monkeypatch.setattr(sys, "argv", [str(COMMAND), *options])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(COMMAND), run_name="__main__")

@@ -10,9 +10,8 @@ reads the ground-truth response, mode inference the source's own. Interrupted, i
 
 import argparse
 
-from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
+from megatron_fuse.recipe import MODES, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.recipe.backends import CAPTURE_BACKENDS
-from megatron_fuse.recipe.modes import MODES
 from megatron_fuse.start import importing
 from megatron_fuse.text_safety import say
 

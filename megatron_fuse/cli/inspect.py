@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_fuse.cli.fusion_data_arguments import add_fusion_data_arguments
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe.modes import MODES
+from megatron_fuse.recipe import MODES
 from megatron_fuse.start import importing
 from megatron_fuse.text_safety import say
 

@@ -1,7 +1,4 @@
-"""The words for where answers, distributions and scores come from.
-
-hf: a model in process. openai: a server. file: what the recipe names.
-"""
+"""The words for where answers, distributions and scores come from. hf: a model in process. openai: a server. file: what the recipe names."""
 
 RESPONSE_BACKENDS = ("hf", "openai", "file")
 CAPTURE_BACKENDS = ("hf", "file")
