@@ -48,10 +48,15 @@ def _measure_load(name: str, path: Path, loads: int) -> list[Measurement]:
     if not (path / "tokenizer.json").is_file():
         return []  # transformers reads other forms by other rules
     turns = [
-        (_cpu_seconds(lambda: AutoTokenizer.from_pretrained(path)), _cpu_seconds(lambda: load_tokenizer(path)))
+        (
+            _cpu_seconds(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False)),
+            _cpu_seconds(lambda: load_tokenizer(path)),
+        )
         for _ in range(loads + 1)
     ][1:]  # the first imports what the others have
-    large = len(AutoTokenizer.from_pretrained(path)) >= 100_000  # a small one loads in hundredths of a second
+    large = (
+        len(AutoTokenizer.from_pretrained(path, trust_remote_code=False)) >= 100_000
+    )  # a small one loads in hundredths of a second
     theirs, ours = (median(seconds) for seconds in zip(*turns, strict=True))
     return [Measurement(f"load, {name} tokenizer", ours, "s", "AutoTokenizer", theirs, "ratio <= 1.5" if large else "")]
 
