@@ -1,6 +1,7 @@
 """Only what a recipe uses is planned, a source that joins later runs its own stages and no others, and a recipe with missing files
 is refused at once."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megatron_fuse.capture import capture
 from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
-from megatron_fuse.pipeline import Work, check_files, steps
+from megatron_fuse.pipeline import STAGES, Work, check_files, steps
 from megatron_fuse.pipeline.estimates import estimate_amounts
 from megatron_fuse.pipeline.plan_table import print_plan
 from megatron_fuse.recipe import Recipe
@@ -233,3 +234,11 @@ def test_a_plan_of_damaged_weights_is_a_whole_table(tmp_path: Path, parts: dict,
     states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()}
     assert states["responses/alpha"] == states["responses/beta"] == states["training"] == "refused"
     assert states["responses/gamma"] == states["export"] == "to"
+
+
+def test_the_slurm_script_runs_the_data_stages_in_their_order() -> None:
+    script = (ROOT / "examples/slurm/data_stages.sbatch").read_text()
+    looped = re.findall(r"for stage in ([\w ]+);", script)[0]
+    alone = re.findall(r"^megatron-fuse (\w+)", script, re.M)
+    data = [stage for stage in STAGES if stage not in (TRAINING, EXPORT)]
+    assert [alone[0], *looped.split(), *alone[1:]] == list(dict.fromkeys(stage.module[-1] for stage in data))
