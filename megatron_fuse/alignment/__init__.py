@@ -1,5 +1,9 @@
-"""From a source model's rows to the target model's: which row (boundaries), which tokens (vocabulary), how much mass
-(conditioning, label_mass), all of it over a whole shard at once (projection)."""
+"""Rewrites the rows of a source model as rows over the target's vocabulary.
+
+`boundaries` finds the source row for each target row, and `vocabulary` the target token for each source
+token. `conditioning` and `label_mass` compute how much mass each token gets. `projection` does all of this
+for a whole shard at once.
+"""
 
 from megatron_fuse.alignment.boundaries import align_boundaries, find_source_rows
 from megatron_fuse.alignment.projection import MATCHES, UNMATCHED, project_responses

@@ -1,4 +1,7 @@
-"""A target row that begins inside a source token: the source's distribution, given the bytes of it that are read."""
+"""The distribution of a source for a target row that begins inside a source token.
+
+It is the source's distribution under the condition that the bytes read so far are known.
+"""
 
 import numpy as np
 
@@ -8,42 +11,49 @@ from megatron_fuse.tokenization.spans import TokenSpans
 
 
 def bytes_consumed(source: SourceRows, target: TokenSpans, row: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """int64 [m]: how many bytes of the source token that it begins inside a target row has read; 0 where not `inside`.
+    """int64 [m]: how many bytes of the surrounding source token each target row has already read.
 
-    Counted in the token's own bytes: where it begins in the template's white space, that counts as read.
+    It is 0 for a row that is not `inside` a source token. The number counts the token's own bytes: if the
+    token begins in the template's white space, this white space counts as read.
     """
     consumed = source.tokenizer.byte_lengths[source.spans.tokens[row]] - (source.spans.ends[row] - target.starts)
     return np.where(inside, consumed, 0)
 
 
 def condition(entries: Entries, source: SourceRows, row: np.ndarray, consumed: np.ndarray) -> Entries:
-    """The entries, those of rows that begin inside a source token restricted to what may follow the bytes read.
+    """Restricts the entries of rows inside a source token to what may follow the bytes read. Others stay.
 
-    row, consumed [m]: of find_source_rows and bytes_consumed.
+    row, consumed [m]: results of find_source_rows and bytes_consumed.
 
-    With b the bytes that the target has read since the source last decided, the source's distribution of what comes
-    next is p(token | token begins with b) = p(token) / p(b), where p(b) adds up all tokens that begin with b. That is
-    why the mass is divided: left as it is, it would say how likely b was, which is read and no longer in question, and
-    the tail would hold the tokens that b has ruled out. p(b) is known from the stored entries only, up to the row's
-    tail: with less of it than the tail, or none, the row says nothing and loses its entries. A token equal to b belongs
-    to p(b), but what would follow it is decided at a row that the source never had: its share joins the tail.
+    Let b be the bytes that the target has read since the start of the source token. The source's distribution
+    of what comes next is
+
+        p(token | token begins with b) = p(token) / p(b)
+        p(b) = sum of p over all tokens that begin with b
+
+    The division by p(b) renormalises: b is already observed. Without it the tail would include the tokens
+    that b rules out. The stored entries give p(b) only up to the mass of the row's tail. If their part of
+    p(b) is less than the tail, or zero, the row says nothing and loses its entries. A token equal to b
+    belongs to p(b), but the source has no row for what follows it, so its share joins the tail.
     """
+    # Only the entries of rows inside a source token change. They must begin with the bytes b of this token.
     conditioned = np.flatnonzero(consumed[entries.rows])
     within = entries[conditioned]
     token = source.spans.tokens[row[within.rows]]
     begins = begin_alike(source.tokenizer, within.ids, token, consumed[within.rows])
+    # Per row: the stored part of p(b), and the tail, which may hold more tokens that begin with b.
     masses = np.exp(within.logprobs)
     known = np.bincount(within.rows, masses * begins, minlength=len(row))
     tail = 1 - np.bincount(within.rows, masses, minlength=len(row))
-    says = (known > 0) & (known >= tail)
+    is_known_enough = (known > 0) & (known >= tail)
     logprobs, keep = entries.logprobs.copy(), np.ones(len(entries.rows), bool)
-    logprobs[conditioned] -= np.log(np.where(says, known, 1.0))[within.rows]
-    keep[conditioned] = begins & says[within.rows]
+    logprobs[conditioned] -= np.log(np.where(is_known_enough, known, 1.0))[within.rows]
+    keep[conditioned] = begins & is_known_enough[within.rows]
     return Entries(entries.rows, entries.ids, logprobs)[keep]
 
 
 def begin_alike(tokenizer: Tokenizer, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """bool [n]: the bytes of ids[i] begin with the first lengths[i] bytes of tokens[i]."""
+    """bool [n]: whether the bytes of ids[i] begin with the first lengths[i] bytes of tokens[i]."""
     width = int(lengths.max(initial=0))
     table = tokenizer.byte_matrix[:, :width]
     alike = (table[ids] == table[tokens]) | (np.arange(width) >= lengths[:, None])

@@ -1,8 +1,9 @@
 """The nearest string of a vocabulary by edit distance, without comparing every pair.
 
-Levenshtein distance counts the insertions, deletions and replacements of single characters. Most strings have a nearest
-one at distance 1 or 2: these are found by equal patterns (`edit_patterns`). The others are compared with the strings that
-share enough characters: a distance is never less than the longer length minus the characters in common.
+Levenshtein distance counts the insertions, deletions and replacements of single characters. For most strings
+the nearest string is at distance 1 or 2: these are found by equal patterns (`edit_patterns`). The other
+strings are compared only with strings that have enough characters in common: a distance is never less than
+the longer length minus the number of common characters.
 """
 
 from bisect import bisect_left
@@ -17,9 +18,10 @@ from megatron_fuse.alignment.edit_patterns import LONGEST, NO_RANK, PatternIndex
 
 
 def characters(piece: bytes) -> str:
-    """The string that is compared: UTF-8 characters, and every byte that is part of none as a character of its own.
+    """The string that is compared: the UTF-8 characters of the bytes.
 
-    Equal strings have equal bytes (surrogateescape can be undone).
+    A byte that is part of no character becomes a character of its own. Equal strings have equal bytes,
+    because surrogateescape can be undone.
     """
     return piece.decode("utf-8", "surrogateescape")
 
@@ -29,13 +31,16 @@ def nearest_pieces(
 ) -> np.ndarray:
     """Per piece the index of the vocabulary's nearest piece: int64 [len(pieces)], -1 if the vocabulary is empty.
 
-    Of several at the least distance, the one that shares the longest beginning with the piece, in bytes; of those the
-    first in byte order. So the choice does not depend on the vocabulary's numbering, and a character that the
-    vocabulary lacks (at distance 1 from every other) goes to its first byte where that is a token.
+    If several are at the least distance, the one that shares the longest beginning with the piece, in bytes,
+    is taken; if several share that too, the first of them in byte order is taken. So the choice does not
+    depend on the numbering of the vocabulary. A character that the vocabulary lacks is at distance 1 from
+    every other character; it goes to its first byte if that byte is a token.
     progress is called with the number of pieces that have just been decided.
     """
     if not len(vocabulary):
         return np.full(len(pieces), -1, dtype=np.int64)
+    # From here on a piece of the vocabulary is named by its rank in byte order. The last line translates
+    # back.
     order = np.array(sorted(range(len(vocabulary)), key=vocabulary.__getitem__))
     search = _Search([vocabulary[index] for index in order])
     ranks = np.full(len(pieces), -1, dtype=np.int64)
@@ -50,15 +55,19 @@ def nearest_pieces(
 
 
 def _look_ups(pieces: Sequence[bytes], places: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """The places of pieces with one number of characters, as many as one look-up takes; none of the longest ones."""
+    """Groups of places of pieces, as many as one look-up takes. All pieces of a group have the same length.
+
+    Pieces longer than `LONGEST` are left out.
+    """
     for length, chosen in _by_length([characters(pieces[place]) for place in places]).items():
-        if length <= min(LONGEST[: distance + 1]):  # looked up at every smaller distance too, without a find
+        # A look-up at this distance expects that the smaller distances were searched without success.
+        if length <= min(LONGEST[: distance + 1]):
             step = queries_at_once(length, distance)
             yield from (places[chosen[begin : begin + step]] for begin in range(0, len(chosen), step))
 
 
 def _by_length(texts: Sequence[str]) -> dict[int, np.ndarray]:
-    """Length -> the places of the texts that have it, ascending."""
+    """Length -> the places of the texts of this length, ascending."""
     lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
     return {int(length): np.flatnonzero(lengths == length) for length in np.unique(lengths)}
 
@@ -74,31 +83,39 @@ class _Search:
     def at_distance(self, distance: int, pieces: list[bytes]) -> np.ndarray:
         """Per piece the rank of the nearest one, -1 if it is farther than `distance`: int64 [n].
 
-        All pieces have one number of characters, and nothing in the vocabulary is nearer to them than `distance`.
+        All pieces have the same number of characters, and nothing in the vocabulary is nearer to them than
+        `distance`.
         """
         texts = [characters(piece) for piece in pieces]
         neighbours = self._patterns.neighbours(texts, len(texts[0]), distance)
-        own = np.fromiter((bisect_left(self._ranked, piece) for piece in pieces), np.int64, len(pieces))
-        beside = zip(pieces, neighbours.last_before(own).tolist(), neighbours.first_from(own).tolist(), strict=True)
+        # The neighbours that share the longest beginning with a piece stand directly beside it in byte order.
+        # They say at which rank the strings with that beginning start; the first neighbour from there on is
+        # the choice.
+        own_ranks = np.fromiter((bisect_left(self._ranked, piece) for piece in pieces), np.int64, len(pieces))
+        beside = zip(
+            pieces, neighbours.last_before(own_ranks).tolist(), neighbours.first_from(own_ranks).tolist(), strict=True
+        )
         lowest = [self._most_alike(piece, [rank for rank in ranks if 0 <= rank < NO_RANK]) for piece, *ranks in beside]
         ranks = neighbours.first_from(np.array(lowest, np.int64))
         ranks[ranks == NO_RANK] = -1
         for place in np.flatnonzero(ranks >= 0):
-            if Levenshtein.distance(texts[place], self._candidates[ranks[place]]) != distance:  # equal hashes by chance
+            # Two different patterns may have equal hashes by chance.
+            if Levenshtein.distance(texts[place], self._candidates[ranks[place]]) != distance:
                 ranks[place] = self.by_comparing(pieces[place])
         return ranks
 
     def by_comparing(self, piece: bytes) -> int:
         """The rank of the nearest one, however far it is."""
         ranks = self._characters.least_distant(characters(piece))
-        own = np.searchsorted(ranks, bisect_left(self._ranked, piece))
-        lowest = self._most_alike(piece, ranks[max(own - 1, 0) : own + 1].tolist())
+        own_place = np.searchsorted(ranks, bisect_left(self._ranked, piece))
+        lowest = self._most_alike(piece, ranks[max(own_place - 1, 0) : own_place + 1].tolist())
         return int(ranks[np.searchsorted(ranks, lowest)])
 
     def _most_alike(self, piece: bytes, beside: list[int]) -> int:
-        """The first rank of any piece that begins like the piece as far as one of these does.
+        """The first rank of the strings that share the longest beginning with the piece.
 
-        In byte order, a longest common beginning is found beside the place where the piece itself would stand.
+        beside: ranks of the strings directly before and after the place of the piece in byte order. One of
+        them has the longest common beginning.
         """
         shared = max((_shared_beginning(piece, self._ranked[rank]) for rank in beside), default=0)
         return bisect_left(self._ranked, piece[:shared])
@@ -109,7 +126,7 @@ class _Search:
 
 
 class _SharedCharacters:
-    """For each character, and for each time that a string has it, the ranks of the strings that have it so often."""
+    """Per character and n = 0, 1 ...: the ranks of the strings that hold the character more than n times."""
 
     def __init__(self, candidates: list[str]) -> None:
         self._candidates = candidates
@@ -121,22 +138,24 @@ class _SharedCharacters:
         order = np.argsort(every, kind="stable")
         self._ranks = np.concatenate(owners)[order]
         known, begins = np.unique(every[order], return_index=True)
-        self._known = np.append(known, np.iinfo(np.int64).max)  # behind all that can be asked for
+        self._known = np.append(known, np.iinfo(np.int64).max)  # after every key that can be looked up
         self._begins = np.append(begins, len(order))
 
     def least_distant(self, text: str) -> np.ndarray:
         """The ranks, ascending, of all candidates at the least distance."""
+        # A bound is the least possible distance of a candidate. Candidates are compared by rising bound,
+        # until the bound exceeds the best distance so far.
         bounds = np.maximum(self._lengths, len(text)) - self._in_common(text)
-        best, bound, found = int(bounds.max()) + len(text), int(bounds.min()), []
+        best, bound, compared = int(bounds.max()) + len(text), int(bounds.min()), []
         while bound <= best:
             ranks = np.flatnonzero(bounds == bound)
             if len(ranks):
                 near = [self._candidates[rank] for rank in ranks]
                 distances = cdist([text], near, scorer=Levenshtein.distance, score_cutoff=best)[0]
-                best = min(best, int(distances.min()))  # whatever lies beyond the cutoff is given as cutoff + 1
-                found.append((ranks, distances))
+                best = min(best, int(distances.min()))  # beyond the cutoff, cdist gives cutoff + 1
+                compared.append((ranks, distances))
             bound += 1
-        ranks, distances = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        ranks, distances = (np.concatenate(arrays) for arrays in zip(*compared, strict=True))
         return np.sort(ranks[distances == best])
 
     def _in_common(self, text: str) -> np.ndarray:
@@ -149,7 +168,10 @@ class _SharedCharacters:
 
 
 def _counted_characters(texts: list[str], length: int) -> np.ndarray:
-    """Code point and how many of it are before, as one number, of all characters of texts of one length: int64 [n * length]."""
+    """One number per character of n texts of this length: code point << 32 | number of equal ones before it.
+
+    Returns int64 [n * length].
+    """
     codes = np.sort(code_points(texts, length).astype(np.int64), axis=1)
     places = np.arange(length)
     first = np.ones(codes.shape, bool)

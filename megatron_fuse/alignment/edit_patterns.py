@@ -1,10 +1,11 @@
 """Strings at an edit distance of 0 to 3, found by equal patterns instead of pair by pair.
 
-Edits that turn one string into another delete some of its characters, insert some of the other's and replace the rest.
-Leave out what is deleted in the one and what is inserted in the other, put a wildcard for what is replaced: both have
-become one pattern. So two strings are at distance <= d if they share a pattern of d edits (a deletion neighbourhood, as in
-FastSS and SymSpell, with wildcards), and strings that share one are found by sorting. A pattern is kept as a hash of 64
-bits: two that differ may share it, which the caller has to check.
+Edits turn one string into another: they delete, insert and replace characters. Remove the deleted characters
+from the first string and the inserted ones from the second, and put a wildcard for each replaced character:
+both strings are now the same pattern. So two strings are at distance <= d if they share a pattern of d edits
+(a deletion neighbourhood, as in FastSS and SymSpell, with wildcards). Sorting finds the strings that share a
+pattern. A pattern is stored as a hash of 64 bits. Two different patterns may have the same hash: the caller
+must check this.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,26 +17,30 @@ from math import comb
 import numpy as np
 
 LONGEST = (1000, 1000, 40, 16)
-"""How many characters a string may have that is looked up at distance 0, 1, 2, 3: its patterns grow by length ** distance."""
+"""The most characters of a string that is looked up at distance 0, 1, 2, 3.
+
+A string has about length ** distance patterns."""
 NO_RANK = np.int64(2**31 - 1)
-_QUERY_KEYS, _BLOCK_KEYS = (
-    1 << 21,
-    1 << 16,
-)  # of one look-up: 16 MB; of one step over the vocabulary: what a cache holds
+# Keys of one look-up: 16 MB. Keys of one step over the vocabulary: as many as a CPU cache holds.
+_QUERY_KEYS, _BLOCK_KEYS = 1 << 21, 1 << 16
 _RANK_BITS = 31
-_BASE, _WILDCARD = np.uint64(0xD6E8FEB86659FD93), np.uint64(0x9E3779B97F4A7C15)  # odd; any
+# The base of the hash must be odd, so that no power of it is 0 modulo 2^64; the wildcard may be any number.
+_BASE, _WILDCARD = np.uint64(0xD6E8FEB86659FD93), np.uint64(0x9E3779B97F4A7C15)
 
 
 def code_points(texts: Sequence[str], length: int) -> np.ndarray:
-    """uint32 [n, length] of n texts of this length; lone surrogates are such points too."""
+    """uint32 [n, length] of n texts of this length. A lone surrogate counts as a code point too."""
     return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).reshape(len(texts), length)
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Per query, the ranks of all strings of the vocabulary that share a pattern with it, as the groups that share one.
+    """Per query the ranks of all strings of the vocabulary that share a pattern with it.
 
-    queries, groups int64 [h]: the query and one of its groups; places int64 [p], ascending: group and rank of each member.
+    The strings that share one pattern are a group.
+
+    queries, groups int64 [h]: the query and one of its groups. places int64 [p], ascending: group << 31 |
+    rank of each member.
     """
 
     queries: np.ndarray
@@ -44,19 +49,19 @@ class Neighbours:
 
     def first_from(self, ranks: np.ndarray) -> np.ndarray:
         """Per query the first of its ranks that is at least `ranks` [n], or NO_RANK: int64 [n]."""
-        found = np.full(len(ranks), NO_RANK)
+        best = np.full(len(ranks), NO_RANK)
         at = np.searchsorted(self.places, self._places(ranks))
         known = np.flatnonzero(at < len(self.places))
-        self._keep(np.minimum, found, known, at[known])
-        return found
+        self._keep(np.minimum, best, known, at[known])
+        return best
 
     def last_before(self, ranks: np.ndarray) -> np.ndarray:
         """Per query the last of its ranks that is less than `ranks` [n], or -1: int64 [n]."""
-        found = np.full(len(ranks), np.int64(-1))
+        best = np.full(len(ranks), np.int64(-1))
         at = np.searchsorted(self.places, self._places(ranks)) - 1
         known = np.flatnonzero(at >= 0)
-        self._keep(np.maximum, found, known, at[known])
-        return found
+        self._keep(np.maximum, best, known, at[known])
+        return best
 
     def _places(self, ranks: np.ndarray) -> np.ndarray:
         return self.groups << _RANK_BITS | ranks[self.queries]
@@ -81,16 +86,21 @@ class PatternIndex:
             )
 
     def neighbours(self, texts: Sequence[str], length: int, distance: int) -> Neighbours:
-        """Of texts of this length, with all that is at most `distance` edits away, and rarely something else."""
+        """The neighbours of texts of this length: all strings at most `distance` edits away.
+
+        Rarely a string that is farther away is among them, if two patterns have the same hash.
+        """
         prefixes = _prefix_hashes(code_points(texts, length))
         queries, groups, places, known = [], [], [], 0
         for deleted, inserted, replaced in _edits(distance):
             bucket = self._buckets.get(length - deleted + inserted)
             if bucket is None or deleted + replaced > length:
                 continue
+            # Groups are numbered over all kinds of edits: `known` groups come from the kinds before this one.
             keys = np.concatenate(list(_patterns(prefixes, deleted, replaced)))  # [patterns, n]
             unique, group = np.unique(keys, return_inverse=True)
             members = _members(unique, *bucket, inserted, replaced)
+            # Only groups with a member of the vocabulary are stored.
             met = np.zeros(len(unique), bool)
             met[members >> _RANK_BITS] = True
             pattern, query = np.nonzero(met[group.reshape(keys.shape)])
@@ -110,20 +120,24 @@ def queries_at_once(length: int, distance: int) -> int:
 
 
 def _edits(distance: int) -> Iterator[tuple[int, int, int]]:
-    """(deleted, inserted, replaced): all that add up to the distance."""
+    """All (deleted, inserted, replaced) with this sum."""
     for deleted in range(distance + 1):
         for inserted in range(distance + 1 - deleted):
             yield deleted, inserted, distance - deleted - inserted
 
 
 def _members(keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted: int, replaced: int) -> np.ndarray:
-    """int64, ascending: place in `keys` (ascending) and rank of all strings of one length with such a pattern."""
+    """The strings of one length that have one of these patterns: int64, place in `keys` << 31 | rank,
+    ascending.
+
+    keys uint64, ascending. ranks [n] and prefixes [length + 1, n]: of the strings.
+    """
+    # `begins` marks the first bits of the keys. Most patterns of the vocabulary are not marked, which saves
+    # the binary search below for them.
     bits = np.uint64(64 - max(len(keys) - 1, 1).bit_length() - 4)
-    begins = np.zeros(
-        1 << int(64 - bits), bool
-    )  # of hashes that are looked for; most of the vocabulary's are not among them
+    begins = np.zeros(1 << int(64 - bits), bool)
     begins[keys >> bits] = True
-    found = []
+    members = []
     for begin in range(0, len(ranks), _BLOCK_KEYS):
         block = ranks[begin : begin + _BLOCK_KEYS]
         for patterns in _patterns(prefixes[:, begin : begin + _BLOCK_KEYS], inserted, replaced):
@@ -131,8 +145,8 @@ def _members(keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted
             likely = patterns[pattern, string]
             place = np.minimum(np.searchsorted(keys, likely), len(keys) - 1)
             equal = keys[place] == likely
-            found.append(place[equal] << _RANK_BITS | block[string[equal]])
-    return np.sort(np.concatenate(found))
+            members.append(place[equal] << _RANK_BITS | block[string[equal]])
+    return np.sort(np.concatenate(members))
 
 
 def _prefix_hashes(codes: np.ndarray) -> np.ndarray:
@@ -144,7 +158,7 @@ def _prefix_hashes(codes: np.ndarray) -> np.ndarray:
 
 
 def _mixed(codes: np.ndarray) -> np.ndarray:
-    """SplitMix64: neighbouring code points are far from each other."""
+    """SplitMix64: it puts neighbouring code points far from each other."""
     mixed = codes.astype(np.uint64) * _WILDCARD
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -152,7 +166,10 @@ def _mixed(codes: np.ndarray) -> np.ndarray:
 
 
 def _patterns(prefixes: np.ndarray, left_out: int, wild: int) -> Iterator[np.ndarray]:
-    """Hashes of the strings' patterns, some at a time: uint64 [c, n] of prefix hashes [length + 1, n]."""
+    """Hashes of the patterns of n strings, in blocks: uint64 [c, n] of prefix hashes [length + 1, n].
+
+    left_out, wild: how many characters a pattern leaves out, and how many it replaces by a wildcard.
+    """
     length, count = prefixes.shape[0] - 1, prefixes.shape[1]
     places, wildcard = _places(length, left_out, wild)
     powers = np.cumprod(np.concatenate([np.ones(1, np.uint64), np.full(length, _BASE)]))
@@ -160,7 +177,10 @@ def _patterns(prefixes: np.ndarray, left_out: int, wild: int) -> Iterator[np.nda
     for begin in range(0, len(places), step):
         edits = range(left_out + wild)
         hashes, behind = np.zeros(1, np.uint64), np.zeros(len(places[begin : begin + step]), np.int64)
-        for edit in edits:  # the characters between two edits are taken over as a whole
+        # h(a + b) = h(a) * base ** len(b) + h(b). So the characters between two edits are added as a whole,
+        # by the difference of two prefix hashes, and each wildcard as one character. `behind` is the end of
+        # the last edit.
+        for edit in edits:
             at, kept = places[begin : begin + step, edit], wildcard[begin : begin + step, edit]
             hashes = (hashes - prefixes[behind]) * powers[at - behind, None] + prefixes[at]
             hashes = (
@@ -172,7 +192,11 @@ def _patterns(prefixes: np.ndarray, left_out: int, wild: int) -> Iterator[np.nda
 
 @cache
 def _places(length: int, left_out: int, wild: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where a string is edited, int64 [c, edits], ascending in each row, and which of the edits are wildcards: bool."""
+    """All ways to place the edits in a string of this length.
+
+    Returns the places int64 [c, edits], ascending in each row, and bool [c, edits]: whether the edit is a
+    wildcard.
+    """
     edits = left_out + wild
     places = list(combinations(range(length), edits))
     wildcards = [[edit in chosen for edit in range(edits)] for chosen in combinations(range(edits), wild)]

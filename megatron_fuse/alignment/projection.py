@@ -1,6 +1,7 @@
-"""A source's rows over its own tokens and vocabulary, rewritten as rows over the target's.
+"""Rewrites a source's rows, over its own tokens and vocabulary, as rows over those of the target.
 
-Mass is conserved: entries that meet on one target token add up, what cannot be mapped joins the tail.
+Mass is conserved: entries that go to the same target token add up, and mass that cannot be mapped joins the
+tail.
 """
 
 from dataclasses import replace
@@ -16,48 +17,62 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
 UNMATCHED = ("skip", "condition", "onehot")
-"""What may be done with a target row that begins inside a source token. `skip` leaves it to cross-entropy; `condition`
-takes the source's entries that go on from the bytes read; `onehot` puts all mass on the label, the token that the row
-predicts. (It is prior work's fallback; FuseLLM's own puts the mass on the row's INPUT token, one too early, and
-so teaches to repeat it.)"""
+"""The ways to treat a target row that begins inside a source token.
+
+`skip` leaves the row to cross-entropy. `condition` takes the source's entries that continue the bytes read.
+`onehot` puts all mass on the label, the token that the row predicts. (`onehot` is the fallback of prior work.
+FuseLLM's own code puts the mass on the row's INPUT token, one too early, and so teaches the model to repeat
+it.)"""
 
 MATCHES = ("skip", "exact", "condition", "onehot")
-"""How a target row came by its entries; the stored code is the place in this list."""
+"""How a target row got its entries. The stored code is the place in this list."""
 
 
 def project_responses(
     source: SourceRows, target: TokenSpans, vocabulary_map: VocabularyMap, *, unmatched: str
 ) -> tuple[Rows, np.ndarray, np.ndarray]:
-    """The target's rows, m of them; how each was aligned: uint8 [m], place in MATCHES; and bool [m]: whether the label's own
-    mass (`label_mass`) is in it.
+    """Projects the source's rows on m target rows.
 
-    source and target cut the same bytes, of one response or of all that a shard holds on end; either may lack some of
-    the turns. Entries of one row have different ids and stand by falling log-probability, equal ones as they were captured;
-    a row may have one more than its source's, the label's own. A row whose mass has all gone to the tail says nothing: it
-    is a `skip` too. `condition` needs a map with remainders. The label's own mass goes with a map of kind `exact`: the
-    others are prior work's, which has none.
-    Raises UserError for a name of `unmatched` that is not known.
+    Returns the target's rows; uint8 [m]: how each row was aligned, as a place in MATCHES; and bool [m]:
+    whether the row contains the label's own mass (`label_mass`).
+
+    source and target are two tokenizations of the same bytes: of one response, or of all responses of a
+    shard, concatenated. Either may lack some of the turns. The entries of a row have different ids and are
+    sorted by falling log-probability; equal ones keep the order of the capture. A row may have one entry more
+    than the source's row: the label's own. If all mass of a row has gone to the tail, the row says nothing
+    and counts as `skip`. `condition` needs a map with remainders. The label's own mass is computed only for a
+    map of kind `exact`: the other kinds follow prior work, which does not have it.
+    Raises UserError if `unmatched` is not one of UNMATCHED.
     """
     if unmatched not in UNMATCHED:
         raise UserError(f"alignment.unmatched: {unmatched!r} is not one of {', '.join(UNMATCHED)}")
     if not len(source.spans):
         nothing = Rows(np.zeros(len(target), np.uint8), np.zeros(0, np.int32), np.zeros(0, np.float32))
         return nothing, np.zeros(len(target), np.uint8), np.zeros(len(target), bool)
+    # 1. Find the source row of each target row. `taken` is -1 for rows that take no entries of the source.
     source = replace(source, rows=source.rows.below(source.tokenizer.vocab_size))
     row, inside = find_source_rows(source.spans, target)
     taken = row if unmatched == "condition" else np.where(inside, -1, row)
+    # 2. Take the entries, still source tokens. Rows inside a source token are conditioned on the bytes read.
     entries = source.rows.taken(taken)
     consumed = np.zeros(len(target), np.int64)
     if unmatched == "condition":
         consumed = bytes_consumed(source, target, row, inside)
         entries = condition(entries, source, row, consumed)
+    # 3. Split off the label's own mass. This comes after conditioning, because it takes its share of the
+    # conditional probability, and before the mapping, because it looks for the source token s1.
     own_mass = label_mass(source, target, taken, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
-    logprobs, own = own_mass.split(entries, len(target))
-    corrected = own > -np.inf
+    logprobs, label_logprobs = own_mass.split(entries, len(target))
+    corrected = label_logprobs > -np.inf
     if unmatched == "onehot":
-        own[inside] = 0.0
+        label_logprobs[inside] = 0.0
+
+    # equal.
+    # 4. Replace source tokens by target tokens, add the labels, and add up the entries that are now equal.
     mapped = _target_tokens(entries, source, target, row, consumed, vocabulary_map)
-    projected = merge_entries(_with_labels(Entries(entries.rows, mapped, logprobs), own, target), len(target))
+    projected = merge_entries(
+        _with_labels(Entries(entries.rows, mapped, logprobs), label_logprobs, target), len(target)
+    )
     how = np.where(inside, MATCHES.index(unmatched), MATCHES.index("exact"))
     return projected, np.where(projected.counts > 0, how, MATCHES.index("skip")).astype(np.uint8), corrected
 
@@ -70,8 +85,13 @@ def _target_tokens(
     consumed: np.ndarray,
     vocabulary_map: VocabularyMap,
 ) -> np.ndarray:
-    """int32 [e]: the target token of every entry, of what is left of it where bytes of it are read; -1 = none."""
+    """int32 [e]: the target token of every entry, -1 = none.
+
+    If some bytes of the entry are already read, only the rest of them is mapped.
+    """
     tables = vocabulary_map.table()
+    # `leads` is the row of VocabularyMap.table: white space of a template before the target's token, the
+    # source's, both.
     leads = target.has(SpanFlag.LEADING) + 2 * source.spans.has(SpanFlag.LEADING)[row]
     mapped = tables[0, entries.ids]
     led = np.flatnonzero(leads[entries.rows])
@@ -83,7 +103,10 @@ def _target_tokens(
 
 
 def _with_labels(entries: Entries, own: np.ndarray, target: TokenSpans) -> Entries:
-    """The entries of target tokens, and behind those of a row the label's own (log-probability [m], -inf = none)."""
+    """The entries of target tokens; after those of each row, the label's own entry is added.
+
+    own [m]: the label's log-probability, -inf = none.
+    """
     rows = np.flatnonzero(own > -np.inf)
     places = np.searchsorted(entries.rows, rows, side="right")
     return Entries(

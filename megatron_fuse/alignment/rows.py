@@ -1,4 +1,4 @@
-"""Sparse distributions, row after row, and their entries as flat arrays.
+"""Sparse distributions in rows, and their entries as flat arrays.
 
 Legend: r source rows, m target rows, e entries of all rows.
 """
@@ -13,7 +13,7 @@ from megatron_fuse.tokenization.spans import TokenSpans
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """rows int64 [e]: the target row that each belongs to, not decreasing; ids int32 [e]; logprobs float64 [e]."""
+    """rows int64 [e]: the target row of each entry, not decreasing; ids int32 [e]; logprobs float64 [e]."""
 
     rows: np.ndarray
     ids: np.ndarray
@@ -25,8 +25,11 @@ class Entries:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Ragged sparse distributions: counts uint8 [r]; ids int32 [e]; logprobs float32 [e], natural, at the KL
-    temperature; e = counts.sum(), row after row. The tail, 1 - the stored mass, is never stored."""
+    """Ragged sparse distributions, concatenated row after row.
+
+    counts uint8 [r]: entries per row. ids int32 [e]. logprobs float32 [e]: natural logarithms, at the
+    temperature of the KL. e = counts.sum(). The tail, 1 - the stored mass, is never stored.
+    """
 
     counts: np.ndarray
     ids: np.ndarray
@@ -40,12 +43,15 @@ class Rows:
             raise ValueError("a log-probability is NaN")
 
     def kept(self) -> np.ndarray:
-        """float64 [r]: stored mass of every row."""
+        """float64 [r]: the stored mass of every row."""
         rows = np.repeat(np.arange(len(self.counts)), self.counts)
         return np.bincount(rows, np.exp(self.logprobs.astype(np.float64)), minlength=len(self.counts))
 
     def below(self, vocab_size: int) -> "Rows":
-        """Without entries of padded logits columns, which no tokenizer knows: their mass joins the tail."""
+        """The rows without entries of padded logits columns, which no tokenizer knows.
+
+        The mass of these entries joins the tail.
+        """
         known = self.ids < vocab_size
         if known.all():
             return self
@@ -54,22 +60,24 @@ class Rows:
         return Rows(counts, self.ids[known], self.logprobs[known])
 
     def taken(self, row: np.ndarray) -> Entries:
-        """The entries of row[i] as those of row i, i < m; -1 takes none."""
+        """The entries of m rows: row i gets those of row[i], or none if row[i] is -1. row int [m]."""
         places = np.flatnonzero(row >= 0)
         chosen = row[places]
         sizes = self.counts[chosen].astype(np.int64)
-        before = np.cumsum(self.counts, dtype=np.int64)[chosen] - np.cumsum(sizes)  # offset there less offset here
+        # `before` is where a row's entries end here minus where they end in the result. Added to the place of
+        # an entry in the result, it gives the entry's place here.
+        before = np.cumsum(self.counts, dtype=np.int64)[chosen] - np.cumsum(sizes)
         entries = np.repeat(before, sizes) + np.arange(sizes.sum())
         return Entries(np.repeat(places, sizes), self.ids[entries], self.logprobs[entries].astype(np.float64))
 
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    """What a capture knows of one source at the rows of its responses; r rows.
+    """What a capture knows of one source at the r rows of its responses.
 
-    spans: the tokens that came; rows: the distributions at `temperature`; token_logprobs float [r]: log p_1 of the
-    token that came; logsumexp, logsumexp_temperature float [r]: at T=1 and at `temperature`, relative to the row's
-    largest logit.
+    spans: the tokens of the text. rows: the distributions at `temperature`. token_logprobs float [r]: log p_1
+    of the text's token. logsumexp, logsumexp_temperature float [r]: at T=1 and at `temperature`, relative to
+    the row's largest logit.
     """
 
     tokenizer: Tokenizer
@@ -92,23 +100,26 @@ class SourceRows:
                 raise ValueError(f"{len(self.spans)} spans, but {length} {name}")
 
     def tempered_token_logprobs(self, row: np.ndarray) -> np.ndarray:
-        """float64: log p_T of the tokens that came at these rows, stored or not."""
+        """float64: log p_T of the text's tokens at these rows, whether they are stored or not."""
+        # log p_1 = z - logsumexp(z) and log p_T = z / T - logsumexp(z / T), with logits z.
         logits = self.token_logprobs[row].astype(np.float64) + self.logsumexp[row]
         return logits / self.temperature - self.logsumexp_temperature[row]
 
     def untempered(self, logprobs: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """log p_1 of entries whose log p_T at these rows is given."""
+        """log p_1 of entries, of their log p_T at these rows."""
         return self.temperature * (logprobs + self.logsumexp_temperature[row]) - self.logsumexp[row]
 
 
 def merge_entries(entries: Entries, count: int) -> Rows:
-    """`count` rows: entries of equal row and id added up in fp64, without id -1 and without entries of no mass.
+    """Makes `count` rows of the entries. Entries of equal row and id are added up in fp64.
 
-    Entries of a row stand by falling log-probability, equal ones in the order in which they came: a row in which
-    nothing meets and nothing is out of order comes back bit for bit, whatever the ids are called.
+    Entries with id -1 or without mass are left out. The entries of a row are sorted by falling
+    log-probability; equal ones keep their order. So a row without equal ids that is already sorted stays the
+    same bit for bit, whatever its ids are.
+    Raises ValueError if a row has more than 255 entries.
     """
-    some = (entries.ids >= 0) & (entries.logprobs > -np.inf)
-    entries = _fall(_add_up(entries if some.all() else entries[some]))
+    has_mass = (entries.ids >= 0) & (entries.logprobs > -np.inf)
+    entries = _fall(_add_up(entries if has_mass.all() else entries[has_mass]))
     counts = np.bincount(entries.rows, minlength=count)
     if counts.max(initial=0) > 255:
         raise ValueError(f"a row has {counts.max()} entries, more than 255")
@@ -116,10 +127,11 @@ def merge_entries(entries: Entries, count: int) -> Rows:
 
 
 def _add_up(entries: Entries) -> Entries:
-    """Entries that meet become one, in the place of the first of them."""
+    """Entries of equal row and id become one, in the place of the first of them."""
     key = entries.rows * (int(entries.ids.max(initial=0)) + 1) + entries.ids
     order = np.argsort(key, kind="stable")
     key = key[order]
+    # The sort is stable, so the first entry of a group of equal keys is also the first in the row.
     again = np.flatnonzero(key[1:] == key[:-1]) + 1  # in this order, equal to the one before
     if not len(again):
         return entries
@@ -131,7 +143,7 @@ def _add_up(entries: Entries) -> Entries:
 
 
 def _fall(entries: Entries) -> Entries:
-    """Sorts the rows that are out of order; few are, since captured rows fall."""
+    """Sorts the rows that are out of order. They are few: captured rows are sorted already."""
     rises = np.flatnonzero((entries.logprobs[1:] > entries.logprobs[:-1]) & (entries.rows[1:] == entries.rows[:-1]))
     if not len(rises):
         return entries

@@ -1,4 +1,4 @@
-"""Mapping statistics: how often each target token is met where each source token is, in real text."""
+"""Mapping statistics: how often a target token and a source token begin at the same byte of real text."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +13,11 @@ NOT_COUNTED = SpanFlag.LEADING | SpanFlag.STOP
 
 @dataclass(frozen=True, eq=False)
 class PairCounts:
-    """n different pairs, by rising source token, then target token: source, target int32 [n]; counts int64 [n], >= 1.
+    """How often each of n different pairs of tokens occurs.
 
-    Memory grows with the different pairs (some 100 thousand in a large corpus), not with the texts.
+    source, target int32 [n]: the pairs, sorted by source token, then target token. counts int64 [n], >= 1.
+    Memory grows with the number of different pairs (about 100 thousand in a large corpus), not with the
+    texts.
     """
 
     source: np.ndarray
@@ -26,9 +28,9 @@ class PairCounts:
     def of(cls, source: TokenSpans, target: TokenSpans) -> "PairCounts":
         """The pairs of two tokenizations of the same bytes (`response_bytes`, of one response or of a whole shard).
 
-        A pair is met where `find_source_rows` has a source row for a target row and both tokens begin at the same byte.
-        Not counted: stop tokens (they are paired by role), tokens that begin in a template's white space (a map has
-        tables of their own for them).
+        A pair counts if `find_source_rows` has a source row for a target row and both tokens begin at the
+        same byte. Two kinds of tokens are not counted: stop tokens, because they are paired by role, and
+        tokens that begin in a template's white space, because a map has separate tables for them.
         """
         row, inside = find_source_rows(source, target)
         counted = (row >= 0) & ~inside & ~target.has(NOT_COUNTED)
@@ -46,13 +48,15 @@ class PairCounts:
     def most_frequent(self, otherwise: np.ndarray) -> np.ndarray:
         """Per source token the target token most often met with it: int32 [Vs].
 
-        otherwise int32 [Vs]: the choice where the token was never met, or met equally often with several.
+        otherwise int32 [Vs]: the choice if the source token occurs in no pair, or equally often with several
+        tokens.
         """
         chosen = otherwise.astype(np.int32)
         tokens, begins = np.unique(self.source, return_index=True)
         if not len(tokens):
             return chosen
         group = np.repeat(np.arange(len(tokens)), np.diff(begins, append=len(self.source)))
+        # `alone` drops source tokens whose highest count belongs to more than one target token.
         most = self.counts == np.maximum.reduceat(self.counts, begins)[group]
         alone = most & (np.add.reduceat(most.astype(np.int64), begins)[group] == 1)
         chosen[self.source[alone]] = self.target[alone]
@@ -67,7 +71,7 @@ class PairCounts:
 
 
 def count_pairs(shards: Iterable[tuple[TokenSpans, TokenSpans]]) -> PairCounts:
-    """The pairs of all shards, (source, target) of each, one shard in memory at a time."""
+    """The pairs of all shards. shards gives (source, target) of each; one shard is in memory at a time."""
     nothing = np.zeros(0, dtype=np.int32)
     total = PairCounts(nothing, nothing, nothing.astype(np.int64))
     for source, target in shards:

@@ -1,4 +1,4 @@
-"""Which token of the target stands for a string of bytes: the three rules that vocabulary maps are made of."""
+"""Which token of the target stands for a string of bytes: the three rules that vocabulary maps use."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ from megatron_fuse.tokenization import Tokenizer
 
 
 class TargetTokens:
-    """The target's tokens by their bytes, without the special ones and the stop token.
+    """The target's tokens by their bytes, without special tokens and the stop token.
 
-    A rule takes many strings, none of them empty, and gives an id or -1 for each.
+    A rule takes a list of strings that are not empty, and gives an id or -1 for each.
     """
 
     def __init__(self, target: Tokenizer, stop: int) -> None:
@@ -23,11 +23,13 @@ class TargetTokens:
                 doubles.add(piece)
             else:
                 by_bytes[piece] = token
-        for piece in doubles:  # a letter and its byte token, say: take the one that the target itself would write
+        # Several tokens may have equal bytes, for example a letter and its byte token. The one that the
+        # target itself would write is taken.
+        for piece in doubles:
             text = _text(piece)
-            own = target.encode_continuation(text) if text is not None else []
-            if len(own) == 1 and target.token_bytes[own[0]] == piece:
-                by_bytes[piece] = own[0]
+            written = target.encode_continuation(text) if text is not None else []
+            if len(written) == 1 and target.token_bytes[written[0]] == piece:
+                by_bytes[piece] = written[0]
         self._by_bytes = by_bytes
         self._longest = max(map(len, by_bytes), default=0)
 
@@ -37,32 +39,32 @@ class TargetTokens:
         return [known.get(piece, -1) for piece in pieces]
 
     def first(self, pieces: Sequence[bytes]) -> list[int]:
-        """The token of exactly these bytes, else the first piece of the target's own tokenization of them.
+        """The token of exactly these bytes, else the first token of the target's own tokenization of them.
 
-        Of bytes that are no UTF-8, or that the target would write otherwise (normalised, say): the longest token that
-        they begin with.
+        If the bytes are not UTF-8, or the target would write other bytes (after normalisation, for example),
+        it is the longest token that the bytes begin with.
         """
-        found = self.equal(pieces)
-        rest = [place for place, token in enumerate(found) if token < 0]
+        chosen = self.equal(pieces)
+        rest = [place for place, token in enumerate(chosen) if token < 0]
         texts = {place: text for place in rest if (text := _text(pieces[place])) is not None}
         if texts:
-            for place, own in zip(texts, self._target.encode_continuations(list(texts.values())), strict=True):
-                if own and self._begins(own[0], pieces[place]):
-                    found[place] = own[0]
+            for place, written in zip(texts, self._target.encode_continuations(list(texts.values())), strict=True):
+                if written and self._begins(written[0], pieces[place]):
+                    chosen[place] = written[0]
         for place in rest:
-            if found[place] < 0:
-                found[place] = self._longest_beginning(pieces[place])
-        return found
+            if chosen[place] < 0:
+                chosen[place] = self._longest_beginning(pieces[place])
+        return chosen
 
     def nearest(self, pieces: Sequence[bytes]) -> list[int]:
         """The token of exactly these bytes, else the one at the least edit distance."""
-        found = self.equal(pieces)
-        rest = [place for place, token in enumerate(found) if token < 0]
+        chosen = self.equal(pieces)
+        rest = [place for place, token in enumerate(chosen) if token < 0]
         vocabulary = list(self._by_bytes)
         nearest = nearest_pieces([pieces[place] for place in rest], vocabulary).tolist()
         for place, index in zip(rest, nearest, strict=True):
-            found[place] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
-        return found
+            chosen[place] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
+        return chosen
 
     def _begins(self, token: int, piece: bytes) -> bool:
         written = self._target.token_bytes[token]

@@ -7,18 +7,22 @@
 | `mined` | the target token of equal bytes, else the one at the least edit distance |
 | `ms` | the target token of equal bytes, else the one most often met with it in real text, else as `exact` |
 
-By role, in all kinds: the source's stop token goes to the target's, other special tokens nowhere (no row of a response
-predicts BOS). Two sides with one vocabulary map every id to itself, special tokens and holes included, and the source's
-stop token to the target's.
+In all kinds, tokens with a role are mapped by role: the source's stop token goes to the target's stop token,
+and other special tokens go nowhere (no row of a response predicts BOS). If both sides have the same
+vocabulary, every id goes to itself, also special tokens and unused ids, and the source's stop token goes to
+the target's.
 
-`mined` is FuseLLM's rule (arXiv 2401.10491) on bytes: strings are compared as UTF-8 text with real spaces, where FuseLLM
-compares the vocabularies' own spelling with one space mark replaced by the other (so `Ã©` with `é`, and `<0xE9>` as six
-characters). A byte that is part of no character counts as a character of its own. Of several nearest tokens FuseLLM
-takes the first that the vocabulary lists, in whatever order; `nearest_pieces` has a rule of its own. Special tokens are
-never nearest.
-`ms` is the idea of FuseChat (arXiv 2408.07990), which counts pairs of a dynamic program over token strings and then weighs
-them by edit distance. Here pairs are tokens that begin at the same byte, nothing else weighs in, and a token that was
-never met, or equally often with several, goes where `exact` sends it.
+`mined` is FuseLLM's rule (arXiv 2401.10491), applied to bytes. Strings are compared as UTF-8 text with real
+spaces. FuseLLM instead compares the spelling of the vocabularies, with the space mark of one replaced by that
+of the other. So it compares `Ã©` with `é`, and `<0xE9>` counts as six characters. Here a byte that is part of
+no character counts as one character. If several tokens are nearest, FuseLLM takes the first in the order of
+the vocabulary; `nearest_pieces` has a rule that does not depend on this order. Special tokens are never
+nearest.
+
+`ms` is the idea of FuseChat (arXiv 2408.07990). FuseChat counts pairs that a dynamic program over token
+strings finds, and then weighs them by edit distance. Here a pair is two tokens that begin at the same byte,
+and only the counts decide. A token that occurs in no pair, or equally often with several tokens, goes where
+`exact` sends it.
 """
 
 from collections import defaultdict
@@ -47,15 +51,19 @@ def _no_remainders() -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Target id per source token, -1 = its mass goes to the tail; one table for each state of the two first rows.
+    """Target id per source token, -1 = its mass joins the tail.
 
-    A row is leading when the token it predicts begins in its template's white space before the response: after
-    `ASSISTANT:` the response `Sure` is `▁Sure`, after `<|im_start|>assistant\\n` it is `Sure`.
-    ids            neither row leads (all rows but the response's first)
-    leading        the target's does: `Sure` -> `▁Sure`
-    source_leading the source's does: `▁Sure` -> `Sure`
-    both_leading   both do: `▁Sure` -> `▁Sure`, the same as `ids` where both templates have the same white space
-    All int32 [Vs]. exact bool [Vs]: `ids` gives a target token with equal bytes, or the same token of one vocabulary.
+    There is one table for each state of the source's row and the target's row.
+
+    A row is leading if the token that it predicts begins in the template's white space before the response.
+    After `ASSISTANT:` the response `Sure` is the token `▁Sure`; after `<|im_start|>assistant\\n` it is
+    `Sure`.
+    ids            neither row is leading (all rows but the first of a response)
+    leading        the target's row is: `Sure` -> `▁Sure`
+    source_leading the source's row is: `▁Sure` -> `Sure`
+    both_leading   both are: `▁Sure` -> `▁Sure`; the same as `ids` if both templates have the same white space
+    All are int32 [Vs]. exact bool [Vs]: whether `ids` gives a target token with equal bytes, or, if both
+    sides have the same vocabulary, the same token.
     """
 
     ids: np.ndarray
@@ -65,11 +73,11 @@ class VocabularyMap:
     exact: np.ndarray
     kind: str
     key: str
-    """sha256 of all that the map depends on; `vocabulary_map_key` computes it."""
+    """sha256 of everything that the map depends on. `vocabulary_map_key` computes it."""
     byte_lengths: np.ndarray = field(default_factory=_no_remainders)
-    """int32 [Vs] of the source's tokens, when the map was built with remainders."""
+    """int32 [Vs] of the source's tokens, if the map was built with remainders; else empty."""
     remainder_ids: np.ndarray = field(default_factory=_no_remainders)
-    """int32 [sum of max(byte_lengths - 1, 0)]: token by token, what its bytes without the first 1, 2 ... go to."""
+    """int32 [sum of max(byte_lengths - 1, 0)]: target tokens for each token's bytes without the first 1, 2 ..."""
 
     def __post_init__(self) -> None:
         sizes = {len(table) for table in (self.leading, self.source_leading, self.both_leading, self.exact)}
@@ -83,11 +91,11 @@ class VocabularyMap:
         return np.stack([self.ids, self.leading, self.source_leading, self.both_leading])
 
     def remainder(self, ids: np.ndarray, consumed: np.ndarray) -> np.ndarray:
-        """Target token for the bytes of source tokens that are left behind a boundary inside them: int32 [e].
+        """Target tokens for the rest of source tokens, after a boundary inside them: int32 [e].
 
-        ids int [e]; consumed int [e]: bytes of the token before the boundary, from 1 to its length. The rule for the
-        bytes left is that of `exact`, in a map of kind `em` that of `em`; -1 where none are left, and for the stop
-        token, whose bytes are not the response's.
+        ids int [e]: source tokens. consumed int [e]: bytes of the token before the boundary, from 1 to its
+        length. The rest is mapped by the rule of `exact`, in a map of kind `em` by that of `em`. The result
+        is -1 if no bytes are left, and for the stop token, because its bytes are not part of the response.
         Raises ValueError for any other `consumed`, and if the map was built without remainders.
         """
         if not len(self.byte_lengths):
@@ -104,7 +112,7 @@ class VocabularyMap:
 
     @cached_property
     def _remainder_ends(self) -> np.ndarray:
-        """int64 [Vs]: where each token's part of `remainder_ids` ends."""
+        """int64 [Vs]: the end of each token's part of `remainder_ids`."""
         return np.cumsum(np.maximum(self.byte_lengths.astype(np.int64) - 1, 0))
 
 
@@ -121,12 +129,13 @@ def build_vocabulary_map(
     texts_sha256: str = "",
     pairs: Callable[[], PairCounts] | None = None,
 ) -> VocabularyMap:
-    """The map of all source tokens, as this module's docstring defines the kinds.
+    """The map of all source tokens. This module's docstring defines the kinds.
 
-    separator: `ChatFormat.separator` of each side; remainders: whether `VocabularyMap.remainder` can be asked;
-    pairs: gives the counts that `ms` needs, made from the texts of this sha256; first rows are too few to be counted:
-    unless they are like all others (`both_leading` of equal separators), they follow `exact`.
-    Raises UserError for a kind that is not known, ValueError for `ms` without pairs.
+    source_separator, target_separator: `ChatFormat.separator` of each side. remainders: whether the map
+    supports `VocabularyMap.remainder`. pairs: gives the counts that `ms` needs, of the texts with the hash
+    texts_sha256. The first rows of responses are too few for counts: the tables for them follow `exact`,
+    except `both_leading` of equal separators, which is the same as `ids`.
+    Raises UserError for an unknown kind, ValueError for `ms` without pairs.
     """
     settings = (kind, source_separator, target_separator, remainders, texts_sha256)
     key = vocabulary_map_key(source, target, source_stop, target_stop, *settings)
@@ -137,15 +146,18 @@ def build_vocabulary_map(
     rule = tokens.equal if kind == "em" else tokens.first
     if kind == "mined":
         chosen, remainder_ids = _chosen(tokens.nearest, words), _chosen(rule, endings)
-    else:  # together: most endings are words too
+    else:  # both in one call: most endings are words too, and the rule sees each string once
         chosen, remainder_ids = np.split(_chosen(rule, chain(words, endings)), [len(words)])
     tables = chosen.reshape(len(states), -1)
-    plain = [0, 3] if source_separator == target_separator else [0]  # states without any difference in white space
+    # The states without a difference in white space: neither row is leading, or both are, with equal
+    # separators.
+    plain = [0, 3] if source_separator == target_separator else [0]
     if kind == "ms":
         if pairs is None:
             raise ValueError("a map of kind 'ms' is built from pairs")
         met = pairs().most_frequent(otherwise=tables[0])
         tables[plain] = np.where(_equal_bytes(source, target, tables[0], source_stop), tables[0], met)
+    # Roles come last, because they override every rule above.
     if _one_vocabulary(source, target):
         tables[plain] = np.arange(source.vocab_size)
         special = sorted(source.special_ids)
@@ -176,7 +188,7 @@ def vocabulary_map_key(
     remainders: bool = False,
     texts_sha256: str = "",
 ) -> str:
-    """Hash of all that a map depends on. Raises UserError for a kind that is not known."""
+    """Hash of everything that a map depends on. Raises UserError for an unknown kind."""
     if kind not in VOCABULARY_MAPS:
         raise UserError(f"alignment.vocabulary_map: {kind!r} is not one of {', '.join(VOCABULARY_MAPS)}")
     settings = [str(source_stop), str(target_stop), source_separator, target_separator, str(remainders), texts_sha256]
@@ -184,10 +196,12 @@ def vocabulary_map_key(
 
 
 def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:
-    """Writes an .npz file, under a temporary name first: ranks on several machines may write it at once.
+    """Writes an .npz file, under a temporary name first.
 
-    The integers take the smallest type that holds them and -1 is 0: a map of the paper's vocabularies has 0.15 MB, with
-    remainders 0.4 MB.
+    So ranks on several machines may write it at the same time.
+
+    Integers are stored plus 1, so that -1 becomes 0, in the smallest type that holds them. A map of the
+    paper's vocabularies takes 0.15 MB, with remainders 0.4 MB.
     """
     tables, states = np.unique(vocabulary_map.table(), axis=0, return_inverse=True)  # equal ones are written once
     integers = {
@@ -204,7 +218,7 @@ def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:
 
 
 def load_vocabulary_map(path: Path) -> VocabularyMap:
-    """Reads what save_vocabulary_map wrote. Raises UserError for a file that is not a whole map."""
+    """Reads a file of save_vocabulary_map. Raises UserError if the file is damaged or incomplete."""
     try:
         with np.load(path, allow_pickle=False) as data:
             ids, leading, source_leading, both_leading = (data["tables"].astype(np.int32) - 1)[data["states"]]
@@ -231,9 +245,9 @@ def cached_vocabulary_map(
     pairs: Callable[[], PairCounts] | None = None,
     **options,
 ) -> VocabularyMap:
-    """build_vocabulary_map, or the map that an earlier call left in the directory under its key.
+    """The map of build_vocabulary_map; an earlier call may have left it in the directory, under its key.
 
-    Pairs are counted only if the map has to be built.
+    Pairs are counted only if the map must be built.
     """
     key = vocabulary_map_key(source, target, **options)
     path = directory / f"{key[:24]}.npz"
@@ -247,9 +261,10 @@ def cached_vocabulary_map(
 
 
 def _words(source: Tokenizer, source_space: bytes, target_space: bytes) -> list[list[bytes]]:
-    """What every source token says in each of the four states of `VocabularyMap.table`; b"": nothing."""
+    """The bytes of every source token in each of the four states of `VocabularyMap.table`; b"": none."""
     pieces = [b"" if token in source.special_ids else piece for token, piece in enumerate(source.token_bytes)]
-    # what a leading token says about the response itself: nothing, if it is but white space of the template
+    # The part of a leading token that belongs to the response. It is empty if the token is only template
+    # white space.
     rests = [b"" if source_space.startswith(piece) else piece.removeprefix(source_space) for piece in pieces]
     led = [piece and target_space + piece for piece in pieces]
     both = pieces if source_space == target_space else [rest and target_space + rest for rest in rests]
@@ -257,8 +272,11 @@ def _words(source: Tokenizer, source_space: bytes, target_space: bytes) -> list[
 
 
 def _one_vocabulary(source: Tokenizer, target: Tokenizer) -> bool:
-    """Whether an id means the same on both sides. Equal sha256 say so; tokenizers that differ in their pad token only,
-    as Vicuna's from Llama-2's, have different ones."""
+    """Whether an id means the same on both sides.
+
+    The sha256 cannot decide this: tokenizers that differ only in their pad token, such as Vicuna's and
+    Llama-2's, have different hashes.
+    """
     return source.token_bytes == target.token_bytes and source.added_tokens == target.added_tokens
 
 
@@ -273,14 +291,18 @@ def _equal_bytes(source: Tokenizer, target: Tokenizer, ids: np.ndarray, source_s
 
 
 def _endings(source: Tokenizer, stop: int) -> Iterator[bytes]:
-    """Token by token, its bytes without the first 1, 2 ...; b"" for the stop token: none of its bytes are the response's."""
+    """Per token its bytes without the first 1, 2 ...; b"" for the stop token, whose bytes the response lacks."""
     for token, piece in enumerate(source.token_bytes):
         for begin in range(1, len(piece)):
             yield piece[begin:] if token != stop else b""
 
 
 def _chosen(rule: Callable[[Sequence[bytes]], list[int]], strings: Iterable[bytes]) -> np.ndarray:
-    """What a rule of TargetTokens gives for each of the strings, -1 for b"": int32 [n]. The rule sees each string once."""
+    """The result of a rule of TargetTokens for each of the strings, -1 for b"": int32 [n].
+
+    The rule sees each string only once.
+    """
+    # A string gets the next number when it is looked up for the first time; b"" has number 0.
     numbers: defaultdict[bytes, int] = defaultdict()
     numbers.default_factory = numbers.__len__
     numbers[b""] = 0
