@@ -66,8 +66,6 @@ def project_responses(
     corrected = label_logprobs > -np.inf
     if unmatched == "onehot":
         label_logprobs[inside] = 0.0
-
-    # equal.
     # 4. Replace source tokens by target tokens, add the labels, and add up the entries that are now equal.
     mapped = _target_tokens(entries, source, target, row, consumed, vocabulary_map)
     projected = merge_entries(

@@ -77,7 +77,10 @@ class VocabularyMap:
     byte_lengths: np.ndarray = field(default_factory=_no_remainders)
     """int32 [Vs] of the source's tokens, if the map was built with remainders; else empty."""
     remainder_ids: np.ndarray = field(default_factory=_no_remainders)
-    """int32 [sum of max(byte_lengths - 1, 0)]: target tokens for each token's bytes without the first 1, 2 ..."""
+    """int32 [sum of max(byte_lengths - 1, 0)]: per token, what its bytes without the first 1, 2 ...
+
+    are mapped to.
+    """
 
     def __post_init__(self) -> None:
         sizes = {len(table) for table in (self.leading, self.source_leading, self.both_leading, self.exact)}
@@ -291,7 +294,10 @@ def _equal_bytes(source: Tokenizer, target: Tokenizer, ids: np.ndarray, source_s
 
 
 def _endings(source: Tokenizer, stop: int) -> Iterator[bytes]:
-    """Per token its bytes without the first 1, 2 ...; b"" for the stop token, whose bytes the response lacks."""
+    """Per token its bytes without the first 1, 2 ...; b"" for the stop token.
+
+    The bytes of the stop token are not part of the response.
+    """
     for token, piece in enumerate(source.token_bytes):
         for begin in range(1, len(piece)):
             yield piece[begin:] if token != stop else b""

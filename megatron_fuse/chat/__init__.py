@@ -1,4 +1,4 @@
-"""Chat templates: from messages and a response to token ids, and to the bytes at which every response token ends."""
+"""Chat formats turn messages and a response into token ids, and say which bytes each response token covers."""
 
 from megatron_fuse.chat.format import (
     ChatFormat,

@@ -1,7 +1,7 @@
-"""Chat templates: from messages and a response to token ids, and to the bytes at which every response token ends.
+"""Chat formats turn messages and a response into token ids, and say which bytes each response token covers.
 
-One mechanism: every template is Jinja text in the form of Hugging Face's `chat_template`, built in or not. A response
-itself never goes through Jinja, so that its bytes are the same for every model.
+There is one mechanism: every template, built in or not, is Jinja text in the form of Hugging Face's
+`chat_template`. The response itself never goes through Jinja, so its bytes are the same for every model.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,8 +26,9 @@ from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 from megatron_fuse.tokenization.tokenizer import hash_parts
 
-# {role, content}; of an assistant turn also reasoning_content, its thought, {supervised: false}, its mask, and tool_calls; of a tool's
-# turn name and tool_call_id. The forms are those of instructions/examples.py.
+# Each message is {role, content}. An assistant turn may also have reasoning_content (its thought),
+# supervised: false (its mask) and tool_calls. A tool's turn may have name and tool_call_id.
+# instructions/examples.py defines these forms.
 Messages = Sequence[Mapping[str, Any]]
 
 _SYSTEM_MARKER = "SYSTEM9d41c7e2"
@@ -35,11 +36,12 @@ _SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
 @dataclass(frozen=True, eq=False)
 class EncodedConversation:
-    """A conversation as one model meets it.
+    """A conversation as one model reads it.
 
-    ids int32 [n]; supervised bool [n]: the token is a label, of a response or the stop token that ends it. The logits of
-    row i - 1 predict token i. spans: where the supervised tokens lie in `response_bytes` of the supervised turns, r rows
-    = supervised.sum(). size: bytes of these turns, without those that stand for their ends.
+    ids int32 [n]. supervised bool [n]: whether the token is a label, that is, a token of a response or the
+    stop token that ends it. The logits of row i - 1 predict token i.
+    spans: the places of the supervised tokens in `response_bytes` of the supervised turns; r =
+    supervised.sum() rows. size: bytes of these turns, without the zero bytes that stand for their ends.
     """
 
     ids: np.ndarray
@@ -49,27 +51,33 @@ class EncodedConversation:
 
     @property
     def prompt_length(self) -> int:
-        """Index of the first supervised token; the number of tokens where there is none."""
+        """Index of the first supervised token; the number of tokens if there is none."""
         return int(np.argmax(self.supervised)) if len(self.spans) else len(self.ids)
 
     @property
     def exact(self) -> bool:
-        """Whether the tokens spell every byte: none is unknown to the tokenizer, none lost to its normaliser."""
+        """Whether the tokens spell every byte.
+
+        They do if no byte is unknown to the tokenizer or changed by its normaliser.
+        """
         return self.spans.bytes_spelled == self.size
 
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """A tokenizer with its chat template; `load_chat_format` makes it and finds all but the first three fields out.
+    """A tokenizer with its chat template.
 
-    system: message for examples that have none; None leaves it to the template.
-    stop_id: the token that ends a response, a label. end_ids: all tokens at which sampling ends, stop_id among them.
-    separator: white space of the template between generation prompt and response. opening: other text there (an empty
-    `<think></think>`), which belongs to the prompt. generation: what the generation prompt has beyond the text before a given
-    response (an open `<think>`): a response that is generated follows it, one that is given does not.
-    closing: white space that the template prints between a response and its stop token; context, not a label.
-    folds_system: the template refuses or forgets system messages, so they are put before the first user message.
-    origin: where the template comes from, for errors.
+    `load_chat_format` makes it, and finds out all but the first three fields.
+
+    system: the system message of examples that have none; None leaves it to the template. stop_id: the token
+    that ends a response; it is a label. end_ids: all tokens at which sampling ends, with stop_id. separator:
+    white space that the template prints between the generation prompt and a response. opening: other text
+    there, such as an empty `<think></think>`. It belongs to the prompt. generation: text of the generation
+    prompt that the template does not print before a given response, such as an open `<think>`. A generated
+    response follows it; a given response does not.
+    closing: white space that the template prints between a response and its stop token. It is context, not a
+    label. folds_system: the template refuses or ignores system messages, so they are put before the first
+    user message. origin: where the template comes from, for errors.
     """
 
     tokenizer: Tokenizer
@@ -97,35 +105,43 @@ class ChatFormat:
 
     @property
     def thought_end(self) -> str | None:
-        """The tag that ends the model's thoughts, where the template prints the tag that begins one before a response."""
+        """The tag that ends the model's thoughts.
+
+        None if the template prints no opening tag before a response.
+        """
         return thought_end(self.generation) or thought_end(self.opening)
 
     @cached_property
     def thought_tags(self) -> dict[int, bytes]:
-        """Tags around a thought that are special tokens, which have no bytes of their own: id -> the tag."""
+        """The tags around a thought that are special tokens: id -> the tag. Special tokens have no bytes."""
         if self.thought_end is None:
             return {}
         tags = (self.thought_end, self.thought_end.replace("/", "", 1))
-        found = {self.tokenizer.added_tokens[tag]: tag.encode() for tag in tags if tag in self.tokenizer.added_tokens}
-        return {token: tag for token, tag in found.items() if token in self.tokenizer.special_ids}
+        added = self.tokenizer.added_tokens
+        ids = {added[tag]: tag.encode() for tag in tags if tag in added}
+        return {token: tag for token, tag in ids.items() if token in self.tokenizer.special_ids}
 
     def spelled(self, ids: Sequence[int]) -> bytes:
-        """Bytes of generated ids, the tags of thoughts included."""
+        """The bytes of generated ids, with the tags of thoughts."""
         if not self.thought_tags:
             return self.tokenizer.joined_bytes(ids)
         return b"".join(self.thought_tags.get(token) or self.tokenizer.joined_bytes([token]) for token in ids)
 
     def render_prompt(self, messages: Messages, tools: Tools | None = None) -> str:
-        """The generation prompt as text; messages end with the user's or a tool's. tools: what is offered, {type: function, function}.
+        """The generation prompt as text. The last message is the user's or a tool's.
 
-        Raises UserError where the template refuses the messages or does not print what belongs to tools.
+        tools: the offered tools, each {type: function, function}.
+        Raises UserError if the template refuses the messages, or does not print the tools, calls or outputs.
         """
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
         return self._generation_prompt(turns, tools)
 
     def encode_prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
-        """Ids of the generation prompt; BOS exactly once if the tokenizer adds one or the template writes one. Raises as above."""
+        """The ids of the generation prompt; errors are those of `render_prompt`.
+
+        BOS is there exactly once if the tokenizer adds it or the template writes it.
+        """
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
         hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools)])
@@ -144,30 +160,43 @@ class ChatFormat:
         reasoning: str | None = None,
         tools: Tools | None = None,
     ) -> EncodedConversation:
-        """The conversation as the model meets it; messages end with the user's or a tool's.
+        """The conversation as the model reads it. The last message is the user's or a tool's.
 
-        stop: the response's end is its end, and its stop token a label. every_turn: the assistant's earlier turns are
-        labels too, each with its stop token where the template prints one; else they are context, as turns with tool_calls always
-        are. reasoning: the thought before the response, context where the template prints it. tools: what is offered.
-        The text before the response is what the template prints there in the finished conversation. An empty thought at its
-        end is left out where the response begins with a thought of its own.
-        A turn's tokens are those of the whole text up to its end, wherever these begin with the tokens of the text
-        before it and spell the turn's bytes; else it continues the text before, as in generation.
-        Raises UserError where the template refuses the messages, leaves a supervised turn out, or does not print what belongs to
-        tools: an offered one, a call or an output.
+        stop: the response was not cut off, so its stop token is a label.
+        every_turn: the assistant's earlier turns are labels too, each with its stop token if the template
+        prints one. Otherwise they are context. Turns with tool_calls are always context.
+        reasoning: the thought before the response. It is context, if the template prints it.
+        tools: the offered tools.
+
+        The text before the response is what the template prints there in the finished conversation. An empty
+        thought at its end is left out if the response begins with a thought of its own. The tokens of a turn
+        are taken from the whole text up to its end, if they begin with the tokens of the text before it and
+        spell the turn's bytes. Otherwise the turn is tokenized as a continuation of that text, as in
+        generation.
+        Raises UserError if the template refuses the messages, leaves out a supervised turn, or does not print
+        an offered tool, a call or an output.
         """
         parts, hide = self._parts(messages, response, every_turn, reasoning, tools, cut=not stop)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
-        text, text_ids, begin = "", list[int](), 0  # begin: of the turn, in the bytes of all supervised turns
+        # `text` is all text so far, and `text_ids` its ids. `begin` is the first byte of the turn in
+        # `response_bytes`.
+        text, text_ids, begin = "", list[int](), 0
         for number, (before, space, turn) in enumerate(parts):
+            # 1. The template's text before the turn. Its ids are what the longer text adds to the ids so far.
+            # If the tokenizer joins characters across the border, no such ids exist, and the new text is a
+            # continuation.
             prompt_ids = self._ids(text + before, hide)
             added = _behind(text_ids, prompt_ids)
             if added is None:
                 added = self._ids(before, hide, continued=True)
+            # 2. The stop token of the previous turn is in this text. It covers the zero byte after that turn,
+            # which is byte begin - 1.
             stop_place = self._stop_place(added) if number else None
             if stop_place is not None:
                 spans.append(_stop_span(self.stop_id, begin - 1))
             supervised += [place == stop_place for place in range(len(added))]
+            # 3. The turn itself: all its tokens are labels, also the one that begins in the template's white
+            # space.
             text += before + hide(space + turn)
             text_ids = self._ids(text, hide)
             answer, answer_spans = self._answer(_behind(prompt_ids, text_ids), space, turn, begin)
@@ -175,16 +204,22 @@ class ChatFormat:
             spans.append(answer_spans)
             ids += added + answer
             begin += len(response_bytes([turn]))
+        # The last turn has no later text of the template, so its stop token is added here.
         if stop:
             end = [*self._closing_ids(text, text_ids, hide), self.stop_id]
             ids += end
             supervised += [place == len(end) - 1 for place in range(len(end))]
             spans.append(_stop_span(self.stop_id, begin - 1))
+        # The spans are offset by `begin` already. `begin` counts one zero byte per turn, which `size` leaves
+        # out.
         whole = TokenSpans.join(spans, [0] * len(spans))
         return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts))
 
     def decode_response(self, ids: Sequence[int]) -> str:
-        """Text of generated ids up to the token that ends them, without the template's separator: what encode_conversation takes."""
+        """The text of generated ids up to their end token, as `encode_conversation` takes it.
+
+        The template's separator, and before an end token its closing, are removed.
+        """
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         text = self.spelled(ids[:end]).decode("utf-8", "replace").removeprefix(self.separator)
         return text if end is None else text.removesuffix(self.closing)
@@ -200,7 +235,7 @@ class ChatFormat:
 
     @cached_property
     def _call_style(self) -> tuple[CallStyle, str | None]:
-        """How the template takes calls of tools, and why it does not print a simple one; None where it does."""
+        """The form in which the template takes calls, and why it does not print a simple one (None if it does)."""
 
         def rendered(turns: Messages, tools: Tools | None) -> str:
             return self._render(self.with_system(turns), tools, prompt=True, style=CallStyle())
@@ -209,7 +244,7 @@ class ChatFormat:
 
     @property
     def missing_of_tools(self) -> str | None:
-        """Why a simple conversation with tools cannot be read in this template; None where it can."""
+        """Why this template cannot print a simple conversation with tools; None if it can."""
         return self._call_style[1]
 
     def _require_tools_printed(self, turns: Messages, tools: Tools | None) -> None:
@@ -221,7 +256,7 @@ class ChatFormat:
     def _render(
         self, turns: Messages, tools: Tools | None = None, *, prompt: bool, style: CallStyle | None = None
     ) -> str:
-        """style: of calls; default the one that the template takes."""
+        """style: the form of calls; by default the one that the template takes."""
         token = self.tokenizer.token_text
         names = {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id, "pad": self.tokenizer.pad_id}
         specials = {
@@ -235,8 +270,8 @@ class ChatFormat:
         except TemplateLimit as error:
             raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
-            said = brief(str(error)) or type(error).__name__
-            raise UserError(f"{self.origin} refuses the messages: {said}") from error
+            reason = brief(str(error)) or type(error).__name__
+            raise UserError(f"{self.origin} refuses the messages: {reason}") from error
 
     def _parts(
         self,
@@ -248,15 +283,18 @@ class ChatFormat:
         *,
         cut: bool,
     ) -> tuple[list[tuple[str, str, str]], HiddenStrings]:
-        """(template text before it, white space, text) of every supervised turn, the response's last; and what hides.
+        """(template text before it, white space, text) of every supervised turn, and the HiddenStrings.
 
-        Special-token strings in messages, turns and tools stay text: they are hidden while the template is rendered, and only
-        the template's own become special ids. (Tokens that are not marked special cannot be told apart.) A supervised
-        turn does not go through the template at all, which may strip it: a mark holds its place.
+        The response is the last of these turns.
+        Strings of special tokens in messages, turns and tools stay text: they are hidden while the template
+        is rendered, so that only the template's own strings become special ids. (This is not possible for
+        added tokens that are not marked special.) A supervised turn does not go through the template, which
+        may strip white space from it: a mark holds its place.
         """
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
         hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools), response, reasoning or ""])
+        # Render once, with a mark for each supervised turn, and cut the text at the marks.
         learned = [every_turn and may_be_learned(turn) for turn in turns]
         shown = [
             hide.in_turn(turn) | ({"content": hide.mark} if mark else {})
@@ -271,6 +309,7 @@ class ChatFormat:
                 f"{self.tokenizer.name}: the chat template prints {max(len(texts) - 1, 0)} of the {len(answers) - 1} earlier "
                 "assistant turns: choose another chat_template, or set data.supervise to last_turn"
             )
+        # `texts` has the template's text before each answer. What follows the last mark is not needed.
         last = len(answers) - 1
         texts = [
             without_empty_thought(text, answer, cut=cut and number == last)
@@ -281,28 +320,33 @@ class ChatFormat:
             (text.removesuffix(space), space, answer)
             for text, space, answer in zip(texts, spaces, answers, strict=True)
         ]
-        # The generation prompt ends before the white space; nothing separates it from an empty response.
+        # The generation prompt ends before the white space. An empty response takes no white space.
         before, space, _ = parts.pop()
         return [*parts, (before, space if response else "", response)], hide
 
     def _closing_ids(self, text: str, text_ids: list[int], hide: HiddenStrings) -> list[int]:
-        """Ids of the white space that the template prints between this text, the conversation so far, and the stop token."""
+        """Ids of the white space that the template prints between the conversation so far and the stop token.
+
+        text, text_ids: the conversation so far.
+        """
         if not self.closing:
             return []
         joint = _behind(text_ids, self._ids(text + self.closing, hide))
         return self._ids(self.closing, hide, continued=True) if joint is None else joint
 
     def _answer(self, joint: list[int] | None, space: str, turn: str, begin: int) -> tuple[list[int], TokenSpans]:
-        """Ids of a turn behind its template's white space (ASCII), and their spans; the turn's first byte is byte `begin`.
+        """Ids of a turn after the template's white space (ASCII), and their spans.
 
-        joint: its ids in the whole text, None where they depend on each other; taken if they spell the turn, which
-        Unicode normalisation may prevent.
+        begin: the place of the turn's first byte in `response_bytes`. joint: the ids of white space and turn
+        in the whole text, None if the tokenizer joins characters across the border. They are used only if
+        they spell the turn, which Unicode normalisation may prevent.
         """
         data = (space + turn).encode()
         if joint is not None and self.tokenizer.joined_bytes(joint) == data:
             ids, ends, lossy = joint, np.cumsum(self.tokenizer.byte_lengths[joint]), np.zeros(len(joint), bool)
         else:
             ids, ends, lossy = self.tokenizer.encode_spans(space + turn)
+        # Spans count from the turn's first byte. A token inside the white space becomes empty: it ends at 0.
         ends = np.maximum(ends - len(space), 0).astype(np.int64)
         flags = lossy * np.uint8(SpanFlag.LOSSY)
         flags[:1] |= np.uint8(SpanFlag.LEADING if space else 0)
@@ -310,7 +354,10 @@ class ChatFormat:
         return ids, TokenSpans(np.array(ids, np.int32), begin + starts, begin + ends, flags)
 
     def _stop_place(self, ids: list[int]) -> int | None:
-        """Place of the stop token in the template's ids after a turn; None where it does not come first, but for white space."""
+        """Place of the stop token in the template's ids after a turn.
+
+        None if anything but white space comes before it, or if there is none.
+        """
         if self.stop_id not in ids:
             return None
         place = ids.index(self.stop_id)
@@ -318,12 +365,14 @@ class ChatFormat:
         return None if special or self.tokenizer.joined_bytes(ids[:place]).strip() else place
 
     def _ids(self, text: str, hide: HiddenStrings, *, continued: bool = False) -> list[int]:
-        """Ids of a text with the template's special tokens; continued: other text stands before it."""
+        """Ids of a text with the template's special tokens. continued: other text comes before it."""
         tokenizer = self.tokenizer
         if not continued and not hide.is_in(text):
             ids = tokenizer.encode(text, special=True)
         else:
             ids = []
+            # Hidden strings must not become special ids: each piece between special tokens is tokenized as
+            # plain text.
             for index, part in enumerate(hide.split(text)):
                 if part in tokenizer.added_tokens:
                     ids.append(tokenizer.added_tokens[part])
@@ -347,31 +396,37 @@ def _texts(turns: Messages) -> list[str]:
 
 
 def _for_template(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without our own keys; templates call its thought by one of two names."""
+    """A message without the keys that only this project uses.
+
+    Templates read the thought under one of two names.
+    """
     shown = {key: turn[key] for key in ("role", "content", "tool_calls", "name", "tool_call_id") if key in turn}
     thought = turn.get("reasoning_content")
     return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
 
 
 def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:
-    """The texts whose bytes `EncodedConversation.spans` counts in."""
+    """The texts of the supervised turns. `EncodedConversation.spans` counts in their bytes."""
     earlier = [message["content"] for message in messages if may_be_learned(message)]
     return [*(earlier if every_turn else []), response]
 
 
 def may_be_learned(message: Mapping[str, Any]) -> bool:
-    """An assistant turn that the data do not mask, as {supervised: false} does, and that calls no tool: models write calls in forms
-    of their own, which have no bytes in common."""
+    """Whether a message is an assistant turn without a mask ({supervised: false}) and without calls of tools.
+
+    Calls are not learned, because each model writes them in a form of its own: no bytes are common to all
+    models.
+    """
     return message["role"] == "assistant" and bool(message.get("supervised", True)) and "tool_calls" not in message
 
 
 def _behind(before: list[int], ids: list[int]) -> list[int] | None:
-    """The ids behind `before`; None where they do not begin with it."""
+    """The ids after `before`; None if they do not begin with it."""
     return ids[len(before) :] if ids[: len(before)] == before else None
 
 
 def _stop_span(stop_id: int, end: int) -> TokenSpans:
-    """The stop token of a turn that ends at this byte."""
+    """The span of the stop token of a turn that ends at this byte."""
     flag = np.array([SpanFlag.STOP], np.uint8)
     return TokenSpans(np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag)
 
@@ -386,9 +441,10 @@ def load_chat_format(
 ) -> ChatFormat:
     """Chooses the template (built-in name, path of a .jinja file, None = the tokenizer's own) and tries it once.
 
-    where: the recipe's key for error messages. end_ids: tokens at which the model ends an answer, from its
-    generation_config.json. learns: the model is trained on the format, so that a response is to end without `closing`: white
-    space that is no label would not be learned. Raises UserError when there is no template, no stop token, or the template loses the response.
+    where: the recipe's key, for error messages. end_ids: tokens at which the model ends an answer, from its
+    generation_config.json. learns: the model is trained on the format. Then `closing` is left out: it is
+    white space that is no label, so the model would not learn to write it before the stop token. Raises
+    UserError if there is no template or no stop token, or if the template does not print the response.
     """
     template, origin = _choose_template(tokenizer, chat_template, where)
     stop_id = tokenizer.eos_id if tokenizer.eos_id is not None else -1
@@ -396,7 +452,8 @@ def load_chat_format(
     draft = replace(draft, folds_system=_forgets_system(draft))
     question = draft.with_system([{"role": "user", "content": "Question"}])
     around = surroundings(draft._render, question, where)
-    # A model that was saved with another family's defaults lists an id that is a piece of text here. No answer ends there.
+    # Only special and added tokens count: a model that was saved with the defaults of another family may list
+    # an id that is ordinary text here.
     ends = tokenizer.special_ids.union(tokenizer.added_tokens.values()).intersection(end_ids)
     stop, closing = end_token(tokenizer, around, ends)
     if stop is None:
@@ -417,7 +474,7 @@ def load_chat_format(
 
 
 def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str) -> tuple[str, str]:
-    """The template's text, and what it is called in errors."""
+    """The template's text, and its name in errors."""
     known = f"one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
     if chat_template is None:
         if tokenizer.chat_template is None:

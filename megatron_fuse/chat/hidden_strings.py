@@ -1,4 +1,7 @@
-"""Special-token strings in a user's texts, hidden while a chat template is rendered: only the template's own become special ids."""
+"""Hides strings of special tokens in a user's texts while a chat template is rendered.
+
+So only the template's own strings become special ids.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +12,12 @@ from megatron_fuse.tokenization import Tokenizer
 
 
 class HiddenStrings:
-    """Replaces special-token strings in texts by private characters that the texts do not contain, and back.
+    """Replaces strings of special tokens in texts by private characters, and back.
 
-    mark: one more such character, for what is to be found again in a rendered template.
+    The texts do not contain these characters.
+
+    mark: one more such character. It holds the place of a text that must be found again in a rendered
+    template.
     """
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
@@ -30,7 +36,7 @@ class HiddenStrings:
         return self._pattern.sub(lambda match: self._characters[self._names.index(match[0])], text)
 
     def in_turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        """A message with its texts hidden, the thought and the calls of tools among them."""
+        """A message with its texts hidden, also its thought and its calls of tools."""
         return {key: value if key == "role" else self.in_value(value) for key, value in turn.items()}
 
     def in_value(self, value: Any) -> Any:

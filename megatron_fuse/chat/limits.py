@@ -1,8 +1,9 @@
-"""Jinja for templates of strangers: bounded in time, memory and output, and the same text at every run.
+"""Jinja for untrusted templates: time, memory and output are bounded, and the text is the same in every run.
 
-A chat template is a program that comes with a model. The sandbox of Jinja keeps it from the machine, but not from looping for
-ever or from asking for 10 GB. Here every loop, call, operator, filter, literal and block goes through a `Meter`
-(chat/meter.py), which counts steps and sizes (chat/sizes.py) and refuses what is beyond any use, before it is computed.
+A chat template is a program that comes with a model. Jinja's sandbox keeps it away from the machine. But the
+sandbox does not stop an endless loop, or a value of 10 GB. Here every loop, call, operator, filter, literal
+and block goes through a `Meter` (chat/meter.py). It counts steps and sizes (chat/sizes.py), and refuses a
+value that is too large before it is computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ SOURCE = 256 * 1024  # characters of a template; the longest published ones have
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox whose templates can do what they can do in transformers, under the limits of a Meter."""
+    """A sandbox in which templates can do the same as in transformers, under the limits of a Meter."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -37,30 +38,30 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals["lipsum"] = _refusal("`lipsum` gives another prompt at every run")
 
     def bound(self, name: str, function: Callable[..., Any]) -> None:
-        """Sets a filter, under the same limits as those of Jinja."""
+        """Sets a filter, under the same limits as Jinja's own filters."""
         self.filters[name] = _bounded(name, function)
 
     def compile(self, source: Any, *arguments: Any, **options: Any) -> Any:
         if isinstance(source, str) and len(source) > SOURCE:
             raise TemplateLimit(f"it has {len(source):,} characters, more than {SOURCE:,}")
-        with metered(Meter()):  # Jinja computes constant expressions as it compiles
+        with metered(Meter()):  # Jinja computes constant expressions while it compiles
             return super().compile(source, *arguments, **options)
 
     def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
         return super()._generate(_Metering().visit(source), *arguments, **options)
 
     def concat(self, parts: Iterable[str]) -> str:
-        """What a template, a macro or a block prints."""
+        """Joins what a template, a macro or a block prints."""
         meter = current_meter()
-        found = list(parts)
-        size = sum(map(len, found))
+        texts = list(parts)
+        size = sum(map(len, texts))
         meter.expect(size)
         meter.step(size)
-        return "".join(found)
+        return "".join(texts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         meter = current_meter()
-        if operator == "+" and type(left) is str and type(right) is str:  # nine of ten
+        if operator == "+" and type(left) is str and type(right) is str:  # a fast path for nine of ten cases
             meter.expect(len(left) + len(right))
             meter.step(len(left) + len(right))
             return left + right
@@ -97,7 +98,7 @@ def render_bounded(
     tools: Sequence[Mapping[str, Any]] | None,
     **names: Any,
 ) -> str:
-    """Raises TemplateLimit beside what Jinja raises."""
+    """Renders a template under the limits. Raises TemplateLimit, and all errors of Jinja."""
     values = [value for message in messages for value in message.values()]
     texts = list(chain.from_iterable(map(texts_in, [*values, *(tools or ())])))
     with metered(Meter(len(messages), sum(map(len, texts)))) as meter:
@@ -109,7 +110,8 @@ def render_bounded(
     return text
 
 
-# Names of filters that no template can write: they stand for syntax that Jinja has no hook for.
+# Names of filters for syntax that Jinja has no hook for. They have spaces, so that no template can write
+# them.
 _EACH, _CUT, _JOINED, _MADE = "for ", "[:] ", "~ ", "[] "
 
 
@@ -151,7 +153,7 @@ def _each(values: Any) -> Iterator[Any]:
 
 
 def _listed(value: Any) -> Any:
-    """The members of a generator, so that they can be counted before they are joined."""
+    """A list of a generator's members, so that they can be counted before they are joined."""
     return list(_each(value)) if isinstance(value, Iterator) else value
 
 
@@ -169,7 +171,7 @@ def _made(value: Any) -> Any:
 
 
 def _countable(value: Any) -> Any:
-    """A value that is about to be printed."""
+    """Checks the size of a value that is about to be printed, and returns the value."""
     if type(value) is not str and isinstance(value, list | tuple | dict | Namespace):
         meter = current_meter()
         meter.expect(meter.size(value))
@@ -184,7 +186,10 @@ def _refusal(reason: str) -> Callable[..., NoReturn]:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter with its arguments and its result counted. Its marks for Jinja (`pass_environment`) stay."""
+    """The filter, with its arguments and its result counted.
+
+    `wraps` keeps its marks for Jinja (`pass_environment`).
+    """
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)

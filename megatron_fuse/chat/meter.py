@@ -1,7 +1,7 @@
-"""What one rendering of a chat template has used, and the limits of it.
+"""Counts the work of one rendering of a chat template, and enforces its limits.
 
-What may grow is compared with the messages, so long conversations are no exception. Nothing depends on the clock but the refusal of
-a template that computes for `SECONDS`.
+The limits grow with the messages, so that long conversations stay within them. Only one thing depends on the
+clock: a template that computes longer than `SECONDS` is refused.
 """
 
 import time
@@ -13,25 +13,26 @@ from typing import Any
 import jinja2
 from jinja2.utils import Namespace
 
-OUTPUT = 256 * 1024  # characters that it may print, beside 16 for each of the messages' characters
+OUTPUT = 256 * 1024  # characters that it may print, plus 16 for each character of the messages
 TEXT = 1_000_000  # characters, or members, of one value
 WORK = 15_000_000  # characters of all values together: see Meter
-STEP = 150  # what one step counts for
+STEP = 150  # how many characters one step counts as
 SECONDS = 20.0  # of this thread's CPU time
 
 
 class TemplateLimit(jinja2.TemplateError):
-    """A template that goes beyond a limit, or whose text would differ from run to run."""
+    """The template exceeds a limit, or its text would differ from run to run."""
 
 
 class Meter:
-    """What one rendering has used. turns, characters: of its messages, which the limits grow with.
+    """The work of one rendering. turns, characters: the size of its messages. The limits grow with both.
 
-    Work is counted in characters that were made; a step of the program counts as STEP of them.
+    Work is counted in characters that are made. A step of the program counts as STEP characters.
     """
 
     def __init__(self, turns: int = 0, characters: int = 0) -> None:
         self.work, self.checkpoint = 0, STEP
+        # A template may loop over all pairs of turns, and read the text of all messages for each turn.
         self.most_work = WORK + (turns + 16) * characters + STEP * (100 * turns * turns + 10 * characters)
         self.largest = TEXT + 16 * characters
         self.longest_output = OUTPUT + 16 * characters
@@ -43,7 +44,7 @@ class Meter:
             self._check()
 
     def _check(self) -> None:
-        """At every hundredth step or so, as it reads the clock."""
+        """Called about every hundred steps only, because it reads the clock."""
         self.checkpoint = self.work + 100 * STEP
         if self.work > self.most_work:
             raise TemplateLimit("it computes more than any prompt needs: does a loop of it ever end?")
@@ -51,12 +52,12 @@ class Meter:
             raise TemplateLimit(f"it computes for more than {SECONDS:.0f} seconds")
 
     def expect(self, size: int) -> None:
-        """Called before a value of about this size is made."""
+        """Call this before a value of about this size is made. Raises TemplateLimit if it is too large."""
         if size > self.largest:
             raise TemplateLimit(f"it makes a value of {size:,} characters, more than {self.largest:,}")
 
     def admit(self, value: Any) -> Any:
-        """Counts a value that was made, and returns it."""
+        """Counts a value that has been made, and returns it. Raises TemplateLimit if it is too large."""
         size = 0
         if isinstance(value, str):
             size = len(value)
@@ -68,7 +69,11 @@ class Meter:
         return value
 
     def size(self, value: Any) -> int:
-        """Characters and members of a value as it would be printed: what it holds twice counts twice. Stops at `largest`."""
+        """The number of characters and members of a value in print.
+
+        An object that the value holds twice counts twice, because it is printed twice. Counting stops at
+        `largest`.
+        """
         total, members, stack = 0, 0, [value]
         while stack and total <= self.largest:
             part = stack.pop()
@@ -93,7 +98,7 @@ _meter: ContextVar[Meter] = ContextVar("meter")
 
 
 def current_meter() -> Meter:
-    """Of the rendering, or the compilation, that is under way."""
+    """The meter of the current rendering or compilation."""
     return _meter.get()
 
 

@@ -1,4 +1,4 @@
-"""The texts of a JSON value, however deep they lie, keys of objects among them."""
+"""The texts of a JSON value at any depth, also the keys of objects."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

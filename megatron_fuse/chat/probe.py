@@ -1,8 +1,9 @@
-"""What a chat template prints around a response: found out by rendering two short conversations.
+"""Finds out what a chat template prints around a response, by rendering short conversations.
 
-A template prints a response that is given (a finished conversation) and one that is still to come (the generation prompt) in two
-ways, and the two need not agree: after the generation prompt of a reasoning model a thought begins (`<think>`), before a given
-response its template prints none, or an empty one. A response is learned, and measured, where the template prints it.
+The text before a response has two forms: in a finished conversation with a given response, and in the
+generation prompt for a response that is still to come. The two may differ. The generation prompt of a
+reasoning model may open a thought (`<think>`), while before a given response the template prints no thought,
+or an empty one. A response is learned and measured in the place where the template prints a given response.
 """
 
 import re
@@ -21,11 +22,13 @@ _NEXT_MARKER = "QUESTION9d41c7e2"
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Texts that a template prints at one response.
+    """Texts that a template prints around one response.
 
-    before: what a finished conversation has before the response beyond the generation prompt; after: what it has behind it.
-    next_turn: the text between the response and the user's next message. generation: what the generation prompt has beyond the
-    text before a given response, as an open `<think>`. If neither `before` nor `generation` is empty, the two texts part there.
+    before: the text before the response in a finished conversation, without its common beginning with the
+    generation prompt. after: the text after the response in a finished conversation.
+    next_turn: the text between the response and the user's next message.
+    generation: the rest of the generation prompt after the common beginning, such as an open `<think>`. If
+    neither `before` nor `generation` is empty, the two texts differ from there on.
     """
 
     before: str
@@ -35,14 +38,19 @@ class Surroundings:
 
     @property
     def separator(self) -> str:
-        """ASCII white space before a response: it belongs to the response's first token, not to the prompt."""
+        """ASCII white space before a response.
+
+        It belongs to the response's first token, not to the prompt.
+        """
         return self.before if not self.before.strip() and self.before.isascii() else ""
 
 
 def surroundings(render: Callable[..., str], question: Turns, where: str) -> Surroundings:
-    """render(turns, prompt=...): the template's text, with the generation prompt or without; question: turns up to the user's.
+    """The surroundings of a response to a question.
 
-    Raises UserError where the template does not print the assistant's message. where: the recipe's key, for the error.
+    render(turns, prompt=...): the template's text, with or without the generation prompt. question: the
+    turns, of which the user's is the last. where: the recipe's key, for the error.
+    Raises UserError if the template does not print the assistant's message.
     """
     prompt = render(question, prompt=True)
     answered = [*question, {"role": "assistant", "content": _MARKER}]
@@ -51,26 +59,29 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
         raise UserError(f"{where}.chat_template: the template does not print the assistant's message")
     try:
         longer = render([*answered, {"role": "user", "content": _NEXT_MARKER}], prompt=False)
-    except UserError:  # for one question only
+    except UserError:  # the template takes only one question
         longer = ""
     next_turn = longer.partition(_MARKER)[2].partition(_NEXT_MARKER)[0]
     shared = _shared_length(context, prompt)
-    # `<think></think>` and `<think>` part at the tag, not behind or within it.
+    # If one text has `<think></think>` and the other `<think>`, the common beginning ends before the tag, not
+    # in it.
     shared = min(shared, len(prompt) - len(open_thought(prompt)))
     return Surroundings(context[shared:], prompt[shared:], after, next_turn)
 
 
 def _shared_length(a: str, b: str) -> int:
-    """Length of the longest prefix of both."""
+    """Length of the longest common prefix."""
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def end_token(tokenizer: Tokenizer, around: Surroundings, end_ids: Collection[int]) -> tuple[int | None, str]:
-    """The token with which the model ends a response, None if it has none; and the white space that the template prints before it.
+    """The token that ends a response, None if there is none; and the template's white space before it.
 
-    The first special or added token that the template prints behind the response. If it prints none there, the one that begins
-    the user's next turn, as GLM-4's `<|user|>`; but end_ids, the ends that the model's generation_config.json lists, decide where
-    there are any, and BOS ends nothing. Else the tokenizer's EOS.
+    The choice is the first of these that exists:
+    1. the first special or added token that the template prints after the response; 2. the first such token
+    of the user's next turn, for example GLM-4's `<|user|>`. It must not be BOS, and must be one
+       of end_ids (the end tokens in the model's generation_config.json) if there are any;
+    3. the tokenizer's EOS.
     """
     found = _first_added(tokenizer, around.after)
     if found is not None:

@@ -1,5 +1,6 @@
-"""How large a value of a chat template would be, before it is made: of operators, methods and filters that can make more than they are
-given.
+"""Computes how large a value of a chat template will be, before it is made.
+
+There is a function for every operator, method and filter whose result can be larger than its arguments.
 """
 
 import re
@@ -9,13 +10,13 @@ from typing import Any
 
 from megatron_fuse.chat.meter import Meter, current_meter
 
-BITS = 100_000  # of a whole number
+BITS = 100_000  # the most bits of a whole number
 _WIDTH = re.compile(r"\d+")
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 def operator_size(operator: str, left: Any, right: Any, meter: Meter) -> int:
-    """Of what the operator would make."""
+    """The size of the operator's result."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
         return 0 if bits <= BITS else meter.largest + bits
@@ -31,7 +32,7 @@ def operator_size(operator: str, left: Any, right: Any, meter: Meter) -> int:
 
 
 def _percent_size(form: Any, values: Any, meter: Meter) -> int:
-    """Of `form % values`: every place could hold the largest value, or the widest number."""
+    """The size of `form % values`. Every place could hold all values, with the widest width."""
     places = list(_PERCENT.finditer(form if isinstance(form, str) else form.decode("latin-1")))
     widths = [_number(width) for place in places for width in place.groups() if width and width != "*"]
     if any("*" in place.groups() for place in places):
@@ -40,7 +41,7 @@ def _percent_size(form: Any, values: Any, meter: Meter) -> int:
 
 
 def format_size(form: str, values: Sequence[Any], meter: Meter) -> int:
-    """Of `form.format(*values)`, as above."""
+    """The size of `form.format(*values)`, with the same bound as `_percent_size`."""
     specs = [spec or "" for _, field, spec, _ in Formatter().parse(form) if field is not None]
     widths = [_number(width) for spec in specs for width in _WIDTH.findall(spec)]
     if any("{" in spec for spec in specs):
@@ -58,7 +59,10 @@ def _number(digits: str) -> int:
 
 
 def result_size(table: Mapping[str, Callable[..., int]], name: str, args: tuple, kwargs: dict[str, Any]) -> int:
-    """What a function would make, of those that can make more than they are given; 0 for arguments that it refuses itself."""
+    """The size of a function's result, by the table.
+
+    It is 0 if the function is not in the table, or refuses the arguments itself.
+    """
     size = table.get(name)
     if size is None:
         return 0
@@ -86,13 +90,13 @@ def _wrapped(text: str, width: int = 79, break_long_words: bool = True, wrapstri
 
 
 def _as_json(value: Any, indent: Any = None, separators: Any = (), **_: Any) -> int:
-    """json.dumps writes the indent at every member, once for every level."""
+    """json.dumps writes the indent before every member, once for each level, so long indents are refused."""
     widths = [indent if isinstance(indent, int) else len(indent or ""), *map(len, separators or ())]
     return 0 if max(widths) <= 64 else _NEVER
 
 
 def _few(limit: int) -> Callable[..., int]:
-    """Of functions whose second argument is a number that nobody needs beyond this limit."""
+    """For functions whose second argument is a number: one above this limit has no use, so it is refused."""
 
     def size(value: Any, number: Any = 0, *_: Any, **named: Any) -> int:
         given = [number, *named.values()]

@@ -1,7 +1,7 @@
-"""Chat templates: Jinja text in the form of Hugging Face's `chat_template`, the built-in ones and how all are rendered.
+"""The built-in chat templates, and how every template is rendered.
 
-They read messages, tools (None where none are offered), add_generation_prompt, bos_token and eos_token ('' where the tokenizer has
-none).
+A template is Jinja text in the form of Hugging Face's `chat_template`. It reads messages, tools (None if none
+are offered), add_generation_prompt, bos_token and eos_token ('' if the tokenizer has none).
 """
 
 import json
@@ -60,8 +60,8 @@ TEMPLATES: dict[str, str] = {
         "{% else %}{{ '### Response:\\n' + turn['content'] + eos_token + '\\n\\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
     ),
-    # What two reward models read (docs/reward_models.md); their model cards show one turn each. Eurus-RM's card leaves BOS to
-    # the tokenizer, and the last answer without an end.
+    # The formats of two reward models (docs/reward_models.md). Their model cards show one turn each.
+    # Eurus-RM's card leaves BOS to the tokenizer, and puts no end token after the last answer.
     "starling_rm": (
         _NO_SYSTEM + "{{ bos_token }}{% for turn in turns %}{% set content = turn['content'] %}"
         "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{% endif %}"
@@ -87,17 +87,20 @@ def render(
     add_generation_prompt: bool,
     **specials: str,
 ) -> str:
-    """Renders a template with the names that transformers gives to it, under the limits of template_limits.
+    """Renders a template with the names that transformers defines for it, under the limits of chat/limits.py.
 
-    The same messages give the same text on every day and machine. Raises jinja2.TemplateError, and what Python raises for a
-    program that is wrong.
+    The same messages give the same text on every day and machine. Raises jinja2.TemplateError, and any Python
+    error that a faulty template causes.
     """
     names = specials | {"documents": None}
     return render_bounded(_compile(template), messages, tools, add_generation_prompt=add_generation_prompt, **names)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks assistant text for training in some templates; it prints what it holds."""
+    """`{% generation %}` marks assistant text for training in some templates.
+
+    Here it only prints its content.
+    """
 
     tags: set[str] = {"generation"}  # noqa: RUF012, as the base class has it
 
@@ -119,7 +122,10 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _fixed_date(form: str) -> str:
-    """Today's date, in transformers. Artifacts must not change over night: this is the day that Llama 3's templates fall back on."""
+    """A fixed day. transformers gives today's date, but artifacts must not change from day to day.
+
+    It is the day that Llama 3's templates use if they get no date.
+    """
     return datetime(2024, 7, 26).strftime(form)
 
 
@@ -131,5 +137,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own filter escapes HTML characters."""
+    """JSON text without escaped HTML characters, which Jinja's own filter would write."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,4 +1,4 @@
-"""Thoughts of reasoning models: the text between `<think>` and `</think>`, or another pair of such tags, before an answer."""
+"""Thoughts of reasoning models: the text in `<think>` and `</think>`, or other such tags, before an answer."""
 
 import re
 
@@ -6,7 +6,7 @@ _TAG = re.compile(r"\s*(<(think|thinking|thought|reason|reasoning|seed:think)>|\
 
 
 def thought_end(text: str) -> str | None:
-    """The tag that ends the thought with which a text begins (`</think>` for `<think>`); None where it begins with none."""
+    """The tag that ends the thought at the beginning of a text (`</think>` for `<think>`); None if there is none."""
     match = _TAG.match(text)
     if match is None:
         return None
@@ -14,15 +14,18 @@ def thought_end(text: str) -> str | None:
 
 
 def open_thought(text: str) -> str:
-    """The tag in which a text ends, but for white space, with that white space; "" where it ends in none."""
+    """The opening tag at the end of a text, with the white space after it; "" if there is none."""
     match = re.search(rf"{_TAG.pattern}\s*$", text)
     return text[match.start(1) :] if match else ""
 
 
 def without_empty_thought(context: str, response: str, *, cut: bool = False) -> str:
-    """The text before a response, without the empty thought at its end if the response brings a thought of its own.
+    """The text before a response.
 
-    Templates print `<think></think>` before a given response. One that begins with `<think>` itself would get a second thought.
+    An empty thought at its end is removed if the response has a thought of its own.
+
+    Some templates print `<think></think>` before a given response. A response that itself begins with
+    `<think>` would then have two thoughts.
     cut: the response was cut off, perhaps within its thought.
     """
     begin, end = _TAG.match(response), thought_end(response)
@@ -32,23 +35,24 @@ def without_empty_thought(context: str, response: str, *, cut: bool = False) -> 
 
 
 def with_thought(thought: str | None, answer: str) -> str:
-    """The answer with its thought in front, as most reasoning models write it."""
+    """The answer after its thought, in the form of most reasoning models."""
     return answer if thought is None else f"<think>\n{thought}\n</think>\n\n{answer}"
 
 
 def split_thought(
     text: str, end: str | None = None, *, opened: bool = False, cut: bool = False
 ) -> tuple[str | None, str]:
-    """(the thought, the answer behind it) of what a model wrote; the thought is None where there is none.
+    """(the thought, the answer after it) of a generated text. The thought is None if there is none.
 
-    end: the tag that ends the model's thoughts, as its chat template has it. opened: the prompt ends in an open thought, so that
-    all is thought up to that tag. cut: the text was cut off, perhaps within a thought that it begins itself. The answer has no
-    white space at its beginning, and is empty where the thought does not end.
+    end: the tag that ends the model's thoughts in its chat template. opened: the prompt ends in an open
+    thought, so the text up to that tag is the thought. cut: the text was cut off, perhaps within a thought
+    that the text itself opened. The answer has no white space at its beginning. It is empty if the thought
+    does not end.
     """
-    begin, own = _TAG.match(text), thought_end(text)
-    if begin is not None and own is not None and (own in text or own == end or cut):
-        text, end, opened = text[begin.end() :], own, True
+    begin, own_end = _TAG.match(text), thought_end(text)
+    if begin is not None and own_end is not None and (own_end in text or own_end == end or cut):
+        text, end, opened = text[begin.end() :], own_end, True
     if end is None or not (opened or end in text):
         return None, text
-    thought, found, answer = text.partition(end)
-    return thought.strip(), answer.lstrip() if found else ""
+    thought, end_tag, answer = text.partition(end)
+    return thought.strip(), answer.lstrip() if end_tag else ""

@@ -1,8 +1,9 @@
-"""How a chat template takes calls of tools, and whether it prints them: found out by rendering conversations with marks.
+"""Finds out in what form a chat template takes calls of tools, and whether it prints them.
 
-Templates differ in what they expect of a call beside transformers' form, whose arguments are an object: DeepSeek's older ones glue
-arguments to a text, and print calls only where the turn's content is null; Mistral's take ids of nine characters. A template that does
-not know tools prints less than it is given, without a word.
+It renders conversations with marks. Templates expect different forms of a call. In transformers' form the
+arguments are an object. DeepSeek's older templates append the arguments to a text, and print calls only if
+the turn's content is null. Mistral's templates take ids of nine characters. A template that does not support
+tools leaves out parts of the conversation without an error.
 """
 
 import json
@@ -23,10 +24,11 @@ _MARK = "9d41c7e2"
 
 @dataclass(frozen=True)
 class CallStyle:
-    """In what form a template gets calls.
+    """The form in which a template gets calls.
 
-    text_arguments: as JSON text, else as an object. null_content: of a turn with calls and no text, else "". short_ids: `call00000`
-    and so on for those of another length, else all are the row's own.
+    text_arguments: arguments are JSON text, else an object. null_content: the content of a turn with calls
+    and no text is null, else "". short_ids: ids that do not have nine characters become `call00000` and so
+    on, else all ids stay.
     """
 
     text_arguments: bool = False
@@ -34,7 +36,7 @@ class CallStyle:
     short_ids: bool = False
 
     def shown(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """Turns as the template gets them."""
+        """The turns in this form."""
         ids = [call["id"] for turn in turns for call in turn.get("tool_calls", ())]
         numbered = {name: f"call{number:05d}" for number, name in enumerate(dict.fromkeys(ids))}
         short = {name: new for name, new in numbered.items() if self.short_ids and len(name) != len(new)}
@@ -63,13 +65,15 @@ def has_tools(turns: Sequence[Turn], tools: Tools | None) -> bool:
 
 
 def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> list[str]:
-    """What a template leaves out of offered tools, calls and outputs, in words; render(turns, tools): its text.
+    """The offered tools, calls and outputs that a template leaves out, in words.
 
-    A mark is put behind every name, every text and key of the arguments, and every output. It comes through white space being
-    stripped and through JSON, and no other text of the conversation has it.
+    render(turns, tools): its text.
+
+    A mark is put after every name, every text and key of the arguments, and every output. Neither JSON nor
+    stripped white space changes a mark, and no other text of the conversation contains it.
     """
-    marks: dict[str, str] = {}  # mark -> what it is a mark of
-    ids: dict[str, str] = {}  # of calls -> with marks: templates compare them with those of outputs
+    marks: dict[str, str] = {}  # mark -> what it marks
+    ids: dict[str, str] = {}  # id of a call -> with a mark; templates compare these ids with those of outputs
 
     def marked(text: str, what: str) -> str:
         mark = f"{_MARK}{len(marks)}x"
@@ -80,7 +84,7 @@ def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> l
         name, function = call["function"]["name"], call["function"]
         shown = marked(name, f"the name of a call of {name}")
         arguments = with_texts(function["arguments"], lambda text: marked(text, f"the arguments of a call of {name}"))
-        # Kimi's templates print the id alone, which has the name in it.
+        # Kimi's templates print only the id of a call, which contains the name. So the id gets the mark too.
         ids[call["id"]] = call["id"].replace(name, shown)
         return {**call, "id": ids[call["id"]], "function": {"name": shown, "arguments": arguments}}
 
@@ -98,6 +102,7 @@ def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> l
             content = marked(turn["content"], what) if turn["content"].strip() else turn["content"]
             turn = {**turn, "content": content, "tool_call_id": ids.get(turn.get("tool_call_id", ""), "")}
         given.append(turn)
+    # A part whose mark is not in the text was not printed.
     text = render(given, offered or None)
     missing = [what for mark, what in marks.items() if mark not in text]
     every = [call["function"] for turn in given for call in turn.get("tool_calls", ())]
@@ -106,7 +111,10 @@ def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> l
 
 
 def _is_in_python(arguments: dict[str, Any], text: str) -> bool:
-    """Whether a text has arguments in Python's form, as a template prints an object that it takes for text."""
+    """Whether a text has the arguments in Python's form.
+
+    A template prints this if it treats an object as text.
+    """
     form = repr(arguments)
     return form in text and form != json.dumps(arguments, ensure_ascii=False)
 
@@ -116,15 +124,17 @@ def _in_style(render: Render, style: CallStyle) -> Render:
 
 
 def best_style(render: Render, origin: str) -> tuple[CallStyle, str | None]:
-    """(the first style in which the template prints most of a call, why that is not all or None).
+    """(the first style with the fewest missing parts of a call, the reason why parts are missing or None).
 
-    render: as above; it raises UserError where the template refuses. origin: what the template is called in errors.
+    render(turns, tools): the template's text; it raises UserError if the template refuses them. origin: the
+    name of the template in errors.
     """
     reasons: list[tuple[int, CallStyle, str | None]] = []
     for style in STYLES:
         try:
             missing = not_printed(_in_style(render, style), _PROBE, _PROBE_TOOLS)
         except UserError as error:
+            # An error is worse than any number of missing parts.
             reasons.append((len(_PROBE) * 100, style, str(error)))
             continue
         if not missing:
@@ -133,7 +143,7 @@ def best_style(render: Render, origin: str) -> tuple[CallStyle, str | None]:
     return min(reasons, key=lambda found: found[0])[1:]
 
 
-_PROBE_ID = "call_x0y1z2a3b4"  # as OpenAI's: longer than nine characters
+_PROBE_ID = "call_x0y1z2a3b4"  # like an id of OpenAI: longer than nine characters
 _PROBE: list[Turn] = [
     {"role": "user", "content": "How warm is it?"},
     {
