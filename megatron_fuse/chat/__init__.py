@@ -1,4 +1,4 @@
-"""Chat formats turn messages and a response into token ids, and say which bytes each response token covers."""
+"""Chat formats turn messages and a response into token ids, and say which bytes each token covers."""
 
 from megatron_fuse.chat.format import (
     ChatFormat,

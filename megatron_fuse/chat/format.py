@@ -1,4 +1,4 @@
-"""Chat formats turn messages and a response into token ids, and say which bytes each response token covers.
+"""Chat formats turn messages and a response into token ids, and say which bytes each token covers.
 
 There is one mechanism: every template, built in or not, is Jinja text in the form of Hugging Face's
 `chat_template`. The response itself never goes through Jinja, so its bytes are the same for every model.
@@ -235,7 +235,7 @@ class ChatFormat:
 
     @cached_property
     def _call_style(self) -> tuple[CallStyle, str | None]:
-        """The form in which the template takes calls, and why it does not print a simple one (None if it does)."""
+        """The form in which the template takes calls; and why it does not print a simple call, or None."""
 
         def rendered(turns: Messages, tools: Tools | None) -> str:
             return self._render(self.with_system(turns), tools, prompt=True, style=CallStyle())

@@ -1,4 +1,4 @@
-"""Thoughts of reasoning models: the text in `<think>` and `</think>`, or other such tags, before an answer."""
+"""Thoughts of reasoning models: the text before an answer, in `<think>` and `</think>` or other tags."""
 
 import re
 
@@ -6,7 +6,7 @@ _TAG = re.compile(r"\s*(<(think|thinking|thought|reason|reasoning|seed:think)>|\
 
 
 def thought_end(text: str) -> str | None:
-    """The tag that ends the thought at the beginning of a text (`</think>` for `<think>`); None if there is none."""
+    """The end tag of the thought that begins a text (`</think>` for `<think>`); None without a thought."""
     match = _TAG.match(text)
     if match is None:
         return None

@@ -16,12 +16,14 @@ EXPECTED = (
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
-    """Reads a tokenizer from local files. Raises UserError that names what is expected when there is none.
+    """Reads a tokenizer from local files.
 
-    trust_remote_code: a tokenizer class that comes with the model may run; allowed_by: the option that says so, for the error.
+    trust_remote_code: whether a tokenizer class that comes with the model may run. allowed_by: the option
+    that allows it, for the error.
+    Raises UserError if there is no tokenizer; it names the files that are expected.
     """
     path = Path(path)
-    # Each library is imported only when its kind of file is met: transformers alone costs a second.
+    # Each library is imported only if it is needed: the import of transformers alone takes a second.
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return _hugging_face(path, trust_remote_code, allowed_by)
@@ -47,8 +49,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
     raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
 
 
-# The vocabularies of Mistral and of some models with code of their own, and the program by which transformers makes a tokenizer.json
-# of them; sys.argv[1]: the directory. What comes before and after the command that runs it.
+# Vocabularies of Mistral and of some models that come with code of their own. Per file name: what comes
+# before the command that converts it, the program with which transformers makes a tokenizer.json of it
+# (sys.argv[1] is the directory), and what comes after the command.
 _CONVERSIONS = {
     "tekken.json": (
         "pip install mistral-common && ",
@@ -67,7 +70,10 @@ _CONVERSIONS = {
 
 
 def _refuse_own_forms(directory: Path) -> None:
-    """Raises UserError, with the command that converts it, for a vocabulary in a form that has no splitting rule of its own."""
+    """Raises UserError for a vocabulary whose file has no splitting rule.
+
+    The error gives the command to convert it.
+    """
     for name, (before, program, after) in _CONVERSIONS.items():
         if (directory / name).is_file():
             command = f"{before}{shlex.join(['python', '-c', program, str(directory)])}{after}"
@@ -81,7 +87,10 @@ def _hugging_face(directory: Path, trust_remote_code: bool, allowed_by: str | No
 
 
 def _model_file(path: Path) -> Tokenizer:
-    """SentencePiece and Llama-3 both name their files tokenizer.model: the first line of tiktoken ranks tells them apart."""
+    """SentencePiece and Llama-3 both name their files tokenizer.model.
+
+    Only tiktoken ranks have such a first line.
+    """
     with path.open("rb") as file:
         ranks = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", file.readline(4096))
     return _tiktoken(path) if ranks else _sentence_piece(path)

@@ -1,4 +1,7 @@
-"""Tokenizers of the `tokenizers` library: what transformers loads from tokenizer.json, or from vocab.json + merges.txt."""
+"""Tokenizers of the `tokenizers` library.
+
+transformers loads them from tokenizer.json, or from vocab.json + merges.txt.
+"""
 
 import gc
 import json
@@ -28,11 +31,14 @@ from megatron_fuse.tokenization.tokenizer_json import (
     without_beginning,
 )
 
-_TEXTS_AT_ONCE = 256  # more of them take no less time each
+_TEXTS_AT_ONCE = 256  # larger lists take no less time per text
 
 
 class HuggingFaceBackend:
-    """`continuation` is the same tokenizer without what it does to the beginning of a text or to its Unicode form."""
+    """A transformers fast tokenizer, and a second pipeline for continuations of a text.
+
+    The second one does not change the beginning of a text (no dummy prefix) or its Unicode form.
+    """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, state: State) -> None:
         """state: the tokenizer's `backend_state`."""
@@ -40,7 +46,7 @@ class HuggingFaceBackend:
         self._pipeline = pipeline(state)
         self._whole = _with_pipeline(tokenizer.backend_tokenizer, state)
         self._continuation = _with_pipeline(tokenizer.backend_tokenizer, without_beginning(state))
-        self._continuation.encode_special_tokens = True  # the library's name for: special strings are plain text
+        self._continuation.encode_special_tokens = True  # it means that special strings are plain text
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         self._whole.encode_special_tokens = not special
@@ -50,8 +56,9 @@ class HuggingFaceBackend:
         return self._continuation.encode(text, add_special_tokens=False).ids
 
     def encode_continuations(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        # The library runs its whole pipeline on each string of such a list, and says whose a token is. Its batches give an
-        # object for each text, which takes as long as single calls.
+        # With is_pretokenized, the library runs its whole pipeline on each string of the list, and `word_ids`
+        # says to which string a token belongs. Its batch call makes an object for each text, which takes as
+        # long as single calls.
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
             together = texts[begin : begin + _TEXTS_AT_ONCE]
             encoding = self._continuation.encode(together, is_pretokenized=True, add_special_tokens=False)
@@ -62,10 +69,12 @@ class HuggingFaceBackend:
     def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
         normalizer, strips = self._own_normalizer
         normalized, origin = trace(text, normalizer.normalize_str)
+        # The end of the text was stripped: `origin` keeps one place for each byte that is left, and the end.
         if strips:
             normalized = normalized[: len(normalized.replace(VISIBLE_SPACE, " ").rstrip())]
             origin = np.append(origin[: len(normalized.encode())], origin[-1])
         encoding = self._continuation.encode(normalized, add_special_tokens=False)
+        # The library's offsets count characters, `origin` counts bytes.
         widths = np.array([0, *(len(character.encode()) for character in normalized)], np.int64)
         starts, ends = np.cumsum(widths)[np.array(encoding.offsets, np.int64).reshape(-1, 2)].T
         return encoding.ids, *covered(starts, ends, origin)
@@ -88,7 +97,12 @@ def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """A vocabulary in JSON is a million objects that live on: looking for cycles among them takes as long as reading them."""
+    """Pauses the garbage collector.
+
+    A vocabulary in JSON is a million objects, and none of them becomes garbage.
+
+    The search for cycles among them would take as long as reading them.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,12 +128,13 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
                 f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
             )
         state = backend_state(tokenizer, said)
-        if said is not None and (own := as_in_file(tokenizer, state, said, directory)) is not tokenizer:
-            tokenizer, state = own, backend_state(own, said)
+        if said is not None and (from_file := as_in_file(tokenizer, state, said, directory)) is not tokenizer:
+            tokenizer, state = from_file, backend_state(from_file, said)
         return wrap_hugging_face(tokenizer, str(directory), state)
     except UserError:
         raise
-    except BaseException as error:  # transformers raises many kinds for a broken file; the library in Rust may panic
+    # transformers raises many kinds of errors for a broken file, and the library in Rust may panic.
+    except BaseException as error:
         if not _is_of_a_file(error):
             raise
         part = _damaged_part(directory / "tokenizer.json")
@@ -127,12 +142,15 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
 
 
 def _is_of_a_file(error: BaseException) -> bool:
-    """The library's code in Rust panics over some values, with a BaseException that cannot be imported."""
+    """Whether an error comes from a broken file.
+
+    For some values the library's code in Rust panics, with a BaseException that cannot be imported.
+    """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _damaged_part(path: Path) -> str | None:
-    """The key of tokenizer.json that cannot be used even by itself; None where it is another file, or not to be told."""
+    """The key of tokenizer.json that cannot be used even by itself; None if the damage is not found there."""
     try:
         state = json.loads(path.read_bytes())
         plain = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation"))
@@ -152,7 +170,10 @@ def _damaged_part(path: Path) -> str | None:
 def wrap_hugging_face(
     tokenizer: transformers.PreTrainedTokenizerFast, name: str, state: State | None = None
 ) -> Tokenizer:
-    """The interface over a transformers fast tokenizer that is already in memory. state: its `backend_state`, if it is known."""
+    """A Tokenizer over a transformers fast tokenizer in memory.
+
+    state: its `backend_state`, if it is known.
+    """
     state = backend_state(tokenizer) if state is None else state
     added = {token["content"]: token["id"] for token in state["added_tokens"]}
     special = {token["id"] for token in state["added_tokens"] if token["special"]}
@@ -178,13 +199,16 @@ def wrap_hugging_face(
 
 
 def backend_state(tokenizer: transformers.PreTrainedTokenizerFast, said: State | None = None) -> State:
-    """tokenizer.json as it works in memory; truncation and padding are moods of a caller and are left out.
+    """The content of tokenizer.json as it works in memory, without truncation and padding, which callers set.
 
-    said: the content of its file, if it is known. A vocabulary and merges that are written as in there are taken from there.
+    said: the content of the file, if it is known. If vocabulary and merges in memory are the same as in the
+    file, they are taken from `said`.
     """
     text = tokenizer.backend_tokenizer.to_str().encode()
     large = {key: said["model"].get(key) for key in ("vocab", "merges")} if said else {}
-    written = to_json(large)[1:] + b"}"  # writing a million strings takes a fifth of the time of reading them
+    # Parsing the vocabulary again is slow. To write a million strings takes a fifth of the time to read them,
+    # so the file's vocabulary is written and compared with the end of `text`.
+    written = to_json(large)[1:] + b"}"
     if large and text.endswith(written):
         state = json.loads(text.removesuffix(written) + b'"vocab": null, "merges": null}}')
         state["model"] |= large
@@ -194,7 +218,11 @@ def backend_state(tokenizer: transformers.PreTrainedTokenizerFast, said: State |
 
 
 def _canonical(state: State) -> str:
-    """json.dumps(state, sort_keys=True). A large vocabulary is sorted here: `json` sorts pairs, which takes several times as long."""
+    """json.dumps(state, sort_keys=True), but faster.
+
+    `json` sorts pairs of keys and values. Here the keys of the large vocabulary are sorted, in a fraction of
+    the time.
+    """
     model = state["model"]
     large = {key: model[key] for key in ("merges", "vocab") if key in model}
     ordered = json.loads(json.dumps(state | {"model": model | dict.fromkeys(large)}, sort_keys=True))
@@ -209,7 +237,10 @@ def _build(state: State) -> tokenizers.Tokenizer:
 
 
 def _with_pipeline(backend: tokenizers.Tokenizer, state: State) -> tokenizers.Tokenizer:
-    """A tokenizer with the state's pipeline that shares the backend's model: vocabulary and merges are in memory once."""
+    """A tokenizer with the state's pipeline and the backend's model.
+
+    They share the model, so vocabulary and merges are in memory only once.
+    """
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     pipeline = _build(state | empty)
     shared = tokenizers.Tokenizer(backend.model)
@@ -217,7 +248,8 @@ def _with_pipeline(backend: tokenizers.Tokenizer, state: State) -> tokenizers.To
         if (value := getattr(pipeline, part)) is not None:
             setattr(shared, part, value)
     added = backend.get_added_tokens_decoder()
-    shared.add_tokens([added[token] for token in sorted(added)])  # after the normaliser, which changes what some match
+    # After the normaliser is set, because it changes the strings that some added tokens match.
+    shared.add_tokens([added[token] for token in sorted(added)])
     if shared.get_added_tokens_decoder() != added:
         raise ValueError("the ids of its added tokens depend on the order in which they were added")
     return shared

@@ -1,8 +1,9 @@
-"""Tokenizers that transformers rebuilds by their class, put back to what their tokenizer.json says.
+"""Restores the pipeline of tokenizer.json in tokenizers that transformers rebuilds by their class.
 
-transformers 5 takes only vocabulary and merges from tokenizer.json if `tokenizer_class` names a class with a pipeline of its
-own (GPT2Tokenizer, LlamaTokenizer ...), and builds normaliser and pre-tokenizer as that class has them. With a file that
-splits digits, "2023" then becomes one token where the model was trained on four. The file is what the model was trained with.
+If `tokenizer_class` names a class with a pipeline of its own (GPT2Tokenizer, LlamaTokenizer ...),
+transformers 5 takes only vocabulary and merges from tokenizer.json. It builds the normaliser and the
+pre-tokenizer of that class. If the file splits digits, "2023" then becomes one token, although the model was
+trained on four. The model was trained with the file.
 """
 
 import os
@@ -16,7 +17,8 @@ from megatron_fuse.text_safety import printable, say
 from megatron_fuse.tokenization.tokenizer_json import State
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What pipelines disagree on: digits, runs of spaces, beginnings, newlines, letters composed, decomposed or compatible only.
+# Texts on which pipelines differ: digits, runs of spaces, the beginning of a text, newlines, and composed,
+# decomposed or compatibility characters.
 _PROBE = (
     "a 2023 b",
     "two  and   three",
@@ -33,44 +35,51 @@ _PROBE = (
 def as_in_file(
     tokenizer: transformers.PreTrainedTokenizerFast, state: State, said: State, directory: Path
 ) -> transformers.PreTrainedTokenizerFast:
-    """The tokenizer with the pipeline of the directory's tokenizer.json; says where transformers' class cuts otherwise.
+    """The tokenizer with the pipeline of the directory's tokenizer.json.
 
-    state: what the tokenizer is in memory, as the JSON of its file; said: what its file says, with merges as pairs. Where they
-    are the same, the tokenizer itself is returned and nothing is read again.
+    Warns if transformers' class splits differently.
 
-    What tokenizer_config.json adds stays: tokens, names of special tokens, chat template, BOS and EOS. So do the names that
-    only the class knows, if the file has such tokens. A class that comes with the model was allowed to run and stays as it is.
+    state: the tokenizer in memory, in the form of tokenizer.json. said: the content of the file, with merges
+    as pairs. If both are the same, the tokenizer itself is returned and nothing is read again.
+
+    Additions of tokenizer_config.json stay: tokens, names of special tokens, chat template, BOS and EOS.
+    Names that only the class defines stay too, if the file has such tokens. A class that comes with the model
+    was allowed to run, so its tokenizer stays as it is.
     """
     by_class = type(tokenizer)
     if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith("transformers."):
         return tokenizer
     if _same(said, state) and _has_its_names(tokenizer):
         return tokenizer
-    own = transformers.PreTrainedTokenizerFast.from_pretrained(
+    from_file = transformers.PreTrainedTokenizerFast.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False
     )
     for name in _NAMES:
         text = getattr(tokenizer, name)
-        if text is not None and getattr(own, name) is None and own.backend_tokenizer.token_to_id(text) is not None:
-            setattr(own, name, text)
-    own.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
-    added = sorted(own.added_tokens_decoder.items())[:16]
+        if (
+            text is not None
+            and getattr(from_file, name) is None
+            and from_file.backend_tokenizer.token_to_id(text) is not None
+        ):
+            setattr(from_file, name, text)
+    from_file.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
+    added = sorted(from_file.added_tokens_decoder.items())[:16]
     for text in (*_PROBE, *(f"a{token.content} b" for _, token in added)):
-        read, rebuilt = (_cut(one, text) for one in (own, tokenizer))
+        read, rebuilt = (_cut(one, text) for one in (from_file, tokenizer))
         if read != rebuilt:
             _warn(directory, by_class.__name__, text, read, rebuilt)
             break
-    return own
+    return from_file
 
 
 def _same(said: State, state: State) -> bool:
-    """Whether both are the same but for what is taken from the class: BOS and EOS around a text."""
+    """Whether both are the same, apart from BOS and EOS around a text, which stay as the class has them."""
     taken = {"truncation": None, "padding": None, "post_processor": None}
     return said | taken == state | taken
 
 
 def _has_its_names(tokenizer: transformers.PreTrainedTokenizerFast) -> bool:
-    """Whether the special tokens that the class names are tokens of the file."""
+    """Whether the special tokens of the class are tokens of the file."""
     texts = (getattr(tokenizer, name) for name in _NAMES)
     return all(text is None or tokenizer.backend_tokenizer.token_to_id(text) is not None for text in texts)
 
@@ -82,7 +91,7 @@ def _cut(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> tuple[st
     return tuple(backend.encode(text, add_special_tokens=False).tokens)
 
 
-@cache  # once a process: a command may load a tokenizer several times
+@cache  # warns once per process: a command may load a tokenizer several times
 def _warn(directory: Path, by_class: str, text: str, read: tuple[str, ...], rebuilt: tuple[str, ...]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return

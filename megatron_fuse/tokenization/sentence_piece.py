@@ -1,7 +1,8 @@
 """SentencePiece models (`tokenizer.model`), read by the library that trained them.
 
-transformers 5 rebuilds such a model as BPE merges and cuts runs of spaces differently ("Hello  world" becomes
-`▁Hello ▁▁ world` where the model was trained on `▁Hello ▁ ▁world`), so it is not asked when there is no tokenizer.json.
+transformers 5 rebuilds such a model as BPE merges, and splits runs of spaces differently: "Hello  world"
+becomes `▁Hello ▁▁ world`, although the model was trained on `▁Hello ▁ ▁world`. So transformers is not used if
+there is no tokenizer.json.
 """
 
 import json
@@ -28,9 +29,11 @@ _ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 
 class SentencePieceBackend:
     def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], strips: Strips, legacy: bool) -> None:
-        """added: strings that are ids in template text; always: those of them that are ids in any text.
+        """added: strings that become ids in a template's text.
 
-        strips: of the added ones. They work in `encode` only: a continuation keeps every byte.
+        always: those of them that become ids in any text.
+
+        strips: white space that the added tokens remove, in `encode` only: a continuation keeps every byte.
         """
         self._model, self._added, self._always, self._strips, self._legacy = model, added, always, strips, legacy
         self._whole = _processor(model)
@@ -49,7 +52,8 @@ class SentencePieceBackend:
             if part in table:
                 ids.append(table[part])
             elif part:
-                # `legacy` is transformers' word for a dummy prefix after every special token, as Llama-2 was trained
+                # `legacy` is transformers' word for a dummy prefix after every special token: Llama-2 was
+                # trained so.
                 processor = self._whole if index == 0 or self._legacy else self._continuation
                 ids += processor.encode(part)
         return ids
@@ -70,17 +74,18 @@ class SentencePieceBackend:
         for part in split_at(text, self._always):
             size = len(part.encode())
             if part in self._always:
-                found, begin, end = [self._always[part]], np.zeros(1, np.int64), np.full(1, size)
+                part_ids, begin, end = [self._always[part]], np.zeros(1, np.int64), np.full(1, size)
             else:
-                found, begin, end = self._encode_normalized_part(part)
-            ids += found
+                part_ids, begin, end = self._encode_normalized_part(part)
+            ids += part_ids
             starts.append(begin + offset)
             ends.append(end + offset)
             offset += size
         return ids, np.concatenate(starts), np.concatenate(ends)
 
     def _encode_normalized_part(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-        # White space at the beginning is dropped; in the middle of a text one space of it is left, as the dummy prefix is.
+        # The normaliser drops white space at the beginning of a text. But this text is in the middle of
+        # another, where one space would be left: the dummy prefix of `_whole` takes its place.
         drops = self._model.normalizer_spec.remove_extra_whitespaces
         space = drops and self._keeping_spaces.normalize(text[:1]).startswith(VISIBLE_SPACE)
         processor = self._whole if space else self._without_prefix
@@ -92,7 +97,9 @@ class SentencePieceBackend:
             origin[: len(VISIBLE_SPACE.encode())] = 0
         lengths = np.array([len(piece) for piece in tokens["pieces"]], np.int64)
         ends = np.cumsum(lengths)
-        if b"".join(tokens["pieces"]) != normalized:  # a piece does not say what it spells: no place is known
+        # If the pieces do not spell the normalised text, no token has a known place: each covers the whole
+        # text.
+        if b"".join(tokens["pieces"]) != normalized:
             return tokens["ids"], np.zeros(len(ends), np.int64), np.full(len(ends), len(data))
         return tokens["ids"], *covered(ends - lengths, ends, origin)
 
@@ -120,7 +127,10 @@ def _processor(model: Any, **normalizer: Any) -> sentencepiece.SentencePieceProc
 
 
 def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
-    """Added tokens may rename what the model only reserves; a piece of text keeps its bytes."""
+    """Raises UserError if an added token has the id of a piece of text.
+
+    It may only rename reserved pieces.
+    """
     for text, token in extra.items():
         if token < len(model.pieces) and model.pieces[token].type in (
             model.SentencePiece.NORMAL,
@@ -133,15 +143,20 @@ def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
 
 
 def _hide_from_text(model: Any, special: Set[int | None]) -> None:
-    """Makes control pieces of the user-defined ones that are special (Gemma's `<end_of_turn>`): text must not become them."""
+    """Turns special user-defined pieces, such as Gemma's `<end_of_turn>`, into control pieces.
+
+    So a user's text cannot become a special token.
+    """
     for token, entry in enumerate(model.pieces):
         if token in special and entry.type == entry.USER_DEFINED:
             entry.type = entry.CONTROL
 
 
 def _user_defined(model: Any) -> dict[str, int]:
-    """Pieces that are matched as whole strings in any text, by SentencePiece itself. Runs of spaces are left out: their
-    strings are no pieces."""
+    """Pieces that SentencePiece itself matches as whole strings in any text.
+
+    Runs of spaces are left out, because a piece writes them in another form than the text.
+    """
     return {
         entry.piece: token
         for token, entry in enumerate(model.pieces)
@@ -154,7 +169,10 @@ def _visible(piece: str) -> bytes:
 
 
 def load_sentence_piece(path: Path) -> Tokenizer:
-    """Reads a SentencePiece model file and, beside it, what transformers keeps in tokenizer_config.json and the like."""
+    """Reads a SentencePiece model file, and transformers' settings beside it (tokenizer_config.json, others).
+
+    Raises UserError if the file is not a SentencePiece model, or if the settings belong to another model.
+    """
     data = read_small_file(path)
     model = _ModelProto()
     try:
@@ -177,15 +195,16 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     _refuse_other_bytes(model, extra, path)
     named = {}
     for kind in ("bos", "eos", "pad"):
-        own = getattr(processor, f"{kind}_id")()  # -1 = none
-        named[kind] = settings.named_token(kind, pieces | extra, own if own >= 0 else None)
+        model_token = getattr(processor, f"{kind}_id")()  # -1 = none
+        named[kind] = settings.named_token(kind, pieces | extra, model_token if model_token >= 0 else None)
     _hide_from_text(model, {*settings.special, *named.values()})
     processor = _processor(model)
     control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
     special = {*control.values(), *settings.special, *(token for token in named.values() if token is not None)}
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
-    for token, own in own_bytes.items():
-        token_bytes[token] = own
+    # The order matters: added tokens override the model's pieces, and special tokens have no bytes at all.
+    for token, piece_bytes in own_bytes.items():
+        token_bytes[token] = piece_bytes
     for text, token in extra.items():
         token_bytes[token] = text.encode()
     for token in special:
@@ -194,7 +213,8 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     added = control | extra
     legacy = settings.config.legacy
     if legacy is None:
-        # Mistral's later models have [INST] as a control piece, and no dummy prefix behind one. Llama-2 and Mistral's first do not.
+        # Mistral's later models have [INST] as a control piece, and no dummy prefix after control pieces.
+        # Llama-2 and Mistral's first models have no such piece, and a dummy prefix.
         legacy = "[INST]" not in control
     adds_bos = named["bos"] is not None and settings.config.add_bos_token is not False
     return Tokenizer(

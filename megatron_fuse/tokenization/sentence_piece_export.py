@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as a tokenizer.json that cuts text exactly as SentencePiece does."""
+"""Writes a SentencePiece BPE model as a tokenizer.json that splits text exactly as SentencePiece does."""
 
 from typing import Any
 
@@ -15,7 +15,10 @@ BPE = 2  # TrainerSpec.ModelType
 
 
 def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy: bool) -> PreTrainedTokenizerFast:
-    """model: the ModelProto. Raises UserError for a model that is not BPE or that normalises text."""
+    """The transformers tokenizer of a SentencePiece model. model: the ModelProto.
+
+    Raises UserError if the model is not BPE or normalises text.
+    """
     normalizer = model.normalizer_spec
     if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise UserError(
@@ -40,7 +43,7 @@ def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend(VISIBLE_SPACE), normalizers.Replace(" ", VISIBLE_SPACE)]
         )
-    else:  # unlike SentencePiece, no prefix where the text begins with a space already
+    else:  # unlike SentencePiece, it adds no prefix if the text already begins with a space
         backend.pre_tokenizer = pre_tokenizers.Metaspace(VISIBLE_SPACE, prepend_scheme="first", split=False)
     if normalizer.add_dummy_prefix:
         to_space.append(decoders.Strip(" ", 1, 0))
@@ -60,10 +63,10 @@ def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy:
 
 
 def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs that make a piece, in SentencePiece's order: best score first.
+    """All pairs that form a piece, in SentencePiece's order: best score first.
 
-    Of equal scores (runs of spaces) SentencePiece takes the leftmost pair, so that a run grows from the left; the
-    longer piece first has the same effect.
+    If scores are equal (runs of spaces), SentencePiece takes the leftmost pair, so that a run grows from the
+    left. To list the longer piece first has the same effect.
     """
     usable = {entry.piece: entry.score for entry in model.pieces if entry.type in (entry.NORMAL, entry.USER_DEFINED)}
     pairs = [

@@ -1,9 +1,11 @@
-"""What transformers keeps beside a tokenizer's own file, as typed models: another form is refused here, by file and key.
+"""The settings files of transformers beside a tokenizer's own file, as typed models.
+
+A file of another form is refused here, with an error that names file and key.
 
 tokenizer_config.json     TokenizerConfig
 special_tokens_map.json   names of special tokens -> their texts
 added_tokens.json         texts of tokens -> ids
-tokenizer.json            TokenizerFile, as far as transformers or we read it before the library that checks it does
+tokenizer.json            TokenizerFile: the parts that are read before the library checks them
 config.json               ModelKind, for the class of the tokenizer
 chat_template.jinja       text
 """
@@ -22,7 +24,7 @@ from megatron_fuse.storage.strict_json import read_object, read_small_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
-MOST_IDS = 1 << 22  # the largest published vocabularies have 262,144; every id takes memory, holes between them too
+MOST_IDS = 1 << 22  # the largest published vocabularies have 262,144; every id takes memory, used or not
 _MOST_BYTES = 512 << 20
 _FIX = "save the tokenizer with transformers again, or fetch it again"
 
@@ -38,7 +40,7 @@ IdText = Annotated[str, AfterValidator(_is_id)]
 
 
 class _Strict(BaseModel):
-    """No value is converted to another type; further keys may be there."""
+    """Values are not converted to another type. Unknown keys are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -98,7 +100,10 @@ class ModelKind(_Strict):
 
 
 def _known_ids(vocabulary: Any) -> Any:
-    """Checked before the library makes a table of all ids. What is no mapping has no ids but its places."""
+    """Checks the ids, before the library makes a table of all of them.
+
+    A vocabulary that is a list needs no check: its ids are the places.
+    """
     if isinstance(vocabulary, dict):
         for token in vocabulary.values():
             if type(token) is not int or not 0 <= token < MOST_IDS:
@@ -117,7 +122,7 @@ class Vocabulary(BaseModel):
 
 
 class TokenizerFile(BaseModel):
-    """Of the rest, the library says line and column."""
+    """The parts that are checked here. For errors in the rest, the library names line and column."""
 
     model_config = ConfigDict(strict=True)
 
@@ -127,17 +132,17 @@ class TokenizerFile(BaseModel):
 
 @dataclass(frozen=True)
 class Strips:
-    """The added tokens that take the white space on their left (`lstrip`) or right (`rstrip`) with them."""
+    """The added tokens that remove the white space on their left (`lstrip`) or right (`rstrip`)."""
 
     left: frozenset[str]
     right: frozenset[str]
 
     def parts(self) -> list[str]:
-        """Of a hash; none of a tokenizer whose tokens take no white space."""
+        """Parts of a hash. There are none if no token removes white space."""
         return [json.dumps([sorted(self.left), sorted(self.right)])] if self.left or self.right else []
 
     def applied(self, parts: list[str]) -> list[str]:
-        """Parts of a text, cut at its added tokens, without the white space that these take."""
+        """The parts of a text, split at its added tokens, without the white space that these tokens remove."""
         parts = list(parts)
         for index, part in enumerate(parts):
             if part in self.left and index > 0:
@@ -149,10 +154,10 @@ class Strips:
 
 @dataclass(frozen=True)
 class Settings:
-    """All empty where nothing lies beside the file.
+    """The settings beside a tokenizer's file. All are empty if there are no such files.
 
-    added: text -> id of every token that is named there, the vocabulary's own among them; special: the ids of those that
-    are marked special.
+    added: text -> id of every token that the settings name; tokens of the vocabulary may be among them.
+    special: the ids of those that are marked special.
     """
 
     file: Path
@@ -165,7 +170,7 @@ class Settings:
     def named_token(self, kind: str, tokens: dict[str, int], default: int | None) -> int | None:
         """The id of `bos_token`, `eos_token` or `pad_token` (kind: bos, eos, pad) if it is named, else default.
 
-        Raises UserError for a beginning or an end that is no token: the model would not know it.
+        Raises UserError if BOS or EOS is not a token of this tokenizer: the model would not know it.
         """
         text = text_of(getattr(self.config, f"{kind}_token"))
         if text and text not in tokens and kind != "pad":
@@ -178,7 +183,7 @@ def text_of(token: TokenText) -> str | None:
 
 
 def read_settings(directory: Path) -> Settings:
-    """Raises UserError, naming file and key, for files that do not hold what transformers writes."""
+    """Reads the settings of a directory. Raises UserError, with file and key, if a file has another form."""
     file = directory / "tokenizer_config.json"
     config = _read(file, TokenizerConfig)
     added = dict(_read(directory / "added_tokens.json", AddedTokens).root)
@@ -194,7 +199,7 @@ def read_settings(directory: Path) -> Settings:
     template_file = directory / "chat_template.jinja"
     if template_file.exists() or template_file.is_symlink():
         template = read_text(template_file)
-    elif isinstance(template, list):  # several named ones
+    elif isinstance(template, list):  # several templates with names
         template = next((entry.template for entry in template if entry.name == "default"), None)
     elif isinstance(template, dict):
         template = template.get("default")
@@ -202,7 +207,7 @@ def read_settings(directory: Path) -> Settings:
 
 
 def read_text(path: Path, where: str = "") -> str:
-    """A template's file. where: the recipe's key that names it, for errors."""
+    """The text of a template's file. where: the recipe's key that names the file, for errors."""
     data = read_small_file(path)
     try:
         return data.decode("utf-8")
@@ -213,9 +218,12 @@ def read_text(path: Path, where: str = "") -> str:
 
 
 def check_tokenizer_files(directory: Path) -> dict[str, Any] | None:
-    """Refuses what transformers would meet with an error that names neither file nor key, or with more memory than there is.
+    """Checks a tokenizer's files before transformers reads them.
 
-    Returns the content of tokenizer.json, if there is one.
+    Returns the content of tokenizer.json, None if there is no such file.
+
+    Raises UserError, with file and key. For such files transformers would raise an error without file and
+    key, or use up all memory.
     """
     read_settings(directory)
     _read(directory / "config.json", ModelKind)
@@ -226,11 +234,11 @@ def check_tokenizer_files(directory: Path) -> dict[str, Any] | None:
 def _read_tokenizer_file(path: Path) -> dict[str, Any]:
     data = read_small_file(path, _MOST_BYTES)
     try:
-        content = from_json(data, cache_strings="none")  # few strings are there twice
+        content = from_json(data, cache_strings="none")  # few strings occur twice, so a cache does not help
         TokenizerFile.model_validate(content)
     except ValueError:
         try:
-            TokenizerFile.model_validate_json(data)  # whose messages are those of JSON
+            TokenizerFile.model_validate_json(data)  # its messages speak of JSON, not of Python objects
         except ValidationError as error:
             raise UserError(f"{path}: {first_problem(error)}: {_FIX}") from error
         raise
@@ -238,6 +246,6 @@ def _read_tokenizer_file(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, model: type[Model]) -> Model:
-    """The file's content; the model's default where there is no file."""
+    """The file's content; the model's default if there is no file."""
     there = path.exists() or path.is_symlink()
     return parse_record(read_object(path) if there else {}, model, str(path), _FIX)

@@ -1,13 +1,16 @@
-"""What is published of the encodings that come as tiktoken rank files, but stands in no rank file."""
+"""Published facts about the encodings of tiktoken rank files that the rank files themselves do not hold."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PublishedEncoding:
-    """pattern cuts a text into the pieces that are merged apart. It is written without possessive quantifiers, which the
-    regex engine of `tokenizers` reads as something else. ranks: their number. special: text -> id; follows: they come right
-    behind the ranks, however many a file has. sha256: of the rank file, where its publisher says it.
+    """One published encoding.
+
+    pattern: splits a text into the pieces that are merged separately. It has no possessive quantifiers,
+    because the regex engine of `tokenizers` reads them as something else. ranks: the number of ranks.
+    special: text -> id. follows: special tokens come directly after the ranks, also if a file has fewer
+    ranks. sha256: of the rank file, if its publisher gives it.
     """
 
     name: str
@@ -29,9 +32,10 @@ _O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Of Llama-3's 256 special tokens the named ones have the same ids in every release; the reserved ones are numbered
-# through, and 3.1 named three more of them (4, 8, 10), so that the same id has other reserved names in 3.0. The file does
-# not tell the release: these are the names of 3.1, unless a tokenizer_config.json beside it lists others.
+# Llama-3 has 256 special tokens. Those with a name have the same id in every release. The reserved ones are
+# numbered in order. Release 3.1 gave names to three more of them (4, 8, 10), so that in 3.0 the same ids have
+# other reserved names. The file does not say its release. These are the names of 3.1, unless a
+# tokenizer_config.json beside it lists others.
 _LLAMA3_NAMED = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",

@@ -1,4 +1,4 @@
-"""tiktoken ranks as a tokenizer.json that cuts text exactly as tiktoken does."""
+"""Writes tiktoken ranks as a tokenizer.json that splits text exactly as tiktoken does."""
 
 import json
 
@@ -14,11 +14,14 @@ from megatron_fuse.tokenization.transformers_export import wrap_backend
 def as_transformers(
     tokenizer: Tokenizer, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
 ) -> PreTrainedTokenizerFast:
-    """special: text -> id. Takes seconds for a whole rank file, because merges are derived from ranks."""
+    """The transformers tokenizer of tiktoken ranks. special: text -> id.
+
+    A whole rank file takes seconds, because merges are derived from ranks.
+    """
     character_of = {byte: character for character, byte in byte_level_table().items()}
     spelled = {piece: "".join([character_of[byte] for byte in piece]) for piece in ranks}
     merges = [(spelled[left], spelled[right]) for left, right in _merges(ranks)]
-    # tiktoken looks a whole piece up before it merges anything
+    # tiktoken looks up a whole piece before it merges anything. `ignore_merges` does the same.
     model = models.BPE({spelled[piece]: rank for piece, rank in ranks.items()}, merges, ignore_merges=True)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -29,7 +32,8 @@ def as_transformers(
     )
     backend.decoder = decoders.ByteLevel()
     state = json.loads(backend.to_str())
-    # Special tokens may stand behind a hole in the numbering, which only a place in the vocabulary itself can keep
+    # Special tokens may come after unused ids. Only the vocabulary itself can keep such ids, so they are
+    # entered there.
     state["model"]["vocab"] |= special
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]
@@ -38,7 +42,7 @@ def as_transformers(
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """All pairs that make a token, lowest rank first, as tiktoken merges them."""
+    """All pairs that form a token, lowest rank first: the order in which tiktoken merges them."""
     return [
         (piece[:cut], piece[cut:])
         for piece in sorted(ranks, key=ranks.__getitem__)

@@ -1,7 +1,8 @@
-"""Tokenizers given as a tiktoken rank file: base64 bytes and a rank on every line.
+"""Tokenizers in the form of a tiktoken rank file: base64 bytes and a rank on every line.
 
-A rank file holds neither the splitting pattern nor the special tokens. `cl100k_base.tiktoken` and `o200k_base.tiktoken`
-are known by their names; a `.model` file of this form is Llama-3's `tokenizer.model`.
+A rank file holds neither the splitting pattern nor the special tokens. `cl100k_base.tiktoken` and
+`o200k_base.tiktoken` are recognised by their names. A `.model` file of this form is Llama-3's
+`tokenizer.model`.
 """
 
 import base64
@@ -19,13 +20,14 @@ from megatron_fuse.tokenization.settings import Settings, read_settings
 from megatron_fuse.tokenization.tiktoken_encodings import ENCODINGS, PublishedEncoding
 from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts, split_at
 
-# tiktoken's regex engine keeps a million places to come back to, one for each character of a run of white space.
+# tiktoken's regex engine can keep a million places for backtracking. A run of white space needs one per
+# character.
 LONGEST_RUN = 500_000
 _WHITE_SPACE = re.compile(r"\s+")
 
 
 class TiktokenBackend:
-    """Spells every text: all 256 bytes have a rank."""
+    """A tiktoken encoding. It can spell every text, because all 256 bytes have a rank."""
 
     def __init__(
         self, encoding: tiktoken.Encoding, ranks: dict[bytes, int], pattern: str, special: dict[str, int]
@@ -70,9 +72,9 @@ def _has_overlong_run(text: str) -> bool:
 
 
 def load_tiktoken(path: Path) -> Tokenizer:
-    """Reads a rank file and, beside it, what transformers keeps in tokenizer_config.json and the like.
+    """Reads a rank file, and the settings of transformers beside it (tokenizer_config.json and others).
 
-    Raises UserError for a file whose encoding is not known, or that is not the file that its name promises.
+    Raises UserError if the encoding of the file is unknown, or if the file is not the one that its name says.
     """
     data = read_small_file(path)
     encoding = _known_encoding(path)
@@ -86,11 +88,11 @@ def load_tiktoken(path: Path) -> Tokenizer:
     settings = read_settings(path.parent)
     published, special = _special_tokens(path, encoding, len(ranks), settings)
     named = {
-        kind: settings.named_token(kind, special, None if own is None else published.get(own))
-        for kind, own in (("bos", encoding.bos), ("eos", encoding.eos), ("pad", None))
+        kind: settings.named_token(kind, special, None if default is None else published.get(default))
+        for kind, default in (("bos", encoding.bos), ("eos", encoding.eos), ("pad", None))
     }
-    asked = settings.config.add_bos_token
-    adds_bos = named["bos"] is not None and (encoding.bos is not None if asked is None else asked)
+    setting = settings.config.add_bos_token
+    adds_bos = named["bos"] is not None and (encoding.bos is not None if setting is None else setting)
     token_bytes = [b""] * (1 + max([*ranks.values(), *published.values(), *special.values()]))
     for piece, rank in ranks.items():
         token_bytes[rank] = piece
@@ -117,7 +119,10 @@ def load_tiktoken(path: Path) -> Tokenizer:
 def _special_tokens(
     path: Path, encoding: PublishedEncoding, ranks: int, settings: Settings
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """text -> id: as published, and with the names that tokenizer_config.json has for some of the ids, or for more."""
+    """Two tables text -> id: as published, and with the names of tokenizer_config.json.
+
+    The settings may rename some of the published ids, and add others.
+    """
     for text, token in settings.added.items():
         if token < ranks:
             raise UserError(
@@ -131,7 +136,10 @@ def _special_tokens(
 
 
 def _known_encoding(path: Path) -> PublishedEncoding:
-    """By the file's name; a `.model` file is Llama-3's."""
+    """The encoding by the file's name.
+
+    A `.model` file is Llama-3's. Raises UserError if the name is unknown.
+    """
     name = "llama3" if path.suffix == ".model" else path.stem
     if name not in ENCODINGS:
         raise UserError(
@@ -142,7 +150,10 @@ def _known_encoding(path: Path) -> PublishedEncoding:
 
 
 def _refuse_another_encoding(data: bytes, encoding: PublishedEncoding, path: Path) -> None:
-    """A renamed file would be cut by the wrong pattern, and its ranks cannot tell."""
+    """Raises UserError for a renamed file.
+
+    It would be split by the wrong pattern, which the ranks cannot show.
+    """
     sha256 = hashlib.sha256(data).hexdigest()
     for other in ENCODINGS.values():
         if other.sha256 == sha256 and other.name != encoding.name:
@@ -153,7 +164,7 @@ def _refuse_another_encoding(data: bytes, encoding: PublishedEncoding, path: Pat
 
 
 def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
-    """bytes -> rank, all ranks from 0 on."""
+    """bytes -> rank, with all ranks 0, 1, 2 ... Raises UserError for a damaged file."""
     try:
         pairs = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}

@@ -1,4 +1,4 @@
-"""What every other room knows about a tokenizer: ids, the exact bytes of every id, special tokens, a chat template."""
+"""The one interface to a tokenizer: ids, the exact bytes of every id, special tokens, a chat template."""
 
 import hashlib
 import re
@@ -12,11 +12,11 @@ import numpy as np
 
 from megatron_fuse.tokenization.normalized_spans import settle
 
-VISIBLE_SPACE = "▁"  # U+2581, how SentencePiece writes a space in its pieces
+VISIBLE_SPACE = "▁"  # U+2581: SentencePiece writes a space like this in its pieces
 
 
 class Backend(Protocol):
-    """The library that cuts text into ids; one per kind of tokenizer file."""
+    """The library that splits text into ids. There is one backend per kind of tokenizer file."""
 
     def encode(self, text: str, *, special: bool) -> list[int]: ...
 
@@ -25,10 +25,11 @@ class Backend(Protocol):
     def encode_continuations(self, texts: Sequence[str]) -> Iterable[list[int]]: ...
 
     def encode_normalized(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """ids of a text as the tokenizer's own normaliser changes it, still without dummy prefix; starts, ends int64 [n]:
-        the bytes of the text that went into each token, overlapping where tokens share a chunk (`normalized_spans`).
+        """Ids of a text after the tokenizer's normaliser, without dummy prefix; and starts, ends int64 [n].
 
-        Called only where encode_continuation does not spell the text; a backend that spells every text raises.
+        starts, ends: the bytes of the text that became each token. They overlap if tokens share a chunk
+        (`normalized_spans`). This is called only if encode_continuation does not spell the text. A backend
+        that spells every text raises NotImplementedError.
         """
 
     def hugging_face(self, tokenizer: "Tokenizer") -> Any: ...
@@ -38,9 +39,9 @@ class Backend(Protocol):
 class Tokenizer:
     """One interface over Hugging Face fast tokenizers, SentencePiece models and tiktoken ranks.
 
-    token_bytes[i] are the bytes that id i stands for in the MIDDLE of a text, read from the vocabulary (byte-level
-    table, pieces and <0xNN>, ranks), never from character offsets, which cannot split a character. Special tokens and
-    holes in the numbering have b"".
+    token_bytes[i] are the bytes that id i stands for in the MIDDLE of a text. They are read from the
+    vocabulary (byte-level table, pieces and <0xNN>, ranks), never from character offsets, which cannot split
+    a character. Special tokens and unused ids have b"".
     """
 
     name: str
@@ -50,16 +51,19 @@ class Tokenizer:
     pad_id: int | None
     special_ids: frozenset[int]
     added_tokens: dict[str, int]
-    """Text -> id of all tokens that are matched as whole strings: the special ones, and others such as `<|im_end|>`."""
+    """Text -> id of all tokens that are matched as whole strings: special ones, and others such as `<|im_end|>`."""
     adds_bos: bool
     chat_template: str | None
     sha256: str
-    """Of everything that decides ids and bytes; the chat template is not part of it."""
+    """Hash of everything that decides ids and bytes. The chat template is not part of it."""
     backend: Backend = field(repr=False)
 
     @property
     def vocab_size(self) -> int:
-        """1 + largest id; config.vocab_size of a model may be larger (padding) and is not known here."""
+        """1 + the largest id.
+
+        The config.vocab_size of a model may be larger (padding); it is not known here.
+        """
         return len(self.token_bytes)
 
     @cached_property
@@ -69,32 +73,37 @@ class Tokenizer:
 
     @cached_property
     def byte_matrix(self) -> np.ndarray:
-        """uint8 [vocab_size, longest token]: every token's bytes, zeros behind."""
+        """uint8 [vocab_size, longest token]: every token's bytes, followed by zeros."""
         longest = max(1, int(self.byte_lengths.max()))
         return np.array(self.token_bytes, dtype=f"S{longest}").view(np.uint8).reshape(-1, longest)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of a text that stands at the beginning, without BOS and EOS.
+        """Ids of a text with nothing before it, without BOS and EOS.
 
-        special: strings of special tokens become their ids (the text of a template); else they stay plain text.
+        special: strings of special tokens become their ids (for a template's text); else they stay plain
+        text.
         """
         return self.backend.encode(text, special=special)
 
     @cached_property
     def composes(self) -> bool:
-        """Whether its normaliser joins a letter and the accent behind it (NFC, NFKC), which encode_continuation does not."""
+        """Whether its normaliser joins a letter and the accent after it (NFC, NFKC).
+
+        encode_continuation does not.
+        """
         composed = self.encode("ae\u0301")
         return composed == self.encode("a\u00e9") and self.joined_bytes(composed).endswith("\u00e9".encode())
 
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that follows other text: no dummy prefix, no Unicode normalisation, special strings are text.
 
-        The joined token_bytes are the text's UTF-8 wherever the vocabulary can spell it (always with byte-level BPE,
-        byte fallback and tiktoken).
+        The joined token_bytes are the text's UTF-8 if the vocabulary can spell it. Byte-level BPE, byte
+        fallback and tiktoken always can.
         """
         if VISIBLE_SPACE not in text:
             return self.backend.encode_continuation(text) if text else []
-        # SentencePiece reads a literal U+2581 as a space: spell it by bytes where the vocabulary can.
+        # SentencePiece reads a literal U+2581 as a space. If the vocabulary has single bytes, they spell it
+        # instead.
         ids = self.backend.encode_continuation(text)
         space = VISIBLE_SPACE.encode()
         spelled = [self._single_bytes[byte] for byte in space if byte in self._single_bytes]
@@ -106,19 +115,21 @@ class Tokenizer:
         return ids
 
     def encode_continuations(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """`encode_continuation` of each. Short texts take less time together."""
+        """`encode_continuation` of each text. Short texts take less time together."""
         together = iter(self.backend.encode_continuations([text for text in texts if VISIBLE_SPACE not in text]))
         for text in texts:
             yield self.encode_continuation(text) if VISIBLE_SPACE in text else next(together)
 
     def encode_spans(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Ids of a text that follows other text, and where each of them lies in its UTF-8.
+        """Ids of a text that follows other text, and their places in its UTF-8.
 
-        Returns ids; ends int64 [n], not decreasing, the last one len(text.encode()): token i covers the bytes from
-        ends[i - 1] on; lossy bool [n]: its token_bytes are not the bytes it covers, or where it ends is not known.
-        Where encode_continuation spells the text, these are its ids and nothing is lossy. Elsewhere the tokenizer's own
-        normaliser works on the whole text, as the model is used to; `normalized_spans.settle` says which boundaries are
-        then known. A text that is normalised away (a newline of T5's) has no tokens.
+        Returns ids; ends int64 [n], not decreasing, the last one len(text.encode()): token i covers the bytes
+        from ends[i - 1] to ends[i]; and lossy bool [n]: the token_bytes are not the bytes that the token
+        covers, or its end is not known.
+        If encode_continuation spells the text, its ids are returned and nothing is lossy. Otherwise the
+        tokenizer's own normaliser works on the whole text, as in the model's training, and
+        `normalized_spans.settle` says which boundaries are known. A text that the normaliser removes (such as
+        a newline with T5) has no tokens.
         """
         ids = self.encode_continuation(text)
         data = text.encode()
@@ -131,12 +142,15 @@ class Tokenizer:
         return ids, ends, shared | np.array(differs, bool)
 
     def joined_bytes(self, ids: Iterable[int]) -> bytes:
-        """The concatenated token_bytes; ids beyond the vocabulary (padded logits) add nothing."""
+        """The concatenated token_bytes. Ids beyond the vocabulary (padded logits) add nothing."""
         table, size = self.token_bytes, self.vocab_size
         return b"".join([table[i] for i in ids if 0 <= i < size])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids as a continuation: special tokens left out, a leading space kept, broken UTF-8 replaced."""
+        """The text of ids as a continuation, without special tokens.
+
+        A leading space stays; broken UTF-8 is replaced.
+        """
         return self.joined_bytes(ids).decode("utf-8", errors="replace")
 
     def token_text(self, token: int) -> str | None:
@@ -157,7 +171,7 @@ class Tokenizer:
 
 
 def hash_parts(parts: Sequence[str | bytes]) -> str:
-    """sha256 over parts with their lengths, so that no two lists of parts run together into the same bytes."""
+    """sha256 over the parts with their lengths, so that two different lists never give the same bytes."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -167,7 +181,7 @@ def hash_parts(parts: Sequence[str | bytes]) -> str:
 
 
 def split_at(text: str, table: dict[str, int]) -> list[str]:
-    """The text cut at the table's strings, longest first; joined again it is the text."""
+    """The text split at the table's strings, longest first. The parts, concatenated, are the text."""
     if not table:
         return [text]
     pattern = "|".join(re.escape(entry) for entry in sorted(table, key=len, reverse=True))

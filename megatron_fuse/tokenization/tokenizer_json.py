@@ -1,4 +1,7 @@
-"""What a tokenizer.json says: the bytes of its vocabulary, and its pipeline taken apart. States are its parsed JSON."""
+"""Reads a tokenizer.json: the bytes of its vocabulary, and the parts of its pipeline.
+
+A State is its parsed JSON.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,22 +21,25 @@ State = dict[str, Any]
 
 @cache
 def byte_level_table() -> dict[str, int]:
-    """Character -> byte of GPT-2's byte-level BPE: printable Latin-1 stands for itself, the rest is moved up from 256."""
+    """Character -> byte of GPT-2's byte-level BPE.
+
+    Printable Latin-1 stands for itself; other bytes begin at 256.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(moved)}
 
 
 def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
-    """The bytes of every id in the middle of a text; b"" for special and unknown tokens and for holes in the numbering.
+    """The bytes of every id in the middle of a text; b"" for special and unknown tokens and unused ids.
 
-    Raises UserError, with the tokenizer's name, for a vocabulary that does not tell.
+    Raises UserError, with the tokenizer's name, if the bytes of the vocabulary cannot be known.
     """
     model = state["model"]
     byte_level = any(part["type"] == "ByteLevel" for key in _PIPELINE for part in _parts(state[key]))
     spelled = _spelling(state, byte_level, name)
     vocabulary = model["vocab"]
-    if isinstance(vocabulary, list):  # Unigram: [piece, score], the place is the id
+    if isinstance(vocabulary, list):  # Unigram: a list of [piece, score]; the place is the id
         vocabulary = {piece: token for token, (piece, _) in enumerate(vocabulary)}
         special = special | ({model["unk_id"]} if model.get("unk_id") is not None else set())
     elif model.get("unk_token") in vocabulary:
@@ -42,7 +48,7 @@ def vocabulary_bytes(state: State, special: set[int], name: str) -> list[bytes]:
     result = [b""] * (1 + max([*vocabulary.values(), *added]))
     for token, data in zip(vocabulary.values(), spelled(list(vocabulary)), strict=True):
         result[token] = data
-    for token, content in added.items():  # matched in the raw text, so their bytes are plain UTF-8
+    for token, content in added.items():  # they are matched in the raw text, so their bytes are plain UTF-8
         result[token] = (content if byte_level else content.replace(VISIBLE_SPACE, " ")).encode()
     for token in special:
         result[token] = b""
@@ -58,7 +64,7 @@ def pipeline(state: State) -> State:
 
 
 def with_paired_merges(state: State) -> State:
-    """The state with merges as pairs, `["a", "b"]`; older files have them as `"a b"`."""
+    """The state with merges as pairs, `["a", "b"]`. Older files write them as `"a b"`."""
     model = state["model"]
     merges = model.get("merges")
     if merges and isinstance(merges[0], str):
@@ -67,7 +73,7 @@ def with_paired_merges(state: State) -> State:
 
 
 def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]], list[bytes]]:
-    """The bytes of pieces, of a whole vocabulary at once."""
+    """The function that gives the bytes of pieces, of a whole vocabulary in one call."""
     model = state["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["type"] == "WordPiece":
         raise UserError(
@@ -88,15 +94,18 @@ def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]]
 
 
 def _byte_level_bytes(pieces: list[str]) -> list[bytes]:
-    """Of a piece with a character that stands for no byte: its UTF-8."""
+    """The bytes of byte-level pieces.
+
+    If a character of a piece stands for no byte, they are the piece's UTF-8.
+    """
     table = np.full(0x110000, -1, np.int16)
     for character, byte in byte_level_table().items():
         table[ord(character)] = byte
-    found = table[np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)]
+    bytes_or_none = table[np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)]
     ends = np.cumsum([0, *map(len, pieces)])
-    data = found.astype(np.uint8).tobytes()
+    data = bytes_or_none.astype(np.uint8).tobytes()
     result = [data[begin:end] for begin, end in pairwise(ends.tolist())]
-    for place in np.unique(np.searchsorted(ends, np.flatnonzero(found < 0), side="right") - 1):
+    for place in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_or_none < 0), side="right") - 1):
         result[place] = pieces[place].encode()
     return result
 
@@ -111,7 +120,7 @@ def _spaced(piece: str) -> bytes:
 
 
 def _makes_spaces_visible(state: State) -> bool:
-    """Whether pieces write spaces as U+2581: some part of the pipeline turns one into the other."""
+    """Whether pieces write spaces as U+2581. Then some part of the pipeline turns one into the other."""
     return any(
         part["type"] == "Metaspace" or (part["type"] == "Replace" and _replaced(part) in (_SPACE_SHOWN, _SPACE_READ))
         for key in _PIPELINE
@@ -128,7 +137,10 @@ def _replaced(part: State) -> tuple[str | None, str]:
 
 
 def without_beginning(state: State) -> State:
-    """The tokenizer with no dummy prefix, no normaliser but the one that makes spaces visible, no white space dropped."""
+    """The tokenizer without dummy prefix, without dropped white space, and without normalisation of the text.
+
+    Only the normalisers that make spaces visible or write bytes as characters stay.
+    """
     kept = [part for part in _parts(state["normalizer"]) if _only_spells(part)]
     pre_tokenizers = []
     for part in _parts(state["pre_tokenizer"]):
@@ -141,15 +153,15 @@ def without_beginning(state: State) -> State:
     return state | {
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers} if pre_tokenizers else None,
-        "post_processor": None,  # it may trim white space off the offsets
+        "post_processor": None,  # it may remove white space from the offsets
     }
 
 
 def own_normalizer(state: State) -> tuple[State, bool]:
-    """What `without_beginning` leaves out of the normaliser, as an empty tokenizer with that normaliser, and whether
-    white space at the end of a text is dropped.
+    """The normaliser that `without_beginning` leaves out, in the state of an empty tokenizer.
 
-    White space at the beginning is not dropped: a continuation's beginning is the middle of a text.
+    Also returns whether white space at the end of a text is dropped. White space at the beginning is not
+    dropped, because the beginning of a continuation is the middle of a text.
     """
     parts = [part for part in _parts(state["normalizer"]) if not _only_spells(part) and part["type"] != "Prepend"]
     strips = any(part["type"] == "Strip" and part["strip_right"] for part in parts)
@@ -162,12 +174,12 @@ def own_normalizer(state: State) -> tuple[State, bool]:
 
 
 def _only_spells(part: State) -> bool:
-    """Whether a normaliser changes how a text is written for the vocabulary, not the text."""
+    """Whether a normaliser changes only the spelling of a text for the vocabulary, not the text itself."""
     return part["type"] == "ByteLevel" or (part["type"] == "Replace" and part["pattern"] == {"String": " "})
 
 
 def _parts(component: State | None) -> Iterator[State]:
-    """The members of a normalizer, pre-tokenizer or decoder, sequences opened."""
+    """The members of a normalizer, pre-tokenizer or decoder, also those inside sequences."""
     if component is None:
         return
     if component["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""The last step of every tokenizer.json that is written here: BOS, the named special tokens and the chat template."""
+"""The last step of every tokenizer.json that is written here: BOS, named special tokens and chat template."""
 
 import tokenizers
 from tokenizers import processors
@@ -8,7 +8,10 @@ from megatron_fuse.tokenization.tokenizer import Tokenizer
 
 
 def wrap_backend(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, **named: str) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer around `backend`, which has the ids of `tokenizer`; named: special tokens that only it knows."""
+    """A transformers tokenizer around `backend`, which has the ids of `tokenizer`.
+
+    named: special tokens that only the backend knows.
+    """
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     texts = {name: tokenizer.token_text(token) for name, token in ids.items() if token is not None}
     named |= {name: text for name, text in texts.items() if text is not None}
