@@ -1,4 +1,4 @@
-"""Instructions: examples read from a user's file, checked, sampled and cut to length once for every later stage."""
+"""Instructions: a user's examples, read, checked, sampled and cut to length once for all later stages."""
 
 from megatron_fuse.instructions.examples import Example, naming_example
 from megatron_fuse.instructions.left_out import left_out

@@ -1,10 +1,10 @@
-"""Why a row or an example is left out."""
+"""The reasons why a row or an example is left out."""
 
 from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What the listings are counted by; docs/data.md explains each."""
+    """The kinds of reasons, by which the listings are counted. docs/data.md explains each kind."""
 
     MISSING = "value missing"
     NOT_TEXT = "value not text"

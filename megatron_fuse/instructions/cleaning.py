@@ -1,4 +1,7 @@
-"""What `data.normalize`, `data.strip` and `data.reasoning` do to an example's texts: once, before any model reads them."""
+"""Applies `data.normalize`, `data.strip` and `data.reasoning` to an example's texts.
+
+This happens once, before any model reads them.
+"""
 
 import unicodedata
 from dataclasses import dataclass, replace
@@ -14,11 +17,11 @@ _FORM: Final = "NFC"
 
 @dataclass(frozen=True)
 class Cleaning:
-    nfc: bool  # every text in Unicode's composed form
-    strip: bool  # no white space around what the assistant says
-    reasoning: str = (
-        "template"  # thoughts: kept apart for the templates, dropped, or written into the texts that are learned
-    )
+    nfc: bool  # every text gets Unicode's composed form
+    strip: bool  # white space around the assistant's texts is removed
+    # Thoughts are kept apart for the templates ("template"), dropped ("drop"), or written into the supervised
+    # texts ("supervise").
+    reasoning: str = "template"
 
     def __call__(self, example: Example) -> Example:
         if not (self.nfc or self.strip) and self.reasoning == "template":
@@ -54,6 +57,9 @@ class Cleaning:
 
 
 def is_in_nfc(example: Example) -> bool:
-    """Whether all that the assistant says is in NFC. (The other texts reach a model through its tokenizer's own normaliser.)"""
+    """Whether all texts of the assistant are in NFC.
+
+    Other texts go through the tokenizer's own normaliser anyway.
+    """
     answers = [message["content"] for message in example.messages if message["role"] == "assistant"]
     return all(unicodedata.is_normalized(_FORM, text) for text in (*answers, example.response))

@@ -1,4 +1,4 @@
-"""An example: what every stage works on. A file's row becomes one in rows.py."""
+"""An example: the unit that every stage works on. rows.py makes it of a file's row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +24,13 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    role: str  # user, assistant, tool; of a prompt also system
+    role: str  # user, assistant or tool; in a prompt also system
     content: str
     reasoning_content: NotRequired[str]  # the assistant's thought before the turn, for templates that print it
-    supervised: NotRequired[bool]  # false: an assistant turn that is context only, also where every turn is learned
-    tool_calls: NotRequired[list[ToolCall]]  # an assistant turn that calls tools: context only
-    name: NotRequired[str]  # of a tool's turn: the tool
-    tool_call_id: NotRequired[str]  # of a tool's turn: the call that it answers
+    supervised: NotRequired[bool]  # false: a masked assistant turn, which is only context
+    tool_calls: NotRequired[list[ToolCall]]  # the assistant's turn calls tools: it is only context
+    name: NotRequired[str]  # in a tool's turn: the name of the tool
+    tool_call_id: NotRequired[str]  # in a tool's turn: the call that it answers
 
 
 @dataclass(frozen=True)
@@ -39,36 +39,45 @@ class Example:
 
     id: str
     system: str | None
-    messages: list[Message]  # user and assistant in turn, up to the response: the last one is the user's, or a tool's
+    messages: list[Message]  # user and assistant in turn; the last is the user's or a tool's
     response: str  # the last assistant turn
-    truncated: bool = False  # the response was cut to fit: its end is no end of an answer
+    truncated: bool = False  # the response was cut to fit, so its end is not the end of an answer
     held_out: bool = False
-    target_tokens: int = 0  # of the whole conversation in the target's template, the stop token included
-    category: str | None = None  # the row's own, for reports
-    reasoning: str | None = None  # the thought before the response: context, where the model's template prints it
+    target_tokens: int = 0  # tokens of the whole conversation in the target's template, with the stop token
+    category: str | None = None  # the category of the row, for reports
+    reasoning: str | None = None  # the thought before the response: context, if the template prints it
     tools: list[dict[str, Any]] | None = None  # offered to the assistant: {type: function, function: {name, ...}}
 
     def prompt(self, default_system: str | None = None) -> list[Message]:
-        """Messages that a model answers: the system message, where the example or the model has one, comes first."""
+        """The messages that a model answers.
+
+        The first is the system message, if the example or the model has one.
+        """
         system = self.system if self.system is not None else default_system
         first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return first + self.messages
 
     @property
     def uses_tools(self) -> bool:
-        """Whether it offers tools, or has calls or outputs of any."""
+        """Whether the example offers tools, or has calls or outputs of tools."""
         return has_tools(self.messages, self.tools)
 
     def as_row(self) -> dict[str, Any]:
-        """As it is written: `tools` only where there are any, so that other examples are stored as before there were tools."""
+        """The example as it is written.
+
+        `tools` is left out if there are none, as in files of older versions.
+        """
         row = asdict(self)
         return row if self.tools else {key: row[key] for key in row if key != "tools"}
 
 
 @contextmanager
 def naming_example(example: Example) -> Iterator[None]:
-    """Adds the example, and what to do, to a UserError about one with tools. Instructions leave out what a model of the recipe cannot
-    read, but one that joins the run later may meet it."""
+    """Adds the example, and what to do, to a UserError about an example with tools.
+
+    Instructions leave out examples that a model of the recipe cannot read. But a model that joins the run
+    later may get such an example.
+    """
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The four common forms of a row, and which of them a file is in."""
+"""The four common forms of a row, and how a file's form is found."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ FORMS = {
 
 
 def detect_form(path: Path) -> Form:
-    """The form of the first row that bears the mark of any."""
+    """The form of the first row that has the mark of a form. Raises UserError if no row has one."""
     first: list[str] = []
     for _, row in read_table(path):
         first = first or sorted(row)

@@ -1,13 +1,16 @@
-"""Rows of a JSON file, however they were written: one object a line, an array of objects, an object of columns; also with gzip.
+"""Rows of a JSON file: one object per line, an array of objects, or an object of columns; also with gzip.
 
-The content decides, not the name, with one exception: a single object is a row in FILE.jsonl and may be columns in FILE.json.
+The content decides the form, not the name. There is one exception: a single object is a row in FILE.jsonl,
+and may be columns in FILE.json.
 
-{"a": 1}                    a row a line; blank lines are skipped
+{"a": 1}                    one row per line; blank lines are skipped
 {"a": 2}
 [{"a": 1}, {"a": 2}]        an array, on any number of lines
-{"a": [1, 2]}               columns in FILE.json: equally long lists; held in memory as a whole. A list of turns under `messages` or
-                            `conversations` is one row's, and so is an object with anything but lists
-{"a": {"0": 1, "1": 2}}     the same as pandas' to_json writes them
+{"a": [1, 2]}               columns in FILE.json: lists of equal length; the whole file is in memory. If there
+is a list
+                            of turns under `messages` or `conversations`, or a value that is not a list, the
+                            object is one row
+{"a": {"0": 1, "1": 2}}     columns as pandas' to_json writes them
 """
 
 import gzip
@@ -26,15 +29,16 @@ from megatron_fuse.storage.files import jsonl_rows
 from megatron_fuse.text_safety import brief
 
 _GZIP = b"\x1f\x8b"
-_CONVERSATIONS = ("messages", "conversations")  # keys under which a row has its turns, a column one list of turns a row
+# Keys under which a row has its turns. In a column, they hold one list of turns per row.
+_CONVERSATIONS = ("messages", "conversations")
 
 Row = dict[str, Any]
 
 
 def read_json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number, row): of one row a line the number of the line, else of the row, both from 1.
+    """(number, row): the number of the line if there is one row per line, else of the row. Both count from 1.
 
-    Raises UserError naming the file and the line or element that cannot be read.
+    Raises UserError that names the file and the line or element that cannot be read.
     """
     with _opened(path) as file:
         begin = _first_byte(file)
@@ -63,7 +67,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _first_byte(file: BinaryIO) -> bytes:
-    """The first byte that is no white space. The file is at its beginning before and after."""
+    """The first byte that is not white space. The file is at its beginning before and after the call."""
     if file.read(len(BOM_UTF8)) != BOM_UTF8:
         file.seek(0)
     byte = file.read(1)
@@ -98,7 +102,7 @@ def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _rows_of(value: Row, path: Path) -> Iterator[Row]:
-    """The rows of an object of columns; of any other object, the object."""
+    """The rows of an object of columns. Any other object is one row."""
     columns = {key: _by_index(column) for key, column in value.items()}
     if not columns or not all(isinstance(column, list) for column in columns.values()):
         yield value
@@ -115,10 +119,10 @@ def _rows_of(value: Row, path: Path) -> Iterator[Row]:
 
 
 def _single_object(file: BinaryIO) -> Row | None:
-    """The object that a file consists of; None if it has another form, which the reader of lines then judges.
+    """The object, if the file consists of one object; else None. Then the reader of lines checks the file.
 
-    The file is at its beginning before and after. No more than the first object is parsed, and no more than the first line read
-    where it holds a whole one.
+    The file is at its beginning before and after the call. Only the first object is parsed. If the first line
+    holds a whole object, only that line is parsed.
     """
     try:
         first = file.readline()
@@ -142,14 +146,14 @@ def _parsed(data: bytes) -> Any:
 
 
 def _by_index(column: Any) -> Any:
-    """pandas' {"0": value, "1": value} as a list; anything else as it is."""
+    """pandas' {"0": value, "1": value} as a list; any other value as it is."""
     if isinstance(column, dict) and column and list(column) == [str(index) for index in range(len(column))]:
         return list(column.values())
     return column
 
 
 def _are_turns(column: list[Any]) -> bool:
-    """Whether a list is the conversation of one row, {role, content} after {role, content}, and no column."""
+    """Whether a list is the conversation of one row, a list of {role, content}, and not a column."""
     return bool(column) and all(
         isinstance(turn, dict) and any(isinstance(v, str) for v in turn.values()) for turn in column
     )

@@ -1,4 +1,7 @@
-"""The elements of a JSON array one at a time, with no more of the file in memory than the longest of them needs."""
+"""Reads the elements of a JSON array one at a time.
+
+Only as much of the file is in memory as the longest element needs.
+"""
 
 import json
 import re
@@ -12,7 +15,7 @@ _LONGEST_WORD = 16  # characters: -Infinity, \ud83d\ude42
 
 
 class JsonError(ValueError):
-    """No valid JSON. line: counted from 1."""
+    """The text is not valid JSON. line: the number of the line, from 1."""
 
     def __init__(self, problem: str, line: int) -> None:
         super().__init__(problem)
@@ -20,7 +23,7 @@ class JsonError(ValueError):
 
 
 class _Window:
-    """The part of a text that is in memory, from `at` on still to be read."""
+    """The part of a text that is in memory. The part from `_at` on is not read yet."""
 
     def __init__(self, file: TextIO, chunk: int) -> None:
         self._file, self._chunk = file, chunk
@@ -32,7 +35,7 @@ class _Window:
         return self._line_at(self._at)
 
     def next(self) -> str:
-        """The next character that is no white space, which stays to be read; "" at the end."""
+        """The next character that is not white space; "" at the end. The character is not consumed."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing as well
             if self._at < len(self._text):
@@ -59,7 +62,11 @@ class _Window:
         return self._first_line + self._text.count("\n", 0, place)
 
     def _more(self) -> bool:
-        """Reads on; False at the end. As much as is here already, so that a long value is parsed a few times, not in every chunk."""
+        """Reads more text. Returns False at the end of the file.
+
+        It reads as much as is in memory already. So a long value is parsed only a few times, and not for
+        every chunk.
+        """
         self._first_line = self.line
         rest = self._text[self._at :]
         new = self._file.read(max(self._chunk, len(rest)))
@@ -68,12 +75,15 @@ class _Window:
 
 
 def is_cut_off(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether more text could make the value valid: it goes wrong at the end, or in a string that does not end."""
+    """Whether more text could make the value valid: the error is at the end, or in an unfinished string."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - _LONGEST_WORD
 
 
 def array_elements(file: TextIO, chunk: int = CHUNK) -> Iterator[dict[str, Any]]:
-    """The objects of the array that a file consists of. Raises JsonError for everything else, after the objects before it."""
+    """The objects of the array in a file.
+
+    Raises JsonError at the first thing that is not part of such an array, after the objects before it.
+    """
     window = _Window(file, chunk)
     if window.next() != "[":
         raise JsonError("no array", window.line)

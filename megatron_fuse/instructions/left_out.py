@@ -1,4 +1,4 @@
-"""What prepare_instructions left out and why, as a table: from the listings in its directory."""
+"""A table of what prepare_instructions left out, and why. It is made from the listings in the artifact."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ LISTINGS = ("bad_rows", "dropped")
 
 
 def left_out(artifact: Artifact) -> Iterator[str]:
-    """Lines of the table, the most frequent kind first; none where nothing was left out."""
+    """The lines of the table, the most frequent kind first. There are none if nothing was left out."""
     counts: dict[str, int] = {}
     first: dict[str, int] = {}
     for listing in LISTINGS:

@@ -1,4 +1,7 @@
-"""Cutting a response to the length that every model can read, and leaving out what one cannot: once, before any other stage."""
+"""Cuts responses to the length that every model can read, and leaves out examples that a model cannot read.
+
+This happens once, before any other stage.
+"""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,22 +23,27 @@ def _cut_at_character(data: bytes, length: int) -> bytes:
 
 
 def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[int, int]:
-    """Where to cut for one model: (tokens before the response, bytes of the response in the whole tokens that fit behind them).
+    """Where to cut for one model: (tokens before the response, bytes of its whole tokens that fit after them).
 
-    encoded: of more than seq_length tokens. offset: byte at which the response begins, in those of all supervised turns.
+    encoded: a conversation of more than seq_length tokens. offset: the first byte of the response, in the
+    bytes of all supervised turns.
     """
     first_row = np.searchsorted(encoded.spans.starts, offset)
     ends = encoded.spans.ends[first_row:] - offset
     prompt_length = int(np.flatnonzero(encoded.supervised)[first_row])
     kept = seq_length - prompt_length
-    # Behind the labels there may be white space before the stop token, so that `kept` may be more than there are.
+    # The template may print white space before the stop token, so `kept` may exceed the number of labels.
     return prompt_length, int(ends[min(kept, len(ends)) - 1]) if kept > 0 else 0
 
 
 def _encoded(
     example: Example, chat: ChatFormat, response: str, *, stop: bool = True, every_turn: bool = False
 ) -> EncodedConversation:
-    """Raises BadRow for an example with tools that the template refuses or does not print; a UserError about another stays one."""
+    """The example with this response, as the model reads it.
+
+    Raises BadRow if the template refuses or does not print an example with tools. For examples without tools,
+    UserError is raised as usual.
+    """
     messages, thought = example.prompt(chat.system), example.reasoning
     try:
         return chat.encode_conversation(
@@ -48,7 +56,7 @@ def _encoded(
 
 
 def require_readable(example: Example, formats: Iterable[ChatFormat]) -> None:
-    """Raises BadRow where one of these templates refuses an example with tools or does not print it."""
+    """Raises BadRow if one of these templates refuses an example with tools or does not print it."""
     for chat in formats:
         _encoded(example, chat, example.response)
 
@@ -61,18 +69,19 @@ def fit(
     policy: str = "truncate",
     every_turn: bool = False,
 ) -> Example:
-    """The example, its response cut where needed so that the conversation has at most `seq_length` tokens in every model.
+    """The example, with its response cut to fit: at most `seq_length` tokens of conversation in every model.
 
-    formats: (name, chat format), the target's first. every_turn: the assistant's earlier turns are labels too, which never
-    are cut. A whole response counts with its stop token, a cut one has none. The cut is at the last token end of the tightest
-    model that is also a character's end. Raises BadRow where the example is to be left out.
+    formats: (name, chat format), the target's first. every_turn: the assistant's earlier turns are labels
+    too; they are never cut. A whole response counts with its stop token; a cut response has none. The cut is
+    at the end of a token of the model with the least room, or at the last end of a character before it.
+    Raises BadRow if the example must be left out.
     """
     formats = list(formats)
     turns = supervised_turns(example.messages, example.response, every_turn=every_turn)
     offset = len(response_bytes(turns[:-1]))
     response = example.response.encode()
     truncated = False
-    lengths: list[int] = []  # tokens in each of the formats, from the first on, in which the response fits as it is now
+    lengths: list[int] = []  # tokens in each of the first formats, in which the response fits as it is now
     while len(lengths) < len(formats):
         name, chat = formats[len(lengths)]
         encoded = _encoded(example, chat, response.decode(), stop=not truncated, every_turn=every_turn)
@@ -83,12 +92,15 @@ def fit(
         if policy == "drop":
             raise BadRow(Kind.TOO_LONG, f"{length} tokens for {name}, seq_length is {seq_length}")
         prompt_length, room = _room(encoded, offset, seq_length)
-        # Where only the stop token is too much the text stays whole; after that every further cut takes a byte at least.
+        # If only the stop token is too much, the first cut leaves the text whole. Every later cut removes at
+        # least one byte, so the loop ends.
         response = _cut_at_character(response, min(room, len(response) - truncated))
         truncated = True
         if not response.strip():
             left = "room for white space only" if room else "no room"
             reason = f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
             raise BadRow(Kind.NO_ROOM, reason)
-        lengths.clear()  # a cut may split a token, so that those in which it fitted are asked again
+        # A cut may split a token of an earlier format, which then needs more tokens: all formats are checked
+        # again.
+        lengths.clear()
     return replace(example, response=response.decode(), truncated=truncated, target_tokens=lengths[0])

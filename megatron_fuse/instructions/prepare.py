@@ -1,8 +1,12 @@
-"""The instructions stage: sample, cut to length, split, write. Every later stage works on these examples in these shards.
+"""The instructions stage: it samples examples, cuts them to length, splits them into shards and writes them.
+
+Every later stage works on these examples in these shards.
 
 instructions/examples.00000.jsonl ...   data.shard_size examples each, in the order of the user's file
 instructions/examples.bad_rows.jsonl    {line, kind, reason}: rows that could not be used
-instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples left out for their length, or for tools that a model cannot read
+instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples that are too long, or have tools
+that a model
+                                        cannot read
 """
 
 import hashlib
@@ -42,7 +46,7 @@ _OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize
 
 
 def instructions_options(recipe: Recipe) -> dict:
-    """What the instructions record of the recipe."""
+    """The options of the recipe that the instructions record."""
     data = recipe.data
     return {
         "seed": recipe.seed,
@@ -51,8 +55,9 @@ def instructions_options(recipe: Recipe) -> dict:
     }
 
 
-# They depend on the user's file and the target, not on the list of sources: a source may join later, and leave out what does not
-# fit it. They are one unit of work: the number of shards is known only after the examples are chosen.
+# Instructions depend on the user's file and the target, not on the list of sources: a source may join later,
+# and then leaves out what does not fit it. They are one unit of work, because the number of shards is known
+# only after the examples are chosen.
 INSTRUCTIONS = Stage(
     name="instructions",
     recorded_as="instructions",
@@ -67,19 +72,22 @@ INSTRUCTIONS = Stage(
 
 
 def _by_rank(names: Iterable[str], seed: int, purpose: str) -> list[str]:
-    """Ids in the order of a hash of seed and id: a draw of the first ones does not depend on the order of rows, and a larger
-    draw holds the smaller one."""
+    """Ids in the order of a hash of seed, purpose and id.
+
+    So a sample of the first ids does not depend on the order of rows, and a larger sample contains a smaller
+    one.
+    """
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest())
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What `fit` has found out about an example, without its texts."""
+    """The result of `fit` for an example, without its texts."""
 
-    characters: int  # of the response that fit
+    characters: int  # how many characters of the response fit
     truncated: bool
     target_tokens: int
-    in_nfc: bool  # all that the assistant says
+    in_nfc: bool  # whether all texts of the assistant are in NFC
 
     def __call__(self, example: Example, *, held_out: bool) -> Example:
         return replace(
@@ -94,15 +102,18 @@ class _Fitted:
 def _choose(
     context: Context, rows: Rows, formats: list[tuple[str, ChatFormat]], progress: Callable[[str], None]
 ) -> tuple[dict[str, _Fitted], dict[str, BadRow]]:
-    """The sample, and the reasons of those left out for their length or their tools, by id. Holds no more than one example's texts at a
-    time."""
+    """The sample, and the reasons why examples are left out for their length or their tools, both by id.
+
+    It holds the texts of only one example at a time.
+    """
     recipe, data = context.recipe, context.recipe.data
     fitted: dict[str, _Fitted] = {}
     dropped: dict[str, BadRow] = {}
     candidates = _by_rank(rows.lines, recipe.seed, "sample")
     wanted = data.samples or len(rows)
     reward_models = cache(lambda: _reward_model_formats(context, progress))  # only for rows with tools
-    while candidates and len(fitted) < wanted:  # the next in rank take the place of those who did not fit
+    # Examples that do not fit are replaced by the next ones in rank, until the sample is complete.
+    while candidates and len(fitted) < wanted:
         missing = wanted - len(fitted)
         for example in rows.read(candidates[:missing]):
             try:
@@ -112,7 +123,7 @@ def _choose(
                 if example.uses_tools:
                     require_readable(result, reward_models())
             except BadRow as error:
-                dropped[example.id] = error.with_traceback(None)  # which would keep the texts
+                dropped[example.id] = error.with_traceback(None)  # a traceback would keep the texts
                 continue
             fitted[example.id] = _Fitted(
                 len(result.response), result.truncated, result.target_tokens, is_in_nfc(example)
@@ -132,11 +143,11 @@ def _choose(
 
 
 def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> list[ChatFormat]:
-    """Of those that will read conversations, as far as they are on this machine."""
+    """The chat formats of the reward models that will read conversations, if they are on this machine."""
     recipe, formats = context.recipe, []
     for name in dict.fromkeys(name for names in recipe.scorers.values() for name in names):
         options = recipe.reward_models.get(name)
-        if options is None or options.scores:  # the reference, or a file
+        if options is None or options.scores:  # scores by the reference, or from a file
             continue
         try:
             formats.append(context.reward_model_format(name))
@@ -146,15 +157,16 @@ def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> 
 
 
 def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
-    """Writes the instructions of a recipe; None on ranks that have no share in it (rank 0 does it all).
+    """Writes the instructions of a recipe. Rank 0 does all the work; on other ranks the result is None.
 
-    Raises UserError for a file that cannot be read, nothing usable, or a split that leaves nothing to train on.
+    Raises UserError if the file cannot be read, if no row can be used, or if the held-out split leaves no
+    examples for training.
     """
     recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
     artifact = completed(plan)
     if artifact or rank_and_world()[0] != 0:
         return artifact
-    # Chosen before anything is written: a refusal leaves no directory behind.
+    # The examples are chosen before anything is written, so that an error leaves no directory.
     data = recipe.data
     clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
     rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
@@ -204,11 +216,14 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
 
 
 def example_shards(artifact: Artifact) -> Shards[list[Example]]:
-    """Examples by shard. Shard i of responses, scores and captures holds the same examples in the same order."""
+    """The examples by shard.
+
+    Shard i of responses, scores and captures has the same examples in the same order.
+    """
     paths = [artifact.directory / f"{_NAME}.{shard:05d}.jsonl" for shard in range(artifact.counts["shards"])]
     return Shards(artifact, paths, lambda path: list(read_typed_rows(path, Example)))
 
 
 def load_examples(artifact: Artifact) -> list[Example]:
-    """All examples in order, at once."""
+    """All examples in order, in one list."""
     return [example for shard in example_shards(artifact) for example in shard]

@@ -1,4 +1,4 @@
-"""Texts of a row: what counts as one, and why another value does not."""
+"""Reads the texts of a row, and says why another value is not a text."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ Row = dict[str, Any]
 
 
 def text(row: Row, key: str, *, optional: bool = False) -> str:
-    """A text of a row or turn; of a list of text parts their whole. Optional: "" where there is none."""
+    """A text of a row or turn. A list of text parts is concatenated. optional: "" if there is none.
+
+    Raises BadRow if the value is missing or not text.
+    """
     value = row.get(key)
     if isinstance(value, str):
         return characters(value, key)
@@ -32,7 +35,7 @@ def _part(part: Any, key: str) -> str:
 def characters(value: str, key: str) -> str:
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no character
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but not a character
         reason = f"{key} holds half a surrogate pair at character {error.start}"
         raise BadRow(Kind.BAD_ID if key == "id" else Kind.NOT_TEXT, reason) from error
     return value

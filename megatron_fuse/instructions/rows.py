@@ -1,4 +1,4 @@
-"""From the rows of a file to examples, with every row that cannot be used listed by line, kind and reason."""
+"""Makes examples of the rows of a file. Rows that cannot be used are listed by line, kind and reason."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +26,8 @@ class _Read(NamedTuple):
 def _read(row: Row, form: Form, every_turn: bool) -> _Read:
     said = form.read(row)
     given = row.get("id")
-    # From content, so that it stays the same when rows are added, removed or sorted.
+    # Without an id of its own, a row is named by its content, so that the name stays if rows are added or
+    # sorted.
     content = [said.system, said.turns, *([said.tools] if said.tools else [])]
     name = sha256_of_json(content)[:16] if given is None else _own_id(given)
     *messages, response = _learned(said, every_turn)
@@ -57,10 +58,13 @@ def _own_id(given: Any) -> str:
 
 
 def _learned(said: Turns, every_turn: bool) -> list[Message]:
-    """The turns up to the last one that is learned. Where only the last is to be learned, this has to be it."""
+    """The turns up to the last one that is learned.
+
+    If only the last turn is learned, it must not be masked.
+    """
     turns = said.turns
     if every_turn:
-        while turns and not may_be_learned(turns[-1]):  # what follows the last label teaches nothing
+        while turns and not may_be_learned(turns[-1]):  # turns after the last label teach nothing
             turns = turns[:-1]
         if not turns:
             raise BadRow(Kind.MASKED, "every assistant turn is masked")
@@ -71,13 +75,13 @@ def _learned(said: Turns, every_turn: bool) -> list[Message]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a file can be used. Their texts stay in the file."""
+    """The rows of a file that can be used. Their texts stay in the file."""
 
     path: Path
     form: str
-    lines: dict[str, int]  # id -> line (of a table or an array: row), in the file's order
+    lines: dict[str, int]  # id -> line (row, if the file is a table or an array), in the file's order
     bad: list[dict[str, Any]]  # {line, kind, reason}, by line
-    began_with_answer: int  # usable rows whose first assistant turn, before any question, was left off
+    began_with_answer: int  # usable rows in which an assistant turn before the first question was left out
     every_turn: bool
     clean: Callable[[Example], Example] | None
 
@@ -85,7 +89,7 @@ class Rows:
         return len(self.lines)
 
     def read(self, ids: Collection[str] | None = None) -> Iterator[Example]:
-        """The usable rows, or those of these ids, in the file's order."""
+        """The examples of all usable rows, or of the rows with these ids, in the file's order."""
         lines = {self.lines[name] for name in (self.lines if ids is None else ids)}
         for line, row in read_table(self.path):
             if line in lines:
@@ -96,19 +100,21 @@ class Rows:
 def read_rows(
     path: Path, form: str = "auto", *, every_turn: bool = True, clean: Callable[[Example], Example] | None = None
 ) -> Rows:
-    """Looks through rows (see tables.py) in Alpaca, ShareGPT, messages or Orca form; `auto` takes the first row's.
+    """Checks the rows (see tables.py) in Alpaca, ShareGPT, messages or Orca form.
 
-    every_turn: all assistant turns are learned that no mask leaves out, else the last one alone. clean: what `Rows.read` does to
-    each example; ids made from content are those of the row as it is in the file.
-    docs/data.md says which rows are listed. Rows with one id and different contents are all listed, as what other
-    files say of that id cannot be given to one of them. Raises UserError for a line that is no JSON object and for a file
-    without known rows.
+    `auto` takes the form of the first row.
+
+    every_turn: all assistant turns without a mask are learned, else only the last one. clean: `Rows.read`
+    applies it to each example. Ids that are made from content use the row as it is in the file, before
+    `clean`. docs/data.md says which rows are listed as bad. If several rows have the same id but different
+    contents, all of them are listed: other files that name this id could mean any of them.
+    Raises UserError for a line that is not a JSON object, and for a file without rows of a known form.
     """
     known = detect_form(path) if form == "auto" else FORMS[form]
     bad: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    repeated: dict[str, list[int]] = {}  # id of its own -> lines after the first
-    openings = set[int]()  # lines that began with an answer
+    repeated: dict[str, list[int]] = {}  # id that the file gives -> lines after the first with this id
+    openings = set[int]()  # lines that begin with an answer
     for line, row in read_table(path):
         try:
             example, has_own_id, began_with_answer = _read(row, known, every_turn)
@@ -123,6 +129,7 @@ def read_rows(
             continue
         if began_with_answer:
             openings.add(line)
+    # Rows that share an id are compared in a second pass, so that no texts are kept during the first one.
     if repeated:
         for name, line, reason in _compare(path, known, every_turn, lines, repeated):
             bad.append(_listed(line, reason))
@@ -140,9 +147,9 @@ def _listed(line: int, reason: BadRow) -> dict[str, Any]:
 def _compare(
     path: Path, form: Form, every_turn: bool, first: dict[str, int], others: dict[str, list[int]]
 ) -> Iterator[tuple[str, int, BadRow]]:
-    """(id, line, why it is left out) for ids that several rows have: the copies, or all of them if they differ."""
+    """(id, line, reason) for rows that share an id: the copies are left out, or all rows if they differ."""
     wanted = {line for name, lines in others.items() for line in (first[name], *lines)}
-    contents: dict[int, str] = {}  # a hash in the place of a text: half of a long file may be copies
+    contents: dict[int, str] = {}  # line -> hash of the example; texts would take much memory
     for line, row in read_table(path):
         if line in wanted:
             contents[line] = sha256_of_json(asdict(_read(row, form, every_turn).example))

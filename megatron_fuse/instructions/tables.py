@@ -1,9 +1,10 @@
-"""A user's rows, one at a time, from whatever holds them: JSON, Parquet, or a directory that `datasets` saved.
+"""Reads a user's rows one at a time, from JSON, Parquet, or a directory that `datasets` saved.
 
 `key` is the recipe's key that names the table, for errors.
 
-FILE.parquet, DIRECTORY/*.parquet    one table; several files in the order of their names
-DIRECTORY/state.json                 what `Dataset.save_to_disk` writes: names Arrow files in the streaming format
+FILE.parquet, DIRECTORY/*.parquet    one table; several files are read in the order of their names
+DIRECTORY/state.json                 written by `Dataset.save_to_disk`: it names Arrow files in the streaming
+format
 any other file                       JSONL, a JSON array or JSON columns (json_files.py), also with gzip
 """
 
@@ -19,7 +20,7 @@ from megatron_fuse.storage import read_json, sha256_of_file, sha256_of_json
 from megatron_fuse.storage.records import FileName, Record, parse_record
 from megatron_fuse.text_safety import brief
 
-_BATCH = 64  # Parquet rows decoded together
+_BATCH = 64  # Parquet rows that are decoded together
 
 
 class _DataFile(Record):
@@ -46,7 +47,7 @@ def _saved(path: Path, form: type[_Saved]) -> _Saved:
 
 
 def table_sha256(path: Path, key: str = "data.path") -> str:
-    """Of all rows as they are stored. Raises UserError where there is no such table."""
+    """The hash of all rows as they are stored. Raises UserError if there is no such table."""
     files = _files(path, key)
     return sha256_of_file(path) if files == [path] else sha256_of_json([sha256_of_file(file) for file in files])
 
@@ -56,7 +57,10 @@ def table_bytes(path: Path) -> int:
 
 
 def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row): in JSONL the number of the line, else of the row, both from 1. Raises UserError where it cannot be read."""
+    """(number, row): in JSONL the number of the line, else of the row. Both count from 1.
+
+    Raises UserError if the table cannot be read.
+    """
     files = _files(path, key)
     if files == [path] and path.suffix != ".parquet":
         yield from read_json_rows(path)

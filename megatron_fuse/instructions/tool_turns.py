@@ -1,4 +1,4 @@
-"""Tools of a row: those that it offers, the assistant's calls of them, and their outputs. One form, whatever the row's.
+"""Reads the tools of a row in one form: the offered tools, the assistant's calls and their outputs.
 
 offered    [{type: function, function: {name, description, parameters, ...}}]
 a call     {id, type: function, function: {name, arguments: object}}, in the list `tool_calls` of an assistant's turn
@@ -26,7 +26,11 @@ _DEEPEST = 64  # levels of lists and objects
 
 
 def offered_tools(row: Row, *, calls: bool) -> list[dict[str, Any]] | None:
-    """A row's `tools`, or where it has calls OpenAI's older `functions`: a list of schemas or its JSON text. None for no tools."""
+    """The tools that a row offers, None if there are none. Raises BadRow.
+
+    They are under `tools`, or, if the row has calls, under OpenAI's older `functions`. The value is a list of
+    schemas, or its JSON text.
+    """
     key = "functions" if calls and row.get("tools") in (None, "", "[]", []) else "tools"
     listed = _from_text(row.get(key), key)
     if listed in (None, []):
@@ -37,7 +41,7 @@ def offered_tools(row: Row, *, calls: bool) -> list[dict[str, Any]] | None:
 
 
 def _schema(entry: Any, key: str) -> dict[str, Any]:
-    """{name, ...} of {type: function, function: {name, ...}}, or of itself."""
+    """The schema {name, ...} of a tool, which is the schema or {type: function, function: {name, ...}}."""
     schema = _function(entry, f"a tool of {key}")
     _require_name(schema, f"a tool of {key}")
     return _json(schema, f"a tool of {key}")
@@ -61,7 +65,10 @@ def _require_name(function: dict[str, Any], what: str) -> str:
 
 
 def calls_of(turn: Mapping[str, Any]) -> list[ToolCall]:
-    """The calls of an assistant's turn; an id is "" where the row has none. OpenAI's older `function_call` is a single one."""
+    """The calls of an assistant's turn. A call without an id gets the id "". Raises BadRow.
+
+    They are under `tool_calls`. OpenAI's older `function_call` is a single call.
+    """
     calls = _from_text(turn.get("tool_calls"), "tool_calls") or []
     if not isinstance(calls, list):
         raise _bad(f"tool_calls is {quoted(calls)}, no list of calls")
@@ -71,7 +78,7 @@ def calls_of(turn: Mapping[str, Any]) -> list[ToolCall]:
 
 
 def calls_in_text(said: str, role: str) -> tuple[str | None, list[ToolCall]]:
-    """(the thought in front of them or None, the calls) of a turn whose text is JSON."""
+    """(the thought before the calls or None, the calls) of a turn whose text is JSON. Raises BadRow."""
     thought, said = split_thought(said)
     calls = _from_text(said, f"the text of a turn of {role}")
     calls = calls if isinstance(calls, list) else [calls]
@@ -87,19 +94,19 @@ def _call(entry: Any) -> ToolCall:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise _bad(f"arguments of a call of {quoted(name)} are {quoted(arguments)}, no JSON object")
-    own = entry.get("id") or ""
-    if not isinstance(own, str):
-        raise _bad(f"id of a call is {quoted(own)}, not text")
+    call_id = entry.get("id") or ""
+    if not isinstance(call_id, str):
+        raise _bad(f"id of a call is {quoted(call_id)}, not text")
     arguments = _json(arguments, f"arguments of a call of {quoted(name)}")
     return {
-        "id": characters(own, "id of a call"),
+        "id": characters(call_id, "id of a call"),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
 
 
 def output_of(turn: Row, content: str) -> Message:
-    """A tool's turn as the row has it: name and tool_call_id may be missing."""
+    """A tool's turn as it is in the row: name and tool_call_id may be missing. Raises BadRow."""
     message: Message = {"role": "tool", "content": content}
     for key in ("name", "tool_call_id"):
         if turn.get(key):
@@ -110,8 +117,10 @@ def output_of(turn: Row, content: str) -> Message:
 
 
 def join_outputs(messages: list[Message]) -> None:
-    """Gives an id to every call without one, and to every output the id and name of its call: the one that it names by
-    tool_call_id, else the first without an output. Raises BadRow for an output that has none.
+    """Gives an id to every call without one, and to every output the id and the name of its call.
+
+    An output belongs to the call that it names by tool_call_id, else to the first call without an output.
+    Raises BadRow for an output without a call.
     """
     calls, waiting, have_ids = 0, list[ToolCall](), False
     for message in messages:
@@ -133,7 +142,7 @@ def join_outputs(messages: list[Message]) -> None:
 
 
 def _from_text(value: Any, what: str) -> Any:
-    """The value of JSON text; another value as it is, and None of an empty text."""
+    """The value of JSON text; None for an empty text; any other value as it is."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -145,7 +154,7 @@ def _from_text(value: Any, what: str) -> Any:
 
 
 def _json(value: Any, what: str, depth: int = 0) -> Any:
-    """The value, if JSON can hold it and every stage can write it."""
+    """The value, after a check that JSON can hold it and every stage can write it. Raises BadRow."""
     if depth > _DEEPEST:
         raise _bad(f"{what} is nested in more than {_DEEPEST} levels")
     if isinstance(value, str):

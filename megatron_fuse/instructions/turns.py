@@ -1,4 +1,4 @@
-"""What a row says, whatever its form: the system message and turns of user, assistant and tools, checked."""
+"""The checked content of a row in any form: the system message, and the turns of user, assistant and tools."""
 
 from typing import Any, NamedTuple
 
@@ -19,13 +19,16 @@ from megatron_fuse.storage.records import quoted
 
 
 class Turns(NamedTuple):
-    """A conversation: user and assistant in turn, an answer of the assistant last; at least one of each. Before an answer there may
-    be turns of the assistant that call tools, each with the tools' turns behind it."""
+    """A conversation: user and assistant take turns, and an answer of the assistant is last.
 
-    system: str  # "": none
+    There is at least one turn of each. Before an answer, the assistant may have turns that call tools. Each
+    of them is followed by the tools' turns.
+    """
+
+    system: str  # "" if there is none
     turns: list[Message]
-    began_with_answer: bool = False  # the assistant's turn before the first question was left off
-    tools: list[dict[str, Any]] | None = None  # what the row offers
+    began_with_answer: bool = False  # the assistant's turn before the first question was left out
+    tools: list[dict[str, Any]] | None = None  # the tools that the row offers
 
 
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -38,13 +41,18 @@ def pair(system: str, question: str, answer: str) -> Turns:
 
 
 def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
-    """The turns under `key`: a list of {role, text}, or {role: list, text: list} as `datasets` stores it."""
+    """The conversation under `key`: a list of {role, text}, or {role: list, text: list} as in `datasets`.
+
+    Raises BadRow.
+    """
     messages = [_turn(turn, role_key, text_key) for turn in _listed(row.get(key), key)]
     join_outputs(messages)
     system = text(row, "system", optional=True)
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
     calls = any("tool_calls" in message for message in messages)
+    # Turns at the end that have no answer teach nothing. They are left out, as is an answer before any
+    # question.
     while messages and _awaits_answer(messages[-1]):
         messages.pop()
     _check_order(messages)
@@ -59,12 +67,15 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
 
 
 def _awaits_answer(message: Message) -> bool:
-    """A question, a call or its output: what the assistant has not answered yet."""
+    """Whether a message needs an answer of the assistant: a question, a call, or an output."""
     return message["role"] in ("user", "tool") or "tool_calls" in message
 
 
 def _check_order(messages: list[Message]) -> None:
-    """Raises BadRow. An output comes behind a call, as join_outputs has found."""
+    """Raises BadRow if the turns are out of order.
+
+    join_outputs has already checked that outputs follow calls.
+    """
     previous = None
     for message in messages:
         role = message["role"]
@@ -102,7 +113,7 @@ def _turn(turn: Row, role_key: str, text_key: str) -> Message:
         known = ", ".join(_ROLES)
         reason = f"{role_key} of a turn is {quoted(role)}; known are {known} and those of tools"
         raise BadRow(Kind.UNKNOWN_ROLE, reason) from None
-    has_more = len(turn) > 2 and role == "assistant"  # than role and text
+    has_more = len(turn) > 2 and role == "assistant"  # keys other than role and text
     calls = calls_of(turn) if has_more else []
     message = {"role": role, "content": text(turn, text_key, optional=bool(calls))}
     thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), None) if has_more else None
@@ -116,7 +127,7 @@ def _turn(turn: Row, role_key: str, text_key: str) -> Message:
 
 
 def _is_learned(turn: Row) -> bool:
-    """What the mask keys of an assistant turn say; null says nothing."""
+    """Whether the mask keys of an assistant turn allow to learn it. null counts as no mask. Raises BadRow."""
     masks = {key: turn[key] for key in _MASKS if turn.get(key) is not None}
     for key, value in masks.items():
         if not isinstance(value, int | float) or value not in (0, 1):

@@ -142,7 +142,7 @@ class Strips:
         return [json.dumps([sorted(self.left), sorted(self.right)])] if self.left or self.right else []
 
     def applied(self, parts: list[str]) -> list[str]:
-        """The parts of a text, split at its added tokens, without the white space that these tokens remove."""
+        """The parts of a text, split at its added tokens, without the white space that the tokens remove."""
         parts = list(parts)
         for index, part in enumerate(parts):
             if part in self.left and index > 0:

@@ -51,7 +51,7 @@ class Tokenizer:
     pad_id: int | None
     special_ids: frozenset[int]
     added_tokens: dict[str, int]
-    """Text -> id of all tokens that are matched as whole strings: special ones, and others such as `<|im_end|>`."""
+    """Text -> id of all tokens that are matched as whole strings: special ones and ones like `<|im_end|>`."""
     adds_bos: bool
     chat_template: str | None
     sha256: str
