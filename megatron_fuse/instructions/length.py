@@ -23,7 +23,7 @@ def _cut_at_character(data: bytes, length: int) -> bytes:
 
 
 def _room(encoded: EncodedConversation, offset: int, seq_length: int) -> tuple[int, int]:
-    """Where to cut for one model: (tokens before the response, bytes of its whole tokens that fit after them).
+    """Where to cut for one model: (tokens before the response, bytes of whole tokens that fit after them).
 
     encoded: a conversation of more than seq_length tokens. offset: the first byte of the response, in the
     bytes of all supervised turns.

@@ -1,4 +1,4 @@
-"""The checked content of a row in any form: the system message, and the turns of user, assistant and tools."""
+"""The content of a row in any form, checked: the system message and turns of user, assistant and tools."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Every model's answers: sampled in process, asked of a server, or read from a file."""
+"""The answers of every model: sampled in process, requested from a server, or read from a file."""
 
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.sampled import answer_text

@@ -1,6 +1,7 @@
-"""Answers that exist already in a file, found by the ids or by the prompts of their examples.
+"""Answers that already exist in a file. They are found by the ids or the prompts of their examples.
 
-Every rank reads the file once, before the first shard is made, and keeps the answers to this run's examples, each once.
+Every rank reads the file once, before the first shard is made. It keeps one answer for each example of this
+run.
 """
 
 import json
@@ -29,7 +30,7 @@ _SHOWN = 3  # ids or prompts named in a message
 
 @dataclass(frozen=True)
 class _Given:
-    """A text as it stands in the file, and where."""
+    """A text of the file, and its line."""
 
     text: str
     truncated: bool
@@ -43,15 +44,20 @@ def given_answers(
     examples: Iterable[Example],
     progress: Callable[[str], None] = say,
 ) -> Answerer:
-    """Looks the answers to these examples up. chat: the answering model's, whose tokens are counted; where: the recipe's key.
+    """Looks up the answers to these examples in a file.
 
-    A row belongs to an example by its id, or, with match: prompt, by the text of the last user message or by a list of all
-    messages {role, content}, with calls of tools in OpenAI's form, white space at their ends apart. It has no answer where the text is null or missing; `truncated`
-    (true or false) stands beside the text in the row, where it is known. Rows of other examples are counted.
+    chat: the answering model's format, which counts the tokens. where: the recipe's key.
 
-    Raises UserError naming the line of a row without id or prompt or with a value of a wrong type, both lines of two answers
-    to one example, the line of a last message that would answer different conversations, and where the file has no answer to
-    any of the examples.
+    A row belongs to an example by its id. With match: prompt, it belongs by the text of the last user
+    message, or by a list of all messages {role, content}, with calls of tools in OpenAI's form. White space
+    at the ends of texts does not count. A row has no answer if the text is null or missing. `truncated` (true
+    or false) may be in the row beside the text. Rows of other examples are counted.
+
+    Raises UserError
+    - with the line, if a row has no id or prompt, or a value of a wrong type;
+    - with both lines, if there are two different answers to one example;
+    - with the line, if a last message would answer different conversations;
+    - if the file has no answer to any of the examples.
     """
     asked: dict[str, list[str]] = {}
     here: list[str] = []
@@ -69,7 +75,10 @@ def given_answers(
 
 
 def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[str, _Given]) -> dict[str, _Given]:
-    """The answers by the examples' ids. asked: each one's keys, as _keys gives them; found: the answers by key."""
+    """The answers by the examples' ids.
+
+    asked: the keys of each example (see _keys). found: the answers by key.
+    """
     given: dict[str, _Given] = {}
     first_of: dict[str, tuple[str, str]] = {}  # last message -> (the first example found by it, all its messages)
     for name, keys in asked.items():
@@ -77,6 +86,7 @@ def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[
         if key is None:
             continue
         given[name] = found[key]
+        # The last key is the last message alone. If two different conversations end in it, it is ambiguous.
         if options.match == "prompt" and key == keys[-1]:
             first, messages = first_of.setdefault(key, (name, keys[-2]))
             if messages != keys[-2]:
@@ -93,7 +103,10 @@ def _response(example: Example, given: _Given, chat: ChatFormat) -> Response:
 
 
 def _keys(options: ResponseFile, example: Example) -> Iterator[str]:
-    """What an example's row may be found under, the more telling first: by prompt, last all messages and the last one alone."""
+    """The keys under which an example's row may be found, the most specific first.
+
+    With match: prompt, the last two are all messages, and the last user message alone.
+    """
     if options.match == "id":
         yield example.id
         return
@@ -104,7 +117,7 @@ def _keys(options: ResponseFile, example: Example) -> Iterator[str]:
 
 
 def _question(example: Example) -> str:
-    """The last user message; behind it there may be calls of tools."""
+    """The last user message. Calls of tools may follow it."""
     return next(message["content"] for message in reversed(example.messages) if message["role"] == "user")
 
 
@@ -124,7 +137,7 @@ def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
 
 
 def _messages_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Of a prompt in a file or of an example's messages. Ids of calls do not count."""
+    """The key of a prompt in a file, or of an example's messages. Ids of calls do not count."""
     return _text_key(*(text for message in messages for text in _message_texts(message)))
 
 
@@ -138,7 +151,10 @@ def _message_texts(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _text_key(*texts: str) -> str:
-    """A hash in the place of texts that may be long and many. In NFC, which data.normalize may have brought the prompts into."""
+    """A hash of texts, to save memory.
+
+    It uses the form NFC, because data.normalize may have changed the prompts to it.
+    """
     composed = (unicodedata.normalize("NFC", text.strip()) for text in texts)
     return sha256_of_bytes(*(text.encode("utf-8", "surrogatepass") for text in composed))
 
@@ -146,11 +162,11 @@ def _text_key(*texts: str) -> str:
 def _read(
     options: ResponseFile, where: str, wanted: set[str], here: list[str], progress: Callable[[str], None]
 ) -> dict[str, _Given]:
-    """The answers to what is wanted, by key. here: some of the examples' ids or prompts, for the error."""
+    """The answers for the wanted keys, by key. here: some ids or prompts of the examples, for the error."""
     path, asked = options.path, options.id if options.match == "id" else options.prompt
     found: dict[str, _Given] = {}
-    rows = strangers = 0
-    there: list[str] = []  # the first strangers
+    rows = strangers = 0  # strangers: rows of other examples
+    there: list[str] = []  # the ids or prompts of the first of them
     unanswered = None  # the last row of an example that has no answer
     for line, row in read_table(path, where):
         rows += 1

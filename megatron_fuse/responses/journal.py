@@ -1,4 +1,7 @@
-"""Replies of a server on disk as they come in, so that an interrupted shard does not ask again."""
+"""Writes each reply of a server to disk as it arrives.
+
+So an interrupted shard does not send the same request again.
+"""
 
 import fcntl
 import json
@@ -26,15 +29,17 @@ _ENTRIES = TypeAdapter(_Entry)
 
 
 class Journal:
-    """JSON lines {request, the fields of a Reply, and a sha256 of these}. `request` is a hash of all that was asked: a changed
-    question finds nothing."""
+    """JSON lines {request, the fields of a Reply, and a sha256 of these}.
+
+    `request` is a hash of the whole request, so a changed request does not find the old reply.
+    """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._replies: dict[str, Reply] = {}
         content = file.read()
         whole = content.rfind(b"\n") + 1
-        file.truncate(whole)  # behind it lies the line within which a process was killed
+        file.truncate(whole)  # a last line without an end was being written when the process was killed
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
             try:
                 entry = _ENTRIES.validate_json(line, strict=True)
@@ -68,10 +73,11 @@ def _damaged(path: Path, line: int, why: str) -> UserError:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """Opens a journal, new or begun, for this process alone.
+    """Opens a new or an existing journal for this process alone.
 
-    Named as temporary files are (`.*.tmp`), it stays until the artifact is complete: the end of a stage removes those that nobody
-    holds. Raises UserError where another process has it open, or where it is damaged.
+    Its name is that of a temporary file (`.*.tmp`). It stays until the artifact is complete: at the end, a
+    stage removes the temporary files that no process has locked.
+    Raises UserError if another process has it open, or if it is damaged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:

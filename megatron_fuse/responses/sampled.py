@@ -1,4 +1,4 @@
-"""Answers that a model in process samples, each from a random stream of its own."""
+"""Answers that a model in process samples. Each answer has a random stream of its own."""
 
 import codecs
 import hashlib
@@ -27,9 +27,9 @@ from megatron_fuse.text_safety import say
 def sampled_answers(
     recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
 ) -> Answerer:
-    """Lets the model called `name` in the recipe answer; it is loaded for the first shard that is missing.
+    """Samples answers of the model with this name in the recipe. It is loaded at the first missing shard.
 
-    directory: of the answers, for the lines of progress.
+    directory: the directory of the answers, for lines of progress.
     """
     options, where = answering_options(recipe, name), recipe_key(name)
     stop_texts = StopTexts(options.stop, chat)
@@ -48,13 +48,16 @@ def sampled_answers(
 
 
 def example_seed(recipe: Recipe, name: str, example: Example) -> int:
-    """128 bits that only the recipe's seed, the model's name and the example decide: no neighbour, order or rank."""
+    """128 bits that depend only on the recipe's seed, the model's name and the example's id.
+
+    They do not depend on the batch, the order of examples or the rank.
+    """
     digest = hashlib.sha256(f"{recipe.seed}\0{name}\0{example.id}".encode()).digest()
     return int.from_bytes(digest[:16], "little")
 
 
 def _prompts(recipe: Recipe, name: str, model, chat: ChatFormat, examples: list[Example]) -> list[Prompt]:
-    # The answer and its stop token have to fit beside the prompt: capture leaves out what is longer.
+    # Prompt, answer and stop token must fit together, because capture leaves out longer conversations.
     limit = min(recipe.training.seq_length, max_positions(model.config) or recipe.training.seq_length)
     prompts = []
     for example in examples:
@@ -68,7 +71,8 @@ def _prompts(recipe: Recipe, name: str, model, chat: ChatFormat, examples: list[
 
 def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampling:
     tokenizer = chat.tokenizer
-    # Special tokens and holes in the numbering carry no text, nor do columns of the logits beyond: none may be an answer.
+    # Special tokens, unused ids and columns of the logits beyond the vocabulary have no text, so they are
+    # never sampled. End tokens and the tags of thoughts are the exceptions.
     allowed = torch.from_numpy(tokenizer.byte_lengths > 0)
     allowed[sorted({*chat.end_ids, *chat.thought_tags})] = True
     return Sampling(
@@ -81,7 +85,7 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
 
 
 def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
-    """None where the model ended and no answer follows its thought."""
+    """The response in the common form. None if the model ended after its thought, without an answer."""
     text, tokens = answer_text(chat, answer, stop_texts)
     thought, text = split_thought(text, chat.thought_end, opened=chat.opens_thought, cut=not answer.stopped)
     if thought is not None:
@@ -92,10 +96,10 @@ def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts
 
 
 def answer_text(chat: ChatFormat, answer: Answer, stop_texts: StopTexts | None = None) -> tuple[str, int]:
-    """Exact text of generated ids before the first stop text, without the white space that the template itself puts before a
-    response or behind it; and how many of the ids it lies in.
+    """The exact text of generated ids before the first stop text, and the number of ids that contain it.
 
-    A character that the limit of tokens cut in two is left out; bytes that are no UTF-8 become U+FFFD.
+    White space that the template itself prints before or after a response is left out. A character that the
+    token limit cut in two is left out too. Bytes that are not UTF-8 become U+FFFD.
     """
     data = chat.spelled(answer.ids)
     space = len(chat.separator) if data.startswith(chat.separator.encode()) else 0

@@ -1,4 +1,4 @@
-"""Answers that an OpenAI-compatible server gives."""
+"""Answers of an OpenAI-compatible server."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,18 +23,19 @@ from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say
 
-_THOUGHT_END = "</think>"  # where a server keeps thoughts apart and the template names no tag
-_SEEDS = 2**31  # llama.cpp takes 32 bits, the highest of which means "any"; others take a signed 32 or 64
-_TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # what any model can answer
+_THOUGHT_END = "</think>"  # the tag if a server keeps thoughts apart and the template has no tag
+_SEEDS = 2**31  # llama.cpp takes 32 bits, of which the highest means "any"; others take signed 32 or 64 bits
+_TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # any model can answer it
 
 
 def served_answers(
     recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
 ) -> Answerer:
-    """Asks the server that the recipe names for the model called `name`.
+    """Requests answers from the recipe's server for the model with this name.
 
-    What has come in of a shard is kept under `directory` until the artifact is complete. A prompt that leaves no room is not asked and
-    gets an empty, truncated answer, as from a model in process. A request that the server refuses while it answers others gets None.
+    Replies for a shard are kept under `directory` until the artifact is complete. A prompt that leaves no
+    room is not sent: its answer is empty and truncated, as from a model in process. If the server refuses a
+    request but answers others, the answer is None.
     """
     format = _Format(recipe, name, chat)
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
@@ -71,7 +72,7 @@ def served_answers(
 
 
 class _Format:
-    """How a model's examples are put to its server, and what its replies say."""
+    """Makes requests of a model's examples, and responses of the server's replies."""
 
     def __init__(self, recipe: Recipe, name: str, chat: ChatFormat) -> None:
         self.recipe, self.name, self.chat = recipe, name, chat
@@ -80,7 +81,7 @@ class _Format:
             raise ValueError(f"{recipe_key(name)} names no server")
         self.server = options.server
         positions = declared_positions(resolve_model(options.model, f"{recipe_key(name)}.model"))
-        # The answer and its stop token have to fit beside the prompt: capture leaves out what is longer.
+        # Prompt, answer and stop token must fit together, because capture leaves out longer conversations.
         self.limit = min(recipe.training.seq_length, positions or recipe.training.seq_length)
         # A server that gets the prompt as text may not know which tokens end a turn in our template.
         ends = sorted(chat.end_ids, key=lambda token: (token != chat.stop_id, token))
@@ -89,13 +90,13 @@ class _Format:
         self.stop_texts = StopTexts(self.stops, chat)
 
     def room(self, example: Example) -> int:
-        """Most tokens of an answer; none where it is below 1."""
+        """The most tokens of an answer. Below 1, there is no room for an answer."""
         with naming_example(example):
             prompt = self.chat.encode_prompt(example.prompt(self.chat.system), example.tools)
         return min(self.recipe.responses.max_new_tokens, self.limit - len(prompt))
 
     def body(self, example: Example, room: int) -> Body:
-        """The request, without keys that the recipe's `extra` sets to null."""
+        """The request as JSON, without keys that the recipe's `extra` sets to null."""
         sampling, server = self.recipe.responses, self.server
         body = {
             "model": server.model,
@@ -112,25 +113,31 @@ class _Format:
     def _question(self, example: Example) -> Body:
         messages = example.prompt(self.chat.system)
         if self.server.endpoint == "chat":
-            # Folded into the first user message where our template, mostly the server's own, takes no system message.
+            # If our template takes no system message, it is put before the first user message. The server
+            # mostly has the same template.
             question = {"messages": [_plain(message) for message in self.chat.with_system(messages)]}
-            # What is learned is text: the tools that are offered are context only.
+            # Only text is learned, so the offered tools are context: the model must not call them.
             return question | ({"tools": example.tools, "tool_choice": "none"} if example.tools else {})
         prompt, tokenizer = self.chat.render_prompt(messages, example.tools), self.chat.tokenizer
-        # Servers read a prompt as the tokenizer reads any text, with BOS in front if it adds one: the template's own is then one
-        # too many. Where it adds none, what the template writes is all there is, and stays.
+        # Servers tokenize a prompt like any text. If the tokenizer adds BOS, a BOS of the template would be a
+        # second one, so it is removed. If the tokenizer adds none, the template's BOS stays.
         bos = tokenizer.bos_id if tokenizer.adds_bos else None
         return {"prompt": prompt.removeprefix((tokenizer.token_text(bos) if bos is not None else None) or "")}
 
     def response(self, name: str, reply: Reply) -> Response | None:
-        """None where there is no answer: the request failed, or a finished reply has no text behind its thought, or none at all."""
+        """The response in the common form.
+
+        None if there is no answer: the request failed, or the reply ended without text after its thought or
+        at all.
+        """
         if reply.fault:
             return None
         thought, answer = self._thought_and_answer(reply)
-        # Servers differ in whether they leave the stop text in, and may find it within the last token only.
+        # Some servers leave the stop text in the reply, and some notice it only in the last token. So it is
+        # cut off here.
         kept = self.stop_texts.cut_answer(answer.encode())
         truncated = reply.truncated and len(kept) == len(answer.encode())
-        # U+FFFD ends what was cut off within a character.
+        # If the reply was cut off within a character, it ends in U+FFFD.
         text = kept.decode().rstrip("\N{REPLACEMENT CHARACTER}") if truncated else kept.decode()
         if not (text.strip() or truncated or reply.refused):
             return None
@@ -138,28 +145,33 @@ class _Format:
         return Response(name, text, truncated, tokens, reply.refused or is_refusal(text), thought)
 
     def _thought_and_answer(self, reply: Reply) -> tuple[str | None, str]:
-        """What the server keeps apart as the thought, or else leaves in the text; and the answer without the white space around it.
+        """The thought, which the server may keep apart or leave in the text, and the answer without white space.
 
-        A server may leave the end of a thought in the text. Behind a prompt that we rendered (endpoint `completions`) all of it is.
+        A server may leave the end of a thought in the text. After a prompt that we rendered (endpoint
+        `completions`), the whole thought is in the text.
         """
         chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
         server = self.server
-        # A chat server that keeps no thoughts apart sends the text behind the template's `<think>`. Cut off before its end, all of
-        # it is thought, unless the recipe sets options of the server's template.
+        # A chat server that does not keep thoughts apart sends the text after the template's `<think>`. If
+        # that text is cut off before the end tag, all of it is thought, unless the recipe sets options of the
+        # server's template.
         unmarked = reply.truncated and reply.reasoning is None and "chat_template_kwargs" not in server.extra
         opened = chat.opens_thought and (server.endpoint == "completions" or unmarked)
         end = chat.thought_end or (_THOUGHT_END if reply.reasoning is not None else None)
         thought, answer = split_thought(text, end, opened=opened, cut=reply.truncated)
         if reply.reasoning is not None:
             thought = "\n".join(filter(None, (reply.reasoning.strip(), thought)))
-        if thought is not None or chat.thought_end is not None:  # parsers of thoughts leave the white space behind them
+        # A server that removes thoughts leaves the white space after them.
+        if thought is not None or chat.thought_end is not None:
             answer = answer.lstrip()
         return thought, answer if reply.truncated or not chat.closing else answer.removesuffix(chat.closing)
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the mask, which is ours, and with the arguments of calls as text, which OpenAI's form asks for. The thought stays: the
-    server's template prints it or leaves it out."""
+    """A message in OpenAI's form: without this project's mask, and with the arguments of calls as text.
+
+    The thought stays: the server's template prints it or leaves it out.
+    """
     keys = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id")
     plain = {key: message[key] for key in keys if key in message}
     if "tool_calls" in plain:

@@ -1,11 +1,17 @@
-"""The responses stage: every source answers every instruction once, in its own chat template; so does the target, under the
-name `target`, where its own answers order the examples.
+"""The responses stage: every source answers every instruction once, in its own chat template.
 
-responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}, the same examples as the instructions' shard;
-                                           and reasoning, where the model thought before it answered
-responses/NAME/shard-00000.unmatched.txt   ids of this shard without answer: not in the file, refused by the server, or a thought alone
+The target answers too, under the name `target`, if its own answers decide the order of the examples.
 
-Backends: `hf`, the model in process; `openai`, a server that the recipe names; `file`, answers that exist already.
+responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}: the same examples as in
+the
+                                           instructions' shard; and reasoning, if there is a thought before
+                                           the answer
+responses/NAME/shard-00000.unmatched.txt   ids of this shard without an answer: not in the file, refused by
+the
+                                           server, or only a thought
+
+Backends: `hf`, the model in process; `openai`, a server that the recipe names; `file`, answers that already
+exist.
 """
 
 from collections.abc import Callable
@@ -40,32 +46,37 @@ from megatron_fuse.text_safety import say
 
 
 def backend_of(recipe: Recipe, name: str) -> str:
-    """What the recipe says of where a model's answers come from: one of RESPONSE_BACKENDS."""
+    """The backend of a model's answers by the recipe: one of RESPONSE_BACKENDS."""
     options = answering_options(recipe, name)
     return "file" if options.responses else "openai" if options.server else "hf"
 
 
 def responses_options(recipe: Recipe, name: str) -> dict[str, Any]:
-    """What one model's answers record of the recipe."""
+    """The options of the recipe that one model's answers record."""
     options, backend = answering_options(recipe, name), backend_of(recipe, name)
     if given := options.responses:
         return {"backend": backend, **given.model_dump(include={"response", "match", given.match})}
     sampling = {key: getattr(recipe.responses, key) for key in ("temperature", "top_p", "max_new_tokens")}
     sampling |= {"backend": backend, "seed": recipe.seed, "stop": options.stop}
-    if options.server:  # not where it is, nor how it is asked
+    # The address of a server and the way to reach it do not change the answers, so they are not recorded.
+    if options.server:
         server = options.server.model_dump(include={"model", "endpoint", "extra"})
         return sampling | server | {"seq_length": recipe.training.seq_length}
-    # Not batch_tokens: it is a matter of memory and speed.
+    # batch_tokens is not recorded: it changes memory and speed only.
     return sampling | {"dtype": options.dtype, "seq_length": recipe.training.seq_length}
 
 
 def _formats(context: Context, name: str) -> dict[str, str]:
-    """Of a given answer only its tokens are counted: the template had no share in it."""
+    """The hashes of tokenizer and chat format.
+
+    For answers of a file only the tokenizer counts, for their tokens.
+    """
     chat, backend = context.format(name), backend_of(context.recipe, name)
     tokenizer = {"tokenizer": chat.tokenizer.sha256}
     if backend == "file":
         return tokenizer
-    # Those of generation_config.json, which neither the format nor the model's fingerprint covers. A chat server has its own.
+    # End tokens of generation_config.json are in neither the format's hash nor the model's fingerprint, so
+    # they are recorded here. A chat server has its own end tokens.
     further = sorted(chat.end_ids - {chat.stop_id, chat.tokenizer.eos_id})
     server = answering_options(context.recipe, name).server
     asks_itself = server is None or server.endpoint == "completions"
@@ -83,7 +94,10 @@ def _origin(context: Context, name: str) -> dict[str, str]:
 
 
 def _flops(context: Context, amounts: Amounts, name: str) -> float:
-    """A model in process reads every prompt and writes its answer. Answers of a server or a file cost nothing here."""
+    """The work of a model in process, which reads every prompt and writes its answer.
+
+    Other backends cost nothing.
+    """
     if backend_of(context.recipe, name) != "hf":
         return 0.0
     model = resolve_model(answering_options(context.recipe, name).model, f"{recipe_key(name)}.model")
@@ -106,7 +120,10 @@ RESPONSES = Stage(
 
 
 def generate_responses(context: Context, name: str, progress: Callable[[str], None] = say) -> Artifact | None:
-    """Lets a source, or the target, answer, or takes its answers from where the recipe says. None while other ranks still work."""
+    """Makes the answers of a source or the target, by the recipe's backend.
+
+    None while other ranks still work.
+    """
     plan = context.plan(RESPONSES, name)
     artifact = completed(plan)
     if artifact:
@@ -116,11 +133,11 @@ def generate_responses(context: Context, name: str, progress: Callable[[str], No
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
-        found = answer(index, examples)
-        unmatched = [example.id for example, response in zip(examples, found, strict=True) if response is None]
+        answers = answer(index, examples)
+        unmatched = [example.id for example, response in zip(examples, answers, strict=True) if response is None]
         responses = [
             response or Response(example.id, "", truncated=False, tokens=0)
-            for example, response in zip(examples, found, strict=True)
+            for example, response in zip(examples, answers, strict=True)
         ]
         write_jsonl(prefix.with_name(prefix.name + ".jsonl"), map(_row, responses))
         if unmatched:
@@ -151,7 +168,11 @@ def _answerer(
     shards: Shards[list[Example]],
     progress: Callable[[str], None],
 ) -> Answerer:
-    """Refuses a file of other instructions at once; a model is loaded, and a server asked, at the first shard that is missing."""
+    """The answerer of the recipe's backend.
+
+    A file for other instructions is refused at once. A model is loaded, or a server reached, only at the
+    first missing shard.
+    """
     recipe, chat = context.recipe, context.format(name)
     options = answering_options(recipe, name)
     if options.responses:
@@ -163,5 +184,5 @@ def _answerer(
 
 
 def response_shards(artifact: Artifact) -> Shards[list[Response]]:
-    """Answers by shard, in the order of the instructions' examples."""
+    """The answers by shard, in the order of the instructions' examples."""
     return Shards(artifact, artifact.files(".jsonl"), lambda path: list(read_typed_rows(path, Response)))
