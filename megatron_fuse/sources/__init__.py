@@ -1,1 +1,1 @@
-"""Source models: what answers, and whose distributions are captured."""
+"""Source models: they answer prompts in process or behind a server."""

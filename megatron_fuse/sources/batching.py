@@ -1,12 +1,13 @@
-"""Which sequences share a forward pass."""
+"""Divides sequences into batches for forward passes."""
 
 from collections.abc import Sequence
 
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of sequences by falling length, in batches of at most batch_tokens padded tokens (or of one long sequence).
+    """Indices of sequences by falling length, in batches of at most batch_tokens padded tokens.
 
-    The longest come first, so that a budget too large for the memory fails at once.
+    A longer sequence is a batch alone. The longest sequences come first, so that a budget that is too large
+    for the memory fails at once.
     """
     batches: list[list[int]] = []
     room = 0

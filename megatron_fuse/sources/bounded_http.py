@@ -1,4 +1,4 @@
-"""An HTTP client for servers that nobody vouches for: an exchange has an end in time and in bytes, and stays with its server."""
+"""An HTTP client for untrusted servers: an exchange is bounded in time and bytes, and is never redirected."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,11 +6,11 @@ from typing import Any
 
 import httpx2
 
-MOST_BYTES = 16 << 20  # of one body; a hundred times the longest answers
+MOST_BYTES = 16 << 20  # the most bytes of a body: a hundred times the longest answers
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
-    """A body that ends with an error where it is longer than MOST_BYTES."""
+    """A body that ends with an error if it is longer than MOST_BYTES."""
 
     def __init__(self, stream: Any, request: httpx2.Request) -> None:
         self._stream, self._request = stream, request
@@ -30,10 +30,11 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
 
 class BoundedClient(httpx2.AsyncClient):
-    """Ends an exchange, body included, after its request's read time-out, however many bytes come in meanwhile.
+    """Ends an exchange, with its body, after the read time-out of its request, even if bytes still arrive.
 
-    httpx2 itself counts that time anew with every byte. Redirects are errors: they would take prompts and key elsewhere. So are
-    compressed bodies, which nobody asks for here: a few bytes may be gigabytes. All errors are httpx2's own, for who retries.
+    httpx2 itself starts this time again with every byte. Redirects are errors: they would send prompts and
+    key to another server. Compressed bodies are errors too: they were not requested, and a few bytes may
+    become gigabytes. All errors are httpx2's own, so that the retrying code knows them.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,8 +1,9 @@
-"""A server's answer to a completion request, parsed at the border: what is not certainly an answer to our question is none.
+"""Parses a server's answer to a completion request. Anything that is not certainly an answer is refused.
 
-OpenAI's form, as far as it is read: {"model", "choices": [{"index", "finish_reason", "message": {"content", "refusal"}}]}, with
-"text" in the message's place from the endpoint `completions`. The thought of a reasoning model may be in the message's
-"reasoning_content", "reasoning" or "thinking". Other keys are the servers' own and are left alone.
+These parts of OpenAI's form are read: {"model", "choices": [{"index", "finish_reason", "message": {"content",
+"refusal"}}]}. The endpoint `completions` has "text" instead of the message. The thought of a reasoning model
+may be in the message's "reasoning_content", "reasoning" or "thinking". Other keys belong to the servers and
+are ignored.
 """
 
 import json
@@ -11,22 +12,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Body = dict[str, Any]  # of a request, as JSON
+Body = dict[str, Any]  # the body of a request, as JSON
 
-_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of an answer that ends by itself
+# Finish reasons of an answer that ends by itself.
+_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
 _CUT_OFF = ("length", "max_tokens", "content_filter")
-_BYTES_OF_INVALID = 3  # U+FFFD, for a token's byte that is no character
-_SLACK = 256  # bytes of an answer beyond its tokens: a stop text that was left in, spaces of a template
+_BYTES_OF_INVALID = 3  # bytes of U+FFFD, which replaces a token's byte that is not a character
+_SLACK = 256  # bytes beyond those of the tokens: a stop text that was left in, spaces of a template
 
 
 class Malformed(ValueError):
-    """What came back is no answer; the message says why, in a few words."""
+    """The content of a response is not an answer. The message says why in a few words."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as the server gave it. refused: by the server's own word. fault: why the request has no answer at all.
-    reasoning: the thought before it, where the server keeps that apart."""
+    """An answer as the server gave it.
+
+    refused: the server says that the answer declines. fault: the reason why the request has no answer at all.
+    reasoning: the thought before the answer, if the server keeps it apart.
+    """
 
     text: str
     truncated: bool = False
@@ -37,7 +42,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Completion:
-    """model: the one that answered, where the server says it."""
+    """A reply and the name of the model that gave it, if the server names one."""
 
     reply: Reply
     model: str | None
@@ -84,15 +89,18 @@ class _TextCompletion(_Form):
 
 
 def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None) -> Completion:
-    """content: the body of a response with status 200. most_bytes: see most_bytes_of. Raises Malformed."""
+    """Parses the body of a response with status 200. most_bytes: see most_bytes_of.
+
+    Raises Malformed if it is not an answer, or longer than most_bytes.
+    """
     form = _ChatCompletion if endpoint == "chat" else _TextCompletion
     try:
-        found = form.model_validate(read_object(content))
+        completion = form.model_validate(read_object(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"])) or "the whole"
         raise Malformed(f"{key}: {first['msg']}") from None
-    choice = found.choices[0]
+    choice = completion.choices[0]
     message = choice.message if isinstance(choice, _ChatChoice) else _Message(content=choice.text)
     nothing = message.content is None and message.refusal is None and message.thought is None
     if nothing and choice.finish_reason in _WHOLE:
@@ -102,18 +110,18 @@ def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None
         raise Malformed(f"an answer of {size:,} bytes, more than the tokens that were asked for can be")
     refused = bool(message.refusal) or choice.finish_reason == "content_filter"
     reply = Reply(text, choice.finish_reason in _CUT_OFF, refused, reasoning=message.thought)
-    return Completion(reply, found.model or None)
+    return Completion(reply, completion.model or None)
 
 
 def most_bytes_of(body: Body, longest_token: int) -> int | None:
-    """The most that a true answer to a request has, by its limit of tokens; None where the request has no limit."""
+    """The most bytes of a possible answer to a request, by its token limit; None if it has no limit."""
     limits = (body.get(key) for key in ("max_tokens", "max_completion_tokens"))
     limit = next((value for value in limits if isinstance(value, int)), None)
     return None if limit is None else _BYTES_OF_INVALID * longest_token * limit + _SLACK
 
 
 def read_object(content: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8 without a key twice. Raises Malformed."""
+    """A JSON object in UTF-8 without repeated keys. Raises Malformed."""
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
     except Malformed:
@@ -136,14 +144,20 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole_characters(text: str) -> str:
-    """A server may cut a surrogate pair in two: half of one is no character, and cannot be written."""
+    """The text without halves of surrogate pairs.
+
+    A server may cut a pair in two; a half cannot be written.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def is_name_of(said: str, asked: str) -> bool:
-    """Whether two names are one model's, by the habits of servers: a directory in front, a date, revision or file type behind.
+    """Whether two names mean the same model.
 
-    `gpt-4o-2024-08-06` is `gpt-4o`, /models/mistral-7b.Q4.gguf is `mistral-7b`, `small@main` is `org/small`; `gpt-4o-mini` is none.
+    Servers may add a directory before it, or a date, revision or file type after.
+
+    `gpt-4o-2024-08-06` is `gpt-4o`, /models/mistral-7b.Q4.gguf is `mistral-7b`, and `small@main` is
+    `org/small`. `gpt-4o-mini` is not `gpt-4o`.
     """
     shorter, longer = sorted((name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (said, asked)), key=len)
     behind = longer.removeprefix(shorter)

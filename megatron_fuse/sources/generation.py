@@ -1,11 +1,15 @@
-"""Sampled answers of a causal language model in process, each decided by its own seed and by nothing that shares its batch.
+"""Samples answers of a causal language model in process.
 
-A row's t-th token is the inverse of its cumulative distribution at the t-th number of the row's own random stream. Attention
-masks and position ids hide the left padding, so neighbours change a row's logits by rounding only, and rounding changes a token
-only where a random number falls within it of a step of the distribution.
+Each answer depends on its own seed, not on its batch.
 
-Rows under way share one cache, left-padded to the longest of them. Whoever is finished leaves it, and so does padding that all
-the others share; prompts that wait take the free places, so that long answers do not hold the short ones' places empty.
+Tokens are sampled by inverting the cumulative distribution (CDF), with one random stream per row: the t-th
+token of a row uses the t-th number of the row's stream. Attention masks and position ids hide the left
+padding, so the other rows of a batch change a row's logits only by rounding. A token changes only if its
+random number is within the rounding error of a step of the CDF.
+
+Active rows share one cache, with padding on the left up to the longest of them. A finished row leaves the
+cache, and so does padding that all other rows share. Waiting prompts take the free places, so that short
+answers do not wait for long ones.
 """
 
 import inspect
@@ -24,7 +28,7 @@ from megatron_fuse.progress import Report, silent
 from megatron_fuse.sources.row_cache import RowCache, cache_argument, keeps_keys_and_values
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # seconds of imports, for commands that load no model too
+    from transformers import PreTrainedModel  # its import takes seconds, also for commands that load no model
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Prompt:
 class Sampling:
     """How a token is chosen and where an answer ends.
 
-    temperature 0 is greedy; top_p keeps the likeliest tokens until their mass reaches it. allowed bool [v']: ids that may be
-    sampled; columns of the logits beyond it may not. stop_ids end an answer and are no part of it. is_complete: whether ids
-    generated so far end an answer although none of them is a stop id (a stop text); asked after every token, if given.
+    stop_ids end an answer and are not part of it. allowed bool [v']: the ids that may be sampled; columns of
+    the logits beyond v' are never sampled. temperature 0 is greedy. top_p keeps the likeliest tokens until
+    their mass reaches top_p. is_complete: called after every token, if given: whether the ids so far end an
+    answer without a stop id, by a stop text.
     """
 
     stop_ids: frozenset[int]
@@ -55,7 +60,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated ids without the stop token; stopped: the model ended it, otherwise room ran out."""
+    """Generated ids without the stop token.
+
+    stopped: whether the model ended the answer; if not, its room ran out.
+    """
 
     ids: list[int]
     stopped: bool
@@ -70,12 +78,13 @@ def generate(
     batch_tokens: int,
     report: Report = silent,
 ) -> list[Answer]:
-    """Answers in the order of the prompts.
+    """The answers in the order of the prompts.
 
-    batch_tokens: the most positions under way at once, every row counted with the longest that any of them may become; a longer
-    one runs alone. The longest begin, so that a budget too large for the memory fails at once. A prompt without room gets an
-    empty answer that did not stop. report: gets, after every token of the rows under way, the tokens of all answers and the most
-    that may follow. Raises UserError where logits are not numbers.
+    batch_tokens: the most positions of all active rows. Every row counts with the length that the longest of
+    them may reach; a row that is longer than batch_tokens runs alone. The longest rows begin, so that a
+    budget that is too large for the memory fails at once. A prompt without room gets an empty answer with
+    stopped = False. report: called after every step with the tokens of all answers, and the most tokens that
+    may follow. Raises UserError if logits are NaN or infinite.
     """
     rows = [_Row(prompt) for prompt in prompts]
     waiting = deque(sorted((row for row in rows if row.prompt.room > 0), key=lambda row: -row.limit))
@@ -95,7 +104,7 @@ def generate(
 
 @dataclass(eq=False)
 class _Row:
-    """A prompt and what has come of it."""
+    """A prompt and its answer so far."""
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
@@ -107,11 +116,11 @@ class _Row:
 
     @property
     def limit(self) -> int:
-        """Most positions that it may come to hold."""
+        """The most positions that the row may need."""
         return len(self.prompt.ids) + self.prompt.room
 
     def take(self, token: int, sampling: Sampling) -> bool:
-        """Adds a token; whether another one follows."""
+        """Adds a token. Returns whether another token follows."""
         self.stopped = token in sampling.stop_ids
         if not self.stopped:
             self.ids.append(token)
@@ -121,10 +130,12 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows under way. tokens [b, n] are read next, behind the positions in cache (none, or all but the last of each row).
+    """The active rows.
 
-    mask [b, w] is 1 where a row has a token, the n to be read included, and 0 where it is padded on the left; w is the number of
-    tokens that the longest row has: ALiBi tables and position embeddings hold no more.
+    tokens [b, n]: the next tokens to read, after the positions in the cache. The cache is empty, or has all
+    but the last token of each row. mask [b, w]: 1 for a row's tokens, with the n next ones, and 0 for padding
+    on the left. w is the number of tokens of the longest row: it must not be larger, because of the size of
+    ALiBi tables and position embeddings.
     """
 
     rows: list[_Row]
@@ -134,9 +145,10 @@ class _Batch:
 
 
 def _newcomers(waiting: deque[_Row], rows: list[_Row], batch_tokens: int) -> list[_Row]:
-    """Takes those who may begin now from the waiting, who stand in falling order of their limits.
+    """Takes the rows that may begin now from the waiting ones, which are sorted by falling limit.
 
-    Places are given out by the quarter: prompts that are read together keep the rows under way waiting once.
+    Rows begin only if at least a quarter of the places is free. Active rows must wait while prompts are read,
+    so it is better to read several prompts together.
     """
     if not waiting:
         return []
@@ -148,7 +160,7 @@ def _newcomers(waiting: deque[_Row], rows: list[_Row], batch_tokens: int) -> lis
 
 
 def _join(batch: _Batch, newcomers: _Batch) -> _Batch:
-    """Both as one batch, the narrower padded on the left to the width of the other."""
+    """Both as one batch. The narrower one is padded on the left to the width of the other."""
     if not (batch.rows and newcomers.rows):
         return batch if batch.rows else newcomers
     width = max(batch.mask.shape[1], newcomers.mask.shape[1])
@@ -158,13 +170,16 @@ def _join(batch: _Batch, newcomers: _Batch) -> _Batch:
 
 
 def _closed_ranks(stays: list[bool]) -> list[int]:
-    """Indices of those who stay, where the last of them have taken the places of those who go."""
+    """The order of the rows that stay: the last of them take the places of the rows that leave.
+
+    So few rows change their place, and few caches are copied.
+    """
     kept = [index for index, stay in enumerate(stays) if stay]
     return [index if stays[index] else kept.pop() for index in range(len(kept))]
 
 
 class _Generator:
-    """Takes a batch one token further."""
+    """Generates one token for each row of a batch."""
 
     def __init__(self, model: "PreTrainedModel", sampling: Sampling) -> None:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
@@ -181,7 +196,7 @@ class _Generator:
         self.only_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     def start(self, rows: list[_Row]) -> _Batch:
-        """Rows whose prompts are still to be read."""
+        """A batch of rows whose prompts are not read yet."""
         width = max((len(row.prompt.ids) for row in rows), default=0)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(tokens)
@@ -191,7 +206,7 @@ class _Generator:
         return _Batch(rows, tokens.to(self.device), mask.to(self.device), RowCache())
 
     def step(self, batch: _Batch) -> _Batch:
-        """Gives every row its next token, and returns those that go on."""
+        """Gives every row its next token, and returns the batch of the rows that continue."""
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in batch.rows], device=self.device)
         chosen = sample(self._logits(batch), uniforms, self.sampling.temperature, self.sampling.top_p)
         goes_on = [row.take(token, self.sampling) for row, token in zip(batch.rows, chosen.tolist(), strict=True)]
@@ -205,7 +220,7 @@ class _Generator:
         return _Batch(rows, chosen[:, None], pad(mask, (0, 1), value=1), batch.cache)
 
     def _logits(self, batch: _Batch) -> torch.Tensor:
-        """[b, v'] fp32 logits of the next token, -inf where it is not allowed."""
+        """[b, v'] fp32 logits of the next token, -inf for ids that are not allowed."""
         positions = (batch.mask.cumsum(1) - 1).clamp(min=0)[:, -batch.tokens.shape[1] :]
         output = self.model(
             input_ids=batch.tokens,
@@ -228,7 +243,7 @@ class _Generator:
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """One id [n] for each row of logits [n, v] fp32, by inverting its cumulative distribution at uniforms [n] in [0, 1)."""
+    """One id [n] per row of logits [n, v] fp32, by inverting its CDF at uniforms [n] in [0, 1)."""
     if temperature == 0:
         return logits.argmax(dim=1)
     probabilities = torch.softmax(logits / temperature, dim=1)
@@ -236,9 +251,11 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top
         ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(1) - ordered
         probabilities = probabilities.scatter(1, order, ordered.masked_fill(before >= top_p, 0.0))
-    # In the order of ids, not of probabilities: two nearly equal ones may change places from batch to batch.
+    # The CDF runs in the order of ids, not of probabilities: two ids with nearly equal probabilities could
+    # change their order from batch to batch.
     cumulative = probabilities.double().cumsum(1)
     total = cumulative[:, -1:].contiguous()
     chosen = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
-    last = torch.searchsorted(cumulative, total)  # the last id with any mass, where the product rounds up to the total
+    # The product may round up to the total. Then the last id that has any mass is chosen.
+    last = torch.searchsorted(cumulative, total)
     return torch.minimum(chosen, last).squeeze(1)

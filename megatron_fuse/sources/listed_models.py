@@ -1,4 +1,7 @@
-"""Whether a server has the model that it is to be asked for, by its own list: some answer under any name, with the model they have."""
+"""Checks by a server's own list whether it has a model.
+
+This is necessary because some servers accept any name, and answer with the model that they have.
+"""
 
 import difflib
 import os
@@ -12,7 +15,7 @@ _SHOWN = 8
 
 
 def listed_models(content: bytes) -> list[str]:
-    """Names of a response from /v1/models, aliases included, as llama.cpp has them; empty where it is no such list."""
+    """The names in a response of /v1/models, with aliases (as of llama.cpp); empty if it is not such a list."""
     names: list[str] = []
     try:
         for model in read_object(content)["data"]:
@@ -23,14 +26,16 @@ def listed_models(content: bytes) -> list[str]:
 
 
 def unlisted(asked: Sequence[str], listed: Sequence[str]) -> str | None:
-    """What is wrong with the names by which a model is asked for: None where one of them is listed, or the list says nothing.
+    """What is wrong with the names of a requested model.
 
-    A proxy's list may have patterns (`openai/*`). A path may be served without being listed: `transformers serve` lists the models
-    of its cache.
+    None if one of them is listed, or if the list is empty.
+
+    A proxy's list may have patterns (`openai/*`). A server may serve a path that it does not list:
+    `transformers serve` lists only the models of its cache.
     """
     if not listed or any(is_name_of(name, one) or fnmatchcase(one, name) for name in listed for one in asked):
         return None
-    # os.path.exists is false for a name that is longer than the file system allows, where Path.exists raises.
+    # For a name that is too long for the file system, os.path.exists is false, but Path.exists raises.
     if any(Path(one).is_absolute() or ("/" in one and os.path.exists(one)) for one in asked):
         return None
     lower = {name.casefold(): name for name in listed}

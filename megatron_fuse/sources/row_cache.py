@@ -1,4 +1,4 @@
-"""Keys and values of the rows that are generated together, which leave and join them one by one."""
+"""The keys and values of rows that are generated together. Rows can leave and join one by one."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,22 +8,28 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-_FREE = 32  # positions that a layer takes at a time
+_FREE = 32  # free positions that a layer adds each time it grows
 
 
 def cache_argument(forward: Callable) -> str | None:
-    """Under which name a model's forward pass takes its cache: transformers renames it in 5.24. None if it takes none."""
+    """The name of the cache among the arguments of a model's forward pass; None if it takes no cache.
+
+    transformers 5.24 renames it.
+    """
     names = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def keeps_keys_and_values(config: PreTrainedConfig) -> bool:
-    """Whether these are all that every layer of a model keeps of a text: no state of a recurrence or a convolution."""
+    """Whether every layer of a model keeps only keys and values: no state of a recurrence or convolution."""
     return all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=config).layers)
 
 
 class RowCache(Cache):
-    """Per layer of the model keys and values [b, heads, w, size of a head], every row's last position in column w - 1."""
+    """Per layer of the model, keys and values [b, heads, w, head size].
+
+    Column w - 1 is every row's last position.
+    """
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=_Layer)
@@ -33,7 +39,10 @@ class RowCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, _Layer)]
 
     def keep(self, order: Sequence[int], padding: int) -> None:
-        """Row i is what row order[i] was, without its first `padding` columns. Only rows that change their place are copied."""
+        """Row i becomes the old row order[i], without its first `padding` columns.
+
+        Only rows that change their place are copied.
+        """
         moves = [(place, row) for place, row in enumerate(order) if place != row]
         places, rows = torch.tensor(moves, dtype=torch.long).reshape(-1, 2).T
         for layer in self.row_layers:
@@ -44,7 +53,7 @@ class RowCache(Cache):
             layer.hold(keys, values, layer.width - padding)
 
     def join(self, other: "RowCache") -> None:
-        """Takes the rows of another one behind its own; the narrower are padded on the left."""
+        """Appends the rows of another cache. The narrower rows are padded on the left."""
         for layer, joined in zip(self.row_layers, other.row_layers, strict=True):
             width = max(layer.width, joined.width)
             pairs = zip(layer.held(), joined.held(), strict=True)
@@ -53,9 +62,10 @@ class RowCache(Cache):
 
 
 class _Layer(DynamicLayer):
-    """Keys and values, and free memory behind them for those to come: a DynamicLayer copies all that it has for every token.
+    """Keys and values with free memory after them for later tokens.
 
-    memory: both, [b, heads, >= w, size of a head]; keys and values are its first w columns.
+    A DynamicLayer without free memory would copy all of its content for every token.
+    memory: keys and values, each [b, heads, >= w, head size]; only the first w columns are filled.
     """
 
     def hold(self, keys: torch.Tensor, values: torch.Tensor, width: int) -> None:
@@ -63,14 +73,14 @@ class _Layer(DynamicLayer):
         self.keys, self.values = self.held()
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [b, heads, w, size of a head]."""
+        """Keys and values, each [b, heads, w, head size]."""
         keys, values = self.memory
         return keys[:, :, : self.width], values[:, :, : self.width]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [b, heads, n, size of a head]; returns all keys and values."""
+        """Appends keys and values, each [b, heads, n, head size], and returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.hold(key_states[:, :, :0], value_states[:, :, :0], 0)

@@ -1,14 +1,17 @@
 """A source model behind a server with OpenAI's interface: vLLM, SGLang, llama.cpp, `transformers serve`, a hosted one.
 
-No server is trusted: an exchange is bounded in time and bytes and never redirected (bounded_http.py), what comes back is an answer
-only in the form of one (completions.py) and from the model that was asked. What is none is asked for again, as often as below.
+No server is trusted. An exchange is bounded in time and bytes and never redirected (bounded_http.py). A
+response counts as an answer only if it has the right form (completions.py) and comes from the requested
+model. If it has another form, the request is sent again, at most as often as below.
 
-The package `openai` does the retrying: after a lost connection, a time-out and the statuses 408, 409, 429 and 5xx it asks again,
-as often as `max_retries` says, after 0.5 s, 1 s, 2 s ... 8 s, or after as long as the server's `Retry-After` says (up to 2 minutes).
+The package `openai` retries after a lost connection, a time-out and the statuses 408, 409, 429 and 5xx. It
+retries at most `max_retries` times, after 0.5 s, 1 s, 2 s ... 8 s, or after the time in the server's
+`Retry-After` (up to 2 minutes).
 
-What fails then is either one request or all of them, and statuses do not tell (400 may be a prompt that is too long, or a
-parameter that the server does not know). So a request that is refused is followed by a trial that any model can answer: where that
-is answered, the request alone is given up; else the run ends. The key is in no error: servers and HTTP libraries may quote it.
+If a request still fails, the problem may be this request or all requests. The status does not say which: 400
+may mean a prompt that is too long, or a parameter that the server does not know. So after a refused request a
+trial is sent, which any model can answer. If the trial is answered, only the refused request is given up;
+else the run ends. No error contains the key, although servers and HTTP libraries may quote it.
 """
 
 import asyncio
@@ -31,27 +34,25 @@ from megatron_fuse.sources.listed_models import listed_models, unlisted
 from megatron_fuse.text_safety import brief
 
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-_ABOUT_ONE_REQUEST = (
-    400,
-    413,
-    422,
-    500,
-)  # perhaps: of several meanings, or a fault that this request alone brings about
+# Statuses that may concern one request only: they have several meanings, or this request alone causes the
+# fault.
+_ABOUT_ONE_REQUEST = (400, 413, 422, 500)
 _FILTERED = ("content_filter", "content_policy_violation")  # error codes of hosted servers that refuse a prompt
 _CONNECT_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
-_LONGEST_QUOTE = 160  # characters of what a server says that an error repeats
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before what is no answer is asked for again, as the package's own
+_LONGEST_QUOTE = 160  # the most characters of a server's text in an error
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a retry after a malformed answer, as in the package
 _STAYS = "the answers that came in are kept, and a rerun asks for the rest"
 
 
 class Server:
-    """A server as a recipe names it; `where` is the key of its options (`sources.mpt.server`), for errors."""
+    """A server of the recipe. `where` is the key of its options (`sources.mpt.server`), for errors."""
 
     def __init__(self, options: ServerOptions, where: str, longest_token: int) -> None:
-        """longest_token: bytes of the model's, by which answers of impossible length are known.
+        """longest_token: bytes of the model's longest token. It bounds the length of a possible answer.
 
-        Raises UserError without the package `openai`, and for a key that no request can carry.
+        Raises UserError if the package `openai` is missing, and if the key has characters that no request can
+        carry.
         """
         try:
             import openai
@@ -76,13 +77,14 @@ class Server:
         received: Callable[[str, Reply], None],
         progress: Callable[[], None],
     ) -> None:
-        """Sends every body, at most `concurrency` at once.
+        """Sends every body, at most `concurrency` at the same time.
 
-        received: called with a body's name and its reply as soon as that comes in, in the order in which they come. trial: a request
-        like the others that any model can answer. progress: called every few seconds.
-        Raises UserError, at once, for what is wrong with all requests: no server, no such model, a key that is not accepted; and
-        where a server stays away or overloaded through all retries.
+        received: called with a body's name and its reply, as soon as the reply arrives. trial: a request like
+        the others that any model can answer. progress: called every few seconds.
+        Raises UserError at once if all requests must fail: there is no server or no such model, or the key is
+        not accepted. Also raises UserError if a server is away or overloaded during all retries.
         """
+        # All workers share this iterator, so that each takes the next body when it is free.
         waiting = iter(bodies.items())
 
         async def ask_in_turn(client: Any) -> None:
@@ -103,17 +105,17 @@ class Server:
     async def _together(
         self, work: Callable[[Any], Coroutine[Any, Any, None]], times: int, progress: Callable[[], None]
     ) -> None:
-        """Does `work` with a client, so many times side by side; the first error ends all."""
+        """Runs `work` with a client, `times` times concurrently. The first error ends all of them."""
         options, openai = self.options, self._openai
         client = openai.AsyncOpenAI(
             base_url=options.url,
-            api_key=self._key or "none",  # local servers want none, but the package wants something to send
+            api_key=self._key or "none",  # local servers need no key, but the package must have one to send
             timeout=openai.Timeout(options.timeout, connect=min(options.timeout, _CONNECT_SECONDS), pool=None),
             max_retries=options.max_retries,
             http_client=self._http.BoundedClient(),
         )
         async with client:
-            if not self._reached:  # later a server may be away for as long as the retries last
+            if not self._reached:  # later a server may be away as long as the retries last
                 await self._reach(client)
             clock = asyncio.create_task(_every_few_seconds(progress))
             try:
@@ -124,7 +126,10 @@ class Server:
                 clock.cancel()
 
     async def _reach(self, client: Any) -> None:
-        """Raises UserError where nobody listens, the key is not accepted or the model is not listed. Not every server has a list."""
+        """Raises UserError if no server listens, the key is not accepted, or the model is not listed.
+
+        Not every server has a list.
+        """
         openai = self._openai
         with self._explained():
             try:
@@ -141,7 +146,7 @@ class Server:
         self._reached = True
 
     def _require_listed(self) -> None:
-        """Raises UserError where the server lists its models and the one to be asked is not among them."""
+        """Raises UserError if the server lists its models and the requested one is not among them."""
         names = [name for name in (self.options.model, self.options.answers_as) if name]
         if problem := unlisted(names, self._known):
             raise self._error(
@@ -165,11 +170,12 @@ class Server:
         return Reply("", fault=fault)
 
     async def _post(self, client: Any, body: Body) -> bytes | Reply:
-        """The body of a response with status 200; a Reply where the status says it all."""
+        """The body of a response with status 200; a Reply if the status alone decides it."""
         openai = self._openai
         with self._explained():
             try:
-                # Not through `chat.completions.create`: what was hashed is what is sent, and other servers' fields pass as well.
+                # `chat.completions.create` is not used: it would reject fields of other servers, and the body
+                # must be sent as it was hashed.
                 response = await client.post(
                     _PATHS[self.options.endpoint], body=body, cast_to=self._http.httpx2.Response
                 )
@@ -182,22 +188,25 @@ class Server:
         return response.content
 
     def _read(self, content: bytes, body: Body) -> Reply:
-        """Raises Malformed for what is no answer, UserError where another model answers than the one that was asked."""
-        found = read_completion(content, self.options.endpoint, most_bytes_of(body, self._longest_token))
-        if self._key and self._key in found.reply.text + (found.reply.reasoning or ""):
+        """The reply in a response's body.
+
+        Raises Malformed if it is not an answer, UserError if another model answers than the requested one.
+        """
+        completion = read_completion(content, self.options.endpoint, most_bytes_of(body, self._longest_token))
+        if self._key and self._key in completion.reply.text + (completion.reply.reasoning or ""):
             raise Malformed("the answer holds the key")
         options = self.options
         names = [options.model, *([options.answers_as] if options.answers_as else [])]
-        if found.model is not None and not any(is_name_of(found.model, name) for name in names):
+        if completion.model is not None and not any(is_name_of(completion.model, name) for name in names):
             raise self._error(
-                f"answers as model {self._short(repr(found.model))}, asked is {self._short(repr(options.model))}: fix {self.where}.model, "
+                f"answers as model {self._short(repr(completion.model))}, asked is {self._short(repr(options.model))}: fix {self.where}.model, "
                 f"or set {self.where}.answers_as to that name where it is the same model"
             )
-        return found.reply
+        return completion.reply
 
     @contextmanager
     def _naming(self, example: str) -> Iterator[None]:
-        """An error that ends the run says at which example."""
+        """Adds the example to an error that ends the run."""
         try:
             yield
         except UserError as error:
@@ -205,7 +214,10 @@ class Server:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what the package raises into UserErrors, without the original: it quotes what the server says as it is."""
+        """Turns errors of the package into UserErrors.
+
+        The original error is dropped, because it quotes the server's text unchanged.
+        """
         try:
             yield
         except self._openai.APIError as error:
@@ -249,14 +261,14 @@ class Server:
         return UserError(f"{self.where}: {self.options.url} {problem}")
 
     def _said(self, error: Any) -> str:
-        """Status and message of an error that a server gave, whose body is {error: {message}}, {detail} or any text."""
+        """Status and message of a server's error. Its body is {error: {message}}, {detail} or any text."""
         body = error.body
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body
         return f"{getattr(error, 'status_code', '')} {self._short(body or error)}".strip()
 
     def _short(self, said: Any, limit: int = _LONGEST_QUOTE) -> str:
-        """On one line, without the key, and without what a terminal would obey."""
+        """The text on one line, without the key and without control characters for a terminal."""
         text = " ".join(str(said).split())
         text = text.replace(self._key, "[key]") if self._key else text
         return brief(text, limit)
