@@ -1,4 +1,4 @@
-"""Capture: every source's sparse next-token distributions over a response, in the source's own vocabulary."""
+"""Capture: the sparse next-token distributions of a source over a response, in its own vocabulary."""
 
 from megatron_fuse.capture.distributions import SparseRows
 from megatron_fuse.capture.shards import (

@@ -1,11 +1,14 @@
-"""From logits to sparse distributions: the likeliest entries, and what makes the rest of the mass exact.
+"""Makes sparse distributions of logits: the likeliest entries, and the sums that make the tail's mass exact.
 
-Everything is relative to the row's largest logit, in fp32. With z the logits, r = z - max z and lse_T = log sum_v exp(r_v / T) over
-the WHOLE vocabulary, log p_T(v) = r_v / T - lse_T for every captured temperature T: the tail's mass at T=2 cannot be had from
-probabilities at T=1.
+Everything is in fp32 and relative to the row's largest logit. Let z be the logits, r = z - max z, and
 
-Entries stand in falling order of logit, equal logits in rising order of id. So the entries of a row depend on its logits alone, not
-on the rows beside it, the number of threads or the device.
+    lse_T = log sum_v exp(r_v / T)    over the WHOLE vocabulary.
+
+Then log p_T(v) = r_v / T - lse_T. lse_T is stored for every captured temperature T, because the tail's mass
+at T=2 cannot be computed from probabilities at T=1.
+
+Entries are in falling order of logit, and equal logits in rising order of id. So the entries of a row depend
+on its logits alone, not on the other rows, the number of threads or the device.
 
 Legend: n rows, v vocabulary, k stored entries, t temperatures, e entries of all rows.
 """
@@ -20,9 +23,13 @@ from fuse_kernels import topk_logsumexp
 
 @dataclass(frozen=True)
 class SparseRows:
-    """counts uint8 [n]: entries of each row; ids int32 [e] and relative logits float32 [e], falling within a row;
-    lse float32 [n, 1 + t] at T = 1 and at every temperature; token_logprobs float32 [n]: log p_1 of the token that came.
-    vocab_size: columns that the model's logits have, 0 where there was no row to see them in."""
+    """Sparse distributions of n rows, concatenated.
+
+    counts uint8 [n]: entries of each row. ids int32 [e], logits float32 [e]: the entries; logits are relative
+    to the largest and fall within a row. lse float32 [n, 1 + t]: log-sum-exp at T = 1 and at every
+    temperature. token_logprobs float32 [n]: log p_1 of the text's token. vocab_size: columns of the model's
+    logits, 0 if there is no row.
+    """
 
     counts: np.ndarray
     ids: np.ndarray
@@ -49,7 +56,7 @@ class SparseRows:
         )
 
     def split(self, lengths: Sequence[int]) -> list["SparseRows"]:
-        """Parts of so many rows each."""
+        """Parts with these numbers of rows."""
         at = np.cumsum(lengths)[:-1]
         entries = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])[at]
         by_row = (np.split(array, at) for array in (self.counts, self.lse, self.token_logprobs))
@@ -61,7 +68,7 @@ class SparseRows:
 
 
 class NotFiniteError(Exception):
-    """NaN or infinity in the logits of one row."""
+    """The logits of one row contain NaN or infinity."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"row {row}")
@@ -77,26 +84,31 @@ def sparse_rows(
     filter: str,
     temperatures: Sequence[float],
 ) -> SparseRows:
-    """Sparse form of logits [n, v], any float type; tokens [n] int64: the tokens that these rows predicted.
+    """The sparse form of logits [n, v] of any float type.
 
-    Kept are the top_k largest; of these, what `kept_by_mass` keeps. Raises NotFiniteError.
-    Besides the logits and the entries, `fuse_kernels.topk_logsumexp` needs a scratch of a few MB (CPU) or none (GPU).
+    tokens int64 [n]: the tokens of the text at these rows.
+
+    The top_k largest entries are kept, and of these the ones that `kept_by_mass` selects. Memory: besides the
+    logits and the entries, `fuse_kernels.topk_logsumexp` needs a few MB (CPU) or nothing (GPU). Raises
+    NotFiniteError if a row contains NaN or infinity.
     """
     vocab_size = logits.shape[1]
-    found = topk_logsumexp(logits, min(top_k, vocab_size), (1.0, *temperatures), labels=tokens)
-    top, lse = found.logits[:, :1], found.relative_lse
-    bad = ~lse[:, 0].isfinite()  # the sum meets every NaN and +inf; and of all -inf there is no relative logit
+    largest = topk_logsumexp(logits, min(top_k, vocab_size), (1.0, *temperatures), labels=tokens)
+    top, lse = largest.logits[:, :1], largest.relative_lse
+    # Every NaN or +inf in a row makes its sum not finite. So does a row of -inf, which has no relative
+    # logits.
+    bad = ~lse[:, 0].isfinite()
     if bad.any():
         raise NotFiniteError(int(bad.nonzero()[0]))
-    relative = found.logits - top
-    assert found.label_logits is not None  # labels are given
+    relative = largest.logits - top
+    assert largest.label_logits is not None  # labels are given
     keep = kept_by_mass(relative, lse[:, 0], top_p=top_p, filter=filter, temperature=temperatures[0])
     return SparseRows(
         counts=keep.sum(1).to(torch.uint8).cpu().numpy(),
-        ids=found.ids[keep].to(torch.int32).cpu().numpy(),
+        ids=largest.ids[keep].to(torch.int32).cpu().numpy(),
         logits=relative[keep].cpu().numpy(),
         lse=lse.cpu().numpy(),
-        token_logprobs=(found.label_logits - top[:, 0] - lse[:, 0]).cpu().numpy(),
+        token_logprobs=(largest.label_logits - top[:, 0] - lse[:, 0]).cpu().numpy(),
         vocab_size=vocab_size,
     )
 
@@ -104,17 +116,18 @@ def sparse_rows(
 def kept_by_mass(
     relative: torch.Tensor, lse: torch.Tensor, *, top_p: float, filter: str, temperature: float
 ) -> torch.Tensor:
-    """bool [n, k]: of falling logits [n, k] relative to the row's largest, those before which less than top_p of the mass lies.
+    """bool [n, k]: whether each entry is kept: the entries before it have less than top_p of the mass.
 
-    lse [n] at T=1. `filter` says of which distribution: `full_vocabulary`, the T=1 probabilities of the whole vocabulary;
-    `hugging_face`, as in sampling: temperature, then top-k, then top-p over what is left. The largest is always kept, a logit of
-    -inf never.
+    relative [n, k]: falling logits, relative to the row's largest. lse [n]: at T=1. filter: the distribution
+    that counts. `full_vocabulary`: the T=1 probabilities over the whole vocabulary. `hugging_face`: as in
+    sampling, first temperature, then top-k, then top-p over the rest. The largest entry is always kept, and
+    an entry with logit -inf never.
     """
     if filter == "full_vocabulary":
         probabilities = (relative - lse[:, None]).exp()
     else:
         probabilities = torch.softmax(relative / temperature, 1)
     keep = relative.isfinite()
-    if top_p < 1:  # in fp32 the mass before an entry may round to 1
+    if top_p < 1:  # skipped for top_p = 1, because in fp32 the mass before an entry may round to 1
         keep[:, 1:] &= probabilities.cumsum(1)[:, :-1] < top_p
     return keep

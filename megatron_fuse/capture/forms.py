@@ -1,13 +1,15 @@
-"""What other programs write of a teacher's distributions, brought to one form: rows of (ids, log-probabilities) about tokens.
+"""Reads teachers' distributions of other programs into one form: ids and log-probabilities per token.
 
-A form is known by its columns (docs/captures.md describes them):
+A form is recognised by its columns (docs/captures.md describes them):
 
-    top_ids, top_logprobs          ours                     about the supervised tokens alone
-    token_ids, top_values          DistillKit, raw top-k    about a whole conversation, one row behind its input_ids
-    prompt_logprobs                vLLM                     about a whole conversation, the first row null
-    choices                        OpenAI's completions     about a whole conversation where the first row is null (echo)
+    top_ids, top_logprobs          ours                     only the supervised tokens
+    token_ids, top_values          DistillKit, raw top-k    a whole conversation; row t is about input_ids[t +
+    1]
+    prompt_logprobs                vLLM                     a whole conversation; the first row is null
+    choices                        OpenAI's completions     a whole conversation if the first row is null
+    (echo)
 
-Nothing is judged here but the types and lengths in a row: imported.py compares tokens and probabilities with what they must be.
+Only types and lengths are checked here. imported.py checks tokens and probabilities.
 """
 
 import math
@@ -22,16 +24,17 @@ from megatron_fuse.text_safety import brief
 
 
 class BadRowError(Exception):
-    """Why a row cannot be used; whoever reads the file adds its place."""
+    """The reason why a row cannot be used. The reader of the file adds the place."""
 
 
 @dataclass(frozen=True)
 class GivenRows:
-    """What a row of a file says about n tokens, as plain lists.
+    """The content of a file's row about n tokens, as plain lists.
 
-    whole: the tokens are those of the whole conversation, and more may follow; else of the supervised ones alone. ids and
-    logprobs [n]: a token's likeliest alternatives and their log p at T = 1; token_logprobs [n]: its own, None where it has to be
-    among these. logsumexp: by temperature [n], relative to the largest logit, None only in front of the first row.
+    whole: whether the tokens are those of the whole conversation, perhaps with more after it; if not, they
+    are only the supervised ones. ids, logprobs [n]: a token's likeliest alternatives and their log p at T =
+    1. token_logprobs [n]: the token's own log p, None if it must be among the alternatives. logsumexp: per
+    temperature [n], relative to the largest logit; None only before the first row.
     """
 
     tokens: Sequence[int]
@@ -43,7 +46,10 @@ class GivenRows:
 
 
 class _Columns(BaseModel):
-    """Strict: true is no number, 1.0 no token id. Numbers may be NaN or infinite here."""
+    """Columns with strict types: true is not a number, and 1.0 is not a token id.
+
+    Numbers may be NaN or infinite here.
+    """
 
     model_config = ConfigDict(strict=True)
 
@@ -66,7 +72,7 @@ class _Ours(_Columns):
 
 
 class _DistillKit(_Columns):
-    """Row t is about token t + 1; there may be one about what follows the last."""
+    """Row t is about token t + 1. A last row may be about the token after the last one."""
 
     input_ids: list[int]
     token_ids: list[list[int]]
@@ -78,11 +84,12 @@ class _DistillKit(_Columns):
         n, rows = len(self.input_ids), len(self.token_ids)
         if rows - n not in (-1, 0):
             raise BadRowError(f"token_ids has {rows} rows for {n} input_ids: one row less, or as many, fit")
-        own = self.token_logprobs if self.token_logprobs is not None else [None] * rows
-        _same_length(rows, top_values=self.top_values, token_logprobs=own)
+        token_logprobs = self.token_logprobs if self.token_logprobs is not None else [None] * rows
+        _same_length(rows, top_values=self.top_values, token_logprobs=token_logprobs)
+        # Shifted by one, so that row t is about token t.
         lse = {t: [None, *values][:n] for t, values in _by_temperature(self.logsumexp, rows).items()}
         ids, logprobs = [[], *self.token_ids][:n], [[], *self.top_values][:n]
-        return GivenRows(self.input_ids, True, ids, logprobs, [None, *own][:n], lse)
+        return GivenRows(self.input_ids, True, ids, logprobs, [None, *token_logprobs][:n], lse)
 
 
 class _Alternative(_Columns):
@@ -91,7 +98,7 @@ class _Alternative(_Columns):
 
 
 class _Vllm(_Columns):
-    """{id: {logprob, rank, ...}}: the likeliest, and the token itself where it is not among them."""
+    """{id: {logprob, rank, ...}}: the likeliest tokens, and the token itself if it is not one of them."""
 
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[str, _Alternative] | None]
@@ -101,15 +108,17 @@ class _Vllm(_Columns):
         tokens = self.prompt_token_ids
         if len(self.prompt_logprobs) != len(tokens):
             raise BadRowError(f"prompt_logprobs has {len(self.prompt_logprobs)} items, prompt_token_ids {len(tokens)}")
-        ids, logprobs, own = [], [], []
+        ids, logprobs, token_logprobs = [], [], []
         for token, position in zip(tokens, self.prompt_logprobs, strict=True):
             alternatives = {_token_id(key): value for key, value in (position or {}).items()}
             if position and token not in alternatives:
                 raise BadRowError(f"prompt_logprobs has no entry for token {token} of prompt_token_ids")
-            own.append(alternatives[token].logprob if position else None)
-            # The token itself is no alternative where others that are not given lie between.
+            token_logprobs.append(alternatives[token].logprob if position else None)
+            # Only entries without a gap in rank are the likeliest ones. The token itself may have a higher
+            # rank than its place in the list: then tokens that are not given lie between, and it is not an
+            # alternative.
             falling = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
-            # NaN and infinity, which have no place among the others, stay in, to be refused.
+            # NaN and infinity have no order. They stay here, so that imported.py refuses them.
             likeliest = [
                 item
                 for place, item in enumerate(falling, 1)
@@ -117,7 +126,7 @@ class _Vllm(_Columns):
             ]
             ids.append([key for key, _ in likeliest])
             logprobs.append([value.logprob for _, value in likeliest])
-        return GivenRows(tokens, True, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
+        return GivenRows(tokens, True, ids, logprobs, token_logprobs, _by_temperature(self.logsumexp, len(tokens)))
 
 
 class _Completion(_Columns):
@@ -131,22 +140,22 @@ class _Choice(_Columns):
 
 
 class _OpenAI(_Columns):
-    """choices[0].logprobs {tokens, token_logprobs, top_logprobs}, with tokens by their id (`token_id:29871`)."""
+    """choices[0].logprobs {tokens, token_logprobs, top_logprobs}, with tokens by id (`token_id:29871`)."""
 
     choices: list[_Choice] = Field(min_length=1)
     logsumexp: _LogSumExps = None
 
     def given(self) -> GivenRows:
         given = self.choices[0].logprobs
-        tokens, own = [_token_id(token) for token in given.tokens], given.token_logprobs
+        tokens, token_logprobs = [_token_id(token) for token in given.tokens], given.token_logprobs
         ids = [[_token_id(key) for key in position or {}] for position in given.top_logprobs]
         logprobs = [list((position or {}).values()) for position in given.top_logprobs]
-        if not len(tokens) == len(ids) == len(own):
-            raise BadRowError(f"{len(tokens)} tokens, {len(own)} token_logprobs and {len(ids)} top_logprobs")
-        whole = bool(own) and own[0] is None
-        if None in own[1:]:  # as JSON libraries write NaN
-            raise BadRowError(f"token_logprobs.{own.index(None, 1)}: must be a number, not null")
-        return GivenRows(tokens, whole, ids, logprobs, own, _by_temperature(self.logsumexp, len(tokens)))
+        if not len(tokens) == len(ids) == len(token_logprobs):
+            raise BadRowError(f"{len(tokens)} tokens, {len(token_logprobs)} token_logprobs and {len(ids)} top_logprobs")
+        whole = bool(token_logprobs) and token_logprobs[0] is None
+        if None in token_logprobs[1:]:  # some JSON libraries write NaN as null
+            raise BadRowError(f"token_logprobs.{token_logprobs.index(None, 1)}: must be a number, not null")
+        return GivenRows(tokens, whole, ids, logprobs, token_logprobs, _by_temperature(self.logsumexp, len(tokens)))
 
 
 _FORMS: dict[str, type[_Ours | _DistillKit | _Vllm | _OpenAI]] = {
@@ -158,7 +167,10 @@ _FORMS: dict[str, type[_Ours | _DistillKit | _Vllm | _OpenAI]] = {
 
 
 def given_rows(row: dict[str, Any]) -> GivenRows:
-    """Raises BadRowError for a row in no known form, and for columns that are missing, of another type or of another length."""
+    """The content of a row in any known form.
+
+    Raises BadRowError if the form is unknown, or if columns are missing or have another type or length.
+    """
     form = next((form for column, form in _FORMS.items() if row.get(column) is not None), None)
     if form is None:
         if row.keys() & {"compressed_logprobs", "packed_indices"}:
@@ -185,7 +197,7 @@ def _same_length(length: int, **columns: Sequence[Any]) -> None:
 
 
 def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[float | None]]:
-    found: dict[float, Sequence[float | None]] = {}
+    by_temperature: dict[float, Sequence[float | None]] = {}
     for key, values in (given or {}).items():
         temperature = _number(key)
         if not 0 < temperature < math.inf:
@@ -194,11 +206,11 @@ def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[flo
             )
         if values is None:
             continue
-        if temperature in found:
+        if temperature in by_temperature:
             raise BadRowError(f"logsumexp: temperature {temperature:g} is given twice")
         _same_length(length, **{f"logsumexp at {temperature:g}": values})
-        found[temperature] = values
-    return found
+        by_temperature[temperature] = values
+    return by_temperature
 
 
 def _number(text: str) -> float:

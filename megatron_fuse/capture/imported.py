@@ -1,8 +1,11 @@
-"""Captures made elsewhere: what a file says of each example, checked against the source's own tokens and against itself.
+"""Captures that another program made. Their rows are checked against the source's tokens and for consistency.
 
-A file that is a token off, of another tokenizer or of another convention is refused, not guessed at: the tokens must be those of
-the source's tokenizer and template, the probabilities must be no more than one, and a token among the likeliest must have there
-the probability that it has by itself. A token that came cannot have had probability 0.
+A file is refused if it is off by one token, or made with another tokenizer or another convention. Nothing is
+guessed.
+- The tokens must be those of the source's tokenizer and template.
+- The probabilities of a row must not add up to more than one.
+- If the text's token is among the likeliest entries, it must have the same probability there as by itself.
+- The text's token cannot have probability 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,29 +28,35 @@ from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
-# What half precision may do to a file's numbers: nats, absolute and relative, and a row's mass beyond one.
+# The errors of half precision in a file: nats, absolute and relative, and the mass of a row beyond one.
 _ABSOLUTE, _RELATIVE, _MASS = 0.01, 0.005, 2e-3
-# Nats. JSON has no -inf, and servers write a large number for it: vLLM -9999.0.
+# Nats. JSON has no -inf, so servers write a large negative number for it: vLLM -9999.0.
 _LEAST = -1000.0
 
 
 class _MismatchError(Exception):
-    """The file's tokens are not ours."""
+    """The file's tokens are not those of the source's tokenizer and template."""
 
 
 class CaptureFile:
-    """A file of captures, in the place of a model that reads conversations."""
+    """A file of captures. It takes the place of a model that reads conversations."""
 
     def __init__(
         self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None] = say
     ) -> None:
-        """vocab_size: ids that the source's model knows. Indexes the file; raises UserError where that cannot be done."""
+        """Indexes the file. vocab_size: the number of ids that the source's model knows.
+
+        Raises UserError if the file cannot be indexed.
+        """
         self.recipe, self.path, self.tokenizer, self.vocab_size = recipe, path, tokenizer, vocab_size
         self.progress = progress
         self.rows = open_rows(path)
 
     def capture_shard(self, conversations: Sequence[Conversation]) -> CaptureShard:
-        """Raises UserError for a row that cannot be used, and where most of the rows found are about other tokens than ours."""
+        """The capture of these conversations from the file's rows.
+
+        Raises UserError if a row cannot be used, or if most of the rows are about other tokens than ours.
+        """
         limit = self.recipe.training.seq_length
         status = np.array([reading_status(conversation, limit) for conversation in conversations], np.uint8)
         places = {conversations[index].example: index for index in np.flatnonzero(status == CAPTURED).tolist()}
@@ -80,9 +89,11 @@ class CaptureFile:
         options, temperatures = self.recipe.capture, self.recipe.capture_temperatures
         ids, logprobs = _falling([given.ids[i] for i in at], [given.logprobs[i] for i in at])
         _check_entries(ids, logprobs, self.vocab_size)
-        came = conversation.spans.tokens.astype(np.int64)
-        own = _own_logprobs(ids, logprobs, came, [given.token_logprobs[i] for i in at])
+        tokens = conversation.spans.tokens.astype(np.int64)
+        token_logprobs = _own_logprobs(ids, logprobs, tokens, [given.token_logprobs[i] for i in at])
         lse = _logsumexps(logprobs, {t: [values[i] for i in at] for t, values in given.logsumexp.items()}, temperatures)
+        # From here on the same as in distributions.py: entries relative to the largest, and the recipe's
+        # filter.
         relative = (logprobs - logprobs[:, :1])[:, : options.top_k].astype(np.float32)
         keep = kept_by_mass(
             torch.from_numpy(relative),
@@ -96,12 +107,15 @@ class CaptureFile:
             ids=ids[:, : options.top_k][keep].astype(np.int32),
             logits=relative[keep],
             lse=lse,
-            token_logprobs=own.astype(np.float32),
+            token_logprobs=token_logprobs.astype(np.float32),
             vocab_size=self.vocab_size,
         )
 
     def _positions(self, given: GivenRows, conversation: EncodedConversation) -> list[int]:
-        """Where in the file's row the supervised tokens are. Raises _MismatchError at the first token that is not ours."""
+        """The places of the supervised tokens in the file's row.
+
+        Raises _MismatchError at the first token that is not ours.
+        """
         ours = conversation.ids if given.whole else conversation.spans.tokens
         theirs = _matrix([given.tokens], whole=True)[0]
         shared = min(len(ours), len(theirs))
@@ -124,9 +138,10 @@ class CaptureFile:
 
 
 def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
-    """Rows of numbers, of different lengths, as [n, longest]: int64 with -1 behind, or float64 with -inf behind.
+    """Rows of numbers of different lengths as one matrix [n, longest].
 
-    None becomes NaN. Raises BadRowError for a whole number beyond 64 bits.
+    Whole numbers become int64, filled up with -1. Others become float64, filled up with -inf; None becomes
+    NaN. Raises BadRowError for a whole number beyond 64 bits.
     """
     lengths = np.array([len(row) for row in rows])
     values = list(chain.from_iterable(rows))
@@ -141,7 +156,10 @@ def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
 
 
 def _falling(given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Entries [n, k] in falling order of probability, equal ones by id. Below _LEAST is -inf, and counts as no entry."""
+    """Entries [n, k] in falling order of probability, equal ones by id.
+
+    Values below _LEAST become -inf (no entry).
+    """
     ids, logprobs = _matrix(given_ids, whole=True), _matrix(given_logprobs, whole=False)
     logprobs[logprobs < _LEAST] = -np.inf
     order = np.lexsort((ids, -logprobs), axis=1)
@@ -149,9 +167,13 @@ def _falling(given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float
 
 
 def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> None:
-    """Raises BadRowError unless every row [n, k] is part of a distribution over the model's ids. -inf is no entry."""
+    """Raises BadRowError unless every row [n, k] is part of a distribution over the model's ids.
+
+    An item with log-probability -inf is not an entry.
+    """
     entry = logprobs > -np.inf
-    known = np.sort(np.where(entry, ids, -1 - np.arange(ids.shape[1])), 1)  # what is no entry differs from all
+    # Items that are no entries get different negative ids, so that they are never found as repeated ids.
+    known = np.sort(np.where(entry, ids, -1 - np.arange(ids.shape[1])), 1)
     for what, bad in (
         ("a log-probability that is NaN", np.isnan(logprobs).any(1)),
         ("a log-probability that is infinite", np.isposinf(logprobs).any(1)),
@@ -165,22 +187,28 @@ def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> No
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether a is b but for rounding."""
+    """Whether a equals b up to rounding."""
     return np.abs(a - b) <= _ABSOLUTE + _RELATIVE * np.abs(b)
 
 
 def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given: Sequence[float | None]) -> np.ndarray:
-    """float64 [n]: log p of the tokens that came [n], given or among the entries [n, k].
+    """float64 [n]: log p of the text's tokens, as given or from the entries.
 
-    Raises BadRowError where it is neither, or NaN, infinite or below _LEAST, and where a token outside the entries is likelier
-    than one of them or one inside has another probability there: such a row is about another token.
+    ids, logprobs [n, k]: the entries. came [n]: the text's tokens. given: their log p in the file, None if it
+    has none. Raises BadRowError if a log p is neither given nor among the entries, or if it is NaN, infinite
+    or below _LEAST. Also raises BadRowError if the row must be about another token: a token outside the
+    entries is likelier than one of them, or a token among the entries has another probability there.
     """
     missing = np.array([value is None for value in given])
     own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
+    # `named`: the token's id is in the row; `among`: it is an entry, with a probability above 0; `inside`:
+    # per row.
     named = ids == came[:, None]
     among = named & (logprobs > -np.inf)
     inside = among.any(1)
     impossible = np.where(missing, named.any(1) & ~inside, own < _LEAST)
+    # The token's log p among the entries must be the given one. Outside, it is at most that of the least
+    # entry.
     entry = np.where(among, logprobs, -np.inf).max(1)
     least = np.where(logprobs > -np.inf, logprobs, np.inf).min(1)
     with np.errstate(invalid="ignore"):  # -inf - -inf
@@ -212,12 +240,15 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
 def _logsumexps(
     logprobs: np.ndarray, given: dict[float, list[float | None]], temperatures: Sequence[float]
 ) -> np.ndarray:
-    """float32 [n, 1 + t], from falling logprobs [n, k] at T = 1: relative to the largest, log-sum-exp is minus its log p.
+    """float32 [n, 1 + t]: log-sum-exp relative to the largest logit, at T = 1 and at every temperature.
 
-    Raises BadRowError where the file does not say what is needed at another temperature, or says what cannot be.
+    logprobs [n, k]: falling log p at T = 1. The log-sum-exp at T = 1 is minus the largest of them. For other
+    temperatures the file must give it.
+    Raises BadRowError if the file lacks a temperature, or if its values are impossible.
     """
     relative = logprobs - logprobs[:, :1]
-    # Rounded numbers may add up to a little more than one: then the entries are the whole distribution, and no tail is below 0.
+    # Rounded probabilities may add up to slightly more than one. Then the entries are the whole distribution:
+    # the maximum keeps the tail from becoming negative.
     columns = [np.maximum(-logprobs[:, 0], np.log(np.exp(relative).sum(1)))]
     for temperature in temperatures:
         if temperature == 1.0:

@@ -1,4 +1,7 @@
-"""A source model reads conversations by teacher forcing, and only its supervised positions meet the output head."""
+"""A source model reads conversations by teacher forcing.
+
+Only supervised positions go through the output head.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from megatron_fuse.sources.batching import token_budget_batches
 
 
 def reading_status(conversation: Conversation, limit: int) -> int:
-    """Whether a source that reads at most `limit` tokens can read it, as an index in STATUSES."""
+    """Whether a source that reads at most `limit` tokens can read a conversation: an index in STATUSES."""
     if conversation.encoded is None:
         return NO_RESPONSE
     # The last token is only predicted, never read.
@@ -26,13 +29,16 @@ def reading_status(conversation: Conversation, limit: int) -> int:
 
 
 def reading_limit(recipe: Recipe, config: Any) -> int:
-    """Most tokens that a source may read: the recipe's, or what its positions allow."""
+    """The most tokens that a source may read: the recipe's limit, or the model's positions if they are fewer."""
     return min(recipe.training.seq_length, max_positions(config) or recipe.training.seq_length)
 
 
 @dataclass
 class SourceReader:
-    """A source model that reads conversations. report: gets, after every batch, the tokens read of a shard and those left."""
+    """A source model that reads conversations.
+
+    report: called after every batch with the tokens of the shard that are read and those that are left.
+    """
 
     recipe: Recipe
     source: str
@@ -40,7 +46,10 @@ class SourceReader:
     report: Report = silent
 
     def capture_shard(self, conversations: Sequence[Conversation]) -> CaptureShard:
-        """Reads them in batches of neighbours in length; the shard has them in their own order again."""
+        """Reads the conversations in batches of similar length.
+
+        The shard has them in their original order.
+        """
         limit = reading_limit(self.recipe, self.model.config)
         status = np.array([reading_status(conversation, limit) for conversation in conversations], np.uint8)
         chosen = np.flatnonzero(status == CAPTURED)
@@ -58,30 +67,37 @@ class SourceReader:
 
     @torch.inference_mode()
     def read(self, conversations: list[Conversation]) -> list[SparseRows]:
-        """The rows of one batch, padded on the right. The logits after position t predict token t + 1."""
+        """The rows of each conversation of a batch. The batch is padded on the right.
+
+        The logits at position t predict token t + 1.
+        Raises UserError if logits are NaN or infinite.
+        """
         encoded = [conversation.readable for conversation in conversations]
         refuse_unknown_ids(self.model, max(int(e.ids.max()) for e in encoded), f"sources.{self.source}")
+        # The last token of a conversation is only predicted, so it is not read.
         width = max(len(e.ids) for e in encoded) - 1
         tokens = np.zeros((len(encoded), width), np.int64)
         mask = np.zeros_like(tokens)
         for row, conversation in enumerate(encoded):
             tokens[row, : len(conversation.ids) - 1] = conversation.ids[:-1]
             mask[row, : len(conversation.ids) - 1] = 1
+        # Supervised token i is predicted at position i - 1, counted over the flattened batch.
         positions = [row * width + np.flatnonzero(e.supervised) - 1 for row, e in enumerate(encoded)]
         logits = logits_at(self.model, *map(torch.from_numpy, (tokens, mask, np.concatenate(positions))))
-        came = torch.from_numpy(np.concatenate([e.ids[e.supervised] for e in encoded]).astype(np.int64))
+        labels = torch.from_numpy(np.concatenate([e.ids[e.supervised] for e in encoded]).astype(np.int64))
         lengths = [len(e.spans) for e in encoded]
         options = self.recipe.capture
         try:
             rows = sparse_rows(
                 logits,
-                came.to(logits.device),
+                labels.to(logits.device),
                 top_k=options.top_k,
                 top_p=options.top_p,
                 filter=options.filter,
                 temperatures=self.recipe.capture_temperatures,
             )
         except NotFiniteError as error:
+            # error.row counts over the whole batch: find the example, and the row within it.
             bounds = np.cumsum(lengths)
             example = int(np.searchsorted(bounds, error.row, side="right"))
             row = error.row - int(bounds[example]) + lengths[example]
@@ -94,11 +110,12 @@ class SourceReader:
 
 
 def logits_at(model: Any, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits [n, v] at the flat positions [n] of tokens [b, s]; the output head sees no other position.
+    """Logits [n, v] at the flat positions [n] of tokens [b, s]. The output head sees no other position.
 
-    The positions are picked at the head's input, so that whatever the model does to its logits afterwards (scaling, soft caps)
-    is done to them as well. A model without a head module of its own computes all logits first. A model spread over several GPUs
-    (device_map) takes its input where its embedding is, and the head may be elsewhere.
+    The positions are selected at the input of the head. So everything that the model does to its logits
+    afterwards (scaling, soft caps) is applied to them. If a model has no head module, it computes all logits,
+    and the positions are selected after that. If a model is spread over several GPUs (device_map), its input
+    goes to the device of the embedding, and the head may be on another device.
     """
 
     def pick(_: Any, inputs: tuple) -> tuple:

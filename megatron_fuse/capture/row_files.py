@@ -1,6 +1,7 @@
-"""Rows of a JSONL or Parquet file by their `id`, read in the file's order and one at a time: memory stays flat.
+"""Reads rows of a JSONL or Parquet file by their `id`.
 
-The file is indexed once: ids and where they are. A file sorted like the examples is then read straight through.
+They come in the file's order and one at a time, so that the use of memory stays constant. The file is indexed
+once: the place of each id. A file that is sorted like the examples is then read from front to back.
 """
 
 import json
@@ -18,15 +19,15 @@ from megatron_fuse.storage import parse_row
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
-# Of Parquet: rows decoded together, and bytes read together of every column.
+# For Parquet: the rows that are decoded together, and the bytes of every column that are read together.
 _BATCH, _BUFFER = 32, 2**20
-# A line that begins with its id need not be parsed to be indexed.
+# A line that begins with its id is indexed without parsing the whole line.
 _LEADING_ID = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.)*"|\d+)\s*[,}]')
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """place: file and line or row, for errors."""
+    """A row of the file. place: file and line or row, for errors."""
 
     id: str
     place: str
@@ -41,12 +42,15 @@ class RowFile(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, names: Collection[str]) -> Iterator[FileRow]:
-        """The rows with these ids, those that the file has, in its own order."""
+        """The rows with these ids, if the file has them, in the file's order."""
         ...
 
 
 def open_rows(path: Path) -> RowFile:
-    """Indexes a .parquet file, or any other as JSONL. Raises UserError where it cannot be read, or a row has no id of its own."""
+    """Indexes a .parquet file, or any other file as JSONL.
+
+    Raises UserError if the file cannot be read, or if a row has no id or the same id as another row.
+    """
     return _Parquet(path) if path.suffix == ".parquet" else _Jsonl(path)
 
 
@@ -69,9 +73,9 @@ class _Jsonl:
         return len(self._places)
 
     def read(self, names: Collection[str]) -> Iterator[FileRow]:
-        found = sorted((self._places[name], name) for name in names if name in self._places)
+        places = sorted((self._places[name], name) for name in names if name in self._places)
         with self.path.open("rb") as file:
-            for (offset, line), name in found:
+            for (offset, line), name in places:
                 file.seek(offset)
                 place = f"{self.path}:{line}"
                 yield FileRow(name, place, parse_row(file.readline(), place))
@@ -84,11 +88,12 @@ class _Parquet:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-        # UnicodeDecodeError: bytes that are no text; KeyError: a key twice in one map; StopIteration: fewer rows than the
-        # file says; the others are values that Python has no form for.
+        # ValueError includes UnicodeDecodeError: bytes that are not text. KeyError: a key twice in one map.
+        # StopIteration: fewer rows than the file says. The others: values that Python cannot represent.
         self.path, self._faults = path, (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration)
         try:
-            # Not in memory as a whole, which a file of one row group (pyarrow writes a million rows into one) would be.
+            # Without pre_buffer=False a whole row group would be in memory. pyarrow writes a million rows
+            # into one group.
             self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         except self._faults as error:
             raise UserError(f"{path}: cannot be read as Parquet ({brief(str(error))}): write it again") from error
@@ -99,7 +104,7 @@ class _Parquet:
             _add(self._places, name, number, self._place(number))
         groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._group_ends = np.cumsum(groups)
-        # The batch at hand begins with row `first` of the file and lies in this row group.
+        # The current batch begins with row `_first` of the file, and is in row group `_group`.
         self._group, self._first = -1, 0
         self._batch: Any  # a RecordBatch
 
@@ -129,7 +134,10 @@ class _Parquet:
             yield FileRow(name, self._place(number), content)
 
     def _row(self, number: int) -> dict[str, Any]:
-        """Goes forward to this row; only a row behind begins its row group anew, which may be the whole file."""
+        """Reads forward to this row.
+
+        Only for an earlier row, the row group (perhaps the whole file) is read again.
+        """
         group = int(np.searchsorted(self._group_ends, number, side="right"))
         if group != self._group or number < self._first:
             self._group, self._first = group, int(self._group_ends[group - 1]) if group else 0

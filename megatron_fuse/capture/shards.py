@@ -1,4 +1,4 @@
-"""The capture of one shard of examples as one safetensors file: ragged arrays on end, offsets per example."""
+"""The capture of one shard of examples: a safetensors file of concatenated ragged arrays and offsets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,8 +15,9 @@ from megatron_fuse.storage import Artifact, write_safetensors
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
-# What became of an example; only those of the first have rows. The last two are of captures made elsewhere: the file's tokens are
-# not those of the source's own tokenizer and template, or the file has no row for the example.
+# The result for an example. Only `captured` ones have rows. The last two are for files of captures. mismatch:
+# the file's tokens are not those of the source's own tokenizer and template. missing: the file has no row for
+# the example.
 STATUSES = ("captured", "too_long", "no_response", "mismatch", "missing")
 CAPTURED, TOO_LONG, NO_RESPONSE, MISMATCH, MISSING = range(len(STATUSES))
 
@@ -26,14 +27,14 @@ _BY_EXAMPLE = ("status", "response_bytes", "lossy", "ce_sum", "ce_stop")
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """An example as a source is to read it; encoded: None where there is no response."""
+    """An example as a source reads it. encoded: None if there is no response."""
 
     example: str
     encoded: EncodedConversation | None
 
     @property
     def readable(self) -> EncodedConversation:
-        """`encoded` of a conversation with a response; ValueError without one."""
+        """`encoded` of a conversation with a response. Raises ValueError if there is no response."""
         if self.encoded is None:
             raise ValueError(f"example {self.example} has no response")
         return self.encoded
@@ -41,36 +42,40 @@ class Conversation:
 
 @dataclass(frozen=True, eq=False)
 class CaptureShard:
-    """n examples; r rows of all of them, one per supervised token, which it predicts; e entries; t temperatures beside T = 1."""
+    """The capture of n examples, with r rows and e entries, at t temperatures besides T = 1.
 
-    offsets: np.ndarray  # int64 [n + 1]: rows of an example
+    There is one row per supervised token. The row predicts this token.
+    """
+
+    offsets: np.ndarray  # int64 [n + 1]: example i has the rows offsets[i] to offsets[i + 1]
     status: np.ndarray  # uint8 [n]: index in STATUSES
-    response_bytes: np.ndarray  # int32 [n]: `EncodedConversation.size`, 0 where there are no rows
-    lossy: np.ndarray  # uint8 [n]: the tokens do not spell every byte
-    ce_sum: np.ndarray  # float64 [n]: nats over all supervised turns, stop tokens left out; NaN where there are no rows
-    ce_stop: np.ndarray  # float64 [n]: nats of the stop tokens; NaN where none is supervised
-    tokens: np.ndarray  # int32 [r]: what came
-    starts: np.ndarray  # int32 [r]: byte at which it begins in the example's own byte space, see TokenSpans
-    ends: np.ndarray  # int32 [r]
+    response_bytes: np.ndarray  # int32 [n]: `EncodedConversation.size`, 0 if there are no rows
+    lossy: np.ndarray  # uint8 [n]: 1 if the tokens do not spell every byte
+    ce_sum: np.ndarray  # float64 [n]: nats of supervised tokens, without stop tokens; NaN if no rows
+    ce_stop: np.ndarray  # float64 [n]: nats of the stop tokens; NaN if none is supervised
+    tokens: np.ndarray  # int32 [r]: the tokens of the text
+    starts: np.ndarray  # int32 [r]: the token's first byte in the example's bytes, see TokenSpans
+    ends: np.ndarray  # int32 [r]: the end of its bytes
     flags: np.ndarray  # uint8 [r]: SpanFlag
-    token_logprobs: np.ndarray  # float32 [r]: its log p at T = 1
+    token_logprobs: np.ndarray  # float32 [r]: the token's log p at T = 1
     lse: np.ndarray  # float32 [r, 1 + t]: log-sum-exp relative to the largest logit
     counts: np.ndarray  # uint8 [r]: entries of a row
     entry_ids: np.ndarray  # int32 [e]
     entry_logits: np.ndarray  # float32 [e]: relative to the largest logit, falling within a row
-    vocab_size: np.ndarray  # int64 [1]: columns of the model's logits, above every entry id; 0 where there are no rows
+    vocab_size: np.ndarray  # int64 [1]: columns of the model's logits, above every entry id; 0 if no rows
 
     @classmethod
     def of(cls, conversations: Sequence[Conversation], status: np.ndarray, rows: SparseRows) -> "CaptureShard":
-        """rows: those of the captured conversations, one after the other."""
+        """Makes the shard. rows: the rows of the captured conversations, concatenated."""
         captured = status == CAPTURED
-        read = [c.readable for c, fine in zip(conversations, captured, strict=True) if fine]
+        read = [c.readable for c, is_captured in zip(conversations, captured, strict=True) if is_captured]
         spans = TokenSpans.join([each.spans for each in read], [0] * len(read))
         lengths, sizes = np.zeros((2, len(conversations)), np.int64)
         lengths[captured] = [len(each.spans) for each in read]
         sizes[captured] = [each.size for each in read]
         lossy = np.zeros(len(conversations), np.uint8)
         lossy[captured] = [not each.exact for each in read]
+        # Cross-entropies are sums per example: `example` is the example of each row.
         example = np.repeat(np.arange(len(conversations)), lengths)
         nats, stop = -rows.token_logprobs.astype(np.float64), spans.has(SpanFlag.STOP)
 
@@ -105,34 +110,40 @@ class CaptureShard:
         return slice(int(self.offsets[example]), int(self.offsets[example + 1]))
 
     def spans(self, example: int) -> TokenSpans:
-        """Of one example, in its own byte space."""
+        """The spans of one example, counted in its own bytes."""
         rows = self.rows(example)
         starts, ends = (array[rows].astype(np.int64) for array in (self.starts, self.ends))
         return TokenSpans(self.tokens[rows], starts, ends, self.flags[rows])
 
     def all_spans(self, text_offsets: Sequence[int] | np.ndarray) -> TokenSpans:
-        """Of all rows. text_offsets [n]: where each example's bytes begin in the shard's byte space."""
+        """The spans of all rows, counted in the shard's concatenated bytes.
+
+        text_offsets [n]: the place where each example's bytes begin.
+        """
         offset = np.repeat(np.asarray(text_offsets, np.int64), np.diff(self.offsets))
         return TokenSpans(self.tokens, self.starts + offset, self.ends + offset, self.flags)
 
     @property
     def response_tokens(self) -> np.ndarray:
-        """int32 [n]: supervised tokens without the stop tokens, those whose nats `ce_sum` adds up."""
+        """int32 [n]: the number of supervised tokens without stop tokens; `ce_sum` is the sum over these."""
         before = np.concatenate([[0], np.cumsum((self.flags & SpanFlag.STOP) == 0)])
         return np.diff(before[self.offsets]).astype(np.int32)
 
     def logprobs(self, column: int, temperature: float) -> np.ndarray:
-        """[e] natural log of the entries' probability at the temperature whose log-sum-exp is in this column of `lse`."""
+        """float32 [e]: log-probabilities of the entries at a temperature. column: its column in `lse`."""
         return self.entry_logits / np.float32(temperature) - np.repeat(self.lse[:, column], self.counts)
 
 
 def capture_shard(artifact: Artifact, index: int) -> CaptureShard:
-    """One shard of a finished capture, compared with the checksum in its manifest. Raises UserError naming the file."""
+    """One shard of a finished capture, checked by the checksum in its manifest.
+
+    Raises UserError, with the file, if the checksum differs or the file is broken.
+    """
     return read_capture_shard(artifact.checked(artifact.files(".safetensors")[index]))
 
 
 def read_capture_shard(path: Path) -> CaptureShard:
-    """Raises UserError where the file is missing or broken, or a row holds what no capture can."""
+    """Reads a shard. Raises UserError if the file is missing or broken, or if a row has impossible values."""
     fix = f"remove {path.parent} and run megatron-fuse capture again"
     try:
         shard = CaptureShard(**load_file(path))
@@ -145,7 +156,7 @@ def read_capture_shard(path: Path) -> CaptureShard:
 
 
 def _misfit(shard: CaptureShard) -> str | None:
-    """Arrays whose lengths do not belong together."""
+    """The first array whose length does not fit the others, in words; None if all fit."""
     examples, rows, entries = len(shard.offsets) - 1, len(shard.counts), len(shard.entry_ids)
     wanted = dict.fromkeys(_BY_EXAMPLE, examples) | dict.fromkeys(_BY_ROW, rows) | {"entry_logits": entries}
     for name, length in wanted.items():
@@ -159,7 +170,7 @@ def _misfit(shard: CaptureShard) -> str | None:
 
 
 def _impossible_row(shard: CaptureShard) -> str | None:
-    """The first row of which something is no part of a distribution, or no place in a text."""
+    """The first row with a value that is impossible in a distribution or a text, in words; else None."""
     row_of_entry = np.repeat(np.arange(len(shard.counts)), shard.counts)
     same_example = np.ones(len(shard.counts), bool)
     same_example[shard.offsets[:-1][np.diff(shard.offsets) > 0]] = False
@@ -167,7 +178,8 @@ def _impossible_row(shard: CaptureShard) -> str | None:
     same_row = np.diff(row_of_entry, prepend=-1) == 0
     rising = same_row & (np.diff(shard.entry_logits, prepend=0) > 0)
     every = np.arange(len(shard.counts))
-    # What came may have had no chance (-inf). A comparison with NaN is false.
+    # The text's token may have probability 0 (-inf), so only +inf and NaN are refused: a comparison with NaN
+    # is false.
     for what, bad, row in (
         ("token_logprobs is not finite", ~(shard.token_logprobs < np.inf), every),
         ("lse is not finite", ~np.isfinite(shard.lse).all(1), every),

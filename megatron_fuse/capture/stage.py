@@ -1,8 +1,12 @@
-"""The capture stage: a source reads every conversation once, and only supervised positions leave the model.
+"""The capture stage: a source reads every conversation once.
 
-captures/SOURCE/training/    over the ground-truth response      captures/SOURCE/inference/    over the source's own answer
+Only the logits of supervised positions are computed.
 
-Backends: `hf`, the source's model in process; `file`, what sources.NAME.captures names, made elsewhere (docs/captures.md).
+captures/SOURCE/training/     distributions over the ground-truth response
+captures/SOURCE/inference/    distributions over the source's own answer
+
+Backends: `hf`, the source's model in process; `file`, the file in sources.NAME.captures, which another
+program made (docs/captures.md).
 """
 
 from collections.abc import Callable
@@ -32,7 +36,7 @@ from megatron_fuse.tokenization.spans import SpanFlag
 
 
 def _backend(recipe: Recipe, source: str, mode: str) -> str:
-    """`file` where the recipe names one for the mode, else `hf`: the source's model, in process."""
+    """`file` if the recipe names a file for the mode, else `hf`: the source's model in process."""
     return "file" if mode in source_options(recipe, source).captures else "hf"
 
 
@@ -45,7 +49,7 @@ def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
 
 
 def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
-    """What one capture records of the recipe."""
+    """The options of the recipe that one capture records."""
     backend = _backend(recipe, source, mode)
     options = {
         "mode": mode,
@@ -53,7 +57,8 @@ def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
         "seq_length": recipe.training.seq_length,
         **{key: getattr(recipe.capture, key) for key in ("top_k", "top_p", "filter")},
         "temperatures": recipe.capture_temperatures,
-        # Not batch_tokens: a smaller budget may continue what a larger one began; results agree to rounding.
+        # batch_tokens is not recorded: a run may continue with a smaller budget. Results agree up to
+        # rounding.
     }
     if backend == "hf":
         options["dtype"] = source_options(recipe, source).dtype
@@ -87,7 +92,10 @@ def _flops(context: Context, amounts: Amounts, source: str, mode: str) -> float:
 
 
 def _disk(recipe: Recipe, amounts: Amounts, _: str, mode: str) -> float:
-    """About 6 of 10 entries are kept of real text by the default filter. Rows beside the entries: ids, places, sums."""
+    """Bytes on disk. With real text, the default filter keeps about 6 of 10 entries (8 bytes each).
+
+    The other 26 bytes of a row are its token, places, log-probability and sums.
+    """
     return (8 * 0.6 * recipe.capture.top_k + 26) * amounts.learned(mode)
 
 
@@ -107,7 +115,7 @@ CAPTURES = Stage(
 
 
 def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> None:
-    """Raises UserError unless the recipe has this source captured so: all later stages go by the recipe."""
+    """Raises UserError if the recipe names another backend for this capture: later stages use the recipe."""
     if backend != _backend(recipe, source, mode):
         key = f"sources.{source}.captures.{mode}"
         what = "is not set: name a file there" if backend == "file" else "names a file: take it out of the recipe"
@@ -117,8 +125,8 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
 def capture(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
-    Raises UserError where a stage before is missing, where the model's logits are not finite, and where a file of captures is not
-    about the recipe's texts in the source's tokens.
+    Raises UserError if an earlier stage is missing, if the model's logits are not finite, or if the rows of a
+    file of captures are not about the recipe's texts in the source's tokens.
     """
     if mode not in MODES:
         raise UserError(f"--mode is {mode!r}: allowed are {', '.join(MODES)}")
@@ -132,7 +140,7 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
     lines = Progress(plan.directory, "tokens", progress)
 
-    @cache  # not before there is work for it
+    @cache  # the model or file is loaded at the first shard that needs it
     def reader() -> SourceReader | CaptureFile:
         if plan.options["backend"] == "hf":
             return SourceReader(recipe, source, load_causal_lm(options, where=where), lines.update)
@@ -150,11 +158,15 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         every_turn = answers is None and recipe.data.supervise == "every_turn"
-        asked = examples[index]
-        given = [learned_of(each, recipe.data.reasoning) for each in answers[index]] if answers else [None] * len(asked)
+        shard_examples = examples[index]
+        answered = (
+            [learned_of(each, recipe.data.reasoning) for each in answers[index]]
+            if answers
+            else [None] * len(shard_examples)
+        )
         conversations = [
             conversation_of(chat, example, answer, every_turn=every_turn)
-            for example, answer in zip(asked, given, strict=True)
+            for example, answer in zip(shard_examples, answered, strict=True)
         ]
         source_reader = reader()
         lines.begin(f"shard {index}")
@@ -172,7 +184,7 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
 
 
 def conversation_of(chat: ChatFormat, example: Example, answer: Learned | None, *, every_turn: bool) -> Conversation:
-    """An example with its ground truth, or with the source's answer where there is one, as the source is to read it."""
+    """An example as the source reads it: with the answer, or with the ground truth if `answer` is None."""
     text, ends, thought = answer or learned_of_example(example)
     if not text.strip():
         return Conversation(example.id, None)

@@ -145,7 +145,7 @@ class _Format:
         return Response(name, text, truncated, tokens, reply.refused or is_refusal(text), thought)
 
     def _thought_and_answer(self, reply: Reply) -> tuple[str | None, str]:
-        """The thought, which the server may keep apart or leave in the text, and the answer without white space.
+        """The thought, which the server may keep apart or leave in the text; and the answer, stripped.
 
         A server may leave the end of a thought in the text. After a prompt that we rendered (endpoint
         `completions`), the whole thought is in the text.

@@ -134,11 +134,9 @@ def generate_responses(context: Context, name: str, progress: Callable[[str], No
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
         answers = answer(index, examples)
-        unmatched = [example.id for example, response in zip(examples, answers, strict=True) if response is None]
-        responses = [
-            response or Response(example.id, "", truncated=False, tokens=0)
-            for example, response in zip(examples, answers, strict=True)
-        ]
+        pairs = list(zip(examples, answers, strict=True))
+        unmatched = [example.id for example, response in pairs if response is None]
+        responses = [response or Response(example.id, "", truncated=False, tokens=0) for example, response in pairs]
         write_jsonl(prefix.with_name(prefix.name + ".jsonl"), map(_row, responses))
         if unmatched:
             with temporary_then_rename(prefix.with_name(prefix.name + ".unmatched.txt")) as temporary:

@@ -15,7 +15,7 @@ _SHOWN = 8
 
 
 def listed_models(content: bytes) -> list[str]:
-    """The names in a response of /v1/models, with aliases (as of llama.cpp); empty if it is not such a list."""
+    """The names in a response of /v1/models, with llama.cpp's aliases; empty if it is not such a list."""
     names: list[str] = []
     try:
         for model in read_object(content)["data"]:
