@@ -92,9 +92,8 @@ class _Search:
         # They say at which rank the strings with that beginning start; the first neighbour from there on is
         # the choice.
         own_ranks = np.fromiter((bisect_left(self._ranked, piece) for piece in pieces), np.int64, len(pieces))
-        beside = zip(
-            pieces, neighbours.last_before(own_ranks).tolist(), neighbours.first_from(own_ranks).tolist(), strict=True
-        )
+        before, after = neighbours.last_before(own_ranks).tolist(), neighbours.first_from(own_ranks).tolist()
+        beside = zip(pieces, before, after, strict=True)
         lowest = [self._most_alike(piece, [rank for rank in ranks if 0 <= rank < NO_RANK]) for piece, *ranks in beside]
         ranks = neighbours.first_from(np.array(lowest, np.int64))
         ranks[ranks == NO_RANK] = -1

@@ -48,7 +48,8 @@ class TargetTokens:
         rest = [place for place, token in enumerate(chosen) if token < 0]
         texts = {place: text for place in rest if (text := _text(pieces[place])) is not None}
         if texts:
-            for place, written in zip(texts, self._target.encode_continuations(list(texts.values())), strict=True):
+            tokenized = self._target.encode_continuations(list(texts.values()))
+            for place, written in zip(texts, tokenized, strict=True):
                 if written and self._begins(written[0], pieces[place]):
                     chosen[place] = written[0]
         for place in rest:

@@ -3,13 +3,12 @@
 A form is recognised by its columns (docs/captures.md describes them):
 
     top_ids, top_logprobs          ours                     only the supervised tokens
-    token_ids, top_values          DistillKit, raw top-k    a whole conversation; row t is about input_ids[t +
-    1]
+    token_ids, top_values          DistillKit, raw top-k    a whole conversation; row t: token t + 1
     prompt_logprobs                vLLM                     a whole conversation; the first row is null
     choices                        OpenAI's completions     a whole conversation if the first row is null
-    (echo)
 
-Only types and lengths are checked here. imported.py checks tokens and probabilities.
+OpenAI's first row is null if the request had `echo`. Only types and lengths are checked here. imported.py
+checks tokens and probabilities.
 """
 
 import math
@@ -126,7 +125,8 @@ class _Vllm(_Columns):
             ]
             ids.append([key for key, _ in likeliest])
             logprobs.append([value.logprob for _, value in likeliest])
-        return GivenRows(tokens, True, ids, logprobs, token_logprobs, _by_temperature(self.logsumexp, len(tokens)))
+        lse = _by_temperature(self.logsumexp, len(tokens))
+        return GivenRows(tokens, True, ids, logprobs, token_logprobs, lse)
 
 
 class _Completion(_Columns):
@@ -151,11 +151,13 @@ class _OpenAI(_Columns):
         ids = [[_token_id(key) for key in position or {}] for position in given.top_logprobs]
         logprobs = [list((position or {}).values()) for position in given.top_logprobs]
         if not len(tokens) == len(ids) == len(token_logprobs):
-            raise BadRowError(f"{len(tokens)} tokens, {len(token_logprobs)} token_logprobs and {len(ids)} top_logprobs")
+            lengths = f"{len(tokens)} tokens, {len(token_logprobs)} token_logprobs and {len(ids)} top_logprobs"
+            raise BadRowError(lengths)
         whole = bool(token_logprobs) and token_logprobs[0] is None
         if None in token_logprobs[1:]:  # some JSON libraries write NaN as null
             raise BadRowError(f"token_logprobs.{token_logprobs.index(None, 1)}: must be a number, not null")
-        return GivenRows(tokens, whole, ids, logprobs, token_logprobs, _by_temperature(self.logsumexp, len(tokens)))
+        lse = _by_temperature(self.logsumexp, len(tokens))
+        return GivenRows(tokens, whole, ids, logprobs, token_logprobs, lse)
 
 
 _FORMS: dict[str, type[_Ours | _DistillKit | _Vllm | _OpenAI]] = {

@@ -141,7 +141,8 @@ def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
     """Rows of numbers of different lengths as one matrix [n, longest].
 
     Whole numbers become int64, filled up with -1. Others become float64, filled up with -inf; None becomes
-    NaN. Raises BadRowError for a whole number beyond 64 bits.
+    NaN.
+    Raises BadRowError for a whole number beyond 64 bits.
     """
     lengths = np.array([len(row) for row in rows])
     values = list(chain.from_iterable(rows))
@@ -195,9 +196,10 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
     """float64 [n]: log p of the text's tokens, as given or from the entries.
 
     ids, logprobs [n, k]: the entries. came [n]: the text's tokens. given: their log p in the file, None if it
-    has none. Raises BadRowError if a log p is neither given nor among the entries, or if it is NaN, infinite
-    or below _LEAST. Also raises BadRowError if the row must be about another token: a token outside the
-    entries is likelier than one of them, or a token among the entries has another probability there.
+    has none.
+    Raises BadRowError if a log p is neither given nor among the entries, or if it is NaN, infinite or below
+    _LEAST. Also raises BadRowError if the row must be about another token: a token outside the entries is
+    likelier than one of them, or a token among the entries has another probability there.
     """
     missing = np.array([value is None for value in given])
     own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]

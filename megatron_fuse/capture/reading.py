@@ -29,7 +29,7 @@ def reading_status(conversation: Conversation, limit: int) -> int:
 
 
 def reading_limit(recipe: Recipe, config: Any) -> int:
-    """The most tokens that a source may read: the recipe's limit, or the model's positions if they are fewer."""
+    """The most tokens that a source may read: the recipe's limit, or the model's positions if fewer."""
     return min(recipe.training.seq_length, max_positions(config) or recipe.training.seq_length)
 
 

@@ -159,14 +159,12 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         every_turn = answers is None and recipe.data.supervise == "every_turn"
         shard_examples = examples[index]
-        answered = (
-            [learned_of(each, recipe.data.reasoning) for each in answers[index]]
-            if answers
-            else [None] * len(shard_examples)
-        )
+        learned: list[Learned | None] = [None] * len(shard_examples)  # None: the ground truth
+        if answers:
+            learned = [learned_of(each, recipe.data.reasoning) for each in answers[index]]
         conversations = [
             conversation_of(chat, example, answer, every_turn=every_turn)
-            for example, answer in zip(shard_examples, answered, strict=True)
+            for example, answer in zip(shard_examples, learned, strict=True)
         ]
         source_reader = reader()
         lines.begin(f"shard {index}")

@@ -69,15 +69,18 @@ class ChatFormat:
 
     `load_chat_format` makes it, and finds out all but the first three fields.
 
-    system: the system message of examples that have none; None leaves it to the template. stop_id: the token
-    that ends a response; it is a label. end_ids: all tokens at which sampling ends, with stop_id. separator:
-    white space that the template prints between the generation prompt and a response. opening: other text
-    there, such as an empty `<think></think>`. It belongs to the prompt. generation: text of the generation
-    prompt that the template does not print before a given response, such as an open `<think>`. A generated
-    response follows it; a given response does not.
+    system: the system message of examples that have none; None leaves it to the template.
+    stop_id: the token that ends a response; it is a label.
+    end_ids: all tokens at which sampling ends; stop_id is one of them.
+    separator: white space that the template prints between the generation prompt and a response.
+    opening: other text there, such as an empty `<think></think>`. It belongs to the prompt.
+    generation: text of the generation prompt that the template does not print before a given response, such
+    as an open `<think>`. A generated response follows it; a given response does not.
     closing: white space that the template prints between a response and its stop token. It is context, not a
-    label. folds_system: the template refuses or ignores system messages, so they are put before the first
-    user message. origin: where the template comes from, for errors.
+    label.
+    folds_system: the template refuses or ignores system messages, so they are put before the first user
+    message.
+    origin: the place of the template, for errors.
     """
 
     tokenizer: Tokenizer
@@ -169,10 +172,12 @@ class ChatFormat:
         tools: the offered tools.
 
         The text before the response is what the template prints there in the finished conversation. An empty
-        thought at its end is left out if the response begins with a thought of its own. The tokens of a turn
-        are taken from the whole text up to its end, if they begin with the tokens of the text before it and
-        spell the turn's bytes. Otherwise the turn is tokenized as a continuation of that text, as in
-        generation.
+        thought at its end is left out if the response begins with a thought of its own.
+
+        The tokens of a turn are taken from the whole text up to its end, if they begin with the tokens of the
+        text before it and spell the turn's bytes. Otherwise the turn is tokenized as a continuation of that
+        text, as in generation.
+
         Raises UserError if the template refuses the messages, leaves out a supervised turn, or does not print
         an offered tool, a call or an output.
         """

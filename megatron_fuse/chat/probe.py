@@ -49,7 +49,7 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
     """The surroundings of a response to a question.
 
     render(turns, prompt=...): the template's text, with or without the generation prompt. question: the
-    turns, of which the user's is the last. where: the recipe's key, for the error.
+    turns; the last is the user's. where: the recipe's key, for the error.
     Raises UserError if the template does not print the assistant's message.
     """
     prompt = render(question, prompt=True)

@@ -89,8 +89,8 @@ def render(
 ) -> str:
     """Renders a template with the names that transformers defines for it, under the limits of chat/limits.py.
 
-    The same messages give the same text on every day and machine. Raises jinja2.TemplateError, and any Python
-    error that a faulty template causes.
+    The same messages give the same text on every day and machine.
+    Raises jinja2.TemplateError, and any Python error that a faulty template causes.
     """
     names = specials | {"documents": None}
     return render_bounded(_compile(template), messages, tools, add_generation_prompt=add_generation_prompt, **names)

@@ -6,10 +6,9 @@ and may be columns in FILE.json.
 {"a": 1}                    one row per line; blank lines are skipped
 {"a": 2}
 [{"a": 1}, {"a": 2}]        an array, on any number of lines
-{"a": [1, 2]}               columns in FILE.json: lists of equal length; the whole file is in memory. If there
-is a list
-                            of turns under `messages` or `conversations`, or a value that is not a list, the
-                            object is one row
+{"a": [1, 2]}               columns in FILE.json: lists of equal length; the whole file is in memory
+                            (an object is one row if it has a value that is not a list, or a list of turns
+                            under `messages` or `conversations`)
 {"a": {"0": 1, "1": 2}}     columns as pandas' to_json writes them
 """
 

@@ -5,8 +5,7 @@ Every later stage works on these examples in these shards.
 instructions/examples.00000.jsonl ...   data.shard_size examples each, in the order of the user's file
 instructions/examples.bad_rows.jsonl    {line, kind, reason}: rows that could not be used
 instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples that are too long, or have tools
-that a model
-                                        cannot read
+                                        that a model cannot read
 """
 
 import hashlib

@@ -3,8 +3,7 @@
 `key` is the recipe's key that names the table, for errors.
 
 FILE.parquet, DIRECTORY/*.parquet    one table; several files are read in the order of their names
-DIRECTORY/state.json                 written by `Dataset.save_to_disk`: it names Arrow files in the streaming
-format
+DIRECTORY/state.json                 of `Dataset.save_to_disk`: it names Arrow files in the streaming format
 any other file                       JSONL, a JSON array or JSON columns (json_files.py), also with gzip
 """
 

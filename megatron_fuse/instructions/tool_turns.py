@@ -1,8 +1,8 @@
 """Reads the tools of a row in one form: the offered tools, the assistant's calls and their outputs.
 
 offered    [{type: function, function: {name, description, parameters, ...}}]
-a call     {id, type: function, function: {name, arguments: object}}, in the list `tool_calls` of an assistant's turn
-output     {role: tool, content, name, tool_call_id}: a turn, one or more of which follow the turn with the calls
+a call     {id, type: function, function: {name, arguments: object}}, in `tool_calls` of an assistant's turn
+output     {role: tool, content, name, tool_call_id}: a turn; one or more follow the turn with the calls
 """
 
 import json

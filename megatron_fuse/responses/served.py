@@ -24,7 +24,7 @@ from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief, say
 
 _THOUGHT_END = "</think>"  # the tag if a server keeps thoughts apart and the template has no tag
-_SEEDS = 2**31  # llama.cpp takes 32 bits, of which the highest means "any"; others take signed 32 or 64 bits
+_SEEDS = 2**31  # llama.cpp takes 32 bits, and the highest means "any"; others take signed 32 or 64 bits
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # any model can answer it
 
 

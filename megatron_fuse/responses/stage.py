@@ -2,13 +2,10 @@
 
 The target answers too, under the name `target`, if its own answers decide the order of the examples.
 
-responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}: the same examples as in
-the
-                                           instructions' shard; and reasoning, if there is a thought before
-                                           the answer
+responses/NAME/shard-00000.jsonl           {id, response, truncated, tokens, refused}, and reasoning if there
+                                           is a thought: the same examples as in the instructions' shard
 responses/NAME/shard-00000.unmatched.txt   ids of this shard without an answer: not in the file, refused by
-the
-                                           server, or only a thought
+                                           the server, or only a thought
 
 Backends: `hf`, the model in process; `openai`, a server that the recipe names; `file`, answers that already
 exist.
@@ -136,7 +133,8 @@ def generate_responses(context: Context, name: str, progress: Callable[[str], No
         answers = answer(index, examples)
         pairs = list(zip(examples, answers, strict=True))
         unmatched = [example.id for example, response in pairs if response is None]
-        responses = [response or Response(example.id, "", truncated=False, tokens=0) for example, response in pairs]
+        # An example without an answer gets an empty one.
+        responses = [response or Response(each.id, "", truncated=False, tokens=0) for each, response in pairs]
         write_jsonl(prefix.with_name(prefix.name + ".jsonl"), map(_row, responses))
         if unmatched:
             with temporary_then_rename(prefix.with_name(prefix.name + ".unmatched.txt")) as temporary:

@@ -84,7 +84,8 @@ def generate(
     them may reach; a row that is longer than batch_tokens runs alone. The longest rows begin, so that a
     budget that is too large for the memory fails at once. A prompt without room gets an empty answer with
     stopped = False. report: called after every step with the tokens of all answers, and the most tokens that
-    may follow. Raises UserError if logits are NaN or infinite.
+    may follow.
+    Raises UserError if logits are NaN or infinite.
     """
     rows = [_Row(prompt) for prompt in prompts]
     waiting = deque(sorted((row for row in rows if row.prompt.room > 0), key=lambda row: -row.limit))

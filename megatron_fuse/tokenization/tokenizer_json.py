@@ -23,7 +23,7 @@ State = dict[str, Any]
 def byte_level_table() -> dict[str, int]:
     """Character -> byte of GPT-2's byte-level BPE.
 
-    Printable Latin-1 stands for itself; other bytes begin at 256.
+    Printable Latin-1 characters stand for themselves. The other bytes are the characters from 256 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in printable]
