@@ -39,8 +39,8 @@ def nearest_pieces(
     """
     if not len(vocabulary):
         return np.full(len(pieces), -1, dtype=np.int64)
-    # From here on a piece of the vocabulary is named by its rank in byte order. The last line translates
-    # back.
+    # From here on a piece of the vocabulary is named by its rank in
+    # byte order. The last line translates back.
     order = np.array(sorted(range(len(vocabulary)), key=vocabulary.__getitem__))
     search = _Search([vocabulary[index] for index in order])
     ranks = np.full(len(pieces), -1, dtype=np.int64)
@@ -88,9 +88,9 @@ class _Search:
         """
         texts = [characters(piece) for piece in pieces]
         neighbours = self._patterns.neighbours(texts, len(texts[0]), distance)
-        # The neighbours that share the longest beginning with a piece stand directly beside it in byte order.
-        # They say at which rank the strings with that beginning start; the first neighbour from there on is
-        # the choice.
+        # The neighbours that share the longest beginning with a piece stand
+        # directly beside it in byte order. They say at which rank the strings with
+        # that beginning start; the first neighbour from there on is the choice.
         own_ranks = np.fromiter((bisect_left(self._ranked, piece) for piece in pieces), np.int64, len(pieces))
         before, after = neighbours.last_before(own_ranks).tolist(), neighbours.first_from(own_ranks).tolist()
         beside = zip(pieces, before, after, strict=True)

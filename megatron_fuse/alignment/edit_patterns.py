@@ -177,9 +177,9 @@ def _patterns(prefixes: np.ndarray, left_out: int, wild: int) -> Iterator[np.nda
     for begin in range(0, len(places), step):
         edits = range(left_out + wild)
         hashes, behind = np.zeros(1, np.uint64), np.zeros(len(places[begin : begin + step]), np.int64)
-        # h(a + b) = h(a) * base ** len(b) + h(b). So the characters between two edits are added as a whole,
-        # by the difference of two prefix hashes, and each wildcard as one character. `behind` is the end of
-        # the last edit.
+        # h(a + b) = h(a) * base ** len(b) + h(b). So the characters between two
+        # edits are added as a whole, by the difference of two prefix hashes, and
+        # each wildcard as one character. `behind` is the end of the last edit.
         for edit in edits:
             at, kept = places[begin : begin + step, edit], wildcard[begin : begin + step, edit]
             hashes = (hashes - prefixes[behind]) * powers[at - behind, None] + prefixes[at]

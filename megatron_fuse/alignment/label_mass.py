@@ -75,8 +75,8 @@ def label_mass(source: SourceRows, target: TokenSpans, row: np.ndarray, inside: 
     first, last, ends = row[corrected], last[corrected], target.ends[corrected]
     # `whole`: the last source token ends with the label, so that its own probability is the last factor of f.
     whole = spans.ends[last] == ends
-    # Each label has a sum of its own: a running sum over a whole shard would lose digits, and carry a -inf on
-    # to all later labels.
+    # Each label has a sum of its own: a running sum over a whole shard
+    # would lose digits, and carry a -inf on to all later labels.
     chain = np.where(lossy, -np.inf, source.token_logprobs.astype(np.float64))
     log_fraction = _sums(chain, first + 1, last + whole)
     # Otherwise the last factor is the mass of the tokens that begin with the label's remaining bytes.

@@ -88,8 +88,8 @@ def _target_tokens(
     If some bytes of the entry are already read, only the rest of them is mapped.
     """
     tables = vocabulary_map.table()
-    # `leads` is the row of VocabularyMap.table: white space of a template before the target's token, the
-    # source's, both.
+    # `leads` is the row of VocabularyMap.table: white space of a
+    # template before the target's token, the source's, both.
     leads = target.has(SpanFlag.LEADING) + 2 * source.spans.has(SpanFlag.LEADING)[row]
     mapped = tables[0, entries.ids]
     led = np.flatnonzero(leads[entries.rows])

@@ -152,8 +152,8 @@ def build_vocabulary_map(
     else:  # both in one call: most endings are words too, and the rule sees each string once
         chosen, remainder_ids = np.split(_chosen(rule, chain(words, endings)), [len(words)])
     tables = chosen.reshape(len(states), -1)
-    # The states without a difference in white space: neither row is leading, or both are, with equal
-    # separators.
+    # The states without a difference in white space: neither row is
+    # leading, or both are, with equal separators.
     plain = [0, 3] if source_separator == target_separator else [0]
     if kind == "ms":
         if pairs is None:
@@ -266,8 +266,8 @@ def cached_vocabulary_map(
 def _words(source: Tokenizer, source_space: bytes, target_space: bytes) -> list[list[bytes]]:
     """The bytes of every source token in each of the four states of `VocabularyMap.table`; b"": none."""
     pieces = [b"" if token in source.special_ids else piece for token, piece in enumerate(source.token_bytes)]
-    # The part of a leading token that belongs to the response. It is empty if the token is only template
-    # white space.
+    # The part of a leading token that belongs to the response. It is
+    # empty if the token is only template white space.
     rests = [b"" if source_space.startswith(piece) else piece.removeprefix(source_space) for piece in pieces]
     led = [piece and target_space + piece for piece in pieces]
     both = pieces if source_space == target_space else [rest and target_space + rest for rest in rests]

@@ -95,8 +95,8 @@ def sparse_rows(
     vocab_size = logits.shape[1]
     largest = topk_logsumexp(logits, min(top_k, vocab_size), (1.0, *temperatures), labels=tokens)
     top, lse = largest.logits[:, :1], largest.relative_lse
-    # Every NaN or +inf in a row makes its sum not finite. So does a row of -inf, which has no relative
-    # logits.
+    # Every NaN or +inf in a row makes its sum not finite. So does a
+    # row of -inf, which has no relative logits.
     bad = ~lse[:, 0].isfinite()
     if bad.any():
         raise NotFiniteError(int(bad.nonzero()[0]))

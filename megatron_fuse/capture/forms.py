@@ -113,9 +113,9 @@ class _Vllm(_Columns):
             if position and token not in alternatives:
                 raise BadRowError(f"prompt_logprobs has no entry for token {token} of prompt_token_ids")
             token_logprobs.append(alternatives[token].logprob if position else None)
-            # Only entries without a gap in rank are the likeliest ones. The token itself may have a higher
-            # rank than its place in the list: then tokens that are not given lie between, and it is not an
-            # alternative.
+            # Only entries without a gap in rank are the likeliest ones. The token
+            # itself may have a higher rank than its place in the list: then
+            # tokens that are not given lie between, and it is not an alternative.
             falling = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
             # NaN and infinity have no order. They stay here, so that imported.py refuses them.
             likeliest = [

@@ -92,8 +92,8 @@ class CaptureFile:
         tokens = conversation.spans.tokens.astype(np.int64)
         token_logprobs = _own_logprobs(ids, logprobs, tokens, [given.token_logprobs[i] for i in at])
         lse = _logsumexps(logprobs, {t: [values[i] for i in at] for t, values in given.logsumexp.items()}, temperatures)
-        # From here on the same as in distributions.py: entries relative to the largest, and the recipe's
-        # filter.
+        # From here on the same as in distributions.py: entries
+        # relative to the largest, and the recipe's filter.
         relative = (logprobs - logprobs[:, :1])[:, : options.top_k].astype(np.float32)
         keep = kept_by_mass(
             torch.from_numpy(relative),
@@ -203,14 +203,14 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
     """
     missing = np.array([value is None for value in given])
     own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
-    # `named`: the token's id is in the row; `among`: it is an entry, with a probability above 0; `inside`:
-    # per row.
+    # `named`: the token's id is in the row; `among`: it is an entry,
+    # with a probability above 0; `inside`: per row.
     named = ids == came[:, None]
     among = named & (logprobs > -np.inf)
     inside = among.any(1)
     impossible = np.where(missing, named.any(1) & ~inside, own < _LEAST)
-    # The token's log p among the entries must be the given one. Outside, it is at most that of the least
-    # entry.
+    # The token's log p among the entries must be the given one.
+    # Outside, it is at most that of the least entry.
     entry = np.where(among, logprobs, -np.inf).max(1)
     least = np.where(logprobs > -np.inf, logprobs, np.inf).min(1)
     with np.errstate(invalid="ignore"):  # -inf - -inf

@@ -92,8 +92,8 @@ class _Parquet:
         # StopIteration: fewer rows than the file says. The others: values that Python cannot represent.
         self.path, self._faults = path, (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration)
         try:
-            # Without pre_buffer=False a whole row group would be in memory. pyarrow writes a million rows
-            # into one group.
+            # Without pre_buffer=False a whole row group would be in
+            # memory. pyarrow writes a million rows into one group.
             self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         except self._faults as error:
             raise UserError(f"{path}: cannot be read as Parquet ({brief(str(error))}): write it again") from error

@@ -15,9 +15,9 @@ from megatron_fuse.storage import Artifact, write_safetensors
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
-# The result for an example. Only `captured` ones have rows. The last two are for files of captures. mismatch:
-# the file's tokens are not those of the source's own tokenizer and template. missing: the file has no row for
-# the example.
+# The result for an example. Only `captured` ones have rows. The last two are for
+# files of captures. mismatch: the file's tokens are not those of the source's
+# own tokenizer and template. missing: the file has no row for the example.
 STATUSES = ("captured", "too_long", "no_response", "mismatch", "missing")
 CAPTURED, TOO_LONG, NO_RESPONSE, MISMATCH, MISSING = range(len(STATUSES))
 
@@ -178,8 +178,8 @@ def _impossible_row(shard: CaptureShard) -> str | None:
     same_row = np.diff(row_of_entry, prepend=-1) == 0
     rising = same_row & (np.diff(shard.entry_logits, prepend=0) > 0)
     every = np.arange(len(shard.counts))
-    # The text's token may have probability 0 (-inf), so only +inf and NaN are refused: a comparison with NaN
-    # is false.
+    # The text's token may have probability 0 (-inf), so only +inf and
+    # NaN are refused: a comparison with NaN is false.
     for what, bad, row in (
         ("token_logprobs is not finite", ~(shard.token_logprobs < np.inf), every),
         ("lse is not finite", ~np.isfinite(shard.lse).all(1), every),

@@ -57,8 +57,8 @@ def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
         "seq_length": recipe.training.seq_length,
         **{key: getattr(recipe.capture, key) for key in ("top_k", "top_p", "filter")},
         "temperatures": recipe.capture_temperatures,
-        # batch_tokens is not recorded: a run may continue with a smaller budget. Results agree up to
-        # rounding.
+        # batch_tokens is not recorded: a run may continue with a
+        # smaller budget. Results agree up to rounding.
     }
     if backend == "hf":
         options["dtype"] = source_options(recipe, source).dtype

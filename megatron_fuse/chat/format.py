@@ -183,13 +183,13 @@ class ChatFormat:
         """
         parts, hide = self._parts(messages, response, every_turn, reasoning, tools, cut=not stop)
         ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
-        # `text` is all text so far, and `text_ids` its ids. `begin` is the first byte of the turn in
-        # `response_bytes`.
+        # `text` is all text so far, and `text_ids` its ids. `begin`
+        # is the first byte of the turn in `response_bytes`.
         text, text_ids, begin = "", list[int](), 0
         for number, (before, space, turn) in enumerate(parts):
-            # 1. The template's text before the turn. Its ids are what the longer text adds to the ids so far.
-            # If the tokenizer joins characters across the border, no such ids exist, and the new text is a
-            # continuation.
+            # 1. The template's text before the turn. Its ids are what the longer
+            # text adds to the ids so far. If the tokenizer joins characters across
+            # the border, no such ids exist, and the new text is a continuation.
             prompt_ids = self._ids(text + before, hide)
             added = _behind(text_ids, prompt_ids)
             if added is None:
@@ -200,8 +200,8 @@ class ChatFormat:
             if stop_place is not None:
                 spans.append(_stop_span(self.stop_id, begin - 1))
             supervised += [place == stop_place for place in range(len(added))]
-            # 3. The turn itself: all its tokens are labels, also the one that begins in the template's white
-            # space.
+            # 3. The turn itself: all its tokens are labels, also the
+            # one that begins in the template's white space.
             text += before + hide(space + turn)
             text_ids = self._ids(text, hide)
             answer, answer_spans = self._answer(_behind(prompt_ids, text_ids), space, turn, begin)
@@ -215,8 +215,8 @@ class ChatFormat:
             ids += end
             supervised += [place == len(end) - 1 for place in range(len(end))]
             spans.append(_stop_span(self.stop_id, begin - 1))
-        # The spans are offset by `begin` already. `begin` counts one zero byte per turn, which `size` leaves
-        # out.
+        # The spans are offset by `begin` already. `begin` counts one
+        # zero byte per turn, which `size` leaves out.
         whole = TokenSpans.join(spans, [0] * len(spans))
         return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts))
 
@@ -376,8 +376,8 @@ class ChatFormat:
             ids = tokenizer.encode(text, special=True)
         else:
             ids = []
-            # Hidden strings must not become special ids: each piece between special tokens is tokenized as
-            # plain text.
+            # Hidden strings must not become special ids: each piece
+            # between special tokens is tokenized as plain text.
             for index, part in enumerate(hide.split(text)):
                 if part in tokenizer.added_tokens:
                     ids.append(tokenizer.added_tokens[part])

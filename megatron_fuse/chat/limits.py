@@ -110,8 +110,8 @@ def render_bounded(
     return text
 
 
-# Names of filters for syntax that Jinja has no hook for. They have spaces, so that no template can write
-# them.
+# Names of filters for syntax that Jinja has no hook for. They have
+# spaces, so that no template can write them.
 _EACH, _CUT, _JOINED, _MADE = "for ", "[:] ", "~ ", "[] "
 
 

@@ -63,8 +63,8 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
         longer = ""
     next_turn = longer.partition(_MARKER)[2].partition(_NEXT_MARKER)[0]
     shared = _shared_length(context, prompt)
-    # If one text has `<think></think>` and the other `<think>`, the common beginning ends before the tag, not
-    # in it.
+    # If one text has `<think></think>` and the other `<think>`, the
+    # common beginning ends before the tag, not in it.
     shared = min(shared, len(prompt) - len(open_thought(prompt)))
     return Surroundings(context[shared:], prompt[shared:], after, next_turn)
 

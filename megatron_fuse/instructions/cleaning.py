@@ -19,8 +19,8 @@ _FORM: Final = "NFC"
 class Cleaning:
     nfc: bool  # every text gets Unicode's composed form
     strip: bool  # white space around the assistant's texts is removed
-    # Thoughts are kept apart for the templates ("template"), dropped ("drop"), or written into the supervised
-    # texts ("supervise").
+    # Thoughts are kept apart for the templates ("template"), dropped
+    # ("drop"), or written into the supervised texts ("supervise").
     reasoning: str = "template"
 
     def __call__(self, example: Example) -> Example:

@@ -100,7 +100,7 @@ def fit(
             left = "room for white space only" if room else "no room"
             reason = f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
             raise BadRow(Kind.NO_ROOM, reason)
-        # A cut may split a token of an earlier format, which then needs more tokens: all formats are checked
-        # again.
+        # A cut may split a token of an earlier format, which then
+        # needs more tokens: all formats are checked again.
         lengths.clear()
     return replace(example, response=response.decode(), truncated=truncated, target_tokens=lengths[0])

@@ -26,8 +26,8 @@ class _Read(NamedTuple):
 def _read(row: Row, form: Form, every_turn: bool) -> _Read:
     said = form.read(row)
     given = row.get("id")
-    # Without an id of its own, a row is named by its content, so that the name stays if rows are added or
-    # sorted.
+    # Without an id of its own, a row is named by its content, so that
+    # the name stays if rows are added, removed or sorted.
     content = [said.system, said.turns, *([said.tools] if said.tools else [])]
     name = sha256_of_json(content)[:16] if given is None else _own_id(given)
     *messages, response = _learned(said, every_turn)

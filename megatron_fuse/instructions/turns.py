@@ -51,8 +51,8 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
     if messages and messages[0]["role"] == "system":
         system = messages.pop(0)["content"]
     calls = any("tool_calls" in message for message in messages)
-    # Turns at the end that have no answer teach nothing. They are left out, as is an answer before any
-    # question.
+    # Turns at the end that have no answer teach nothing. They are
+    # left out, as is an answer before any question.
     while messages and _awaits_answer(messages[-1]):
         messages.pop()
     _check_order(messages)

@@ -57,8 +57,8 @@ _UNWILLING = rf"""
   | \b (?: not\  | in | un | il ) (?: \w+\ (?: or | and )\  )? (?: appropriate | ethical | legal | safe )\ (?: (?: or | and )\ \w+\  )?
     (?: for\ me\  )? to\ {_TASK}
 """
-# Before these words, "I cannot" is only a manner of speaking, a statement about the speaker's nature, or no
-# refusal.
+# Before these words, "I cannot" is only a manner of speaking, a
+# statement about the speaker's nature, or no refusal.
 _SAYING = r"""
     \ (?: believe | wait | help\ but | stand | imagine | stress | emphasize | overstate | thank | forget | say\ enough | tell\ you\ how
         | experience | feel | think | having | match(?:ing)? | provide\ false ) \b

@@ -133,8 +133,8 @@ class _Format:
         if reply.fault:
             return None
         thought, answer = self._thought_and_answer(reply)
-        # Some servers leave the stop text in the reply, and some notice it only in the last token. So it is
-        # cut off here.
+        # Some servers leave the stop text in the reply, and some
+        # notice it only in the last token. So it is cut off here.
         kept = self.stop_texts.cut_answer(answer.encode())
         truncated = reply.truncated and len(kept) == len(answer.encode())
         # If the reply was cut off within a character, it ends in U+FFFD.
@@ -152,9 +152,9 @@ class _Format:
         """
         chat, text = self.chat, reply.text.removeprefix(self.chat.separator)
         server = self.server
-        # A chat server that does not keep thoughts apart sends the text after the template's `<think>`. If
-        # that text is cut off before the end tag, all of it is thought, unless the recipe sets options of the
-        # server's template.
+        # A chat server that does not keep thoughts apart sends the text after the
+        # template's `<think>`. If that text is cut off before the end tag, all of
+        # it is thought, unless the recipe sets options of the server's template.
         unmarked = reply.truncated and reply.reasoning is None and "chat_template_kwargs" not in server.extra
         opened = chat.opens_thought and (server.endpoint == "completions" or unmarked)
         end = chat.thought_end or (_THOUGHT_END if reply.reasoning is not None else None)

@@ -34,8 +34,8 @@ from megatron_fuse.sources.listed_models import listed_models, unlisted
 from megatron_fuse.text_safety import brief
 
 _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-# Statuses that may concern one request only: they have several meanings, or this request alone causes the
-# fault.
+# Statuses that may concern one request only: they have several
+# meanings, or this request alone causes the fault.
 _ABOUT_ONE_REQUEST = (400, 413, 422, 500)
 _FILTERED = ("content_filter", "content_policy_violation")  # error codes of hosted servers that refuse a prompt
 _CONNECT_SECONDS = 10.0
@@ -199,7 +199,8 @@ class Server:
         names = [options.model, *([options.answers_as] if options.answers_as else [])]
         if completion.model is not None and not any(is_name_of(completion.model, name) for name in names):
             raise self._error(
-                f"answers as model {self._short(repr(completion.model))}, asked is {self._short(repr(options.model))}: fix {self.where}.model, "
+                f"answers as model {self._short(repr(completion.model))}, asked is "
+                f"{self._short(repr(options.model))}: fix {self.where}.model, "
                 f"or set {self.where}.answers_as to that name where it is the same model"
             )
         return completion.reply

@@ -56,9 +56,9 @@ class HuggingFaceBackend:
         return self._continuation.encode(text, add_special_tokens=False).ids
 
     def encode_continuations(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        # With is_pretokenized, the library runs its whole pipeline on each string of the list, and `word_ids`
-        # says to which string a token belongs. Its batch call makes an object for each text, which takes as
-        # long as single calls.
+        # With is_pretokenized, the library runs its whole pipeline on each string of
+        # the list, and `word_ids` says to which string a token belongs. Its batch
+        # call makes an object for each text, which takes as long as single calls.
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
             together = texts[begin : begin + _TEXTS_AT_ONCE]
             encoding = self._continuation.encode(together, is_pretokenized=True, add_special_tokens=False)

@@ -28,8 +28,8 @@ def trace(text: str, normalize: Callable[[str], str]) -> tuple[str, np.ndarray]:
     parts = _parts(text, normalize)
     outcome_of = {part: normalize(part) for part in set(parts)}
     outcomes = [outcome_of[part] for part in parts]
-    # Parts before `front` and from `back` on agree with the whole; `front_end` and `back_start` are in the
-    # outcome.
+    # Parts before `front` and from `back` on agree with the whole;
+    # `front_end` and `back_start` are in the outcome.
     front, front_end = 0, 0
     while front < len(parts) and whole.startswith(outcomes[front], front_end):
         front_end += len(outcomes[front])
@@ -40,8 +40,8 @@ def trace(text: str, normalize: Callable[[str], str]) -> tuple[str, np.ndarray]:
         back_start -= len(outcomes[back])
     if back > front or back_start > front_end:
         left, right = "".join(parts[:front]), "".join(parts[back:])
-        # If the front or the back gives another outcome by itself, the parts agreed by chance: all is one
-        # chunk.
+        # If the front or the back gives another outcome by itself,
+        # the parts agreed by chance: all is one chunk.
         if normalize(left) != whole[:front_end] or normalize(right) != whole[back_start:]:
             return whole, _origin([text], [whole])
         parts[front:back] = ["".join(parts[front:back])]

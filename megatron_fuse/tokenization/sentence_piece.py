@@ -52,8 +52,8 @@ class SentencePieceBackend:
             if part in table:
                 ids.append(table[part])
             elif part:
-                # `legacy` is transformers' word for a dummy prefix after every special token: Llama-2 was
-                # trained so.
+                # `legacy` is transformers' word for a dummy prefix
+                # after every special token: Llama-2 was trained so.
                 processor = self._whole if index == 0 or self._legacy else self._continuation
                 ids += processor.encode(part)
         return ids
@@ -97,8 +97,8 @@ class SentencePieceBackend:
             origin[: len(VISIBLE_SPACE.encode())] = 0
         lengths = np.array([len(piece) for piece in tokens["pieces"]], np.int64)
         ends = np.cumsum(lengths)
-        # If the pieces do not spell the normalised text, no token has a known place: each covers the whole
-        # text.
+        # If the pieces do not spell the normalised text, no token has
+        # a known place: each covers the whole text.
         if b"".join(tokens["pieces"]) != normalized:
             return tokens["ids"], np.zeros(len(ends), np.int64), np.full(len(ends), len(data))
         return tokens["ids"], *covered(ends - lengths, ends, origin)

@@ -32,8 +32,8 @@ def as_transformers(
     )
     backend.decoder = decoders.ByteLevel()
     state = json.loads(backend.to_str())
-    # Special tokens may come after unused ids. Only the vocabulary itself can keep such ids, so they are
-    # entered there.
+    # Special tokens may come after unused ids. Only the vocabulary
+    # itself can keep such ids, so they are entered there.
     state["model"]["vocab"] |= special
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     state["added_tokens"] = [{"id": token, "content": text} | flags for text, token in special.items()]

@@ -20,8 +20,8 @@ from megatron_fuse.tokenization.settings import Settings, read_settings
 from megatron_fuse.tokenization.tiktoken_encodings import ENCODINGS, PublishedEncoding
 from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts, split_at
 
-# tiktoken's regex engine can keep a million places for backtracking. A run of white space needs one per
-# character.
+# tiktoken's regex engine can keep a million places for backtracking.
+# A run of white space needs one per character.
 LONGEST_RUN = 500_000
 _WHITE_SPACE = re.compile(r"\s+")
 

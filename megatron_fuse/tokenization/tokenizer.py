@@ -102,8 +102,8 @@ class Tokenizer:
         """
         if VISIBLE_SPACE not in text:
             return self.backend.encode_continuation(text) if text else []
-        # SentencePiece reads a literal U+2581 as a space. If the vocabulary has single bytes, they spell it
-        # instead.
+        # SentencePiece reads a literal U+2581 as a space. If the
+        # vocabulary has single bytes, they spell it instead.
         ids = self.backend.encode_continuation(text)
         space = VISIBLE_SPACE.encode()
         spelled = [self._single_bytes[byte] for byte in space if byte in self._single_bytes]
