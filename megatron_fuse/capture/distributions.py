@@ -89,8 +89,8 @@ def sparse_rows(
     tokens int64 [n]: the tokens of the text at these rows.
 
     The top_k largest entries are kept, and of these the ones that `kept_by_mass` selects. Memory: besides the
-    logits and the entries, `fuse_kernels.topk_logsumexp` needs a few MB (CPU) or nothing (GPU). Raises
-    NotFiniteError if a row contains NaN or infinity.
+    logits and the entries, `fuse_kernels.topk_logsumexp` needs a few MB (CPU) or nothing (GPU).
+    Raises NotFiniteError if a row contains NaN or infinity.
     """
     vocab_size = logits.shape[1]
     largest = topk_logsumexp(logits, min(top_k, vocab_size), (1.0, *temperatures), labels=tokens)

@@ -448,8 +448,8 @@ def load_chat_format(
 
     where: the recipe's key, for error messages. end_ids: tokens at which the model ends an answer, from its
     generation_config.json. learns: the model is trained on the format. Then `closing` is left out: it is
-    white space that is no label, so the model would not learn to write it before the stop token. Raises
-    UserError if there is no template or no stop token, or if the template does not print the response.
+    white space that is no label, so the model would not learn to write it before the stop token.
+    Raises UserError if there is no template or no stop token, or if the template does not print the response.
     """
     template, origin = _choose_template(tokenizer, chat_template, where)
     stop_id = tokenizer.eos_id if tokenizer.eos_id is not None else -1
