@@ -66,10 +66,10 @@ class Neighbours:
     def _places(self, ranks: np.ndarray) -> np.ndarray:
         return self.groups << _RANK_BITS | ranks[self.queries]
 
-    def _keep(self, extreme: np.ufunc, found: np.ndarray, known: np.ndarray, at: np.ndarray) -> None:
+    def _keep(self, extreme: np.ufunc, best: np.ndarray, known: np.ndarray, at: np.ndarray) -> None:
         place = self.places[at]
         inside = place >> _RANK_BITS == self.groups[known]
-        extreme.at(found, self.queries[known[inside]], place[inside] & NO_RANK)
+        extreme.at(best, self.queries[known[inside]], place[inside] & NO_RANK)
 
 
 class PatternIndex:

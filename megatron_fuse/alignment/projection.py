@@ -100,15 +100,15 @@ def _target_tokens(
     return mapped
 
 
-def _with_labels(entries: Entries, own: np.ndarray, target: TokenSpans) -> Entries:
+def _with_labels(entries: Entries, label_logprobs: np.ndarray, target: TokenSpans) -> Entries:
     """The entries of target tokens; after those of each row, the label's own entry is added.
 
-    own [m]: the label's log-probability, -inf = none.
+    label_logprobs [m]: the label's log-probability, -inf = none.
     """
-    rows = np.flatnonzero(own > -np.inf)
+    rows = np.flatnonzero(label_logprobs > -np.inf)
     places = np.searchsorted(entries.rows, rows, side="right")
     return Entries(
         np.insert(entries.rows, places, rows),
         np.insert(entries.ids, places, target.tokens[rows]),
-        np.insert(entries.logprobs, places, own[rows]),
+        np.insert(entries.logprobs, places, label_logprobs[rows]),
     )

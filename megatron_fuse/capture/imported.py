@@ -192,32 +192,35 @@ def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a - b) <= _ABSOLUTE + _RELATIVE * np.abs(b)
 
 
-def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given: Sequence[float | None]) -> np.ndarray:
+def _own_logprobs(
+    ids: np.ndarray, logprobs: np.ndarray, tokens: np.ndarray, given: Sequence[float | None]
+) -> np.ndarray:
     """float64 [n]: log p of the text's tokens, as given or from the entries.
 
-    ids, logprobs [n, k]: the entries. came [n]: the text's tokens. given: their log p in the file, None if it
-    has none.
+    ids, logprobs [n, k]: the entries. tokens [n]: the text's tokens. given: their log p in the file, None if
+    it has none.
     Raises BadRowError if a log p is neither given nor among the entries, or if it is NaN, infinite or below
     _LEAST. Also raises BadRowError if the row must be about another token: a token outside the entries is
     likelier than one of them, or a token among the entries has another probability there.
     """
     missing = np.array([value is None for value in given])
-    own = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
+    token_logprobs = _matrix([[0.0 if value is None else value for value in given]], whole=False)[0]
     # `named`: the token's id is in the row; `among`: it is an entry,
     # with a probability above 0; `inside`: per row.
-    named = ids == came[:, None]
+    named = ids == tokens[:, None]
     among = named & (logprobs > -np.inf)
     inside = among.any(1)
-    impossible = np.where(missing, named.any(1) & ~inside, own < _LEAST)
+    impossible = np.where(missing, named.any(1) & ~inside, token_logprobs < _LEAST)
     # The token's log p among the entries must be the given one.
     # Outside, it is at most that of the least entry.
     entry = np.where(among, logprobs, -np.inf).max(1)
     least = np.where(logprobs > -np.inf, logprobs, np.inf).min(1)
     with np.errstate(invalid="ignore"):  # -inf - -inf
-        fits = np.where(inside, _close(own, entry), own <= least + _ABSOLUTE + _RELATIVE * np.abs(least))
+        most_outside = least + _ABSOLUTE + _RELATIVE * np.abs(least)
+        fits = np.where(inside, _close(token_logprobs, entry), token_logprobs <= most_outside)
     for what, bad in (
-        ("has a log-probability that is NaN", np.isnan(own)),
-        ("has a log-probability that is infinite", np.isposinf(own)),
+        ("has a log-probability that is NaN", np.isnan(token_logprobs)),
+        ("has a log-probability that is infinite", np.isposinf(token_logprobs)),
         (
             f"has a log-probability below {_LEAST:g}, which stands for probability 0: leave the example out of the file, or "
             "capture it with a model that can write its answer",
@@ -230,13 +233,13 @@ def _own_logprobs(ids: np.ndarray, logprobs: np.ndarray, came: np.ndarray, given
         ),
         (
             "is no entry, and has with the entries more probability than one: is the file one token off?",
-            ~missing & ~inside & (np.exp(logprobs).sum(1) + np.exp(own) > 1 + _MASS),
+            ~missing & ~inside & (np.exp(logprobs).sum(1) + np.exp(token_logprobs) > 1 + _MASS),
         ),
     ):
         if bad.any():
             row = bad.argmax()
-            raise BadRowError(f"response row {row}: token {came[row]} {what}")
-    return np.where(missing, entry, own)
+            raise BadRowError(f"response row {row}: token {tokens[row]} {what}")
+    return np.where(missing, entry, token_logprobs)
 
 
 def _logsumexps(

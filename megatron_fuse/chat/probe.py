@@ -83,12 +83,12 @@ def end_token(tokenizer: Tokenizer, around: Surroundings, end_ids: Collection[in
        of end_ids (the end tokens in the model's generation_config.json) if there are any;
     3. the tokenizer's EOS.
     """
-    found = _first_added(tokenizer, around.after)
-    if found is not None:
-        return found
-    found = _first_added(tokenizer, around.next_turn)
-    if found is not None and found[0] != tokenizer.bos_id and (not end_ids or found[0] in end_ids):
-        return found
+    end = _first_added(tokenizer, around.after)
+    if end is not None:
+        return end
+    end = _first_added(tokenizer, around.next_turn)
+    if end is not None and end[0] != tokenizer.bos_id and (not end_ids or end[0] in end_ids):
+        return end
     return tokenizer.eos_id, ""
 
 

@@ -140,7 +140,7 @@ def best_style(render: Render, origin: str) -> tuple[CallStyle, str | None]:
         if not missing:
             return style, None
         reasons.append((len(missing), style, f"{origin} does not print {missing[0]}"))
-    return min(reasons, key=lambda found: found[0])[1:]
+    return min(reasons, key=lambda reason: reason[0])[1:]
 
 
 _PROBE_ID = "call_x0y1z2a3b4"  # like an id of OpenAI: longer than nine characters

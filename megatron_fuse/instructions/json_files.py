@@ -111,8 +111,8 @@ def _rows_of(value: Row, path: Path) -> Iterator[Row]:
         return
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) > 1:
-        found = brief(", ".join(f"{key} {length}" for key, length in lengths.items()), 150)
-        raise UserError(f"{path}: an object of columns whose lengths differ ({found}): write one row an object")
+        sizes = brief(", ".join(f"{key} {length}" for key, length in lengths.items()), 150)
+        raise UserError(f"{path}: an object of columns whose lengths differ ({sizes}): write one row an object")
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
 

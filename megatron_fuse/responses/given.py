@@ -65,8 +65,8 @@ def given_answers(
         asked[example.id] = list(_keys(options, example))
         if len(here) < _SHOWN:
             here.append(example.id if options.match == "id" else _question(example))
-    found = _read(options, where, set(chain.from_iterable(asked.values())), here, progress)
-    given = _by_example(options, asked, found)
+    by_key = _read(options, where, set(chain.from_iterable(asked.values())), here, progress)
+    given = _by_example(options, asked, by_key)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         return [_response(each, given[each.id], chat) if each.id in given else None for each in examples]
@@ -74,24 +74,29 @@ def given_answers(
     return answer
 
 
-def _by_example(options: ResponseFile, asked: dict[str, list[str]], found: dict[str, _Given]) -> dict[str, _Given]:
+def _by_example(
+    options: ResponseFile,
+    asked: dict[str, list[str]],
+    by_key: dict[str, _Given],
+) -> dict[str, _Given]:
     """The answers by the examples' ids.
 
-    asked: the keys of each example (see _keys). found: the answers by key.
+    asked: the keys of each example (see _keys). by_key: the answers by key.
     """
     given: dict[str, _Given] = {}
     first_of: dict[str, tuple[str, str]] = {}  # last message -> (the first example found by it, all its messages)
     for name, keys in asked.items():
-        key = next((key for key in keys if key in found), None)
+        key = next((key for key in keys if key in by_key), None)
         if key is None:
             continue
-        given[name] = found[key]
+        given[name] = by_key[key]
         # The last key is the last message alone. If two different conversations end in it, it is ambiguous.
         if options.match == "prompt" and key == keys[-1]:
             first, messages = first_of.setdefault(key, (name, keys[-2]))
             if messages != keys[-2]:
                 raise UserError(
-                    f"{options.path}:{found[key].line}: {options.prompt} is what the conversations of {quoted(first)} and {quoted(name)} end "
+                    f"{options.path}:{by_key[key].line}: {options.prompt} is what the conversations of "
+                    f"{quoted(first)} and {quoted(name)} end "
                     "in, which differ: have it hold all messages {role, content}, or match: id"
                 )
     return given
@@ -164,7 +169,7 @@ def _read(
 ) -> dict[str, _Given]:
     """The answers for the wanted keys, by key. here: some ids or prompts of the examples, for the error."""
     path, asked = options.path, options.id if options.match == "id" else options.prompt
-    found: dict[str, _Given] = {}
+    by_key: dict[str, _Given] = {}
     rows = strangers = 0  # strangers: rows of other examples
     there: list[str] = []  # the ids or prompts of the first of them
     unanswered = None  # the last row of an example that has no answer
@@ -181,7 +186,7 @@ def _read(
         if given is None:
             unanswered = line, row
             continue
-        first = found.setdefault(key, given)
+        first = by_key.setdefault(key, given)
         if (first.text, first.truncated) != (given.text, given.truncated):
             raise UserError(
                 f"{place}: {asked} {quoted(value_at(row, asked))} was given in line {first.line} already, with another answer: "
@@ -194,14 +199,14 @@ def _read(
             f"has {_listed(there)}): name the file made for these instructions, another key than {where}.{options.match}: "
             f"{asked}, or match: {other}"
         )
-    if not found:
+    if not by_key:
         line, row = unanswered  # type: ignore[misc]  # there is one: not all rows are strangers
         raise UserError(
             f"{path}: no example's row has an answer under {options.response} ({where}.response); line {line} has {keys_shown(row)}"
         )
     if strangers:
         progress(f"{path}: {strangers} of {rows} rows belong to no example, among them {_listed(there)}")
-    return found
+    return by_key
 
 
 def _given(options: ResponseFile, row: dict[str, Any], line: int, place: str) -> _Given | None:

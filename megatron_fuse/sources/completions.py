@@ -61,8 +61,8 @@ class _Message(_Form):
 
     @property
     def thought(self) -> str | None:
-        found = (self.reasoning_content, self.reasoning, self.thinking)
-        return next((text for text in found if isinstance(text, str) and text), None)
+        thoughts = (self.reasoning_content, self.reasoning, self.thinking)
+        return next((text for text in thoughts if isinstance(text, str) and text), None)
 
 
 class _Choice(_Form):
@@ -123,24 +123,24 @@ def most_bytes_of(body: Body, longest_token: int) -> int | None:
 def read_object(content: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8 without repeated keys. Raises Malformed."""
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeats)
     except Malformed:
         raise
     except UnicodeDecodeError as error:
         raise Malformed(f"no UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
         raise Malformed(f"no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise Malformed(f"a {type(found).__name__} instead of an object")
-    return found
+    if not isinstance(value, dict):
+        raise Malformed(f"a {type(value).__name__} instead of an object")
+    return value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = {key: whole_characters(value) if isinstance(value, str) else value for key, value in pairs}
-    if len(found) < len(pairs):
+    members = {key: whole_characters(value) if isinstance(value, str) else value for key, value in pairs}
+    if len(members) < len(pairs):
         repeated = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
         raise Malformed(f"the key {repeated!r} twice")
-    return found
+    return members
 
 
 def whole_characters(text: str) -> str:

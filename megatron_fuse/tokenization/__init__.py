@@ -36,8 +36,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
         if len(ranks) == 1:
             return _tiktoken(ranks[0])
         _refuse_own_forms(path)
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
-        raise UserError(f"{path}: no tokenizer found: expected {EXPECTED}; found {found}")
+        listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
+        raise UserError(f"{path}: no tokenizer found: expected {EXPECTED}; found {listing}")
     if not path.exists():
         raise UserError(f"{path}: no such file or directory: expected {EXPECTED}")
     if path.suffix == ".tiktoken":
