@@ -1,4 +1,4 @@
-"""The one exception for what a user can fix, and the door through which every command reports it."""
+"""UserError, the one exception for what a user can fix, and exit_code, through which every command reports it."""
 
 import errno
 import gc
@@ -19,11 +19,11 @@ _LINE, _LINES = 600, 40  # characters and lines of a message on a terminal
 
 
 class UserError(Exception):
-    """A usage or data error. The message names the file, line or key, both values where two disagree, and the fix."""
+    """A usage or data error. The message names the file, line or key, both values if two disagree, and the fix."""
 
 
 def shortened(text: str, limit: int) -> str:
-    """The text where it has at most `limit` characters, else its two ends with ` ... ` between them."""
+    """The text itself if it has at most `limit` characters, else its two ends with ` ... ` between them."""
     if len(text) <= limit:
         return text
     kept = limit - len(" ... ")
@@ -31,13 +31,16 @@ def shortened(text: str, limit: int) -> str:
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Runs a command, and returns what it returns, or 0; a UserError becomes one message on stderr and exit code 2.
+    """Runs a command and returns its exit code: what `main` returns, 0 in place of None.
 
-    So does what the operating system says of a named file that no code of ours looks at first: no permission, no such directory.
-    Ctrl-C and SIGTERM end with one line and 130 or 143 (interrupts.py). Anything else keeps its traceback.
+    A UserError becomes one message on stderr and exit code 2. An OSError is reported the same way if it carries a file name
+    (no permission, no such directory) or if the disk is full. Ctrl-C and SIGTERM end with one line and 130 or 143
+    (interrupts.py). Any other exception keeps its traceback.
     """
-    if not gc.isenabled():  # as start.py left it
-        gc.freeze()  # what has been imported stays: Megatron-core collects at every save, and would look through all of it
+    # start.py switched the collector off. The imported objects live as long as the process. freeze() leaves them out of
+    # every later collection: Megatron-core collects at each save, and would search all of them.
+    if not gc.isenabled():
+        gc.freeze()
         gc.enable()
     end_with_torchrun()
     with interruptible() as signals:
@@ -48,7 +51,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             return report_interrupt(*signals or [signal.SIGINT])
         except Exception as error:
-            if signals:  # of a pool or a connection that the interrupt has broken
+            if signals:  # the interrupt broke a pool or a connection, which then raised this
                 return report_interrupt(*signals)
             if not isinstance(error, OSError) or _is_no_users_matter(error):
                 raise
@@ -65,10 +68,10 @@ def _report(message: str) -> int:
         lines[_LINES // 2 : len(lines) - _LINES // 2] = [f"  ... {len(lines) - _LINES} lines ..."]
     message = "\n".join(lines)
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if record:  # torchrun ends with a page of its own, and quotes there what the first failing rank wrote
+    if record:  # torchrun prints an error page at its end and quotes in it what the first failing rank wrote here
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(record).write_text(json.dumps(content), encoding="utf-8")
-    if not record or os.environ.get("RANK") == "0":  # most errors are those of every rank
-        with suppress(OSError):  # a log on a full disk: the exit code says it still
+    if not record or os.environ.get("RANK") == "0":  # most errors occur on every rank: one message is enough
+        with suppress(OSError):  # the log lies on a full disk: the exit code still reports the error
             print(f"error: {message}", file=sys.stderr, flush=True)
     return 2

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: a command ends with one line that says how to go on, and with 128 + the signal's number (130, 143).
 
-Only the command that was typed speaks: not the ranks of torchrun but the first, and not what another command of ours has started.
+Only the command that the user started prints this line. Under torchrun only rank 0 prints it. A command that another command
+of this project started prints nothing.
 """
 
 import multiprocessing
@@ -15,11 +16,12 @@ from types import FrameType
 
 from megatron_fuse.processes import STARTED
 
-_TWICE = 1.0  # seconds in which a second signal is the first: a terminal and torchrun both send it to a rank
+# Seconds within which a second signal counts as the first: a terminal and torchrun both send the same Ctrl-C to a rank.
+_TWICE = 1.0
 
 
 def end_at_once(number: int, _: FrameType | None) -> None:
-    """Handler for a time in which there is nothing to clean up, as that of the imports."""
+    """Signal handler for a time in which there is nothing to clean up, such as the imports."""
     _say(number)
     os._exit(128 + number)
 
@@ -28,20 +30,23 @@ def end_at_once(number: int, _: FrameType | None) -> None:
 def interruptible() -> Iterator[list[int]]:
     """Within this block the first SIGINT or SIGTERM raises KeyboardInterrupt, and a later SIGINT ends the process at once.
 
-    Yields the signals received so far: what the interrupt breaks on its way may raise another exception in its place.
-    What is ignored stays ignored, as under nohup. Under torchrun SIGTERM keeps killing: a rank that waits for a dead one in a
-    collective would not notice it. For the main thread; in others the block changes nothing.
+    Yields the list of signals received so far. The caller needs it because code that the interrupt breaks may raise another
+    exception in place of KeyboardInterrupt. A signal that is ignored stays ignored, as under nohup. Under torchrun SIGTERM
+    still kills the process: a rank that waits in a collective for a dead rank would not notice an exception. Only the main
+    thread can set handlers; in other threads the block changes nothing.
     """
     owner, received, began = os.getpid(), list[int](), 0.0
 
     def receive(number: int, _: FrameType | None) -> None:
         nonlocal began
-        if os.getpid() != owner:  # a fork: its parent speaks
+        if os.getpid() != owner:  # a fork inherits this handler: its parent prints the message
             os._exit(128 + number)
         if not received:
             received.append(number)
             began = time.monotonic()
-            for child in multiprocessing.active_children():  # which a pool would wait for until they are done
+            for (
+                child
+            ) in multiprocessing.active_children():  # else a pool waits at its exit until they finish their work
                 child.terminate()
             raise KeyboardInterrupt
         if number == signal.SIGINT and time.monotonic() - began > _TWICE:
@@ -57,14 +62,16 @@ def interruptible() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        if not received:  # else it stays until the interpreter is gone, against tracebacks of its last breath
+        # After a signal the handler stays until the interpreter has ended: a further signal during the shutdown would
+        # otherwise print a traceback.
+        if not received:
             for number, handler in before.items():
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default if handler is end_at_once else handler)
 
 
 def report_interrupt(number: int) -> int:
-    """Says how to go on after this signal; the exit code."""
+    """Prints how to go on after this signal. Returns the exit code, 128 + number."""
     _say(number)
     return 128 + number
 
@@ -75,4 +82,4 @@ def _say(number: int) -> None:
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()
     line = f"{what}: what is finished is kept, and the same command continues from there\n"
-    os.write(2, ("\n" * os.isatty(2) + line).encode())  # a terminal shows ^C before it
+    os.write(2, ("\n" * os.isatty(2) + line).encode())  # a terminal shows ^C on the present line: begin a new one

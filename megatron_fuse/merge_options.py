@@ -1,4 +1,4 @@
-"""What a merge can be: the methods, with the options that each of them has, and one merge as a record."""
+"""The methods of merging with the options of each, and one merge as a record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Method:
-    """options: the fields of Merge that have a meaning for it. least, most: how many models it merges."""
+    """A method of merging. options: the fields of Merge that it uses. least, most: number of models that it can merge."""
 
     options: tuple[str, ...]
     least: int = 1
@@ -28,13 +28,19 @@ ROWS = ("first",)
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged and how. None is an option's default (DEFAULTS; weights: equal shares of 1), or that it has no meaning.
+    """What is merged and how. If the method uses an option, None is its default (DEFAULTS; weights: equal shares of 1).
 
-    models, base: Hugging Face directories. weights: one per model. t: 0 is the first model, 1 the second. density: share of
-    a task vector's entries that is kept, of each tensor by itself. rescale: kept entries of DARE are divided by the density,
-    or all multiplied by what restores the tensor's L1 norm (`l1`). dtype: of the result; fp32, bf16 or fp16. None: the models' own,
-    and where they differ the one that holds them all. rows: where vocabularies differ in size, `first` gives all models as many rows
-    as the first has: further ones are cut, and rows that any model lacks stay the first model's own. None: that is refused.
+    If the method does not use the option, it must be None.
+
+    models, base: Hugging Face directories.
+    weights: one per model.
+    t: 0 is the first model, 1 the second.
+    density: the share of a task vector's entries that is kept, in each tensor by itself.
+    rescale: what DARE does with the kept entries. `density` divides them by the density. `l1` multiplies all of them by the
+        factor that restores the L1 norm of the tensor.
+    dtype: of the result; fp32, bf16 or fp16. None: the dtype of the models; if they differ, the one that holds all of them.
+    rows: what happens if the vocabularies differ in size. `first` gives all models as many rows as the first model has:
+        further rows are cut, and a row that any model lacks stays as it is in the first model. None: a UserError.
     """
 
     method: str

@@ -1,8 +1,8 @@
 """Merging: models of one architecture become one by arithmetic on their weights, without data and without training.
 
-The baselines of the paper's Table 3. The arithmetic is mergekit's, tensor by tensor and in fp32 (docs/merging.md has the
-formulae); what is here checks that the models can be merged at all, fixes every parameter that mergekit might otherwise
-choose differently from version to version, and publishes a Hugging Face directory whole or not at all.
+These are the baselines of the paper's Table 3. mergekit does the arithmetic, tensor by tensor and in fp32 (docs/merging.md
+has the formulae). This module checks that the models can be merged. It sets every parameter of mergekit, because the defaults
+differ between versions. It writes the result as a Hugging Face directory, whole or not at all.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from megatron_fuse.tokenization import load_tokenizer
 
 RECORD = "merge.json"  # in the merged model's directory: what it was made from, and its files
 SHARD_BYTES = 5_000_000_000
-# Of a config, what changes nothing in what the weights compute. Ids of special tokens are the tokenizer's matter.
+# Keys of a config that do not change what the weights compute. Ids of special tokens are compared with the tokenizer.
 _NOT_COMPARED = {
     *(
         "_name_or_path",
@@ -46,9 +46,9 @@ _NOT_COMPARED = {
 
 
 def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
-    """Directories and weights of models named as DIR or DIR:WEIGHT; a name in the local Hugging Face cache will do for DIR.
+    """Directories and weights of models given as DIR or DIR:WEIGHT. DIR may also be a name in the local Hugging Face cache.
 
-    Raises UserError where some have a weight and others none, or DIR holds no model.
+    The weights are None if no model has one. Raises UserError if only some models have a weight, or if DIR holds no model.
     """
     directories, weights = [], []
     for text in named:
@@ -70,10 +70,12 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
 def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = say) -> bool:
     """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
 
-    Returns False where `output` holds this very merge already, with its files as they were written; files of it that are gone are
-    made again, and one that was changed is named in a UserError. Holds one tensor of every model and a shard of the result in
-    memory. Raises UserError, before anything is computed, for options that do not fit the method, models that do not fit each
-    other, something else in the place of the output, and where mergekit is missing.
+    Returns True if it wrote the model, False if `output` already holds this merge with unchanged files. If files of it are
+    missing, it is made again. If a file was changed, a UserError names it. Memory holds one tensor of every model and one
+    shard of the result.
+
+    Raises UserError before anything is computed: for options that do not fit the method, models that do not fit each other,
+    something else in the place of the output, or a missing mergekit.
     """
     merge = _complete(merge)
     merge_tensors = _mergekit()
@@ -132,7 +134,10 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
 
 
 def _complete(merge: Merge) -> Merge:
-    """The merge with every option of its method set. Raises UserError for what cannot be, or has no meaning for the method."""
+    """The merge with every option of its method set.
+
+    Raises UserError for a value that is not allowed, or for an option that the method does not use.
+    """
     if merge.method not in METHODS:
         raise UserError(f"--method is {merge.method!r}: choose one of {', '.join(METHODS)}")
     if merge.rows not in (None, *ROWS):
@@ -167,10 +172,11 @@ def _complete(merge: Merge) -> Merge:
 
 
 def _mergekit_parameters(merge: Merge) -> dict[str, Any]:
-    """Every parameter by mergekit's name, so that none is left to the defaults of its version.
+    """Every parameter under mergekit's name for it, so that none depends on the defaults of the installed version.
 
-    mergekit's `rescale` restored 1/density when the paper was written and restores the L1 norm today. The earlier rule is the
-    later one's `lambda`: one factor on the merged difference, which no sign and no choice of entries depends on.
+    When the paper was written, mergekit's `rescale` multiplied by 1/density. Today it restores the L1 norm. Today's `lambda`
+    expresses the earlier rule: it is one factor on the merged difference, and neither the signs nor the choice of entries
+    depend on it.
     """
     if merge.method == "slerp":
         return {"t": merge.t}
@@ -196,16 +202,17 @@ def _mergekit() -> Callable[..., Tensor]:
 
 
 def _tensor_seed(seed: int, name: str) -> int:
-    """A seed per tensor: what DARE drops from one does not depend on which others there are, or on their order."""
+    """A seed for one tensor. The entries that DARE drops from it then do not depend on the other tensors or their order."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 
 
 def _common_shapes(
     inputs: list[WeightFiles], rows: str | None, progress: Callable[[str], None]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that are merged. Raises UserError where config, tokenizer or a tensor do not agree.
+    """Name and shape of the tensors that are merged. Raises UserError if configs, tokenizers or tensors do not agree.
 
-    With rows, the size of the vocabulary may differ: what both models have is compared, and the shapes are the first model's.
+    If `rows` is given, the vocabularies may differ in size. Then only the rows that both models have are compared, and the
+    shapes are those of the first model.
     """
     first, *others = inputs
     config, shapes = _config(first.model_dir), _shapes(first)
@@ -241,7 +248,7 @@ _Vocabulary = tuple[Path, int, Mapping[int, str | bytes]]  # a model's directory
 
 
 def _other_rows(ours: _Vocabulary, theirs: _Vocabulary) -> UserError:
-    """What the rows that only one of two models has stand for, and what --rows does with them."""
+    """The error for vocabularies of different size: what the further rows stand for, and what --rows does with them."""
     (_, fewer, _), (longer, more, tokens) = sorted((ours, theirs), key=lambda each: each[1])
     lie = "row lies" if more - fewer == 1 else "rows lie"
     further = [token for token in sorted(tokens) if token >= fewer]
@@ -272,24 +279,24 @@ def _compare(
 
 
 def _config(model_dir: Path) -> dict[str, Any]:
-    """What decides what the weights compute, defaults filled in, the class first."""
+    """The keys of a config that decide what the weights compute, with defaults filled in. The model class comes first."""
     config = load_config(model_dir).to_dict()
     order = sorted(config, key=lambda key: (key not in ("architectures", "model_type", "vocab_size"), key))
     return {key: config[key] for key in order if key not in _NOT_COMPARED}
 
 
 def _tokens(model_dir: Path, rows: int | None) -> dict[int, str | bytes]:
-    """What every row of the embedding stands for: the text of a special or added token, else the token's bytes."""
+    """Token id -> what its row of the embedding stands for: the text of a special or added token, else the token's bytes."""
     tokenizer = load_tokenizer(model_dir)
     known = range(min(rows or tokenizer.vocab_size, tokenizer.vocab_size))
     return {token: tokenizer.token_text(token) or tokenizer.token_bytes[token] for token in known}
 
 
 def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that are learned, in the file's order.
+    """Name -> shape of the learned tensors, in the file's order.
 
-    Rotary frequencies and the scalars of old attention masks, which older checkpoints hold, follow from the config: there are
-    Llama-2 models with and without them.
+    Left out are the rotary frequencies and the scalars of old attention masks, which older checkpoints hold. They follow from
+    the config, and some Llama-2 models have them while others do not.
     """
     shapes = {name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
     shapes = {name: shape for name, shape in shapes.items() if shape}

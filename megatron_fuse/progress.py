@@ -1,4 +1,4 @@
-"""How far a long piece of work has come, said from time to time, with its rate and the time that the rest takes."""
+"""Progress of long work: from time to time one line with what is done, the rate, and the time that is left."""
 
 import time
 from collections.abc import Callable
@@ -15,10 +15,10 @@ def silent(done: float, left: float, note: str) -> None:
 
 
 class Progress:
-    """Lines about the parts of one piece of work, one part after the other.
+    """Prints lines about one piece of work, whose parts follow one another.
 
-    where: what every line begins with, as the directory that is made. unit: of what is counted. most: what is said to be left is the
-    most that it can be. clock: in seconds.
+    where: the begin of every line, such as the directory that is made. unit: what is counted. progress: prints one line.
+    most: the time left is an upper bound, and the line says so. clock: returns seconds.
     """
 
     def __init__(
@@ -34,15 +34,16 @@ class Progress:
         self.begin("")
 
     def begin(self, part: str) -> None:
-        """A part begins, of which nothing is done yet."""
+        """Starts a part, of which nothing is done yet."""
         self._part = f"{part}: " if part else ""
         self._began = self._said = self._clock()
         self._done, self._last = 0.0, self._began
 
     def update(self, done: float, left: float, note: str) -> None:
-        """So many units are done of the part, and so many left; note says it in the words of the work. To be called often.
+        """Call this often. done, left: units of the present part that are done and that are left. note: the state in words.
 
-        Speaks where the last line is INTERVAL old. Where nothing is new since then it says how long that has been so.
+        Prints a line if the last one is at least INTERVAL seconds old. If nothing was done since that line, the new line says
+        for how long.
         """
         now = self._clock()
         if done > self._done:
@@ -61,7 +62,7 @@ class Progress:
 
 
 def readable_rate(per_second: float, unit: str) -> str:
-    """In the shortest period in which there is one at least: 12.5 answers/s, 4.0 answers/min, 0.5 answers/h."""
+    """A rate per second, minute or hour, the shortest in which it is at least 1: 12.5 answers/s, 4.0 answers/min, 0.5 answers/h."""
     periods = {"s": 1, "min": 60, "h": 3600}
     period = next((name for name, seconds in periods.items() if per_second * seconds >= 1), "h")
     number = per_second * periods[period]

@@ -1,6 +1,9 @@
-"""Imported by every command before anything else, for the imports, which take seconds: a Ctrl-C then ends it with one line, and
-the garbage collector, which would look for garbage among millions of new objects, waits for errors.exit_code. A command that imports
-large libraries later does it within `importing`, which has the same effect."""
+"""Every command imports this module first. It prepares the process for the imports that follow, which take seconds.
+
+A Ctrl-C during the imports ends the command with one line. The garbage collector is off until errors.exit_code: it would
+search millions of new objects and find nothing. A command that imports large libraries later does so within `importing`,
+which has the same effect.
+"""
 
 import gc
 import signal
@@ -13,16 +16,15 @@ from megatron_fuse.interrupts import end_at_once
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """A block of imports within a running command. Nothing is begun yet, so that Ctrl-C and SIGTERM end the process at once.
+    """A block of imports within a running command. Ctrl-C and SIGTERM end the process at once, as no work has begun yet.
 
-    An exception in the middle of an import would be lost, or told as another one, by libraries that catch what their imports raise.
+    KeyboardInterrupt would not do: libraries catch exceptions of their imports, and then drop them or raise others.
     """
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(
-                handler := signal.getsignal(number)
-            ):  # what is ignored stays ignored, and what kills goes on to kill
+            # SIG_IGN and SIG_DFL are not callable: an ignored signal stays ignored, and a killing one still kills.
+            if callable(handler := signal.getsignal(number)):
                 handlers[number] = signal.signal(number, end_at_once)
     collecting = gc.isenabled()
     gc.disable()
@@ -30,7 +32,7 @@ def importing() -> Iterator[None]:
         yield
     finally:
         if collecting:
-            gc.freeze()  # what has been imported stays
+            gc.freeze()  # the imported objects stay for ever: no collection has to look at them
             gc.enable()
         for number, handler in handlers.items():
             signal.signal(number, handler)

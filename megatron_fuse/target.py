@@ -1,4 +1,4 @@
-"""The target as a recipe names it, read and checked without Megatron, so that a recipe is refused before anything is built."""
+"""The target of a recipe, read and checked without Megatron, so that a wrong recipe is rejected before anything is built."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from megatron_fuse.storage import Workspace
 
 
 def checkpoint_directory(recipe: Recipe) -> Path:
-    """Where training saves, and continues from unless --load names another place."""
+    """The directory in which training saves. It also continues from there, unless --load names another directory."""
     return recipe.training.save or Workspace(recipe.workdir).checkpoints
 
 
@@ -29,9 +29,8 @@ def target_directory(recipe: Recipe) -> Path:
 def read_target(recipe: Recipe) -> Architecture:
     """The target's architecture.
 
-    Raises UserError for what training would otherwise refuse after all other stages: a class, a sequence length or a parallel
-    layout that cannot be trained, or a tokenizer whose ids the model does not know (in the padding of its vocabulary nobody
-    would notice).
+    Raises UserError for a model class, a sequence length or a parallel layout that cannot be trained. Training itself would
+    find these only after all other stages. check_target_tokenizer compares the tokenizer with the model.
     """
     architecture = read_architecture(target_directory(recipe))
     layout = recipe.parallel
@@ -46,9 +45,9 @@ def read_target(recipe: Recipe) -> Architecture:
 
 
 def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
-    """Raises UserError where the target's weight files are damaged, or do not hold the tensors of its config. Reads headers only.
+    """Raises UserError if the target's weight files are damaged, or do not hold the tensors of its config.
 
-    The generation options are checked with them: an export takes them over.
+    Reads only the headers of the files. Also checks the generation options, because an export copies them.
     """
     directory = target_directory(recipe)
     check_model_directory(directory)
@@ -56,8 +55,11 @@ def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
 
 
 def check_target_tokenizer(chat: ChatFormat, architecture: Architecture) -> None:
-    """Raises UserError if the target's tokenizer gives ids that its model does not have. chat: the target's format."""
-    # A special token may lie beyond the vocabulary as long as no conversation holds it, as padding tokens often do.
+    """Raises UserError if the target's tokenizer gives ids that its model does not have. chat: the target's format.
+
+    Without this check, ids within the padding of the vocabulary would train without any error.
+    """
+    # A special token, often that for padding, may lie beyond the vocabulary if no conversation holds it.
     used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
     largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})
     if largest >= architecture.vocab_size:

@@ -1,4 +1,4 @@
-"""User text on a terminal: what would move the cursor, hide or reorder text becomes a visible escape."""
+"""User text on a terminal: characters that move the cursor, or hide or reorder text, become visible escapes."""
 
 import unicodedata
 from typing import TextIO
@@ -11,9 +11,9 @@ _PROSE = "\n\t\u200c\u200d"  # the joiners are part of the spelling of Persian, 
 def printable(text: str, *, prose: bool = False) -> str:
     """The text with every control, bidirectional, zero-width and separator character and every lone surrogate as an escape.
 
-    `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and that UTF-8 can encode. prose: keep
-    newlines, tabs and the zero-width joiners, for running text. Printable texts come back unchanged; a backslash is not doubled,
-    so escapes are for reading, not for parsing back.
+    Escapes look like `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and that UTF-8 can
+    encode. prose: keep newlines, tabs and the zero-width joiners, for running text. A printable text comes back unchanged.
+    A backslash is not doubled: the escapes are for reading, and cannot be parsed back.
     """
     if text.isprintable():
         return text
@@ -26,11 +26,11 @@ def _escape(character: str) -> str:
 
 
 def brief(text: str, limit: int = 300) -> str:
-    """Printable text of at most `limit` characters on one line, for what a library says in the middle of a message."""
+    """The text as one printable line of at most `limit` characters, for a library's message within one of ours."""
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Prints what a command has to say, at once, and nothing that a terminal would obey."""
+    """Prints a line of a command at once (flushed), without characters that control the terminal."""
     print(printable(text, prose=True), file=file, flush=True)

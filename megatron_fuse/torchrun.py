@@ -1,8 +1,8 @@
-"""torchrun without a traceback of its own at Ctrl-C and SIGTERM, for commands that start it.
+"""torchrun that prints no traceback at Ctrl-C and SIGTERM, for commands that start it.
 
     python -m megatron_fuse.torchrun --standalone --nproc-per-node=2 SCRIPT ...
 
-The ranks have received the signal then, and have said what there is to say.
+The ranks receive the signal too, and print the message for the user.
 """
 
 import megatron_fuse.start  # noqa: F401
@@ -18,7 +18,7 @@ from torch.distributed.run import main as torchrun
 def main() -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # not a warning for every signal that it sends
+            logging.getLogger(name).setLevel(logging.ERROR)  # else it warns of every signal that it sends
     try:
         torchrun()
     except SignalException as error:

@@ -1,4 +1,4 @@
-"""What is to be made, what was made, and whether the one is the other."""
+"""The plan of an artifact, the finished artifact, and the comparison of the two."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage is to write. Two plans are the same artifact when all but `directory` is equal."""
+    """What a stage must write. Two plans describe the same artifact if all fields but `directory` are equal."""
 
     directory: Path
     stage: str
@@ -51,7 +51,7 @@ class Artifact:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of the manifest. A count that is asked for and not there raises UserError: the manifest is another version's, or edited."""
+        """The counts of the manifest. A missing key raises UserError: another version wrote the manifest, or it was edited."""
         return _Counts(self.directory, self.manifest["counts"])
 
     def files(self, suffix: str) -> list[Path]:
@@ -59,9 +59,10 @@ class Artifact:
         return [self.directory / name for name in self.manifest["files"] if name.endswith(suffix)]
 
     def checked(self, path: Path, *, checksum: bool = True) -> Path:
-        """`path`, one of this artifact's files, after comparing its size and its sha256 with the manifest (about 1 s a GB).
+        """Compares the size and the sha256 of one file with the manifest (about 1 s per GB). Returns `path`.
 
-        Raises UserError naming the file where it is not what the stage wrote.
+        path: one of this artifact's files. checksum: False compares the size alone. Raises UserError, naming the file, if it
+        is not in the manifest or is not what the stage wrote.
         """
         recorded = self.manifest["files"].get(path.name)
         if recorded is None:
@@ -80,7 +81,10 @@ class Artifact:
         return first_damage(self.directory, self.manifest["files"])
 
     def verify(self, *, checksums: bool = True) -> "Artifact":
-        """Compares all files with the manifest, by size alone where checksums is False; returns the artifact."""
+        """Compares all files with the manifest; checksums: False compares sizes alone. Returns the artifact.
+
+        Raises UserError as `checked` does.
+        """
         for name in self.manifest["files"]:
             self.checked(self.directory / name, checksum=checksums)
         return self
@@ -99,22 +103,22 @@ class _Counts(dict[str, int]):
 
 
 def damage_of(path: Path, size: int) -> str | None:
-    """What is wrong with a file that has to have `size` bytes; None if nothing is, as far as its size says."""
+    """What is wrong with a file that must have `size` bytes: missing or of another size. None if neither."""
     if not path.is_file():
         return f"{path}: missing"
-    found = path.stat().st_size
-    return None if found == size else f"{path}: {found} bytes in place of {size}"
+    present = path.stat().st_size
+    return None if present == size else f"{path}: {present} bytes in place of {size}"
 
 
 def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
     """damage_of the first of these files that has any. files: {name: {bytes, ...}}, as in manifests and markers."""
-    found = (damage_of(directory / name, recorded["bytes"]) for name, recorded in files.items())
-    return next((damage for damage in found if damage), None)
+    damages = (damage_of(directory / name, recorded["bytes"]) for name, recorded in files.items())
+    return next((damage for damage in damages if damage), None)
 
 
 @dataclass(frozen=True, eq=False)
 class Shards(Sequence[T]):
-    """The contents of an artifact's shards. One is read, and its checksum compared, whenever it is indexed; none is kept."""
+    """The contents of an artifact's shards. Each indexing reads one shard and compares its checksum; none is kept."""
 
     artifact: Artifact
     paths: list[Path]
@@ -136,10 +140,13 @@ def open_artifact(
     inputs: Mapping[str, str] | None = None,
     remove: Path | None = None,
 ) -> Artifact:
-    """Opens a complete artifact whose files all have their size.
+    """Opens a complete artifact and compares the sizes of all its files with the manifest.
 
-    options, inputs: what it has to have been made with and from; keys that are not given are not compared. made_by: the
-    command that makes it; remove: what has to go before that, by default the artifact alone. Both stand in the errors.
+    options, inputs: what the artifact must have been made with and from; only the given keys are compared. made_by: the
+    command that makes it. remove: the directory that the user must remove before that; default: the artifact alone. The
+    errors name both.
+
+    Raises UserError if the artifact is missing, incomplete or damaged, or if its stage, format, options or inputs differ.
     """
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
@@ -163,25 +170,26 @@ def open_artifact(
 
 
 def completed(plan: Plan) -> Artifact | None:
-    """The finished artifact of a plan, None if something is left to do. Another plan's directory is refused.
+    """The finished artifact of a plan, None if something is left to do.
 
-    Files that are missing or have another size, and a damaged manifest, are something to do: run_plans makes them again.
+    If files are missing or have another size, or if the manifest is damaged, the result is None: run_plans makes them again.
+    Raises UserError if the directory belongs to another plan.
     """
     directory, wanted = plan.directory, plan.content()
     for name, model in (("manifest.json", ManifestRecord), ("plan.json", PlanRecord)):
         if not (directory / name).exists():
             continue
         try:
-            found = read_record(directory / name, model).content()
+            recorded = read_record(directory / name, model).content()
         except UserError:
-            if name == "manifest.json":  # the markers hold all that it says
+            if name == "manifest.json":  # damaged: it is made again from plan.json and the markers
                 continue
             raise
         fix = f"move or remove {directory} to make it again, or put the old value back"
         for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
-            _refuse_difference(directory, key, found.get(key), wanted.get(key), fix)
+            _refuse_difference(directory, key, recorded.get(key), wanted.get(key), fix)
         if name == "manifest.json":
-            artifact = Artifact(directory, found)
+            artifact = Artifact(directory, recorded)
             return None if artifact.damage() else artifact
         return None
     return None
@@ -193,13 +201,13 @@ def _refuse_difference(directory: Path, key: str, have: Any, want: Any, advice: 
         return
     if isinstance(have, dict) and isinstance(want, Mapping):
         inner = next(k for k in [*want, *have] if have.get(k) != want.get(k) or (k in have) != (k in want))
-        if inner not in have:  # an older version did not record it
+        if inner not in have:  # written by an older version, which did not record this key
             raise UserError(f"{directory} was made without {key}.{inner}, now {shown(want[inner])}: {advice}")
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
     raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {advice}")
 
 
 def shown(value: Any) -> str:
-    """A recorded option or input as messages show it: of a sha256 the beginning."""
+    """A recorded option or input as messages show it. A sha256 is cut to its first 12 digits."""
     is_hash = isinstance(value, str) and len(value) == 64
     return f"{value[:12]}..." if is_hash else repr(value)

@@ -1,4 +1,4 @@
-"""Checksums of files: XXH3 with 128 bits, which finds damage and mistakes at memory speed. It does not protect from forgery.
+"""Checksums of files: XXH3 with 128 bits. It finds damage at the speed of memory, but does not protect against forgery.
 
 A record is written as {"bytes": 667222, "xxh3_128": "32 hexadecimal digits"}; `xxhsum -H128 FILE` prints the same digits.
 """
@@ -13,7 +13,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError
 
-_BLOCK = 1 << 20  # bytes; stays in a core's cache between the read and the hash, and both release the GIL
+# Bytes. A block stays in the cache of a core between the read and the hash. Both release the GIL.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def record_of_content(content: bytes) -> FileRecord:
 
 
 def record_of_file(path: Path) -> FileRecord:
-    """Reads the file once, block by block. Raises OSError where it cannot be read."""
+    """The record of a file, which is read once, block by block. Raises OSError if it cannot be read."""
     digest, block, size = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK)), 0
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(block):
@@ -41,12 +42,12 @@ def record_of_file(path: Path) -> FileRecord:
 
 
 def records_of_files(directory: Path) -> dict[str, FileRecord]:
-    """A record of every file below a directory, by its path there."""
+    """A record of every file below a directory, by its path relative to the directory. Raises OSError."""
     return {name: record_of_file(directory / name) for name in files_below(directory)}
 
 
 def files_below(directory: Path) -> list[str]:
-    """Paths, relative to a directory, of all in it that is no directory; sorted. Links are not followed."""
+    """Sorted paths, relative to a directory, of everything below it that is not a directory. Links are not followed."""
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(directory).as_posix() for path in paths)
 
@@ -56,7 +57,7 @@ def records_as_json(records: dict[str, FileRecord]) -> dict[str, Any]:
 
 
 def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
-    """What records_as_json returned. place: file and key, for the error. Raises UserError for what is none of it."""
+    """The inverse of records_as_json. place: file and key, for the error. Raises UserError for any other content."""
     try:
         records = TypeAdapter(dict[str, FileRecord]).validate_python(value)
     except ValidationError as error:
@@ -73,7 +74,7 @@ def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
 
 
 def difference(path: Path, record: FileRecord, *, content: bool = True) -> str | None:
-    """What is wrong with a file, None where nothing is. content: compare the checksum as well, not only the size."""
+    """What is wrong with a file, None if nothing is. content: compare the checksum as well, not only the size."""
     if not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != record.bytes:
@@ -82,7 +83,7 @@ def difference(path: Path, record: FileRecord, *, content: bool = True) -> str |
 
 
 def wrong_content(found: FileRecord, record: FileRecord) -> str | None:
-    """How a file that was read differs from its record, None where it does not."""
+    """How a file that was read differs from its record, None if it does not. found: what was read."""
     if found.bytes != record.bytes:
         return f"{found.bytes} bytes in the place of {record.bytes}"
     if found != record:

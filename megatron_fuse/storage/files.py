@@ -1,4 +1,4 @@
-"""Single files: hashes, writing that leaves either the old file or the whole new one, JSON and JSON lines."""
+"""Single files: hashes, JSON and JSON lines, and writing that leaves either the old file or the whole new one."""
 
 import fcntl
 import hashlib
@@ -44,9 +44,9 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def temporary_then_rename(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path` and renames it there at the end; on an error nothing is left behind.
+    """Yields an empty temporary file beside `path` and renames it to `path` at the end. On an error it is removed.
 
-    Raises UserError where the operating system refuses: no permission, a file in a directory's place, a full disk.
+    Raises UserError for an error of the operating system: no permission, a file in a directory's place, a full disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -65,12 +65,13 @@ def temporary_then_rename(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(temporary: Path) -> Iterator[None]:
-    """Creates a temporary file and holds its lock, which says that somebody still writes it."""
+    """Creates a temporary file and holds its lock. The lock tells remove_abandoned that a process still writes the file."""
     while True:
         with temporary.open("wb") as mark:
-            with suppress(OSError):  # a file system without locks, where a killed process's temporary files stay
+            # On a file system without locks, the temporary files of killed processes stay.
+            with suppress(OSError):
                 fcntl.flock(mark, fcntl.LOCK_EX)
-            # A sweep of another process may have removed the file before it was locked.
+            # remove_abandoned of another process may have removed the file before it was locked: then create it again.
             if temporary.exists() and os.path.samestat(temporary.stat(), os.fstat(mark.fileno())):
                 yield
                 return
@@ -99,14 +100,14 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object with the sha256 of its content under "sha256", so that read_sealed notices any damage."""
+    """Writes a JSON object with the sha256 of its content under the key "sha256". read_sealed then notices any damage."""
     write_json(path, {**content, _SEAL: sha256_of_json(content)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What write_sealed wrote. An object without "sha256", from an older version, is returned as it is.
+    """The content that write_sealed wrote, without the key "sha256". An object of an older version, without it, is accepted.
 
-    Raises UserError if the file is missing, is no JSON object, or does not have its sha256.
+    Raises UserError if the file is missing, is no JSON object, or if its content has another sha256 than it states.
     """
     content = read_json(path)
     seal = content.pop(_SEAL, None)
@@ -140,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_row(line: bytes, place: str) -> dict[str, Any]:
-    """One line of JSONL; place: file and line, for the error. Raises UserError for what is no JSON object."""
+    """One line of JSONL as a row. place: file and line, for the error. Raises UserError if it is no JSON object."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -151,15 +152,16 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of every non-empty line; a byte order mark may come first. A malformed line raises UserError
-    naming it.
+    """(line number from 1, row) of every non-empty line. The file may begin with a byte order mark.
+
+    Raises UserError, naming file and line, for a malformed line.
     """
     with path.open("rb") as file:
         yield from jsonl_rows(file, path)
 
 
 def jsonl_rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """read_jsonl of lines that come from elsewhere; path: their file, for errors."""
+    """read_jsonl for lines that the caller has opened. path: their file, for errors."""
     for number, line in enumerate(file, 1):
         if number == 1:
             line = line.removeprefix(BOM_UTF8)

@@ -1,8 +1,8 @@
 """Locks between processes, on one machine or on several that share a file system.
 
-POSIX record locks (fcntl.lockf), each on one byte of a small file beside what it protects. The system releases a lock when its
-process ends, however it ends, a forked child does not inherit it, and NFS has it too. Each lock has a record of RECORD bytes:
-its first byte is what is locked, its text names the owner for the messages of others.
+They are POSIX record locks (fcntl.lockf), each on one byte of a small file beside the files that it protects. The system
+releases a lock when its process ends, even if the process is killed. A forked child does not inherit it. NFS supports it. Each
+lock has a record of RECORD bytes: the first byte is locked, and the text names the owner for the messages of other processes.
 """
 
 import errno
@@ -24,11 +24,11 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 class LockFile:
-    """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them, and the last process
-    that has used the file removes it.
+    """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them.
 
-    Only one LockFile of a path may be open in a process: closing a file releases all locks that the process has on it.
-    Raises UserError if the file cannot be made, or if its file system has no locks.
+    The last process that uses the file removes it. Only one LockFile of a path may be open in a process: closing a file
+    releases all locks that the process has on it. Raises UserError if the file cannot be made, or if its file system has no
+    locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,12 +40,14 @@ class LockFile:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                except FileNotFoundError:  # somebody has just removed the directory
+                except FileNotFoundError:  # another process removed the directory between mkdir and open
                     continue
+                # Waits while a leaving process has taken this lock alone (try_alone) and removes the file. The file that
+                # is open here is then deleted, and a lock on it would exclude no process: open the path again.
                 fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _PRESENCE)
                 if self._is_current():
                     return self
-                os.close(self._file)  # the last user removed it between our opening and locking
+                os.close(self._file)
         except OSError as error:
             raise self._refused(error) from error
 
@@ -54,16 +56,17 @@ class LockFile:
     ) -> None:
         if self._remove_if_alone():
             return
-        # Two processes that end at once each see the other. Without a lock of its own, the one that looks last is alone.
+        # If two processes end at the same time, each sees the lock of the other, and neither removes the file. The first
+        # attempt has closed the file and so released the lock of this process: the process that looks last is alone.
         with suppress(OSError):
             self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
             self._remove_if_alone()
 
     def _remove_if_alone(self) -> bool:
-        """Closes the file. Whether no other process used it."""
+        """Removes the file if no other process uses it, and closes it. Returns whether no other process used it."""
         try:
             alone = self.try_alone()
-            if alone and self._is_current():  # else it is gone, and the path may be another process's file
+            if alone and self._is_current():  # else the file is removed already, and the path may name a new one
                 with suppress(OSError):
                     self.path.unlink()
             return alone
@@ -71,16 +74,20 @@ class LockFile:
             os.close(self._file)
 
     def try_lock(self, number: int) -> bool:
-        """Takes lock `number` if no other process has it."""
+        """Takes lock `number` if no other process has it. Returns whether this process holds it now. Does not wait.
+
+        Raises UserError if the file was removed, or if the system refuses the lock for another reason.
+        """
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number * RECORD)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
             raise self._refused(error) from error
+        # A user may have removed the file: processes that open the path now would take locks of a new file.
         if not self._is_current():
             raise UserError(f"{self.path} was removed while this process used it: run the command again")
-        with suppress(OSError):  # a full disk: the lock counts, not the name
+        with suppress(OSError):  # the disk is full: the lock holds all the same, only the messages lack the name
             os.pwrite(self._file, _own_name().ljust(RECORD, b"\0"), number * RECORD)
         return True
 
@@ -97,12 +104,12 @@ class LockFile:
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number * RECORD)
 
     def owner(self, number: int) -> str:
-        """Host, process and start of the last owner of a lock, for messages."""
+        """Process, host and start time of the last owner of a lock, for messages."""
         text = os.pread(self._file, RECORD, number * RECORD).rstrip(b"\0").decode(errors="replace")
         return "".join(character for character in text if character.isprintable()) or "another process"
 
     def try_alone(self) -> bool:
-        """Whether no other process uses the file. If so, others that open it wait until this one closes it."""
+        """Whether no other process uses the file. If so, a process that opens it waits until this one closes it."""
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PRESENCE)
         except OSError:
@@ -110,7 +117,7 @@ class LockFile:
         return True
 
     def _is_current(self) -> bool:
-        """Whether the path still names the file that is open here."""
+        """Whether the path still names the file that is open here, and not a newer one or none."""
         with suppress(OSError):
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         return False

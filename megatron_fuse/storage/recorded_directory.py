@@ -1,11 +1,11 @@
-"""Directories that a command makes as a whole, such as an exported model, with a record of their files.
+"""Directories that a command writes as a whole, such as an exported model, with a record of their files.
 
     PARENT/NAME/RECORD           JSON: what the directory was made from, and size and checksum of every other file
-    PARENT/.NAME.lock            while a process makes or replaces NAME
-    PARENT/.NAME.1a2b3c4d.new    what is being written
-    PARENT/.NAME.1a2b3c4d.old    what is being replaced; after a kill it gets its name back unless the new one has it
+    PARENT/.NAME.lock            exists while a process makes or replaces NAME
+    PARENT/.NAME.1a2b3c4d.new    the directory that is being written
+    PARENT/.NAME.1a2b3c4d.old    the directory that is being replaced; after a kill it is renamed back if NAME does not exist
 
-A file that the command did not write, or that was changed since, is never removed.
+The command never removes a file that it did not write, or that was changed since.
 """
 
 import os
@@ -34,14 +34,17 @@ from megatron_fuse.text_safety import say
 
 @dataclass(frozen=True)
 class Found:
-    """A directory with a record. origin: what it was made from; the others: paths of its files."""
+    """A directory with a record. record: the name of the record's file. origin: what the directory was made from.
+
+    recorded, missing, changed, foreign: paths of files, relative to the directory.
+    """
 
     directory: Path
     record: str
     origin: dict[str, Any]
     recorded: list[str]
     missing: list[str]
-    changed: dict[str, str]  # and how
+    changed: dict[str, str]  # path -> what differs
     foreign: list[str]  # not in the record
 
     @property
@@ -49,7 +52,10 @@ class Found:
         return not self.missing and not self.changed
 
     def refuse_changes(self, option: str) -> None:
-        """Raises UserError if the directory may not be replaced. option: what names another directory, for the message."""
+        """Raises UserError if files were changed, or if there are files that the record does not list.
+
+        option: the option that names another directory, for the message.
+        """
         if self.changed:
             name, how = next(iter(self.changed.items()))
             raise UserError(
@@ -64,9 +70,9 @@ class Found:
 
 
 def find(directory: Path, record: str, option: str, *, verify: bool = True) -> Found | None:
-    """The directory and the state of its files, None where there is none. verify: compare checksums, not sizes alone.
+    """The directory and the state of its files, None if it does not exist. verify: compare checksums, not sizes alone.
 
-    Raises UserError, naming the option that chose the directory, for something that no command of ours has made.
+    Raises UserError, naming the option that chose the directory, if the directory has no record of its files.
     """
     if not os.path.lexists(directory):
         return None
@@ -93,7 +99,10 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
 
 @contextmanager
 def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = say) -> Iterator[None]:
-    """Within the block no other process makes this directory; it waits for one that does. Sweeps what killed ones left."""
+    """Within the block no other process writes this directory. If another process writes it, this waits for its end.
+
+    First removes what killed processes left. Raises UserError for an error of the operating system.
+    """
     with LockFile(directory.with_name(f".{directory.name}.lock")) as lock:
         lock.lock(1, lambda owner: progress(f"{directory}: {owner} is writing it, waiting for its end"))
         with refusals_of(directory):
@@ -103,11 +112,13 @@ def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = 
 
 @contextmanager
 def directory_then_rename(directory: Path, replaced: Found | None = None) -> Iterator[Path]:
-    """Yields an empty directory beside `directory` and gives it that name at the end; on an error nothing is left behind.
+    """Yields an empty directory beside `directory` and renames it to `directory` at the end. On an error it is removed.
 
-    replaced: what has the name now; it keeps it until the new one is whole. Only for a sole writer. Raises UserError where the
-    operating system refuses.
+    replaced: the directory that has the name now. It keeps the name until the new one is whole. Call this only within
+    sole_writer. Raises UserError for an error of the operating system.
     """
+    # Two renames: Linux cannot rename a directory over one that holds files. A kill between them leaves only the .old
+    # directory, to which _sweep gives its name back.
     mark = secrets.token_hex(4)
     temporary, old = (directory.with_name(f".{directory.name}.{mark}.{end}") for end in ("new", "old"))
     with refusals_of(directory, temporary):
@@ -131,13 +142,16 @@ def directory_then_rename(directory: Path, replaced: Found | None = None) -> Ite
 
 
 def record_files(directory: Path, record: str, origin: Mapping[str, Any]) -> None:
-    """Writes the record of a directory that is complete but for it. Reads every file."""
+    """Writes the record of a directory whose other files are complete. Reads every file. origin: what it was made from."""
     write_sealed(directory / record, {**origin, "files": records_as_json(records_of_files(directory))})
 
 
 @contextmanager
 def refusals_of(directory: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turns what the operating system refuses in the block into a UserError that names the directory."""
+    """Turns an OSError in the block into a UserError that names the directory and the free space.
+
+    temporary: the directory that is being written. In the messages of errors its name is replaced by that of `directory`.
+    """
     try:
         yield
     except UserError as error:
@@ -156,23 +170,28 @@ def _room(directory: Path) -> str:
 
 
 def _sweep(directory: Path, record: str) -> None:
-    """What killed writers left. Nobody else may be writing."""
+    """Cleans up after killed writers. Only for a process that holds the lock of sole_writer.
+
+    A .new directory was never complete, and goes. An .old one gets its name back if no directory has it. Else the new one
+    was complete, and of the old one only the recorded files are removed.
+    """
     name = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{8}}\.(new|old)")
     for path in sorted(directory.parent.iterdir()):
-        if not (found := name.fullmatch(path.name)):
+        if not (leftover := name.fullmatch(path.name)):
             continue
-        if found[1] == "new":
+        if leftover[1] == "new":
             shutil.rmtree(path, ignore_errors=True)
         elif not os.path.lexists(directory):
             path.rename(directory)
         else:
-            with suppress(UserError):  # a record that is damaged says nothing of the files beside it: they stay
+            with suppress(UserError):  # a damaged record does not say which files are the command's: all of them stay
                 listed = read_sealed(path / record).get("files") if (path / record).is_file() else {}
                 _remove_files(path, list(parse_records(listed, record)), record)
 
 
 def _remove_files(directory: Path, recorded: list[str], record: str) -> None:
     """Removes recorded files, the record last, and the directories that are empty then."""
+    # The record goes last, so that after a kill it still says which of the remaining files may be removed.
     for name in [*recorded, record]:
         with suppress(OSError):
             (directory / name).unlink()
@@ -184,6 +203,6 @@ def _remove_files(directory: Path, recorded: list[str], record: str) -> None:
 
 
 def _flush_all(directory: Path) -> None:
-    """Brings a directory to disk, so that a name never outlives a power failure that its content did not."""
+    """Flushes all files of a directory and its names to disk. After a power failure no name stays without its content."""
     for path in [*(directory / name for name in files_below(directory)), directory]:
         flush_to_disk(path)

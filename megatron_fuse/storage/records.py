@@ -1,10 +1,10 @@
-"""The content of our own JSON files as typed models: a file of another form is refused where it is read, by file and key.
+"""The content of the project's JSON files as typed models. Reading a file of another form raises UserError with file and key.
 
     plan.json         PlanRecord
     manifest.json     ManifestRecord
     shard-N.done      MarkerRecord
 
-Models are strict: true is no number, 1.0 no whole one, NaN no number at all. Keys that a model does not know are kept.
+Models are strict: true is no number, 1.0 is no integer, NaN is no number at all. Keys that a model does not know are kept.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _SHOWN = 60  # characters of a wrong value in a message
 
 
 def _plain_name(name: str) -> str:
-    """A file of this directory, not of another one."""
+    """The name of a file in this directory, not of one in another directory."""
     is_plain = name not in ("", ".", "..") and PurePath(name).name == name and "\0" not in name
     if not is_plain or len(name.encode(errors="surrogatepass")) > _LONGEST_NAME:
         raise ValueError("must be the name of a file in this directory")
@@ -34,7 +34,7 @@ def _plain_name(name: str) -> str:
 
 
 def _characters(text: str) -> str:
-    """ "\\ud800" is valid JSON and no character."""
+    """Rejects half a surrogate pair: "\\ud800" is valid JSON, but no character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -53,7 +53,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """What the file holds, key by key: neither defaults that it does not state nor a loss of keys unknown here."""
+        """What the file holds, key by key: without defaults that the file does not state, with keys that are unknown here."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -83,16 +83,16 @@ class MarkerRecord(Record):
 
 
 def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model:
-    """A JSON file as a model of its content; fix: what the user is to do about a wrong one, for the error.
+    """A JSON file as a model of its content. fix: what the user must do about a wrong file, for the error.
 
-    Raises UserError naming the file and the key where it is no JSON object or not of this form.
+    Raises UserError, naming the file and the key, if it is no JSON object or not of this form.
     """
     fix = fix or "restore it, or if a stage made it, remove it and run the stage again"
     return parse_record(read_sealed(path), model, str(path), fix)
 
 
 def parse_record(content: object, model: type[Model], place: str, fix: str) -> Model:
-    """As read_record, of what has been read already. place: the file, or file and line."""
+    """read_record for content that has been read already. place: the file, or file and line, for the error."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -102,7 +102,7 @@ def parse_record(content: object, model: type[Model], place: str, fix: str) -> M
 def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterator[T]:
     """The rows of a JSONL file that a stage wrote, as dataclasses or models. Raises UserError naming file, line and key."""
     fix = fix or f"restore it, or remove {path.parent} and rerun the stage"
-    # mypy takes type[T] for not hashable.
+    # mypy believes that type[T] is not hashable.
     adapter = _adapter(kind)  # type: ignore[arg-type]
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -119,7 +119,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of a model's complaints in one line: the key, what is wrong, the value, and how many more there are."""
+    """The first problem of a validation in one line: the key, what is wrong, the value, and the number of further problems."""
     first, *others = error.errors(include_url=False, include_context=False)
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     key = f"{brief(key, _SHOWN)}: " if key else ""
@@ -134,5 +134,5 @@ def quoted(value: Any, limit: int = _SHOWN) -> str:
     """A value as a message shows it: printable, on one line, of at most `limit` characters."""
     try:
         return brief(repr(value), limit)
-    except (RecursionError, ValueError):  # nested too deeply; a whole number of too many digits
+    except (RecursionError, ValueError):  # the value is nested too deeply, or an integer has too many digits for repr
         return f"a {type(value).__name__}"

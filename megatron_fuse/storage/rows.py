@@ -1,4 +1,4 @@
-"""What a user's rows hold: values under nested keys, ids, texts."""
+"""Values of a user's rows: values under nested keys, ids and texts."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
-_EXACT = 2**53  # beyond, a float stands for several whole numbers
+_EXACT = 2**53  # beyond it, one float stands for several integers
 
 
 def value_at(row: dict[str, Any], key: str) -> Any:
-    """The value under a key whose dots lead into mappings; None where there is none.
+    """The value under a key whose dots lead into mappings; None if there is no such key.
 
-    A key may hold dots itself: at every step the longest one that exists wins, so that `responses.vicuna-7b-v1.5` is found in
-    {"responses": {"vicuna-7b-v1.5": ...}}.
+    A key of the row may itself hold dots. At every step the longest key that exists wins, so that `responses.vicuna-7b-v1.5`
+    is found in {"responses": {"vicuna-7b-v1.5": ...}}.
     """
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
@@ -26,7 +26,7 @@ def value_at(row: dict[str, Any], key: str) -> Any:
 
 
 def keys_of(row: dict[str, Any]) -> str:
-    """The keys of a row as value_at takes them, one step into mappings, for errors."""
+    """The keys of a row as value_at takes them, for errors. Of mappings only the first level is listed."""
     keys = []
     for key, value in row.items():
         keys += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]
@@ -34,12 +34,12 @@ def keys_of(row: dict[str, Any]) -> str:
 
 
 def keys_shown(row: dict[str, Any]) -> str:
-    """keys_of for a message, which has room for some of them."""
+    """keys_of, cut to 150 characters for a message."""
     return brief(keys_of(row), 150)
 
 
 def as_id(value: Any) -> str | None:
-    """The text or whole number of an id as text; None for what is none. 7.0, as tables write it, is 7."""
+    """An id, text or an integer, as text; None for any other value. 7.0, as tables write it, becomes 7."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT:
         value = int(value)
     is_id = isinstance(value, str | int) and not isinstance(value, bool) and value != ""
@@ -47,7 +47,7 @@ def as_id(value: Any) -> str | None:
 
 
 def id_at(row: dict[str, Any], key: str, place: str) -> str:
-    """The id of a row's example. place: file and line. Raises UserError for what is no id."""
+    """The id of a row's example. place: file and line, for the error. Raises UserError if the value is no id."""
     value = value_at(row, key)
     name = as_id(value)
     if name is None:
@@ -56,7 +56,7 @@ def id_at(row: dict[str, Any], key: str, place: str) -> str:
 
 
 def refuse_half_characters(text: str, key: str, place: str) -> None:
-    """Raises UserError for a text that is none: "\\ud800" is valid JSON and no character."""
+    """Raises UserError if a text holds half a surrogate pair: "\\ud800" is valid JSON, but no character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,8 @@
-"""Writing of safetensors files through the project's own temporary files.
+"""Writes safetensors files through the project's own temporary files.
 
-The safetensors library writes to a temporary file of its own with mode 0600 and renames it: the result keeps that mode whatever
-the umask, and after a kill a file stays that no clean-up of ours knows. The bytes here are the library's.
+The safetensors library writes its own temporary file with mode 0600 and renames it. The result keeps that mode, whatever the
+umask is. After a kill the temporary file stays, and remove_abandoned does not know it. The bytes written here are the same as
+the library's.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 
 from megatron_fuse.storage.files import temporary_then_rename
 
-# Names and order of the format; the library lays out the widest type first, so that every tensor is aligned.
+# Names of the format, in its order: as in the library, the widest type comes first, so that every tensor is aligned.
 _DTYPES = {
     "uint64": "U64",
     "int64": "I64",
@@ -33,9 +34,10 @@ _DTYPES = {
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes numpy arrays or torch tensors on the CPU as one safetensors file, whole or not at all, one tensor in memory at a time.
+    """Writes numpy arrays or torch tensors on the CPU as one safetensors file, whole or not at all.
 
-    Raises UserError if the operating system refuses, ValueError for a type that is not in the format's table here.
+    Only one tensor at a time is copied in memory. Raises UserError for an error of the operating system, ValueError for a
+    dtype that is not in the table above.
     """
     order = sorted(tensors, key=lambda name: (_place(tensors[name], name), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -67,6 +69,6 @@ def _place(tensor: Any, name: str) -> int:
 def _bytes_of(tensor: Any) -> memoryview:
     if isinstance(tensor, np.ndarray):
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
-    import torch  # only for tensors, whose maker has imported it
+    import torch  # only for tensors: their maker has imported torch already
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,8 +1,9 @@
-"""The header of a safetensors file: which tensors there are, of which type and shape, and where their bytes lie.
+"""The header of a safetensors file: the names, dtypes and shapes of its tensors, and where their bytes lie.
 
     8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}} | data
 
-What the safetensors library accepts is accepted, except for a tensor that is named twice, of which it drops one silently.
+Every file that the safetensors library accepts is accepted here, with one exception: if a name occurs twice, the library
+drops one of the two tensors silently, and this module raises UserError.
 """
 
 import math
@@ -19,7 +20,7 @@ from megatron_fuse.text_safety import brief
 
 MOST_HEADER_BYTES = 100_000_000  # the library's own limit
 METADATA = "__metadata__"
-# Bits of an element. fmt: off
+# Bits per element. fmt: off
 DTYPE_BITS = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -60,7 +61,7 @@ class _Tensor(BaseModel):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """dtype: in safetensors' letters (BF16). start, end: of its bytes, counted from the begin of the file."""
+    """dtype: as safetensors writes it (BF16). start, end: the tensor's bytes, counted from the begin of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,14 +71,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """text: the JSON as it is in the file. tensors: in its order."""
+    """text: the JSON as it is in the file. tensors: by name, in the order of the JSON."""
 
     text: bytes
     tensors: dict[str, StoredTensor]
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """Raises UserError, naming the file and the tensor, for a header that the file's bytes do not fit, or is none."""
+    """The header of a file. Raises UserError, naming the file and the tensor, if it is no header or does not fit the file."""
     size = file_size(path)
     refuse_lfs_pointer(path)
     try:
@@ -96,7 +97,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raises UserError for the text that Git LFS has in the place of a large file that was not fetched."""
+    """Raises UserError if the file is a pointer of Git LFS: a short text in the place of a large file that was not fetched."""
     try:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
@@ -131,7 +132,7 @@ def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
 
 
 def _check_cover(tensors: dict[str, StoredTensor], data: int, size: int, path: Path) -> None:
-    """Raises UserError unless the tensors' bytes lie one after the other and are all that the file has."""
+    """Raises UserError unless the tensors' bytes follow one another without gaps up to the end of the file."""
     end = data
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:

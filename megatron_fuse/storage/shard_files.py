@@ -1,6 +1,6 @@
-"""The files of one plan while processes make it: who makes which shard, and what of it is whole.
+"""The files of one plan while processes make it: the locks of its shards, and which shards are whole.
 
-DIRECTORY/.shard-00000.XXXX.work/   the files of a shard that its owner makes; the next owner of the shard removes what a kill left
+DIRECTORY/.shard-00000.XXXX.work/   files of a shard while its owner makes it; after a kill the next owner removes them
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 
@@ -20,11 +20,11 @@ from megatron_fuse.storage.records import MarkerRecord, read_record
 
 Counts = dict[str, int]
 
-_DIRECTORY, _SHARDS = 1, 2  # locks
+_DIRECTORY, _SHARDS = 1, 2  # numbers of locks: that of plan and manifest, that of the first shard
 
 
 class ShardFiles:
-    """One plan's directory, plan.json in place. A context manager: at its end this process owns no shard any more.
+    """The directory of one plan, which holds plan.json. A context manager: at its end this process holds no lock of a shard.
 
     Raises UserError if the directory holds another plan, or cannot be written.
     """
@@ -40,7 +40,8 @@ class ShardFiles:
         self._locks.__enter__()
         try:
             with self._alone():
-                # Another process may have begun another plan, or finished this one, since the caller looked.
+                # Since the caller looked, another process may have begun another plan (completed raises) or finished this
+                # one. A manifest that is there all the same is damaged, or describes damaged files.
                 if completed(self.plan) is None:
                     (self.directory / "manifest.json").unlink(missing_ok=True)
                     self._write_plan()
@@ -64,9 +65,9 @@ class ShardFiles:
         return self._locks.owner(_SHARDS + index)
 
     def marker(self, index: int) -> dict[str, Any] | None:
-        """What a shard's marker says, None if the shard has to be made: without marker, or with damaged files.
+        """The content of a shard's marker, None if the shard must be made: it has no marker, or its files are damaged.
 
-        Raises UserError if the shard belongs to another plan, whose plan.json is gone.
+        Raises UserError if the shard belongs to another plan, whose plan.json was removed.
         """
         path = self._marker(index)
         try:
@@ -101,9 +102,10 @@ class ShardFiles:
 
     @contextmanager
     def workplace(self, index: int) -> Iterator[Path]:
-        """The prefix under which the owner of a shard writes its files; what is left there at the end goes."""
+        """Yields the prefix under which the owner of a shard writes its files. At the end what is left there is removed."""
         name = self.names[index]
-        for abandoned in self.directory.glob(f".{name}.*.work"):  # of owners that were killed: their lock is ours now
+        # This process holds the lock of the shard, so the owners of these directories have been killed.
+        for abandoned in self.directory.glob(f".{name}.*.work"):
             shutil.rmtree(abandoned, ignore_errors=True)
         directory = self.directory / f".{name}.{secrets.token_hex(4)}.work"
         try:
@@ -113,12 +115,17 @@ class ShardFiles:
             shutil.rmtree(directory, ignore_errors=True)
 
     def install(self, index: int, prefix: Path, counts: Counts, together: list[str]) -> None:
-        """Puts the files of a finished shard in their place, then marks the shard. together: plans that it was made with."""
+        """Moves the files of a finished shard into the directory, then writes its marker.
+
+        together: names of the plans for which the shard was made in one go. Raises UserError if the directory cannot be
+        written.
+        """
         try:
             paths = sorted(prefix.parent.iterdir())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
-            self._write_plan()  # a rank that failed at its first shard may have removed it
-            # The marker is removed first: it must not describe files that are being replaced.
+            self._write_plan()  # a rank that failed at its first shard may have removed it (forget_if_empty)
+            # The order matters, because a kill may come at any point. A marker must never describe files that are being
+            # replaced, so the old one goes first; the new one is written when all files are on the disk.
             self._marker(index).unlink(missing_ok=True)
             for old in self.directory.glob(f"{self.names[index]}.*"):
                 old.unlink()
@@ -132,7 +139,7 @@ class ShardFiles:
         write_sealed(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
 
     def finish(self) -> Artifact:
-        """Writes the manifest of a plan whose shards are all there."""
+        """Writes the manifest of a plan whose shards are all marked, unless another process has done so."""
         with self._alone():
             artifact = completed(self.plan)
             if artifact is None:
@@ -149,10 +156,13 @@ class ShardFiles:
         return artifact
 
     def forget_if_empty(self) -> None:
-        """After an error: a plan without a finished shard goes, so that it does not bind the next run, if nobody else uses it."""
+        """After an error: removes plan.json if no shard is finished and no other process uses the directory.
+
+        The next run may then use other options in the same directory.
+        """
         if self.marked() == 0 and self._locks.try_alone():
             (self.directory / "plan.json").unlink(missing_ok=True)
-            # An OSError if it is not empty: the answers that a server gave are kept, in files that nobody holds now.
+            # OSError if the directory is not empty: it may hold kept answers of a generation server, which stay.
             with suppress(OSError):
                 self.directory.rmdir()
 

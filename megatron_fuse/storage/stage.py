@@ -1,4 +1,4 @@
-"""How a stage writes its artifact: shard by shard, shared between processes, resumed where it was cut off."""
+"""How a stage writes its artifact: shard by shard, shared between processes, and resumed after an interruption."""
 
 import os
 import time
@@ -17,7 +17,7 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's share of the work under torchrun: it takes every w-th shard from the r-th on."""
+    """(rank r, world size w) under torchrun, else (0, 1). The process makes every w-th shard, beginning with shard r."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -26,11 +26,13 @@ MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
 
 def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artifact | None:
-    """Makes the missing shards of this rank, then the manifest if every shard is there.
+    """Makes the missing shards of this rank, then the manifest if all shards of all ranks are finished.
 
     make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in the manifest. The
-    prefix lies in a directory of this process's own: the files get their place once the shard is whole. Returns the artifact,
-    None while other ranks still work on theirs.
+    prefix lies in a directory that only this process uses. The files are moved into the artifact when the shard is whole.
+
+    Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds another plan or
+    cannot be written.
     """
     return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get("")
 
@@ -38,20 +40,21 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
 def run_plans(
     plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = say
 ) -> dict[str, Artifact]:
-    """run_plan for several plans of the same shards, which share work: returns the finished artifacts by name.
+    """run_plan for several plans that have the same shards and share work. Returns the finished artifacts by name.
 
-    make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by name. What is made
-    together may differ in rounding from what is made alone: a shard that was cut off when some of its plans were marked is made
-    again for all of them.
+    make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by name. Data made
+    together may differ in rounding from data made alone. So if the work on a shard was cut off when only some of its plans
+    were marked, the shard is made again for all of them.
 
-    A process holds the lock of a shard while it makes it. A second process with the same share takes the other shards first,
-    then waits, and takes over the shards of a process that has ended.
+    A process holds the lock of a shard while it makes the shard. A second process with the same rank makes the other shards
+    first. Then it waits, and makes the shards that a process which has ended left unfinished.
     """
     artifacts = {name: completed(plan) for name, plan in plans.items()}
     unfinished = {name: plans[name] for name in plans if artifacts[name] is None}
     if unfinished:
         with ExitStack() as stack:
-            # In one order for all processes; the locks of a shard are tried, never waited for, while others are held.
+            # No deadlock is possible: all processes enter the directories in the same order, and _make only tries the
+            # locks of a shard. It never waits for one while it holds another.
             files = {name: stack.enter_context(ShardFiles(unfinished[name], progress)) for name in unfinished}
             try:
                 _make_missing(files, make_shards, progress)
@@ -59,13 +62,16 @@ def run_plans(
                 for each in files.values():
                     each.forget_if_empty()
                 raise
-            # All or none: after a kill between two markers both plans are unfinished.
+            # All plans or none. Some shards may have the marker of one plan only, after a kill between two markers; then
+            # no plan is finished.
             if all(each.is_whole() for each in files.values()):
                 artifacts |= {name: each.finish() for name, each in files.items()}
     return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 
 def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: Callable[[str], None]) -> None:
+    # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all pending shards;
+    # only if other processes hold all of them does this process sleep.
     rank, world_size = rank_and_world()
     shards = len(next(iter(files.values())).names)
     pending = list(range(rank, shards, world_size))
@@ -82,7 +88,8 @@ def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progres
 
 
 def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, progress: Callable[[str], None]) -> bool:
-    """Makes a shard for the plans that lack it. False if another process has it."""
+    """Makes a shard for the plans that lack it, if any. Returns False if another process holds its lock."""
+    # First without a lock: most shards of a resumed run are finished, and need none.
     if not _due(files, index):
         return True
     with ExitStack() as stack:
@@ -90,7 +97,7 @@ def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, pro
             if not each.try_lock(index):
                 return False
             stack.callback(each.unlock, index)
-        due = _due(files, index)  # another process may have made it until now
+        due = _due(files, index)  # again under the lock: another process may have made the shard in between
         if not due:
             return True
         prefixes = {name: stack.enter_context(each.workplace(index)) for name, each in due.items()}
@@ -102,7 +109,7 @@ def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, pro
 
 
 def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:
-    """The plans for which a shard is to be made: those that lack it, and those marked when these were cut off."""
+    """The plans for which a shard must be made: those that lack it, and those that were made in one go with one of these."""
     markers = {name: each.marker(index) for name, each in files.items()}
     missing = {name for name, marker in markers.items() if marker is None}
     cut_off = {name for name, marker in markers.items() if marker and missing & set(marker.get("together", []))}
@@ -114,5 +121,5 @@ def _where(files: dict[str, ShardFiles]) -> str:
 
 
 def shard_bounds(items: int, shard_size: int) -> np.ndarray:
-    """[shards + 1] first item of every shard, and the number of items at the end. At least one shard, even of nothing."""
+    """[shards + 1] int64: the first item of every shard, and at the end the number of items. No items give one empty shard."""
     return np.unique(np.append(np.arange(0, max(items, 1), shard_size), items)) if items else np.array([0, 0])

@@ -1,7 +1,7 @@
-"""JSON of models from elsewhere, read strictly.
+"""A strict reader for JSON files of models that others have made.
 
-`json` alone accepts a key twice (the last one wins), numbers of any length and halves of surrogate pairs, and runs out of stack on
-deep nesting. All of that is refused here with the file and the key or line.
+Python's `json` accepts a key twice (the last one wins), numbers of any length and halves of surrogate pairs, and overflows the
+stack on deep nesting. This module raises UserError for all of these, with the file and the key or line.
 """
 
 import json
@@ -16,11 +16,11 @@ from megatron_fuse.text_safety import brief
 
 MOST_BYTES = 64 << 20  # the index of the largest published model has 10 MB
 _MOST_DEPTH = 64
-_MOST_DIGITS = 1000  # a float has 309 before the point
+_MOST_DIGITS = 1000  # the largest float has 309 digits before the point
 
 
 class _BadValue(ValueError):
-    """Found by a hook of the parser, which does not know the place."""
+    """A problem that a hook of the parser has found. The hook does not know the line, so it passes the token on."""
 
     def __init__(self, problem: str, token: str) -> None:
         super().__init__(problem)
@@ -28,7 +28,7 @@ class _BadValue(ValueError):
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object of a file. Raises UserError, naming the file and the key or line, for anything else in its place."""
+    """The JSON object of a file. Raises UserError, naming the file and the key or line, for any other content."""
     return parse_object(read_small_file(path, most_bytes), str(path))
 
 
@@ -44,7 +44,7 @@ def read_small_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def file_size(path: Path) -> int:
-    """In bytes. Raises UserError unless it is a regular file: a pipe would be read for ever."""
+    """Size in bytes. Raises UserError unless it is a regular file: reading a pipe might never end."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -57,7 +57,7 @@ def file_size(path: Path) -> int:
 
 
 def parse_object(text: bytes, place: str) -> dict[str, Any]:
-    """The JSON object in a text; place: its file, for errors."""
+    """The JSON object in a text. place: its file, for errors. Raises UserError, naming the key or line, for other content."""
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except _BadValue as error:
@@ -96,7 +96,9 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-_Path = tuple["_Path", str] | None  # the path of what it is in, and its key there; a chain, because few are ever named
+# The path of a value: the path of the mapping that holds it, and its key in that mapping. A chain is cheap to make for every
+# value, and only the few paths in errors are ever written out.
+_Path = tuple["_Path", str] | None
 
 
 def _values(content: dict[str, Any]) -> Iterator[tuple[_Path, Any, int]]:
@@ -130,7 +132,7 @@ def _line_of(text: bytes, token: str) -> str:
 
 
 def _too_deep(text: bytes) -> str:
-    """Where brackets (those in strings count too: this is only for a message) are deeper than allowed."""
+    """The line in which brackets are nested too deeply. Brackets in strings count too: it is only for a message."""
     depth = 0
     for place, byte in enumerate(text):
         depth += (byte in b"[{") - (byte in b"]}")

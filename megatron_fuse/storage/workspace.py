@@ -1,4 +1,4 @@
-"""Where the artifacts of a recipe lie."""
+"""The directories of a recipe's artifacts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Workspace:
-    """Names of the artifact directories under a recipe's workdir; nothing else knows them."""
+    """Names of the artifact directories under a recipe's workdir."""
 
     root: Path
 
