@@ -1,4 +1,4 @@
-"""UserError, the one exception for what a user can fix, and exit_code, through which every command reports it."""
+"""UserError, the one exception for errors that a user can fix, and exit_code, which reports it."""
 
 import errno
 import gc
@@ -19,7 +19,10 @@ _LINE, _LINES = 600, 40  # characters and lines of a message on a terminal
 
 
 class UserError(Exception):
-    """A usage or data error. The message names the file, line or key, both values if two disagree, and the fix."""
+    """A usage or data error.
+
+    The message names the file, line or key, both values if two disagree, and the fix.
+    """
 
 
 def shortened(text: str, limit: int) -> str:
@@ -33,12 +36,12 @@ def shortened(text: str, limit: int) -> str:
 def exit_code(main: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code: what `main` returns, 0 in place of None.
 
-    A UserError becomes one message on stderr and exit code 2. An OSError is reported the same way if it carries a file name
-    (no permission, no such directory) or if the disk is full. Ctrl-C and SIGTERM end with one line and 130 or 143
-    (interrupts.py). Any other exception keeps its traceback.
+    A UserError becomes one message on stderr and exit code 2. An OSError is reported the same way if it
+    carries a file name (no permission, no such directory) or if the disk is full. Ctrl-C and SIGTERM end with
+    one line and 130 or 143 (interrupts.py). Any other exception keeps its traceback.
     """
-    # start.py switched the collector off. The imported objects live as long as the process. freeze() leaves them out of
-    # every later collection: Megatron-core collects at each save, and would search all of them.
+    # start.py switched the collector off. The imported objects live as long as the process. freeze() leaves
+    # them out of every later collection: Megatron-core collects at each save, and would search all of them.
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -68,7 +71,8 @@ def _report(message: str) -> int:
         lines[_LINES // 2 : len(lines) - _LINES // 2] = [f"  ... {len(lines) - _LINES} lines ..."]
     message = "\n".join(lines)
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if record:  # torchrun prints an error page at its end and quotes in it what the first failing rank wrote here
+    # torchrun prints an error page at its end and quotes in it what the first failing rank wrote here
+    if record:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(record).write_text(json.dumps(content), encoding="utf-8")
     if not record or os.environ.get("RANK") == "0":  # most errors occur on every rank: one message is enough

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: a command ends with one line that says how to go on, and with 128 + the signal's number (130, 143).
 
-Only the command that the user started prints this line. Under torchrun only rank 0 prints it. A command that another command
-of this project started prints nothing.
+Only the command that the user started prints this line. Under torchrun only rank 0 prints it. A command that
+another command of this project started prints nothing.
 """
 
 import multiprocessing
@@ -16,7 +16,8 @@ from types import FrameType
 
 from megatron_fuse.processes import STARTED
 
-# Seconds within which a second signal counts as the first: a terminal and torchrun both send the same Ctrl-C to a rank.
+# Seconds within which a second signal counts as the first: a terminal and torchrun both send the same Ctrl-C
+# to a rank.
 _TWICE = 1.0
 
 
@@ -30,10 +31,11 @@ def end_at_once(number: int, _: FrameType | None) -> None:
 def interruptible() -> Iterator[list[int]]:
     """Within this block the first SIGINT or SIGTERM raises KeyboardInterrupt, and a later SIGINT ends the process at once.
 
-    Yields the list of signals received so far. The caller needs it because code that the interrupt breaks may raise another
-    exception in place of KeyboardInterrupt. A signal that is ignored stays ignored, as under nohup. Under torchrun SIGTERM
-    still kills the process: a rank that waits in a collective for a dead rank would not notice an exception. Only the main
-    thread can set handlers; in other threads the block changes nothing.
+    Yields the list of signals received so far. The caller needs it because code that the interrupt breaks may
+    raise another exception in place of KeyboardInterrupt. A signal that is ignored stays ignored, as under
+    nohup. Under torchrun SIGTERM still kills the process: a rank that waits in a collective for a dead rank
+    would not notice an exception. Only the main thread can set handlers; in other threads the block changes
+    nothing.
     """
     owner, received, began = os.getpid(), list[int](), 0.0
 
@@ -46,7 +48,8 @@ def interruptible() -> Iterator[list[int]]:
             began = time.monotonic()
             for (
                 child
-            ) in multiprocessing.active_children():  # else a pool waits at its exit until they finish their work
+                # else a pool waits at its exit until they finish their work
+            ) in multiprocessing.active_children():
                 child.terminate()
             raise KeyboardInterrupt
         if number == signal.SIGINT and time.monotonic() - began > _TWICE:
@@ -62,8 +65,8 @@ def interruptible() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        # After a signal the handler stays until the interpreter has ended: a further signal during the shutdown would
-        # otherwise print a traceback.
+        # After a signal the handler stays until the interpreter has ended: a further signal during the
+        # shutdown would otherwise print a traceback.
         if not received:
             for number, handler in before.items():
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -82,4 +85,5 @@ def _say(number: int) -> None:
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()
     line = f"{what}: what is finished is kept, and the same command continues from there\n"
-    os.write(2, ("\n" * os.isatty(2) + line).encode())  # a terminal shows ^C on the present line: begin a new one
+    # a terminal shows ^C on the present line: begin a new one
+    os.write(2, ("\n" * os.isatty(2) + line).encode())

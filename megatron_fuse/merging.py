@@ -1,8 +1,9 @@
 """Merging: models of one architecture become one by arithmetic on their weights, without data and without training.
 
-These are the baselines of the paper's Table 3. mergekit does the arithmetic, tensor by tensor and in fp32 (docs/merging.md
-has the formulae). This module checks that the models can be merged. It sets every parameter of mergekit, because the defaults
-differ between versions. It writes the result as a Hugging Face directory, whole or not at all.
+These are the baselines of the paper's Table 3. mergekit does the arithmetic, tensor by tensor and in fp32
+(docs/merging.md has the formulae). This module checks that the models can be merged. It sets every parameter
+of mergekit, because the defaults differ between versions. It writes the result as a Hugging Face directory,
+whole or not at all.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ from megatron_fuse.tokenization import load_tokenizer
 
 RECORD = "merge.json"  # in the merged model's directory: what it was made from, and its files
 SHARD_BYTES = 5_000_000_000
-# Keys of a config that do not change what the weights compute. Ids of special tokens are compared with the tokenizer.
+# Keys of a config that do not change what the weights compute. Ids of special tokens are compared with the
+# tokenizer.
 _NOT_COMPARED = {
     *(
         "_name_or_path",
@@ -46,9 +48,10 @@ _NOT_COMPARED = {
 
 
 def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ...] | None]:
-    """Directories and weights of models given as DIR or DIR:WEIGHT. DIR may also be a name in the local Hugging Face cache.
+    """Directories and weights of models given as DIR or DIR:WEIGHT.
 
-    The weights are None if no model has one. Raises UserError if only some models have a weight, or if DIR holds no model.
+    DIR may also be a name in the local Hugging Face cache. The weights are None if no model has one. Raises
+    UserError if only some models have a weight, or if DIR holds no model.
     """
     directories, weights = [], []
     for text in named:
@@ -70,12 +73,12 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
 def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = say) -> bool:
     """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
 
-    Returns True if it wrote the model, False if `output` already holds this merge with unchanged files. If files of it are
-    missing, it is made again. If a file was changed, a UserError names it. Memory holds one tensor of every model and one
-    shard of the result.
+    Returns True if it wrote the model, False if `output` already holds this merge with unchanged files. If
+    files of it are missing, it is made again. If a file was changed, a UserError names it. Memory holds one
+    tensor of every model and one shard of the result.
 
-    Raises UserError before anything is computed: for options that do not fit the method, models that do not fit each other,
-    something else in the place of the output, or a missing mergekit.
+    Raises UserError before anything is computed: for options that do not fit the method, models that do not
+    fit each other, something else in the place of the output, or a missing mergekit.
     """
     merge = _complete(merge)
     merge_tensors = _mergekit()
@@ -172,11 +175,11 @@ def _complete(merge: Merge) -> Merge:
 
 
 def _mergekit_parameters(merge: Merge) -> dict[str, Any]:
-    """Every parameter under mergekit's name for it, so that none depends on the defaults of the installed version.
+    """Every parameter under mergekit's name, so that none depends on the defaults of the installed version.
 
-    When the paper was written, mergekit's `rescale` multiplied by 1/density. Today it restores the L1 norm. Today's `lambda`
-    expresses the earlier rule: it is one factor on the merged difference, and neither the signs nor the choice of entries
-    depend on it.
+    When the paper was written, mergekit's `rescale` multiplied by 1/density. Today it restores the L1 norm.
+    Today's `lambda` expresses the earlier rule: it is one factor on the merged difference, and neither the
+    signs nor the choice of entries depend on it.
     """
     if merge.method == "slerp":
         return {"t": merge.t}
@@ -202,17 +205,21 @@ def _mergekit() -> Callable[..., Tensor]:
 
 
 def _tensor_seed(seed: int, name: str) -> int:
-    """A seed for one tensor. The entries that DARE drops from it then do not depend on the other tensors or their order."""
+    """A seed for one tensor.
+
+    The entries that DARE drops from it then do not depend on the other tensors or their order.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 
 
 def _common_shapes(
     inputs: list[WeightFiles], rows: str | None, progress: Callable[[str], None]
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors that are merged. Raises UserError if configs, tokenizers or tensors do not agree.
+    """Name and shape of the tensors that are merged.
 
-    If `rows` is given, the vocabularies may differ in size. Then only the rows that both models have are compared, and the
-    shapes are those of the first model.
+    Raises UserError if configs, tokenizers or tensors do not agree. If `rows` is given, the vocabularies may
+    differ in size. Then only the rows that both models have are compared, and the shapes are those of the
+    first model.
     """
     first, *others = inputs
     config, shapes = _config(first.model_dir), _shapes(first)
@@ -248,7 +255,10 @@ _Vocabulary = tuple[Path, int, Mapping[int, str | bytes]]  # a model's directory
 
 
 def _other_rows(ours: _Vocabulary, theirs: _Vocabulary) -> UserError:
-    """The error for vocabularies of different size: what the further rows stand for, and what --rows does with them."""
+    """The error for vocabularies of different size.
+
+    It says what the further rows stand for, and what --rows does with them.
+    """
     (_, fewer, _), (longer, more, tokens) = sorted((ours, theirs), key=lambda each: each[1])
     lie = "row lies" if more - fewer == 1 else "rows lie"
     further = [token for token in sorted(tokens) if token >= fewer]
@@ -279,14 +289,20 @@ def _compare(
 
 
 def _config(model_dir: Path) -> dict[str, Any]:
-    """The keys of a config that decide what the weights compute, with defaults filled in. The model class comes first."""
+    """The keys of a config that decide what the weights compute, with defaults filled in.
+
+    The model class comes first.
+    """
     config = load_config(model_dir).to_dict()
     order = sorted(config, key=lambda key: (key not in ("architectures", "model_type", "vocab_size"), key))
     return {key: config[key] for key in order if key not in _NOT_COMPARED}
 
 
 def _tokens(model_dir: Path, rows: int | None) -> dict[int, str | bytes]:
-    """Token id -> what its row of the embedding stands for: the text of a special or added token, else the token's bytes."""
+    """Token id -> what its row of the embedding stands for.
+
+    That is the text of a special or added token, else the token's bytes.
+    """
     tokenizer = load_tokenizer(model_dir)
     known = range(min(rows or tokenizer.vocab_size, tokenizer.vocab_size))
     return {token: tokenizer.token_text(token) or tokenizer.token_bytes[token] for token in known}
@@ -295,8 +311,8 @@ def _tokens(model_dir: Path, rows: int | None) -> dict[int, str | bytes]:
 def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the learned tensors, in the file's order.
 
-    Left out are the rotary frequencies and the scalars of old attention masks, which older checkpoints hold. They follow from
-    the config, and some Llama-2 models have them while others do not.
+    Left out are the rotary frequencies and the scalars of old attention masks, which older checkpoints hold.
+    They follow from the config, and some Llama-2 models have them while others do not.
     """
     shapes = {name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
     shapes = {name: shape for name, shape in shapes.items() if shape}

@@ -1,10 +1,12 @@
 """Fuse several source models into one target: the training job.
 
-    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml
+    --tensor-model-parallel-size 2
     torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe R.yaml --dry-run    # sizes, memory and the step plan, no training
     python -m megatron_fuse.pretrain --recipe R.yaml --print-recipe                    # what would run, without a model or a GPU
 
-The fusion data must exist (`megatron-fuse run` makes everything in order). If there is a checkpoint, training continues from it.
+The fusion data must exist (`megatron-fuse run` makes everything in order). If there is a checkpoint, training
+continues from it.
 """
 
 import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
@@ -33,13 +35,15 @@ def main() -> None:
 def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Trains as the recipe says, from the last checkpoint if there is one.
 
-    dry_run: build everything, print sizes, memory and the step plan, and stop. Raises UserError for what cannot be trained.
+    dry_run: build everything, print sizes, memory and the step plan, and stop. Raises UserError for what
+    cannot be trained.
     """
     with importing():
         from megatron_fuse.runtime import start_runtime, stop_runtime
         from megatron_fuse.runtime.distributed import banner
         from megatron_fuse.target import read_target
-    architecture = read_target(recipe)  # an error in the recipe ends every rank here, before one waits for another
+    # an error in the recipe ends every rank here, before one waits for another
+    architecture = read_target(recipe)
     runtime = start_runtime(
         tensor_parallel_size=recipe.parallel.tensor_model_parallel_size,
         pipeline_parallel_size=recipe.parallel.pipeline_model_parallel_size,

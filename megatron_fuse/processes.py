@@ -1,8 +1,8 @@
 """Processes that end when their parent ends, even if the parent is killed.
 
-A process can ask Linux to kill it when its parent ends (prctl, PR_SET_PDEATHSIG); more precisely, when the thread that started
-it ends. The setting survives exec. A forked child does not inherit it. Other systems do not have it: there a killed process
-leaves its children behind.
+A process can ask Linux to kill it when its parent ends (prctl, PR_SET_PDEATHSIG); more precisely, when the
+thread that started it ends. The setting survives exec. A forked child does not inherit it. Other systems do
+not have it: there a killed process leaves its children behind.
 
 As a script, this file runs a command that ends with a parent:  python processes.py PARENT COMMAND ...
 """
@@ -24,15 +24,18 @@ _LINUX = sys.platform.startswith("linux")
 _PR_SET_PDEATHSIG = 1
 _POLL = 0.5  # seconds between two looks at whether torchrun still runs
 _PATIENCE = 30.0  # seconds for a rank to end after torchrun has; as long as torchrun itself waits
-STARTED = "MEGATRON_FUSE_STARTED"  # environment variable of the processes that a command starts: they print no messages
+# Environment variable of the processes that a command starts: they print no messages.
+STARTED = "MEGATRON_FUSE_STARTED"
 INTERRUPTED = 130  # exit code after Ctrl-C
-_PASSED_ON = 5.0  # seconds in which a command must end after a Ctrl-C, before the signal is sent to it once more
+# Seconds in which a command must end after a Ctrl-C, before SIGINT is sent to it.
+_PASSED_ON = 5.0
 
 
 def end_with(parent: int) -> None:
     """From now on this process is killed when its parent ends, at once if the parent has ended already.
 
-    parent: the parent's process id. Raises OSError if the system refuses. Does nothing on systems other than Linux.
+    parent: the parent's process id. Raises OSError if the system refuses. Does nothing on systems other than
+    Linux.
     """
     if not _LINUX:
         return
@@ -58,8 +61,8 @@ def end_with_pool() -> None:
 def end_with_torchrun() -> None:
     """Lets a rank of torchrun end after torchrun itself has ended.
 
-    The rank gets SIGTERM, at which a training saves and other commands end, and SIGKILL 30 seconds later. A process that
-    torchrun did not start goes on without its parent, as under nohup.
+    The rank gets SIGTERM, at which a training saves and other commands end, and SIGKILL 30 seconds later. A
+    process that torchrun did not start goes on without its parent, as under nohup.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
@@ -84,11 +87,12 @@ def tied(words: Sequence[str]) -> list[str]:
 
 
 def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
-    """Runs a command that ends with this process. Returns its exit code, -N if signal N ended it. Only for the main thread.
+    """Runs a command that ends with this process. Returns its exit code, -N if signal N ended it.
 
-    The first SIGTERM or SIGUSR1 is sent on to the command as SIGTERM, at which a training saves. After the command has ended,
-    this process gets the same signal. A Ctrl-C at a terminal reaches the command directly; if the command does not end within
-    5 seconds, it gets SIGINT from here, and this function waits for its end.
+    Only for the main thread. The first SIGTERM or SIGUSR1 is sent on to the command as SIGTERM, at which a
+    training saves. After the command has ended, this process gets the same signal. A Ctrl-C at a terminal
+    reaches the command directly; if the command does not end within 5 seconds, it gets SIGINT from here, and
+    this function waits for its end.
 
     Raises KeyboardInterrupt after a Ctrl-C, also if only the command was interrupted.
     """
@@ -108,8 +112,8 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
             raise KeyboardInterrupt
         return code
     except KeyboardInterrupt:
-        # A terminal sends Ctrl-C to the command too; `kill -INT` sends it to this process alone. A second SIGINT would end a
-        # command that still cleans up, so it is sent only after a wait.
+        # A terminal sends Ctrl-C to the command too; `kill -INT` sends it to this process alone. A second
+        # SIGINT would end a command that still cleans up, so it is sent only after a wait.
         if process is not None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_PASSED_ON)
@@ -121,7 +125,8 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
         if process is not None and process.poll() is None:
             process.kill()
             process.wait()
-        # The handlers come back first, so that the signal then acts on this process as it would have without a command.
+        # The handlers come back first, so that the signal then acts on this process as it would have without
+        # a command.
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if received:

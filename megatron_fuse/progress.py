@@ -1,4 +1,4 @@
-"""Progress of long work: from time to time one line with what is done, the rate, and the time that is left."""
+"""Progress of long work: from time to time a line with what is done, the rate, and the time that is left."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,8 @@ def silent(done: float, left: float, note: str) -> None:
 class Progress:
     """Prints lines about one piece of work, whose parts follow one another.
 
-    where: the begin of every line, such as the directory that is made. unit: what is counted. progress: prints one line.
+    where: the begin of every line, such as the directory that is made. unit: what is counted. progress:
+    prints one line.
     most: the time left is an upper bound, and the line says so. clock: returns seconds.
     """
 
@@ -40,10 +41,10 @@ class Progress:
         self._done, self._last = 0.0, self._began
 
     def update(self, done: float, left: float, note: str) -> None:
-        """Call this often. done, left: units of the present part that are done and that are left. note: the state in words.
+        """Call this often. done, left: units of the present part that are done and that are left.
 
-        Prints a line if the last one is at least INTERVAL seconds old. If nothing was done since that line, the new line says
-        for how long.
+        note: the state in words. Prints a line if the last one is at least INTERVAL seconds old. If nothing
+        was done since that line, the new line says for how long.
         """
         now = self._clock()
         if done > self._done:
@@ -62,7 +63,10 @@ class Progress:
 
 
 def readable_rate(per_second: float, unit: str) -> str:
-    """A rate per second, minute or hour, the shortest in which it is at least 1: 12.5 answers/s, 4.0 answers/min, 0.5 answers/h."""
+    """A rate per second, minute or hour: the shortest of these in which the rate is at least 1, else per hour.
+
+    For example 12.5 answers/s, 4.0 answers/min, 0.5 answers/h.
+    """
     periods = {"s": 1, "min": 60, "h": 3600}
     period = next((name for name, seconds in periods.items() if per_second * seconds >= 1), "h")
     number = per_second * periods[period]

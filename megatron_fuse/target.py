@@ -1,4 +1,4 @@
-"""The target of a recipe, read and checked without Megatron, so that a wrong recipe is rejected before anything is built."""
+"""The target of a recipe, read and checked without Megatron, before anything is built."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from megatron_fuse.storage import Workspace
 
 
 def checkpoint_directory(recipe: Recipe) -> Path:
-    """The directory in which training saves. It also continues from there, unless --load names another directory."""
+    """The directory in which training saves.
+
+    It also continues from there, unless --load names another directory.
+    """
     return recipe.training.save or Workspace(recipe.workdir).checkpoints
 
 
@@ -29,8 +32,9 @@ def target_directory(recipe: Recipe) -> Path:
 def read_target(recipe: Recipe) -> Architecture:
     """The target's architecture.
 
-    Raises UserError for a model class, a sequence length or a parallel layout that cannot be trained. Training itself would
-    find these only after all other stages. check_target_tokenizer compares the tokenizer with the model.
+    Raises UserError for a model class, a sequence length or a parallel layout that cannot be trained.
+    Training itself would find these only after all other stages. check_target_tokenizer compares the
+    tokenizer with the model.
     """
     architecture = read_architecture(target_directory(recipe))
     layout = recipe.parallel
@@ -55,9 +59,10 @@ def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
 
 
 def check_target_tokenizer(chat: ChatFormat, architecture: Architecture) -> None:
-    """Raises UserError if the target's tokenizer gives ids that its model does not have. chat: the target's format.
+    """Raises UserError if the target's tokenizer gives ids that its model does not have.
 
-    Without this check, ids within the padding of the vocabulary would train without any error.
+    chat: the target's format. Without this check, ids within the padding of the vocabulary would train
+    without any error.
     """
     # A special token, often that for padding, may lie beyond the vocabulary if no conversation holds it.
     used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()

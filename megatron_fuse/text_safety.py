@@ -1,4 +1,4 @@
-"""User text on a terminal: characters that move the cursor, or hide or reorder text, become visible escapes."""
+"""User text on a terminal: characters that move the cursor, hide or reorder text become visible escapes."""
 
 import unicodedata
 from typing import TextIO
@@ -11,9 +11,10 @@ _PROSE = "\n\t\u200c\u200d"  # the joiners are part of the spelling of Persian, 
 def printable(text: str, *, prose: bool = False) -> str:
     """The text with every control, bidirectional, zero-width and separator character and every lone surrogate as an escape.
 
-    Escapes look like `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and that UTF-8 can
-    encode. prose: keep newlines, tabs and the zero-width joiners, for running text. A printable text comes back unchanged.
-    A backslash is not doubled: the escapes are for reading, and cannot be parsed back.
+    Escapes look like `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and
+    that UTF-8 can encode. prose: keep newlines, tabs and the zero-width joiners, for running text. A
+    printable text comes back unchanged. A backslash is not doubled: the escapes are for reading, and cannot
+    be parsed back.
     """
     if text.isprintable():
         return text
@@ -26,7 +27,7 @@ def _escape(character: str) -> str:
 
 
 def brief(text: str, limit: int = 300) -> str:
-    """The text as one printable line of at most `limit` characters, for a library's message within one of ours."""
+    """The text as one printable line of at most `limit` characters: a library's message within one of ours."""
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 

@@ -1,1 +1,1 @@
-"""Fusion data: the examples in the target's tokens, and every source's rows aligned to them once."""
+"""Fusion data: the examples in the target's tokens, and the rows of every source aligned to these tokens."""

@@ -1,4 +1,4 @@
-"""One conversation with its teacher's rows, as views of the mapped files."""
+"""One conversation with the rows of its teacher, as views of memory-mapped files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +18,15 @@ ROW_FIELDS = ("counts", "entry_ids", "entry_logprobs", "match")
 class Document:
     """One conversation. r = supervised.sum(); row i is the distribution that PREDICTS the i-th supervised token.
 
-    tokens [n] uint16 or int32, as the vocabulary needs; supervised bool [n]: the token is a label; counts uint8 [r]: stored
-    entries of a row, 0 where the teacher says nothing; entry_ids [e], typed like tokens, and entry_logprobs float16 [e],
-    natural log at the KL temperature, with e = counts.sum(); match uint8 [r]: index in MATCHES. The rest of a row's mass,
-    1 - sum(exp(entry_logprobs)), is its tail. All are read-only views in the types on disk: cast before calculating.
+    tokens [n] uint16 or int32, depending on the size of the vocabulary.
+    supervised bool [n]: the token is a label.
+    counts uint8 [r]: number of stored entries of a row; 0 if the teacher has no row there.
+    entry_ids [e], dtype of tokens, and entry_logprobs float16 [e]: natural log at the KL temperature; e =
+    counts.sum().
+    match uint8 [r]: index in MATCHES.
+
+    The tail of a row is the rest of its mass, 1 - sum(exp(entry_logprobs)). All arrays are read-only views in
+    the dtypes on disk: cast them before you calculate.
     """
 
     tokens: np.ndarray
@@ -33,9 +38,10 @@ class Document:
 
 
 class DocumentStreams:
-    """The documents of all examples: one text with the rows of one source, or of none. One that is left out is empty.
+    """The documents of all examples: the text, with the rows of one source or without rows.
 
-    lengths, supervised_tokens [examples] int64: tokens and labels of each document.
+    The document of an example that was left out is empty. lengths, supervised_tokens [examples] int64: number
+    of tokens and of labels of each document.
     """
 
     def __init__(
@@ -48,10 +54,13 @@ class DocumentStreams:
         entries_per_row: int = 0,
         supervised_tokens: np.ndarray | None = None,
     ) -> None:
-        """text: streams of TEXT_FIELDS; rows: of ROW_FIELDS, at most entries_per_row entries in each. supervised_tokens may be
-        left out where there are rows. directory: for errors.
+        """text: streams of TEXT_FIELDS. rows: streams of ROW_FIELDS, None for no rows. directory: for errors.
 
-        Compares the lengths of the streams, which reads no document. Raises UserError where they contradict each other.
+        examples: number of examples. entries_per_row: the most entries that a row can have. supervised_tokens
+        [examples]: may be left out if there are rows, else ValueError.
+
+        Compares the lengths of the streams, without reading a document. Raises UserError if they contradict
+        each other.
         """
         self._directory = directory
         self._tokens, self._supervised = (text[field] for field in TEXT_FIELDS)
@@ -85,14 +94,17 @@ class DocumentStreams:
         return len(self.lengths)
 
     def __getitem__(self, example: int) -> Document:
-        """Raises UserError where labels, rows and entries are not as many as each other say."""
+        """The document of an example.
+
+        Raises UserError if the numbers of its labels, rows and entries do not agree.
+        """
         tokens = self._tokens[example]
         supervised = self._supervised[example].view(bool)
         labels = int(self.supervised_tokens[example])
         rows = no_rows(labels) if self._rows is None else tuple(stream[example] for stream in self._rows)
         counts, ids, logprobs, match = rows
-        if (found := np.count_nonzero(supervised)) != labels:
-            raise self._damaged(example, f"{found} labels instead of {labels}")
+        if (marked := np.count_nonzero(supervised)) != labels:
+            raise self._damaged(example, f"{marked} labels instead of {labels}")
         if np.count_nonzero(supervised[:1]):
             raise self._damaged(example, "a label at its first token, which nothing predicts")
         if (entries := int(counts.sum())) != len(ids):
@@ -101,12 +113,15 @@ class DocumentStreams:
 
 
 def no_rows(labels: int) -> tuple[np.ndarray, ...]:
-    """counts, entry_ids, entry_logprobs, match of labels about which no teacher says anything."""
+    """counts, entry_ids, entry_logprobs, match for so many labels without teacher: all counts are 0."""
     return np.zeros(labels, np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.float16), np.zeros(labels, np.uint8)
 
 
 def round_down_to_half(values: np.ndarray) -> np.ndarray:
-    """The largest float16 that is not above each value (at most 0, and not below float16's least number)."""
+    """Each value rounded down to float16.
+
+    Values are clipped first: to at most 0, and to the least finite float16.
+    """
     values = np.clip(values, np.finfo(np.float16).min, 0)
     half = values.astype(np.float16)
     above = half.astype(values.dtype) > values

@@ -1,4 +1,4 @@
-"""Conversations in a model's tokens, with the bytes that their labels cover; and how they are written as streams."""
+"""Conversations in a model's tokens, with the bytes that their labels cover, and writing them as streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,27 @@ from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 @dataclass(frozen=True)
 class Documents:
-    """n conversations in the target's tokens; one that is left out has neither tokens nor rows.
+    """n conversations in the tokens of one model.
 
-    tokens: ids of prompt, response and stop token; supervised uint8: the token is a label; spans: one row per label.
+    A conversation that is left out has neither tokens nor rows.
+
+    tokens: ids of prompt, response and stop token. supervised uint8: the token is a label. spans: one row per
+    label.
     """
 
     tokens: list[np.ndarray]
     supervised: list[np.ndarray]
     spans: list[TokenSpans]
-    lossy: np.ndarray  # bool [n]: the tokens do not spell every byte of the responses
+    lossy: np.ndarray  # bool [n]: the tokens do not spell all bytes of the responses
 
     @property
     def present(self) -> np.ndarray:
-        """bool [n]"""
+        """bool [n]: the conversation was not left out."""
         return np.array([len(tokens) > 0 for tokens in self.tokens], bool)
 
 
 def id_dtype(vocab_size: int) -> type:
-    """Smallest type of Megatron's that holds every id."""
+    """The smallest dtype of Megatron's indexed data sets that holds every id: uint16 or int32."""
     return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
@@ -45,10 +48,11 @@ def encode_documents(
     every_turn: bool,
     seq_length: int,
 ) -> Documents:
-    """responses [n]: where one ends, its stop token is a label; None leaves the example out.
+    """The examples with these responses in the tokens of the model of `chat`.
 
-    every_turn: the assistant's earlier turns are labels too. A conversation of more than seq_length tokens, not counting
-    the last, which is never read, is left out as well.
+    responses [n]: None leaves the example out. If a response is complete (`ends`), its stop token is a label.
+    every_turn: the assistant's earlier turns are labels too. A conversation of more than seq_length + 1
+    tokens is left out: the model reads seq_length of them, and the last token is only predicted.
     """
     nothing = np.zeros(0, np.int32)
     tokens, supervised, spans = [], [], []
@@ -78,7 +82,7 @@ def encode_documents(
 
 
 def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Example]) -> Documents:
-    """The examples' own responses, as the training mode learns them."""
+    """The ground truth of the examples, as the training mode learns it."""
     return encode_documents(
         chat,
         examples,
@@ -89,7 +93,10 @@ def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Exa
 
 
 def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]:
-    """The bytes of the examples' own responses, in which `encode_ground_truth` counts."""
+    """The supervised bytes of every example's ground truth.
+
+    The spans of `encode_ground_truth` are offsets in them.
+    """
     every_turn = recipe.data.supervise == "every_turn"
     return [
         response_bytes(supervised_turns(example.messages, example.response, every_turn=every_turn))
@@ -98,6 +105,6 @@ def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]
 
 
 def write_ragged(prefix: Path, field: str, arrays: Sequence[np.ndarray], dtype: type) -> None:
-    """One stream, one sequence per array."""
+    """Writes one stream, PREFIX.FIELD.{bin,idx}, with one sequence per array."""
     values: np.ndarray = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype)
     write_stream(f"{prefix}.{field}", values, [len(array) for array in arrays])

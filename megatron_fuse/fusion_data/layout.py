@@ -1,4 +1,4 @@
-"""Where fusion data lies, and its two artifacts: the text in the target's tokens, and every source's rows."""
+"""The directories of fusion data and its two stages: the text in the target's tokens, and the sources' rows."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ def fusion_directory(recipe: Recipe) -> Path:
 
 
 def _text_options(recipe: Recipe) -> dict[str, int | str | bool]:
-    # spans: texts of earlier versions have none, and are refused with the command that makes them again.
+    # spans: a text of an earlier version has none. This key then differs, and the error names the command
+    # that rebuilds it.
     return {"seq_length": recipe.training.seq_length, "supervise": recipe.data.supervise, "spans": True}
 
 
@@ -31,12 +32,12 @@ def _teacher_options(recipe: Recipe, _: str, mode: str) -> dict[str, Any]:
         "vocabulary_map": recipe.alignment.vocabulary_map,
         "unmatched": recipe.alignment.unmatched,
         "temperature": recipe.loss.teacher_temperature,
-        "entries_per_row": recipe.capture.top_k + 1,  # the label's own mass may add one
+        "entries_per_row": recipe.capture.top_k + 1,  # the label mass may add one entry
     }
 
 
 def _teacher_disk(recipe: Recipe, amounts: Amounts, _: str, mode: str) -> float:
-    """About 6 of 10 entries are kept of real text by the default filter."""
+    """Bytes on disk. On real text the default filter keeps about 6 of 10 entries."""
     return (4 * 0.6 * recipe.capture.top_k + 2) * amounts.learned(mode)
 
 
@@ -53,7 +54,8 @@ TEXT = Stage(
     remove=fusion_directory,
 )
 
-# They depend on their own source, never on the others.
+# The rows of one source do not depend on the other sources: a further source leaves finished rows as they
+# are.
 TEACHERS = Stage(
     name=NAME,
     recorded_as="fusion_teacher",

@@ -1,4 +1,4 @@
-"""The examples that a text lists: FUSION/text/shard-00000.examples.jsonl, a JSON object per example."""
+"""The list of examples of a text: FUSION/text/shard-00000.examples.jsonl, one JSON object per example."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from megatron_fuse.storage import Artifact, read_jsonl
 
 
 class ListedExample(BaseModel):
-    """supervised_tokens: labels of its ground truth; 0 where it is left out."""
+    """supervised_tokens: number of labels of the ground truth; 0 if the example is left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -20,12 +20,15 @@ class ListedExample(BaseModel):
 
 
 def read_examples(text: Artifact) -> list[ListedExample]:
-    """All examples of a text in their order. Raises UserError where a list is not what the stage wrote."""
+    """All examples of a text in their order. Raises UserError if a list is not what the stage wrote."""
     return [example for path in text.files(".examples.jsonl") for example in read_listed(text.checked(path))]
 
 
 def read_listed(path: Path) -> list[ListedExample]:
-    """The examples of one shard. Raises UserError naming the line and the key of what is no such list."""
+    """The examples of one shard.
+
+    Raises UserError, naming the line and the key, if the file is no such list.
+    """
     listed = []
     for number, row in read_jsonl(path):
         try:

@@ -1,4 +1,4 @@
-"""The vocabulary map between a source and the target, as a recipe wants it: FUSION/maps/KEY.npz."""
+"""The vocabulary map between a source and the target with the options of a recipe: FUSION/maps/KEY.npz."""
 
 from collections.abc import Iterator
 
@@ -16,9 +16,10 @@ from megatron_fuse.tokenization.spans import TokenSpans
 
 
 def vocabulary_map_of(context: Context, name: str) -> VocabularyMap:
-    """The map of one source, made once (ranks that start together make it at the same time and agree on the bytes).
+    """The map of one source, made once and then read from its file.
 
-    `ms` counts its pairs over the ground truth, the same for both modes.
+    Ranks that start together each make it, and write the same bytes. The map `ms` counts its pairs over the
+    ground truth, so that it is the same for both modes.
     """
     recipe, source, target = context.recipe, context.format(name), context.target
     statistics = recipe.alignment.vocabulary_map == "ms"
@@ -38,7 +39,7 @@ def vocabulary_map_of(context: Context, name: str) -> VocabularyMap:
 
 
 def _texts(context: Context, source: ChatFormat, target: ChatFormat) -> list[str]:
-    """What the pairs of `ms` are counted over."""
+    """Everything that decides over which texts and tokens the pairs of `ms` are counted."""
     return [context.open(INSTRUCTIONS).sha256, context.recipe.data.supervise, source.sha256, target.sha256]
 
 

@@ -1,9 +1,11 @@
-"""The text's shards as every source's build reads them: documents with the bytes that their labels cover.
+"""The text's shards for the build of every source: documents with the bytes that their labels cover.
 
     FUSION/text/shard-00000.spans.safetensors    starts, ends int32 [r], flags uint8 [r]: one row per label, byte offsets within
-                                                 the example's supervised bytes; lossy uint8 [n]: one per example
+                                                 the example's supervised bytes; lossy uint8 [n]: one per
+                                                 example
 
-The text is tokenized once, by its own stage. Rows and fields are those of TokenSpans and Documents.
+The stage of the text tokenizes it once; the sources read the result. Rows and fields are those of TokenSpans
+and Documents.
 """
 
 from pathlib import Path
@@ -32,14 +34,17 @@ def write_spans(prefix: Path, documents: Documents) -> None:
 
 
 def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarray]:
-    """The arrays of a file of spans. Raises UserError if it cannot be read, or is not of so many labels and examples."""
+    """The arrays of a file of spans.
+
+    Raises UserError if it cannot be read, or has other numbers of labels and examples.
+    """
     try:
         arrays = load_file(path)
         for name, dtype in _DTYPES.items():
             wanted = (examples if name == "lossy" else labels,)
             if arrays[name].shape != wanted or arrays[name].dtype != dtype:
-                found = f"{arrays[name].dtype} {arrays[name].shape}"
-                raise ValueError(f"{name} is {found}, not {np.dtype(dtype)} {wanted}")
+                form = f"{arrays[name].dtype} {arrays[name].shape}"
+                raise ValueError(f"{name} is {form}, not {np.dtype(dtype)} {wanted}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: spans cannot be read ({brief(str(error))}): remove it and run {BUILT_BY} again"
@@ -48,7 +53,7 @@ def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarra
 
 
 def read_text_shard(text: Artifact, index: int) -> Documents:
-    """One shard of the text. Its files are compared with their checksums. Raises UserError for damage."""
+    """One shard of the text. Compares its files with their checksums. Raises UserError for damage."""
     prefix = text.directory / f"shard-{index:05d}"
     for field in ("tokens", "supervised"):
         for suffix in (".bin", ".idx"):

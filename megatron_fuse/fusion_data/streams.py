@@ -1,8 +1,9 @@
-"""Ragged integer streams on disk in Megatron's .bin/.idx form: one sequence, which is also one document, per example.
+"""Ragged integer streams on disk in Megatron's .bin/.idx format: per example one sequence, also one document.
 
-`PREFIX.bin` holds the values of all sequences on end, `PREFIX.idx` their lengths; megatron.core.datasets.indexed_dataset opens
-them. Written and read here without Megatron, because whole shards are written at once, because thousands of shards may be open
-(numpy's memory maps keep a file descriptor each, torch's none) and because the stages before training need no Megatron.
+`PREFIX.bin` holds the concatenated values of all sequences, `PREFIX.idx` their lengths.
+megatron.core.datasets.indexed_dataset can open these files. This module writes and reads them without
+Megatron for three reasons: whole shards are written at once; thousands of shards may be open (each memory map
+of numpy keeps a file descriptor, those of torch keep none); and the stages before training need no Megatron.
 
     .idx: b"MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 n, uint64 n + 1,
           int32 [n] lengths, int64 [n] byte offsets, int64 [n + 1] document bounds
@@ -27,11 +28,16 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def write_stream(prefix: str | Path, values: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-    """Writes PREFIX.bin and PREFIX.idx. values [sum(lengths)] uint8, uint16 or int32; lengths [n], zeros allowed."""
+    """Writes PREFIX.bin and PREFIX.idx.
+
+    values [sum(lengths)] uint8, uint16 or int32; lengths [n], zeros allowed. Raises ValueError if the lengths
+    do not add up to the number of values.
+    """
     lengths = np.asarray(lengths, np.int64)
     if lengths.sum() != len(values):
         raise ValueError(f"{prefix}: {len(values)} values for sequences of {lengths.sum()} in all")
-    # An empty file cannot be memory-mapped: one value that belongs to no sequence stands in.
+    # An empty file cannot be memory-mapped. So a shard without values gets one value, which belongs to no
+    # sequence.
     Path(f"{prefix}.bin").write_bytes(values.tobytes() if len(values) else bytes(values.dtype.itemsize))
     Path(f"{prefix}.idx").write_bytes(_index(lengths, values.dtype))
 
@@ -47,13 +53,16 @@ def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 class Stream:
     """One field of all examples over all shards: stream[i] is a read-only view of the mapped file, nothing is copied.
 
-    Opening reads every index and asks for the size of every file; 8 bytes per example stay in memory. A shard is mapped when
-    it is first read: rows of a source that no example selects take no mapping, of which a process may have 65530 (Linux,
-    vm.max_map_count).
+    Opening reads every index and the size of every file; 8 bytes per example stay in memory. A shard is
+    mapped when it is first read. So the rows of a source that no example selects take no mapping. Linux
+    allows a process 65530 mappings (vm.max_map_count).
     """
 
     def __init__(self, prefixes: Sequence[str | Path]) -> None:
-        """Raises UserError where a file is missing, or where an index is damaged or does not fit its values."""
+        """prefixes: of the shards, in order.
+
+        Raises UserError if a file is missing, or an index is damaged or does not fit.
+        """
         shards = [_read_index(str(prefix)) for prefix in prefixes]
         self._files = [(f"{prefix}.bin", dtype) for prefix, (_, dtype) in zip(prefixes, shards, strict=True)]
         self._mapped: list[np.ndarray | None] = [None] * len(shards)
@@ -66,19 +75,19 @@ class Stream:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[n] int64"""
+        """[n] int64: number of values of every example."""
         return np.diff(self._offsets)
 
     def __getitem__(self, example: int) -> np.ndarray:
         if not 0 <= example < len(self):
             raise IndexError(f"example {example} of {len(self)}")
         shard = bisect_right(self._first, example) - 1
-        offset = self._offsets.item  # a plain int, several times faster than an array's own
+        offset = self._offsets.item  # gives a Python int, several times faster than a numpy int
         base = offset(self._first[shard])
         return self._shard(shard)[offset(example) - base : offset(example + 1) - base]
 
     def values(self) -> np.ndarray:
-        """All sequences on end: of one shard the mapped file itself, of several a copy."""
+        """All sequences concatenated: for one shard a view of the mapped file, for several shards a copy."""
         shards = [self._shard(shard) for shard in range(len(self._files))]
         return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
@@ -91,7 +100,10 @@ class Stream:
 
 
 def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
-    """(lengths int32 [n], type of the values) of one shard whose files fit each other."""
+    """(lengths int32 [n], dtype of the values) of one shard.
+
+    Raises UserError if its files are damaged or do not agree.
+    """
     index_path, values_path = f"{prefix}.idx", f"{prefix}.bin"
     fix = f"restore it or remove {Path(prefix).parent} and run {BUILT_BY} again"
     try:
@@ -108,7 +120,8 @@ def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     needed = _file_size(int(lengths.sum(dtype=np.int64)), dtype)
     if lengths.min(initial=0) < 0:
         raise UserError(f"{index_path}: a length below 0: {fix}")
-    if index != _index(lengths.astype(np.int64), dtype):  # Megatron reads the offsets and bounds
+    # Megatron reads the offsets and bounds too: they must fit the lengths.
+    if index != _index(lengths.astype(np.int64), dtype):
         raise UserError(f"{index_path}: its lengths, offsets and bounds contradict each other: {fix}")
     if size != needed:
         raise UserError(f"{values_path}: {size} bytes, but its index describes {needed}: {fix}")
@@ -120,13 +133,17 @@ def _file_size(values: int, dtype: np.dtype) -> int:
 
 
 def _map_values(path: str, dtype: np.dtype, values: int) -> np.ndarray:
-    """The values of a whole file, which is mapped long after it was opened."""
+    """The values of a whole file. Raises UserError if the file has changed since the stream was opened.
+
+    The size is compared once more, because the mapping may come hours after the opening. Reading a map beyond
+    the end of its file would kill the process (SIGBUS).
+    """
     size = _file_size(values, dtype)
     try:
-        found = os.stat(path).st_size
-        if found != size:
+        present = os.stat(path).st_size
+        if present != size:
             raise UserError(
-                f"{path}: {found} bytes, but {size} when it was opened: leave fusion data as it is while it is read"
+                f"{path}: {present} bytes, but {size} when it was opened: leave fusion data as it is while it is read"
             )
         mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)[:values]
     except (OSError, RuntimeError) as error:

@@ -1,11 +1,12 @@
-"""One source's captured rows, aligned to the target's tokens and written in its vocabulary.
+"""The captured rows of one source, aligned to the target's tokens and projected into the target's vocabulary.
 
 FUSION/teachers/SOURCE/MODE/shard-00000.{counts,match,entry_ids,entry_logprobs}.{bin,idx}    rows at the supervised tokens
 FUSION/teachers/SOURCE/inference/shard-00000.{tokens,supervised}.{bin,idx}                   the source's own answer
 FUSION/teachers/SOURCE/MODE/shard-00000.examples.safetensors                                 what selection needs
 
-Log-probabilities are float16 bit patterns, rounded DOWN so that a row's mass never exceeds 1: an entry loses at most 0.04 % of
-the row's mass (the spacing of float16 times the probability), and the tail grows by as much.
+Log-probabilities are stored as float16 bit patterns. They are rounded DOWN, so that the mass of a row never
+exceeds 1. An entry loses at most 0.04 % of the row's mass (the spacing of float16 times the probability); the
+tail grows by the same amount.
 """
 
 import hashlib
@@ -31,11 +32,16 @@ from megatron_fuse.storage import Artifact, completed, run_plan, write_safetenso
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
-EMPTY_ANSWER = 0  # no answer, instead of the answer's hash
+EMPTY_ANSWER = 0  # in the place of the answer's hash if there is no answer
 
 
 def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
-    """Aligns and projects one source's capture of one mode. The text must be there. None while other ranks still work."""
+    """Aligns and projects the capture of one source and mode.
+
+    Returns the artifact, None if other ranks still work. The text, the capture and, in the inference mode,
+    the source's responses must be complete. Raises UserError if one of them is missing or damaged, or was
+    made with other options.
+    """
     recipe, target = context.recipe, context.target
     plan = context.plan(TEACHERS, source, mode)
     artifact = completed(plan)
@@ -53,16 +59,21 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
     )
     dtype = id_dtype(target.tokenizer.vocab_size)
 
+    # A closure over the opened artifacts and the projection. run_plan calls it only for the shards of this
+    # rank that are missing, and each call reads one shard: memory does not grow with their number.
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         captured, shard = capture_shard(captures, index), examples[index]
         usable = captured.status == CAPTURED
+        # The inference mode learns the source's own answers. Each source has other texts, so the documents
+        # are stored with the rows. In the training mode all sources share the ground truth, which is stored
+        # once, in the text.
         if answers:
             responses = [learned_of(answer, recipe.data.reasoning) for answer in answers[index]]
             texts = [response.text for response in responses]
             documents = encode_documents(
                 target,
                 shard,
-                [response if fine else None for response, fine in zip(responses, usable, strict=True)],
+                [response if is_usable else None for response, is_usable in zip(responses, usable, strict=True)],
                 every_turn=False,
                 seq_length=recipe.training.seq_length,
             )
@@ -75,7 +86,11 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
             data = supervised_bytes(recipe, shard)
         rows, match, corrected = project(captured, documents, data)
         counts = _write_rows(prefix, documents, rows, match, dtype)
+        # An example is available if both models read it whole: the source's capture, and the target's
+        # seq_length.
         available = documents.present & usable
+        # Selection needs these facts of all examples and sources. With them in a small file, it does not read
+        # the rows.
         facts = {
             "available": available.astype(np.uint8),
             "lossy": captured.lossy,
@@ -86,14 +101,14 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
             "answer": np.array([_answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
         }
         write_safetensors(Path(f"{prefix}.examples.safetensors"), facts)
-        own = int(corrected.sum())
-        return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": own}
+        with_label_mass = int(corrected.sum())
+        return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": with_label_mass}
 
     return run_plan(plan, make_shard, progress)
 
 
 def _answer_key(text: str) -> int:
-    """The same for identical answers, never EMPTY_ANSWER."""
+    """A 64-bit hash: equal for identical answers, and never EMPTY_ANSWER, because the lowest bit is set."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) | 1
 
 
@@ -111,13 +126,13 @@ def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarra
 
 @dataclass(frozen=True)
 class _Projection:
-    """How one source's rows become the target's."""
+    """Turns the captured rows of one source into rows at the target's tokens, over its vocabulary."""
 
     source: ChatFormat
     vocabulary_map: VocabularyMap
     unmatched: str
     temperature: float
-    column: int  # of the capture's log-sum-exps
+    column: int  # of captured.lse, for this temperature; column 0 is temperature 1
 
     def __call__(
         self, captured: CaptureShard, documents: Documents, data: Sequence[bytes]

@@ -1,6 +1,8 @@
-"""Conversations in the target's tokens: the text part of fusion data, which every source's rows refer to.
+"""Conversations in the target's tokens: the text of fusion data.
 
-FUSION/text/shard-00000.{tokens,supervised}.{bin,idx}    one sequence per example, empty where it is left out
+The rows of every source refer to its tokens.
+
+FUSION/text/shard-00000.{tokens,supervised}.{bin,idx}    one sequence per example, empty if it is left out
 FUSION/text/shard-00000.spans.safetensors                the bytes that its labels cover (stored_spans.py)
 FUSION/text/shard-00000.examples.jsonl                   {id, held_out, supervised_tokens}
 """
@@ -21,7 +23,10 @@ from megatron_fuse.tokenization.spans import SpanFlag
 
 
 def build_text(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
-    """Writes prompt and ground-truth response of every example. None while other ranks still work."""
+    """Writes prompt and ground truth of every example. Returns the artifact, None if other ranks still work.
+
+    Raises UserError if the instructions are missing or damaged.
+    """
     recipe, target, plan = context.recipe, context.target, context.plan(TEXT)
     shards = example_shards(context.open(INSTRUCTIONS))
 

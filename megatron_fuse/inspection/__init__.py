@@ -1,1 +1,1 @@
-"""One example, or one chat template, as a person or a program can read it."""
+"""Views of one example or one chat template, as text or as JSON."""

@@ -1,4 +1,4 @@
-"""One document of the fusion data as a person or a program can read it: each token with the distribution that predicts it."""
+"""View of one document of the fusion data, as text or JSON: each token with the distribution that predicts it."""
 
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,10 @@ from megatron_fuse.tokenization import Tokenizer
 
 
 def find_example(dataset: FusionDataset, index: int | None, example_id: str | None) -> int:
-    """Number of the example given by number or by id. Raises UserError where there is no such example."""
+    """The number of an example that is given by number or by id.
+
+    Raises UserError if there is no such example.
+    """
     examples = len(dataset.example_ids)
     if example_id is not None:
         if example_id not in dataset.example_ids:
@@ -34,8 +37,9 @@ def view_document(
 ) -> dict[str, Any]:
     """{"id", "mode", "source", "tokens": [{"id", "text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}
 
-    The entries at a token are the teacher's distribution that PREDICTS it, at the KL temperature, and tail is the mass outside
-    them. source: default the selected one, null where no source is. Raises UserError where the mode has no document.
+    The entries at a token are the teacher's distribution that PREDICTS it, at the KL temperature. tail is the
+    mass outside them. source: default the selected source; null in the view if none is selected. Raises
+    UserError if the mode has no document of this example.
     """
     document = dataset.document(mode, example, source)
     name = dataset.example_ids[example]
@@ -71,7 +75,7 @@ def view_document(
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text; bytes that are no whole character as \\xNN, special tokens by their name."""
+    """A token's text. Bytes that are no whole character are shown as \\xNN, special tokens by their name."""
     piece = tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b""
     if token in tokenizer.special_ids or not piece:
         return tokenizer.token_text(token) or f"<{token}>"
@@ -102,7 +106,10 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
 
 
 def conversation_lines(tokens: list[dict[str, Any]]) -> list[str]:
-    """The text of tokens {text, supervised} with its token boundaries, one part for every run that is learned or only read."""
+    """The text of tokens {text, supervised} with token boundaries.
+
+    One part for every run of supervised tokens, and one for every run of context.
+    """
     return [
         f"[{'learned' if supervised else 'context'}] {'│'.join(printable(token['text'], prose=True) for token in run)}"
         for supervised, run in groupby(tokens, key=lambda token: token["supervised"])
@@ -110,7 +117,7 @@ def conversation_lines(tokens: list[dict[str, Any]]) -> list[str]:
 
 
 def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:
-    """What the choice between the sources was made by, one line per source, and how clear it was."""
+    """The reasons of the choice between the sources, one line per source, and its margin."""
     selection = dataset.selections.get(view["mode"])
     if selection is None:
         return []
@@ -133,7 +140,7 @@ def _margin_unit(arrays: dict[str, np.ndarray]) -> str:
 
 
 def _reason(arrays: dict[str, np.ndarray], example: int, place: int) -> str:
-    """What one source was compared by."""
+    """The numbers by which one source was compared with the others."""
     if "ce_sum" in arrays:
         nats, count = arrays["ce_sum"][example, place], arrays["response_bytes"][example]
         return f"cross-entropy {nats:.2f} nats, {nats / max(count, 1):.4f} per byte"

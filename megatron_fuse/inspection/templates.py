@@ -1,4 +1,4 @@
-"""How a model reads conversations, for a person: its template's text around a response, what is learned, and what ends an answer."""
+"""View of a chat template: its text around a response, the tokens that are learned, and what ends an answer."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ def formats_of(context: Context) -> Iterator[tuple[str, ChatFormat]]:
     for name in (TARGET, *context.recipe.sources):
         yield recipe_key(name), context.format(name)
     for name, options in context.recipe.reward_models.items():
-        if options.model is not None:  # else its scores are from a file
+        if options.model is not None:  # else its scores come from a file
             yield f"reward_models.{name}", context.reward_model_format(name)
 
 
@@ -37,13 +37,14 @@ def format_of_model(model: str) -> ChatFormat:
 def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
     """{"model", "template", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}], "generation_prompt", ...}
 
-    tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text after which the model
-    answers the sample's last question. missing_of_tools: null where the template prints offered tools, calls and outputs, else why it
-    does not. The other keys are those fields of ChatFormat.
+    tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text
+    after which the model answers the last question of the sample. missing_of_tools: null if the template
+    prints offered tools, calls and outputs, else the reason why it does not. The other keys are the fields of
+    ChatFormat with these names.
     """
     try:
         sample, encoded = _SAMPLE, chat.encode_conversation(_SAMPLE, _RESPONSE)
-    except UserError:  # a template for one question only
+    except UserError:  # the template allows only one question: leave out the earlier turn
         sample = [_SAMPLE[0], _SAMPLE[-1]]
         encoded = chat.encode_conversation(sample, _RESPONSE)
 
@@ -70,7 +71,7 @@ def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
 
 
 def format_template_view(view: dict[str, Any]) -> str:
-    """The view as text: the conversation with its token boundaries, and below it what is known of the template."""
+    """The view as text: the conversation with its token boundaries, then the properties of the template."""
     labels = [token for token in view["tokens"] if token["supervised"]]
     lines = [
         f"{view['model']}: {view['template']}",

@@ -1,4 +1,4 @@
-"""Reports on what the stages made: numbers as JSON, charts and one HTML page under WORKDIR/reports."""
+"""Reports on the artifacts of the stages: numbers as JSON, charts and one HTML page under WORKDIR/reports."""
 
 from megatron_fuse.report.advantage import advantage_text, write_advantage_report
 from megatron_fuse.report.alignment import alignment_text, write_alignment_report

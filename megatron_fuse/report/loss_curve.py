@@ -1,4 +1,4 @@
-"""The loss curve of a training run: cross-entropy and KL of either mode over its steps, drawn from metrics.jsonl."""
+"""The loss curve of a training run: cross-entropy and KL of each mode, drawn from metrics.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,16 +31,18 @@ Rows = Sequence[dict[str, Any]]
 
 
 def write_loss_curve(directory: Path) -> None:
-    """DIRECTORY/loss.png from DIRECTORY/metrics.jsonl; nothing where no step with a finite loss was recorded."""
+    """Draws DIRECTORY/loss.png from DIRECTORY/metrics.jsonl. Writes nothing if no step has a finite loss."""
     rows = read_metrics(directory / METRICS)
     if any(row["kind"] == STEP and row["loss"] is not None for row in rows):
         save_picture(draw_losses(rows), directory / LOSS_CURVE)
 
 
 def draw_losses(rows: Rows) -> Figure:
-    """rows: those of metrics.jsonl, at least a step with a finite loss. One panel per loss, one colour per mode: every step pale, their running median strong, held-out values as points.
+    """One panel per loss, one colour per mode: the steps as a pale line, their running median as a strong line.
 
-    A dashed line stands where a phase begins. Values that were not finite leave a gap.
+    Held-out values are points. A dashed line marks the begin of a phase. Values that were not finite leave a
+    gap.
+    rows: those of metrics.jsonl, with at least one step with a finite loss.
     """
     steps = [row for row in rows if row["kind"] == STEP]
     held_out = [row for row in rows if row["kind"] == HELD_OUT]
@@ -77,21 +79,27 @@ def phases_of(steps: Rows) -> list[Rows]:
 
 
 def running_median(values: np.ndarray, reach: int) -> np.ndarray:
-    """[n]: the median of every value and of up to `reach` on either side, which a single outlier does not move."""
+    """[n]: for every value the median of it and of up to `reach` values on either side.
+
+    One outlier does not move it.
+    """
     return np.array([np.median(values[max(at - reach, 0) : at + reach + 1]) for at in range(len(values))])
 
 
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values of the rows that have the number, NaN where it was not finite."""
-    found = [(row["iteration"], np.nan if row[name] is None else row[name]) for row in rows if name in row]
-    iterations, values = np.array(found, np.float64).reshape(-1, 2).T
+    """(iterations, values), float64, of the rows that have this number.
+
+    A value that was not finite is NaN.
+    """
+    points = [(row["iteration"], np.nan if row[name] is None else row[name]) for row in rows if name in row]
+    iterations, values = np.array(points, np.float64).reshape(-1, 2).T
     return iterations, values
 
 
 def _draw_trend(axes: Axes, phases: Sequence[Rows], name: str, mode: str) -> None:
     reach = sum(map(len, phases)) // 80
     label: str | None = f"{mode} mode ({LEARNED_FROM[mode]})"
-    for steps in phases:  # each by itself, as what is learned changes between them
+    for steps in phases:  # each phase by itself, because the weights of the losses change between phases
         x, y = _series(steps, name)
         finite = np.isfinite(y)
         if finite.any():
@@ -112,9 +120,10 @@ def _draw_held_out(axes: Axes, held_out: Rows, name: str, mode: str) -> None:
 
 
 def _bounds(axes: Axes, of_steps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Room for what is drawn already and for all single steps but the lowest and highest hundredth of each mode, at least one.
+    """(low, high) of the y axis: room for what is drawn already, and for the steps between two percentiles.
 
-    So neither a spike takes all of an axis, nor zero, which a loss need not come near.
+    These are the 1st and the 99th, each moved inwards to a step. So a spike does not take the whole axis. The
+    axis need not begin at zero, as a loss may stay far above it.
     """
     finite = [values[np.isfinite(values)] for values in of_steps]
     lows = [np.percentile(values, 1, method="higher") for values in finite if len(values)]
@@ -126,7 +135,7 @@ def _bounds(axes: Axes, of_steps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def _draw_phases(axes: Axes, phases: Sequence[Rows], *, named: bool) -> None:
     for number, steps in enumerate(phases):
-        begin = steps[0]["iteration"] - 1  # the boundary: steps done before the phase
+        begin = steps[0]["iteration"] - 1  # number of steps before the phase
         if number:
             axes.axvline(begin, color="#444444", linewidth=1, linestyle="--")
         if named:

@@ -1,1 +1,1 @@
-"""What reports share: pages, tables and pictures."""
+"""Pages, tables and pictures, which all reports share."""

@@ -1,6 +1,6 @@
-"""What all reports share: the page and its style, tables for page and terminal, and how the files come to lie on the disk.
+"""The layout that all reports share: the HTML page and its style, tables for page and terminal, writing to disk.
 
-A page needs nothing beside it: pictures are part of it, and every text of the data is escaped.
+A page is one file without others: the pictures are part of it. Every text of the data is escaped.
 """
 
 import base64
@@ -37,13 +37,16 @@ img { display: block; max-width: 100%; height: auto; margin: .8em 0; }
 """
 
 _DPI = 160  # of pictures on the disk and on paper
-_PIXELS_PER_INCH = 102  # of pictures on the screen: what is 11 inches wide fills a page of 1280 px
+_PIXELS_PER_INCH = 102  # of pictures on the screen: a picture of 11 inches fills a page of 1280 px
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heading, rows; the first column holds names, the others numbers
 
 
 def escape(text: str) -> str:
-    """A text of the data for a page: what HTML would read as its own, or what hides and reorders text, is shown as it is."""
+    """A text of the data for an HTML page.
+
+    Characters of HTML, and those that hide or reorder text, become visible.
+    """
     return escape_html(printable(text, prose=True))
 
 
@@ -53,7 +56,7 @@ def html_page(title: str, body: str, style: str = "") -> str:
 
 
 def html_table(table: Table, kind: str = "numbers") -> str:
-    """kind: `texts` where the first column holds texts of any length, else `numbers`."""
+    """A table as HTML. kind: `texts` if the first column holds texts of any length, else `numbers`."""
     heading, rows = table
     head = "".join(f"<th>{escape(name)}</th>" for name in heading)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
@@ -61,14 +64,14 @@ def html_table(table: Table, kind: str = "numbers") -> str:
 
 
 def html_picture(png: bytes, description: str) -> str:
-    """description: what a reader who cannot see the picture is told."""
+    """A PNG as an HTML element. description: the alternative text, for readers who cannot see the picture."""
     data = base64.b64encode(png).decode()
     width = int.from_bytes(png[16:20]) * _PIXELS_PER_INCH // _DPI  # a PNG's first chunk begins with its width
     return f'<img width="{width}" alt="{escape(description)}" src="data:image/png;base64,{data}">\n'
 
 
 def text_table(table: Table) -> list[str]:
-    """Lines for a terminal."""
+    """The lines of a table for a terminal."""
     heading, *rows = [[printable(cell) for cell in row] for row in (table[0], *table[1])]
     widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
     lines = []
@@ -79,7 +82,7 @@ def text_table(table: Table) -> list[str]:
 
 
 def markdown_table(table: Table) -> list[str]:
-    """Lines for a Markdown file."""
+    """The lines of a table for a Markdown file."""
     heading, rows = table
     rule = ["---", *("---:" for _ in heading[1:])]
     return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in (heading, rule, *rows)]
@@ -94,9 +97,9 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def save_picture(figure: Figure, path: Path) -> bytes:
-    """Writes a PNG and returns it. The same figure gives the same bytes."""
+    """Writes a figure as PNG and returns its bytes. The same figure gives the same bytes."""
     with temporary_then_rename(path) as temporary, warnings.catch_warnings():
-        # Characters that matplotlib's font lacks become boxes; the page has them as text.
+        # matplotlib warns of characters that its font lacks, and draws boxes. The page shows them as text.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(temporary, format="png", dpi=_DPI)
         return temporary.read_bytes()

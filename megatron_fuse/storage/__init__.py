@@ -1,4 +1,6 @@
-"""Artifact directories: the output of a stage. It is complete or can be resumed, and records hashes of all its inputs.
+"""Artifact directories: the output of a stage.
+
+It is complete or can be resumed, and records hashes of all its inputs.
 
     DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
     DIRECTORY/shard-00000.*         data files; they are moved here when the shard is whole
@@ -6,11 +8,11 @@
     DIRECTORY/manifest.json         plan, files and summed counts; written last, its presence means complete
     .DIRECTORY.lock                 beside it, while processes are at work: locks of the shards, with their owners' names
 
-A rerun compares the plan. If it is equal, the rerun makes only the shards that have no marker, or whose files are missing or
-have another size. If it differs, a UserError names the key and both values, and nothing is overwritten. Any number of
-processes may share the work, or do the same work: a process holds the lock of a shard while it makes the shard, and the
-process that completes the last shard writes the manifest. plan.json, markers and manifest hold the sha256 of their own
-content.
+A rerun compares the plan. If it is equal, the rerun makes only the shards that have no marker, or whose files
+are missing or have another size. If it differs, a UserError names the key and both values, and nothing is
+overwritten. Any number of processes may share the work, or do the same work: a process holds the lock of a
+shard while it makes the shard, and the process that completes the last shard writes the manifest. plan.json,
+markers and manifest hold the sha256 of their own content.
 """
 
 from megatron_fuse.storage.artifact import Artifact, Plan, Shards, completed, open_artifact

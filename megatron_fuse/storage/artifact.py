@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage must write. Two plans describe the same artifact if all fields but `directory` are equal."""
+    """What a stage must write.
+
+    Two plans describe the same artifact if all fields but `directory` are equal.
+    """
 
     directory: Path
     stage: str
@@ -51,7 +54,10 @@ class Artifact:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The counts of the manifest. A missing key raises UserError: another version wrote the manifest, or it was edited."""
+        """The counts of the manifest.
+
+        A missing key raises UserError: another version wrote the manifest, or it was edited.
+        """
         return _Counts(self.directory, self.manifest["counts"])
 
     def files(self, suffix: str) -> list[Path]:
@@ -61,8 +67,8 @@ class Artifact:
     def checked(self, path: Path, *, checksum: bool = True) -> Path:
         """Compares the size and the sha256 of one file with the manifest (about 1 s per GB). Returns `path`.
 
-        path: one of this artifact's files. checksum: False compares the size alone. Raises UserError, naming the file, if it
-        is not in the manifest or is not what the stage wrote.
+        path: one of this artifact's files. checksum: False compares the size alone. Raises UserError, naming
+        the file, if it is not in the manifest or is not what the stage wrote.
         """
         recorded = self.manifest["files"].get(path.name)
         if recorded is None:
@@ -118,7 +124,10 @@ def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Shards(Sequence[T]):
-    """The contents of an artifact's shards. Each indexing reads one shard and compares its checksum; none is kept."""
+    """The contents of an artifact's shards.
+
+    Each indexing reads one shard and compares its checksum; none is kept.
+    """
 
     artifact: Artifact
     paths: list[Path]
@@ -142,11 +151,12 @@ def open_artifact(
 ) -> Artifact:
     """Opens a complete artifact and compares the sizes of all its files with the manifest.
 
-    options, inputs: what the artifact must have been made with and from; only the given keys are compared. made_by: the
-    command that makes it. remove: the directory that the user must remove before that; default: the artifact alone. The
-    errors name both.
+    options, inputs: what the artifact must have been made with and from; only the given keys are compared.
+    made_by: the command that makes it. remove: the directory that the user must remove before that; default:
+    the artifact alone. The errors name both.
 
-    Raises UserError if the artifact is missing, incomplete or damaged, or if its stage, format, options or inputs differ.
+    Raises UserError if the artifact is missing, incomplete or damaged, or if its stage, format, options or
+    inputs differ.
     """
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
@@ -172,8 +182,8 @@ def open_artifact(
 def completed(plan: Plan) -> Artifact | None:
     """The finished artifact of a plan, None if something is left to do.
 
-    If files are missing or have another size, or if the manifest is damaged, the result is None: run_plans makes them again.
-    Raises UserError if the directory belongs to another plan.
+    If files are missing or have another size, or if the manifest is damaged, the result is None: run_plans
+    makes them again. Raises UserError if the directory belongs to another plan.
     """
     directory, wanted = plan.directory, plan.content()
     for name, model in (("manifest.json", ManifestRecord), ("plan.json", PlanRecord)):

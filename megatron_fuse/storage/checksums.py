@@ -1,6 +1,7 @@
-"""Checksums of files: XXH3 with 128 bits. It finds damage at the speed of memory, but does not protect against forgery.
+"""Checksums of files: XXH3 with 128 bits.
 
-A record is written as {"bytes": 667222, "xxh3_128": "32 hexadecimal digits"}; `xxhsum -H128 FILE` prints the same digits.
+It finds damage at the speed of memory, but does not protect against forgery. A record is written as {"bytes":
+667222, "xxh3_128": "32 hexadecimal digits"}; `xxhsum -H128 FILE` prints the same digits.
 """
 
 from collections.abc import Iterable
@@ -47,7 +48,10 @@ def records_of_files(directory: Path) -> dict[str, FileRecord]:
 
 
 def files_below(directory: Path) -> list[str]:
-    """Sorted paths, relative to a directory, of everything below it that is not a directory. Links are not followed."""
+    """Sorted paths, relative to a directory, of everything below it that is not a directory.
+
+    Links are not followed.
+    """
     paths = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(directory).as_posix() for path in paths)
 
@@ -57,7 +61,10 @@ def records_as_json(records: dict[str, FileRecord]) -> dict[str, Any]:
 
 
 def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
-    """The inverse of records_as_json. place: file and key, for the error. Raises UserError for any other content."""
+    """The inverse of records_as_json. place: file and key, for the error.
+
+    Raises UserError for any other content.
+    """
     try:
         records = TypeAdapter(dict[str, FileRecord]).validate_python(value)
     except ValidationError as error:
@@ -74,7 +81,10 @@ def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
 
 
 def difference(path: Path, record: FileRecord, *, content: bool = True) -> str | None:
-    """What is wrong with a file, None if nothing is. content: compare the checksum as well, not only the size."""
+    """What is wrong with a file, None if nothing is.
+
+    content: compare the checksum as well, not only the size.
+    """
     if not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != record.bytes:

@@ -1,4 +1,4 @@
-"""Single files: hashes, JSON and JSON lines, and writing that leaves either the old file or the whole new one."""
+"""Single files: hashes, JSON and JSON lines, and writes that leave either the old file or the whole new one."""
 
 import fcntl
 import hashlib
@@ -44,9 +44,10 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def temporary_then_rename(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path` and renames it to `path` at the end. On an error it is removed.
+    """Yields an empty temporary file beside `path` and renames it to `path` at the end.
 
-    Raises UserError for an error of the operating system: no permission, a file in a directory's place, a full disk.
+    On an error it is removed. Raises UserError for an error of the operating system: no permission, a file in
+    a directory's place, a full disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -65,13 +66,17 @@ def temporary_then_rename(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(temporary: Path) -> Iterator[None]:
-    """Creates a temporary file and holds its lock. The lock tells remove_abandoned that a process still writes the file."""
+    """Creates a temporary file and holds its lock.
+
+    The lock tells remove_abandoned that a process still writes the file.
+    """
     while True:
         with temporary.open("wb") as mark:
             # On a file system without locks, the temporary files of killed processes stay.
             with suppress(OSError):
                 fcntl.flock(mark, fcntl.LOCK_EX)
-            # remove_abandoned of another process may have removed the file before it was locked: then create it again.
+            # remove_abandoned of another process may have removed the file before it was locked: then create
+            # it again.
             if temporary.exists() and os.path.samestat(temporary.stat(), os.fstat(mark.fileno())):
                 yield
                 return
@@ -100,14 +105,18 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object with the sha256 of its content under the key "sha256". read_sealed then notices any damage."""
+    """Writes a JSON object with the sha256 of its content under the key "sha256".
+
+    read_sealed then notices any damage.
+    """
     write_json(path, {**content, _SEAL: sha256_of_json(content)})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The content that write_sealed wrote, without the key "sha256". An object of an older version, without it, is accepted.
+    """The content that write_sealed wrote, without the key "sha256".
 
-    Raises UserError if the file is missing, is no JSON object, or if its content has another sha256 than it states.
+    An object of an older version, without it, is accepted. Raises UserError if the file is missing, is no
+    JSON object, or if its content has another sha256 than it states.
     """
     content = read_json(path)
     seal = content.pop(_SEAL, None)
@@ -141,7 +150,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_row(line: bytes, place: str) -> dict[str, Any]:
-    """One line of JSONL as a row. place: file and line, for the error. Raises UserError if it is no JSON object."""
+    """One line of JSONL as a row. place: file and line, for the error.
+
+    Raises UserError if it is no JSON object.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:

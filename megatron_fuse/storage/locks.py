@@ -1,8 +1,9 @@
 """Locks between processes, on one machine or on several that share a file system.
 
-They are POSIX record locks (fcntl.lockf), each on one byte of a small file beside the files that it protects. The system
-releases a lock when its process ends, even if the process is killed. A forked child does not inherit it. NFS supports it. Each
-lock has a record of RECORD bytes: the first byte is locked, and the text names the owner for the messages of other processes.
+They are POSIX record locks (fcntl.lockf), each on one byte of a small file beside the files that it protects.
+The system releases a lock when its process ends, even if the process is killed. A forked child does not
+inherit it. NFS supports it. Each lock has a record of RECORD bytes: the first byte is locked, and the text
+names the owner for the messages of other processes.
 """
 
 import errno
@@ -26,9 +27,9 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 class LockFile:
     """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them.
 
-    The last process that uses the file removes it. Only one LockFile of a path may be open in a process: closing a file
-    releases all locks that the process has on it. Raises UserError if the file cannot be made, or if its file system has no
-    locks.
+    The last process that uses the file removes it. Only one LockFile of a path may be open in a process:
+    closing a file releases all locks that the process has on it. Raises UserError if the file cannot be made,
+    or if its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,8 +43,9 @@ class LockFile:
                     self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 except FileNotFoundError:  # another process removed the directory between mkdir and open
                     continue
-                # Waits while a leaving process has taken this lock alone (try_alone) and removes the file. The file that
-                # is open here is then deleted, and a lock on it would exclude no process: open the path again.
+                # Waits while a leaving process has taken this lock alone (try_alone) and removes the file.
+                # The file that is open here is then deleted, and a lock on it would exclude no process: open
+                # the path again.
                 fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _PRESENCE)
                 if self._is_current():
                     return self
@@ -56,17 +58,22 @@ class LockFile:
     ) -> None:
         if self._remove_if_alone():
             return
-        # If two processes end at the same time, each sees the lock of the other, and neither removes the file. The first
-        # attempt has closed the file and so released the lock of this process: the process that looks last is alone.
+        # If two processes end at the same time, each sees the lock of the other, and neither removes the
+        # file. The first attempt has closed the file and so released the lock of this process: the process
+        # that looks last is alone.
         with suppress(OSError):
             self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
             self._remove_if_alone()
 
     def _remove_if_alone(self) -> bool:
-        """Removes the file if no other process uses it, and closes it. Returns whether no other process used it."""
+        """Removes the file if no other process uses it, and closes it.
+
+        Returns whether no other process used it.
+        """
         try:
             alone = self.try_alone()
-            if alone and self._is_current():  # else the file is removed already, and the path may name a new one
+            # else the file is removed already, and the path may name a new one
+            if alone and self._is_current():
                 with suppress(OSError):
                     self.path.unlink()
             return alone
@@ -74,9 +81,10 @@ class LockFile:
             os.close(self._file)
 
     def try_lock(self, number: int) -> bool:
-        """Takes lock `number` if no other process has it. Returns whether this process holds it now. Does not wait.
+        """Takes lock `number` if no other process has it. Returns whether this process holds it now.
 
-        Raises UserError if the file was removed, or if the system refuses the lock for another reason.
+        Does not wait. Raises UserError if the file was removed, or if the system refuses the lock for another
+        reason.
         """
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number * RECORD)
@@ -87,7 +95,8 @@ class LockFile:
         # A user may have removed the file: processes that open the path now would take locks of a new file.
         if not self._is_current():
             raise UserError(f"{self.path} was removed while this process used it: run the command again")
-        with suppress(OSError):  # the disk is full: the lock holds all the same, only the messages lack the name
+        # the disk is full: the lock holds all the same, only the messages lack the name
+        with suppress(OSError):
             os.pwrite(self._file, _own_name().ljust(RECORD, b"\0"), number * RECORD)
         return True
 
@@ -109,7 +118,10 @@ class LockFile:
         return "".join(character for character in text if character.isprintable()) or "another process"
 
     def try_alone(self) -> bool:
-        """Whether no other process uses the file. If so, a process that opens it waits until this one closes it."""
+        """Whether no other process uses the file.
+
+        If so, a process that opens it waits until this one closes it.
+        """
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _PRESENCE)
         except OSError:

@@ -3,7 +3,7 @@
     PARENT/NAME/RECORD           JSON: what the directory was made from, and size and checksum of every other file
     PARENT/.NAME.lock            exists while a process makes or replaces NAME
     PARENT/.NAME.1a2b3c4d.new    the directory that is being written
-    PARENT/.NAME.1a2b3c4d.old    the directory that is being replaced; after a kill it is renamed back if NAME does not exist
+    PARENT/.NAME.1a2b3c4d.old    the directory that is being replaced; renamed back after a kill if NAME is missing
 
 The command never removes a file that it did not write, or that was changed since.
 """
@@ -34,7 +34,9 @@ from megatron_fuse.text_safety import say
 
 @dataclass(frozen=True)
 class Found:
-    """A directory with a record. record: the name of the record's file. origin: what the directory was made from.
+    """A directory with a record. record: the name of the record's file.
+
+    origin: what the directory was made from.
 
     recorded, missing, changed, foreign: paths of files, relative to the directory.
     """
@@ -70,9 +72,10 @@ class Found:
 
 
 def find(directory: Path, record: str, option: str, *, verify: bool = True) -> Found | None:
-    """The directory and the state of its files, None if it does not exist. verify: compare checksums, not sizes alone.
+    """The directory and the state of its files, None if it does not exist.
 
-    Raises UserError, naming the option that chose the directory, if the directory has no record of its files.
+    verify: compare checksums, not sizes alone. Raises UserError, naming the option that chose the directory,
+    if the directory has no record of its files.
     """
     if not os.path.lexists(directory):
         return None
@@ -99,9 +102,10 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
 
 @contextmanager
 def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = say) -> Iterator[None]:
-    """Within the block no other process writes this directory. If another process writes it, this waits for its end.
+    """Within the block no other process writes this directory.
 
-    First removes what killed processes left. Raises UserError for an error of the operating system.
+    If another process writes it, this waits for its end. First removes what killed processes left. Raises
+    UserError for an error of the operating system.
     """
     with LockFile(directory.with_name(f".{directory.name}.lock")) as lock:
         lock.lock(1, lambda owner: progress(f"{directory}: {owner} is writing it, waiting for its end"))
@@ -112,13 +116,15 @@ def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = 
 
 @contextmanager
 def directory_then_rename(directory: Path, replaced: Found | None = None) -> Iterator[Path]:
-    """Yields an empty directory beside `directory` and renames it to `directory` at the end. On an error it is removed.
+    """Yields an empty directory beside `directory` and renames it to `directory` at the end.
 
-    replaced: the directory that has the name now. It keeps the name until the new one is whole. Call this only within
-    sole_writer. Raises UserError for an error of the operating system.
+    On an error it is removed.
+
+    replaced: the directory that has the name now. It keeps the name until the new one is whole. Call this
+    only within sole_writer. Raises UserError for an error of the operating system.
     """
-    # Two renames: Linux cannot rename a directory over one that holds files. A kill between them leaves only the .old
-    # directory, to which _sweep gives its name back.
+    # Two renames: Linux cannot rename a directory over one that holds files. A kill between them leaves only
+    # the .old directory, to which _sweep gives its name back.
     mark = secrets.token_hex(4)
     temporary, old = (directory.with_name(f".{directory.name}.{mark}.{end}") for end in ("new", "old"))
     with refusals_of(directory, temporary):
@@ -142,7 +148,10 @@ def directory_then_rename(directory: Path, replaced: Found | None = None) -> Ite
 
 
 def record_files(directory: Path, record: str, origin: Mapping[str, Any]) -> None:
-    """Writes the record of a directory whose other files are complete. Reads every file. origin: what it was made from."""
+    """Writes the record of a directory whose other files are complete.
+
+    Reads every file. origin: what it was made from.
+    """
     write_sealed(directory / record, {**origin, "files": records_as_json(records_of_files(directory))})
 
 
@@ -150,7 +159,8 @@ def record_files(directory: Path, record: str, origin: Mapping[str, Any]) -> Non
 def refusals_of(directory: Path, temporary: Path | None = None) -> Iterator[None]:
     """Turns an OSError in the block into a UserError that names the directory and the free space.
 
-    temporary: the directory that is being written. In the messages of errors its name is replaced by that of `directory`.
+    temporary: the directory that is being written. In the messages of errors its name is replaced by that of
+    `directory`.
     """
     try:
         yield
@@ -172,8 +182,8 @@ def _room(directory: Path) -> str:
 def _sweep(directory: Path, record: str) -> None:
     """Cleans up after killed writers. Only for a process that holds the lock of sole_writer.
 
-    A .new directory was never complete, and goes. An .old one gets its name back if no directory has it. Else the new one
-    was complete, and of the old one only the recorded files are removed.
+    A .new directory was never complete, and goes. An .old one gets its name back if no directory has it. Else
+    the new one was complete, and of the old one only the recorded files are removed.
     """
     name = re.compile(rf"\.{re.escape(directory.name)}\.[0-9a-f]{{8}}\.(new|old)")
     for path in sorted(directory.parent.iterdir()):
@@ -184,7 +194,8 @@ def _sweep(directory: Path, record: str) -> None:
         elif not os.path.lexists(directory):
             path.rename(directory)
         else:
-            with suppress(UserError):  # a damaged record does not say which files are the command's: all of them stay
+            # a damaged record does not say which files are the command's: all of them stay
+            with suppress(UserError):
                 listed = read_sealed(path / record).get("files") if (path / record).is_file() else {}
                 _remove_files(path, list(parse_records(listed, record)), record)
 
@@ -203,6 +214,9 @@ def _remove_files(directory: Path, recorded: list[str], record: str) -> None:
 
 
 def _flush_all(directory: Path) -> None:
-    """Flushes all files of a directory and its names to disk. After a power failure no name stays without its content."""
+    """Flushes all files of a directory and its names to disk.
+
+    After a power failure no name stays without its content.
+    """
     for path in [*(directory / name for name in files_below(directory)), directory]:
         flush_to_disk(path)

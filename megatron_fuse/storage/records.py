@@ -1,10 +1,13 @@
-"""The content of the project's JSON files as typed models. Reading a file of another form raises UserError with file and key.
+"""The content of the project's JSON files as typed models.
+
+Reading a file of another form raises UserError with file and key.
 
     plan.json         PlanRecord
     manifest.json     ManifestRecord
     shard-N.done      MarkerRecord
 
-Models are strict: true is no number, 1.0 is no integer, NaN is no number at all. Keys that a model does not know are kept.
+Models are strict: true is no number, 1.0 is no integer, NaN is no number at all. Keys that a model does not
+know are kept.
 """
 
 from collections.abc import Iterator
@@ -53,7 +56,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """What the file holds, key by key: without defaults that the file does not state, with keys that are unknown here."""
+        """The keys and values of the file: without defaults that it does not state, with keys that are unknown here."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -92,7 +95,10 @@ def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model
 
 
 def parse_record(content: object, model: type[Model], place: str, fix: str) -> Model:
-    """read_record for content that has been read already. place: the file, or file and line, for the error."""
+    """read_record for content that has been read already.
+
+    place: the file, or file and line, for the error.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -119,7 +125,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a validation in one line: the key, what is wrong, the value, and the number of further problems."""
+    """The first problem of a validation in one line: the key, what is wrong, the value, and how many more there are."""
     first, *others = error.errors(include_url=False, include_context=False)
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     key = f"{brief(key, _SHOWN)}: " if key else ""
@@ -134,5 +140,6 @@ def quoted(value: Any, limit: int = _SHOWN) -> str:
     """A value as a message shows it: printable, on one line, of at most `limit` characters."""
     try:
         return brief(repr(value), limit)
-    except (RecursionError, ValueError):  # the value is nested too deeply, or an integer has too many digits for repr
+    # the value is nested too deeply, or an integer has too many digits for repr
+    except (RecursionError, ValueError):
         return f"a {type(value).__name__}"

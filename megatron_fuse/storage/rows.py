@@ -12,8 +12,8 @@ _EXACT = 2**53  # beyond it, one float stands for several integers
 def value_at(row: dict[str, Any], key: str) -> Any:
     """The value under a key whose dots lead into mappings; None if there is no such key.
 
-    A key of the row may itself hold dots. At every step the longest key that exists wins, so that `responses.vicuna-7b-v1.5`
-    is found in {"responses": {"vicuna-7b-v1.5": ...}}.
+    A key of the row may itself hold dots. At every step the longest key that exists wins, so that
+    `responses.vicuna-7b-v1.5` is found in {"responses": {"vicuna-7b-v1.5": ...}}.
     """
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
@@ -47,7 +47,10 @@ def as_id(value: Any) -> str | None:
 
 
 def id_at(row: dict[str, Any], key: str, place: str) -> str:
-    """The id of a row's example. place: file and line, for the error. Raises UserError if the value is no id."""
+    """The id of a row's example. place: file and line, for the error.
+
+    Raises UserError if the value is no id.
+    """
     value = value_at(row, key)
     name = as_id(value)
     if name is None:

@@ -1,8 +1,8 @@
 """Writes safetensors files through the project's own temporary files.
 
-The safetensors library writes its own temporary file with mode 0600 and renames it. The result keeps that mode, whatever the
-umask is. After a kill the temporary file stays, and remove_abandoned does not know it. The bytes written here are the same as
-the library's.
+The safetensors library writes its own temporary file with mode 0600 and renames it. The result keeps that
+mode, whatever the umask is. After a kill the temporary file stays, and remove_abandoned does not know it. The
+bytes written here are the same as the library's.
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 
 from megatron_fuse.storage.files import temporary_then_rename
 
-# Names of the format, in its order: as in the library, the widest type comes first, so that every tensor is aligned.
+# Names of the format, in its order: as in the library, the widest type comes first, so that every tensor is
+# aligned.
 _DTYPES = {
     "uint64": "U64",
     "int64": "I64",
@@ -36,8 +37,8 @@ _DTYPES = {
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes numpy arrays or torch tensors on the CPU as one safetensors file, whole or not at all.
 
-    Only one tensor at a time is copied in memory. Raises UserError for an error of the operating system, ValueError for a
-    dtype that is not in the table above.
+    Only one tensor at a time is copied in memory. Raises UserError for an error of the operating system,
+    ValueError for a dtype that is not in the table above.
     """
     order = sorted(tensors, key=lambda name: (_place(tensors[name], name), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}

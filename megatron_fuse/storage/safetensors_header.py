@@ -1,9 +1,10 @@
 """The header of a safetensors file: the names, dtypes and shapes of its tensors, and where their bytes lie.
 
-    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}} | data
+    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text:
+    text}} | data
 
-Every file that the safetensors library accepts is accepted here, with one exception: if a name occurs twice, the library
-drops one of the two tensors silently, and this module raises UserError.
+Every file that the safetensors library accepts is accepted here, with one exception: if a name occurs twice,
+the library drops one of the two tensors silently, and this module raises UserError.
 """
 
 import math
@@ -61,7 +62,10 @@ class _Tensor(BaseModel):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """dtype: as safetensors writes it (BF16). start, end: the tensor's bytes, counted from the begin of the file."""
+    """dtype: as safetensors writes it (BF16).
+
+    start, end: the tensor's bytes, counted from the begin of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +82,10 @@ class SafetensorsHeader:
 
 
 def read_safetensors_header(path: Path) -> SafetensorsHeader:
-    """The header of a file. Raises UserError, naming the file and the tensor, if it is no header or does not fit the file."""
+    """The header of a file.
+
+    Raises UserError, naming the file and the tensor, if it is no header or does not fit the file.
+    """
     size = file_size(path)
     refuse_lfs_pointer(path)
     try:
@@ -97,7 +104,10 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raises UserError if the file is a pointer of Git LFS: a short text in the place of a large file that was not fetched."""
+    """Raises UserError if the file is a pointer of Git LFS.
+
+    A pointer is a short text in the place of a large file that was not fetched.
+    """
     try:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
@@ -132,7 +142,7 @@ def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
 
 
 def _check_cover(tensors: dict[str, StoredTensor], data: int, size: int, path: Path) -> None:
-    """Raises UserError unless the tensors' bytes follow one another without gaps up to the end of the file."""
+    """Raises UserError unless the tensors' bytes follow one another without gaps to the end of the file."""
     end = data
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:

@@ -1,6 +1,6 @@
 """The files of one plan while processes make it: the locks of its shards, and which shards are whole.
 
-DIRECTORY/.shard-00000.XXXX.work/   files of a shard while its owner makes it; after a kill the next owner removes them
+DIRECTORY/.shard-00000.XXXX.work/   files of a shard in work; after a kill the next owner of the shard removes them
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 
@@ -24,9 +24,10 @@ _DIRECTORY, _SHARDS = 1, 2  # numbers of locks: that of plan and manifest, that 
 
 
 class ShardFiles:
-    """The directory of one plan, which holds plan.json. A context manager: at its end this process holds no lock of a shard.
+    """The directory of one plan, which holds plan.json.
 
-    Raises UserError if the directory holds another plan, or cannot be written.
+    A context manager: at its end this process holds no lock of a shard. Raises UserError if the directory
+    holds another plan, or cannot be written.
     """
 
     def __init__(self, plan: Plan, progress: Callable[[str], None]) -> None:
@@ -40,8 +41,9 @@ class ShardFiles:
         self._locks.__enter__()
         try:
             with self._alone():
-                # Since the caller looked, another process may have begun another plan (completed raises) or finished this
-                # one. A manifest that is there all the same is damaged, or describes damaged files.
+                # Since the caller looked, another process may have begun another plan (completed raises) or
+                # finished this one. A manifest that is there all the same is damaged, or describes damaged
+                # files.
                 if completed(self.plan) is None:
                     (self.directory / "manifest.json").unlink(missing_ok=True)
                     self._write_plan()
@@ -65,7 +67,7 @@ class ShardFiles:
         return self._locks.owner(_SHARDS + index)
 
     def marker(self, index: int) -> dict[str, Any] | None:
-        """The content of a shard's marker, None if the shard must be made: it has no marker, or its files are damaged.
+        """The content of a shard's marker, None if the shard must be made: no marker, or damaged files.
 
         Raises UserError if the shard belongs to another plan, whose plan.json was removed.
         """
@@ -102,7 +104,10 @@ class ShardFiles:
 
     @contextmanager
     def workplace(self, index: int) -> Iterator[Path]:
-        """Yields the prefix under which the owner of a shard writes its files. At the end what is left there is removed."""
+        """Yields the prefix under which the owner of a shard writes its files.
+
+        At the end what is left there is removed.
+        """
         name = self.names[index]
         # This process holds the lock of the shard, so the owners of these directories have been killed.
         for abandoned in self.directory.glob(f".{name}.*.work"):
@@ -117,15 +122,16 @@ class ShardFiles:
     def install(self, index: int, prefix: Path, counts: Counts, together: list[str]) -> None:
         """Moves the files of a finished shard into the directory, then writes its marker.
 
-        together: names of the plans for which the shard was made in one go. Raises UserError if the directory cannot be
-        written.
+        together: names of the plans for which the shard was made in one go. Raises UserError if the directory
+        cannot be written.
         """
         try:
             paths = sorted(prefix.parent.iterdir())
             files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
             self._write_plan()  # a rank that failed at its first shard may have removed it (forget_if_empty)
-            # The order matters, because a kill may come at any point. A marker must never describe files that are being
-            # replaced, so the old one goes first; the new one is written when all files are on the disk.
+            # The order matters, because a kill may come at any point. A marker must never describe files that
+            # are being replaced, so the old one goes first; the new one is written when all files are on the
+            # disk.
             self._marker(index).unlink(missing_ok=True)
             for old in self.directory.glob(f"{self.names[index]}.*"):
                 old.unlink()
@@ -162,7 +168,8 @@ class ShardFiles:
         """
         if self.marked() == 0 and self._locks.try_alone():
             (self.directory / "plan.json").unlink(missing_ok=True)
-            # OSError if the directory is not empty: it may hold kept answers of a generation server, which stay.
+            # OSError if the directory is not empty: it may hold kept answers of a generation server, which
+            # stay.
             with suppress(OSError):
                 self.directory.rmdir()
 

@@ -1,4 +1,4 @@
-"""How a stage writes its artifact: shard by shard, shared between processes, and resumed after an interruption."""
+"""How a stage writes its artifact: shard by shard, shared between processes, resumed after an interruption."""
 
 import os
 import time
@@ -17,7 +17,10 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank r, world size w) under torchrun, else (0, 1). The process makes every w-th shard, beginning with shard r."""
+    """(rank r, world size w) under torchrun, else (0, 1).
+
+    The process makes every w-th shard, beginning with shard r.
+    """
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -28,11 +31,12 @@ MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artifact | None:
     """Makes the missing shards of this rank, then the manifest if all shards of all ranks are finished.
 
-    make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in the manifest. The
-    prefix lies in a directory that only this process uses. The files are moved into the artifact when the shard is whole.
+    make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in
+    the manifest. The prefix lies in a directory that only this process uses. The files are moved into the
+    artifact when the shard is whole.
 
-    Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds another plan or
-    cannot be written.
+    Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds
+    another plan or cannot be written.
     """
     return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get("")
 
@@ -40,21 +44,24 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
 def run_plans(
     plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = say
 ) -> dict[str, Artifact]:
-    """run_plan for several plans that have the same shards and share work. Returns the finished artifacts by name.
+    """run_plan for several plans that have the same shards and share work.
 
-    make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by name. Data made
-    together may differ in rounding from data made alone. So if the work on a shard was cut off when only some of its plans
-    were marked, the shard is made again for all of them.
+    Returns the finished artifacts by name.
 
-    A process holds the lock of a shard while it makes the shard. A second process with the same rank makes the other shards
-    first. Then it waits, and makes the shards that a process which has ended left unfinished.
+    make_shards(index, {name: prefix}) makes one shard for the plans that lack it, and returns the counts by
+    name. Data made together may differ in rounding from data made alone. So if the work on a shard was cut
+    off when only some of its plans were marked, the shard is made again for all of them.
+
+    A process holds the lock of a shard while it makes the shard. A second process with the same rank makes
+    the other shards first. Then it waits, and makes the shards that a process which has ended left
+    unfinished.
     """
     artifacts = {name: completed(plan) for name, plan in plans.items()}
     unfinished = {name: plans[name] for name in plans if artifacts[name] is None}
     if unfinished:
         with ExitStack() as stack:
-            # No deadlock is possible: all processes enter the directories in the same order, and _make only tries the
-            # locks of a shard. It never waits for one while it holds another.
+            # No deadlock is possible: all processes enter the directories in the same order, and _make only
+            # tries the locks of a shard. It never waits for one while it holds another.
             files = {name: stack.enter_context(ShardFiles(unfinished[name], progress)) for name in unfinished}
             try:
                 _make_missing(files, make_shards, progress)
@@ -62,16 +69,16 @@ def run_plans(
                 for each in files.values():
                     each.forget_if_empty()
                 raise
-            # All plans or none. Some shards may have the marker of one plan only, after a kill between two markers; then
-            # no plan is finished.
+            # All plans or none. Some shards may have the marker of one plan only, after a kill between two
+            # markers; then no plan is finished.
             if all(each.is_whole() for each in files.values()):
                 artifacts |= {name: each.finish() for name, each in files.items()}
     return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 
 def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: Callable[[str], None]) -> None:
-    # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all pending shards;
-    # only if other processes hold all of them does this process sleep.
+    # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all
+    # pending shards; only if other processes hold all of them does this process sleep.
     rank, world_size = rank_and_world()
     shards = len(next(iter(files.values())).names)
     pending = list(range(rank, shards, world_size))
@@ -109,7 +116,10 @@ def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, pro
 
 
 def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:
-    """The plans for which a shard must be made: those that lack it, and those that were made in one go with one of these."""
+    """The plans for which a shard must be made.
+
+    These are the plans that lack it, and those whose marker names one of these as made together with it.
+    """
     markers = {name: each.marker(index) for name, each in files.items()}
     missing = {name for name, marker in markers.items() if marker is None}
     cut_off = {name for name, marker in markers.items() if marker and missing & set(marker.get("together", []))}
@@ -121,5 +131,8 @@ def _where(files: dict[str, ShardFiles]) -> str:
 
 
 def shard_bounds(items: int, shard_size: int) -> np.ndarray:
-    """[shards + 1] int64: the first item of every shard, and at the end the number of items. No items give one empty shard."""
+    """[shards + 1] int64: the first item of every shard, and at the end the number of items.
+
+    No items give one empty shard.
+    """
     return np.unique(np.append(np.arange(0, max(items, 1), shard_size), items)) if items else np.array([0, 0])

@@ -1,7 +1,8 @@
 """A strict reader for JSON files of models that others have made.
 
-Python's `json` accepts a key twice (the last one wins), numbers of any length and halves of surrogate pairs, and overflows the
-stack on deep nesting. This module raises UserError for all of these, with the file and the key or line.
+Python's `json` accepts a key twice (the last one wins), numbers of any length and halves of surrogate pairs,
+and overflows the stack on deep nesting. This module raises UserError for all of these, with the file and the
+key or line.
 """
 
 import json
@@ -20,7 +21,10 @@ _MOST_DIGITS = 1000  # the largest float has 309 digits before the point
 
 
 class _BadValue(ValueError):
-    """A problem that a hook of the parser has found. The hook does not know the line, so it passes the token on."""
+    """A problem that a hook of the parser has found.
+
+    The hook does not know the line, so it passes the token on.
+    """
 
     def __init__(self, problem: str, token: str) -> None:
         super().__init__(problem)
@@ -28,7 +32,10 @@ class _BadValue(ValueError):
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object of a file. Raises UserError, naming the file and the key or line, for any other content."""
+    """The JSON object of a file.
+
+    Raises UserError, naming the file and the key or line, for any other content.
+    """
     return parse_object(read_small_file(path, most_bytes), str(path))
 
 
@@ -57,7 +64,10 @@ def file_size(path: Path) -> int:
 
 
 def parse_object(text: bytes, place: str) -> dict[str, Any]:
-    """The JSON object in a text. place: its file, for errors. Raises UserError, naming the key or line, for other content."""
+    """The JSON object in a text. place: its file, for errors.
+
+    Raises UserError, naming the key or line, for other content.
+    """
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer)
     except _BadValue as error:
@@ -96,8 +106,8 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-# The path of a value: the path of the mapping that holds it, and its key in that mapping. A chain is cheap to make for every
-# value, and only the few paths in errors are ever written out.
+# The path of a value: the path of the mapping that holds it, and its key in that mapping. A chain is cheap to
+# make for every value, and only the few paths in errors are ever written out.
 _Path = tuple["_Path", str] | None
 
 
@@ -132,7 +142,10 @@ def _line_of(text: bytes, token: str) -> str:
 
 
 def _too_deep(text: bytes) -> str:
-    """The line in which brackets are nested too deeply. Brackets in strings count too: it is only for a message."""
+    """The line in which brackets are nested too deeply.
+
+    Brackets in strings count too: it is only for a message.
+    """
     depth = 0
     for place, byte in enumerate(text):
         depth += (byte in b"[{") - (byte in b"]}")

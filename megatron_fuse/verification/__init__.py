@@ -1,13 +1,15 @@
-"""Checks everything that fusion data holds, and says all that is wrong with it.
+"""Checks all fusion data of a recipe, and reports every problem.
 
-    verify.py       goes through all of it, and keeps what is found
-    artifacts.py    files: size and sha256 against the manifest, of the text, of the sources' rows and, as far as it is there, of
-                    what they were made from; lineage: what each was made with and from, against the recipe and its parents
-    shards.py       documents: ids within the vocabulary, one mark a token, lengths that fit each other; rows: counts that fit
-                    labels and entries, no id twice in a row, finite log-probabilities of at most 0, a mass of at most 1
-    selection.py    the choice between the sources: who has the example, and what the stored facts lead to
-    curriculum.py   what orders the examples: the lengths and rewards that it was measured from
-    recomputed.py   stored arrays against those that the stored facts lead to, for both of these
+    verify.py       goes through all fusion data and collects the problems
+    artifacts.py    files: size and sha256 against the manifest, for the text, the rows of the sources and, if they are there,
+                    the artifacts that these were made from; lineage: recorded options and inputs against
+                    recipe and parents
+    shards.py       documents: ids within the vocabulary, one mark per token, lengths that fit each other; rows: counts that
+                    fit labels and entries, no id twice in a row, finite log-probabilities of at most 0, a
+                    mass of at most 1
+    selection.py    the choice between the sources: it must follow from the stored facts
+    curriculum.py   the values that order the examples: they must follow from the lengths and rewards
+    recomputed.py   for both: compares stored arrays with the same arrays computed again
 
 One shard is in memory at a time.
 """

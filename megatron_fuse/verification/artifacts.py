@@ -1,4 +1,4 @@
-"""The artifacts that fusion data consists of and was made from: their files, and what they say of their origin."""
+"""Checks of the artifacts of fusion data and of their parents: the files, and the recorded origin."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +24,13 @@ DATA_STAGES = (INSTRUCTIONS, RESPONSES, SCORES, REFERENCE_SCORES, CAPTURES, TEXT
 
 @dataclass(frozen=True)
 class Expected:
-    """What an artifact has to be: options and inputs by the recipe, and the artifacts whose hashes it records, by input."""
+    """What an artifact must record: options and inputs as in the recipe, and the hashes of its parents.
+
+    parents: name of the input -> directory of the parent. fix: what the user must do about a difference.
+    """
 
     directory: Path
-    needed: bool  # else it is looked at where it is there: a machine that trains needs no captures
+    needed: bool  # False: it may be missing, as a machine that only trains needs no captures
     options: dict[str, Any]
     inputs: dict[str, str]
     parents: dict[str, Path]
@@ -35,7 +38,7 @@ class Expected:
 
 
 def expected_artifacts(context: Context) -> list[Expected]:
-    """All that the recipe's fusion data consists of and comes from, parents first."""
+    """All artifacts of the recipe's fusion data and those that it is made from, parents first."""
     expected = []
     for stage in DATA_STAGES:
         for key in stage.keys(context.recipe):
@@ -57,7 +60,10 @@ def _expected(context: Context, stage: Stage, key: Key) -> Expected:
 
 
 def open_artifacts(expected: list[Expected], problems: list[str]) -> dict[Path, Artifact]:
-    """Those that are there, by their directory, whatever state their files are in."""
+    """The artifacts that have a manifest, by directory. Their files may be damaged.
+
+    Adds to `problems` what is missing.
+    """
     artifacts = {}
     for entry in expected:
         if not (entry.directory / "manifest.json").exists():
@@ -74,7 +80,7 @@ def open_artifacts(expected: list[Expected], problems: list[str]) -> dict[Path, 
 
 
 def file_problems(artifact: Artifact) -> Problems:
-    """Files that are missing or not what the stage wrote."""
+    """One line for every file that is missing or is not what the stage wrote."""
     for name in artifact.manifest["files"]:
         try:
             artifact.checked(artifact.directory / name)
@@ -83,13 +89,16 @@ def file_problems(artifact: Artifact) -> Problems:
 
 
 def lineage_problems(entry: Expected, artifacts: dict[Path, Artifact]) -> Problems:
-    """Options and inputs that are not the recipe's, and recorded hashes of parents that are not those that are there."""
+    """One line for every option or input that differs from the recipe, or hash that differs from the parent's.
+
+    A parent that is missing is not compared.
+    """
     manifest = artifacts[entry.directory].manifest
-    there = {key: artifacts[path].sha256 for key, path in entry.parents.items() if path in artifacts}
-    for section, wanted in {"options": entry.options, "inputs": entry.inputs | there}.items():
+    parents = {key: artifacts[path].sha256 for key, path in entry.parents.items() if path in artifacts}
+    for section, wanted in {"options": entry.options, "inputs": entry.inputs | parents}.items():
         for key, want in wanted.items():
             have = manifest[section].get(key)
             if have != want:
-                whose = f"{entry.parents[key]} is" if key in there else "the recipe has"
+                whose = f"{entry.parents[key]} is" if key in parents else "the recipe has"
                 facts = f"{section}.{key} is {shown(have)}, {whose} {shown(want)}"
                 yield f"{entry.directory}/manifest.json: {facts}: {entry.fix}"

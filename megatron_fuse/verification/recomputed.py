@@ -1,4 +1,4 @@
-"""Arrays that a file holds against the same ones computed anew from what it was made from."""
+"""Compares the arrays of a file with the same arrays, computed again from the data behind them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,10 @@ def difference_problems(
     basis: str,
     fix: str,
 ) -> Iterator[str]:
-    """A line for every array that is not exactly the wanted one [n, ...]; NaN equals NaN.
+    """One line for every array of `found` that is not exactly the wanted one [n, ...]; NaN equals NaN.
 
-    names [n]: the examples' ids; basis: what `wanted` was computed from, in words; fix: what helps.
+    path: the file of `found`. names [n]: the examples' ids. basis: in words, what `wanted` was computed from.
+    fix: what the user must do.
     """
     for name, want in wanted.items():
         have = found.get(name)

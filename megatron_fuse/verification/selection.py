@@ -1,4 +1,4 @@
-"""The choice between the sources against the facts that it was made by."""
+"""Checks the choice between the sources against the facts that it was made from."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +16,15 @@ from megatron_fuse.verification.shards import fix
 
 Problems = Iterator[str]
 Facts = Mapping[str, np.ndarray]
-"""What teachers/SOURCE/MODE/*.examples.safetensors say of the examples, [n] each."""
+"""The arrays of teachers/SOURCE/MODE/*.examples.safetensors, [n] each: one value per example."""
 FACTS = {"available", "lossy", "ce_sum", "response_bytes", "response_tokens", "answer"}
 
 
 def read_facts(path: Path, examples: int) -> Facts:
-    """The facts of a shard's examples. Raises UserError where they cannot be read or are not of so many examples."""
+    """The facts of a shard's examples.
+
+    Raises UserError if they cannot be read, or have another number of examples.
+    """
     try:
         facts = load_file(path)
         if FACTS - facts.keys():
@@ -37,7 +40,12 @@ def read_facts(path: Path, examples: int) -> Facts:
 
 
 def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], mode: str) -> Problems:
-    """Facts of one shard. rows int64 [n]: supervised tokens of the documents that the source's rows belong to."""
+    """Problems of the facts of one shard.
+
+    rows int64 [n]: supervised tokens of the documents of the source's rows.
+
+    names [n]: the examples' ids.
+    """
     rules = {"is not 0 or 1": facts["available"] > 1, "but it has no document": (facts["available"] == 1) & (rows == 0)}
     if mode == "training":
         rules["but it has no cross-entropy"] = (facts["available"] == 1) & np.isnan(facts["ce_sum"])  # may be infinite
@@ -52,34 +60,41 @@ def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], 
 def selection_problems(
     context: Context, mode: str, parents: Mapping[str, str], facts: list[Facts], names: list[str]
 ) -> Problems:
-    """The stored selection of one mode. parents: sha256 of the text and of every source's rows; facts: of each source."""
+    """Problems of the stored selection of one mode.
+
+    parents: sha256 of the text and of the rows of every source. facts: of each source, in the recipe's order.
+    names: ids of the examples.
+    """
     recipe = context.recipe
     path = selection_path(recipe, mode)
     try:
-        found = read_selection(recipe, mode, parents).arrays
+        stored = read_selection(recipe, mode, parents).arrays
     except UserError as error:
         yield str(error)
         return
-    if len(found["source"]) != len(names):
-        yield f"{path}: {len(found['source'])} examples, the text has {len(names)}: {FIX}"
+    if len(stored["source"]) != len(names):
+        yield f"{path}: {len(stored['source'])} examples, the text has {len(names)}: {FIX}"
         return
-    beyond = (found["source"] < -1) | (found["source"] >= len(recipe.sources))
+    beyond = (stored["source"] < -1) | (stored["source"] >= len(recipe.sources))
     if beyond.any():
         example = int(beyond.argmax())
         yield (
-            f"{path}: example {names[example]!r}: source {found['source'][example]}, "
+            f"{path}: example {names[example]!r}: source {stored['source'][example]}, "
             f"the recipe has {len(recipe.sources)}, counted from 0: {FIX}"
         )
-    judgements = _judgements(context, len(names), found) if mode == "inference" else {}
+    judgements = _judgements(context, len(names), stored) if mode == "inference" else {}
     if judgements is None:
         yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
         return
     wanted = choose(recipe, mode, facts, judgements)
-    yield from difference_problems(path, found, wanted, names, basis="the sources' facts", fix=FIX)
+    yield from difference_problems(path, stored, wanted, names, basis="the sources' facts", fix=FIX)
 
 
 def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
-    """Those of the scores stage where they are still there (what ails them is found with the artifacts), else those stored."""
+    """The scores of the scores stage; if they are missing or damaged, those stored with the selection; else None.
+
+    The check of the artifacts reports the damage itself.
+    """
     try:
         return read_judgements(context, examples)
     except (UserError, OSError, ValueError, EOFError):

@@ -1,6 +1,7 @@
-"""The laws of one shard of documents and of the teacher's rows at them, checked as whole arrays.
+"""The rules that one shard of documents and its teacher's rows must obey, checked as whole arrays.
 
-Of one kind of error in one file the first is described and the others are counted. n examples, r rows, e entries.
+For each kind of error in a file, the first one is described and the others are counted. n examples, r rows, e
+entries.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,8 @@ from megatron_fuse.fusion_data.listing import read_listed as read_listed_example
 from megatron_fuse.fusion_data.stored_spans import read_spans
 from megatron_fuse.fusion_data.streams import Stream
 
-# Log-probabilities are rounded down to float16, so that only float32's rounding of a row can carry it above 1.
+# Log-probabilities are rounded down to float16. So only the float32 rounding of a row can bring its mass
+# above 1.
 MOST_MASS = 1 + 1e-4
 
 Problems = Iterator[str]
@@ -25,7 +27,10 @@ Problems = Iterator[str]
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """One field of a shard: the values of all examples on end, and how many each has, int64 [n]."""
+    """One field of a shard. values: of all examples, concatenated.
+
+    lengths int64 [n]: number of values of each example.
+    """
 
     values: np.ndarray
     lengths: np.ndarray
@@ -33,7 +38,7 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class ShardFiles:
-    """A shard's readable fields, of as many examples as it has names, and the problems of the others."""
+    """The fields of a shard that are readable and have as many examples as `names`; the problems of the others."""
 
     prefix: Path
     names: Sequence[str]
@@ -42,7 +47,7 @@ class ShardFiles:
 
     @classmethod
     def read(cls, prefix: Path, names: Sequence[str], fields: Sequence[str]) -> "ShardFiles":
-        found, problems = {}, []
+        readable, problems = {}, []
         for field in fields:
             try:
                 stream = Stream([f"{prefix}.{field}"])
@@ -52,11 +57,14 @@ class ShardFiles:
             if len(stream) != len(names):
                 problems.append(f"{prefix}.{field}.idx: {len(stream)} examples, the text has {len(names)}{fix(prefix)}")
             else:
-                found[field] = Field(stream.values(), stream.lengths)
-        return cls(prefix, names, found, problems)
+                readable[field] = Field(stream.values(), stream.lengths)
+        return cls(prefix, names, readable, problems)
 
     def wrong(self, field: str, bad: np.ndarray, place: Callable[[int], str], say: Callable[[int], str]) -> Problems:
-        """One line where anything is bad [m]; place and say describe it by its number."""
+        """At most one line, for the first index that is bad [m].
+
+        place(index), say(index): where it is and what is wrong.
+        """
         numbers = np.flatnonzero(bad)
         if len(numbers):
             more = f" (and {len(numbers) - 1:,} more in this file)" if len(numbers) > 1 else ""
@@ -66,7 +74,10 @@ class ShardFiles:
         return f"example {self.names[number]!r}"
 
     def place(self, lengths: np.ndarray, what: str) -> Callable[[int], str]:
-        """Names the example of a value, and its place there; lengths int64 [n]: values of every example."""
+        """A function of the index of a value: names its example and its place there.
+
+        lengths int64 [n]: values per example.
+        """
         ends = np.cumsum(lengths)
 
         def describe(number: int) -> str:
@@ -77,12 +88,15 @@ class ShardFiles:
 
 
 def fix(path: Path) -> str:
-    """What helps where a file, or the files of a prefix, are damaged: the end of a problem's line."""
+    """The end of a problem's line: what the user must do if a file, or the files of a prefix, are damaged."""
     return f": restore the file, or remove {path.parent} and run {BUILT_BY} again"
 
 
 def read_listed(prefix: Path) -> dict[str, int]:
-    """Supervised tokens by id, as the text lists them. Raises UserError where that cannot be read."""
+    """Example id -> number of supervised tokens, as the text lists them.
+
+    Raises UserError if the list cannot be read.
+    """
     path = prefix.with_name(prefix.name + ".examples.jsonl")
     try:
         return {row.id: row.supervised_tokens for row in read_listed_examples(path)}
@@ -91,13 +105,17 @@ def read_listed(prefix: Path) -> dict[str, int]:
 
 
 def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:
-    """Of tokens and supervised: ids within the vocabulary, one mark of 0 or 1 a token, none on the first, lengths that fit."""
+    """Problems of the fields tokens and supervised.
+
+    Ids must lie within the vocabulary. Each token must have a mark of 0 or 1, the first token 0. A document
+    must have at most seq_length + 1 tokens.
+    """
     yield from shard.problems
     tokens, marks = shard.fields.get("tokens"), shard.fields.get("supervised")
     if tokens is not None:
         place = shard.place(tokens.lengths, "token")
         yield from _unknown_ids(shard, "tokens", tokens.values, vocab_size, place)
-        limit = seq_length + 1  # the last token is predicted, never read
+        limit = seq_length + 1  # the last token is only predicted, and never read
         yield from shard.wrong(
             "tokens",
             tokens.lengths > limit,
@@ -126,7 +144,7 @@ def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) ->
 
 
 def labels_per_example(shard: ShardFiles) -> np.ndarray | None:
-    """int64 [n]: supervised tokens of every document; None where they cannot be read."""
+    """int64 [n]: number of supervised tokens of every document; None if they cannot be read."""
     marks = shard.fields.get("supervised")
     if marks is None:
         return None
@@ -135,7 +153,7 @@ def labels_per_example(shard: ShardFiles) -> np.ndarray | None:
 
 
 def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.ndarray) -> Problems:
-    """Of the text: labels [n], as its marks say, against those that its list of examples gives."""
+    """Problems of the text: labels [n], counted from its marks, against those in its list of examples."""
     if labels is not None:
         yield from shard.wrong(
             "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, {listed[i]} are listed"
@@ -143,7 +161,10 @@ def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.nda
 
 
 def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
-    """Of the text's spans; labels int64 [n]: supervised tokens of every example, names [n]: their ids."""
+    """Problems of the text's spans. labels int64 [n]: supervised tokens of every example.
+
+    names [n]: their ids.
+    """
     try:
         arrays = read_spans(path, labels=int(labels.sum()), examples=len(labels))
     except UserError as error:
@@ -162,7 +183,10 @@ def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
 
 
 def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: int, entries_per_row: int) -> Problems:
-    """Of the row fields; labels int64 [n]: supervised tokens of the documents that the rows belong to, None = unknown."""
+    """Problems of the fields of rows.
+
+    labels int64 [n]: supervised tokens of the rows' documents; None if unknown.
+    """
     yield from shard.problems
     counts, match, ids, logprobs = map(shard.fields.get, ("counts", "match", "entry_ids", "entry_logprobs"))
     if counts is not None and labels is not None:
@@ -250,10 +274,10 @@ def _match_problems(shard: ShardFiles, match: Field, counts: Field | None) -> Pr
 
 
 def _whole_row_problems(shard: ShardFiles, counts: Field, ids: np.ndarray, logprobs: np.ndarray) -> Problems:
-    """Of rows whose entries are known to be theirs: a mass of at most 1, no id twice."""
+    """Problems of rows whose counts fit their entries: a mass above 1, or an id twice in a row."""
     place = shard.place(counts.lengths, "row")
     row = np.repeat(np.arange(len(counts.values)), counts.values)
-    with np.errstate(over="ignore", invalid="ignore"):  # impossible values are reported by themselves
+    with np.errstate(over="ignore", invalid="ignore"):  # row_problems reports impossible log-probabilities
         mass = np.bincount(row, np.exp(logprobs.astype(np.float64)), len(counts.values))
     possible = np.isfinite(mass) & (np.bincount(row, logprobs > 0, len(counts.values)) == 0)
     yield from shard.wrong(

@@ -1,4 +1,4 @@
-"""The whole verification: artifacts, then the text shard by shard, what orders its examples, and every mode's rows and choice."""
+"""The whole verification: artifacts, text and order of the examples, then rows and choice of each mode."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -33,41 +33,47 @@ from megatron_fuse.verification.shards import (
 
 @dataclass
 class Verification:
-    """problems: one line each, with file, example or row, value and fix; counts: what was looked at."""
+    """problems: one line each, with file, example or row, value and fix.
+
+    counts: numbers of what was checked.
+    """
 
     problems: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) -> Verification:
-    """Looks at all fusion data of a recipe. Raises UserError only where the recipe's target itself cannot be read."""
-    recipe, found = context.recipe, Verification()
+    """Checks all fusion data of a recipe.
+
+    Raises UserError only if the recipe's target itself cannot be read.
+    """
+    recipe, verification = context.recipe, Verification()
     expected = expected_artifacts(context)
-    artifacts = open_artifacts(expected, found.problems)
+    artifacts = open_artifacts(expected, verification.problems)
     for entry in expected:
         if entry.directory in artifacts:
             progress(f"{entry.directory}: checksums and lineage")
             artifact = artifacts[entry.directory]
-            found.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
+            verification.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
             files = artifact.manifest["files"].values()
-            found.counts.update(artifacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
+            verification.counts.update(artifacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
     text = artifacts.get(TEXT.directory(recipe))
     if text:
-        verifier = _ShardVerifier(context, found, progress)
+        verifier = _ShardVerifier(context, verification, progress)
         shards = [verifier.text_shard(prefix) for prefix in _prefixes(text)]
         verifier.curriculum(text, shards)
         for mode in recipe.modes_with_teacher:
             teachers = {source: artifacts.get(TEACHERS.directory(recipe, source, mode)) for source in recipe.sources}
             verifier.mode(mode, text, shards, {source: teacher for source, teacher in teachers.items() if teacher})
-    return found
+    return verification
 
 
 @dataclass(frozen=True, eq=False)
 class _TextShard:
-    """names: the examples' ids, none where they cannot be read (then nothing more is said of the shard).
+    """names: the examples' ids; empty if they cannot be read. Then the shard is not checked any further.
 
-    listed int64 [n]: their supervised tokens, as listed beside the ids; labels int64 [n]: as marked, None where these cannot
-    be read.
+    listed int64 [n]: their supervised tokens, as listed beside the ids. labels int64 [n]: the same, counted
+    from the marks; None if these cannot be read.
     """
 
     names: list[str]
@@ -76,7 +82,7 @@ class _TextShard:
 
 
 class _ShardVerifier:
-    """Looks into the shards of one recipe's artifacts and adds what it finds to `found`."""
+    """Checks the shards of the artifacts of one recipe, and adds problems and counts to `found`."""
 
     def __init__(self, context: Context, found: Verification, progress: Callable[[str], None]) -> None:
         self.context = context
@@ -103,7 +109,10 @@ class _ShardVerifier:
         return _TextShard(list(listed), tokens, labels)
 
     def curriculum(self, text: Artifact, shards: list[_TextShard]) -> None:
-        """What orders the examples, where all of them can be read. Where they are shuffled it need not be there."""
+        """Checks the values that order the examples, if the ids of all examples can be read.
+
+        If the order is `shuffled`, the file may be missing.
+        """
         path = curriculum_path(self.recipe)
         if all(shard.names for shard in shards) and (path.exists() or self.recipe.schedule.order != "shuffled"):
             self.progress(str(path))
@@ -112,9 +121,9 @@ class _ShardVerifier:
             self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
     def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
-        """Rows of these sources, and the selection where the facts of all the recipe's sources can be read."""
-        of_teachers = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
-        facts = [found for found in of_teachers if found is not None]
+        """Checks the rows of these sources, and the selection if the facts of all the recipe's sources are readable."""
+        facts_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
+        facts = [each for each in facts_or_none if each is not None]
         if len(facts) == len(self.recipe.sources) and all(shard.names for shard in shards):
             self.progress(f"selection of the {mode} mode")
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
@@ -122,7 +131,7 @@ class _ShardVerifier:
             self.found.problems += selection_problems(self.context, mode, parents, facts, names)
 
     def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> Facts | None:
-        """One source's rows. The facts of all examples; None where some cannot be read."""
+        """Checks the rows of one source. Returns the facts of all examples; None if some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
             manifest = teacher.directory / "manifest.json"
@@ -130,17 +139,17 @@ class _ShardVerifier:
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
-        of_shards = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
-        facts = [found for found in of_shards if found is not None]
-        if not facts or len(facts) < len(of_shards):
+        facts_or_none = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
+        facts = [each for each in facts_or_none if each is not None]
+        if not facts or len(facts) < len(facts_or_none):
             return None
         return {name: np.concatenate([part[name] for part in facts]) for name in facts[0]}
 
     def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> Facts | None:
-        """The facts of one shard's examples; None where they cannot be read."""
+        """Checks the rows of one shard. Returns the facts of its examples; None if they cannot be read."""
         self.progress(f"{prefix}: rows")
         labels = text.labels
-        if mode == "inference":  # documents of its own: the source's answers
+        if mode == "inference":  # the documents are the source's answers, stored beside the rows
             labels = self._documents(ShardFiles.read(prefix, text.names, TEXT_FIELDS))
         shard = ShardFiles.read(prefix, text.names, ROW_FIELDS)
         self.found.problems += row_problems(shard, labels, vocab_size=self.vocab_size, entries_per_row=entries_per_row)
@@ -157,7 +166,10 @@ class _ShardVerifier:
         return facts
 
     def _documents(self, shard: ShardFiles) -> np.ndarray | None:
-        """Checks the conversations; supervised tokens of each, None where they cannot be read."""
+        """Checks the conversations.
+
+        Returns the number of supervised tokens of each, int64 [n]; None if unreadable.
+        """
         seq_length = self.recipe.training.seq_length
         self.found.problems += document_problems(shard, vocab_size=self.vocab_size, seq_length=seq_length)
         labels = labels_per_example(shard)
