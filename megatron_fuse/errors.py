@@ -71,7 +71,8 @@ def _report(message: str) -> int:
         lines[_LINES // 2 : len(lines) - _LINES // 2] = [f"  ... {len(lines) - _LINES} lines ..."]
     message = "\n".join(lines)
     record = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    # torchrun prints an error page at its end and quotes in it what the first failing rank wrote here
+    # torchrun prints an error page at its end. It quotes what the first failing rank has written to this
+    # file.
     if record:
         content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(record).write_text(json.dumps(content), encoding="utf-8")

@@ -46,10 +46,8 @@ def interruptible() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             began = time.monotonic()
-            for (
-                child
-                # else a pool waits at its exit until they finish their work
-            ) in multiprocessing.active_children():
+            # Else a pool would wait at its exit until its processes finish their work.
+            for child in multiprocessing.active_children():
                 child.terminate()
             raise KeyboardInterrupt
         if number == signal.SIGINT and time.monotonic() - began > _TWICE:
@@ -85,5 +83,5 @@ def _say(number: int) -> None:
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()
     line = f"{what}: what is finished is kept, and the same command continues from there\n"
-    # a terminal shows ^C on the present line: begin a new one
+    # A terminal shows ^C on the present line: begin a new one.
     os.write(2, ("\n" * os.isatty(2) + line).encode())

@@ -1,7 +1,6 @@
 """Fuse several source models into one target: the training job.
 
-    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml
-    --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml --tensor-model-parallel-size 2
     torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe R.yaml --dry-run    # sizes, memory and the step plan, no training
     python -m megatron_fuse.pretrain --recipe R.yaml --print-recipe                    # what would run, without a model or a GPU
 
@@ -42,7 +41,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
         from megatron_fuse.runtime import start_runtime, stop_runtime
         from megatron_fuse.runtime.distributed import banner
         from megatron_fuse.target import read_target
-    # an error in the recipe ends every rank here, before one waits for another
+    # An error in the recipe ends every rank here, before one waits for another.
     architecture = read_target(recipe)
     runtime = start_runtime(
         tensor_parallel_size=recipe.parallel.tensor_model_parallel_size,

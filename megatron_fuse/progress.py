@@ -18,8 +18,7 @@ class Progress:
     """Prints lines about one piece of work, whose parts follow one another.
 
     where: the begin of every line, such as the directory that is made. unit: what is counted. progress:
-    prints one line.
-    most: the time left is an upper bound, and the line says so. clock: returns seconds.
+    prints one line. most: the time left is an upper bound, and the line says so. clock: returns seconds.
     """
 
     def __init__(
@@ -41,10 +40,12 @@ class Progress:
         self._done, self._last = 0.0, self._began
 
     def update(self, done: float, left: float, note: str) -> None:
-        """Call this often. done, left: units of the present part that are done and that are left.
+        """Prints a line about the present part if the last line is at least INTERVAL seconds old.
 
-        note: the state in words. Prints a line if the last one is at least INTERVAL seconds old. If nothing
-        was done since that line, the new line says for how long.
+        Call this often.
+
+        done, left: units of the part that are done and that are left. note: the state in words. If nothing
+        was done since the last line, the new line says for how long.
         """
         now = self._clock()
         if done > self._done:

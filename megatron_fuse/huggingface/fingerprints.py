@@ -1,4 +1,4 @@
-"""What tells the weights of one model directory from those of another, without reading all of them."""
+"""Fingerprints of model directories: hashes that identify the weights without reading all of them."""
 
 from pathlib import Path
 
@@ -9,20 +9,23 @@ from megatron_fuse.storage.safetensors_header import read_safetensors_header
 from megatron_fuse.storage.strict_json import file_size, read_small_file
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_EDGE = 64 * 1024
-_SAMPLE = 4 * 1024
+_EDGE = 64 * 1024  # bytes at the begin and at the end of a file
+_SAMPLE = 4 * 1024  # bytes at the begin of every tensor
 
 
 def model_fingerprint(model_dir: Path) -> str:
     """sha256 that identifies a model's configuration and weights without reading all of them (under a second for 7B).
 
-    Covers config.json and, of every weight file, its name, size, safetensors header, first and last 64 KiB and the first 4 KiB
-    of every tensor: merging an adapter into a few matrices leaves the edges of the file as they were. Python files are read
-    whole: under trust_remote_code they decide the logits.
+    Covers config.json and, for every weight file, the name, size, safetensors header, first and last 64 KiB,
+    and the first 4 KiB of every tensor. The tensors are sampled because an adapter merged into a few matrices
+    does not change the edges of the file. Python files are read whole, because under trust_remote_code they
+    decide the logits.
+
+    Raises UserError if there are no weights, or if a file is missing or damaged.
     """
     weights = weight_parts(model_dir)
     if not weights:
-        if shards_of(model_dir):  # names the shard that is missing, or the file beside its index
+        if shards_of(model_dir):  # an index without its shards: open_all names the shard that is missing
             WeightFiles(model_dir).open_all()
         raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
     parts = [read_small_file(model_dir / "config.json")]
@@ -32,9 +35,9 @@ def model_fingerprint(model_dir: Path) -> str:
 
 
 def weight_parts(model_dir: Path) -> list[bytes]:
-    """What tells the weights of a directory from others: name and samples of every file; none where there are no weights.
+    """Name and samples of every weight file of a directory; empty if there are no weights.
 
-    Of shards those count that the index names, in whatever folder.
+    If there is an index, only the shards that it names count, in whatever folder they are.
     """
     shards = shards_of(model_dir)
     files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
@@ -46,7 +49,11 @@ def weight_parts(model_dir: Path) -> list[bytes]:
 
 
 def weight_samples(path: Path) -> list[bytes]:
-    """Parts of a weight file that tell it from others. Raises UserError for one that is damaged where that is cheap to see."""
+    """Parts of a weight file that identify it: its size, its edges, its header and samples of its tensors.
+
+    A file other than safetensors has no header: there 4 KiB are read at about 256 places. Raises UserError if
+    the file cannot be read, or if its safetensors header is damaged.
+    """
     size = file_size(path)
     header = read_safetensors_header(path) if path.suffix == ".safetensors" else None
     try:

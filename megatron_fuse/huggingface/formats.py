@@ -8,9 +8,13 @@ from megatron_fuse.tokenization import load_tokenizer
 
 
 def load_format(options: ModelOptions, where: str) -> ChatFormat:
-    """Tokenizer and chat format of a model of the recipe; `where` is its key (`sources.mpt`), for errors."""
+    """Tokenizer and chat format of a model of the recipe. where: its key (`sources.mpt`), for errors.
+
+    Raises UserError if the model, its tokenizer or its template is missing or damaged.
+    """
     directory = resolve_model(options.model, f"{where}.model")
-    read_model_config(directory)  # before the tokenizer's library reads it, whose errors name no key
+    # before the library of the tokenizer reads it: errors of the library name no key
+    read_model_config(directory)
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
     return load_chat_format(
         tokenizer, options.chat_template, options.system, where, end_token_ids(directory), learns=where == TARGET

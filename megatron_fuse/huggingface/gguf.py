@@ -1,8 +1,8 @@
-"""A GGUF file as a Hugging Face model directory, once and for all roles: dequantised by transformers, with the original tokenizer.
+"""Converts a GGUF file to a Hugging Face model directory: transformers dequantises it; the tokenizer is the original one.
 
-A GGUF file does not hold all that a model directory does. It names the pattern by which text is split before merging, and does not
-have it; and it holds the frequencies of scaled rotary positions where transformers does not read them. The directory of the model
-that the file was made from has both.
+A GGUF file holds less than a model directory. It names the pattern that splits text before merging, but does
+not contain the pattern. It stores the frequencies of scaled rotary positions in a place that transformers
+does not read. The directory of the model that the file was made from has both.
 """
 
 import re
@@ -29,7 +29,11 @@ _COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_s
 
 
 def refuse_gguf(model: Path, where: str) -> None:
-    """Raises UserError, with the command that converts it, for a GGUF file or a directory that holds one and no config.json."""
+    """Raises UserError, with the command that converts it, if `model` is a GGUF file or a directory with one.
+
+    A directory that also has a config.json is accepted. where: the key or option that names the model, for
+    the error.
+    """
     is_file = model.suffix == SUFFIX and model.is_file()
     files = [model] if is_file else sorted(model.glob(f"*{SUFFIX}")) if model.is_dir() else []
     if not files or (model / "config.json").exists():
@@ -44,11 +48,14 @@ def refuse_gguf(model: Path, where: str) -> None:
 def convert_gguf(
     file: Path, tokenizer: Path, output: Path, dtype: str = "fp32", progress: Callable[[str], None] = say
 ) -> None:
-    """Writes the model of a GGUF file as safetensors, without quantization_config, beside its tokenizer, into a new directory.
+    """Writes the model of a GGUF file as a new directory: safetensors without quantization_config, and the tokenizer.
 
-    tokenizer: the Hugging Face directory of the model that the file was made from. Its tokenizer files and chat template are taken,
-    and of its config.json the rotary scaling, if the file has one. Raises UserError for a file that transformers cannot read, for
-    tokens or sizes that differ, and without the package gguf.
+    tokenizer: the Hugging Face directory of the model that the file was made from. Its tokenizer files and
+    chat template are copied. If the file has rotary scaling, the scaling of its config.json is used. dtype:
+    of the written weights.
+
+    Raises UserError for a file that transformers cannot read, for tokens or sizes that differ, if `output`
+    exists, and without the package gguf.
     """
     if file.suffix != SUFFIX:
         raise UserError(f"--from-gguf: {file} is no {SUFFIX} file")
@@ -57,13 +64,14 @@ def convert_gguf(
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Versions that can leave weights packed do so by default; those before cannot.
+    # Versions of transformers with GgufConfig leave the weights quantised by default; earlier versions always
+    # dequantise.
     config = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": config(gguf_file=file.name, dequantize=True)} if config else {}
     with _read(f"--tokenizer: {tokenizer}"):
-        found = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    _compare_tokens({token: text for text, token in found.get_vocab().items()}, held, file, tokenizer)
-    if held.rotary_scaling:  # before the weights are read
+        original_tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    _compare_tokens({token: text for text, token in original_tokenizer.get_vocab().items()}, held, file, tokenizer)
+    if held.rotary_scaling:  # read before the weights, so that an error comes early
         original = _scaled_config(tokenizer, file, held.rotary_scaling)
     with _read(f"--from-gguf: {file}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' annotation leaves out
@@ -82,7 +90,8 @@ def convert_gguf(
     if held.rotary_scaling:
         _compare_sizes(model.config, original, file, tokenizer)
         model.config.rope_parameters = original.rope_parameters
-    # The weights are plain now, but save_pretrained goes by what the file had.
+    # The weights are dequantised now. Without this, save_pretrained would still follow the quantisation of
+    # the file.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -100,7 +109,10 @@ def convert_gguf(
 
 @contextmanager
 def _read(what: str) -> Iterator[None]:
-    """Turns what transformers and gguf raise for damaged or unknown files, which are many kinds, into a UserError."""
+    """Turns any exception in the block into a UserError.
+
+    transformers and gguf raise many types for damaged files.
+    """
     try:
         yield
     except Exception as error:
@@ -109,7 +121,7 @@ def _read(what: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Held:
-    """What a file holds beside the weights that transformers reads."""
+    """Content of a GGUF file beside the weights."""
 
     tokens: list[str]
     types: list[int]  # one per token, or none
@@ -127,7 +139,7 @@ def _held(file: Path) -> _Held:
         def value(name: str) -> Any:
             return reader.fields[name].contents() if name in reader.fields else None
 
-        # Llama 3.1 has its scaling as a tensor alone, others have it as keys, and Phi-3 as tensors and keys.
+        # The scaling of Llama 3.1 is a tensor, that of other models is in keys, and that of Phi-3 is in both.
         keys = [name for name in reader.fields if re.search(r"\.rope\.(scaling\.|scale_linear$)", name)]
         if any(name.endswith(".type") and value(name) == "none" for name in keys):
             keys = []
@@ -140,7 +152,10 @@ def _held(file: Path) -> _Held:
 
 
 def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
-    """The original's config of the text model. Raises UserError if there is none, or none with rotary scaling."""
+    """The config of the original's text model.
+
+    Raises UserError if there is no config, or one without rotary scaling.
+    """
     needed = (
         f"--tokenizer: {file} has scaled rotary positions ({scaling}), whose parameters transformers does not read from it, but "
         f"{tokenizer}"
@@ -158,7 +173,7 @@ def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
 
 
 def _compare_sizes(ours: Any, original: Any, file: Path, tokenizer: Path) -> None:
-    """Raises UserError if the config of a file and the original's, of which rotary parameters are taken, are of different models."""
+    """Raises UserError if the config of a file and that of the original, which gives the rotary parameters, do not agree."""
 
     def sizes(config: Any) -> dict[str, Any]:
         theta = (config.rope_parameters or {}).get("rope_theta")
@@ -174,9 +189,9 @@ def _compare_sizes(ours: Any, original: Any, file: Path, tokenizer: Path) -> Non
 
 
 def _compare_tokens(tokenizer: dict[int, str], held: _Held, file: Path, where: Path) -> None:
-    """Raises UserError for an id that is another token in the file, or that only one of the two has. tokenizer: text by id.
+    """Raises UserError for an id that is another token in the file, or that only one of the two has.
 
-    Tokens that the file alone has may be padding.
+    tokenizer: id -> text. Tokens that only the file has are allowed if they are padding or marked as unused.
     """
     fix = "name the directory of the model that it was made from"
     types = dict(enumerate(held.types))
@@ -186,7 +201,7 @@ def _compare_tokens(tokenizer: dict[int, str], held: _Held, file: Path, where: P
             if kind == _UNUSED or re.fullmatch(r"\[PAD\d+\]", theirs):
                 continue
             raise UserError(f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}: {fix}")
-        if kind == _USER_DEFINED:  # llama.cpp writes these with blanks
+        if kind == _USER_DEFINED:  # llama.cpp writes these tokens with blanks in the place of U+2581
             same = ours.replace("\u2581", " ") == theirs.replace("\u2581", " ")
         else:
             same = ours == theirs

@@ -1,4 +1,4 @@
-"""How many tokens and ids a model takes, by its config."""
+"""The number of positions and of token ids of a model, from its config."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,15 +10,16 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_leng
 
 
 def max_positions(config: Any) -> int | None:
-    """Most tokens that a model can read, from its Hugging Face config; None where it states no limit."""
+    """Most tokens that a model can read, from its Hugging Face config; None if the config states no limit."""
     config = config.get_text_config()
     return _positive(getattr(config, name, None) for name in _POSITIONS)
 
 
 def longest_text(model: Any) -> int | None:
-    """Most tokens that a loaded model can read; None where its config states no limit.
+    """Most tokens that a loaded model can read; None if its config states no limit.
 
-    RoBERTa and its kin count positions from beyond the padding token's id, and have as many fewer.
+    RoBERTa and similar models count positions from the padding token's id + 1, and so can read that many
+    tokens fewer.
     """
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     first = max(
@@ -29,16 +30,19 @@ def longest_text(model: Any) -> int | None:
 
 
 def declared_positions(model_dir: Path) -> int | None:
-    """Most tokens that a model can read, as its config.json says; else None. For models that transformers need not know."""
+    """Most tokens that a model can read, from its config.json; None if it states no limit.
+
+    Also for models that transformers does not know. Raises UserError if the config cannot be read.
+    """
     config = read_model_config(model_dir)
     return _positive(getattr(config, name) for name in _POSITIONS)
 
 
 def declared_vocab_size(model_dir: Path) -> int | None:
-    """Ids that a model knows, as its config.json says; else None."""
+    """Number of token ids of a model, from its config.json; None if it does not state it."""
     return _positive([read_model_config(model_dir).vocab_size])
 
 
 def _positive(values: Iterable[Any]) -> int | None:
-    """The first that is a positive integer."""
+    """The first value that is a positive integer; None if no value is."""
     return next((value for value in values if isinstance(value, int) and value > 0), None)

@@ -1,4 +1,4 @@
-"""Models in process: loaded whole, checked, on this process's device."""
+"""Loads models into this process: complete, checked, and on this process's device."""
 
 import os
 from typing import Any
@@ -17,7 +17,7 @@ from megatron_fuse.recipe import AnsweringOptions
 
 
 def this_device() -> torch.device:
-    """This process's GPU under torchrun, the CPU where there is none."""
+    """This process's GPU (LOCAL_RANK under torchrun), or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -33,11 +33,14 @@ def load_model(
     device: torch.device | None = None,
     where: str = "model",
 ) -> Any:
-    """What `auto_class.from_pretrained` gives, in evaluation mode and without gradients.
+    """The model that `auto_class.from_pretrained` loads, in evaluation mode and without gradients.
 
-    `model_name`: a directory, or a hub name in the local cache. `device` defaults to this process's own; `device_map`, where set,
-    places the model instead. `where` is the recipe key of the model's options (`sources.mpt`), for errors. Raises UserError for a
-    model that cannot be loaded whole: transformers itself would fill in random weights.
+    model_name: a directory, or a hub name in the local cache. device: default this_device(). device_map: if
+    set, it places the model in place of `device`. where: the recipe key of the model's options
+    (`sources.mpt`), for errors.
+
+    Raises UserError for a model that cannot be loaded completely, as transformers itself would fill in random
+    weights, and for weights that are not finite.
     """
     directory = resolve_model(model_name, f"{where}.model")
     check_before_loading(
@@ -56,10 +59,11 @@ def load_model(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which reports them, for us to refuse
+            # they are then in the report, for which check_after_loading raises UserError
+            ignore_mismatched_sizes=True,
             **({"device_map": device_map} if device_map else {}),
         )
-    except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
+    except Exception as error:  # transformers raises many types for missing, damaged or unknown files
         raise not_loadable(directory, error, f"{where}.model", trust_key(where)) from error
     finally:
         if had_progress_bar:
@@ -75,7 +79,7 @@ def load_model(
 
 
 def load_causal_lm(options: AnsweringOptions, device: torch.device | None = None, where: str = "model") -> Any:
-    """The language model of a source or target; see load_model."""
+    """The language model of a source or of the target. Raises UserError as load_model does."""
     return load_model(
         AutoModelForCausalLM,
         options.model,
@@ -88,18 +92,20 @@ def load_causal_lm(options: AnsweringOptions, device: torch.device | None = None
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids: its embedding's device, which is not the head's where device_map spreads it.
+    """The device for a model's token ids: that of its embedding.
 
-    Weights that device_map keeps off every device are "meta"; accelerate then moves the input itself.
+    With device_map the head may be on another device. If device_map keeps the embedding off every device, its
+    device is "meta". accelerate then moves the input itself, from the CPU.
     """
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:
-    """Raises UserError where the largest id of a text is none of the model's. `where` is the model's recipe key (`sources.mpt`).
+    """Raises UserError if the largest id of a text is not in the model's vocabulary.
 
-    By what a text holds, not by the tokenizer's size: a padding token that no text uses may lie beyond the embedding.
+    where: the model's recipe key. The ids of texts are compared, not the size of the tokenizer: a padding
+    token that no text uses may lie beyond the embedding.
     """
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:

@@ -1,7 +1,8 @@
-"""What a model directory has to keep to before and after transformers loads it.
+"""Checks of a model directory before and after transformers loads it.
 
-transformers fills in random weights for what the files lack, leaves out what its config does not ask for, and allocates whatever
-the config says: all of it in silence or in a log.
+transformers fills in random weights for tensors that the files lack, leaves out tensors that the config does
+not ask for, and allocates any size that the config states. It does all this silently, or with a line in a
+log.
 """
 
 import re
@@ -17,17 +18,18 @@ from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.text_safety import brief
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # seconds of imports, for commands that load no model too
+    from transformers import PreTrainedModel  # takes seconds, also for commands that load no model
 
-_QUANTISED = 16  # elements that a byte of a quantised file may hold, with room
+_QUANTISED = 16  # most elements per byte of a quantised file; more than any format has
 
 
 def check_before_loading(
     auto_class: Any, directory: Path, where: str, *, trust_remote_code: bool, allowed_by: str | None = None
 ) -> None:
-    """Raises UserError for a damaged file, and for a config whose model is larger than its weight files can fill.
+    """Raises UserError for a damaged file, and for a config that describes a larger model than the weight files can hold.
 
-    auto_class: whose `from_config` makes the model, on no device. where: the recipe's key (`sources.mpt.model`).
+    auto_class: its `from_config` makes the model on the meta device, without memory. where: the recipe's key
+    (`sources.mpt.model`), for errors. allowed_by: the option that lets the model's own code run.
     """
     stated = check_model_directory(directory)
     weights = WeightFiles(directory)
@@ -45,7 +47,7 @@ def check_before_loading(
 
 
 def check_layers(stated: ModelConfig, weights: WeightFiles, directory: Path, where: str) -> None:
-    """Raises UserError for more layers than there are tensors: to make them would take for ever."""
+    """Raises UserError if the config states more layers than there are tensors: making them could take hours."""
     if stated.layers and stated.layers > len(weights.file_of):
         raise UserError(
             f"{where}: {directory / 'config.json'} has {stated.layers} layers ({sizes(stated)}), but {weights.model_dir} holds "
@@ -56,7 +58,9 @@ def check_layers(stated: ModelConfig, weights: WeightFiles, directory: Path, whe
 def check_size(
     model: torch.nn.Module, config: PreTrainedConfig, weights: WeightFiles, directory: Path, where: str
 ) -> None:
-    """Raises UserError if a model on no device has more elements than the weight files have room for.
+    """Raises UserError if a model has more elements than the weight files have room for.
+
+    model: on the meta device.
 
     directory: of the config.json that `config` was read from.
     """
@@ -70,7 +74,10 @@ def check_size(
 
 
 def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], directory: Path, where: str) -> None:
-    """Raises UserError where transformers reports weights that are missing, of another shape, or of layers left out."""
+    """Raises UserError if transformers reports weights that are missing, have another shape, or belong to layers left out.
+
+    report: the loading info of from_pretrained. where: the recipe's key, for errors.
+    """
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
         raise UserError(
@@ -85,7 +92,8 @@ def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], direct
         )
     known = {_layer_name(name) for name in model.state_dict()}
     further = [name for name in report["unexpected_keys"] if _layer_name(name) in known]
-    # Layers that predict several tokens at once lie behind the others, and transformers leaves them out by right.
+    # Layers that predict several tokens at once follow the other layers. transformers does not use them and
+    # leaves them out.
     if further and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", None):
         raise UserError(
             f"{where}: {directory} holds {brief(min(further), 100)}, but config.json makes a model without it "
@@ -94,7 +102,10 @@ def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], direct
 
 
 def sizes(config: ModelConfig | PreTrainedConfig) -> str:
-    """The sizes and switches that a config has, by its family's own keys; of transformers' config, with its defaults."""
+    """The sizes and switches of a config as one line, by the keys of its model family.
+
+    A config of transformers includes its defaults.
+    """
     config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
     keys = [key for key in ModelConfig.model_fields if key not in getattr(config, "attribute_map", {})]
     named = {key: getattr(config, key, None) for key in keys if not key.endswith(("_window", "_labels"))}

@@ -1,4 +1,4 @@
-"""Where a model of the recipe lies on this machine. Nothing here uses the network."""
+"""Finds the directory of a model of the recipe on this machine. Nothing here uses the network."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from megatron_fuse.text_safety import brief
 
 
 def resolve_model(model: str, where: str) -> Path:
-    """Directory of a model given as a directory or as a hub name that is already in the local cache.
+    """The directory of a model that is given as a directory or as a hub name in the local cache.
 
-    `where` is the recipe key (`target.model`), for the error. Raises UserError where there is no such directory or it has no config.json.
+    where: the recipe key (`target.model`), for the error. Raises UserError if there is no such directory, or
+    if it has no config.json.
     """
     directory = local_model(model, where)
     refuse_gguf(directory or user_path(model), where)
@@ -25,7 +26,7 @@ def resolve_model(model: str, where: str) -> Path:
 def local_model(model: str, where: str) -> Path | None:
     """A directory, or the snapshot of a hub name in the local cache; None if it is neither.
 
-    Raises UserError for what no file system takes. `where` is the recipe key, for the error.
+    where: the recipe key, for the error. Raises UserError for a name that no file system allows.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -43,5 +44,8 @@ def local_model(model: str, where: str) -> Path | None:
 
 
 def trust_key(where: str) -> str:
-    """What allows a model of the recipe to run its own code; `where` is its key (`sources.mpt`)."""
+    """The option that allows a model of the recipe to run its own code.
+
+    where: the model's key (`sources.mpt`).
+    """
     return f"{where}.trust_remote_code: true"

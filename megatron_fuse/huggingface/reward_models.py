@@ -1,4 +1,4 @@
-"""The forms in which reward models are published, how one is told from another, and which files decide a judge's scores."""
+"""The published forms of reward models, how they are told apart, and the files that decide a reward model's scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from megatron_fuse.tokenization import load_tokenizer
 
 @dataclass(frozen=True)
 class Form:
-    """head: the name of its [1, h] weights; template: built-in one where the recipe names none, None = the tokenizer's own;
-    stop: see RewardModel."""
+    """A form of reward models.
+
+    head: the name of the head's weights, shape [1, h]. template: the built-in chat template if the recipe
+    names none; None: the tokenizer's own. stop: see RewardModel.
+    """
 
     head: str
     template: str | None
@@ -34,7 +37,10 @@ FORMS = {
 
 @dataclass(frozen=True)
 class RewardModelFiles:
-    """Where a judge lies: `weights` and, with config and tokenizer, `body` are directories, the same one for most."""
+    """The directories of a reward model. weights: with the weights.
+
+    body: with config and tokenizer; mostly the same one.
+    """
 
     form: str
     weights: Path
@@ -42,13 +48,17 @@ class RewardModelFiles:
 
 
 def find_reward_model(options: RewardModelOptions, name: str) -> RewardModelFiles:
-    """Directories and form of a judge of the recipe. Raises UserError where one is missing or the form cannot be told."""
+    """Directories and form of a reward model of the recipe.
+
+    Raises UserError if a directory is missing or the form cannot be found out, ValueError for options without
+    a model.
+    """
     where = f"reward_models.{name}"
     if options.model is None:
         raise ValueError(f"{where} has scores from a file and no model")
-    weights = local_model(options.model, f"{where}.model") or resolve_model(
-        options.model, f"{where}.model"
-    )  # which refuses it
+    # A directory without config.json is allowed here, so local_model comes first. If it finds nothing,
+    # resolve_model raises.
+    weights = local_model(options.model, f"{where}.model") or resolve_model(options.model, f"{where}.model")
     if options.body is not None:
         body = resolve_model(options.body, f"{where}.body")
     elif (weights / "config.json").is_file():
@@ -68,18 +78,21 @@ def _form(weights: Path, body: Path, where: str) -> str:
     ):
         return "classifier"
     names = WeightFiles(weights).file_of
-    found = [form for form, kind in FORMS.items() if kind.head in names]
-    if len(found) == 1:
-        return found[0]
+    forms = [form for form, kind in FORMS.items() if kind.head in names]
+    if len(forms) == 1:
+        return forms[0]
     heads = ", ".join(kind.head for kind in FORMS.values())
     raise UserError(
-        f"{where}.model: {weights} holds {'several' if found else 'none'} of {heads}: "
-        + (f"choose one by {where}.form" if found else "name a reward model, or the form of this one")
+        f"{where}.model: {weights} holds {'several' if forms else 'none'} of {heads}: "
+        + (f"choose one by {where}.form" if forms else "name a reward model, or the form of this one")
     )
 
 
 def load_reward_model_format(options: RewardModelOptions, name: str) -> ChatFormat:
-    """Tokenizer and chat format in which a judge of the recipe reads conversations."""
+    """Tokenizer and chat format in which a reward model of the recipe reads conversations.
+
+    Raises UserError.
+    """
     files = find_reward_model(options, name)
     template = options.chat_template or FORMS[files.form].template
     where = f"reward_models.{name}"
@@ -88,9 +101,10 @@ def load_reward_model_format(options: RewardModelOptions, name: str) -> ChatForm
 
 
 def reward_model_fingerprint(options: RewardModelOptions, name: str) -> str:
-    """sha256 over what a judge's scores come from besides its chat format: form, config and weights (see model_fingerprint).
+    """sha256 over form, config and weights of a reward model (see model_fingerprint).
 
-    The weights of a `body` of its own are not used and not covered.
+    The chat format is not covered. If `body` is another directory than `weights`, its weights are neither
+    used nor covered. Raises UserError.
     """
     files = find_reward_model(options, name)
     if files.weights == files.body:

@@ -1,4 +1,7 @@
-"""A chat with a Hugging Face model: answers are printed while they are generated, control characters as escapes."""
+"""A chat with a Hugging Face model.
+
+Answers are printed while they are generated, with control characters as escapes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ Messages = list[dict[str, str]]
 
 
 def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[ChatFormat, Any]:
-    """The chat format, with the system message if one is given, and the model on this machine's device."""
+    """The chat format and the model, on the GPU if there is one. system: the system message, None for none.
+
+    Raises UserError if the model cannot be loaded, or if its tokenizer has no chat template.
+    """
     allowed_by = "--trust-remote-code"
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code, allowed_by=allowed_by)
     if tokenizer.chat_template is None:
@@ -31,7 +37,7 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
         model = AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, dtype="auto", trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers raises many kinds for missing or damaged files
+    except Exception as error:  # transformers raises many types for missing or damaged files
         raise not_loadable(directory, error, allowed_by=allowed_by) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # transformers' wrapper of `to` hides its arguments from mypy.
@@ -39,7 +45,10 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
 
 
 def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[str, Any]) -> str:
-    """Prints the answer while it is generated, and returns it."""
+    """Prints the answer while it is generated, and returns it.
+
+    generation: further arguments of `model.generate`.
+    """
     ids = torch.tensor([chat.encode_prompt(messages)], device=model.device)
     printer = Printer(chat)
     model.generate(
@@ -54,7 +63,7 @@ def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[st
 
 
 class Printer(BaseStreamer):
-    """Prints what a terminal may show of the tokens that `generate` hands on, whole characters at a time."""
+    """Prints the tokens that `generate` passes on, only whole characters, and control characters as escapes."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self.chat, self.text, self.prompt_seen = chat, "", False
@@ -66,7 +75,7 @@ class Printer(BaseStreamer):
             return
         self.ids += value.flatten().tolist()
         text = self.chat.decode_response(self.ids)
-        if not text.endswith("\ufffd"):  # which stands for a character that is not complete
+        if not text.endswith("\ufffd"):  # this character stands for one whose bytes are not complete yet
             self._show(text)
 
     def end(self) -> None:
@@ -79,5 +88,5 @@ class Printer(BaseStreamer):
 
 
 def readable(argument: str) -> str:
-    """A command line's text without what is no UTF-8, which no tokenizer takes."""
+    """A text of the command line with bytes that are no UTF-8 replaced: tokenizers accept only UTF-8."""
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

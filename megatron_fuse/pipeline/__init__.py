@@ -1,4 +1,4 @@
-"""The whole road of a recipe: its stages in order, what they cost, and the commands that run them."""
+"""The pipeline of a recipe: its stages in order, their costs, and the commands that run them."""
 
 from megatron_fuse.pipeline.preflight import check_files
 from megatron_fuse.pipeline.stages import STAGES, Work, steps

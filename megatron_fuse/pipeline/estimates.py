@@ -1,6 +1,7 @@
-"""How much work a recipe is: examples, tokens, parameters. For `--plan`, before anything is made; nothing here is exact.
+"""Rough estimates of the examples and tokens of a recipe, for `--plan`, before any stage has run.
 
-A token is taken to be four bytes of text until the instructions are prepared, which counts them in the target's tokens.
+Until the instructions are prepared, a token is assumed to be four bytes of text. The prepared instructions
+state the number of the target's tokens.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,10 @@ _LOOKED_AT = 1000  # examples whose texts are measured
 
 
 def estimate_amounts(context: Context) -> Amounts:
-    """Of the prepared instructions if there are any, else of the rows of the user's file, every one of which is read once.
+    """The amounts of the prepared instructions if there are any, else of the rows of the user's file.
 
-    Raises UserError for a file that cannot be read or has no usable row.
+    Reads every row of the user's file once. Raises UserError for a file that cannot be read or has no usable
+    row.
     """
     recipe, artifact = context.recipe, _prepared(context)
     if artifact:
@@ -35,7 +37,7 @@ def estimate_amounts(context: Context) -> Amounts:
     if not rows:
         raise UserError(f"{recipe.data.path}: no usable row among {len(rows.bad)} in {rows.form} form")
     examples = min(recipe.data.samples or len(rows), len(rows))
-    # From all parts of the file, whose rows may be sorted.
+    # Taken from all parts of the file, because its rows may be sorted.
     looked_at = list(rows.lines)[:: -(-len(rows) // _LOOKED_AT)]
     sizes = _mean_sizes(recipe, list(rows.read(looked_at)))
     scale = min(1.0, recipe.training.seq_length / sizes.conversation)
@@ -45,18 +47,18 @@ def estimate_amounts(context: Context) -> Amounts:
 def _prepared(context: Context) -> Artifact | None:
     try:
         return context.open(INSTRUCTIONS)
-    except UserError:  # not there, or another recipe's, which their own line of the plan says
+    except UserError:  # missing, or of another recipe: their own line of the plan reports it
         return None
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Mean tokens of an example, by its bytes."""
+    """Mean numbers of tokens per example, estimated from its bytes."""
 
     conversation: float
-    learned: float  # of it: the supervised turns
+    learned: float  # the supervised turns of the conversation
     last: float  # the last response
-    answer: float  # the last response, as far as max_new_tokens go
+    answer: float  # the last response, but at most max_new_tokens
 
 
 def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
@@ -82,7 +84,10 @@ def _tokens(text: str) -> float:
 
 
 def _amounts(recipe: Recipe, examples: int, held_out: int, sizes: _Sizes, scale: float) -> Amounts:
-    """scale: tokens of a conversation over those by its bytes."""
+    """The amounts.
+
+    scale: number of tokens of a conversation, divided by the number estimated from its bytes.
+    """
     answer = min(sizes.answer * scale, recipe.responses.max_new_tokens)
     return Amounts(
         examples,

@@ -1,6 +1,8 @@
-"""Processes that share a stage take whole shards: where there are fewer shards than processes, some have nothing to do.
+"""Warns of idle processes.
 
-data.shard_size does not follow the number of processes by itself: the shards, and so every artifact, are the same for any number.
+Processes that share a stage take whole shards: with fewer shards than processes, some are idle.
+data.shard_size does not depend on the number of processes. So the shards, and every artifact, are the same
+for any number.
 """
 
 import os
@@ -16,7 +18,7 @@ from megatron_fuse.text_safety import say
 
 
 def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
-    """What to change so that every process has a shard; None where that is so."""
+    """A line that says what to change so that every process has a shard; None if every process has one."""
     size = recipe.data.shard_size
     shards = -(-examples // size)
     if processes <= shards:
@@ -35,13 +37,13 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
 
 
 def warn_of_idle_processes(context: Context, progress: Callable[[str], None] = say) -> None:
-    """For a stage that begins: its first process says idle_line, unless the command that has started it does."""
+    """Prints idle_line in the first process of a stage, unless the command that started the stage has printed it."""
     rank, processes = rank_and_world()
     if rank != 0 or processes == 1 or STARTED in os.environ:
         return
     try:
         instructions = context.open(INSTRUCTIONS)
-    except UserError:  # the stage says what is wrong
+    except UserError:  # the stage itself reports the error
         return
     if line := idle_line(context.recipe, instructions.counts["examples"], processes):
         progress(f"{instructions.directory}: {line}")

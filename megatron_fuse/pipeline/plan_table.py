@@ -1,4 +1,4 @@
-"""`--plan`: what is done, what will run, and roughly what it costs in time and disk."""
+"""The table of `--plan`: which artifacts are done, which commands will run, and a rough cost in time and disk space."""
 
 import time
 
@@ -14,12 +14,17 @@ from megatron_fuse.selection.summary import rule_lines
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
 
-# Share of a bare matrix product's rate that a transformer's forward pass reaches; only for estimates.
+# The forward pass of a transformer reaches about this share of the rate of a bare matrix product; only for
+# estimates.
 _EFFICIENCY = 0.5
 
 
 def print_plan(context: Context, processes: int) -> None:
-    """Prints the artifacts of a recipe with their states and costs. Raises UserError, after the table, for all that was refused."""
+    """Prints the artifacts of a recipe with their states and costs.
+
+    processes: the number that the user will start. Raises UserError, after the table, with the errors of all
+    artifacts.
+    """
     recipe, amounts, rate = context.recipe, estimate_amounts(context), measured_flops_per_second()
     say(
         f"{recipe.workdir}: {amounts.examples:,} examples, about {amounts.prompt_tokens:,.0f} tokens of prompts and "
@@ -40,7 +45,8 @@ def print_plan(context: Context, processes: int) -> None:
         disk = time_left = ""
         try:
             state = work.state(context)
-            if state == "to do" or "shards" in state:  # damaged weights are refused here
+            # flops reads the weights, and raises UserError if they are damaged
+            if state == "to do" or "shards" in state:
                 disk = readable_bytes(work.disk(recipe, amounts))
                 time_left = readable_seconds(work.flops(context, amounts) / rate)
         except UserError as refusal:
@@ -60,7 +66,10 @@ def readable_bytes(count: float) -> str:
 
 
 def measured_flops_per_second(size: int = 1024, repeats: int = 4) -> float:
-    """What this process's device reaches in a matrix product, times what a transformer usually keeps of it."""
+    """Estimated operations per second of a transformer on this process's device: the rate of a matrix product times a share.
+
+    size: rows of the square matrices. repeats: number of timed products.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.randn(size, size, device=device, dtype=dtype)

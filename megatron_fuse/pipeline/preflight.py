@@ -1,4 +1,4 @@
-"""What a recipe names is looked for before anything runs, so that a missing file ends a run at once and not after hours."""
+"""Checks the files and models of a recipe before anything runs, so that a missing file ends a run at once."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +14,11 @@ from megatron_fuse.target import check_target_weights, read_target
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuses a recipe whose data, models or files are missing, all at once, or whose target cannot be trained as it says."""
+    """Raises UserError, with all problems, if data, models or files of a recipe are missing.
+
+    Then raises UserError if the target cannot be trained with the options of the recipe, or its weights are
+    damaged.
+    """
     problems = []
     for check in _checks(recipe):
         try:
@@ -27,7 +31,10 @@ def check_files(recipe: Recipe) -> None:
 
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
-    """Of all that the recipe names, whether or not its schedule uses it. What they call raises UserError for what is missing."""
+    """Checks of every file and model of the recipe, also of those that the schedule does not use.
+
+    Each is a function that raises UserError if its file or model is missing.
+    """
     yield partial(table_bytes, recipe.data.path)
     models = {"target": recipe.target} | {f"sources.{name}": options for name, options in recipe.sources.items()}
     for key, options in models.items():

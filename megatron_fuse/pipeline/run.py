@@ -1,4 +1,7 @@
-"""Runs the steps of a recipe that are not done: each one is a command, under torchrun if there are several processes."""
+"""Runs the unfinished steps of a recipe.
+
+Each step is a command, under torchrun if there are several processes.
+"""
 
 import os
 import sys
@@ -18,8 +21,11 @@ from megatron_fuse.training.stage import TRAINING, require_whole_training
 
 
 def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None:
-    """Runs all steps, or those up to `until`. Raises UserError if a command ends with an error, or training before its last step."""
-    # Said before the instructions are prepared: until then data.shard_size can be changed for nothing.
+    """Runs all steps, or those up to `until`.
+
+    Raises UserError if a command ends with an error, or if the training ends before its last step.
+    """
+    # Printed before the instructions are prepared: until then a change of data.shard_size costs nothing.
     if processes > 1 and (line := idle_line(recipe, estimate_amounts(Context(recipe)).examples, processes)):
         say(line)
     resolved = write_resolved_recipe(recipe)
@@ -30,8 +36,8 @@ def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None
 
 
 def run_step(name: str, works: list[Work], recipe: Recipe, resolved: Path, processes: int) -> None:
-    """Runs the command of a step, unless all that it makes is done."""
-    context = Context(recipe)  # a new one for every step: the one before has written artifacts
+    """Runs the command of a step, unless all its artifacts are done. Raises UserError as run_recipe does."""
+    context = Context(recipe)  # a new context for every step, because the step before has written artifacts
     if not any(work.stage.always for work in works) and all(work.state(context) == "done" for work in works):
         say(f"{name}: done")
         return
@@ -56,7 +62,10 @@ def _run_command(stage: Stage, recipe: Path, processes: int) -> None:
 
 
 def write_resolved_recipe(recipe: Recipe) -> Path:
-    """The recipe with all overrides, which every stage then reads."""
+    """Writes the recipe with all overrides to WORKDIR/recipe.yaml, which every stage then reads.
+
+    Returns its path.
+    """
     path = recipe.workdir / "recipe.yaml"
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")

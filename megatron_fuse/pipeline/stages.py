@@ -1,4 +1,7 @@
-"""The stages of the pipeline in order. Each one is declared in its own module; this is the only list of them."""
+"""The stages of the pipeline in order.
+
+Each stage is declared in its own module; this is the only list of all stages.
+"""
 
 from dataclasses import dataclass
 
@@ -40,22 +43,25 @@ class Work:
         return self.stage.label(recipe, *self.key)
 
     def state(self, context: Context) -> str:
-        """See Context.state."""
+        """The state as Context.state gives it. Raises UserError as Context.state does."""
         return context.state(self.stage, *self.key)
 
     def flops(self, context: Context, amounts: Amounts) -> float:
-        """Floating-point operations to make it from nothing."""
+        """Floating-point operations that make the whole artifact."""
         return self.stage.flops(context, amounts, *self.key)
 
     def disk(self, recipe: Recipe, amounts: Amounts) -> float:
-        """Bytes that it takes."""
+        """Bytes on disk of the whole artifact."""
         return self.stage.disk(recipe, amounts, *self.key)
 
 
 def steps(recipe: Recipe) -> dict[str, list[Work]]:
-    """The steps of a recipe in order, one command each, with all that the command makes. Steps without work are left out."""
-    found: dict[str, list[Work]] = {}
+    """The steps of a recipe in order, one command each: name of the step -> the artifacts that the command makes.
+
+    Steps without artifacts are left out.
+    """
+    works: dict[str, list[Work]] = {}
     for stage in STAGES:
         for key in stage.keys(recipe):
-            found.setdefault(stage.name, []).append(Work(stage, key))
-    return found
+            works.setdefault(stage.name, []).append(Work(stage, key))
+    return works

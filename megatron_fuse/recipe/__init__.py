@@ -1,4 +1,4 @@
-"""Options: what a recipe can say, how it is read, and the paper's schedules by name."""
+"""The options of a recipe, how a recipe is read, and the paper's schedules by name."""
 
 from megatron_fuse.recipe.checking import Keys, checked, checked_value, make_recipe
 from megatron_fuse.recipe.loading import (

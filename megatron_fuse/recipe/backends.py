@@ -1,4 +1,7 @@
-"""The words for where answers, distributions and scores come from. hf: a model in process. openai: a server. file: what the recipe names."""
+"""The names of the backends for answers, captures and scores.
+
+hf: a Hugging Face model in this process. openai: a server. file: a file that the recipe names.
+"""
 
 RESPONSE_BACKENDS = ("hf", "openai", "file")
 CAPTURE_BACKENDS = ("hf", "file")

@@ -1,4 +1,4 @@
-"""From the content of a file to checked options, with errors that name the place of every wrong key."""
+"""Turns the content of a file into checked options. Errors name the place of every wrong key."""
 
 import difflib
 import types
@@ -13,16 +13,17 @@ from megatron_fuse.recipe.options import Recipe
 from megatron_fuse.recipe.yaml_files import shown
 
 Checked = TypeVar("Checked", bound=BaseModel)
-Keys = tuple[int | str, ...]  # from the outermost key to the one that is meant; indexes in lists
+Keys = tuple[int | str, ...]  # path of a key, from the outermost one; an int is an index in a list
 Place = Callable[[Keys], str]  # what an error calls a key: file, line and key
 
 _MESSAGE, _LISTED = 560, 300  # characters
 
 
 def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -> Checked:
-    """The options that a mapping read from YAML holds.
+    """The options in a mapping read from YAML.
 
-    where: what errors call a key, or the name of the file. Raises UserError with every wrong key, its value and what is allowed there.
+    where: what errors call a key, or the name of the file. Raises UserError with every wrong key, its value
+    and the allowed values.
     """
     place = where if callable(where) else lambda keys: f"{where}: {shown(keys) or 'the whole'}"
     try:
@@ -32,7 +33,10 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
 
 
 def checked_value(kind: Any, value: Any, where: str) -> Any:
-    """A value of one of the kinds of values.py, as an argument that has to fit a key of a file. Raises UserError."""
+    """A value checked as one of the types of values.py, for an argument that must also be valid as a key of a file.
+
+    where: what the error calls the argument. Raises UserError if the value is not valid.
+    """
     try:
         return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
@@ -41,12 +45,12 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
 
 
 def make_recipe(content: dict[str, Any], where: str | Place = "recipe") -> Recipe:
-    """As `checked`."""
+    """`checked` for a Recipe. Raises UserError as `checked` does."""
     return checked(Recipe, content, where)
 
 
 def _explain(error: ValidationError, place: Place, model: type[BaseModel]) -> str:
-    """One line per wrong key, as far as the length of a message goes; what is missing comes last."""
+    """One line per wrong key, up to the length of a message. Missing keys come last."""
     message, count = "", error.error_count()
     items = sorted(error.errors(include_url=False), key=lambda item: item["type"] == "missing")
     for number, item in enumerate(items):
@@ -58,7 +62,7 @@ def _explain(error: ValidationError, place: Place, model: type[BaseModel]) -> st
 
 
 def _keys(location: Keys) -> Keys:
-    """Without pydantic's own marks, which are in brackets: [key], [number], [ramp]."""
+    """A location without the marks of pydantic, which stand in brackets: [key], [number], [ramp]."""
     return tuple(part for part in location if not (isinstance(part, str) and part.startswith("[")))
 
 
@@ -74,7 +78,7 @@ def _problem(item: Any, model: type[BaseModel]) -> str:
             return f"must be a mapping of keys (given: {_shown(given)})"
         case "missing":
             return "required, but not given"
-        case "greater_than_equal":  # pydantic writes 1e-12 with all its zeros
+        case "greater_than_equal":  # pydantic would write 1e-12 with all its zeros
             item["msg"] = f"Input should be greater than or equal to {item['ctx']['ge']}"
     problem = shortened(item["msg"].removeprefix("Value error, "), _LISTED)
     return problem if isinstance(given, dict) else f"{problem} (given: {_shown(given)})"
@@ -83,23 +87,24 @@ def _problem(item: Any, model: type[BaseModel]) -> str:
 def _shown(value: Any) -> str:
     try:
         return shortened(repr(value), 80)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts to text
         return f"a {type(value).__name__}"
 
 
 def _allowed(model: Any, location: Keys) -> list[str]:
-    """Keys that the mapping at this place may have."""
+    """The keys that the mapping at this location may have."""
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             annotation = next(f.annotation for n, f in model.model_fields.items() if part in (n, f.alias))
-        else:  # a key, an index or a form: the element's type comes last in dict[Name, X], list[X] and number | Ramp
+        # a key, an index or a tag: the element's type comes last in dict[Name, X], list[X] and number | Ramp
+        else:
             annotation = typing.get_args(model)[-1]
         model = _unwrapped(annotation)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _unwrapped(annotation: Any) -> Any:
-    """Without what pydantic is told beside the type, and without None."""
+    """The type of an annotation, without pydantic's metadata and without None."""
     if typing.get_origin(annotation) is typing.Annotated:
         return _unwrapped(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (Union, types.UnionType):

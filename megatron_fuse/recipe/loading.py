@@ -1,8 +1,9 @@
-"""From a YAML file and command-line flags to a checked Recipe.
+"""Reads a YAML file and command-line flags into a checked Recipe.
 
-Flags: the keys of `parallel` and `training` bear Megatron-LM's bare names (`training.global_batch_size` is
-`--global-batch-size`), those of every other section are prefixed by it (`data.path` is `--data-path`). A key that the recipe itself
-has too is always prefixed: `seed` is `--seed`, `training.seed` is `--training-seed`.
+Flags for the keys of `parallel` and `training` have Megatron-LM's bare names (`training.global_batch_size` is
+`--global-batch-size`). Flags of every other section have the section as prefix (`data.path` is
+`--data-path`). If the recipe itself has a key of the same name, the flag of the section always has the
+prefix: `seed` is `--seed`, `training.seed` is `--training-seed`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _scalar_type(annotation: Any) -> type | tuple | None:
-    """The type of a value that fits into one flag (a tuple for a choice of words), None for lists and mappings."""
+    """The type of a value that one flag can give (a tuple for a choice of words), None for lists and mappings."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _scalar_type(typing.get_args(annotation)[0])
@@ -43,7 +44,7 @@ def _scalar_type(annotation: Any) -> type | tuple | None:
 
 
 def _element_type(annotation: Any) -> type | tuple | None:
-    """The type of the values of a list that fits into one flag, None for all else."""
+    """The type of the elements of a list that one flag can give, None for any other annotation."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         inner = [part for part in typing.get_args(annotation) if part is not types.NoneType]
         return _element_type(inner[0]) if len(inner) == 1 else None
@@ -51,7 +52,7 @@ def _element_type(annotation: Any) -> type | tuple | None:
 
 
 def _metadata(field: FieldInfo) -> list[Any]:
-    """Limits of a field's value, or where it may be null, of the value in the place of null."""
+    """The limits of a field's value. If the field may be null, these are the limits of the other values."""
     inner = [part for part in typing.get_args(field.annotation) if typing.get_origin(part) is typing.Annotated]
     nested = FieldInfo.from_annotation(inner[0]).metadata if len(inner) == 1 else []
     return [*field.metadata, *nested]
@@ -90,13 +91,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe file as it is. Raises UserError with the line and key of everything that is wrong."""
+    """A recipe file, without overrides. Raises UserError with the line and key of every error."""
     document = read_document(path)
     return make_recipe(document.content, document.place)
 
 
 def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
-    """The recipe file with the given flags laid over it; prints it and exits where --print-recipe is given."""
+    """The recipe file with the values of the given flags in the place of its own.
+
+    If --print-recipe is given, prints the recipe and raises SystemExit(0). Raises UserError with the flag, or
+    the line and key, of every error.
+    """
     document = read_document(arguments.recipe)
     content, flags = document.content, dict[Keys, str]()
     for flag, path, field in _flags():
@@ -113,7 +118,8 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
             content["schedule"].pop("phases", None)
 
     def place(keys: Keys) -> str:
-        outer = (keys[:length] for length in range(len(keys), 0, -1))  # a value in a list is its flag's
+        # an element of a list belongs to the list's flag
+        outer = (keys[:length] for length in range(len(keys), 0, -1))
         flag = next((flags[key] for key in outer if key in flags), None)
         return f"{flag}: {'.'.join(map(str, keys))}" if flag else document.place(keys)
 
@@ -125,7 +131,7 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
 
 
 def _value(flag: str, given: Any, field: FieldInfo) -> Any:
-    """What was given for a flag, by the rules that a value in the file goes by."""
+    """The value given for a flag, read by the same rules as a value in the file. Raises UserError."""
     kind = _scalar_type(field.annotation) or _element_type(field.annotation)
     if kind not in (int, float):
         return given
@@ -136,13 +142,16 @@ def _value(flag: str, given: Any, field: FieldInfo) -> Any:
 
 
 def load_recipe(description: str | None = None, argv: Sequence[str] | None = None) -> Recipe:
-    """The recipe of a command that has no options of its own."""
+    """The recipe of a command that has no other options.
+
+    Raises UserError and SystemExit as recipe_from_arguments.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_recipe_arguments(parser)
     return recipe_from_arguments(parser.parse_args(argv))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; loading it gives the same recipe."""
+    """The recipe as YAML with every default written out. Loading this text gives the same recipe."""
     content = recipe.model_dump(mode="json", by_alias=True)
     return dump_yaml(content)

@@ -1,4 +1,4 @@
-"""What a recipe can say of a model: how it answers, how it judges, and what was answered or judged elsewhere."""
+"""The options of a model in a recipe: how it answers, how it scores, and files with answers or scores made elsewhere."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,9 @@ from pydantic import Field, JsonValue, model_validator
 
 from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision
 
-TARGET = "target"  # under this name lie the target's own answers, beside those of the sources
-REFERENCE = "reference"  # under this name lie the scores against the ground truth, beside those of the reward models
+TARGET = "target"  # directory name of the target's own answers, beside those of the sources
+# directory name of the scores against the ground truth, beside those of the reward models
+REFERENCE = "reference"
 
 
 ChatTemplate = Annotated[
@@ -33,7 +34,7 @@ class ModelOptions(Options):
 
 
 class FileOptions(Options):
-    """How to read one file; in a recipe its path may stand alone."""
+    """How to read one file. In a recipe its path alone may be given in place of the mapping."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +43,10 @@ class FileOptions(Options):
 
 
 class ResponseFile(FileOptions):
-    """Answers that exist already. A key may be nested: `responses.gpt-4` is the value under "gpt-4" of the value under "responses"."""
+    """A file of answers that exist already.
+
+    A key may be nested: `responses.gpt-4` is the value under "gpt-4" in the mapping under "responses".
+    """
 
     path: Location = Field(description="JSONL, Parquet or a directory of Parquet, one row per example")
     response: Line = Field("response", description="key of the answer's text")
@@ -57,7 +61,7 @@ def _is_host(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return bool(parts.hostname) and (parts.port is None or parts.port > 0) and not re.search(r"\s", url)
-    except ValueError:  # a port that is no number, brackets that do not close
+    except ValueError:  # the port is no number, or brackets do not close
         return False
 
 
@@ -85,7 +89,7 @@ class ServerOptions(Options):
         default_factory=dict, description="further keys of every request's body; null takes one of ours out"
     )
 
-    @model_validator(mode="after")  # of the whole: errors about a single key quote its value
+    @model_validator(mode="after")  # of the whole model: an error about a single key would quote its value
     def _holds_no_secret(self) -> Self:
         scheme, _, rest = self.url.partition("://")
         if scheme not in ("http", "https") or not _is_host(self.url):
@@ -122,7 +126,7 @@ class AnsweringOptions(ModelOptions):
 
 
 class TargetOptions(AnsweringOptions):
-    """The target answers only where schedule.order is target_reward."""
+    """Options of the target. It answers only if schedule.order is target_reward."""
 
 
 class SourceOptions(AnsweringOptions):
@@ -133,7 +137,10 @@ class SourceOptions(AnsweringOptions):
 
 
 class ScoreFile(FileOptions):
-    """Scores made elsewhere: rows {id, source, score}, or one row per id with a mapping {source: score} under `scores`."""
+    """A file of scores made elsewhere.
+
+    It has rows {id, source, score}, or one row per id with a mapping {source: score} under `scores`.
+    """
 
     path: Location = Field(description="JSONL, Parquet or a directory of Parquet")
     id: Line = Field("id", description="key of the example's id")

@@ -4,9 +4,10 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """INFERENCE: by the answer that the source samples itself. TRAINING: by how well it reads the ground truth.
+    """INFERENCE: sources compete by the answers that they generate.
 
-    Tensors with one entry per mode have the modes in this order.
+    TRAINING: by how well they predict the ground truth. Tensors with one entry per mode hold the modes in
+    this order.
     """
 
     INFERENCE = "inference"

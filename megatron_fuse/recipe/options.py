@@ -1,7 +1,7 @@
-"""What a recipe can say: every option of every stage, typed, with its default and its meaning.
+"""Every option of a recipe, for every stage, with its type, default and meaning.
 
-Keys carry Megatron-LM's names where Megatron has one. An unknown key is an error. Paths are taken relative to the directory in
-which the command runs. `Field(description=...)` is what `--help` prints.
+A key has Megatron-LM's name if Megatron-LM has the option. An unknown key is an error. Paths are relative to
+the directory in which the command runs. `--help` prints `Field(description=...)`.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -43,7 +43,8 @@ from megatron_fuse.recipe.values import (
     Weight,
 )
 
-# A step's sequences are padded to a multiple of so many positions: few different lengths, and whole vector lanes.
+# The sequences of a step are padded to a multiple of this number of positions. That gives few different
+# lengths, and fills whole vector lanes.
 SEQUENCE_MULTIPLE = 8
 
 
@@ -95,7 +96,7 @@ class ScoringOptions(Options):
 
 
 class ReferenceOptions(Options):
-    """The reference-based score of an answer: a weighted mean of three measures against the ground truth, each from 0 to 1."""
+    """The reference score of an answer: a weighted mean of three measures against the ground truth, each from 0 to 1."""
 
     bleu: Weight = 0.25
     rouge_l: Weight = 0.25
@@ -146,7 +147,7 @@ class AlignmentOptions(Options):
 
 
 class Margin(Options):
-    """What happens to examples whose winner barely wins."""
+    """The weight of examples whose winner has only a small margin."""
 
     at_least: Annotated[float, Field(ge=0, le=1e12)] = Field(description="margin from which an example counts in full")
     weight: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the examples below it; 0 drops them")
@@ -383,7 +384,7 @@ class TrainingOptions(Options):
     @model_validator(mode="before")
     @classmethod
     def _names_the_decay_of_wsd(cls, value: Any) -> Any:
-        """Megatron-LM's default, written out, so that the resolved recipe says it."""
+        """Writes out Megatron-LM's default, so that the resolved recipe shows it."""
         if isinstance(value, dict) and value.get("lr_decay_style") == "WSD" and not value.get("lr_wsd_decay_style"):
             return value | {"lr_wsd_decay_style": "exponential"}
         return value
@@ -438,11 +439,11 @@ class TrainingOptions(Options):
         return self
 
     def warmup_steps(self, decay_iters: int) -> float:
-        """Steps of the warm-up, not always a whole number; decay_iters: lr_decay_iters, or its default."""
+        """Number of warm-up steps, not always an integer. decay_iters: lr_decay_iters, or its default."""
         return self.lr_warmup_iters if self.lr_warmup_fraction is None else self.lr_warmup_fraction * decay_iters
 
     def require_room_for_wsd(self, decay_iters: int) -> None:
-        """Raises ValueError where warm-up and decay of WSD take more than decay_iters steps together."""
+        """Raises ValueError if the warm-up and the decay of WSD together take more than decay_iters steps."""
         warmup, wsd = self.warmup_steps(decay_iters), self.lr_wsd_decay_iters or 0
         if warmup + wsd > decay_iters:
             of_warmup = "lr_warmup_iters" if self.lr_warmup_fraction is None else "lr_warmup_fraction"
@@ -479,7 +480,7 @@ class ExportOptions(Options):
 
 
 class Recipe(Options):
-    """One fusion run: what is fused, from which data, how it is captured, aligned, chosen and learned."""
+    """One fusion run: the models, the data, and how distributions are captured, aligned, selected and learned."""
 
     workdir: Location = Field(description="directory of all artifacts")
     seed: Seed = Field(1234, description="of every draw: samples, answers, order, ties")
@@ -549,48 +550,57 @@ class Recipe(Options):
 
     @property
     def modes_with_teacher(self) -> list[str]:
-        """Modes whose captures training reads. The ground-truth text needs no source if no phase has a lambda for it (CSFT)."""
+        """Modes whose captures training reads, in the order of Mode.
+
+        If no phase has a lambda for the training mode (CSFT), the ground truth needs no source.
+        """
         used = {Mode.INFERENCE: self.uses_inference_mode}
         used[Mode.TRAINING] = any(phase.training.needs_teacher for phase in self.phases)
         return [mode.value for mode in Mode if used[mode]]
 
     @property
     def candidates(self) -> list[str]:
-        """Sources that are chosen between, in the order of `sources`."""
+        """The sources that selection chooses between, in the order of `sources`."""
         chosen = self.selection.sources
         return [name for name in self.sources if chosen is None or name in chosen]
 
     @property
     def judges(self) -> list[str]:
-        """Reward models that vote, in the order of reward_models."""
+        """The reward models that vote, in the order of `reward_models`."""
         chosen = self.selection.judges
         return [name for name in self.reward_models if chosen is None or name in chosen]
 
     @property
     def strongest(self) -> str | None:
-        """The judge whose score breaks ties; None where none votes."""
+        """The reward model whose score breaks ties of votes; None if no reward model votes."""
         return self.selection.strongest or next(iter(self.judges), None)
 
     @property
     def target_as_source(self) -> str | None:
-        """The source that is the target, whose answers are then the target's own; None where it is not among them, or where the
-        recipe gives the target answers of its own."""
+        """The source that is the same model as the target; its answers are then also the target's. Else None.
+
+        None also if the recipe gives the target other answers than this source: stop, responses or server
+        differ and are set.
+        """
         target = self.target
         for name, source in self.sources.items():
             same = all(getattr(source, key) == getattr(target, key) for key in ("model", "chat_template", "system"))
-            own = [
+            differing = [
                 value
                 for key in ("stop", "responses", "server")
                 if (value := getattr(target, key)) != getattr(source, key)
             ]
-            if same and not any(own):
+            if same and not any(differing):
                 return name
         return None
 
     @property
     def answering(self) -> dict[str, AnsweringOptions]:
-        """Everyone whose answers are made, by name: the sources where the inference mode is used, and the target where its
-        reward orders the examples and it is not a source whose answers are made."""
+        """The models that generate answers, by name.
+
+        If a phase uses the inference mode, these are the sources. If the target's reward orders the examples,
+        the target is added, unless it is one of the sources: then that source is there.
+        """
         answering: dict[str, AnsweringOptions] = dict(self.sources) if self.uses_inference_mode else {}
         if self.schedule.order == "target_reward":
             source = self.target_as_source
@@ -599,15 +609,18 @@ class Recipe(Options):
 
     @property
     def scorers(self) -> dict[str, list[str]]:
-        """By whom everyone's answers are scored, by the names in scores/NAME/SCORER: the sources' by the judges that vote or, where
-        that chooses between them, against the reference; the target's, where its reward orders the examples, by the strongest
-        judge."""
+        """Maps each answering model to its scorers, by the names in scores/NAME/SCORER.
+
+        The answers of a source are scored by the reward models that vote, or by `reference` under
+        selection.inference reference. If the target's reward orders the examples (schedule.order
+        target_reward), the strongest reward model scores the target's answers too.
+        """
         chosen_by = {"vote": self.judges, "reference": [REFERENCE], "random": []}[self.selection.inference]
         scorers = {name: list(chosen_by) for name in self.sources} if self.uses_inference_mode else {}
         if self.schedule.order == "target_reward":
-            own = scorers.setdefault(self.target_as_source or TARGET, [])
-            if self.strongest is not None and self.strongest not in own:
-                own.append(self.strongest)
+            of_target = scorers.setdefault(self.target_as_source or TARGET, [])
+            if self.strongest is not None and self.strongest not in of_target:
+                of_target.append(self.strongest)
         return scorers
 
     @property

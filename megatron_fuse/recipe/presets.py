@@ -1,7 +1,8 @@
 """Phases, and the schedules of the ProFuser paper by name.
 
-In each phase a mode's loss is weight * (CE + lambda * KL): weight is the paper's w1 (inference mode) or w2 (training mode). Both are
-numbers, or ramps over the phase; with a single phase, over the run. The paper's schedules are steps of the same thing.
+In each phase the loss of a mode is weight * (CE + lambda * KL). The weight is the paper's w1 (inference mode)
+or w2 (training mode). Weight and lambda are numbers, or ramps over the phase; in a schedule of one phase, a
+ramp goes over the whole run. The paper's schedules have constant numbers in each phase.
 """
 
 import math
@@ -13,14 +14,14 @@ from megatron_fuse.recipe.values import Epochs, Line, Options, Weight
 
 
 class Ramp(Options):
-    """A value that goes from one end of a phase to the other: its first step has `from`, its last has `to`."""
+    """A value that changes over a phase: the first step has `from`, the last step has `to`."""
 
     from_: Weight = Field(alias="from")
     to: Weight
     shape: Literal["linear", "cosine"] = "linear"
 
     def at(self, progress: float) -> float:
-        """progress: from 0 to 1."""
+        """The value at a progress from 0 to 1."""
         passed = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return self.from_ + (self.to - self.from_) * passed
 
@@ -29,12 +30,13 @@ def _form(value: Any) -> str:
     return "[ramp]" if isinstance(value, dict | Ramp) else "[number]"
 
 
-# By its form, so that an error is about the one that was meant. The tags are no keys: errors leave out what is in brackets.
+# The form decides the type, so that an error is about the type that was meant. The tags are no keys: errors
+# leave out names in brackets.
 Schedulable = Annotated[Annotated[Weight, Tag("[number]")] | Annotated[Ramp, Tag("[ramp]")], Discriminator(_form)]
 
 
 def value_at(value: float | Ramp, progress: float) -> float:
-    """A weight or lambda when so much of its phase is done, from 0 to 1."""
+    """A weight or lambda at a progress of its phase, from 0 to 1."""
     return value.at(progress) if isinstance(value, Ramp) else value
 
 
@@ -43,7 +45,10 @@ def _highest(value: float | Ramp) -> float:
 
 
 class ModeWeights(Options):
-    """weight * (CE + lambda * KL) of one mode. A weight that is 0 all along leaves the mode's documents out of the phase."""
+    """weight * (CE + lambda * KL) of one mode.
+
+    If the weight is 0 in the whole phase, the mode's documents are left out.
+    """
 
     weight: Schedulable = 0.0
     lambda_: Schedulable = Field(0.0, alias="lambda")
@@ -85,8 +90,9 @@ _INFERENCE = {"w1": 1, "l1": 0.1}
 _BOTH = {"w1": 0.1, "l1": 0.5, "w2": 1, "l2": 0.5}
 _TRAINING = {"w2": 1, "l2": 0.5}
 
-# arXiv 2408.04998, section 4 and Table 1. The order of ReverseFuse's weights is not spelled out there: `reversefuse` swaps
-# ProFuser's phases as they are, `reversefuse_strict` keeps the inference mode out of the first.
+# arXiv 2408.04998, section 4 and Table 1. The paper does not state the weights of ReverseFuse's phases:
+# `reversefuse` swaps ProFuser's phases as they are, `reversefuse_strict` keeps the inference mode out of the
+# first phase.
 PRESETS: dict[str, list[Phase]] = {
     "csft": [_phase("sft", 3, w2=1)],
     "fuse": [_phase("fuse", 3, **_TRAINING)],

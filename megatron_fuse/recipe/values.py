@@ -1,7 +1,7 @@
-"""The kinds of values that options take, each with the limits that no practitioner reaches: what is beyond them is a mistake.
+"""The types of values of options. Each has limits that no real run reaches: a value beyond them is a mistake.
 
-A wrong value is refused when the recipe is read, not after hours of work. Values have the type that they are written in: a number
-is no truth value, and a text in quotes no number.
+A wrong value raises an error when the recipe is read, not after hours of work. Values are not converted: a
+number is no truth value, and a text in quotes is no number.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from megatron_fuse.errors import shortened
 
-_PATH_BYTES, _NAME_BYTES = 4095, 255  # what Linux takes
+_PATH_BYTES, _NAME_BYTES = 4095, 255  # limits of Linux
 
 
 class Options(BaseModel):
@@ -23,9 +23,10 @@ class Options(BaseModel):
 
 
 def user_path(text: str | Path) -> Path:
-    """A path that a user has written: `~` and `~NAME` at its beginning stand for home directories, everywhere.
+    """A path that a user has written. `~` and `~NAME` at its beginning stand for home directories.
 
-    Raises ValueError for an empty path, one that no file system takes, or an unknown user; the message does not hold the path.
+    Raises ValueError for an empty path, a path that no file system allows, or an unknown user. The message
+    does not hold the path itself.
     """
     given = str(text)
     _refuse_no_line(given)
@@ -36,7 +37,8 @@ def user_path(text: str | Path) -> Path:
             raise ValueError(
                 f"there is no home directory for {user}: name an existing user, or write ./{user} for a directory of that name"
             )
-        path = Path.cwd() / path  # ./~x, of which nobody may make a home directory later
+        # the user wrote ./~x: without the absolute path, later code would expand the ~
+        path = Path.cwd() / path
     name = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if name > _NAME_BYTES or len(os.fsencode(path)) > _PATH_BYTES:
         raise ValueError(
@@ -46,7 +48,7 @@ def user_path(text: str | Path) -> Path:
 
 
 def path_argument(text: str) -> Path:
-    """user_path as the type of a command line's argument."""
+    """user_path as the type of an argument on the command line. Raises argparse.ArgumentTypeError."""
     try:
         return user_path(text)
     except ValueError as error:
@@ -54,7 +56,7 @@ def path_argument(text: str) -> Path:
 
 
 def _refuse_no_line(text: str) -> None:
-    """ValueError for a blank text, and for characters that no name or path has."""
+    """Raises ValueError for a blank text, and for characters that no name or path has."""
     if not text.strip():
         raise ValueError("it is empty: write the value, or leave out the key")
     for character in text:
@@ -70,14 +72,14 @@ def _line(text: str) -> str:
 
 
 def _model_place(text: str) -> str:
-    """A directory or a hub name, which stays as it is."""
+    """A directory or a hub name. Only a `~` at the beginning is expanded."""
     path = user_path(text)
     return str(path) if text.startswith("~") else text
 
 
 @dataclass(frozen=True)
 class UnlessZero:
-    """The least value beside 0."""
+    """A validator that allows 0 and values of at least `least`. Raises ValueError for values between."""
 
     least: float
 
@@ -106,7 +108,8 @@ Location = Annotated[
     Path, Strict(False), BeforeValidator(lambda of: user_path(of) if isinstance(of, str | Path) else of)
 ]
 ModelPlace = Annotated[str, AfterValidator(_model_place)]
-Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]  # a name, a title, a key of somebody's rows
+# a name, a title, a key of the user's rows
+Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # becomes a directory name
 
 # Counts
@@ -124,7 +127,7 @@ Layers = _whole(1, 10_000)
 Share = _number(1e-6, 1)
 Temperature = _number(0.01, 100)
 SamplingTemperature = _zero_or(0.01, 100)
-Weight = _zero_or(1e-6, 1000)  # of a part of a loss or score beside the others
+Weight = _zero_or(1e-6, 1000)  # of one part of a loss or score
 LearningRate = _number(1e-12, 10)
 LeastLearningRate = _zero_or(1e-12, 10)
 GradientNorm = _zero_or(1e-9, 1e9)
@@ -132,7 +135,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def limits(metadata: list[Any]) -> str:
-    """`from 1 to 10`, `0 or from 0.01 to 100`: what a field's metadata allows; empty where it sets no limits to numbers."""
+    """The range that a field's metadata allows: `from 1 to 10`, `0 or from 0.01 to 100`; empty if it has no limits."""
     least = next((of.least for item in metadata if isinstance(of := getattr(item, "func", None), UnlessZero)), None)
     bounds = {key: getattr(item, key) for item in metadata for key in ("ge", "le", "lt") if hasattr(item, key)}
     if not bounds:

@@ -1,8 +1,9 @@
-"""The one way to read YAML: recipes and experiments, by YAML 1.2's core schema, within limits, with the line of every key.
+"""Reads YAML files, recipes and experiments, by YAML 1.2's core schema, within limits, with the line of every key.
 
-The core schema knows null, true, false and numbers; everything else is text, as is everything in quotes. What YAML 1.1 reads
-otherwise, as `yes`, `0777` (511) and `1:30` (90), is refused with both readings, because many programs still read YAML 1.1.
-Tags (`!!int`) are refused. Anchors, aliases and `<<` are allowed, as long as they do not blow the file up.
+The core schema knows null, true, false and numbers. Every other value is text, and every value in quotes is
+text. YAML 1.1 reads some values differently, such as `yes`, `0777` (511) and `1:30` (90). Such a value raises
+an error that states both readings, because many programs still read YAML 1.1. Tags (`!!int`) raise an error.
+Anchors, aliases and `<<` are allowed, as long as the content stays within the limit after they are replaced.
 """
 
 import re
@@ -17,16 +18,17 @@ from yaml.constructor import ConstructorError
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.text_safety import printable
 
-LIMIT = 1 << 20  # bytes of a file, and characters and values once every alias is replaced by what it stands for
-DEPTH = 64  # of lists and mappings in each other
+LIMIT = 1 << 20  # bytes of a file; also characters and values after every alias is replaced by its content
+DEPTH = 64  # of nested lists and mappings
 _TOO_DEEP = f"more than {DEPTH} lists and mappings in each other"
 
 _INT, _FLOAT, _BOOL, _NULL, _TEXT, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null", "str", "merge")
 )
-_AMBIGUOUS = "tag:yaml.org,2002:ambiguous"  # our own: no file can give it, as tags are refused
+_AMBIGUOUS = "tag:yaml.org,2002:ambiguous"  # defined here; no file can contain it, as tags raise an error
 _DIGITS = "[0-9](?:_?[0-9])*"
-# The first that matches decides. Underscores between digits are YAML 1.1; no reader takes them for anything but a number.
+# The first pattern that matches decides. Underscores between digits come from YAML 1.1; every reader takes
+# them for a number.
 _PLAIN = {
     _NULL: r"(?:~|null|Null|NULL|)",
     _BOOL: r"(?:true|True|TRUE|false|False|FALSE)",
@@ -40,7 +42,7 @@ _TRUE_IN_1_1 = ("yes", "on")
 
 
 class _Refusal(ConstructorError):
-    """Of what is YAML, but not what we read."""
+    """The error for content that is valid YAML, but is not accepted here."""
 
     def __init__(self, problem: str, mark: yaml.Mark) -> None:
         super().__init__(problem=problem, problem_mark=mark)
@@ -48,21 +50,21 @@ class _Refusal(ConstructorError):
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its content, and where every key of it stands."""
+    """A YAML file: its content, and the line of every key."""
 
     path: Path
     content: dict[str, Any]
     _root: yaml.MappingNode
 
     def line_of(self, keys: Sequence[int | str]) -> int | None:
-        """Line, from 1, of a key given by its path of keys and list indexes; None where the file does not have it."""
+        """Line, from 1, of a key given by its path of keys and list indexes; None if the file does not have the key."""
         node, line = self._root, None
         for key in keys:
             if isinstance(node, yaml.MappingNode):
-                found = [(name, value) for name, value in node.value if name.value == key]
-                if not found:
+                matching = [(name, value) for name, value in node.value if name.value == key]
+                if not matching:
                     return None
-                name, node = found[-1]  # what `<<` brings comes before the mapping's own keys
+                name, node = matching[-1]  # keys that `<<` inserts come before the mapping's own keys
                 line = name.start_mark.line + 1
             elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
                 node = node.value[key]
@@ -72,7 +74,10 @@ class Document:
         return line
 
     def place(self, keys: Sequence[int | str]) -> str:
-        """`FILE:LINE: a.b.c` of a key, with the line of the innermost mapping that is there where the key itself is not."""
+        """`FILE:LINE: a.b.c` of a key.
+
+        If the file lacks the key, the line is that of the innermost mapping around it.
+        """
         lines = (self.line_of(keys[:length]) for length in range(len(keys), 0, -1))
         line = next((line for line in lines if line is not None), None)
         where = shortened(str(self.path), 200) if line is None else f"{shortened(str(self.path), 200)}:{line}"
@@ -80,22 +85,25 @@ class Document:
 
 
 def shown(keys: Sequence[int | str]) -> str:
-    """`a.b.0.c`, in one short line whatever the keys are."""
+    """A path of keys as `a.b.0.c`: always one short, printable line."""
     return shortened(printable(".".join(map(str, keys))), 150)
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema within LIMIT and DEPTH, without tags, and with mappings whose keys are texts and differ."""
+    """A loader for the core schema within LIMIT and DEPTH, without tags.
+
+    Keys of mappings must be texts and differ.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str | None, list[Any]]] = {}  # not those of YAML 1.1
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._size = 0
-        self._anchored: dict[str, int] = {}  # size of what each anchor stands for, aliases in it replaced
+        self._anchored: dict[str, int] = {}  # anchor -> size of its content, with aliases in it replaced
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        if self.flow_level == DEPTH:  # before the time that deeper ones cost the scanner
+        if self.flow_level == DEPTH:  # checked here, because the scanner takes long for deeper nesting
             raise _Refusal(_TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(token_class)
 
@@ -128,17 +136,18 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value):
             if key.tag == _AMBIGUOUS:
-                self.construct_object(key)  # which refuses it
+                self.construct_object(key)  # raises the error that states both readings
             if key.tag not in (_TEXT, _MERGE):
                 shown = f" {shortened(key.value, 60)}" if isinstance(key, yaml.ScalarNode) else ""
                 raise _Refusal(f"the key{shown} is no text: put it in quotes", key.start_mark)
-            if key.value in seen:  # the second would replace the first, a whole source say, without a word
+            # the second value, for example of a source, would silently replace the first
+            if key.value in seen:
                 raise _Refusal(f"the key {shortened(repr(key.value), 60)} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
     def text(self, node: yaml.ScalarNode) -> str:
-        try:  # JSON, which is YAML, writes a character beyond the 16th bit as two halves
+        try:  # JSON, which is also YAML, may write a character above U+FFFF as a surrogate pair
             text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError as error:
             raise _Refusal(f"{shortened(ascii(node.value), 60)} holds half of a character", node.start_mark) from error
@@ -198,13 +207,16 @@ for _tag, _construct in {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts every text in quotes that YAML 1.1 or the core schema would read as something else. No aliases."""
+    """A dumper that quotes every text which YAML 1.1 or the core schema would read as another type.
+
+    Writes no aliases.
+    """
 
     def ignore_aliases(self, _: Any) -> bool:
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        # In double quotes where other quotes would turn a separator of lines into a newline.
+        # Double quotes, because other quotes would turn these line separators into a newline.
         style = '"' if re.search("[\x85\u2028\u2029]", value) else None
         return self.represent_scalar(_TEXT, value, style=style)
 
@@ -216,7 +228,10 @@ for _tag, _pattern in _PLAIN.items():
 
 
 def read_document(path: Path) -> Document:
-    """A file's mapping. Raises UserError with the line where it is not YAML, too large, not a mapping, or has a key twice."""
+    """The mapping in a YAML file, with the lines of its keys.
+
+    Raises UserError, with the line, if the file is not YAML, is too large, is no mapping, or has a key twice.
+    """
     shown = shortened(str(path), 200)
     try:
         with path.open("rb") as file:
@@ -245,7 +260,8 @@ def read_document(path: Path) -> Document:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{shown}:{mark.line + 1}: not valid YAML: {shortened(problem, 300)}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of escapes and directives
+    # the last two come from escapes and directives
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         line = loader.get_mark().line + 1
         raise UserError(f"{shown}:{line}: not valid YAML: {shortened(str(error), 300)}") from error
     finally:
@@ -257,14 +273,14 @@ def read_document(path: Path) -> Document:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """As read_document, the mapping alone."""
+    """The mapping of read_document alone. Raises UserError as read_document does."""
     return read_document(path).content
 
 
 def plain_value(text: str) -> Any:
-    """What the text means as a value without quotes in a file: a number, a truth value, None or the text.
+    """The value of a text that stands in a file without quotes: a number, a truth value, None or the text.
 
-    Raises ValueError with what is wrong where a file would be refused for it.
+    Raises ValueError if the text would raise an error in a file.
     """
     loader = _Loader("")
     try:
@@ -274,5 +290,5 @@ def plain_value(text: str) -> Any:
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """YAML that read_yaml, and readers of YAML 1.1, read back as the same content."""
+    """The content as YAML. read_yaml and readers of YAML 1.1 read the same content back."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,4 +1,4 @@
-"""What every stage of the pipeline shares: its record, and the context that it works in."""
+"""The record of a stage of the pipeline, and the context that all stages share."""
 
 from megatron_fuse.stages.amounts import Amounts
 from megatron_fuse.stages.context import Context

@@ -1,4 +1,7 @@
-"""What the stages of one recipe share. Everything that is slow to read is read once: tokenizers, fingerprints, manifests."""
+"""The state that the stages of one recipe share.
+
+Tokenizers, fingerprints and manifests are slow to read, so each is read once.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +21,7 @@ from megatron_fuse.storage import Artifact, Plan, completed, open_artifact
 class Context:
     """A recipe with the chat formats of its models, the fingerprints of their weights, and the artifacts opened so far.
 
-    An artifact that was opened is not looked at again: make a new context once a command has written others.
+    An artifact that was opened is not read again. After a command has written artifacts, make a new context.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -33,7 +36,10 @@ class Context:
         return self._read[kind, name]
 
     def format(self, name: str) -> ChatFormat:
-        """Tokenizer and chat format of a source, or of `target`."""
+        """Tokenizer and chat format of a source, or of `target`.
+
+        Raises UserError if they are missing or damaged.
+        """
         options = answering_options(self.recipe, name)
         return self.once("format", name, lambda: load_format(options, recipe_key(name)))
 
@@ -44,7 +50,7 @@ class Context:
 
     @property
     def target_hashes(self) -> Hashes:
-        """What artifacts record that hold the target's tokens, or were cut to them."""
+        """Hashes for artifacts that hold the target's tokens, or whose texts were truncated by its tokens."""
         return {"target tokenizer": self.target.tokenizer.sha256, "target chat format": self.target.sha256}
 
     def reward_model_format(self, name: str) -> ChatFormat:
@@ -53,18 +59,27 @@ class Context:
         return self.once("reward model's format", name, lambda: load_reward_model_format(options, name))
 
     def fingerprint(self, name: str) -> str:
-        """Hash of the weights of a source, or of `target`. Raises UserError if they are not here."""
+        """Hash of the weights of a source, or of `target`.
+
+        Raises UserError if they are not on this machine.
+        """
         options = answering_options(self.recipe, name)
         where = f"{recipe_key(name)}.model"
         return self.once("weights", name, lambda: model_fingerprint(resolve_model(options.model, where)))
 
     def reward_model_fingerprint(self, name: str) -> str:
-        """Hash of what a reward model's scores come from. Raises UserError if it is not here."""
+        """Hash of the files that decide a reward model's scores.
+
+        Raises UserError if they are not on this machine.
+        """
         options = reward_model_options(self.recipe, name)
         return self.once("reward model's weights", name, lambda: reward_model_fingerprint(options, name))
 
     def plan(self, stage: Stage, *key: str) -> Plan:
-        """What an artifact is to be made by and from. Raises UserError if a parent is missing or was made otherwise."""
+        """The plan of an artifact: its options and the hashes of its inputs.
+
+        Raises UserError if a parent is missing, or was made with other options or inputs.
+        """
         parents = self._parents(stage, key)
         inputs = {name: parent.sha256 for name, parent in parents.items()}
         inputs |= stage.formats(self, *key) | stage.origin(self, *key)
@@ -78,9 +93,10 @@ class Context:
         )
 
     def open(self, stage: Stage, *key: str) -> Artifact:
-        """A finished artifact. Raises UserError if it is missing, or was made otherwise than the recipe says.
+        """A finished artifact. Raises UserError if it is missing, or was made with other options or inputs.
 
-        Compared are the options, the tokenizers and templates and the parents; weights and the user's files if they are here.
+        Options, tokenizers, templates and parents are compared. Weights and the user's files are compared if
+        they are on this machine.
         """
         if (stage, key) not in self._opened:
             inputs = {name: parent.sha256 for name, parent in self._parents(stage, key).items()}
@@ -89,13 +105,14 @@ class Context:
         return self._opened[stage, key]
 
     def open_alone(self, stage: Stage, *key: str) -> Artifact:
-        """`open` on a machine that may have none of its parents: compared are options, tokenizers and templates."""
+        """`open` on a machine that may lack the parents: only options, tokenizers and templates are compared."""
         return self._open(stage, key, stage.formats(self, *key))
 
     def refuse_changed_options(self, stage: Stage, *key: str) -> None:
         """Raises UserError if an ancestor of an artifact was made with other options than the recipe has now.
 
-        For a machine that may have the artifact alone: what is not here is not compared, nor are tokenizers and weights.
+        For a machine that may have the artifact alone: ancestors that are missing are not compared.
+        Tokenizers and weights are not compared either.
         """
         for ancestor, names in _ancestors(self.recipe, stage, key):
             if (ancestor.directory(self.recipe, *names) / "manifest.json").exists():
@@ -136,13 +153,17 @@ class Context:
 
 
 def _shards(parents: dict[str, Artifact]) -> int:
-    """Shards of the examples, which all stages share. The instructions are one unit of work, and count the shards that they hold."""
+    """Number of shards of the examples, the same for all stages.
+
+    The instructions are one unit of work: their plan has one shard, and their counts state the number of
+    shards of examples.
+    """
     parent = next(iter(parents.values()))
     return parent.manifest["counts"].get("shards", parent.manifest["shards"])
 
 
 def _ancestors(recipe: Recipe, stage: Stage, key: Key) -> Iterator[tuple[Stage, Key]]:
-    """All that an artifact comes from, each one once."""
+    """All artifacts that an artifact is made from, directly or through others, each one once."""
     waiting, seen = [(stage, key)], set[tuple[Stage, Key]]()
     while waiting:
         stage, key = waiting.pop()

@@ -1,7 +1,7 @@
-"""The record of a stage. Each stage of the pipeline is declared once, in its own module, as one of these.
+"""The record of a stage. Each stage of the pipeline is declared once, as a Stage, in the module of the stage.
 
-From the records follow the order of the stages, `--until` and `--plan`, what is compared when an artifact is opened, lineage checks, and
-the command that an error names.
+The records decide the order of the stages, the words of `--until`, the table of `--plan`, the comparisons
+when an artifact is opened, the checks of lineage, and the command that an error names.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from typing import Any
 from megatron_fuse.recipe import Recipe
 
 Key = tuple[str, ...]
-"""Which of a stage's artifacts: () if there is one, (source,), (source, mode) or (model, reward model)."""
+"""The key of one artifact of a stage: () if it has only one; else (source,), (source, mode) or (model, reward model)."""
 
 Parents = dict[str, tuple["Stage", Key]]
-"""Artifacts that an artifact is made from, by the name under which it records their hashes."""
+"""The artifacts that an artifact is made from, by the names under which it records their hashes."""
 
 Hashes = dict[str, str]
-"""Hashes of what is no artifact, by the name under which it is recorded."""
+"""Hashes of inputs that are no artifacts, by the names under which they are recorded."""
 
 
 def _nothing(*_: Any) -> dict[str, Any]:
@@ -31,21 +31,30 @@ def _no_cost(*_: Any) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """One kind of artifact and the command that makes it. The functions get a key's names as their last arguments.
+    """One kind of artifact and the command that makes it.
 
-    name: the step of the pipeline, as `--until` takes it. Stages with one name are made by one command.
-    recorded_as: the stage in plan.json and manifest.json. command: what makes one artifact, as a user types it; `{}` stands for a name
-    of its key.
-    keys(recipe): the artifacts that the recipe needs. directory(recipe, *key). options(recipe, *key): every option of the recipe
-    that changes the bytes. parents(recipe, *key).
-    formats(context, *key): tokenizers and chat templates. origin(context, *key): weights and files of the user, which a machine
-    that only uses the artifact need not have.
-    packages(recipe, *key): options that the machine decides, as versions of packages. They are recorded, and compared by the stage
-    itself alone.
-    flops(context, amounts, *key), disk(recipe, amounts, *key): cost, in operations and bytes, for `--plan`.
-    state(context, *key): of what is no artifact, as checkpoints. always: made anew by every run of the command, in a second.
-    one_process: the command does not run under torchrun. remove(recipe): what has to be removed before the artifact is made anew;
-    by default its directory.
+    The functions get the names of a key as their last arguments.
+
+    name: the step of the pipeline, as in `--until`. One command makes all stages that have the same name.
+    recorded_as: the name of the stage in plan.json and manifest.json.
+    command: the command that makes one artifact, as a user types it; `{}` stands for a name of its key.
+    keys(recipe): the keys of the artifacts that the recipe needs.
+    directory(recipe, *key): the directory of an artifact.
+    options(recipe, *key): every option of the recipe that changes the bytes.
+    parents(recipe, *key): the artifacts that it is made from.
+    formats(context, *key): hashes of tokenizers and chat templates.
+    origin(context, *key): hashes of weights and of the user's files. A machine that only reads the artifact
+    may lack these.
+    packages(recipe, *key): options that depend on the machine, such as versions of packages. They are
+    recorded, and only the
+        stage itself compares them.
+    flops(context, amounts, *key), disk(recipe, amounts, *key): cost for `--plan`, in floating-point
+    operations and in bytes.
+    state(context, *key): the state of a result that is no artifact, such as checkpoints.
+    always: every run of the command makes it again, which takes about a second.
+    one_process: the command does not run under torchrun.
+    remove(recipe): the directory that must be removed before the artifact is made again; default: its own
+    directory.
     """
 
     name: str
@@ -63,16 +72,20 @@ class Stage:
     state: Callable[..., str] | None = None
     always: bool = False
     one_process: bool = False
-    shard_names: tuple[str, ...] | None = None  # of a stage that makes one unit of work, whatever the number of shards
+    # for a stage whose units of work are not the shards of examples
+    shard_names: tuple[str, ...] | None = None
     remove: Callable[[Recipe], Path] | None = None
 
     @property
     def module(self) -> list[str]:
-        """The command without its arguments, as words for `python` or torchrun: they find the package, wherever it is installed."""
+        """The command without its arguments, as words for `python` or torchrun.
+
+        The words begin with `-m`, so that Python finds the package wherever it is installed.
+        """
         program, *words = self.command.split()
         return words[:2] if program == "python" else ["-m", "megatron_fuse.cli", words[0]]
 
     def label(self, recipe: Recipe, *key: str) -> str:
-        """What plans and tables call an artifact: its directory under the recipe's workdir."""
+        """The name of an artifact in plans and tables: its directory relative to the workdir, else the stage's name."""
         directory = self.directory(recipe, *key)
         return str(directory.relative_to(recipe.workdir)) if directory.is_relative_to(recipe.workdir) else self.name

@@ -1,6 +1,6 @@
 """Artifact directories: the output of a stage.
 
-It is complete or can be resumed, and records hashes of all its inputs.
+An artifact is complete or can be resumed, and records the hashes of all its inputs.
 
     DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
     DIRECTORY/shard-00000.*         data files; they are moved here when the shard is whole

@@ -72,7 +72,7 @@ class LockFile:
         """
         try:
             alone = self.try_alone()
-            # else the file is removed already, and the path may name a new one
+            # Else the file is removed already, and the path may name a new one.
             if alone and self._is_current():
                 with suppress(OSError):
                     self.path.unlink()
@@ -95,7 +95,7 @@ class LockFile:
         # A user may have removed the file: processes that open the path now would take locks of a new file.
         if not self._is_current():
             raise UserError(f"{self.path} was removed while this process used it: run the command again")
-        # the disk is full: the lock holds all the same, only the messages lack the name
+        # If the disk is full, the lock still holds. Only the messages lack the name.
         with suppress(OSError):
             os.pwrite(self._file, _own_name().ljust(RECORD, b"\0"), number * RECORD)
         return True

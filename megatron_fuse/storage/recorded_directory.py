@@ -194,7 +194,7 @@ def _sweep(directory: Path, record: str) -> None:
         elif not os.path.lexists(directory):
             path.rename(directory)
         else:
-            # a damaged record does not say which files are the command's: all of them stay
+            # A damaged record does not say which files are the command's: all of them stay.
             with suppress(UserError):
                 listed = read_sealed(path / record).get("files") if (path / record).is_file() else {}
                 _remove_files(path, list(parse_records(listed, record)), record)

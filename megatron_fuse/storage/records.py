@@ -140,6 +140,6 @@ def quoted(value: Any, limit: int = _SHOWN) -> str:
     """A value as a message shows it: printable, on one line, of at most `limit` characters."""
     try:
         return brief(repr(value), limit)
-    # the value is nested too deeply, or an integer has too many digits for repr
+    # The value is nested too deeply, or an integer has too many digits for repr.
     except (RecursionError, ValueError):
         return f"a {type(value).__name__}"

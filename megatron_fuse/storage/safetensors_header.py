@@ -1,7 +1,6 @@
 """The header of a safetensors file: the names, dtypes and shapes of its tensors, and where their bytes lie.
 
-    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text:
-    text}} | data
+    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}} | data
 
 Every file that the safetensors library accepts is accepted here, with one exception: if a name occurs twice,
 the library drops one of the two tensors silently, and this module raises UserError.
