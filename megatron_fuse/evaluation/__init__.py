@@ -1,8 +1,8 @@
 """Evaluation: lm-evaluation-harness on several models side by side, with standard errors and paired differences.
 
-    OUTPUT/MODEL/TASK.json        one finished measurement: every metric, the outcome of every question, what it was made from
+    OUTPUT/MODEL/TASK.json        one finished measurement: every metric, the outcome of every question, its inputs
     OUTPUT/MODEL/TASK.error.txt   the traceback of one that failed, until it succeeds
-    OUTPUT/evaluation.{json,md,png}   the table over the models of the last call
+    OUTPUT/evaluation.{json,md,png}   the table of all models of the last call
 
 The harness, torch and transformers are imported when a measurement begins, not before.
 """

@@ -1,4 +1,4 @@
-"""What can be measured: the benchmarks of the Open LLM Leaderboard with its shots and metrics, and GSM8K in two forms."""
+"""The benchmarks: those of the Open LLM Leaderboard with its shots and metrics, and GSM8K in two forms."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,14 @@ TASKS = Path(__file__).with_name("tasks")  # YAML tasks for the harness
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One line of the table.
+    """A benchmark, which is one line of the table.
 
-    hub, local: names of the harness's tasks over data sets of the Hugging Face hub and over files; `local` is tasks/LOCAL.yaml.
-    metric: what is reported, as the harness names it: `metric,filter`. A higher number is better in all of them.
-    files: name in the data directory -> form of its rows. The first holds the questions.
+    shots: number of few-shot examples.
+    hub: name of the harness's task over a data set of the Hugging Face hub.
+    local: name of the task over files, tasks/LOCAL.yaml.
+    metric: the reported metric under the harness's name, `metric,filter`. For all of them a higher number is
+    better.
+    files: file name in the data directory -> form of its rows. The first file holds the questions.
     """
 
     name: str
@@ -26,7 +29,7 @@ class Benchmark:
     hub: str
     local: str
     files: Mapping[str, type[Question]]
-    examples_in_same_file: bool = True  # few-shot examples are other rows of the file of questions
+    examples_in_same_file: bool = True  # the few-shot examples are other rows of the file of questions
 
     @property
     def heading(self) -> str:
@@ -107,11 +110,14 @@ GROUPS: Mapping[str, Sequence[str]] = {"openllm": tuple(BENCHMARKS)}
 
 
 def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
-    """Benchmarks and groups by name, in the order named, each once. Raises UserError for an unknown name."""
-    found: dict[str, Benchmark] = {}
+    """The benchmarks of these names and groups, in this order, each once.
+
+    Raises UserError for an unknown name.
+    """
+    benchmarks: dict[str, Benchmark] = {}
     for name in names:
         if name not in BENCHMARKS and name not in GROUPS:
             groups = ", ".join(f"{group} (all of {', '.join(members)})" for group, members in GROUPS.items())
             raise UserError(f"--tasks: unknown task {name!r}; there are {', '.join(BENCHMARKS)} and the group {groups}")
-        found |= {member: BENCHMARKS[member] for member in GROUPS.get(name, (name,))}
-    return list(found.values())
+        benchmarks |= {member: BENCHMARKS[member] for member in GROUPS.get(name, (name,))}
+    return list(benchmarks.values())

@@ -1,4 +1,4 @@
-"""A comparison as a picture: every model's value and its difference to the baseline, with two standard errors on either side."""
+"""The chart of a comparison: values and differences to the baseline, with two standard errors on either side."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -7,11 +7,14 @@ from megatron_fuse.evaluation.comparison import TIE, Comparison
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_SPREAD = 0.7  # of a benchmark's line, taken by all models together
+_SPREAD = 0.7  # share of a benchmark's line that all models take together
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Left the values, right the differences, one line per benchmark; a hollow difference is a tie."""
+    """Values on the left, differences on the right, one line per benchmark.
+
+    A hollow marker of a difference is a tie.
+    """
     models, rows = comparison.models, comparison.rows
     height = 1.4 + len(rows) * max(0.45, 0.18 * len(models))
     figure = Figure(figsize=(11, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""Several models on several benchmarks: values with standard errors, and differences to one of them, question by question."""
+"""Compares models on benchmarks: values with standard errors, and differences to a baseline, question by question."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ BETTER, WORSE, TIE = "better", "worse", "tie"
 
 @dataclass(frozen=True)
 class Value:
-    """value and standard_error in [0, 1]; value None: there is none, and note says why."""
+    """value, standard_error: in [0, 1]. If there is no value, it is None and `note` says why."""
 
     value: float | None
     standard_error: float | None = None
@@ -24,7 +24,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over `questions` that both models have an outcome for. verdict: better or worse beyond two standard errors, else tie."""
+    """Mean difference over the `questions` for which both models have an outcome.
+
+    verdict: better or worse if the difference is more than two standard errors, else tie.
+    """
 
     value: float
     standard_error: float
@@ -37,9 +40,8 @@ class Row:
     benchmark: Benchmark
     questions: int
     values: Mapping[str, Value]  # by model
-    differences: Mapping[
-        str, Difference | None
-    ]  # by model other than the baseline; None where one of the two has no value
+    # By model, without the baseline; None if one of the two has no value.
+    differences: Mapping[str, Difference | None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Comparison:
     models: Sequence[str]
     baseline: str
     rows: Sequence[Row]
-    notes: Sequence[str]  # on what a table cannot show
+    notes: Sequence[str]  # facts that the table cannot show
 
 
 def compare(
@@ -57,7 +59,11 @@ def compare(
     benchmarks: Sequence[Benchmark],
     baseline: str,
 ) -> Comparison:
-    """results, failures: by (model, task); of what is in neither there is no value. Raises UserError where models were asked different questions."""
+    """The comparison of these models on these benchmarks. baseline: one of the models.
+
+    results, failures: by (model, task). If a pair is in neither, it has no value. Raises UserError if two
+    models were asked different questions of a benchmark.
+    """
     rows, notes = [], list[tuple[str, str, str]]()
     for benchmark in benchmarks:
         of_model = {model: results.get((model, benchmark.name)) for model in models}
@@ -76,10 +82,11 @@ def compare(
 
 
 def paired_difference(baseline: Sequence[float | None], other: Sequence[float | None]) -> Difference | None:
-    """Mean of other - baseline over the questions that have both outcomes, and its standard error; None below two such questions.
+    """Mean of other - baseline over the questions with both outcomes, and its standard error; None below two questions.
 
-    The error is that of the mean of differences, sd / sqrt(n) with n - 1 in the variance. Models that fail on the same questions differ by
-    less than their own standard errors suggest.
+    The error is that of a mean of differences, sd / sqrt(n), with n - 1 in the variance. It is smaller than
+    the standard errors of the two models suggest if both fail on the same questions. Raises ValueError if the
+    lengths differ.
     """
     pairs = zip(baseline, other, strict=True)
     both = [after - before for before, after in pairs if before is not None and after is not None]
@@ -114,14 +121,17 @@ def _difference(baseline: Result | None, other: Result | None, benchmark: Benchm
 
 
 def _grouped(notes: Sequence[tuple[str, str, str]]) -> list[str]:
-    """(text, benchmark, model) as lines, what is the same for several models and benchmarks once."""
+    """Notes (text, benchmark, model) as lines.
+
+    A text that applies to several models and benchmarks appears once.
+    """
     models: dict[tuple[str, str], list[str]] = {}
     for text, title, model in notes:
         models.setdefault((text, title), []).append(model)
     titles: dict[tuple[str, str], list[str]] = {}
-    for (text, title), of in models.items():
-        titles.setdefault((text, ", ".join(of)), []).append(title)
-    return [f"{of} on {'; '.join(of_text)}: {text}" for (text, of), of_text in titles.items()]
+    for (text, title), names in models.items():
+        titles.setdefault((text, ", ".join(names)), []).append(title)
+    return [f"{names} on {'; '.join(of_text)}: {text}" for (text, names), of_text in titles.items()]
 
 
 def _notes(value: Value, result: Result | None) -> list[str]:

@@ -1,4 +1,7 @@
-"""The files of an offline evaluation: every row is looked at before a model is, as the harness itself would stop in the middle of it."""
+"""Checks the files of an offline evaluation. Every row is checked before a model is loaded.
+
+The harness itself would stop at a wrong row in the middle of the evaluation.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -11,10 +14,10 @@ from megatron_fuse.storage.records import parse_record, quoted
 
 
 def check_files(benchmark: Benchmark, directory: Path) -> dict[str, str]:
-    """sha256 of every file that a benchmark reads from a directory of JSONL files.
+    """File name -> sha256 of every file that a benchmark reads from a directory of JSONL files.
 
-    Raises UserError for a missing file, a row that is not of the task's form, a right answer that is none of the options, and too
-    few rows for the few-shot examples.
+    Raises UserError for a missing file, a row that does not have the form of the task, a right answer that is
+    not one of the options, or too few rows for the few-shot examples.
     """
     rows = {name: _rows_of(benchmark, directory / name) for name in benchmark.files}
     questions, *_ = rows
@@ -24,7 +27,7 @@ def check_files(benchmark: Benchmark, directory: Path) -> dict[str, str]:
             f"as the {benchmark.shots} examples of every question are other rows of this file"
         )
     if benchmark.name == "mmlu":
-        subjects = [[row.subject for row in of if isinstance(row, Mmlu)] for of in rows.values()]
+        subjects = [[row.subject for row in of_file if isinstance(row, Mmlu)] for of_file in rows.values()]
         _check_subjects(benchmark, directory, *subjects)
     return {name: sha256_of_file(directory / name) for name in benchmark.files}
 
@@ -44,11 +47,11 @@ def _rows_of(benchmark: Benchmark, path: Path) -> list[Question]:
 
 
 def _check_subjects(benchmark: Benchmark, directory: Path, questions: list[str], examples: list[str]) -> None:
-    there = Counter(examples)
+    counts = Counter(examples)
     for subject in dict.fromkeys(questions):
-        if there[subject] < benchmark.shots:
+        if counts[subject] < benchmark.shots:
             _, name = benchmark.files
             raise UserError(
-                f"{directory / name}: has {there[subject]} examples of the subject {quoted(subject)}; "
+                f"{directory / name}: has {counts[subject]} examples of the subject {quoted(subject)}; "
                 f"{benchmark.name} needs {benchmark.shots}"
             )

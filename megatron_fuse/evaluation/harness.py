@@ -1,4 +1,4 @@
-"""The door to lm-evaluation-harness: loads a model, runs one task, and takes from its results what is kept."""
+"""The only access to lm-evaluation-harness: loads a model, runs one task, and reads metrics from its results."""
 
 import importlib
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def harness_version() -> str:
-    """Raises UserError where lm-eval is not installed."""
+    """The version of lm-eval. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("lm_eval").__version__
     except ImportError as error:
@@ -32,12 +32,12 @@ def harness_version() -> str:
 
 
 def stay_offline() -> None:
-    """For this process and before Hugging Face's libraries are imported: nothing is asked of the hub."""
+    """Keeps this process from asking the hub. Call it before Hugging Face's libraries are imported."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 
 def task_definition(benchmark: Benchmark) -> str:
-    """sha256 over the YAML files of a task over files, with those that they include."""
+    """sha256 over the YAML file of a task over files, and over the YAML files that it includes."""
     parts, name = [], f"{benchmark.local}.yaml"
     while name:
         content = (TASKS / name).read_bytes()
@@ -48,15 +48,21 @@ def task_definition(benchmark: Benchmark) -> str:
 
 
 def make_task_manager(data: Path | None) -> "TaskManager":
-    """Knows our tasks and, for data sets of the hub, the harness's own, whose index takes some seconds."""
+    """A manager with the tasks of this project.
+
+    data: None adds the harness's own tasks, whose index takes some seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(TASKS), include_defaults=data is None)
 
 
 def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "HFLM":
-    """batch_size: sequences, or `auto`. Raises UserError for a model that cannot be loaded, or has no chat template though one is
-    asked for."""
+    """A model for the harness. batch_size: number of sequences, or `auto`.
+
+    Raises UserError for a model that cannot be loaded, or that has no chat template although the settings ask
+    for one.
+    """
     from lm_eval.models.huggingface import HFLM
 
     from megatron_fuse.huggingface.loading import this_device
@@ -75,9 +81,10 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
                 batch_size=batch_size,
                 dtype="auto",
                 trust_remote_code=False,
-                chat_template_args={"date_string": FIXED_DATE},  # else Llama's templates print today's
+                # else Llama's templates print the present date
+                chat_template_args={"date_string": FIXED_DATE},
             )
-    except Exception as error:  # transformers and the harness raise many kinds for missing or damaged files
+    except Exception as error:  # transformers and the harness raise many types for missing or damaged files
         raise not_loadable(directory, error) from error
     if settings.apply_chat_template and model.tokenizer.chat_template is None:
         raise UserError(f"{directory} has no chat template, which --apply-chat-template needs")
@@ -87,7 +94,11 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
 
 
 def _try_template(tokenizer: Any, directory: Path) -> None:
-    """Renders one question under our limits: transformers, by which the harness renders, has none."""
+    """Renders one question under the limits of this project.
+
+    The harness renders with transformers, which has no limits. Raises UserError if the template cannot be
+    used.
+    """
     question = [{"role": "user", "content": "Question"}]
     specials = {f"{name}_token": getattr(tokenizer, f"{name}_token") or "" for name in ("bos", "eos", "pad")}
     try:
@@ -99,9 +110,10 @@ def _try_template(tokenizer: Any, directory: Path) -> None:
 def run_task(
     model: "HFLM", benchmark: Benchmark, data: Path | None, settings: Settings, manager: "TaskManager"
 ) -> Mapping[str, Any]:
-    """The harness's results of one benchmark; data: directory of JSONL files, None for the hub.
+    """The harness's results of one benchmark. data: directory of JSONL files, None for the hub.
 
-    What `lm_eval.simple_evaluate` does to the tasks, without its list of the machine's packages, which takes longer than a small task.
+    This sets up the tasks as `lm_eval.simple_evaluate` does, but without its list of the machine's packages:
+    that list takes longer than a small task.
     """
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -124,7 +136,10 @@ def run_task(
 
 
 def local_task(benchmark: Benchmark, data: Path, arrow_files: Path) -> dict[str, Any]:
-    """The YAML task over the files of one directory; arrow_files: where `datasets` may keep its copies."""
+    """The YAML task over the files of one directory.
+
+    arrow_files: the directory in which `datasets` keeps its copies.
+    """
     from lm_eval.tasks._yaml_loader import load_yaml
 
     task = load_yaml(TASKS / f"{benchmark.local}.yaml")
@@ -133,7 +148,7 @@ def local_task(benchmark: Benchmark, data: Path, arrow_files: Path) -> dict[str,
 
 
 def metrics_of(results: Mapping[str, Any], task: str) -> dict[str, Metric]:
-    """Every metric of a task or group: what the harness reports, and its outcome on every question."""
+    """Every metric of a task or group: the number that the harness reports, and the outcome of every question."""
     metrics = {}
     for name, value in results["results"][task].items():
         metric, comma, filter_name = name.partition(",")
@@ -145,12 +160,18 @@ def metrics_of(results: Mapping[str, Any], task: str) -> dict[str, Metric]:
 
 
 def questions_of(results: Mapping[str, Any]) -> list[str]:
-    """`TASK/INDEX HASH` of every question, once however many filters read its answer, in the order of the outcomes."""
+    """`TASK/INDEX HASH` of every question, in the order of the outcomes.
+
+    Several filters give a question only once.
+    """
     return list(dict.fromkeys(f"{task}/{row['doc_id']} {row['doc_hash'][:16]}" for task, row in _samples(results)))
 
 
 def count_shortened(model: "HFLM", results: Mapping[str, Any]) -> int:
-    """Questions of which a prompt is longer than the model can read: the harness then drops its beginning."""
+    """Number of questions with a prompt that is longer than the model can read.
+
+    The harness drops its beginning.
+    """
     lengths: dict[str, int] = {}
 
     def length(text: str) -> int:
@@ -159,7 +180,7 @@ def count_shortened(model: "HFLM", results: Mapping[str, Any]) -> int:
         return lengths[text]
 
     def is_shortened(context: str, then: str | Mapping[str, Any]) -> bool:
-        if isinstance(then, str):  # an answer whose last token is not read
+        if isinstance(then, str):  # an answer: its last token is only predicted, not read
             return length(context) + length(then) > model.max_length + 1
         return length(context) > model.max_length - then.get("max_gen_toks", model.max_gen_toks)
 
@@ -179,13 +200,16 @@ def _samples(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _finite(value: Any) -> float | None:
-    """None for the harness's "N/A" too."""
+    """The value as float; None if it is not finite, or is the harness's "N/A"."""
     return float(value) if not isinstance(value, str | None) and math.isfinite(value) else None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness warns of every shot that it is told and every prompt that it shortens, which are counted here instead."""
+    """Hides the harness's warnings about every number of shots and every shortened prompt.
+
+    count_shortened counts these.
+    """
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

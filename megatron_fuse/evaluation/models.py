@@ -1,4 +1,4 @@
-"""The models of an evaluation: Hugging Face model directories by name, identified by their files."""
+"""The models of an evaluation: Hugging Face model directories with a name. Their files identify them."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from megatron_fuse.recipe import user_path
 from megatron_fuse.storage import sha256_of_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes a directory name
-# What turns text into ids, and how generation ends. All are small files.
+# Files that decide how text becomes ids, and how generation ends. All of them are small.
 _TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 _TEMPLATE_FILES = ("chat_template*", "generation_config.json")
 
@@ -22,7 +22,10 @@ class EvaluatedModel:
 
 
 def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
-    """Models from `NAME=DIR`. Raises UserError for another form, a name given twice, a directory that holds no model."""
+    """Models given as `NAME=DIR`.
+
+    Raises UserError for another form, a name given twice, or a directory without model.
+    """
     models: dict[str, EvaluatedModel] = {}
     for text in texts:
         name, equals, directory = text.partition("=")
@@ -43,7 +46,7 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
 
 def fingerprint(directory: Path) -> str:
     """sha256 over a model's configuration, weights (sampled), tokenizer, chat template and generation options."""
-    from megatron_fuse.huggingface.fingerprints import model_fingerprint  # brings torch
+    from megatron_fuse.huggingface.fingerprints import model_fingerprint  # imports torch
 
     files = {path for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES) for path in directory.glob(pattern) if path.is_file()}
     parts = [part for path in sorted(files) for part in (path.name.encode(), path.read_bytes())]

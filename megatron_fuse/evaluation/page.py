@@ -1,4 +1,4 @@
-"""The table of a comparison for terminal and Markdown, and its numbers as JSON."""
+"""The table of a comparison as text for a terminal, as Markdown and as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +17,7 @@ EXPLANATION = (
 
 
 def write_comparison(comparison: Comparison, made_from: Mapping[str, Any], output: Path) -> None:
-    """OUTPUT/evaluation.{json,md,png}; made_from: what all models have in common."""
+    """Writes OUTPUT/evaluation.{json,md,png}. made_from: tasks and fingerprints, for the JSON file."""
     write_json(output / "evaluation.json", {"made_from": made_from, **_numbers(comparison)})
     save_text(output / "evaluation.md", comparison_markdown(comparison))
     save_picture(draw_comparison(comparison), output / "evaluation.png")
@@ -36,7 +36,10 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """One row per benchmark; after every model but the baseline its difference to it."""
+    """One row per benchmark.
+
+    Each model but the baseline has a further column: its difference to the baseline.
+    """
     heading = ["", "questions"]
     for model in comparison.models:
         heading += [model] if model == comparison.baseline else [model, f"{model} - {comparison.baseline}"]
@@ -72,7 +75,7 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
             "metric": row.benchmark.metric,
             "questions": row.questions,
             "values": {model: asdict(value) for model, value in row.values.items()},
-            "differences": {model: found and asdict(found) for model, found in row.differences.items()},
+            "differences": {model: value and asdict(value) for model, value in row.differences.items()},
         }
         for row in comparison.rows
     ]

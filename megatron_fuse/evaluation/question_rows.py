@@ -1,4 +1,7 @@
-"""Rows of the files of an offline evaluation, by benchmark (docs/evaluation.md lists them). Other keys of a row are not read."""
+"""The rows of the files of an offline evaluation, by benchmark (docs/evaluation.md lists them).
+
+Other keys of a row are ignored.
+"""
 
 from typing import Annotated, Literal
 
@@ -8,7 +11,7 @@ from megatron_fuse.storage.records import Text
 
 
 class Question(BaseModel):
-    """Strict: true is no index, "1" neither."""
+    """A row with one question. Strict: neither true nor "1" is an index."""
 
     model_config = ConfigDict(strict=True)
 
@@ -17,7 +20,8 @@ Options = Annotated[list[Text], Field(min_length=1)]
 
 
 def _index_of(options: str, value: int, info: ValidationInfo) -> int:
-    count = len(info.data.get(options, ()))  # none where the options are wrong themselves, which is said then
+    # 0 if the options themselves are wrong, which pydantic then reports
+    count = len(info.data.get(options, ()))
     if count and not 0 <= value < count:
         raise ValueError(f"must be the index of one of {count} {options}")
     return value

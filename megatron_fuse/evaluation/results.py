@@ -1,4 +1,4 @@
-"""One finished measurement: a model on a task, with the outcome of every question and everything that it was made from."""
+"""One finished measurement: a model on a task, with the outcome of every question and the inputs of the measurement."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,12 +12,16 @@ from megatron_fuse.storage import write_json
 from megatron_fuse.storage.records import first_problem, quoted
 from megatron_fuse.text_safety import brief
 
-MODEL = "model fingerprint"  # of what a result was made from, all that may differ between the models of a table
+MODEL = "model fingerprint"  # key of made_from; the only one that may differ between the models of a table
 
 
 @dataclass(frozen=True)
 class Settings:
-    """limit: the first questions only, of every task of the harness. max_new_tokens: of a generated answer, None for the task's own."""
+    """Settings of a measurement.
+
+    limit: only so many questions of every task of the harness, None for all. max_new_tokens: of a generated
+    answer, None for the limit of the task.
+    """
 
     limit: int | None = None
     apply_chat_template: bool = False
@@ -26,7 +30,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Metric:
-    """value and standard_error [0, 1] as the harness gives them, outcomes by question; None: not finite, or one question has no error."""
+    """value, standard_error: in [0, 1], as the harness gives them. outcomes: one per question.
+
+    None: the number is not finite. The standard error of a single question is None too.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -37,10 +44,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Result:
-    """questions: `TASK/INDEX HASH` of each, the hash over its whole row; metrics: the harness's name `metric,filter` -> numbers.
+    """The result of one model on one task.
 
-    made_from: what must be the same for the number to be the same. shortened: questions whose prompt lost its beginning, as the
-    model reads fewer tokens.
+    questions: `TASK/INDEX HASH` of each question; the hash covers its whole row. metrics: the harness's name
+    `metric,filter` -> numbers. made_from: everything that decides the numbers. positions: most tokens that
+    the model reads. shortened: number of questions whose prompt lost its beginning, because the model reads
+    fewer tokens.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -68,7 +77,11 @@ def result_path(output: Path, model: str, task: str) -> Path:
 
 
 def load_result(path: Path) -> Result:
-    """Raises UserError for a file that no evaluation wrote, or whose metrics do not have an outcome for every question."""
+    """A result from its file.
+
+    Raises UserError if no evaluation wrote the file, or if a metric does not have one outcome for every
+    question.
+    """
     fix = "remove it to measure again"
     try:
         result = _RESULT.validate_json(path.read_bytes(), strict=True)
@@ -83,7 +96,10 @@ def load_result(path: Path) -> Result:
 
 
 def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError where a result in the way was made from something else than what is asked for now."""
+    """Raises UserError if an existing result was made from other inputs than this call has.
+
+    found, wanted: made_from of the result and of this call. path: the file of the result.
+    """
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The whole evaluation: what is asked for is checked, what is finished is read, the rest is measured, and all is compared."""
+"""The whole evaluation: checks the inputs, reads the finished results, measures the others, and compares all of them."""
 
 import gc
 import itertools
@@ -28,7 +28,10 @@ Key = tuple[str, str]  # model, task
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is the same for every measurement of a call. made_from: by task, what a result depends on beside the model."""
+    """The inputs that all measurements of a call share.
+
+    made_from: task -> what its results depend on beside the model.
+    """
 
     output: Path
     data: Path | None
@@ -48,11 +51,16 @@ def evaluate(
     batch_size: int | str = 8,
     baseline: str | None = None,
 ) -> tuple[Comparison, dict[Key, str]]:
-    """Measures every model on every benchmark that OUTPUT has no result of, and writes OUTPUT/evaluation.{json,md,png}.
+    """Measures every pair of model and benchmark without a result in OUTPUT.
 
-    data: directory of JSONL files, None for the data sets of the hub. baseline: a model's name, the first where None.
-    Returns the comparison and, by (model, task), what went wrong where something did: one failure leaves the others' results.
-    Raises UserError before anything is measured for what is wrong with models, data or results in the way.
+    Writes OUTPUT/evaluation.{json,md,png}.
+
+    data: directory of JSONL files, None for the data sets of the hub. baseline: the name of a model, None for
+    the first.
+
+    Returns the comparison and the failures: (model, task) -> what went wrong. One failure does not stop the
+    other measurements. Raises UserError, before anything is measured, for errors in models, data or existing
+    results.
     """
     names = [model.name for model in models]
     baseline = baseline or names[0]
@@ -74,20 +82,23 @@ def evaluate(
         missing = [benchmark for benchmark in benchmarks if (model.name, benchmark.name) not in results]
         if missing:
             manager = manager or harness.make_task_manager(data)
-            for benchmark, found in _measure(model, missing, asked, manager):
-                if isinstance(found, str):
-                    failures[model.name, benchmark.name] = found
+            for benchmark, result in _measure(model, missing, asked, manager):
+                if isinstance(result, str):
+                    failures[model.name, benchmark.name] = result
                 else:
-                    results[model.name, benchmark.name] = found
+                    results[model.name, benchmark.name] = result
     comparison = compare(results, failures, names, benchmarks, baseline)
-    from megatron_fuse.evaluation.page import write_comparison  # brings matplotlib and torch
+    from megatron_fuse.evaluation.page import write_comparison  # imports matplotlib and torch
 
     write_comparison(comparison, {"tasks": made_from, "models": fingerprints}, output)
     return comparison, failures
 
 
 def _made_from(benchmark: Benchmark, data: Path | None, settings: Settings, version: str) -> dict[str, Any]:
-    """What is known before anything runs. Of the hub's data sets the questions' hashes are compared in the end."""
+    """The inputs of a benchmark that are known before it runs.
+
+    The data sets of the hub are not among them: at the end the hashes of their questions are compared.
+    """
     source = "hub" if data is None else "files"
     made_from = {**asdict(settings), "shots": benchmark.shots, "lm-eval": version, "data": source}
     if data is not None:
@@ -97,7 +108,10 @@ def _made_from(benchmark: Benchmark, data: Path | None, settings: Settings, vers
 
 
 def _finished(asked: _Asked) -> dict[Key, Result]:
-    """The results that OUTPUT holds of what is asked for, of any model. Raises UserError for one that does not belong with them."""
+    """The results in OUTPUT for the tasks of this call, of any model.
+
+    Raises UserError for a result that was made from other inputs.
+    """
     results = {}
     for directory in sorted(path for path in asked.output.glob("*") if path.is_dir()):
         remove_abandoned(directory)
@@ -114,17 +128,21 @@ def _finished(asked: _Asked) -> dict[Key, Result]:
 def _measure(
     model: EvaluatedModel, benchmarks: Sequence[Benchmark], asked: _Asked, manager: "TaskManager"
 ) -> Iterator[tuple[Benchmark, Result | str]]:
-    """One model on several benchmarks: of each its result, saved, or what went wrong."""
+    """Measures one model on several benchmarks.
+
+    Yields, for each, its result, which is saved, or what went wrong.
+    """
     try:
         loaded = harness.load_model(model.directory, asked.batch_size, asked.settings)
-    except Exception as error:  # transformers raises many kinds for missing or damaged files
+    except Exception as error:  # transformers raises many types for missing or damaged files
         for benchmark in benchmarks:
             yield benchmark, _record_failure(model, benchmark, asked, error)
         return
     for benchmark in benchmarks:
         try:
             result = _measure_one(model, loaded, benchmark, asked, manager)
-        except Exception as error:  # whatever the harness, a tokenizer or the device says; the other tasks go on
+        # any error of the harness, a tokenizer or the device: the other tasks go on
+        except Exception as error:
             yield benchmark, _record_failure(model, benchmark, asked, error)
             continue
         result.save(asked.output)
@@ -132,14 +150,14 @@ def _measure(
         _say(result, benchmark, f"{result.seconds:.1f} s")
         yield benchmark, result
     del loaded
-    gc.collect()  # before the next model takes the device's memory
+    gc.collect()  # frees the memory of the device before the next model is loaded
 
 
 def _measure_one(
     model: EvaluatedModel, loaded: "HFLM", benchmark: Benchmark, asked: _Asked, manager: "TaskManager"
 ) -> Result:
     begin = time.perf_counter()
-    found = harness.run_task(loaded, benchmark, asked.data, asked.settings, manager)
+    results = harness.run_task(loaded, benchmark, asked.data, asked.settings, manager)
     return Result(
         model=model.name,
         task=benchmark.name,
@@ -148,9 +166,9 @@ def _measure_one(
         batch_size=asked.batch_size,
         seconds=round(time.perf_counter() - begin, 2),
         positions=loaded.max_length,
-        shortened=harness.count_shortened(loaded, found),
-        questions=harness.questions_of(found),
-        metrics=harness.metrics_of(found, benchmark.hub if asked.data is None else benchmark.local),
+        shortened=harness.count_shortened(loaded, results),
+        questions=harness.questions_of(results),
+        metrics=harness.metrics_of(results, benchmark.hub if asked.data is None else benchmark.local),
     )
 
 
@@ -165,7 +183,7 @@ def _failure_path(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked) ->
 
 
 def _record_failure(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked, error: Exception) -> str:
-    """Keeps the traceback in a file and returns one line."""
+    """Writes the traceback to a file, and prints and returns one line about the failure."""
     path = _failure_path(model, benchmark, asked)
     with temporary_then_rename(path) as temporary:
         temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Functions that the YAML tasks name: GSM8K's last number and its worked examples, TruthfulQA's probability mass."""
+"""Functions that the YAML tasks name: the last number and the worked examples of GSM8K, the mass of TruthfulQA."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,11 @@ _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 
 
 def last_number(text: str) -> str:
-    """The last number of an answer, the whole text where it has none.
+    """The last number of an answer, or the whole text if it has no number.
 
-    The rule of Open-Instruct's eval/gsm/run_eval.py: commas between digits are dropped, a sign counts before a decimal fraction only
-    (which is harmless: its comparison, and so ours, ignores punctuation).
+    This is the rule of Open-Instruct's eval/gsm/run_eval.py. Commas between digits are dropped. A sign counts
+    only before a decimal fraction. This does no harm, because the comparison ignores punctuation, there and
+    here.
     """
     numbers = _NUMBER.findall(_COMMA_IN_NUMBER.sub(r"\1\2", text))
     return numbers[-1] if numbers else text
@@ -31,15 +32,16 @@ def worked_examples() -> list[dict[str, str]]:
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    own = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
-    return load_yaml(own)["fewshot_config"]["samples"]
+    task_file = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
+    return load_yaml(task_file)["fewshot_config"]["samples"]
 
 
 def truthful_mass(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """TruthfulQA's MC2 (Lin et al., arXiv 2109.07958): the true answers' share of the probability of all answers.
 
-    results: (log-likelihood, is greedy) of every answer of doc["mc2_targets"]. Relative to the likeliest, as long answers of a weak
-    model all have probability 0 in floating point, and the harness's own form then divides 0 by 0.
+    results: (log-likelihood, is greedy) of every answer of doc["mc2_targets"]. Probabilities are computed
+    relative to the likeliest answer: for a weak model, all long answers have probability 0 in floating point.
+    The harness's own formula then divides 0 by 0.
     """
     log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
     mass = np.exp(log_likelihoods - log_likelihoods.max())

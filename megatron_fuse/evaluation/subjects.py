@@ -1,4 +1,7 @@
-"""MMLU from two files: every question is asked behind the examples of its own subject. Imported by the harness only."""
+"""MMLU from two files: every question comes after the examples of its own subject.
+
+Only the harness imports this.
+"""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -8,9 +11,10 @@ from lm_eval.api.task import ConfigurableTask
 
 
 class BySubject(ConfigurableTask):
-    """A YAML task whose few-shot examples are the first rows of the question's own `subject` in the few-shot split.
+    """A YAML task that takes its few-shot examples from the first rows of the question's `subject` in the few-shot split.
 
-    The harness has 57 tasks and a group for this; their mean over questions is the accuracy over all of them.
+    The harness has 57 tasks and a group for this. The mean of the group over all questions is the accuracy of
+    this one task.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What an experiment file says: which variants of a recipe are run, over which seeds, how they are measured, and the tables of it.
+"""The experiment file: the variants of a recipe, the seeds, the command that measures them, and the tables of the report.
 
     recipe: examples/skills/recipe.yaml          # what all variants share
     workdir: examples/skills/build/experiments   # data of every seed, runs, logs
@@ -14,9 +14,9 @@
     tables:
       main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
 
-Every seed has its own data stages, which its variants share: a variant's options decide what is made anew, usually only the choice
-between the sources and the training. Where `{seed}` stands in prepare, models, the recipe or what is laid over it, seeds differ in what
-is named there too, as in their source models.
+Every seed has its own data stages, which its variants share. The options of a variant decide which stages run
+again, usually only the selection and the training. `{seed}` may stand in prepare, models, the recipe and the
+options laid over it. Then the seeds also differ in what is named there, for example in their source models.
 """
 
 import shlex
@@ -33,12 +33,15 @@ from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
 from megatron_fuse.recipe.yaml_files import shown
 
 PLACEHOLDERS = {"model", "output", "split", "seed"}
-# What the runner itself decides for every run.
+# Keys that the runner itself sets for every run.
 _OURS = {"workdir", "seed", "training.save", "training.load", "training.tensorboard_dir", "export.path"}
 
 
 def command_parts(text: str) -> list[str]:
-    """The words of a command line. Raises ValueError where there is none, or where quotes do not close."""
+    """The words of a command line.
+
+    Raises ValueError if there is no word, if quotes do not close, or for a NUL.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -56,7 +59,7 @@ def _command(text: str) -> str:
 
 
 def _measuring_command(text: str) -> str:
-    """A command with the places {model} and {output}, and nothing else in braces than PLACEHOLDERS."""
+    """Checks that a command has the placeholders {model} and {output}, and no others than PLACEHOLDERS."""
     fields = [field for word in command_parts(text) for field in string.Formatter().parse(word) if field[1] is not None]
     named = {name for _, name, _, _ in fields if name is not None}
     if not {"model", "output"} <= named <= PLACEHOLDERS or any(form or conversion for _, _, form, conversion in fields):
@@ -85,7 +88,7 @@ class Merge(Options):
 
     @property
     def parts(self) -> list[str]:
-        """Names of all models that it is made from."""
+        """Names of all models and variants that the merge is made from, the base included."""
         return [*self.models, *([self.base] if self.base else [])]
 
 
@@ -148,7 +151,8 @@ class Experiment(Options):
 
     @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
-        given_options = {"common": self.common} | {f"variants.{name}": of for name, of in self.variants.items()}
+        of_variants = {f"variants.{name}": options for name, options in self.variants.items()}
+        given_options = {"common": self.common} | of_variants
         for place, options in given_options.items():
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
@@ -157,7 +161,7 @@ class Experiment(Options):
         return self
 
     def needed(self, tables: list[str]) -> list[str]:
-        """Names that these tables show, with what their merges are made of, in the order of models, variants, merges."""
+        """Names of the rows of these tables, and of the parts of their merges, in the order of models, variants, merges."""
         shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
         for name in shown & set(self.merges):
             shown |= set(self.merges[name].parts)
@@ -165,7 +169,10 @@ class Experiment(Options):
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Raises UserError with the place of everything that is wrong, the variants' options included."""
+    """The experiment in a file.
+
+    Raises UserError with the place of every error, also in the options of the variants.
+    """
     document = read_document(path)
     experiment = checked(Experiment, document.content, document.place)
     recipe = read_document(experiment.recipe)
@@ -177,7 +184,11 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def _innermost(layers: tuple[tuple[Document, Keys], ...], otherwise: str) -> Callable[[Keys], str]:
-    """The place of a key in the first layer that has it: a document, and where in it the options stand."""
+    """A function that gives the place of a key in the first layer that has the key.
+
+    layers: a document, and the keys under which its options stand. otherwise: the place if no layer has the
+    key.
+    """
 
     def place(keys: Keys) -> str:
         for document, outer in layers:
@@ -193,31 +204,34 @@ def data_directory(experiment: Experiment, seed: int) -> Path:
 
 
 def run_directory(experiment: Experiment, name: str, seed: int) -> Path:
-    """Of a variant or merge with a seed, or of a model's measurement with the problems of a seed."""
+    """The directory of a variant or merge with a seed, or of the measurement of a model with a seed."""
     return experiment.workdir / "runs" / name / f"seed-{seed}"
 
 
 def variant_recipe(experiment: Experiment, name: str, seed: int) -> Recipe:
-    """The recipe of one run: the experiment's with the variant's options over it, and places of its own for what it trains."""
+    """The recipe of one run: that of the experiment, with the variant's options and with directories for this run alone.
+
+    Raises UserError if the options are not valid.
+    """
     content = _variant(experiment, read_yaml(experiment.recipe), name, seed)
     return make_recipe(content, f"{experiment.recipe} with variant {name}")
 
 
 def _variant(experiment: Experiment, content: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
     run = run_directory(experiment, name, seed)
-    ours = {
+    set_by_runner = {
         "workdir": str(data_directory(experiment, seed)),
         "seed": seed,
         "training": {"save": str(run / "checkpoints"), "tensorboard_dir": str(run / "tensorboard")},
         "export": {"path": str(run / "export")},
     }
-    for options in (experiment.common, experiment.variants[name], ours):
+    for options in (experiment.common, experiment.variants[name], set_by_runner):
         content = laid_over(content, options)
     return with_seed(content, seed)
 
 
 def with_seed(value: Any, seed: int) -> Any:
-    """The value with the seed for {seed} in all of its texts."""
+    """The value with {seed} replaced by the seed in all its texts."""
     if isinstance(value, dict):
         return {key: with_seed(item, seed) for key, item in value.items()}
     if isinstance(value, list):
@@ -226,20 +240,26 @@ def with_seed(value: Any, seed: int) -> Any:
 
 
 def laid_over(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Mappings key by key, everything else replaced. A null leaves out a key that is there, as a source or a preset."""
-    found = dict(content)
+    """The content with the options laid over it: mappings key by key, other values replaced.
+
+    A null removes an existing key, for example a source or a preset.
+    """
+    merged = dict(content)
     for key, value in options.items():
         if value is None:
-            found.pop(key, None)
-        elif isinstance(value, dict) and isinstance(found.get(key), dict):
-            found[key] = laid_over(found[key], value)
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = laid_over(merged[key], value)
         else:
-            found[key] = value
-    return found
+            merged[key] = value
+    return merged
 
 
 def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
-    """names as given, or the first table. Raises UserError for one that is not there."""
+    """The names as given, or the name of the first table if none is given.
+
+    Raises UserError for an unknown table.
+    """
     unknown = sorted(set(names) - set(experiment.tables))
     if unknown:
         raise UserError(f"no table {', '.join(unknown)}: this experiment has {', '.join(experiment.tables)}")

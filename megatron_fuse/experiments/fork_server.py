@@ -1,7 +1,8 @@
-"""Starts commands one after another; Python scripts as forks of a process that has imported the large libraries already.
+"""Starts commands one after another.
 
-Their imports take longer than many scripts do. A fork has them at once, and leaves nothing behind for the next one. What a script
-starts by itself is started as ever. All of them end with this process, however it ends.
+Python scripts are forks of a process that has imported the large libraries already. The imports take longer
+than many scripts run. A fork has the libraries at once, and shares no state with the next fork. Processes
+that a script itself starts are not affected. All processes end with this one, even if it is killed.
 """
 
 import importlib
@@ -21,18 +22,21 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.processes import end_with, tied
 
 LIBRARIES = ("torch", "transformers.modeling_utils", "matplotlib.pyplot", "megatron_fuse.fusion_data")
-_MEGATRON = "--megatron"  # on the command line of the process that scripts on Megatron-core are forked from
+_MEGATRON = "--megatron"  # argument of the process from which scripts that use Megatron-core are forked
 
 
 class Commands:
-    """Runs one command at a time, all in one directory and environment; a context, which ends what scripts are forked from.
+    """Runs one command at a time, all in one directory and environment.
 
-    To be used by threads that live as long as it does: with the thread that ran the first script, all others would end.
-    keep_open: file descriptors, as of a lock, that all scripts hold until the last one has ended.
+    A context manager: its end ends the processes from which scripts are forked. Use it only from threads that
+    live as long as the object: Linux ends those processes, and all their scripts, with the thread that
+    started them (processes.py).
+    keep_open: file descriptors, for example of a lock, that all scripts hold until the last one has ended.
     """
 
     def __init__(self, directory: Path, environment: Mapping[str, str], keep_open: Sequence[int] = ()) -> None:
-        # torch looks for a GPU without CUDA's own calls then, after which no fork could use it.
+        # With this variable torch looks for a GPU without initialising CUDA. After an initialisation no fork
+        # could use CUDA.
         self._directory, self._environment = directory, {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self._keep_open = tuple(keep_open)
         self._parents: dict[bool, subprocess.Popen[str]] = {}
@@ -40,11 +44,12 @@ class Commands:
         self._interrupted = False
 
     def run(self, words: Sequence[str], log: Path, *, megatron: bool = False) -> int:
-        """The command's exit code, -N if signal N ended it; its output is appended to the log.
+        """Runs a command and appends its output to the log. Returns its exit code, -N if signal N ended it.
 
-        A script, which is this interpreter with a path in .py or with -m and a module, is forked; everything else is started as it is.
-        megatron: a script of the project on Megatron-core; all others run without what that changes in torch. Raises UserError where
-        it cannot be started, or is not any more.
+        A script is forked; any other command is started as usual. A script is this interpreter with a path
+        that ends in .py, or with -m and a module. megatron: a script of the project that uses Megatron-core;
+        other scripts run without the changes that Megatron-core makes in torch. Raises UserError if the
+        command cannot be started, or after an interrupt.
         """
         if self._interrupted:
             raise UserError(f"{words[0]} is not started after an interrupt")
@@ -68,14 +73,20 @@ class Commands:
                 self._running = None
 
     def interrupt(self) -> None:
-        """Ends what runs as Ctrl-C does, and lets nothing begin any more. From any thread."""
+        """Ends the running command as Ctrl-C does, and prevents further commands.
+
+        May be called from any thread.
+        """
         self._interrupted = True
         for process in (self._running, *self._parents.values()):
             if process is not None:
                 process.send_signal(signal.SIGINT)
 
     def import_libraries(self, *, megatron: bool = False) -> None:
-        """What the first script would wait for otherwise, some seconds."""
+        """Starts the process that imports the libraries, and waits for it.
+
+        Else the first script would wait some seconds.
+        """
         if megatron not in self._parents:
             self._parents[megatron] = parent = subprocess.Popen(
                 tied([sys.executable, "-m", __name__, *LIBRARIES, *([_MEGATRON] if megatron else [])]),
@@ -87,7 +98,7 @@ class Commands:
                 text=True,
             )
             assert parent.stdout is not None
-            parent.stdout.readline()  # or "", where it has ended
+            parent.stdout.readline()  # "ready", or "" if the process has ended
 
     def _fork(self, words: Sequence[str], log: Path, megatron: bool) -> int:
         self.import_libraries(megatron=megatron)
@@ -96,7 +107,8 @@ class Commands:
         try:
             print(json.dumps({"words": words, "log": str(log.resolve())}), file=parent.stdin, flush=True)
             return int(parent.stdout.readline())
-        except (BrokenPipeError, ValueError) as error:  # no reply
+        # the process has ended: it takes no line, or replies with ""
+        except (BrokenPipeError, ValueError) as error:
             del self._parents[megatron]
             script = words[1] if words[0] == "-m" else words[0]
             raise UserError(f"the process that {script} was to be forked from ended with {parent.wait()}") from error
@@ -106,7 +118,7 @@ class Commands:
 
     def __exit__(self, *_: object) -> None:
         for parent in self._parents.values():
-            parent.communicate()  # closes its stdin, on which it ends
+            parent.communicate()  # closes its stdin, at which the process ends
 
 
 def _import_megatron() -> None:
@@ -114,21 +126,27 @@ def _import_megatron() -> None:
     from megatron_fuse.runtime.distributed import quiet_third_party_warnings
 
     quiet_third_party_warnings()
-    if enable_cpu_megatron():  # with CUDA, what Megatron-core does at import belongs to the process that trains
+    # With CUDA, the work of Megatron-core at its import must happen in the process that trains.
+    if enable_cpu_megatron():
         import megatron_fuse.training.trainer  # noqa: F401
 
 
 def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
-    """ "ready" on stdout, then an exit code per line for each script, a JSON line on stdin; until that is closed."""
+    """Forks a script for every JSON line on stdin, until stdin is closed.
+
+    Writes "ready" to stdout after the imports, then one line with the exit code of each script.
+    """
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # so that nothing that is printed at import is taken for a reply
+    os.dup2(2, 1)  # stdout goes to stderr: text that an import prints must not be taken for a reply
     for name in libraries:
         importlib.import_module(name)
     if megatron:
         _import_megatron()
     server, child = os.getpid(), 0
 
-    def pass_on(number: int, _: FrameType | None) -> None:  # an interrupt ends the script, and closes stdin
+    # An interrupt must end the script, and not this process: it has to reply with the exit code. It ends when
+    # stdin closes.
+    def pass_on(number: int, _: FrameType | None) -> None:
         if child:
             os.kill(child, number)
 
@@ -137,6 +155,8 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            # The death signal of the server is not inherited by a fork, and its handler would swallow a
+            # Ctrl-C.
             end_with(server)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _become_script(**json.loads(line))
@@ -145,12 +165,15 @@ def _serve(libraries: Sequence[str], *, megatron: bool) -> None:
         child = 0
         try:
             print(code, file=replies, flush=True)
-        except BrokenPipeError:  # who asked is gone
+        except BrokenPipeError:  # the process that asked has ended
             return
 
 
 def _become_script(words: list[str], log: str) -> None:
-    """This process from now on is `python *words`; returns, or raises, as the script does."""
+    """Runs `python *words` in this process, with its output in the log.
+
+    Returns, or raises, as the script does.
+    """
     null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for source, place in ((null, 0), (output, 1), (output, 2)):
         os.dup2(source, place)

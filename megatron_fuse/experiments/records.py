@@ -1,4 +1,6 @@
-"""The files that runs leave behind, as typed models: a file of another form is refused where it is read, with its key.
+"""The files that runs write, as typed models.
+
+Reading a file of another form raises UserError with the wrong key.
 
 WORKDIR/experiment.json   Owner          runs/NAME/seed-N/begun.json             Begun
                                          runs/NAME/seed-N/result.json            Made
@@ -31,7 +33,10 @@ class Begun(Record):
 
 
 class Made(Begun):
-    """data, steps, tokens and training_seconds: of variants only."""
+    """A run whose model is complete.
+
+    data, steps, tokens and training_seconds: only for variants, else None.
+    """
 
     data: str | None = None
     steps: int | None = None
@@ -40,7 +45,7 @@ class Made(Begun):
 
 
 class Measured(Record):
-    """A metric over n problems."""
+    """The value of a metric over n problems."""
 
     value: float
     n: Annotated[int, Field(ge=0)]
@@ -53,7 +58,7 @@ class Evaluation(Record):
 
 
 class Metrics(Record):
-    """What an experiment's evaluate writes."""
+    """The file that the `evaluate` command of an experiment writes."""
 
     metrics: dict[Line, Measured]
 
@@ -62,7 +67,10 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def read_record(kind: type[Kind], path: Path) -> Kind:
-    """Raises UserError with the wrong key, and with what to remove so that the run is made anew."""
+    """The record in a file.
+
+    Raises UserError with the wrong key, and with the file to remove so that the run is repeated.
+    """
     try:
         return checked(kind, read_json(path), shortened(str(path), 200))
     except UserError as error:

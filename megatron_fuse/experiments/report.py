@@ -1,7 +1,8 @@
-"""The tables of an experiment as Markdown with pictures, from its CSV alone: what is shown was measured, and can be drawn again.
+"""The tables of an experiment as Markdown with pictures, from its CSV file alone, so that they can be drawn again at any time.
 
-Every figure is a mean over seeds ± its standard error; beside it the difference to the table's baseline, paired by seed, with its 95 %
-confidence interval. ▲ and ▼ mark differences of more than two standard errors; the others are called ties.
+Every number is a mean over seeds ± its standard error. Beside it stands the difference to the table's
+baseline, paired by seed, with its 95 % confidence interval. ▲ and ▼ mark differences of more than two
+standard errors; the others are called ties.
 """
 
 import os
@@ -35,21 +36,24 @@ class Reported:
 
 
 def write_report(reported: Sequence[Reported], path: Path) -> None:
-    """Writes a section for every table of which each row has a result, and names the others; pictures lie beside the CSV."""
+    """Writes one Markdown file with a section for every table whose rows all have a result.
+
+    It names the other tables. Pictures are written beside the CSV file of each experiment.
+    """
     parts = []
-    for of in reported:
+    for each in reported:
         values: Values = {}
-        for result in of.results:
+        for result in each.results:
             values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
-        parts += [of.experiment.preface.strip()] * bool(of.experiment.preface)
-        parts += [LEGEND] * (of is reported[0])
+        parts += [each.experiment.preface.strip()] * bool(each.experiment.preface)
+        parts += [LEGEND] * (each is reported[0])
         unfinished = []
-        for name, table in of.experiment.tables.items():
+        for name, table in each.experiment.tables.items():
             lacking = [row for row in dict.fromkeys([*table.rows, table.baseline]) if row not in values]
             if lacking:
                 unfinished.append(f"- {table.title} (`--only {name}`): {', '.join(lacking)}")
             else:
-                parts.append(_section(of, name, table, values, path))
+                parts.append(_section(each, name, table, values, path))
         if unfinished:
             parts.append("\n".join(["Not in this report, as some of their rows have no result:", "", *unfinished]))
     save_text(path, "\n\n".join(parts) + "\n")
@@ -74,7 +78,7 @@ def _section(reported: Reported, name: str, table: Table, values: Values, path: 
 
 
 def _origin(name: str, command: str, results: Sequence[Result]) -> str:
-    """Where the numbers of a table come from."""
+    """The origin of the numbers of a table: command, seeds, split, commit, machine and date."""
 
     def distinct(field: str) -> str:
         return ", ".join(map(str, sorted({getattr(result, field) for result in results})))
@@ -86,7 +90,7 @@ def _origin(name: str, command: str, results: Sequence[Result]) -> str:
 
 
 def _rows(metrics: dict[str, str], table: Table, values: Values, results: Sequence[Result]) -> Cells:
-    """One row per variant; the cost of its training in the last columns."""
+    """One row per variant. The last columns hold the cost of its training."""
     rows = []
     for row in table.rows:
         cells = [_cell(values, row, table.baseline, metric) for metric in metrics]
@@ -125,19 +129,20 @@ def _cost(results: Sequence[Result], field: str) -> str:
 
 
 def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]:
-    """A sentence per metric: what is clearly above the baseline, what clearly below, what ties with it."""
+    """One sentence per metric: the rows clearly above the baseline, clearly below it, and in a tie with it."""
     lines = []
     for metric, title in metrics.items():
         above, below, ties = list[str](), list[str](), list[str]()
         for row in table.rows:
             difference = _difference(values, row, table.baseline, metric)
             if row == table.baseline or difference is None or difference.error is None:
-                continue  # a single seed tells nothing
-            told = f"{row} ({difference.value:+.1f})"
-            (ties if not difference.is_clear else above if difference.value > 0 else below).append(told)
+                continue  # a single seed has no standard error
+            row_with_difference = f"{row} ({difference.value:+.1f})"
+            place = ties if not difference.is_clear else above if difference.value > 0 else below
+            place.append(row_with_difference)
         parts = [
-            f"{place} {table.baseline}: {', '.join(names)}"
-            for place, names in (("clearly above", above), ("clearly below", below), ("ties with", ties))
+            f"{relation} {table.baseline}: {', '.join(names)}"
+            for relation, names in (("clearly above", above), ("clearly below", below), ("ties with", ties))
             if names
         ]
         if parts:
@@ -146,35 +151,39 @@ def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]
 
 
 def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
-    """Points with error bars, one panel per metric; a curve where the table has an x for its rows."""
+    """Points with error bars, one panel per metric.
+
+    If the table gives an x for its rows, they are drawn over it.
+    """
     rows = table.rows
     figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
-        means = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
-        found = {row: of for row, of in means.items() if of is not None}
-        errors = {row: of.error or 0.0 for row, of in found.items()}
-        curve = [row for row in found if row in table.x]
+        means_or_none = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
+        means = {row: of_row for row, of_row in means_or_none.items() if of_row is not None}
+        errors = {row: of_row.error or 0.0 for row, of_row in means.items()}
+        curve = [row for row in means if row in table.x]
         if table.x:
             places = _apart(table.x, curve)
             for row in curve:
-                axis.errorbar(places[row], found[row].value, errors[row], fmt="o", color="C0", capsize=3)
+                axis.errorbar(places[row], means[row].value, errors[row], fmt="o", color="C0", capsize=3)
                 left = places[row] < table.x[row]
                 place = {"xytext": (-5 if left else 5, 5), "ha": "right" if left else "left"}
-                axis.annotate(row, (places[row], found[row].value), fontsize=7, textcoords="offset points", **place)
+                axis.annotate(row, (places[row], means[row].value), fontsize=7, textcoords="offset points", **place)
             axis.set(xlabel=table.x_label, ylabel=title, xticks=sorted(set(table.x.values())))
         else:
-            heights = range(len(found))[::-1]
-            axis.errorbar([of.value for of in found.values()], heights, xerr=list(errors.values()), fmt="o", capsize=3)
-            axis.set_yticks(list(heights), list(found))
+            heights = range(len(means))[::-1]
+            centers = [of_row.value for of_row in means.values()]
+            axis.errorbar(centers, heights, xerr=list(errors.values()), fmt="o", capsize=3)
+            axis.set_yticks(list(heights), list(means))
             axis.set_xlabel(f"{title} (mean ± standard error)")
-            if table.baseline in found:
-                axis.axvline(found[table.baseline].value, color="0.7", linewidth=0.8, zorder=0)
+            if table.baseline in means:
+                axis.axvline(means[table.baseline].value, color="0.7", linewidth=0.8, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def _apart(x: dict[str, float], rows: list[str]) -> dict[str, float]:
-    """Where rows are drawn: side by side those of the same x."""
+    """Row -> the x at which it is drawn. Rows with the same x are drawn side by side."""
     step = 0.06 * (max(x.values()) - min(x.values()))
     places = {}
     for row in rows:

@@ -2,8 +2,9 @@
 
     variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date
 
-value: of the metric over n problems; steps, tokens (inputs, padding left out) and seconds of the training alone, empty for models
-and merges; data: the hash of the seed's instructions. Rows of different commits or data never stand in one file.
+value: the metric over n problems. steps, tokens (inputs without padding), seconds: of the training alone;
+empty for models and merges. data: the hash of the seed's instructions. One file never holds rows of different
+commits or data.
 """
 
 import csv
@@ -49,10 +50,11 @@ _MAY_BE_EMPTY = ("steps", "tokens", "seconds")
 
 
 def collect_results(experiment: Experiment, split: str) -> list[Result]:
-    """Of all finished runs, in the order of the experiment's file.
+    """The results of all finished runs, in the order of the experiment's file.
 
-    Raises UserError where runs were made by other options than the experiment's file has now, by another commit of the code than the
-    present one, or by other data than those of their seed: such numbers are not to be compared.
+    Raises UserError if a run was made with other options than the experiment's file has now, by another
+    commit of the code than the present one, or from other data than the other runs of its seed: such numbers
+    must not be compared.
     """
     version, results, others = code_version(), [], dict[str, list[str]]()
     data: dict[int, tuple[str, Run]] = {}
@@ -95,8 +97,8 @@ def _rows(run: Run, split: str, made: Made) -> list[Result]:
             seed=run.seed,
             split=split,
             metric=metric,
-            value=found.value,
-            n=found.n,
+            value=measured.value,
+            n=measured.n,
             steps=made.steps,
             tokens=made.tokens,
             seconds=None if made.training_seconds is None else round(made.training_seconds, 1),
@@ -105,14 +107,16 @@ def _rows(run: Run, split: str, made: Made) -> list[Result]:
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             date=day,
         )
-        for metric, found in read_record(Evaluation, path).metrics.items()
+        for metric, measured in read_record(Evaluation, path).metrics.items()
     ]
 
 
 def write_results(experiment: Experiment, results: Sequence[Result], split: str) -> list[str]:
-    """Puts the rows of a split into the experiment's CSV, and returns the names of which rows went.
+    """Writes the rows of a split into the experiment's CSV.
 
-    Rows of other splits, and of names and seeds of the experiment that have no new ones, stay if they are of the same commit and data.
+    Returns the names of which old rows of the split were removed. Old rows stay if they have the same commit
+    and data as the new ones, and are of another split, or of names and seeds of the experiment without new
+    rows.
     """
     names = [*experiment.models, *experiment.variants, *experiment.merges]
     new = {(row.variant, row.seed, row.split) for row in results}
@@ -140,7 +144,10 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
 
 
 def read_results(path: Path) -> list[Result]:
-    """Raises UserError where the file is missing or is none of ours."""
+    """The results in a CSV file.
+
+    Raises UserError if the file is missing, or if write_results did not write it.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: run megatron-fuse experiments first")
     try:
@@ -152,7 +159,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def _parsed(row: dict[str, str | None], place: str) -> Result:
-    """Cells are text; an empty one is None where a column may have no value."""
+    """A row of a CSV file as a Result. An empty cell is None if its column may be empty. Raises UserError."""
     cells = {name: None if name in _MAY_BE_EMPTY and cell == "" else cell for name, cell in row.items()}
     try:
         return _RESULT.validate_python(cells)

@@ -1,4 +1,4 @@
-"""Runs what of an experiment is not there yet, several runs side by side."""
+"""Makes the missing runs of an experiment, several side by side."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ from megatron_fuse.storage import write_json
 from megatron_fuse.text_safety import say
 
 _MOST_JOBS = 1024
-_PATIENCE = 5.0  # seconds for a command to end at an interrupt, before it gets another one, which kills it
+_PATIENCE = 5.0  # seconds in which a command must end at an interrupt, before a second one kills it
 
 
 def run_experiment(
@@ -32,30 +32,36 @@ def run_experiment(
     jobs: int = 2,
     progress: Callable[[str], None] = say,
 ) -> list[str]:
-    """Makes the runs of these tables (default: the first) and measures them; returns what failed, one message per run.
+    """Makes the runs of these tables (default: the first table) and measures them.
 
-    path: the experiment's file, by which its workdir knows it. jobs: runs side by side, one thread each. Raises UserError where
-    another experiment has the workdir, or where it holds finished runs that may not stand beside new ones (results.py).
+    Returns one message per failed run.
+
+    path: the experiment's file; the workdir records it. jobs: number of runs side by side, one thread each.
+
+    Raises UserError if another experiment or process uses the workdir, or if the workdir holds finished runs
+    that must not be compared with new ones (results.py).
     """
     if not 1 <= jobs <= _MOST_JOBS:
         raise UserError(f"--jobs must be from 1 to {_MOST_JOBS}, not {jobs}")
     split, version = split or experiment.split, code_version()
     names = experiment.needed(require_tables(experiment, list(tables)))
     with _only_one(experiment.workdir, path) as lock:
-        collect_results(experiment, split)  # refuses before hours of work what would be refused after them
+        collect_results(experiment, split)  # raises now the error that it would raise after hours of work
         for prepare in dict.fromkeys(
             with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
         ):
             progress(f"$ {prepare}")
             if code := run_tied(command_words(prepare)):
                 raise UserError(f"prepare ended with exit code {code}: fix what it says above and run this again")
-        # Variant by variant, so that the seeds make their data side by side.
+        # Variant by variant: the first runs then have different seeds, and make the data of their seeds side
+        # by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]
         progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
         with ExitStack() as stack:
-            # What they start holds the lock too: it may go on for a while where this process is killed.
+            # The processes that they start hold the lock too: if this process is killed, they may go on for a
+            # while.
             starters = [stack.enter_context(Commands(Path.cwd(), environment, keep_open=[lock])) for _ in range(jobs)]
             return _run_all(todo, split, starters, version, progress)
 
@@ -68,13 +74,16 @@ def _interrupt_all(starters: Sequence[Commands]) -> None:
 def _run_all(
     todo: list[Run], split: str, starters: list[Commands], version: str, progress: Callable[[str], None]
 ) -> list[str]:
-    """In their order as far as it goes: a merge waits for its parts, and is given up where one of them failed."""
+    """Makes the runs in their order, except that a merge waits for its parts.
+
+    If a part failed, the merge fails too. Returns one message per failed run.
+    """
     locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
     total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
     jobs, idle, began = len(starters), list(starters), time.perf_counter()
 
     def make_with_an_idle_one(run: Run) -> None:
-        commands = idle.pop()  # there are as many as threads
+        commands = idle.pop()  # never empty: there are as many as threads
         try:
             make(run, commands, locks[data_directory(run.experiment, run.seed)], split, version)
         finally:
@@ -105,6 +114,8 @@ def _run_all(
                     left = (time.perf_counter() - began) / done * (total - done)
                     progress(f"[{done}/{total}] {run.name}, seed {run.seed}: {took}; about {left / 60:.0f} min left")
         except BaseException:
+            # Without the interrupts, the exit of the pool would wait for the commands to finish, perhaps for
+            # hours.
             pool.shutdown(wait=False, cancel_futures=True)
             _interrupt_all(starters)
             while wait(running, timeout=_PATIENCE).not_done:
@@ -121,7 +132,11 @@ def _parts(run: Run) -> list[Run]:
 
 @contextmanager
 def _only_one(workdir: Path, path: Path) -> Iterator[int]:
-    """The workdir belongs to one experiment file, and to one process and what it started at a time; yields the lock's descriptor."""
+    """Holds the lock of a workdir, and yields the lock's file descriptor.
+
+    A workdir belongs to one experiment file. At any time, only one process and the processes that it started
+    may use it. Raises UserError if another experiment or process does.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     owner, name = workdir / "experiment.json", os.path.relpath(path.resolve())
     if owner.exists() and (theirs := read_record(Owner, owner).experiment) != name:

@@ -1,13 +1,14 @@
-"""One run: the commands that train and measure one variant with one seed, and what it leaves behind.
+"""One run: the commands that train and measure one variant with one seed, and the files that they write.
 
-WORKDIR/runs/NAME/seed-N/recipe.yaml             what was run, every option written out
-                         log.txt                 what its commands printed
+WORKDIR/runs/NAME/seed-N/recipe.yaml             the recipe of the run, with every option written out
+                         log.txt                 the output of its commands
                          export/                 the model
-                         begun.json              its options and commit, before anything else
-                         result.json             what it was made from, steps, tokens, seconds; when the model is complete
+                         begun.json              options and commit, written before anything else
+                         result.json             options, commit, steps, tokens, seconds; written when the model is complete
                          evaluation-SPLIT.json   {metric: {value, n}}, and the command and commit that measured them
 
-Each command goes on where it was interrupted, so a run does so too. A model is measured anew where the command has changed.
+Each command continues where it was interrupted, and so does a run. If the command `evaluate` has changed, the
+model is measured again.
 """
 
 import importlib.metadata
@@ -45,7 +46,10 @@ _CHECKOUT = Path(__file__).resolve().parents[2]  # of git, unless the package is
 
 
 class RunFailed(UserError):
-    """A command of a run ended with an error. The message names the run, the command, its last words and its log."""
+    """A command of a run ended with an error.
+
+    The message names the run, the command, its last output and its log.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """The Hugging Face directory that is measured."""
+        """The Hugging Face directory of the model that is measured."""
         given = self.experiment.models.get(self.name)
         return Path(with_seed(str(given), self.seed)) if given else self.directory / "export"
 
@@ -77,7 +81,7 @@ class Run:
         return self.is_made() and path.exists() and read_record(Evaluation, path).command == self.experiment.evaluate
 
     def options(self) -> dict[str, Any]:
-        """All that decides what the run makes, as it is stored in result.json."""
+        """All options that decide the result of the run, as result.json stores them."""
         experiment, name = self.experiment, self.name
         if name in experiment.variants:
             recipe = variant_recipe(experiment, name, self.seed)
@@ -88,7 +92,8 @@ class Run:
         return {"model": str(self.model)}
 
 
-# What a run's numbers depend on: all code but what checks it, and what only plans, starts, collects and tells.
+# A run's numbers depend on all code, except tests and benchmarks, and except the code that starts runs and
+# reports them.
 _ELSEWHERE = ("tests", "benchmarks", "kernels/benchmarks", "kernels/checks")
 _ABOUT_RUNS = (
     "megatron_fuse/experiments",
@@ -104,9 +109,10 @@ _FUSE = [sys.executable, "-m", "megatron_fuse.cli"]
 
 
 def code_version() -> str:
-    """The last commit that touched the code of runs; where that has changed since, with a + and a hash of the change.
+    """The last commit that changed the code of runs.
 
-    Of a package that is installed without its repository: its version.
+    If there are uncommitted changes: with a + and a hash of them. For a package that is installed without its
+    repository: its version.
     """
 
     def git(*arguments: str) -> str:
@@ -122,10 +128,13 @@ def code_version() -> str:
 
 
 def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str) -> None:
-    """Trains or merges, then measures; what is done is not done again.
+    """Trains or merges a model, then measures it. Finished parts are not repeated.
 
-    data_lock: of the seed, whose data stages take turns. version: of the code that commands have imported. Raises RunFailed where a
-    command fails, UserError where the directory holds a run by other options or code, or where the code has changed meanwhile.
+    data_lock: the lock of the seed, because runs of one seed must take turns with its data stages. version:
+    code_version() of the code that `commands` has imported.
+
+    Raises RunFailed if a command fails. Raises UserError if the directory holds a run with other options or
+    code, or if the code has changed since the begin.
     """
     _refuse_another(run, version)
     if not run.is_made():
@@ -162,7 +171,7 @@ def _refuse_another(run: Run, version: str) -> None:
 
 
 def refuse_other_options(run: Run, made_by: dict[str, Any]) -> None:
-    """Raises UserError where the experiment's file says another thing by now than the options that a run was made by."""
+    """Raises UserError if the experiment's file now gives other options than those that a run was made with."""
     if sha256_of_json(made_by) != sha256_of_json(run.options()):
         raise UserError(
             f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
@@ -185,7 +194,7 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
         _command(run, commands, [*_FUSE, "run", "--recipe", str(path), "--until", TEXT.name])
-    commands.import_libraries(megatron=True)  # no part of the training's seconds
+    commands.import_libraries(megatron=True)  # before the clock starts: the imports do not count as training
     start = time.perf_counter()
     _command(run, commands, [sys.executable, *TRAINING.module, "--recipe", str(path)], megatron=True)
     trained = time.perf_counter() - start
@@ -220,36 +229,39 @@ def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
     places = {"model": run.model, "output": output, "split": split, "seed": run.seed}
     _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
     try:
-        found = checked(Metrics, {"metrics": read_json(output)}, str(output))
+        measured = checked(Metrics, {"metrics": read_json(output)}, str(output))
     except (OSError, UserError) as error:
         raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})") from error
     output.unlink()
-    return found.model_dump()["metrics"]
+    return measured.model_dump()["metrics"]
 
 
 def command_words(text: str) -> list[str]:
-    """A command line of an experiment's file; `python` stands for the interpreter that runs this."""
+    """The words of a command line in an experiment's file.
+
+    `python` stands for the interpreter of this process.
+    """
     words = command_parts(text)
     return [sys.executable, *words[1:]] if words[0] == "python" else words
 
 
 def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bool = False) -> None:
-    """Runs it, its output going to the run's log."""
+    """Runs a command and appends its output to the run's log. Raises RunFailed if its exit code is not 0."""
     log = run.directory / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    told = words[1:] if words[0] == sys.executable else words
+    shown_words = words[1:] if words[0] == sys.executable else words
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {shlex.join(told)}\n")
+        file.write(f"$ {shlex.join(shown_words)}\n")
     if code := commands.run(words, log, megatron=megatron):
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
         raise RunFailed(
-            f"{run.name}, seed {run.seed}: {_name(told)} ended with exit code {code}; the last of {log}:\n  "
+            f"{run.name}, seed {run.seed}: {_name(shown_words)} ended with exit code {code}; the last of {log}:\n  "
             + "\n  ".join(last)
         )
 
 
 def _name(words: Sequence[str]) -> str:
-    """What a command line is called in messages: the script, or the module and its command."""
+    """The name of a command line in messages: the script, or the module and its command."""
     if words[0] != "-m":
         return words[0]
     return " ".join(takewhile(lambda word: not word.startswith("-"), words[1:]))

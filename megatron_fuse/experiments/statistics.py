@@ -1,10 +1,11 @@
-"""What a few seeds say of a metric: means, their errors, and differences between variants that share seeds."""
+"""Statistics over a few seeds: means, their standard errors, and differences between variants with the same seeds."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom; beyond, the normal's is near enough.
+# Two-sided 95 % points of Student's t for 1 to 30 degrees of freedom. Beyond, the point of the normal
+# distribution is used.
 _T95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -13,7 +14,7 @@ _T95 = (
 
 @dataclass(frozen=True)
 class Mean:
-    """Of n values, with the standard error of their mean (None for a single one)."""
+    """The mean of n values, with its standard error (None for a single value)."""
 
     value: float
     error: float | None
@@ -28,7 +29,7 @@ class Mean:
 
     @property
     def is_clear(self) -> bool:
-        """Whether it lies more than two standard errors from 0; what does not is called a tie."""
+        """Whether the mean is more than two standard errors away from 0. If not, it is called a tie."""
         return self.error is not None and abs(self.value) > 2 * self.error
 
 
@@ -43,5 +44,8 @@ def mean(values: list[float]) -> Mean | None:
 
 
 def paired_difference(of: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
-    """The mean of the differences seed by seed, over the seeds that both have: what a seed does to both drops out."""
+    """The mean of the differences of - baseline, seed by seed, over the seeds that both have; None without such a seed.
+
+    A common effect of a seed on both cancels. of, baseline: seed -> value.
+    """
     return mean([of[seed] - baseline[seed] for seed in sorted(of.keys() & baseline.keys())])
