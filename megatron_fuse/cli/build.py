@@ -1,10 +1,10 @@
-"""Brings captures into the target's tokens and chooses the source with the advantage on every example.
+"""Aligns captures with the target's tokens and selects a source for every example.
 
     megatron-fuse build --recipe examples/quickstart/recipe.yaml
     torchrun --nproc-per-node 8 -m megatron_fuse.cli build --recipe ...    # rank r takes every 8th shard
 
-Writes WORKDIR/fusion/MAP-UNMATCHED-T. Where the documents are built already, only the choice and the measures that order the
-examples are made again (a second).
+Writes WORKDIR/fusion/MAP-UNMATCHED-T. If the documents are built already, only the selection and the values
+that order the examples are made again, which takes about a second.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Captures what every source predicts over responses: its likeliest tokens and the exact mass of the rest.
+"""Captures every source's distributions over responses: its likeliest tokens and the exact mass of the rest.
 
     megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode training|inference]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli capture --recipe ...    # rank r takes every 8th shard
 
-Writes WORKDIR/captures/SOURCE/MODE; by default every source in every mode that the recipe's schedule learns from. Mode training
-reads the ground-truth response, mode inference the source's own. Interrupted, it continues where it stopped. A source with
-`captures: {MODE: FILE}` in the recipe is read from there instead (docs/captures.md).
+Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule
+learns from. Mode training reads the ground truth, mode inference the source's own answer. After an
+interruption, the same command continues where it stopped. If the recipe has `captures: {MODE: FILE}` for a
+source, the file is read instead (docs/captures.md).
 """
 
 import argparse

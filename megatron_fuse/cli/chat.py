@@ -1,10 +1,10 @@
-"""Talk to a Hugging Face model directory, the fused one for instance.
+"""Chat with a model in a Hugging Face directory, for example with the fused one.
 
     megatron-fuse chat examples/quickstart/build/run/export
     megatron-fuse chat MODEL --prompt "What is 12 + 30?" --temperature 0
 
-Every line is one user turn of a conversation; an empty line starts a new one, end of input leaves. Control characters that the
-model writes are shown as escapes.
+Every line is one user turn of a conversation. An empty line starts a new conversation. The end of the input
+ends the command. Control characters that the model writes are shown as escapes.
 """
 
 import argparse

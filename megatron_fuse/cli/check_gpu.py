@@ -1,11 +1,12 @@
-"""Check this project on this machine's GPU: devices, kernels, speed, memory, a whole small recipe; about 8 minutes.
+"""Check this project on this machine's GPU: devices, kernels, speed, memory, a small recipe; about 8 minutes.
 
     megatron-fuse check-gpu                                  # all checks, the most valuable first
     megatron-fuse check-gpu --only kernels benchmark         # some of them
     megatron-fuse check-gpu --device cpu --minutes 1         # the same code at tiny sizes, without a GPU
 
-Needs no file from outside the repository and no network. Prints a table, and writes it to OUT/checks.md, each row as a line of JSON
-to OUT/checks.jsonl, and what every check prints to OUT/CHECK.log. Exits with 1 if a check failed. docs/gpu.md explains the checks.
+Needs no network, and no file from outside the repository. Prints a table. Writes the table to OUT/checks.md,
+each row as a line of JSON to OUT/checks.jsonl, and the output of every check to OUT/CHECK.log. The exit code
+is 1 if a check failed. docs/gpu.md explains the checks.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Convert between Hugging Face model directories and Megatron checkpoints, or a GGUF file, in one process, without a GPU.
+"""Convert between Hugging Face directories and Megatron checkpoints, or a GGUF file; one process, without a GPU.
 
     megatron-fuse convert --from-megatron runs/x/training/checkpoints --reference models/target --output fused
     megatron-fuse convert --from-hugging-face models/target --output checkpoints
     megatron-fuse convert --from-gguf X.Q4_K_M.gguf --tokenizer models/x --output models/x-q4
 
-A Megatron checkpoint may have been written at any TP x PP x DP. --reference gives config, tokenizer and chat template.
-A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default, and gets the tokenizer files and the chat
-template of --tokenizer, whose tokens have to be its own.
+A Megatron checkpoint may have any TP x PP x DP layout. --reference gives config, tokenizer and chat template.
+A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default. The tokenizer files and
+the chat template are those of --tokenizer, which must have the same tokens as the file.
 """
 
 import argparse
@@ -71,6 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
         dtype = target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
     else:
         target.import_hugging_face(arguments.from_hugging_face, arguments.output)
-        dtype = "fp32"  # which holds every value of the others
+        dtype = "fp32"  # it holds every value of the other dtypes
     say(f"wrote {arguments.output} in {dtype}")
     stop_runtime()

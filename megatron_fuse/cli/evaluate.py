@@ -3,10 +3,12 @@
     megatron-fuse evaluate fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm --output runs/evaluation --baseline vicuna
     megatron-fuse evaluate alpha=MODEL beta=MODEL --tasks arc_challenge gsm8k_cot --output OUT --data DIRECTORY --limit 40
 
-Every model is a Hugging Face model directory. Without --data the questions come from the Hugging Face hub, with it from JSONL files.
-The same command again continues where it was interrupted. docs/evaluation.md says what every task asks.
+Every model is a Hugging Face model directory. Without --data the questions come from the Hugging Face hub,
+with --data from JSONL files. After an interruption, the same command continues where it stopped.
+docs/evaluation.md describes every task.
 
-Prints the table and writes OUT/evaluation.{json,md,png}, and OUT/NAME/TASK.json with the outcome of every question.
+Prints the table. Writes OUT/evaluation.{json,md,png}, and OUT/NAME/TASK.json with the outcome of every
+question.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Run variants of one recipe over several seeds, and tell what differs by more than chance.
+"""Run variants of one recipe over several seeds, and report which differences are larger than chance.
 
     megatron-fuse experiments examples/skills/experiments.yaml                      # its first table
     megatron-fuse experiments examples/skills/experiments.yaml --only sources kl_form
     megatron-fuse experiments EXPERIMENT.yaml --split dev                           # for choices; test is for reports
     megatron-fuse experiments EXPERIMENT.yaml ... --report docs/RESULTS.md          # the tables again, from the CSVs alone
 
-What is finished is kept, and what was interrupted goes on; a longer list of seeds runs only the new ones. Results go to the
-experiment's CSV, a row per variant, seed and metric.
+Finished runs are kept, and interrupted runs continue. If seeds are added to the list, only the new ones run.
+Results go to the experiment's CSV, one row per variant, seed and metric.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _report(paths: list[Path], split: str | None, output: Path) -> None:
-    """Writes the report of what the experiments' CSVs hold."""
+    """Writes the report of the experiments from their CSV files alone."""
     with importing():
         from megatron_fuse.experiments import Reported, load_experiment, read_results, write_report
     reported = []
@@ -76,11 +76,14 @@ def _report(paths: list[Path], split: str | None, output: Path) -> None:
         results = [result for result in read_results(experiment.results) if result.split == wanted]
         reported.append(Reported(experiment, results, _command(path)))
     write_report(reported, output)
-    say(f"{output}: written from {', '.join(str(of.experiment.results) for of in reported)}")
+    say(f"{output}: written from {', '.join(str(each.experiment.results) for each in reported)}")
 
 
 def _split(given: str | None, default: str) -> str:
-    """By the rule for the key `split` in the file: it becomes part of a file's name."""
+    """The split.
+
+    A given one must be valid as the key `split` of the file, because it becomes part of a file name.
+    """
     return default if given is None else checked_value(Name, given, "--split")
 
 

@@ -2,7 +2,8 @@
 
     megatron-fuse export --recipe examples/quickstart/recipe.yaml [--export-checkpoint latest] [--export-dtype fp32]
 
-Works from a checkpoint of any layout, in one process, without a GPU. A second run writes anew only if the checkpoint moved on.
+Reads a checkpoint of any parallel layout, in one process, without a GPU. A second run writes the model again
+only if there is a newer checkpoint to export.
 """
 
 import argparse

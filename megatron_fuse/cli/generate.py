@@ -1,13 +1,15 @@
-"""Gets every model's answers to the instructions: one answer per example and model.
+"""Generates every model's answers to the instructions: one answer per example and model.
 
     megatron-fuse generate --recipe examples/quickstart/recipe.yaml [--source NAME ...]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli generate --recipe ...    # rank r takes every 8th shard
 
-Writes WORKDIR/responses/NAME; by default for all whose answers the recipe uses: the sources where a phase gives the inference
-mode a weight, and the target (`--source target`) where its reward orders the examples. Interrupted, it continues where it stopped.
+Writes WORKDIR/responses/NAME, by default for all models whose answers the recipe uses: the sources if a phase
+gives the inference mode a weight, and the target (`--source target`) if its reward orders the examples. After
+an interruption, the same command continues where it stopped.
 
-The recipe says where answers come from. By default the model gives them in process; with `sources.NAME.server` an
-OpenAI-compatible server does; with `sources.NAME.responses` they are read from a file (docs/responses.md).
+The recipe decides where answers come from. By default the model generates them in process. With
+`sources.NAME.server` an OpenAI-compatible server generates them. With `sources.NAME.responses` they are read
+from a file (docs/responses.md).
 """
 
 import argparse

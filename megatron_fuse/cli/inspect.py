@@ -1,4 +1,4 @@
-"""Shows one example of fusion data, its tokens and what the teacher says should come at each; or checks all of it.
+"""Shows one example of fusion data, its tokens with the teacher's distribution at each; or checks all fusion data.
 
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --verify
@@ -6,11 +6,12 @@
     megatron-fuse inspect --template MODEL
     megatron-fuse inspect --recipe examples/quickstart/recipe.yaml --template
 
---source is the selected one by default. --json prints one object: {"id", "mode", "source", "tokens": [{"id", "text", "supervised",
-"match", "entries": [{"id", "text", "logprob"}], "tail"}]}; the entries at a token are the distribution that PREDICTS that token.
---verify reads every file, lists all that is wrong and ends with 2 where anything is.
---template shows a sample conversation as a model reads it: which tokens are learned, what ends an answer and where generation begins;
-of a model directory, or of the target, the sources and the reward models of a recipe. It needs no fusion data.
+--source: default is the selected source. --json prints one object: {"id", "mode", "source", "tokens": [{"id",
+"text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}. The entries at a token are
+the distribution that PREDICTS that token. --verify reads every file and lists all problems. The exit code is
+2 if there are any. --template shows a sample conversation as a model reads it: which tokens are learned, what
+ends an answer, and where generation begins. It takes a model directory, or the target, the sources and the
+reward models of a recipe. It needs no fusion data.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from megatron_fuse.recipe import MODES
 from megatron_fuse.start import importing
 from megatron_fuse.text_safety import say
 
-PARSER = {
-    "conflict_handler": "resolve"
-}  # the recipe has a --verify too, of a training; here the word means this command's own
+# The recipe has an option --verify for training. Here --verify is the option of this command, which replaces
+# it.
+PARSER = {"conflict_handler": "resolve"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,20 +90,20 @@ def _show_templates(arguments: argparse.Namespace) -> None:
 
 
 def _as_json(view: dict[str, Any]) -> str:
-    """With JSON's own escapes where a terminal must not see a text as it is."""
+    """The view as JSON. If a text is not safe for a terminal, all other than ASCII characters are escaped."""
     text = json.dumps(view, ensure_ascii=False)
     return text if text.isprintable() else json.dumps(view)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    """Prints what was looked at. Raises UserError with all that was found wrong."""
+    """Checks all fusion data and prints the numbers of checked items. Raises UserError with all problems."""
     with importing():
         from megatron_fuse.dataset.directory import fusion_data_recipe
         from megatron_fuse.stages import Context
         from megatron_fuse.verification import verify_fusion_data
     context = Context(fusion_data_recipe(arguments))
-    found = verify_fusion_data(context, progress=lambda line: say(line, file=sys.stderr))
-    say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in found.counts.items()))
-    if found.problems:
-        raise UserError(f"{len(found.problems)} problems:\n" + "\n".join(found.problems))
+    result = verify_fusion_data(context, progress=lambda line: say(line, file=sys.stderr))
+    say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in result.counts.items()))
+    if result.problems:
+        raise UserError(f"{len(result.problems)} problems:\n" + "\n".join(result.problems))
     say("all is well")

@@ -1,4 +1,4 @@
-"""From the words of a command line to a command's module, the only one that is imported."""
+"""The entry point of `megatron-fuse`: finds the module of a command, and imports only this one."""
 
 import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with one line
 
@@ -33,7 +33,7 @@ COMMANDS = {
     "chat": "a talk with a model",
     "check-gpu": "this project on this machine's GPU",
 }
-"""Every command with one line about it. Its module has the same name, with _ for -."""
+"""Name of every command -> one line about it. The module has the same name, with _ for -."""
 
 SHELLS = ("bash", "zsh")
 _AFTERWORD = """
@@ -43,7 +43,7 @@ training alone is `torchrun ... -m megatron_fuse.pretrain`.
 
 
 def program() -> int:
-    """The installed `megatron-fuse`."""
+    """The main function of the installed program `megatron-fuse`. Returns the exit code."""
     return exit_code(main)
 
 
@@ -54,7 +54,7 @@ def main() -> int | None:
 
 
 def door(command: str) -> Callable[[], int | None]:
-    """The main function of a script that is this command alone, as tools/*.py are."""
+    """The main function of a script for this command alone, such as those in tools/."""
 
     def main() -> int | None:
         module = _module(command)
@@ -66,7 +66,10 @@ def door(command: str) -> Callable[[], int | None]:
 
 
 def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
-    """The parser of `megatron-fuse`. Only the commands in `filled` have their arguments: theirs are the modules imported."""
+    """The parser of `megatron-fuse`. Only the commands in `filled` have their arguments.
+
+    The modules of the other commands are not imported.
+    """
     parser = argparse.ArgumentParser(
         prog="megatron-fuse",
         description="Fuses several large language models into one (ProFuser, arXiv 2408.04998).",
@@ -87,7 +90,7 @@ def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
 
 
 class _PrintCompletion(argparse.Action):
-    """Prints and exits, as --help does."""
+    """Prints the completion script of a shell and exits, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         import shtab

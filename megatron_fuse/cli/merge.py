@@ -4,8 +4,9 @@
     megatron-fuse merge --method ties --model A:0.7 --model B:0.3 --base models/Llama-2-7b-hf --density .5 --output OUT
     megatron-fuse merge --method dare_ties --model A --model B --base BASE --density .5 --seed 0 --output OUT
 
-Tokenizer, chat template and config come from the first --model. Works on a CPU, offline, in fp32. A second run finds it done.
-Needs mergekit: pip install 'megatron-fuse[merge]'. Formulae and conventions: docs/merging.md
+Tokenizer, chat template and config come from the first --model. The merge runs on a CPU, offline, in fp32. If
+it is finished already, a second run does nothing. Needs mergekit: pip install 'megatron-fuse[merge]'.
+Formulae and conventions: docs/merging.md
 """
 
 import argparse

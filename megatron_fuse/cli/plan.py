@@ -1,4 +1,6 @@
-"""Says what of a recipe is done, what will run, and what that may cost in time and disk. Runs nothing.
+"""Shows which artifacts of a recipe are done, what will run, and the likely cost in time and disk.
+
+Runs nothing.
 
     megatron-fuse plan --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
 

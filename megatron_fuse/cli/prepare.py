@@ -1,9 +1,10 @@
-"""Reads an instruction file, samples it, cuts responses to length, splits off the held-out examples.
+"""Reads an instruction file, samples it, cuts responses to length, and splits off the held-out examples.
 
     megatron-fuse prepare --recipe examples/quickstart/recipe.yaml
 
-Writes WORKDIR/instructions, and prints what was left out and why. examples.bad_rows.jsonl there has every row that cannot be used,
-with line, kind and reason, examples.dropped.jsonl every example left out for its length. The forms of data: docs/data.md.
+Writes WORKDIR/instructions, and prints what was left out and why. In this directory, examples.bad_rows.jsonl
+has every row that cannot be used, with line, kind and reason, and examples.dropped.jsonl has every example
+left out for its length. docs/data.md describes the forms of data.
 """
 
 import argparse

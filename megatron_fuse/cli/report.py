@@ -3,10 +3,12 @@
     megatron-fuse report advantage --recipe examples/quickstart/recipe.yaml
     megatron-fuse report alignment WORKDIR/fusion/exact-skip-T2
 
-`advantage`: which source wins in either mode, where, and how far judges and modes agree; ten examples to read.
-`alignment`: how each source's distributions came over into the target's tokens.
+`advantage`: which source wins in each mode, on which examples, and how far reward models and modes agree; ten
+examples to read.
+`alignment`: how well each source's distributions fit the target's tokens.
 
-Prints the main numbers and writes WORKDIR/reports/REPORT/MAP-UNMATCHED-T/REPORT.{json,html} with the charts beside them as PNGs.
+Prints the main numbers. Writes WORKDIR/reports/REPORT/MAP-UNMATCHED-T/REPORT.{json,html}, with the charts
+beside them as PNGs.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Run everything of a recipe that is not yet done, in order: data stages, training under torchrun, export.
+"""Run all unfinished steps of a recipe in order: data stages, training under torchrun, export.
 
     megatron-fuse run --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
     megatron-fuse run --recipe R.yaml --plan         # what is done, what will run, what it may cost
     megatron-fuse run --recipe R.yaml --until "fusion data"
 
-Interrupted at any point, the same command continues. A source added to the recipe later runs that source's stages only.
+After an interruption at any point, the same command continues. If a source is added to the recipe later, only
+the stages of that source run.
 """
 
 import argparse

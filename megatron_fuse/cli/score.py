@@ -1,12 +1,13 @@
-"""Scores everyone's answers: by every reward model that the recipe goes by, or against the ground truth.
+"""Scores all answers by every reward model that the recipe uses, or against the ground truth.
 
     megatron-fuse score --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--reward-model NAME ...]
     megatron-fuse score --recipe ... --reference                           # BLEU, ROUGE-L and BERTScore against the ground truth
     torchrun --nproc-per-node 8 -m megatron_fuse.cli score --recipe ...    # rank r takes every 8th shard
 
-Writes WORKDIR/scores/NAME/REWARD_MODEL, one float32 for each example, or WORKDIR/scores/NAME/reference, three. NAME is a source, or
-`target` where its reward orders the examples. Interrupted, it continues where it stopped. A reward model with
-`scores: FILE` in the recipe is read from there instead.
+Writes WORKDIR/scores/NAME/REWARD_MODEL with one float32 for each example, or WORKDIR/scores/NAME/reference
+with three. NAME is a source, or `target` if its reward orders the examples. After an interruption, the same
+command continues where it stopped. If the recipe has `scores: FILE` for a reward model, the file is read
+instead.
 """
 
 import argparse
@@ -58,9 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _wanted(recipe: Recipe, sources: list[str] | None, asked: list[str]) -> dict[str, list[str]]:
-    """Whose answers each scorer scores: what the recipe needs, unless it is told otherwise."""
+    """Scorer -> names of the models whose answers it scores.
+
+    Without sources and scorers, these are the recipe's. Raises UserError for a name that the recipe does not
+    have.
+    """
     for source in sources or []:
-        answering_options(recipe, source)  # refuses a name that the recipe does not have
+        answering_options(recipe, source)  # raises UserError for an unknown name
     if asked:
         return {scorer: sources or list(recipe.answering or recipe.sources) for scorer in asked}
     wanted: dict[str, list[str]] = {}

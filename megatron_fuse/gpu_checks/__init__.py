@@ -1,7 +1,8 @@
-"""What a machine with a GPU can show of this project: one check per file, each in a process of its own (`megatron-fuse check-gpu`).
+"""Checks of this project on a machine with a GPU (`megatron-fuse check-gpu`): one per file, each in its own process.
 
-A check is a function `run(device, directory)` that yields rows. device: "cuda", or "cpu" for the same code at tiny sizes, where no
-limit on time counts. directory: an empty one of its own. What it prints goes to a log beside it.
+A check is a function `run(device, directory)` that yields rows. device: "cuda", or "cpu" for the same code at
+tiny sizes, where limits on time do not count. directory: an empty directory that only this check uses.
+Printed output goes to a log beside it.
 """
 
 from megatron_fuse.gpu_checks.catalogue import CHECKS, MINUTES, Check

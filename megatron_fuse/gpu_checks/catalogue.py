@@ -1,17 +1,20 @@
-"""All checks in the order in which they run: the most valuable first, for a machine whose time is short."""
+"""All checks in the order in which they run.
+
+The most valuable come first, as time on a machine may be short.
+"""
 
 from dataclasses import dataclass
 
-MINUTES = 8  # of a run on a GPU
+MINUTES = 8  # duration of a run of all checks on a GPU
 
 
 @dataclass(frozen=True)
 class Check:
-    """A module with a function `run(device, directory)`."""
+    """A check: the name of its module, which has a function `run(device, directory)`."""
 
     name: str
     module: str
-    seconds: float  # after which it is ended, in a run of MINUTES or fewer; in a longer one in proportion
+    seconds: float  # time limit in a run of at most MINUTES; in a longer run it grows in proportion
 
 
 CHECKS = tuple(

@@ -1,4 +1,4 @@
-"""Time and memory on a device."""
+"""Measures time and memory on a device."""
 
 import gc
 import statistics
@@ -14,7 +14,11 @@ def synchronize(device: str) -> None:
 
 
 def seconds_in_turns(device: str, repeats: int, *works: Callable[[], object]) -> list[float]:
-    """Median seconds of each, all taken in turns after one that does not count: a slow spell of the machine meets all of them."""
+    """Median seconds of each work. All works run in turns, after a first turn that does not count.
+
+    So if the machine is slow for some time, this affects all works in the same way. repeats: number of
+    counted turns.
+    """
     turns = []
     for _ in range(1 + repeats):
         turns.append([_seconds(device, work) for work in works])
@@ -30,14 +34,14 @@ def _seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that torch's allocator has held of the GPU while the work was done."""
+    """The most bytes of the GPU that torch's allocator held during the work."""
     torch.cuda.reset_peak_memory_stats()
     work()
     return torch.cuda.max_memory_allocated()
 
 
 def free_memory(device: str) -> None:
-    """Gives back what no object holds any more."""
+    """Returns the memory of dead objects to the device."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The loss kernels beside what others do, as passes over the logits at this machine's copy rate."""
+"""Compares the loss kernels with other implementations, in passes over the logits at this machine's copy rate."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 from megatron_fuse.gpu_checks.kernel_benchmarks import import_from_folder, rows_of_cases
 from megatron_fuse.gpu_checks.rows import Row
 
-# What somebody might write by hand, and Liger's loss of dense teachers, which is another one
+# Not measured: simple implementations that a user could write, and Liger's loss for dense teachers, which is
+# another loss.
 _LEFT_OUT = {"sparse autograd", "chunked top-k", "chunked checkpoint", "liger fused linear JSD"}
-_COMPILED = {"dense torch.compile"}  # on a CPU the compiler takes longer than all the rest
+_COMPILED = {"dense torch.compile"}  # on a CPU the compiler takes longer than all other measurements together
 
 
 def run(device: str, directory: Path) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""The kernels' benchmark (kernels/benchmarks), whose parts the checks use: a folder of scripts that import each other by file name."""
+"""Access to the benchmark of the kernels (kernels/benchmarks): a folder of scripts that import each other by file name."""
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -12,12 +12,12 @@ FOLDER = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks"
 
 
 def import_from_folder() -> None:
-    """From now on its modules can be imported. For the process of a check."""
+    """Makes the modules of the folder importable. Only for the process of a check."""
     sys.path.insert(0, str(FOLDER))
 
 
 def require_repository() -> None:
-    """Raises UserError if the folder is not here: an installed package is without it."""
+    """Raises UserError if the folder is missing, as in an installed package."""
     if not FOLDER.is_dir():
         raise UserError(
             "the checks need the project's repository, which has kernels/benchmarks: run them in a checkout"
@@ -25,14 +25,17 @@ def require_repository() -> None:
 
 
 def meter_of(device: str) -> Any:
-    """The benchmark's clock."""
+    """The clock of the benchmark for this device."""
     from timing import CpuMeter, CudaMeter
 
     return CudaMeter() if device == "cuda" else CpuMeter()
 
 
 def copy_rate(device: str, meter: Any) -> float:
-    """Bytes read and written in a second by a copy that no cache can hold (on a CPU: a small one, for the sake of time)."""
+    """Bytes read and written per second by a copy that is larger than any cache.
+
+    On a CPU the copy is small, to save time.
+    """
     from measure import percentiles
     from timing import copy_times
 
@@ -41,9 +44,10 @@ def copy_rate(device: str, meter: Any) -> float:
 
 
 def rows_of_cases(device: str, cases: Sequence[Any], left_out: Collection[str] = ()) -> Iterator[Row]:
-    """What the benchmark measures of all providers but some, in milliseconds and passes over the logits, and the targets of each case.
+    """The benchmark's results for all providers but `left_out`: milliseconds, passes over the logits, and memory.
 
-    One pass moves the bytes of the logits once: it takes their number over the copy rate of the same run.
+    One pass moves the bytes of the logits once. Its time is their number divided by the copy rate of the same
+    run. After the results of a case come its targets, each with its limit.
     """
     from lineup import providers_of
     from measure import measure

@@ -1,4 +1,7 @@
-"""The loss kernels against the dense formula in fp64: drawn cases, offsets beyond 2^31, the weight's gradient in main_grad."""
+"""Checks the loss kernels against the dense formula in fp64.
+
+Random cases, offsets beyond 2^31, the largest logits, and the gradient of the weight in main_grad.
+"""
 
 import random
 from collections.abc import Iterator
@@ -14,13 +17,17 @@ from megatron_fuse.gpu_checks.clock import free_memory
 from megatron_fuse.gpu_checks.rows import Row, failed, held, measured, not_run
 
 _CASES = 20
-_ARITHMETIC = 3e-6  # relative, of the norm of a gradient: in fp32
-_LOSS_TOLERANCE = 2e-6  # relative to the largest logit, of which a log-sum-exp keeps one rounding in fp32
+_ARITHMETIC = 3e-6  # error of fp32 arithmetic, relative to the norm of a gradient
+# relative to the largest logit: a log-sum-exp in fp32 has about one rounding error of it
+_LOSS_TOLERANCE = 2e-6
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of the loss, all on one device. logits [n, v]; columns from vocab_size on hold NaN."""
+    """Arguments of the loss, all on one device.
+
+    logits [n, v]: columns from vocab_size on are padding and hold NaN.
+    """
 
     logits: Tensor
     targets: tuple[Tensor, Tensor, Tensor]  # labels, teacher_ids, teacher_logprobs
@@ -35,9 +42,9 @@ class Problem:
         return Problem(logits, (labels, ids, logprobs), ce, kl, upstream, self.options)
 
     def solve(self, dtype: torch.dtype, implementation: str) -> tuple[Tensor, Tensor]:
-        """loss [n] and the gradient [n, v] of sum(upstream * loss), from logits of this type."""
+        """The loss [n] and the gradient [n, v] of sum(upstream * loss), from logits of this dtype."""
         leaf = self.logits.detach().to(dtype, copy=True).requires_grad_()
-        logits = leaf * 1  # the gradient may be written over them
+        logits = leaf * 1  # a copy, because the kernel may write the gradient over the logits
         options = {"ce_weight": self.ce_weight, "kl_weight": self.kl_weight, **self.options}
         loss = sparse_kl_cross_entropy(logits, *self.targets, **options, implementation=implementation).loss
         (gradient,) = torch.autograd.grad(loss, leaf, self.upstream.to(loss.dtype))
@@ -67,7 +74,8 @@ def _implementation(device: str) -> str:
 
 def _drawn(draw: random.Random, device: str) -> Row:
     dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32])
-    # 97: smaller than a tile; 1003: rows not 16-byte aligned; 128256: splits among programs where rows are few
+    # 97: smaller than a tile; 1003: rows not 16-byte aligned; 128256: with few rows, several programs share a
+    # row
     vocab, entries = draw.choice(
         [(97, 5), (1003, 33), (32000, 10), (50432, 128), (128256, 10)][: 5 if device == "cuda" else 2]
     )
@@ -92,7 +100,11 @@ def make_problem(
     odd: bool = True,
     **options: Any,
 ) -> Problem:
-    """Random logits of spread 3. odd: some rows without a label, without a teacher, with empty slots, or of no weight and NaN."""
+    """A problem with random logits of standard deviation 3.
+
+    odd: some rows have no label, no teacher, empty slots, or weights of 0 and logits of NaN. options: of the
+    loss.
+    """
     g = torch.Generator(device).manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
@@ -110,31 +122,42 @@ def make_problem(
         ids[2::8, entries // 2 :] = -1
         ce_weight[3::8], kl_weight[3::8], logits[3::8] = 0, 0, torch.nan
         ce_weight[4::8], kl_weight[5::8] = 0, 0
-        logprobs.masked_fill_(ids < 0, torch.nan)  # an empty slot is never read
-    logits[:, vocab:] = torch.nan  # nor is padding
+        logprobs.masked_fill_(ids < 0, torch.nan)  # kernels must never read an empty slot
+    logits[:, vocab:] = torch.nan  # nor padding
     targets = (labels, ids, logprobs)
     return Problem(logits, targets, ce_weight, kl_weight, upstream, {**options, "vocab_size": vocab})
 
 
 def _compared(name: str, actual: tuple[Tensor, Tensor], problem: Problem) -> Row:
-    """Loss and gradient of a problem's rows beside the dense formula in fp64: the larger error, each over its tolerance."""
+    """Compares loss and gradient of a problem with the dense formula in fp64.
+
+    The row holds the larger of the two errors, each divided by its tolerance.
+    """
     loss, gradient = problem.solve(torch.float64, "reference")
     largest = problem.logits.nan_to_num(0).abs().max().double().clamp(min=1)
     of_loss = (actual[0].double() - loss).abs().max() / largest / _LOSS_TOLERANCE
     of_gradient = (actual[1].double() - gradient).norm() / _tolerance(gradient, problem.logits.dtype)
     errors = torch.stack([of_loss, of_gradient])
-    return held(name, errors.max().item(), "of the tolerance", "<= 1")  # NaN wins
+    # max() returns NaN if any error is NaN
+    return held(name, errors.max().item(), "of the tolerance", "<= 1")
 
 
 def _tolerance(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of a gradient's norm that is rounded to this type twice: as it is computed, and after the product with the upstream gradient."""
+    """The tolerance of the norm of a gradient's error.
+
+    The gradient is rounded to this dtype twice: when it is computed, and after the product with the upstream
+    gradient.
+    """
     kind = torch.finfo(dtype)
     of_subnormals = kind.smallest_normal * kind.eps / 2 * gradient.numel() ** 0.5
     return (kind.eps + _ARITHMETIC) * gradient.norm() + 2 * of_subnormals
 
 
 def _far_rows(device: str) -> Row:
-    """More than 2^31 logits: the first and last rows, and those around the boundary."""
+    """A problem with more than 2^31 logits.
+
+    Compares the first and last rows, and those around the boundary.
+    """
     n, vocab = (16640, 131072) if device == "cuda" else (40, 1024)
     problem = make_problem(0, device, torch.bfloat16, n, vocab, 10, odd=False, tail="bucket", temperature=2.0)
     chosen = torch.tensor([0, n - 257, n - 256, n - 1], device=device) if device == "cuda" else torch.tensor([0, n - 1])
@@ -144,23 +167,26 @@ def _far_rows(device: str) -> Row:
 
 
 def _largest(device: str, dtype: torch.dtype) -> Row:
-    """What capture keeps: ids exactly, equal logits in the order of their ids; log-sum-exps as the losses."""
+    """Checks the kernel of capture: ids and logits exactly, log-sum-exps within the tolerance of the losses.
+
+    Equal logits must come in the order of their ids.
+    """
     n, vocab, k = (512, 128256, 10) if device == "cuda" else (12, 1003, 10)
     g = torch.Generator(device).manual_seed(4)
     logits = torch.randn(n, vocab, generator=g, device=device).mul_(3).to(dtype)
     labels = torch.randint(vocab, (n,), generator=g, device=device)
     temperatures = (1.0, 2.0, 3.7)
-    found = topk_logsumexp(logits, k, temperatures, labels=labels, implementation=_implementation(device))
+    kept = topk_logsumexp(logits, k, temperatures, labels=labels, implementation=_implementation(device))
     values, ids = logits.double().sort(dim=1, descending=True, stable=True)
     exact = logits.double()
     relative = exact - values[:, :1]
     sums = torch.stack([(relative / each).logsumexp(1) for each in temperatures], 1)
-    error = (found.relative_lse.double() - sums).abs().max() / _LOSS_TOLERANCE
-    assert found.label_logits is not None  # labels are given
+    error = (kept.relative_lse.double() - sums).abs().max() / _LOSS_TOLERANCE
+    assert kept.label_logits is not None  # labels are given
     same = (
-        torch.equal(found.ids, ids[:, :k])
-        and torch.equal(found.logits.double(), values[:, :k])
-        and torch.equal(found.label_logits.double(), exact.gather(1, labels[:, None])[:, 0])
+        torch.equal(kept.ids, ids[:, :k])
+        and torch.equal(kept.logits.double(), values[:, :k])
+        and torch.equal(kept.label_logits.double(), exact.gather(1, labels[:, None])[:, 0])
     )
     name = f"{k} largest of {n} x {vocab}, {str(dtype).removeprefix('torch.')}"
     if not same:
@@ -169,7 +195,10 @@ def _largest(device: str, dtype: torch.dtype) -> Row:
 
 
 def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
-    """Fused linear: gradients of the hidden states and of the weight, whose part is added to what main_grad holds."""
+    """Checks the fused linear loss: the gradients of the hidden states and of the weight.
+
+    The gradient of the weight must be added to the content of main_grad, which begins with ones.
+    """
     n, h, vocab = (2048, 512, 32000) if device == "cuda" else (24, 8, 97)
     dtype = torch.bfloat16
     problem = make_problem(1, device, dtype, n, vocab, 10 if vocab > 100 else 5, odd=False)
@@ -203,6 +232,5 @@ def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
         ("main_grad", main_grad.double() - 1, expected[1]),
     ):
         error = ((actual.double() - wanted).norm() / wanted.norm()).item()
-        yield held(
-            f"{name}: gradient of {what}", error, "relative error", "<= 0.02"
-        )  # logits, too, are rounded to bf16
+        # The limit is wide because the logits, too, are rounded to bf16.
+        yield held(f"{name}: gradient of {what}", error, "relative error", "<= 0.02")

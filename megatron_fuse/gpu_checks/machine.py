@@ -1,4 +1,7 @@
-"""What the machine is: versions, the device, and the two rates by which everything else is judged."""
+"""Describes the machine: versions, the device, and its rates of copies and of matrix products.
+
+The other checks are judged by these two rates.
+"""
 
 import importlib.metadata
 import os
@@ -48,7 +51,7 @@ def run(device: str, directory: Path) -> Iterator[Row]:
 
 
 def matmul_rate(device: str) -> float:
-    """FLOP/s of a product of two square matrices in bf16."""
+    """Floating-point operations per second of a product of two square matrices in bf16."""
     size = 8192 if device == "cuda" else 256
     one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     (seconds,) = seconds_in_turns(device, 10, lambda: one @ other)

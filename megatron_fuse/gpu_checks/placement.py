@@ -1,4 +1,4 @@
-"""Whether all that a training step uses is on the GPU."""
+"""Checks that all tensors of a training step are on the GPU."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -46,18 +46,18 @@ def run(device: str, directory: Path) -> Iterator[Row]:
 
 
 def _elsewhere(tensors: dict[str, list[torch.Tensor]], device: torch.device) -> str:
-    """Which kinds have tensors on another device, or no tensor that could be looked at."""
+    """The kinds that have tensors on another device, or that have no tensors; empty if all is right."""
     wrong = []
     for kind, of_kind in tensors.items():
-        found = Counter(str(tensor.device) for tensor in of_kind)
-        if found.keys() != {str(device)}:
-            places = ", ".join(f"{count} on {place}" for place, count in found.items())
+        devices = Counter(str(tensor.device) for tensor in of_kind)
+        if devices.keys() != {str(device)}:
+            places = ", ".join(f"{count} on {place}" for place, count in devices.items())
             wrong.append(f"{kind}: {places or 'none'}")
     return "; ".join(wrong)
 
 
 def tensors_of_a_step(recipe: Any, runtime: Runtime) -> dict[str, list[torch.Tensor]]:
-    """Kind -> the tensors of this kind, after a step."""
+    """Kind -> the tensors of this kind, after one training step."""
     from megatron_fuse.training.batches import micro_batches
     from megatron_fuse.training.trainer import plan_step, train_step
 
@@ -88,13 +88,19 @@ def tensors_of_a_step(recipe: Any, runtime: Runtime) -> dict[str, list[torch.Ten
 
 
 def _rotations(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The rotary frequencies, which Megatron keeps as a plain attribute."""
+    """The rotary frequencies.
+
+    Megatron keeps them as a plain attribute, so that buffers() does not list them.
+    """
     for module in model.modules():
         yield from _tensors([getattr(module, "inv_freq", None)])
 
 
 def _states(optimizer: Any) -> Iterator[torch.Tensor]:
-    """Of one optimizer of Megatron's, or of several in a chain. A FusedAdam may keep its step count on either side."""
+    """Parameters and states of one optimizer of Megatron, or of several in a chain.
+
+    The step count is left out: FusedAdam may keep it on the CPU or on the GPU.
+    """
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
         for group in each.optimizer.param_groups:
             yield from group["params"]

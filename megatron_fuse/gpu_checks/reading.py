@@ -1,4 +1,4 @@
-"""Whether source models read and answer on a GPU as on a CPU, and what capture adds to a forward pass."""
+"""Checks that source models read and answer on a GPU as on a CPU, and measures the time that capture adds."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,9 +19,10 @@ from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.generation import Prompt, Sampling, generate
 from megatron_fuse.tokenization.spans import TokenSpans
 
-_POSITIONS = 2048  # that a model can read
+_POSITIONS = 2048  # most tokens that a model can read
 _BATCH_TOKENS = 16384
-# fp32 on two machines: sums in another order. Logits of the small model have a spread of about 1.
+# Two devices add fp32 numbers in different orders. The logits of the small model have a standard deviation of
+# about 1.
 _ROUNDING = 1e-3
 
 
@@ -36,33 +37,33 @@ def run(device: str, directory: Path) -> Iterator[Row]:
 
 
 def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """With random weights, wide enough that what a token attends to decides what comes next."""
+    """A model with random weights. They are so large that the attended tokens decide the next token."""
     torch.manual_seed(3)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2))
-    # By the decorator of transformers' `to` mypy takes it for a function of the model.
+    # transformers' decorator of `to` hides its arguments from mypy.
     return model.to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
 def _both(device: str) -> list[LlamaForCausalLM]:
-    """One model, on the CPU and on the device."""
-    here = _model(LLAMA_TINY, "cpu", torch.float32)
-    there = LlamaForCausalLM(here.config).eval().requires_grad_(False)
-    there.load_state_dict(here.state_dict())
-    return [here, there.to(device)]
+    """The same model twice: on the CPU and on the device."""
+    on_cpu = _model(LLAMA_TINY, "cpu", torch.float32)
+    on_device = LlamaForCausalLM(on_cpu.config).eval().requires_grad_(False)
+    on_device.load_state_dict(on_cpu.state_dict())
+    return [on_cpu, on_device.to(device)]
 
 
 def _conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation]:
-    """Of random ids, three quarters of them supervised."""
+    """Conversations of random ids. Three quarters of the tokens are supervised."""
     draw = np.random.default_rng(5)
-    made = []
+    conversations = []
     for number, length in enumerate(lengths):
         ids = draw.integers(0, vocab_size, length).astype(np.int32)
         supervised = np.arange(length) >= length // 4
         bounds = np.arange(supervised.sum())
         spans = TokenSpans(ids[supervised], bounds, bounds + 1, np.zeros(len(bounds), np.uint8))
-        made.append(Conversation(str(number), EncodedConversation(ids, supervised, spans, len(bounds))))
-    return made
+        conversations.append(Conversation(str(number), EncodedConversation(ids, supervised, spans, len(bounds))))
+    return conversations
 
 
 def _reader(directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any]) -> SourceReader:
@@ -88,7 +89,7 @@ def _equal_rows(device: str, directory: Path) -> Iterator[Row]:
 
 
 def _of_rows(rows: SparseRows, field: str, chosen: np.ndarray) -> np.ndarray:
-    """The entries of some rows."""
+    """A field of the entries of some rows. chosen bool [rows]."""
     return getattr(rows, field)[np.repeat(chosen, rows.counts)]
 
 
@@ -132,7 +133,7 @@ def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
 
 @torch.inference_mode()
 def _forward(model: LlamaForCausalLM, sequences: Sequence[np.ndarray]) -> None:
-    """All logits of a padded batch, thrown away."""
+    """A bare forward pass of a padded batch. The logits are not kept."""
     width = max(map(len, sequences)) - 1
     tokens, mask = torch.zeros(2, len(sequences), width, dtype=torch.int64)
     for row, sequence in enumerate(sequences):

@@ -1,4 +1,4 @@
-"""The table of a run: Markdown, to be read or pasted."""
+"""The table of a run as Markdown."""
 
 from collections.abc import Sequence
 from datetime import date
@@ -9,7 +9,7 @@ _HEADS = ("check", "what", "value", "unit", "limit", "")
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """All rows, and how many of them failed or were not run."""
+    """A table of all rows, below a line with the date and the number of rows that are ok, failed or were not run."""
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("ok", "FAILED", "not run")}
     lines = [_line(_HEADS), _line(["---", "---", "---:", "---", "---", "---"]), *(_line(_cells(row)) for row in rows)]
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -22,7 +22,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def readable(value: float | str | None) -> str:
-    """Four digits of a number."""
+    """A number with four significant digits; a text as it is; empty for None."""
     if not isinstance(value, int | float):
         return value or ""
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"

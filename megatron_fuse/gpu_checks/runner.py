@@ -1,7 +1,7 @@
-"""Runs checks one after another, each in a process of its own, which cannot take the others' results with it.
+"""Runs checks one after another, each in its own process, so that a crash does not lose the results of the others.
 
-On a GPU every process is a fresh one: CUDA is not to be had in the fork of a process that has used it. On a CPU it is a fork of this
-one, which has imported the large libraries already.
+On a GPU every process is started fresh, because CUDA does not work in a fork of a process that has used it.
+On a CPU it is a fork of this process, which has imported the large libraries already.
 """
 
 import importlib
@@ -29,7 +29,8 @@ from megatron_fuse.text_safety import brief, say
 
 JSON_LINES, TABLE = "checks.jsonl", "checks.md"
 NO_TIME = "no time left"
-# Nothing is fetched, and the collectives of one machine need no network. Torch looks for a GPU without CUDA's own calls.
+# Nothing is downloaded, and the collectives of one machine use no network. Torch looks for a GPU without
+# initialising CUDA.
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -39,11 +40,14 @@ _ENVIRONMENT = {
 
 
 def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: Path) -> list[Row]:
-    """All rows, in order. Each is written to OUTPUT/checks.jsonl as it comes; at the end OUTPUT/checks.md is the table.
+    """Runs the checks and returns all rows, in order. Writes each row to OUTPUT/checks.jsonl when it arrives.
 
-    minutes: of all checks together; those for which no time is left are rows that say so. Of more than MINUTES each check has its
-    share, as a slow machine needs. A check that crashes or takes too long
-    keeps the rows that it had, and gets one that failed. output: UserError if anything is in it.
+    At the end the table is written to OUTPUT/checks.md. minutes: of all checks together. A check for which no
+    time is left gives one row that says so. If there are more than MINUTES, the limit of each check grows in
+    proportion, for slow machines. If a check crashes or takes too long, its rows so far are kept, and a
+    failed row is added.
+
+    Raises UserError if `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--out {output}: something is there already: name a directory that is empty or not there")
@@ -67,7 +71,7 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
 
 
 def process_context(device: str) -> SpawnContext | ForkContext:
-    """How processes are started. For the CPU: imports what their forks will need."""
+    """The way to start processes. For the CPU it imports the libraries here, so that every fork has them."""
     if device != "cpu":
         return multiprocessing.get_context("spawn")
     for name in LIBRARIES:
@@ -78,7 +82,10 @@ def process_context(device: str) -> SpawnContext | ForkContext:
 def rows_of(
     check: Check, device: str, directory: Path, context: SpawnContext | ForkContext, *, left: float
 ) -> Iterator[Row]:
-    """The rows of a check as they come. left: seconds that it may take, whatever its own limit."""
+    """Yields the rows of a check as they arrive.
+
+    left: most seconds that it may take, beside its own limit.
+    """
     if left <= 0:
         yield replace(not_run("all of it", NO_TIME), check=check.name)
         return
@@ -106,7 +113,10 @@ def rows_of(
 
 
 def _received(reader: Connection, process: BaseProcess, until: float) -> Generator[Row, None, bool]:
-    """The rows that a process sends until it ends; returns whether it has ended in time."""
+    """Yields the rows that a process sends until it ends. Returns whether it ended in time.
+
+    until: time.monotonic().
+    """
     while True:
         if reader in wait([reader, process.sentinel], max(until - time.monotonic(), 0)):
             try:
@@ -122,20 +132,24 @@ def _received(reader: Connection, process: BaseProcess, until: float) -> Generat
 
 
 def _end(process: BaseProcess) -> None:
-    """The process with all that it has started."""
+    """Kills a process and all processes that it has started."""
     if process.pid is not None:
-        with suppress(ProcessLookupError):  # nothing of it is left, or it has not come to its setsid
+        # the group has no process left, or the process has not called setsid yet
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
 
 
 def _run(check: Check, device: str, directory: Path, log: Path, writer: Connection) -> None:
-    """The check's process: a group of its own, so that it can be ended with what it starts."""
+    """The main function of a check's process.
+
+    It begins a process group, so that _end also kills what it starts.
+    """
     os.setsid()
     end_with_pool()
     output = log.open("a", buffering=1, encoding="utf-8")
-    for descriptor in (1, 2):  # of libraries and of what the check starts
+    for descriptor in (1, 2):  # also for output of libraries and of processes that the check starts
         os.dup2(output.fileno(), descriptor)
     sys.stdout = sys.stderr = output
     for row in importlib.import_module(check.module).run(device, directory):
@@ -147,6 +161,6 @@ def _ending(code: int) -> str:
 
 
 def _last_line(log: Path) -> str:
-    """Of what a process has written: that of a traceback names the error."""
+    """The last line that a process has written. If it is the last line of a traceback, it names the error."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return brief(lines[-1]) if lines else "without a word"

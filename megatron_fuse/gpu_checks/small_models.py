@@ -1,4 +1,4 @@
-"""A tokenizer, random models of three kinds and instructions, small enough to make within a second."""
+"""Makes a tokenizer, random models of three kinds, and instructions, all within a second."""
 
 import json
 import random
@@ -29,7 +29,7 @@ _COLOURS = ("red", "green", "blue", "black", "white")
 
 
 def write_instructions(path: Path, count: int) -> None:
-    """JSONL in Alpaca form."""
+    """Writes so many instructions as JSONL in Alpaca form."""
     draw = random.Random(1)
     rows = []
     for number in range(count):
@@ -41,7 +41,10 @@ def write_instructions(path: Path, count: int) -> None:
 
 
 def write_models(directory: Path) -> dict[str, Path]:
-    """alpha (Llama), beta (GPT-NeoX with another tokenizer), judge (a reward model), by name."""
+    """Writes alpha (Llama), beta (GPT-NeoX with another tokenizer) and judge (a reward model).
+
+    Returns name -> directory.
+    """
     sizes = {key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")}
     paths = {name: directory / name for name in ("alpha", "beta", "judge")}
     vocab = {name: _write_tokenizer(path, 300 + 10 * place) for place, (name, path) in enumerate(paths.items())}
@@ -56,7 +59,7 @@ def write_models(directory: Path) -> dict[str, Path]:
 
 
 def _write(directory: Path, model: PreTrainedModel) -> None:
-    """With weights so wide that what a token attends to decides what comes next."""
+    """Saves a model with random weights. They are so large that the attended tokens decide the next token."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -65,7 +68,7 @@ def _write(directory: Path, model: PreTrainedModel) -> None:
 
 
 def _write_tokenizer(directory: Path, vocab_size: int) -> int:
-    """Byte-level BPE with ChatML; returns the number of ids."""
+    """Writes a byte-level BPE tokenizer with the ChatML template. Returns the number of ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,7 @@
-"""A small recipe from instructions to an exported model: every stage, a training that is killed and resumed, the export read again."""
+"""Runs a small recipe from instructions to an exported model.
+
+It runs every stage, kills the training and resumes it, and loads the export with transformers.
+"""
 
 import json
 import multiprocessing
@@ -28,9 +31,9 @@ from megatron_fuse.training.metrics import METRICS, STEP, metrics_directory, rea
 from megatron_fuse.training.stage import EXPORT, TRAINING
 
 _SAVE_INTERVAL = 6
-_STEPS_BEYOND = 2  # that a training has done after its checkpoint when it is killed
-_POLL = 0.02  # seconds between two looks at it
-_BF16 = 0.02  # relative: one loss computed twice, in bf16
+_STEPS_BEYOND = 2  # steps after a checkpoint at which the training is killed
+_POLL = 0.02  # seconds between two looks at the training
+_BF16 = 0.02  # relative difference between two computations of one loss in bf16
 
 
 def run(device: str, directory: Path) -> Iterator[Row]:
@@ -52,7 +55,7 @@ def run(device: str, directory: Path) -> Iterator[Row]:
 
 
 def small_recipe(directory: Path) -> Recipe:
-    """A recipe in bf16 over models and instructions that are made in the directory."""
+    """A recipe in bf16. Its models and instructions are written into the directory."""
     models = {name: str(path) for name, path in write_models(directory / "models").items()}
     write_instructions(directory / "instructions.jsonl", count=28)
     return make_recipe(
@@ -89,7 +92,10 @@ def small_recipe(directory: Path) -> Recipe:
 
 
 def _run(context: SpawnContext | ForkContext, name: str, stage: Stage, recipe: Path) -> Iterator[Row]:
-    """A stage's command, to its end. Raises UserError if it fails: nothing after it can be done."""
+    """Runs the command of a stage to its end.
+
+    Raises UserError if it fails, as the later stages need its result.
+    """
     began = time.perf_counter()
     process = _start(context, stage, recipe)
     process.join()
@@ -105,14 +111,17 @@ def _start(context: SpawnContext | ForkContext, stage: Stage, recipe: Path) -> B
 
 
 def _become(words: list[str]) -> None:
-    """This process from now on is `python *words`. words: `-m`, a module and its arguments."""
+    """Runs `python *words` in this process. words: `-m`, a module and its arguments."""
     end_with_pool()
     sys.argv = words[1:]
     runpy.run_module(words[1], run_name="__main__", alter_sys=True)
 
 
 def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: Path) -> dict[int, float]:
-    """Kills a training some steps behind a checkpoint that was written beside them. Its losses by step."""
+    """Starts a training and kills it some steps after a checkpoint that was written asynchronously.
+
+    Returns step -> loss.
+    """
     training = _start(context, TRAINING, path)
     tracker = checkpoint_directory(recipe) / LATEST
     while training.is_alive():
@@ -128,38 +137,38 @@ def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: P
 
 
 def _losses(recipe: Recipe) -> dict[int, float]:
-    """The loss of each step that the run has recorded."""
+    """Step -> loss, of every step that the run has recorded."""
     path = metrics_directory(recipe) / METRICS
     rows = read_metrics(path) if path.exists() else []
     return {row["iteration"]: row["loss"] for row in rows if row["kind"] == STEP}
 
 
 def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> Iterator[Row]:
-    """The steps of the killed run beside those of the resumed one, which did the last of them again."""
+    """Compares the losses of the killed run with those of the resumed run, which repeated the last steps."""
     steps = sorted(killed)
     yield holds(
         "training, resumed: has every step", sorted(whole) == list(range(1, max(whole) + 1)), str(sorted(whole))
     )
     differences = [abs(killed[step] - whole[step]) / abs(whole[step]) for step in steps]
-    limit = 0 if device == "cpu" else _BF16  # on a GPU sums may come in another order
+    limit = 0 if device == "cpu" else _BF16  # on a GPU the order of sums may differ
     yield held("training, resumed: largest difference of a loss", max(differences), "relative", f"<= {limit:g}")
 
 
 def _read_again(device: str, recipe: Recipe) -> Row:
-    """The held-out cross entropy that training has found, computed by transformers from the export."""
+    """Compares the held-out cross-entropy of the training with that of the export, computed by transformers."""
     exported = export_directory(recipe)
     facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
-    # By the decorator of transformers' `to` mypy takes it for a function of the model.
+    # transformers' decorator of `to` hides its arguments from mypy.
     model = model.to(device).eval()  # type: ignore[arg-type]
-    found = _cross_entropy(FusionDataset(recipe), model)
-    difference = abs(found - facts["best_loss"]) / facts["best_loss"]
+    loss = _cross_entropy(FusionDataset(recipe), model)
+    difference = abs(loss - facts["best_loss"]) / facts["best_loss"]
     return held("export, read by transformers: difference of the held-out loss", difference, "relative", f"<= {_BF16}")
 
 
 @torch.inference_mode()
 def _cross_entropy(dataset: FusionDataset, model: PreTrainedModel) -> float:
-    """Nats per label of the held-out documents."""
+    """Cross-entropy of the held-out documents, in nats per label."""
     total, count = 0.0, 0
     for example in dataset.held_out:
         document = dataset.document("training", int(example))

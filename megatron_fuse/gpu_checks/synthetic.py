@@ -1,4 +1,4 @@
-"""Documents of random ids with a teacher's rows, in memory, and a target without weights: training that needs no stage before it."""
+"""Random documents with a teacher's rows, in memory, and a target without weights, for training without earlier stages."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.rules import NONE
 from megatron_fuse.storage import Artifact
 
-_LABELS = 0.75  # of the tokens
-_MASS = 0.9  # of the teacher, on its entries
+_LABELS = 0.75  # share of the tokens that are labels
+_MASS = 0.9  # mass of a teacher's row on its entries
 
-# Llama 3.2 1B: 1.24 billion parameters, embedding and output layer in one
+# Llama 3.2 1B: 1.24 billion parameters, with tied embedding and output layer.
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -40,7 +40,8 @@ LLAMA_TINY = {
 class RandomDocuments:
     """The interface of FusionDataset over one document of each length, all of the training mode.
 
-    positions: of each document, one less than its tokens. entries: of a teacher's row, 0 for documents without a teacher.
+    positions: number of positions of each document, one less than its tokens. entries: number of entries of a
+    teacher's row, 0 for documents without a teacher.
     """
 
     def __init__(self, positions: Sequence[int], vocab_size: int, entries: int, seed: int = 0) -> None:
@@ -49,7 +50,7 @@ class RandomDocuments:
         self.example_ids = [str(number) for number in range(len(positions))]
         self.train, self.held_out = np.arange(len(positions)), np.arange(0)
         self.artifacts: list[Artifact] = []
-        self.text = Artifact(Path(), {})  # of which an order of examples would be
+        self.text = Artifact(Path(), {})  # only the curriculum would read it
         self.sha256 = f"random-{seed}"
         self.sources = ["teacher"]
         self.won = np.full(len(positions), 0 if entries else NONE, np.int16)
@@ -78,7 +79,7 @@ def _document(draw: np.random.Generator, tokens: int, vocab_size: int, entries: 
         supervised=np.arange(tokens) >= tokens - labels,
         counts=np.full(labels, entries, np.uint8),
         match=np.full(labels, bool(entries), np.uint8),
-        # One from each equal part of the vocabulary: all different
+        # One id from each of several equal parts of the vocabulary, so that the ids of a row differ.
         entry_ids=(
             draw.integers(0, vocab_size // max(entries, 1), (labels, entries)) + _parts(vocab_size, entries)
         ).ravel(),
@@ -93,7 +94,10 @@ def _parts(vocab_size: int, entries: int) -> np.ndarray:
 def recipe_of_random_target(
     directory: Path, sizes: dict[str, Any], seq_length: int, **sections: dict[str, Any]
 ) -> Recipe:
-    """A recipe whose target is a Llama of these sizes that has a config and no weights."""
+    """A recipe whose target is a Llama of these sizes, with a config and without weights.
+
+    sections: options laid over it.
+    """
     target = directory / "target"
     LlamaConfig(**sizes, max_position_embeddings=seq_length, architectures=["LlamaForCausalLM"]).save_pretrained(target)
     content: dict[str, Any] = {
@@ -110,7 +114,7 @@ def recipe_of_random_target(
 
 
 def random_trainer(recipe: Recipe, runtime: Runtime, dataset: RandomDocuments) -> Any:
-    """A Trainer whose target has random weights. Needs a started runtime."""
+    """A Trainer whose target has random weights. The runtime must be started."""
     from megatron_fuse.target import read_target
     from megatron_fuse.training.target import build_chunks
     from megatron_fuse.training.trainer import make_trainer

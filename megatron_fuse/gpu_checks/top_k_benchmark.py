@@ -1,4 +1,4 @@
-"""The capture kernel beside torch's topk and logsumexp."""
+"""Compares the kernel of capture with torch's topk and logsumexp."""
 
 from collections.abc import Iterator
 from pathlib import Path

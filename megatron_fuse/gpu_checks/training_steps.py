@@ -1,4 +1,7 @@
-"""What a training step of a 1.2 billion parameter Llama costs: fine-tuning, fusion, fused with the output layer, packed."""
+"""Measures training steps of a Llama with 1.2 billion parameters.
+
+Variants: fine-tuning, fusion, fusion with the loss fused with the output layer, fusion with packing.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,8 +31,8 @@ _TUNING = {"training": (1.0, 0.0)}
 @dataclass(frozen=True)
 class Sizes:
     model: dict[str, Any]
-    positions: int  # of a document; under packing the most
-    documents: int  # of a step, in one micro-batch
+    positions: int  # positions of a document
+    documents: int  # documents of a step, in one micro-batch
     repeats: int
 
 
@@ -39,12 +42,12 @@ _TINY = Sizes(LLAMA_TINY, positions=32, documents=2, repeats=2)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train. sections: of the recipe."""
+    """A way to train. sections: the options of the recipe that differ."""
 
     name: str
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     packing: bool = False
-    beside_tuning: bool = False  # in turns with steps of fine-tuning
+    beside_tuning: bool = False  # measured in turns with steps of fine-tuning
 
 
 _VARIANTS = (
@@ -125,7 +128,7 @@ def _rows(
 
 def _trainer(directory: Path, runtime: Runtime, implementation: str, variant: Variant, sizes: Sizes) -> Any:
     whole = sizes.positions * sizes.documents
-    if variant.packing:  # short and long documents, as many positions as elsewhere
+    if variant.packing:  # short and long documents, with as many positions together as in the other variants
         shares = np.array([1, 2, 3, 4, 6] * 2)
         positions = whole * shares // shares.sum()
     else:
@@ -141,7 +144,10 @@ def _trainer(directory: Path, runtime: Runtime, implementation: str, variant: Va
 
 
 def _waits_for_nothing(name: str, work: Callable[[], object]) -> Row:
-    """Whether forward and backward pass are queued without a wait for the GPU: torch raises an error at the first."""
+    """Checks that forward and backward pass never wait for the GPU.
+
+    In this mode torch raises an error at the first wait.
+    """
     what = f"{name}: forward and backward without a synchronisation"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
