@@ -64,7 +64,7 @@ class Progress:
 
 
 def readable_rate(per_second: float, unit: str) -> str:
-    """A rate per second, minute or hour: the shortest of these in which the rate is at least 1, else per hour.
+    """A rate per second, minute or hour: the shortest in which the rate is at least 1, else per hour.
 
     For example 12.5 answers/s, 4.0 answers/min, 0.5 answers/h.
     """

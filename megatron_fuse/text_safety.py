@@ -27,7 +27,7 @@ def _escape(character: str) -> str:
 
 
 def brief(text: str, limit: int = 300) -> str:
-    """The text as one printable line of at most `limit` characters: a library's message within one of ours."""
+    """The text as one printable line of at most `limit` characters, to quote a library's message."""
     line = printable(" ".join(text[: 4 * limit].split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 

@@ -1,4 +1,4 @@
-"""The commands of `megatron-fuse`, one module each: `add_arguments(parser)` adds the options, `run(arguments)` runs it.
+"""The commands of `megatron-fuse`, one module each: `add_arguments(parser)` and `run(arguments)`.
 
 `run` imports the library after it has read the recipe, within `start.importing`. Torch, transformers and
 Megatron-core take seconds to import. `--help`, `--print-recipe`, the completion of a command line and an

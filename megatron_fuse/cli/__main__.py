@@ -1,4 +1,4 @@
-"""`python -m megatron_fuse.cli COMMAND`, the same as `megatron-fuse COMMAND`: for torchrun and for other commands."""
+"""`python -m megatron_fuse.cli COMMAND`: `megatron-fuse COMMAND` for torchrun and for other commands."""
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.cli.main import main

@@ -1,4 +1,4 @@
-"""Convert between Hugging Face directories and Megatron checkpoints, or a GGUF file; one process, without a GPU.
+"""Convert Hugging Face directories, Megatron checkpoints or a GGUF file, in one process, without a GPU.
 
     megatron-fuse convert --from-megatron runs/x/training/checkpoints --reference models/target --output fused
     megatron-fuse convert --from-hugging-face models/target --output checkpoints

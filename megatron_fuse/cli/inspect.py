@@ -1,4 +1,4 @@
-"""Shows one example of fusion data, its tokens with the teacher's distribution at each; or checks all fusion data.
+"""Shows one example of fusion data, each token with the teacher's distribution; or checks all fusion data.
 
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --verify
@@ -8,10 +8,11 @@
 
 --source: default is the selected source. --json prints one object: {"id", "mode", "source", "tokens": [{"id",
 "text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}. The entries at a token are
-the distribution that PREDICTS that token. --verify reads every file and lists all problems. The exit code is
-2 if there are any. --template shows a sample conversation as a model reads it: which tokens are learned, what
-ends an answer, and where generation begins. It takes a model directory, or the target, the sources and the
-reward models of a recipe. It needs no fusion data.
+the distribution that PREDICTS that token.
+--verify reads every file and lists all problems. The exit code is 2 if there are any.
+--template shows a sample conversation as a model reads it: which tokens are learned, what ends an answer, and
+where generation begins. It takes a model directory, or the target, the sources and the reward models of a
+recipe. It needs no fusion data.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""Shows which artifacts of a recipe are done, what will run, and the likely cost in time and disk.
-
-Runs nothing.
+"""Shows what of a recipe is done, what will run, and the likely cost in time and disk. Runs nothing.
 
     megatron-fuse plan --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
 

@@ -1,6 +1,6 @@
 """Evaluation: lm-evaluation-harness on several models side by side, with standard errors and paired differences.
 
-    OUTPUT/MODEL/TASK.json        one finished measurement: every metric, the outcome of every question, its inputs
+    OUTPUT/MODEL/TASK.json        one finished measurement: metrics, outcome of every question, inputs
     OUTPUT/MODEL/TASK.error.txt   the traceback of one that failed, until it succeeds
     OUTPUT/evaluation.{json,md,png}   the table of all models of the last call
 

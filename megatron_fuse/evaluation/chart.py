@@ -1,4 +1,4 @@
-"""The chart of a comparison: values and differences to the baseline, with two standard errors on either side."""
+"""The chart of a comparison: values and differences to the baseline, ± two standard errors."""
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Compares models on benchmarks: values with standard errors, and differences to a baseline, question by question."""
+"""Compares models on benchmarks: values with standard errors, and paired differences to a baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ def compare(
 
 
 def paired_difference(baseline: Sequence[float | None], other: Sequence[float | None]) -> Difference | None:
-    """Mean of other - baseline over the questions with both outcomes, and its standard error; None below two questions.
+    """Mean of other - baseline and its standard error, over the questions with both outcomes; None below two.
 
     The error is that of a mean of differences, sd / sqrt(n), with n - 1 in the variance. It is smaller than
     the standard errors of the two models suggest if both fail on the same questions. Raises ValueError if the

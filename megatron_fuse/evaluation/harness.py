@@ -1,4 +1,4 @@
-"""The only access to lm-evaluation-harness: loads a model, runs one task, and reads metrics from its results."""
+"""The access to lm-evaluation-harness: loads a model, runs one task, and reads metrics from its results."""
 
 import importlib
 import logging
@@ -81,7 +81,7 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
                 batch_size=batch_size,
                 dtype="auto",
                 trust_remote_code=False,
-                # else Llama's templates print the present date
+                # Else Llama's templates print the present date.
                 chat_template_args={"date_string": FIXED_DATE},
             )
     except Exception as error:  # transformers and the harness raise many types for missing or damaged files
@@ -148,7 +148,7 @@ def local_task(benchmark: Benchmark, data: Path, arrow_files: Path) -> dict[str,
 
 
 def metrics_of(results: Mapping[str, Any], task: str) -> dict[str, Metric]:
-    """Every metric of a task or group: the number that the harness reports, and the outcome of every question."""
+    """Every metric of a task or group: the number of the harness, and the outcome of every question."""
     metrics = {}
     for name, value in results["results"][task].items():
         metric, comma, filter_name = name.partition(",")

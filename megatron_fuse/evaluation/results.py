@@ -1,4 +1,4 @@
-"""One finished measurement: a model on a task, with the outcome of every question and the inputs of the measurement."""
+"""One finished measurement: a model on a task, with the outcome of every question and all inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""The whole evaluation: checks the inputs, reads the finished results, measures the others, and compares all of them."""
+"""The whole evaluation: checks inputs, reads finished results, measures the others, and compares all."""
 
 import gc
 import itertools
@@ -141,7 +141,7 @@ def _measure(
     for benchmark in benchmarks:
         try:
             result = _measure_one(model, loaded, benchmark, asked, manager)
-        # any error of the harness, a tokenizer or the device: the other tasks go on
+        # Any error of the harness, a tokenizer or the device: the other tasks go on.
         except Exception as error:
             yield benchmark, _record_failure(model, benchmark, asked, error)
             continue

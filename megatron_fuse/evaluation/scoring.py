@@ -1,4 +1,4 @@
-"""Functions that the YAML tasks name: the last number and the worked examples of GSM8K, the mass of TruthfulQA."""
+"""Functions that the YAML tasks name: last number and worked examples of GSM8K, mass of TruthfulQA."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ def worked_examples() -> list[dict[str, str]]:
 
 
 def truthful_mass(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """TruthfulQA's MC2 (Lin et al., arXiv 2109.07958): the true answers' share of the probability of all answers.
+    """TruthfulQA's MC2 (Lin et al., arXiv 2109.07958): the share of the true answers in the probability of all.
 
     results: (log-likelihood, is greedy) of every answer of doc["mc2_targets"]. Probabilities are computed
     relative to the likeliest answer: for a weak model, all long answers have probability 0 in floating point.

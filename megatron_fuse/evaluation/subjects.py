@@ -11,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask
 
 
 class BySubject(ConfigurableTask):
-    """A YAML task that takes its few-shot examples from the first rows of the question's `subject` in the few-shot split.
+    """A YAML task whose few-shot examples are the first rows of the question's subject in the few-shot split.
 
     The harness has 57 tasks and a group for this. The mean of the group over all questions is the accuracy of
     this one task.

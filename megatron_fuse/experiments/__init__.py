@@ -1,4 +1,4 @@
-"""Experiments: variants of one recipe, over several seeds, measured side by side and reported with error bars."""
+"""Experiments: variants of one recipe over several seeds, measured side by side, reported with error bars."""
 
 from megatron_fuse.experiments.experiment import Experiment, Table, load_experiment
 from megatron_fuse.experiments.report import Reported, write_report

@@ -1,4 +1,4 @@
-"""The experiment file: the variants of a recipe, the seeds, the command that measures them, and the tables of the report.
+"""The experiment file: variants of a recipe, seeds, the command that measures them, and tables of the report.
 
     recipe: examples/skills/recipe.yaml          # what all variants share
     workdir: examples/skills/build/experiments   # data of every seed, runs, logs
@@ -161,7 +161,7 @@ class Experiment(Options):
         return self
 
     def needed(self, tables: list[str]) -> list[str]:
-        """Names of the rows of these tables, and of the parts of their merges, in the order of models, variants, merges."""
+        """Names of these tables' rows and of the parts of their merges: models, then variants, then merges."""
         shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
         for name in shown & set(self.merges):
             shown |= set(self.merges[name].parts)
@@ -209,7 +209,7 @@ def run_directory(experiment: Experiment, name: str, seed: int) -> Path:
 
 
 def variant_recipe(experiment: Experiment, name: str, seed: int) -> Recipe:
-    """The recipe of one run: that of the experiment, with the variant's options and with directories for this run alone.
+    """The recipe of one run: that of the experiment with the variant's options, and directories for this run.
 
     Raises UserError if the options are not valid.
     """

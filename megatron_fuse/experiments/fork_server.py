@@ -107,7 +107,7 @@ class Commands:
         try:
             print(json.dumps({"words": words, "log": str(log.resolve())}), file=parent.stdin, flush=True)
             return int(parent.stdout.readline())
-        # the process has ended: it takes no line, or replies with ""
+        # The process has ended: it takes no line, or replies with "".
         except (BrokenPipeError, ValueError) as error:
             del self._parents[megatron]
             script = words[1] if words[0] == "-m" else words[0]

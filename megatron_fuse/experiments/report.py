@@ -1,4 +1,4 @@
-"""The tables of an experiment as Markdown with pictures, from its CSV file alone, so that they can be drawn again at any time.
+"""The tables of an experiment as Markdown with pictures, made from its CSV file alone.
 
 Every number is a mean over seeds ± its standard error. Beside it stands the difference to the table's
 baseline, paired by seed, with its 95 % confidence interval. ▲ and ▼ mark differences of more than two
@@ -129,7 +129,7 @@ def _cost(results: Sequence[Result], field: str) -> str:
 
 
 def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]:
-    """One sentence per metric: the rows clearly above the baseline, clearly below it, and in a tie with it."""
+    """One sentence per metric: the rows clearly above the baseline, clearly below it, and tied with it."""
     lines = []
     for metric, title in metrics.items():
         above, below, ties = list[str](), list[str](), list[str]()

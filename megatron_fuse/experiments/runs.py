@@ -4,8 +4,8 @@ WORKDIR/runs/NAME/seed-N/recipe.yaml             the recipe of the run, with eve
                          log.txt                 the output of its commands
                          export/                 the model
                          begun.json              options and commit, written before anything else
-                         result.json             options, commit, steps, tokens, seconds; written when the model is complete
-                         evaluation-SPLIT.json   {metric: {value, n}}, and the command and commit that measured them
+                         result.json             options, commit, steps, tokens, seconds; once the model is complete
+                         evaluation-SPLIT.json   {metric: {value, n}}, command and commit of the measurement
 
 Each command continues where it was interrupted, and so does a run. If the command `evaluate` has changed, the
 model is measured again.
@@ -171,7 +171,7 @@ def _refuse_another(run: Run, version: str) -> None:
 
 
 def refuse_other_options(run: Run, made_by: dict[str, Any]) -> None:
-    """Raises UserError if the experiment's file now gives other options than those that a run was made with."""
+    """Raises UserError if the experiment's file now gives other options than those that made a run."""
     if sha256_of_json(made_by) != sha256_of_json(run.options()):
         raise UserError(
             f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "

@@ -1,4 +1,4 @@
-"""Statistics over a few seeds: means, their standard errors, and differences between variants with the same seeds."""
+"""Statistics over a few seeds: means, their standard errors, and differences between variants."""
 
 import math
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def mean(values: list[float]) -> Mean | None:
 
 
 def paired_difference(of: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
-    """The mean of the differences of - baseline, seed by seed, over the seeds that both have; None without such a seed.
+    """The mean of the differences of - baseline over the seeds that both have; None without such a seed.
 
     A common effect of a seed on both cancels. of, baseline: seed -> value.
     """

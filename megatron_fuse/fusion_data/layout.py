@@ -1,4 +1,4 @@
-"""The directories of fusion data and its two stages: the text in the target's tokens, and the sources' rows."""
+"""The directories of fusion data and its two stages: text in the target's tokens, and the sources' rows."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks of this project on a machine with a GPU (`megatron-fuse check-gpu`): one per file, each in its own process.
+"""Checks of this project on a GPU (`megatron-fuse check-gpu`): one per file, each in its own process.
 
 A check is a function `run(device, directory)` that yields rows. device: "cuda", or "cpu" for the same code at
 tiny sizes, where limits on time do not count. directory: an empty directory that only this check uses.

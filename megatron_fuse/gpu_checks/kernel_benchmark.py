@@ -1,4 +1,4 @@
-"""Compares the loss kernels with other implementations, in passes over the logits at this machine's copy rate."""
+"""Compares the loss kernels with other implementations, in passes over the logits."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Access to the benchmark of the kernels (kernels/benchmarks): a folder of scripts that import each other by file name."""
+"""Access to kernels/benchmarks, a folder of scripts that import each other by file name."""
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -44,7 +44,7 @@ def copy_rate(device: str, meter: Any) -> float:
 
 
 def rows_of_cases(device: str, cases: Sequence[Any], left_out: Collection[str] = ()) -> Iterator[Row]:
-    """The benchmark's results for all providers but `left_out`: milliseconds, passes over the logits, and memory.
+    """Benchmark results for all providers but `left_out`: milliseconds, passes over the logits, and memory.
 
     One pass moves the bytes of the logits once. Its time is their number divided by the copy rate of the same
     run. After the results of a case come its targets, each with its limit.

@@ -18,7 +18,7 @@ from megatron_fuse.gpu_checks.rows import Row, failed, held, measured, not_run
 
 _CASES = 20
 _ARITHMETIC = 3e-6  # error of fp32 arithmetic, relative to the norm of a gradient
-# relative to the largest logit: a log-sum-exp in fp32 has about one rounding error of it
+# Relative to the largest logit: a log-sum-exp in fp32 has about one rounding error of it.
 _LOSS_TOLERANCE = 2e-6
 
 

@@ -1,4 +1,4 @@
-"""Runs checks one after another, each in its own process, so that a crash does not lose the results of the others.
+"""Runs checks one after another, each in its own process, so that a crash loses no results of others.
 
 On a GPU every process is started fresh, because CUDA does not work in a fork of a process that has used it.
 On a CPU it is a fork of this process, which has imported the large libraries already.
@@ -134,7 +134,7 @@ def _received(reader: Connection, process: BaseProcess, until: float) -> Generat
 def _end(process: BaseProcess) -> None:
     """Kills a process and all processes that it has started."""
     if process.pid is not None:
-        # the group has no process left, or the process has not called setsid yet
+        # The group has no process left, or the process has not called setsid yet.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()

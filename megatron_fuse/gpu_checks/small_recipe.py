@@ -155,7 +155,7 @@ def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> It
 
 
 def _read_again(device: str, recipe: Recipe) -> Row:
-    """Compares the held-out cross-entropy of the training with that of the export, computed by transformers."""
+    """Compares the held-out cross-entropy of the training with that of transformers on the export."""
     exported = export_directory(recipe)
     facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""Random documents with a teacher's rows, in memory, and a target without weights, for training without earlier stages."""
+"""Random documents with teacher rows, and a target without weights: for training without other stages."""
 
 from collections.abc import Sequence
 from pathlib import Path

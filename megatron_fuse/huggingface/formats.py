@@ -13,7 +13,7 @@ def load_format(options: ModelOptions, where: str) -> ChatFormat:
     Raises UserError if the model, its tokenizer or its template is missing or damaged.
     """
     directory = resolve_model(options.model, f"{where}.model")
-    # before the library of the tokenizer reads it: errors of the library name no key
+    # Before the library of the tokenizer reads it: errors of the library name no key.
     read_model_config(directory)
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
     return load_chat_format(

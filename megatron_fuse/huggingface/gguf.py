@@ -1,4 +1,4 @@
-"""Converts a GGUF file to a Hugging Face model directory: transformers dequantises it; the tokenizer is the original one.
+"""Converts a GGUF file to a Hugging Face directory, dequantised by transformers, with the original tokenizer.
 
 A GGUF file holds less than a model directory. It names the pattern that splits text before merging, but does
 not contain the pattern. It stores the frequencies of scaled rotary positions in a place that transformers
@@ -48,7 +48,7 @@ def refuse_gguf(model: Path, where: str) -> None:
 def convert_gguf(
     file: Path, tokenizer: Path, output: Path, dtype: str = "fp32", progress: Callable[[str], None] = say
 ) -> None:
-    """Writes the model of a GGUF file as a new directory: safetensors without quantization_config, and the tokenizer.
+    """Writes a GGUF file's model as a new directory: safetensors without quantization_config, and tokenizer.
 
     tokenizer: the Hugging Face directory of the model that the file was made from. Its tokenizer files and
     chat template are copied. If the file has rotary scaling, the scaling of its config.json is used. dtype:
@@ -173,7 +173,7 @@ def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
 
 
 def _compare_sizes(ours: Any, original: Any, file: Path, tokenizer: Path) -> None:
-    """Raises UserError if the config of a file and that of the original, which gives the rotary parameters, do not agree."""
+    """Raises UserError if a file's config and the original's, which gives the rotary parameters, disagree."""
 
     def sizes(config: Any) -> dict[str, Any]:
         theta = (config.rope_parameters or {}).get("rope_theta")

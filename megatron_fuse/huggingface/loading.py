@@ -59,7 +59,7 @@ def load_model(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            # they are then in the report, for which check_after_loading raises UserError
+            # They are then in the report, for which check_after_loading raises UserError.
             ignore_mismatched_sizes=True,
             **({"device_map": device_map} if device_map else {}),
         )

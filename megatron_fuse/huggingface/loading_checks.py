@@ -26,7 +26,7 @@ _QUANTISED = 16  # most elements per byte of a quantised file; more than any for
 def check_before_loading(
     auto_class: Any, directory: Path, where: str, *, trust_remote_code: bool, allowed_by: str | None = None
 ) -> None:
-    """Raises UserError for a damaged file, and for a config that describes a larger model than the weight files can hold.
+    """Raises UserError for a damaged file, or if the config describes more than the weight files can hold.
 
     auto_class: its `from_config` makes the model on the meta device, without memory. where: the recipe's key
     (`sources.mpt.model`), for errors. allowed_by: the option that lets the model's own code run.
@@ -47,7 +47,7 @@ def check_before_loading(
 
 
 def check_layers(stated: ModelConfig, weights: WeightFiles, directory: Path, where: str) -> None:
-    """Raises UserError if the config states more layers than there are tensors: making them could take hours."""
+    """Raises UserError if the config has more layers than there are tensors: making them takes too long."""
     if stated.layers and stated.layers > len(weights.file_of):
         raise UserError(
             f"{where}: {directory / 'config.json'} has {stated.layers} layers ({sizes(stated)}), but {weights.model_dir} holds "
@@ -74,7 +74,7 @@ def check_size(
 
 
 def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], directory: Path, where: str) -> None:
-    """Raises UserError if transformers reports weights that are missing, have another shape, or belong to layers left out.
+    """Raises UserError if transformers reports missing weights, other shapes, or layers that it left out.
 
     report: the loading info of from_pretrained. where: the recipe's key, for errors.
     """
@@ -85,9 +85,9 @@ def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], direct
             f"stay random ({sizes(model.config)}): name a model that was saved as {type(model).__name__} with all its weights"
         )
     if report["mismatched_keys"]:
-        name, found, expected = min(report["mismatched_keys"])
+        name, stored, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}: {directory}: {brief(name, 100)} is {list(found)}, but config.json makes it {list(expected)} "
+            f"{where}: {directory}: {brief(name, 100)} is {list(stored)}, but config.json makes it {list(expected)} "
             f"({sizes(model.config)}): config and weights do not belong together"
         )
     known = {_layer_name(name) for name in model.state_dict()}

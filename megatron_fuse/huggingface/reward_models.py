@@ -1,4 +1,4 @@
-"""The published forms of reward models, how they are told apart, and the files that decide a reward model's scores."""
+"""The published forms of reward models, how to tell them apart, and the files that decide their scores."""
 
 from dataclasses import dataclass
 from pathlib import Path

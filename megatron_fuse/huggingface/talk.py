@@ -63,7 +63,7 @@ def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[st
 
 
 class Printer(BaseStreamer):
-    """Prints the tokens that `generate` passes on, only whole characters, and control characters as escapes."""
+    """Prints the tokens of `generate`: only whole characters, and control characters as escapes."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self.chat, self.text, self.prompt_seen = chat, "", False

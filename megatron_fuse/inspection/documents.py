@@ -1,4 +1,4 @@
-"""View of one document of the fusion data, as text or JSON: each token with the distribution that predicts it."""
+"""View of one document of the fusion data: each token with the distribution that predicts it."""
 
 from itertools import groupby
 from typing import Any

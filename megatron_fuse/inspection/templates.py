@@ -1,4 +1,4 @@
-"""View of a chat template: its text around a response, the tokens that are learned, and what ends an answer."""
+"""View of a chat template: its text around a response, the learned tokens, and what ends an answer."""
 
 from collections.abc import Iterator
 from typing import Any

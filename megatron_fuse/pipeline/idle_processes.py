@@ -37,7 +37,7 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
 
 
 def warn_of_idle_processes(context: Context, progress: Callable[[str], None] = say) -> None:
-    """Prints idle_line in the first process of a stage, unless the command that started the stage has printed it."""
+    """Prints idle_line in the first process of a stage, unless the command that started it has done so."""
     rank, processes = rank_and_world()
     if rank != 0 or processes == 1 or STARTED in os.environ:
         return

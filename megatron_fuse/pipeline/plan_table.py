@@ -1,4 +1,4 @@
-"""The table of `--plan`: which artifacts are done, which commands will run, and a rough cost in time and disk space."""
+"""The table of `--plan`: the artifacts with their states, and rough costs in time and disk space."""
 
 import time
 
@@ -45,7 +45,7 @@ def print_plan(context: Context, processes: int) -> None:
         disk = time_left = ""
         try:
             state = work.state(context)
-            # flops reads the weights, and raises UserError if they are damaged
+            # Flops reads the weights, and raises UserError if they are damaged.
             if state == "to do" or "shards" in state:
                 disk = readable_bytes(work.disk(recipe, amounts))
                 time_left = readable_seconds(work.flops(context, amounts) / rate)
@@ -66,7 +66,7 @@ def readable_bytes(count: float) -> str:
 
 
 def measured_flops_per_second(size: int = 1024, repeats: int = 4) -> float:
-    """Estimated operations per second of a transformer on this process's device: the rate of a matrix product times a share.
+    """Estimated operations per second of a transformer here: the rate of a matrix product times a share.
 
     size: rows of the square matrices. repeats: number of timed products.
     """

@@ -56,7 +56,7 @@ class Work:
 
 
 def steps(recipe: Recipe) -> dict[str, list[Work]]:
-    """The steps of a recipe in order, one command each: name of the step -> the artifacts that the command makes.
+    """The steps of a recipe in order, one command each: name of the step -> artifacts of the command.
 
     Steps without artifacts are left out.
     """

@@ -33,7 +33,7 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
 
 
 def checked_value(kind: Any, value: Any, where: str) -> Any:
-    """A value checked as one of the types of values.py, for an argument that must also be valid as a key of a file.
+    """A value checked as one of the types of values.py, for an argument with the rules of a key in a file.
 
     where: what the error calls the argument. Raises UserError if the value is not valid.
     """
@@ -96,7 +96,7 @@ def _allowed(model: Any, location: Keys) -> list[str]:
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             annotation = next(f.annotation for n, f in model.model_fields.items() if part in (n, f.alias))
-        # a key, an index or a tag: the element's type comes last in dict[Name, X], list[X] and number | Ramp
+        # A key, an index or a tag: the element's type comes last in dict[Name, X], list[X] and number | Ramp.
         else:
             annotation = typing.get_args(model)[-1]
         model = _unwrapped(annotation)

@@ -31,7 +31,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _scalar_type(annotation: Any) -> type | tuple | None:
-    """The type of a value that one flag can give (a tuple for a choice of words), None for lists and mappings."""
+    """The type of a value that one flag can give (a tuple for a choice), None for lists and mappings."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _scalar_type(typing.get_args(annotation)[0])
@@ -118,7 +118,7 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
             content["schedule"].pop("phases", None)
 
     def place(keys: Keys) -> str:
-        # an element of a list belongs to the list's flag
+        # An element of a list belongs to the list's flag.
         outer = (keys[:length] for length in range(len(keys), 0, -1))
         flag = next((flags[key] for key in outer if key in flags), None)
         return f"{flag}: {'.'.join(map(str, keys))}" if flag else document.place(keys)

@@ -1,4 +1,4 @@
-"""The options of a model in a recipe: how it answers, how it scores, and files with answers or scores made elsewhere."""
+"""The options of a model in a recipe: how it answers or scores, and files of answers or scores."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision
 
 TARGET = "target"  # directory name of the target's own answers, beside those of the sources
-# directory name of the scores against the ground truth, beside those of the reward models
+# Directory name of the scores against the ground truth, beside those of the reward models.
 REFERENCE = "reference"
 
 

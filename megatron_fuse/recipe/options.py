@@ -96,7 +96,7 @@ class ScoringOptions(Options):
 
 
 class ReferenceOptions(Options):
-    """The reference score of an answer: a weighted mean of three measures against the ground truth, each from 0 to 1."""
+    """The reference score of an answer: a weighted mean of three measures in [0, 1] against the ground truth."""
 
     bleu: Weight = 0.25
     rouge_l: Weight = 0.25
@@ -480,7 +480,7 @@ class ExportOptions(Options):
 
 
 class Recipe(Options):
-    """One fusion run: the models, the data, and how distributions are captured, aligned, selected and learned."""
+    """One fusion run: models, data, and how distributions are captured, aligned, selected and learned."""
 
     workdir: Location = Field(description="directory of all artifacts")
     seed: Seed = Field(1234, description="of every draw: samples, answers, order, ties")

@@ -90,7 +90,7 @@ _INFERENCE = {"w1": 1, "l1": 0.1}
 _BOTH = {"w1": 0.1, "l1": 0.5, "w2": 1, "l2": 0.5}
 _TRAINING = {"w2": 1, "l2": 0.5}
 
-# arXiv 2408.04998, section 4 and Table 1. The paper does not state the weights of ReverseFuse's phases:
+# arXiv 2408.04998, section 4 and Table 1. The paper does not spell out the order of ReverseFuse's weights:
 # `reversefuse` swaps ProFuser's phases as they are, `reversefuse_strict` keeps the inference mode out of the
 # first phase.
 PRESETS: dict[str, list[Phase]] = {

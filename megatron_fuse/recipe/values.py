@@ -37,7 +37,7 @@ def user_path(text: str | Path) -> Path:
             raise ValueError(
                 f"there is no home directory for {user}: name an existing user, or write ./{user} for a directory of that name"
             )
-        # the user wrote ./~x: without the absolute path, later code would expand the ~
+        # The user wrote ./~x: without the absolute path, later code would expand the ~.
         path = Path.cwd() / path
     name = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if name > _NAME_BYTES or len(os.fsencode(path)) > _PATH_BYTES:
@@ -108,7 +108,7 @@ Location = Annotated[
     Path, Strict(False), BeforeValidator(lambda of: user_path(of) if isinstance(of, str | Path) else of)
 ]
 ModelPlace = Annotated[str, AfterValidator(_model_place)]
-# a name, a title, a key of the user's rows
+# A name, a title, a key of the user's rows.
 Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # becomes a directory name
 
@@ -135,8 +135,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def limits(metadata: list[Any]) -> str:
-    """The range that a field's metadata allows: `from 1 to 10`, `0 or from 0.01 to 100`; empty if it has no limits."""
-    least = next((of.least for item in metadata if isinstance(of := getattr(item, "func", None), UnlessZero)), None)
+    """The range in a field's metadata: `from 1 to 10`, `0 or from 0.01 to 100`; empty if it has no limits."""
+    rules = (getattr(item, "func", None) for item in metadata)
+    least = next((rule.least for rule in rules if isinstance(rule, UnlessZero)), None)
     bounds = {key: getattr(item, key) for item in metadata for key in ("ge", "le", "lt") if hasattr(item, key)}
     if not bounds:
         return ""

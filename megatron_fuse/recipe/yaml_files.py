@@ -1,4 +1,4 @@
-"""Reads YAML files, recipes and experiments, by YAML 1.2's core schema, within limits, with the line of every key.
+"""Reads YAML files by the core schema of YAML 1.2, within limits, with the line of every key.
 
 The core schema knows null, true, false and numbers. Every other value is text, and every value in quotes is
 text. YAML 1.1 reads some values differently, such as `yes`, `0777` (511) and `1:30` (90). Such a value raises
@@ -57,7 +57,7 @@ class Document:
     _root: yaml.MappingNode
 
     def line_of(self, keys: Sequence[int | str]) -> int | None:
-        """Line, from 1, of a key given by its path of keys and list indexes; None if the file does not have the key."""
+        """Line, from 1, of a key given by its path of keys and list indexes; None if the file lacks it."""
         node, line = self._root, None
         for key in keys:
             if isinstance(node, yaml.MappingNode):
@@ -140,7 +140,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag not in (_TEXT, _MERGE):
                 shown = f" {shortened(key.value, 60)}" if isinstance(key, yaml.ScalarNode) else ""
                 raise _Refusal(f"the key{shown} is no text: put it in quotes", key.start_mark)
-            # the second value, for example of a source, would silently replace the first
+            # The second value, for example of a source, would silently replace the first.
             if key.value in seen:
                 raise _Refusal(f"the key {shortened(repr(key.value), 60)} is given twice", key.start_mark)
             seen.add(key.value)
@@ -247,9 +247,9 @@ def read_document(path: Path) -> Document:
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
         raise UserError(f"{shown}:{line}: not valid YAML: {error}: save the file as UTF-8") from error
-    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        line = 1 + text.count("\n", 0, found.start())
-        raise UserError(f"{shown}:{line}: not valid YAML: the control character {found[0]!a}: remove it")
+    if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        line = 1 + text.count("\n", 0, control.start())
+        raise UserError(f"{shown}:{line}: not valid YAML: the control character {control[0]!a}: remove it")
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -260,15 +260,15 @@ def read_document(path: Path) -> Document:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{shown}:{mark.line + 1}: not valid YAML: {shortened(problem, 300)}") from error
-    # the last two come from escapes and directives
+    # The last two come from escapes and directives.
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         line = loader.get_mark().line + 1
         raise UserError(f"{shown}:{line}: not valid YAML: {shortened(str(error), 300)}") from error
     finally:
         loader.dispose()
     if not isinstance(content, dict):
-        found = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise UserError(f"{shown}: wanted is a mapping of keys, this file {found}")
+        state = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise UserError(f"{shown}: wanted is a mapping of keys, this file {state}")
     return Document(path, content, root)
 
 

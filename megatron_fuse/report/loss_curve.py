@@ -38,7 +38,7 @@ def write_loss_curve(directory: Path) -> None:
 
 
 def draw_losses(rows: Rows) -> Figure:
-    """One panel per loss, one colour per mode: the steps as a pale line, their running median as a strong line.
+    """One panel per loss, one colour per mode: steps as a pale line, their running median as a strong line.
 
     Held-out values are points. A dashed line marks the begin of a phase. Values that were not finite leave a
     gap.

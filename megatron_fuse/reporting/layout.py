@@ -1,4 +1,4 @@
-"""The layout that all reports share: the HTML page and its style, tables for page and terminal, writing to disk.
+"""The layout of all reports: the HTML page and its style, tables for page and terminal, writing to disk.
 
 A page is one file without others: the pictures are part of it. Every text of the data is escaped.
 """

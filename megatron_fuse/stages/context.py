@@ -105,7 +105,7 @@ class Context:
         return self._opened[stage, key]
 
     def open_alone(self, stage: Stage, *key: str) -> Artifact:
-        """`open` on a machine that may lack the parents: only options, tokenizers and templates are compared."""
+        """`open` if the parents may be missing: only options, tokenizers and templates are compared."""
         return self._open(stage, key, stage.formats(self, *key))
 
     def refuse_changed_options(self, stage: Stage, *key: str) -> None:

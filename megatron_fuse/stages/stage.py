@@ -72,7 +72,7 @@ class Stage:
     state: Callable[..., str] | None = None
     always: bool = False
     one_process: bool = False
-    # for a stage whose units of work are not the shards of examples
+    # For a stage whose units of work are not the shards of examples.
     shard_names: tuple[str, ...] | None = None
     remove: Callable[[Recipe], Path] | None = None
 
@@ -86,6 +86,6 @@ class Stage:
         return words[:2] if program == "python" else ["-m", "megatron_fuse.cli", words[0]]
 
     def label(self, recipe: Recipe, *key: str) -> str:
-        """The name of an artifact in plans and tables: its directory relative to the workdir, else the stage's name."""
+        """The name of an artifact in tables: its directory relative to the workdir, else the stage's name."""
         directory = self.directory(recipe, *key)
         return str(directory.relative_to(recipe.workdir)) if directory.is_relative_to(recipe.workdir) else self.name

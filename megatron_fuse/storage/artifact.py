@@ -75,9 +75,9 @@ class Artifact:
             raise UserError(f"{path}: {self.directory}/manifest.json does not list it: name a file of this stage")
         if damage := damage_of(path, recorded["bytes"]):
             raise UserError(f"{damage}: restore it, or run the stage again, which makes this shard again")
-        if checksum and (found := sha256_of_file(path)) != recorded["sha256"]:
+        if checksum and (actual := sha256_of_file(path)) != recorded["sha256"]:
             raise UserError(
-                f"{path}: sha256 {shown(found)}, the manifest has {shown(recorded['sha256'])}: restore it, or remove it and run "
+                f"{path}: sha256 {shown(actual)}, the manifest has {shown(recorded['sha256'])}: restore it, or remove it and run "
                 "the stage again, which makes this shard again"
             )
         return path

@@ -1,4 +1,4 @@
-"""Single files: hashes, JSON and JSON lines, and writes that leave either the old file or the whole new one."""
+"""Single files: hashes, JSON, JSON lines, and writes that leave either the old file or the whole new one."""
 
 import fcntl
 import hashlib
@@ -121,12 +121,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     content = read_json(path)
     seal = content.pop(_SEAL, None)
     try:
-        found = sha256_of_json(content)
+        actual = sha256_of_json(content)
     except UnicodeEncodeError as error:
         raise UserError(
             f"{path}: holds half a surrogate pair: restore it, or remove it and run the stage again"
         ) from error
-    if seal is not None and seal != found:
+    if seal is not None and seal != actual:
         raise UserError(
             f"{path}: its content does not have the sha256 that it states: restore it, or remove it and run "
             "the stage again"

@@ -3,7 +3,7 @@
     PARENT/NAME/RECORD           JSON: what the directory was made from, and size and checksum of every other file
     PARENT/.NAME.lock            exists while a process makes or replaces NAME
     PARENT/.NAME.1a2b3c4d.new    the directory that is being written
-    PARENT/.NAME.1a2b3c4d.old    the directory that is being replaced; renamed back after a kill if NAME is missing
+    PARENT/.NAME.1a2b3c4d.old    the directory that is replaced; renamed back after a kill if NAME is missing
 
 The command never removes a file that it did not write, or that was changed since.
 """

@@ -56,7 +56,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """The keys and values of the file: without defaults that it does not state, with keys that are unknown here."""
+        """The keys and values of the file: without defaults that it lacks, with keys unknown here."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -125,7 +125,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a validation in one line: the key, what is wrong, the value, and how many more there are."""
+    """The first problem of a validation in one line: key, problem, value, and the number of others."""
     first, *others = error.errors(include_url=False, include_context=False)
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     key = f"{brief(key, _SHOWN)}: " if key else ""

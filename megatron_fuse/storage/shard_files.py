@@ -1,6 +1,6 @@
 """The files of one plan while processes make it: the locks of its shards, and which shards are whole.
 
-DIRECTORY/.shard-00000.XXXX.work/   files of a shard in work; after a kill the next owner of the shard removes them
+DIRECTORY/.shard-00000.XXXX.work/   files of a shard in work; the next owner removes them after a kill
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 

@@ -1,4 +1,4 @@
-"""How a stage writes its artifact: shard by shard, shared between processes, resumed after an interruption."""
+"""How a stage writes its artifact: by shards, shared between processes, resumed after an interruption."""
 
 import os
 import time

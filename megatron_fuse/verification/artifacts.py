@@ -89,7 +89,7 @@ def file_problems(artifact: Artifact) -> Problems:
 
 
 def lineage_problems(entry: Expected, artifacts: dict[Path, Artifact]) -> Problems:
-    """One line for every option or input that differs from the recipe, or hash that differs from the parent's.
+    """One line for each option or input that differs from the recipe, or hash that differs from the parent's.
 
     A parent that is missing is not compared.
     """

@@ -91,7 +91,7 @@ def selection_problems(
 
 
 def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
-    """The scores of the scores stage; if they are missing or damaged, those stored with the selection; else None.
+    """The scores of their stage; if missing or damaged, those stored with the selection; else None.
 
     The check of the artifacts reports the damage itself.
     """

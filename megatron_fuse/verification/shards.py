@@ -38,7 +38,7 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class ShardFiles:
-    """The fields of a shard that are readable and have as many examples as `names`; the problems of the others."""
+    """The readable fields of a shard with as many examples as `names`; the problems of the others."""
 
     prefix: Path
     names: Sequence[str]

@@ -121,7 +121,7 @@ class _ShardVerifier:
             self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
     def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
-        """Checks the rows of these sources, and the selection if the facts of all the recipe's sources are readable."""
+        """Checks the rows of these sources, and the selection if the facts of all sources are readable."""
         facts_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
         facts = [each for each in facts_or_none if each is not None]
         if len(facts) == len(self.recipe.sources) and all(shard.names for shard in shards):
