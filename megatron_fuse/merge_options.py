@@ -6,9 +6,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Method:
-    """A method of merging. options: the fields of Merge that it uses.
+    """A method of merging.
 
-    least, most: number of models that it can merge.
+    options: the fields of Merge that it uses. least, most: number of models that it can merge.
     """
 
     options: tuple[str, ...]

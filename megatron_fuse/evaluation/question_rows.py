@@ -20,7 +20,7 @@ Options = Annotated[list[Text], Field(min_length=1)]
 
 
 def _index_of(options: str, value: int, info: ValidationInfo) -> int:
-    # 0 if the options themselves are wrong, which pydantic then reports
+    # 0 if the options themselves are wrong, which pydantic then reports.
     count = len(info.data.get(options, ()))
     if count and not 0 <= value < count:
         raise ValueError(f"must be the index of one of {count} {options}")

@@ -37,7 +37,7 @@ def worked_examples() -> list[dict[str, str]]:
 
 
 def truthful_mass(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """TruthfulQA's MC2 (Lin et al., arXiv 2109.07958): the share of the true answers in the probability of all.
+    """TruthfulQA's MC2 (Lin et al., arXiv 2109.07958): the true answers' share of the probability.
 
     results: (log-likelihood, is greedy) of every answer of doc["mc2_targets"]. Probabilities are computed
     relative to the likeliest answer: for a weak model, all long answers have probability 0 in floating point.

@@ -161,7 +161,7 @@ class Experiment(Options):
         return self
 
     def needed(self, tables: list[str]) -> list[str]:
-        """Names of these tables' rows and of the parts of their merges: models, then variants, then merges."""
+        """Names of these tables' rows and of their merges' parts, in the order of models, variants, merges."""
         shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
         for name in shown & set(self.merges):
             shown |= set(self.merges[name].parts)

@@ -138,7 +138,7 @@ def _compared(name: str, actual: tuple[Tensor, Tensor], problem: Problem) -> Row
     of_loss = (actual[0].double() - loss).abs().max() / largest / _LOSS_TOLERANCE
     of_gradient = (actual[1].double() - gradient).norm() / _tolerance(gradient, problem.logits.dtype)
     errors = torch.stack([of_loss, of_gradient])
-    # max() returns NaN if any error is NaN
+    # max() returns NaN if any error is NaN.
     return held(name, errors.max().item(), "of the tolerance", "<= 1")
 
 

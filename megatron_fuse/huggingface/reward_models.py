@@ -37,9 +37,9 @@ FORMS = {
 
 @dataclass(frozen=True)
 class RewardModelFiles:
-    """The directories of a reward model. weights: with the weights.
+    """The form and the directories of a reward model.
 
-    body: with config and tokenizer; mostly the same one.
+    weights: the directory with the weights. body: that with config and tokenizer, mostly the same.
     """
 
     form: str

@@ -45,7 +45,7 @@ def print_plan(context: Context, processes: int) -> None:
         disk = time_left = ""
         try:
             state = work.state(context)
-            # Flops reads the weights, and raises UserError if they are damaged.
+            # work.flops reads the weights, and raises UserError if they are damaged.
             if state == "to do" or "shards" in state:
                 disk = readable_bytes(work.disk(recipe, amounts))
                 time_left = readable_seconds(work.flops(context, amounts) / rate)

@@ -4,10 +4,9 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """INFERENCE: sources compete by the answers that they generate.
+    """INFERENCE compares sources by the answers that they generate, TRAINING by the ground truth that they predict.
 
-    TRAINING: by how well they predict the ground truth. Tensors with one entry per mode hold the modes in
-    this order.
+    Tensors with one entry per mode hold the modes in this order.
     """
 
     INFERENCE = "inference"

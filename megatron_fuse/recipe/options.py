@@ -96,7 +96,7 @@ class ScoringOptions(Options):
 
 
 class ReferenceOptions(Options):
-    """The reference score of an answer: a weighted mean of three measures in [0, 1] against the ground truth."""
+    """Reference score of an answer: a weighted mean of three measures in [0, 1], against the ground truth."""
 
     bleu: Weight = 0.25
     rouge_l: Weight = 0.25

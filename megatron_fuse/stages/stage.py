@@ -12,7 +12,7 @@ from typing import Any
 from megatron_fuse.recipe import Recipe
 
 Key = tuple[str, ...]
-"""The key of one artifact of a stage: () if it has only one; else (source,), (source, mode) or (model, reward model)."""
+"""Key of an artifact of a stage: () if it has only one; (source,), (source, mode) or (model, reward model)."""
 
 Parents = dict[str, tuple["Stage", Key]]
 """The artifacts that an artifact is made from, by the names under which it records their hashes."""
@@ -46,8 +46,7 @@ class Stage:
     origin(context, *key): hashes of weights and of the user's files. A machine that only reads the artifact
     may lack these.
     packages(recipe, *key): options that depend on the machine, such as versions of packages. They are
-    recorded, and only the
-        stage itself compares them.
+    recorded, and only the stage itself compares them.
     flops(context, amounts, *key), disk(recipe, amounts, *key): cost for `--plan`, in floating-point
     operations and in bytes.
     state(context, *key): the state of a result that is no artifact, such as checkpoints.
