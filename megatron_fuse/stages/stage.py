@@ -12,7 +12,7 @@ from typing import Any
 from megatron_fuse.recipe import Recipe
 
 Key = tuple[str, ...]
-"""Key of an artifact of a stage: () if it has only one; (source,), (source, mode) or (model, reward model)."""
+"""Key of an artifact of a stage: () for the only one; (source,), (source, mode) or (model, reward model)."""
 
 Parents = dict[str, tuple["Stage", Key]]
 """The artifacts that an artifact is made from, by the names under which it records their hashes."""
