@@ -1,4 +1,5 @@
-"""The largest logits of every row and its log-sum-exps, in one pass: what a teacher's sparse distribution is made of.
+"""The largest logits and the log-sum-exps of every row, in one pass. A teacher's sparse distribution is made
+of these.
 
 Legend: n rows, v columns of this rank's vocabulary shard, k largest, t temperatures.
 """
@@ -16,20 +17,23 @@ from fuse_kernels.rows import VocabularyShard
 
 MOST_LARGEST = 64  # that the Triton kernel keeps of a row
 
-# Logits treated at once: on a CPU what stays in its cache (2.7 times faster than 2**25), on a GPU what keeps it busy.
+# Logits in one chunk. On a CPU a chunk must stay in the cache (2.7 times faster than 2**25), on a GPU it must
+# keep the device busy.
 _CPU_CHUNK, _GPU_CHUNK = 2**20, 2**26
-# Columns of which only the largest is compared at first: the k largest logits lie in the k blocks with the largest maxima.
+# Columns of a block. At first only the maxima of the blocks are compared: the k largest logits lie in the k
+# blocks with the largest maxima.
 _BLOCK = 128
 
 
 class TopK(NamedTuple):
-    """Of every row; the same on every rank of a group."""
+    """The results of all rows. They are the same on every rank of a group."""
 
-    ids: Tensor  # [n, k] int64, global, by falling logit, equal logits by rising id; -1 where the vocabulary has fewer
-    logits: Tensor  # [n, k] fp32; -inf where ids is -1
-    relative_lse: (
-        Tensor  # [n, t] fp32: log sum_v exp((z_v - the largest z) / T), not finite where a logit is NaN or +inf
-    )
+    # [n, k] int64, global ids by falling logit, equal logits by rising id; -1 if the vocabulary has fewer
+    # than k columns
+    ids: Tensor
+    logits: Tensor  # [n, k] fp32; -inf if ids is -1
+    # [n, t] fp32: log sum_v exp((z_v - the largest z) / T); not finite if a logit of the row is NaN or +inf
+    relative_lse: Tensor
     label_logits: Tensor | None  # [n] fp32
 
 
@@ -46,17 +50,21 @@ def topk_logsumexp(
 ) -> TopK:
     """The k largest logits of each row, its log-sum-exp at every temperature, and the logit of its label.
 
-    logits [n, v], any floating-point type, not changed: this rank's vocabulary shard, columns vocab_start ... vocab_start + v - 1.
-    labels [n] global ids; vocab_size and group as in `sparse_kl_cross_entropy`. Everything is relative to the row's largest
-    logit: log p_T(id) = (logit - logits[:, 0]) / T - relative_lse, which keeps its digits however large the logits are.
-    implementation: "triton" (CUDA; k at most 64, no fp64), "torch" (any device), "auto" (triton where it can, else torch).
+    logits [n, v], any floating-point type, not changed: this rank's vocabulary shard, columns vocab_start ...
+    vocab_start + v - 1. labels [n]: global ids. None: no label logits.
+    vocab_size, group: as in `sparse_kl_cross_entropy`.
+    implementation: "triton" (CUDA; k at most 64, no fp64), "torch" (any device), "auto" (triton if it can
+    run, else torch).
 
-    Equal logits rank by id, so that a row's entries depend on its logits alone, not on the device, the rows beside it or the shards.
+    The log-sum-exps are relative to the row's largest logit: log p_T(id) = (logit - logits[:, 0]) / T -
+    relative_lse. This keeps its digits however large the logits are. Equal logits rank by id, so that a row's
+    entries depend on its logits alone, not on the device, the neighbouring rows or the shards.
 
-    Collectives: one all-gather of 2 k + t + 1 numbers per row under a group, of k candidates from every rank. Memory: outputs, and
-    in "torch" one scratch of 4 MB (CPU) or 256 MB (GPU).
+    Collectives: under a group one all-gather of 2 k + t + 1 numbers per row and rank (k candidates, and the
+    label's logit). Memory: the outputs, and in "torch" one scratch buffer of 4 MB (CPU) or 256 MB (GPU).
 
-    Raises ValueError, naming the argument, where shapes or values do not fit, or "triton" is asked for where it cannot run.
+    Raises ValueError, which names the argument, if shapes or values do not fit, or if "triton" is given and
+    cannot run.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")
@@ -73,10 +81,10 @@ def topk_logsumexp(
     if _choose(implementation, logits, k) == "triton":
         from fuse_kernels.triton_topk import triton_topk
 
-        found = triton_topk(logits, k, temperatures, labels, shard)
+        local = triton_topk(logits, k, temperatures, labels, shard)
     else:
-        found = _torch_topk(logits, k, temperatures, labels, shard)
-    return found if shard.group is None else _merged(found, k, temperatures, shard.group)
+        local = _torch_topk(logits, k, temperatures, labels, shard)
+    return local if shard.group is None else _merged(local, k, temperatures, shard.group)
 
 
 def _choose(implementation: str, logits: Tensor, k: int) -> str:
@@ -92,23 +100,27 @@ def _choose(implementation: str, logits: Tensor, k: int) -> str:
     return "torch" if reason else "triton"
 
 
-def _merged(found: TopK, k: int, temperatures: Sequence[float], group: dist.ProcessGroup) -> TopK:
-    """Of all shards, from what each has found: one all-gather."""
-    label_logits = found.label_logits
-    numbers = [found.logits, found.relative_lse, *([] if label_logits is None else [label_logits[:, None]])]
+def _merged(local: TopK, k: int, temperatures: Sequence[float], group: dist.ProcessGroup) -> TopK:
+    """The TopK of all shards, from the TopK of each shard. One all-gather."""
+    label_logits = local.label_logits
+    numbers = [local.logits, local.relative_lse, *([] if label_logits is None else [label_logits[:, None]])]
     # Ids travel as the bits of floats: one tensor, one collective.
-    mine = torch.cat((found.ids.int().view(torch.float32), *numbers), 1).contiguous()
-    everyone = mine.new_empty((dist.get_world_size(group), *mine.shape))
-    dist.all_gather_into_tensor(everyone.view(-1, mine.shape[1]), mine, group=group)
-    ids, logits, lse, labels = everyone.split([k, k, len(temperatures), mine.shape[1] - 2 * k - len(temperatures)], 2)
+    packed = torch.cat((local.ids.int().view(torch.float32), *numbers), 1).contiguous()
+    all_shards = packed.new_empty((dist.get_world_size(group), *packed.shape))
+    dist.all_gather_into_tensor(all_shards.view(-1, packed.shape[1]), packed, group=group)
+    label_columns = packed.shape[1] - 2 * k - len(temperatures)
+    ids, logits, lse, labels = all_shards.split([k, k, len(temperatures), label_columns], 2)
     candidates = logits.transpose(0, 1).flatten(1)
     candidate_ids = ids.contiguous().view(torch.int32).long().transpose(0, 1).flatten(1)
-    # A slot without an id ranks below every logit, be that -inf.
+    # A slot without an id ranks below every logit, even below -inf.
     keys = _rank_keys(candidates, candidate_ids).where(candidate_ids >= 0, torch.iinfo(torch.int64).min)
     chosen = keys.topk(k, 1).indices
     largest = candidates.gather(1, chosen)
-    inverse = 1 / torch.tensor(temperatures, dtype=torch.float32, device=mine.device)
-    shift = (logits[:, :, :1] - largest[:, :1]).nan_to_num(nan=-torch.inf)  # a shard of -inf alone, or without columns
+    # Each shard's sum is relative to its own largest logit m: log sum exp((z - M) / T) = lse + (m - M) / T,
+    # with M the largest of all shards. If a shard holds only -inf, or no column, m - M is NaN or -inf and the
+    # shard adds nothing.
+    inverse = 1 / torch.tensor(temperatures, dtype=torch.float32, device=packed.device)
+    shift = (logits[:, :, :1] - largest[:, :1]).nan_to_num(nan=-torch.inf)
     merged = (lse + shift * inverse).logsumexp(0)
     return TopK(
         candidate_ids.gather(1, chosen), largest, merged, None if label_logits is None else labels[:, :, 0].sum(0)
@@ -118,17 +130,18 @@ def _merged(found: TopK, k: int, temperatures: Sequence[float], group: dist.Proc
 def _torch_topk(
     logits: Tensor, k: int, temperatures: Sequence[float], labels: Tensor | None, shard: VocabularyShard
 ) -> TopK:
-    """Of this shard. Label logits are 0 where the label lies in another."""
+    """The TopK of this shard. A label in another shard has the label logit 0."""
     n, device = len(logits), logits.device
-    found = TopK(
+    results = TopK(
         torch.full((n, k), -1, device=device),
         torch.full((n, k), -torch.inf, device=device),
         torch.full((n, len(temperatures)), -torch.inf, device=device),
         None if labels is None else torch.zeros(n, device=device),
     )
     if shard.columns == 0:
-        return found
+        return results
     here = min(k, shard.columns)
+    # The scratch rows are padded with -inf to whole blocks.
     width = -(-shard.columns // _BLOCK) * _BLOCK
     size = min(max((_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // width, 1), max(n, 1))
     scratch = torch.empty(size, width, dtype=torch.float32, device=device)
@@ -137,25 +150,27 @@ def _torch_topk(
         values = scratch[: rows.stop - first]
         values[:, : shard.columns] = logits[rows, : shard.columns]
         values[:, shard.columns :] = -torch.inf
-        if labels is not None and found.label_logits is not None:
+        if labels is not None and results.label_logits is not None:
             column = labels[rows] - shard.start
             inside = (column >= 0) & (column < shard.columns)
             label_logits = values.gather(1, column.where(inside, 0)[:, None])[:, 0]
-            found.label_logits[rows] = label_logits.where(inside, 0.0)
+            results.label_logits[rows] = label_logits.where(inside, 0.0)
         largest, columns = _largest(values, here)
-        found.ids[rows, :here] = columns + shard.start
-        found.logits[rows, :here] = largest
-        # -inf cannot be subtracted from -inf: a row of nothing else keeps its sum of 0.
+        results.ids[rows, :here] = columns + shard.start
+        results.logits[rows, :here] = largest
+        # (-inf) - (-inf) would be NaN. A row that holds only -inf is shifted by 0 and keeps its sum of 0.
         top = largest[:, :1]
-        found.relative_lse[rows] = _logsumexps(values.sub_(top.where(top != -torch.inf, 0.0)), temperatures)
-    return found
+        results.relative_lse[rows] = _logsumexps(values.sub_(top.where(top != -torch.inf, 0.0)), temperatures)
+    return results
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of values [n, a multiple of _BLOCK], falling, and their columns: (float32 [n, k], int64 [n, k]).
+    """The k largest of values [n, a multiple of _BLOCK], falling, and their columns: (float32 [n, k], int64
+    [n, k]).
 
-    Blocks are ranked by (maximum, lower number) and columns by (value, lower number). If a column among the first k lay in no
-    block among the first k, each of those would hold a column that ranks before it.
+    Blocks are ranked by (maximum, lower number) and columns by (value, lower number). The k best columns lie
+    in the k best blocks: if one of them lay in another block, each of the k best blocks would hold a column
+    that ranks before it.
     """
     blocks = values.view(len(values), values.shape[1] // _BLOCK, _BLOCK)
     maxima = blocks.amax(2)
@@ -168,16 +183,21 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _rank_keys(values: Tensor, numbers: Tensor) -> Tensor:
-    """int64 keys, all different, that order as (value, lower number first): the bits of a float, read as a whole number, order as
-    the float does, those of a negative one the other way round."""
+    """int64 keys, all different, that order as (value, then the lower number first).
+
+    The bits of a positive float, read as an integer, order as the float does. Those of a negative float order
+    the other way round, so that all bits but the sign are inverted.
+    """
     bits = (values + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0.0 equals 0.0
     return ((bits ^ ((bits >> 63) & 0x7FFFFFFF)) << 32) - numbers
 
 
 def _logsumexps(relative: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """float32 [n, t] of logits [n, width] relative to the largest; may overwrite them.
+    """float32 [n, t]: the log-sum-exps of `relative` [n, width], the logits minus the row's largest. May
+    overwrite `relative`.
 
-    The exponential is what costs: one serves T = 2 and T = 1 together, for exp(r / 2)^2 = exp(r).
+    The exponentials take most of the time. One exponential serves both T = 2 and T = 1, as exp(r / 2)^2 =
+    exp(r).
     """
     distinct = set(temperatures)
     sums = {}

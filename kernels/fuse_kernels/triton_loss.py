@@ -1,9 +1,17 @@
-"""The loss on a GPU: launches the kernels of triton_kernels.py as custom operators under one autograd function.
+"""The loss on a GPU: launches the kernels of triton_kernels.py as custom operators under one autograd
+function.
 
-Operators, so that torch.compile and activation checkpointing take them as they are. Without a group there are two roads:
-`losses_and_gradient_` (training: the gradient is written in the forward pass, `scale_` is all of the backward pass) and `losses`
-(no gradient, or one that is written backward by `gradient_`). Under a group, `statistics` (this shard's numbers of a row) and
-`losses_of_shards` (from all shards' numbers) take the place of `losses`, with the only collective between them.
+torch.compile and activation checkpointing treat a custom operator as one opaque step, so that they work
+around the kernels.
+
+Without a group there are two paths:
+
+- `losses_and_gradient_`, in training: the forward pass writes the gradient. The backward pass is `scale_`
+alone.
+- `losses`: there is no gradient, or `gradient_` writes it in the backward pass.
+
+Under a group, two operators replace `losses`: `statistics` gives the numbers of this shard for each row,
+`losses_of_shards` makes the losses from the numbers of all shards. Between them is the only collective.
 """
 
 import functools
@@ -27,34 +35,40 @@ _STATISTICS, _RESULTS, _COEFFICIENTS = 7, 6, 5  # numbers of a row
 
 
 def interpreted() -> bool:
-    """Whether triton runs kernels in Python, on CPU tensors (TRITON_INTERPRET=1 before its first import)."""
+    """Whether triton interprets the kernels in Python on CPU tensors (TRITON_INTERPRET=1 set before its first
+    import)."""
     return triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Shapes of the kernels that pass over the logits."""
+    """The launch shapes of the kernels that pass over the logits."""
 
-    rows: int  # of a forward tile, loads that a thread has in flight
+    rows: int  # of a forward tile: the loads that a thread has in flight
     lanes: int  # columns of a forward tile
     block: int  # columns of a backward tile
     splits: int  # programs per row, forward
     split_columns: int
-    gradient_splits: int  # programs per row, backward: more, so that the last ones to end are short
+    gradient_splits: int  # programs per row, backward: more than forward, so that the programs that end last are short
     gradient_columns: int
-    whole_rows: bool  # a program has a row to itself, if the gradient is written forward
+    whole_rows: bool  # one program per row, if the forward pass writes the gradient
     warps: int = 8
-    row_warps: int = 32  # of such a program
+    row_warps: int = 32  # warps of a program that has a whole row
 
 
 def choose_launch(n: int, width: int, element_size: int, processors: int) -> Launch:
-    """A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the device.
+    """The launch for n rows of `width` columns, on a device with so many multiprocessors.
 
-    A program that has a whole row reads it twice, the second time from the cache. Long rows get a program of 32 warps, of which a
-    multiprocessor holds one: what is between the two readings, 132 times 256 KB at 128256 columns of bf16, then fits into the
-    second-level cache (50 MB of an H100). Of rows up to 128 KB several fit, in programs of 8 warps.
+    A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the
+    device.
+
+    A program that has a whole row reads it twice, the second time from the cache. Long rows get a program of
+    32 warps. A multiprocessor holds one such program, so that an H100 has 132 rows between their two readings
+    at a time. At 128256 columns of bf16 that is 132 times 256 KB, which fits into its second-level cache of
+    50 MB. If rows have at most 128 KB, several of them fit per multiprocessor, in programs of 8 warps.
     """
     warps = 8
+    # 32 threads per warp, 16 bytes per thread: the columns that all threads of a program load at once.
     lanes = warps * 32 * 16 // element_size
     tile = 4 * lanes
     wanted = -(-4 * processors // max(n, 1))  # four programs for each multiprocessor
@@ -77,19 +91,21 @@ def choose_launch(n: int, width: int, element_size: int, processors: int) -> Lau
 
 
 def row_shape(launch: Launch) -> dict[str, int]:
-    """R, C and BLOCK of whole_row_kernel. A thread has two loads in flight: for four there are not registers enough."""
+    """R, C and BLOCK of whole_row_kernel. A thread has two loads in flight: four would need too many
+    registers."""
     factor = launch.row_warps // launch.warps
     return {"R": min(launch.rows, 2), "C": launch.lanes * factor, "BLOCK": launch.block * factor}
 
 
 def _multiple(columns: int) -> int:
-    """Up to a multiple of 16, so that a part of a row begins where 16-byte loads may."""
+    """`columns` rounded up to a multiple of 16, so that a part of a row begins at an address that allows
+    16-byte loads."""
     return max(-(-columns // 16) * 16, 16)
 
 
 def _launch(logits: Tensor) -> Launch:
     n, width = logits.shape
-    if interpreted():  # its cost is per operation, whatever the tile
+    if interpreted():  # the interpreter's cost is per operation, however large the tile is
         lanes = min(triton.next_power_of_2(max(width, 1)), 1 << 15)
         half = _multiple(-(-width // 2))  # two splits, so that tests meet more than one
         splits = -(-width // half)
@@ -101,11 +117,14 @@ def _launch(logits: Tensor) -> Launch:
 def triton_loss(
     logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
 ) -> TokenLosses:
-    """[n] each as `sparse_kl_cross_entropy` defines them, in fp32.
+    """The losses of `sparse_kl_cross_entropy`, [n] each, in fp32.
 
-    The gradient is written over the logits [n, v], in the forward pass (without a group) or in backward: nobody else may need them
-    then, and a second backward through the same graph raises RuntimeError. While the forward kernels run, k columns of every
-    row hold -inf; they are put back or become gradient. Under a group: one all-gather of seven fp32 per row and rank, forward.
+    The gradient is written over the logits [n, v]: in the forward pass if in_forward (only without a group),
+    else in the backward pass. No other code may need the logits after that, and a second backward pass
+    through the same graph raises RuntimeError. While the forward kernels run, k columns of every row hold
+    -inf. They get their logits back, or become gradient.
+
+    Collectives: under a group one all-gather of seven fp32 numbers per row and rank, in the forward pass.
     """
     return TokenLosses(*_TritonLoss.apply(logits, *targets, temperature, tail, shard, in_forward))
 
@@ -161,27 +180,36 @@ class _TritonLoss(torch.autograd.Function):
 def triton_losses(
     logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[TokenLosses, tuple[Tensor, ...]]:
-    """[n] each from logits [n, v] with unit stride along v, and what the gradient takes from here: O(n k)."""
-    given = _contiguous(targets)
+    """The losses [n] each, and the state that the gradient needs from the forward pass, which is O(n k).
+
+    logits [n, v], with unit stride along v. Collectives: as of `triton_loss`.
+    """
+    contiguous = _contiguous(targets)
     place = (temperature, tail, shard.columns, shard.start)
     if shard.group is None:
-        results, *state = torch.ops.fuse_kernels.losses(logits, *given, *place)
-        return TokenLosses(*results), (*state, given.labels)
-    own, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
-        logits, *given, *place
+        results, *state = torch.ops.fuse_kernels.losses(logits, *contiguous, *place)
+        return TokenLosses(*results), (*state, contiguous.labels)
+    local, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
+        logits, *contiguous, *place
     )
-    everyone = own.new_empty((dist.get_world_size(shard.group), *own.shape))
-    dist.all_gather_into_tensor(everyone.view(-1, own.shape[1]), own, group=shard.group)
+    # The rest of the state concerns this shard's columns alone and stays here: only the statistics [7, n] are
+    # exchanged.
+    all_shards = local.new_empty((dist.get_world_size(shard.group), *local.shape))
+    dist.all_gather_into_tensor(all_shards.view(-1, local.shape[1]), local, group=shard.group)
     results, coefficients = torch.ops.fuse_kernels.losses_of_shards(
-        everyone, teacher, weights, given.labels, temperature
+        all_shards, teacher, weights, contiguous.labels, temperature
     )
-    return TokenLosses(*results), (weights, coefficients, columns, mass, on_ids, label_logit, given.labels)
+    return TokenLosses(*results), (weights, coefficients, columns, mass, on_ids, label_logit, contiguous.labels)
 
 
 def triton_losses_and_gradient_(
     logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[TokenLosses, Tensor]:
-    """[n] each, and the weights [2, n] that count; the gradient of sum(loss) is written over logits [n, v]."""
+    """The losses [n] each, and the effective weights [2, n]. Writes the gradient of sum(loss) over the logits
+    [n, v].
+
+    Collectives: as of `triton_loss`.
+    """
     if shard.group is None:
         place = (temperature, tail, shard.columns, shard.start)
         results, weights = torch.ops.fuse_kernels.losses_and_gradient_(logits, *_contiguous(targets), *place)
@@ -194,7 +222,8 @@ def triton_losses_and_gradient_(
 def triton_gradient_(
     logits: Tensor, upstream: Tensor | None, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
 ) -> None:
-    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]; upstream None: of sum(loss). No collective."""
+    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]. upstream None means 1. No
+    collective."""
     if upstream is not None:
         upstream = upstream.float().contiguous()
     torch.ops.fuse_kernels.gradient_(logits, upstream, *state, temperature, shard.columns, shard.start)
@@ -206,7 +235,8 @@ def _contiguous(targets: Targets) -> Targets:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, whatever device the first tensor is on."""
+    """Makes the device of the first tensor the current one during a launch: Triton launches on the current
+    device."""
 
     @functools.wraps(launch)
     def guarded(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -236,7 +266,7 @@ class _Gathered:
 
 
 def gather_warps(slots: int) -> int:
-    """So that a thread compares at most 16 pairs of entries at once."""
+    """Warps of gather_kernel: as many as let a thread compare at most 16 pairs of entries at once."""
     return max(slots // 32, 1)
 
 
@@ -249,7 +279,8 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _off_ids(logits: Tensor, weights: Tensor, launch: Launch, temperature: float, real_columns: int) -> Tensor:
-    """[splits, 3, n]: what the columns off the ids add up to in each part of a row."""
+    """PARTS [splits, 3, n] of off_ids_kernel: the maximum and the two sums of the columns off the ids, per
+    part of a row."""
     n = len(logits)
     parts = _fp32(logits, launch.splits, 3, n)
     kernels.off_ids_kernel[(n, launch.splits)](
@@ -293,7 +324,8 @@ def losses(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """results [6, n]; and for `gradient_` weights [2, n], coefficients [5, n], columns, mass, on_ids [n, k], label_logit [n]."""
+    """results [6, n]; and for `gradient_`: weights [2, n], coefficients [5, n], columns, mass, on_ids [n, k],
+    label_logit [n]."""
     gathered = _Gathered(logits, teacher_ids.shape[1])
     results, coefficients = _fp32(logits, _RESULTS, len(logits)), _fp32(logits, _COEFFICIENTS, len(logits))
     if len(logits):
@@ -341,7 +373,7 @@ def losses_and_gradient_(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor]:
-    """results [6, n], weights [2, n]; the gradient of sum(loss) is written over the logits [n, v]."""
+    """results [6, n] and weights [2, n]. Writes the gradient of sum(loss) over the logits [n, v]."""
     (n, width), k = logits.shape, teacher_ids.shape[1]
     gathered = _Gathered(logits, k)
     results, coefficients = _fp32(logits, _RESULTS, n), _fp32(logits, _COEFFICIENTS, n)
@@ -349,6 +381,8 @@ def losses_and_gradient_(
         return results, gathered.weights
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     gathered.launch(logits, targets, tail, real_columns, start)
+    # From here on the row holds -inf on the ids. Both branches leave a gradient there that is not the final
+    # one; the last launch rewrites the columns of entries and label.
     launch = _launch(logits)
     if launch.whole_rows:
         kernels.whole_row_kernel[(n,)](
@@ -376,7 +410,7 @@ def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, tempe
 @torch.library.custom_op("fuse_kernels::scale_", mutates_args=("gradient",))
 @on_its_device
 def scale_(gradient: Tensor, upstream: Tensor, weights: Tensor) -> None:
-    """Multiplies the rows of gradient [n, v] by upstream [n] where that is not 1."""
+    """Multiplies each row of gradient [n, v] by its upstream [n], if that is not 1."""
     n, width = gradient.shape
     if n == 0:
         return
@@ -401,15 +435,16 @@ def statistics(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What this shard knows: statistics [7, n], weights [2, n], teacher [4, n], columns, mass, on_ids [n, k], label_logit [n]."""
-    gathered, own = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
+    """Of this shard: statistics [7, n], weights [2, n], teacher [4, n], columns, mass, on_ids [n, k],
+    label_logit [n]."""
+    gathered, local = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
     if len(logits):
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
         gathered.launch(logits, targets, tail, real_columns, start)
         parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, real_columns)
-        _finish(logits, gathered, parts, labels, temperature, statistics=own)
+        _finish(logits, gathered, parts, labels, temperature, statistics=local)
     return (
-        own,
+        local,
         gathered.weights,
         gathered.teacher,
         gathered.columns,
@@ -421,9 +456,9 @@ def statistics(
 
 @statistics.register_fake
 def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
-    gathered, own = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
+    gathered, local = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
     return (
-        own,
+        local,
         gathered.weights,
         gathered.teacher,
         gathered.columns,

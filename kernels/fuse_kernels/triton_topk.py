@@ -1,8 +1,9 @@
 """topk_logsumexp on a GPU: one kernel, one pass over the logits.
 
-The columns of a row are dealt out to lanes, 16 bytes at a time. While a row streams by, a lane keeps no list: only its largest logit
-and when that came first. The k largest logits of a row lie in the k lanes whose largest rank first, so those lanes, some thousand
-columns, are read once more, and the k largest are picked from them.
+The columns of a row are dealt out to lanes, 16 bytes at a time. During the pass a lane keeps no list: it
+keeps its largest logit and the number of the tile in which that logit came first. The k largest logits of a
+row lie in the k lanes whose largest logits rank first. A second reading of those lanes, about a thousand
+columns, finds the k largest.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ _LOWEST = tl.constexpr(-(1 << 63))
 
 @triton.jit
 def _rank_key(value, number):
-    """int64 that orders as (value, lower number first); see topk.py."""
+    """int64 that orders as (value, then the lower number first); see `_rank_keys` in topk.py."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) + (0x7FFFFFFF - number).to(tl.int64)
@@ -45,11 +46,11 @@ def topk_kernel(
     inv_t,
     K: tl.constexpr,  # power of two >= k
     C: tl.constexpr,  # lanes, at least K
-    R: tl.constexpr,  # neighbouring columns that a lane takes of a tile: 16 bytes
+    R: tl.constexpr,  # neighbouring columns that a lane takes from a tile: 16 bytes
     S: tl.constexpr,  # power of two >= tiles of a row
     T_MODE: tl.constexpr,
 ):
-    """One row a program."""
+    """One row per program: the k largest logits and the two log-sum-exps, in one pass over the row."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * stride
     lane = tl.arange(0, C)
@@ -59,7 +60,8 @@ def topk_kernel(
     sum_t = tl.zeros([C], tl.float32)
     sum_1 = tl.zeros([C], tl.float32)
     whole = columns // (C * R)
-    for number in range(whole):  # without a mask, so that every load is of 16 bytes
+    # Whole tiles without a mask, so that every load moves 16 bytes; then one masked tile with the rest.
+    for number in range(whole):
         x = tl.trans(tl.load(logits + number * (C * R) + tile).to(tl.float32))
         came = tl.where(tl.max(x, 0) > m, number, came)
         m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
@@ -72,8 +74,8 @@ def topk_kernel(
     tl.store(LSE + row, tl.log(tl.sum(sum_t * scale_t, 0)))
     tl.store(LSE + n + row, tl.log(tl.sum(sum_1 * scale_1, 0)))
 
-    # The order of (tile, lane) is that of the columns of two lanes, so that equal largest logits rank by id. A lane without a
-    # column is last.
+    # Pick the k best lanes, one per turn. Of two lanes with equal largest logits, the one with the lower
+    # (tile, lane) has the lower column, so that equal logits rank by id. A lane without a column ranks last.
     slot = tl.arange(0, K)
     keys = tl.where(lane * R < columns, _rank_key(m, came * C + lane), _LOWEST)
     lanes = tl.zeros([K], tl.int32)
@@ -82,6 +84,9 @@ def topk_kernel(
         lanes = tl.where(slot == i, tl.max(tl.where(keys == best, lane, 0), 0), lanes)
         keys = tl.where(keys == best, _LOWEST, keys)
 
+    # Read all columns of those k lanes again, x [K, S * R]: element `part` of a lane is column part % R of
+    # its piece of tile part // R. Then pick the k best columns, one per turn; a key holds both the logit and
+    # the column.
     part = tl.arange(0, S * R)
     column = (part // R * (C * R) + part % R)[None, :] + (lanes * R)[:, None]
     inside = (column < columns) & (slot < k)[:, None] & (slot * R < columns)[:, None]
@@ -92,6 +97,7 @@ def topk_kernel(
         best = tl.max(tl.max(keys, 1), 0)
         best_keys = tl.where(slot == i, best, best_keys)
         keys = tl.where(keys == best, _LOWEST, keys)
+    # Undo `_rank_key`: the upper half of a key is the logit, the lower half the column.
     found = best_keys != _LOWEST
     ordered = (best_keys >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -107,7 +113,8 @@ def topk_kernel(
 def triton_topk(
     logits: Tensor, k: int, temperatures: Sequence[float], labels: Tensor | None, shard: VocabularyShard
 ) -> TopK:
-    """Of this shard, in one pass for every temperature that is not 1. Label logits are 0 where the label lies in another."""
+    """The TopK of this shard, in one pass per temperature that is not 1. A label in another shard has the
+    label logit 0."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     labels = None if labels is None else labels.long().contiguous()
@@ -116,7 +123,7 @@ def triton_topk(
         ids, largest, sums, label_logits = torch.ops.fuse_kernels.topk(
             logits, labels, k, temperature, shard.columns, shard.start
         )
-        lse[temperature], lse[1.0] = sums
+        lse[temperature], lse[1.0] = sums  # every pass gives T = 1 as well
     relative_lse = torch.stack([lse[temperature] for temperature in temperatures], 1)
     return TopK(ids, largest, relative_lse, None if labels is None else label_logits)
 
@@ -125,7 +132,7 @@ def tile_shape(width: int, element_size: int, slots: int) -> tuple[int, int, int
     """(lanes, neighbouring columns of a lane, tiles up to a power of two) of topk_kernel with 8 warps."""
     neighbours = 16 // element_size
     lanes = 1024
-    if interpreted():  # its cost is per operation; four tiles, so that tests meet more than one
+    if interpreted():  # the interpreter's cost is per operation; four tiles, so that tests meet more than one
         lanes = max(triton.next_power_of_2(-(-width // (4 * neighbours))), slots)
     return lanes, neighbours, triton.next_power_of_2(max(-(-width // (lanes * neighbours)), 1))
 
