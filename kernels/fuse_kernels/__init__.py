@@ -1,5 +1,6 @@
-"""Distillation from sparse teachers: fused losses, and the sparse distributions themselves, over logits that may be split across a
-tensor-parallel group.
+"""Distillation from sparse teachers: fused losses, and the top-k and log-sum-exps that make a sparse teacher.
+
+The logits may be split across a tensor-parallel group.
 
 Shapes, everywhere in this package: n rows (tokens), v columns of this rank's vocabulary shard, k stored teacher entries,
 a rows that take part in the loss (a <= n), e entries whose column lies in this shard.

@@ -1,4 +1,4 @@
-"""What the public entries ask of their arguments, and which implementation takes them."""
+"""The checks of the public functions' arguments, and the choice of an implementation."""
 
 import functools
 import importlib.util
@@ -17,15 +17,16 @@ from fuse_kernels.rows import VocabularyShard
 TAILS = ("bucket", "renormalize", "ignore")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
-MOST_ENTRIES = 128  # that the Triton kernels take in a row
-_DEVICES = ("cuda", "meta")  # that they run on; on "meta" there are shapes alone
+MOST_ENTRIES = 128  # entries of a row that the Triton kernels take
+_DEVICES = ("cuda", "meta")  # devices that the Triton kernels run on; tensors on "meta" have shapes but no values
 
-# Log-probabilities that were stored in half precision, or added up across a vocabulary map, may end a little above 0.
+# A log-probability that was stored in half precision, or added up across a vocabulary map, may be a little
+# above 0.
 _LOGPROB_ROUNDING = 1e-3
 
 
 class Targets(NamedTuple):
-    """What n rows are taught; see `sparse_kl_cross_entropy`."""
+    """Labels, teacher entries and weights of n rows; see `sparse_kl_cross_entropy`."""
 
     labels: Tensor  # [n]
     teacher_ids: Tensor  # [n, k]
@@ -36,7 +37,8 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Student:
-    """The logits [rows, columns] as far as they are known before they exist. name: the argument that they come from."""
+    """Shape, dtype and device of the logits [rows, columns], before the logits exist. name: the argument they
+    come from."""
 
     name: str
     rows: int
@@ -73,9 +75,11 @@ def check_arguments(
 
 
 def choose_implementation(implementation: str, student: Student, entries: int) -> str:
-    """The one that runs: what "auto" means here, and "torch" where rows have too many entries for "triton".
+    """The implementation that runs: decides "auto", and replaces "triton" by "torch" if rows have too many
+    entries.
 
-    Raises ValueError for a word that is none, and for "triton" where it cannot run.
+    Raises ValueError if `implementation` is none of IMPLEMENTATIONS, or if it is "triton" and that cannot
+    run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
@@ -95,6 +99,7 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
 
 
 def unfit_for_triton(student: Student) -> str | None:
+    """The reason why the Triton kernels cannot take these logits, None if they can."""
     if student.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{student.name} is {student.dtype}, the kernels take bf16, fp16 and fp32"
     if importlib.util.find_spec("triton") is None:
@@ -114,7 +119,10 @@ def _warn_once(message: str) -> None:
 def make_shard(
     width: int, vocab_size: int | None, vocab_start: int, group: dist.ProcessGroup | None
 ) -> VocabularyShard:
-    """This rank's part of the vocabulary. Raises ValueError."""
+    """This rank's part of the vocabulary, for `width` columns with padding on each rank.
+
+    Raises ValueError if vocab_size or vocab_start do not fit the width and the group.
+    """
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1 and vocab_start != 0:
         raise ValueError(f"vocab_start is {vocab_start}, but without a group of several ranks it must be 0")
@@ -167,12 +175,13 @@ def _check_values(targets: Targets, vocab_size: int) -> None:
 
 
 def _check_shards(shard: VocabularyShard, device: torch.device) -> None:
-    """One all-gather: the real columns of all shards have to be the vocabulary, each once."""
-    mine = torch.tensor([shard.start, shard.columns], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(shard.group))]
-    dist.all_gather(everyone, mine, group=shard.group)
+    """Checks that the shards' columns without padding cover the vocabulary, each column once. One
+    all-gather."""
+    local = torch.tensor([shard.start, shard.columns], device=device)
+    all_shards = [torch.empty_like(local) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(all_shards, local, group=shard.group)
     reached = 0
-    for start, columns in sorted(tuple(pair.tolist()) for pair in everyone):
+    for start, columns in sorted(tuple(pair.tolist()) for pair in all_shards):
         if columns and start != reached:
             raise ValueError(f"vocab_start: a shard begins at column {start}, but those before it end at {reached}")
         reached += columns

@@ -1,12 +1,14 @@
 """The loss in plain torch with a hand-written gradient, a few rows at a time: low in memory, fast on a CPU.
 
-Every row is cut in two. The columns of the stored teacher entries and of the label are a handful: they are gathered and
-treated in fp64. The rest ("off the ids") is dense: it is read in chunks of rows that stay in cache, and its log-sum-exps
-are taken on their own, relative to its own maximum. The student's tail mass is therefore never computed as 1 - M and keeps
-its relative precision however certain the student is.
+Every row is cut in two. The columns of the stored teacher entries and of the label are a handful: they are
+gathered, in fp64. All other columns ("off the ids") are dense: they are read in chunks of rows that stay in
+the cache. Their log-sum-exps are relative to their own maximum. So the student's residual mass (tail) is
+never computed as 1 - M, with M its mass on the ids. It keeps its relative precision however certain the
+student is.
 
-The gradient is written over the logits. Bytes moved: each logit is read once and written once if the forward pass writes the
-gradient, from the exponentials that it has just summed; else it is read once forward, read and written once backward.
+The gradient is written over the logits. If the forward pass writes it, from the exponentials that it has just
+summed, each logit is read once and written once. Else each logit is read once forward, and read and written
+once backward.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,11 @@ from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, TokenLosses
 def chunked_loss(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
 ) -> TokenLosses:
-    """[a] each from logits [n, v], over which the gradient is written: in the forward pass (without a group) or in backward."""
+    """The losses [a] each of logits [n, v]. The gradient is written over the logits.
+
+    in_forward: the forward pass writes it, which needs the whole vocabulary on this rank; else the backward
+    pass does.
+    """
     return TokenLosses(*_ChunkedLoss.apply(logits, rows, temperature, tail, shard, in_forward))
 
 
@@ -71,7 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ChunkedState:
-    """What the gradient takes from the forward pass, beside the logits."""
+    """What the gradient needs from the forward pass, besides the logits."""
 
     rows: ActiveRows
     entries: "_LocalEntries"
@@ -83,10 +89,12 @@ class ChunkedState:
 def chunked_losses(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[TokenLosses, ChunkedState]:
-    """[a] each from logits [n, v], which stay as they are. Under a group: one all-gather of [7, a] fp64."""
+    """The losses [a] each of logits [n, v], which stay as they are. Under a group: one all-gather of [7, a]
+    fp64."""
     target = sparse_target(rows, tail)
     entries = _local_entries(logits, rows, target, shard)
     off_ids = no_columns(logits, rows)
+    # Only the sums are wanted here. `exponentials` adds them to off_ids chunk by chunk.
     for _ in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
         pass
     statistics = _statistics(off_ids, _on_ids(target, entries, temperature), target, shard)
@@ -97,8 +105,10 @@ def chunked_losses(
 def chunked_losses_and_gradient_(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> TokenLosses:
-    """[a] each from logits [n, v], over which the gradient of sum(loss) is written. Without a group."""
+    """The losses [a] each of logits [n, v]. Writes the gradient of sum(loss) over the logits. Only without a
+    group."""
     target = sparse_target(rows, tail)
+    # The entries and the label must be read before the loop writes the gradient over them.
     entries = _local_entries(logits, rows, target, shard)
     on_ids = _on_ids(target, entries, temperature)
     w_ce, w_kl = rows.ce_weight, rows.kl_weight / temperature
@@ -107,8 +117,12 @@ def chunked_losses_and_gradient_(
     _clear(logits, rows, shard)
     off_ids = no_columns(logits, rows)
     for start, stop, x, y in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
-        # What `_write_off_ids` multiplies by, for the few rows whose sums are known so far and in fewer steps: with exp(lse - shift) = the sum off the ids and
-        # exp(log-sum-exp on them - shift). A row with nothing off the ids has factors that multiply 0.
+        # The same factors as in `_write_off_ids`, for the rows of this chunk, whose sums off the ids are
+        # known now. A softmax over all columns is exp(z - shift) / exp(lse - shift), and
+        #     exp(lse - shift) = (sum off the ids) + exp(log-sum-exp on the ids - shift).
+        # r, the softmax off the ids, is exp(z / T - shift) / (sum off the ids). That sum is at least 1, as it
+        # contains the largest exponential, unless no column is off the ids: then the factors multiply
+        # exponentials of 0.
         part = slice(start, stop)
         sums = off_ids.sums[:, part]
         factors = weights[:, part] / (on_ids[:2, part] - off_ids.shifts[:, part]).exp_().add_(sums)
@@ -133,12 +147,14 @@ def chunked_gradient_(logits: Tensor, upstream: Tensor, state: ChunkedState) -> 
 def _losses(
     logits: Tensor, rows: ActiveRows, target: SparseTarget, statistics: "_Statistics", temperature: float
 ) -> TokenLosses:
-    """[a] each; of the logits only the type counts."""
+    """The losses [a] each, from the statistics over all shards. Of the logits only the dtype is used."""
+    # ce = lse(z) - z(label). D = sum mass log(mass / q) + tail log(tail / q(off the ids)); with log q_j = z_j
+    # / T - lse_t and log q(off the ids) = off_t - lse_t all terms in lse_t add up to total * lse_t.
     ce = (statistics.lse_1 - statistics.label_logit).where(rows.labels >= 0, 0.0)
     mass, left = target.mass, statistics.tail
     kl = mass.xlogy(mass).sum(1) - statistics.product / temperature + statistics.total * statistics.lse_t
     kl = kl + left.xlogy(left) - (left * statistics.off_t).where(left > 0, 0.0)
-    # A part without weight may be infinite (a masked logit) and must not turn the sum into NaN.
+    # A part without weight may be infinite (a masked logit): 0 * inf would make the sum NaN.
     loss = (rows.ce_weight * ce).where(rows.ce_weight != 0, 0.0)
     loss = loss + (rows.kl_weight * kl).where(rows.kl_weight != 0, 0.0)
     student_mass = (statistics.on_t - statistics.lse_t).exp()
@@ -148,7 +164,7 @@ def _losses(
 
 
 def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
-    """The gradient of what takes no part: skipped rows and padded columns."""
+    """Writes gradient 0 to skipped rows and padded columns, whatever they hold."""
     if rows.index is not None:
         skipped = torch.ones(rows.count, dtype=torch.bool, device=logits.device)
         skipped[rows.index] = False
@@ -157,10 +173,18 @@ def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
 
 
 def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
-    """`write_gradient` of all chunks: w_ce p + w_kl (total q - tail r), from statistics that are known already."""
+    """Writes w_ce p + w_kl (total q - tail r) to all columns, chunk by chunk, from the statistics over all
+    shards.
+
+    p = softmax(z), q = softmax(z / T), r = the softmax of z / T over the columns off the ids.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Rounded to the buffers' dtype and back: the factors below and the exponentials use the same shift, so
+    # that its rounding error cancels. With x = exp(z / T - shift_t): q = x exp(shift_t - lse_t), r = x
+    # exp(shift_t - off_t).
     shift_t = statistics.off_t.where(statistics.off_t != -torch.inf, statistics.lse_t).to(dtype).double()
-    # A power of exp(z / T - shift_t) is exp(z - T shift_t); at a large T that could overflow.
+    # The T-th power of exp(z / T - shift_t) is exp(z - T shift_t). At a large T that could overflow, so that
+    # only T up to 4 uses it.
     shift_1 = temperature * shift_t if temperature in POWERS else statistics.lse_1.to(dtype).double()
     teacher = (statistics.tail * (shift_t - statistics.off_t).exp()).where(statistics.tail > 0, 0.0)
     factor_t = w_kl * (statistics.total * (shift_t - statistics.lse_t).exp() - teacher)
@@ -184,14 +208,14 @@ def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> 
 
 @dataclass(frozen=True)
 class _LocalEntries:
-    """Teacher entries and labels whose column lies in this shard; rows ascend."""
+    """The teacher entries and the labels whose column lies in this shard. Rows ascend."""
 
     row: Tensor  # [e] among the active rows
     slot: Tensor  # [e]
     column: Tensor  # [e] of the shard
     mass: Tensor  # [e] fp64
     logit: Tensor  # [e] fp64
-    is_label: Tensor  # [e] fp64, 1 where the entry is the row's label
+    is_label: Tensor  # [e] fp64, 1 if the entry is the row's label, else 0
     label_row: Tensor  # [at most a]
     label_column: Tensor
     label_logit: Tensor  # fp64
@@ -219,15 +243,20 @@ def _in_shard(ids: Tensor, shard: VocabularyShard) -> Tensor:
 
 
 def _position(rows: ActiveRows, row: Tensor) -> Tensor:
-    """Position among all n rows of a position among the active ones."""
+    """The position among all n rows, from a position among the active rows."""
     return row if rows.index is None else rows.index[row]
 
 
 def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -> None:
-    """The columns of labels and entries, rounded once from fp64. Labels first: an entry at the label's column wins."""
+    """Writes the gradient at the columns of labels and entries, rounded once from fp64.
+
+    Labels come first: if an entry has the label's column, the value of the entry is the right one and
+    replaces the label's.
+    """
     lse_1, lse_t, off_t = statistics.lse_1, statistics.lse_t, statistics.off_t
     total, tail = statistics.total, statistics.tail
 
+    # A label off the ids: w_ce (p - 1) + w_kl (total q - tail r).
     row, logit = entries.label_row, entries.label_logit
     p = (logit - lse_1[row]).exp()
     q = (logit / temperature - lse_t[row]).exp()
@@ -235,6 +264,7 @@ def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -
     value = w_ce[row] * (p - 1) + w_kl[row] * (total[row] * q - tail[row] * r)
     logits[_position(rows, row), entries.label_column] = value.to(logits.dtype)
 
+    # An entry: w_ce (p - [it is the label]) + w_kl (total q - mass).
     row, logit = entries.row, entries.logit
     p = (logit - lse_1[row]).exp()
     q = (logit / temperature - lse_t[row]).exp()
@@ -247,24 +277,29 @@ def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Over all shards, [a] fp64 each. Suffix _1: of the logits; suffix _t: of the logits / temperature."""
+    """Statistics of each row over all shards, [a] fp64 each. Suffix _1: of the logits. Suffix _t: of the
+    logits / temperature."""
 
     lse_1: Tensor  # log-sum-exp over all columns
     lse_t: Tensor
     off_t: Tensor  # log-sum-exp over the columns off the ids
     on_t: Tensor  # log-sum-exp over the columns on the ids
     product: Tensor  # sum mass * logit
-    label_logit: Tensor  # 0 where there is no label
-    largest: Tensor  # logit of all
+    label_logit: Tensor  # 0 without a label
+    largest: Tensor  # the largest logit
     likeliest: Tensor  # logit of the teacher's likeliest entry
     tail: Tensor  # teacher mass off the ids
     total: Tensor  # all teacher mass
 
 
 def _on_ids(target: SparseTarget, entries: "_LocalEntries", temperature: float) -> Tensor:
-    """[6, a] fp64 of this shard's entries and label: log-sum-exps of z and of z / T, the largest z, sum of mass z, the label's z,
-    the z of the teacher's likeliest entry (the largest, if several share that mass). -inf or 0 where there are none."""
-    # [a, k]; -inf (nothing to add) where the slot is empty or lies in another shard.
+    """The part of the statistics that this shard's entries and label give, [6, a] fp64.
+
+    In this order: log-sum-exp of z; of z / T; the largest z; sum of mass z; the label's z; the z of the
+    teacher's likeliest entry (the largest of them, if several entries share that mass). Without entries or
+    label they are -inf, the two sums 0.
+    """
+    # [a, k]; -inf, which adds nothing, if the slot is empty or lies in another shard.
     on_ids = torch.full_like(target.mass, -torch.inf)
     on_ids[entries.row, entries.slot] = entries.logit
     product = (entries.mass * entries.logit).where(entries.mass > 0, 0.0)
@@ -280,19 +315,21 @@ def _on_ids(target: SparseTarget, entries: "_LocalEntries", temperature: float) 
 
 
 def _statistics(off_ids: OffIds, on_ids: Tensor, target: SparseTarget, shard: VocabularyShard) -> _Statistics:
-    """From what this shard has off and on the ids; under a group, one all-gather of [7, a]."""
+    """The statistics over all shards, from the sums of this shard off and on the ids. Under a group: one
+    all-gather of [7, a]."""
     off_1, off_t = off_ids.shifts + off_ids.sums.double().log()
     largest = torch.maximum(off_ids.shifts[0].double(), on_ids[2])
     partial = torch.stack((torch.logaddexp(off_1, on_ids[0]), off_t, on_ids[1], largest, *on_ids[3:]))
     gathered = partial[None]
     if shard.group is not None and partial.numel() > 0:
-        everyone = partial.new_empty((dist.get_world_size(shard.group) * len(partial), partial.shape[1]))
-        dist.all_gather_into_tensor(everyone, partial, group=shard.group)
-        gathered = everyone.view(-1, *partial.shape)
+        all_shards = partial.new_empty((dist.get_world_size(shard.group) * len(partial), partial.shape[1]))
+        dist.all_gather_into_tensor(all_shards, partial, group=shard.group)
+        gathered = all_shards.view(-1, *partial.shape)
+    # The label and each entry lie in one shard: the others give -inf to the maxima and 0 to the sums.
     lse_1, off_t, on_t = gathered[:, :3].logsumexp(0)
     largest, likeliest = gathered[:, (3, 6)].amax(0)
     product, label_logit = gathered[:, 4:6].sum(0)
-    # With no column off the ids, rounding may leave a crumb of tail that nothing can hold.
+    # If no column is off the ids, rounding may still leave a small tail mass, which no column can take.
     tail = target.tail.where(off_t != -torch.inf, 0.0)
     total = target.mass.sum(1) + tail
     lse_t = torch.logaddexp(off_t, on_t)

@@ -1,8 +1,10 @@
-"""The loss straight from the hidden states: the output layer's product and the loss together, a chunk of tokens at a time.
+"""The loss directly from the hidden states: the output layer's product and the loss together, a chunk of
+tokens at a time.
 
-No more than one chunk's logits exist at once. By default backward multiplies them out again rather than keep them: one product
-more than the unfused way (4 for 3), and the gradients are right for any upstream gradient and any number of passes. Where the
-caller promises an upstream gradient of 1, the forward pass takes all three products while it has the logits.
+The logits of only one chunk exist at once. By default the backward pass computes them again instead of
+keeping them. That takes 4 products, one more than without fusion, and the gradients are right for any
+upstream gradient and any number of passes. If the caller promises an upstream gradient of 1, the forward pass
+computes the gradients while it has the logits, with 3 products in all.
 """
 
 from collections.abc import Callable
@@ -19,15 +21,15 @@ from fuse_kernels.chunked import chunked_gradient_, chunked_losses, chunked_loss
 from fuse_kernels.reference import reference_loss
 from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard, active_rows, spread
 
-CHUNK_BYTES = 1 << 28  # of the logits that exist at once, unless the caller says how many rows
-_BLOCK = 8192  # rows of the weight whose gradient is added to an accumulator of another type at once
+CHUNK_BYTES = 1 << 28  # bytes of the logits that exist at once, unless the caller gives chunk_tokens
+_BLOCK = 8192  # rows of the weight's gradient that are added at once to an accumulator of another dtype
 
 
 def chunk_rows(columns: int, element_size: int) -> int:
-    """Rows of logits that exist at once by default.
+    """Rows of logits that exist at once by default: as many as fit into CHUNK_BYTES, a multiple of 128.
 
-    A function of the shapes alone, not of the memory that happens to be free: ranks have to agree on the number of chunks, and a
-    resumed run on the order of its sums.
+    It depends on the shapes alone, not on the free memory. All ranks must have the same number of chunks, and
+    a resumed run must add its sums up in the same order.
     """
     return max(CHUNK_BYTES // (columns * element_size) // 128 * 128, 128)
 
@@ -51,27 +53,31 @@ def fused_linear_sparse_kl(
     chunk_tokens: int | None = None,
     unit_upstream: bool = False,
 ) -> TokenLosses:
-    """`sparse_kl_cross_entropy` of the logits hidden @ weight.T: `TokenLosses`, the loss differentiable in both.
+    """`sparse_kl_cross_entropy` of the logits hidden @ weight.T. Returns `TokenLosses`; its loss is
+    differentiable in both operands.
 
-    hidden [n, h]: the same on every rank of the group; its gradient is summed over the group. weight [v, h], of the same dtype: this
-    rank's vocabulary shard, as column-parallel output layers hold it. The other arguments are those of `sparse_kl_cross_entropy`.
+    hidden [n, h]: the same on every rank of the group. Its gradient is summed over the group.
+    weight [v, h], of the same dtype: this rank's vocabulary shard, as column-parallel output layers hold it.
     chunk_tokens: rows whose logits exist at once. None: as many as fit into CHUNK_BYTES.
-    unit_upstream: the caller promises that what is differentiated is the sum of the losses, so that the upstream gradient of every
-        row is 1 (or NaN, for a step that is to be thrown away). Three products then, in the place of four, and the gradients
-        exist after the forward pass: that of the weight is in `weight.main_grad` by then, if there is one. A row with any
-        other upstream gradient makes the gradients NaN; on a CPU it raises ValueError.
+    unit_upstream: the caller promises to differentiate the sum of the losses, so that the upstream gradient
+    of every row is 1 (or
+        NaN, for a step that is skipped afterwards). This takes three products instead of four, and the
+        gradients exist after the forward pass: the weight's gradient is already in `weight.main_grad`, if
+        there is one. Any other upstream gradient makes the gradients NaN; on a CPU it raises ValueError.
+    The other arguments are those of `sparse_kl_cross_entropy`.
 
-    The weight's gradient adds up over the chunks in fp32 (fp64 for fp64). Where `weight.main_grad` exists, as under Megatron's data
-    parallelism, it is added there, and autograd is given an empty sparse gradient: it weighs nothing and tells the hooks that this
-    weight is done.
+    The weight's gradient adds up over the chunks in fp32 (fp64 for fp64). If `weight.main_grad` exists, as
+    under Megatron's data parallelism, it adds up there. Autograd then gets an empty sparse gradient, which
+    takes no memory and tells the hooks that this weight is done.
 
-    Hidden states of rows that weigh nothing have to be finite for "triton", which multiplies them by gradients of zero; "torch"
-    leaves such rows out of all products.
+    For "triton" the hidden states of rows without weight must be finite, because they are multiplied by
+    gradients of zero. "torch" leaves such rows out of all products.
 
-    Collectives: one all-gather a chunk forward, one all-reduce of the hidden states' gradient [n, h] backward. Memory beyond the
-    results: the logits of one chunk, and without main_grad the fp32 gradient of the weight.
+    Collectives: one all-gather per chunk forward, one all-reduce of the hidden states' gradient [n, h]
+    backward. Memory beyond the results: the logits of one chunk and, without main_grad, the fp32 gradient of
+    the weight.
 
-    Raises ValueError as `sparse_kl_cross_entropy` does, and where hidden and weight do not fit each other.
+    Raises ValueError as `sparse_kl_cross_entropy` does, and if hidden and weight do not fit each other.
     """
     if hidden.dim() != 2 or not hidden.dtype.is_floating_point:
         raise ValueError(f"hidden is {list(hidden.shape)} {hidden.dtype}: it must be [n, h] and floating point")
@@ -102,7 +108,8 @@ def fused_linear_sparse_kl(
     temperature = float(temperature)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     function = _GradientsInForward if unit_upstream and needed else _FusedLinear
-    if chosen == "triton":  # to find the rows that take part would be to wait for the device
+    # Finding the active rows would wait for the device: the Triton kernels take all rows.
+    if chosen == "triton":
         passes = _triton_passes(targets, temperature, tail, shard)
         return TokenLosses(*function.apply(hidden, weight, passes, chunk_tokens, shard.group))
     rows = active_rows(*targets)
@@ -115,11 +122,11 @@ def fused_linear_sparse_kl(
 
 @dataclass(frozen=True)
 class _Passes:
-    """An implementation over the logits of rows start ... stop - 1."""
+    """One implementation, as functions of the logits of the rows start ... stop - 1."""
 
-    losses: Callable[[Tensor, int, int], tuple[TokenLosses, Any]]  # logits -> losses, state
-    gradient_: Callable[[Tensor, Tensor, Any], None]  # logits, upstream, state: the gradient is written over the logits
-    losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]  # both, for an upstream gradient of 1
+    losses: Callable[[Tensor, int, int], tuple[TokenLosses, Any]]  # logits, start, stop -> losses, state
+    gradient_: Callable[[Tensor, Tensor, Any], None]  # logits, upstream, state; writes the gradient over the logits
+    losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]  # both at once, for an upstream gradient of 1
 
 
 def _triton_passes(targets: Targets, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
@@ -163,15 +170,15 @@ def _reference_passes(rows: ActiveRows, temperature: float, tail: str, shard: Vo
             logits.copy_(torch.autograd.grad(loss, leaf, upstream)[0])
 
     def losses_and_gradient_(logits: Tensor, start: int, stop: int) -> TokenLosses:
-        found, part = losses(logits, start, stop)
-        gradient_(logits, torch.ones_like(found.loss), part)
-        return found
+        token_losses, part = losses(logits, start, stop)
+        gradient_(logits, torch.ones_like(token_losses.loss), part)
+        return token_losses
 
     return _Passes(losses, gradient_, losses_and_gradient_)
 
 
 class _FusedLinear(torch.autograd.Function):
-    """The logits twice: forward for the loss, backward for its gradient."""
+    """Computes the logits twice: forward for the loss, backward for its gradient."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, passes: _Passes, chunk_tokens: int, group):
@@ -203,7 +210,8 @@ class _FusedLinear(torch.autograd.Function):
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The logits once: an upstream gradient of 1 is taken for granted, and checked when it comes."""
+    """Computes the logits once. The forward pass assumes an upstream gradient of 1; the backward pass checks
+    it."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, passes: _Passes, chunk_tokens: int, group):
@@ -234,25 +242,28 @@ class _GradientsInForward(torch.autograd.Function):
             raise ValueError(
                 "unit_upstream=True, but the upstream gradient of a loss is not 1: use unit_upstream=False"
             )
-        unit = upstream.where(upstream == 1, torch.nan)  # an accelerator is not waited for: NaN cannot be overlooked
+        # To raise an error on an accelerator would wait for it. A wrong upstream gradient makes the gradients
+        # NaN instead.
+        unit = upstream.where(upstream == 1, torch.nan)
         if gradients.hidden is not None:
             gradients.hidden.mul_(unit.to(gradients.hidden.dtype)[:, None])
+        # One element of the weight's gradient is enough: the norm of such a step is then not finite.
         if gradients.weight is not None and len(unit):
-            gradients.weight[:1, :1].mul_(unit.amin())  # so that no gradient of such a step is finite as a whole
+            gradients.weight[:1, :1].mul_(unit.amin())
         return gradients.reduced(ctx.group), gradients.given(weight), *nothing
 
 
 def _logits(hidden: Tensor, weight: Tensor, chunk_tokens: int):
-    """start, stop and the logits [stop - start, v] of each chunk, the same memory every time."""
+    """Yields start, stop and the logits [stop - start, v] of each chunk, in the same memory every time."""
     buffer = hidden.new_empty((min(chunk_tokens, len(hidden)), len(weight)))
-    # An empty chunk is a chunk too: it has the results' types.
+    # Without any row there is one empty chunk, which gives the results their dtypes.
     for start in range(0, max(len(hidden), 1), chunk_tokens):
         stop = min(start + chunk_tokens, len(hidden))
         yield start, stop, torch.mm(hidden[start:stop], weight.t(), out=buffer[: stop - start])
 
 
 def _outputs(ctx, results: list[TokenLosses]) -> tuple[Tensor, ...]:
-    """The chunks' results end to end; only the loss is differentiable."""
+    """The chunks' results, concatenated. Only the loss is differentiable."""
     outputs = tuple(torch.cat(parts) for parts in zip(*results, strict=True))
     ctx.mark_non_differentiable(*outputs[1:])
     return outputs
@@ -260,30 +271,30 @@ def _outputs(ctx, results: list[TokenLosses]) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of both operands, as they add up over the chunks; None where none is needed."""
+    """The gradients of both operands while they add up over the chunks. None if an operand needs none."""
 
     hidden: Tensor | None  # [n, h]
-    weight: Tensor | None  # [v, h]: main_grad, where there is one
+    weight: Tensor | None  # [v, h]: main_grad, if there is one
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> "_Gradients":
         return cls(torch.empty_like(hidden) if needed[0] else None, _accumulator(weight) if needed[1] else None)
 
     def add(self, start: int, stop: int, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """gradient [stop - start, v]: of the logits of these rows."""
+        """Adds the share of the rows start ... stop - 1. gradient [stop - start, v]: of their logits."""
         if self.hidden is not None:
             torch.mm(gradient, weight, out=self.hidden[start:stop])
         if self.weight is not None:
             _add_product(self.weight, gradient, hidden[start:stop])
 
     def reduced(self, group: dist.ProcessGroup | None) -> Tensor | None:
-        """That of the hidden states, summed over the group."""
+        """The gradient of the hidden states, summed over the group: one all-reduce under a group."""
         if self.hidden is not None and group is not None:
             dist.all_reduce(self.hidden, group=group)
         return self.hidden
 
     def given(self, weight: Tensor) -> Tensor | None:
-        """What autograd is given for the weight."""
+        """What autograd gets for the weight: nothing more to add if the gradient is already in main_grad."""
         if self.weight is None:
             return None
         return _no_gradient(weight) if hasattr(weight, "main_grad") else self.weight.to(weight.dtype)
@@ -302,17 +313,19 @@ def _add_product(of_weight: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     elif gradient.device.type == "cuda" and of_weight.dtype == torch.float32 and _MULTIPLIES_INTO_FP32:
         torch.addmm(of_weight, gradient.t(), hidden, out_dtype=torch.float32, out=of_weight)
     else:
-        for start in range(0, len(of_weight), _BLOCK):  # the whole product would be as large as the weight
+        # In blocks, because the whole product would take as much memory as the weight.
+        for start in range(0, len(of_weight), _BLOCK):
             block = slice(start, start + _BLOCK)
             of_weight[block].add_(gradient[:, block].t() @ hidden)
 
 
-# A product of half types that is added to an fp32 matrix without being rounded: torch 2.8 and later, on CUDA.
+# Whether torch can add a product of half types to an fp32 matrix without rounding it first: torch 2.8 and
+# later, on CUDA.
 _MULTIPLIES_INTO_FP32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _no_gradient(weight: Tensor) -> Tensor:
-    """A gradient of zero that takes no memory."""
+    """A sparse gradient of zero, which takes no memory."""
     # torch's stub lacks the form of a size alone.
     return torch.sparse_coo_tensor(  # type: ignore[call-arg]
         size=weight.shape, dtype=weight.dtype, device=weight.device, check_invariants=False

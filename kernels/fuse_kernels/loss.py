@@ -1,4 +1,4 @@
-"""The loss over logits that exist: checks its arguments and hands the rows that take part to one implementation."""
+"""The loss of given logits: checks the arguments and passes the active rows to one implementation."""
 
 import torch
 import torch.distributed as dist
@@ -29,43 +29,48 @@ def sparse_kl_cross_entropy(
     """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits / T).
 
     logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start + v - 1.
-    labels [n] global ids, -100 = no cross entropy in this row.
-    teacher_ids [n, k] global ids, -1 = empty slot (its log-probability is never read); a repeated id adds up.
-    teacher_logprobs [n, k] natural logarithms, already at the KL temperature.
-    ce_weight, kl_weight [n]: constants of the loss (masks, 1 / tokens, T^2 and the like are in them).
-    temperature: T of the student. The gradient carries its 1 / T; the factor T^2 is the caller's.
-    vocab_size: real columns over all shards. Columns beyond it are left out of both log-sum-exps and get zero gradient.
-        None: every column of every (equally wide) shard is real.
-    group: the tensor-parallel process group. Everything but `logits` is the same on all of its ranks.
-    implementation: "triton" (fused kernels; CUDA, at most 128 entries), "torch" (sparse, in row chunks; any device),
-        "reference" (dense, plain autograd, for tests), "auto" (triton where it can, else torch).
-    check: look at the values of the arguments, which on an accelerator waits for the device (on a CPU they are looked at
-        always), and compare the group's shards, which takes a collective. None: where the environment has
-        FUSE_KERNELS_CHECK=1.
+    labels [n]: global ids, -100 = no cross entropy in this row.
+    teacher_ids [n, k]: global ids, -1 = empty slot (its log-probability is never read). The masses of a
+    repeated id add up. teacher_logprobs [n, k]: natural logarithms, already at the KL temperature.
+    ce_weight, kl_weight [n]: constant factors of the loss. Masks, 1 / tokens, lambda and T^2 are part of
+    them. temperature: T of the student. The gradient contains its 1 / T; the factor T^2, if wanted, is part
+    of kl_weight. vocab_size: columns of all shards without padding. Columns beyond it are in no log-sum-exp
+    and get gradient 0.
+        None: the shards are equally wide and have no padding.
+    group: the tensor-parallel process group. All arguments but `logits` are the same on all of its ranks.
+    implementation: "triton" (fused kernels; CUDA, at most 128 entries), "torch" (sparse, in row chunks; any
+    device),
+        "reference" (dense, plain autograd, for tests), "auto" (triton if it can run, else torch).
+    check: True: check the values of the arguments, which on an accelerator waits for the device, and compare
+    the group's shards,
+        which takes a collective. On a CPU the values are always checked. None: as True if the environment has
+        FUSE_KERNELS_CHECK=1, else as False.
 
-    Returns `TokenLosses`, equal on every rank of the group: loss (differentiable in the logits); detached and unweighted ce
-    and kl; how well student and teacher fit. A weight counts only where the row has something to weigh: a label, a teacher
-    entry. A row in which neither weight counts is skipped: its results and its gradient are 0, whatever its logits hold.
-    In all other rows ce and kl are reported wherever a label, a teacher, exists, also at weight 0.
+    Returns `TokenLosses`, equal on every rank of the group: the loss, differentiable in the logits; detached
+    and unweighted ce and kl; how well student and teacher agree. ce_weight counts only in rows with a label,
+    kl_weight only in rows with a teacher entry. A row in which neither weight counts is skipped: its results
+    and its gradient are 0, whatever its logits hold. In all other rows ce is reported if there is a label,
+    and kl if there is a teacher entry, also at weight 0.
 
     D, with p the stored teacher mass, m its sum, q = q_T, M the student's mass on the stored ids:
-        bucket       sum p log(p / q) + (1 - m) log((1 - m) / (1 - M)); no tail term where m >= 1 or no column is left over
-        renormalize  sum (p / m) log((p / m) / q); 0 where m = 0
+        bucket       sum p log(p / q) + (1 - m) log((1 - m) / (1 - M)); no tail term if m >= 1 or no column is off the ids
+        renormalize  sum (p / m) log((p / m) / q); 0 if m = 0
         ignore       sum p log(p / q); can be negative
 
-    The gradient takes the place of the logits, in their dtype, so that nobody may read the logits after this call, and a second
-    backward pass raises RuntimeError. Where they need a gradient and no group shares the vocabulary, it is written in the forward
-    pass, while a row is still in the cache; backward then multiplies the rows whose upstream gradient is not 1, which rounds
-    them a second time. Under a group, and in fp16 (whose gradients need their loss scale before they are rounded), it is
-    written in the backward pass. Logits that need no gradient stay as they are. "reference" keeps the logits always.
+    The gradient is written over the logits, in their dtype. So no code may read the logits after this call,
+    and a second backward pass raises RuntimeError. If the logits need a gradient and there is no group, the
+    forward pass writes it while a row is still in the cache. The backward pass then multiplies only the rows
+    whose upstream gradient is not 1, which rounds them a second time. Under a group the backward pass writes
+    the gradient; so it does in fp16, whose gradients need their loss scale before they are rounded. Logits
+    that need no gradient stay as they are. "reference" always keeps the logits.
 
-    Collectives: one all-gather of seven numbers per row forward (fp64 in "torch", fp32 in "triton"), none backward.
-    Memory: nothing as large as the logits; scratch is 1 MB per thread in "torch", nothing in "triton". ("reference" holds
-    several tensors of their size.) Differentiable once.
+    Collectives: one all-gather of seven numbers per row forward (fp64 in "torch", fp32 in "triton"), none
+    backward. Memory: nothing as large as the logits; scratch is 1 MB per thread in "torch", nothing in
+    "triton". ("reference" holds several tensors of their size.) Differentiable once.
 
-    Raises ValueError, naming the argument and both values, where shapes, dtypes or devices do not fit, "triton" is asked for
-    where it cannot run, or, if they are looked at, ids or log-probabilities are out of range or the group's shards do not
-    tile the vocabulary.
+    Raises ValueError, which names the argument and both values, if shapes, dtypes or devices do not fit, or
+    if "triton" is given and cannot run. If values are checked, also if ids or log-probabilities are out of
+    range, or if the group's shards do not tile the vocabulary.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")

@@ -1,7 +1,8 @@
 """The dense part of the loss in plain torch: exponentials of all columns off the ids, a few rows at a time.
 
-exp(z / T - shift) with any shift near the row's largest z / T: the shift is rounded to the buffers' dtype first and that rounded value is
-used in the fp64 arithmetic around it, so its rounding cancels.
+The exponentials are exp(z / T - shift). Any shift near the row's largest z / T is right. The shift is first
+rounded to the dtype of the buffers. The fp64 arithmetic around the exponentials uses the same rounded value,
+so that its rounding error cancels.
 """
 
 from collections.abc import Iterator
@@ -12,21 +13,25 @@ from torch import Tensor
 
 from fuse_kernels.rows import ActiveRows, VocabularyShard
 
-# Of a scratch buffer: on a CPU per thread, as two of 512 KB in fp32 stay in a core's own cache; on a GPU what keeps it busy.
+# Elements of a scratch buffer. On a CPU per thread: two buffers of 512 KB in fp32 stay in a core's own cache.
+# On a GPU as many as keep the device busy.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 26
 POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential
 
 
 @dataclass(frozen=True)
 class OffIds:
-    """What the columns off the ids add up to, as far as chunks were read: [2, a] each in the buffers' dtype, of z and of z / T."""
+    """Sums over the columns off the ids, for the rows whose chunks are read so far.
 
-    shifts: Tensor  # the largest; that of z / T rounded
-    sums: Tensor  # of exp(... - shift)
+    [2, a] each, in the dtype of the buffers: [0] of z, [1] of z / T.
+    """
+
+    shifts: Tensor  # the largest value; for z / T rounded to the dtype
+    sums: Tensor  # sum of exp(value - shift)
 
 
 def no_columns(logits: Tensor, rows: ActiveRows) -> OffIds:
-    """Of no columns."""
+    """The sums over no columns: log-sum-exps of -inf."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     sums = torch.zeros((2, rows.labels.numel()), dtype=dtype, device=logits.device)
     return OffIds(torch.full_like(sums, -torch.inf), sums)
@@ -41,16 +46,20 @@ def exponentials(
     shard: VocabularyShard,
     off_ids: OffIds,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, 0 on the ids; its sums are in off_ids by then.
+    """Yields start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, with 0 on the
+    ids.
 
-    Both are [stop - start, columns], one and the same at T = 1. The next chunk takes their memory. entry_rows (ascending),
-    entry_columns [e]: what is on the ids of this shard.
+    When a chunk is yielded, `off_ids` already holds its shifts and sums. The exponentials are [stop - start,
+    columns]; at T = 1 both are the same tensor. The next chunk reuses their memory. entry_rows (ascending),
+    entry_columns [e]: the places of the entries that lie in this shard.
     """
+    # entry_rows ascends: the entries of the rows start ... stop - 1 are those from first_entry[start] to
+    # first_entry[stop].
     first_entry = torch.searchsorted(entry_rows, torch.arange(rows.labels.numel() + 1, device=logits.device)).tolist()
-    lowest = torch.finfo(off_ids.shifts.dtype).min  # in the place of -inf, which cannot be subtracted from -inf
+    lowest = torch.finfo(off_ids.shifts.dtype).min  # replaces a shift of -inf, as (-inf) - (-inf) is NaN
     for start, stop, x, y in buffers(logits, rows, shard):
-        mine = slice(first_entry[start], first_entry[stop])
-        on_ids = entry_rows[mine] - start, entry_columns[mine]
+        in_chunk = slice(first_entry[start], first_entry[stop])
+        on_ids = entry_rows[in_chunk] - start, entry_columns[in_chunk]
         shift_1, shift_t = off_ids.shifts[:, start:stop]
         sum_1, sum_t = off_ids.sums[:, start:stop]
 
@@ -67,6 +76,8 @@ def exponentials(
             sum_1.copy_(sum_t)
             yield start, stop, x, x
             continue
+        # exp(z / T - shift)^T = exp(z - T shift): a power serves if T is 2 or 4. At any other T the logits
+        # are read again.
         if temperature in POWERS:
             torch.mul(shift_t, temperature, out=shift_1)
             power(x, temperature, out=y)
@@ -77,7 +88,7 @@ def exponentials(
 
 
 def power(x: Tensor, temperature: float, out: Tensor) -> None:
-    """x to the power of 2 or 4."""
+    """out = x to the power of the temperature, 2 or 4."""
     torch.mul(x, x, out=out)
     if temperature == 4:
         out.mul_(out)
@@ -86,9 +97,11 @@ def power(x: Tensor, temperature: float, out: Tensor) -> None:
 def write_gradient(
     logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
 ) -> None:
-    """The gradient of every column as if it were off the ids and not the label: x, y as of `exponentials`, which are used up.
+    """Writes the gradient of every column as if it were off the ids and not the label: factors[0] y +
+    factors[1] x.
 
-    factors [2, stop - start] fp64: of y and of x.
+    x, y: exp(z / T - shift) and exp(z - shift) of `exponentials`, which this overwrites. factors [2, stop -
+    start] fp64. The columns of entries and label get wrong values here; the caller rewrites them afterwards.
     """
     of_y, of_x = factors.to(x.dtype)[:, :, None]
     in_place = rows.index is None and logits.dtype == x.dtype
@@ -102,7 +115,8 @@ def write_gradient(
 
 
 def buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """start, stop among the active rows, and two scratch buffers [stop - start, columns], the same memory every time."""
+    """Yields start, stop among the active rows, and two scratch buffers [stop - start, columns], the same
+    memory every time."""
     count = rows.labels.numel()
     if shard.columns == 0 or count == 0:
         return
@@ -116,17 +130,17 @@ def buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterato
 
 
 def read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float, out: Tensor) -> None:
-    """scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
+    """out = scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
     part = logits[start:stop] if rows.index is None else logits[rows.index[start:stop]]
     part = part[:, : out.shape[1]]
     if part.dtype == out.dtype:
         torch.mul(part, scale, out=out)
-    else:  # a product of half types would be rounded before it is stored
+    else:  # converted first: a product in a half type would be rounded to that type
         out.copy_(part).mul_(scale)
 
 
 def write_back(x: Tensor, logits: Tensor, rows: ActiveRows, start: int, stop: int) -> None:
-    """x takes the place of the logits of the active rows start ... stop - 1."""
+    """Writes x over the logits of the active rows start ... stop - 1."""
     place = slice(start, stop) if rows.index is None else rows.index[start:stop]
     logits[place, : x.shape[1]] = x.to(logits.dtype)
 

@@ -1,6 +1,7 @@
 """The loss written densely, for tests: a teacher tensor as large as the logits and plain autograd.
 
-Deliberately shares nothing with the fast implementations beyond the choice of rows: no merged repeats, no unified target.
+It shares nothing with the fast implementations but the choice of rows: it merges no repeats and has no
+unified target. So an error in the shared mathematics cannot hide in both.
 """
 
 import torch
@@ -13,9 +14,11 @@ from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard
 def reference_loss(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> TokenLosses:
-    """[a] each from logits [n, v], in the logits' precision (half types in fp32).
+    """The losses [a] each of logits [n, v], in the precision of the logits (half types in fp32).
 
-    Under tensor parallelism every rank gathers the whole vocabulary; shards must be equally wide and in rank order.
+    Under tensor parallelism every rank gathers the whole vocabulary: one all-gather of the logits. Shards
+    must be equally wide and in rank order. Raises ValueError if this rank's shard is not at its place in that
+    order.
     """
     if shard.group is not None:
         width, rank = logits.shape[1], dist.get_rank(shard.group)
@@ -42,7 +45,8 @@ def reference_loss(
     log_q = (z / temperature).log_softmax(1)
     kl = (teacher.xlogy(teacher) - torch.where(teacher > 0, teacher * log_q, zero)).sum(1)
     if tail == "bucket":
-        # A row without any column off the ids has no tail; its mask is lifted because logsumexp(-inf ...) has no gradient.
+        # A row without any column off the ids has no tail. Its mask is lifted, because logsumexp(-inf ...) has no
+        # gradient.
         covered = stored_columns.all(1)
         log_student_tail = log_q.masked_fill(stored_columns & ~covered[:, None], -torch.inf).logsumexp(1)
         left = (1 - m).clamp(min=0).where(~covered, zero)
@@ -56,9 +60,11 @@ def reference_loss(
 
 
 class _GatherVocabulary(torch.autograd.Function):
-    """[n, v] on each rank -> [n, ranks * v] on all. One all-gather forward; backward takes this rank's columns.
+    """[n, v] on each rank -> [n, ranks * v] on all ranks. One all-gather forward; backward takes this rank's
+    columns.
 
-    No sum over ranks backward: every rank computes the same loss from the same gathered logits, so the gradient is whole.
+    Backward does not sum over ranks: every rank computes the same loss from the same gathered logits, so that
+    its gradient is complete.
     """
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""What every implementation starts from: the shard of the vocabulary, the rows that take part, the teacher's target."""
+"""The inputs that all implementations share: the vocabulary shard, the active rows, the teacher's sparse
+target."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,49 +15,56 @@ OVERWRITTEN = (
 
 
 class TokenLosses(NamedTuple):
-    """What is known of every row, [n] each, in fp32 (fp64 for fp64 logits). Only `loss` is differentiable.
+    """The losses of every row, [n] each, in fp32 (fp64 for fp64 logits). Only `loss` is differentiable.
 
-    The last three describe how a row's teacher and student fit each other; they are 0 where there is no teacher.
+    The last three fields say how well student and teacher of a row agree. They are 0 if the row has no
+    teacher.
     """
 
     loss: Tensor  # weighted
-    ce: Tensor  # unweighted, 0 where there is no label
-    kl: Tensor  # unweighted, 0 where there is no teacher
+    ce: Tensor  # unweighted, 0 without a label
+    kl: Tensor  # unweighted, 0 without a teacher
     teacher_mass: Tensor  # of the stored entries, before any renormalisation
     student_mass: Tensor  # of softmax(logits / T) on the stored ids
-    agreement: Tensor  # 1 where no logit is above that of the teacher's likeliest entry, else 0
+    agreement: Tensor  # 1 if no logit is above that of the teacher's likeliest entry, else 0
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """This rank's part of the vocabulary: its first `columns` columns are the global ids start ... start + columns - 1."""
+    """This rank's part of the vocabulary: its first `columns` columns are the global ids start ... start +
+    columns - 1."""
 
     start: int
-    columns: int  # real columns, without padding; 0 where the whole shard is padding
-    vocab_size: int  # real columns over all shards
-    group: dist.ProcessGroup | None  # None where one rank holds everything
+    columns: int  # without padding; 0 if the whole shard is padding
+    vocab_size: int  # columns of all shards, without padding
+    group: dist.ProcessGroup | None  # None if one rank holds the whole vocabulary
 
 
 @dataclass(frozen=True)
 class ActiveRows:
-    """The arguments of the loss, only the rows that contribute to it; the same on every rank of a group."""
+    """The arguments of the loss for the active rows: those with a weight other than 0. The same on every rank
+    of a group."""
 
-    index: Tensor | None  # [a] positions among the n rows; None where all take part, so that nothing needs gathering
+    index: Tensor | None  # [a] positions among the n rows; None if all rows are active, so that no gather is needed
     count: int  # n
     labels: Tensor  # [a] int64, -100 = none
     teacher_ids: Tensor  # [a, k] int64, -1 = empty
     teacher_logprobs: Tensor  # [a, k]
-    ce_weight: Tensor  # [a] fp64, 0 where there is no label
-    kl_weight: Tensor  # [a] fp64, 0 where there is no teacher entry
+    ce_weight: Tensor  # [a] fp64, 0 without a label
+    kl_weight: Tensor  # [a] fp64, 0 without a teacher entry
 
     def part(self, start: int, stop: int) -> "ActiveRows":
-        """The active rows start ... stop - 1 as if there were no others, none of them skipped."""
+        """The active rows start ... stop - 1, as if they were all rows."""
         everything = (self.labels, self.teacher_ids, self.teacher_logprobs, self.ce_weight, self.kl_weight)
         return ActiveRows(None, stop - start, *(tensor[start:stop] for tensor in everything))
 
 
 def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> ActiveRows:
-    """Drops the rows whose loss is 0 by its weights; arguments and shapes as in `sparse_kl_cross_entropy`."""
+    """Drops the rows in which no weight counts, so that their loss is 0. Arguments and shapes as in
+    `sparse_kl_cross_entropy`.
+
+    A weight counts only if the row has a label (CE) or a teacher entry (KL).
+    """
     ce_weight = ce_weight.detach().double().where(labels >= 0, 0.0)
     kl_weight = kl_weight.detach().double().where((teacher_ids >= 0).any(1), 0.0)
     everything = (labels.long(), teacher_ids.long(), teacher_logprobs.detach(), ce_weight, kl_weight)
@@ -68,7 +76,7 @@ def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> 
 
 
 def spread(losses: TokenLosses, rows: ActiveRows) -> TokenLosses:
-    """[a] -> [n] each, 0 in skipped rows."""
+    """Losses [a] each of the active rows -> [n] each of all rows, 0 in skipped rows."""
     if rows.index is None:
         return losses
     return TokenLosses(*(values.new_zeros(rows.count).index_copy(0, rows.index, values) for values in losses))
@@ -76,23 +84,28 @@ def spread(losses: TokenLosses, rows: ActiveRows) -> TokenLosses:
 
 @dataclass(frozen=True)
 class SparseTarget:
-    """The teacher's distribution as the student is asked to match it.
+    """The distribution that the student learns from the teacher: mass on the stored ids, and residual mass
+    (tail) off them.
 
-    With q the student's softmax over all columns and r its softmax over the columns off the ids, every form of the
-    divergence is  D = sum mass log(mass / q) + tail log(tail / q(off the ids))  and has, before the 1 / T of the
-    temperature, the gradient  (sum mass + tail) q_j - mass_j  on the ids and  (sum mass + tail) q_j - tail r_j  off them.
+    q is the student's softmax over all columns, r its softmax over the columns off the ids. Each of the three
+    tails is
+        D = sum mass log(mass / q) + tail log(tail / q(off the ids))
+    with other values of `mass` and `tail`. Its gradient, without the factor 1 / T of the temperature, is
+        (sum mass + tail) q_j - mass_j      on the ids
+        (sum mass + tail) q_j - tail r_j    off the ids
     """
 
     ids: Tensor  # [a, k] int64, no id twice in a row, -1 = empty
     mass: Tensor  # [a, k] fp64, 0 in empty slots
     stored: Tensor  # [a] fp64, the sum of the masses before any renormalisation
-    tail: Tensor  # [a] fp64, mass that belongs somewhere off the ids; 0 in a row without entries, so that its D is 0
+    tail: Tensor  # [a] fp64, the teacher's mass off the ids; 0 in a row without entries, so that its D is 0
 
 
 def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:
-    """Mass and tail under one of the three tails ("bucket", "renormalize", "ignore"), repeats merged.
+    """The target under one of the three tails ("bucket", "renormalize", "ignore"), with repeated ids merged.
 
-    In fp64: 1 - m loses its digits in fp32 when the teacher is nearly certain, and these tensors are small.
+    In fp64: 1 - m loses its digits in fp32 if the teacher is nearly certain. These tensors are small, so that
+    fp64 is cheap.
     """
     live = rows.teacher_ids >= 0
     mass = rows.teacher_logprobs.double().exp().where(live, 0.0)  # `where`, not a product: empty slots may hold NaN
@@ -107,10 +120,13 @@ def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:
 
 
 def _merge_repeats(ids: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """[a, k] each: every id once per row with the sum of its mass, freed slots empty."""
+    """[a, k] each: every id once per row, with the sum of its mass. The slots of its repeats become empty."""
+    # Sorted, equal ids are neighbours. `slot` counts the different ids so far, so that equal ids share a
+    # slot.
     ids, order = ids.sort(dim=1)
     first = torch.ones_like(ids)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     slot = first.cumsum(1) - 1
-    merged = torch.full_like(ids, -1).scatter(1, slot, ids)  # equal slots receive equal ids: the order cannot matter
+    # Equal slots receive equal ids: the order of the writes does not matter.
+    merged = torch.full_like(ids, -1).scatter(1, slot, ids)
     return merged, torch.zeros_like(mass).scatter_add(1, slot, mass.gather(1, order))
