@@ -1,4 +1,4 @@
-"""The data set of a training: built from captures, read by examples, collated and packed into batches."""
+"""The training dataset: built from captures, read example by example, collated and packed into batches."""
 
 from megatron_fuse.dataset.build import build_fusion_data
 from megatron_fuse.dataset.reader import FusionDataset

@@ -1,4 +1,5 @@
-"""Builds fusion data: the text once, every source's rows, then the choice between the sources and the measures of a curriculum."""
+"""Builds fusion data: the text, the rows of every source, then the choice between the sources and the
+measures of a curriculum."""
 
 import time
 from collections.abc import Callable
@@ -18,10 +19,12 @@ _WAIT = 0.2  # seconds between looks at what other ranks have done
 
 
 def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -> dict[str, Selection]:
-    """Builds what is missing, chooses and measures anew; returns the choice by mode. A second run only chooses and measures.
+    """Builds what is missing, then makes the selections and the curriculum anew. Returns the selection of
+    each mode.
 
-    Under torchrun the ranks share the shards of every part and wait for each other between parts. Raises UserError where a
-    stage before is missing or does not fit the recipe.
+    If all documents are built already, only selections and curriculum are made. Under torchrun the ranks
+    divide the shards of every part among them, and wait for each other between the parts. Raises UserError if
+    an earlier stage is missing or does not fit the recipe.
     """
     recipe = context.recipe
     text = _together(context, TEXT, (), partial(build_text, context, progress))
@@ -41,10 +44,12 @@ def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -
 
 
 def _together(context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artifact | None]) -> Artifact:
-    """Does this rank's share, then waits until the other ranks have done theirs."""
+    """Builds this rank's share of an artifact, then waits until the other ranks have built theirs."""
     manifest = stage.directory(context.recipe, *key) / "manifest.json"
     while (artifact := build()) is None:
-        time.sleep(_WAIT)  # a damaged shard may be made again under the manifest that is still there
+        # Wait first: if a rank makes a damaged shard again, the old manifest is still there, and the inner
+        # loop would not wait.
+        time.sleep(_WAIT)
         while not manifest.exists():
             time.sleep(_WAIT)
     return artifact

@@ -1,13 +1,15 @@
-"""Fusion data against the checksums in its manifests: once per build and machine, in threads beside other work.
+"""Verifies fusion data against the checksums in its manifests, once per build and machine, in background
+threads.
 
-A checksum costs about a second a GB. What was found whole is therefore recorded in the user's cache directory:
+A checksum takes about a second per GB. So a verified artifact gets a record in the user's cache directory:
 
     ~/.cache/megatron-fuse/verified/KEY    KEY: hash of the machine and of the artifact's directory
 
-The record holds the manifest's sha256, and name, inode, size, mtime and ctime of every file. A file that was replaced or written
-to since, even by a tool that restores its mtime, has another inode or ctime, and its artifact is read again. The same is true on
-another machine, which has other disks, caches and memory, even where home and data are shared. Where the cache directory cannot
-be used, every run reads everything again. MEGATRON_FUSE_CACHE names another directory than ~/.cache/megatron-fuse.
+The record holds a hash of the manifest's sha256 and of name, inode, size, mtime and ctime of every file. If a
+file is replaced or written to, its inode or ctime changes, even if a tool restores the mtime. Then its
+artifact is read again. Another machine, with disks, caches and memory of its own, has records of its own,
+even if home and data are shared. If the cache directory cannot be used, every run reads all files again. The
+environment variable MEGATRON_FUSE_CACHE replaces ~/.cache/megatron-fuse.
 """
 
 import os
@@ -26,10 +28,10 @@ _MOST_THREADS = 4  # one per artifact; more would take the storage from the trai
 
 
 class BackgroundVerification:
-    """Compares all files of these artifacts with their manifests in threads, which start at once.
+    """Compares all files of these artifacts with their manifests, in threads that start at once.
 
-    hashlib releases the interpreter's lock, so that the threads take little from a process that waits for its GPU. Leaving the
-    `with` block ends them after the file that each has at hand.
+    hashlib releases the interpreter's lock, so that the threads hardly slow a process that waits for its GPU.
+    At the end of the `with` block each thread stops after its current file.
     """
 
     def __init__(self, artifacts: Sequence[Artifact]) -> None:
@@ -50,12 +52,13 @@ class BackgroundVerification:
 
     @property
     def done(self) -> bool:
-        """Every file was compared."""
+        """Whether all files are compared."""
         return all(check.done() for check in self._checks)
 
     @property
     def failure(self) -> UserError | None:
-        """Of the first artifact that is damaged, as far as is known. An error of another kind is raised as it is."""
+        """The error of the first artifact that is known to be damaged, or None. Raises an error of any other
+        kind."""
         for check in self._checks:
             if check.done() and (error := check.exception()) is not None:
                 if isinstance(error, UserError):
@@ -64,13 +67,14 @@ class BackgroundVerification:
         return None
 
     def wait(self) -> UserError | None:
-        """Waits until all is compared, or something is found damaged; returns the failure."""
+        """Waits until all files are compared or one is found damaged. Returns the failure."""
         wait(self._checks, return_when=FIRST_EXCEPTION)
         return self.failure
 
 
 def verify_once(artifacts: Sequence[Artifact]) -> None:
-    """Raises UserError where a file is not what its manifest says. Reads only what this machine has no record of."""
+    """Raises UserError if a file differs from its manifest. Reads only artifacts without a record on this
+    machine."""
     with BackgroundVerification(artifacts) as verification:
         if failure := verification.wait():
             raise failure
@@ -78,7 +82,9 @@ def verify_once(artifacts: Sequence[Artifact]) -> None:
 
 def _verify_once(artifact: Artifact, stopped: threading.Event) -> None:
     record = _record(artifact)
-    state = _state(artifact)  # before the files are read: what is written to them meanwhile makes the record void
+    state = _state(
+        artifact
+    )  # taken before the files are read: if a file is written to meanwhile, the record does not match
     if _content(record) == state:
         return
     for name in artifact.manifest["files"]:
@@ -95,20 +101,21 @@ def _verify_once(artifact: Artifact, stopped: threading.Event) -> None:
 
 
 def _state(artifact: Artifact) -> str:
-    """What a record says of an artifact: its build, and the identity of every file at this moment."""
+    """The content of an artifact's record: its build, and the identity of every file at this moment."""
     files = []
     for name in artifact.manifest["files"]:
         try:
-            found = os.stat(artifact.directory / name)
+            status = os.stat(artifact.directory / name)
         except OSError:
-            files.append([name])  # `checked` says of it what is wrong
+            files.append([name])  # `checked` raises the error for it
         else:
-            files.append([name, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+            files.append([name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return f"{artifact.directory.resolve()} on {_machine()}: {sha256_of_json([artifact.sha256, files])}\n"
 
 
 def _machine() -> str:
-    """Containers of one image may share a machine id, and machines a name: together they tell two machines apart."""
+    """Host name and machine id. Containers of one image may share the id, and machines may share a name; both
+    together differ."""
     try:
         return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='utf-8').strip()}".strip()
     except (OSError, ValueError):
@@ -116,7 +123,8 @@ def _machine() -> str:
 
 
 def _record(artifact: Artifact) -> Path | None:
-    """The file of an artifact's record; None where there is no cache directory, as for a user without a home."""
+    """The file of an artifact's record; None if there is no cache directory, for example for a user without a
+    home."""
     key = sha256_of_bytes(os.fsencode(artifact.directory.resolve()), _machine().encode())[:32]
     try:
         named, of_user = os.environ.get("MEGATRON_FUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")

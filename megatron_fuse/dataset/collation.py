@@ -1,11 +1,12 @@
-"""From documents to the arrays of one micro-batch, one document per sequence or several.
+"""From documents to the arrays of one micro-batch, with one document per sequence or several.
 
-Row t of the logits predicts token t + 1. A document of n tokens therefore takes n - 1 positions: its last token is never an
-input, the label of a position is the token after it in the SAME document, and a teacher's row stands where its label stands.
-Padded and packed differ only in where a document begins; what a position is taught is computed by one function for both.
+Row t of the logits predicts token t + 1. So a document of n tokens takes n - 1 positions: its last token is
+never an input. The label of a position is the next token of the SAME document. A teacher's row has the
+position of its label. Padded and packed sequences differ only in the position at which a document begins;
+make_targets serves both.
 
-Everything up to here was a view of the mapped files. Each field is copied once, from the type on disk to the one that is
-trained with, by a fixed number of array operations per document and none per token.
+Documents are views of memory-mapped files. Here each field is copied once, from its dtype on disk to the
+dtype of the training, by a fixed number of array operations per document and none per token.
 
 Legend: d documents, b sequences, s positions of a sequence, k entries per row.
 """
@@ -17,17 +18,18 @@ import numpy as np
 
 from megatron_fuse.fusion_data.documents import Document
 
-NO_LABEL = -100  # what torch's cross-entropy ignores
+NO_LABEL = -100  # torch's cross-entropy ignores it
 NO_ENTRY = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What the model reads. Positions without a document hold token 0.
+    """The inputs of the model. Positions without a document hold token 0.
 
-    tokens, position_ids [b, s] int64; starts [d]: first position of each document among all b s, ascending.
-    cu_seqlens [documents + 1 or 2] int32 and max_seqlen, where packed: the sequence's parts between which there is no attention,
-    as cumulative lengths from 0 to s, and the longest part; what is left of the sequence is a part of its own.
+    tokens, position_ids [b, s] int64. starts [d]: the first position of each document among all b s
+    positions, ascending. cu_seqlens [documents + 1 or 2] int32, only if packed: cumulative lengths, from 0 to
+    s, of the parts of the sequence between which there is no attention. The unused end of the sequence is a
+    part of its own. max_seqlen: the length of the longest part.
     """
 
     tokens: np.ndarray
@@ -39,8 +41,12 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What each position is taught: labels int64, NO_LABEL where nothing; ce_weight, kl_weight float32, 0 where nothing, [b, s];
-    teacher_ids int64, NO_ENTRY in empty slots, and teacher_logprobs float32, natural log at the KL temperature, [b, s, k]."""
+    """Labels, weights and teacher entries of each position.
+
+    [b, s]: labels int64, NO_LABEL if there is none; ce_weight and kl_weight float32, 0 without a label.
+    [b, s, k]: teacher_ids int64, NO_ENTRY in empty slots; teacher_logprobs float32, natural logarithms at the
+    KL temperature.
+    """
 
     labels: np.ndarray
     teacher_ids: np.ndarray
@@ -50,9 +56,10 @@ class Targets:
 
 
 def padded_inputs(documents: Sequence[Document], sequences: int, length: int) -> Inputs:
-    """One document per sequence, padded on the right; sequences beyond the documents are empty.
+    """One document per sequence, padded on the right. Sequences beyond the number of documents are empty.
 
-    Raises ValueError where the documents are more than the sequences, or one takes more than `length` positions.
+    Raises ValueError if there are more documents than sequences, or if a document takes more than `length`
+    positions.
     """
     if len(documents) > sequences:
         raise ValueError(f"{len(documents)} documents in {sequences} padded sequences")
@@ -66,9 +73,9 @@ def padded_inputs(documents: Sequence[Document], sequences: int, length: int) ->
 
 
 def packed_inputs(documents: Sequence[Document], length: int) -> Inputs:
-    """All documents on end in one sequence, positions counted from each one's beginning.
+    """All documents concatenated in one sequence. position_ids start at 0 in each document.
 
-    Raises ValueError where they take more than `length` positions together.
+    Raises ValueError if the documents take more than `length` positions together.
     """
     bounds = np.cumsum([0, *(len(document.tokens) - 1 for document in documents)])
     filled = int(bounds[-1])
@@ -77,6 +84,8 @@ def packed_inputs(documents: Sequence[Document], length: int) -> Inputs:
     for document, start, stop in zip(documents, bounds[:-1], bounds[1:], strict=True):
         tokens[0, start:stop] = document.tokens[:-1]
     starts = bounds[:-1]
+    # The unused end becomes a part of its own, so that the parts cover the whole sequence, as variable-length
+    # attention needs.
     if filled < length:
         bounds = np.append(bounds, length)
     parts = np.diff(bounds)
@@ -92,22 +101,27 @@ def _refuse_overflow(document: int, positions: int, length: int) -> None:
 def make_targets(
     documents: Sequence[Document], weights: Sequence[tuple[float, float]], inputs: Inputs, entries_per_row: int
 ) -> Targets:
-    """What the documents teach at the positions where `inputs` has put them.
+    """Labels, weights and teacher entries of the documents, at the positions that `inputs` gives them.
 
-    weights [d]: (CE, KL) of one supervised token of each document, by denominators of the global batch, which no packing changes.
-    entries_per_row: k, at least 1. Raises ValueError where a row has more entries.
+    weights [d]: (CE, KL) of one supervised token of each document, divided by the denominators of the global
+    batch, which do not depend on packing. entries_per_row: k, at least 1. Raises ValueError if a row has more
+    entries.
     """
     shape, positions = inputs.tokens.shape, inputs.tokens.size
     labels = np.full(positions, NO_LABEL, np.int64)
     ce_weight, kl_weight = np.zeros((2, positions), np.float32)
     counts = np.zeros(positions, np.uint8)
     for document, (ce, kl), start in zip(documents, weights, inputs.starts, strict=True):
+        # Shifted by one: the document's position t has token t + 1 as its label, and is supervised if that
+        # token is.
         place, supervised = slice(start, start + len(document.tokens) - 1), document.supervised[1:]
         np.copyto(labels[place], document.tokens[1:], where=supervised)
         np.copyto(ce_weight[place], ce, where=supervised)
         np.copyto(kl_weight[place], kl, where=supervised)
         counts[place][supervised] = document.counts
-    # The slots in the order of memory are the entries in the order of documents, of their rows, and of the rows' entries.
+    # All entries of all documents are written at once. A row with c entries fills the first c of its k slots.
+    # `starts` ascend and a document's rows are in the order of its tokens, so that the filled slots in memory
+    # order are the concatenated entries.
     slots = np.flatnonzero(np.arange(entries_per_row, dtype=counts.dtype) < counts[:, None])
     teacher_ids = np.full(positions * entries_per_row, NO_ENTRY, np.int64)
     teacher_logprobs = np.zeros(positions * entries_per_row, np.float32)

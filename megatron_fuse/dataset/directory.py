@@ -1,4 +1,4 @@
-"""Fusion data by its directory: the recipe that it was built by lies in it.
+"""Finds the recipe of fusion data from its directory, which holds a copy of the recipe that built it.
 
 WORKDIR/fusion/MAP-UNMATCHED-T/recipe.yaml    every option written out, as of the last build
 """
@@ -20,9 +20,11 @@ def save_recipe(recipe: Recipe) -> None:
 
 
 def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of the arguments (cli/fusion_data_arguments.py). With DIR its workdir is where DIR lies now, everything else as it was at the build.
+    """The recipe of the arguments (cli/fusion_data_arguments.py): --recipe, or the copy in DIR.
 
-    Raises UserError where there is neither DIR nor --recipe, or no recipe in DIR.
+    With DIR the workdir is the place where DIR lies now; all other options are those of the build. Raises
+    UserError if there is neither DIR nor --recipe or both, if DIR holds no recipe, or if its recipe describes
+    another directory.
     """
     directory = arguments.directory
     if (directory is None) == (arguments.recipe is None):

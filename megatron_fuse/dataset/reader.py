@@ -1,12 +1,14 @@
-"""What the trainer reads: documents in the target's tokens with the teacher's rows, for the winning source or any other.
+"""The dataset that the trainer reads: documents in the target's tokens, with the teacher's rows of the
+winning or any other source.
 
     FUSION/text/                           prompt and ground-truth response of every example
     FUSION/teachers/SOURCE/training/       the source's rows at the text's supervised tokens
     FUSION/teachers/SOURCE/inference/      prompt, the source's own answer and its rows
     FUSION/selection/MODE-RULE.safetensors which source has the advantage, per example
-    FUSION/curriculum-ORDER.safetensors    what orders the examples where they are not shuffled (curriculum.py)
+    FUSION/curriculum-ORDER.safetensors    what orders the examples if they are not shuffled (curriculum.py)
 
-Every artifact holds one stream per field (streams.py), with one sequence per example, empty where the example is left out.
+Every artifact holds one stream per field (streams.py), with one sequence per example. The sequence of an
+example that is left out is empty.
 """
 
 from collections.abc import Sequence
@@ -26,25 +28,30 @@ from megatron_fuse.selection.rules import NONE
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact, sha256_of_json
 
-MOST_ENTRIES = np.iinfo(np.uint8).max  # of a row, as its count is stored
+MOST_ENTRIES = np.iinfo(np.uint8).max  # entries of a row: their count is stored in one byte
 
 
 class FusionDataset:
-    """Fusion data of a recipe, memory-mapped. Raises UserError where a part is missing, incomplete or made for another target.
+    """Fusion data of a recipe, memory-mapped. Raises UserError if a part is missing, incomplete or made for
+    another target.
 
-    Examples are numbered as in the instructions. `train` and `held_out` [*] int64: the examples of either split that have a
-    document. `entries_per_row`: most entries that a row can have. `sha256`: of every document and of the choice between sources.
+    Examples are numbered as in the instructions. Attributes:
+        train, held_out [*] int64: the examples of each split that have a document
+        entries_per_row: the most entries that a row can have
+        sha256: hash of all documents and of the choice between sources
+        text: the artifact of the text
+        artifacts: all artifacts that hold documents; checksums.py compares their checksums
 
-    `text`: the text's artifact. `artifacts`: those that documents are read from, whose checksums checksums.py compares.
-
-    Opening compares the sizes of all files with their manifests and indices, the indices with each other, and the checksums of
-    the small files that it reads whole: the lists of examples and the choices. It reads no document. What a document says is
-    looked at when it is read, as far as its parts must fit each other.
+    Opening checks the sizes of all files against their manifests and indices, the indices against each other,
+    and the checksums of the small files that it reads whole: the lists of examples and the selections. It
+    reads no document. The content of a document is checked when it is read, as far as its parts must fit each
+    other.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.sources = list(recipe.sources)
-        # Training may run where only the fusion data is: of the stages before, the options of those that are here are compared.
+        # Training may run on a machine that has only the fusion data: options are compared only for those
+        # earlier stages that are there.
         context = Context(recipe)
         context.refuse_changed_options(CURRICULUM)
         for mode in recipe.modes_with_teacher:
@@ -71,10 +78,11 @@ class FusionDataset:
             }
             self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
         self._chosen = dict.fromkeys(MODES, np.full(len(rows), NONE, np.int16))
-        # An example that its margin has dropped is read as one that no source has won.
+        # Examples with weight 0 (dropped by their margin) are treated as having no winner.
         self._chosen |= {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}
         self._weights = dict.fromkeys(MODES, np.ones(len(rows), np.float32))
         self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
+        # A mixture puts the entries of all candidates side by side into one row.
         self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
         if self._mixtures:
             self.entries_per_row *= len(recipe.candidates)
@@ -85,7 +93,8 @@ class FusionDataset:
                 )
         choices = [f"{mode} {selection.sha256}" for mode, selection in self.selections.items()]
         self.sha256 = sha256_of_json([text.sha256, *choices])
-        # The same text whichever source is the teacher.
+        # In the training mode the text is the same for every teacher; in the inference mode it is the
+        # winner's answer.
         self._lengths = {"training": ground_truth.lengths, "inference": self._of_winners("lengths")}
         self._supervised = {"training": self._labels, "inference": self._of_winners("supervised_tokens")}
 
@@ -108,7 +117,7 @@ class FusionDataset:
         return artifact.sha256
 
     def _of_winners(self, field: str) -> np.ndarray:
-        """[examples] int64: a field of the answers that won, 0 where none did."""
+        """[examples] int64: a field of the winning answer, 0 if no answer won."""
         values = np.zeros(len(self.example_ids), np.int64)
         for number, source in enumerate(self.sources):
             won = self._chosen["inference"] == number
@@ -117,7 +126,7 @@ class FusionDataset:
         return values
 
     def lengths(self, mode: str) -> np.ndarray:
-        """[examples] int64: tokens of the selected document, 0 = there is none."""
+        """[examples] int64: tokens of the selected document, 0 if there is none."""
         return self._lengths[mode]
 
     def supervised_tokens(self, mode: str) -> np.ndarray:
@@ -125,25 +134,29 @@ class FusionDataset:
         return self._supervised[mode]
 
     def example_weights(self, mode: str) -> np.ndarray:
-        """[examples] float32 above 0: what the selected document counts beside others, by the margin of its source."""
+        """[examples] float32, above 0: the weight of the selected document, by the margin of its source."""
         return self._weights[mode]
 
     def winners(self, mode: str) -> np.ndarray:
-        """[examples] int16: place in `sources` of the source with the advantage, NONE = no teacher, as none won or the margin has
-        dropped the example. Of a mixture the source that weighs most."""
+        """[examples] int16: index in `sources` of the source with the advantage; for a mixture that of the
+        largest weight.
+
+        NONE = no teacher: no source won, or the margin has dropped the example.
+        """
         return self._chosen[mode]
 
     def selected_source(self, mode: str, example: int) -> str | None:
-        """Name of the source with the advantage, None where `winners` has NONE."""
+        """Name of the source with the advantage, None if `winners` has NONE."""
         number = self._chosen[mode].item(example)
         return None if number == NONE else self.sources[number]
 
     def document(self, mode: str, example: int, source: str | None = None) -> Document:
-        """The document of an example with the rows of `source`: views of the files, no copies. Default: the selected one's, or all
-        sources' rows mixed where the selection weighs them.
+        """The document of an example with the rows of `source`: views of the files, without copies.
 
-        In training mode without a teacher the text has rows without entries; in inference mode without an answer the document
-        is empty. Raises UserError where the recipe has no such source, or the document is damaged.
+        source None: the selected source or, if the selection weighs the sources, their mixture. Without a
+        teacher the document of the training mode is the text with empty rows. Without an answer the document
+        of the inference mode is empty. Raises UserError if the recipe has no such source, or if the document
+        is damaged.
         """
         if source is None and mode in self._mixtures:
             return self._mixed(mode, example)

@@ -1,9 +1,14 @@
-"""Core attention of the local layer spec over torch's scaled_dot_product_attention, which never holds [s, s] scores.
+"""Core attention of the local layer spec, by torch's scaled_dot_product_attention, which never holds the
+scores [s, s].
 
-A position sees itself and those before it: of its sequence, of its document where several are packed into one, and of its
-sliding window where the layer has one. None of that needs a mask of the whole sequence. Documents are attended one by one, which
-costs the sum of their squared lengths, where one call under a block-diagonal mask costs the square of the sum. A window is a band
-along the diagonal, attended block by block, and costs s (window + BLOCK).
+A position sees itself and earlier positions of its sequence. If several documents are packed into one
+sequence, it sees only those of its own document. If the layer has a sliding window, it sees only those within
+the window. None of that needs a mask of the whole sequence:
+
+- Documents are attended one by one. That costs the sum of their squared lengths; one call with a
+block-diagonal mask would cost the
+  square of the sum.
+- A window is a band along the diagonal. It is attended block by block, which costs s (window + BLOCK).
 
 Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries), both of this rank, d channels of a head.
 """
@@ -24,34 +29,40 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_fuse.errors import UserError
 
-BLOCK = 256  # queries attended together under a window; the fastest of 128 to 1024 on a CPU, windows of 512 and 1024
+# Queries attended together under a window. On a CPU, with windows of 512 and 1024, the fastest of 128 to
+# 1024.
+BLOCK = 256
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """The documents of one packed sequence: as Megatron and Transformer Engine take them, and as the local layers do.
+    """The documents of one packed sequence, in the forms of Megatron and Transformer Engine and of the local
+    layers.
 
-    lengths: positions of each document, on the host: to read cu_seqlens there would wait for the GPU.
+    lengths: positions of each document, on the host. Reading them from cu_seqlens would wait for the GPU.
     """
 
     lengths: tuple[int, ...] = ()
 
     @property
     def rotates_by_position(self) -> bool:
-        """Whether the rotations come by position, so that Megatron need not know of documents where it applies them."""
+        """Whether there is one rotation per position, so that Megatron can apply them without the documents'
+        bounds."""
         return self.qkv_format != "thd"
 
     def with_rotations_by_position(self) -> "PackedDocuments":
-        """What Megatron takes for an unpacked sequence [s, 1, ...] everywhere but in CausalAttention."""
+        """The same documents, marked so that Megatron treats the sequence as unpacked, [s, 1, ...].
+        CausalAttention reads `lengths`."""
         # Megatron has no types: mypy does not know the fields of PackedSeqParams.
         return replace(self, qkv_format="sbhd")  # type: ignore[call-arg]
 
 
 class CausalAttention(MegatronModule):
-    """In the place of Megatron's DotProductAttention, which holds the scores and refuses packed sequences.
+    """Replaces Megatron's DotProductAttention, which holds the scores and refuses packed sequences.
 
-    The window is that of config.window_size, in the layers that config.window_attn_skip_freq leaves it to. Raises UserError where
-    the config asks for what is not done here.
+    Layers with a window by config.window_attn_skip_freq use the window of config.window_size. Raises
+    UserError if the config asks for dropout, another softmax or another kind of attention, which are not
+    supported here.
     """
 
     def __init__(
@@ -73,7 +84,8 @@ class CausalAttention(MegatronModule):
         if attention_type != "self":
             raise UserError(f"attention_type is {attention_type!r}: a decoder's attention is 'self'")
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
-        # Megatron counts what is seen beside the position itself: (to its left, to its right).
+        # Megatron's window_size counts the visible positions to the (left, right) of a position, without the
+        # position itself.
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
 
@@ -89,7 +101,7 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h d].
 
-        Raises ValueError for a mask or a bias: what a position sees follows from its document and window alone.
+        Raises ValueError for a mask or a bias: the document and the window alone decide what a position sees.
         """
         if (
             attention_mask is not None
@@ -113,31 +125,40 @@ def causal_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale query key^T) value over what each position sees. query [s, b, h, d], key, value [s, b, g, d] -> [s, b, h, d].
+    """softmax(scale query key^T) value over the positions that each position sees.
 
-    g divides h: query head i reads key/value head i // (h / g). lengths: positions of each document, which add up to s; None for
-    one. window: positions that one sees, itself included; None for all before it. scale: None for 1 / sqrt(d).
+    query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h, d]. g divides h: query head i reads key/value
+    head i // (h / g). lengths: positions of each document; they add up to s. None: one document.
+    window: number of positions that a position sees, itself included. None: all before it.
+    scale: None for 1 / sqrt(d).
     """
     if lengths is None:
         return _attend(query, key, value, window, scale).contiguous()
-    # `split`, whose gradient is one concatenation; that of a slice is as long as the sequence, for every document.
-    queries, keys, values = (of.split(list(lengths)) for of in (query, key, value))
+    # `split` and not slices: the gradient of a split is one concatenation, while each slice has a gradient of
+    # the sequence's length.
+    queries, keys, values = (tensor.split(list(lengths)) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
     return torch.cat([_attend(*document, window, scale) for document in documents]).contiguous()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """One document."""
-    query, key, value = (of.permute(1, 2, 0, 3) for of in (query, key, value))  # [b, h or g, s, d]
+    """Attention of one document, or of one unpacked sequence; shapes as in causal_attention, with s of the
+    document."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, h or g, s, d]
     length = query.shape[2]
+    # A document that is no longer than the window needs no band.
     has_band = window is not None and length > window
     if not takes_groups(query.device, query.dtype, has_band):
-        key, value = (of.repeat_interleave(query.shape[1] // of.shape[1], dim=1) for of in (key, value))
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     if window is None or not has_band:
         return attend(query, key, value, is_causal=True).permute(2, 0, 1, 3)
-    first = slice(window)  # a whole window of positions sees all before it
+    # The first `window` positions see all positions before them: plain causal attention, without a mask.
+    first = slice(window)
     parts = [attend(query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True)]
+    # From there on a block of queries sees the keys from `window` - 1 before its first query up to its last
+    # query. All blocks share one mask; the last block, which may be shorter, takes its upper left part.
     band = _band(BLOCK, window, query.device)
     for start in range(window, length, BLOCK):
         stop = min(start + BLOCK, length)
@@ -148,15 +169,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
 
 
 def takes_groups(device: torch.device, dtype: torch.dtype, has_band: bool) -> bool:
-    """Whether a kernel that holds no [s, s] scores takes fewer key/value heads than query heads.
+    """Whether torch has a kernel here that takes fewer key/value heads than query heads and does not hold the
+    scores [s, s].
 
-    On a GPU the flash kernel does, but takes neither fp32 nor a mask; the memory-efficient one takes both, but no groups. A CPU's
-    kernel takes all.
+    On a GPU the flash kernel takes groups, but neither fp32 nor a mask. The memory-efficient kernel takes
+    fp32 and a mask, but no groups. The CPU's kernel takes all of them.
     """
     return device.type == "cpu" or (dtype in (torch.bfloat16, torch.float16) and not has_band)
 
 
 def _band(queries: int, window: int, device: torch.device) -> Tensor:
-    """[queries, queries + window - 1]: which of the keys, of which the first is the oldest that the first query sees."""
+    """bool [queries, queries + window - 1]: which keys each query sees. Key 0 is the oldest key that query 0
+    sees."""
     distance = torch.arange(queries + window - 1, device=device) - torch.arange(queries, device=device)[:, None]
     return (distance >= 0) & (distance < window)

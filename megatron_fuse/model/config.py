@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig of a target at a layout, and what this machine can run of it."""
+"""Megatron's TransformerConfig of a target at a parallel layout, within what this machine can run."""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,11 +22,11 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this architecture at this layout.
 
-    transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine where it and CUDA are there, else local.
-    perform_initialization: False leaves parameters unset, since a target's weights always come from a checkpoint.
-    megatron_options: further TransformerConfig fields by Megatron's own names, e.g. recompute_granularity.
-    Raises UserError as check_layout does, for an implementation or sequence parallelism that this machine cannot run, and for
-    context parallelism.
+    transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine if it and CUDA are
+    available, else local. perform_initialization: False leaves parameters unset, because a target's weights
+    always come from a checkpoint. megatron_options: further TransformerConfig fields by Megatron's own names,
+    for example recompute_granularity. Raises UserError as check_layout does, for an implementation or
+    sequence parallelism that this machine cannot run, and for context parallelism.
     """
     check_layout(
         architecture,
@@ -63,7 +63,8 @@ def transformer_config(
         "init_method_std": architecture.initializer_range,
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
-        # Megatron takes any number, 1 included, for "interleaved", which a pipeline of one chunk per rank is not.
+        # Megatron takes any number, even 1, to mean an interleaved schedule. One chunk per rank is not
+        # interleaved: None.
         "virtual_pipeline_model_parallel_size": virtual_chunks(virtual_pipeline_model_parallel_size),
         "sequence_parallel": sequence_parallel,
         "params_dtype": params_dtype,
@@ -74,7 +75,7 @@ def transformer_config(
         "perform_initialization": perform_initialization,
         "use_cpu_initialization": not on_gpu,
         "calculate_per_token_loss": False,
-        # Kernels that exist on a GPU only, or only with Transformer Engine or apex.
+        # These kernels exist only on a GPU, or only with Transformer Engine or apex.
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "deallocate_pipeline_outputs": on_gpu,
@@ -83,6 +84,8 @@ def transformer_config(
         "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
         "masked_softmax_fusion": False,
     }
+    # Megatron counts the positions to the left of a position, the architecture also counts the position
+    # itself.
     if architecture.sliding_window is not None:
         options["window_size"] = (architecture.sliding_window - 1, 0)
         options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]
@@ -90,7 +93,7 @@ def transformer_config(
 
 
 def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | None:
-    """Chunks per pipeline rank as Megatron wants them: None where there is but one."""
+    """Chunks per pipeline rank in Megatron's form: None if there is only one."""
     size = virtual_pipeline_model_parallel_size
     return None if size in (None, 1) else size
 

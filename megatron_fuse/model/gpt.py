@@ -28,20 +28,22 @@ from megatron_fuse.model.attention import CausalAttention, PackedDocuments
 
 @dataclass(frozen=True)
 class FusionLossOptions:
-    """How a token's loss is formed; the words are those of fuse_kernels.sparse_kl_cross_entropy.
+    """Options of the loss of one token, by the names of fuse_kernels.sparse_kl_cross_entropy.
 
-    temperature: the student's. The factor T^2, like phases, modes and lambdas, is part of the weights in FusionTargets.
+    temperature: the student's. The factor T^2, like phases, modes and lambdas, is part of the weights in
+    FusionTargets.
     """
 
     temperature: float = 1.0
     tail: str = "bucket"  # bucket | renormalize | ignore
     implementation: str = "auto"  # auto | triton | torch | reference
-    fused_linear: bool = False  # with the output layer's product, a chunk of tokens at a time
+    fused_linear: bool = False  # compute the output layer and the loss together, a chunk of tokens at a time
 
 
 @dataclass(frozen=True)
 class FusionTargets:
-    """What each position is taught; goes where GPTModel expects `labels`. Row t is about token t + 1."""
+    """Labels, teacher entries and weights of each position, passed to GPTModel as `labels`. Row t is about
+    token t + 1."""
 
     labels: Tensor  # [b, s] int64, -100 = none
     teacher_ids: Tensor  # [b, s, k] int64, -1 = empty slot
@@ -57,12 +59,14 @@ class FusionTargets:
 
 
 class FusionGPTModel(GPTModel):
-    """This rank's part of the target. With FusionTargets as `labels` the last stage returns losses, never logits.
+    """This rank's part of the target. With FusionTargets as `labels` the last stage returns losses, never
+    logits.
 
-    Logits would be copied twice on their way out: GPTModel transposes them, Float16Module casts them to fp32.
-    Without labels it answers as GPTModel does: logits [b, s, v/p], padded columns included.
-    Attention is causal without a mask (`attention_mask=None`), within documents where PackedDocuments are given: rotary positions
-    then begin anew in each document, as position_ids [1, s] have to say too.
+    Returned logits would be copied twice: GPTModel transposes them, Float16Module casts them to fp32. Without
+    labels the result is that of GPTModel: logits [b, s, v/p], padded columns included.
+
+    Attention is causal without a mask (`attention_mask=None`). With PackedDocuments it stays within each
+    document, and rotary positions start anew at each document; position_ids [1, s] must do so too.
     """
 
     def __init__(
@@ -93,7 +97,8 @@ class FusionGPTModel(GPTModel):
         self.rotary_pos_emb.inv_freq = torch.tensor(
             architecture.inverse_frequencies, dtype=torch.float32, device=frequencies.device
         )
-        # Not every layer of Megatron is made on the GPU: torch's RMSNorm is made on its default device.
+        # Some layers of Megatron are not created on the GPU: torch's RMSNorm is created on torch's default
+        # device.
         for module in self.modules():
             if any(parameter.device.type == "cpu" for parameter in module.parameters(recurse=False)):
                 module.to(torch.cuda.current_device())
@@ -107,6 +112,8 @@ class FusionGPTModel(GPTModel):
         packed_seq_params: PackedDocuments | None = None,
         **named: object,
     ) -> Tensor:
+        # The local layers rotate by position (_preprocess). Transformer Engine takes the documents' bounds as
+        # they are.
         if packed_seq_params is not None and self.config.transformer_impl == "local":
             packed_seq_params = packed_seq_params.with_rotations_by_position()
         return super().forward(input_ids, position_ids, *rest, packed_seq_params=packed_seq_params, **named)
@@ -114,8 +121,12 @@ class FusionGPTModel(GPTModel):
     def _preprocess(
         self, *rest: object, position_ids: Tensor, packed_seq_params: PackedDocuments | None = None, **named
     ):
-        """As GPTModel's. With rotations by position, those of each position of the sequence [s, 1, 1, d] take the place of a
-        table up to the longest document: Megatron's own way to apply that table document by document waits for the GPU."""
+        """GPTModel's _preprocess, with one rotation per position of the sequence, [s, 1, 1, d], if rotations
+        go by position.
+
+        Megatron's own table of rotations reaches up to the longest document. Megatron applies it document by
+        document, which waits for the GPU.
+        """
         named |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         hidden_states, rotations, *others = super()._preprocess(*rest, **named)
         if packed_seq_params is not None and packed_seq_params.rotates_by_position:
@@ -123,34 +134,36 @@ class FusionGPTModel(GPTModel):
         return (hidden_states, rotations, *others)
 
     def _postprocess(self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object) -> Tensor:
-        """GPTModel's way from hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
+        """From hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
 
-        With `fused_linear` losses come straight from here, and with them what the output layer does besides its product: the
-        tied weight, the wait for a weight that other ranks update, the gather of a split sequence, the sum of the hidden states'
-        gradient over the tensor-parallel group.
+        Without `fused_linear` this is GPTModel's _postprocess. With it the losses come from here, without a
+        call of the output layer. So this must do what the output layer does besides its product: take the
+        tied weight, wait for a weight that other ranks update, gather a split sequence, and sum the hidden
+        states' gradient over the tensor-parallel group.
         """
         if labels is None or not (self.post_process and self.loss_options.fused_linear):
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
-            # Its backward only cuts this rank's part out: the gradient that arrives there is summed already.
+            # The gradient that arrives here is already summed over the group by the loss. So the backward
+            # pass of the gather only takes this rank's part of it.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=group
             )
         _run_pre_hooks(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        # The upstream gradient is 1 (training/loss.py).
+        # unit_upstream: the upstream gradient of every loss is 1 (training/loss.py).
         loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight, unit_upstream=True)
         sequence, batch = hidden_states.shape[:2]
         return self._losses(loss, labels, sequence, batch, columns=len(weight))
 
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
-        """The fusion loss of every position, in GPTModel's place for its cross entropy.
+        """The fusion loss of every position. GPTModel calls it instead of its cross entropy.
 
-        logits [s, b, v/p] as the output layer leaves them; the gradient takes their place. Returns [6, b, s] fp32, in the order of
-        `fuse_kernels.TokenLosses`: the first, the loss, is differentiable. Collectives: the kernel's, over the tensor-parallel
-        group; none here.
+        logits [s, b, v/p], as the output layer returns them; the gradient is written over them. Returns [6,
+        b, s] fp32, in the order of `fuse_kernels.TokenLosses`: only the first, the loss, is differentiable.
+        Collectives: those of the kernels over the tensor-parallel group, no other.
         """
         loss = partial(sparse_kl_cross_entropy, logits.flatten(0, 1))
         sequence, batch, columns = logits.shape
@@ -159,13 +172,18 @@ class FusionGPTModel(GPTModel):
     def _losses(
         self, loss: Callable[..., TokenLosses], targets: FusionTargets, sequence: int, batch: int, columns: int
     ) -> Tensor:
-        """[6, b, s] of a loss function that has been given its rows [s b], in the order of [s, b]; columns: of this rank."""
+        """[6, b, s] from a loss function that already has the student's rows [s b], in the order of [s, b].
+
+        columns: number of logits columns of this rank. Raises TypeError if the targets are no FusionTargets.
+        """
         if not isinstance(targets, FusionTargets):
             raise TypeError(f"labels must be FusionTargets, not {type(targets).__name__}")
         group = self.pg_collection.tp
 
-        def rows(of: Tensor) -> Tensor:  # [b, s, ...] -> [s b, ...]
-            return of.transpose(0, 1).reshape(sequence * batch, *of.shape[2:])
+        # Megatron keeps the sequence first, [s, b]: the targets [b, s] follow it, as they are smaller than
+        # the logits.
+        def rows(target: Tensor) -> Tensor:  # [b, s, ...] -> [s b, ...]
+            return target.transpose(0, 1).reshape(sequence * batch, *target.shape[2:])
 
         losses = loss(
             rows(targets.labels),
@@ -193,12 +211,16 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
 ) -> FusionGPTModel:
-    """One model chunk of this rank, its parameters unset unless config.perform_initialization.
+    """One model chunk of this rank. Its parameters are unset unless config.perform_initialization is set.
 
-    pre_process, post_process: whether the chunk holds the embedding and the output layer; by default Megatron's process groups,
-    which must exist, say so. vp_stage: which chunk, under virtual pipeline parallelism. Parameters are on the GPU where there
-    is one; linear and embedding weights in config.params_dtype, norms in fp32 until Float16Module casts them.
-    seq_length: tokens, None for as many as the architecture takes; UserError if that is too many for it.
+    seq_length: tokens of a sequence; None: as many as the architecture takes.
+    vp_stage: the number of the chunk under virtual pipeline parallelism.
+    pre_process, post_process: whether the chunk holds the embedding and the output layer. None: as Megatron's
+    process groups
+        say, which must then exist.
+
+    Parameters are on the GPU, if there is one. Linear and embedding weights have config.params_dtype, norms
+    fp32 until Float16Module casts them. Raises UserError if the architecture does not take so many tokens.
     """
     check_layout(architecture, seq_length=seq_length)
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -224,7 +246,7 @@ def build_model_chunks(
     seq_length: int | None = None,
     loss_options: FusionLossOptions | None = None,
 ) -> list[FusionGPTModel]:
-    """All model chunks of this rank, in order: one, or as many as virtual pipeline parallelism asks for."""
+    """All model chunks of this rank, in order: one, or several under virtual pipeline parallelism."""
     virtual = config.virtual_pipeline_model_parallel_size
     stages: Iterable[int | None] = [None] if virtual is None else range(virtual)
     build = partial(build_model, architecture, config, seq_length=seq_length, loss_options=loss_options)
@@ -237,24 +259,27 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # Megat
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    # By itself Megatron gives the last norm to apex if a package of that name is there, whose kernel knows no RMSNorm.
+    # The last norm is set here. Megatron would give it to apex if a package of that name is installed, but
+    # apex's kernel knows no RMSNorm.
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
 
 
 def _run_pre_hooks(module: torch.nn.Module) -> None:
-    """What calling a module does first, for whoever reads its weight instead of calling it.
+    """Runs the pre-hooks of a module whose weight is read without a call of the module.
 
-    There DistributedDataParallel with overlap_param_gather waits until the other ranks' shares of the weight have come.
+    In a pre-hook DistributedDataParallel with overlap_param_gather waits until the other ranks' shares of the
+    weight are here.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
 
 
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:
-    """Marks sharded weights as sharded, which Megatron's own layers do only while they initialise them.
+    """Marks sharded weights as sharded. Megatron's own layers do so only while they initialise their weights.
 
-    Unmarked, they pass for copies of one another: the gradient norm would count the shard of rank 0 alone.
+    Megatron takes unmarked weights for copies of one another: the gradient norm would count only the shard of
+    rank 0.
     """
     dimensions = {
         tensor_parallel_layers.VocabParallelEmbedding: 0,
@@ -264,7 +289,6 @@ def _mark_tensor_parallel_weights(model: GPTModel) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            stride = (
-                2 if name.endswith("linear_fc1") else 1
-            )  # a shard is two pieces: of the gate, and of the up projection
+            # A shard of linear_fc1 has two pieces: one of the gate, one of the up projection.
+            stride = 2 if name.endswith("linear_fc1") else 1
             tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], stride)

@@ -1,11 +1,13 @@
 """From a step's examples to the micro-batches of one data-parallel rank.
 
-Modes, phases, lambdas, margins, padding and prompts become per-token weights here, and nothing later knows of them. The
-denominator N of a mode is the number of its supervised tokens in the whole global batch, known from the index before any document
-is read, so any split over micro-batches, data-parallel ranks, tensor and pipeline ranks gives the same loss, and so does packing.
+Modes, phases, lambdas, margins, padding and prompts become weights per token here. No later code needs to
+know of them. The denominator N of a mode is the number of its supervised tokens in the whole global batch. It
+is known from the index before any document is read. So the loss is the same for every split over
+micro-batches and ranks, and with or without packing.
 
-An example that a source has barely won counts less (FusionDataset.example_weights). In the inference mode it does so as a whole,
-each of its tokens in N as well; in the training mode its KL alone does, as the ground truth is right whoever reads it best.
+An example that a source wins by a small margin counts less (FusionDataset.example_weights). In the inference
+mode the weight applies to the whole document: to its cross-entropy, to its KL, and to its share of N. In the
+training mode it applies to the KL alone, as the ground truth is correct whichever source wins.
 
 Legend: b micro-batch, s sequence, k stored teacher entries.
 """
@@ -27,42 +29,43 @@ from megatron_fuse.selection.rules import NONE
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One document per sequence, padded on the right, or b = 1 and several documents of one mode on end.
+    """One document per sequence, padded on the right; or, packed, b = 1 and several documents of one mode,
+    concatenated.
 
-    `targets` is None on ranks that compute no loss. cu_seqlens, where packed, are those of variable-length attention
-    (collation.Inputs): a position is to see the positions before it within its document only. lengths: the same on the host.
+    `targets` is None on ranks that compute no loss. cu_seqlens, if packed, are the bounds for variable-length
+    attention (collation.Inputs): a position must see earlier positions of its own document only. lengths hold
+    the same bounds on the host.
     """
 
     tokens: torch.Tensor  # [b, s] int64
     position_ids: torch.Tensor  # [b, s] int64
     targets: FusionTargets | None
     mode: torch.Tensor  # [b] int64, index in MODES
-    source: torch.Tensor  # [b], packed [parts], int64: teacher's place in the dataset's sources, -1 = none
+    source: torch.Tensor  # [b], or [parts] if packed, int64: the teacher's index in the dataset's sources, -1 = none
     cu_seqlens: torch.Tensor | None = None  # int32, from 0 to s
     lengths: tuple[int, ...] | None = None  # positions of each part
 
     def sources_by_position(self) -> torch.Tensor:
-        """[b, s] int64: `source` of the document that each position belongs to."""
+        """[b, s] int64: for each position the `source` of its document."""
         if self.cu_seqlens is None:
             return self.source[:, None].expand_as(self.tokens)
-        # Without the size of its result repeat_interleave waits for the GPU to know it.
+        # With output_size repeat_interleave need not wait for the GPU to learn the size of its result.
         return self.source.repeat_interleave(self.cu_seqlens.diff(), output_size=self.tokens.shape[1])[None]
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What every rank knows of a step without reading a document."""
+    """The plan of one step. Every rank has the same one, and makes it without reading a document."""
 
-    # Of all ranks: the documents of each sequence, (mode, example of the dataset).
+    # Of all ranks: the documents of each sequence, as (mode, example of the dataset).
     sequences: list[list[tuple[str, int]]]
     packed: bool
-    weights: dict[
-        str, tuple[float, float]
-    ]  # mode -> weight of one supervised token's (CE, KL), of an example that counts 1
-    supervised_tokens: dict[str, int]  # mode -> labels, however much they count
-    positions: np.ndarray  # [documents] int64: those that carry a token, of all ranks
-    seq_length: int  # padded length of this step
-    micro_batches: int  # of every data-parallel rank, empty ones included
+    # mode -> weights (CE, KL) of one supervised token, for an example of weight 1
+    weights: dict[str, tuple[float, float]]
+    supervised_tokens: dict[str, int]  # mode -> number of labels, whatever their weight
+    positions: np.ndarray  # [documents] int64: input positions of each document that carry a token, of all ranks
+    seq_length: int  # padded length of the sequences of this step
+    micro_batches: int  # of each data-parallel rank, empty ones included
 
     @property
     def documents(self) -> list[tuple[str, int]]:
@@ -75,12 +78,12 @@ class GlobalBatch:
 
     @property
     def taught(self) -> set[str]:
-        """Modes whose KL has a weight."""
+        """The modes whose KL has a weight above 0."""
         return {mode for mode, (_, kl) in self.weights.items() if kl > 0}
 
     @property
     def padding(self) -> float:
-        """The share of the sequences' positions that carry no token; those of empty micro-batches are not counted."""
+        """The share of positions that carry no token. Positions of empty micro-batches are not counted."""
         return 1 - self.tokens / max(len(self.sequences) * self.seq_length, 1)
 
 
@@ -94,15 +97,19 @@ def plan_batch(
     micro_batch_multiple: int = 1,
     pack_into: int | None = None,
 ) -> GlobalBatch:
-    """The documents of these examples in the modes that have a weight.
+    """Plans the step of these examples: their documents in the modes of `weights`, arranged in sequences.
 
-    examples [n]: indices of the dataset. weights: mode -> (weight of the mode's mean CE, of its mean KL). Examples without a
-    document in a mode (no answer won, or it does not fit) have only the other. micro_batch_multiple: the number of micro-batches
-    is rounded up to it with empty ones, as Megatron's interleaved schedule needs. pack_into: positions of a sequence that the
-    documents of a mode share at most; a micro-batch is then one such sequence, and micro_batch_size has to be 1.
+    examples [n]: indices of the dataset. An example may have no document in a mode: no answer won, or the
+    document does not fit. weights: mode -> (weight of the mode's mean CE, weight of its mean KL).
+    micro_batch_multiple: the number of micro-batches is rounded up to a multiple of it with empty ones, as
+    Megatron's interleaved schedule needs.
+    pack_into: the most positions of a sequence that several documents of one mode share; None: one document
+    per sequence. A packed micro-batch is one such sequence. Raises ValueError if micro_batch_size is then not
+    1.
     """
     if pack_into and micro_batch_size != 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
+    # A document of n tokens takes n - 1 positions: its last token is a label only.
     present_in = {mode: examples[dataset.lengths(mode)[examples] > 0] for mode in weights}
     positions_in = {mode: dataset.lengths(mode)[present] - 1 for mode, present in present_in.items()}
     if pack_into:
@@ -116,10 +123,15 @@ def plan_batch(
         present, positions = present_in[mode], positions_in[mode]
         sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
         longest = max([longest, *(int(positions[sequence].sum()) for sequence in chosen)])
+        # N of the mode. In the inference mode the tokens of an example count with the example's weight, so
+        # that a weight below 1 does not only make the gradient smaller. In the training mode they all count
+        # 1.
         labels = dataset.supervised_tokens(mode)[present]
         supervised[mode] = int(labels.sum())
         counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
         denominators[mode] = float((labels * counted).sum(dtype=np.float64))
+    # The division by N happens here, once, and nowhere in the loss: a token's weight then holds all its
+    # factors.
     per_token = {
         mode: (ce / denominators[mode], kl / denominators[mode]) if denominators[mode] else (0.0, 0.0)
         for mode, (ce, kl) in weights.items()
@@ -137,10 +149,11 @@ def plan_batch(
 
 
 def longest_sequence(dataset: FusionDataset, phases: Iterable[Phase], *, pack_into: int | None = None) -> int:
-    """The largest seq_length that plan_batch may give a step of these phases, from the index alone.
+    """The largest seq_length that plan_batch may give to a step of these phases, from the index alone.
 
-    Padded, a sequence is one document, and the longest that is learned from comes in some step. Packed, it has up to pack_into
-    positions, which a step leaves free only where its documents fit without them.
+    Without packing a sequence is one document: the result is the longest document that any phase learns from.
+    With packing a sequence has up to pack_into positions. A step uses fewer only if its documents fit into
+    fewer.
     """
     if pack_into:
         return _padded_length(pack_into)
@@ -153,16 +166,17 @@ def _padded_length(positions: int) -> int:
 
 
 def phase_weights(phase: Phase, *, progress: float, kl_factor: float) -> dict[str, tuple[float, float]]:
-    """(w, w lambda kl_factor) of the modes that a phase learns from, when so much of it is done, from 0 to 1.
+    """mode -> (w, w lambda kl_factor) of the modes that a phase learns from, with w and lambda at `progress`
+    of the phase.
 
-    kl_factor: T^2 where the recipe asks for it, else 1. A ramp that stands at 0 keeps its mode: every step of a phase reads the
-    same kinds of documents.
+    progress: from 0 to 1. kl_factor: T^2 if the recipe asks for it, else 1. A mode whose ramp is at 0 stays
+    in the result, so that every step of a phase reads the same kinds of documents.
     """
     weights = {}
     for mode in MODES:
-        of_mode: ModeWeights = getattr(phase, mode)
-        if of_mode.is_used:
-            weight, lambda_ = (value_at(value, progress) for value in (of_mode.weight, of_mode.lambda_))
+        mode_weights: ModeWeights = getattr(phase, mode)
+        if mode_weights.is_used:
+            weight, lambda_ = (value_at(value, progress) for value in (mode_weights.weight, mode_weights.lambda_))
             weights[mode] = (weight, weight * lambda_ * kl_factor)
     return weights
 
@@ -177,21 +191,23 @@ def micro_batches(
     with_targets: bool,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches: every data_parallel_size-th sequence, with empty ones up to the common number."""
-    mine = batch.sequences[data_parallel_rank::data_parallel_size]
+    """Yields this rank's micro-batches: every data_parallel_size-th sequence. Empty ones follow up to the
+    common number."""
+    of_this_rank = batch.sequences[data_parallel_rank::data_parallel_size]
     for index in range(batch.micro_batches):
-        sequences = mine[index * micro_batch_size : (index + 1) * micro_batch_size]
-        # Megatron's data parallelism averages the gradients of the ranks, where theirs are to be added up.
+        sequences = of_this_rank[index * micro_batch_size : (index + 1) * micro_batch_size]
+        # Megatron's data parallelism averages the gradients over the ranks. The loss needs their sum, as N is
+        # of the whole global batch: the weights contain the factor data_parallel_size.
         yield _collate(dataset, batch, sequences, micro_batch_size, data_parallel_size, with_targets, device)
 
 
 def _token_weights(
     dataset: FusionDataset, batch: GlobalBatch, mode: str, example: int, factor: float
 ) -> tuple[float, float]:
-    """(CE, KL) of one supervised token of a document, times the factor."""
+    """Weights (CE, KL) of one supervised token of a document, times the factor."""
     ce, kl = (factor * weight for weight in batch.weights[mode])
-    counted = dataset.example_weights(mode).item(example)
-    return (ce * counted if mode == "inference" else ce), kl * counted
+    example_weight = dataset.example_weights(mode).item(example)
+    return (ce * example_weight if mode == "inference" else ce), kl * example_weight
 
 
 def _collate(
@@ -215,6 +231,7 @@ def _collate(
         weights = [_token_weights(dataset, batch, mode, example, weight_factor) for mode, example in chosen]
         arrays = make_targets(documents, weights, inputs, max(dataset.entries_per_row, 1))
         targets = FusionTargets(**{name: on_device(array, device) for name, array in vars(arrays).items()})
+    # Packed, the unused end of the sequence is a part of its own: it has no source.
     bounds = inputs.cu_seqlens
     parts = micro_batch_size if bounds is None else len(bounds) - 1
     sources = [dataset.winners(mode).item(example) for mode, example in chosen]
@@ -231,6 +248,10 @@ def _collate(
 
 
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copied while the GPU is at work: from memory that is not pinned, a copy waits until all work before it is done."""
+    """The array as a tensor on the device. On a GPU the copy comes from pinned memory, so that it does not
+    wait for the GPU.
+
+    A copy from memory that is not pinned would wait until all earlier work of the GPU is done.
+    """
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,9 +1,11 @@
-"""What keeps one bad step from spoiling a run: gradients that are not finite, a loss that leaps, replicas that drift apart.
+"""Guards against a bad step: gradients that are not finite, a spike of the loss, replicas with different
+weights.
 
-A step whose gradient norm is not finite is skipped: its samples count as consumed, weights and optimizer stay as they were. The
-norm is the one number that every rank has: Megatron sums it over the tensor and pipeline ranks (over all ranks, with the
-distributed optimizer), and data parallelism has added the gradients up before. So all ranks decide alike without asking each
-other. A loss that is not finite comes out of it too, as make_forward_step makes its gradient NaN.
+A step whose gradient norm is not finite is skipped: its samples count as consumed, weights and optimizer stay
+as they were. The norm is the same number on every rank: Megatron sums it over the tensor and pipeline ranks
+(over all ranks, with the distributed optimizer), after data parallelism has added the gradients up. So all
+ranks decide alike without a collective of their own. A loss that is not finite makes the norm not finite too,
+because make_forward_step makes its gradient NaN.
 """
 
 import hashlib
@@ -22,18 +24,20 @@ from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron_fuse.errors import UserError
 from megatron_fuse.text_safety import printable
 
-WINDOW = 64  # losses that a new one is compared with
-FEWEST = 16  # of them before anything is called a spike
+WINDOW = 64  # a new loss is compared with so many losses before it
+FEWEST = 16  # with fewer losses before it, no loss is called a spike
 DEVIATIONS = 10.0
-_NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
-_SHOWN = 16  # example ids in a message
+_NORMAL = 1.4826  # the standard deviation of a normal distribution, divided by its median absolute deviation
+_SHOWN = 16  # example ids that a message shows
 
 
 def step_optimizer(optimizer: Any, clip_grad: float) -> float:
-    """Megatron's ChainedOptimizer.step() that leaves out a step whose gradient norm is not finite; returns that norm.
+    """Megatron's ChainedOptimizer.step(), but a step whose gradient norm is not finite is skipped. Returns
+    the norm.
 
-    Megatron itself looks for inf only where it scales the loss (fp16). In fp32 and bf16 its step() scales every gradient by
-    max_norm / NaN and applies it. Collectives and the one synchronisation (the norm's .item()) are those of step().
+    Megatron itself looks for inf only if it scales the loss (fp16). In fp32 and bf16 its step() scales every
+    gradient by max_norm / NaN and applies the result. Collectives and the one synchronisation (the norm's
+    .item()) are those of step().
     """
     found_inf = optimizer.prepare_grads()
     norm = math.inf if found_inf else float(optimizer.get_grad_norm())
@@ -41,17 +45,20 @@ def step_optimizer(optimizer: Any, clip_grad: float) -> float:
         return norm
     for part in optimizer.chained_optimizers:
         if clip_grad > 0 and (parameters := part.get_parameters()):
-            # By its name in Megatron's module, where runtime/cpu.py puts one for a machine without a GPU.
+            # Called through Megatron's module: runtime/cpu.py replaces the function there on a machine
+            # without a GPU.
             megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
     return norm
 
 
 def is_spike(loss: float, last: Sequence[float]) -> bool:
-    """Whether a loss lies DEVIATIONS robust standard deviations above the median of the last ones, not counting itself.
+    """Whether a loss lies more than DEVIATIONS robust standard deviations above the median of the `last`
+    losses.
 
-    The deviation is the median absolute one (Hampel 1974), at least 1 % of the median: neither moves for a single outlier. The
-    answer is the same in any unit of the loss. False while fewer than FEWEST losses are known, and for a falling loss.
+    `last` does not contain the loss itself. The deviation comes from the median absolute deviation (Hampel
+    1974) and is at least 1 % of the median. A single outlier changes neither. The answer does not depend on
+    the unit of the loss. False with fewer than FEWEST losses, and for a falling loss.
     """
     if len(last) < FEWEST:
         return False
@@ -62,21 +69,24 @@ def is_spike(loss: float, last: Sequence[float]) -> bool:
 
 @dataclass
 class StepGuard:
-    """Watches the steps of one process, and says what its user should know."""
+    """Watches the steps of one process and warns of skipped steps and of spikes."""
 
-    max_skipped: int  # in a row
+    max_skipped: int  # skipped steps in a row that end the run
     check_for_spikes: bool = True
     skipped_in_a_row: int = 0
-    phase: str | None = None  # the losses of another phase are weighted otherwise
+    phase: str | None = (
+        None  # the phase of `losses`: another phase has other weights, so that its losses do not compare
+    )
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def watch(
         self, iteration: int, phase: str, values: Mapping[str, float], example_ids: Callable[[], Sequence[str]]
     ) -> str | None:
-        """A warning about a step that was done, None where there is none.
+        """A warning about a finished step, or None.
 
-        values: `grad norm`, the same on every rank, and on ranks of the last stage `loss`. example_ids: of the step's examples,
-        asked for only where they are printed. Raises UserError, on every rank alike, after max_skipped skipped steps in a row.
+        values: `grad norm`, the same on every rank; on ranks of the last stage also `loss`. example_ids:
+        returns the ids of the step's examples; called only if they are printed. Raises UserError, on every
+        rank, after max_skipped skipped steps in a row.
         """
         norm = values["grad norm"]
         if not math.isfinite(norm):
@@ -112,21 +122,24 @@ def _named(ids: Sequence[str]) -> str:
 
 
 def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: int) -> None:
-    """Compares the bytes of every weight on all data-parallel replicas; raises UserError on every rank where one differs.
+    """Compares the bytes of every weight on all data-parallel replicas. Raises UserError on every rank if a
+    weight differs.
 
-    As Megatron's check_param_hashes_across_dp_replicas with cross_check, which tells that, but not which weight. Copies all
-    weights to the CPU. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, an all-reduce of one
-    number over all ranks. With overlap_param_gather trainer.gather_weights has to come before.
+    Megatron's check_param_hashes_across_dp_replicas with cross_check does the same, but does not say which
+    weight differs. This copies all weights to the CPU. With overlap_param_gather, call trainer.gather_weights
+    first. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, an all-reduce of
+    one number over all ranks.
     """
     weights = {name: weight for chunk in chunks for name, weight in chunk.named_parameters()}
     digests = [hashlib.sha256(_bytes(weight)).digest() for weight in weights.values()]
     device = next(iter(weights.values())).device
-    mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
+    local = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
     group = parallel_state.get_data_parallel_group()
-    all_of_them = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(all_of_them, mine, group=group)
-    same = (torch.stack(all_of_them) == mine).all(dim=2).all(dim=0).tolist()
+    all_replicas = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(all_replicas, local, group=group)
+    same = (torch.stack(all_replicas) == local).all(dim=2).all(dim=0).tolist()
     different = [name for name, is_same in zip(weights, same, strict=True) if not is_same]
+    # A replica of another tensor or pipeline rank may differ: all ranks must raise the error together.
     anywhere = torch.tensor([len(different)], device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if anywhere.item():

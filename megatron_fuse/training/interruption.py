@@ -1,9 +1,11 @@
-"""A run that stops before its schedule ends: at a signal, after a time, or after so many steps; all ranks after the same step.
+"""Stops a run before its schedule ends: at a signal, after a time, or after a number of steps. All ranks stop
+after the same step.
 
-SIGTERM and SIGUSR1 are what a batch system sends some time before it kills. To torchrun itself one sends SIGTERM: it passes it
-on to every rank, kills after 30 s what still runs, and ends with a code other than 0 although its ranks end with 0. It does so
-with SIGUSR1 too where TORCHELASTIC_SIGNALS_TO_HANDLE names it; without, SIGUSR1 ends torchrun alone. SIGINT is a Ctrl-C: it saves
-as well, and the run ends as every command does then (interrupts.py), with 130.
+A batch system sends SIGTERM or SIGUSR1 some time before it kills a job. torchrun forwards SIGTERM to all
+ranks, kills the ranks that still run after 30 s, and exits with a code other than 0 even if all ranks exit
+with 0. It does the same with SIGUSR1 only if TORCHELASTIC_SIGNALS_TO_HANDLE names it; otherwise SIGUSR1 ends
+torchrun itself. SIGINT is a Ctrl-C: the run saves as well, and exits with 130 as every command does then
+(interrupts.py).
 """
 
 import signal
@@ -20,17 +22,21 @@ import torch.distributed as dist
 from megatron_fuse.training.data_check import DataCheck
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Seconds in which a second Ctrl-C is the first: what has started a training passes it on after 5 (processes.run_tied).
+# A Ctrl-C within so many seconds after the first one counts as the same: the process that started the
+# training forwards the first after 5 s (processes.run_tied).
 _AGAIN = 10.0
 
 
 class Interruption:
-    """Asked between two steps whether to stop. Within its `with` block SIGNALS no longer kill but wait for that question; a second
-    Ctrl-C does not wait. Of those that are ignored outside, nothing is received.
+    """The trainer asks it between two steps whether to stop (`reason`).
 
-    signals: whether they do. interval: stop after a step whose number is a multiple of it. minutes: stop once this process is as
-    old, loading included, as batch systems count. device: of the one all-reduce of three integers that each question costs.
-    data_check: shares that all-reduce, and raises UserError on all ranks where the data are damaged.
+    Within its `with` block SIGNALS do not kill the process: they are recorded until the next question. A
+    second Ctrl-C acts at once. A signal that the process ignores outside the block stays ignored.
+
+    signals: whether to handle SIGNALS at all. interval: stop after a step whose number is a multiple of it.
+    minutes: stop if this process is at least so old, with the time of loading, as batch systems count it.
+    device: where the all-reduce of `reason` runs. data_check: its status is part of that all-reduce, and
+    damaged data raise UserError on all ranks.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         before = {number: signal.getsignal(number) for number in self._handled}
-        # What is ignored stays ignored: a shell starts a script's background jobs without Ctrl-C.
+        # An ignored signal stays ignored: a shell lets the background jobs of a script ignore SIGINT.
         self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._receive)
@@ -69,12 +75,17 @@ class Interruption:
             before(number, frame)
 
     def reason(self, iteration: int) -> str | None:
-        """Why to stop after this step, None to go on. To be called by all ranks, and the same on all, whichever was asked."""
+        """The reason to stop after this step, None to continue. All ranks must call it, and all get the same
+        answer.
+
+        One all-reduce of three integers over all ranks: a signal may reach only some of them, and their
+        clocks differ.
+        """
         late = self.minutes is not None and time.time() - self._started >= 60 * self.minutes
-        mine = [self._received, int(late), self.data_check.status]
-        asked = torch.tensor(mine, dtype=torch.int32, device=self.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # clocks differ between ranks as well
-        number, late, status = asked.tolist()
+        local = [self._received, int(late), self.data_check.status]
+        highest = torch.tensor(local, dtype=torch.int32, device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        number, late, status = highest.tolist()
         self.data_check.heed(status)
         self.is_interrupt = number == signal.SIGINT
         if number:
@@ -88,10 +99,11 @@ class Interruption:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes started in this block do not receive SIGNALS, and this one receives them at its end.
+    """Blocks SIGNALS for the processes that start in this block. This process receives them at the end of the
+    block.
 
-    torchrun and batch systems signal whole process groups. The checkpoint's writers would die of it at the very moment in which
-    the last checkpoint is to be saved.
+    torchrun and batch systems send a signal to whole process groups. Without the block it would kill the
+    checkpoint's writers just when the last checkpoint is being saved.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

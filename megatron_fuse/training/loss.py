@@ -1,8 +1,8 @@
-"""The forward step that Megatron's pipeline schedules call, and what becomes of its losses.
+"""The forward step that Megatron's pipeline schedules call, and the report of its losses.
 
-Megatron divides a loss by the number of micro-batches, which is undone here, and its data parallelism averages gradients over the
-ranks, which is undone in the weights of the tokens (batches.py). So the upstream gradient of every token's loss is exactly 1, and the
-loss kernels need not multiply by it.
+Megatron divides each loss by the number of micro-batches. This file undoes that. Megatron's data parallelism
+averages gradients over the ranks. The weights of the tokens undo that (batches.py). So the upstream gradient
+of every token's loss is exactly 1, and the loss kernels need not multiply by it.
 """
 
 import math
@@ -19,13 +19,18 @@ from megatron_fuse.training.batches import MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
 
-# How student and teacher fit each other, after the losses in the model's output and in its order (fuse_kernels.TokenLosses).
+# How well student and teacher agree. In the model's output these follow the losses, in this order
+# (fuse_kernels.TokenLosses).
 FIT = ("teacher mass", "student mass", "agreement")
 
 
 def make_forward_step(*, micro_batches: int, sources: int) -> ForwardStep:
-    """forward_step(data_iterator, model) for get_forward_backward_func. Its reports are for reduce_report. sources: how many there
-    are."""
+    """forward_step(data_iterator, model) for Megatron's get_forward_backward_func. Its reports go to
+    reduce_report.
+
+    micro_batches: number of micro-batches of this rank in the step. sources: number of sources of the
+    dataset.
+    """
 
     def forward_step(data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
@@ -35,9 +40,11 @@ def make_forward_step(*, micro_batches: int, sources: int) -> ForwardStep:
         def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             """losses [6, b, s] in the order of fuse_kernels.TokenLosses."""
             loss = losses[0].sum()
-            # Megatron's division leaves a gradient of 1 / micro_batches, rounded. Divided by that same rounded number it is 1;
-            # multiplied by micro_batches it would miss 1 by a rounding. A loss that is not finite gets such a gradient, by
-            # whose norm all ranks know that the step is to be skipped: the logit -inf of a label would leave a finite one.
+            # Megatron's division gives the gradient 1 / micro_batches, rounded. Divided by the same rounded
+            # number it is exactly 1; multiplied by micro_batches it could miss 1 by a rounding error.
+            # A loss that is not finite must make the gradient not finite, because all ranks skip a step by
+            # the gradient's norm. That does not happen by itself: the logit -inf of a label gives an infinite
+            # loss with a finite gradient.
             inverse = torch.full_like(loss.detach(), 1 / micro_batches)
             scaled = loss / inverse.where(loss.detach().isfinite(), math.nan)
             return scaled, {"sums": _sums(losses.detach(), batch, sources)}
@@ -48,25 +55,33 @@ def make_forward_step(*, micro_batches: int, sources: int) -> ForwardStep:
 
 
 def _sums(losses: Tensor, batch: MicroBatch, sources: int) -> Tensor:
-    """[1 + modes x 2 + modes x 4 x sources] of losses [6, b, s]: the loss; CE and KL by mode; by mode and source the number of
-    tokens with a teacher and FIT."""
+    """Sums over a micro-batch, [1 + modes x 2 + modes x 4 x sources], from losses [6, b, s].
+
+    In this order: the loss; CE and KL of each mode; for each mode and source the number of tokens with a
+    teacher, and FIT.
+    """
+    # Products with one-hot matrices, and no boolean selection: the shapes do not depend on the data, so that
+    # nothing waits for the GPU.
     _, ce, kl, teacher_mass, *_ = losses
     of_mode = _one_hot(batch.mode, len(MODES), losses.dtype)  # [b, modes]
     of_source = _one_hot(batch.sources_by_position(), sources, losses.dtype)  # [b, s, sources]
-    taught = (teacher_mass > 0).to(losses.dtype)  # what a teacher's stored entries hold is never 0
+    taught = (teacher_mass > 0).to(losses.dtype)  # the stored mass of a teacher's row is never 0
     fit = torch.stack([taught, *losses[3:]], dim=1) @ of_source  # [b, 4, sources]
     by_mode = torch.stack([ce, kl], dim=1).sum(dim=2)  # [b, 2]
     sums = [losses[0].sum()[None], of_mode.t() @ by_mode, of_mode.t() @ fit.flatten(1)]
-    return torch.cat([of.flatten() for of in sums])
+    return torch.cat([part.flatten() for part in sums])
 
 
 def _one_hot(places: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """[*, size]; a place of -1 has no 1."""
+    """places [*] -> [*, size]. A place of -1 gives a row of zeros."""
     return (places[..., None] == torch.arange(size, device=places.device)).to(dtype)
 
 
 def _packed_seq_params(batch: MicroBatch) -> PackedDocuments | None:
-    """The documents' bounds as Megatron takes them, on every pipeline stage: attention and rotary positions end with a document."""
+    """The documents' bounds in Megatron's form, None for unpacked sequences.
+
+    Every pipeline stage needs them: attention and rotary positions start anew at each document.
+    """
     if batch.lengths is None:
         return None
     bounds, longest = batch.cu_seqlens, max(batch.lengths)
@@ -86,14 +101,19 @@ def reduce_report(
     taught: Collection[str],
     sources: Sequence[str],
 ) -> dict[str, float]:
-    """Means over the batches from the micro-batch reports of a last-stage rank: `loss`, `ce/MODE`, `kl/MODE`, and for every name
-    in FIT `NAME/MODE` and `NAME/MODE/SOURCE`.
+    """Means over the global batch, from the reports of this last-stage rank's micro-batches.
 
-    One all-reduce over the data-parallel group; to be called on every rank of the last pipeline stage. loss is the weighted sum
-    that was minimised. ce and kl are in nats per supervised token of the mode, of which there are supervised_tokens in all. FIT is
-    per supervised token with a teacher, of all sources or of one; a source without such tokens has no key. kl and FIT are there for
-    the modes in `taught` alone. sources: names, in the dataset's order.
+    Returns `loss`, `ce/MODE`, `kl/MODE`, and for every name in FIT `NAME/MODE` and `NAME/MODE/SOURCE`. loss
+    is the weighted sum that the step minimises. ce and kl are in nats per supervised token of the mode. FIT
+    is a mean over supervised tokens with a teacher, of all sources or of one; a source without such tokens
+    has no key. kl and FIT exist only for the modes in `taught`.
+
+    supervised_tokens: mode -> number of supervised tokens in the global batch. sources: names, in the
+    dataset's order. Collectives: one all-reduce over the data-parallel group. All ranks of the last pipeline
+    stage must call it.
     """
+    # The sums go over micro-batches and ranks in fp64. The weights contain the factor data_parallel_size
+    # (batches.py): the loss is divided by it again.
     sums = torch.stack([report["sums"] for report in reports]).to(torch.float64).sum(0)
     group = parallel_state.get_data_parallel_group()
     dist.all_reduce(sums, group=group)
@@ -107,11 +127,13 @@ def reduce_report(
         if mode in taught:
             values[f"kl/{mode}"] = kl / supervised_tokens[mode]
             values |= _fit(mode, fit.sum(1).tolist())
-            for source, of_source in zip(sources, fit.t().tolist(), strict=True):
-                values |= _fit(f"{mode}/{source}", of_source)
+            for source, source_sums in zip(sources, fit.t().tolist(), strict=True):
+                values |= _fit(f"{mode}/{source}", source_sums)
     return values
 
 
 def _fit(where: str, sums: Sequence[float]) -> dict[str, float]:
-    tokens, *of_names = sums
-    return {f"{name}/{where}": value / tokens for name, value in zip(FIT, of_names, strict=True)} if tokens else {}
+    """The means of FIT from sums [4]: the number of tokens with a teacher, then FIT. Empty without such
+    tokens."""
+    tokens, *fit_sums = sums
+    return {f"{name}/{where}": value / tokens for name, value in zip(FIT, fit_sums, strict=True)} if tokens else {}

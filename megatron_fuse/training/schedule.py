@@ -1,10 +1,11 @@
-"""Which examples a step sees, and under which weights: a pure function of consumed samples.
+"""The examples of each step, and the phase that gives their weights: a pure function of consumed samples.
 
-A sample is one example; in a phase with two modes both its documents go into the same step. A phase is a whole number of steps:
-batches run on over the epochs inside a phase and never cross a phase, so its last batch may be short.
+A sample is one example. In a phase with two modes both documents of an example go into the same step. A phase
+is a whole number of steps: a batch may cross from one epoch to the next within a phase, but never into
+another phase. So the last batch of a phase may be short.
 
-Every epoch is a permutation drawn from seed and epoch; a curriculum sorts it by the examples' ranks (selection/curriculum.py)
-and leaves those of equal rank as they were drawn.
+The order of an epoch is a random permutation from seed and epoch. A curriculum sorts it by the examples'
+ranks (selection/curriculum.py); examples of equal rank keep their random order.
 """
 
 import functools
@@ -31,9 +32,9 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """phases over `examples` training examples in batches of global_batch_size examples.
+    """The phases over `examples` training examples, in batches of global_batch_size examples.
 
-    ranks [examples]: those of lower rank come first in every epoch; None: all are equal.
+    ranks [examples]: examples of lower rank come first in every epoch. None: the order is random.
     """
 
     phases: tuple[Phase, ...]
@@ -63,13 +64,14 @@ class Schedule:
         return sum(self._phase_samples(index) for index in range(len(self.phases)))
 
     def last_step(self, train_iters: int | None) -> int:
-        """Steps after which a run ends that --train-iters may cut short."""
+        """The number of steps after which a run ends: all of them, or train_iters if that is less."""
         return min(self.total_steps, train_iters or self.total_steps)
 
     def step(self, consumed_samples: int) -> Step | None:
-        """The step after so many samples, None at the end.
+        """The step that starts after so many samples, None at the end of the schedule.
 
-        Raises UserError where no step of this schedule starts, as after a run with another batch size or another data size.
+        Raises UserError if no step starts there, for example after a run with another batch size or other
+        data.
         """
         first, iteration = 0, 0
         for index, phase in enumerate(self.phases):
@@ -97,6 +99,9 @@ class Schedule:
         return None
 
     def _examples(self, phase_index: int, first: int, last: int) -> np.ndarray:
+        """Positions first ... last - 1 of a phase, counted over its epochs, as positions among the training
+        examples."""
+        # Epochs are counted over all phases, so that no two of them have the same order.
         earlier_epochs = sum(phase.epochs for phase in self.phases[:phase_index])
         picked = []
         for epoch in range(first // self.examples, -(-last // self.examples)):
@@ -113,6 +118,7 @@ def make_schedule(recipe: Recipe, examples: int, *, ranks: np.ndarray | None = N
 
 @functools.lru_cache(maxsize=2)  # a step that crosses from one epoch to the next reads both
 def _epoch_order(schedule: Schedule, epoch: int) -> np.ndarray:
-    """[examples] positions in the order of an epoch, counted over all phases."""
+    """[examples]: the positions among the training examples, in the order of an epoch. epoch: counted over
+    all phases."""
     drawn = np.random.default_rng([schedule.seed, epoch]).permutation(schedule.examples)
     return drawn if schedule.ranks is None else drawn[np.argsort(schedule.ranks[drawn], kind="stable")]

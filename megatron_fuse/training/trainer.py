@@ -1,4 +1,4 @@
-"""The loop: one Megatron optimizer step after another along the schedule, evaluation and checkpoints in between."""
+"""The training loop: the optimizer steps of the schedule, with evaluations and checkpoints between them."""
 
 import math
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ from megatron_fuse.training.timing import SAVE, StepTimers
 
 @dataclass(frozen=True)
 class Trainer:
-    """Everything of one run that stays the same from step to step. Build it with `make_trainer`."""
+    """The parts of one run that stay the same from step to step. `make_trainer` builds it."""
 
     recipe: Recipe
     runtime: Runtime
@@ -138,10 +138,11 @@ def make_trainer(
 
 
 def train(trainer: Trainer) -> None:
-    """Runs the schedule from the last checkpoint, or from the start, to its end, to --train-iters, or until it is to stop early.
+    """Runs the schedule from the last checkpoint, or from its start.
 
-    Raises UserError, on every rank, where another process trains into the same directories, and KeyboardInterrupt after a Ctrl-C, when
-    all is saved.
+    It ends at the end of the schedule, at --train-iters, or early if interruption.py says so. Raises
+    UserError, on every rank, if another process trains into the same directories. After a Ctrl-C it saves and
+    then raises KeyboardInterrupt.
     """
     with only_one_run([trainer.save_directory, metrics_directory(trainer.recipe)]):
         _run(trainer)
@@ -192,10 +193,10 @@ def _run(trainer: Trainer) -> None:
             last = facts.iteration == last_step
             pause = step.ends_phase or last
             stop = None if last else interruption.reason(facts.iteration)
-            # Whoever tells a run to stop leaves it little time: the evaluation that would be due is left out.
+            # A run that must stop has little time left: it skips an evaluation that is due, and saves.
             evaluates = not stop and (pause or _is_due(facts.iteration, options.eval_interval))
             loss = _evaluate(trainer, facts.iteration) if evaluates else None
-            # NaN is less than nothing, so that it never becomes the best.
+            # NaN compares false, so that it never becomes the best.
             improved = loss is not None and loss < (math.inf if facts.best_loss is None else facts.best_loss)
             facts = replace(facts, best_loss=loss) if improved else facts
             checkpoints.publish_finished()
@@ -225,7 +226,7 @@ def _kl_factor(recipe: Recipe) -> float:
 
 
 def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:
-    """What this step's micro-batches hold, at the recipe's layout. weights: see plan_batch."""
+    """The plan of a step of these examples, at the recipe's layout. weights: see plan_batch."""
     runtime, options = trainer.runtime, trainer.recipe.training
     return plan_batch(
         trainer.dataset,
@@ -256,7 +257,7 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
             device=runtime.device,
         )
 
-    # Virtual pipeline chunks walk the same micro-batches, each with an iterator of its own.
+    # Each virtual pipeline chunk reads the same micro-batches, with an iterator of its own.
     iterators = [trainer.timers.each("batch-generator", micro_batch_iterator()) for _ in trainer.wrapped]
     return get_forward_backward_func()(
         forward_step_func=make_forward_step(micro_batches=batch.micro_batches, sources=len(trainer.dataset.sources)),
@@ -270,9 +271,10 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
 
 
 def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, float]:
-    """One optimizer step, skipped where the gradient is not finite.
+    """One optimizer step. It is skipped if the gradient is not finite.
 
-    Returns the batch's means on last-stage ranks, the gradient norm and the padding's share on every rank.
+    Returns the gradient norm and the share of padding on every rank; on ranks of the last stage also the
+    means of reduce_report.
     """
     for chunk in trainer.wrapped:
         chunk.zero_grad_buffer()
@@ -282,6 +284,7 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
     reports = forward_backward(trainer, batch, forward_only=False)
     with trainer.timers("optimizer"):
         grad_norm = step_optimizer(trainer.optimizer, trainer.recipe.training.clip_grad)
+    # The losses exist on the last pipeline stage only.
     values = {}
     if trainer.runtime.is_last_stage:
         values = reduce_report(reports, batch.supervised_tokens, batch.taught, trainer.dataset.sources)
@@ -289,11 +292,13 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
 
 
 def gather_weights(trainer: Trainer) -> None:
-    """Makes every weight of this rank what the last step left, for whoever reads weights without a forward pass.
+    """Brings every weight of this rank up to date. Code that reads weights without a forward pass must call
+    it first.
 
-    With overlap_param_gather a step updates this rank's share of them alone; Megatron's pre-hooks gather the others' when a module
-    is about to run, as they do in an evaluation. After this they find nothing left to gather until the next step. Collectives:
-    one all-gather per bucket over the data-parallel group where gathers overlap, none elsewhere.
+    With overlap_param_gather a step updates only this rank's share of the weights. Megatron's pre-hooks
+    gather the other shares when a module is about to run, as in an evaluation. After this function they have
+    nothing left to gather until the next step. Collectives: with overlap_param_gather one all-gather per
+    bucket over the data-parallel group, else none.
     """
     if trainer.recipe.parallel.overlap_param_gather:
         for chunk in trainer.wrapped:
@@ -301,7 +306,8 @@ def gather_weights(trainer: Trainer) -> None:
 
 
 def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
-    """Warns of what a step that was done shows; raises UserError, on every rank alike, where the run should not go on."""
+    """Prints the warnings about a finished step. Raises UserError, on every rank, if the run should not
+    continue."""
     iteration, options = step.iteration + 1, trainer.recipe.training
     ids = partial(_example_ids, trainer.dataset, step)
     if warning := trainer.guard.watch(iteration, step.phase.name, values, ids):
@@ -317,7 +323,11 @@ def _example_ids(dataset: FusionDataset, step: Step) -> list[str]:
 
 
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
-    """Held-out CE, KL and FIT of both modes. Returns the training mode's CE in nats per token, the same on every rank."""
+    """Logs CE, KL and FIT of both modes on the held-out examples.
+
+    Returns the training mode's CE in nats per token, the same on every rank; None if no held-out example has
+    one.
+    """
     dataset, recipe = trainer.dataset, trainer.recipe
     if len(dataset.held_out) == 0:
         return None
@@ -336,9 +346,8 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     for chunk in trainer.wrapped:
         chunk.train()
     means = reduce_report(reports, counts, taught, dataset.sources) if trainer.runtime.is_last_stage else {}
-    means = {
-        name: means[name] for name in sorted(means.keys() - {"loss"})
-    }  # the batches' losses have unlike denominators
+    # Without `loss`: the losses of the batches have different denominators, so that their sum means nothing.
+    means = {name: means[name] for name in sorted(means.keys() - {"loss"})}
     means |= {
         f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
     }
@@ -347,7 +356,8 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
 
 
 def _from_last_stage(trainer: Trainer, value: float) -> float:
-    """The last pipeline stage's value on every rank, so that all agree whether a checkpoint is the best."""
+    """The last pipeline stage's value, on every rank: all ranks must agree whether a checkpoint is the best.
+    One broadcast."""
     shared = torch.tensor([value], dtype=torch.float64, device=trainer.runtime.device)
     dist.broadcast(
         shared,
