@@ -1,1 +1,1 @@
-"""Scores of everyone's answers: by reward models, against the ground truth, or from files."""
+"""Scores of the models' answers: by reward models, against the ground truth, or from files."""

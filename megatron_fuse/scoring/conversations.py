@@ -1,12 +1,15 @@
-"""Rewards of encoded conversations: batches under a token budget, and a prompt that several answers share is read once.
+"""Rewards of encoded conversations. Batches have a token budget, and a prompt that several answers share is
+read once.
 
-A reward is the head's output at the conversation's last token by our own count (of an encoder: at its first): transformers looks
-for a pad id, which may be absent, the stop token itself, or part of the text. It belongs to the conversation alone: what shares
-its batch, its group or its prompt changes it by rounding only.
+A reward is the output of the head at the conversation's last token, or at the first token of an encoder. The
+last token is counted here. transformers would look for a pad id, which may be absent, or be the stop token or
+part of the text. A reward depends on its own conversation alone: other rows of the batch, and a shared
+prompt, change it only by rounding.
 
     a row read alone     prompt answer · · ·              padded on the right
-    a shared prompt      · · prompt | answer · · ·        the prompt padded on the left, so that its answers begin right behind
-                                                          it: distances between tokens, which ALiBi models go by, stay whole
+    a shared prompt      · · prompt | answer · · ·        the prompt is padded on the left, so that each answer begins directly
+                                                          behind it: the distances between tokens, which ALiBi
+                                                          models use, stay right
 """
 
 import inspect
@@ -25,7 +28,7 @@ from megatron_fuse.scoring.reward_models import RewardModel
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.row_cache import cache_argument, keeps_keys_and_values
 
-# A prompt is shared where this saves so much of what the group's conversations hold: reading in two passes is not for nothing.
+# A prompt is shared only if that saves this share of the group's tokens: two passes cost more than one.
 _WORTH = 0.05
 
 
@@ -38,11 +41,13 @@ def score_conversations(
     share_prompts: bool = True,
     report: Report = silent,
 ) -> list[np.ndarray]:
-    """float32 [K] rewards of every group: an example's K conversations, int32 ids of at most judge.max_tokens each.
+    """The rewards float32 [K] of every group, in order. A group holds the K conversations of one example.
 
-    batch_tokens: padded tokens of a forward pass; with a shared prompt those whose keys and values are held at once. report:
-    gets, after every batch, the conversations that are scored and those left. Raises
-    UserError where a conversation holds an id that the judge does not have, or a reward is NaN or infinite.
+    groups: each conversation is int32 ids, at most judge.max_tokens of them.
+    batch_tokens: padded tokens of a forward pass; with shared prompts the tokens whose keys and values are
+    held at once. report: called after every batch with the numbers of scored and remaining conversations.
+
+    Raises UserError if a conversation holds an id that the reward model does not have.
     """
     conversations = [ids for group in groups for ids in group]
     if conversations:
@@ -58,12 +63,15 @@ def score_conversations(
         done += count
         report(done, len(rewards) - done, f"{done}/{len(rewards)} answers")
 
+    # First the conversations without a shared prompt, from all groups together.
     alone = np.flatnonzero(np.repeat(prompts, sizes) == 0)
     for batch in token_budget_batches([len(conversations[row]) for row in alone], batch_tokens):
         rows = alone[batch]
         rewards[rows] = _rewards(judge, [conversations[row] for row in rows])
         scored(len(rows))
 
+    # Then the groups with a shared prompt. Half of the budget is for the prompts, half for the rows that are
+    # read behind them: both are in memory at once.
     rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
     shared = np.flatnonzero(prompts)
     longest = np.array([max(len(ids) for ids in groups[group]) for group in shared.tolist()], np.int64)
@@ -78,7 +86,10 @@ def score_conversations(
 
 
 def _can_share(judge: RewardModel) -> bool:
-    """Whether what comes after a prompt may be read behind its keys and values, and these are all that the model keeps of it."""
+    """Whether the model can read the rest of a conversation behind the keys and values of its prompt.
+
+    That needs a causal model that keeps nothing of a prompt but keys and values.
+    """
     if not judge.causal or cache_argument(judge.backbone.forward) is None:
         return False
     config = judge.backbone.config
@@ -86,9 +97,10 @@ def _can_share(judge: RewardModel) -> bool:
 
 
 def _prompt_length(group: Sequence[np.ndarray]) -> int:
-    """What all conversations of a group begin with, at least the last token of each left out; 0 where it is not worth sharing."""
+    """The length of the common beginning of a group's conversations, 0 if sharing it is not worth while."""
     if len(group) < 2:
         return 0
+    # Each conversation keeps at least its last token: the reward is read there.
     shortest = min(len(ids) for ids in group) - 1
     differs = np.any([ids[:shortest] != group[0][:shortest] for ids in group[1:]], axis=0)
     length = int(np.argmax(differs)) if differs.any() else shortest
@@ -99,10 +111,12 @@ def _prompt_length(group: Sequence[np.ndarray]) -> int:
 def _prompt_batches(
     prompts: np.ndarray, longest: np.ndarray, batch_tokens: int, max_tokens: int | None
 ) -> list[list[int]]:
-    """Groups [n] whose prompts are read together, by falling length of the prompt, in batches of at most batch_tokens padded tokens.
+    """Batches of groups whose prompts are read together: by falling prompt length, at most batch_tokens
+    padded tokens each.
 
-    longest [n]: of a group's conversations. The longest prompt of a batch and the longest rest behind it, which may be another
-    group's, have to fit the model together: ALiBi tables end there, whatever is padding.
+    prompts [n]: length of each group's prompt. longest [n]: length of each group's longest conversation.
+    Together the longest prompt of a batch and the longest rest behind a prompt must fit into max_tokens, even
+    if they are of different groups: ALiBi tables end there, and padding counts.
     """
     batches: list[list[int]] = []
     width = rest = 0
@@ -119,7 +133,8 @@ def _prompt_batches(
 def _rewards_behind_prompts(
     judge: RewardModel, groups: Sequence[Sequence[np.ndarray]], prompts: np.ndarray, batch_tokens: int
 ) -> np.ndarray:
-    """float32 rewards of these groups' conversations, on end; the prompts, of lengths [groups], are read together and once."""
+    """The rewards float32 of these groups' conversations, concatenated. All prompts, of lengths [groups], are
+    read once, together."""
     read = _read_prompts(judge, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
     places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     rests = [ids[length:] for group, length in zip(groups, prompts, strict=True) for ids in group]
@@ -131,13 +146,14 @@ def _rewards_behind_prompts(
 
 @dataclass(frozen=True, eq=False)
 class _Prompts:
-    """Prompts that have been read, padded on the left: their keys and values [n, heads, p, d] by layer, and mask int64 [n, p]."""
+    """Prompts after their forward pass, padded on the left: keys and values [n, heads, p, d] by layer, and
+    mask int64 [n, p]."""
 
     cache: DynamicCache
     mask: torch.Tensor
 
     def rows(self, places: np.ndarray) -> "_Prompts":
-        """The prompts at these places, which may repeat, in a cache of their own."""
+        """The prompts at these indices, which may repeat, in a cache of their own."""
         index = torch.from_numpy(places).to(self.mask.device)
         layers = []
         for layer in self.cache.layers:
@@ -147,8 +163,9 @@ class _Prompts:
 
 
 def _read_prompts(judge: RewardModel, prompts: Sequence[np.ndarray]) -> _Prompts:
-    # Full layers, not the model's own kinds: a sliding layer would drop what is older than its window, left padding included,
-    # and the mask already keeps every token from looking back further.
+    # The cache has full layers, not the model's own kinds of layers. A sliding layer drops tokens older than
+    # its window and counts padding on the left as tokens. The mask already keeps every token within its
+    # window.
     cache = DynamicCache()
     tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(prompts, "left"))
     _hidden(judge, tokens, mask, cache)
@@ -162,7 +179,8 @@ def _rewards(
     padding: Literal["left", "right"] = "right",
     behind: _Prompts | None = None,
 ) -> np.ndarray:
-    """float32 [n] rewards of one batch of conversations, or of what is left of them behind their prompts."""
+    """The rewards float32 [n] of one batch. behind: the prompts that the rows follow; None: the rows are
+    whole conversations."""
     tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(rows, padding))
     whole = torch.cat([behind.mask, mask], dim=1) if behind else mask
     hidden = _hidden(judge, tokens, whole, behind.cache if behind else None)
@@ -173,7 +191,7 @@ def _rewards(
 
 
 def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int64 [n, s] and mask int64 [n, s] of rows of ids. Padding is id 0, which the mask hides."""
+    """Rows of ids as ids int64 [n, s] and mask int64 [n, s]. Padding has id 0 and mask 0."""
     width = max(len(ids) for ids in rows)
     tokens = np.zeros((len(rows), width), np.int64)
     mask = np.zeros_like(tokens)
@@ -185,7 +203,8 @@ def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[tor
 
 
 def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
-    """Last hidden states [n, s, h] of tokens [n, s] behind what the cache holds; mask [n, cached + s]."""
+    """The last hidden states [n, s, h] of tokens [n, s] behind the tokens of the cache. mask [n, cached +
+    s]."""
     extra: dict[str, torch.Tensor | DynamicCache | bool | None] = {}
     parameters = inspect.signature(judge.backbone.forward).parameters
     if judge.causal and "position_ids" in parameters:  # ALiBi models take none

@@ -1,4 +1,4 @@
-"""Scores that were made elsewhere, read from a file in the place of a reward model."""
+"""Scores from a file of the user, which replace a reward model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 @dataclass(frozen=True, slots=True)
 class _Score:
     value: float
-    answer: str | None  # hash of the answer it was made for, where the row holds that
+    answer: str | None  # hash of the answer that was scored, if the row holds that answer
     line: int
 
 
@@ -40,7 +40,8 @@ class GivenScores:
         return list(self.by_source)
 
     def check(self, source: str, examples: Iterable[Example]) -> None:
-        """Raises UserError where the file has no score of this source's answer to any of the examples; reads no further than it must."""
+        """Raises UserError if the file scores this source's answer to none of the examples. Stops reading at
+        the first one found."""
         known, missed = self._of(source), []
         for example in examples:
             if example.id in known:
@@ -52,9 +53,10 @@ class GivenScores:
         )
 
     def of(self, source: str, examples: list[Example], responses: list[Response]) -> np.ndarray:
-        """float32 [n] of one source's answers; NaN where the file has none, and for an empty answer.
+        """The scores float32 [n] of one source's answers. NaN if the file has none, and for an empty answer.
 
-        Raises UserError for a source that the file does not know, and for a score that was made for another answer.
+        Raises UserError for a source that the file does not hold, and for a score that was made for another
+        answer.
         """
         known = self._of(source)
         scores = np.full(len(examples), np.nan, dtype=np.float32)
@@ -80,12 +82,14 @@ class GivenScores:
 
 
 def given_scores(options: ScoreFile, where: str) -> GivenScores:
-    """Reads all scores of a file, of whatever sources. where: the recipe's key, for errors.
+    """Reads all scores of a file, of all its sources. where: the recipe's key, for errors.
 
-    Rows {id, source, score}, where a `response` is the answer that the score was made for (white space at its ends apart), or
-    {id, scores: {source: score}} with the mapping under options.scores. null is no score. Raises UserError naming the line of
-    a row without id and of a score that is no finite number in float32, both lines of two different scores of one answer, and
-    for a file without scores.
+    Two forms of rows are read:
+        {id, source, score}, with an optional `response`: the answer that was scored (white space at its ends
+        does not matter) {id, scores: {source: score}}, with the mapping under options.scores
+    null is no score. Raises UserError, which names the line, for a row without id and for a score that is no
+    finite number in float32; with both lines for two different scores of one answer; and for a file without
+    scores.
     """
     by_source: dict[str, dict[str, _Score]] = {}
     first = None
@@ -110,7 +114,7 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
 
 
 def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> dict[str, _Score]:
-    """One row's scores by source."""
+    """The scores of one row, by source."""
     mapping, answer = value_at(row, options.scores), None
     if mapping is None and "source" in row and "score" in row:
         source, response = row["source"], row.get("response")

@@ -1,14 +1,16 @@
-"""How close an answer comes to the ground truth: BLEU, ROUGE-L and BERTScore, each by its maintained package.
+"""How close an answer is to the ground truth: BLEU, ROUGE-L and BERTScore, each by its maintained package.
 
-The alternative to the vote of reward models: 0.25 BLEU + 0.25 ROUGE-L + 0.5 BERTScore (arXiv 2408.04998, which is silent on all
-that follows). Each is from 0 to 1, and made in its package's own way:
+The alternative to the vote of reward models is the score 0.25 BLEU + 0.25 ROUGE-L + 0.5 BERTScore (arXiv
+2408.04998). The paper does not say how the three are computed. Here each is from 0 to 1, computed as its
+package does it:
 
 BLEU       sacrebleu, of a sentence: tokenization 13a, case kept, exponential smoothing, and effective order, which leaves out
            the lengths of n-grams that a short answer cannot have
-ROUGE-L    rouge-score, F-measure of the whole texts' longest common subsequence, no stemming; its words are runs of a-z, 0-9,
-           so that a text in another script has 0
-BERTScore  bert-score, F1 in fp32, without weights by rarity and without rescaling; a text that is longer than the encoder can
-           read counts up to there
+ROUGE-L    rouge-score, F-measure of the longest common subsequence of the whole texts, without stemming; its words are runs of
+           a-z and 0-9, so that a text in another script has 0
+BERTScore  bert-score, F1 in fp32, without idf weights and without rescaling; a text that is longer than the
+encoder can read is
+           cut there
 """
 
 import importlib
@@ -32,7 +34,7 @@ from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
 from megatron_fuse.text_safety import say
 
-MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the options that hold their weights
+MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the names of the options for their weights
 _PAIRS = 64  # answers compared at once
 _NO_LIMIT = 2**31 - 1
 
@@ -45,8 +47,8 @@ def reference_measures(
 ) -> np.ndarray:
     """BLEU, ROUGE-L and BERTScore of n responses against one reference each: float32 [n, 3].
 
-    NaN in the row of an empty response, and in the column of BERTScore where there is no bertscore_model. The encoder stays
-    loaded for the next call. Raises UserError where a package is missing or the encoder cannot be used.
+    NaN in the row of an empty response, and in the column of BERTScore without a bertscore_model. The encoder
+    stays loaded for the next call. Raises UserError if a package is missing or the encoder cannot be used.
     """
     bleu = _package("sacrebleu.metrics").BLEU(effective_order=True)
     rouge = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
@@ -66,9 +68,10 @@ def reference_measures(
 
 
 def used_weights(options: ReferenceOptions) -> dict[str, float]:
-    """The weights of the measures that count, brought to a sum of 1.
+    """The weights of the measures with a weight above 0, divided by their sum.
 
-    Raises UserError where BERTScore has a weight but no model, and options.without_bertscore does not allow to go without.
+    Raises UserError if BERTScore has a weight but no model, and options.without_bertscore does not allow to
+    leave it out.
     """
     weights = {name: getattr(options, name) for name in MEASURES if getattr(options, name) > 0}
     if "bertscore" in weights and options.bertscore_model is None:
@@ -83,7 +86,8 @@ def used_weights(options: ReferenceOptions) -> dict[str, float]:
 
 
 def combine(measures: np.ndarray, options: ReferenceOptions) -> np.ndarray:
-    """Weighted mean of measures [..., 3]: float64 [...], NaN where one that counts is. Raises UserError as used_weights does."""
+    """The weighted mean of measures [..., 3]: float64 [...], NaN if a used measure is NaN. Raises UserError
+    as used_weights does."""
     weights = used_weights(options)
     total = np.zeros(measures.shape[:-1])
     for name, weight in weights.items():
@@ -103,10 +107,11 @@ def _bertscore(model: str, layer: int | None, responses: list[str], references: 
     """float32 [n]: F1"""
     compare = _package("bert_score.utils").bert_cos_score_idf
     encoder, tokenizer = _load_encoder(model, layer)
-    # As BERTScorer does without idf: all tokens count alike, those that only frame the text not at all.
+    # As BERTScorer without idf: all tokens have weight 1, the tokens that frame the text have weight 0.
     token_weights = defaultdict(lambda: 1.0, {tokenizer.sep_token_id: 0.0, tokenizer.cls_token_id: 0.0})
     f1 = np.empty(len(responses), np.float32)
-    # Sorted, so that little is padded; in parts, as the package keeps the states of all texts that it is given.
+    # Sorted by length, so that there is little padding. In parts, because the package keeps the states of all
+    # texts of a call.
     order = np.argsort([len(a) + len(b) for a, b in zip(responses, references, strict=True)], kind="stable")
     for start in range(0, len(order), _PAIRS):
         rows = order[start : start + _PAIRS]
@@ -122,8 +127,9 @@ def _bertscore(model: str, layer: int | None, responses: list[str], references: 
 def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
     """An encoder up to a layer (default: all of it) and its tokenizer, as bert-score's functions expect them.
 
-    Its own loader guesses the architecture from the path and takes the tokenizer's word for how long a text may be, which many
-    tokenizers do not say. Raises UserError where this is no encoder with weights and the tokens that frame a text.
+    bert-score's own loader guesses the architecture from the path. It takes the longest text from the
+    tokenizer, but many tokenizers do not say it. Raises UserError unless the model is an encoder with all
+    weights and with the tokens that frame a text.
     """
     where = "reference.bertscore_model"
     directory = resolve_model(model, where)

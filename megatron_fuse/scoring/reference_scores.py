@@ -1,10 +1,10 @@
-"""The scores stage's other half: how close everyone's answers come to the ground truth.
+"""The second part of the scores stage: how close the sources' answers are to the ground truth.
 
     scores/NAME/reference/shard-00000.npy    float32 [examples of the shard, 3]: BLEU, ROUGE-L, BERTScore, each from 0 to 1
 
-The measures are stored apart: what they weigh is decided where they are used (`reference` in the recipe), and other weights need
-no new run. A row of NaN marks an empty answer; a column of NaN for BERTScore says that no model was named for it, as does the
-manifest.
+The three measures are stored separately. Their weights (`reference` in the recipe) apply when a later stage
+uses them, so that other weights need no new run. A row of NaN marks an empty answer. A column of NaN for
+BERTScore, and a note in the manifest, say that no model was given for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def _options(recipe: Recipe, _: str) -> dict[str, Any]:
 
 
 def _origin(context: Context, _: str) -> dict[str, str]:
-    """Of BERTScore's encoder."""
+    """The fingerprints of BERTScore's encoder and of its tokenizer. Empty without BERTScore."""
     model = context.recipe.reference.bertscore_model
     if not model:
         return {}
@@ -78,7 +78,8 @@ REFERENCE_SCORES = Stage(
 
 
 def require_measures(options: ReferenceOptions) -> None:
-    """Raises UserError where the score cannot be made: a package is not installed, or BERTScore has no model."""
+    """Raises UserError if the score cannot be computed: a package is not installed, or BERTScore has no
+    model."""
     used_weights(options)
     _package_versions(options)
 
@@ -92,7 +93,7 @@ def _package_versions(options: ReferenceOptions) -> dict[str, str]:
 
 
 def _small_files(directory: Path) -> str:
-    """sha256 of a model directory's files without its weights: its tokenizer, in whatever form."""
+    """sha256 of all files of a model directory but its weights. They hold the tokenizer, in whatever form."""
     files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix not in WEIGHT_SUFFIXES]
     return sha256_of_bytes(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
 
@@ -107,7 +108,8 @@ def score_against_reference(
     plans = {source: context.plan(REFERENCE_SCORES, source) for source in sources}
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
-        # Answers are compared without thoughts: those that a model wrote before its own are kept apart already.
+        # Thoughts take no part in the comparison. Those that a model wrote before its answer are stored
+        # separately already.
         references = [split_thought(example.response)[1] for example in examples[index]]
         counts = {}
         for source, prefix in prefixes.items():
@@ -119,5 +121,6 @@ def score_against_reference(
 
 
 def load_reference_scores(context: Context, source: str) -> np.ndarray:
-    """float32 [examples, 3]. Raises UserError if they are missing or were made otherwise."""
+    """The measures float32 [examples, 3]. Raises UserError if they are missing or were made by other
+    options."""
     return read_shards(context.open(REFERENCE_SCORES, source))

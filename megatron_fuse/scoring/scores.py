@@ -1,13 +1,14 @@
-"""The scores stage: what every reward model thinks of everyone's answers.
+"""The scores stage: the score of each reward model for each answer.
 
     scores/NAME/REWARD_MODEL/shard-00000.npy    float32 [examples of the shard], in the order of the instructions
 
-NAME: a source, or `target` where its own answers order the examples. NaN marks an answer that cannot be judged and so cannot win:
-an empty one, or a conversation longer than the judge can read. An answer that the limit of tokens cut off is judged as if it had
-ended there: it is what the example has of that source, and what would be learned from.
+NAME: a source, or `target` if the target's own answers order the examples. NaN marks an answer without a
+score, which cannot win: an empty answer, or a conversation longer than the reward model can read. An answer
+that the limit of tokens cut off is scored as if it ended there, because the target would learn that text.
 
-Backends: `hf`, the reward model in process; `file`, scores that exist already. All answers to one example are judged together, so
-that their prompt is read once; a source that joins later has only its own judged.
+Backends: `hf`, the reward model in this process; `file`, scores that exist already. All answers to one
+example are scored together, so that their prompt is read once. For a source that joins later, only its own
+answers are scored.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,20 +35,23 @@ from megatron_fuse.stages import Amounts, Context, Key, Stage
 from megatron_fuse.storage import Artifact, Shards, Workspace, run_plans, temporary_then_rename
 from megatron_fuse.text_safety import brief, say
 
-NAME = "scores"  # of this stage and of the scores against the ground truth (reference_scores.py), which share command and form
+# The name of this stage and of the scores against the ground truth (reference_scores.py). Both have the same
+# command and form.
+NAME = "scores"
 COMMAND = "megatron-fuse score"
 
-# (examples of a shard, {name: answers to them}) -> {name: float32 [n], NaN for what cannot be judged}
+# (examples of a shard, {name: answers to them}) -> {name: float32 [n], NaN for an answer without a score}
 Scorer = Callable[[list[Example], dict[str, list[Response]]], dict[str, np.ndarray]]
 
 
 def _backend(recipe: Recipe, name: str) -> str:
-    """`file` where the recipe names one for this reward model, else `hf`."""
+    """`file` if the recipe names a score file for this reward model, else `hf`."""
     return "file" if reward_model_options(recipe, name).scores else "hf"
 
 
 def require_backend(recipe: Recipe, name: str, backend: str) -> None:
-    """Raises UserError unless the recipe has this reward model's scores made so: all later stages go by the recipe."""
+    """Raises UserError unless the recipe gives this reward model the same backend: all later stages follow
+    the recipe."""
     if backend != _backend(recipe, name):
         key = f"reward_models.{name}"
         fix = f"{key} names a model: name a file in {key}.scores instead"
@@ -57,16 +61,17 @@ def require_backend(recipe: Recipe, name: str, backend: str) -> None:
 
 
 def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
-    """What one judge's scores record of the recipe."""
+    """The options of the recipe that the scores of one reward model record."""
     options = reward_model_options(recipe, name)
     if options.scores:
         return {"backend": "file", **options.scores.model_dump(exclude={"path"})}
-    # Not batch_tokens and share_prompts: they are a matter of memory and speed; results agree to rounding.
+    # Without batch_tokens and share_prompts: they change memory and speed, and the scores only by rounding.
     return {"backend": "hf", "dtype": options.dtype}
 
 
 def _formats(context: Context, _: str, name: str) -> dict[str, str]:
-    """Nothing for scores from a file, in which no template has a share."""
+    """The hashes of the reward model's tokenizer and chat format. Empty for scores from a file, which need no
+    template."""
     if _backend(context.recipe, name) == "file":
         return {}
     chat = context.reward_model_format(name)
@@ -110,10 +115,11 @@ SCORES = Stage(
 def score_responses(
     context: Context, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
 ) -> list[Artifact]:
-    """Lets one reward model judge the answers of these (default: of everyone who answers), loading it once, if there is work.
+    """Scores the answers of these sources (default: all models that answer) by one reward model. Loads it
+    once, if there is work.
 
-    Returns the finished artifacts: those of other ranks' unfinished shards are missing. Raises UserError for scores that are
-    no finite numbers, naming source and example.
+    Returns the finished artifacts. An artifact is missing if other ranks have not finished its shards. Raises
+    UserError, which names source and example, for a score that is no finite number.
     """
     recipe = context.recipe
     examples = example_shards(context.open(INSTRUCTIONS))
@@ -123,13 +129,14 @@ def score_responses(
 
     lines = Progress(f"reward_models.{name}", "answers", progress)
 
-    @cache  # not before there is work for it
+    # The model is loaded at the first shard that needs it.
+    @cache
     def scorer() -> Scorer:
         options = reward_model_options(recipe, name)
         if options.scores:
             return _given(options.scores, name, plans, examples)
-        judge = load_reward_model(options, name)
-        return lambda shard, given: _score(judge, recipe, shard, given, lines.update)
+        reward_model = load_reward_model(options, name)
+        return lambda shard, shard_answers: _score(reward_model, recipe, shard, shard_answers, lines.update)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         score = scorer()
@@ -157,7 +164,7 @@ def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shar
 def _score(
     judge: RewardModel, recipe: Recipe, examples: list[Example], answers: dict[str, list[Response]], report: Report
 ) -> dict[str, np.ndarray]:
-    """float32 [n] by source; NaN for what cannot be judged."""
+    """float32 [n] by source, NaN for an answer without a score."""
     scores = {source: np.full(len(examples), np.nan, np.float32) for source in answers}
     groups = [
         _readable(judge, example, [answers[source][row] for source in answers]) for row, example in enumerate(examples)
@@ -182,7 +189,8 @@ def _score(
 
 
 def _readable(judge: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
-    """Encoded conversations by the place of their answer among all; what is empty or too long to read is left out."""
+    """Encoded conversations by the index of their answer in `responses`. Empty and too long ones are left
+    out."""
     messages = example.prompt(judge.chat.system)
     with naming_example(example):
         encoded = {
@@ -195,12 +203,13 @@ def _readable(judge: RewardModel, example: Example, responses: Sequence[Response
 
 
 def load_scores(context: Context, source: str, name: str) -> np.ndarray:
-    """float32 [examples], NaN for unjudged. Raises UserError if the scores are missing or were made otherwise."""
+    """float32 [examples], NaN without a score. Raises UserError if the scores are missing or were made by
+    other options."""
     return read_shards(context.open(SCORES, source, name))
 
 
 def read_shards(artifact: Artifact) -> np.ndarray:
-    """What save_shard wrote, all shards on end."""
+    """The scores that save_shard wrote, all shards concatenated."""
     return np.concatenate([_read_shard(artifact.checked(path)) for path in artifact.files(".npy")])
 
 

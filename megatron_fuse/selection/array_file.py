@@ -1,7 +1,8 @@
-"""Small files of arrays that every build writes anew: safetensors with a checksum of their own, as no manifest lists them.
+"""Small files of arrays that every build writes anew: safetensors with their own checksum, because no
+manifest lists them.
 
-header: made    JSON {basis, sha256}: what the arrays were made from and by which rule (an object); the hash of that and of
-                all arrays, with their names, types and shapes
+header: made    JSON {basis, sha256}. basis: an object, the inputs of the arrays and the rule that made them. sha256: the hash
+                of the basis and of all arrays, with their names, types and shapes
 """
 
 import json
@@ -18,20 +19,21 @@ from megatron_fuse.storage.artifact import shown
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], basis: Mapping[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file completely or not at all. basis: see the module."""
     made = json.dumps({"basis": basis, "sha256": _checksum(arrays, basis)})
     write_safetensors(path, arrays, {"made": made})
 
 
 def read_arrays(path: Path, fix: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, basis). Raises UserError, which ends in `fix`, where the file is missing, damaged or another program's."""
+    """(arrays, basis). Raises UserError, which ends in `fix`, if the file is missing, damaged or of another
+    program."""
     try:
         with safe_open(path, "np") as file:
             made = json.loads((file.metadata() or {})["made"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         basis, recorded = made["basis"], made["sha256"]
-        if (found := _checksum(arrays, basis)) != recorded:
-            raise ValueError(f"arrays and basis have sha256 {found[:12]}..., recorded is {shown(recorded)[:32]}")
+        if (computed := _checksum(arrays, basis)) != recorded:
+            raise ValueError(f"arrays and basis have sha256 {computed[:12]}..., recorded is {shown(recorded)[:32]}")
         if not isinstance(basis, dict):
             raise ValueError(f"its basis is a {type(basis).__name__} instead of an object")
     except FileNotFoundError as error:

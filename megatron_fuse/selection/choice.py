@@ -1,4 +1,5 @@
-"""The choice of a source per example, as small arrays beside the documents: computed again in a second, never captured again.
+"""The choice of a source per example, as small arrays beside the documents. A new choice takes a second and
+no new capture.
 
 FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
                                               [n, S]; by average: mixture float64 [n, S], the sources' weights
@@ -6,9 +7,10 @@ FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R],
                                               by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
 both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
 
-n examples, S sources in the recipe's order, R judges (recipe.judges); a source that selection.sources leaves out is not available.
-RULE is a hash of all that the recipe says of the choice, so that runs by several rules stand side by side. The header says what the
-choice was made from and by which rule (array_file.py). Unlike an artifact the file is overwritten by every build.
+n examples, S sources in the recipe's order, R reward models (recipe.judges). A source that selection.sources
+leaves out is not available. RULE is a hash of all options of the choice, so that the files of several rules
+can exist side by side. The header holds the inputs and the rule of the choice (array_file.py). Unlike an
+artifact the file is overwritten by every build.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,10 +47,11 @@ FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen for n examples in one mode.
+    """The choice for n examples in one mode.
 
-    source int16 [n]: place in the recipe's sources, NONE = no source has the advantage. weight float32 [n], from 0 to 1: what an
-    example counts by its margin. arrays: all that the file holds. sha256: of what was chosen and how.
+    source int16 [n]: index in the recipe's sources, NONE = no source has the advantage. weight float32 [n],
+    from 0 to 1: the weight of an example by its margin. arrays: all arrays of the file. sha256: hash of the
+    choice and of its inputs and rule.
     """
 
     source: np.ndarray
@@ -58,7 +61,7 @@ class Selection:
 
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray], basis: dict[str, Any]) -> "Selection":
-        # The choice itself counts, not the scores that led to it.
+        # The hash covers the choice itself, not the scores that led to it.
         chosen = [arrays[name] for name in ("source", "weight", "mixture") if name in arrays]
         parts = [sha256_of_json(basis).encode(), *(array.tobytes() for array in chosen)]
         return cls(arrays["source"], arrays["weight"], arrays, sha256_of_bytes(*parts))
@@ -74,9 +77,9 @@ def _margin_options(recipe: Recipe, mode: str) -> Margin | None:
 
 
 def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
-    """All that the recipe says of the choice in a mode."""
+    """All options of the recipe that decide the choice in a mode."""
     margin, rule = _margin_options(recipe, mode), getattr(recipe.selection, mode)
-    said: dict[str, Any] = {
+    options: dict[str, Any] = {
         "mode": mode,
         "sources": list(recipe.sources),
         "candidates": recipe.candidates,
@@ -84,21 +87,22 @@ def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
         "rule": rule,
     }
     if rule == "reference":
-        said["measures"] = used_weights(recipe.reference)
+        options["measures"] = used_weights(recipe.reference)
     elif rule == "vote":
-        said |= {"judges": recipe.judges, "strongest": recipe.strongest}
+        options |= {"judges": recipe.judges, "strongest": recipe.strongest}
     elif rule == "random":
-        said["seed"] = recipe.seed
-    return said
+        options["seed"] = recipe.seed
+    return options
 
 
 def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, Any]:
-    """What a selection is made from, but for the scores: parents are the sha256 of the text and of every source's rows."""
+    """The rule and the inputs of a selection, without the scores. parents: sha256 of the text and of every
+    source's rows."""
     return {**_rule(recipe, mode), "inputs": dict(parents)}
 
 
 def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
-    """The text, the sources' rows and, in the inference mode, the scores that it goes by."""
+    """The text, the sources' rows and, in the inference mode, the scores that decide."""
     parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
     parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
     if mode == "inference" and recipe.selection.inference == "vote":
@@ -110,7 +114,8 @@ def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
 
 
 def _state(context: Context, mode: str) -> str:
-    """`done` only says that there is a choice by the recipe's rule. It is made anew by every build: its scores may have changed."""
+    """`done` if there is a choice by the recipe's rule. Every build makes it anew, because its scores may
+    have changed."""
     return "done" if selection_path(context.recipe, mode).exists() else "to do"
 
 
@@ -127,7 +132,8 @@ SELECTION = Stage(
 
 
 def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, Artifact]) -> Selection:
-    """Chooses a source for every example in one mode and writes the result. Raises UserError where scores are missing."""
+    """Chooses a source for every example in one mode and writes the result. Raises UserError if scores are
+    missing."""
     recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
     judgements = read_judgements(context, len(facts[0]["available"])) if mode == "inference" else {}
@@ -140,7 +146,11 @@ def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, A
 def choose(
     recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], judgements: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The arrays of a selection. facts: what each source's rows say of all examples; judgements: of the inference mode."""
+    """The arrays of a selection.
+
+    facts: for each source the arrays of all examples that its rows come with. judgements: see
+    read_judgements; empty in the training mode.
+    """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
     available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
     if mode == "training":
@@ -163,7 +173,7 @@ def _by_cross_entropy(
 ) -> dict[str, np.ndarray]:
     ce = np.where(available, np.stack([fact["ce_sum"] for fact in facts], 1), np.nan)
     lossy = np.stack([fact["lossy"] for fact in facts], 1).astype(bool)
-    # All sources read the same response; those that left it out have 0.
+    # All sources read the same response. A source that left it out has 0 bytes.
     response_bytes = np.max([fact["response_bytes"] for fact in facts], 0).astype(np.int64)
     response_tokens = np.stack([fact["response_tokens"] for fact in facts], 1)
     rule = recipe.selection.training
@@ -171,7 +181,8 @@ def _by_cross_entropy(
     if rule == "random":
         source = random_source(able_readers(ce, lossy), (recipe.seed, 0))
     else:
-        # Of a mixture the one that weighs most; ties of both are those of the first source.
+        # The source of a mixture is the one with the largest weight, which is the one with the least sum.
+        # Ties go to the first.
         compared = "sum" if rule == "average" else rule
         source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=compared)
         mixture = {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}
@@ -204,8 +215,12 @@ def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
-    """What the sources' answers are chosen by: `scores` float32 [n, S, R] of the judges or, by the rule `reference`, the measures
-    `reference` float32 [n, S, 3]; nothing where chance decides. Raises UserError where some are missing or were made otherwise."""
+    """The scores that decide between the sources' answers.
+
+    By the rule `vote`: `scores` float32 [n, S, R] of the reward models. By the rule `reference`: the measures
+    `reference` float32 [n, S, 3]. By the rule `random`: nothing. Raises UserError if scores are missing or
+    were made by other options.
+    """
     recipe = context.recipe
     sources = list(recipe.sources)
     if recipe.selection.inference == "random":
@@ -227,18 +242,19 @@ def _facts(teacher: Artifact) -> dict[str, np.ndarray]:
 def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Selection:
     """The stored choice. parents: sha256 of the text and of every source's rows, by name.
 
-    Raises UserError where there is none, where it is damaged, or where it was made for other sources, rules or data than the
+    Raises UserError if it is missing or damaged, or if it was made for other sources, rules or data than the
     recipe's.
     """
     path = selection_path(recipe, mode)
     if not path.exists():
         raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {FIX}")
-    arrays, found = read_arrays(path, FIX)
+    arrays, basis = read_arrays(path, FIX)
     for key, want in _basis(recipe, mode, parents).items():
-        have = found.get(key)
-        if isinstance(have, dict) and isinstance(want, dict) and have != want:  # of all inputs the one that differs
+        have = basis.get(key)
+        # The message names the one input that differs, not all inputs.
+        if isinstance(have, dict) and isinstance(want, dict) and have != want:
             inner = next(name for name in [*want, *have] if have.get(name) != want.get(name))
             key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
         if have != want:
             raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {FIX}")
-    return Selection.of(arrays, found)
+    return Selection.of(arrays, basis)

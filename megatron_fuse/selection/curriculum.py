@@ -1,15 +1,19 @@
-"""What an epoch's examples can be ordered by: the data-centric curricula beside which the ProFuser paper sets its own model-centric
-one (arXiv 2408.04998, Table 2). It names the two measures, the length of the ground truth and the reward of the target's own answer,
-and is silent on the rest; here `schedule.order` sorts the whole epoch, in every phase: from short to long, or from the best reward
-to the least, which is from easy to hard either way. Batches are then of one length, or of one reward.
+"""Curricula: measures by which the examples of an epoch can be ordered.
 
-FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground truth, in the target's tokens, the stop token
-                                       among them; 0: it does not fit
-                                       target_reward float32 [n], where schedule.order asks for it: the strongest judge's score
-                                       of the target's own answer; NaN: it cannot be judged
+The ProFuser paper compares its model-centric curriculum with two data-centric ones (arXiv 2408.04998, Table
+2). It names their measures, the length of the ground truth and the reward of the target's own answer, and
+gives no more detail. Here `schedule.order` sorts the whole epoch, in every phase: from short to long, or from
+the highest reward to the lowest. Either order goes from easy to hard. The examples of a batch then have about
+the same length, or the same reward.
 
-The header says of each array what it was made from (array_file.py). Like the choice between sources the file is written anew by
-every build.
+FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground truth in the target's tokens, with the stop
+                                       token; 0: it does not fit
+                                       target_reward float32 [n], if schedule.order needs it: the score that
+                                       the strongest reward model gives to the target's own answer; NaN: it
+                                       has no score
+
+The header names the inputs of each array (array_file.py). Every build writes the file anew, like the choice
+between sources.
 """
 
 from dataclasses import dataclass
@@ -33,7 +37,11 @@ GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
 
 @dataclass(frozen=True, eq=False)
 class Curriculum:
-    """ranks int64 [n]: those of lower rank come first, equal ones in any order; sha256: of the ranks, which are all that counts."""
+    """The order of n examples.
+
+    ranks int64 [n]: examples of lower rank come first, examples of equal rank in any order. sha256: hash of
+    the ranks.
+    """
 
     ranks: np.ndarray
     sha256: str
@@ -44,12 +52,12 @@ def curriculum_path(recipe: Recipe) -> Path:
 
 
 def _wanted(recipe: Recipe) -> str | None:
-    """The array that the recipe orders by; None: by none."""
+    """The name of the array that the recipe orders by, None if it shuffles."""
     return {"shuffled": None, "gt_length": GT_TOKENS, "target_reward": TARGET_REWARD}[recipe.schedule.order]
 
 
 def _made_from(recipe: Recipe, text: str) -> dict[str, dict[str, Any]]:
-    """By array, what it is made from as far as the recipe knows it. text: sha256 of the text's artifact."""
+    """The inputs of each array, as far as the recipe knows them. text: sha256 of the text's artifact."""
     made_from: dict[str, dict[str, Any]] = {GT_TOKENS: {"text": text}}
     if _wanted(recipe) == TARGET_REWARD:
         answers = recipe.target_as_source or TARGET
@@ -78,7 +86,8 @@ CURRICULUM = Stage(
 
 
 def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays. gt_tokens int [n]: labels of every example's text. Raises UserError where scores are missing."""
+    """The curriculum's arrays. gt_tokens int [n]: labels of each example's text. Raises UserError if scores
+    are missing."""
     recipe = context.recipe
     arrays = {GT_TOKENS: gt_tokens.astype(np.int32)}
     if _wanted(recipe) == TARGET_REWARD:
@@ -88,16 +97,16 @@ def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def write_curriculum(context: Context, text: Artifact) -> dict[str, np.ndarray]:
-    """Measures all examples and writes the result, which it returns. Raises UserError where scores are missing."""
+    """Measures all examples, writes the arrays and returns them. Raises UserError if scores are missing."""
     arrays = measure(context, np.array([row.supervised_tokens for row in read_examples(text)]))
     write_arrays(curriculum_path(context.recipe), arrays, _made_from(context.recipe, text.sha256))
     return arrays
 
 
 def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
-    """The stored arrays that the recipe's own build writes. text: sha256 of the text's artifact.
+    """The stored arrays that a build of this recipe writes. text: sha256 of the text's artifact.
 
-    Raises UserError where there are none, where they are damaged, or where they were made for another recipe or other data.
+    Raises UserError if they are missing or damaged, or if they were made for another recipe or other data.
     """
     path = curriculum_path(recipe)
     arrays, made_from = read_arrays(path, FIX)
@@ -112,7 +121,7 @@ def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
 
 
 def read_curriculum(recipe: Recipe, text: str) -> Curriculum | None:
-    """The order of the examples; None where the recipe shuffles them. text, errors: as of read_measures."""
+    """The order of the examples, None if the recipe shuffles them. text and errors: as of read_measures."""
     wanted = _wanted(recipe)
     if wanted is None:
         return None
@@ -121,7 +130,9 @@ def read_curriculum(recipe: Recipe, text: str) -> Curriculum | None:
 
 
 def curriculum(values: np.ndarray, *, highest_first: bool) -> Curriculum:
-    """values [n]: what examples are ordered by, the least first unless highest_first; NaN last in either case."""
-    _, ranks = np.unique(-values if highest_first else values, return_inverse=True)  # NaN are equal, and after all else
+    """The order by values [n]: the lowest first, or with highest_first the highest. NaN come last in either
+    case."""
+    # np.unique treats all NaN as equal and puts them after every other value.
+    _, ranks = np.unique(-values if highest_first else values, return_inverse=True)
     ranks = ranks.astype(np.int64)
     return Curriculum(ranks, sha256_of_bytes(ranks.tobytes()))

@@ -1,7 +1,8 @@
-"""Which source has the advantage on each example: pure functions of the losses, scores and answers of all sources.
+"""The rules that choose a source for each example: pure functions of the losses, scores and answers of all
+sources.
 
-Legend: n examples, S sources in the recipe's order, R reward models. Results are int16 [n]: the place of a source, NONE where no
-source has one.
+Legend: n examples, S sources in the recipe's order, R reward models. Results are int16 [n]: the index of the
+source with the advantage, NONE if no source has it.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ NONE = -1
 def able_readers(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
     """bool [n, S]: the sources whose cross-entropies over a response are compared.
 
-    ce float [n, S]: NaN where a source has none, infinite where it overflowed: such a source never competes. lossy bool [n, S]:
-    its tokens do not spell the whole response (unknown characters cost it too little), so that it is compared only with others
-    of its kind, where no source has read it all.
+    ce float [n, S]: NaN if a source has none, infinite if it overflowed; such a source never competes. lossy
+    bool [n, S]: the source's tokens do not spell the whole response, so that its cross-entropy is too low
+    (unknown characters cost too little). Lossy sources are compared only with each other, and only if no
+    source has read the whole response.
     """
     finite = np.isfinite(ce)
     whole = finite & ~lossy
@@ -26,12 +28,16 @@ def able_readers(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
 def min_ce(
     ce: np.ndarray, lossy: np.ndarray, *, response_bytes: np.ndarray, response_tokens: np.ndarray, rule: str = "sum"
 ) -> np.ndarray:
-    """The source that understands the ground truth best: the least cross-entropy (arXiv 2408.04998, equations 1 and 2).
+    """The source that predicts the ground truth best: the least cross-entropy (arXiv 2408.04998, equations 1
+    and 2).
 
-    ce float [n, S]: nats over the response's bytes, the stop token left out; lossy bool [n, S]: see able_readers.
-    response_bytes [n]; response_tokens [n, S]: its own tokens.
-    rule: `sum`; `per_byte` divides by the same bytes for all sources, so that only the reported value changes; `per_token`
-    (FuseLLM's choice) divides by the source's own number of tokens, which favours small pieces. Ties go to the first source.
+    ce float [n, S]: nats over the response's bytes, without the stop token. lossy bool [n, S]: see
+    able_readers. response_bytes [n]. response_tokens [n, S]: the response's tokens by each source's
+    tokenizer. rule: `sum`; `per_byte` divides by the same number of bytes for all sources, so that the choice
+    is that of `sum`; `per_token` (FuseLLM's choice) divides by the source's own number of tokens, which
+    favours tokenizers with small tokens.
+
+    Ties go to the first source. Raises ValueError for another rule.
     """
     divisors = {
         "sum": 1,
@@ -46,48 +52,57 @@ def min_ce(
 
 
 def inverse_ce(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
-    """What each source's distribution weighs in their mixture, float64 [n, S]: 1 / CE brought to a sum of 1, 0 where it cannot read.
+    """The weight of each source's distribution in the mixture, float64 [n, S]: 1 / CE, divided by the sum
+    over the sources.
 
-    FuseLLM's AvgCE (arXiv 2401.10491, section 3.2) weighs by the cross-entropies and leaves open how; the inverse does not depend
-    on the unit, nats of the response or nats per byte. ce, lossy [n, S]: see able_readers. Rows of an example that no source can
-    read are 0.
+    A source that does not compete has weight 0; all weights of an example are 0 if no source competes. ce,
+    lossy [n, S]: see able_readers. FuseLLM's AvgCE (arXiv 2401.10491, section 3.2) weighs by the
+    cross-entropies and does not say how. The inverse does not depend on the unit: nats of the response and
+    nats per byte give the same weights.
     """
     able = able_readers(ce, lossy)
+    # The bounds keep a source with a cross-entropy of 0, and an example without competing sources, from a
+    # division by 0.
     inverse = np.where(able, 1 / np.maximum(np.where(able, ce, 1), 1e-6), 0)
     return inverse / np.maximum(inverse.sum(1, keepdims=True), 1e-12)
 
 
 def random_source(able: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """One of those who are able, each as likely as the others: a control for every rule. able bool [n, S]."""
+    """One of the able sources, each with the same probability: a control for the other rules. able bool [n,
+    S]."""
     drawn = np.where(able, np.random.default_rng(seed).random(able.shape), -1)
     return np.where(able.any(1), drawn.argmax(1), NONE).astype(np.int16)
 
 
 def able_answers(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """bool [n, S]: the answers that can win: neither empty nor left unjudged by anyone.
+    """bool [n, S]: the answers that can win. They are not empty, and every reward model has scored them.
 
-    scores float [n, S, R], NaN where an answer was not judged; answers int [n, S]: equal numbers for identical texts, 0 for an
-    empty or missing one.
+    scores float [n, S, R]: NaN if an answer has no score. answers int [n, S]: equal numbers for identical
+    texts, 0 for an empty or missing answer.
     """
     return (answers != 0) & ~np.isnan(scores).any(2)
 
 
 def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The answer that most reward models like best, and the votes of all.
+    """The answer with most votes of the reward models, and the votes of all answers.
 
-    scores float [n, S, R] and answers int [n, S]: see able_answers; strongest: place of the reward model whose score breaks ties.
+    scores float [n, S, R] and answers int [n, S]: see able_answers. strongest: index of the reward model
+    whose score breaks ties.
 
-    Every reward model votes for its best answer. Identical texts are one answer, which has the best of their scores and all their
-    votes, and is won by the first source that gave it. Of several answers with most votes, the one with the strongest model's best
-    score wins, then the first. Without reward models the first answer does. Returns winner int16 [n] and votes int16 [n, S], the
-    votes of the source's answer.
+    Every reward model votes for the answer that it scores highest. Identical texts are one answer: it has the
+    best of their scores and all their votes, and the first source that gave it is its source. If several
+    answers have most votes, the one that the strongest model scores highest wins, and of equal scores the
+    first. Without reward models the first answer wins. Returns winner int16 [n] and votes int16 [n, S], the
+    votes of each source's answer.
     """
     able = able_answers(scores, answers)
     same = (answers[:, :, None] == answers[:, None, :]) & able[:, :, None] & able[:, None, :]  # [n, S, S]
-    # Of an answer given twice both places get the same best score, so that argmax finds the first.
+    # If two sources gave the same answer, both get the same best score, so that argmax finds the first.
     best = np.where(same[..., None], scores[:, None], -np.inf).max(2)  # [n, S, R]
     ballots = best.argmax(1)  # [n, R]
-    votes = np.take_along_axis(same, ballots[:, None, :], 2).sum(2)  # a vote for one of equals is a vote for each
+    votes = np.take_along_axis(same, ballots[:, None, :], 2).sum(
+        2
+    )  # a vote for one of identical answers counts for each
     tied = able & (votes == votes.max(1, keepdims=True))
     decider = best[..., strongest] if scores.shape[2] else np.zeros(able.shape)
     winner = np.where(tied, decider, -np.inf).argmax(1)
@@ -95,5 +110,6 @@ def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -
 
 
 def best_score(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """The answer with the best score, int16 [n]: the vote of a single judge. scores float [n, S]; answers as in able_answers."""
+    """The answer with the best score, int16 [n]: the vote of one reward model. scores float [n, S]; answers:
+    see able_answers."""
     return majority_vote(scores[..., None], answers)[0]

@@ -1,4 +1,4 @@
-"""What was chosen and measured, in a line each, for the commands that build and run."""
+"""One-line summaries of the selections and of the curriculum, for the commands that build and run."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from megatron_fuse.selection.rules import NONE
 
 
 def rule_lines(recipe: Recipe) -> list[str]:
-    """By which rules a recipe chooses and orders, before anything is built."""
+    """The recipe's rules of selection and order, as lines to print before anything is built."""
     rules = {"inference": _inference_rule(recipe), "training": _training_rule(recipe)}
     lines = [f"advantage in {mode} mode: {rules[mode]}" for mode in recipe.modes_with_teacher]
     return [*lines, f"order of the examples: {recipe.schedule.order}"]
@@ -19,8 +19,8 @@ def rule_lines(recipe: Recipe) -> list[str]:
 
 def _training_rule(recipe: Recipe) -> str:
     rule = recipe.selection.training
-    told = {"random": "chance", "average": "all sources mixed, by their cross-entropies"}
-    return told.get(rule, f"least cross-entropy ({rule})")
+    words = {"random": "chance", "average": "all sources mixed, by their cross-entropies"}
+    return words.get(rule, f"least cross-entropy ({rule})")
 
 
 def _inference_rule(recipe: Recipe) -> str:
@@ -34,7 +34,8 @@ def _inference_rule(recipe: Recipe) -> str:
 
 
 def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
-    """The share of the examples that each source has, and what the margin did to those barely won."""
+    """The share of examples that each source wins, and the effect of the margin on those with a small
+    lead."""
     examples = len(selection.source)
     places = {place: name for place, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
     wins = ((name, int((selection.source == place).sum())) for place, name in places.items())
@@ -48,7 +49,8 @@ def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
 
 
 def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
-    """The order of the examples, and the range of what it goes by. measures: as the curriculum's file holds them."""
+    """The order of the examples and the range of their measures. measures: the arrays of the curriculum's
+    file."""
     tokens = measures[GT_TOKENS]
     line = (
         f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to {tokens.max():,} target tokens, "

@@ -1,7 +1,9 @@
-"""Reward models in three published forms behind one interface: a decoder, a head on its last hidden state, a chat format.
+"""Reward models of three published forms behind one interface: a decoder, a head on its last hidden state,
+and a chat format.
 
-Loading is strict: a published score is only worth what its weights are, so nothing stays random and nothing is left over.
-docs/reward_models.md says which forms there are and where the facts about them come from.
+Loading is strict: no weight of the model stays random, and no tensor of the files is left over. Otherwise the
+scores would not be those of the published model. docs/reward_models.md describes the forms and names the
+sources of the facts about them.
 """
 
 from megatron_fuse.huggingface.reward_models import load_reward_model_format, reward_model_fingerprint

@@ -1,8 +1,9 @@
-"""From files to a RewardModel: a decoder's body and head by the tensors' names, an encoder by transformers itself.
+"""From files to a RewardModel: a decoder's body and head by the tensors' names, an encoder by transformers
+itself.
 
-A decoder is read without its publisher's class, which for two of the three forms is code that comes with the model or with its
-model card: body and head are all that such a class holds. What a checkpoint has beyond them is refused unless it is known to
-take no part in the reward.
+A decoder is read without the class of its publisher. For two of the three forms that class is code that comes
+with the model or with its model card, and it holds nothing but body and head. Other tensors of a checkpoint
+are refused unless they are known to take no part in the reward.
 """
 
 from collections.abc import Iterator
@@ -29,19 +30,20 @@ from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.scoring.reward_models.reward_model import RewardModel
 from megatron_fuse.text_safety import brief
 
-_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # of the language model that the body once was
+_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # left from the language model that the body was made from
 _MEND = "name a complete reward model, and by `body` the model that it was trained from"
 
 
 def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
-    """Loads a judge of the recipe onto this process's device.
+    """Loads a reward model of the recipe onto this process's device.
 
-    Raises UserError, naming file and tensor, unless its files hold a whole body, one head [1, h] and nothing else that matters.
+    Raises UserError, which names file and tensor, unless its files hold a whole body, one head [1, h] and no
+    other tensor that could matter.
     """
     where = f"reward_models.{name}"
     files = find_reward_model(options, name)
     if not options.trust_remote_code:
-        load_config(files.body)  # before the tokenizer's library reads it, whose errors name no key
+        load_config(files.body)  # first, because the errors of the tokenizer's library name no key
     chat = load_reward_model_format(options, name)
     form = FORMS[files.form]
     causal = files.form != "classifier" or form.head in WeightFiles(files.weights).file_of
@@ -55,7 +57,7 @@ def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
 
 
 def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tuple[nn.Module, nn.Linear]:
-    """The body in dtype, each tensor converted as it is read, and the head in fp32."""
+    """The body in dtype, and the head in fp32. Each tensor is converted when it is read."""
     weights, head_name = WeightFiles(files.weights), FORMS[files.form].head
     stated = check_model_directory(files.body)
     weights.open_all()
@@ -77,8 +79,9 @@ def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tu
     for name, _ in empty.named_parameters():
         if prefix + name in weights.file_of:
             _refuse_unusable(weights, prefix + name, where)
-    # A scalar is no weight but a constant of old attention masks, which transformers no longer reads. Copied even if the type is
-    # right already: a tensor that stays in the mapped file may lie at an odd address, where the CPU rounds otherwise.
+    # A scalar is no weight but a constant of old attention masks, which transformers no longer reads. Tensors
+    # are copied even if their dtype is right already: a tensor in the mapped file may lie at an unaligned
+    # address, where the CPU's kernels round differently.
     read = [name for name in names if weights.shape(prefix + name)]
     tensors = {name: _read(weights, prefix + name).to(dtype, copy=True) for name in read}
     try:
@@ -99,9 +102,10 @@ def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tu
 
 
 def _bodies(weights: WeightFiles, head: str, embedding: str, where: str) -> dict[str, list[str]]:
-    """Prefix -> names under it of every copy of the body, the fullest first: Starling-RM's file has several of the same weights.
+    """Prefix -> names under it, for every copy of the body, the one with most tensors first.
 
-    embedding: the name of a tensor that every copy has. Raises UserError where there is none, or a tensor is part of nothing.
+    Starling-RM's file holds the same weights several times. embedding: the name of a tensor that every copy
+    has. Raises UserError if there is no copy, or if a tensor belongs to none.
     """
     names = list(weights.file_of)
     ends = [name for name in names if name == embedding or name.endswith("." + embedding)]
@@ -150,7 +154,7 @@ def _read(weights: WeightFiles, name: str) -> Tensor:
 
 
 def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
-    """Raises UserError for weights that are quantised, NaN or infinite: any of them would give scores that mean nothing."""
+    """Raises UserError for weights that are quantised, NaN or infinite: their scores would mean nothing."""
     if weights.dtype(name) not in DTYPES:
         raise UserError(
             f"{where}.model: {weights.place(name)} is {weights.dtype(name)}: expected {', '.join(DTYPES)}: name a model that is "
@@ -163,9 +167,10 @@ def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
 def _refuse_incomplete(
     report: dict[str, Any], weights: WeightFiles, prefix: str, body: Path, stated: str, where: str
 ) -> None:
-    """Raises UserError for the first tensor that transformers misses, finds in another shape, or has no use for.
+    """Raises UserError for the first tensor that transformers reports as missing, of another shape, or
+    unused.
 
-    body: the directory of the config; stated: the sizes that it has.
+    body: the directory of the config. stated: the config's sizes, for the message.
     """
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])
@@ -187,7 +192,8 @@ def _refuse_left_over(weights: WeightFiles, name: str, where: str) -> None:
 
 
 def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[str], where: str) -> None:
-    """Refuses a further copy of the body unless it says the same, tensor by tensor; those of a pickle usually share memory."""
+    """Raises UserError if another copy of the body differs from the first in any tensor. Copies in a pickle
+    usually share memory."""
     for name in names:
         if prefix + name not in weights.file_of:
             _refuse_left_over(weights, copy + name, where)
@@ -208,7 +214,7 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and report: what it would report is refused here."""
+    """Silences transformers' progress bar and report: whatever it would report is an error here."""
     had_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -221,9 +227,10 @@ def _quiet() -> Iterator[None]:
 
 
 class _EncoderLogits(nn.Module):
-    """A one-label encoder as a backbone whose only hidden state, at the first token, is the reward.
+    """A one-label encoder as a backbone with one hidden state, at the first token: the reward itself.
 
-    What stands between an encoder's hidden states and its logits (poolers, dense layers) differs from class to class.
+    The layers between an encoder's hidden states and its logits (poolers, dense layers) differ from class to
+    class. So the head of such a RewardModel is the identity.
     """
 
     def __init__(self, model: Any) -> None:

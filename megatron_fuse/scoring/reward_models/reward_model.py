@@ -1,4 +1,4 @@
-"""What every form of reward model comes down to."""
+"""The common interface of all forms of reward models."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +16,12 @@ _PADDED = " Answer "
 
 @dataclass(frozen=True, eq=False)
 class RewardModel:
-    """A judge with its own tokenizer and chat template.
+    """A reward model with its own tokenizer and chat template.
 
-    backbone: called with input_ids and attention_mask [b, s] it gives last_hidden_state [b, s, h], in the recipe's dtype.
-    head: [.., h] -> [.., 1], both fp32: rewards of good answers lie closer together than bf16 can tell apart.
-    stop: a conversation ends in the stop token, where the reward is read; else in the answer's last token.
-    causal: the reward is read at the last token; False for an encoder, which is read at its first.
+    backbone: takes input_ids and attention_mask [b, s] and returns last_hidden_state [b, s, h], in the
+    recipe's dtype. head: [.., h] -> [.., 1], both fp32: bf16 could not distinguish the rewards of two good
+    answers. stop: whether a conversation ends with the stop token; else it ends with the answer's last token.
+    causal: whether the reward is read at the last token; an encoder's is read at its first token.
     """
 
     name: str
@@ -36,18 +36,23 @@ class RewardModel:
         return longest_text(self.backbone)
 
     def encode(self, messages: Messages, response: str, tools: Tools | None = None) -> np.ndarray:
-        """int32 [n]: ids of the conversation, with one BOS if the tokenizer adds or the template prints any; messages end
-        with the user's or a tool's. Special-token strings of the texts stay text, so that the last token is always the template's or
-        the answer's own. Raises UserError where the template refuses the messages or does not print what belongs to tools.
+        """The ids of a conversation, int32 [n], with one BOS if the tokenizer adds or the template prints
+        one.
+
+        messages end with a message of the user or of a tool. Strings of special tokens within the texts stay
+        text, so that the last token always belongs to the template or to the answer. Raises UserError if the
+        template refuses the messages or does not print the parts of tools.
         """
         answer = response.strip() if self._strips_answers else response
         return self.chat.encode_conversation(messages, answer, stop=self.stop, tools=tools).ids
 
     @cached_property
     def _strips_answers(self) -> bool:
-        """Whether the template itself would strip the answer, as Llama 3's does: its judge never met the white space.
+        """Whether the template itself strips the answer, as Llama 3's does. Such a reward model was trained
+        without the white space.
 
-        `encode_conversation` keeps a response as it is, which is right for the models whose distributions are compared.
+        `encode_conversation` keeps a response as it is. That is right for models whose distributions are
+        compared.
         """
         turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _PADDED}]
         if self.chat.system and not self.chat.folds_system:
