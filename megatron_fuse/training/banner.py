@@ -1,4 +1,4 @@
-"""What a run is made of, in the lines that its banner adds to the machine's."""
+"""The lines of the banner that describe the run; runtime/distributed.py adds those about the machine."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,10 @@ from megatron_fuse.runtime import fused_adam_library
 def describe_run(
     recipe: Recipe, architecture: Architecture, chunks: Sequence[FusionGPTModel], *, entries_per_row: int
 ) -> list[str]:
-    """What was chosen where the recipe says "auto" too. chunks: this rank's, as built. entries_per_row: of the fusion data."""
+    """The lines about the run, with the real choice for every "auto" of the recipe.
+
+    chunks: this rank's model chunks, as built. entries_per_row: of the fusion data.
+    """
     training, layout = recipe.training, recipe.parallel
     config = chunks[0].config
     attention = type(chunks[0].decoder.layers[0].self_attention.core_attention).__name__
@@ -39,7 +42,7 @@ def describe_run(
 
 
 def _loss_implementation(recipe: Recipe, architecture: Architecture, entries_per_row: int) -> str:
-    """The one that the kernels will choose on this rank's device."""
+    """The implementation that the kernels will choose on this rank's device."""
     student = Student(
         name="logits",
         rows=recipe.training.micro_batch_size * recipe.training.seq_length,

@@ -1,4 +1,5 @@
-"""How a checkpoint's directory comes and goes, as one process does it: by renaming, so that half of one never looks whole."""
+"""Publishes and removes checkpoint directories, in one process: by renaming, so that an incomplete checkpoint
+never looks complete."""
 
 import re
 import secrets
@@ -15,19 +16,20 @@ LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `last` checkpoints stay, and those at multiples of `interval`; with neither given, all.
+    """Keeps the newest `last` checkpoints, and those at multiples of `interval`. With neither given it keeps
+    all.
 
-    With only `interval` the newest stays besides, as with Megatron-LM's --save-retain-interval.
+    With `interval` alone the newest checkpoint stays too, as with Megatron-LM's --save-retain-interval.
     """
 
     last: int | None = None
     interval: int | None = None
 
     def expired(self, iterations: Iterable[int], newest: int, named: Iterable[int | None]) -> list[int]:
-        """Those of the checkpoints at `iterations` that are to go once `newest` is whole.
+        """The checkpoints at `iterations` that can be removed when `newest` is complete.
 
-        named: the best and the latest, which stay. So do checkpoints after `newest`, of a run that went further before, and
-        iteration 0, which holds imported weights.
+        named: the best and the latest, which stay. Checkpoints after `newest` stay too: they are of a run
+        that went further before. So does iteration 0, which holds imported weights.
         """
         if self.last is None and self.interval is None:
             return []
@@ -41,17 +43,17 @@ class Retention:
 
 
 def temporary_name(checkpoint: Path) -> Path:
-    """A place beside a checkpoint for what is not one yet, or no longer.
+    """A path beside a checkpoint, for a directory that is no checkpoint yet, or no longer.
 
-    New at each call: the writers of a process that was killed may live on, and write where they were told to.
+    Each call gives a new path: the writers of a killed process may still run and write to an old one.
     """
     return checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}.tmp")
 
 
 def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None:
-    """Gives a written directory its name, then writes that iteration into the trackers, in their order.
+    """Gives a written directory its final name, then writes its iteration into the trackers, in their order.
 
-    All is brought to disk before, so that a name never outlives a power failure that its content did not.
+    Everything is flushed to disk first, so that after a power failure no name exists without its content.
     """
     for path in [*(path for path in temporary.iterdir() if path.is_file()), temporary]:
         flush_to_disk(path)
@@ -61,7 +63,8 @@ def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None
     for tracker in trackers:
         with temporary_then_rename(tracker) as new:
             new.write_text(f"{iteration_of(checkpoint)}\n")
-    # Not its files: closing the lock that lies there would release it (storage/locks.py).
+    # The directory alone is flushed, not its files: closing the lock file there would release the lock
+    # (storage/locks.py).
     flush_to_disk(checkpoint.parent)
 
 
@@ -76,19 +79,20 @@ def checkpoints_in(directory: Path) -> dict[int, Path]:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a directory iter_XXXXXXX as far as permissions go; remove_leftovers tries the rest again."""
+    """Removes a directory iter_XXXXXXX as far as permissions allow. remove_leftovers tries again to remove
+    the rest."""
     aside = temporary_name(checkpoint)
     checkpoint.replace(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what killed processes left half-written or half-deleted. Nobody may be saving there."""
+    """Removes directories and files that killed processes left incomplete. No process may be saving there."""
     remove_abandoned(directory)
     for leftover in directory.glob(".iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def free_bytes(directory: Path) -> int:
-    """On the file system where a directory is, or would be made."""
+    """Free bytes on the file system of a directory, which need not exist yet."""
     return shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.exists())).free

@@ -1,7 +1,7 @@
-"""Fusion data against its checksums while a run takes its first steps: no checkpoint comes from damaged data.
+"""Verifies the fusion data while a run makes its first steps, so that no checkpoint comes from damaged data.
 
-One rank of each node compares (dataset/checksums.py); the other ranks learn of it between two steps, in the all-reduce of
-interruption.py. The first checkpoint waits for the comparison to end.
+One rank of each node compares the checksums (dataset/checksums.py). The other ranks get the result between
+two steps, in the all-reduce of interruption.py. The first checkpoint waits for the end of the comparison.
 """
 
 import os
@@ -15,13 +15,14 @@ from megatron_fuse.dataset.checksums import BackgroundVerification
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import Artifact
 
-WHOLE, UNKNOWN, DAMAGED = range(3)  # the highest of all ranks is what is known of the data
+WHOLE, UNKNOWN, DAMAGED = range(3)  # in this order, so that the highest status of all ranks is that of the data
 
 
 class DataCheck:
-    """Begins at once, and ends with its `with` block. All ranks call heed and finish together.
+    """Starts to compare at once and stops at the end of its `with` block. All ranks call heed and finish
+    together.
 
-    artifacts: what is compared; nothing where there are none, as with --no-verify.
+    artifacts: the artifacts to compare; empty with --no-verify.
     """
 
     def __init__(self, artifacts: Sequence[Artifact]) -> None:
@@ -34,33 +35,36 @@ class DataCheck:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Damaged data may end a run in other ways first: as an id outside the vocabulary, or NaN. Then this is what is raised."""
+        """Raises the damage of the data instead of an error that it may have caused, such as an id outside
+        the vocabulary or NaN."""
         with self._verification:
             if isinstance(error, Exception) and not self._settled:
                 failure = self._verification.wait()
                 if failure is None and not self._compares:
-                    with BackgroundVerification(self._artifacts) as mine:
-                        failure = mine.wait()
+                    with BackgroundVerification(self._artifacts) as verification:
+                        failure = verification.wait()
                 if failure:
                     raise _ended_by(str(failure)) from error
 
     @property
     def status(self) -> int:
-        """What this rank knows."""
+        """What this rank knows of the data: WHOLE, UNKNOWN or DAMAGED."""
         if self._verification.failure:
             return DAMAGED
         return WHOLE if self._verification.done else UNKNOWN
 
     def heed(self, highest: int) -> None:
-        """Between two steps. highest: status of the rank where it is highest. Raises UserError on all ranks for damaged data."""
+        """Called between two steps. highest: the highest status of all ranks. Raises UserError on all ranks
+        for damaged data."""
         if highest == DAMAGED:
             self._share_failures()
         self._settled = self._settled or highest == WHOLE
 
     def finish(self) -> None:
-        """Waits until all ranks know that the data are whole. Raises UserError, on all ranks, where they are not.
+        """Waits until all ranks know that the data are whole. Raises UserError, on all ranks, if the data are
+        damaged.
 
-        Collectives: one gather of a message from each rank, until the data are known to be whole; none from then on.
+        Collectives: one gather of a message from each rank; none if the data are already known to be whole.
         """
         if not self._settled:
             self._verification.wait()
@@ -71,9 +75,9 @@ class DataCheck:
         messages: list[str | None] = [None] * dist.get_world_size()
         failure = self._verification.failure
         dist.all_gather_object(messages, str(failure) if failure else None)
-        if found := next((message for message in messages if message), None):
+        if first_message := next((message for message in messages if message), None):
             self._settled = True
-            raise _ended_by(found) from failure
+            raise _ended_by(first_message) from failure
 
 
 def _ended_by(message: str) -> UserError:

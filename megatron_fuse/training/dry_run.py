@@ -1,4 +1,5 @@
-"""--dry-run: what a run would take, told by what was really built for it."""
+"""--dry-run: prints the memory and the steps of a run, from the model and the data that are really built for
+it."""
 
 from collections.abc import Sequence
 
@@ -13,15 +14,16 @@ from megatron_fuse.training.trainer import Trainer
 
 
 def print_dry_run(trainer: Trainer) -> None:
-    """Prints parameters and a memory estimate of every pipeline stage and the step plan, on the reporting rank.
+    """Prints the parameters and a memory estimate of every pipeline stage, and the step plan, on the
+    reporting rank.
 
     Collectives: one gather of two numbers from every rank.
     """
     runtime, stage = trainer.runtime, parallel_state.get_pipeline_model_parallel_rank()
-    mine = stage, sum(weight.numel() for chunk in trainer.chunks for weight in chunk.parameters())
-    built = [mine] * runtime.world_size
-    dist.all_gather_object(built, mine)
-    parameters = dict(sorted(built))  # the tensor and data ranks of a stage hold equally many
+    local = stage, sum(weight.numel() for chunk in trainer.chunks for weight in chunk.parameters())
+    built = [local] * runtime.world_size
+    dist.all_gather_object(built, local)
+    parameters = dict(sorted(built))  # all tensor and data ranks of a stage hold equally many parameters
     sequence = sequence_of_run(trainer.recipe, trainer.dataset)
     place = {"sequence": sequence, "data_parallel_size": runtime.data_parallel_size}
     memory = {
@@ -44,7 +46,8 @@ def dry_run_text(
     held_out: int,
     learning_rate: LearningRate,
 ) -> list[str]:
-    """Lines for a terminal. parameters, memory: of one rank, by pipeline stage. micro_batch: the size of the largest, in words."""
+    """Lines for a terminal. parameters, memory: by pipeline stage, of one rank. micro_batch: the size of the
+    largest one, in words."""
     return [
         "One rank of each pipeline stage: parameters, and about how much memory it needs at the height of a step",
         *text_table(_memory_table(parameters, memory)),
@@ -65,10 +68,10 @@ def _memory_table(parameters: dict[int, int], memory: dict[int, Memory]) -> Tabl
         (
             str(stage),
             f"{parameters[stage]:,}",
-            *(readable_size(size) for size in vars(of).values()),
-            readable_size(of.total),
+            *(readable_size(size) for size in vars(estimate).values()),
+            readable_size(estimate.total),
         )
-        for stage, of in memory.items()
+        for stage, estimate in memory.items()
     ]
     return ("stage", "parameters", *names, "total"), rows
 

@@ -1,9 +1,10 @@
 """The fused model of a recipe as a Hugging Face directory, made from its best or latest checkpoint.
 
-    export/fusion.json    the checkpoint, what it says of itself, the dtype, and size and checksum of every file of the export
+    export/fusion.json    the checkpoint, its metadata, the dtype, and size and checksum of every file of the export
 
-An export of the same checkpoint whose files are as they were written is left alone. A file of it that is gone is made again. A file
-that was changed, or that the export did not write, is never removed: if it is in the way, it is named.
+If an export of the same checkpoint exists and its files are unchanged, nothing happens. A missing file is
+made again. A file that was changed, or that the export did not write, is never removed: if it is in the way,
+the error names it.
 """
 
 from collections.abc import Callable
@@ -30,26 +31,26 @@ RECORD = "fusion.json"
 
 
 def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) -> tuple[Path, Path]:
-    """Exports the recipe's best (or latest) checkpoint; returns the model directory and the checkpoint.
+    """Exports the recipe's best (or latest) checkpoint. Returns the model directory and the checkpoint.
 
-    Its generation_config.json ends answers at the stop token of the training too, and progress says so if it was not there.
-    An earlier export is replaced if the checkpoint has moved on, and keeps its name until the new one is whole. Needs a runtime
-    started with one process. Raises UserError where there is no checkpoint, something else is in the place of the export, or it
-    cannot be written.
+    The export's generation_config.json ends answers at the stop token of the training too. If that token had
+    to be added, progress gets a line about it. An export of an older checkpoint is replaced; it keeps its
+    name until the new export is complete. Needs a runtime started with one process. Raises UserError if there
+    is no checkpoint, if something else is at the place of the export, or if the export cannot be written.
     """
     directory, verify = checkpoint_directory(recipe), recipe.training.verify
     wanted = BEST if recipe.export.checkpoint == "best" else LATEST
-    # Without a held-out split there is no best one.
+    # Without a held-out split there is no best checkpoint.
     checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
     if checkpoint is None:
         raise UserError(f"{directory} holds no checkpoint: run python -m megatron_fuse.pretrain first")
     reference, output = target_directory(recipe), export_directory(recipe)
     chat = load_format(recipe.target, "target")
     template = chat.template if recipe.target.chat_template is not None else None
-    # A base model's own files end an answer at its EOS alone, which a chat model never writes.
+    # The files of a base model end an answer only at its EOS token, which a chat model never writes.
     end = chat.stop_id if missing_end(reference, chat.stop_id) else None
     origin = _origin(checkpoint, recipe.export.dtype, template, end, verify=verify)
-    place = output.resolve()  # a link to a directory stays, its directory is replaced
+    place = output.resolve()  # a symbolic link stays, the directory behind it is replaced
     with sole_writer(place, RECORD):
         found = find(place, RECORD, "export.path", verify=verify)
         if found and found.whole and sha256_of_json(found.origin) == sha256_of_json(origin):
@@ -69,7 +70,8 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
 
 
 def _origin(checkpoint: Path, dtype: str, template: str | None, end: int | None, *, verify: bool) -> dict[str, Any]:
-    """What the files of an export depend on. Facts of two checkpoints may be the same: their checksums are not."""
+    """All inputs of an export's files. Two checkpoints may have the same metadata, but not the same
+    checksums."""
     checksums = checkpoint / CHECKSUMS
     return {
         "checkpoint": str(checkpoint),

@@ -1,7 +1,9 @@
-"""The learning rate of every step: a linear warm-up, then one of Megatron-core's decays, a pure function of the iteration.
+"""The learning rate of every step: a linear warm-up, then one of Megatron-core's decays. A pure function of
+the iteration.
 
-After the warm-up the values are those of Megatron-core's OptimizerParamScheduler, which keeps a count of its own instead. In the warm-up
-the first of w steps has lr / w and the last has lr; Megatron's first has 0, and learns nothing.
+After the warm-up the values are those of Megatron-core's OptimizerParamScheduler, which has a counter as its
+state instead. In a warm-up of w steps the first step has lr / w and the last has lr. Megatron's first step
+has 0, so that it learns nothing.
 """
 
 import math
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.options import TrainingOptions
 
-# What is left of the way from lr to min_lr when so much of the decay is done: 1 at 0, 0 at 1.
+# The share of lr - min_lr that is left when a share `done` of the decay is done: 1 at 0, 0 at 1.
 _LEFT: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -22,9 +24,11 @@ _LEFT: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Up to `lr` in `warmup` steps, from step `decay_from` on down to `min_lr` at step `decay_to`, which it keeps.
+    """Rises to `lr` in `warmup` steps, falls from step `decay_from` to `min_lr` at step `decay_to`, and stays
+    there.
 
-    warmup and decay_from are no whole numbers where a fraction says how long the warm-up is. decay: a key of _LEFT; None: stay at lr.
+    warmup and decay_from may be fractional if the recipe gives the warm-up as a fraction. decay: a key of
+    _LEFT; None: stay at lr.
     """
 
     lr: float
@@ -35,7 +39,7 @@ class LearningRate:
     decay: str | None
 
     def at(self, iteration: int) -> float:
-        """Of the step after `iteration` others."""
+        """The learning rate of the step that follows `iteration` steps."""
         if iteration + 1 <= self.warmup:
             return self.lr * (iteration + 1) / self.warmup
         if self.decay is None:
@@ -54,7 +58,8 @@ class LearningRate:
 
 
 def make_learning_rate(options: TrainingOptions, total_steps: int) -> LearningRate:
-    """That of a schedule of so many steps. Raises UserError where warm-up and decay of WSD do not fit into it."""
+    """The learning rate of a schedule of so many steps. Raises UserError if WSD's warm-up and decay do not
+    fit into it."""
     decay_to = options.lr_decay_iters or total_steps
     warmup = options.warmup_steps(decay_to)
     decay: str | None

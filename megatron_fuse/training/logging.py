@@ -1,4 +1,5 @@
-"""One line a step in Megatron-LM's form, and the same numbers for metrics.jsonl, TensorBoard and Weights & Biases."""
+"""One line per step in Megatron-LM's form, and the same numbers for metrics.jsonl, TensorBoard and Weights &
+Biases."""
 
 import math
 import resource
@@ -21,10 +22,11 @@ _FORMATS = {"loss": ".6E", "learning rate": ".6E"}  # as Megatron-LM prints them
 
 
 class TrainingLog:
-    """Prints and records on the one reporting rank. On the others it only takes part in the collectives of `timers`.
+    """Prints and records on the one reporting rank. On the other ranks it only takes part in the collectives
+    of `timers`.
 
-    Nothing here waits for a GPU: every number is on the host already, and torch's memory statistics are the allocator's own. With
-    timers, all-reduces collect their values where a line is printed.
+    Nothing here waits for a GPU: all numbers are already on the host, and torch's memory statistics come from
+    its allocator. With timers, an all-reduce collects their values whenever a line is printed.
     """
 
     def __init__(
@@ -37,8 +39,11 @@ class TrainingLog:
         peak_flops: float | None,
         active: bool,
     ) -> None:
-        """ranks: of the run. peak_flops: of one GPU, None where no MFU is to be told. Raises UserError on every rank where Weights
-        & Biases is asked for and not installed."""
+        """ranks: number of ranks of the run. peak_flops: of one GPU; None: report no MFU. active: whether
+        this is the reporting rank.
+
+        Raises UserError on every rank if Weights & Biases is asked for and not installed.
+        """
         if recipe.training.wandb_project:
             check_wandb()
         self.recipe, self.plans, self.timers = recipe, plans, timers
@@ -49,7 +54,8 @@ class TrainingLog:
         self.restart_clock()
 
     def start(self, iteration: int) -> None:
-        """To be called once, when it is known at which iteration the run starts; what lies beyond it is dropped."""
+        """Called once, with the iteration at which the run starts. Earlier records after that iteration are
+        dropped."""
         if not self.active:
             return
         directory, options = metrics_directory(self.recipe), self.recipe.training
@@ -70,7 +76,8 @@ class TrainingLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """After an evaluation or a checkpoint, which are not training time."""
+        """Starts the measurement anew, after an evaluation or a checkpoint, whose time is no training
+        time."""
         self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.timers.reset()
 
@@ -84,10 +91,11 @@ class TrainingLog:
         tokens: int,
         flops: float,
     ) -> None:
-        """iteration: steps done. values: those of reduce_report, grad norm, padding. tokens: input tokens of the step, padding left
-        out. flops: model FLOPs of the step, of all ranks.
+        """Records a step, and prints a line at every log_interval.
 
-        A step whose grad norm is not finite counts as skipped (guards.step_optimizer).
+        iteration: steps done. values: those of reduce_report, `grad norm` and `padding`. tokens: input tokens
+        of the step, without padding. flops: model FLOPs of the step, of all ranks. A step whose grad norm is
+        not finite counts as skipped (guards.step_optimizer).
         """
         self.steps += 1
         self.tokens += tokens
@@ -110,7 +118,7 @@ class TrainingLog:
             tracker.numbers(numbers, iteration)
 
     def _speed(self) -> dict[str, float]:
-        """What the clock says since its last start."""
+        """Speed and memory since the clock's last start."""
         elapsed = time.perf_counter() - self.since
         rate, flops = self.tokens / elapsed, self.flops / elapsed / self.ranks
         speed = {
@@ -156,7 +164,8 @@ class TrainingLog:
             say(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
-        """values: those of reduce_report without the loss, and perplexity/MODE, on the held-out examples."""
+        """Records and prints an evaluation. values: those of reduce_report on the held-out examples, without
+        the loss, and perplexity/MODE."""
         if self.active:
             self.metrics.write(HELD_OUT, iteration, values)
             for tracker in self.trackers:
@@ -166,7 +175,7 @@ class TrainingLog:
         self.restart_clock()
 
     def saved(self, iteration: int) -> None:
-        """After a checkpoint, with the time that the timers say it took, if there are any."""
+        """Called after a checkpoint. Records its time, if there are timers."""
         timed = self.timers.seconds(SAVE)
         if timed and self.active:
             self._record(SAVED, iteration, timed)
@@ -181,7 +190,7 @@ class TrainingLog:
 
 
 def _of_a_line(values: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Those that have a place on the terminal: of each source there would be too many."""
+    """The values that are printed: all but FIT, which would give too many for each source."""
     return [(name, value) for name, value in values.items() if name.partition("/")[0] not in FIT]
 
 
@@ -190,12 +199,13 @@ def _shown_times(seconds: Mapping[str, float]) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes of this process at most so far: of tensors on its GPU, or on a CPU the resident set."""
+    """The most bytes that this process has held so far: of tensors on its GPU, or on a CPU of the resident
+    set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, with days before it where there are any."""
+    """Seconds as 1:02:03, with the number of days before it if there are any."""
     return str(timedelta(seconds=round(seconds)))

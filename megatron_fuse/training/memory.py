@@ -1,7 +1,7 @@
-"""What a rank is going to hold, estimated before it does, and which option would make it less.
+"""The memory of a rank, estimated before it is taken, and the options that would lower it.
 
-Weights, gradients, masters and moments are exact; activations are a rough formula, the one number here that is not known. Buffers
-of communication, of the allocator's fragments and of CUDA itself come on top.
+Weights, gradients, masters and moments are exact. Activations are estimated by a rough formula. Communication
+buffers, fragments of the allocator and the memory of CUDA itself come on top.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,8 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
 
-# In the messages of other allocators than torch's for CUDA: the CPU's, and those of the libraries that take memory beside it.
+# Parts of the messages of allocators other than torch's for CUDA: the CPU's, and those of libraries with
+# memory of their own.
 _ALLOCATORS = (
     "DefaultCPUAllocator",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -48,7 +49,8 @@ class Memory:
 
 
 def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> int:
-    """Parameters of one rank of a pipeline stage; a tied embedding counts on the first stage and again on the last."""
+    """Parameters of one rank of a pipeline stage. A tied embedding counts on the first stage and again on the
+    last."""
     a, layout = architecture, recipe.parallel
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     qkv = a.head_dim * (a.num_attention_heads + 2 * a.num_query_groups) * (a.hidden_size + a.qkv_bias)
@@ -56,19 +58,22 @@ def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> i
     embedding = a.padded_vocab_size * a.hidden_size // tensor
     first, last = stage == 0, stage == stages - 1
     output = last and not (first and a.tied_embeddings)
-    of_layers = a.num_layers // stages * (sharded // tensor + 2 * a.hidden_size)
-    return of_layers + embedding * (first + output) + a.hidden_size * last
+    layers = a.num_layers // stages * (sharded // tensor + 2 * a.hidden_size)
+    return layers + embedding * (first + output) + a.hidden_size * last
 
 
 def activation_elements(
     architecture: Architecture, tensor_parallel_size: int, *, sequence_parallel: bool = False
 ) -> float:
-    """Elements that one layer keeps of one token for its backward pass.
+    """Elements that one layer keeps of one token for its backward pass, on one tensor rank.
 
-    Counted as Korthikanti et al. (arXiv 2205.05198, section 4) do, for the local layer, without dropout and without scores, which
-    neither torch's attention nor Transformer Engine's keeps. Whole on every tensor rank: input, scaled input and output of both
-    norms (split with sequence parallelism); cosine and sine of the rotations. Split: queries and keys before and after the
-    rotation, values, the attention's output; gate and up projection (2), the gate's SiLU and its copy, the product. Fused kernels keep fewer of the last.
+    The count follows Korthikanti et al. (arXiv 2205.05198, section 4), for the local layer, without dropout,
+    and without scores, which neither torch's attention nor Transformer Engine's keeps.
+
+    Whole on every tensor rank: input, scaled input and output of both norms (split with sequence
+    parallelism); cosine and sine of the rotations. Split over the tensor ranks: queries and keys before and
+    after the rotation, values, the attention's output; gate and up projection (2), the gate's SiLU and its
+    copy, their product. Fused kernels keep fewer of the last group.
     """
     a, tensor = architecture, tensor_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
@@ -79,7 +84,9 @@ def activation_elements(
 def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
     """Forward passes of a rank's layers that wait for their backward pass in Megatron's 1F1B schedules.
 
-    Interleaved ones begin with 2 (stages - stage - 1) + (virtual - 1) stages passes of a chunk, a `virtual`th of the layers.
+    The interleaved schedule starts with 2 (stages - stage - 1) + (virtual - 1) stages forward passes of a
+    chunk. A chunk is the `virtual`th part of the rank's layers. One more pass is under way when the first
+    backward pass begins.
     """
     if virtual == 1:
         return stages - stage
@@ -89,22 +96,24 @@ def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
 def estimate_memory(
     recipe: Recipe, architecture: Architecture, *, sequence: int, data_parallel_size: int, stage: int
 ) -> Memory:
-    """What one rank of a pipeline stage holds at the height of the largest step.
+    """The memory of one rank of a pipeline stage at the peak of the largest step.
 
-    sequence: positions of the longest sequence (batches.longest_sequence), of which a micro-batch has micro_batch_size: padded
-    ones, as long as the run's longest document, or under packing one, of up to --seq-length positions, most of them documents.
+    sequence: positions of the longest sequence (batches.longest_sequence). Without packing a micro-batch has
+    micro_batch_size sequences, padded to the run's longest document. With packing it has one sequence of up
+    to --seq-length positions, most of which belong to documents.
     """
     layout, training = recipe.parallel, recipe.training
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     parameters = rank_parameters(architecture, recipe, stage)
     bf16 = training.precision == "bf16"
     element = 2 if bf16 else 4
+    # With the distributed optimizer each data-parallel rank holds its share of masters and moments.
     of_optimizer = parameters / (data_parallel_size if layout.use_distributed_optimizer else 1)
     tokens = training.micro_batch_size * sequence
     layers = architecture.num_layers // stages
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
     of_layer = activation_elements(architecture, tensor, sequence_parallel=layout.sequence_parallel)
-    # Recomputed layers keep their input, and one at a time everything.
+    # With recompute every layer keeps its input, and one layer at a time all its activations.
     kept = (
         in_flight * layers * architecture.hidden_size / (tensor if layout.sequence_parallel else 1) + of_layer
         if training.recompute
@@ -123,7 +132,7 @@ def estimate_memory(
 
 
 def sequence_of_run(recipe: Recipe, dataset: FusionDataset) -> int:
-    """`sequence` of estimate_memory for all phases of a run."""
+    """The argument `sequence` of estimate_memory, for all phases of a run."""
     pack_into = recipe.training.seq_length if recipe.training.packing else None
     return longest_sequence(dataset, recipe.phases, pack_into=pack_into)
 
@@ -135,7 +144,8 @@ def readable_size(size: float) -> str:
 def savings(
     recipe: Recipe, architecture: Architecture, *, sequence: int, data_parallel_size: int, stage: int
 ) -> list[tuple[str, float]]:
-    """(what to change, bytes that it saves a rank of the stage) for every option that still can be turned, the most first.
+    """(the option to change, bytes that this saves on a rank of the stage), the largest first, without those
+    that save nothing.
 
     sequence: as for estimate_memory.
     """
@@ -172,7 +182,8 @@ def savings(
 def advise_when_out_of_memory(
     recipe: Recipe, architecture: Architecture, runtime: Runtime, dataset: FusionDataset
 ) -> Iterator[None]:
-    """Turns an error of a device's or the machine's allocator into a UserError that says what to change, and what it saves."""
+    """Turns an error of an allocator into a UserError that names the options to change and the memory that
+    each saves."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -195,7 +206,8 @@ def advise_when_out_of_memory(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed: that of torch for CUDA has an error of its own, the others raise RuntimeError."""
+    """Whether an allocator failed. torch's allocator for CUDA has its own error class, the others raise
+    RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
     )

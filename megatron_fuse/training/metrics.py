@@ -1,20 +1,26 @@
-"""metrics.jsonl: what every step, evaluation and timed save measured, one row each, in the order of the run.
+"""metrics.jsonl: the measurements of every step, evaluation and timed save, one row each, in the order of the
+run.
 
     {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2, "ce/training": 1.0, ...}
     {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
     {"kind": "save", "iteration": 8, "seconds/save-checkpoint": 1.5}
 
-A number that is not finite is null, so a step whose `grad norm` is null was skipped.
+A number that is not finite is null. So a step whose `grad norm` is null was skipped.
 
-Steps and evaluations hold the losses in nats per supervised token. For each mode whose KL has a weight they also hold `NAME/MODE`
-and, by the source that teaches (of a mixture the one that weighs most), `NAME/MODE/SOURCE`, means over the supervised tokens with a
-teacher's row: `teacher mass` is what the stored entries hold of the teacher's distribution, `student mass` what the student's
-distribution at the KL's temperature holds on the same ids, `agreement` the share of tokens at which the student's likeliest id is
-the likeliest stored one. A source without such tokens has no key. They come with the loss, and are not printed.
+Steps and evaluations hold the losses in nats per supervised token. For each mode whose KL has a weight they
+also hold `NAME/MODE` and `NAME/MODE/SOURCE`. SOURCE is the teacher (of a mixture the source with the largest
+weight). The values are means over the supervised tokens with a teacher's row:
 
-Steps that printed a line hold its speed and memory too: means over the steps since the line before, or since an evaluation or a
-save. MFU and `TFLOP/s per GPU` count model FLOPs (throughput.py); `memory GiB` is the reporting rank's highest so far. From
---timing-log-level 1 on they hold `seconds/TIMER` (timing.py), of one step on the slowest rank, and saves have rows.
+    teacher mass    probability of the stored entries in the teacher's distribution
+    student mass    probability of the same ids in the student's distribution, at the temperature of the KL
+    agreement       share of tokens at which the student's likeliest id is the likeliest stored one
+
+A source without such tokens has no key. These values come with the loss and are not printed.
+
+Steps that printed a line also hold its speed and memory. Speeds are means over the steps since the last line,
+evaluation or save. MFU and `TFLOP/s per GPU` count model FLOPs (throughput.py). `memory GiB` is the highest
+value of the reporting rank so far. From --timing-log-level 1 on they hold `seconds/TIMER` (timing.py) of one
+step on the slowest rank, and saves have rows of their own.
 """
 
 import errno
@@ -37,15 +43,17 @@ STEP, HELD_OUT, SAVED = "step", "held-out", "save"
 
 
 def metrics_directory(recipe: Recipe) -> Path:
-    """WORKDIR/training; for a run with a --save of its own that directory, since several runs may share a workdir."""
+    """WORKDIR/training, or the directory of --save if that is given, because several runs may share a
+    workdir."""
     return recipe.training.save or Workspace(recipe.workdir).training
 
 
 class MetricsFile:
-    """Open for writing at its end, after the rows up to the iteration from which the run continues."""
+    """metrics.jsonl, open for appending after the rows up to the iteration at which the run continues."""
 
     def __init__(self, path: Path, *, continue_at: int) -> None:
-        """continue_at: steps done. What a killed run had written beyond them is dropped, all of it where they are 0."""
+        """continue_at: steps done. Rows after that iteration, from a killed run, are dropped; with 0 all rows
+        are."""
         self.path = path
         kept = [row for row in _whole_rows(path) if continue_at and row["iteration"] <= continue_at]
         with temporary_then_rename(path) as temporary:
@@ -54,9 +62,10 @@ class MetricsFile:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, kind: str, iteration: int, values: Mapping[str, Any]) -> None:
-        """One system call a row, which the kernel carries out as a whole if the process is killed during it.
+        """Appends one row with one system call, which the kernel completes even if the process is killed
+        during it.
 
-        Raises UserError where the disk is full.
+        Raises UserError if the file cannot be written, for example on a full disk.
         """
         line = _line({"kind": kind, "iteration": iteration, **values})
         try:
@@ -71,7 +80,8 @@ class MetricsFile:
 
 
 class _Row(Record):
-    """phase and loss: of steps. All other keys hold numbers, null if they were not finite."""
+    """One row. Steps have phase and loss. All other keys hold numbers, or null for a number that is not
+    finite."""
 
     kind: Literal["step", "held-out", "save"]
     iteration: NonNegativeInt
@@ -87,7 +97,7 @@ class _Row(Record):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows, none where there is no file; UserError for a line that is no row."""
+    """All rows; none if there is no file. Raises UserError for a line that is no row."""
     if not path.exists():
         return []
     rows = []
@@ -105,7 +115,8 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows before the first that a full disk or a lost machine has cut off."""
+    """Yields the rows before the first incomplete one, which a full disk or the loss of a machine may
+    leave."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines(keepends=True):

@@ -1,4 +1,5 @@
-"""One run at a time in a directory of checkpoints or metrics: two would remove and replace each other's files."""
+"""Only one run at a time in a directory of checkpoints or metrics: two runs would remove and replace each
+other's files."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,10 +15,11 @@ LOCK = ".run.lock"
 
 @contextmanager
 def only_one_run(directories: Iterable[Path]) -> Iterator[None]:
-    """Holds the locks of these directories until the end of the block. All ranks call it; rank 0 holds them for all.
+    """Holds the locks of these directories until the end of the block. All ranks call it; rank 0 holds the
+    locks for all.
 
-    They are released with the process, however that ends. Raises UserError, on every rank, with the owner's host and process if
-    another run has one of them. One broadcast.
+    The operating system releases the locks when the process ends, even if it is killed. Raises UserError, on
+    every rank, with the owner's host and process if another run holds one of the locks. One broadcast.
     """
     refused: list[str | None] = [None]
     with ExitStack() as held:

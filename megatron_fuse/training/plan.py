@@ -1,4 +1,5 @@
-"""The step plan: what every phase of a schedule takes, known from the index before any document is read."""
+"""The step plan: steps, samples, tokens and FLOPs of every phase, from the index alone, before any document
+is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class PhasePlan:
     """One phase. Sums are over all its steps and ranks."""
 
     name: str
-    first_iteration: int  # steps done before it
+    first_iteration: int  # steps done before the phase
     last_iteration: int  # steps done at its end
     samples: int  # examples, each counted once per epoch
     tokens: int  # input positions that carry a token
@@ -30,12 +31,13 @@ class PhasePlan:
 
 
 def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Architecture) -> tuple[PhasePlan, ...]:
+    """The plan of every phase of a schedule."""
     plans, samples = [], 0
     for phase in schedule.phases:
         begins = schedule.step(samples)
         assert begins is not None
-        of_phase = phase.epochs * schedule.examples
-        samples += of_phase
+        phase_samples = phase.epochs * schedule.examples
+        samples += phase_samples
         follows = schedule.step(samples)
         modes = phase_weights(phase, progress=0.0, kl_factor=1.0)
         lengths = {mode: dataset.lengths(mode)[dataset.train] for mode in modes}
@@ -45,7 +47,7 @@ def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Archit
                 name=phase.name,
                 first_iteration=begins.iteration,
                 last_iteration=follows.iteration if follows else schedule.total_steps,
-                samples=of_phase,
+                samples=phase_samples,
                 tokens=phase.epochs * int(positions.sum()),
                 supervised_tokens={
                     mode: phase.epochs * int(dataset.supervised_tokens(mode)[dataset.train].sum()) for mode in modes
@@ -57,9 +59,11 @@ def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Archit
 
 
 def tokens_left(plans: Sequence[PhasePlan], iteration: int) -> tuple[float, float]:
-    """Tokens still to be read after `iteration` steps: to the end of the phase of the next step, and to the end of the run.
+    """Tokens that remain after `iteration` steps: to the end of the next step's phase, and to the end of the
+    run.
 
-    As if the steps of a phase held equally many; phases do not, as those with two modes read two documents per example.
+    This assumes that all steps of a phase have equally many tokens. Different phases may have different
+    numbers: a phase with two modes reads two documents per example.
     """
     left = [
         plan.tokens * (plan.last_iteration - max(iteration, plan.first_iteration)) / plan.steps

@@ -1,9 +1,10 @@
-"""--profile: torch's profiler over some iterations, one trace for each of some ranks, by Megatron-LM's options.
+"""--profile: torch's profiler over some iterations and ranks, by Megatron-LM's options. Each of the ranks
+writes one trace:
 
     DIRECTORY/profile/rank-0.iterations-10-11.pt.trace.json
 
-beside DIRECTORY/metrics.jsonl. Perfetto, chrome://tracing and TensorBoard's profiler plugin show such a file. It holds what the
-rank ran between two steps too: an evaluation or a save that was due.
+DIRECTORY is that of metrics.jsonl. Perfetto, chrome://tracing and TensorBoard's profiler plugin show such a
+file. It also holds the evaluations and saves between the steps.
 """
 
 from types import TracebackType
@@ -21,7 +22,7 @@ TRACES = "profile"
 
 
 def check_profile(recipe: Recipe, *, ranks: int, last_step: int) -> None:
-    """Raises UserError where --profile asks for a rank that is not there, or for iterations after the last one."""
+    """Raises UserError if --profile names a rank that does not exist, or iterations after the last one."""
     options = recipe.training
     if not options.profile:
         return
@@ -34,11 +35,12 @@ def check_profile(recipe: Recipe, *, ranks: int, last_step: int) -> None:
 
 
 class StepProfiler:
-    """Records this rank's share of --profile. To be used as a context around the loop over steps.
+    """Records this rank's trace of --profile. It is a context around the loop over steps.
 
-    done: steps that are done before the first `begin_step`. A run that continues within the chosen iterations records those that
-    are left, and one that ends within them those that it has done. The iteration before the first is traced too, and thrown away,
-    since the beginning of tracing is slow. On other ranks, without --profile and after the last chosen iteration it does nothing.
+    done: steps done before the first `begin_step`. A run that starts or ends within the chosen iterations
+    records those of them that it runs. The iteration before the first one is traced too and thrown away,
+    because the start of tracing is slow. On other ranks, without --profile, and after the last chosen
+    iteration it does nothing.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, *, done: int) -> None:
@@ -76,7 +78,7 @@ class StepProfiler:
         return self
 
     def begin_step(self) -> None:
-        """To be called before every step, on every rank."""
+        """Every rank must call it before every step."""
         if self._profiler:
             self._profiler.step()
             if self._profiler.step_num >= self.end:
@@ -89,6 +91,6 @@ class StepProfiler:
 
     def __exit__(self, failed: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if self._profiler:
-            if failed:  # whose reason is not to be hidden by another error
+            if failed:  # no trace then: an error of writing it would hide the first one
                 self._profiler.on_trace_ready = None
             self._stop()

@@ -1,4 +1,4 @@
-"""Where a run begins: at its last checkpoint, if that is one of the same run, or at the first step."""
+"""The start of a run: at its last checkpoint, if that checkpoint is of the same run, or at the first step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ from megatron_fuse.training.checkpoint import (
 )
 from megatron_fuse.training.checkpoint_files import LATEST
 
-# What of `training` the result of a step depends on, the sizes of its parts left out.
+# The options of `training` that change the result of a step, without those that only divide its work.
 _STEP_OPTIONS = {
     "lr",
     "min_lr",
@@ -44,7 +44,8 @@ _STEP_OPTIONS = {
 
 
 def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
-    """What makes a resumed run the same run: samples, their order, what is learned from each, and how a step is made of it."""
+    """The properties that a resumed run must share: the samples, their order, the loss, and the optimizer
+    step."""
     return {
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
@@ -65,10 +66,12 @@ def resume(
     optimizer: Any,
     run: dict[str, Any],
 ) -> CheckpointMetadata:
-    """Loads the last checkpoint into chunks and optimizer, if there is one, and says where the run stands.
+    """Loads the last checkpoint into chunks and optimizer, if there is one. Returns the state of the run: its
+    metadata.
 
-    run: run_facts. Raises UserError where the checkpoint is of another run; with --override that is a warning for each
-    difference, as another version of a library always is. An optimizer whose state has another form is always refused.
+    run: run_facts. Raises UserError if the checkpoint is of another run. With --override each difference is
+    only a warning; another version of a library is always only a warning. Raises UserError in any case if the
+    optimizer's state has another form.
     """
     options, save = recipe.training, checkpoint_directory(recipe)
     start = CheckpointMetadata(
@@ -96,7 +99,9 @@ def resume(
             f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
             f"{save}, or go on with the new value by --override"
         )
-    refuse_other_model(path, found, architecture)  # before its optimizer, which is then another one too
+    # The model is checked before the optimizer: with another model the optimizer differs too, and the error
+    # would mislead.
+    refuse_other_model(path, found, architecture)
     if other_form := differences(found.optimizer, start.optimizer):
         raise UserError(
             f"{path}: optimizer {'; '.join(other_form)}, and its state does not fit: put the old value back"
@@ -109,7 +114,8 @@ def resume(
 
 
 def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """run_facts of a checkpoint. An option of a step that an older version did not have had today's default."""
+    """run_facts of a checkpoint. An option that an older version did not have gets today's default, which is
+    how it behaved."""
     step = run.get("step")
     defaults = TrainingOptions().model_dump(include=_STEP_OPTIONS)
     return run | {"step": defaults | step} if isinstance(step, dict) else run

@@ -19,7 +19,8 @@ def reached_step(recipe: Recipe) -> int | None:
 
 
 def require_whole_training(recipe: Recipe) -> None:
-    """Raises UserError if training has ended early, as at a signal or by --exit-interval: such a model is not to be exported."""
+    """Raises UserError if training ended early, at a signal or by --exit-interval: such a model must not be
+    exported."""
     wanted = make_schedule(recipe, len(FusionDataset(recipe).train)).last_step(recipe.training.train_iters)
     reached = reached_step(recipe) or 0
     if reached < wanted:
@@ -27,17 +28,18 @@ def require_whole_training(recipe: Recipe) -> None:
 
 
 def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
-    """Tokens that the target reads in training, prompts included, up to the step at which train_iters ends it."""
+    """Tokens that the target reads in training, with the prompts, up to the step at which train_iters ends
+    the training."""
     training_examples = amounts.examples - amounts.held_out
     schedule = make_schedule(recipe, training_examples)
     steps = schedule.last_step(recipe.training.train_iters)
     samples = min(steps * recipe.training.global_batch_size, schedule.total_samples)
     read = 0.0
     for phase in recipe.phases:
-        of_phase = min(samples, phase.epochs * training_examples)
-        samples -= of_phase
+        phase_samples = min(samples, phase.epochs * training_examples)
+        samples -= phase_samples
         modes = ["inference"] * phase.inference.is_used + ["training"] * phase.training.is_used
-        read += of_phase * sum(amounts.read(mode) for mode in modes) / amounts.examples
+        read += phase_samples * sum(amounts.read(mode) for mode in modes) / amounts.examples
     return read
 
 

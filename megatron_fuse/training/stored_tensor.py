@@ -1,4 +1,5 @@
-"""A tensor in the form of torch.save, viewed where it lies in memory: torch.load would copy it, into memory that it has to ask for."""
+"""Reads a tensor in the form of torch.save as a view of the memory where it lies. torch.load would copy it
+into new memory."""
 
 import io
 import pickle
@@ -25,9 +26,10 @@ _STORED_TYPES = {
 
 
 def read_tensor(content: memoryview, place: str) -> torch.Tensor:
-    """The tensor that torch.save wrote. It views `content` if it is a plain one, which saves two copies; else it is a copy.
+    """The tensor that torch.save wrote. A plain tensor is a view of `content`, which saves two copies; any
+    other is a copy.
 
-    place: the file, for the error. Raises UserError for everything else.
+    place: the file, for the error. Raises UserError if the content is no tensor.
     """
     try:
         return _view_tensor(content)
@@ -39,7 +41,7 @@ def read_tensor(content: memoryview, place: str) -> torch.Tensor:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """For the pickle of one tensor, whose numbers are in other records of the file."""
+    """Reads the pickle of one tensor. The numbers of the tensor are in other records of the file."""
 
     def __init__(self, content: bytes, numbers: Callable[[str], memoryview]) -> None:
         super().__init__(io.BytesIO(content))
@@ -80,7 +82,7 @@ def _view_tensor(content: memoryview) -> torch.Tensor:
 
 
 class _Reading(io.RawIOBase):
-    """Reads a buffer without copying it before."""
+    """A file object over a buffer, which is not copied."""
 
     def __init__(self, content: memoryview) -> None:
         self.content, self.at = content, 0

@@ -1,4 +1,4 @@
-"""The target in Megatron: built at this rank's place in the layout, and whole from any checkpoint."""
+"""The target in Megatron: this rank's part of it for training, and the whole model from any checkpoint."""
 
 from pathlib import Path
 
@@ -35,7 +35,11 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[FusionGPTMo
 def build_chunks(
     recipe: Recipe, architecture: Architecture, *, perform_initialization: bool = False
 ) -> list[FusionGPTModel]:
-    """This rank's model chunks as the recipe lays them out, their weights unset, or random with perform_initialization."""
+    """This rank's model chunks in the layout of the recipe. Their weights are unset, or random with
+    perform_initialization.
+
+    Raises UserError if Transformer Engine would have to attend to packed sequences in fp32.
+    """
     layout, training, loss = recipe.parallel, recipe.training, recipe.loss
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
@@ -65,17 +69,18 @@ def build_chunks(
 
 
 def _whole_model(model_dir: Path) -> tuple[Architecture, list[FusionGPTModel]]:
-    """The model of a Hugging Face directory in fp32 on one rank, its parameters unset."""
+    """The model of a Hugging Face directory in fp32 on one rank. Its parameters are unset."""
     architecture = read_architecture(model_dir)
     return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
 
 
 def dtype_of_reference(reference: Path) -> str:
-    """fp32, bf16 or fp16: of the weights in a Hugging Face directory or, where it has none, what its config says, or fp32."""
+    """fp32, bf16 or fp16: the dtype of the weights in a Hugging Face directory, else that of its config, else
+    fp32."""
     try:
         weights = WeightFiles(reference)
         found = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))
-    except UserError:  # config and tokenizer alone, which are enough
+    except UserError:  # a directory without weights: its config is enough
         stated = read_model_config(reference)
         found = next(
             (name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"), ""
@@ -86,11 +91,14 @@ def dtype_of_reference(reference: Path) -> str:
 def export_checkpoint(
     checkpoint: Path, reference: Path, output: Path, dtype: str | None = None, *, verify: bool = True
 ) -> str:
-    """Writes a checkpoint of any layout as a Hugging Face model directory, in one process and on a CPU if need be.
+    """Writes a checkpoint of any layout as a Hugging Face model directory, in one process, also on a CPU.
+    Returns the dtype.
 
-    reference: Hugging Face directory whose config, tokenizer and chat template the model takes over; its weights are not read.
-    dtype: fp32, bf16 or fp16; None: the reference's. verify: compare the checksums of the checkpoint's files. output must not exist.
-    Needs a runtime started with one process. Returns the dtype.
+    reference: Hugging Face directory that gives config, tokenizer and chat template; its weights are not
+    read. dtype: fp32, bf16 or fp16; None: the reference's.
+    verify: compare the checksums of the checkpoint's files.
+
+    output must not exist. Needs a runtime started with one process.
     """
     dtype = dtype or dtype_of_reference(reference)
     save_hugging_face_model(load_whole_model(checkpoint, reference, verify=verify), reference, output, dtype)
@@ -105,9 +113,11 @@ def load_whole_model(checkpoint: Path, reference: Path, *, verify: bool) -> torc
 
 
 def import_hugging_face(model_dir: Path, output: Path) -> Path:
-    """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), for any layout to load.
+    """Writes the weights of a Hugging Face model as checkpoint iteration 0 (fp32, without optimizer), which
+    loads at any layout.
 
-    Raises UserError if `output` holds checkpoints: a run that continues there would begin anew from these weights.
+    Returns the checkpoint. Raises UserError if `output` already holds checkpoints: a run that continues there
+    would start again from these weights.
     """
     if existing := checkpoints_in(output):
         raise UserError(

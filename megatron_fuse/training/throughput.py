@@ -1,11 +1,13 @@
-"""Model FLOPs, and what share of the machine's they are (MFU, Chowdhery et al. 2022, PaLM, appendix B)."""
+"""Model FLOPs, and the GPUs' peak FLOP/s that MFU compares them with (Chowdhery et al. 2022, PaLM, appendix
+B)."""
 
 import numpy as np
 import torch
 
 from megatron_fuse.model.architecture import Architecture
 
-# Dense bf16 FLOP/s by what torch.cuda.get_device_name holds, from NVIDIA's data sheets; the first that fits counts.
+# Dense bf16 FLOP/s by a part of torch.cuda.get_device_name, from NVIDIA's data sheets. The first key that
+# occurs in the name counts.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,  # of every H200 and of the H100 SXM
@@ -17,7 +19,7 @@ PEAK_BF16_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one GPU, None for one that the table does not know."""
+    """Dense bf16 FLOP/s of one GPU, None if the table does not have it."""
     return next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in device_name), None)
 
 
@@ -27,9 +29,11 @@ def peak_flops_of_this_gpu() -> float | None:
 
 
 def multiplying_parameters(architecture: Architecture) -> int:
-    """Weights that every token is multiplied with: of all layers and of the output layer, whose padded columns do not count.
+    """The number of weights that every token is multiplied with: those of all layers, and of the output layer
+    without padding.
 
-    Not the embedding, which is looked up, unless it is the output layer too; not norms and biases.
+    The embedding counts only if it is also the output layer: otherwise it is only looked up. Norms and biases
+    do not count.
     """
     a = architecture
     attention = 2 * a.hidden_size * a.head_dim * (a.num_attention_heads + a.num_query_groups)
@@ -38,11 +42,12 @@ def multiplying_parameters(architecture: Architecture) -> int:
 
 
 def training_flops(architecture: Architecture, positions: np.ndarray) -> float:
-    """Model FLOPs of forward and backward over documents of so many input positions, recomputation not counted.
+    """Model FLOPs of forward and backward pass over documents of so many input positions [documents].
+    Recomputation does not count.
 
-    6 N per position, N the multiplying parameters; and 12 (layers) (heads) (head_dim) per pair of a position and one that it
-    sees, itself included: two products forward, twice as many backward, two FLOPs each. A document of l positions has
-    l (l + 1) / 2 pairs under a causal mask.
+    Each position takes 6 N, with N the multiplying parameters. Each pair of a position and a position that it
+    sees, itself included, takes 12 (layers) (heads) (head_dim): two products forward, twice as many backward,
+    two FLOPs each. Under a causal mask a document of l positions has l (l + 1) / 2 pairs.
     """
     a = architecture
     l = positions.astype(np.float64)  # noqa: E741

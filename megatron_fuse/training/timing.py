@@ -1,7 +1,9 @@
-"""Where the time of a step goes, by Megatron-core's own timers: --timing-log-level with Megatron-LM's names and meanings.
+"""The times of the parts of a step, by Megatron-core's own timers: --timing-log-level with Megatron-LM's
+names and meanings.
 
-Megatron's schedules time themselves, the trainer times the rest. A timer waits for the GPU as it starts and as it stops, and at a
-timer of level 1 the ranks wait for each other first. At level 0 there are no timers, and nothing waits.
+Megatron's schedules time themselves, the trainer times the rest. A timer waits for the GPU when it starts and
+when it stops. Before a timer of level 1 starts, the ranks also wait for each other. At level 0 there are no
+timers, and nothing waits.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 T = TypeVar("T")
 
-# Timer -> the level from which it is there. Of a step:
+# Timer -> the lowest level that has it. The timers of a step:
 STEP_TIMERS = {
     "forward-backward": 1,  # Megatron's: the schedule as a whole
     "all-grads-sync": 1,  # Megatron's, within it: what is left of the gradients' reduction after the last backward pass
@@ -34,7 +36,7 @@ STEP_TIMERS = {
     "backward-send-backward-recv": 2,
     "forward-backward-send-forward-backward-recv": 2,
 }
-SAVE = "save-checkpoint"  # as long as training waits for it, which is not all of it with --async-save
+SAVE = "save-checkpoint"  # the time that training waits; with --async-save that is only a part of the save
 _LEVELS = {**STEP_TIMERS, SAVE: 1}
 
 
@@ -48,7 +50,7 @@ class StepTimers:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Times what happens in the block. To be entered by every rank where the timer is of level 1."""
+        """Times the block. If the timer is of level 1, every rank must enter it."""
         if name not in self._levels:
             yield
             return
@@ -58,7 +60,7 @@ class StepTimers:
         timer.stop()
 
     def each(self, name: str, items: Iterator[T]) -> Iterator[T]:
-        """The items, with the time that each took to come."""
+        """Yields the items and times how long each takes to arrive."""
         while True:
             with self(name):
                 try:
@@ -68,15 +70,17 @@ class StepTimers:
             yield item
 
     def seconds(self, *names: str) -> dict[str, float]:
-        """`seconds/NAME` since the last reset, of the rank on which it was longest; those that no rank has timed are left out.
+        """`seconds/NAME` since the last reset, on the rank where it is longest. Timers that no rank has used
+        are left out.
 
-        One all-reduce over all ranks, none where no timer is of this level; to be called by all ranks.
+        All ranks must call it. Collectives: one all-reduce over all ranks; none if no timer exists at this
+        level.
         """
         asked = [name for name in names if name in self._levels]
         if not asked:
             return {}
-        mine = [self._timers(name, log_level=_LEVELS[name]).elapsed(reset=False) for name in asked]
-        longest = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
+        elapsed = [self._timers(name, log_level=_LEVELS[name]).elapsed(reset=False) for name in asked]
+        longest = torch.tensor(elapsed, dtype=torch.float64, device=torch.cuda.current_device())
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
         return {f"seconds/{name}": value for name, value in zip(asked, longest.tolist(), strict=True) if value > 0}
 

@@ -1,4 +1,4 @@
-"""Where numbers go besides the terminal and metrics.jsonl: TensorBoard, and Weights & Biases when asked."""
+"""TensorBoard, and Weights & Biases if asked for: they get the same numbers as metrics.jsonl."""
 
 import importlib.util
 import secrets
@@ -19,7 +19,8 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """What an earlier run had written beyond `continue_at` steps is hidden."""
+    """Numbers in a directory of TensorBoard. Those that an earlier run wrote after `continue_at` steps are
+    hidden."""
 
     def __init__(self, directory: Path, *, continue_at: int) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=continue_at + 1 if continue_at else 0)
@@ -33,16 +34,17 @@ class TensorBoard:
 
 
 def check_wandb() -> None:
-    """Raises UserError where Weights & Biases is asked for and not installed; imports nothing."""
+    """Raises UserError if Weights & Biases is not installed. Imports nothing."""
     if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb-project needs the package wandb: pip install wandb, or leave the option out")
 
 
 class WeightsAndBiases:
-    """A run of `wandb`, whose environment variables hold as everywhere: WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY.
+    """A run of `wandb`. The package's environment variables work as usual: WANDB_MODE=offline, WANDB_API_KEY,
+    WANDB_ENTITY.
 
-    A continued run is the same run there: its id lies in DIRECTORY/wandb_id.txt. Steps that are done twice keep their first
-    numbers, since wandb takes no step back.
+    A continued training continues the same wandb run, whose id is in DIRECTORY/wandb_id.txt. Steps that run
+    twice keep their first numbers, because wandb accepts no earlier step.
     """
 
     def __init__(

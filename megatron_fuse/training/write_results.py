@@ -1,4 +1,4 @@
-"""What a checkpoint's writers report, on its way back to the process that trains."""
+"""The report of a checkpoint's writers, on its way back to the training process."""
 
 import pickle
 import queue
@@ -9,10 +9,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 class WriteResults:
-    """One report, put by the process that writes, which an asynchronous save forks, and taken by the one that trains.
+    """One report. The writing process puts it, which an asynchronous save forks; the training process takes
+    it.
 
-    In place of Megatron's queue, which is a process of its own: it imports torch again, keeps its memory all the time, and goes on
-    for ever where the rank is killed. A pipe would not do: the report is taken only after the process that put it has ended.
+    It replaces Megatron's queue. That queue is a process of its own: it imports torch again, keeps its memory
+    all the time, and never ends if the rank is killed. A pipe does not work: the report is taken only after
+    the process that put it has ended.
     """
 
     def __init__(self) -> None:
@@ -23,7 +25,7 @@ class WriteResults:
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Raises queue.Empty where nothing was put, as of a writer that was killed."""
+        """The report. Raises queue.Empty if there is none, for example after a writer was killed."""
         self._file.seek(0)
         try:
             return pickle.load(self._file)
@@ -32,5 +34,5 @@ class WriteResults:
 
 
 def use_new_write_results() -> None:
-    """Gives the next save of this process a place for its report. Each save takes one of its own."""
+    """Makes a new place for the report of the next save of this process. Each save needs its own."""
     filesystem_async._results_queue = WriteResults()
