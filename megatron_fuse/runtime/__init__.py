@@ -1,4 +1,4 @@
-"""Where the process runs: device, process groups and seeds, and Megatron-core without CUDA."""
+"""The environment of one process: device, process groups and seeds, and Megatron-core without CUDA."""
 
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.distributed import Runtime, start_runtime, stop_runtime

@@ -1,8 +1,8 @@
-"""Megatron-core on a machine without CUDA: everything that it needs there, and nothing anywhere else.
+"""Lets Megatron-core run on a machine without CUDA. With CUDA this file changes nothing.
 
-Megatron-core asks torch.cuda for its device, its streams and its random state, writes `device="cuda"` into factories and
-compares `tensor.type()` with "torch.cuda.FloatTensor". `enable_cpu_megatron` answers those questions with the CPU's, for the
-whole process; where CUDA is present it does nothing. Sequence parallelism is out of reach here: the local RMSNorm refuses it.
+Megatron-core asks torch.cuda for its device, its streams and its random state, passes `device="cuda"` to
+factories and compares `tensor.type()` with "torch.cuda.FloatTensor". `enable_cpu_megatron` replaces these by
+the CPU's, for the whole process. Sequence parallelism is not possible here: the local RMSNorm refuses it.
 """
 
 import functools
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class _NoStream:
-    """The one stream of a CPU: there is nothing to wait for."""
+    """The only stream of a CPU. Its methods do nothing, as there is nothing to wait for."""
 
     def wait_stream(self, *_: object) -> None: ...
 
@@ -33,7 +33,8 @@ def _names_cuda(device: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns every CUDA device named to a torch function into the CPU, and lets a CPU tensor answer as a CUDA type."""
+    """Replaces every CUDA device in a call of a torch function by the CPU, and reports a CUDA type for a CPU
+    tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -48,7 +49,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=False) -> None:
-    """Megatron's gradient clipping without the assertion that gradients are CUDA tensors."""
+    """Megatron's gradient clipping, without its assertion that gradients are CUDA tensors."""
     coefficient = max_norm / (total_norm + 1.0e-6)
     if coefficient >= 1.0:
         return
@@ -61,13 +62,15 @@ def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=Fal
 
 @functools.cache
 def enable_cpu_megatron() -> bool:
-    """Prepares this process for Megatron-core without CUDA. Returns False, and touches nothing, where CUDA is present."""
+    """Prepares this process for Megatron-core without CUDA. If CUDA is present it changes nothing and returns
+    False."""
     if torch.cuda.is_available():
         return False
     stream = _NoStream()
-    cuda: Any = torch.cuda  # what takes the place of its functions has other types
+    cuda: Any = torch.cuda  # Any: the functions that replace those of torch.cuda have other types
     tensor: Any = torch.Tensor
-    # One function object for each name: torch.compile's table of known functions refuses an object with two names.
+    # A function object of its own for each name: torch.compile's table of known functions refuses an object
+    # with two names.
     cuda.current_device = lambda: CPU
     cuda.current_stream = lambda *_, **__: stream
     cuda.default_stream = lambda *_, **__: stream

@@ -1,4 +1,4 @@
-"""Device, process groups and seeds of one rank, set up once and passed on explicitly."""
+"""Device, process groups and seeds of one rank: set up once, then passed on as an argument."""
 
 import os
 from collections.abc import Sequence
@@ -29,9 +29,8 @@ class Runtime:
     data_parallel_size: int
     data_parallel_rank: int
     is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
-    is_logging_rank: (
-        bool  # exactly one rank: the first tensor and data rank of the last stage, the one that knows the loss
-    )
+    # True on exactly one rank: the first tensor and data rank of the last stage, which has the loss
+    is_logging_rank: bool
 
     def print(self, message: str) -> None:
         """Prints on the reporting rank only."""
@@ -40,13 +39,14 @@ class Runtime:
 
 
 def quiet_third_party_warnings() -> None:
-    """Megatron-core warns at import about every optional library that is absent; our banner says it once instead."""
+    """Hides Megatron-core's warnings at import about every optional library that is absent. The banner says
+    it once instead."""
     import warnings
 
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex).*[Ff]alling back.*")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
-    # Megatron's doing too; without a GPU runtime/cpu.py passes for the place.
+    # Megatron causes these warnings too. Without a GPU Python reports them as raised in runtime/cpu.py.
     for message in ("Please use DTensor instead", "The .grad attribute of a Tensor that is not a leaf"):
         warnings.filterwarnings("ignore", message=message, module=r"megatron_fuse\.runtime\.cpu")
     quiet_known_messages()
@@ -61,11 +61,12 @@ def start_runtime(
     deterministic: bool = False,
     timeout_minutes: float = 30,
 ) -> Runtime:
-    """Joins the processes that torchrun started (or runs alone) and builds Megatron's process groups.
+    """Joins the processes that torchrun started, or runs alone, and builds Megatron's process groups.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK. deterministic: see _use_deterministic_algorithms. Raises UserError if the layout does not
-    divide the number of processes, or if they are more than the machine's GPUs. May be called again with another layout in the
-    same processes: the old groups of Megatron are given up first.
+    Reads RANK, WORLD_SIZE and LOCAL_RANK from the environment. deterministic: see
+    _use_deterministic_algorithms. Raises UserError if the layout does not divide the number of processes, or
+    if a machine has more processes than GPUs. It may be called again with another layout in the same
+    processes: Megatron's old groups are destroyed first.
     """
     quiet_third_party_warnings()
     with importing_megatron():
@@ -75,7 +76,7 @@ def start_runtime(
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     _use_deterministic_algorithms(deterministic)
 
-    if virtual_pipeline_parallel_size == 1:  # which Megatron would take for an interleaved schedule
+    if virtual_pipeline_parallel_size == 1:  # Megatron would read 1 as an interleaved schedule
         virtual_pipeline_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model_parallel_size = tensor_parallel_size * pipeline_parallel_size
@@ -127,22 +128,26 @@ def start_runtime(
 
 
 def _use_deterministic_algorithms(on: bool) -> None:
-    """Whether torch, cuBLAS, Transformer Engine and NCCL use nothing but algorithms whose result is the same each time.
+    """Makes torch, cuBLAS, Transformer Engine and NCCL use only algorithms whose result is the same each
+    time, if `on`.
 
-    To be called before the process first uses its GPU. What the user has set in the environment stays.
+    It must be called before the process first uses its GPU. Variables that the user has set in the
+    environment stay.
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(on)
-    # By default torch then also fills all memory that it hands out: a pass over the logits for nothing.
+    # With deterministic algorithms torch by default also fills all new memory. That would cost a needless
+    # pass over the logits.
     # torch.utils.deterministic sets this attribute where mypy does not see it.
     torch.utils.deterministic.fill_uninitialized_memory = not on  # type: ignore[attr-defined]
 
 
 def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
-    """What runs where, in a few lines; loud where the machine has no GPU. what: lines on the job itself."""
+    """A few lines about layout, device and job, with a clear notice if the machine has no GPU. what: the
+    lines about the job."""
     lines = [
         f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP {runtime.pipeline_parallel_size}"
         f" x DP {runtime.data_parallel_size}"
@@ -161,7 +166,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def stop_runtime() -> None:
-    """Gives up all process groups; safe to call when there are none."""
+    """Destroys all process groups, if there are any."""
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():

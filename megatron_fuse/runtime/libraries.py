@@ -1,4 +1,5 @@
-"""Which optional libraries Megatron-core uses, by its own flags: a package of the name may be another one, or lack a part."""
+"""The optional libraries that Megatron-core uses, by its own flags: a package of that name may be another
+one, or incomplete."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from megatron_fuse.errors import UserError
 
 @contextmanager
 def importing_megatron() -> Iterator[None]:
-    """Raises UserError if Megatron-core cannot be imported within the block, as when a library that it tries is there in part."""
+    """Raises UserError if Megatron-core cannot be imported within the block, for example if an optional
+    library is incomplete."""
     try:
         yield
     except (ImportError, OSError, RuntimeError) as error:
@@ -19,7 +21,7 @@ def importing_megatron() -> Iterator[None]:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron-core has imported Transformer Engine, in each of the modules that a model is built from."""
+    """Whether Megatron-core has imported Transformer Engine in all modules that build a model."""
     from megatron.core.extensions import transformer_engine
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import transformer_block
@@ -36,7 +38,8 @@ def fused_adam_library() -> str | None:
 
 
 def has_gradient_accumulation_fusion() -> bool:
-    """Whether apex's kernel is there that adds a weight's gradient to the fp32 buffer within the product."""
+    """Whether Megatron-core has apex's kernel, which adds a weight's gradient to the fp32 buffer within the
+    matrix product."""
     from megatron.core.tensor_parallel import layers
 
     return layers._grad_accum_fusion_available

@@ -1,9 +1,14 @@
-"""What differs between the versions of Megatron-core that pyproject.toml allows, 0.16 to 0.19, and cannot be written alike for all.
+"""Differences between the versions of Megatron-core that pyproject.toml allows, 0.16 to 0.19.
 
-Where one way fits every version there is no branch and nothing here: training/megatron_checkpoints.py does without `save` and `load`,
-and model/gpt.py overrides what GPTModel has in all of them. Later versions will take away more of what the project uses, by what
-0.19 deprecates: GPTModel, in favour of HybridModel, which concerns model/gpt.py alone; and Megatron's own asynchronous saving, in
-favour of nvidia-resiliency-ext, which concerns the imports of training/megatron_checkpoints.py and training/checkpoint.py.
+Only code that cannot be the same for all versions is here. Where one way fits all of them there is no branch:
+training/megatron_checkpoints.py does without `save` and `load`, and model/gpt.py overrides only methods that
+GPTModel has in all versions.
+
+0.19 deprecates more of what the project uses, so that later versions may remove it:
+
+- GPTModel, in favour of HybridModel. This concerns model/gpt.py alone.
+- Megatron's own asynchronous saving, in favour of nvidia-resiliency-ext. This concerns the imports of
+  training/megatron_checkpoints.py and training/checkpoint.py.
 """
 
 import logging
@@ -16,7 +21,7 @@ _KNOWN_MESSAGES = {
 
 
 def quiet_known_messages() -> None:
-    """Leaves out of the log what 0.19 says of every model and run; whatever else Megatron says stays."""
+    """Hides the messages that 0.19 logs for every model and run. All other messages of Megatron stay."""
     for logger in _KNOWN_MESSAGES:
         logging.getLogger(logger).addFilter(_is_news)
 
@@ -26,12 +31,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def adopt_learning_rates(state: dict[str, Any], optimizer: Any) -> None:
-    """Gives the parameter groups of a loaded optimizer state the bounds of the learning rate that this run has.
+    """Gives the parameter groups of a loaded optimizer state this run's bounds of the learning rate.
 
-    From 0.19 on Megatron finds a group again by `max_lr` and `min_lr` too: without this a run that continues with another --lr, or from
-    a checkpoint of an earlier version, finds none. Groups differ in `wd_mult` alone. The trainer sets the rate itself at every step.
+    From 0.19 on Megatron also uses `max_lr` and `min_lr` to match the groups of a checkpoint with those of
+    the optimizer. Without this function a run with another --lr, or from a checkpoint of an earlier version,
+    finds no group. Groups differ in `wd_mult` alone. The trainer itself sets the learning rate at every step.
     """
-    ours = {group["wd_mult"]: group for group in optimizer.param_groups}
+    groups = {group["wd_mult"]: group for group in optimizer.param_groups}
     for group in state.get("optimizer", state)["param_groups"]:
-        bounds = ours.get(group["wd_mult"], {})
+        bounds = groups.get(group["wd_mult"], {})
         group.update((key, bounds[key]) for key in ("max_lr", "min_lr") if key in bounds)

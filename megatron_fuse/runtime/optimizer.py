@@ -1,8 +1,9 @@
 """An AdamW whose step count survives a Megatron checkpoint.
 
-Megatron-core saves what a parameter group holds and the moments of each parameter. Apex's and Transformer Engine's FusedAdam
-keep `step` in the group; torch's AdamW keeps it beside the moments, where Megatron drops it without a word, so that a resumed
-run starts its bias correction afresh. Without either library, this optimizer takes torch's place on every device.
+Megatron-core saves the content of each parameter group and the moments of each parameter. The FusedAdam of
+apex and of Transformer Engine keeps `step` in the group. torch's AdamW keeps it beside the moments, where
+Megatron drops it without a message. A resumed run would then start its bias correction again. So without
+either library this optimizer replaces torch's, on every device.
 """
 
 import torch
@@ -12,16 +13,17 @@ from megatron_fuse.runtime.libraries import fused_adam_library
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) with `step` held in the parameter group, as FusedAdam holds it."""
+    """torch's AdamW (Loshchilov & Hutter, arXiv 1711.05101) with `step` in the parameter group, as in
+    FusedAdam."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_: object) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):  # without types, as in torch's own; Megatron gives no closure
+    def step(self, closure=None):  # without types, as in torch; Megatron passes no closure
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            # Counted also where this rank holds none of the group's parameters, so that every rank saves the same step.
+            # A rank without parameters of the group counts too, so that every rank saves the same step.
             group["step"] = group.get("step", 0) + 1
             if not parameters:
                 continue
@@ -31,9 +33,10 @@ class GroupStepAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
             done = float(group["step"] - 1)
-            # A fill on the device: a copy from the host would wait for it. adamw counts each of them up.
+            # torch.full fills on the device; a copy from the host would wait for the device. adamw adds 1 to
+            # each of them.
             steps = torch.full((len(parameters),), done, device=parameters[0].device).unbind()
-            # The fused kernel reads and writes everything once, and holds nothing beside.
+            # The fused kernel reads and writes every tensor once, and needs no further memory.
             on_gpu = is_on_gpu(parameters[0])
             adamw(
                 parameters,
@@ -59,10 +62,11 @@ def is_on_gpu(parameter: torch.Tensor) -> bool:
 
 
 def install_group_step_adamw() -> bool:
-    """Makes Megatron-core use GroupStepAdamW if it has imported neither Transformer Engine nor apex; says whether it did.
+    """Makes Megatron-core use GroupStepAdamW if it has imported neither Transformer Engine nor apex. Returns
+    whether it does.
 
-    Megatron decides at import which Adam it has, and treats `step` by that decision: the flags say "apex" because the group
-    step is apex's convention.
+    Megatron decides at import which Adam it has, and handles `step` accordingly. The flags here say "apex",
+    because a `step` in the group is apex's convention.
     """
     if fused_adam_library() is not None:
         return False

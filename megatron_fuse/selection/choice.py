@@ -181,9 +181,8 @@ def _by_cross_entropy(
     if rule == "random":
         source = random_source(able_readers(ce, lossy), (recipe.seed, 0))
     else:
-        # The source of a mixture is the one with the largest weight, and
-        # so with the least cross-entropy.
-        # Ties go to the first.
+        # The source of a mixture is the one with the largest weight, and so with the least cross-entropy. Ties go
+        # to the first.
         compared = "sum" if rule == "average" else rule
         source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=compared)
         mixture = {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}

@@ -1,15 +1,17 @@
-"""Checkpoints through Megatron's dist_checkpointing: whole or absent, and loadable at any tensor, pipeline and data layout.
+"""Checkpoints through Megatron's dist_checkpointing: complete or absent, and loadable at any tensor, pipeline
+and data layout.
 
     DIRECTORY/iter_0000120/                       sharded model and optimizer, facts.json, and checksums.json of all files
     DIRECTORY/latest_checkpointed_iteration.txt   as Megatron-LM names it; written last
     DIRECTORY/best_checkpointed_iteration.txt     the checkpoint with the least held-out cross-entropy
 
-Training draws no random number after the weights are there (the order of samples is a function of the seed, dropout is 0), so
-consumed samples, model and optimizer are the whole state.
+After the weights are initialised, training draws no random number: the order of samples is a function of the
+seed, and dropout is 0. So consumed samples, model and optimizer are the whole state.
 
-The files of all ranks go into a hidden directory; once they are on disk it gets the checkpoint's name, then `best` and at last
-`latest` name it, and only then does an old checkpoint go. Asynchronously, a process forked from each rank writes what the rank
-held at that moment while training goes on: of a GPU's tensors a copy is made first, of a CPU's the fork itself is the copy.
+The files of all ranks go into a hidden directory. When they are on disk, the directory gets the checkpoint's
+name. Then `best` and last `latest` name it, and only then old checkpoints are removed. In an asynchronous
+save a process forked from each rank writes the state of that moment while training continues. Tensors on a
+GPU are copied to the host first; for tensors on a CPU the fork itself is the copy.
 """
 
 import importlib.metadata
@@ -55,17 +57,20 @@ from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.write_results import use_new_write_results
 
 T = TypeVar("T")
-# The only form of the distributed optimizer's state that loads at every layout; the older default raises on saving.
+# The only form of the distributed optimizer's state that loads at every layout. The older default raises an
+# error on saving.
 _OPTIMIZER_FORM = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # Gathered over gloo, bucket by bucket, into the memory of the first data-parallel rank's host: 12 bytes a parameter of its
-    # tensor and pipeline rank, and one bucket. Otherwise every rank would gather the same on its GPU and its host.
+    # The state is gathered over gloo, bucket by bucket, into the host memory of the first data-parallel rank.
+    # That takes 12 bytes per parameter of its tensor and pipeline rank, and one bucket. Otherwise every rank
+    # would gather the same state on its GPU and its host.
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
-# What Transformer Engine's layers add to the state of a model: scales of fp8, which is not used here. Without it a checkpoint loads
-# into layers of either implementation.
+# Transformer Engine's layers add scales of fp8 to the state of a model. fp8 is not used here, and without the
+# scales a checkpoint loads into layers of either implementation.
 _EXTRA_STATE = "_extra_state"
-# What of the architecture decides whether weights fit. The padded vocabulary alone would not: 1003 and 1024 both pad to 1024.
+# The sizes that decide whether weights fit. The padded vocabulary alone is not enough: 1003 and 1024 both pad
+# to 1024.
 _MODEL_KEYS = (
     "num_layers",
     "hidden_size",
@@ -82,18 +87,18 @@ _MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint says of itself in facts.json, readable without Megatron."""
+    """The content of a checkpoint's facts.json, readable without Megatron."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     iteration: Annotated[int, Field(ge=0, strict=True)]  # steps done
     consumed_samples: Annotated[int, Field(ge=0, strict=True)]
     model: dict[str, Any]  # sizes of the architecture
-    run: dict[str, Any]  # what a resumed run must have in common: phases, batch size, seed, loss, order, data hash
+    run: dict[str, Any]  # what a resumed run must share: phases, batch size, seed, loss, order, data hash
     best_loss: Annotated[float, Field(strict=True)] | None  # least held-out cross-entropy so far, nats per token
     versions: dict[str, str]
-    optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty where there is none
-    recipe: dict[str, Any] = field(default_factory=dict)  # as it was, for the reader; empty where weights were imported
+    optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty without an optimizer
+    recipe: dict[str, Any] = field(default_factory=dict)  # for human readers; empty for imported weights
 
 
 def model_facts(architecture: Architecture) -> dict[str, Any]:
@@ -105,7 +110,8 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    """Of what is run from its source tree nothing is installed that would have a version."""
+    """The version of an installed package. A package that runs from its source tree is not installed and has
+    none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +119,11 @@ def _version(package: str) -> str:
 
 
 def named_checkpoint(directory: Path, which: str = LATEST) -> Path | None:
-    """The checkpoint that LATEST or BEST names, None where there is none."""
+    """The checkpoint that LATEST or BEST names, None if the file does not exist.
+
+    Raises UserError if the named checkpoint is missing or incomplete, or if the file holds no iteration
+    number.
+    """
     iteration = _named_iteration(directory, which)
     if iteration is None:
         return None
@@ -145,7 +155,8 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
 
 
 def read_facts(path: Path, *, verify: bool = True) -> CheckpointMetadata:
-    """What facts.json says. verify: compare its checksum. Raises UserError where it is not there or not of this version."""
+    """The content of facts.json. verify: compare its checksum. Raises UserError if it is missing or not of
+    this version."""
     return _facts_in(_open_files(path, verify))
 
 
@@ -175,27 +186,31 @@ def _facts_in(files: CheckpointFiles) -> CheckpointMetadata:
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Every key in which what a checkpoint says differs from what this run says, with both values; of two mappings their differences."""
-    said = []
+    """One text for each key in which a checkpoint differs from this run, with both values. Of two mappings
+    only what differs is shown.
+
+    found: the checkpoint's values. wanted: those of this run.
+    """
+    texts = []
     for key, value in wanted.items():
         other = found.get(key)
         if other == value:
             continue
         if isinstance(value, dict) and isinstance(other, dict):
             same = {name for name in value if name in other and other[name] == value[name]}
-            other, value = ({name: of[name] for name in of if name not in same} for of in (other, value))
-        said.append(f"has {key} = {other!r}, this run has {key} = {value!r}")
-    return said
+            other, value = ({name: side[name] for name in side if name not in same} for side in (other, value))
+        texts.append(f"has {key} = {other!r}, this run has {key} = {value!r}")
+    return texts
 
 
 def refuse_other_model(path: Path, facts: CheckpointMetadata, architecture: Architecture) -> None:
-    """Raises UserError where a checkpoint holds another model or vocabulary."""
+    """Raises UserError if a checkpoint holds another model or vocabulary."""
     if differing := differences(facts.model, model_facts(architecture)):
         raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
 
 
 def _by_name(chunks: Sequence[FusionGPTModel]) -> dict[str, FusionGPTModel]:
-    """Model chunks under the names that Megatron-LM gives them in a checkpoint."""
+    """Model chunks by the names that Megatron-LM gives them in a checkpoint."""
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
 
 
@@ -211,17 +226,19 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
-    model = chunk.module if isinstance(chunk, Float16Module) else chunk  # which does not say what is missing
+    """Fills a chunk. Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
+    model = chunk.module if isinstance(chunk, Float16Module) else chunk  # Float16Module does not report missing weights
     missing, unknown = model.load_state_dict(state, strict=False)
     if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
         raise RuntimeError(f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}")
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run, and removes what a run that was killed left unfinished. All ranks call every method.
+    """Saves the checkpoints of one run. At its start it removes the incomplete files of killed runs. All
+    ranks call every method.
 
-    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None for weights alone.
+    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None: save the weights
+    alone.
     """
 
     def __init__(
@@ -238,15 +255,17 @@ class CheckpointWriter:
         self.asynchronous = asynchronous
         self._queue = AsyncCallsQueue()
         self._bytes = 0  # of one checkpoint, all ranks
-        # Writers are forked by multiprocessing: none of them outlives this process.
+        # multiprocessing forks the writers. This makes each of them end together with this process.
         multiprocessing.util.register_after_fork(self, lambda _: end_with_pool())
         if dist.get_rank() == 0:
             remove_leftovers(directory)
 
     def save(self, facts: CheckpointMetadata, *, best: bool = False) -> Path:
-        """Writes a checkpoint; asynchronously it is there after publish_finished or finish. best: `best` is to name it.
+        """Writes a checkpoint and returns its path. An asynchronous save is complete only after
+        publish_finished or finish.
 
-        Raises UserError where it cannot be written, on the rank or ranks that know why; the checkpoints before are untouched.
+        best: make `best` name this checkpoint. Raises UserError if it cannot be written, on the rank or ranks
+        that know the reason. Earlier checkpoints stay as they are.
         """
         self.finish()
         final = iteration_directory(self.directory, facts.iteration)
@@ -269,7 +288,8 @@ class CheckpointWriter:
         return final
 
     def publish_finished(self) -> None:
-        """Between two steps: publishes an asynchronous save that all ranks have written. Costs nothing where none is under way."""
+        """Called between two steps: publishes an asynchronous save that all ranks have written. Without such
+        a save it costs nothing."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
@@ -298,7 +318,8 @@ class CheckpointWriter:
             remove_checkpoint(checkpoints[iteration])
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
-        """What rank 0's action returns, on every rank; where it fails, every rank raises the same UserError."""
+        """The result of rank 0's action, on every rank. If the action fails, every rank raises the same
+        UserError. One broadcast."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -312,7 +333,8 @@ class CheckpointWriter:
         return result
 
     def _explained(self, error: BaseException) -> BaseException:
-        """The UserError for a save that failed, its files removed; the error itself where it is about something else."""
+        """The UserError for a failed save, whose files it removes. An error with another cause is returned as
+        it is."""
         if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):
             return error
         if dist.get_rank() == 0:
@@ -332,16 +354,16 @@ class CheckpointWriter:
 def save_checkpoint(
     directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, facts: CheckpointMetadata
 ) -> Path:
-    """One checkpoint and no other."""
+    """Saves one checkpoint outside of a training run, and returns its path."""
     with only_one_run([directory]):
         return CheckpointWriter(directory, chunks, optimizer).save(facts)
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
-    """Of the tensors of a sharded state, each counted once. One all-reduce."""
+    """Bytes of all tensors of a sharded state, over all ranks, each tensor counted once. One all-reduce."""
     shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
-    mine = sum(shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id))
-    total = torch.tensor([mine], device=torch.cuda.current_device())
+    local = sum(shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id))
+    total = torch.tensor([local], device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total.item())
 
@@ -354,11 +376,13 @@ def load_checkpoint(
     *,
     verify: bool = True,
 ) -> CheckpointMetadata:
-    """Fills this rank's chunks, and the optimizer unless None, from a checkpoint written at any layout. All ranks call it.
+    """Fills this rank's chunks, and the optimizer unless it is None, from a checkpoint of any layout. All
+    ranks call it.
 
-    verify: compare the checksums of all files, also of those whose tensors are not asked for. Raises the same UserError on every
-    rank, before any tensor is read if a file is missing or cut off or the checkpoint holds another model or vocabulary: Megatron
-    itself would trim or zero-fill embeddings without a word.
+    verify: compare the checksums of all files, even if none of a file's tensors is needed. Raises the same
+    UserError on every rank. If a file is missing or cut off, or if the checkpoint holds another model or
+    vocabulary, it raises before any tensor is read: Megatron itself would trim or zero-fill embeddings
+    without a message.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -396,7 +420,8 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
 
 
 def _on_all_ranks(action: Callable[[], T]) -> T:
-    """What a rank's action returns; where it fails on some, every rank raises the UserError of the first of them."""
+    """The result of this rank's action. If it fails on some ranks, every rank raises the UserError of the
+    first of them."""
     result, failure = None, None
     try:
         result = action()

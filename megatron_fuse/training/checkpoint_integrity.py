@@ -1,12 +1,14 @@
-"""Whether a checkpoint's files are those that were written: sizes and checksums, compared at every load.
+"""Checks that a checkpoint's files are those that were written: sizes and checksums, compared at every load.
 
     iter_0000120/checksums.json    files: {"facts.json": {"bytes": 4399, "xxh3_128": "..."}, ...}, of the small files
-                                   items: {"__0_0.distcp": {"bytes": 667222, "items": [[0, "..."], [1261, "..."], ...]}, ...}: of the
-                                   large ones the checksum of each stored item, which ends where the next begins
+                                   items: {"__0_0.distcp": {"bytes": 667222, "items": [[0, "..."], [1261,
+                                   "..."], ...]}, ...}: of the large ones the checksum of each stored item,
+                                   which ends where the next begins
 
-The process that writes an item computes its checksum on the way. A load reads an item into memory once, compares it there, and makes
-the tensor from the very bytes that were compared; small files likewise. Items that nothing asks for, such as the optimizer's in an
-export, are compared in threads beside, shared between the ranks, so that a load vouches for the whole checkpoint.
+The process that writes an item computes its checksum while it writes. A load reads an item into memory once,
+compares it there, and makes the tensor from the same bytes. Small files are read the same way. Items that the
+load does not need, such as the optimizer's in an export, are compared in background threads, divided among
+the ranks. So every load checks the whole checkpoint.
 """
 
 import json
@@ -33,14 +35,15 @@ from megatron_fuse.storage.checksums import (
 
 CHECKSUMS = "checksums.json"
 LARGE = ".distcp"  # suffix of the files that the ranks write
-_THREADS = 2  # for items that nothing asks for
-_BLOCK = 1 << 19  # bytes; stay in a core's cache between the read and the hash, and both release the GIL
+_THREADS = 2  # for the items that the load does not need
+_BLOCK = 1 << 19  # bytes that stay in a core's cache between the read and the hash, which both release the GIL
 _FIX = "name another checkpoint, or restore this one from a copy"
 
 
 @dataclass(frozen=True)
 class StoredItems:
-    """A large file. bytes: its size. items: where each stored item begins, from 0 on, and its checksum."""
+    """A large file. bytes: its size. items: for each stored item the offset where it begins, ascending from
+    0, and its checksum."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -48,16 +51,16 @@ class StoredItems:
     items: list[tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]]
 
     def spans(self) -> dict[int, tuple[int, str]]:
-        """Length and checksum of each item, by where it begins."""
+        """Offset of each item -> its length and checksum."""
         ends = [start for start, _ in self.items[1:]] + [self.bytes]
         return {start: (end - start, checksum) for (start, checksum), end in zip(self.items, ends, strict=True)}
 
 
 def write_checksums(directory: Path, written: Mapping[str, StoredItems]) -> None:
-    """Records the files of a checkpoint that is complete but for this one.
+    """Writes checksums.json, the last file of a checkpoint.
 
-    written: what the writers computed of the large files. The small ones, of rank 0, are read again. Raises UserError where a large
-    file has not the size that its writer counted.
+    written: the writers' checksums of the large files. The small files, which rank 0 wrote, are read again.
+    Raises UserError if the size of a large file is not the one that its writer counted.
     """
     names = {path.name for path in directory.iterdir()} - {CHECKSUMS}
     large = {name for name in names if name.endswith(LARGE)}
@@ -74,10 +77,11 @@ def write_checksums(directory: Path, written: Mapping[str, StoredItems]) -> None
 
 
 class CheckpointFiles:
-    """The files of one checkpoint during a load, as one rank sees them.
+    """The files of one checkpoint during a load, on one rank.
 
-    verify: compare checksums; presence and sizes are compared in any case where checksums.json is there. Raises UserError, naming the
-    file, where it is not there, damaged, or says that another file is.
+    verify: compare checksums. If checksums.json exists, presence and sizes are compared in any case. Raises
+    UserError, which names the file, if checksums.json is missing (with verify) or damaged, or if a file
+    differs from it.
     """
 
     def __init__(self, path: Path, *, verify: bool) -> None:
@@ -96,7 +100,7 @@ class CheckpointFiles:
         self._compare_rest: Callable[[set[tuple[str, int]]], None] = lambda _: None
 
     def content(self, name: str) -> bytes:
-        """The bytes of a small file, after comparing them."""
+        """The bytes of a small file. Raises UserError if they differ from checksums.json."""
         place = self.path / name
         try:
             content = place.read_bytes()
@@ -111,7 +115,8 @@ class CheckpointFiles:
         return content
 
     def check_place(self, name: str, offset: int, length: int) -> None:
-        """Raises UserError unless .metadata places an item where one is stored, in a file of the checkpoint itself."""
+        """Raises UserError unless an item is stored where .metadata places one, in a file of the checkpoint
+        itself."""
         if self.small is None:
             if Path(name).name != name or not (self.path / name).is_file():
                 raise UserError(f"{self.path / name[:100]}: missing, .metadata places tensors there: {_FIX}")
@@ -121,20 +126,21 @@ class CheckpointFiles:
             raise self._damaged(name, f".metadata places an item of {length} bytes at {offset}, where none is stored")
 
     def compare_sizes(self, rank: int, world_size: int) -> None:
-        """Presence and size of a rank's share of the large files."""
+        """Compares presence and size of a rank's share of the large files. Raises UserError if one
+        differs."""
         for name in self._share(rank, world_size):
             path, size = self.path / name, self.large[name].bytes
             if not path.is_file():
                 raise self._damaged(name, "missing")
-            if (found := path.stat().st_size) != size:
-                raise self._damaged(name, f"{found} bytes in the place of {size}")
+            if (actual := path.stat().st_size) != size:
+                raise self._damaged(name, f"{actual} bytes in the place of {size}")
 
     def read_item(self, file: BinaryIO, name: str, offset: int, into: memoryview) -> None:
-        """Reads the item at `offset` of a large file, all of it, and compares it. file: unbuffered."""
+        """Reads the whole item at `offset` of a large file and compares it. file: opened unbuffered."""
         self._read(file, name, offset, len(into), lambda at: into[at : at + _BLOCK])
 
     def _read(self, file: BinaryIO, name: str, offset: int, length: int, block_at: Callable[[int], memoryview]) -> None:
-        """As read_item. block_at: where the bytes from that one of the item on are read to."""
+        """As read_item. block_at(n): the memory that takes the item's bytes from byte n on."""
         digest = xxhash.xxh3_128() if self.verify and self.small is not None else None
         file.seek(offset)
         read = 0
@@ -151,9 +157,10 @@ class CheckpointFiles:
 
     @contextmanager
     def comparing_rest(self, rank: int, world_size: int) -> Iterator[None]:
-        """Within the block compare_all_but compares a rank's share of the other items in threads; their damage is raised at its end.
+        """Within the block, compare_all_but compares this rank's share of the other items in threads. Damage
+        is raised at its end.
 
-        A block that fails over a damaged file fails with that file's name.
+        If the block itself fails because of a damaged file, the error names that file.
         """
         pool, comparisons = ThreadPoolExecutor(_THREADS), list[Future[None]]()
 
@@ -180,7 +187,8 @@ class CheckpointFiles:
             pool.shutdown(cancel_futures=True)
 
     def compare_all_but(self, read: set[tuple[str, int]]) -> None:
-        """Says which items, by file and place, this rank is about to read and compare."""
+        """Starts the comparison of all items but those that this rank reads itself. read: their (file,
+        offset)."""
         self._compare_rest(read)
 
     def _compare_items(self, name: str, offsets: list[int]) -> None:
@@ -199,7 +207,8 @@ class CheckpointFiles:
         return spans[offset]
 
     def _share(self, rank: int, world_size: int) -> list[str]:
-        """A rank's part of the large files: at an unchanged layout those that it wrote, and mostly those that it loads."""
+        """A rank's part of the large files. At an unchanged layout these are the files that it wrote, and
+        mostly those that it loads."""
         return [name for index, name in enumerate(sorted(self.large)) if _writer(name, index) % world_size == rank]
 
     def _damaged(self, name: str, wrong: str) -> UserError:
@@ -228,6 +237,6 @@ def _read_checksums(place: Path) -> tuple[dict[str, FileRecord], dict[str, Store
 
 
 def _writer(name: str, otherwise: int) -> int:
-    """The rank in a name such as __3_1.distcp."""
+    """The rank in a name such as __3_1.distcp, or `otherwise` if the name has none."""
     rank = name.removeprefix("__").partition("_")[0]
     return int(rank) if rank.isascii() and rank.isdigit() else otherwise

@@ -1,10 +1,14 @@
-"""Checkpoints in Megatron's format `torch_dist`: writing computes checksums, and reading runs no code of a checkpoint.
+"""Checkpoints in Megatron's format `torch_dist`: writing computes checksums, and reading runs no code of a
+checkpoint.
 
-Megatron's own `save` and `load` differ between its versions: 0.17 brought `async_strategy`, whose default needs another package, and
-0.19 puts what is no tensor into the tensors' files. Neither is called here. `request_save` and `load` do the same steps with
-functions that are the same from 0.16 to 0.19, so that a checkpoint of one version loads in every other. All that depends on the
-inner workings of Megatron's and torch's checkpoints is in this file and in write_results.py, and was read in megatron-core 0.16.1,
-0.17.1, 0.18.2 and 0.19.2 and in torch 2.13 and 2.14.
+Megatron's own `save` and `load` differ between its versions. 0.17 introduced `async_strategy`, whose default
+needs another package. 0.19 puts values that are no tensors into the tensors' files. So neither function is
+called here. `request_save` and `load` do the same steps with functions that are the same from 0.16 to 0.19,
+so that a checkpoint of one version loads in every other.
+
+All code that depends on the internals of Megatron's and torch's checkpoints is in this file and in
+write_results.py. It was checked against the sources of megatron-core 0.16.1, 0.17.1, 0.18.2 and 0.19.2 and of
+torch 2.13 and 2.14.
 """
 
 import os
@@ -56,23 +60,23 @@ from megatron_fuse.training.safe_unpickling import read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-# What else Megatron-core before 0.19 writes into metadata.json. It reads the file again by itself, and a key that it does not know
-# ends in a TypeError.
+# Further keys that Megatron-core before 0.19 writes into metadata.json. Megatron reads that file by itself,
+# and a key that it does not know ends in a TypeError. So no key of ours is added.
 _OTHER_KEYS = {"common_backend", "common_backend_version"}
 _COMMON = "common.pt"
 _FILES_PER_RANK = 2  # written at the same time
 
 
 def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, dict[str, StoredItems]]:
-    """Prepares writing a sharded state into an empty directory, all ranks together.
+    """Prepares to write a sharded state into an empty directory. All ranks call it together.
 
-    Returns Megatron's request, to be executed or scheduled, and on rank 0 a mapping that holds the items of each .distcp file once the
-    request's own finalize functions have run.
+    Returns Megatron's request, which the caller executes or schedules, and a mapping. After the request's own
+    finalize functions the mapping holds, on rank 0, the items of each .distcp file.
     """
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
         torch.save(common, directory / _COMMON)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # of equal shards one rank's
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # True: of equal shards only one rank's
     writer = _Writer(directory, thread_count=_FILES_PER_RANK)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
@@ -87,9 +91,10 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
 
 
 class _Writer(FileSystemWriterAsync):
-    """Plans and collects as Megatron's, and leaves the files to _write_files.
+    """Plans and collects as Megatron's writer does. _write_files writes the files.
 
-    Megatron 0.16 forks a process for each file; later versions use threads, and lose the reason if one of them fails.
+    Megatron 0.16 forks a process for each file. Later versions use threads, but lose the reason if a thread
+    fails.
     """
 
     def __init__(self, directory: Path, thread_count: int) -> None:
@@ -97,12 +102,20 @@ class _Writer(FileSystemWriterAsync):
         self.written: dict[str, StoredItems] = {}
 
     def get_save_function_and_args(self) -> tuple[Any, Any, list[Any]]:
-        """What writes, what first copies from the GPU, and what the former takes. Nothing of them, where this rank has no tensor."""
+        """The function that writes, the one that first copies tensors from the GPU, and the arguments of the
+        former.
+
+        If this rank has no tensor, the first is None and there are no arguments.
+        """
         _, stage, arguments = super().get_save_function_and_args()
         return (_write_files if arguments else None), stage, arguments
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once all is written: takes the checksums out of the results, so that .metadata is as Megatron writes it."""
+        """Called on rank 0 when all files are written. Takes the checksums out of the results, so that
+        .metadata is as Megatron's.
+
+        Raises ValueError if the items of a file leave a gap or overlap.
+        """
         places = sorted(
             (result.storage_data for of_rank in results for result in of_rank),
             key=lambda place: (place.relative_path, place.offset),
@@ -118,14 +131,16 @@ class _Writer(FileSystemWriterAsync):
 
 
 Items = list[tuple[WriteItem, Any]]
-Bucket = tuple[str, str, tuple[Items, Items]]  # of one file: path, name, what is no tensor, tensors
+Bucket = tuple[str, str, tuple[Items, Items]]  # one file: path, name, (values that are no tensors, tensors)
 
 
 @_disable_gc()  # a forked process must not free its parent's tensors on the GPU
 def _write_files(rank: int, buckets: list[Bucket], report: Any) -> None:
-    """Writes this rank's files, each in a thread, here or in the process that an asynchronous save forks.
+    """Writes this rank's files, each in a thread: in this process, or in the process that an asynchronous
+    save forks.
 
-    Puts into `report` what retrieve_write_results reads: the results of each file by its number, or the first error.
+    Puts into `report` what Megatron's retrieve_write_results reads: the results of each file by its number,
+    or the first error.
     """
     written: dict[int, list[WriteResult]] | Exception
     try:
@@ -149,7 +164,8 @@ def _write_file(bucket: Bucket) -> list[WriteResult]:
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Leaves out torch's own CRC32 of each tensor, which no reader compares: it takes longer than the checksum."""
+    """Turns off torch's own CRC32 of each tensor within the block. No reader compares it, and it takes longer
+    than the checksum."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -165,7 +181,8 @@ class _Checksumming(_StorageWriterTransforms):
 
 
 class _ChecksummingStream:
-    """What torch.save writes one item to. On closing it appends the item's checksum to `descriptors`."""
+    """The stream that torch.save writes one item to. When it is closed it appends the item's checksum to
+    `descriptors`."""
 
     def __init__(self, file: Any, descriptors: list[str]) -> None:
         self.file, self.digest, self.descriptors = file, xxhash.xxh3_128(), descriptors
@@ -184,11 +201,11 @@ class _ChecksummingStream:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """What `load` needs of a checkpoint's small files."""
+    """The content of a checkpoint's small files, for `load`."""
 
     files: CheckpointFiles
     metadata: Metadata
-    common: dict[str, Any]  # the state that is no tensor
+    common: dict[str, Any]  # the part of the state that is no tensor
 
 
 def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
@@ -208,9 +225,10 @@ def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
 
 
 def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
-    """Reads what a sharded state asks for, all ranks together.
+    """Reads the tensors that a sharded state names. All ranks call it together.
 
-    Raises CheckpointException on every rank where one failed; a UserError is among its failures where a file is to blame.
+    If a rank fails, every rank raises CheckpointException. If a file is the cause, a UserError is among its
+    failures.
     """
     wanted, local, factories = load_preprocess(state)
     wanted, _ = extract_sharded_base(wanted)
@@ -232,7 +250,8 @@ def _check_format(files: CheckpointFiles) -> None:
 
 
 def _load_tensors(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
-    """Fills the tensors of a sharded state. As TorchDistLoadShardedStrategy.load, with a reader of ours."""
+    """Fills the tensors of a sharded state, as Megatron's TorchDistLoadShardedStrategy.load does, but with
+    _Reader."""
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     planner = MCoreLoadPlanner(
         shapes_validation_sharded_tensors=[one for one in tensors if not one.allow_shape_mismatch],
@@ -248,7 +267,8 @@ def _load_tensors(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, 
 
 
 class _Reader(FileSystemReader):
-    """Reads each stored item once, however many shards of a rank lie in it, and compares it before anything is made of it."""
+    """Reads each stored item once, even if it holds several shards of a rank, and compares it before a tensor
+    is made of it."""
 
     def __init__(self, files: CheckpointFiles, metadata: Metadata) -> None:
         super().__init__(files.path)
@@ -265,7 +285,9 @@ class _Reader(FileSystemReader):
             wanted.setdefault(place.relative_path, {}).setdefault(place.offset, []).append(item)
             longest = max(longest, place.length)
         self.files.compare_all_but({(name, offset) for name, by_offset in wanted.items() for offset in by_offset})
-        buffer = memoryview(bytearray(longest))  # for one item after another: fresh memory costs more than reading
+        # One buffer serves all items, one after the other: new memory for each would take longer than the
+        # reading.
+        buffer = memoryview(bytearray(longest))
         for name, by_offset in wanted.items():
             path = self.files.path / name
             with path.open("rb", buffering=0) as file:
@@ -279,8 +301,8 @@ class _Reader(FileSystemReader):
 
 
 def _fill(items: list[ReadItem], content: memoryview, planner: LoadPlanner, what: str) -> None:
-    """Hands a stored item to the planner, for every shard that asks for a part of it."""
-    if items[0].type == LoadItemType.BYTE_IO:  # a pickle, for which no state of ours asks
+    """Passes a stored item to the planner, for every shard that needs a part of it."""
+    if items[0].type == LoadItemType.BYTE_IO:  # a pickle, which no state of this project needs
         raise UserError(f"{what} is no tensor")
     stored = read_tensor(content, what)
     for item in items:

@@ -1,7 +1,8 @@
-"""Reading the pickles of a checkpoint without running what they name.
+"""Reads the pickles of a checkpoint without running the functions that they name.
 
-A pickle can call any function that it names. Here it cannot: names outside an allow-list are refused while the pickle is read,
-and those inside stand for records of ours, so that a crafted file cannot even change a class of torch.
+In general a pickle can call any function that it names. Here a name outside an allow-list is an error while
+the pickle is read. A name inside the list stands for a record class of this file, so that a crafted file
+cannot even change a class of torch.
 """
 
 import io
@@ -23,7 +24,7 @@ from megatron_fuse.errors import UserError
 
 _FIX = "name another checkpoint"
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-# Every class of which torch's and Megatron's writers put an object into .metadata.
+# All classes whose objects torch's and Megatron's writers put into .metadata.
 _RECORDS = frozenset(
     {
         (_METADATA, "Metadata"),
@@ -47,7 +48,7 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 class _Record:
-    """An object of a pickle: the name of its class, the arguments it was made with and its attributes."""
+    """An object of a pickle: the name of its class, its constructor's arguments and its attributes."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -65,7 +66,8 @@ class _Size(tuple):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Its classes are made anew for each file: what a crafted pickle does to one ends with the file."""
+    """Makes new record classes for each file, so that a crafted pickle cannot change those of another
+    file."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -84,9 +86,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(content: bytes, place: str) -> Metadata:
-    """What a checkpoint's .metadata says: every tensor's dtype, shape and chunks, and the file and offset of each.
+    """The content of a checkpoint's .metadata: dtype, shape and chunks of every tensor, and the file and
+    offset of each chunk.
 
-    place: the file, for the error. Raises UserError for a pickle that names something else, or has another structure.
+    place: the file, for the error. Raises UserError for a pickle that names another function or class, or has
+    another structure.
     """
     try:
         return _as_metadata(_MetadataUnpickler(content).load())
@@ -158,9 +162,9 @@ def _checked(value: Any, kind: type) -> Any:
 
 
 def read_plain(content: bytes, place: str) -> Any:
-    """What torch.save wrote, of plain Python values and tensors alone.
+    """The content of a torch.save file that holds plain Python values and tensors alone.
 
-    place: the file, for the error. Raises UserError for everything else.
+    place: the file, for the error. Raises UserError for any other content.
     """
     try:
         value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -173,7 +177,7 @@ def read_plain(content: bytes, place: str) -> Any:
 
 
 def _not_plain(value: Any) -> str | None:
-    """What a value holds besides plain ones, None where it holds nothing else."""
+    """The type of the first part of a value that is not plain, None if all parts are plain."""
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()
