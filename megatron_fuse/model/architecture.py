@@ -1,6 +1,8 @@
-"""What the target model is: one frozen description read from a Hugging Face config, and what a parallel layout asks of it.
+"""The architecture of the target: one frozen description, read from a Hugging Face config, and the checks of
+a parallel layout.
 
-Nothing here builds a model or needs Megatron, so that a recipe is refused before anything is started.
+Nothing here builds a model or needs Megatron, so that an unsuitable recipe raises its error before anything
+starts.
 """
 
 import os
@@ -20,7 +22,8 @@ from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}  # by model_type
-# The frequencies of these do not change with the sequence length and scale neither cosine nor sine.
+# The frequencies of these types do not depend on the sequence length, and the types do not scale cosine and
+# sine.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 VOCABULARY_MULTIPLE = 128
 
@@ -40,27 +43,32 @@ class Architecture:
     max_position_embeddings: int
     rms_norm_eps: float
     qkv_bias: bool
-    tied_embeddings: bool  # output weights are the embedding's
-    sliding_window: int | None  # a token sees itself and the sliding_window - 1 before it, in layers that have a window
-    sliding_layers: tuple[bool, ...]  # [num_layers], whether it has one
+    tied_embeddings: bool  # the output layer has the embedding's weights
+    sliding_window: (
+        int | None
+    )  # in layers with a window a token sees itself and the sliding_window - 1 tokens before it
+    sliding_layers: tuple[bool, ...]  # [num_layers]: whether the layer has a window
     inverse_frequencies: tuple[float, ...]  # [head_dim / 2], rotation per position in radians, exact in fp32
     initializer_range: float
-    origin: str = field(default="the model's config", compare=False)  # the file it was read from, for messages
+    origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 
     @property
     def padded_vocab_size(self) -> int:
-        """The same at every layout, so that a checkpoint fits all of them."""
+        """The vocabulary size, rounded up. It is the same at every layout, so that a checkpoint loads at all
+        layouts."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-# Far above any published model; what is not is a slip, and would fill the memory before it is noticed.
+# The upper bounds are far above any published model. A larger value is a mistake, and would fill the memory
+# before it is noticed.
 Width = Annotated[int, Field(ge=1, le=2**24)]
 Heads = Annotated[int, Field(ge=1, le=2**16)]
 Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class TargetConfig(ModelConfig):
-    """config.json of a target. What transformers would replace by a default of its own, unseen, is required."""
+    """config.json of a target. A key is required if transformers would silently replace it by a default of
+    its own."""
 
     vocab_size: Width
     hidden_size: Width
@@ -79,7 +87,7 @@ class TargetConfig(ModelConfig):
     max_window_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)] | None = None
     layer_types: list[str] | None = None
     initializer_range: Annotated[float, Field(ge=0, le=1)] | None = None
-    # What would make another model of the same class, and is not reproduced.
+    # These keys would make another model of the same class, which is not supported.
     is_causal: Literal[True] | None = None
     per_layer_config: None = None
     quantization_config: None = None
@@ -88,8 +96,9 @@ class TargetConfig(ModelConfig):
 def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architecture:
     """The architecture of a Hugging Face model directory or config.
 
-    Only config.json is read: a directory without weights will do. Raises UserError, naming the file and the key, for a missing
-    or malformed file, an unsupported class, and every option of a supported class that this model would not reproduce.
+    Only config.json is read: a directory without weights is enough. Raises UserError, which names the file
+    and the key, for a missing or malformed file, an unsupported class, and every option of a supported class
+    that FusionGPTModel does not have.
     """
     if isinstance(source, PreTrainedConfig):
         origin, family, content = "the model's config", _family(source, "the model's config"), source.to_dict()
@@ -105,7 +114,7 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
 
     if config.hidden_act != "silu":
         refuse("hidden_act", config.hidden_act, "'silu'")
-    for key in ("attention_bias", "mlp_bias"):  # Llama's attention_bias also puts one on o_proj
+    for key in ("attention_bias", "mlp_bias"):  # Llama's attention_bias also gives o_proj a bias
         if getattr(config, key, False):
             refuse(key, True, "false (biases are supported on Qwen2's query, key and value only)")
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
@@ -151,9 +160,11 @@ def check_layout(
     virtual_pipeline_model_parallel_size: int | None = None,
     seq_length: int | None = None,
 ) -> None:
-    """Raises UserError, naming the option, both values and the fix, if the architecture cannot be laid out like this.
+    """Raises UserError, which names the option, both values and the fix, if the architecture does not fit
+    this layout.
 
-    virtual_pipeline_model_parallel_size: model chunks per pipeline rank, None or 1 for one. seq_length: tokens.
+    virtual_pipeline_model_parallel_size: model chunks per pipeline rank; None or 1: one chunk. seq_length:
+    tokens.
     """
     tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
     virtual = virtual_pipeline_model_parallel_size or 1
@@ -196,7 +207,8 @@ def check_layout(
 
 
 def _read_supported(path: Path) -> dict[str, Any]:
-    """The content of config.json, whose class is checked before anything else: transformers does not know every class."""
+    """The content of config.json. Its class is checked first, because transformers does not know every
+    class."""
     content = read_object(path)
     classes = check_config(ModelConfig, content, str(path)).architectures
     if not classes:
@@ -207,8 +219,10 @@ def _read_supported(path: Path) -> dict[str, Any]:
 
 
 def _family(config: PreTrainedConfig, origin: str) -> str:
-    of_type = {model_type: family for family, model_type in SUPPORTED.items()}
-    family = (config.architectures or [of_type.get(config.model_type, config.model_type)])[0]
+    """The class of a config, by its model_type if it names none. Raises UserError for an unsupported
+    class."""
+    family_of = {model_type: family for family, model_type in SUPPORTED.items()}
+    family = (config.architectures or [family_of.get(config.model_type, config.model_type)])[0]
     if SUPPORTED.get(family) != config.model_type:
         raise UserError(_unsupported(origin, f"{family} (model_type {config.model_type})"))
     return family
@@ -219,7 +233,11 @@ def _unsupported(origin: object, found: str) -> str:
 
 
 def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
-    """All of Mistral's layers have its window; of Qwen2's those that layer_types names, by default from max_window_layers on."""
+    """[num_layers]: whether each layer has the window.
+
+    All layers of Mistral have it. Of Qwen2 those that layer_types names have it, by default the layers from
+    max_window_layers on.
+    """
     if window is None:
         return (False,) * config.num_hidden_layers
     if family == "Qwen2ForCausalLM":
@@ -228,7 +246,8 @@ def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -
 
 
 def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -> tuple[float, ...]:
-    """transformers' own frequencies; Megatron's Llama-3 scaling knows only the factor, and would differ without a word."""
+    """The frequencies as transformers computes them. Megatron's Llama-3 scaling uses only the factor, and
+    would silently differ."""
     rope = config.rope_parameters or {}
     rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
     if rope_type not in SUPPORTED_ROPE_TYPES:
@@ -255,7 +274,7 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
     else:
         try:
             frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config)
-        except Exception as error:  # of a key that is missing or null
+        except Exception as error:  # a key is missing or null
             raise UserError(f"{origin}: rope_scaling gives no frequencies: {reason(error)}") from error
     if not (frequencies.isfinite() & (frequencies > 0)).all():
         raise UserError(f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0")

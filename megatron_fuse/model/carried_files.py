@@ -1,4 +1,5 @@
-"""What is beside the weights in a Hugging Face model directory: tokenizer, chat template, generation options, config."""
+"""The files of a Hugging Face model directory besides the weights: tokenizer, chat template, generation
+options, config."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import say
 
-# What the tokenizer, the chat template and generation need beside the weights.
+# The files that tokenizer, chat template and generation need besides the weights.
 CARRIED_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -28,7 +29,7 @@ CARRIED_FILES = (
 
 
 def copy_beside_weights(reference: Path, directory: Path) -> None:
-    """Copies what the model of `reference` has beside its weights and its config into `directory`."""
+    """Copies the files of the model in `reference` into `directory`, without its weights and its config."""
     for pattern in CARRIED_FILES:
         for file in filter(Path.is_file, reference.glob(pattern)):
             carried = directory / file.relative_to(reference)
@@ -37,9 +38,11 @@ def copy_beside_weights(reference: Path, directory: Path) -> None:
 
 
 def write_beside_weights(reference: Path, directory: Path, dtype: str, progress: Callable[[str], None] = say) -> None:
-    """Copies what the model of `reference` has beside its weights into `directory`, the config with `dtype` (fp32, bf16, fp16).
+    """Copies the files of the model in `reference` into `directory`, without its weights. The config gets
+    `dtype` (fp32, bf16, fp16).
 
-    The weights are plain: a quantization_config in the config is left out, and progress says so.
+    The written weights are plain: a quantization_config of the config is left out, and progress is called
+    with a line about it.
     """
     copy_beside_weights(reference, directory)
     config = read_object(reference / "config.json")
@@ -49,26 +52,31 @@ def write_beside_weights(reference: Path, directory: Path, dtype: str, progress:
 
 
 def write_config(directory: Path, config: dict[str, Any], dtype: str) -> None:
-    """Writes a config.json that states the dtype of the weights beside it (fp32, bf16 or fp16)."""
-    # Versions before transformers 5, and other programs, know the second name alone and would load the weights in fp32.
+    """Writes a config.json that states the dtype of the weights in the directory (fp32, bf16 or fp16)."""
+    # transformers before version 5, and other programs, read only torch_dtype. Without it they would load the
+    # weights in fp32.
     named = str(DTYPES[dtype]).removeprefix("torch.")
     content = config | {"dtype": named, "torch_dtype": named}
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def missing_end(model_dir: Path, stop_id: int) -> bool:
-    """Whether servers of a model directory would not end an answer at this token: neither its generation_config.json nor, where
-    that lists none, its config.json has it."""
+    """Whether servers of a model directory do not end an answer at this token.
+
+    That is so if its generation_config.json does not list the token or, if that lists no token, its
+    config.json does not.
+    """
     return stop_id not in ends_of_answers(model_dir)
 
 
 def add_end(model_dir: Path, stop_id: int) -> None:
-    """Puts a token among the ends of answers in generation_config.json, which is made if there is none; the others stay."""
+    """Adds a token to the ends of answers in generation_config.json. The file is made if there is none. Other
+    ends stay."""
     path = model_dir / "generation_config.json"
     config = read_model_config(model_dir)
     if path.exists():
         options = read_object(path)
-    else:  # what transformers makes of the config then
+    else:  # the values that transformers then takes from the config
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         options = {key: value for key in keys if (value := getattr(config, key)) is not None}
     options["eos_token_id"] = [*ends_of_answers(model_dir), stop_id]

@@ -1,7 +1,9 @@
-"""config.json and generation_config.json of any Hugging Face model directory, checked before a library acts on them.
+"""Checks config.json and generation_config.json of any Hugging Face model directory, before a library uses
+them.
 
-transformers accepts most values of most keys, and fails, allocates or computes nonsense later. Listed here are the keys by which
-the families name the same sizes and constants; any other key is left to transformers.
+transformers accepts most values of most keys. With a wrong one it fails, fills the memory or computes
+nonsense later. This file checks the keys by which the model families name their sizes and constants. All
+other keys are left to transformers.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,8 @@ _INT32 = 2**31 - 1
 
 
 def _each(is_right: Callable[[Any], bool], expected: str) -> AfterValidator:
-    """Of a value or, as some families have it, one per layer in a list; null is the family's default."""
+    """A check of a value, or of every value of a list: some families have one per layer. null means the
+    family's default."""
 
     def check(value: Any) -> Any:
         parts = value if isinstance(value, list) and value else [value]
@@ -54,8 +57,9 @@ def _numbers(least: float, most: float) -> AfterValidator:
 
 Sizes = Annotated[Any, _integers(1, _INT32)]
 Layers = Annotated[Any, _integers(1, MOST_LAYERS)]
-TokenIds = Annotated[Any, _integers(-1, _INT32)]  # -1: none, in the first Llama's configs
-Epsilons = Annotated[Any, _numbers(1e-30, 1)]  # less is lost in fp32; above 1 nothing is left of what it is added to
+TokenIds = Annotated[Any, _integers(-1, _INT32)]  # -1: none, in the configs of the first Llama
+# Below the bound an epsilon vanishes in fp32. Above 1 it outweighs the value that it is added to.
+Epsilons = Annotated[Any, _numbers(1e-30, 1)]
 Thetas = Annotated[Any, _numbers(1, 1e15)]
 Factors = Annotated[Any, _numbers(1e-6, 1e6)]
 
@@ -64,7 +68,7 @@ Dtype = Annotated[Any, _each(_is_dtype, "the name of a torch type, such as bfloa
 
 
 class _Strict(BaseModel):
-    """No value is converted to another type; further keys may be there."""
+    """Values are not converted to another type. Further keys are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -95,7 +99,7 @@ class RopeParameters(_Strict):
 
 
 class ModelConfig(_Strict):
-    """What every config.json has to keep to."""
+    """The keys of any config.json that are checked. All are optional."""
 
     architectures: list[str] | None = None
     model_type: str | None = None
@@ -145,18 +149,19 @@ class ModelConfig(_Strict):
     auto_map: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
-    # transformers would read another file in the place of this one.
+    # With this key transformers would read another file instead of this one.
     configuration_files: None = None
 
     @property
     def layers(self) -> int | None:
-        """The number of layers by whatever name; None if the config has none of the known ones."""
+        """The number of layers, by any of the known names; None if the config has none of them."""
         named = (self.num_hidden_layers, self.num_layers, self.n_layers, self.n_layer)
         return next((count for count in named if isinstance(count, int)), None)
 
 
 class GenerationConfig(_Strict):
-    """What transformers would otherwise notice while it generates, if at all."""
+    """The checked keys of generation_config.json. transformers would notice a wrong value only during
+    generation, or never."""
 
     bos_token_id: TokenIds = None
     eos_token_id: TokenIds = None
@@ -171,9 +176,11 @@ class GenerationConfig(_Strict):
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
-    """config.json of a model directory, and of a model that reads pictures as well, its text model's part.
+    """The config.json of a model directory. For a model that also reads images it is the part of the text
+    model.
 
-    Raises UserError, naming the file and the key, for a missing or malformed file and for sizes and constants that cannot be.
+    Raises UserError, which names the file and the key, for a missing or malformed file and for impossible
+    sizes and constants.
     """
     path = model_dir / "config.json"
     config = check_config(ModelConfig, read_object(path), str(path))
@@ -186,9 +193,10 @@ def read_model_config(model_dir: Path) -> ModelConfig:
 
 
 def check_config(model: type[Config], content: dict[str, Any], place: str) -> Config:
-    """The content of a config.json as `model`; place: its file, for errors."""
+    """The content of a config.json as an object of class `model`. place: the file, for errors. Raises
+    UserError for a wrong key."""
     config = parse_record(content, model, place, _CORRECT)
-    for key in ("rope_scaling", "rope_parameters"):  # one for all layers, or one for each kind of layer
+    for key in ("rope_scaling", "rope_parameters"):  # one mapping for all layers, or one for each kind of layer
         rope = getattr(config, key)
         for kind, part in (rope.model_extra or {}).items() if rope else ():
             if isinstance(part, dict):
@@ -197,10 +205,11 @@ def check_config(model: type[Config], content: dict[str, Any], place: str) -> Co
 
 
 def check_model_directory(model_dir: Path) -> ModelConfig:
-    """read_model_config, and what else transformers reads of its own accord when it loads a model.
+    """read_model_config, and checks of the other files that transformers reads by itself when it loads a
+    model.
 
-    Raises UserError for a malformed generation_config.json, and for an adapter: transformers applies it where `peft` is installed
-    and only there.
+    Raises UserError for a malformed generation_config.json, and for an adapter: transformers applies an
+    adapter only if `peft` is installed, so that the model would depend on the machine.
     """
     config = read_model_config(model_dir)
     refuse_adapter(model_dir)
@@ -209,7 +218,8 @@ def check_model_directory(model_dir: Path) -> ModelConfig:
 
 
 def _generation_config(model_dir: Path) -> GenerationConfig:
-    """generation_config.json, without any value where there is none. Raises UserError for a malformed one."""
+    """generation_config.json; without any value if the file does not exist. Raises UserError for a malformed
+    file."""
     path = model_dir / "generation_config.json"
     if not (path.exists() or path.is_symlink()):
         return GenerationConfig()
@@ -217,25 +227,28 @@ def _generation_config(model_dir: Path) -> GenerationConfig:
 
 
 def end_token_ids(model_dir: Path) -> list[int]:
-    """Ids at which generation_config.json ends an answer; none where it lists none. Raises UserError for a malformed file."""
+    """The ids at which generation_config.json ends an answer; empty if it lists none. Raises UserError for a
+    malformed file."""
     return _ids(_generation_config(model_dir).eos_token_id)
 
 
 def ends_of_answers(model_dir: Path) -> list[int]:
-    """Ids at which servers of a model directory end an answer: those of generation_config.json, or if it lists none, config.json's."""
+    """The ids at which servers of a model directory end an answer: those of generation_config.json, else
+    those of config.json."""
     return end_token_ids(model_dir) or _ids(read_model_config(model_dir).eos_token_id)
 
 
 def _ids(value: Any) -> list[int]:
-    """One id, a list of ids, or none: null, or -1 in the first Llama's configs."""
+    """The ids in a value that is one id, a list of ids, or none: null, or -1 in the configs of the first
+    Llama."""
     return [token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0]
 
 
 def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> PreTrainedConfig:
     """transformers' config of a model directory, after read_model_config. allowed_by: see not_loadable.
 
-    Raises UserError, naming the file and the key, for what transformers refuses. No code of the model's is run and nobody is asked
-    whether it may, unless it is trusted.
+    Raises UserError, which names the file and the key, if transformers refuses the config. Code of the model
+    runs only with trust_remote_code; without it transformers does not ask the user for permission either.
     """
     read_model_config(model_dir)
     path = model_dir / "config.json"
@@ -253,19 +266,20 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by:
 
 
 def reason(error: BaseException, config: PreTrainedConfig | None = None) -> str:
-    """What a library says is wrong, so short that it fits into an error of ours.
+    """The message of a library's error, short enough for a UserError.
 
-    config: what the library had; the key of its value that a KeyError names, such as that of an unknown activation, goes in front.
+    config: the config that the library used. A KeyError names only a value, such as an unknown activation;
+    the config's keys with that value are then put before the message.
     """
-    said = brief(f"{type(error).__name__}: {error}")
+    message = brief(f"{type(error).__name__}: {error}")
     if config is not None and isinstance(error, KeyError):
         keys = [key for key, value in config.to_dict().items() if value == error.args[0]]
-        return brief(f"{', '.join(keys)}: {said}") if keys else said
-    return said
+        return brief(f"{', '.join(keys)}: {message}") if keys else message
+    return message
 
 
 def _key_at_fault(content: dict[str, Any]) -> str:
-    """The key without which transformers takes the config; else nothing."""
+    """The key without which transformers accepts the config, or an empty text if there is no such key."""
     if content.get("model_type") not in CONFIG_MAPPING:
         return "model_type"
     config_class = CONFIG_MAPPING[content["model_type"]]

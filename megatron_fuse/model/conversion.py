@@ -1,7 +1,8 @@
 """Weights between a Hugging Face model directory and this rank's part of a GPTModel, at any TP x PP x virtual PP.
 
-One table, `weight_blocks`, says which rectangles of which Hugging Face tensors make up a Megatron parameter; loading copies
-along it in one direction and exporting in the other. Nothing is computed, so that a round trip returns every bit.
+One table, `weight_blocks`, says which rectangles of which Hugging Face tensors make up a Megatron parameter.
+Loading copies the rectangles in one direction, exporting in the other. Nothing is computed, so that a round
+trip returns every bit.
 """
 
 import os
@@ -33,23 +34,25 @@ from megatron_fuse.text_safety import say
 
 @dataclass(frozen=True)
 class WeightBlock:
-    """A rectangle shared by a Hugging Face tensor and a Megatron parameter, whole in every dimension but `dim`."""
+    """A rectangle that a Hugging Face tensor and a Megatron parameter share. It covers every dimension but
+    `dim` completely."""
 
-    tensor: str
+    tensor: str  # name of the Hugging Face tensor
     dim: int
-    start: int  # in the Hugging Face tensor, elements of `dim`
-    at: int  # in the Megatron parameter
-    size: int
+    start: int  # first element along `dim` in the Hugging Face tensor
+    at: int  # first element along `dim` in the Megatron parameter
+    size: int  # elements along `dim`
 
 
 def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int) -> list[WeightBlock]:
     """The blocks of one Megatron parameter on one tensor-parallel rank.
 
-    parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer counted over the whole
-    model. Rows of the vocabulary's padding belong to no block. Raises KeyError for a name that no GPTModel of ours has.
+    parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer
+    counted over the whole model. Rows of the vocabulary's padding belong to no block. Raises KeyError for a
+    name that FusionGPTModel does not have.
 
-    linear_qkv holds, per key/value group, the group's query heads, its key and its value; linear_fc1 the rank's part of the
-    gate, then its part of the up projection.
+    linear_qkv holds for each key/value group the group's query heads, its key and its value. linear_fc1 holds
+    the rank's part of the gate, then its part of the up projection.
     """
     a = architecture
 
@@ -64,6 +67,7 @@ def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, 
         return [WeightBlock(tensor, 0, start, 0, size)] if size > 0 else []
 
     def query_key_value(prefix: str, kind: str) -> Iterator[WeightBlock]:
+        # Megatron interleaves the groups; Hugging Face has three tensors, each with all groups in order.
         groups, d = a.num_query_groups // tensor_size, a.head_dim
         queries = a.num_attention_heads // a.num_query_groups * d
         at = 0
@@ -106,15 +110,17 @@ def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, 
 def load_hugging_face_weights(model_chunks: Sequence[torch.nn.Module], model_dir: str | os.PathLike) -> None:
     """Fills this rank's parameters from the weight files of a Hugging Face model directory.
 
-    model_chunks: FusionGPTModels, bare or wrapped (Float16Module, DistributedDataParallel); load before the optimizer copies
-    the parameters. Values are cast to each parameter's dtype; rows of the vocabulary's padding become zero. No collectives.
-    Raises UserError, the same on every rank, naming a missing, unexpected or misshapen tensor.
+    model_chunks: FusionGPTModels, bare or wrapped (Float16Module, DistributedDataParallel). Call this before
+    the optimizer copies the parameters. Values are cast to each parameter's dtype; rows of the vocabulary's
+    padding become zero. No collectives. Raises UserError, the same on every rank, which names a missing or
+    unexpected tensor, or one of a wrong shape.
     """
     files = WeightFiles(model_dir)
     chunks = [_bare(chunk) for chunk in model_chunks]
     check_weights(files, chunks[0].architecture)
     for chunk in chunks:
         for parameter, blocks in parameter_blocks(chunk):
+            # If the blocks do not cover the parameter, the rest is padding of the vocabulary.
             if sum(block.size for block in blocks) < parameter.shape[blocks[0].dim if blocks else 0]:
                 parameter.zero_()
             for block in blocks:
@@ -124,9 +130,11 @@ def load_hugging_face_weights(model_chunks: Sequence[torch.nn.Module], model_dir
 
 
 def hugging_face_state_dict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All weights of a whole model (TP=1, PP=1) under transformers' names, on the CPU, without the vocabulary's padding.
+    """All weights of a whole model (TP=1, PP=1) by transformers' names, on the CPU, without the vocabulary's
+    padding.
 
-    dtype: None keeps each parameter's own. Raises ValueError if this rank does not hold the whole model.
+    dtype: None keeps the dtype of each parameter. Raises ValueError if this rank does not hold the whole
+    model.
     """
     tensor = _assembler(model, dtype)
     return {name: tensor(name) for name in hugging_face_shapes(_bare(model).architecture)}
@@ -140,9 +148,9 @@ def save_hugging_face_model(
     shard_bytes: int = 5_000_000_000,
     progress: Callable[[str], None] = say,
 ) -> None:
-    """write_hugging_face_model to a directory that appears under its name only when it is complete.
+    """write_hugging_face_model into a directory that gets its name only when it is complete.
 
-    Raises UserError besides if output_dir is already there or cannot be written.
+    Also raises UserError if output_dir already exists or cannot be written.
     """
     output = Path(output_dir)
     with sole_writer(output, "config.json"):
@@ -162,9 +170,10 @@ def write_hugging_face_model(
 ) -> None:
     """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
 
-    reference: the model that the target was made from; everything but the weights is carried over from it, with `dtype`
-    (fp32, bf16 or fp16) put into its config. progress says how many tensors lose digits in it. Raises UserError for an unknown
-    dtype, values that are infinite in it, or a reference of another architecture.
+    reference: the model that the target was made from. All files but the weights are copied from it, and its
+    config gets `dtype` (fp32, bf16 or fp16). progress: called with the number of tensors that lose digits in
+    that dtype. Raises UserError for an unknown dtype, for values that it cannot hold, and for a reference of
+    another architecture.
     """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -205,19 +214,21 @@ def _bare(model: torch.nn.Module) -> FusionGPTModel:
 
 
 def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[WeightBlock]]]:
-    """Every parameter of this rank's bare model chunk with its blocks."""
+    """Yields every parameter of this rank's bare model chunk, with its blocks."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in model.named_parameters():
         if in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
-            # Names count a chunk's layers from 0, layer_number all of the model's from 1.
+            # Names count the layers of a chunk from 0. layer_number counts the layers of the whole model from
+            # 1.
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1
             name = f"decoder.layers.{layer}.{in_layer[2]}"
         yield parameter, weight_blocks(name, model.architecture, rank, size)
 
 
 def _assembler(model: torch.nn.Module, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    """A function from a Hugging Face name to that tensor on the CPU, so that an export holds few of them at a time."""
+    """A function that makes the tensor of a Hugging Face name, on the CPU. So an export has few tensors in
+    memory at a time."""
     bare = _bare(model)
     if not (bare.pre_process and bare.post_process) or parallel_state.get_tensor_model_parallel_world_size() > 1:
         raise ValueError("only a whole model (TP=1, PP=1) can be exported: load its checkpoint in one process first")

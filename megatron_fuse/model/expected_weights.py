@@ -1,6 +1,7 @@
-"""Which tensors a Hugging Face checkpoint of an architecture holds, and whether a directory's weight files hold them.
+"""The tensors of a Hugging Face checkpoint of an architecture, and the check that a directory's weight files
+hold them.
 
-Needs neither Megatron nor memory for a model: names, shapes and types are in the files' headers.
+This needs neither Megatron nor memory for a model: names, shapes and dtypes are in the headers of the files.
 """
 
 import re
@@ -15,7 +16,7 @@ from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 from megatron_fuse.text_safety import brief
 
 EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-# Buffers that transformers wrote before 2023; they follow from the config.
+# Buffers that transformers wrote before 2023. Their values follow from the config.
 IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -43,7 +44,8 @@ def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]
 
 
 def check_weights(files: WeightFiles, architecture: Architecture) -> None:
-    """Raises UserError, naming the tensor, for one that is missing, not of the architecture, or of another shape or type."""
+    """Raises UserError, which names the tensor, for a missing or unexpected tensor, and for a wrong shape or
+    dtype."""
     where, config = files.model_dir, architecture.origin
     if architecture.num_layers > len(files.file_of):
         raise UserError(
@@ -72,14 +74,14 @@ def check_weights(files: WeightFiles, architecture: Architecture) -> None:
                 f"{files.place(name)} is {dtype}, but a target's weights are {', '.join(DTYPES)}: load the model with "
                 "transformers, dequantised, and save it again"
             )
-    if tied_twice:  # some checkpoints hold the tied weight under both names
+    if tied_twice:  # some checkpoints store the tied weight under both names
         embedding, output = (files.read(name, 0, 0, architecture.vocab_size).float() for name in (EMBEDDING, OUTPUT))
         if not torch.equal(embedding, output):
             raise UserError(f"{where}: {OUTPUT} differs from {EMBEDDING}: set tie_word_embeddings to false in {config}")
 
 
 def _sizes(architecture: Architecture) -> str:
-    """What decides names and shapes, by the config's keys."""
+    """The sizes that decide names and shapes, by the config's keys, for messages."""
     a = architecture
     return (
         f"vocab_size {a.vocab_size}, hidden_size {a.hidden_size}, intermediate_size {a.ffn_hidden_size}, num_hidden_layers "
@@ -95,8 +97,11 @@ def _first(names: Iterable[str]) -> str:
 
 
 def refuse_non_finite(values: Tensor, place: str) -> None:
-    """Raises UserError if a weight is NaN or infinite. place: file and name of the tensor."""
-    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():  # an extreme is NaN if any value is
+    """Raises UserError if a weight is NaN or infinite. place: file and name of the tensor, for the
+    message."""
+    # One pass: the minimum or the maximum is not finite if any value is not, as both are NaN if a value is
+    # NaN.
+    if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         raise UserError(
             f"{place} holds NaN or infinite weights: the file is damaged, or training had diverged when it was saved"
         )

@@ -1,6 +1,7 @@
-"""Hugging Face weight files on disk: read by the tensor, or by a part of one; written in shards.
+"""Hugging Face weight files on disk: reads tensors or parts of them, and writes shards.
 
-Reading is lazy: safetensors and torch's zip files are memory-mapped, so that a rank reads from disk only what it holds.
+Reading is lazy: safetensors and torch's zip files are memory-mapped, so that a rank reads from disk only the
+parts that it holds.
 """
 
 import json
@@ -32,11 +33,13 @@ _SAFETENSORS_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 class WeightFiles:
     """The tensors of a Hugging Face model directory, safetensors or torch's .bin, in one file or in shards with an index.
 
-    Raises UserError, naming the file, if files are missing, damaged or hold more than tensors, if a tensor is not where the index
-    says, or the index names a file outside the directory. No pickle's code is run.
+    Raises UserError, which names the file, if files are missing or damaged or hold other things than tensors,
+    if a tensor is not in the file that the index names, or if the index names a file outside the directory.
+    No code of a pickle is run.
 
-    A directory that can be read in two ways is refused by whichever model it is of: transformers reads a single file before an
-    index, and every tensor of every shard, so that one directory would be two models, as a source and as a target.
+    A directory that can be read in two ways is an error too. transformers prefers a single file to an index,
+    and reads every tensor of every shard. So such a directory could be one model as a source and another one
+    as a target.
     """
 
     def __init__(self, model_dir: str | os.PathLike) -> None:
@@ -45,7 +48,7 @@ class WeightFiles:
 
     @cached_property
     def file_of(self) -> dict[str, str]:
-        """The file that holds each tensor, both by name. Every file is opened, which reads its header."""
+        """Name of each tensor -> name of its file. This opens every file, which reads its header."""
         refuse_adapter(self.model_dir)
         for single in SINGLE_FILES:
             index = self.model_dir / f"{single}.index.json"
@@ -60,7 +63,11 @@ class WeightFiles:
         )
 
     def _refuse_ambiguous(self, file_of: dict[str, str], index: Path, single: str) -> None:
-        """Raises UserError if a single file is beside the shards of an index, or a shard is missing or holds another's tensor."""
+        """Raises UserError if there is a single file besides an index with shards, or if a shard is missing
+        or holds a wrong tensor.
+
+        A wrong tensor is one that the index places in another shard.
+        """
         if (path := self.model_dir / single).exists() and {*file_of.values()} != {single}:
             raise UserError(
                 f"{path} and {index.name} beside it, which names other files, are two sets of weights, and it is not known "
@@ -81,18 +88,21 @@ class WeightFiles:
         return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
 
     def dtype(self, name: str) -> str:
-        """The tensor's type in the file, without reading it: one of DTYPES, or the library's word for another."""
+        """The tensor's dtype in the file, without reading the tensor: one of DTYPES, or the library's name of
+        another dtype."""
         part = self._part(name)
         dtype = part.dtype if isinstance(part, Tensor) else part.get_dtype()
         return (_SAFETENSORS_DTYPES | {value: key for key, value in DTYPES.items()}).get(dtype, str(dtype))
 
     def read(self, name: str, dim: int, start: int, size: int) -> Tensor:
-        """Elements start .. start + size of dimension dim (0 or 1), in the file's dtype; only they are read."""
+        """The elements start ... start + size - 1 of dimension dim (0 or 1), in the file's dtype. Only these
+        are read from disk."""
         index = (slice(None),) * dim + (slice(start, start + size),)
         return self._part(name)[index]
 
     def open_all(self) -> int:
-        """Opens every file and returns their bytes together. Raises UserError for one that is missing or damaged."""
+        """Opens every file and returns the sum of their bytes. Raises UserError for a missing or damaged
+        file."""
         return sum(file_size(self.model_dir / file) for file in {*self.file_of.values()})
 
     def place(self, name: str) -> str:
@@ -116,13 +126,14 @@ class WeightFiles:
             path = self.model_dir / file
             if not path.exists():
                 raise UserError(f"{path} is missing, which should hold {wanted}: fetch the model again")
-            file_size(path)  # refuses what is no file
+            file_size(path)  # raises UserError if the path is no file
             self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
 
 
 def refuse_adapter(model_dir: Path) -> None:
-    """Raises UserError for an adapter beside a model: transformers applies it where `peft` is installed and only there."""
+    """Raises UserError if there is an adapter beside a model: transformers applies it only if `peft` is
+    installed."""
     if (adapter := model_dir / "adapter_config.json").exists():
         raise UserError(
             f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "
@@ -133,7 +144,7 @@ def refuse_adapter(model_dir: Path) -> None:
 def shards_of(model_dir: Path) -> dict[str, set[str]]:
     """Suffix of the shards (".safetensors", ".bin") -> their names, for every index that a directory has.
 
-    Raises UserError for a malformed index. Whether the shards exist is not looked at.
+    Raises UserError for a malformed index. Does not check that the shards exist.
     """
     indexes = {PurePath(single).suffix: model_dir / f"{single}.index.json" for single in SINGLE_FILES}
     return {suffix: {*_read_index(index).values()} for suffix, index in indexes.items() if index.exists()}
@@ -156,7 +167,7 @@ class _Index(BaseModel):
     model_config = ConfigDict(strict=True)
 
     weight_map: dict[str, str]
-    metadata: dict[str, Any] | None = None  # which transformers reads
+    metadata: dict[str, Any] | None = None  # transformers reads it
 
 
 def _open_safetensors(path: Path) -> safe_open:
@@ -193,7 +204,8 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
 
 
 def common_dtype(dtypes: Iterable[str]) -> str:
-    """The least of DTYPES that holds every value of all of these: fp32 for bf16 and fp16, neither of which holds the other."""
+    """The smallest of DTYPES that holds all values of these dtypes. For bf16 and fp16 that is fp32: neither
+    holds the other."""
     given = set(dtypes)
     return given.pop() if len(given) == 1 else "fp32"
 
@@ -211,9 +223,10 @@ def write_weight_files(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Writes safetensors, model.safetensors or shards of at most shard_bytes (one tensor at least) with their index.
+    """Writes model.safetensors, or shards of at most shard_bytes (but at least one tensor) with their index.
 
-    tensor(name) makes one tensor, [shapes[name]] of dtype; no more than a shard of them is held at a time.
+    tensor(name): makes one tensor of shape shapes[name] and of dtype. Only the tensors of one shard are in
+    memory at a time.
     """
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = list(_shards(sizes, shard_bytes))

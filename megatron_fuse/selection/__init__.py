@@ -1,1 +1,1 @@
-"""Which source has the advantage on which example: rules, margins and mixtures; and the order of the examples."""
+"""The choice of a source for each example, by rules, margins and mixtures, and the order of the examples."""
