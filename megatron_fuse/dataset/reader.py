@@ -167,8 +167,8 @@ class FusionDataset:
         if source is None:
             return NO_DOCUMENT
         known = sorted(name for name, of_mode in self._documents if of_mode == mode and name is not None)
-        found = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
-        raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {found}")
+        available = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
+        raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {available}")
 
     def _mixed(self, mode: str, example: int) -> Document:
         weights = self._mixtures[mode][example]

@@ -53,13 +53,13 @@ def check_weights(files: WeightFiles, architecture: Architecture) -> None:
             "the weights belong to another config, or are not complete"
         )
     expected = hugging_face_shapes(architecture)
-    found = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
-    tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= found
-    if missing := sorted(expected.keys() - found):
+    stored_names = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
+    tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= stored_names
+    if missing := sorted(expected.keys() - stored_names):
         raise UserError(
             f"{where} lacks {_first(missing)}, which {config} asks for ({_sizes(architecture)}): fetch the model again"
         )
-    if unexpected := sorted(found - expected.keys() - ({OUTPUT} if tied_twice else set())):
+    if unexpected := sorted(stored_names - expected.keys() - ({OUTPUT} if tied_twice else set())):
         raise UserError(
             f"{where} holds {_first(unexpected)}, which {architecture.family} by {config} does not have ({_sizes(architecture)})"
         )

@@ -52,13 +52,13 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
     origin = _origin(checkpoint, recipe.export.dtype, template, end, verify=verify)
     place = output.resolve()  # a symbolic link stays, the directory behind it is replaced
     with sole_writer(place, RECORD):
-        found = find(place, RECORD, "export.path", verify=verify)
-        if found and found.whole and sha256_of_json(found.origin) == sha256_of_json(origin):
+        existing = find(place, RECORD, "export.path", verify=verify)
+        if existing and existing.whole and sha256_of_json(existing.origin) == sha256_of_json(origin):
             return output, checkpoint
-        if found:
-            found.refuse_changes("export.path")
+        if existing:
+            existing.refuse_changes("export.path")
         model = load_whole_model(checkpoint, reference, verify=verify)
-        with directory_then_rename(place, found) as temporary:
+        with directory_then_rename(place, existing) as temporary:
             write_hugging_face_model(model, reference, temporary, recipe.export.dtype)
             if template is not None:
                 (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")

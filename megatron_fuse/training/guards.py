@@ -91,13 +91,13 @@ class StepGuard:
         norm = values["grad norm"]
         if not math.isfinite(norm):
             self.skipped_in_a_row += 1
-            found = f"iteration {iteration}: the gradient norm is {norm}, on examples {_named(example_ids())}"
+            problem = f"iteration {iteration}: the gradient norm is {norm}, on examples {_named(example_ids())}"
             if self.skipped_in_a_row >= self.max_skipped:
                 raise UserError(
-                    f"{found}: this is skipped step {self.skipped_in_a_row} in a row (--max-skipped-iterations "
+                    f"{problem}: this is skipped step {self.skipped_in_a_row} in a row (--max-skipped-iterations "
                     f"{self.max_skipped}): lower --lr, or look for NaN in the target's weights; checkpoints hold none of them"
                 )
-            return f"WARNING: {found}: step skipped ({self.skipped_in_a_row} in a row)"
+            return f"WARNING: {problem}: step skipped ({self.skipped_in_a_row} in a row)"
         self.skipped_in_a_row = 0
         if phase != self.phase:
             self.phase = phase

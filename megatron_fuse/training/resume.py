@@ -92,8 +92,8 @@ def resume(
         if options.load is not None:
             raise UserError(f"--load {options.load}: no {LATEST} there: name a directory that --save wrote")
         return start
-    found = read_facts(path, verify=options.verify)
-    other_run = differences(_with_defaults(found.run), run)
+    stored = read_facts(path, verify=options.verify)
+    other_run = differences(_with_defaults(stored.run), run)
     if other_run and not options.override:
         raise UserError(
             f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
@@ -101,16 +101,18 @@ def resume(
         )
     # The model is checked before the optimizer: with another model the optimizer differs too, and the error
     # would mislead.
-    refuse_other_model(path, found, architecture)
-    if other_form := differences(found.optimizer, start.optimizer):
+    refuse_other_model(path, stored, architecture)
+    if other_form := differences(stored.optimizer, start.optimizer):
         raise UserError(
             f"{path}: optimizer {'; '.join(other_form)}, and its state does not fit: put the old value back"
         )
-    for difference in other_run + differences(found.versions, start.versions):
+    for difference in other_run + differences(stored.versions, start.versions):
         runtime.print(f"warning: {path} {difference}")
     load_checkpoint(path, chunks, optimizer, architecture, verify=options.verify)
-    runtime.print(f"continuing from {path} at iteration {found.iteration}")
-    return replace(start, iteration=found.iteration, consumed_samples=found.consumed_samples, best_loss=found.best_loss)
+    runtime.print(f"continuing from {path} at iteration {stored.iteration}")
+    return replace(
+        start, iteration=stored.iteration, consumed_samples=stored.consumed_samples, best_loss=stored.best_loss
+    )
 
 
 def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:

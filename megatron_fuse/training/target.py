@@ -79,13 +79,13 @@ def dtype_of_reference(reference: Path) -> str:
     fp32."""
     try:
         weights = WeightFiles(reference)
-        found = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))
+        dtype_name = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))
     except UserError:  # a directory without weights: its config is enough
         stated = read_model_config(reference)
-        found = next(
+        dtype_name = next(
             (name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"), ""
         )
-    return found if found in DTYPES else "fp32"
+    return dtype_name if dtype_name in DTYPES else "fp32"
 
 
 def export_checkpoint(
