@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 MOST_ENTRIES = 128  # entries of a row that the Triton kernels take
 _DEVICES = ("cuda", "meta")  # devices that the Triton kernels run on; tensors on "meta" have shapes but no values
 
-# A log-probability that was stored in half precision, or added up across a vocabulary map, may be a little
-# above 0.
+# A log-probability that was stored in half precision, or added up across a vocabulary map,
+# may be a little above 0.
 _LOGPROB_ROUNDING = 1e-3
 
 
@@ -37,8 +37,8 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True)
 class Student:
-    """Shape, dtype and device of the logits [rows, columns], before the logits exist. name: the argument they
-    come from."""
+    """Shape, dtype and device of the logits [rows, columns], before the logits exist.
+    name: the argument they come from."""
 
     name: str
     rows: int
@@ -75,11 +75,11 @@ def check_arguments(
 
 
 def choose_implementation(implementation: str, student: Student, entries: int) -> str:
-    """The implementation that runs: decides "auto", and replaces "triton" by "torch" if rows have too many
-    entries.
+    """The implementation that runs: decides "auto",
+    and replaces "triton" by "torch" if rows have too many entries.
 
-    Raises ValueError if `implementation` is none of IMPLEMENTATIONS, or if it is "triton" and that cannot
-    run.
+    Raises ValueError if `implementation` is none of IMPLEMENTATIONS,
+    or if it is "triton" and that cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
@@ -175,8 +175,8 @@ def _check_values(targets: Targets, vocab_size: int) -> None:
 
 
 def _check_shards(shard: VocabularyShard, device: torch.device) -> None:
-    """Checks that the shards' columns without padding cover the vocabulary, each column once. One
-    all-gather."""
+    """Checks that the shards' columns without padding cover the vocabulary,
+    each column once. One all-gather."""
     local = torch.tensor([shard.start, shard.columns], device=device)
     all_shards = [torch.empty_like(local) for _ in range(dist.get_world_size(shard.group))]
     dist.all_gather(all_shards, local, group=shard.group)

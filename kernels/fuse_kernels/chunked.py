@@ -3,12 +3,12 @@
 Every row is cut in two. The columns of the stored teacher entries and of the label are a handful: they are
 gathered, in fp64. All other columns ("off the ids") are dense: they are read in chunks of rows that stay in
 the cache. Their log-sum-exps are relative to their own maximum. So the student's residual mass (tail) is
-never computed as 1 - M, with M its mass on the ids. It keeps its relative precision however certain the
-student is.
+never computed as 1 - M, with M its mass on the ids.
+It keeps its relative precision however certain the student is.
 
 The gradient is written over the logits. If the forward pass writes it, from the exponentials that it has just
-summed, each logit is read once and written once. Else each logit is read once forward, and read and written
-once backward.
+summed, each logit is read once and written once.
+Else each logit is read once forward, and read and written once backward.
 """
 
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ def chunked_loss(
 ) -> TokenLosses:
     """The losses [a] each of logits [n, v]. The gradient is written over the logits.
 
-    in_forward: the forward pass writes it, which needs the whole vocabulary on this rank; else the backward
-    pass does.
+    in_forward: the forward pass writes it, which needs the whole vocabulary on this rank;
+    else the backward pass does.
     """
     return TokenLosses(*_ChunkedLoss.apply(logits, rows, temperature, tail, shard, in_forward))
 
@@ -89,8 +89,10 @@ class ChunkedState:
 def chunked_losses(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[TokenLosses, ChunkedState]:
-    """The losses [a] each of logits [n, v], which stay as they are. Under a group: one all-gather of [7, a]
-    fp64."""
+    """The losses [a] each of logits [n, v], which stay as they are.
+
+    Under a group: one all-gather of [7, a] fp64.
+    """
     target = sparse_target(rows, tail)
     entries = _local_entries(logits, rows, target, shard)
     off_ids = no_columns(logits, rows)
@@ -105,8 +107,10 @@ def chunked_losses(
 def chunked_losses_and_gradient_(
     logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
 ) -> TokenLosses:
-    """The losses [a] each of logits [n, v]. Writes the gradient of sum(loss) over the logits. Only without a
-    group."""
+    """The losses [a] each of logits [n, v]. Writes the gradient of sum(loss) over the logits.
+
+    Only without a group.
+    """
     target = sparse_target(rows, tail)
     # The entries and the label must be read before the loop writes the gradient over them.
     entries = _local_entries(logits, rows, target, shard)
@@ -173,8 +177,8 @@ def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
 
 
 def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
-    """Writes w_ce p + w_kl (total q - tail r) to all columns, chunk by chunk, from the statistics over all
-    shards.
+    """Writes w_ce p + w_kl (total q - tail r) to all columns, chunk by chunk,
+    from the statistics over all shards.
 
     p = softmax(z), q = softmax(z / T), r = the softmax of z / T over the columns off the ids.
     """

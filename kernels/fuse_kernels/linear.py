@@ -74,8 +74,8 @@ def fused_linear_sparse_kl(
     gradients of zero. "torch" leaves such rows out of all products.
 
     Collectives: one all-gather per chunk forward, one all-reduce of the hidden states' gradient [n, h]
-    backward. Memory beyond the results: the logits of one chunk and, without main_grad, the fp32 gradient of
-    the weight.
+    backward. Memory beyond the results: the logits of one chunk and, without main_grad,
+    the fp32 gradient of the weight.
 
     Raises ValueError as `sparse_kl_cross_entropy` does, and if hidden and weight do not fit each other.
     """
@@ -210,8 +210,10 @@ class _FusedLinear(torch.autograd.Function):
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """Computes the logits once. The forward pass assumes an upstream gradient of 1; the backward pass checks
-    it."""
+    """Computes the logits once.
+
+    The forward pass assumes an upstream gradient of 1; the backward pass checks it.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, passes: _Passes, chunk_tokens: int, group):
@@ -242,8 +244,8 @@ class _GradientsInForward(torch.autograd.Function):
             raise ValueError(
                 "unit_upstream=True, but the upstream gradient of a loss is not 1: use unit_upstream=False"
             )
-        # To raise an error on an accelerator would wait for it. A wrong upstream gradient makes the gradients
-        # NaN instead.
+        # To raise an error on an accelerator would wait for it.
+        # A wrong upstream gradient makes the gradients NaN instead.
         unit = upstream.where(upstream == 1, torch.nan)
         if gradients.hidden is not None:
             gradients.hidden.mul_(unit.to(gradients.hidden.dtype)[:, None])

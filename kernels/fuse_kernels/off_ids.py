@@ -46,8 +46,8 @@ def exponentials(
     shard: VocabularyShard,
     off_ids: OffIds,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yields start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows, with 0 on the
-    ids.
+    """Yields start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows,
+    with 0 on the ids.
 
     When a chunk is yielded, `off_ids` already holds its shifts and sums. The exponentials are [stop - start,
     columns]; at T = 1 both are the same tensor. The next chunk reuses their memory. entry_rows (ascending),
@@ -97,8 +97,8 @@ def power(x: Tensor, temperature: float, out: Tensor) -> None:
 def write_gradient(
     logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
 ) -> None:
-    """Writes the gradient of every column as if it were off the ids and not the label: factors[0] y +
-    factors[1] x.
+    """Writes the gradient of every column as if it were off the ids and not the label:
+    factors[0] y + factors[1] x.
 
     x, y: exp(z / T - shift) and exp(z - shift) of `exponentials`, which this overwrites. factors [2, stop -
     start] fp64. The columns of entries and label get wrong values here; the caller rewrites them afterwards.

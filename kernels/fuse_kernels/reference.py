@@ -17,8 +17,8 @@ def reference_loss(
     """The losses [a] each of logits [n, v], in the precision of the logits (half types in fp32).
 
     Under tensor parallelism every rank gathers the whole vocabulary: one all-gather of the logits. Shards
-    must be equally wide and in rank order. Raises ValueError if this rank's shard is not at its place in that
-    order.
+    must be equally wide and in rank order.
+    Raises ValueError if this rank's shard is not at its place in that order.
     """
     if shard.group is not None:
         width, rank = logits.shape[1], dist.get_rank(shard.group)
@@ -45,8 +45,8 @@ def reference_loss(
     log_q = (z / temperature).log_softmax(1)
     kl = (teacher.xlogy(teacher) - torch.where(teacher > 0, teacher * log_q, zero)).sum(1)
     if tail == "bucket":
-        # A row without any column off the ids has no tail. Its mask is lifted, because logsumexp(-inf ...) has no
-        # gradient.
+        # A row without any column off the ids has no tail.
+        # Its mask is lifted, because logsumexp(-inf ...) has no gradient.
         covered = stored_columns.all(1)
         log_student_tail = log_q.masked_fill(stored_columns & ~covered[:, None], -torch.inf).logsumexp(1)
         left = (1 - m).clamp(min=0).where(~covered, zero)
@@ -60,8 +60,9 @@ def reference_loss(
 
 
 class _GatherVocabulary(torch.autograd.Function):
-    """[n, v] on each rank -> [n, ranks * v] on all ranks. One all-gather forward; backward takes this rank's
-    columns.
+    """[n, v] on each rank -> [n, ranks * v] on all ranks.
+
+    One all-gather forward; backward takes this rank's columns.
 
     Backward does not sum over ranks: every rank computes the same loss from the same gathered logits, so that
     its gradient is complete.

@@ -1,5 +1,5 @@
-"""The inputs that all implementations share: the vocabulary shard, the active rows, the teacher's sparse
-target."""
+"""The inputs that all implementations share:
+the vocabulary shard, the active rows, the teacher's sparse target."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,8 +17,8 @@ OVERWRITTEN = (
 class TokenLosses(NamedTuple):
     """The losses of every row, [n] each, in fp32 (fp64 for fp64 logits). Only `loss` is differentiable.
 
-    The last three fields say how well student and teacher of a row agree. They are 0 if the row has no
-    teacher.
+    The last three fields say how well student and teacher of a row agree.
+    They are 0 if the row has no teacher.
     """
 
     loss: Tensor  # weighted
@@ -60,8 +60,9 @@ class ActiveRows:
 
 
 def active_rows(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight) -> ActiveRows:
-    """Drops the rows in which no weight counts, so that their loss is 0. Arguments and shapes as in
-    `sparse_kl_cross_entropy`.
+    """Drops the rows in which no weight counts, so that their loss is 0.
+
+    Arguments and shapes as in `sparse_kl_cross_entropy`.
 
     A weight counts only if the row has a label (CE) or a teacher entry (KL).
     """
@@ -121,8 +122,8 @@ def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:
 
 def _merge_repeats(ids: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
     """[a, k] each: every id once per row, with the sum of its mass. The slots of its repeats become empty."""
-    # Sorted, equal ids are neighbours. `slot` counts the different ids so far, so that equal ids share a
-    # slot.
+    # Sorted, equal ids are neighbours.
+    # `slot` counts the different ids so far, so that equal ids share a slot.
     ids, order = ids.sort(dim=1)
     first = torch.ones_like(ids)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -1,5 +1,6 @@
-"""The largest logits and the log-sum-exps of every row, in one pass. A teacher's sparse distribution is made
-of these.
+"""The largest logits and the log-sum-exps of every row, in one pass.
+
+A teacher's sparse distribution is made of these.
 
 Legend: n rows, v columns of this rank's vocabulary shard, k largest, t temperatures.
 """
@@ -63,8 +64,8 @@ def topk_logsumexp(
     Collectives: under a group one all-gather of 2 k + t + 1 numbers per row and rank (k candidates, and the
     label's logit). Memory: the outputs, and in "torch" one scratch buffer of 4 MB (CPU) or 256 MB (GPU).
 
-    Raises ValueError, which names the argument, if shapes or values do not fit, or if "triton" is given and
-    cannot run.
+    Raises ValueError, which names the argument, if shapes or values do not fit,
+    or if "triton" is given and cannot run.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")
@@ -165,8 +166,8 @@ def _torch_topk(
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of values [n, a multiple of _BLOCK], falling, and their columns: (float32 [n, k], int64
-    [n, k]).
+    """The k largest of values [n, a multiple of _BLOCK], falling, and their columns:
+    (float32 [n, k], int64 [n, k]).
 
     Blocks are ranked by (maximum, lower number) and columns by (value, lower number). The k best columns lie
     in the k best blocks: if one of them lay in another block, each of the k best blocks would hold a column
@@ -193,11 +194,12 @@ def _rank_keys(values: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _logsumexps(relative: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """float32 [n, t]: the log-sum-exps of `relative` [n, width], the logits minus the row's largest. May
-    overwrite `relative`.
+    """float32 [n, t]: the log-sum-exps of `relative` [n, width], the logits minus the row's largest.
 
-    The exponentials take most of the time. One exponential serves both T = 2 and T = 1, as exp(r / 2)^2 =
-    exp(r).
+    May overwrite `relative`.
+
+    The exponentials take most of the time.
+    One exponential serves both T = 2 and T = 1, as exp(r / 2)^2 = exp(r).
     """
     distinct = set(temperatures)
     sums = {}

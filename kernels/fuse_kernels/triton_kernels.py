@@ -50,8 +50,10 @@ def _powers(d, inv_t, T_MODE: tl.constexpr):
 
 @triton.jit
 def _finite(x):
-    """x, or 0 if x is -inf. The result is a shift that can be subtracted from -inf: (-inf) - (-inf) would be
-    NaN."""
+    """x, or 0 if x is -inf.
+
+    The result is a shift that can be subtracted from -inf: (-inf) - (-inf) would be NaN.
+    """
     return tl.where(x == NOTHING, 0.0, x)
 
 
@@ -100,8 +102,8 @@ def gather_kernel(
     TAIL: tl.constexpr,  # "bucket", "renormalize", "ignore"
     K: tl.constexpr,  # power of two >= k
 ):
-    """One row per program: reads all that the row's k + 1 special columns (entries and label) need, and masks
-    the entries."""
+    """One row per program: reads all that the row's k + 1 special columns (entries and label) need,
+    and masks the entries."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, K)
     ids = tl.load(IDS + row * k + slot, mask=slot < k, other=-1)
@@ -173,8 +175,9 @@ def gather_kernel(
 
 @triton.jit
 def _online(x, m, sum_t, sum_1, inv_t, T_MODE: tl.constexpr):
-    """Adds one tile [r, c] to each lane's maximum and sums [c]. The lanes are combined only after the last
-    tile.
+    """Adds one tile [r, c] to each lane's maximum and sums [c].
+
+    The lanes are combined only after the last tile.
 
     This is the online softmax: sums are relative to the maximum so far. A new maximum m' rescales the earlier
     sums by exp((m - m') / T) and exp(m - m').
@@ -194,8 +197,8 @@ def _off_ids_sums(logits, first, last, inv_t, R: tl.constexpr, C: tl.constexpr, 
     sum_t = tl.zeros([C], tl.float32)
     sum_1 = tl.zeros([C], tl.float32)
     whole = first + (tl.maximum(last - first, 0) // (R * C)) * (R * C)
-    # Whole tiles first, without a mask, so that every load moves 16 bytes; then one masked tile with the
-    # rest.
+    # Whole tiles first, without a mask, so that every load moves 16 bytes;
+    # then one masked tile with the rest.
     for at in range(first, whole, R * C):
         m, sum_t, sum_1 = _online(tl.load(logits + at + tile).to(tl.float32), m, sum_t, sum_1, inv_t, T_MODE)
     if whole < last:
@@ -221,8 +224,10 @@ def off_ids_kernel(
     C: tl.constexpr,  # columns of a tile: 16 bytes for every thread
     T_MODE: tl.constexpr,
 ):
-    """One part of a row per program. If the forward pass writes no gradient, this is its only read of the
-    logits."""
+    """One part of a row per program.
+
+    If the forward pass writes no gradient, this is its only read of the logits.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     if (tl.load(WEIGHTS + row) == 0.0) & (tl.load(WEIGHTS + n + row) == 0.0):
@@ -257,8 +262,8 @@ def _losses(
     ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest, stored, tail, entropy,
     teacher_mass, inv_t,
 ):  # fmt: skip
-    """Loss, ce, kl, student mass and agreement of one row or of several; then log-sum-exp of z / T, tail and
-    total mass."""
+    """Loss, ce, kl, student mass and agreement of one row or of several;
+    then log-sum-exp of z / T, tail and total mass."""
     lse_t = _log_add(off_t, on_t)
     # If no column is off the ids, rounding may still leave a small tail mass, which no column can take.
     tail = tl.where(off_t == NOTHING, 0.0, tail)
@@ -322,8 +327,8 @@ def finish_kernel(
     inv_t,
     K: tl.constexpr,
 ):
-    """One row per program: this shard's part of the row's statistics or, without a group, the losses
-    themselves."""
+    """One row per program: this shard's part of the row's statistics or, without a group,
+    the losses themselves."""
     row = tl.program_id(0).to(tl.int64)
     ce_weight = tl.load(WEIGHTS + row)
     kl_weight = tl.load(WEIGHTS + n + row)
@@ -340,8 +345,8 @@ def finish_kernel(
     tl.store(LOGITS + row * stride + column, on_ids.to(LOGITS.dtype.element_ty), mask=here)
 
     # The parts of the row have maxima of their own: first the largest of them, then all sums relative to it.
-    # `sum_t` and `sum_1` then give the log-sum-exps off the ids, shift / T + log(sum_t) and shift +
-    # log(sum_1).
+    # `sum_t` and `sum_1` then give the log-sum-exps off the ids,
+    # shift / T + log(sum_t) and shift + log(sum_1).
     m = tl.load(PARTS + row)
     for part in range(1, splits):
         m = tl.maximum(m, tl.load(PARTS + part * 3 * n + row))
@@ -395,16 +400,16 @@ def loss_kernel(
     inv_t,
     B: tl.constexpr,
 ):
-    """B rows per program: computes the losses, and what their gradient needs, from the statistics of all
-    shards."""
+    """B rows per program: computes the losses, and what their gradient needs,
+    from the statistics of all shards."""
     row = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = row < n
     ce_weight = tl.load(WEIGHTS + row, mask=inside, other=0.0)
     kl_weight = tl.load(WEIGHTS + n + row, mask=inside, other=0.0)
     active = (ce_weight != 0.0) | (kl_weight != 0.0)
     # A shard of the vocabulary and a part of a row combine in the same way: log-sum-exps by _log_add, maxima
-    # by the maximum, sums by the sum. The label and each entry lie in exactly one shard, the others give 0 or
-    # -inf.
+    # by the maximum, sums by the sum.
+    # The label and each entry lie in exactly one shard, the others give 0 or -inf.
     lse_1 = tl.full([B], NOTHING, tl.float32)
     off_t = lse_1
     on_t = lse_1
@@ -437,11 +442,12 @@ def loss_kernel(
 
 @triton.jit
 def _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE: tl.constexpr):
-    """shift, factor_t and factor_1, which `_off_ids_gradient` takes. They are the same for all columns of a
-    row.
+    """shift, factor_t and factor_1, which `_off_ids_gradient` takes.
 
-    w_ce, w_kl: the weights times the upstream gradient; w_kl also contains the 1 / T that the gradient of z /
-    T carries.
+    They are the same for all columns of a row.
+
+    w_ce, w_kl: the weights times the upstream gradient;
+    w_kl also contains the 1 / T that the gradient of z / T carries.
 
     For a column j that is off the ids and not the label
 
@@ -476,8 +482,8 @@ def _write_gradient(
     """Writes the gradient over the columns first ... last - 1 of a row. The columns from `real` on are
     padding and get 0.
 
-    The order is from the end to the start: the forward loop has read the end last, so that it is still in the
-    nearest cache.
+    The order is from the end to the start:
+    the forward loop has read the end last, so that it is still in the nearest cache.
     """
     block = tl.arange(0, BLOCK)
     tiles = tl.maximum(real - first, 0) // BLOCK
@@ -529,8 +535,8 @@ def whole_row_kernel(
     T_MODE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One row per program, without a group: computes the losses, then writes the gradient while the row is in
-    the cache."""
+    """One row per program, without a group:
+    computes the losses, then writes the gradient while the row is in the cache."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * stride
     ce_weight = tl.load(WEIGHTS + row)
@@ -562,8 +568,8 @@ def whole_row_kernel(
     _store_losses(RESULTS, row, n, True, loss, ce, kl, teacher_mass, student_mass, agreement)
     _store_coefficients(COEFFICIENTS, row, n, True, lse_1, lse_t, off_t, total, tail)
 
-    # Second reading, from the cache. exp(-inf) = 0 at the masked columns; special_gradient_kernel rewrites
-    # them afterwards.
+    # Second reading, from the cache. exp(-inf) = 0 at the masked columns;
+    # special_gradient_kernel rewrites them afterwards.
     shift, factor_t, factor_1 = _factors(ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE)
     _write_gradient(logits, 0, columns, width, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
 
@@ -616,8 +622,8 @@ def gradient_kernel(
 
 @triton.jit
 def _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE: tl.constexpr):
-    """dloss / dz of logits x that are off the ids and not the label: u factor_t + u^T factor_1. See
-    `_factors`."""
+    """dloss / dz of logits x that are off the ids and not the label:
+    u factor_t + u^T factor_1. See `_factors`."""
     if T_MODE == 0:
         value = factor_t * tl.exp2((x * inv_t - shift) * LOG2E) + factor_1 * tl.exp2((x - lse_1) * LOG2E)
     else:
@@ -652,8 +658,8 @@ def special_gradient_kernel(
     K: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """One row per program: writes the gradient at the columns of entries and label, rounded once from
-    fp32."""
+    """One row per program: writes the gradient at the columns of entries and label,
+    rounded once from fp32."""
     row = tl.program_id(0).to(tl.int64)
     ce_weight = tl.load(WEIGHTS + row)
     kl_weight = tl.load(WEIGHTS + n + row)
@@ -683,8 +689,8 @@ def special_gradient_kernel(
     _store(LOGITS + row * stride + column, value, here, ROUND)
 
     # A label that is no entry is off the ids: dloss / dz_j = w_ce (p_j - 1) + w_kl (total q_j - tail r_j).
-    # `alone`: the label lies in this shard and is none of the entries, whose store above would else be
-    # overwritten.
+    # `alone`: the label lies in this shard and is none of the entries,
+    # whose store above would else be overwritten.
     z = tl.load(LABEL_LOGIT + row)
     r = tl.where(tail > 0.0, tl.exp(z * inv_t - off_t), 0.0)
     value = w_ce * (tl.exp(z - lse_1) - 1.0) + w_kl * (total * tl.exp(z * inv_t - lse_t) - tail * r)
@@ -716,8 +722,8 @@ def scale_kernel(
     last = tl.minimum(first + split_columns, width)
     block = tl.arange(0, BLOCK)
     whole = first + (tl.maximum(last - first, 0) // BLOCK) * BLOCK
-    # Whole tiles without a mask, so that every load and store moves 16 bytes; then one masked tile with the
-    # rest.
+    # Whole tiles without a mask, so that every load and store moves 16 bytes;
+    # then one masked tile with the rest.
     for at in range(first, whole, BLOCK):
         x = tl.load(gradient + at + block).to(tl.float32)
         _store(gradient + at + block, x * upstream, None, ROUND)

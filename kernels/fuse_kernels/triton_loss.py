@@ -59,8 +59,8 @@ class Launch:
 def choose_launch(n: int, width: int, element_size: int, processors: int) -> Launch:
     """The launch for n rows of `width` columns, on a device with so many multiprocessors.
 
-    A plain function of the shapes, not a tuner: 16 bytes per thread and load, and enough programs to fill the
-    device.
+    A plain function of the shapes, not a tuner:
+    16 bytes per thread and load, and enough programs to fill the device.
 
     A program that has a whole row reads it twice, the second time from the cache. Long rows get a program of
     32 warps. A multiprocessor holds one such program, so that an H100 has 132 rows between their two readings
@@ -91,15 +91,17 @@ def choose_launch(n: int, width: int, element_size: int, processors: int) -> Lau
 
 
 def row_shape(launch: Launch) -> dict[str, int]:
-    """R, C and BLOCK of whole_row_kernel. A thread has two loads in flight: four would need too many
-    registers."""
+    """R, C and BLOCK of whole_row_kernel.
+
+    A thread has two loads in flight: four would need too many registers.
+    """
     factor = launch.row_warps // launch.warps
     return {"R": min(launch.rows, 2), "C": launch.lanes * factor, "BLOCK": launch.block * factor}
 
 
 def _multiple(columns: int) -> int:
-    """`columns` rounded up to a multiple of 16, so that a part of a row begins at an address that allows
-    16-byte loads."""
+    """`columns` rounded up to a multiple of 16,
+    so that a part of a row begins at an address that allows 16-byte loads."""
     return max(-(-columns // 16) * 16, 16)
 
 
@@ -192,8 +194,8 @@ def triton_losses(
     local, weights, teacher, columns, mass, on_ids, label_logit = torch.ops.fuse_kernels.statistics(
         logits, *contiguous, *place
     )
-    # The rest of the state concerns this shard's columns alone and stays here: only the statistics [7, n] are
-    # exchanged.
+    # The rest of the state concerns this shard's columns alone and stays here:
+    # only the statistics [7, n] are exchanged.
     all_shards = local.new_empty((dist.get_world_size(shard.group), *local.shape))
     dist.all_gather_into_tensor(all_shards.view(-1, local.shape[1]), local, group=shard.group)
     results, coefficients = torch.ops.fuse_kernels.losses_of_shards(
@@ -205,8 +207,9 @@ def triton_losses(
 def triton_losses_and_gradient_(
     logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
 ) -> tuple[TokenLosses, Tensor]:
-    """The losses [n] each, and the effective weights [2, n]. Writes the gradient of sum(loss) over the logits
-    [n, v].
+    """The losses [n] each, and the effective weights [2, n].
+
+    Writes the gradient of sum(loss) over the logits [n, v].
 
     Collectives: as of `triton_loss`.
     """
@@ -222,8 +225,8 @@ def triton_losses_and_gradient_(
 def triton_gradient_(
     logits: Tensor, upstream: Tensor | None, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
 ) -> None:
-    """Writes the gradient of sum(upstream [n] * loss) over the logits [n, v]. upstream None means 1. No
-    collective."""
+    """Writes the gradient of sum(upstream [n] * loss) over the logits
+    [n, v]. upstream None means 1. No collective."""
     if upstream is not None:
         upstream = upstream.float().contiguous()
     torch.ops.fuse_kernels.gradient_(logits, upstream, *state, temperature, shard.columns, shard.start)
@@ -235,8 +238,8 @@ def _contiguous(targets: Targets) -> Targets:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the device of the first tensor the current one during a launch: Triton launches on the current
-    device."""
+    """Makes the device of the first tensor the current one during a launch:
+    Triton launches on the current device."""
 
     @functools.wraps(launch)
     def guarded(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
@@ -324,8 +327,8 @@ def losses(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """results [6, n]; and for `gradient_`: weights [2, n], coefficients [5, n], columns, mass, on_ids [n, k],
-    label_logit [n]."""
+    """results [6, n]; and for `gradient_`:
+    weights [2, n], coefficients [5, n], columns, mass, on_ids [n, k], label_logit [n]."""
     gathered = _Gathered(logits, teacher_ids.shape[1])
     results, coefficients = _fp32(logits, _RESULTS, len(logits)), _fp32(logits, _COEFFICIENTS, len(logits))
     if len(logits):
@@ -435,8 +438,8 @@ def statistics(
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of this shard: statistics [7, n], weights [2, n], teacher [4, n], columns, mass, on_ids [n, k],
-    label_logit [n]."""
+    """Of this shard: statistics [7, n], weights [2, n], teacher [4, n], columns, mass, on_ids
+    [n, k], label_logit [n]."""
     gathered, local = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
     if len(logits):
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)

@@ -85,8 +85,8 @@ def topk_kernel(
         keys = tl.where(keys == best, _LOWEST, keys)
 
     # Read all columns of those k lanes again, x [K, S * R]: element `part` of a lane is column part % R of
-    # its piece of tile part // R. Then pick the k best columns, one per turn; a key holds both the logit and
-    # the column.
+    # its piece of tile part // R.
+    # Then pick the k best columns, one per turn; a key holds both the logit and the column.
     part = tl.arange(0, S * R)
     column = (part // R * (C * R) + part % R)[None, :] + (lanes * R)[:, None]
     inside = (column < columns) & (slot < k)[:, None] & (slot * R < columns)[:, None]

@@ -19,8 +19,9 @@ _WAIT = 0.2  # seconds between looks at what other ranks have done
 
 
 def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -> dict[str, Selection]:
-    """Builds what is missing, then makes the selections and the curriculum anew. Returns the selection of
-    each mode.
+    """Builds what is missing, then makes the selections and the curriculum anew.
+
+    Returns the selection of each mode.
 
     If all documents are built already, only selections and curriculum are made. Under torchrun the ranks
     divide the shards of every part among them, and wait for each other between the parts. Raises UserError if

@@ -1,5 +1,5 @@
-"""Verifies fusion data against the checksums in its manifests, once per build and machine, in background
-threads.
+"""Verifies fusion data against the checksums in its manifests, once per build and machine,
+in background threads.
 
 A checksum takes about a second per GB. So a verified artifact gets a record in the user's cache directory:
 
@@ -57,8 +57,10 @@ class BackgroundVerification:
 
     @property
     def failure(self) -> UserError | None:
-        """The error of the first artifact that is known to be damaged, or None. Raises an error of any other
-        kind."""
+        """The error of the first artifact that is known to be damaged, or None.
+
+        Raises an error of any other kind.
+        """
         for check in self._checks:
             if check.done() and (error := check.exception()) is not None:
                 if isinstance(error, UserError):
@@ -73,8 +75,10 @@ class BackgroundVerification:
 
 
 def verify_once(artifacts: Sequence[Artifact]) -> None:
-    """Raises UserError if a file differs from its manifest. Reads only artifacts without a record on this
-    machine."""
+    """Raises UserError if a file differs from its manifest.
+
+    Reads only artifacts without a record on this machine.
+    """
     with BackgroundVerification(artifacts) as verification:
         if failure := verification.wait():
             raise failure
@@ -114,8 +118,10 @@ def _state(artifact: Artifact) -> str:
 
 
 def _machine() -> str:
-    """Host name and machine id. Containers of one image may share the id, and machines may share a name; both
-    together differ."""
+    """Host name and machine id.
+
+    Containers of one image may share the id, and machines may share a name; both together differ.
+    """
     try:
         return f"{socket.gethostname()} {Path('/etc/machine-id').read_text(encoding='utf-8').strip()}".strip()
     except (OSError, ValueError):
@@ -123,8 +129,8 @@ def _machine() -> str:
 
 
 def _record(artifact: Artifact) -> Path | None:
-    """The file of an artifact's record; None if there is no cache directory, for example for a user without a
-    home."""
+    """The file of an artifact's record; None if there is no cache directory,
+    for example for a user without a home."""
     key = sha256_of_bytes(os.fsencode(artifact.directory.resolve()), _machine().encode())[:32]
     try:
         named, of_user = os.environ.get("MEGATRON_FUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")

@@ -44,8 +44,8 @@ class Targets:
     """Labels, weights and teacher entries of each position.
 
     [b, s]: labels int64, NO_LABEL if there is none; ce_weight and kl_weight float32, 0 without a label.
-    [b, s, k]: teacher_ids int64, NO_ENTRY in empty slots; teacher_logprobs float32, natural logarithms at the
-    KL temperature.
+    [b, s, k]: teacher_ids int64, NO_ENTRY in empty slots;
+    teacher_logprobs float32, natural logarithms at the KL temperature.
     """
 
     labels: np.ndarray
@@ -58,8 +58,8 @@ class Targets:
 def padded_inputs(documents: Sequence[Document], sequences: int, length: int) -> Inputs:
     """One document per sequence, padded on the right. Sequences beyond the number of documents are empty.
 
-    Raises ValueError if there are more documents than sequences, or if a document takes more than `length`
-    positions.
+    Raises ValueError if there are more documents than sequences,
+    or if a document takes more than `length` positions.
     """
     if len(documents) > sequences:
         raise ValueError(f"{len(documents)} documents in {sequences} padded sequences")
@@ -84,8 +84,8 @@ def packed_inputs(documents: Sequence[Document], length: int) -> Inputs:
     for document, start, stop in zip(documents, bounds[:-1], bounds[1:], strict=True):
         tokens[0, start:stop] = document.tokens[:-1]
     starts = bounds[:-1]
-    # The unused end becomes a part of its own, so that the parts cover the whole sequence, as variable-length
-    # attention needs.
+    # The unused end becomes a part of its own, so that the parts cover the whole sequence,
+    # as variable-length attention needs.
     if filled < length:
         bounds = np.append(bounds, length)
     parts = np.diff(bounds)
@@ -104,16 +104,16 @@ def make_targets(
     """Labels, weights and teacher entries of the documents, at the positions that `inputs` gives them.
 
     weights [d]: (CE, KL) of one supervised token of each document, divided by the denominators of the global
-    batch, which do not depend on packing. entries_per_row: k, at least 1. Raises ValueError if a row has more
-    entries.
+    batch, which do not depend on packing. entries_per_row: k, at least 1.
+    Raises ValueError if a row has more entries.
     """
     shape, positions = inputs.tokens.shape, inputs.tokens.size
     labels = np.full(positions, NO_LABEL, np.int64)
     ce_weight, kl_weight = np.zeros((2, positions), np.float32)
     counts = np.zeros(positions, np.uint8)
     for document, (ce, kl), start in zip(documents, weights, inputs.starts, strict=True):
-        # Shifted by one: the document's position t has token t + 1 as its label, and is supervised if that
-        # token is.
+        # Shifted by one: the document's position t has token t + 1 as its label,
+        # and is supervised if that token is.
         place, supervised = slice(start, start + len(document.tokens) - 1), document.supervised[1:]
         np.copyto(labels[place], document.tokens[1:], where=supervised)
         np.copyto(ce_weight[place], ce, where=supervised)

@@ -23,8 +23,8 @@ def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of the arguments (cli/fusion_data_arguments.py): --recipe, or the copy in DIR.
 
     With DIR the workdir is the place where DIR lies now; all other options are those of the build. Raises
-    UserError if there is neither DIR nor --recipe or both, if DIR holds no recipe, or if its recipe describes
-    another directory.
+    UserError if there is neither DIR nor --recipe or both, if DIR holds no recipe,
+    or if its recipe describes another directory.
     """
     directory = arguments.directory
     if (directory is None) == (arguments.recipe is None):

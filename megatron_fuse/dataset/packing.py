@@ -18,8 +18,8 @@ def pack_evenly(
     positions of padding, in two of 500 none.
 
     groups: lengths as for `pack`. multiple: the number of sequences of all groups together is rounded up to a
-    multiple of it. Returns for each group its sequences, each a list of documents. Raises ValueError as
-    `pack` does.
+    multiple of it. Returns for each group its sequences, each a list of documents.
+    Raises ValueError as `pack` does.
     """
 
     def packed(capacity: int) -> list[list[list[int]]]:
@@ -44,8 +44,8 @@ def pack_evenly(
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest document first, each into the fullest sequence that still has room for
-    it.
+    """Best-fit decreasing: the longest document first,
+    each into the fullest sequence that still has room for it.
 
     lengths [n]: positions of each document, at least 1. capacity: positions of a sequence. Returns the
     documents of every sequence, in ascending order. Each document is whole and in exactly one sequence.

@@ -32,8 +32,9 @@ MOST_ENTRIES = np.iinfo(np.uint8).max  # entries of a row: their count is stored
 
 
 class FusionDataset:
-    """Fusion data of a recipe, memory-mapped. Raises UserError if a part is missing, incomplete or made for
-    another target.
+    """Fusion data of a recipe, memory-mapped.
+
+    Raises UserError if a part is missing, incomplete or made for another target.
 
     Examples are numbered as in the instructions. Attributes:
         train, held_out [*] int64: the examples of each split that have a document
@@ -44,8 +45,8 @@ class FusionDataset:
 
     Opening checks the sizes of all files against their manifests and indices, the indices against each other,
     and the checksums of the small files that it reads whole: the lists of examples and the selections. It
-    reads no document. The content of a document is checked when it is read, as far as its parts must fit each
-    other.
+    reads no document. The content of a document is checked when it is read,
+    as far as its parts must fit each other.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -93,8 +94,8 @@ class FusionDataset:
                 )
         choices = [f"{mode} {selection.sha256}" for mode, selection in self.selections.items()]
         self.sha256 = sha256_of_json([text.sha256, *choices])
-        # In the training mode the text is the same for every teacher; in the inference mode it is the
-        # winner's answer.
+        # In the training mode the text is the same for every teacher;
+        # in the inference mode it is the winner's answer.
         self._lengths = {"training": ground_truth.lengths, "inference": self._of_winners("lengths")}
         self._supervised = {"training": self._labels, "inference": self._of_winners("supervised_tokens")}
 
@@ -138,8 +139,8 @@ class FusionDataset:
         return self._weights[mode]
 
     def winners(self, mode: str) -> np.ndarray:
-        """[examples] int16: index in `sources` of the source with the advantage; for a mixture that of the
-        largest weight.
+        """[examples] int16: index in `sources` of the source with the advantage;
+        for a mixture that of the largest weight.
 
         NONE = no teacher: no source won, or the margin has dropped the example.
         """
@@ -155,8 +156,8 @@ class FusionDataset:
 
         source None: the selected source or, if the selection weighs the sources, their mixture. Without a
         teacher the document of the training mode is the text with empty rows. Without an answer the document
-        of the inference mode is empty. Raises UserError if the recipe has no such source, or if the document
-        is damaged.
+        of the inference mode is empty.
+        Raises UserError if the recipe has no such source, or if the document is damaged.
         """
         if source is None and mode in self._mixtures:
             return self._mixed(mode, example)

@@ -1,8 +1,8 @@
 """The architecture of the target: one frozen description, read from a Hugging Face config, and the checks of
 a parallel layout.
 
-Nothing here builds a model or needs Megatron, so that an unsuitable recipe raises its error before anything
-starts.
+Nothing here builds a model or needs Megatron,
+so that an unsuitable recipe raises its error before anything starts.
 """
 
 import os
@@ -22,8 +22,8 @@ from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
 SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}  # by model_type
-# The frequencies of these types do not depend on the sequence length, and the types do not scale cosine and
-# sine.
+# The frequencies of these types do not depend on the sequence length,
+# and the types do not scale cosine and sine.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 VOCABULARY_MULTIPLE = 128
 
@@ -54,8 +54,10 @@ class Architecture:
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary size, rounded up. It is the same at every layout, so that a checkpoint loads at all
-        layouts."""
+        """The vocabulary size, rounded up.
+
+        It is the same at every layout, so that a checkpoint loads at all layouts.
+        """
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
@@ -67,8 +69,10 @@ Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class TargetConfig(ModelConfig):
-    """config.json of a target. A key is required if transformers would silently replace it by a default of
-    its own."""
+    """config.json of a target.
+
+    A key is required if transformers would silently replace it by a default of its own.
+    """
 
     vocab_size: Width
     hidden_size: Width
@@ -160,11 +164,11 @@ def check_layout(
     virtual_pipeline_model_parallel_size: int | None = None,
     seq_length: int | None = None,
 ) -> None:
-    """Raises UserError, which names the option, both values and the fix, if the architecture does not fit
-    this layout.
+    """Raises UserError, which names the option, both values and the fix,
+    if the architecture does not fit this layout.
 
-    virtual_pipeline_model_parallel_size: model chunks per pipeline rank; None or 1: one chunk. seq_length:
-    tokens.
+    virtual_pipeline_model_parallel_size: model chunks per pipeline rank; None or 1: one chunk.
+    seq_length: tokens.
     """
     tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
     virtual = virtual_pipeline_model_parallel_size or 1
@@ -207,8 +211,10 @@ def check_layout(
 
 
 def _read_supported(path: Path) -> dict[str, Any]:
-    """The content of config.json. Its class is checked first, because transformers does not know every
-    class."""
+    """The content of config.json.
+
+    Its class is checked first, because transformers does not know every class.
+    """
     content = read_object(path)
     classes = check_config(ModelConfig, content, str(path)).architectures
     if not classes:
@@ -219,8 +225,10 @@ def _read_supported(path: Path) -> dict[str, Any]:
 
 
 def _family(config: PreTrainedConfig, origin: str) -> str:
-    """The class of a config, by its model_type if it names none. Raises UserError for an unsupported
-    class."""
+    """The class of a config, by its model_type if it names none.
+
+    Raises UserError for an unsupported class.
+    """
     family_of = {model_type: family for family, model_type in SUPPORTED.items()}
     family = (config.architectures or [family_of.get(config.model_type, config.model_type)])[0]
     if SUPPORTED.get(family) != config.model_type:
@@ -235,8 +243,8 @@ def _unsupported(origin: object, found: str) -> str:
 def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
     """[num_layers]: whether each layer has the window.
 
-    All layers of Mistral have it. Of Qwen2 those that layer_types names have it, by default the layers from
-    max_window_layers on.
+    All layers of Mistral have it.
+    Of Qwen2 those that layer_types names have it, by default the layers from max_window_layers on.
     """
     if window is None:
         return (False,) * config.num_hidden_layers

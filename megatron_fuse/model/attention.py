@@ -29,8 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_fuse.errors import UserError
 
-# Queries attended together under a window. On a CPU, with windows of 512 and 1024, the fastest of 128 to
-# 1024.
+# Queries attended together under a window.
+# On a CPU, with windows of 512 and 1024, the fastest of 128 to 1024.
 BLOCK = 256
 
 
@@ -46,8 +46,8 @@ class PackedDocuments(PackedSeqParams):
 
     @property
     def rotates_by_position(self) -> bool:
-        """Whether there is one rotation per position, so that Megatron can apply them without the documents'
-        bounds."""
+        """Whether there is one rotation per position,
+        so that Megatron can apply them without the documents' bounds."""
         return self.qkv_format != "thd"
 
     def with_rotations_by_position(self) -> "PackedDocuments":
@@ -61,8 +61,8 @@ class CausalAttention(MegatronModule):
     """Replaces Megatron's DotProductAttention, which holds the scores and refuses packed sequences.
 
     Layers with a window by config.window_attn_skip_freq use the window of config.window_size. Raises
-    UserError if the config asks for dropout, another softmax or another kind of attention, which are not
-    supported here.
+    UserError if the config asks for dropout, another softmax or another kind of attention,
+    which are not supported here.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class CausalAttention(MegatronModule):
         if attention_type != "self":
             raise UserError(f"attention_type is {attention_type!r}: a decoder's attention is 'self'")
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
-        # Megatron's window_size counts the visible positions to the (left, right) of a position, without the
-        # position itself.
+        # Megatron's window_size counts the visible positions to the (left, right) of a position,
+        # without the position itself.
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed else None
 
@@ -142,8 +142,8 @@ def causal_attention(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
-    """Attention of one document, or of one unpacked sequence; shapes as in causal_attention, with s of the
-    document."""
+    """Attention of one document, or of one unpacked sequence;
+    shapes as in causal_attention, with s of the document."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, h or g, s, d]
     length = query.shape[2]
     # A document that is no longer than the window needs no band.
@@ -179,7 +179,9 @@ def takes_groups(device: torch.device, dtype: torch.dtype, has_band: bool) -> bo
 
 
 def _band(queries: int, window: int, device: torch.device) -> Tensor:
-    """bool [queries, queries + window - 1]: which keys each query sees. Key 0 is the oldest key that query 0
-    sees."""
+    """bool [queries, queries + window - 1]: which keys each query sees.
+
+    Key 0 is the oldest key that query 0 sees.
+    """
     distance = torch.arange(queries + window - 1, device=device) - torch.arange(queries, device=device)[:, None]
     return (distance >= 0) & (distance < window)

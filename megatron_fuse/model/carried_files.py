@@ -1,5 +1,5 @@
-"""The files of a Hugging Face model directory besides the weights: tokenizer, chat template, generation
-options, config."""
+"""The files of a Hugging Face model directory besides the weights:
+tokenizer, chat template, generation options, config."""
 
 import json
 import shutil
@@ -70,8 +70,10 @@ def missing_end(model_dir: Path, stop_id: int) -> bool:
 
 
 def add_end(model_dir: Path, stop_id: int) -> None:
-    """Adds a token to the ends of answers in generation_config.json. The file is made if there is none. Other
-    ends stay."""
+    """Adds a token to the ends of answers in generation_config.json.
+
+    The file is made if there is none. Other ends stay.
+    """
     path = model_dir / "generation_config.json"
     config = read_model_config(model_dir)
     if path.exists():

@@ -63,8 +63,8 @@ def transformer_config(
         "init_method_std": architecture.initializer_range,
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
-        # Megatron takes any number, even 1, to mean an interleaved schedule. One chunk per rank is not
-        # interleaved: None.
+        # Megatron takes any number, even 1, to mean an interleaved schedule.
+        # One chunk per rank is not interleaved: None.
         "virtual_pipeline_model_parallel_size": virtual_chunks(virtual_pipeline_model_parallel_size),
         "sequence_parallel": sequence_parallel,
         "params_dtype": params_dtype,
@@ -84,8 +84,8 @@ def transformer_config(
         "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
         "masked_softmax_fusion": False,
     }
-    # Megatron counts the positions to the left of a position, the architecture also counts the position
-    # itself.
+    # Megatron counts the positions to the left of a position,
+    # the architecture also counts the position itself.
     if architecture.sliding_window is not None:
         options["window_size"] = (architecture.sliding_window - 1, 0)
         options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]

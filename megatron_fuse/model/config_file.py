@@ -1,5 +1,5 @@
-"""Checks config.json and generation_config.json of any Hugging Face model directory, before a library uses
-them.
+"""Checks config.json and generation_config.json of any Hugging Face model directory,
+before a library uses them.
 
 transformers accepts most values of most keys. With a wrong one it fails, fills the memory or computes
 nonsense later. This file checks the keys by which the model families name their sizes and constants. All
@@ -29,8 +29,8 @@ _INT32 = 2**31 - 1
 
 
 def _each(is_right: Callable[[Any], bool], expected: str) -> AfterValidator:
-    """A check of a value, or of every value of a list: some families have one per layer. null means the
-    family's default."""
+    """A check of a value, or of every value of a list:
+    some families have one per layer. null means the family's default."""
 
     def check(value: Any) -> Any:
         parts = value if isinstance(value, list) and value else [value]
@@ -176,8 +176,9 @@ class GenerationConfig(_Strict):
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
-    """The config.json of a model directory. For a model that also reads images it is the part of the text
-    model.
+    """The config.json of a model directory.
+
+    For a model that also reads images it is the part of the text model.
 
     Raises UserError, which names the file and the key, for a missing or malformed file and for impossible
     sizes and constants.
@@ -218,8 +219,10 @@ def check_model_directory(model_dir: Path) -> ModelConfig:
 
 
 def _generation_config(model_dir: Path) -> GenerationConfig:
-    """generation_config.json; without any value if the file does not exist. Raises UserError for a malformed
-    file."""
+    """generation_config.json; without any value if the file does not exist.
+
+    Raises UserError for a malformed file.
+    """
     path = model_dir / "generation_config.json"
     if not (path.exists() or path.is_symlink()):
         return GenerationConfig()
@@ -227,8 +230,10 @@ def _generation_config(model_dir: Path) -> GenerationConfig:
 
 
 def end_token_ids(model_dir: Path) -> list[int]:
-    """The ids at which generation_config.json ends an answer; empty if it lists none. Raises UserError for a
-    malformed file."""
+    """The ids at which generation_config.json ends an answer; empty if it lists none.
+
+    Raises UserError for a malformed file.
+    """
     return _ids(_generation_config(model_dir).eos_token_id)
 
 
@@ -239,8 +244,8 @@ def ends_of_answers(model_dir: Path) -> list[int]:
 
 
 def _ids(value: Any) -> list[int]:
-    """The ids in a value that is one id, a list of ids, or none: null, or -1 in the configs of the first
-    Llama."""
+    """The ids in a value that is one id, a list of ids, or none:
+    null, or -1 in the configs of the first Llama."""
     return [token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0]
 
 

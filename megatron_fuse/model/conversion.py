@@ -34,8 +34,10 @@ from megatron_fuse.text_safety import say
 
 @dataclass(frozen=True)
 class WeightBlock:
-    """A rectangle that a Hugging Face tensor and a Megatron parameter share. It covers every dimension but
-    `dim` completely."""
+    """A rectangle that a Hugging Face tensor and a Megatron parameter share.
+
+    It covers every dimension but `dim` completely.
+    """
 
     tensor: str  # name of the Hugging Face tensor
     dim: int
@@ -130,11 +132,11 @@ def load_hugging_face_weights(model_chunks: Sequence[torch.nn.Module], model_dir
 
 
 def hugging_face_state_dict(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All weights of a whole model (TP=1, PP=1) by transformers' names, on the CPU, without the vocabulary's
-    padding.
+    """All weights of a whole model (TP=1, PP=1) by transformers' names, on the CPU,
+    without the vocabulary's padding.
 
-    dtype: None keeps the dtype of each parameter. Raises ValueError if this rank does not hold the whole
-    model.
+    dtype: None keeps the dtype of each parameter.
+    Raises ValueError if this rank does not hold the whole model.
     """
     tensor = _assembler(model, dtype)
     return {name: tensor(name) for name in hugging_face_shapes(_bare(model).architecture)}
@@ -172,8 +174,8 @@ def write_hugging_face_model(
 
     reference: the model that the target was made from. All files but the weights are copied from it, and its
     config gets `dtype` (fp32, bf16 or fp16). progress: called with the number of tensors that lose digits in
-    that dtype. Raises UserError for an unknown dtype, for values that it cannot hold, and for a reference of
-    another architecture.
+    that dtype. Raises UserError for an unknown dtype, for values that it cannot hold,
+    and for a reference of another architecture.
     """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")

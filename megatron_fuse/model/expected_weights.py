@@ -1,5 +1,5 @@
-"""The tensors of a Hugging Face checkpoint of an architecture, and the check that a directory's weight files
-hold them.
+"""The tensors of a Hugging Face checkpoint of an architecture,
+and the check that a directory's weight files hold them.
 
 This needs neither Megatron nor memory for a model: names, shapes and dtypes are in the headers of the files.
 """
@@ -44,8 +44,8 @@ def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]
 
 
 def check_weights(files: WeightFiles, architecture: Architecture) -> None:
-    """Raises UserError, which names the tensor, for a missing or unexpected tensor, and for a wrong shape or
-    dtype."""
+    """Raises UserError, which names the tensor, for a missing or unexpected tensor,
+    and for a wrong shape or dtype."""
     where, config = files.model_dir, architecture.origin
     if architecture.num_layers > len(files.file_of):
         raise UserError(
@@ -97,10 +97,10 @@ def _first(names: Iterable[str]) -> str:
 
 
 def refuse_non_finite(values: Tensor, place: str) -> None:
-    """Raises UserError if a weight is NaN or infinite. place: file and name of the tensor, for the
-    message."""
-    # One pass: the minimum or the maximum is not finite if any value is not, as both are NaN if a value is
-    # NaN.
+    """Raises UserError if a weight is NaN or infinite.
+    place: file and name of the tensor, for the message."""
+    # One pass: the minimum or the maximum is not finite if any value is not,
+    # as both are NaN if a value is NaN.
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         raise UserError(
             f"{place} holds NaN or infinite weights: the file is damaged, or training had diverged when it was saved"

@@ -30,8 +30,8 @@ from megatron_fuse.model.attention import CausalAttention, PackedDocuments
 class FusionLossOptions:
     """Options of the loss of one token, by the names of fuse_kernels.sparse_kl_cross_entropy.
 
-    temperature: the student's. The factor T^2, like phases, modes and lambdas, is part of the weights in
-    FusionTargets.
+    temperature: the student's.
+    The factor T^2, like phases, modes and lambdas, is part of the weights in FusionTargets.
     """
 
     temperature: float = 1.0
@@ -59,8 +59,9 @@ class FusionTargets:
 
 
 class FusionGPTModel(GPTModel):
-    """This rank's part of the target. With FusionTargets as `labels` the last stage returns losses, never
-    logits.
+    """This rank's part of the target.
+
+    With FusionTargets as `labels` the last stage returns losses, never logits.
 
     Returned logits would be copied twice: GPTModel transposes them, Float16Module casts them to fp32. Without
     labels the result is that of GPTModel: logits [b, s, v/p], padded columns included.
@@ -97,8 +98,8 @@ class FusionGPTModel(GPTModel):
         self.rotary_pos_emb.inv_freq = torch.tensor(
             architecture.inverse_frequencies, dtype=torch.float32, device=frequencies.device
         )
-        # Some layers of Megatron are not created on the GPU: torch's RMSNorm is created on torch's default
-        # device.
+        # Some layers of Megatron are not created on the GPU:
+        # torch's RMSNorm is created on torch's default device.
         for module in self.modules():
             if any(parameter.device.type == "cpu" for parameter in module.parameters(recurse=False)):
                 module.to(torch.cuda.current_device())
@@ -112,8 +113,8 @@ class FusionGPTModel(GPTModel):
         packed_seq_params: PackedDocuments | None = None,
         **named: object,
     ) -> Tensor:
-        # The local layers rotate by position (_preprocess). Transformer Engine takes the documents' bounds as
-        # they are.
+        # The local layers rotate by position (_preprocess).
+        # Transformer Engine takes the documents' bounds as they are.
         if packed_seq_params is not None and self.config.transformer_impl == "local":
             packed_seq_params = packed_seq_params.with_rotations_by_position()
         return super().forward(input_ids, position_ids, *rest, packed_seq_params=packed_seq_params, **named)
@@ -180,8 +181,8 @@ class FusionGPTModel(GPTModel):
             raise TypeError(f"labels must be FusionTargets, not {type(targets).__name__}")
         group = self.pg_collection.tp
 
-        # Megatron keeps the sequence first, [s, b]: the targets [b, s] follow it, as they are smaller than
-        # the logits.
+        # Megatron keeps the sequence first, [s, b]:
+        # the targets [b, s] follow it, as they are smaller than the logits.
         def rows(target: Tensor) -> Tensor:  # [b, s, ...] -> [s b, ...]
             return target.transpose(0, 1).reshape(sequence * batch, *target.shape[2:])
 
@@ -278,8 +279,8 @@ def _run_pre_hooks(module: torch.nn.Module) -> None:
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:
     """Marks sharded weights as sharded. Megatron's own layers do so only while they initialise their weights.
 
-    Megatron takes unmarked weights for copies of one another: the gradient norm would count only the shard of
-    rank 0.
+    Megatron takes unmarked weights for copies of one another:
+    the gradient norm would count only the shard of rank 0.
     """
     dimensions = {
         tensor_parallel_layers.VocabParallelEmbedding: 0,

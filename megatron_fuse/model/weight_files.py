@@ -88,8 +88,8 @@ class WeightFiles:
         return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
 
     def dtype(self, name: str) -> str:
-        """The tensor's dtype in the file, without reading the tensor: one of DTYPES, or the library's name of
-        another dtype."""
+        """The tensor's dtype in the file, without reading the tensor:
+        one of DTYPES, or the library's name of another dtype."""
         part = self._part(name)
         dtype = part.dtype if isinstance(part, Tensor) else part.get_dtype()
         return (_SAFETENSORS_DTYPES | {value: key for key, value in DTYPES.items()}).get(dtype, str(dtype))
@@ -101,8 +101,10 @@ class WeightFiles:
         return self._part(name)[index]
 
     def open_all(self) -> int:
-        """Opens every file and returns the sum of their bytes. Raises UserError for a missing or damaged
-        file."""
+        """Opens every file and returns the sum of their bytes.
+
+        Raises UserError for a missing or damaged file.
+        """
         return sum(file_size(self.model_dir / file) for file in {*self.file_of.values()})
 
     def place(self, name: str) -> str:
@@ -132,8 +134,8 @@ class WeightFiles:
 
 
 def refuse_adapter(model_dir: Path) -> None:
-    """Raises UserError if there is an adapter beside a model: transformers applies it only if `peft` is
-    installed."""
+    """Raises UserError if there is an adapter beside a model:
+    transformers applies it only if `peft` is installed."""
     if (adapter := model_dir / "adapter_config.json").exists():
         raise UserError(
             f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "

@@ -33,8 +33,8 @@ def _names_cuda(device: object) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Replaces every CUDA device in a call of a torch function by the CPU, and reports a CUDA type for a CPU
-    tensor."""
+    """Replaces every CUDA device in a call of a torch function by the CPU,
+    and reports a CUDA type for a CPU tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -62,8 +62,10 @@ def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=Fal
 
 @functools.cache
 def enable_cpu_megatron() -> bool:
-    """Prepares this process for Megatron-core without CUDA. If CUDA is present it changes nothing and returns
-    False."""
+    """Prepares this process for Megatron-core without CUDA.
+
+    If CUDA is present it changes nothing and returns False.
+    """
     if torch.cuda.is_available():
         return False
     stream = _NoStream()

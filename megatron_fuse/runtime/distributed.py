@@ -131,8 +131,8 @@ def _use_deterministic_algorithms(on: bool) -> None:
     """Makes torch, cuBLAS, Transformer Engine and NCCL use only algorithms whose result is the same each
     time, if `on`.
 
-    It must be called before the process first uses its GPU. Variables that the user has set in the
-    environment stay.
+    It must be called before the process first uses its GPU.
+    Variables that the user has set in the environment stay.
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

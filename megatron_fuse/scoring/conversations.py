@@ -1,5 +1,6 @@
-"""Rewards of encoded conversations. Batches have a token budget, and a prompt that several answers share is
-read once.
+"""Rewards of encoded conversations.
+
+Batches have a token budget, and a prompt that several answers share is read once.
 
 A reward is the output of the head at the conversation's last token, or at the first token of an encoder. The
 last token is counted here. transformers would look for a pad id, which may be absent, or be the stop token or
@@ -164,8 +165,8 @@ class _Prompts:
 
 def _read_prompts(judge: RewardModel, prompts: Sequence[np.ndarray]) -> _Prompts:
     # The cache has full layers, not the model's own kinds of layers. A sliding layer drops tokens older than
-    # its window and counts padding on the left as tokens. The mask already keeps every token within its
-    # window.
+    # its window and counts padding on the left as tokens.
+    # The mask already keeps every token within its window.
     cache = DynamicCache()
     tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(prompts, "left"))
     _hidden(judge, tokens, mask, cache)
@@ -179,8 +180,10 @@ def _rewards(
     padding: Literal["left", "right"] = "right",
     behind: _Prompts | None = None,
 ) -> np.ndarray:
-    """The rewards float32 [n] of one batch. behind: the prompts that the rows follow; None: the rows are
-    whole conversations."""
+    """The rewards float32 [n] of one batch.
+
+    behind: the prompts that the rows follow; None: the rows are whole conversations.
+    """
     tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(rows, padding))
     whole = torch.cat([behind.mask, mask], dim=1) if behind else mask
     hidden = _hidden(judge, tokens, whole, behind.cache if behind else None)
@@ -203,8 +206,10 @@ def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[tor
 
 
 def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
-    """The last hidden states [n, s, h] of tokens [n, s] behind the tokens of the cache. mask [n, cached +
-    s]."""
+    """The last hidden states [n, s, h] of tokens [n, s] behind the tokens of the cache.
+
+    mask [n, cached + s].
+    """
     extra: dict[str, torch.Tensor | DynamicCache | bool | None] = {}
     parameters = inspect.signature(judge.backbone.forward).parameters
     if judge.causal and "position_ids" in parameters:  # ALiBi models take none

@@ -55,8 +55,8 @@ class GivenScores:
     def of(self, source: str, examples: list[Example], responses: list[Response]) -> np.ndarray:
         """The scores float32 [n] of one source's answers. NaN if the file has none, and for an empty answer.
 
-        Raises UserError for a source that the file does not hold, and for a score that was made for another
-        answer.
+        Raises UserError for a source that the file does not hold,
+        and for a score that was made for another answer.
         """
         known = self._of(source)
         scores = np.full(len(examples), np.nan, dtype=np.float32)
@@ -88,8 +88,8 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
         {id, source, score}, with an optional `response`: the answer that was scored (white space at its ends
         does not matter) {id, scores: {source: score}}, with the mapping under options.scores
     null is no score. Raises UserError, which names the line, for a row without id and for a score that is no
-    finite number in float32; with both lines for two different scores of one answer; and for a file without
-    scores.
+    finite number in float32; with both lines for two different scores of one answer;
+    and for a file without scores.
     """
     by_source: dict[str, dict[str, _Score]] = {}
     first = None

@@ -78,8 +78,8 @@ REFERENCE_SCORES = Stage(
 
 
 def require_measures(options: ReferenceOptions) -> None:
-    """Raises UserError if the score cannot be computed: a package is not installed, or BERTScore has no
-    model."""
+    """Raises UserError if the score cannot be computed:
+    a package is not installed, or BERTScore has no model."""
     used_weights(options)
     _package_versions(options)
 
@@ -108,8 +108,8 @@ def score_against_reference(
     plans = {source: context.plan(REFERENCE_SCORES, source) for source in sources}
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
-        # Thoughts take no part in the comparison. Those that a model wrote before its answer are stored
-        # separately already.
+        # Thoughts take no part in the comparison.
+        # Those that a model wrote before its answer are stored separately already.
         references = [split_thought(example.response)[1] for example in examples[index]]
         counts = {}
         for source, prefix in prefixes.items():
@@ -121,6 +121,8 @@ def score_against_reference(
 
 
 def load_reference_scores(context: Context, source: str) -> np.ndarray:
-    """The measures float32 [examples, 3]. Raises UserError if they are missing or were made by other
-    options."""
+    """The measures float32 [examples, 3].
+
+    Raises UserError if they are missing or were made by other options.
+    """
     return read_shards(context.open(REFERENCE_SCORES, source))

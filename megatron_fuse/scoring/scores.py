@@ -50,8 +50,8 @@ def _backend(recipe: Recipe, name: str) -> str:
 
 
 def require_backend(recipe: Recipe, name: str, backend: str) -> None:
-    """Raises UserError unless the recipe gives this reward model the same backend: all later stages follow
-    the recipe."""
+    """Raises UserError unless the recipe gives this reward model the same backend:
+    all later stages follow the recipe."""
     if backend != _backend(recipe, name):
         key = f"reward_models.{name}"
         fix = f"{key} names a model: name a file in {key}.scores instead"
@@ -70,8 +70,10 @@ def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def _formats(context: Context, _: str, name: str) -> dict[str, str]:
-    """The hashes of the reward model's tokenizer and chat format. Empty for scores from a file, which need no
-    template."""
+    """The hashes of the reward model's tokenizer and chat format.
+
+    Empty for scores from a file, which need no template.
+    """
     if _backend(context.recipe, name) == "file":
         return {}
     chat = context.reward_model_format(name)
@@ -189,8 +191,10 @@ def _score(
 
 
 def _readable(judge: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
-    """Encoded conversations by the index of their answer in `responses`. Empty and too long ones are left
-    out."""
+    """Encoded conversations by the index of their answer in `responses`.
+
+    Empty and too long ones are left out.
+    """
     messages = example.prompt(judge.chat.system)
     with naming_example(example):
         encoded = {
@@ -203,8 +207,10 @@ def _readable(judge: RewardModel, example: Example, responses: Sequence[Response
 
 
 def load_scores(context: Context, source: str, name: str) -> np.ndarray:
-    """float32 [examples], NaN without a score. Raises UserError if the scores are missing or were made by
-    other options."""
+    """float32 [examples], NaN without a score.
+
+    Raises UserError if the scores are missing or were made by other options.
+    """
     return read_shards(context.open(SCORES, source, name))
 
 

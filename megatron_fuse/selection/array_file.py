@@ -25,8 +25,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], basis: Mapping[st
 
 
 def read_arrays(path: Path, fix: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, basis). Raises UserError, which ends in `fix`, if the file is missing, damaged or of another
-    program."""
+    """(arrays, basis). Raises UserError, which ends in `fix`, if the file is missing,
+    damaged or of another program."""
     try:
         with safe_open(path, "np") as file:
             made = json.loads((file.metadata() or {})["made"])

@@ -96,8 +96,8 @@ def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
 
 
 def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, Any]:
-    """The rule and the inputs of a selection, without the scores. parents: sha256 of the text and of every
-    source's rows."""
+    """The rule and the inputs of a selection, without the scores.
+    parents: sha256 of the text and of every source's rows."""
     return {**_rule(recipe, mode), "inputs": dict(parents)}
 
 
@@ -114,8 +114,10 @@ def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
 
 
 def _state(context: Context, mode: str) -> str:
-    """`done` if there is a choice by the recipe's rule. Every build makes it anew, because its scores may
-    have changed."""
+    """`done` if there is a choice by the recipe's rule.
+
+    Every build makes it anew, because its scores may have changed.
+    """
     return "done" if selection_path(context.recipe, mode).exists() else "to do"
 
 
@@ -132,8 +134,10 @@ SELECTION = Stage(
 
 
 def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, Artifact]) -> Selection:
-    """Chooses a source for every example in one mode and writes the result. Raises UserError if scores are
-    missing."""
+    """Chooses a source for every example in one mode and writes the result.
+
+    Raises UserError if scores are missing.
+    """
     recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
     judgements = read_judgements(context, len(facts[0]["available"])) if mode == "inference" else {}

@@ -12,8 +12,8 @@ FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground
                                        the strongest reward model gives to the target's own answer; NaN: it
                                        has no score
 
-The header names the inputs of each array (array_file.py). Every build writes the file anew, like the choice
-between sources.
+The header names the inputs of each array (array_file.py).
+Every build writes the file anew, like the choice between sources.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
 class Curriculum:
     """The order of n examples.
 
-    ranks int64 [n]: examples of lower rank come first, examples of equal rank in any order. sha256: hash of
-    the ranks.
+    ranks int64 [n]: examples of lower rank come first, examples of equal rank in any order. sha256:
+    hash of the ranks.
     """
 
     ranks: np.ndarray
@@ -86,8 +86,10 @@ CURRICULUM = Stage(
 
 
 def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """The curriculum's arrays. gt_tokens int [n]: labels of each example's text. Raises UserError if scores
-    are missing."""
+    """The curriculum's arrays. gt_tokens int [n]: labels of each example's text.
+
+    Raises UserError if scores are missing.
+    """
     recipe = context.recipe
     arrays = {GT_TOKENS: gt_tokens.astype(np.int32)}
     if _wanted(recipe) == TARGET_REWARD:
@@ -130,8 +132,10 @@ def read_curriculum(recipe: Recipe, text: str) -> Curriculum | None:
 
 
 def curriculum(values: np.ndarray, *, highest_first: bool) -> Curriculum:
-    """The order by values [n]: the lowest first, or with highest_first the highest. NaN come last in either
-    case."""
+    """The order by values [n]: the lowest first, or with highest_first the highest.
+
+    NaN come last in either case.
+    """
     # np.unique treats all NaN as equal and puts them after every other value.
     _, ranks = np.unique(-values if highest_first else values, return_inverse=True)
     ranks = ranks.astype(np.int64)

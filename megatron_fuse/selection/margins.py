@@ -27,8 +27,9 @@ def score_margin(scores: np.ndarray, answers: np.ndarray, source: np.ndarray) ->
 
 
 def vote_margin(scores: np.ndarray, votes: np.ndarray, answers: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The votes of the winner's answer minus those of the next best different answer. With one reward model:
-    the score_margin.
+    """The votes of the winner's answer minus those of the next best different answer.
+
+    With one reward model: the score_margin.
 
     scores [n, S, R], answers [n, S] and votes [n, S]: see majority_vote.
     """

@@ -1,5 +1,5 @@
-"""The rules that choose a source for each example: pure functions of the losses, scores and answers of all
-sources.
+"""The rules that choose a source for each example:
+pure functions of the losses, scores and answers of all sources.
 
 Legend: n examples, S sources in the recipe's order, R reward models. Results are int16 [n]: the index of the
 source with the advantage, NONE if no source has it.
@@ -28,8 +28,8 @@ def able_readers(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
 def min_ce(
     ce: np.ndarray, lossy: np.ndarray, *, response_bytes: np.ndarray, response_tokens: np.ndarray, rule: str = "sum"
 ) -> np.ndarray:
-    """The source that predicts the ground truth best: the least cross-entropy (arXiv 2408.04998, equations 1
-    and 2).
+    """The source that predicts the ground truth best:
+    the least cross-entropy (arXiv 2408.04998, equations 1 and 2).
 
     ce float [n, S]: nats over the response's bytes, without the stop token. lossy bool [n, S]: see
     able_readers. response_bytes [n]. response_tokens [n, S]: the response's tokens by each source's
@@ -68,8 +68,8 @@ def inverse_ce(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
 
 
 def random_source(able: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """One of the able sources, each with the same probability: a control for the other rules. able bool [n,
-    S]."""
+    """One of the able sources, each with the same probability:
+    a control for the other rules. able bool [n, S]."""
     drawn = np.where(able, np.random.default_rng(seed).random(able.shape), -1)
     return np.where(able.any(1), drawn.argmax(1), NONE).astype(np.int16)
 
@@ -110,6 +110,6 @@ def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -
 
 
 def best_score(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """The answer with the best score, int16 [n]: the vote of one reward model. scores float [n, S]; answers:
-    see able_answers."""
+    """The answer with the best score, int16 [n]: the vote of one reward model. scores float [n, S];
+    answers: see able_answers."""
     return majority_vote(scores[..., None], answers)[0]

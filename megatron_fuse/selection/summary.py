@@ -34,8 +34,8 @@ def _inference_rule(recipe: Recipe) -> str:
 
 
 def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
-    """The share of examples that each source wins, and the effect of the margin on those with a small
-    lead."""
+    """The share of examples that each source wins,
+    and the effect of the margin on those with a small lead."""
     examples = len(selection.source)
     places = {place: name for place, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
     wins = ((name, int((selection.source == place).sum())) for place, name in places.items())
@@ -49,8 +49,8 @@ def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
 
 
 def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
-    """The order of the examples and the range of their measures. measures: the arrays of the curriculum's
-    file."""
+    """The order of the examples and the range of their measures.
+    measures: the arrays of the curriculum's file."""
     tokens = measures[GT_TOKENS]
     line = (
         f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to {tokens.max():,} target tokens, "

@@ -29,8 +29,8 @@ from megatron_fuse.selection.rules import NONE
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One document per sequence, padded on the right; or, packed, b = 1 and several documents of one mode,
-    concatenated.
+    """One document per sequence, padded on the right;
+    or, packed, b = 1 and several documents of one mode, concatenated.
 
     `targets` is None on ranks that compute no loss. cu_seqlens, if packed, are the bounds for variable-length
     attention (collation.Inputs): a position must see earlier positions of its own document only. lengths hold
@@ -104,8 +104,8 @@ def plan_batch(
     micro_batch_multiple: the number of micro-batches is rounded up to a multiple of it with empty ones, as
     Megatron's interleaved schedule needs.
     pack_into: the most positions of a sequence that several documents of one mode share; None: one document
-    per sequence. A packed micro-batch is one such sequence. Raises ValueError if micro_batch_size is then not
-    1.
+    per sequence. A packed micro-batch is one such sequence.
+    Raises ValueError if micro_batch_size is then not 1.
     """
     if pack_into and micro_batch_size != 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
@@ -124,14 +124,14 @@ def plan_batch(
         sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
         longest = max([longest, *(int(positions[sequence].sum()) for sequence in chosen)])
         # N of the mode. In the inference mode the tokens of an example count with the example's weight, so
-        # that a weight below 1 does not only make the gradient smaller. In the training mode they all count
-        # 1.
+        # that a weight below 1 does not only make the gradient smaller.
+        # In the training mode they all count 1.
         labels = dataset.supervised_tokens(mode)[present]
         supervised[mode] = int(labels.sum())
         counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
         denominators[mode] = float((labels * counted).sum(dtype=np.float64))
-    # The division by N happens here, once, and nowhere in the loss: a token's weight then holds all its
-    # factors.
+    # The division by N happens here, once, and nowhere in the loss:
+    # a token's weight then holds all its factors.
     per_token = {
         mode: (ce / denominators[mode], kl / denominators[mode]) if denominators[mode] else (0.0, 0.0)
         for mode, (ce, kl) in weights.items()
@@ -152,8 +152,8 @@ def longest_sequence(dataset: FusionDataset, phases: Iterable[Phase], *, pack_in
     """The largest seq_length that plan_batch may give to a step of these phases, from the index alone.
 
     Without packing a sequence is one document: the result is the longest document that any phase learns from.
-    With packing a sequence has up to pack_into positions. A step uses fewer only if its documents fit into
-    fewer.
+    With packing a sequence has up to pack_into positions.
+    A step uses fewer only if its documents fit into fewer.
     """
     if pack_into:
         return _padded_length(pack_into)
@@ -191,8 +191,10 @@ def micro_batches(
     with_targets: bool,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Yields this rank's micro-batches: every data_parallel_size-th sequence. Empty ones follow up to the
-    common number."""
+    """Yields this rank's micro-batches: every data_parallel_size-th sequence.
+
+    Empty ones follow up to the common number.
+    """
     of_this_rank = batch.sequences[data_parallel_rank::data_parallel_size]
     for index in range(batch.micro_batches):
         sequences = of_this_rank[index * micro_batch_size : (index + 1) * micro_batch_size]

@@ -69,8 +69,8 @@ _OPTIMIZER_FORM = {
 # Transformer Engine's layers add scales of fp8 to the state of a model. fp8 is not used here, and without the
 # scales a checkpoint loads into layers of either implementation.
 _EXTRA_STATE = "_extra_state"
-# The sizes that decide whether weights fit. The padded vocabulary alone is not enough: 1003 and 1024 both pad
-# to 1024.
+# The sizes that decide whether weights fit.
+# The padded vocabulary alone is not enough: 1003 and 1024 both pad to 1024.
 _MODEL_KEYS = (
     "num_layers",
     "hidden_size",
@@ -110,8 +110,10 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    """The version of an installed package. A package that runs from its source tree is not installed and has
-    none."""
+    """The version of an installed package.
+
+    A package that runs from its source tree is not installed and has none.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -121,8 +123,8 @@ def _version(package: str) -> str:
 def named_checkpoint(directory: Path, which: str = LATEST) -> Path | None:
     """The checkpoint that LATEST or BEST names, None if the file does not exist.
 
-    Raises UserError if the named checkpoint is missing or incomplete, or if the file holds no iteration
-    number.
+    Raises UserError if the named checkpoint is missing or incomplete,
+    or if the file holds no iteration number.
     """
     iteration = _named_iteration(directory, which)
     if iteration is None:
@@ -155,8 +157,10 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
 
 
 def read_facts(path: Path, *, verify: bool = True) -> CheckpointMetadata:
-    """The content of facts.json. verify: compare its checksum. Raises UserError if it is missing or not of
-    this version."""
+    """The content of facts.json. verify: compare its checksum.
+
+    Raises UserError if it is missing or not of this version.
+    """
     return _facts_in(_open_files(path, verify))
 
 
@@ -237,8 +241,8 @@ class CheckpointWriter:
     """Saves the checkpoints of one run. At its start it removes the incomplete files of killed runs. All
     ranks call every method.
 
-    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None: save the weights
-    alone.
+    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None:
+    save the weights alone.
     """
 
     def __init__(
@@ -333,8 +337,10 @@ class CheckpointWriter:
         return result
 
     def _explained(self, error: BaseException) -> BaseException:
-        """The UserError for a failed save, whose files it removes. An error with another cause is returned as
-        it is."""
+        """The UserError for a failed save, whose files it removes.
+
+        An error with another cause is returned as it is.
+        """
         if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):
             return error
         if dist.get_rank() == 0:

@@ -16,8 +16,9 @@ LATEST, BEST = "latest_checkpointed_iteration.txt", "best_checkpointed_iteration
 
 @dataclass(frozen=True)
 class Retention:
-    """Keeps the newest `last` checkpoints, and those at multiples of `interval`. With neither given it keeps
-    all.
+    """Keeps the newest `last` checkpoints, and those at multiples of `interval`.
+
+    With neither given it keeps all.
 
     With `interval` alone the newest checkpoint stays too, as with Megatron-LM's --save-retain-interval.
     """
@@ -63,8 +64,8 @@ def publish(temporary: Path, checkpoint: Path, trackers: Iterable[Path]) -> None
     for tracker in trackers:
         with temporary_then_rename(tracker) as new:
             new.write_text(f"{iteration_of(checkpoint)}\n")
-    # The directory alone is flushed, not its files: closing the lock file there would release the lock
-    # (storage/locks.py).
+    # The directory alone is flushed, not its files:
+    # closing the lock file there would release the lock (storage/locks.py).
     flush_to_disk(checkpoint.parent)
 
 

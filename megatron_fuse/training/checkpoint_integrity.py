@@ -115,8 +115,8 @@ class CheckpointFiles:
         return content
 
     def check_place(self, name: str, offset: int, length: int) -> None:
-        """Raises UserError unless an item is stored where .metadata places one, in a file of the checkpoint
-        itself."""
+        """Raises UserError unless an item is stored where .metadata places one,
+        in a file of the checkpoint itself."""
         if self.small is None:
             if Path(name).name != name or not (self.path / name).is_file():
                 raise UserError(f"{self.path / name[:100]}: missing, .metadata places tensors there: {_FIX}")
@@ -126,8 +126,10 @@ class CheckpointFiles:
             raise self._damaged(name, f".metadata places an item of {length} bytes at {offset}, where none is stored")
 
     def compare_sizes(self, rank: int, world_size: int) -> None:
-        """Compares presence and size of a rank's share of the large files. Raises UserError if one
-        differs."""
+        """Compares presence and size of a rank's share of the large files.
+
+        Raises UserError if one differs.
+        """
         for name in self._share(rank, world_size):
             path, size = self.path / name, self.large[name].bytes
             if not path.is_file():
@@ -187,8 +189,8 @@ class CheckpointFiles:
             pool.shutdown(cancel_futures=True)
 
     def compare_all_but(self, read: set[tuple[str, int]]) -> None:
-        """Starts the comparison of all items but those that this rank reads itself. read: their (file,
-        offset)."""
+        """Starts the comparison of all items but those that this rank reads itself.
+        read: their (file, offset)."""
         self._compare_rest(read)
 
     def _compare_items(self, name: str, offsets: list[int]) -> None:

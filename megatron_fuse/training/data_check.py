@@ -19,8 +19,9 @@ WHOLE, UNKNOWN, DAMAGED = range(3)  # in this order, so that the highest status 
 
 
 class DataCheck:
-    """Starts to compare at once and stops at the end of its `with` block. All ranks call heed and finish
-    together.
+    """Starts to compare at once and stops at the end of its `with` block.
+
+    All ranks call heed and finish together.
 
     artifacts: the artifacts to compare; empty with --no-verify.
     """
@@ -61,8 +62,9 @@ class DataCheck:
         self._settled = self._settled or highest == WHOLE
 
     def finish(self) -> None:
-        """Waits until all ranks know that the data are whole. Raises UserError, on all ranks, if the data are
-        damaged.
+        """Waits until all ranks know that the data are whole.
+
+        Raises UserError, on all ranks, if the data are damaged.
 
         Collectives: one gather of a message from each rank; none if the data are already known to be whole.
         """

@@ -1,5 +1,5 @@
-"""--dry-run: prints the memory and the steps of a run, from the model and the data that are really built for
-it."""
+"""--dry-run: prints the memory and the steps of a run,
+from the model and the data that are really built for it."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ from megatron_fuse.training.trainer import Trainer
 
 
 def print_dry_run(trainer: Trainer) -> None:
-    """Prints the parameters and a memory estimate of every pipeline stage, and the step plan, on the
-    reporting rank.
+    """Prints the parameters and a memory estimate of every pipeline stage, and the step plan,
+    on the reporting rank.
 
     Collectives: one gather of two numbers from every rank.
     """

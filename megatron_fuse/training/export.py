@@ -70,8 +70,10 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
 
 
 def _origin(checkpoint: Path, dtype: str, template: str | None, end: int | None, *, verify: bool) -> dict[str, Any]:
-    """All inputs of an export's files. Two checkpoints may have the same metadata, but not the same
-    checksums."""
+    """All inputs of an export's files.
+
+    Two checkpoints may have the same metadata, but not the same checksums.
+    """
     checksums = checkpoint / CHECKSUMS
     return {
         "checkpoint": str(checkpoint),

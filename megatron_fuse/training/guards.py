@@ -1,5 +1,5 @@
-"""Guards against a bad step: gradients that are not finite, a spike of the loss, replicas with different
-weights.
+"""Guards against a bad step: gradients that are not finite, a spike of the loss,
+replicas with different weights.
 
 A step whose gradient norm is not finite is skipped: its samples count as consumed, weights and optimizer stay
 as they were. The norm is the same number on every rank: Megatron sums it over the tensor and pipeline ranks
@@ -122,8 +122,9 @@ def _named(ids: Sequence[str]) -> str:
 
 
 def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: int) -> None:
-    """Compares the bytes of every weight on all data-parallel replicas. Raises UserError on every rank if a
-    weight differs.
+    """Compares the bytes of every weight on all data-parallel replicas.
+
+    Raises UserError on every rank if a weight differs.
 
     Megatron's check_param_hashes_across_dp_replicas with cross_check does the same, but does not say which
     weight differs. This copies all weights to the CPU. With overlap_param_gather, call trainer.gather_weights

@@ -4,8 +4,8 @@ after the same step.
 A batch system sends SIGTERM or SIGUSR1 some time before it kills a job. torchrun forwards SIGTERM to all
 ranks, kills the ranks that still run after 30 s, and exits with a code other than 0 even if all ranks exit
 with 0. It does the same with SIGUSR1 only if TORCHELASTIC_SIGNALS_TO_HANDLE names it; otherwise SIGUSR1 ends
-torchrun itself. SIGINT is a Ctrl-C: the run saves as well, and exits with 130 as every command does then
-(interrupts.py).
+torchrun itself. SIGINT is a Ctrl-C: the run saves as well,
+and exits with 130 as every command does then (interrupts.py).
 """
 
 import signal
@@ -75,11 +75,12 @@ class Interruption:
             before(number, frame)
 
     def reason(self, iteration: int) -> str | None:
-        """The reason to stop after this step, None to continue. All ranks must call it, and all get the same
-        answer.
+        """The reason to stop after this step, None to continue.
 
-        One all-reduce of three integers over all ranks: a signal may reach only some of them, and their
-        clocks differ.
+        All ranks must call it, and all get the same answer.
+
+        One all-reduce of three integers over all ranks:
+        a signal may reach only some of them, and their clocks differ.
         """
         late = self.minutes is not None and time.time() - self._started >= 60 * self.minutes
         local = [self._received, int(late), self.data_check.status]
@@ -99,8 +100,9 @@ class Interruption:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Blocks SIGNALS for the processes that start in this block. This process receives them at the end of the
-    block.
+    """Blocks SIGNALS for the processes that start in this block.
+
+    This process receives them at the end of the block.
 
     torchrun and batch systems send a signal to whole process groups. Without the block it would kill the
     checkpoint's writers just when the last checkpoint is being saved.

@@ -1,5 +1,6 @@
-"""The learning rate of every step: a linear warm-up, then one of Megatron-core's decays. A pure function of
-the iteration.
+"""The learning rate of every step: a linear warm-up, then one of Megatron-core's decays.
+
+A pure function of the iteration.
 
 After the warm-up the values are those of Megatron-core's OptimizerParamScheduler, which has a counter as its
 state instead. In a warm-up of w steps the first step has lr / w and the last has lr. Megatron's first step

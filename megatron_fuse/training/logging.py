@@ -1,5 +1,5 @@
-"""One line per step in Megatron-LM's form, and the same numbers for metrics.jsonl, TensorBoard and Weights &
-Biases."""
+"""One line per step in Megatron-LM's form, and the same numbers for metrics.jsonl,
+TensorBoard and Weights & Biases."""
 
 import math
 import resource
@@ -22,8 +22,9 @@ _FORMATS = {"loss": ".6E", "learning rate": ".6E"}  # as Megatron-LM prints them
 
 
 class TrainingLog:
-    """Prints and records on the one reporting rank. On the other ranks it only takes part in the collectives
-    of `timers`.
+    """Prints and records on the one reporting rank.
+
+    On the other ranks it only takes part in the collectives of `timers`.
 
     Nothing here waits for a GPU: all numbers are already on the host, and torch's memory statistics come from
     its allocator. With timers, an all-reduce collects their values whenever a line is printed.
@@ -54,8 +55,10 @@ class TrainingLog:
         self.restart_clock()
 
     def start(self, iteration: int) -> None:
-        """Called once, with the iteration at which the run starts. Earlier records after that iteration are
-        dropped."""
+        """Called once, with the iteration at which the run starts.
+
+        Earlier records after that iteration are dropped.
+        """
         if not self.active:
             return
         directory, options = metrics_directory(self.recipe), self.recipe.training
@@ -76,8 +79,8 @@ class TrainingLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts the measurement anew, after an evaluation or a checkpoint, whose time is no training
-        time."""
+        """Starts the measurement anew, after an evaluation or a checkpoint,
+        whose time is no training time."""
         self.since, self.steps, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.timers.reset()
 
@@ -199,8 +202,8 @@ def _shown_times(seconds: Mapping[str, float]) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held so far: of tensors on its GPU, or on a CPU of the resident
-    set."""
+    """The most bytes that this process has held so far:
+    of tensors on its GPU, or on a CPU of the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes

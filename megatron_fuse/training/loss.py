@@ -19,17 +19,18 @@ from megatron_fuse.training.batches import MicroBatch
 
 ForwardStep = Callable[[Iterator[MicroBatch], torch.nn.Module], tuple[Tensor, Callable]]
 
-# How well student and teacher agree. In the model's output these follow the losses, in this order
-# (fuse_kernels.TokenLosses).
+# How well student and teacher agree.
+# In the model's output these follow the losses, in this order (fuse_kernels.TokenLosses).
 FIT = ("teacher mass", "student mass", "agreement")
 
 
 def make_forward_step(*, micro_batches: int, sources: int) -> ForwardStep:
-    """forward_step(data_iterator, model) for Megatron's get_forward_backward_func. Its reports go to
-    reduce_report.
+    """forward_step(data_iterator, model) for Megatron's get_forward_backward_func.
 
-    micro_batches: number of micro-batches of this rank in the step. sources: number of sources of the
-    dataset.
+    Its reports go to reduce_report.
+
+    micro_batches: number of micro-batches of this rank in the step.
+    sources: number of sources of the dataset.
     """
 
     def forward_step(data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable]:
@@ -133,7 +134,9 @@ def reduce_report(
 
 
 def _fit(where: str, sums: Sequence[float]) -> dict[str, float]:
-    """The means of FIT from sums [4]: the number of tokens with a teacher, then FIT. Empty without such
-    tokens."""
+    """The means of FIT from sums [4]: the number of tokens with a teacher, then FIT.
+
+    Empty without such tokens.
+    """
     tokens, *fit_sums = sums
     return {f"{name}/{where}": value / tokens for name, value in zip(FIT, fit_sums, strict=True)} if tokens else {}

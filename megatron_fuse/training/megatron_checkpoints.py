@@ -1,5 +1,5 @@
-"""Checkpoints in Megatron's format `torch_dist`: writing computes checksums, and reading runs no code of a
-checkpoint.
+"""Checkpoints in Megatron's format `torch_dist`:
+writing computes checksums, and reading runs no code of a checkpoint.
 
 Megatron's own `save` and `load` differ between its versions. 0.17 introduced `async_strategy`, whose default
 needs another package. 0.19 puts values that are no tensors into the tensors' files. So neither function is
@@ -93,8 +93,8 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
 class _Writer(FileSystemWriterAsync):
     """Plans and collects as Megatron's writer does. _write_files writes the files.
 
-    Megatron 0.16 forks a process for each file. Later versions use threads, but lose the reason if a thread
-    fails.
+    Megatron 0.16 forks a process for each file.
+    Later versions use threads, but lose the reason if a thread fails.
     """
 
     def __init__(self, directory: Path, thread_count: int) -> None:
@@ -102,8 +102,8 @@ class _Writer(FileSystemWriterAsync):
         self.written: dict[str, StoredItems] = {}
 
     def get_save_function_and_args(self) -> tuple[Any, Any, list[Any]]:
-        """The function that writes, the one that first copies tensors from the GPU, and the arguments of the
-        former.
+        """The function that writes, the one that first copies tensors from the GPU,
+        and the arguments of the former.
 
         If this rank has no tensor, the first is None and there are no arguments.
         """
@@ -136,8 +136,8 @@ Bucket = tuple[str, str, tuple[Items, Items]]  # one file: path, name, (values t
 
 @_disable_gc()  # a forked process must not free its parent's tensors on the GPU
 def _write_files(rank: int, buckets: list[Bucket], report: Any) -> None:
-    """Writes this rank's files, each in a thread: in this process, or in the process that an asynchronous
-    save forks.
+    """Writes this rank's files, each in a thread:
+    in this process, or in the process that an asynchronous save forks.
 
     Puts into `report` what Megatron's retrieve_write_results reads: the results of each file by its number,
     or the first error.
@@ -181,8 +181,10 @@ class _Checksumming(_StorageWriterTransforms):
 
 
 class _ChecksummingStream:
-    """The stream that torch.save writes one item to. When it is closed it appends the item's checksum to
-    `descriptors`."""
+    """The stream that torch.save writes one item to.
+
+    When it is closed it appends the item's checksum to `descriptors`.
+    """
 
     def __init__(self, file: Any, descriptors: list[str]) -> None:
         self.file, self.digest, self.descriptors = file, xxhash.xxh3_128(), descriptors
@@ -227,8 +229,8 @@ def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
 def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
     """Reads the tensors that a sharded state names. All ranks call it together.
 
-    If a rank fails, every rank raises CheckpointException. If a file is the cause, a UserError is among its
-    failures.
+    If a rank fails, every rank raises CheckpointException.
+    If a file is the cause, a UserError is among its failures.
     """
     wanted, local, factories = load_preprocess(state)
     wanted, _ = extract_sharded_base(wanted)
@@ -285,8 +287,8 @@ class _Reader(FileSystemReader):
             wanted.setdefault(place.relative_path, {}).setdefault(place.offset, []).append(item)
             longest = max(longest, place.length)
         self.files.compare_all_but({(name, offset) for name, by_offset in wanted.items() for offset in by_offset})
-        # One buffer serves all items, one after the other: new memory for each would take longer than the
-        # reading.
+        # One buffer serves all items, one after the other:
+        # new memory for each would take longer than the reading.
         buffer = memoryview(bytearray(longest))
         for name, by_offset in wanted.items():
             path = self.files.path / name

@@ -49,8 +49,10 @@ class Memory:
 
 
 def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> int:
-    """Parameters of one rank of a pipeline stage. A tied embedding counts on the first stage and again on the
-    last."""
+    """Parameters of one rank of a pipeline stage.
+
+    A tied embedding counts on the first stage and again on the last.
+    """
     a, layout = architecture, recipe.parallel
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     qkv = a.head_dim * (a.num_attention_heads + 2 * a.num_query_groups) * (a.hidden_size + a.qkv_bias)
@@ -206,8 +208,8 @@ def advise_when_out_of_memory(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed. torch's allocator for CUDA has its own error class, the others raise
-    RuntimeError."""
+    """Whether an allocator failed. torch's allocator for CUDA has its own error class,
+    the others raise RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATORS)
     )

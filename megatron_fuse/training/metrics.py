@@ -1,5 +1,5 @@
-"""metrics.jsonl: the measurements of every step, evaluation and timed save, one row each, in the order of the
-run.
+"""metrics.jsonl: the measurements of every step, evaluation and timed save, one row each,
+in the order of the run.
 
     {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2, "ce/training": 1.0, ...}
     {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
@@ -43,8 +43,8 @@ STEP, HELD_OUT, SAVED = "step", "held-out", "save"
 
 
 def metrics_directory(recipe: Recipe) -> Path:
-    """WORKDIR/training, or the directory of --save if that is given, because several runs may share a
-    workdir."""
+    """WORKDIR/training, or the directory of --save if that is given,
+    because several runs may share a workdir."""
     return recipe.training.save or Workspace(recipe.workdir).training
 
 
@@ -52,8 +52,10 @@ class MetricsFile:
     """metrics.jsonl, open for appending after the rows up to the iteration at which the run continues."""
 
     def __init__(self, path: Path, *, continue_at: int) -> None:
-        """continue_at: steps done. Rows after that iteration, from a killed run, are dropped; with 0 all rows
-        are."""
+        """continue_at: steps done.
+
+        Rows after that iteration, from a killed run, are dropped; with 0 all rows are.
+        """
         self.path = path
         kept = [row for row in _whole_rows(path) if continue_at and row["iteration"] <= continue_at]
         with temporary_then_rename(path) as temporary:
@@ -80,8 +82,10 @@ class MetricsFile:
 
 
 class _Row(Record):
-    """One row. Steps have phase and loss. All other keys hold numbers, or null for a number that is not
-    finite."""
+    """One row. Steps have phase and loss.
+
+    All other keys hold numbers, or null for a number that is not finite.
+    """
 
     kind: Literal["step", "held-out", "save"]
     iteration: NonNegativeInt
@@ -115,8 +119,8 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows before the first incomplete one, which a full disk or the loss of a machine may
-    leave."""
+    """Yields the rows before the first incomplete one,
+    which a full disk or the loss of a machine may leave."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines(keepends=True):

@@ -1,5 +1,5 @@
-"""Only one run at a time in a directory of checkpoints or metrics: two runs would remove and replace each
-other's files."""
+"""Only one run at a time in a directory of checkpoints or metrics:
+two runs would remove and replace each other's files."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,5 +1,5 @@
-"""The step plan: steps, samples, tokens and FLOPs of every phase, from the index alone, before any document
-is read."""
+"""The step plan: steps, samples, tokens and FLOPs of every phase, from the index alone,
+before any document is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Archit
 
 
 def tokens_left(plans: Sequence[PhasePlan], iteration: int) -> tuple[float, float]:
-    """Tokens that remain after `iteration` steps: to the end of the next step's phase, and to the end of the
-    run.
+    """Tokens that remain after `iteration` steps:
+    to the end of the next step's phase, and to the end of the run.
 
     This assumes that all steps of a phase have equally many tokens. Different phases may have different
     numbers: a phase with two modes reads two documents per example.

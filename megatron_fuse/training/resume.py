@@ -44,8 +44,8 @@ _STEP_OPTIONS = {
 
 
 def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
-    """The properties that a resumed run must share: the samples, their order, the loss, and the optimizer
-    step."""
+    """The properties that a resumed run must share:
+    the samples, their order, the loss, and the optimizer step."""
     return {
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
@@ -66,8 +66,9 @@ def resume(
     optimizer: Any,
     run: dict[str, Any],
 ) -> CheckpointMetadata:
-    """Loads the last checkpoint into chunks and optimizer, if there is one. Returns the state of the run: its
-    metadata.
+    """Loads the last checkpoint into chunks and optimizer, if there is one.
+
+    Returns the state of the run: its metadata.
 
     run: run_facts. Raises UserError if the checkpoint is of another run. With --override each difference is
     only a warning; another version of a library is always only a warning. Raises UserError in any case if the
@@ -99,8 +100,8 @@ def resume(
             f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
             f"{save}, or go on with the new value by --override"
         )
-    # The model is checked before the optimizer: with another model the optimizer differs too, and the error
-    # would mislead.
+    # The model is checked before the optimizer:
+    # with another model the optimizer differs too, and the error would mislead.
     refuse_other_model(path, stored, architecture)
     if other_form := differences(stored.optimizer, start.optimizer):
         raise UserError(

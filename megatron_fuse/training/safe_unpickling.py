@@ -89,8 +89,8 @@ def read_metadata(content: bytes, place: str) -> Metadata:
     """The content of a checkpoint's .metadata: dtype, shape and chunks of every tensor, and the file and
     offset of each chunk.
 
-    place: the file, for the error. Raises UserError for a pickle that names another function or class, or has
-    another structure.
+    place: the file, for the error.
+    Raises UserError for a pickle that names another function or class, or has another structure.
     """
     try:
         return _as_metadata(_MetadataUnpickler(content).load())

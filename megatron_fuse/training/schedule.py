@@ -99,8 +99,8 @@ class Schedule:
         return None
 
     def _examples(self, phase_index: int, first: int, last: int) -> np.ndarray:
-        """Positions first ... last - 1 of a phase, counted over its epochs, as positions among the training
-        examples."""
+        """Positions first ... last - 1 of a phase, counted over its epochs,
+        as positions among the training examples."""
         # Epochs are counted over all phases, so that no two of them have the same order.
         earlier_epochs = sum(phase.epochs for phase in self.phases[:phase_index])
         picked = []
@@ -118,7 +118,7 @@ def make_schedule(recipe: Recipe, examples: int, *, ranks: np.ndarray | None = N
 
 @functools.lru_cache(maxsize=2)  # a step that crosses from one epoch to the next reads both
 def _epoch_order(schedule: Schedule, epoch: int) -> np.ndarray:
-    """[examples]: the positions among the training examples, in the order of an epoch. epoch: counted over
-    all phases."""
+    """[examples]: the positions among the training examples, in the order of an epoch.
+    epoch: counted over all phases."""
     drawn = np.random.default_rng([schedule.seed, epoch]).permutation(schedule.examples)
     return drawn if schedule.ranks is None else drawn[np.argsort(schedule.ranks[drawn], kind="stable")]

@@ -19,8 +19,8 @@ def reached_step(recipe: Recipe) -> int | None:
 
 
 def require_whole_training(recipe: Recipe) -> None:
-    """Raises UserError if training ended early, at a signal or by --exit-interval: such a model must not be
-    exported."""
+    """Raises UserError if training ended early, at a signal or by --exit-interval:
+    such a model must not be exported."""
     wanted = make_schedule(recipe, len(FusionDataset(recipe).train)).last_step(recipe.training.train_iters)
     reached = reached_step(recipe) or 0
     if reached < wanted:
@@ -28,8 +28,8 @@ def require_whole_training(recipe: Recipe) -> None:
 
 
 def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
-    """Tokens that the target reads in training, with the prompts, up to the step at which train_iters ends
-    the training."""
+    """Tokens that the target reads in training, with the prompts,
+    up to the step at which train_iters ends the training."""
     training_examples = amounts.examples - amounts.held_out
     schedule = make_schedule(recipe, training_examples)
     steps = schedule.last_step(recipe.training.train_iters)

@@ -35,8 +35,9 @@ def build_target(recipe: Recipe, architecture: Architecture) -> list[FusionGPTMo
 def build_chunks(
     recipe: Recipe, architecture: Architecture, *, perform_initialization: bool = False
 ) -> list[FusionGPTModel]:
-    """This rank's model chunks in the layout of the recipe. Their weights are unset, or random with
-    perform_initialization.
+    """This rank's model chunks in the layout of the recipe.
+
+    Their weights are unset, or random with perform_initialization.
 
     Raises UserError if Transformer Engine would have to attend to packed sequences in fp32.
     """
@@ -75,8 +76,8 @@ def _whole_model(model_dir: Path) -> tuple[Architecture, list[FusionGPTModel]]:
 
 
 def dtype_of_reference(reference: Path) -> str:
-    """fp32, bf16 or fp16: the dtype of the weights in a Hugging Face directory, else that of its config, else
-    fp32."""
+    """fp32, bf16 or fp16: the dtype of the weights in a Hugging Face directory,
+    else that of its config, else fp32."""
     try:
         weights = WeightFiles(reference)
         dtype_name = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))

@@ -1,5 +1,5 @@
-"""Model FLOPs, and the GPUs' peak FLOP/s that MFU compares them with (Chowdhery et al. 2022, PaLM, appendix
-B)."""
+"""Model FLOPs, and the GPUs' peak FLOP/s that MFU compares them with
+(Chowdhery et al. 2022, PaLM, appendix B)."""
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ def peak_flops_of_this_gpu() -> float | None:
 
 
 def multiplying_parameters(architecture: Architecture) -> int:
-    """The number of weights that every token is multiplied with: those of all layers, and of the output layer
-    without padding.
+    """The number of weights that every token is multiplied with:
+    those of all layers, and of the output layer without padding.
 
     The embedding counts only if it is also the output layer: otherwise it is only looked up. Norms and biases
     do not count.

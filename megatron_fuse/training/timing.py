@@ -73,8 +73,8 @@ class StepTimers:
         """`seconds/NAME` since the last reset, on the rank where it is longest. Timers that no rank has used
         are left out.
 
-        All ranks must call it. Collectives: one all-reduce over all ranks; none if no timer exists at this
-        level.
+        All ranks must call it. Collectives: one all-reduce over all ranks;
+        none if no timer exists at this level.
         """
         asked = [name for name in names if name in self._levels]
         if not asked:

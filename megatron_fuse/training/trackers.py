@@ -19,8 +19,10 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Numbers in a directory of TensorBoard. Those that an earlier run wrote after `continue_at` steps are
-    hidden."""
+    """Numbers in a directory of TensorBoard.
+
+    Those that an earlier run wrote after `continue_at` steps are hidden.
+    """
 
     def __init__(self, directory: Path, *, continue_at: int) -> None:
         self._writer = SummaryWriter(str(directory), purge_step=continue_at + 1 if continue_at else 0)
@@ -40,8 +42,8 @@ def check_wandb() -> None:
 
 
 class WeightsAndBiases:
-    """A run of `wandb`. The package's environment variables work as usual: WANDB_MODE=offline, WANDB_API_KEY,
-    WANDB_ENTITY.
+    """A run of `wandb`. The package's environment variables work as usual:
+    WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY.
 
     A continued training continues the same wandb run, whose id is in DIRECTORY/wandb_id.txt. Steps that run
     twice keep their first numbers, because wandb accepts no earlier step.

@@ -292,8 +292,9 @@ def train_step(trainer: Trainer, batch: GlobalBatch, lr: float) -> dict[str, flo
 
 
 def gather_weights(trainer: Trainer) -> None:
-    """Brings every weight of this rank up to date. Code that reads weights without a forward pass must call
-    it first.
+    """Brings every weight of this rank up to date.
+
+    Code that reads weights without a forward pass must call it first.
 
     With overlap_param_gather a step updates only this rank's share of the weights. Megatron's pre-hooks
     gather the other shares when a module is about to run, as in an evaluation. After this function they have
@@ -306,8 +307,10 @@ def gather_weights(trainer: Trainer) -> None:
 
 
 def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
-    """Prints the warnings about a finished step. Raises UserError, on every rank, if the run should not
-    continue."""
+    """Prints the warnings about a finished step.
+
+    Raises UserError, on every rank, if the run should not continue.
+    """
     iteration, options = step.iteration + 1, trainer.recipe.training
     ids = partial(_example_ids, trainer.dataset, step)
     if warning := trainer.guard.watch(iteration, step.phase.name, values, ids):
@@ -325,8 +328,8 @@ def _example_ids(dataset: FusionDataset, step: Step) -> list[str]:
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     """Logs CE, KL and FIT of both modes on the held-out examples.
 
-    Returns the training mode's CE in nats per token, the same on every rank; None if no held-out example has
-    one.
+    Returns the training mode's CE in nats per token, the same on every rank;
+    None if no held-out example has one.
     """
     dataset, recipe = trainer.dataset, trainer.recipe
     if len(dataset.held_out) == 0:
@@ -356,8 +359,8 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
 
 
 def _from_last_stage(trainer: Trainer, value: float) -> float:
-    """The last pipeline stage's value, on every rank: all ranks must agree whether a checkpoint is the best.
-    One broadcast."""
+    """The last pipeline stage's value, on every rank:
+    all ranks must agree whether a checkpoint is the best. One broadcast."""
     shared = torch.tensor([value], dtype=torch.float64, device=trainer.runtime.device)
     dist.broadcast(
         shared,

@@ -9,8 +9,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 class WriteResults:
-    """One report. The writing process puts it, which an asynchronous save forks; the training process takes
-    it.
+    """One report. The writing process puts it, which an asynchronous save forks;
+    the training process takes it.
 
     It replaces Megatron's queue. That queue is a process of its own: it imports torch again, keeps its memory
     all the time, and never ends if the rank is killed. A pipe does not work: the report is taken only after

@@ -1,5 +1,5 @@
-"""From files to a RewardModel: a decoder's body and head by the tensors' names, an encoder by transformers
-itself.
+"""From files to a RewardModel: a decoder's body and head by the tensors' names,
+an encoder by transformers itself.
 
 A decoder is read without the class of its publisher. For two of the three forms that class is code that comes
 with the model or with its model card, and it holds nothing but body and head. Other tensors of a checkpoint
@@ -167,8 +167,8 @@ def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
 def _refuse_incomplete(
     report: dict[str, Any], weights: WeightFiles, prefix: str, body: Path, stated: str, where: str
 ) -> None:
-    """Raises UserError for the first tensor that transformers reports as missing, of another shape, or
-    unused.
+    """Raises UserError for the first tensor that transformers reports as missing,
+    of another shape, or unused.
 
     body: the directory of the config. stated: the config's sizes, for the message.
     """

@@ -51,8 +51,8 @@ class RewardModel:
         """Whether the template itself strips the answer, as Llama 3's does. Such a reward model was trained
         without the white space.
 
-        `encode_conversation` keeps a response as it is. That is right for models whose distributions are
-        compared.
+        `encode_conversation` keeps a response as it is.
+        That is right for models whose distributions are compared.
         """
         turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _PADDED}]
         if self.chat.system and not self.chat.folds_system:
