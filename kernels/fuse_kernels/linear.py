@@ -60,10 +60,10 @@ def fused_linear_sparse_kl(
     weight [v, h], of the same dtype: this rank's vocabulary shard, as column-parallel output layers hold it.
     chunk_tokens: rows whose logits exist at once. None: as many as fit into CHUNK_BYTES.
     unit_upstream: the caller promises to differentiate the sum of the losses, so that the upstream gradient
-    of every row is 1 (or
-        NaN, for a step that is skipped afterwards). This takes three products instead of four, and the
-        gradients exist after the forward pass: the weight's gradient is already in `weight.main_grad`, if
-        there is one. Any other upstream gradient makes the gradients NaN; on a CPU it raises ValueError.
+        of every row is 1 (or NaN, for a step that is skipped afterwards). This takes three products instead
+        of four, and the gradients exist after the forward pass: the weight's gradient is already in
+        `weight.main_grad`, if there is one. Any other upstream gradient makes the gradients NaN; on a CPU it
+        raises ValueError.
     The other arguments are those of `sparse_kl_cross_entropy`.
 
     The weight's gradient adds up over the chunks in fp32 (fp64 for fp64). If `weight.main_grad` exists, as

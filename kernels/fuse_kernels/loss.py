@@ -28,23 +28,24 @@ def sparse_kl_cross_entropy(
 ) -> TokenLosses:
     """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits / T).
 
-    logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start + v - 1.
+    logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start
+        + v - 1.
     labels [n]: global ids, -100 = no cross entropy in this row.
     teacher_ids [n, k]: global ids, -1 = empty slot (its log-probability is never read). The masses of a
-    repeated id add up. teacher_logprobs [n, k]: natural logarithms, already at the KL temperature.
+        repeated id add up.
+    teacher_logprobs [n, k]: natural logarithms, already at the KL temperature.
     ce_weight, kl_weight [n]: constant factors of the loss. Masks, 1 / tokens, lambda and T^2 are part of
-    them. temperature: T of the student. The gradient contains its 1 / T; the factor T^2, if wanted, is part
-    of kl_weight. vocab_size: columns of all shards without padding. Columns beyond it are in no log-sum-exp
-    and get gradient 0.
-        None: the shards are equally wide and have no padding.
+        them.
+    temperature: T of the student. The gradient contains its 1 / T; the factor T^2, if wanted, is part of
+        kl_weight.
+    vocab_size: columns of all shards without padding. Columns beyond it are in no log-sum-exp and get
+        gradient 0. None: the shards are equally wide and have no padding.
     group: the tensor-parallel process group. All arguments but `logits` are the same on all of its ranks.
     implementation: "triton" (fused kernels; CUDA, at most 128 entries), "torch" (sparse, in row chunks; any
-    device),
-        "reference" (dense, plain autograd, for tests), "auto" (triton if it can run, else torch).
+        device), "reference" (dense, plain autograd, for tests), "auto" (triton if it can run, else torch).
     check: True: check the values of the arguments, which on an accelerator waits for the device, and compare
-    the group's shards,
-        which takes a collective. On a CPU the values are always checked. None: as True if the environment has
-        FUSE_KERNELS_CHECK=1, else as False.
+        the group's shards, which takes a collective. On a CPU the values are always checked. None: as True if
+        the environment has FUSE_KERNELS_CHECK=1, else as False.
 
     Returns `TokenLosses`, equal on every rank of the group: the loss, differentiable in the logits; detached
     and unweighted ce and kl; how well student and teacher agree. ce_weight counts only in rows with a label,

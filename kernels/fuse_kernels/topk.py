@@ -52,10 +52,11 @@ def topk_logsumexp(
     """The k largest logits of each row, its log-sum-exp at every temperature, and the logit of its label.
 
     logits [n, v], any floating-point type, not changed: this rank's vocabulary shard, columns vocab_start ...
-    vocab_start + v - 1. labels [n]: global ids. None: no label logits.
+        vocab_start + v - 1.
+    labels [n]: global ids. None: no label logits.
     vocab_size, group: as in `sparse_kl_cross_entropy`.
     implementation: "triton" (CUDA; k at most 64, no fp64), "torch" (any device), "auto" (triton if it can
-    run, else torch).
+        run, else torch).
 
     The log-sum-exps are relative to the row's largest logit: log p_T(id) = (logit - logits[:, 0]) / T -
     relative_lse. This keeps its digits however large the logits are. Equal logits rank by id, so that a row's

@@ -464,7 +464,7 @@ def _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE: tl.constexpr)
     # If no column is off the ids, off_t is -inf. Then tail is 0, and any finite shift is right: lse_t is one.
     shift = tl.where(off_t == NOTHING, lse_t, off_t)
     # total q_j - tail r_j = u_j (total exp(shift - lse_t) - tail): off the ids the student's distribution is
-    # scaled, its shape stays. The factor is 0 if the student's tail mass is the teacher's part of the total.
+    # scaled, its shape stays. The factor is 0 if the student's tail mass exp(off_t - lse_t) is tail / total.
     factor_t = w_kl * (total * tl.exp(shift - lse_t) - tail)
     factor_1 = w_ce
     # At T = 1, 2 and 4 p_j is a power of u_j. At any other T (T_MODE 0) p_j takes an exponential of its own

@@ -26,10 +26,11 @@ NO_ENTRY = -1
 class Inputs:
     """The inputs of the model. Positions without a document hold token 0.
 
-    tokens, position_ids [b, s] int64. starts [d]: the first position of each document among all b s
-    positions, ascending. cu_seqlens [documents + 1 or 2] int32, only if packed: cumulative lengths, from 0 to
-    s, of the parts of the sequence between which there is no attention. The unused end of the sequence is a
-    part of its own. max_seqlen: the length of the longest part.
+    tokens, position_ids [b, s] int64.
+    starts [d]: the first position of each document among all b s positions, ascending.
+    cu_seqlens [documents + 1 or 2] int32, only if packed: cumulative lengths, from 0 to s, of the parts of
+        the sequence between which there is no attention. The unused end of the sequence is a part of its own.
+    max_seqlen: the length of the longest part.
     """
 
     tokens: np.ndarray
@@ -104,7 +105,9 @@ def make_targets(
     """Labels, weights and teacher entries of the documents, at the positions that `inputs` gives them.
 
     weights [d]: (CE, KL) of one supervised token of each document, divided by the denominators of the global
-    batch, which do not depend on packing. entries_per_row: k, at least 1.
+        batch, which do not depend on packing.
+    entries_per_row: k, at least 1.
+
     Raises ValueError if a row has more entries.
     """
     shape, positions = inputs.tokens.shape, inputs.tokens.size

@@ -17,9 +17,10 @@ def pack_evenly(
     ranks. So a smaller capacity can save padding: 1000 positions in two sequences of up to 700 may have 400
     positions of padding, in two of 500 none.
 
-    groups: lengths as for `pack`. multiple: the number of sequences of all groups together is rounded up to a
-    multiple of it. Returns for each group its sequences, each a list of documents.
-    Raises ValueError as `pack` does.
+    groups: lengths as for `pack`.
+    multiple: the number of sequences of all groups together is rounded up to a multiple of it.
+
+    Returns for each group its sequences, each a list of documents. Raises ValueError as `pack` does.
     """
 
     def packed(capacity: int) -> list[list[list[int]]]:
@@ -47,8 +48,11 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Best-fit decreasing: the longest document first,
     each into the fullest sequence that still has room for it.
 
-    lengths [n]: positions of each document, at least 1. capacity: positions of a sequence. Returns the
-    documents of every sequence, in ascending order. Each document is whole and in exactly one sequence.
+    lengths [n]: positions of each document, at least 1.
+    capacity: positions of a sequence.
+
+    Returns the documents of every sequence, in ascending order. Each document is whole and in exactly one
+    sequence.
 
     A pure function: documents of equal length keep their order, and of equally full sequences the oldest
     takes the document. For many documents the result has at most 11/9 of the fewest sequences possible

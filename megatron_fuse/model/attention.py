@@ -127,8 +127,9 @@ def causal_attention(
 ) -> Tensor:
     """softmax(scale query key^T) value over the positions that each position sees.
 
-    query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h, d]. g divides h: query head i reads key/value
-    head i // (h / g). lengths: positions of each document; they add up to s. None: one document.
+    query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h, d]. g divides h:
+    query head i reads key/value head i // (h / g).
+    lengths: positions of each document; they add up to s. None: one document.
     window: number of positions that a position sees, itself included. None: all before it.
     scale: None for 1 / sqrt(d).
     """

@@ -23,10 +23,14 @@ def transformer_config(
     """Megatron's config of this architecture at this layout.
 
     transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine if it and CUDA are
-    available, else local. perform_initialization: False leaves parameters unset, because a target's weights
-    always come from a checkpoint. megatron_options: further TransformerConfig fields by Megatron's own names,
-    for example recompute_granularity. Raises UserError as check_layout does, for an implementation or
-    sequence parallelism that this machine cannot run, and for context parallelism.
+        available, else local.
+    perform_initialization: False leaves parameters unset, because a target's weights always come from a
+        checkpoint.
+    megatron_options: further TransformerConfig fields by Megatron's own names, for example
+        recompute_granularity.
+
+    Raises UserError as check_layout does, for an implementation or sequence parallelism that this machine
+    cannot run, and for context parallelism.
     """
     check_layout(
         architecture,

@@ -173,9 +173,11 @@ def write_hugging_face_model(
     """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
 
     reference: the model that the target was made from. All files but the weights are copied from it, and its
-    config gets `dtype` (fp32, bf16 or fp16). progress: called with the number of tensors that lose digits in
-    that dtype. Raises UserError for an unknown dtype, for values that it cannot hold,
-    and for a reference of another architecture.
+        config gets `dtype` (fp32, bf16 or fp16).
+    progress: called with the number of tensors that lose digits in that dtype.
+
+    Raises UserError for an unknown dtype, for values that it cannot hold, and for a reference of another
+    architecture.
     """
     if dtype not in DTYPES:
         raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")

@@ -217,8 +217,7 @@ def build_model(
     seq_length: tokens of a sequence; None: as many as the architecture takes.
     vp_stage: the number of the chunk under virtual pipeline parallelism.
     pre_process, post_process: whether the chunk holds the embedding and the output layer. None: as Megatron's
-    process groups
-        say, which must then exist.
+        process groups say, which must then exist.
 
     Parameters are on the GPU, if there is one. Linear and embedding weights have config.params_dtype, norms
     fp32 until Float16Module casts them. Raises UserError if the architecture does not take so many tokens.

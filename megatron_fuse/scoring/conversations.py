@@ -46,7 +46,8 @@ def score_conversations(
 
     groups: each conversation is int32 ids, at most judge.max_tokens of them.
     batch_tokens: padded tokens of a forward pass; with shared prompts the tokens whose keys and values are
-    held at once. report: called after every batch with the numbers of scored and remaining conversations.
+        held at once.
+    report: called after every batch with the numbers of scored and remaining conversations.
 
     Raises UserError if a conversation holds an id that the reward model does not have.
     """
@@ -115,7 +116,9 @@ def _prompt_batches(
     """Batches of groups whose prompts are read together: by falling prompt length, at most batch_tokens
     padded tokens each.
 
-    prompts [n]: length of each group's prompt. longest [n]: length of each group's longest conversation.
+    prompts [n]: length of each group's prompt.
+    longest [n]: length of each group's longest conversation.
+
     Together the longest prompt of a batch and the longest rest behind a prompt must fit into max_tokens, even
     if they are of different groups: ALiBi tables end there, and padding counts.
     """

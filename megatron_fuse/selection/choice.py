@@ -49,9 +49,10 @@ FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
 class Selection:
     """The choice for n examples in one mode.
 
-    source int16 [n]: index in the recipe's sources, NONE = no source has the advantage. weight float32 [n],
-    from 0 to 1: the weight of an example by its margin. arrays: all arrays of the file. sha256: hash of the
-    choice and of its inputs and rule.
+    source int16 [n]: index in the recipe's sources, NONE = no source has the advantage.
+    weight float32 [n], from 0 to 1: the weight of an example by its margin.
+    arrays: all arrays of the file.
+    sha256: hash of the choice and of its inputs and rule.
     """
 
     source: np.ndarray
@@ -152,8 +153,8 @@ def choose(
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection.
 
-    facts: for each source the arrays of all examples that its rows come with. judgements: see
-    read_judgements; empty in the training mode.
+    facts: for each source the arrays of all examples that its rows come with.
+    judgements: see read_judgements; empty in the training mode.
     """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
     available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]

@@ -39,8 +39,8 @@ GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
 class Curriculum:
     """The order of n examples.
 
-    ranks int64 [n]: examples of lower rank come first, examples of equal rank in any order. sha256:
-    hash of the ranks.
+    ranks int64 [n]: examples of lower rank come first, examples of equal rank in any order.
+    sha256: hash of the ranks.
     """
 
     ranks: np.ndarray

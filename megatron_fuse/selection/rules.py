@@ -15,10 +15,10 @@ NONE = -1
 def able_readers(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
     """bool [n, S]: the sources whose cross-entropies over a response are compared.
 
-    ce float [n, S]: NaN if a source has none, infinite if it overflowed; such a source never competes. lossy
-    bool [n, S]: the source's tokens do not spell the whole response, so that its cross-entropy is too low
-    (unknown characters cost too little). Lossy sources are compared only with each other, and only if no
-    source has read the whole response.
+    ce float [n, S]: NaN if a source has none, infinite if it overflowed; such a source never competes.
+    lossy bool [n, S]: the source's tokens do not spell the whole response, so that its cross-entropy is too
+        low (unknown characters cost too little). Lossy sources are compared only with each other, and only if
+        no source has read the whole response.
     """
     finite = np.isfinite(ce)
     whole = finite & ~lossy
@@ -31,11 +31,13 @@ def min_ce(
     """The source that predicts the ground truth best:
     the least cross-entropy (arXiv 2408.04998, equations 1 and 2).
 
-    ce float [n, S]: nats over the response's bytes, without the stop token. lossy bool [n, S]: see
-    able_readers. response_bytes [n]. response_tokens [n, S]: the response's tokens by each source's
-    tokenizer. rule: `sum`; `per_byte` divides by the same number of bytes for all sources, so that the choice
-    is that of `sum`; `per_token` (FuseLLM's choice) divides by the source's own number of tokens, which
-    favours tokenizers with small tokens.
+    ce float [n, S]: nats over the response's bytes, without the stop token.
+    lossy bool [n, S]: see able_readers.
+    response_bytes [n].
+    response_tokens [n, S]: the response's tokens by each source's tokenizer.
+    rule: `sum`; `per_byte` divides by the same number of bytes for all sources, so that the choice is that of
+        `sum`; `per_token` (FuseLLM's choice) divides by the source's own number of tokens, which favours
+        tokenizers with small tokens.
 
     Ties go to the first source. Raises ValueError for another rule.
     """
@@ -77,8 +79,8 @@ def random_source(able: np.ndarray, seed: Sequence[int]) -> np.ndarray:
 def able_answers(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """bool [n, S]: the answers that can win. They are not empty, and every reward model has scored them.
 
-    scores float [n, S, R]: NaN if an answer has no score. answers int [n, S]: equal numbers for identical
-    texts, 0 for an empty or missing answer.
+    scores float [n, S, R]: NaN if an answer has no score.
+    answers int [n, S]: equal numbers for identical texts, 0 for an empty or missing answer.
     """
     return (answers != 0) & ~np.isnan(scores).any(2)
 
@@ -86,8 +88,8 @@ def able_answers(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
 def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The answer with most votes of the reward models, and the votes of all answers.
 
-    scores float [n, S, R] and answers int [n, S]: see able_answers. strongest: index of the reward model
-    whose score breaks ties.
+    scores float [n, S, R] and answers int [n, S]: see able_answers.
+    strongest: index of the reward model whose score breaks ties.
 
     Every reward model votes for the answer that it scores highest. Identical texts are one answer: it has the
     best of their scores and all their votes, and the first source that gave it is its source. If several

@@ -16,7 +16,8 @@ def describe_run(
 ) -> list[str]:
     """The lines about the run, with the real choice for every "auto" of the recipe.
 
-    chunks: this rank's model chunks, as built. entries_per_row: of the fusion data.
+    chunks: this rank's model chunks, as built.
+    entries_per_row: of the fusion data.
     """
     training, layout = recipe.training, recipe.parallel
     config = chunks[0].config

@@ -100,12 +100,13 @@ def plan_batch(
     """Plans the step of these examples: their documents in the modes of `weights`, arranged in sequences.
 
     examples [n]: indices of the dataset. An example may have no document in a mode: no answer won, or the
-    document does not fit. weights: mode -> (weight of the mode's mean CE, weight of its mean KL).
+        document does not fit.
+    weights: mode -> (weight of the mode's mean CE, weight of its mean KL).
     micro_batch_multiple: the number of micro-batches is rounded up to a multiple of it with empty ones, as
-    Megatron's interleaved schedule needs.
+        Megatron's interleaved schedule needs.
     pack_into: the most positions of a sequence that several documents of one mode share; None: one document
-    per sequence. A packed micro-batch is one such sequence.
-    Raises ValueError if micro_batch_size is then not 1.
+        per sequence. A packed micro-batch is one such sequence. Raises ValueError if micro_batch_size is then
+        not 1.
     """
     if pack_into and micro_batch_size != 1:
         raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
@@ -169,8 +170,11 @@ def phase_weights(phase: Phase, *, progress: float, kl_factor: float) -> dict[st
     """mode -> (w, w lambda kl_factor) of the modes that a phase learns from, with w and lambda at `progress`
     of the phase.
 
-    progress: from 0 to 1. kl_factor: T^2 if the recipe asks for it, else 1. A mode whose ramp is at 0 stays
-    in the result, so that every step of a phase reads the same kinds of documents.
+    progress: from 0 to 1.
+    kl_factor: T^2 if the recipe asks for it, else 1.
+
+    A mode whose ramp is at 0 stays in the result, so that every step of a phase reads the same kinds of
+    documents.
     """
     weights = {}
     for mode in MODES:

@@ -193,7 +193,8 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One text for each key in which a checkpoint differs from this run, with both values. Of two mappings
     only what differs is shown.
 
-    found: the checkpoint's values. wanted: those of this run.
+    found: the checkpoint's values.
+    wanted: those of this run.
     """
     texts = []
     for key, value in wanted.items():
@@ -241,8 +242,8 @@ class CheckpointWriter:
     """Saves the checkpoints of one run. At its start it removes the incomplete files of killed runs. All
     ranks call every method.
 
-    chunks: this rank's model chunks before data parallelism wraps them. optimizer: None:
-    save the weights alone.
+    chunks: this rank's model chunks before data parallelism wraps them.
+    optimizer: None: save the weights alone.
     """
 
     def __init__(

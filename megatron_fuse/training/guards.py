@@ -84,9 +84,10 @@ class StepGuard:
     ) -> str | None:
         """A warning about a finished step, or None.
 
-        values: `grad norm`, the same on every rank; on ranks of the last stage also `loss`. example_ids:
-        returns the ids of the step's examples; called only if they are printed. Raises UserError, on every
-        rank, after max_skipped skipped steps in a row.
+        values: `grad norm`, the same on every rank; on ranks of the last stage also `loss`.
+        example_ids: returns the ids of the step's examples; called only if they are printed.
+
+        Raises UserError, on every rank, after max_skipped skipped steps in a row.
         """
         norm = values["grad norm"]
         if not math.isfinite(norm):

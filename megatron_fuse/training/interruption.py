@@ -33,10 +33,11 @@ class Interruption:
     Within its `with` block SIGNALS do not kill the process: they are recorded until the next question. A
     second Ctrl-C acts at once. A signal that the process ignores outside the block stays ignored.
 
-    signals: whether to handle SIGNALS at all. interval: stop after a step whose number is a multiple of it.
+    signals: whether to handle SIGNALS at all.
+    interval: stop after a step whose number is a multiple of it.
     minutes: stop if this process is at least so old, with the time of loading, as batch systems count it.
-    device: where the all-reduce of `reason` runs. data_check: its status is part of that all-reduce, and
-    damaged data raise UserError on all ranks.
+    device: where the all-reduce of `reason` runs.
+    data_check: its status is part of that all-reduce, and damaged data raise UserError on all ranks.
     """
 
     def __init__(

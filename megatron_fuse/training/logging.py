@@ -96,9 +96,12 @@ class TrainingLog:
     ) -> None:
         """Records a step, and prints a line at every log_interval.
 
-        iteration: steps done. values: those of reduce_report, `grad norm` and `padding`. tokens: input tokens
-        of the step, without padding. flops: model FLOPs of the step, of all ranks. A step whose grad norm is
-        not finite counts as skipped (guards.step_optimizer).
+        iteration: steps done.
+        values: those of reduce_report, `grad norm` and `padding`.
+        tokens: input tokens of the step, without padding.
+        flops: model FLOPs of the step, of all ranks.
+
+        A step whose grad norm is not finite counts as skipped (guards.step_optimizer).
         """
         self.steps += 1
         self.tokens += tokens

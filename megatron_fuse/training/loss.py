@@ -109,9 +109,11 @@ def reduce_report(
     is a mean over supervised tokens with a teacher, of all sources or of one; a source without such tokens
     has no key. kl and FIT exist only for the modes in `taught`.
 
-    supervised_tokens: mode -> number of supervised tokens in the global batch. sources: names, in the
-    dataset's order. Collectives: one all-reduce over the data-parallel group. All ranks of the last pipeline
-    stage must call it.
+    supervised_tokens: mode -> number of supervised tokens in the global batch.
+    sources: names, in the dataset's order.
+
+    Collectives: one all-reduce over the data-parallel group. All ranks of the last pipeline stage must call
+    it.
     """
     # The sums go over micro-batches and ranks in fp64. The weights contain the factor data_parallel_size
     # (batches.py): the loss is divided by it again.

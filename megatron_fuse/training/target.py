@@ -96,7 +96,8 @@ def export_checkpoint(
     Returns the dtype.
 
     reference: Hugging Face directory that gives config, tokenizer and chat template; its weights are not
-    read. dtype: fp32, bf16 or fp16; None: the reference's.
+        read.
+    dtype: fp32, bf16 or fp16; None: the reference's.
     verify: compare the checksums of the checkpoint's files.
 
     output must not exist. Needs a runtime started with one process.

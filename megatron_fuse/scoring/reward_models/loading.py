@@ -170,7 +170,8 @@ def _refuse_incomplete(
     """Raises UserError for the first tensor that transformers reports as missing,
     of another shape, or unused.
 
-    body: the directory of the config. stated: the config's sizes, for the message.
+    body: the directory of the config.
+    stated: the config's sizes, for the message.
     """
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])

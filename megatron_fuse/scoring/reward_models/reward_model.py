@@ -19,8 +19,9 @@ class RewardModel:
     """A reward model with its own tokenizer and chat template.
 
     backbone: takes input_ids and attention_mask [b, s] and returns last_hidden_state [b, s, h], in the
-    recipe's dtype. head: [.., h] -> [.., 1], both fp32: bf16 could not distinguish the rewards of two good
-    answers. stop: whether a conversation ends with the stop token; else it ends with the answer's last token.
+        recipe's dtype.
+    head: [.., h] -> [.., 1], both fp32: bf16 could not distinguish the rewards of two good answers.
+    stop: whether a conversation ends with the stop token; else it ends with the answer's last token.
     causal: whether the reward is read at the last token; an encoder's is read at its first token.
     """
 
