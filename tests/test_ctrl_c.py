@@ -165,7 +165,8 @@ def test_a_command_whose_part_was_interrupted_ends_too(tmp_path: Path) -> None:
 EXPERIMENT = """
     import megatron_fuse.experiments.fork_server
     from pathlib import Path
-    from megatron_fuse.experiments import load_experiment, run_experiment
+    from megatron_fuse.experiments.experiment import load_experiment
+    from megatron_fuse.experiments.runner import run_experiment
     megatron_fuse.experiments.fork_server.LIBRARIES = ()
     path = Path({path!r})
     run_experiment(load_experiment(path), path, jobs=3)

@@ -41,14 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     if len(arguments.experiments) > 1:
         raise UserError("run experiments one by one; only --report takes several")
     with importing():
-        from megatron_fuse.experiments import (
-            Reported,
-            collect_results,
-            load_experiment,
-            run_experiment,
-            write_report,
-            write_results,
-        )
+        from megatron_fuse.experiments.experiment import load_experiment
+        from megatron_fuse.experiments.report import Reported, write_report
+        from megatron_fuse.experiments.results import collect_results, write_results
+        from megatron_fuse.experiments.runner import run_experiment
     (path,) = arguments.experiments
     experiment = load_experiment(path)
     split = _split(arguments.split, experiment.split)
@@ -68,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(paths: list[Path], split: str | None, output: Path) -> None:
     """Writes the report of the experiments from their CSV files alone."""
     with importing():
-        from megatron_fuse.experiments import Reported, load_experiment, read_results, write_report
+        from megatron_fuse.experiments.experiment import load_experiment
+        from megatron_fuse.experiments.report import Reported, write_report
+        from megatron_fuse.experiments.results import read_results
     reported = []
     for path in paths:
         experiment = load_experiment(path)

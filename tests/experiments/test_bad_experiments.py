@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments import load_experiment, read_results
+from megatron_fuse.experiments.experiment import load_experiment
 from megatron_fuse.experiments.records import Begun, Evaluation, Made, Owner, Record, read_record
+from megatron_fuse.experiments.results import read_results
 
 RECIPE = {
     "workdir": "w",

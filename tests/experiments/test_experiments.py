@@ -10,18 +10,11 @@ import yaml
 from small_models import small_recipe
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments import (
-    Experiment,
-    Reported,
-    collect_results,
-    load_experiment,
-    read_results,
-    run_experiment,
-    write_report,
-    write_results,
-)
 from megatron_fuse.experiments import runs as runs_module
-from megatron_fuse.experiments.experiment import laid_over, variant_recipe
+from megatron_fuse.experiments.experiment import Experiment, laid_over, load_experiment, variant_recipe
+from megatron_fuse.experiments.report import Reported, write_report
+from megatron_fuse.experiments.results import collect_results, read_results, write_results
+from megatron_fuse.experiments.runner import run_experiment
 from megatron_fuse.experiments.runs import Run
 from megatron_fuse.recipe import dump_recipe
 

@@ -132,7 +132,8 @@ def _write_journal(directory: Path) -> None:
 def _read_journal(directory: Path) -> None:
     with open_journal(directory / "journal.jsonl") as journal:
         for n in range(len(TEXTS)):
-            reply = journal.find(f"{n:064x}")
+            request = f"{n:064x}"
+            reply = journal.reply(request) if request in journal else None
             assert reply is None or (reply.text + str(reply.fault)).encode()
         journal.add("f" * 64, Reply("more"))
 
