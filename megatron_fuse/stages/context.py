@@ -88,7 +88,7 @@ class Context:
             stage.recorded_as,
             stage.options(self.recipe, *key) | stage.packages(self.recipe, *key),
             inputs,
-            shards=_shards(parents) if stage.shard_names is None else len(stage.shard_names),
+            shards=self._shards(stage, key) if stage.shard_names is None else len(stage.shard_names),
             shard_names=None if stage.shard_names is None else list(stage.shard_names),
         )
 
@@ -145,21 +145,18 @@ class Context:
         parents = stage.parents(self.recipe, *key)
         return {name: self.open(parent, *names) for name, (parent, names) in parents.items()}
 
+    def _shards(self, stage: Stage, key: Key) -> int:
+        """Number of shards of the examples, the same for all stages: that of the first parent."""
+        parent, names = next(iter(stage.parents(self.recipe, *key).values()))
+        artifact = self.open(parent, *names)
+        # The instructions are one unit of work. Their counts say how many shards of examples it holds.
+        return artifact.counts["shards"] if parent.shard_names is not None else artifact.manifest["shards"]
+
     def _origin_if_here(self, stage: Stage, key: Key) -> Hashes:
         try:
             return stage.origin(self, *key)
         except (UserError, OSError):
             return {}
-
-
-def _shards(parents: dict[str, Artifact]) -> int:
-    """Number of shards of the examples, the same for all stages.
-
-    The instructions are one unit of work: their plan has one shard, and their counts state the number of
-    shards of examples.
-    """
-    parent = next(iter(parents.values()))
-    return parent.manifest["counts"].get("shards", parent.manifest["shards"])
 
 
 def _ancestors(recipe: Recipe, stage: Stage, key: Key) -> Iterator[tuple[Stage, Key]]:
