@@ -77,7 +77,7 @@ def _inspected() -> str:
 
 
 def _runtime() -> str:
-    runtime = Runtime(0, 1, "cpu", 1, 1, None, 1, 0, is_last_stage=True, reports=True)
+    runtime = Runtime(0, 1, "cpu", 1, 1, None, 1, 0, is_last_stage=True, is_logging_rank=True)
     return _printed(lambda: runtime.print(f"WARNING: {BAD}"))
 
 
