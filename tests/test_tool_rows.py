@@ -137,7 +137,7 @@ def test_the_id_of_a_row_depends_on_its_tools(tmp_path: Path) -> None:
         openai(USER, ANSWER, functions=["x"]),
     ]
     first, empty, offered, older = (read_one(tmp_path, row) for row in rows)
-    assert first == empty == older  # without a call the older key means nothing, as ever
+    assert first == empty == older  # without a call the older key is ignored
     assert first.id != offered.id and first.tools is None
 
 

@@ -21,7 +21,6 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import declared_vocab_size
 from megatron_fuse.huggingface.loading import load_causal_lm
-from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import Progress
@@ -85,10 +84,9 @@ def _origin(context: Context, source: str, mode: str) -> dict[str, str]:
 
 
 def _flops(context: Context, amounts: Amounts, source: str, mode: str) -> float:
-    options = source_options(context.recipe, source)
-    if mode in options.captures:
+    if _backend(context.recipe, source, mode) == "file":
         return 0.0
-    return 2 * count_parameters(resolve_model(options.model, f"{recipe_key(source)}.model")) * amounts.read(mode)
+    return 2 * count_parameters(context.model_directory(source)) * amounts.read(mode)
 
 
 def _disk(recipe: Recipe, amounts: Amounts, _: str, mode: str) -> float:
@@ -145,7 +143,7 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
         if plan.options["backend"] == "hf":
             return SourceReader(recipe, source, load_causal_lm(options, where=where), lines.update)
         path = _captures_file(recipe, source, mode)
-        size = declared_vocab_size(resolve_model(options.model, f"{where}.model"))
+        size = declared_vocab_size(context.model_directory(source))
         file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
         if not any(example.id in file.rows for shard in examples for example in shard):
             raise UserError(

@@ -54,5 +54,4 @@ def run(arguments: argparse.Namespace) -> None:
                 require_backend(recipe, source, mode, arguments.backend)
             artifact = capture(context, source, mode)
             if artifact:
-                counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
-                say(f"{artifact.directory}: {counts}")
+                say(artifact.summary)

@@ -57,5 +57,4 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         artifact = generate_responses(context, name)
         if artifact:
-            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
-            say(f"{artifact.directory}: {counts}")
+            say(artifact.summary)

@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": "models side by side, by lm-evaluation-harness",
     "merge": "models of one architecture become one, without training",
     "experiments": "variants of one recipe over several seeds",
-    "chat": "a talk with a model",
+    "chat": "chat with a model in a terminal",
     "check-gpu": "this project on this machine's GPU",
 }
 """Name of every command -> one line about it. The module has the same name, with _ for -."""

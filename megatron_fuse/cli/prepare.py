@@ -26,7 +26,6 @@ def run(arguments: argparse.Namespace) -> None:
     check_target_tokenizer(context.target, read_target(context.recipe))
     artifact = prepare_instructions(context)
     if artifact:
-        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
-        say(f"{artifact.directory}: {counts}")
+        say(artifact.summary)
         for line in left_out(artifact):
             say(line)

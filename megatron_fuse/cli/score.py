@@ -54,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             else score_responses(context, scorer, sources)
         )
         for artifact in artifacts:
-            counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in artifact.counts.items())
-            say(f"{artifact.directory}: {counts}")
+            say(artifact.summary)
 
 
 def _wanted(recipe: Recipe, sources: list[str] | None, asked: list[str]) -> dict[str, list[str]]:

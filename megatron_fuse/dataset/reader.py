@@ -25,10 +25,16 @@ from megatron_fuse.selection.choice import SELECTION, Selection, read_selection
 from megatron_fuse.selection.curriculum import CURRICULUM
 from megatron_fuse.selection.mixture import mix
 from megatron_fuse.selection.rules import NONE
-from megatron_fuse.stages import Context
+from megatron_fuse.stages import Context, Parents
 from megatron_fuse.storage import Artifact, sha256_of_json
 
 MOST_ENTRIES = np.iinfo(np.uint8).max  # entries of a row: their count is stored in one byte
+
+
+def data_parents(recipe: Recipe) -> Parents:
+    """What a training reads its data by: the order of the examples, and the selection of every mode."""
+    selections: Parents = {mode: (SELECTION, (mode,)) for mode in recipe.modes_with_teacher}
+    return {"curriculum": (CURRICULUM, ()), **selections}
 
 
 class FusionDataset:
@@ -54,9 +60,7 @@ class FusionDataset:
         # Training may run on a machine that has only the fusion data: options are compared only for those
         # earlier stages that are there.
         context = Context(recipe)
-        context.refuse_changed_options(CURRICULUM)
-        for mode in recipe.modes_with_teacher:
-            context.refuse_changed_options(SELECTION, mode)
+        context.refuse_changed_options(data_parents(recipe))
         self.text = text = context.open_alone(TEXT)
         self.artifacts = [text]
         rows = read_examples(text)

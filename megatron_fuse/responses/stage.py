@@ -18,7 +18,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
@@ -97,8 +96,7 @@ def _flops(context: Context, amounts: Amounts, name: str) -> float:
     """
     if backend_of(context.recipe, name) != "hf":
         return 0.0
-    model = resolve_model(answering_options(context.recipe, name).model, f"{recipe_key(name)}.model")
-    return 2 * count_parameters(model) * amounts.read("inference")
+    return 2 * count_parameters(context.model_directory(name)) * amounts.read("inference")
 
 
 RESPONSES = Stage(

@@ -3,7 +3,8 @@
 Tokenizers, fingerprints and manifests are slow to read, so each is read once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_fuse.chat import ChatFormat
@@ -14,7 +15,7 @@ from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.huggingface.reward_models import load_reward_model_format, reward_model_fingerprint
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key, reward_model_options
-from megatron_fuse.stages.stage import Hashes, Key, Stage
+from megatron_fuse.stages.stage import Hashes, Key, Parents, Stage
 from megatron_fuse.storage import Artifact, Plan, completed, open_artifact
 
 
@@ -58,14 +59,16 @@ class Context:
         options = reward_model_options(self.recipe, name)
         return self.once("reward model's format", name, lambda: load_reward_model_format(options, name))
 
+    def model_directory(self, name: str) -> Path:
+        """Where the model of a source, or of `target`, lies. Raises UserError if it is not on this machine."""
+        return resolve_model(answering_options(self.recipe, name).model, f"{recipe_key(name)}.model")
+
     def fingerprint(self, name: str) -> str:
         """Hash of the weights of a source, or of `target`.
 
         Raises UserError if they are not on this machine.
         """
-        options = answering_options(self.recipe, name)
-        where = f"{recipe_key(name)}.model"
-        return self.once("weights", name, lambda: model_fingerprint(resolve_model(options.model, where)))
+        return self.once("weights", name, lambda: model_fingerprint(self.model_directory(name)))
 
     def reward_model_fingerprint(self, name: str) -> str:
         """Hash of the files that decide a reward model's scores.
@@ -108,15 +111,15 @@ class Context:
         """`open` if the parents may be missing: only options, tokenizers and templates are compared."""
         return self._open(stage, key, stage.formats(self, *key))
 
-    def refuse_changed_options(self, stage: Stage, *key: str) -> None:
-        """Raises UserError if an ancestor of an artifact was made with other options than the recipe has now.
+    def refuse_changed_options(self, parents: Parents) -> None:
+        """Raises UserError if an artifact of a lineage was made with other options than the recipe has now.
 
-        For a machine that may have the artifact alone: ancestors that are missing are not compared.
-        Tokenizers and weights are not compared either.
+        For a machine that may have only a part of the lineage: missing artifacts are not compared. Tokenizers
+        and weights are not compared either.
         """
-        for ancestor, names in _ancestors(self.recipe, stage, key):
-            if (ancestor.directory(self.recipe, *names) / "manifest.json").exists():
-                self._open(ancestor, names, {})
+        for stage, key in lineage(self.recipe, parents):
+            if (stage.directory(self.recipe, *key) / "manifest.json").exists():
+                self._open(stage, key, {})
 
     def state(self, stage: Stage, *key: str) -> str:
         """`done`, `to do` or `k of n shards`. Raises UserError if the artifact was made with other options or inputs."""
@@ -159,13 +162,15 @@ class Context:
             return {}
 
 
-def _ancestors(recipe: Recipe, stage: Stage, key: Key) -> Iterator[tuple[Stage, Key]]:
-    """All artifacts that an artifact is made from, directly or through others, each one once."""
-    waiting, seen = [(stage, key)], set[tuple[Stage, Key]]()
-    while waiting:
-        stage, key = waiting.pop()
-        for parent in stage.parents(recipe, *key).values():
-            if parent not in seen:
-                seen.add(parent)
-                waiting.append(parent)
-                yield parent
+def lineage(recipe: Recipe, parents: Parents) -> list[tuple[Stage, Key]]:
+    """All artifacts that these parents are made from, and the parents: each one once, after its own parents."""
+    found: dict[tuple[Stage, Key], None] = {}
+
+    def visit(parents: Parents) -> None:
+        for stage, key in parents.values():
+            if (stage, key) not in found:
+                visit(stage.parents(recipe, *key))
+                found[stage, key] = None
+
+    visit(parents)
+    return list(found)

@@ -60,6 +60,12 @@ class Artifact:
         """
         return _Counts(self.directory, self.manifest["counts"])
 
+    @property
+    def summary(self) -> str:
+        """The directory and the counts, for the command that made the artifact."""
+        counts = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in self.counts.items())
+        return f"{self.directory}: {counts}"
+
     def files(self, suffix: str) -> list[Path]:
         """Data files with this suffix in shard order."""
         return [self.directory / name for name in self.manifest["files"] if name.endswith(suffix)]

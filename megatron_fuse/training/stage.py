@@ -1,12 +1,10 @@
 """Training and export as stages of the pipeline. Their commands find out by themselves whether anything is left to do."""
 
-from megatron_fuse.dataset import FusionDataset
+from megatron_fuse.dataset import FusionDataset, data_parents
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.selection.choice import SELECTION
-from megatron_fuse.selection.curriculum import CURRICULUM
-from megatron_fuse.stages import Amounts, Context, Key, Stage
+from megatron_fuse.stages import Amounts, Context, Stage
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.schedule import make_schedule
@@ -54,18 +52,13 @@ def _training_state(context: Context) -> str:
     return "to do" if step is None else f"at step {step}"
 
 
-def _training_parents(recipe: Recipe) -> dict[str, tuple[Stage, Key]]:
-    choices: dict[str, tuple[Stage, Key]] = {mode: (SELECTION, (mode,)) for mode in recipe.modes_with_teacher}
-    return {"curriculum": (CURRICULUM, ()), **choices}
-
-
 TRAINING = Stage(
     name="training",
     recorded_as="training",
     command="python -m megatron_fuse.pretrain",
     keys=lambda _: [()],
     directory=lambda recipe: checkpoint_directory(recipe).parent,
-    parents=_training_parents,
+    parents=data_parents,
     flops=training_flops,
     state=_training_state,
     always=True,

@@ -5,21 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.capture import CAPTURES
+from megatron_fuse.dataset import data_parents
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, TEACHERS, TEXT
-from megatron_fuse.instructions import INSTRUCTIONS
-from megatron_fuse.responses import RESPONSES
-from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
-from megatron_fuse.scoring.scores import SCORES
-from megatron_fuse.stages import Context, Key, Stage
+from megatron_fuse.selection.choice import SELECTION
+from megatron_fuse.selection.curriculum import CURRICULUM
+from megatron_fuse.stages import Context, Key, Stage, lineage
 from megatron_fuse.storage import Artifact
 from megatron_fuse.storage.artifact import shown
 from megatron_fuse.storage.records import ManifestRecord, read_record
 
 Problems = Iterator[str]
-
-DATA_STAGES = (INSTRUCTIONS, RESPONSES, SCORES, REFERENCE_SCORES, CAPTURES, TEXT, TEACHERS)
 
 
 @dataclass(frozen=True)
@@ -39,11 +35,9 @@ class Expected:
 
 def expected_artifacts(context: Context) -> list[Expected]:
     """All artifacts of the recipe's fusion data and those that it is made from, parents first."""
-    expected = []
-    for stage in DATA_STAGES:
-        for key in stage.keys(context.recipe):
-            expected.append(_expected(context, stage, key))
-    return expected
+    made = lineage(context.recipe, data_parents(context.recipe))
+    # A selection and the order of the examples are single files without a manifest.
+    return [_expected(context, stage, key) for stage, key in made if stage not in (SELECTION, CURRICULUM)]
 
 
 def _expected(context: Context, stage: Stage, key: Key) -> Expected:
