@@ -15,9 +15,9 @@ from table import run_all
 # file -> its inputs by flag, and its threads
 BENCHMARKS = {
     "generation_speed.py": ({"--source-tokenizer": "tokenizer", "--instructions": "instructions"}, 2),
-    "scoring_speed.py": ({"--judge-tokenizer": "tokenizer", "--answers": "answers"}, 2),
+    "scoring_speed.py": ({"--reward-model-tokenizer": "tokenizer", "--answers": "answers"}, 2),
     "selection_agreement.py": (
-        {"--judge-tokenizer": "tokenizer", "--answers": "answers", "--reference": "reference"},
+        {"--reward-model-tokenizer": "tokenizer", "--answers": "answers", "--reference": "reference"},
         2,
     ),
 }

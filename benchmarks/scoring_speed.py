@@ -1,8 +1,8 @@
 """What it saves a reward model to read the prompt that K answers share only once.
 
-    python benchmarks/scoring_speed.py --judge-tokenizer TOKENIZER.model --answers FILE.jsonl [--examples 10]
+    python benchmarks/scoring_speed.py --reward-model-tokenizer TOKENIZER.model --answers FILE.jsonl [--examples 10]
 
-FILE.jsonl has rows {instruction, responses: {model: answer}} of real answers. The judge is a random Llama of 48 million
+FILE.jsonl has rows {instruction, responses: {model: answer}} of real answers. The reward model is a random Llama of 48 million
 parameters.
 
     shared prompts    conversations a second. Baseline: every conversation read as a whole, in batches of neighbours in length
@@ -34,7 +34,7 @@ _SIZES = {"hidden_size": 896, "intermediate_size": 2400, "num_hidden_layers": 2,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--judge-tokenizer", type=Path, required=True, help="a tokenizer's directory or file")
+    parser.add_argument("--reward-model-tokenizer", type=Path, required=True, help="a tokenizer's directory or file")
     parser.add_argument(
         "--answers", type=Path, required=True, help="JSONL of instructions with several models' answers"
     )
@@ -48,17 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
     """The project wants at least 0.85 of the ideal ratio, and never a loss that counts."""
-    chat = load_chat_format(load_tokenizer(options.judge_tokenizer), "vicuna_v1.1")
-    judge = _judge(chat, options.seq_length)
+    chat = load_chat_format(load_tokenizer(options.reward_model_tokenizer), "vicuna_v1.1")
+    reward_model = _reward_model(chat, options.seq_length)
     measurements = []
     for answers in options.answers_each:
         for context in options.context:
             groups = _groups(chat, options, answers, context)
 
             def score(share: bool, groups: list = groups) -> None:
-                score_conversations(judge, groups, batch_tokens=options.batch_tokens, share_prompts=share)
+                score_conversations(reward_model, groups, batch_tokens=options.batch_tokens, share_prompts=share)
 
-            score_conversations(judge, groups[:1], batch_tokens=options.batch_tokens)  # the first pass is slow
+            score_conversations(reward_model, groups[:1], batch_tokens=options.batch_tokens)  # the first pass is slow
             shared, plain = medians_in_turns(options.repeats, lambda: score(True), lambda: score(False))
             conversations, ideal = sum(map(len, groups)), _ideal(groups)
             name = f"K={answers}, context {context}"
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     return measurements
 
 
-def _judge(chat: ChatFormat, positions: int) -> RewardModel:
+def _reward_model(chat: ChatFormat, positions: int) -> RewardModel:
     torch.manual_seed(0)
     backbone = LlamaModel(
         LlamaConfig(vocab_size=chat.tokenizer.vocab_size, max_position_embeddings=positions, **_SIZES)
@@ -85,11 +85,11 @@ def _judge(chat: ChatFormat, positions: int) -> RewardModel:
     head = torch.nn.Linear(_SIZES["hidden_size"], 1, bias=False).requires_grad_(False)
     backbone.eval().requires_grad_(False)
     print(f"{sum(parameter.numel() for parameter in backbone.parameters()):,} parameters")
-    return RewardModel("judge", backbone, head, chat, stop=True, causal=True)
+    return RewardModel("reward", backbone, head, chat, stop=True, causal=True)
 
 
 def _groups(chat: ChatFormat, options: argparse.Namespace, answers: int, context: int) -> list[list[np.ndarray]]:
-    """Conversations of `answers` models each; the context is random tokens, of which the judge makes as much as of any."""
+    """Conversations of `answers` models each. The context is random tokens: the speed does not depend on them."""
     random = np.random.default_rng(0)
     rows = [row for _, row in read_jsonl(options.answers)]
     groups = []

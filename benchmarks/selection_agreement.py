@@ -1,14 +1,14 @@
 """How often a rule that selects among models' answers prefers the one that a strong judge preferred.
 
-    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4 [--judge-tokenizer TOKENIZER.model]
+    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4 [--reward-model-tokenizer TOKENIZER.model]
 
 --answers: JSONL rows {id, instruction, responses: {model: text}, scores: {judge: {model: score}}}. For every judge and every pair
 of models that it compared with one baseline, the share of the rows, ties left out, in which the rule and the judge prefer the same
 answer; beside it chance (0.5) as the baseline of the ratio, and, as a rule of its own, "always the longer answer". The standard
 error is in the unit's column. The reference model's answers are the ground truth, so that it is in no pair.
 
-With --judge-tokenizer also what the three small reward models of `preference_judges.py` say, by vote and the first one alone. They
-are trained twice, on every other row, and judge the rows that they have not seen.
+With --reward-model-tokenizer also what the three small reward models of `preference_models.py` say, by vote and the first one alone.
+They are trained twice, on every other row, and score the rows that they have not seen.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from preference_judges import JUDGES, options_of, train_judges
+from preference_models import NAMES, options_of, train_reward_models
 from table import Measurement, run
 
 from megatron_fuse.recipe import ReferenceOptions
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bertscore-model", help="directory of the encoder; without it BLEU and ROUGE-L count half each"
     )
-    parser.add_argument("--judge-tokenizer", type=Path, help="a tokenizer's file, to train small reward models with")
+    parser.add_argument(
+        "--reward-model-tokenizer", type=Path, help="a tokenizer's file, to train small reward models with"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
@@ -65,30 +67,30 @@ def _rules(options: argparse.Namespace, rows: list[dict], models: list[str]) -> 
     for place, name in enumerate(MEASURES):
         if not np.isnan(measures[models[0]][:, place]).all():
             rules[name] = {model: measures[model][:, [place]].astype(np.float64) for model in models}
-    if options.judge_tokenizer:
-        rewards = _rewards(options.judge_tokenizer, rows, models)
+    if options.reward_model_tokenizer:
+        rewards = _rewards(options.reward_model_tokenizer, rows, models)
         rules["vote of three small reward models"] = rewards
         rules["one small reward model"] = {model: rewards[model][:, :1] for model in models}
     return rules
 
 
 def _rewards(tokenizer: Path, rows: list[dict], models: list[str]) -> dict[str, np.ndarray]:
-    """{model: float32 [n, judges]}; a row is judged by those that were trained on the other half of the rows."""
-    rewards = np.zeros((len(rows), len(models), len(JUDGES)), np.float32)
+    """{model: float32 [n, reward models]}; a row is scored by those that were trained on the other half of the rows."""
+    rewards = np.zeros((len(rows), len(models), len(NAMES)), np.float32)
     for half in (0, 1):
         asked = rows[half::2]
         with TemporaryDirectory() as directory:
-            trained = train_judges(Path(directory), tokenizer, rows[1 - half :: 2])
+            trained = train_reward_models(Path(directory), tokenizer, rows[1 - half :: 2])
             for place, (name, path) in enumerate(trained.items()):
-                judge = load_reward_model(options_of(path), name)
+                reward_model = load_reward_model(options_of(path), name)
                 groups = [
                     [
-                        judge.encode([{"role": "user", "content": row["instruction"]}], row["responses"][m])
+                        reward_model.encode([{"role": "user", "content": row["instruction"]}], row["responses"][m])
                         for m in models
                     ]
                     for row in asked
                 ]
-                rewards[half::2, :, place] = score_conversations(judge, groups, batch_tokens=16384)
+                rewards[half::2, :, place] = score_conversations(reward_model, groups, batch_tokens=16384)
     return {model: rewards[:, place] for place, model in enumerate(models)}
 
 

@@ -65,7 +65,7 @@ def save_mpt(directory: Path) -> Path:
 
 
 def save_models(root: Path) -> dict[str, Path]:
-    """target (also the source alpha), beta and gamma, and a judge."""
+    """target (also the source alpha), beta and gamma, and a reward model."""
     models = {"target": save_llama(root / "target")}
     models["alpha"] = models["target"]
     models["beta"] = save_model(root / "beta", "gpt_neox", seed=1, positions=256)
@@ -118,8 +118,8 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
         generate_responses(Context(recipe), source, progress=str)
         for mode in ("training", "inference"):
             capture(Context(recipe), source, mode, progress=str)
-        for judge_place, judge in enumerate(recipe.reward_models):
-            random = np.random.default_rng([seed, place, judge_place])
+        for reward_model_place, reward_model in enumerate(recipe.reward_models):
+            random = np.random.default_rng([seed, place, reward_model_place])
 
             def draw(index: int, prefix: Path, random: np.random.Generator = random) -> dict[str, int]:
                 examples = len(
@@ -128,7 +128,7 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
                 np.save(prefix.with_name(prefix.name + ".npy"), random.integers(0, 3, examples).astype(np.float32))
                 return {}
 
-            run_plan(Context(recipe).plan(SCORES, source, judge), draw, progress=str)
+            run_plan(Context(recipe).plan(SCORES, source, reward_model), draw, progress=str)
 
 
 def build_world(root: Path) -> Recipe:

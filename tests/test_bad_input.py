@@ -32,11 +32,11 @@ FUSION = "fusion/exact-skip-T2"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, a judge, a recipe, and a work directory with everything up to fusion data."""
+    """Two models, a reward model, a recipe, and a work directory with everything up to fusion data."""
     root = tmp_path_factory.mktemp("bad_input")
     for seed, (name, family) in enumerate({"alpha": "llama", "beta": "mpt"}.items()):
         save_model(root / name, family, seed=seed)
-    save_model(root / "judge", "llama", reward=True)
+    save_model(root / "reward", "llama", reward=True)
     write_rows(
         root / "data.jsonl", [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}."} for i in range(4)]
     )
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workdir": str(root / "work"),
         "target": {"model": str(root / "alpha")},
         "sources": {name: {"model": str(root / name), "dtype": "fp32"} for name in ("alpha", "beta")},
-        "reward_models": {"judge": {"model": str(root / "judge"), "dtype": "fp32"}},
+        "reward_models": {"reward": {"model": str(root / "reward"), "dtype": "fp32"}},
         "data": {"path": str(root / "data.jsonl"), "shard_size": 2},
         "responses": {"max_new_tokens": 3},
         "schedule": {"preset": "profuser"},
@@ -205,7 +205,7 @@ def test_a_broken_model_is_named_and_a_mended_one_goes_on(
     elif damage == "more layers":
         change_config(world, num_hidden_layers=3)
     elif damage == "no head":
-        shutil.copy(world / "judge/model.safetensors", weights)
+        shutil.copy(world / "reward/model.safetensors", weights)
     elif damage == "not a pickle":
         weights.unlink()
         (world / "alpha/pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
@@ -249,12 +249,12 @@ DAMAGED = [
     (flip_a_bit, "instructions/examples.00001.jsonl", "captures/beta/training", "capture_teacher"),
     (flip_a_bit, "responses/beta/shard-00001.jsonl", "scores", "score_responses"),
     (flip_a_bit, "responses/beta/shard-00000.jsonl", "captures/beta/inference", "capture_teacher"),
-    (flip_a_bit, "scores/beta/judge/shard-00001.npy", "fusion", "build_fusion_data"),
+    (flip_a_bit, "scores/beta/reward/shard-00001.npy", "fusion", "build_fusion_data"),
     (flip_a_bit, "captures/beta/training/shard-00001.safetensors", "fusion", "build_fusion_data"),
     (flip_a_bit, "{fusion}/teachers/beta/training/shard-00000.examples.safetensors", "none", "build_fusion_data"),
     (write_list, "instructions/manifest.json", "responses", "generate_responses"),
     (Path.unlink, "instructions/examples.00001.jsonl", "responses", "generate_responses"),
-    (Path.unlink, "scores/beta/judge/shard-00000.npy", "fusion", "build_fusion_data"),
+    (Path.unlink, "scores/beta/reward/shard-00000.npy", "fusion", "build_fusion_data"),
     (halve, "responses/beta/shard-00000.jsonl", "scores", "score_responses"),
     (halve, "captures/beta/training/shard-00001.safetensors", "fusion", "build_fusion_data"),
 ]
@@ -313,7 +313,12 @@ OTHERWISE = {
         "build_fusion_data",
         "responses/beta .*inputs.chat format",
     ),
-    "judge's template": ("reward_models.judge.chat_template", "alpaca", "build_fusion_data", "scores/.*chat format"),
+    "reward model's template": (
+        "reward_models.reward.chat_template",
+        "alpaca",
+        "build_fusion_data",
+        "scores/.*chat format",
+    ),
     "model": ("sources.beta.model", "delta", "capture_teacher", "responses/beta .*inputs.model = "),
     "temperature": (
         "responses.temperature",

@@ -76,7 +76,7 @@ def test_the_length_is_that_of_the_ground_truth_in_the_targets_tokens(copied: Re
     assert (np.diff(found[np.argsort(ranks)]) >= 0).all()
 
 
-def test_the_reward_is_the_strongest_judges_of_the_source_that_is_the_target(copied: Recipe) -> None:
+def test_the_reward_is_the_strongest_reward_models_of_the_source_that_is_the_target(copied: Recipe) -> None:
     for strongest in ("one", "two"):
         selection = copied.selection.model_copy(update={"strongest": strongest})
         recipe = built(copied.model_copy(update={"selection": selection}), "target_reward")
@@ -146,7 +146,7 @@ def test_a_curriculum_that_is_not_the_recipes_is_refused(copied: Recipe, case: s
     order_of(recipe)
 
 
-def test_another_judge_or_another_target_is_another_curriculum(copied: Recipe) -> None:
+def test_another_reward_model_or_another_target_is_another_curriculum(copied: Recipe) -> None:
     recipe = built(copied, "target_reward")
     other = recipe.model_copy(update={"selection": recipe.selection.model_copy(update={"strongest": "two"})})
     with pytest.raises(UserError, match="reward model = 'one', but now it is 'two'"):
@@ -177,8 +177,8 @@ def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None
     assert verify_fusion_data(Context(recipe), progress=str).problems == []
 
 
-def test_a_target_that_is_no_source_answers_and_is_judged_first(tmp_path: Path) -> None:
-    """CSFT in the order of the target's own reward: nobody else answers, nobody else is judged, nothing is captured."""
+def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) -> None:
+    """CSFT in the order of the target's own reward: nobody else answers, nobody else is scored, nothing is captured."""
     rows = [
         {"id": f"e{i}", "instruction": f"Add {i} and {i + 1}.", "output": f"That makes {2 * i + 1}."} for i in range(14)
     ]
@@ -212,10 +212,10 @@ def test_a_target_that_is_no_source_answers_and_is_judged_first(tmp_path: Path) 
     assert np.array_equal(rewards, load_scores(Context(recipe), "target", "strong"), equal_nan=True)
     answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, "target")) for answer in shard]
     assert np.isnan(rewards).tolist() == [not answer.response.strip() for answer in answers]
-    judged = rewards[~np.isnan(rewards)]
-    assert len(judged) > 3 and len(set(judged.tolist())) > 3  # so that there is something to order
+    scored = rewards[~np.isnan(rewards)]
+    assert len(scored) > 3 and len(set(scored.tolist())) > 3  # so that there is something to order
     order = np.argsort(order_of(recipe).ranks, kind="stable")
-    assert rewards[order][: len(judged)].tolist() == sorted(judged.tolist(), reverse=True)
+    assert rewards[order][: len(scored)].tolist() == sorted(scored.tolist(), reverse=True)
 
 
 def test_the_command_says_what_was_chosen_and_measured(
@@ -244,7 +244,7 @@ def test_the_command_says_what_was_chosen_and_measured(
     least, most = measures["gt_tokens"].min(), measures["gt_tokens"].max()
     assert f"order of the examples: target_reward; ground truth of {least} to {most} target tokens" in said
     assert f"reward of alpha's answers by one: {np.nanmin(measures['target_reward']):.3g} to" in said
-    assert f"{np.isnan(measures['target_reward']).sum()} not judged" in said
+    assert f"{np.isnan(measures['target_reward']).sum()} not scored" in said
 
 
 def train_in_order(recipe: Recipe, iterations: int) -> list[list[int]]:

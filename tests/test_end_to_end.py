@@ -35,7 +35,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name: save_model(directory / name, family, seed=seed, vocab_size=vocab_size)
         for seed, (name, (family, vocab_size)) in enumerate(sizes.items())
     }
-    judges = {name: save_model(directory / name, "llama", seed=seed, reward=True) for seed, name in enumerate("jk")}
+    reward_models = {
+        name: save_model(directory / name, "llama", seed=seed, reward=True) for seed, name in enumerate("jk")
+    }
     rows = [
         {
             "instruction": f"Name {i} things that are {colour}.",
@@ -48,7 +50,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workdir": str(directory / "work"),
         "target": {"model": str(models["alpha"])},
         "sources": {name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()},
-        "reward_models": {name: {"model": str(path), "dtype": "fp32"} for name, path in judges.items()},
+        "reward_models": {name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()},
         "data": {"path": str(write_rows(directory / "data.jsonl", rows)), "held_out": 4, "shard_size": 16},
         "responses": {"max_new_tokens": 12},
         "schedule": {"preset": "profuser"},

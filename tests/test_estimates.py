@@ -30,9 +30,9 @@ def recipe_of(tmp_path: Path, model: Path, rows: list = ROWS, **sections: object
     sections = {"responses": {"max_new_tokens": 4}, "schedule": {"preset": "profuser"}, **sections}
     sections["training"] = {"seq_length": 512, "global_batch_size": 4, **sections.get("training", {})}
     data = write_rows(tmp_path / "data.jsonl", rows)
-    judge = {"judge": {"model": str(model)}}
+    reward_model = {"reward": {"model": str(model)}}
     return small_recipe(
-        tmp_path / "work", data, model, {"alpha": model, "beta": model}, reward_models=judge, **sections
+        tmp_path / "work", data, model, {"alpha": model, "beta": model}, reward_models=reward_model, **sections
     )
 
 

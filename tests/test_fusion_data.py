@@ -245,9 +245,9 @@ def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe)
         FusionDataset(strong)
 
 
-def test_only_the_judges_that_the_recipe_names_decide(copied: Recipe) -> None:
+def test_only_the_reward_models_that_the_recipe_names_decide(copied: Recipe) -> None:
     both = FusionDataset(copied).selections["inference"].arrays
-    alone = changed(copied, selection={"judges": ["two"]})
+    alone = changed(copied, selection={"reward_models": ["two"]})
     with pytest.raises(UserError, match=r"does not exist; it is to hold .*'judges': \['two'\]"):
         FusionDataset(alone)
     build_fusion_data(Context(alone), progress=str)

@@ -15,7 +15,7 @@ from megatron_fuse.responses import Response
 from megatron_fuse.scoring.given_scores import given_scores
 
 DATA = Path(__file__).parents[1] / "../shared/data"
-WHERE = "reward_models.judge.scores"
+WHERE = "reward_models.reward.scores"
 
 SCORES = {"e0": {"vicuna-7b-v1.5": 0.25, "mpt": -1e30}, "e1": {"vicuna-7b-v1.5": 3, "mpt": 1e-30}, "e3": {"mpt": 7.5}}
 TRIPLES = [{"id": key, "source": name, "score": score} for key, row in SCORES.items() for name, score in row.items()]
@@ -43,7 +43,7 @@ def read(path: Path, **options: Any):
         ([*TRIPLES, *TRIPLES, *MAPPINGS], {}),
         ([*MAPPINGS, {"id": "e1", "scores": None}, {"id": "e9"}, {"id": "e9", "source": "x", "score": None}], {}),
         ([row | {"source": "where the row is from"} for row in MAPPINGS], {}),
-        ([{"i": row["id"], "a": {"judge.2": row["scores"]}} for row in MAPPINGS], {"id": "i", "scores": "a.judge.2"}),
+        ([{"i": row["id"], "a": {"reward.2": row["scores"]}} for row in MAPPINGS], {"id": "i", "scores": "a.reward.2"}),
     ],
     ids=["triples", "mappings", "both", "repeated", "nulls", "source_of_the_row", "nested"],
 )
@@ -154,13 +154,13 @@ def test_files_that_are_refused(tmp_path: Path, rows: list | None, message: str)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there")
-def test_real_judgements_by_a_nested_key() -> None:
-    path, judge = DATA / "responses/alpaca_eval.jsonl", "weighted_gpt4_turbo__win_vs_gpt4_1106_preview"
-    given = read(path, scores=f"scores.{judge}")
+def test_real_scores_by_a_nested_key() -> None:
+    path, reward_model = DATA / "responses/alpaca_eval.jsonl", "weighted_gpt4_turbo__win_vs_gpt4_1106_preview"
+    given = read(path, scores=f"scores.{reward_model}")
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     examples = [example(row["id"]) for row in rows]
     for source in given.sources:
         found = given.of(source, examples, [answer(row["id"], row["responses"][source]) for row in rows])
-        expected = [(row["scores"].get(judge) or {}).get(source, np.nan) for row in rows]
+        expected = [(row["scores"].get(reward_model) or {}).get(source, np.nan) for row in rows]
         np.testing.assert_array_equal(found, np.array(expected, np.float32))
         assert np.isfinite(found).any()

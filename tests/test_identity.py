@@ -22,7 +22,9 @@ from megatron_fuse.stages import Context
 STAGES: dict[str, Callable[[Context], Any]] = {
     "instructions": prepare_instructions,
     "responses": lambda context: [generate_responses(context, name) for name in context.recipe.answering],
-    "scores": lambda context: [score_responses(context, judge) for judge in context.recipe.judges],
+    "scores": lambda context: [
+        score_responses(context, reward_model) for reward_model in context.recipe.voting_reward_models
+    ],
     "captures": lambda context: [
         capture(context, source, mode)
         for source in context.recipe.sources
@@ -78,8 +80,8 @@ WITHOUT = {
     "reward_models.*.form": "auto names the same form",
     "reward_models.*.body": "of checkpoints without a tokenizer",
     "reference.*": "of selection.inference: reference, which this recipe does not use",
-    "selection.strongest": "names the only judge",
-    "selection.judges": "names the only judge",
+    "selection.strongest": "names the only reward model",
+    "selection.reward_models": "names the only reward model",
     "schedule.*": "of training, where run_facts holds them",
     "loss.*": "of training, where run_facts holds what a step depends on",
     "parallel.*": "of training",
@@ -134,7 +136,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     for name, family in {"a": "llama", "b": "mpt", "target": "llama"}.items():
         save_model(directory / name, family, seed=ord(name[0]))
         save_model(directory / f"other-{name}", family, seed=1)
-    for name in ("judge", "other-judge"):
+    for name in ("reward", "other-reward"):
         save_model(directory / name, "llama", seed=len(name), reward=True)
     write_rows(directory / "answers.jsonl", [{"id": "0", "response": "No."}])
     write_rows(directory / "scores.jsonl", [{"id": "0", "source": "a", "score": 1.0}])
@@ -143,7 +145,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         directory / "data.jsonl",
         directory / "target",
         {name: directory / name for name in "ab"},
-        reward_models={"judge": {"model": str(directory / "judge"), "dtype": "fp32"}},
+        reward_models={"reward": {"model": str(directory / "reward"), "dtype": "fp32"}},
         schedule={"preset": "profuser"},
         responses={"max_new_tokens": 8},
     )
@@ -186,15 +188,15 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     root = recipe.workdir.parent
     given = {
         "workdir": str(root / "elsewhere"),
-        "reward_models.judge.scores": str(root / "scores.jsonl"),
+        "reward_models.reward.scores": str(root / "scores.jsonl"),
         "data.path": str(root / "other-data.jsonl"),
         "data.samples": 5,
         "schedule.phases": None,
         "schedule.preset": "simulfuse",
         "schedule.order": "gt_length",
         "selection.sources": ["b"],
-        "selection.judges": ["judge"],
-        "selection.strongest": "judge",
+        "selection.reward_models": ["reward"],
+        "selection.strongest": "reward",
         "selection.training_margin": {"at_least": 0.1},
         "selection.inference_margin": {"at_least": 1},
         "capture.temperatures": [1.0, 2.0],
@@ -262,7 +264,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         other = (value or 0) + 2
     wsd = {"training.lr_decay_style": "WSD", "training.lr_wsd_decay_iters": 2}
     besides = {
-        "reward_models.judge.scores": {"reward_models.judge.model": None},
+        "reward_models.reward.scores": {"reward_models.reward.model": None},
         "training.lr_warmup_fraction": {"training.lr_warmup_iters": 0},
         "training.lr_wsd_decay_iters": wsd,
         "training.lr_wsd_decay_style": wsd,
@@ -292,7 +294,7 @@ def stages_that_notice(recipe: Recipe) -> set[str]:
 AT_ONCE = {
     "target.system",
     "sources.a.system",
-    "reward_models.judge.system",
+    "reward_models.reward.system",
     "data.path",
     "capture.top_p",
     "sources.b.model",
@@ -300,7 +302,7 @@ AT_ONCE = {
 KEYS = [
     key
     for key, _ in keys_of(
-        small_recipe(Path(), Path(), Path(), {"a": "a", "b": "b"}, reward_models={"judge": {"model": "m"}})
+        small_recipe(Path(), Path(), Path(), {"a": "a", "b": "b"}, reward_models={"reward": {"model": "m"}})
     )
 ]
 

@@ -96,12 +96,12 @@ def _evaluate(model: Path) -> None:
     harness.load_model(model, 1, Settings())
 
 
-def _judge(model: Path) -> None:
-    judge = save_model(model.parent / "judge", "llama", reward=True)
+def _reward_model(model: Path) -> None:
+    reward_model = save_model(model.parent / "reward", "llama", reward=True)
     for name in ("config.json", "own.py"):
-        shutil.copy(model / name, judge)
-    _change(judge / "config.json", architectures=["OwnForSequenceClassification"], num_labels=1)
-    load_reward_model(RewardModelOptions(model=str(judge)), "judge")
+        shutil.copy(model / name, reward_model)
+    _change(reward_model / "config.json", architectures=["OwnForSequenceClassification"], num_labels=1)
+    load_reward_model(RewardModelOptions(model=str(reward_model)), "reward")
 
 
 ROADS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -115,7 +115,7 @@ ROADS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"set sources\.own\.trust_remote_code: true",
     ),
     "config of a target": (read_architecture, "model_type|model type|custom code|by Python code"),
-    "reward model": (_judge, "by Python code that comes with it|custom code"),
+    "reward model": (_reward_model, "by Python code that comes with it|custom code"),
     "encoder of BERTScore": (lambda model: _load_encoder(str(model), None), "nothing here runs such code"),
     "merge": (_merge, "by Python code that comes with it"),
     "evaluation": (_evaluate, "nothing here runs such code"),

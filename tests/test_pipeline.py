@@ -29,8 +29,8 @@ def run_data_stages(recipe: Recipe) -> None:
     prepare_instructions(Context(recipe))
     for name in recipe.answering:
         generate_responses(Context(recipe), name)
-    for judge in recipe.judges:
-        score_responses(Context(recipe), judge)
+    for reward_model in recipe.voting_reward_models:
+        score_responses(Context(recipe), reward_model)
     for source in recipe.sources:
         for mode in recipe.modes_with_teacher:
             capture(Context(recipe), source, mode)
@@ -60,7 +60,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     families = {"alpha": "llama", "beta": "mpt", "gamma": "gpt_neox"}
     return {
         "data": write_rows(directory / "data.jsonl", rows),
-        "judge": save_model(directory / "judge", "llama", reward=True),
+        "reward": save_model(directory / "reward", "llama", reward=True),
         **{name: save_model(directory / name, family, seed=i) for i, (name, family) in enumerate(families.items())},
     }
 
@@ -71,7 +71,7 @@ def recipe_of(tmp_path: Path, parts: dict, *sources: str) -> Recipe:
         parts["data"],
         parts["alpha"],
         {name: parts[name] for name in sources},
-        reward_models={"judge": {"model": str(parts["judge"]), "dtype": "fp32"}},
+        reward_models={"reward": {"model": str(parts["reward"]), "dtype": "fp32"}},
         schedule={"preset": "profuser"},
         responses={"max_new_tokens": 8},
     )
@@ -86,7 +86,7 @@ def test_a_source_that_joins_later_runs_only_its_own_stages(tmp_path: Path, part
     chosen = {str(selection_path(three, mode).relative_to(three.workdir)) for mode in ("inference", "training")}
     assert to_do(three) == chosen | {
         "responses/gamma",
-        "scores/gamma/judge",
+        "scores/gamma/reward",
         "captures/gamma/inference",
         "captures/gamma/training",
         f"{fusion}/teachers/gamma/inference",
@@ -128,8 +128,8 @@ def test_the_plan_is_of_all_answers_and_scores_that_are_used(
         parts["data"],
         parts[target],
         {name: parts[name] for name in ("alpha", "beta")},
-        reward_models={name: {"model": str(parts["judge"])} for name in ("one", "two", "three")},
-        selection={"judges": ["two", "one"], "strongest": "two", "inference": rule},
+        reward_models={name: {"model": str(parts["reward"])} for name in ("one", "two", "three")},
+        selection={"reward_models": ["two", "one"], "strongest": "two", "inference": rule},
         schedule={"preset": preset, "order": order},
     )
     uses_answers = preset == "profuser"
@@ -137,7 +137,7 @@ def test_the_plan_is_of_all_answers_and_scores_that_are_used(
     answering = {"alpha", "beta"} if uses_answers else set()
     scored = {(name, "reference") for name in answering}
     if rule == "vote":
-        scored = {(name, judge) for name in answering for judge in ("one", "two")}
+        scored = {(name, reward_model) for name in answering for reward_model in ("one", "two")}
     if order == "target_reward":
         answering, scored = answering | {own}, scored | {(own, "two")}
     assert works(recipe, "responses").keys() == {f"responses/{name}" for name in answering}
@@ -159,7 +159,7 @@ def test_what_is_made_elsewhere_costs_no_computation_here(tmp_path: Path, parts:
         parts["data"],
         parts["alpha"],
         options,
-        reward_models={"judge": {"model": str(parts["judge"])}, "file": {"scores": str(given)}},
+        reward_models={"reward": {"model": str(parts["reward"])}, "file": {"scores": str(given)}},
         schedule={"preset": "profuser"},
     )
     check_files(recipe)  # a key for the server may be set or not: many servers ask for none

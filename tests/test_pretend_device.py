@@ -56,23 +56,23 @@ def compute_and_refuse() -> None:
 
 
 def stages(recipe: Recipe) -> dict[str, np.ndarray]:
-    """Runs what the sources and the judge do, and returns all that they found."""
+    """Runs what the sources and the reward model do, and returns all that they found."""
     prepare_instructions(Context(recipe), progress=str)
     found = {}
     for source in recipe.sources:
         generate_responses(Context(recipe), source, progress=str)
-        score_responses(Context(recipe), "judge", [source], progress=str)
+        score_responses(Context(recipe), "reward", [source], progress=str)
         capture(Context(recipe), source, "training", progress=str)
         answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
         found[f"{source} answers"] = np.array([repr(answer) for answer in answers])
-        found[f"{source} scores"] = load_scores(Context(recipe), source, "judge")
+        found[f"{source} scores"] = load_scores(Context(recipe), source, "reward")
         for path in sorted(Context(recipe).open(CAPTURES, source, "training").directory.glob("*.safetensors")):
             found |= {f"{source} {path.name} {name}": array for name, array in load_file(path).items()}
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sources_and_judges_run_on_the_device_of_their_models(
+def test_sources_and_reward_models_run_on_the_device_of_their_models(
     apart: Callable[..., Any], family: str, tmp_path: Path
 ) -> None:
     apart(run_on_both_devices, family, tmp_path)
@@ -80,7 +80,7 @@ def test_sources_and_judges_run_on_the_device_of_their_models(
 
 def run_on_both_devices(family: str, tmp_path: Path) -> None:
     save_model(tmp_path / "model", family)
-    save_model(tmp_path / "judge", family, reward=True)
+    save_model(tmp_path / "reward", family, reward=True)
     write_rows(tmp_path / "data.jsonl", ROWS)
 
     def recipe(workdir: str) -> Recipe:
@@ -90,7 +90,7 @@ def run_on_both_devices(family: str, tmp_path: Path) -> None:
             tmp_path / "model",
             {"s": tmp_path / "model"},
             data={"shard_size": 4},
-            reward_models={"judge": {"model": str(tmp_path / "judge"), "dtype": "fp32"}},
+            reward_models={"reward": {"model": str(tmp_path / "reward"), "dtype": "fp32"}},
             responses={"max_new_tokens": 6},
         )
 

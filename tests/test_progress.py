@@ -100,7 +100,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         write_rows(directory / "data.jsonl", rows),
         save_model(directory / "alpha", "llama"),
         {"alpha": directory / "alpha", "beta": save_model(directory / "beta", "gpt_neox")},
-        reward_models={"judge": {"model": str(save_model(directory / "judge", "llama", reward=True)), "dtype": "fp32"}},
+        reward_models={
+            "reward": {"model": str(save_model(directory / "reward", "llama", reward=True)), "dtype": "fp32"}
+        },
         schedule={"preset": "profuser"},
         responses={"max_new_tokens": 8, "batch_tokens": 150},  # a batch of several examples, several batches of a shard
         scoring={"batch_tokens": 150},
@@ -137,8 +139,8 @@ def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkey
         directory = recipe.workdir / "captures/alpha" / mode
         lines(said, rf"{directory}: shard 0: \d+/\d+ conversations, [\d.]+ tokens/(s|min|h), \S+( \S+)* left")
     said = []
-    score_responses(Context(recipe), "judge", progress=said.append)
-    lines(said, r"reward_models\.judge: shard 0: \d+/\d+ answers, [\d.]+ answers/(s|min|h), \S+( \S+)* left")
+    score_responses(Context(recipe), "reward", progress=said.append)
+    lines(said, r"reward_models\.reward: shard 0: \d+/\d+ answers, [\d.]+ answers/(s|min|h), \S+( \S+)* left")
 
 
 def test_a_server_that_takes_minutes_has_a_rate(

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "../shared/data"
 ANSWERS = DATA / "responses/mt_bench.jsonl"
 SOURCES = {"vicuna": "vicuna-7b-v1.5", "llama2": "llama-2-7b-chat", "mpt": "mpt-7b-chat"}
-JUDGES = ("first", "second", "third")
+REWARD_MODELS = ("first", "second", "third")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -68,8 +68,8 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {key: row[key] for key in ("id", "category", "instruction")} | {"output": row["responses"]["gpt-4"]}
         for row in rows
     ]
-    judge = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, num_labels=1, pad_token_id=None, **LLAMA)
-    judges = {name: save(root / name, LlamaForSequenceClassification(judge)) for name in JUDGES}
+    reward_model = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, num_labels=1, pad_token_id=None, **LLAMA)
+    reward_models = {name: save(root / name, LlamaForSequenceClassification(reward_model)) for name in REWARD_MODELS}
     matches = {"match": "id"}, {"match": "prompt", "prompt": "instruction"}, {"match": "id"}
     recipe = {
         "workdir": str(root / "work"),
@@ -84,7 +84,8 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for (name, model), match in zip(models.items(), matches, strict=True)
         },
         "reward_models": {
-            name: {"model": str(path), "dtype": "fp32", "chat_template": "vicuna_v1.1"} for name, path in judges.items()
+            name: {"model": str(path), "dtype": "fp32", "chat_template": "vicuna_v1.1"}
+            for name, path in reward_models.items()
         },
         "reference": {"without_bertscore": "renormalize"},
         "data": {"path": str(write_rows(root / "data.jsonl", data))},
@@ -123,15 +124,17 @@ def closest_to_the_truth(rows: list[dict], root: Path) -> list[str]:
 def most_votes(rows: list[dict], root: Path) -> list[str]:
     """The winners by rewards of one conversation at a time, with the ids of the vocabulary's own package."""
     tokenizer = SentencePieceProcessor(str(DATA / "tokenizers/llama2/tokenizer.model"))
-    judges = [LlamaForSequenceClassification.from_pretrained(root / judge).eval() for judge in JUDGES]
+    reward_models = [
+        LlamaForSequenceClassification.from_pretrained(root / reward_model).eval() for reward_model in REWARD_MODELS
+    ]
     winners = []
     for row in rows:
-        rewards = np.zeros((len(SOURCES), len(JUDGES)))
+        rewards = np.zeros((len(SOURCES), len(REWARD_MODELS)))
         for place, name in enumerate(SOURCES.values()):
             text = f"{SYSTEM} USER: {row['instruction']} ASSISTANT: {row['responses'][name]}"
             ids = torch.tensor([tokenizer.encode(text, add_bos=True, add_eos=True)])
             with torch.inference_mode():
-                rewards[place] = [judge(ids).logits.item() for judge in judges]
+                rewards[place] = [reward_model(ids).logits.item() for reward_model in reward_models]
         votes = np.bincount(rewards.argmax(0), minlength=len(SOURCES))
         winners.append(max(range(len(SOURCES)), key=lambda place: (votes[place], rewards[place, 0])))
     return [list(SOURCES)[winner] for winner in winners]

@@ -80,11 +80,11 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         train(model, [document.ids.tolist() for document in documents], seed)
         model.save_pretrained(directory / name)
-    judge = LlamaForSequenceClassification(
+    reward_model = LlamaForSequenceClassification(
         LlamaConfig(vocab_size=32000, max_position_embeddings=512, num_labels=1, pad_token_id=None, **llama)
     )
-    judge.save_pretrained(directory / "judge")
-    shutil.copy(tokenizers["llama"], directory / "judge")
+    reward_model.save_pretrained(directory / "reward")
+    shutil.copy(tokenizers["llama"], directory / "reward")
     recipe = {
         "workdir": str(directory / "work"),
         "target": {"model": str(directory / "llama"), "chat_template": "vicuna_v1.1"},
@@ -92,7 +92,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name: {"model": str(directory / name), "dtype": "fp32", "chat_template": templates[name]} for name in models
         },
         "reward_models": {
-            "judge": {"model": str(directory / "judge"), "dtype": "fp32", "chat_template": "vicuna_v1.1"}
+            "reward": {"model": str(directory / "reward"), "dtype": "fp32", "chat_template": "vicuna_v1.1"}
         },
         "data": {"path": str(DATA / "instructions/gpt4.jsonl"), "samples": 336, "held_out": 16},
         "responses": {"max_new_tokens": 64},

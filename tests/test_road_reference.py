@@ -216,7 +216,10 @@ def test_every_choice(roads: Callable[[str], Road], target: str) -> None:
     road = roads(target)
     dataset, names = road.dataset("exact condition"), list(road.recipe.sources)
     scores = np.stack(
-        [[load_scores(Context(road.recipe), name, judge) for judge in road.recipe.reward_models] for name in names]
+        [
+            [load_scores(Context(road.recipe), name, reward_model) for reward_model in road.recipe.reward_models]
+            for name in names
+        ]
     )
     of = {(reading.mode, reading.example, reading.source): reading for reading in road.readings}
     for number in range(len(TEXTS)):

@@ -77,7 +77,7 @@ def test_the_tool_shows_every_role_of_a_recipe(
         "target": {"model": models["qwen3"]},
         "sources": {"glm": {"model": models["glm 4"]}},
         "reward_models": {
-            "judge": {"model": models["gemma 3"], "form": "classifier"},
+            "reward": {"model": models["gemma 3"], "form": "classifier"},
             "elsewhere": {"scores": "scores.jsonl"},  # nothing to show
         },
         "schedule": {"preset": "profuser"},
@@ -87,5 +87,5 @@ def test_the_tool_shows_every_role_of_a_recipe(
     path.write_text(json.dumps(recipe))
     assert _run(monkeypatch, "--recipe", str(path), "--template", "--json") == 0
     views = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [view["model"] for view in views] == ["target", "sources.glm", "reward_models.judge"]
+    assert [view["model"] for view in views] == ["target", "sources.glm", "reward_models.reward"]
     assert [view["stop"]["text"] for view in views] == ["<|im_end|>", "<|user|>", "<end_of_turn>"]

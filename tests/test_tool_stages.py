@@ -140,18 +140,18 @@ def test_what_a_template_refuses_is_listed_with_its_own_words(models: Callable, 
     assert found["reason"].endswith(" refuses the messages: single tool-calls at once!")
 
 
-@pytest.mark.parametrize("judge", ["granite", "zephyr"])
-def test_a_row_that_a_judge_cannot_read_is_listed(models: Callable, tmp_path: Path, judge: str) -> None:
-    options = {"model": str(models(judge)), "form": "classifier"}
+@pytest.mark.parametrize("reward_model", ["granite", "zephyr"])
+def test_a_row_that_a_reward_model_cannot_read_is_listed(models: Callable, tmp_path: Path, reward_model: str) -> None:
+    options = {"model": str(models(reward_model)), "form": "classifier"}
     sections: dict[str, Any] = {"schedule": {"preset": "profuser"}, "reward_models": {"j": options}}
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], **sections)
     prepare_instructions(Context(recipe), progress=str)
-    reason = f"reward_models.j: the chat template of {models(judge)} does not print the offered tool weather"
-    assert [row["reason"] for row in listed(recipe)] == ([] if judge == "granite" else [reason])
+    reason = f"reward_models.j: the chat template of {models(reward_model)} does not print the offered tool weather"
+    assert [row["reason"] for row in listed(recipe)] == ([] if reward_model == "granite" else [reason])
 
 
-def test_a_judge_that_is_elsewhere_is_said(models: Callable, tmp_path: Path) -> None:
-    """Only for rows with tools; the others need no judge."""
+def test_a_reward_model_that_is_elsewhere_is_said(models: Callable, tmp_path: Path) -> None:
+    """Only for rows with tools; the others need no reward model."""
     options = {"model": str(tmp_path / "none"), "form": "classifier"}
     sections: dict[str, Any] = {"schedule": {"preset": "profuser"}, "reward_models": {"j": options}}
     for rows, expected in (([TOOL_ROW, *PLAIN], True), (PLAIN, False)):
@@ -167,12 +167,12 @@ def test_a_model_that_joins_later_is_named_with_the_row(models: Callable, tmp_pa
     served = SourceOptions(model=str(models("vicuna")), server={"url": "http://localhost:1/v1", "model": "x"})  # type: ignore[arg-type]
     asking = recipe.model_copy(update={"sources": {"s": served}})
     model = SimpleNamespace(config=LlamaConfig())
-    judge = RewardModel("j", nn.Identity(), nn.Identity(), zephyr, stop=True, causal=True)
+    reward_model = RewardModel("j", nn.Identity(), nn.Identity(), zephyr, stop=True, causal=True)
     meetings = [
         lambda: conversation_of(vicuna, EXAMPLE, None, every_turn=True),
         lambda: _prompts(recipe, "s", model, vicuna, [EXAMPLE]),
         lambda: _Format(asking, "s", vicuna).room(EXAMPLE),
-        lambda: _readable(judge, EXAMPLE, [Response("e", "x", truncated=False, tokens=1)]),
+        lambda: _readable(reward_model, EXAMPLE, [Response("e", "x", truncated=False, tokens=1)]),
     ]
     for meet in meetings:
         with pytest.raises(

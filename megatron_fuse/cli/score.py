@@ -22,7 +22,7 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--source", action="append", metavar="NAME", help="only this one's answers; may be repeated")
-    parser.add_argument("--reward-model", action="append", metavar="NAME", help="only this judge; may be repeated")
+    parser.add_argument("--reward-model", action="append", metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--reference", action="store_true", help="against the ground truth")
     parser.add_argument(
         "--backend",

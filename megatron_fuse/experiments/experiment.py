@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from megatron_fuse.errors import UserError, shortened
-from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, read_yaml
+from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, with_new_names
 from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
 from megatron_fuse.recipe.yaml_files import shown
 
@@ -174,13 +174,23 @@ def load_experiment(path: Path) -> Experiment:
     Raises UserError with the place of every error, also in the options of the variants.
     """
     document = read_document(path)
-    experiment = checked(Experiment, document.content, document.place)
+    experiment = _with_new_names(checked(Experiment, document.content, document.place), document)
     recipe = read_document(experiment.recipe)
     for name in experiment.variants:
         layers = ((document, ("variants", name)), (document, ("common",)), (recipe, ()))
-        content = _variant(experiment, recipe.content, name, experiment.seeds[0])
+        content = _variant(experiment, recipe, name, experiment.seeds[0])
         make_recipe(content, _innermost(layers, f"{shortened(str(path), 200)}: variants.{name}"))
     return experiment
+
+
+def _with_new_names(experiment: Experiment, document: Document) -> Experiment:
+    """The experiment with the new names of keys, so that layers of old and of new names fit on each other."""
+
+    def options(content: dict[str, Any], *outer: str) -> dict[str, Any]:
+        return with_new_names(content, lambda keys: document.place((*outer, *keys)))[0]
+
+    variants = {name: options(content, "variants", name) for name, content in experiment.variants.items()}
+    return experiment.model_copy(update={"common": options(experiment.common, "common"), "variants": variants})
 
 
 def _innermost(layers: tuple[tuple[Document, Keys], ...], otherwise: str) -> Callable[[Keys], str]:
@@ -213,11 +223,12 @@ def variant_recipe(experiment: Experiment, name: str, seed: int) -> Recipe:
 
     Raises UserError if the options are not valid.
     """
-    content = _variant(experiment, read_yaml(experiment.recipe), name, seed)
+    content = _variant(experiment, read_document(experiment.recipe), name, seed)
     return make_recipe(content, f"{experiment.recipe} with variant {name}")
 
 
-def _variant(experiment: Experiment, content: dict[str, Any], name: str, seed: int) -> dict[str, Any]:
+def _variant(experiment: Experiment, recipe: Document, name: str, seed: int) -> dict[str, Any]:
+    content, _ = with_new_names(recipe.content, recipe.place)
     run = run_directory(experiment, name, seed)
     set_by_runner = {
         "workdir": str(data_directory(experiment, seed)),

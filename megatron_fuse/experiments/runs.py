@@ -36,7 +36,7 @@ from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import INSTRUCTIONS
-from megatron_fuse.recipe import Recipe, checked, dump_recipe
+from megatron_fuse.recipe import Recipe, checked, dump_recipe, renamed
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_json, sha256_of_json, temporary_then_rename, write_json
 from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
@@ -172,11 +172,20 @@ def _refuse_another(run: Run, version: str) -> None:
 
 def refuse_other_options(run: Run, made_by: dict[str, Any]) -> None:
     """Raises UserError if the experiment's file now gives other options than those that made a run."""
-    if sha256_of_json(made_by) != sha256_of_json(run.options()):
+    if sha256_of_json(_with_new_names(made_by)) != sha256_of_json(run.options()):
         raise UserError(
             f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
             "experiment a workdir of its own"
         )
+
+
+def _with_new_names(made_by: dict[str, Any]) -> dict[str, Any]:
+    """Run.options() as an older version recorded them, with the new names of a recipe's keys."""
+    if isinstance(made_by.get("recipe"), dict):
+        return made_by | {"recipe": renamed(made_by["recipe"])}
+    if isinstance(made_by.get("of"), dict):
+        return made_by | {"of": {part: _with_new_names(options) for part, options in made_by["of"].items()}}
+    return made_by
 
 
 def _refuse_changed_code(run: Run, version: str) -> None:

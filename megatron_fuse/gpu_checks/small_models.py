@@ -41,20 +41,20 @@ def write_instructions(path: Path, count: int) -> None:
 
 
 def write_models(directory: Path) -> dict[str, Path]:
-    """Writes alpha (Llama), beta (GPT-NeoX with another tokenizer) and judge (a reward model).
+    """Writes alpha (Llama), beta (GPT-NeoX with another tokenizer) and reward (a reward model).
 
     Returns name -> directory.
     """
     sizes = {key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")}
-    paths = {name: directory / name for name in ("alpha", "beta", "judge")}
+    paths = {name: directory / name for name in ("alpha", "beta", "reward")}
     vocab = {name: _write_tokenizer(path, 300 + 10 * place) for place, (name, path) in enumerate(paths.items())}
     llama: dict[str, Any] = {**sizes, "max_position_embeddings": _POSITIONS}
     neox = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
     torch.manual_seed(11)
     _write(paths["alpha"], LlamaForCausalLM(LlamaConfig(vocab_size=vocab["alpha"], **llama)))
     _write(paths["beta"], GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab["beta"], **neox)))
-    reward = LlamaConfig(**{**llama, "vocab_size": vocab["judge"], "num_labels": 1})
-    _write(paths["judge"], LlamaForSequenceClassification(reward))
+    reward = LlamaConfig(**{**llama, "vocab_size": vocab["reward"], "num_labels": 1})
+    _write(paths["reward"], LlamaForSequenceClassification(reward))
     return paths
 
 

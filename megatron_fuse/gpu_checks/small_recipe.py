@@ -63,7 +63,7 @@ def small_recipe(directory: Path) -> Recipe:
             "workdir": str(directory / "run"),
             "target": {"model": models["alpha"]},
             "sources": {name: {"model": models[name]} for name in ("alpha", "beta")},
-            "reward_models": {"judge": {"model": models["judge"]}},
+            "reward_models": {"reward": {"model": models["reward"]}},
             "data": {"path": str(directory / "instructions.jsonl"), "held_out": 4},
             "responses": {"max_new_tokens": 12},
             "schedule": {

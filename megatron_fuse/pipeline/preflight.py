@@ -44,11 +44,11 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
     for name, source in recipe.sources.items():
         for mode, path in source.captures.items():
             yield partial(_require, path, f"sources.{name}.captures.{mode}")
-    for name, judge in recipe.reward_models.items():
-        if judge.scores:
-            yield partial(_require, judge.scores.path, f"reward_models.{name}.scores")
+    for name, reward_model in recipe.reward_models.items():
+        if reward_model.scores:
+            yield partial(_require, reward_model.scores.path, f"reward_models.{name}.scores")
         else:
-            yield partial(find_reward_model, judge, name)
+            yield partial(find_reward_model, reward_model, name)
     if recipe.reference.bertscore_model:
         yield partial(resolve_model, recipe.reference.bertscore_model, "reference.bertscore_model")
     if any(REFERENCE in scorers for scorers in recipe.scorers.values()):

@@ -1,6 +1,6 @@
 """The options of a recipe, how a recipe is read, and the paper's schedules by name."""
 
-from megatron_fuse.recipe.checking import Keys, checked, checked_value, make_recipe
+from megatron_fuse.recipe.checking import checked, checked_value, make_recipe
 from megatron_fuse.recipe.loading import (
     add_recipe_arguments,
     dump_recipe,
@@ -22,8 +22,9 @@ from megatron_fuse.recipe.models import (
 from megatron_fuse.recipe.modes import MODES, Mode
 from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
 from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
+from megatron_fuse.recipe.renamed import renamed, with_new_names
 from megatron_fuse.recipe.values import Line, Name, Options, path_argument, user_path
-from megatron_fuse.recipe.yaml_files import Document, read_document, read_yaml
+from megatron_fuse.recipe.yaml_files import Document, Keys, read_document
 
 __all__ = [
     "MODES",
@@ -58,8 +59,9 @@ __all__ = [
     "path_argument",
     "read_document",
     "read_recipe",
-    "read_yaml",
     "recipe_from_arguments",
+    "renamed",
     "user_path",
     "value_at",
+    "with_new_names",
 ]

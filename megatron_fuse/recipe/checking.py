@@ -3,18 +3,16 @@
 import difflib
 import types
 import typing
-from collections.abc import Callable
 from typing import Any, TypeVar, Union
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.recipe.options import Recipe
-from megatron_fuse.recipe.yaml_files import shown
+from megatron_fuse.recipe.renamed import with_new_names
+from megatron_fuse.recipe.yaml_files import Keys, Place, shown
 
 Checked = TypeVar("Checked", bound=BaseModel)
-Keys = tuple[int | str, ...]  # path of a key, from the outermost one; an int is an index in a list
-Place = Callable[[Keys], str]  # what an error calls a key: file, line and key
 
 _MESSAGE, _LISTED = 560, 300  # characters
 
@@ -25,11 +23,15 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
     where: what errors call a key, or the name of the file. Raises UserError with every wrong key, its value
     and the allowed values.
     """
-    place = where if callable(where) else lambda keys: f"{where}: {shown(keys) or 'the whole'}"
+    place = _place(where)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise UserError(_explain(error, place, model)) from error
+
+
+def _place(where: str | Place) -> Place:
+    return where if callable(where) else lambda keys: f"{where}: {shown(keys) or 'the whole'}"
 
 
 def checked_value(kind: Any, value: Any, where: str) -> Any:
@@ -45,8 +47,8 @@ def checked_value(kind: Any, value: Any, where: str) -> Any:
 
 
 def make_recipe(content: dict[str, Any], where: str | Place = "recipe") -> Recipe:
-    """`checked` for a Recipe. Raises UserError as `checked` does."""
-    return checked(Recipe, content, where)
+    """`checked` for a Recipe. Keys may have their old names. Raises UserError as `checked` does."""
+    return checked(Recipe, *with_new_names(content, _place(where)))
 
 
 def _explain(error: ValidationError, place: Place, model: type[BaseModel]) -> str:

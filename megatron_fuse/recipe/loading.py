@@ -17,10 +17,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe.checking import Keys, make_recipe
+from megatron_fuse.recipe.checking import make_recipe
 from megatron_fuse.recipe.options import Recipe
+from megatron_fuse.recipe.renamed import RENAMED, given_twice, warn_of_old_name, with_new_names
 from megatron_fuse.recipe.values import limits, path_argument
-from megatron_fuse.recipe.yaml_files import dump_yaml, plain_value, read_document
+from megatron_fuse.recipe.yaml_files import Keys, dump_yaml, plain_value, read_document
 
 BARE_SECTIONS = ("parallel", "training")
 
@@ -59,7 +60,11 @@ def _metadata(field: FieldInfo) -> list[Any]:
 
 
 def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
-    """(flag, key path, field) of every option that a flag can set, lists included."""
+    """(flag, key path, field) of every option that a flag can set, lists included.
+
+    The flag of an old name follows that of the new one, with the old path and the field of the new one.
+    """
+    old_names = {new: old for old, new in RENAMED.items()}
     for name, field in Recipe.model_fields.items():
         section = _section(field)
         if section is None:
@@ -67,9 +72,15 @@ def _flags() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
                 yield f"--{name}", (name,), field
             continue
         for key, inner in section.model_fields.items():
-            prefix = "" if name in BARE_SECTIONS and key not in Recipe.model_fields else f"{name}-"
             if _scalar_type(inner.annotation) or _element_type(inner.annotation):
-                yield "--" + (prefix + key).replace("_", "-"), (name, key), inner
+                yield _flag(name, key), (name, key), inner
+                if old := old_names.get((name, key)):
+                    yield _flag(*old), old, inner
+
+
+def _flag(section: str, key: str) -> str:
+    prefix = "" if section in BARE_SECTIONS and key not in Recipe.model_fields else f"{section}-"
+    return "--" + (prefix + key).replace("_", "-")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -80,6 +91,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     for flag, path, field in _flags():
         kind = _scalar_type(field.annotation)
         description = "; ".join(filter(None, (field.description, limits(_metadata(field))))).replace("%", "%%")
+        if path in RENAMED:
+            description = f"deprecated: use {_flag(*RENAMED[path])}"
         keywords: dict[str, Any] = {"dest": ".".join(path), "default": argparse.SUPPRESS, "help": description}
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
@@ -103,16 +116,23 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
     the line and key, of every error.
     """
     document = read_document(arguments.recipe)
-    content, flags = document.content, dict[Keys, str]()
+    content, place_in_file = with_new_names(document.content, document.place)
+    flags: dict[Keys, str] = {}
     for flag, path, field in _flags():
         if not hasattr(arguments, ".".join(path)):
             continue
+        value = _value(flag, getattr(arguments, ".".join(path)), field)
+        if path in RENAMED:
+            path = RENAMED[path]
+            if path in flags:
+                raise UserError(given_twice(flag, flags[path], flag))
+            warn_of_old_name(flag, _flag(*path))
         mapping = content
         for key in path[:-1]:
             mapping = mapping.setdefault(key, {})
             if not isinstance(mapping, dict):
                 raise UserError(f"{document.place((key,))}: must be a mapping for {flag} to set a key in it")
-        mapping[path[-1]] = _value(flag, getattr(arguments, ".".join(path)), field)
+        mapping[path[-1]] = value
         flags[path] = flag
         if path == ("schedule", "preset"):
             content["schedule"].pop("phases", None)
@@ -121,7 +141,7 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
         # An element of a list belongs to the list's flag.
         outer = (keys[:length] for length in range(len(keys), 0, -1))
         flag = next((flags[key] for key in outer if key in flags), None)
-        return f"{flag}: {'.'.join(map(str, keys))}" if flag else document.place(keys)
+        return f"{flag}: {'.'.join(map(str, keys))}" if flag else place_in_file(keys)
 
     recipe = make_recipe(content, place)
     if arguments.print_recipe:

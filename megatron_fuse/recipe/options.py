@@ -167,14 +167,14 @@ class SelectionOptions(Options):
     sources: list[Name] | None = Field(
         None, min_length=1, description="sources that are chosen between; default: all, which are captured in any case"
     )
-    judges: list[Name] | None = Field(
+    reward_models: list[Name] | None = Field(
         None, description="reward models that vote; one alone decides by its score; default: all of reward_models"
     )
     training_margin: Margin | None = Field(
         None, description="in nats per byte of response, between the best and the second best source"
     )
     inference_margin: Margin | None = Field(
-        None, description="in votes (one judge or reference: in scores) between the winner's answer and the next"
+        None, description="in votes (one reward model or reference: in scores) between the winner's answer and the next"
     )
     strongest: Name | None = Field(
         None, description="reward model whose score breaks a tie of votes; default: the first that votes"
@@ -514,25 +514,25 @@ class Recipe(Options):
         unknown = set(self.selection.sources or []) - set(self.sources)
         if unknown:
             raise ValueError(f"selection.sources has {sorted(unknown)} but sources has {sorted(self.sources)}")
-        unknown = set(self.selection.judges or []) - set(self.reward_models)
+        unknown = set(self.selection.reward_models or []) - set(self.reward_models)
         if unknown:
             raise ValueError(
-                f"selection.judges has {sorted(unknown)} but reward_models has {sorted(self.reward_models)}"
+                f"selection.reward_models has {sorted(unknown)} but reward_models has {sorted(self.reward_models)}"
             )
         strongest = self.selection.strongest
-        if strongest is not None and strongest not in self.judges:
+        if strongest is not None and strongest not in self.voting_reward_models:
             raise ValueError(
-                f"selection.strongest is {strongest!r} but those that vote are {self.judges}: name one of them"
+                f"selection.strongest is {strongest!r} but those that vote are {self.voting_reward_models}: name one of them"
             )
         votes = self.uses_inference_mode and self.selection.inference == "vote"
-        if votes and len(self.candidates) > 1 and not self.judges:
+        if votes and len(self.candidates) > 1 and not self.voting_reward_models:
             raise ValueError(
                 "schedule gives the inference mode a weight, several sources answer and no reward model votes: name at least "
                 "one in reward_models, take selection.inference: reference, or a preset without inference mode (csft, fuse)"
             )
-        if self.schedule.order == "target_reward" and not self.judges:
+        if self.schedule.order == "target_reward" and not self.voting_reward_models:
             raise ValueError(
-                "schedule.order is target_reward, but no reward model votes: name one in reward_models to judge the target"
+                "schedule.order is target_reward, but no reward model votes: name one in reward_models to score the target"
             )
         return self
 
@@ -565,15 +565,15 @@ class Recipe(Options):
         return [name for name in self.sources if chosen is None or name in chosen]
 
     @property
-    def judges(self) -> list[str]:
+    def voting_reward_models(self) -> list[str]:
         """The reward models that vote, in the order of `reward_models`."""
-        chosen = self.selection.judges
+        chosen = self.selection.reward_models
         return [name for name in self.reward_models if chosen is None or name in chosen]
 
     @property
     def strongest(self) -> str | None:
         """The reward model whose score breaks ties of votes; None if no reward model votes."""
-        return self.selection.strongest or next(iter(self.judges), None)
+        return self.selection.strongest or next(iter(self.voting_reward_models), None)
 
     @property
     def target_as_source(self) -> str | None:
@@ -615,7 +615,9 @@ class Recipe(Options):
         selection.inference reference. If the target's reward orders the examples (schedule.order
         target_reward), the strongest reward model scores the target's answers too.
         """
-        chosen_by = {"vote": self.judges, "reference": [REFERENCE], "random": []}[self.selection.inference]
+        chosen_by = {"vote": self.voting_reward_models, "reference": [REFERENCE], "random": []}[
+            self.selection.inference
+        ]
         scorers = {name: list(chosen_by) for name in self.sources} if self.uses_inference_mode else {}
         if self.schedule.order == "target_reward":
             of_target = scorers.setdefault(self.target_as_source or TARGET, [])

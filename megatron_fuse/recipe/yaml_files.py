@@ -7,7 +7,7 @@ Anchors, aliases and `<<` are allowed, as long as the content stays within the l
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,9 @@ from yaml.constructor import ConstructorError
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.text_safety import printable
+
+Keys = tuple[int | str, ...]  # path of a key, from the outermost one; an int is an index in a list
+Place = Callable[[Keys], str]  # what an error calls a key: file, line and key
 
 LIMIT = 1 << 20  # bytes of a file; also characters and values after every alias is replaced by its content
 DEPTH = 64  # of nested lists and mappings
@@ -272,11 +275,6 @@ def read_document(path: Path) -> Document:
     return Document(path, content, root)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of read_document alone. Raises UserError as read_document does."""
-    return read_document(path).content
-
-
 def plain_value(text: str) -> Any:
     """The value of a text that stands in a file without quotes: a number, a truth value, None or the text.
 
@@ -290,5 +288,5 @@ def plain_value(text: str) -> Any:
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """The content as YAML. read_yaml and readers of YAML 1.1 read the same content back."""
+    """The content as YAML. read_document and readers of YAML 1.1 read the same content back."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -35,7 +35,7 @@ _WORTH = 0.05
 
 @torch.inference_mode()
 def score_conversations(
-    judge: RewardModel,
+    reward_model: RewardModel,
     groups: Sequence[Sequence[np.ndarray]],
     *,
     batch_tokens: int,
@@ -44,7 +44,7 @@ def score_conversations(
 ) -> list[np.ndarray]:
     """The rewards float32 [K] of every group, in order. A group holds the K conversations of one example.
 
-    groups: each conversation is int32 ids, at most judge.max_tokens of them.
+    groups: each conversation is int32 ids, at most reward_model.max_tokens of them.
     batch_tokens: padded tokens of a forward pass; with shared prompts the tokens whose keys and values are
         held at once.
     report: called after every batch with the numbers of scored and remaining conversations.
@@ -53,8 +53,10 @@ def score_conversations(
     """
     conversations = [ids for group in groups for ids in group]
     if conversations:
-        refuse_unknown_ids(judge.backbone, max(int(ids.max()) for ids in conversations), f"reward_models.{judge.name}")
-    share = share_prompts and _can_share(judge)
+        refuse_unknown_ids(
+            reward_model.backbone, max(int(ids.max()) for ids in conversations), f"reward_models.{reward_model.name}"
+        )
+    share = share_prompts and _can_share(reward_model)
     prompts = np.array([_prompt_length(group) if share else 0 for group in groups], np.int64)
     sizes = [len(group) for group in groups]
     rewards = np.zeros(len(conversations), np.float32)
@@ -69,7 +71,7 @@ def score_conversations(
     alone = np.flatnonzero(np.repeat(prompts, sizes) == 0)
     for batch in token_budget_batches([len(conversations[row]) for row in alone], batch_tokens):
         rows = alone[batch]
-        rewards[rows] = _rewards(judge, [conversations[row] for row in rows])
+        rewards[rows] = _rewards(reward_model, [conversations[row] for row in rows])
         scored(len(rows))
 
     # Then the groups with a shared prompt. Half of the budget is for the prompts, half for the rows that are
@@ -77,24 +79,24 @@ def score_conversations(
     rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
     shared = np.flatnonzero(prompts)
     longest = np.array([max(len(ids) for ids in groups[group]) for group in shared.tolist()], np.int64)
-    for batch in _prompt_batches(prompts[shared], longest, batch_tokens // 2, judge.max_tokens):
+    for batch in _prompt_batches(prompts[shared], longest, batch_tokens // 2, reward_model.max_tokens):
         chosen = shared[batch]
         rows = np.concatenate([rows_of[group] for group in chosen])
         rewards[rows] = _rewards_behind_prompts(
-            judge, [groups[group] for group in chosen], prompts[chosen], batch_tokens // 2
+            reward_model, [groups[group] for group in chosen], prompts[chosen], batch_tokens // 2
         )
         scored(len(rows))
     return [rewards[rows] for rows in rows_of]
 
 
-def _can_share(judge: RewardModel) -> bool:
+def _can_share(reward_model: RewardModel) -> bool:
     """Whether the model can read the rest of a conversation behind the keys and values of its prompt.
 
     That needs a causal model that keeps nothing of a prompt but keys and values.
     """
-    if not judge.causal or cache_argument(judge.backbone.forward) is None:
+    if not reward_model.causal or cache_argument(reward_model.backbone.forward) is None:
         return False
-    config = judge.backbone.config
+    config = reward_model.backbone.config
     return isinstance(config, PreTrainedConfig) and keeps_keys_and_values(config)
 
 
@@ -135,16 +137,16 @@ def _prompt_batches(
 
 
 def _rewards_behind_prompts(
-    judge: RewardModel, groups: Sequence[Sequence[np.ndarray]], prompts: np.ndarray, batch_tokens: int
+    reward_model: RewardModel, groups: Sequence[Sequence[np.ndarray]], prompts: np.ndarray, batch_tokens: int
 ) -> np.ndarray:
     """The rewards float32 of these groups' conversations, concatenated. All prompts, of lengths [groups], are
     read once, together."""
-    read = _read_prompts(judge, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
+    read = _read_prompts(reward_model, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
     places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     rests = [ids[length:] for group, length in zip(groups, prompts, strict=True) for ids in group]
     rewards = np.zeros(len(rests), np.float32)
     for batch in token_budget_batches([read.mask.shape[1] + len(rest) for rest in rests], batch_tokens):
-        rewards[batch] = _rewards(judge, [rests[row] for row in batch], behind=read.rows(places[batch]))
+        rewards[batch] = _rewards(reward_model, [rests[row] for row in batch], behind=read.rows(places[batch]))
     return rewards
 
 
@@ -166,18 +168,18 @@ class _Prompts:
         return _Prompts(DynamicCache(layers), self.mask[index])
 
 
-def _read_prompts(judge: RewardModel, prompts: Sequence[np.ndarray]) -> _Prompts:
+def _read_prompts(reward_model: RewardModel, prompts: Sequence[np.ndarray]) -> _Prompts:
     # The cache has full layers, not the model's own kinds of layers. A sliding layer drops tokens older than
     # its window and counts padding on the left as tokens.
     # The mask already keeps every token within its window.
     cache = DynamicCache()
-    tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(prompts, "left"))
-    _hidden(judge, tokens, mask, cache)
+    tokens, mask = (part.to(input_device(reward_model.backbone)) for part in pad(prompts, "left"))
+    _hidden(reward_model, tokens, mask, cache)
     return _Prompts(cache, mask)
 
 
 def _rewards(
-    judge: RewardModel,
+    reward_model: RewardModel,
     rows: Sequence[np.ndarray],
     *,
     padding: Literal["left", "right"] = "right",
@@ -187,13 +189,13 @@ def _rewards(
 
     behind: the prompts that the rows follow; None: the rows are whole conversations.
     """
-    tokens, mask = (part.to(input_device(judge.backbone)) for part in pad(rows, padding))
+    tokens, mask = (part.to(input_device(reward_model.backbone)) for part in pad(rows, padding))
     whole = torch.cat([behind.mask, mask], dim=1) if behind else mask
-    hidden = _hidden(judge, tokens, whole, behind.cache if behind else None)
+    hidden = _hidden(reward_model, tokens, whole, behind.cache if behind else None)
     first = mask.argmax(dim=1).to(hidden.device)
-    places = first + mask.sum(dim=1).to(hidden.device) - 1 if judge.causal else first
+    places = first + mask.sum(dim=1).to(hidden.device) - 1 if reward_model.causal else first
     read = hidden[torch.arange(len(rows), device=hidden.device), places]
-    return judge.head(read.float())[:, 0].cpu().numpy()
+    return reward_model.head(read.float())[:, 0].cpu().numpy()
 
 
 def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,15 +210,17 @@ def pad(rows: Sequence[np.ndarray], side: Literal["left", "right"]) -> tuple[tor
     return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
-def _hidden(judge: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+def _hidden(
+    reward_model: RewardModel, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None
+) -> torch.Tensor:
     """The last hidden states [n, s, h] of tokens [n, s] behind the tokens of the cache.
 
     mask [n, cached + s].
     """
     extra: dict[str, torch.Tensor | DynamicCache | bool | None] = {}
-    parameters = inspect.signature(judge.backbone.forward).parameters
-    if judge.causal and "position_ids" in parameters:  # ALiBi models take none
+    parameters = inspect.signature(reward_model.backbone.forward).parameters
+    if reward_model.causal and "position_ids" in parameters:  # ALiBi models take none
         extra["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    if (argument := cache_argument(judge.backbone.forward)) is not None:
+    if (argument := cache_argument(reward_model.backbone.forward)) is not None:
         extra |= {argument: cache, "use_cache": cache is not None}
-    return judge.backbone(input_ids=tokens, attention_mask=mask, **extra).last_hidden_state
+    return reward_model.backbone(input_ids=tokens, attention_mask=mask, **extra).last_hidden_state

@@ -164,15 +164,20 @@ def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shar
 
 
 def _score(
-    judge: RewardModel, recipe: Recipe, examples: list[Example], answers: dict[str, list[Response]], report: Report
+    reward_model: RewardModel,
+    recipe: Recipe,
+    examples: list[Example],
+    answers: dict[str, list[Response]],
+    report: Report,
 ) -> dict[str, np.ndarray]:
     """float32 [n] by source, NaN for an answer without a score."""
     scores = {source: np.full(len(examples), np.nan, np.float32) for source in answers}
     groups = [
-        _readable(judge, example, [answers[source][row] for source in answers]) for row, example in enumerate(examples)
+        _readable(reward_model, example, [answers[source][row] for source in answers])
+        for row, example in enumerate(examples)
     ]
     rewards = score_conversations(
-        judge,
+        reward_model,
         [list(group.values()) for group in groups],
         batch_tokens=recipe.scoring.batch_tokens,
         share_prompts=recipe.scoring.share_prompts,
@@ -183,26 +188,26 @@ def _score(
         for place, value in zip(group, values, strict=True):
             if not np.isfinite(value):
                 raise UserError(
-                    f"reward_models.{judge.name} gives {value} to the answer of {names[place]!r} to example "
+                    f"reward_models.{reward_model.name} gives {value} to the answer of {names[place]!r} to example "
                     f"{examples[row].id!r}: its weights are broken, or its dtype overflows (try bf16 or fp32)"
                 )
             scores[names[place]][row] = value
     return scores
 
 
-def _readable(judge: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
+def _readable(reward_model: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
     """Encoded conversations by the index of their answer in `responses`.
 
     Empty and too long ones are left out.
     """
-    messages = example.prompt(judge.chat.system)
+    messages = example.prompt(reward_model.chat.system)
     with naming_example(example):
         encoded = {
-            place: judge.encode(messages, response.response, example.tools)
+            place: reward_model.encode(messages, response.response, example.tools)
             for place, response in enumerate(responses)
             if response.response.strip()
         }
-    limit = judge.max_tokens or np.inf
+    limit = reward_model.max_tokens or np.inf
     return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
 
 

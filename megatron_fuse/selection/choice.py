@@ -3,11 +3,11 @@ no new capture.
 
 FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
                                               [n, S]; by average: mixture float64 [n, S], the sources' weights
-FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not judged; votes int16 [n, S]
+FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not scored; votes int16 [n, S]
                                               by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
 both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
 
-n examples, S sources in the recipe's order, R reward models (recipe.judges). A source that selection.sources
+n examples, S sources in the recipe's order, R reward models (recipe.voting_reward_models). A source that selection.sources
 leaves out is not available. RULE is a hash of all options of the choice, so that the files of several rules
 can exist side by side. The header holds the inputs and the rule of the choice (array_file.py). Unlike an
 artifact the file is overwritten by every build.
@@ -90,7 +90,8 @@ def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
     if rule == "reference":
         options["measures"] = used_weights(recipe.reference)
     elif rule == "vote":
-        options |= {"judges": recipe.judges, "strongest": recipe.strongest}
+        # "judges" is the recorded name: the rule is part of the hash that names the file.
+        options |= {"judges": recipe.voting_reward_models, "strongest": recipe.strongest}
     elif rule == "random":
         options["seed"] = recipe.seed
     return options
@@ -107,8 +108,10 @@ def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
     parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
     parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
     if mode == "inference" and recipe.selection.inference == "vote":
-        pairs = [(source, judge) for source in recipe.sources for judge in recipe.judges]
-        parents |= {f"scores of {source} by {judge}": (SCORES, (source, judge)) for source, judge in pairs}
+        pairs = [(source, reward_model) for source in recipe.sources for reward_model in recipe.voting_reward_models]
+        parents |= {
+            f"scores of {source} by {reward_model}": (SCORES, (source, reward_model)) for source, reward_model in pairs
+        }
     if mode == "inference" and recipe.selection.inference == "reference":
         parents |= {f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources}
     return parents
@@ -141,20 +144,20 @@ def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, A
     """
     recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
-    judgements = read_judgements(context, len(facts[0]["available"])) if mode == "inference" else {}
-    arrays = choose(recipe, mode, facts, judgements)
+    deciding_scores = read_deciding_scores(context, len(facts[0]["available"])) if mode == "inference" else {}
+    arrays = choose(recipe, mode, facts, deciding_scores)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
     write_arrays(selection_path(recipe, mode), arrays, basis)
     return Selection.of(arrays, basis)
 
 
 def choose(
-    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], judgements: Mapping[str, np.ndarray]
+    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], deciding_scores: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection.
 
     facts: for each source the arrays of all examples that its rows come with.
-    judgements: see read_judgements; empty in the training mode.
+    deciding_scores: see read_deciding_scores; empty in the training mode.
     """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
     available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
@@ -168,7 +171,7 @@ def choose(
             "random": _by_chance,
         }
         by_rule = rules[recipe.selection.inference]
-        arrays = {**judgements, **by_rule(recipe, answers, **judgements)}
+        arrays = {**deciding_scores, **by_rule(recipe, answers, **deciding_scores)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}
 
@@ -203,7 +206,7 @@ def _by_cross_entropy(
 
 
 def _by_vote(recipe: Recipe, answers: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-    strongest = recipe.judges.index(recipe.strongest) if recipe.strongest else 0
+    strongest = recipe.voting_reward_models.index(recipe.strongest) if recipe.strongest else 0
     source, votes = majority_vote(scores, answers, strongest)
     return {"source": source, "margin": vote_margin(scores, votes, answers, source), "votes": votes}
 
@@ -219,7 +222,7 @@ def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
     return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
 
 
-def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
+def read_deciding_scores(context: Context, examples: int) -> dict[str, np.ndarray]:
     """The scores that decide between the sources' answers.
 
     By the rule `vote`: `scores` float32 [n, S, R] of the reward models. By the rule `reference`: the measures
@@ -232,10 +235,10 @@ def read_judgements(context: Context, examples: int) -> dict[str, np.ndarray]:
         return {}
     if recipe.selection.inference == "reference":
         return {"reference": np.stack([load_reference_scores(context, source) for source in sources], 1)}
-    scores = np.full((examples, len(sources), len(recipe.judges)), np.nan, np.float32)
-    for column, judge in enumerate(recipe.judges):
+    scores = np.full((examples, len(sources), len(recipe.voting_reward_models)), np.nan, np.float32)
+    for column, reward_model in enumerate(recipe.voting_reward_models):
         for place, source in enumerate(sources):
-            scores[:, place, column] = load_scores(context, source, judge)
+            scores[:, place, column] = load_scores(context, source, reward_model)
     return {"scores": scores}
 
 

@@ -68,7 +68,7 @@ def _made_from(recipe: Recipe, text: str) -> dict[str, dict[str, Any]]:
 def _parents(recipe: Recipe) -> dict[str, tuple[Stage, Key]]:
     parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
     if _wanted(recipe) == TARGET_REWARD:
-        assert recipe.strongest is not None  # a recipe without judges cannot say target_reward
+        assert recipe.strongest is not None  # a recipe without reward models cannot say target_reward
         parents["reward"] = (SCORES, (recipe.target_as_source or TARGET, recipe.strongest))
     return parents
 
@@ -93,7 +93,7 @@ def measure(context: Context, gt_tokens: np.ndarray) -> dict[str, np.ndarray]:
     recipe = context.recipe
     arrays = {GT_TOKENS: gt_tokens.astype(np.int32)}
     if _wanted(recipe) == TARGET_REWARD:
-        assert recipe.strongest is not None  # a recipe without judges cannot say target_reward
+        assert recipe.strongest is not None  # a recipe without reward models cannot say target_reward
         arrays[TARGET_REWARD] = load_scores(context, recipe.target_as_source or TARGET, recipe.strongest)
     return arrays
 

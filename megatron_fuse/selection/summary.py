@@ -28,9 +28,9 @@ def _inference_rule(recipe: Recipe) -> str:
         return "best score against the ground truth"
     if recipe.selection.inference == "random":
         return "chance"
-    if len(recipe.judges) > 1:
-        return f"vote of {', '.join(recipe.judges)}; ties go to {recipe.strongest}"
-    return f"best score by {recipe.strongest}" if recipe.judges else "the only source"
+    if len(recipe.voting_reward_models) > 1:
+        return f"vote of {', '.join(recipe.voting_reward_models)}; ties go to {recipe.strongest}"
+    return f"best score by {recipe.strongest}" if recipe.voting_reward_models else "the only source"
 
 
 def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
@@ -59,9 +59,9 @@ def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
     if TARGET_REWARD not in measures:
         return line
     rewards = measures[TARGET_REWARD]
-    judged = rewards[~np.isnan(rewards)]
-    extent = f"{judged.min():.3g} to {judged.max():.3g}, median {np.median(judged):.3g}" if len(judged) else "none"
+    scored = rewards[~np.isnan(rewards)]
+    extent = f"{scored.min():.3g} to {scored.max():.3g}, median {np.median(scored):.3g}" if len(scored) else "none"
     return (
         f"{line}; reward of {recipe.target_as_source or TARGET}'s answers by {recipe.strongest}: {extent}, "
-        f"{len(rewards) - len(judged):,} not judged"
+        f"{len(rewards) - len(scored):,} not scored"
     )

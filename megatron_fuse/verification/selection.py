@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.selection.choice import FIX, choose, read_judgements, read_selection, selection_path
+from megatron_fuse.selection.choice import FIX, choose, read_deciding_scores, read_selection, selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems
@@ -82,21 +82,21 @@ def selection_problems(
             f"{path}: example {names[example]!r}: source {stored['source'][example]}, "
             f"the recipe has {len(recipe.sources)}, counted from 0: {FIX}"
         )
-    judgements = _judgements(context, len(names), stored) if mode == "inference" else {}
-    if judgements is None:
+    deciding_scores = _deciding_scores(context, len(names), stored) if mode == "inference" else {}
+    if deciding_scores is None:
         yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
         return
-    wanted = choose(recipe, mode, facts, judgements)
+    wanted = choose(recipe, mode, facts, deciding_scores)
     yield from difference_problems(path, stored, wanted, names, basis="the sources' facts", fix=FIX)
 
 
-def _judgements(context: Context, examples: int, found: Facts) -> Facts | None:
+def _deciding_scores(context: Context, examples: int, found: Facts) -> Facts | None:
     """The scores of their stage; if missing or damaged, those stored with the selection; else None.
 
     The check of the artifacts reports the damage itself.
     """
     try:
-        return read_judgements(context, examples)
+        return read_deciding_scores(context, examples)
     except (UserError, OSError, ValueError, EOFError):
         recipe = context.recipe
         name = "reference" if recipe.selection.inference == "reference" else "scores"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from test_selection import judged_examples
+from test_selection import scored_examples
 
 from megatron_fuse.recipe import Margin
 from megatron_fuse.selection.margins import example_weights, score_margin, training_margin, vote_margin
@@ -40,7 +40,7 @@ def test_training_margin_is_nats_per_byte_to_the_best_of_the_others(data: st.Dat
 
 
 @settings(max_examples=300, deadline=None)
-@given(judged_examples())
+@given(scored_examples())
 def test_inference_margin_is_to_the_next_different_answer(case: tuple[np.ndarray, np.ndarray]) -> None:
     scores, answers = case
     winner, votes = majority_vote(scores, answers)
@@ -49,7 +49,9 @@ def test_inference_margin_is_to_the_next_different_answer(case: tuple[np.ndarray
         if won == NONE:
             assert np.isnan(margin[n])
             continue
-        value: dict[int, float] = {}  # of every text that could win: its votes, or its best score by the only judge
+        value: dict[
+            int, float
+        ] = {}  # of every text that could win: its votes, or its best score by the only reward model
         for s, text in enumerate(answers[n].tolist()):
             if text != 0 and not np.isnan(scores[n, s]).any():
                 own = scores[n, s, 0] if scores.shape[2] == 1 else votes[n, s]

@@ -37,8 +37,8 @@ IDS = list(ANSWERS["a"])
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("judges")
+def reward_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("reward_models")
     return {family: save_model(root / family, family, seed=seed, reward=True) for seed, family in enumerate(FAMILIES)}
 
 
@@ -52,7 +52,7 @@ def straight_score(directory: Path, example: str, response: str) -> float:
         return AutoModelForSequenceClassification.from_pretrained(directory).eval()(ids).logits.item()
 
 
-def answered(judges: dict[str, Path], root: Path, sources: str = "ab", **sections: object) -> Recipe:
+def answered(reward_models: dict[str, Path], root: Path, sources: str = "ab", **sections: object) -> Recipe:
     """A recipe whose sources, or the target under its name, have answered from files, in shards of two."""
     rows = [{"id": name, "instruction": f"Question {name}", "output": "A"} for name in IDS]
     root.mkdir(exist_ok=True)
@@ -60,13 +60,13 @@ def answered(judges: dict[str, Path], root: Path, sources: str = "ab", **section
     for source, texts in ANSWERS.items():
         given = [{"id": name, "response": text} for name, text in texts.items() if text is not None]
         path = write_rows(root / f"{source}.jsonl", given)
-        options[source] = {"model": str(judges["llama"]), "dtype": "fp32", "responses": str(path)}
+        options[source] = {"model": str(reward_models["llama"]), "dtype": "fp32", "responses": str(path)}
     recipe = small_recipe(
         root / "run",
         write_rows(root / "data.jsonl", rows),
-        judges["mpt"],  # none of the sources: its own answers have a name of their own
+        reward_models["mpt"],  # none of the sources: its own answers have a name of their own
         {source: options[source] for source in sources},
-        reward_models={name: {"model": str(path), "dtype": "fp32"} for name, path in judges.items()}
+        reward_models={name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()}
         | sections.pop("reward_models", {}),  # type: ignore[operator]
         data={"shard_size": 2},
         schedule={"preset": "profuser"},
@@ -78,8 +78,8 @@ def answered(judges: dict[str, Path], root: Path, sources: str = "ab", **section
     return recipe
 
 
-def scored(recipe: Recipe, judge: str = "llama", **options: object) -> dict[str, bytes]:
-    score_responses(Context(recipe), judge, progress=str, **options)  # type: ignore[arg-type]
+def scored(recipe: Recipe, reward_model: str = "llama", **options: object) -> dict[str, bytes]:
+    score_responses(Context(recipe), reward_model, progress=str, **options)  # type: ignore[arg-type]
     return contents(recipe)
 
 
@@ -89,15 +89,15 @@ def contents(recipe: Recipe) -> dict[str, bytes]:
 
 
 class Encodings:
-    """The texts that judges read while it is installed."""
+    """The texts that reward models read while it is installed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[str] = []
         encode = stage.RewardModel.encode
 
-        def listening(judge: stage.RewardModel, messages: list, response: str, tools: list | None) -> np.ndarray:
+        def listening(reward_model: stage.RewardModel, messages: list, response: str, tools: list | None) -> np.ndarray:
             self.texts.append(response)
-            return encode(judge, messages, response, tools)
+            return encode(reward_model, messages, response, tools)
 
         monkeypatch.setattr(stage.RewardModel, "encode", listening)
 
@@ -108,10 +108,10 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> Encodings:
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])
-def test_scores_are_in_example_order_and_what_cannot_be_judged_is_nan(
-    judges: dict[str, Path], tmp_path: Path, share_prompts: bool
+def test_scores_are_in_example_order_and_what_cannot_be_scored_is_nan(
+    reward_models: dict[str, Path], tmp_path: Path, share_prompts: bool
 ) -> None:
-    recipe = answered(judges, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
+    recipe = answered(reward_models, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
     artifacts = score_responses(Context(recipe), "mpt", progress=str)
     assert [artifact.counts for artifact in artifacts] == [
         {"examples": 7, "unscored": unscored} for unscored in (4, 0, 2)
@@ -120,16 +120,16 @@ def test_scores_are_in_example_order_and_what_cannot_be_judged_is_nan(
         artifact.verify()
         scores = load_scores(Context(recipe), source, "mpt")
         assert scores.dtype == np.float32
-        unjudged = [not (text or "").strip() or len(text) > 400 for text in texts.values()]
+        unscored = [not (text or "").strip() or len(text) > 400 for text in texts.values()]
         expected = [
-            np.nan if out else straight_score(judges["mpt"], name, text)
-            for out, (name, text) in zip(unjudged, texts.items(), strict=True)
+            np.nan if out else straight_score(reward_models["mpt"], name, text)
+            for out, (name, text) in zip(unscored, texts.items(), strict=True)
         ]
         np.testing.assert_allclose(scores, expected, atol=1e-5, err_msg=source)
 
 
-def test_how_it_was_computed_is_no_part_of_a_plan(judges: dict[str, Path], tmp_path: Path) -> None:
-    recipe = answered(judges, tmp_path)
+def test_how_it_was_computed_is_no_part_of_a_plan(reward_models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = answered(reward_models, tmp_path)
     other = recipe.model_copy(
         update={
             "sources": {"a": recipe.sources["a"]},
@@ -145,8 +145,10 @@ def test_how_it_was_computed_is_no_part_of_a_plan(judges: dict[str, Path], tmp_p
 
 # After each of the eight times (four shards of two sources) that a shard was marked: in the middle of a shard's two, or between shards.
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(judges: dict[str, Path], tmp_path: Path, cut: int) -> None:
-    recipe = answered(judges, tmp_path)
+def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(
+    reward_models: dict[str, Path], tmp_path: Path, cut: int
+) -> None:
+    recipe = answered(reward_models, tmp_path)
     whole = scored(recipe)
     shutil.rmtree(recipe.workdir / "scores")
     lines = []
@@ -165,9 +167,9 @@ def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(judges: dict[str, Pat
 # 3: ranks with different numbers of shards; 5: one without any
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_number_of_ranks_ends_with_the_same_bytes(
-    judges: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+    reward_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    recipe = answered(judges, tmp_path)
+    recipe = answered(reward_models, tmp_path)
     one = scored(recipe)
     shutil.rmtree(recipe.workdir / "scores")
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -180,12 +182,12 @@ def test_any_number_of_ranks_ends_with_the_same_bytes(
 
 
 def test_a_source_that_joins_later_is_scored_alone(
-    judges: dict[str, Path], tmp_path: Path, encodings: Encodings
+    reward_models: dict[str, Path], tmp_path: Path, encodings: Encodings
 ) -> None:
-    together = scored(answered(judges, tmp_path / "together", "abc"))
-    before = scored(answered(judges, tmp_path / "joined", "ab"))
+    together = scored(answered(reward_models, tmp_path / "together", "abc"))
+    before = scored(answered(reward_models, tmp_path / "joined", "ab"))
     encodings.texts.clear()
-    after = scored(answered(judges, tmp_path / "joined", "abc"))
+    after = scored(answered(reward_models, tmp_path / "joined", "abc"))
     assert {name: after[name] for name in before} == before
     assert set(encodings.texts) == {text for text in ANSWERS["c"].values() if text}
     for name in sorted(together):
@@ -195,30 +197,30 @@ def test_a_source_that_joins_later_is_scored_alone(
 
 
 def test_a_source_that_joins_an_unfinished_run_leaves_whole_shards_alone(
-    judges: dict[str, Path], tmp_path: Path, encodings: Encodings
+    reward_models: dict[str, Path], tmp_path: Path, encodings: Encodings
 ) -> None:
     def cutting(line: str) -> None:
         if "/b/" in line and "shard 2/4" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_responses(Context(answered(judges, tmp_path, "ab")), "llama", progress=cutting)
+        score_responses(Context(answered(reward_models, tmp_path, "ab")), "llama", progress=cutting)
     encodings.texts.clear()
-    scored(answered(judges, tmp_path, "abc"))
+    scored(answered(reward_models, tmp_path, "abc"))
     rest = [text for texts in (ANSWERS["a"], ANSWERS["b"]) for text in list(texts.values())[4:]]
     wanted = [text for text in [*rest, *ANSWERS["c"].values()] if (text or "").strip()]
     assert sorted(encodings.texts) == sorted(wanted)
 
 
-def test_only_the_named_sources_are_scored(judges: dict[str, Path], tmp_path: Path) -> None:
-    recipe = answered(judges, tmp_path, "abc")
+def test_only_the_named_sources_are_scored(reward_models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = answered(reward_models, tmp_path, "abc")
     assert {name.split("/")[0] for name in scored(recipe, sources=["c", "a"])} == {"a", "c"}
 
 
-def test_a_truncated_answer_is_judged_as_if_it_had_ended(judges: dict[str, Path], tmp_path: Path) -> None:
+def test_a_truncated_answer_is_scored_as_if_it_had_ended(reward_models: dict[str, Path], tmp_path: Path) -> None:
     scores = {}
     for truncated in (False, True):
-        recipe = answered(judges, tmp_path / str(truncated))
+        recipe = answered(reward_models, tmp_path / str(truncated))
         rows = [{"id": name, "response": "The quick", "truncated": truncated} for name in IDS]
         write_rows(tmp_path / str(truncated) / "a.jsonl", rows)
         shutil.rmtree(recipe.workdir / "responses/a")
@@ -231,9 +233,9 @@ def test_a_truncated_answer_is_judged_as_if_it_had_ended(judges: dict[str, Path]
 
 
 def test_the_target_s_own_answers_are_scored_where_its_reward_orders_the_examples(
-    judges: dict[str, Path], tmp_path: Path
+    reward_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    recipe = answered(judges, tmp_path, "b")
+    recipe = answered(reward_models, tmp_path, "b")
     own = recipe.target.model_copy(update={"responses": recipe.sources["b"].responses})
     schedule = recipe.schedule.model_copy(update={"order": "target_reward"})
     recipe = recipe.model_copy(update={"target": own, "schedule": schedule})
@@ -245,18 +247,20 @@ def test_the_target_s_own_answers_are_scored_where_its_reward_orders_the_example
 
 
 def test_nothing_is_loaded_where_nothing_is_to_be_done(
-    judges: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reward_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = answered(judges, tmp_path)
+    recipe = answered(reward_models, tmp_path)
     first = score_responses(Context(recipe), "llama", progress=str)
     monkeypatch.setattr(stage, "load_reward_model", None)
     assert [a.sha256 for a in score_responses(Context(recipe), "llama", progress=str)] == [a.sha256 for a in first]
 
 
-def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(judges: dict[str, Path], tmp_path: Path) -> None:
+def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(
+    reward_models: dict[str, Path], tmp_path: Path
+) -> None:
     rows = [{"id": name, "scores": {"a": float(name), "b": -float(name)}} for name in IDS]
     path = write_rows(tmp_path / "given.jsonl", rows)
-    recipe = answered(judges, tmp_path, reward_models={"given": {"scores": str(path)}})
+    recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": str(path)}})
     assert [artifact.counts["unscored"] for artifact in score_responses(Context(recipe), "given", progress=str)] == [
         3,
         0,
@@ -274,16 +278,18 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(judges: dict
     load_scores(Context(recipe), "a", "given")  # which has no need of the file
 
 
-def test_a_file_without_a_source_is_refused_before_anything_is_written(judges: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_without_a_source_is_refused_before_anything_is_written(
+    reward_models: dict[str, Path], tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "given.jsonl", [{"id": name, "scores": {"a": 1.0}} for name in IDS])
-    recipe = answered(judges, tmp_path, reward_models={"given": {"scores": str(path)}})
+    recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": str(path)}})
     with pytest.raises(UserError, match="has no score of 'b'"):
         score_responses(Context(recipe), "given", progress=str)
     assert contents(recipe) == {}
 
 
-def test_the_backend_is_the_recipe_s(judges: dict[str, Path], tmp_path: Path) -> None:
-    recipe = answered(judges, tmp_path, reward_models={"given": {"scores": "given.jsonl"}})
+def test_the_backend_is_the_recipe_s(reward_models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": "given.jsonl"}})
     require_backend(recipe, "given", "file")
     require_backend(recipe, "mpt", "hf")
     with pytest.raises(UserError, match=r"--backend hf: reward_models\.given\.scores names a file"):
@@ -292,8 +298,8 @@ def test_the_backend_is_the_recipe_s(judges: dict[str, Path], tmp_path: Path) ->
         require_backend(recipe, "mpt", "file")
 
 
-def test_refusals_name_judge_source_and_example(judges: dict[str, Path], tmp_path: Path) -> None:
-    recipe = answered(judges, tmp_path)
+def test_refusals_name_reward_model_source_and_example(reward_models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = answered(reward_models, tmp_path)
     with pytest.raises(UserError, match="there is no 'x'; the recipe has llama, mpt, gpt_neox"):
         score_responses(Context(recipe), "x")
     with pytest.raises(UserError, match="there is no 'x'; the recipe has a, b"):
@@ -315,15 +321,15 @@ LARGE = 3e38  # finite itself; sums of a few are not
     ids=["head", "one token"],
 )
 def test_weights_that_overflow_are_named_with_the_answer_that_showed_them(
-    judges: dict[str, Path], tmp_path: Path, spoil: Callable, source: str, example: str
+    reward_models: dict[str, Path], tmp_path: Path, spoil: Callable, source: str, example: str
 ) -> None:
-    recipe = answered(judges, tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(judges["mpt"])
-    tokenizer = AutoTokenizer.from_pretrained(judges["mpt"])
+    recipe = answered(reward_models, tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(reward_models["mpt"])
+    tokenizer = AutoTokenizer.from_pretrained(reward_models["mpt"])
     spoil(model, lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     model.save_pretrained(tmp_path / "broken")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "broken" / name).write_bytes((judges["mpt"] / name).read_bytes())
+        (tmp_path / "broken" / name).write_bytes((reward_models["mpt"] / name).read_bytes())
     broken = recipe.reward_models | {"bad": RewardModelOptions(model=str(tmp_path / "broken"), dtype="fp32")}
     match = rf"reward_models\.bad gives (nan|inf|-inf) to the answer of '{source}' to example '{example}'"
     with pytest.raises(UserError, match=match):
@@ -345,10 +351,14 @@ TOOL = Path(__file__).parents[2] / "tools/score_responses.py"
     ],
 )
 def test_the_command_makes_what_the_recipe_needs_unless_it_is_told_otherwise(
-    judges: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], made: set[str]
+    reward_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    made: set[str],
 ) -> None:
-    sections = {"selection": {"judges": ["llama", "mpt"]}, "reference": {"without_bertscore": "renormalize"}}
-    recipe = answered(judges, tmp_path, **sections)
+    sections = {"selection": {"reward_models": ["llama", "mpt"]}, "reference": {"without_bertscore": "renormalize"}}
+    recipe = answered(reward_models, tmp_path, **sections)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     monkeypatch.setattr("sys.argv", [str(TOOL), "--recipe", str(tmp_path / "recipe.yaml"), *arguments])
     with pytest.raises(SystemExit) as end:
@@ -357,6 +367,6 @@ def test_the_command_makes_what_the_recipe_needs_unless_it_is_told_otherwise(
     assert {str(Path(name).parent) for name in contents(recipe) if name.endswith("manifest.json")} == made
 
 
-def test_markers_say_who_was_scored_together(judges: dict[str, Path], tmp_path: Path) -> None:
-    files = scored(answered(judges, tmp_path))
+def test_markers_say_who_was_scored_together(reward_models: dict[str, Path], tmp_path: Path) -> None:
+    files = scored(answered(reward_models, tmp_path))
     assert json.loads(files["a/llama/shard-00000.done"])["together"] == ["a", "b"]

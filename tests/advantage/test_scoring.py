@@ -34,14 +34,14 @@ CONFIGS = {
 TAKES_NO_CACHE = OpenAIGPTConfig(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4)
 
 
-def make_judge(config: object, dtype: torch.dtype = torch.float32) -> RewardModel:
+def make_reward_model(config: object, dtype: torch.dtype = torch.float32) -> RewardModel:
     torch.manual_seed(0)
     backbone, head = AutoModel.from_config(config), torch.nn.Linear(32, 1, bias=False)
     for parameter in (*backbone.parameters(), *head.parameters()):
         if parameter.dim() == 2:  # wide enough that a reward depends on every token
             parameter.data.normal_(std=0.25)
     backbone, head = (module.eval().requires_grad_(False) for module in (backbone.to(dtype), head))
-    return RewardModel("judge", backbone, head, chat=None, stop=True, causal=True)
+    return RewardModel("reward", backbone, head, chat=None, stop=True, causal=True)
 
 
 def make_groups(seed: int) -> list[list[np.ndarray]]:
@@ -63,14 +63,14 @@ def make_groups(seed: int) -> list[list[np.ndarray]]:
 
 
 @torch.inference_mode()
-def straight(judge: RewardModel, ids: np.ndarray) -> float:
+def straight(reward_model: RewardModel, ids: np.ndarray) -> float:
     """One conversation, no padding, no mask, no cache."""
-    hidden = judge.backbone(input_ids=torch.from_numpy(ids)[None].long()).last_hidden_state
-    return float(judge.head(hidden[0, -1].float()))
+    hidden = reward_model.backbone(input_ids=torch.from_numpy(ids)[None].long()).last_hidden_state
+    return float(reward_model.head(hidden[0, -1].float()))
 
 
-def expected(judge: RewardModel, groups: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
-    return [[straight(judge, ids) for ids in group] for group in groups]
+def expected(reward_model: RewardModel, groups: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
+    return [[straight(reward_model, ids) for ids in group] for group in groups]
 
 
 def assert_close(found: list[np.ndarray], wanted: list[list[float]], tolerance: float = 1e-5) -> None:
@@ -83,40 +83,40 @@ def assert_close(found: list[np.ndarray], wanted: list[list[float]], tolerance: 
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_rewards_are_those_of_conversations_read_alone(family: str, share_prompts: bool, batch_tokens: int) -> None:
-    judge, groups = make_judge(CONFIGS[family]), make_groups(seed=1)
-    wanted = expected(judge, groups)
+    reward_model, groups = make_reward_model(CONFIGS[family]), make_groups(seed=1)
+    wanted = expected(reward_model, groups)
     assert np.std(np.concatenate(wanted)) > 0.3, "the case tells nothing"
     options = {"batch_tokens": batch_tokens, "share_prompts": share_prompts}
-    assert_close(score_conversations(judge, groups, **options), wanted)
+    assert_close(score_conversations(reward_model, groups, **options), wanted)
     order = np.random.default_rng(2).permutation(len(groups))
-    turned = score_conversations(judge, [groups[number][::-1] for number in order], **options)
+    turned = score_conversations(reward_model, [groups[number][::-1] for number in order], **options)
     assert_close(turned, [wanted[number][::-1] for number in order])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_padding_on_either_side_changes_nothing(family: str) -> None:
-    judge = make_judge(CONFIGS[family])
+    reward_model = make_reward_model(CONFIGS[family])
     rows = [ids for group in make_groups(seed=3) for ids in group]
-    wanted = [straight(judge, ids) for ids in rows]
+    wanted = [straight(reward_model, ids) for ids in rows]
     with torch.inference_mode():
         for padding in ("left", "right"):
-            assert_close([scoring._rewards(judge, rows, padding=padding)], [wanted])
+            assert_close([scoring._rewards(reward_model, rows, padding=padding)], [wanted])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_in_bf16_sharing_costs_no_more_than_bf16_itself(family: str) -> None:
-    """Measured over six seeds on these judges, whose rewards have a standard deviation of about 1: at most 0.05 between sharing
+    """Measured over six seeds on these models, whose rewards have a standard deviation of about 1: at most 0.05 between sharing
     and not, and 0.11 from fp32. bf16 holds 8 bits."""
-    judge, groups = make_judge(CONFIGS[family], torch.bfloat16), make_groups(seed=4)
-    wanted = expected(make_judge(CONFIGS[family]), groups)
+    reward_model, groups = make_reward_model(CONFIGS[family], torch.bfloat16), make_groups(seed=4)
+    wanted = expected(make_reward_model(CONFIGS[family]), groups)
     shared, plain = (
-        score_conversations(judge, groups, batch_tokens=1000, share_prompts=share) for share in (True, False)
+        score_conversations(reward_model, groups, batch_tokens=1000, share_prompts=share) for share in (True, False)
     )
     assert_close(shared, [list(rewards) for rewards in plain], tolerance=0.1)
     assert_close(shared, wanted, tolerance=0.2)
 
 
-def tokens_read(judge: RewardModel, groups: list[list[np.ndarray]], **options: object) -> int:
+def tokens_read(reward_model: RewardModel, groups: list[list[np.ndarray]], **options: object) -> int:
     """Real tokens that go through the backbone."""
     counts = []
 
@@ -124,39 +124,39 @@ def tokens_read(judge: RewardModel, groups: list[list[np.ndarray]], **options: o
         given = arguments["input_ids"]
         counts.append(int(arguments["attention_mask"][:, -given.shape[1] :].sum()))
 
-    hook = judge.backbone.register_forward_pre_hook(count, with_kwargs=True)
-    score_conversations(judge, groups, batch_tokens=300, **options)
+    hook = reward_model.backbone.register_forward_pre_hook(count, with_kwargs=True)
+    score_conversations(reward_model, groups, batch_tokens=300, **options)
     hook.remove()
     return sum(counts)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_shared_prompt_is_read_once(family: str) -> None:
-    judge = make_judge(CONFIGS[family])
+    reward_model = make_reward_model(CONFIGS[family])
     groups = [[np.arange(60, dtype=np.int32), np.arange(20, 80, dtype=np.int32)]]  # nothing in common
     groups += [[np.array([*range(50), 100 + k, *range(k)], np.int32) for k in range(3)]]  # 50 of 51, 52 and 53
-    assert tokens_read(judge, groups, share_prompts=False) == 60 + 60 + 51 + 52 + 53
-    assert tokens_read(judge, groups, share_prompts=True) == 60 + 60 + 50 + 1 + 2 + 3
+    assert tokens_read(reward_model, groups, share_prompts=False) == 60 + 60 + 51 + 52 + 53
+    assert tokens_read(reward_model, groups, share_prompts=True) == 60 + 60 + 50 + 1 + 2 + 3
 
 
 def test_a_model_that_takes_no_cache_reads_everything_plainly() -> None:
-    judge, groups = make_judge(TAKES_NO_CACHE), make_groups(seed=5)
-    assert tokens_read(judge, groups, share_prompts=True) == sum(len(ids) for group in groups for ids in group)
-    assert_close(score_conversations(judge, groups, batch_tokens=300), expected(judge, groups))
+    reward_model, groups = make_reward_model(TAKES_NO_CACHE), make_groups(seed=5)
+    assert tokens_read(reward_model, groups, share_prompts=True) == sum(len(ids) for group in groups for ids in group)
+    assert_close(score_conversations(reward_model, groups, batch_tokens=300), expected(reward_model, groups))
 
 
 def test_nothing_to_score_is_no_error() -> None:
-    judge = make_judge(CONFIGS["llama"])
-    assert score_conversations(judge, [], batch_tokens=100) == []
-    assert [len(rewards) for rewards in score_conversations(judge, [[], []], batch_tokens=100)] == [0, 0]
+    reward_model = make_reward_model(CONFIGS["llama"])
+    assert score_conversations(reward_model, [], batch_tokens=100) == []
+    assert [len(rewards) for rewards in score_conversations(reward_model, [[], []], batch_tokens=100)] == [0, 0]
 
 
-def test_ids_that_the_judge_does_not_have_are_refused() -> None:
-    judge = make_judge(CONFIGS["llama"])
+def test_ids_that_the_reward_model_does_not_have_are_refused() -> None:
+    reward_model = make_reward_model(CONFIGS["llama"])
     with pytest.raises(
-        UserError, match=rf"reward_models\.judge: its tokenizer gives id {VOCAB}, but the model knows {VOCAB} ids"
+        UserError, match=rf"reward_models\.reward: its tokenizer gives id {VOCAB}, but the model knows {VOCAB} ids"
     ):
-        score_conversations(judge, [[np.array([1, VOCAB], np.int32)]], batch_tokens=100)
+        score_conversations(reward_model, [[np.array([1, VOCAB], np.int32)]], batch_tokens=100)
 
 
 @given(

@@ -65,8 +65,8 @@ def slow_vote(scores: np.ndarray, answers: np.ndarray, strongest: int) -> tuple[
 
 
 @st.composite
-def judged_examples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """scores [n, S, R] and answers [n, S]; few different values, so that ties, identical, empty and unjudged answers all occur."""
+def scored_examples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """scores [n, S, R] and answers [n, S]; few different values, so that ties, identical, empty and unscored answers all occur."""
     examples, sources, models = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(0, 4))
     score = st.sampled_from([0.0, 1.0, 2.0, NAN])
     scores = draw(arrays(np.float32, (examples, sources, models), elements=score))
@@ -75,7 +75,7 @@ def judged_examples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(judged_examples())
+@given(scored_examples())
 @example((np.zeros((1, 8, 3), np.float32), np.arange(1, 9)[None]))  # everything is a tie
 @example((np.full((1, 1, 2), NAN, np.float32), np.ones((1, 1), int)))
 @example((np.zeros((1, 3, 0), np.float32), np.array([[0, 5, 9]])))  # nobody votes
@@ -88,7 +88,7 @@ def test_vote_equals_the_rule_in_words(case: tuple[np.ndarray, np.ndarray]) -> N
 
 
 @settings(max_examples=200, deadline=None)
-@given(judged_examples())
+@given(scored_examples())
 def test_the_best_score_wins_alone(case: tuple[np.ndarray, np.ndarray]) -> None:
     scores, answers = case
     for model in range(scores.shape[2]):
@@ -118,7 +118,7 @@ def test_min_ce_equals_the_rule_in_words(data: st.DataObject, rule: str) -> None
 
 
 def test_identical_answers_do_not_share_out_their_votes() -> None:
-    # Sources 0 and 1 say the same; two of three judges like it best, each at another copy.
+    # Sources 0 and 1 say the same; two of three reward models like it best, each at another copy.
     scores = np.array([[[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [5.0, 5.0, 5.0]]])
     winner, votes = majority_vote(scores, np.array([[3, 3, 8]]))
     assert winner.tolist() == [0]

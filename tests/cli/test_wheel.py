@@ -95,14 +95,14 @@ def test_it_runs_a_recipe_from_instructions_to_the_exported_model(installed: Ins
     """Over two processes, so that torchrun starts the modules; with paths relative to the directory that it runs in."""
     for seed, (name, family) in enumerate({"alpha": "llama", "beta": "gpt_neox"}.items()):
         save_model(installed.cwd / name, family, seed=seed)
-    save_model(installed.cwd / "judge", "llama", seed=2, reward=True)
+    save_model(installed.cwd / "reward", "llama", seed=2, reward=True)
     rows = [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}."} for i in range(16)]
     write_rows(installed.cwd / "data.jsonl", rows)
     recipe = {
         "workdir": "work",
         "target": {"model": "alpha"},
         "sources": {name: {"model": name, "dtype": "fp32"} for name in ("alpha", "beta")},
-        "reward_models": {"judge": {"model": "judge", "dtype": "fp32"}},
+        "reward_models": {"reward": {"model": "reward", "dtype": "fp32"}},
         "data": {"path": "data.jsonl", "held_out": 4, "shard_size": 8},
         "responses": {"max_new_tokens": 4},
         "schedule": {"preset": "profuser"},

@@ -175,13 +175,15 @@ def is_target(directory: Path, ranks: Callable, output: Path, original: Path | N
 
 def rewards(directory: Path) -> None:
     """A batch's rewards are those of transformers' classifier, one conversation at a time."""
-    judge = load_reward_model(RewardModelOptions(model=str(directory), dtype="fp32"), "judge")
+    reward_model = load_reward_model(RewardModelOptions(model=str(directory), dtype="fp32"), "reward")
     # Not AutoTokenizer, which takes another pre-tokenizer than the file's for some families.
     cut = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).eval()
     replies = [_ANSWER, "No."]
-    found = score_conversations(judge, [[judge.encode(_TALK, reply)] for reply in replies], batch_tokens=200)
+    found = score_conversations(
+        reward_model, [[reward_model.encode(_TALK, reply)] for reply in replies], batch_tokens=200
+    )
     for reply, reward in zip(replies, np.concatenate(found), strict=True):
         talk = [*_TALK, {"role": "assistant", "content": reply}]
         text = render_jinja_template([talk], chat_template=template)[0][0].removesuffix("\n")

@@ -65,21 +65,21 @@ def _models(root: Path, ranks: Callable) -> Iterator[tuple[str, ...]]:
     for family in model_families.FAMILIES:
         model = save_family(family, root / family)
         try:
-            judge = cell(rewards, save_family(family, root / f"{family}-reward", reward=True))
+            reward_model = cell(rewards, save_family(family, root / f"{family}-reward", reward=True))
         except ValueError as error:
             assert "AutoModelForSequenceClassification" in str(error)
-            judge = NO_CLASSIFIER
+            reward_model = NO_CLASSIFIER
         target = cell(is_target, model, ranks, root / f"{family}-export")
-        yield family, cell(captures, model), cell(answers, model), target, judge
+        yield family, cell(captures, model), cell(answers, model), target, reward_model
 
 
 def _weights(root: Path, ranks: Callable) -> Iterator[tuple[str, ...]]:
-    model, judge = save_family("llama", root / "llama"), save_family("llama", root / "reward", reward=True)
+    model, reward_model = save_family("llama", root / "llama"), save_family("llama", root / "reward", reward=True)
     for number, form in enumerate(weight_forms.FORMS):
         own = weight_forms.in_form(form, model, root / f"model-{number}")
         # The export is compared with the file that the form was made of.
         target = cell(_target_of(model), own, ranks, root / f"export-{number}")
-        reward = cell(rewards, weight_forms.in_form(form, judge, root / f"reward-{number}"))
+        reward = cell(rewards, weight_forms.in_form(form, reward_model, root / f"reward-{number}"))
         yield form, cell(captures, own), target, reward
 
 

@@ -31,7 +31,7 @@ def start_server(root: Path) -> Server:
 
 
 def _prepare(root: Path) -> None:
-    """Two sources of two families and vocabularies, a judge, one example a shard."""
+    """Two sources of two families and vocabularies, a reward model, one example a shard."""
     from small_models import save_model, write_rows
 
     from megatron_fuse.huggingface.formats import load_format
@@ -43,13 +43,13 @@ def _prepare(root: Path) -> None:
         "alpha": save_model(root / "alpha", "llama", seed=0),
         "beta": save_model(root / "beta", "mpt", seed=1, vocab_size=340),
     }
-    judge = save_model(root / "judge", "llama", reward=True)
+    reward_model = save_model(root / "reward", "llama", reward=True)
     rows = [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}, été 🙂"} for i in range(EXAMPLES)]
     content = {
         "workdir": str(root / "work"),
         "target": {"model": str(models["alpha"])},
         "sources": {name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()},
-        "reward_models": {"judge": {"model": str(judge), "dtype": "fp32"}},
+        "reward_models": {"reward": {"model": str(reward_model), "dtype": "fp32"}},
         "data": {"path": str(write_rows(root / "data.jsonl", rows)), "shard_size": 1},
         "responses": {"max_new_tokens": 3},
         "schedule": {"preset": "profuser"},

@@ -36,7 +36,7 @@ def _recipe(directory: Path) -> Recipe:
         shared(),
         {"s": {"model": str(shared()), "responses": str(directory / "answers.jsonl")}},
         data={"shard_size": 3, "held_out": 1},
-        reward_models={"judge": {"scores": str(directory / "scores.jsonl")}},
+        reward_models={"reward": {"scores": str(directory / "scores.jsonl")}},
     )
 
 
@@ -47,7 +47,7 @@ def _make_stages(directory: Path) -> None:
     recipe = _recipe(directory)
     prepare_instructions(Context(recipe), progress=str)
     generate_responses(Context(recipe), "s", progress=str)
-    score_responses(Context(recipe), "judge", ["s"], progress=str)
+    score_responses(Context(recipe), "reward", ["s"], progress=str)
 
 
 def _content(recipe: Recipe) -> str:
@@ -55,7 +55,7 @@ def _content(recipe: Recipe) -> str:
     found: list[Any] = [list(example_shards(Context(recipe).open(INSTRUCTIONS)))]
     found += [
         list(response_shards(Context(recipe).open(RESPONSES, "s"))),
-        load_scores(Context(recipe), "s", "judge").tolist(),
+        load_scores(Context(recipe), "s", "reward").tolist(),
     ]
     return sha256(repr(found).encode()).hexdigest()
 

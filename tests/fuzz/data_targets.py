@@ -152,7 +152,7 @@ def _scores(directory: Path) -> None:
 def _read_scores(directory: Path) -> None:
     answers = [Response(example.id, TEXTS[0], truncated=False, tokens=1) for example in examples()]
     for name in ("mappings", "triples"):
-        given = given_scores(ScoreFile(path=directory / f"{name}.jsonl"), "reward_models.judge.scores")
+        given = given_scores(ScoreFile(path=directory / f"{name}.jsonl"), "reward_models.reward.scores")
         given.check("a", examples())
         given.of("a", examples(), answers)
 
@@ -209,6 +209,6 @@ TARGETS = [
         names=("data.path",),
     ),
     FuzzTarget("given-responses", _answers, _read_answers, names=("sources.s.responses",)),
-    FuzzTarget("given-scores", _scores, _read_scores, names=("reward_models.judge.scores",)),
+    FuzzTarget("given-scores", _scores, _read_scores, names=("reward_models.reward.scores",)),
     FuzzTarget("evaluation-questions", _write_questions, _check_questions, share=2),
 ]

@@ -1,4 +1,4 @@
-"""Model directories: config, index, headers and bodies of weight files, as targets, sources, judges and parts of a merge."""
+"""Model directories: config, index, headers and bodies of weight files, as targets, sources, reward models and parts of a merge."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ def _read_source(directory: Path) -> None:
     assert model(torch.tensor([[5, 6, 7]])).logits.shape[:2] == (1, 3)
 
 
-def _make_judge(form: str, directory: Path) -> None:
+def _make_reward_model(form: str, directory: Path) -> None:
     save_model(directory / "model", "llama", reward=form == "classifier")
     if form == "classifier":
         return
@@ -104,12 +104,12 @@ def _make_judge(form: str, directory: Path) -> None:
     _in_shards(directory / "model", "bin")
 
 
-def _read_judge(directory: Path) -> None:
+def _read_reward_model(directory: Path) -> None:
     options = RewardModelOptions(model=str(directory / "model"), dtype="fp32")
-    reward_model_fingerprint(options, "judge")
-    judge = load_reward_model(options, "judge")
-    hidden = judge.backbone(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
-    assert judge.head(hidden.float()).shape == (1, 3, 1)
+    reward_model_fingerprint(options, "reward")
+    reward_model = load_reward_model(options, "reward")
+    hidden = reward_model.backbone(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
+    assert reward_model.head(hidden.float()).shape == (1, 3, 1)
 
 
 def _make_merge(directory: Path) -> None:
@@ -133,7 +133,7 @@ TARGETS = [
         for family, container in (("llama", "whole"), ("mpt", "bin"), ("gpt_neox", "safetensors"))
     ),
     *(
-        FuzzTarget(f"model-judge-{form}", partial(_make_judge, form), _read_judge, _FILES, 0.5)
+        FuzzTarget(f"model-judge-{form}", partial(_make_reward_model, form), _read_reward_model, _FILES, 0.5)
         for form in ("classifier", "value_head")
     ),
     FuzzTarget(

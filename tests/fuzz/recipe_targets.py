@@ -22,12 +22,12 @@ _RECIPE = {
         "llama": {"model": "models/llama", "responses": {"path": "llama.jsonl", "match": "prompt", "prompt": "q"}},
         "served": {"model": "models/x", "server": {"url": "http://host:8000/v1", "model": "x", "extra": {"top_k": 20}}},
     },
-    "reward_models": {"judge": {"model": "models/judge"}, "given": {"scores": "scores.jsonl"}},
+    "reward_models": {"reward": {"model": "models/reward"}, "given": {"scores": "scores.jsonl"}},
     "data": {"path": "data.jsonl", "format": "auto", "samples": 1000, "held_out": 10, "shard_size": 100},
     "responses": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256},
     "capture": {"top_k": 10, "top_p": 0.95, "filter": "full_vocabulary"},
     "alignment": {"vocabulary_map": "exact", "unmatched": "skip"},
-    "selection": {"inference": "vote", "judges": ["judge", "given"], "strongest": "judge", "training": "sum"},
+    "selection": {"inference": "vote", "reward_models": ["reward", "given"], "strongest": "reward", "training": "sum"},
     "schedule": {
         "phases": [
             {"name": "a", "epochs": 1, "inference": {"weight": {"from": 1, "to": 0, "shape": "cosine"}, "lambda": 0.5}},

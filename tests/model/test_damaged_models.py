@@ -372,8 +372,8 @@ def read_as_source(directory: Path) -> None:
     load_causal_lm(SourceOptions(model=str(directory), dtype="fp32"), where="sources.s")
 
 
-def read_as_judge(directory: Path) -> None:
-    load_reward_model(RewardModelOptions(model=str(directory), dtype="fp32"), "judge")
+def read_as_reward_model(directory: Path) -> None:
+    load_reward_model(RewardModelOptions(model=str(directory), dtype="fp32"), "reward")
 
 
 def read_to_merge(directory: Path) -> None:
@@ -387,7 +387,7 @@ def read_to_chat(directory: Path) -> None:
 ROLES = {
     "target": read_as_target,
     "source": read_as_source,
-    "judge": read_as_judge,
+    "reward": read_as_reward_model,
     "merge": read_to_merge,
     "chat": read_to_chat,
 }
@@ -399,7 +399,7 @@ def test_a_directory_that_can_be_read_in_two_ways_is_refused_in_every_role(
     tmp_path: Path, role: str, layout: Callable[[Path], list[str]]
 ) -> None:
     """transformers reads other tensors there than the index says: a source and a target would be two models."""
-    directory = save_model(tmp_path / "model", "llama", reward=role == "judge")
+    directory = save_model(tmp_path / "model", "llama", reward=role == "reward")
     said = layout(directory)
     message = refusal(lambda: ROLES[role](directory))
     assert all(part in message for part in said), message
@@ -408,7 +408,7 @@ def test_a_directory_that_can_be_read_in_two_ways_is_refused_in_every_role(
 @pytest.mark.parametrize("role", ROLES)
 def test_an_index_with_its_shards_alone_or_of_the_single_file_is_read_in_every_role(tmp_path: Path, role: str) -> None:
     """Some programs write an index beside a single file, too."""
-    directory = save_model(tmp_path / "model", "llama", reward=role == "judge")
+    directory = save_model(tmp_path / "model", "llama", reward=role == "reward")
     names = list(load_file(directory / "model.safetensors"))
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
@@ -550,10 +550,10 @@ def test_a_source_is_loaded_whole_or_refused(model: Path, damage: Callable, said
         (lambda path: edit_weights(path, lambda t: t["score.weight"].fill_(float("inf"))), "score.weight holds NaN"),
     ],
 )
-def test_a_judge_is_loaded_whole_or_refused(tmp_path: Path, damage: Callable, said: str) -> None:
-    path = save_model(tmp_path / "judge", "llama", reward=True)
+def test_a_reward_model_is_loaded_whole_or_refused(tmp_path: Path, damage: Callable, said: str) -> None:
+    path = save_model(tmp_path / "reward", "llama", reward=True)
     damage(path)
-    message = refusal(lambda: load_reward_model(RewardModelOptions(model=str(path), dtype="fp32"), "judge"))
+    message = refusal(lambda: load_reward_model(RewardModelOptions(model=str(path), dtype="fp32"), "reward"))
     assert str(path) in message
     with pytest.raises(UserError, match=said):
         raise UserError(message)

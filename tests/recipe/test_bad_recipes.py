@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import dump_recipe, load_recipe, make_recipe, read_recipe, read_yaml
+from megatron_fuse.recipe import dump_recipe, load_recipe, make_recipe, read_document, read_recipe
 from megatron_fuse.recipe.loading import _flags
 from megatron_fuse.recipe.yaml_files import LIMIT, dump_yaml
 
@@ -324,7 +324,7 @@ def test_readings_that_everybody_agrees_on_stay(tmp_path: Path) -> None:
         b"\xef\xbb\xbfa: [1_000, 0x10, 0o17, 1e3, 1.5e-05, .5, -3, +4, .inf]\nb: [true, False, null, ~, ]\n"
         b"c: [2024-02-28, 1.2.3, a:b, 10.0.0.1:80, 'yes', \"0777\", y, n, '=']\nd: &d {x: 1}\ne: {<<: *d, y: *d}\nf: \"\\ud83d\\ude00\"\n"
     )
-    content = read_yaml(tmp_path / "a.yaml")
+    content = read_document(tmp_path / "a.yaml").content
     assert content["a"] == [1000, 16, 15, 1000.0, 1.5e-5, 0.5, -3, 4, float("inf")]
     assert content["b"] == [True, False, None, None]
     assert content["c"] == ["2024-02-28", "1.2.3", "a:b", "10.0.0.1:80", "yes", "0777", "y", "n", "="]
@@ -384,5 +384,5 @@ def test_every_text_that_is_printed_is_read_back_by_us_and_by_yaml_1_1(tmp_path:
         texts = ["".join(draw.choices(PIECES, k=draw.choice([1, 2, 5, 60]))) for _ in range(8)]
         content = {f"k{text}": [text, {"x": text}] for text in texts}
         path.write_text(dump_yaml(content), encoding="utf-8", newline="")
-        assert read_yaml(path) == content, texts
+        assert read_document(path).content == content, texts
         assert yaml.safe_load(path.read_bytes()) == content, texts

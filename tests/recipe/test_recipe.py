@@ -87,9 +87,9 @@ def with_change(path: str, value: object) -> dict:
         ("sources.target", {"model": "x"}, r"'target' is the name of the target's own answers"),
         ("reward_models.reference", {"model": "x"}, r"'reference' is the name of the score against the ground truth"),
         # who votes
-        ("selection.judges", ["k"], r"selection\.judges has \['k'\] but reward_models has \['j'\]"),
-        ("selection.judges", [], r"several sources answer and no reward model votes"),
-        ("selection.judges", ["../up"], r"selection\.judges\.0"),
+        ("selection.reward_models", ["k"], r"selection\.reward_models has \['k'\] but reward_models has \['j'\]"),
+        ("selection.reward_models", [], r"several sources answer and no reward model votes"),
+        ("selection.reward_models", ["../up"], r"selection\.reward_models\.0"),
         ("schedule.order", "longest", r"schedule\.order: .*'shuffled', 'gt_length' or 'target_reward'"),
         # margins: a winner cannot win by less than nothing; from weight 1 on nothing would be weighed down
         ("selection.training_margin", {"at_least": -0.1}, r"training_margin\.at_least: .*greater than or equal to 0"),
@@ -174,22 +174,24 @@ def test_no_secret_is_let_into_a_recipe_nor_into_its_refusal(url: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("judges", [{"reward_models": {}}, {"selection": {"judges": []}}], ids=["none", "none votes"])
-def test_an_order_by_reward_needs_a_judge(judges: dict) -> None:
+@pytest.mark.parametrize(
+    "reward_models", [{"reward_models": {}}, {"selection": {"reward_models": []}}], ids=["none", "none votes"]
+)
+def test_an_order_by_reward_needs_a_reward_model(reward_models: dict) -> None:
     schedule = {"preset": "csft", "order": "target_reward"}
     with pytest.raises(UserError, match=r"schedule\.order is target_reward, but no reward model votes"):
-        make_recipe({**MINIMAL, "schedule": schedule, **judges})
+        make_recipe({**MINIMAL, "schedule": schedule, **reward_models})
 
 
 def test_the_strongest_is_one_of_those_that_vote() -> None:
     three = {**MINIMAL, "reward_models": {name: {"model": name} for name in "ijk"}}
-    assert (make_recipe(three).judges, make_recipe(three).strongest) == (["i", "j", "k"], "i")
-    # The order is that of reward_models, however the judges are listed: it decides what ties go to.
-    two = make_recipe({**three, "selection": {"judges": ["k", "j"]}})
-    assert (two.judges, two.strongest) == (["j", "k"], "j")
-    assert make_recipe({**three, "selection": {"judges": ["k", "j"], "strongest": "k"}}).strongest == "k"
+    assert (make_recipe(three).voting_reward_models, make_recipe(three).strongest) == (["i", "j", "k"], "i")
+    # The order is that of reward_models, however the reward models are listed: it decides what ties go to.
+    two = make_recipe({**three, "selection": {"reward_models": ["k", "j"]}})
+    assert (two.voting_reward_models, two.strongest) == (["j", "k"], "j")
+    assert make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "k"}}).strongest == "k"
     with pytest.raises(UserError, match=r"selection\.strongest is 'i' but those that vote are \['j', 'k'\]"):
-        make_recipe({**three, "selection": {"judges": ["k", "j"], "strongest": "i"}})
+        make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "i"}})
 
 
 SOURCES, TARGET = {"a": ["j", "k"], "b": ["j", "k"]}, {"target": ["j"]}
@@ -219,7 +221,7 @@ def test_only_answers_that_are_used_are_made_and_scored(
         **MINIMAL,
         "target": {"model": target},
         "reward_models": {name: {"model": name} for name in "jkl"},
-        "selection": {"inference": inference, "judges": ["j", "k"]},
+        "selection": {"inference": inference, "reward_models": ["j", "k"]},
         "schedule": {"preset": preset, "order": order},
     }
     recipe = make_recipe(content)
@@ -259,7 +261,7 @@ def test_printing_and_reading_back_gives_the_same_recipe() -> None:
         "target": {"model": "t", "server": {**SERVER, "extra": {"top_k": 5, "nested": {"a": [1]}}}, "stop": ["User:"]},
         "sources": {"a": {"model": "a", "responses": {"path": "r", "response": "responses.gpt-4", "match": "prompt"}}},
         "reward_models": {"j": {"model": "j", "body": "b", "form": "value_head"}, "k": {"scores": "s.jsonl"}},
-        "selection": {"judges": ["k"], "training_margin": {"at_least": 0.1}, "inference": "reference"},
+        "selection": {"reward_models": ["k"], "training_margin": {"at_least": 0.1}, "inference": "reference"},
         "reference": {"bertscore_model": "e", "bertscore_layer": 9},
         "schedule": {"preset": "simulfuse", "order": "target_reward"},
         "training": {"seed": 5, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_warmup_fraction": 0.1},

@@ -1,4 +1,4 @@
-"""Random observations for the advantage report: any number of sources and judges, identical, empty and unjudged answers."""
+"""Random observations for the advantage report: any number of sources and reward models, identical, empty and unscored answers."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def random_observations(
     *,
     examples: int = 60,
     sources: int = 3,
-    judges: int = 2,
+    reward_models: int = 2,
     modes: tuple[str, ...] = MODES,
     rule: str = "vote",
     systems: int = 4,
@@ -41,7 +41,7 @@ def random_observations(
         margin = score_margin(score, same, source)
         selections["inference"] = {"reference": reference, "score": score, "source": source, "margin": margin}
     elif answering:
-        scores = random.integers(0, 4, (*shape, judges)).astype(np.float32)
+        scores = random.integers(0, 4, (*shape, reward_models)).astype(np.float32)
         scores[random.random(scores.shape) < 0.02] = np.nan
         source, votes = majority_vote(scores, same)
         margin = vote_margin(scores, votes, same, source)
@@ -61,7 +61,7 @@ def random_observations(
         answers = Answers(**{name: values[:, :0] for name, values in vars(answers).items()})
     return Observations(
         sources=[f"source-{place}" for place in range(sources)],
-        judges=[f"judge-{place}" for place in range(judges)] if answering and rule == "vote" else [],
+        reward_models=[f"reward-{place}" for place in range(reward_models)] if answering and rule == "vote" else [],
         strongest=0,
         rules={mode: {"training": "sum", "inference": rule}[mode] for mode in modes},
         numbers=np.arange(examples),

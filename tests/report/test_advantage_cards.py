@@ -16,7 +16,7 @@ def holds(seen: Observations, n: int, reason: str) -> bool:
     names = {mode: None if place == NONE else seen.sources[place] for mode, place in sources.items()}
     mode = "inference" if "inference" in sources else "training"
     margin = seen.selections[mode]["margin"][n]
-    tie = bool(seen.judges) and bool(tied(seen.selections[mode]["votes"], seen.answers.same)[n])
+    tie = bool(seen.reward_models) and bool(tied(seen.selections[mode]["votes"], seen.answers.same)[n])
     named = all(name in reason for name in names.values() if name) or f"of {names[mode]} in" in reason
     kinds = {
         "a clear win": margin > 0 and not tie,
@@ -37,12 +37,14 @@ def holds(seen: Observations, n: int, reason: str) -> bool:
 
 
 @pytest.mark.parametrize("sources", [1, 3, 8])
-@pytest.mark.parametrize("judges", [0, 1, 2, 3])
+@pytest.mark.parametrize("reward_models", [0, 1, 2, 3])
 @pytest.mark.parametrize("modes", [MODES, ("training",), ("inference",)])
-def test_cards_are_different_examples_that_show_their_reason(sources: int, judges: int, modes: tuple[str, ...]) -> None:
-    rule = "vote" if judges else "reference"
+def test_cards_are_different_examples_that_show_their_reason(
+    sources: int, reward_models: int, modes: tuple[str, ...]
+) -> None:
+    rule = "vote" if reward_models else "reference"
     for seed in range(3):
-        seen = random_observations(seed, sources=sources, judges=judges, modes=modes, rule=rule)
+        seen = random_observations(seed, sources=sources, reward_models=reward_models, modes=modes, rule=rule)
         choices = choose_cards(seen)
         assert choices == choose_cards(seen)
         assert len({choice.example for choice in choices}) == len(choices) == CARDS
@@ -51,7 +53,7 @@ def test_cards_are_different_examples_that_show_their_reason(sources: int, judge
 
 
 def test_every_kind_of_card_is_shown_where_the_data_have_it() -> None:
-    reasons = " ".join(choice.reason for choice in choose_cards(random_observations(1, judges=2, examples=300)))
+    reasons = " ".join(choice.reason for choice in choose_cards(random_observations(1, reward_models=2, examples=300)))
     for kind in ("clear win", "tie", "disagree", "both modes", "narrow win", "cut off", "declines", "no source"):
         assert kind in reasons
 
@@ -79,7 +81,7 @@ def test_a_card_tells_of_every_answer_what_it_was_chosen_by(rule: str) -> None:
             assert answer["same_as"] == (others[0]["name"] if others else None)
             if rule == "vote":
                 assert answer["votes"] == inference["votes"][n, place]
-                wanted = dict(zip(seen.judges, inference["scores"][n, place], strict=True))
+                wanted = dict(zip(seen.reward_models, inference["scores"][n, place], strict=True))
                 assert answer["scores"] == {j: None if np.isnan(s) else s for j, s in wanted.items()}
             else:
                 assert "votes" not in answer

@@ -70,23 +70,23 @@ def test_agreement_is_cohens_kappa(pairs: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("sources", SOURCES)
-@pytest.mark.parametrize("judges", [1, 2, 3])
-def test_judges_favourites_and_ties_by_hand(sources: int, judges: int) -> None:
-    seen = random_observations(sources + judges, sources=sources, judges=judges, examples=200)
+@pytest.mark.parametrize("reward_models", [1, 2, 3])
+def test_reward_models_favourites_and_ties_by_hand(sources: int, reward_models: int) -> None:
+    seen = random_observations(sources + reward_models, sources=sources, reward_models=reward_models, examples=200)
     arrays, same = seen.selections["inference"], seen.answers.same
     scores, votes = arrays["scores"], arrays["votes"]
     liked, ties = favourites(scores, same), tied(votes, same)
     for n in range(len(same)):
         able = [s for s in range(sources) if same[n, s] and not np.isnan(scores[n, s]).any()]
         ballots = []
-        for judge in range(judges):
+        for reward_model in range(reward_models):
             if able:
                 # Identical texts are one answer, worth the best of its scores.
-                worth = [max(scores[n, o, judge] for o in able if same[n, o] == same[n, s]) for s in able]
-                assert liked[n, judge] == able[worth.index(max(worth))]
-                ballots.append(same[n, liked[n, judge]])
+                worth = [max(scores[n, o, reward_model] for o in able if same[n, o] == same[n, s]) for s in able]
+                assert liked[n, reward_model] == able[worth.index(max(worth))]
+                ballots.append(same[n, liked[n, reward_model]])
             else:
-                assert liked[n, judge] == NONE
+                assert liked[n, reward_model] == NONE
         counts = [ballots.count(text) for text in set(ballots)]
         assert ties[n] == (len(counts) > 1 and counts.count(max(counts)) > 1)
 
@@ -142,20 +142,22 @@ def test_groups_add_up_to_the_whole(sources: int, modes: tuple[str, ...]) -> Non
         assert np.trace(table) == pytest.approx(report["modes"]["agree"] * table.sum())
 
 
-@pytest.mark.parametrize("judges", [1, 2, 3])
-def test_judges_are_compared_with_each_other_and_with_the_choice(judges: int) -> None:
-    seen = random_observations(judges, judges=judges, examples=120)
+@pytest.mark.parametrize("reward_models", [1, 2, 3])
+def test_reward_models_are_compared_with_each_other_and_with_the_choice(reward_models: int) -> None:
+    seen = random_observations(reward_models, reward_models=reward_models, examples=120)
     arrays = seen.selections["inference"]
     liked = favourites(arrays["scores"], seen.answers.same)
-    found = advantage_numbers(seen)["judges"]
-    assert [pair["judges"] for pair in found["pairs"]] == [list(pair) for pair in combinations(seen.judges, 2)]
-    for judge, name in enumerate(seen.judges):
+    found = advantage_numbers(seen)["reward_models"]
+    assert [pair["reward_models"] for pair in found["pairs"]] == [
+        list(pair) for pair in combinations(seen.reward_models, 2)
+    ]
+    for reward_model, name in enumerate(seen.reward_models):
         assert found["winner"][name]["agree"] == pytest.approx(
-            (liked[:, judge] == arrays["source"])[arrays["source"] != NONE].mean()
+            (liked[:, reward_model] == arrays["source"])[arrays["source"] != NONE].mean()
         )
         assert sum(found["favourites"][name].values()) == pytest.approx(1)
-    if judges == 1:  # it decides alone
-        assert found["winner"]["judge-0"]["agree"] == found["unanimous"] == 1
+    if reward_models == 1:  # it decides alone
+        assert found["winner"]["reward-0"]["agree"] == found["unanimous"] == 1
         assert found["tied"] == 0
 
 

@@ -84,7 +84,7 @@ def page_of(report: dict) -> Page:
     return Page(advantage_page(report, charts))
 
 
-# Without judges by the reference rule; five sources leave a row of panels half empty, eight fill two.
+# Without reward models by the reference rule; five sources leave a row of panels half empty, eight fill two.
 SHAPES = [
     (1, 1, ("inference",)),
     (1, 0, MODES),
@@ -95,10 +95,12 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("sources", "judges", "modes"), SHAPES)
-def test_any_number_of_sources_judges_and_modes_makes_a_page(sources: int, judges: int, modes: tuple[str, ...]) -> None:
-    rule = "vote" if judges else "reference"
-    report = random_report(sources=sources, judges=judges, modes=modes, rule=rule, systems=sources % 4)
+@pytest.mark.parametrize(("sources", "reward_models", "modes"), SHAPES)
+def test_any_number_of_sources_reward_models_and_modes_makes_a_page(
+    sources: int, reward_models: int, modes: tuple[str, ...]
+) -> None:
+    rule = "vote" if reward_models else "reference"
+    report = random_report(sources=sources, reward_models=reward_models, modes=modes, rule=rule, systems=sources % 4)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     page = page_of(report)
     assert page.tags["img"] == 4 + (len(modes) == 2)  # wins, lengths, length of instruction, category; modes

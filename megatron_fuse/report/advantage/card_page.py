@@ -79,7 +79,7 @@ def _scores(card: dict[str, Any]) -> str:
     rows = []
     columns: list[str] = []
     for answer in card["answers"][1:]:
-        cells = {f"score: {judge}": _number(score) for judge, score in answer.get("scores", {}).items()}
+        cells = {f"score: {reward_model}": _number(score) for reward_model, score in answer.get("scores", {}).items()}
         cells |= {"votes": str(answer["votes"])} if "votes" in answer else {}
         cells |= {name: _number(value) for name, value in answer.get("reference", {}).items()}
         cells |= {"nats per byte": _number(answer["nats_per_byte"])} if "nats_per_byte" in answer else {}

@@ -46,11 +46,11 @@ def _queues(seen: Observations) -> list[Iterator[Choice]]:
     won = arrays["source"] != NONE
     compared = won & np.isfinite(arrays["margin"])  # there is a second to be ahead of
     order = np.lexsort((-_gap(seen, mode), -np.where(compared, arrays["margin"], -np.inf)))
-    ties = won & tied(arrays["votes"], seen.answers.same) if seen.judges else np.zeros(len(won), bool)
+    ties = won & tied(arrays["votes"], seen.answers.same) if seen.reward_models else np.zeros(len(won), bool)
     clear = order[(compared & ~ties & (arrays["margin"] > 0))[order]]
     return [
         _clear_wins(seen, mode, clear),
-        _each(order[ties[order]], "a tie of votes, which the strongest judge decides for {inference}", seen),
+        _each(order[ties[order]], "a tie of votes, which the strongest reward model decides for {inference}", seen),
         *(_between_modes(seen) if len(seen.selections) == 2 else []),
         _each(clear[::-1], f"a narrow win of {{{mode}}} in {mode} mode", seen),
         *(_flagged_winners(seen) if mode == "inference" else []),
@@ -91,8 +91,8 @@ def _rank(margin: np.ndarray) -> np.ndarray:
 
 
 def _gap(seen: Observations, mode: str) -> np.ndarray:
-    """[n]: how far the winner is ahead in the strongest judge's scores, which orders examples of equal votes."""
-    if mode == "training" or not seen.judges:
+    """[n]: how far the winner is ahead in the strongest reward model's scores, which orders examples of equal votes."""
+    if mode == "training" or not seen.reward_models:
         return np.zeros(len(seen.numbers))
     arrays = seen.selections[mode]
     scores = np.nan_to_num(arrays["scores"][..., seen.strongest].astype(float), nan=-np.inf)
@@ -126,7 +126,7 @@ def card(seen: Observations, choice: Choice, example: Example, responses: list[R
     """{id, reason, category, system, messages, winners {mode: source}, margins, weights {mode: number}, answers}.
 
     answers: of the ground truth and every source {name, text, same_as: a source of the same text, wins: modes, flags, scores
-    {judge: number}, votes, reference {measure: number}, nats_per_byte}. What there is not is null or left out.
+    {reward_model: number}, votes, reference {measure: number}, nats_per_byte}. What there is not is null or left out.
     """
     place = choice.example
     winners = {mode: _winner(seen, mode, place) for mode in seen.selections}
@@ -170,9 +170,11 @@ def _flags(seen: Observations, place: int, number: int) -> dict[str, bool]:
 def _measures(seen: Observations, place: int, number: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if inference := seen.selections.get("inference"):
-        if seen.judges:
+        if seen.reward_models:
             scores = inference["scores"][place, number]
-            found["scores"] = {judge: _number(score) for judge, score in zip(seen.judges, scores, strict=True)}
+            found["scores"] = {
+                reward_model: _number(score) for reward_model, score in zip(seen.reward_models, scores, strict=True)
+            }
             found["votes"] = int(inference["votes"][place, number])
         if "reference" in inference:
             measures = [*inference["reference"][place, number], inference["score"][place, number]]

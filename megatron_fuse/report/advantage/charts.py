@@ -95,8 +95,14 @@ def rule_in_words(report: dict[str, Any], mode: str) -> str:
         return "chance"
     if rule == "reference":
         return "nearest to the ground truth"
-    judges = len(report["judges"]["favourites"]) if report["judges"] else 0
-    return f"vote of {judges} judges" if judges > 1 else "score of one judge" if judges else "the only source"
+    reward_models = len(report["reward_models"]["favourites"]) if report["reward_models"] else 0
+    return (
+        f"vote of {reward_models} reward models"
+        if reward_models > 1
+        else "score of one reward model"
+        if reward_models
+        else "the only source"
+    )
 
 
 def _draw_modes(report: dict[str, Any]) -> tuple[str, Figure]:

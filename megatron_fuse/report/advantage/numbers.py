@@ -2,15 +2,16 @@
 
 One JSON object. A share or mean of nothing is null; NOBODY stands for no source.
 
-    rules       {mode: rule}; sources, judges: names
+    rules       {mode: rule}; sources, reward_models: names
     examples    counted: all others are of these; held_out: left out
     wins        {mode: {source or NOBODY: {examples, share, low, high}}}, low and high being Wilson's 95 % interval
     margins     {mode: {median: of the winners' margins; lowered: winners that do not count in full; dropped: not at all}}
     modes       of the examples with a winner in both: examples, agree, chance, kappa; table [S][S] of counts, rows by the
                 training mode's winner, columns by the inference mode's; null unless both modes are in use
-    judges      favourites {judge: {source: share}}; pairs [{judges: [a, b], examples, agree, chance, kappa}]; winner {judge: its
-                agreement with the choice}; tied: share of the examples with a winner where several answers have most votes;
-                unanimous: share where all judges have one favourite; null without judges
+    reward_models   favourites {reward model: {source: share}}; pairs [{reward_models: [a, b], examples, agree, chance,
+                kappa}]; winner {reward model: its agreement with the choice}; tied: share of the examples with a
+                winner where several answers have most votes; unanimous: share where all reward models have one
+                favourite; null without reward models
     groups      {"instruction length" or "category": [{group, examples, wins {mode: as above}}]}
     lengths     by: what the groups are; groups [{group, examples, median {GROUND_TRUTH or source: characters}}]; the first is all
     system_messages     different, examples: that have one; frequent [{text, examples, share}]
@@ -40,7 +41,7 @@ def advantage_numbers(seen: Observations) -> dict[str, Any]:
         groups["category"] = frequent_groups(seen.category, seen.categories, CATEGORIES)
     return {
         "sources": seen.sources,
-        "judges": _judges(seen) if seen.judges else None,
+        "reward_models": _reward_models(seen) if seen.reward_models else None,
         "rules": seen.rules,
         "examples": {"counted": len(seen.numbers), "held_out": seen.held_out},
         "wins": {mode: wins(source, seen.sources) for mode, source in winners.items()},
@@ -112,13 +113,13 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float | int | 
 
 
 def favourites(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """int [n, R]: the source whose answer each judge likes best, NONE where no answer can win.
+    """int [n, R]: the source whose answer each reward model likes best, NONE where no answer can win.
 
-    scores float [n, S, R] and same int [n, S] as in `able_answers`: an answer that any judge has not judged is nobody's
+    scores float [n, S, R] and same int [n, S] as in `able_answers`: an answer without a score of any one is nobody's
     favourite, and of identical texts the first is.
     """
     able = np.where(able_answers(scores, same), same, 0)
-    return np.stack([best_score(scores[..., judge], able) for judge in range(scores.shape[2])], 1)
+    return np.stack([best_score(scores[..., reward_model], able) for reward_model in range(scores.shape[2])], 1)
 
 
 def tied(votes: np.ndarray, same: np.ndarray) -> np.ndarray:
@@ -165,26 +166,26 @@ def frequent_groups(codes: np.ndarray, names: list[str], most: int) -> list[tupl
     return parts + [("none given", codes < 0)] * bool((codes < 0).any())
 
 
-def _judges(seen: Observations) -> dict[str, Any]:
+def _reward_models(seen: Observations) -> dict[str, Any]:
     arrays, same = seen.selections["inference"], seen.answers.same
     liked = favourites(arrays["scores"], same)
     won = arrays["source"] != NONE
     ties = tied(arrays["votes"], same)
-    numbered = list(enumerate(seen.judges))
+    numbered = list(enumerate(seen.reward_models))
     return {
         "favourites": {
-            judge: {
+            reward_model: {
                 source: _ratio((liked[:, j] == place).sum(), (liked[:, j] != NONE).sum())
                 for place, source in enumerate(seen.sources)
             }
-            for j, judge in numbered
+            for j, reward_model in numbered
         },
         "pairs": [
-            {"judges": [judge, other], **agreement(liked[:, j], liked[:, k])}
-            for j, judge in numbered
+            {"reward_models": [reward_model, other], **agreement(liked[:, j], liked[:, k])}
+            for j, reward_model in numbered
             for k, other in numbered[j + 1 :]
         ],
-        "winner": {judge: agreement(liked[:, j], arrays["source"]) for j, judge in numbered},
+        "winner": {reward_model: agreement(liked[:, j], arrays["source"]) for j, reward_model in numbered},
         "tied": _ratio((ties & won).sum(), won.sum()),
         "unanimous": _ratio(((liked == liked[:, :1]).all(1) & won).sum(), won.sum()),
     }

@@ -1,6 +1,6 @@
 """What the report counts: facts of every example that is learned from, read from instructions, answers and selections.
 
-Legend: n examples, S sources in the recipe's order, R judges in theirs. Held-out examples are left out: nothing is learned from
+Legend: n examples, S sources in the recipe's order, R reward models in theirs. Held-out examples are left out: nothing is learned from
 them, and whoever evaluates on them should not have looked at them.
 """
 
@@ -43,11 +43,11 @@ class Observations:
     instruction_characters int64 [n]: of all messages of user and assistant before it.
 
     system, category int64 [n]: places in system_messages and categories, -1 = none. selections: mode -> the arrays of its
-    selection (selection/choice.py), of these examples only. strongest: place of the judge that breaks ties.
+    selection (selection/choice.py), of these examples only. strongest: place of the reward model that breaks ties.
     """
 
     sources: list[str]
-    judges: list[str]
+    reward_models: list[str]
     strongest: int
     rules: dict[str, str]  # mode -> its rule
     numbers: np.ndarray
@@ -93,11 +93,11 @@ def observe(context: Context) -> Observations:
     selections = {mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes}
     facts = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
     strongest = recipe.strongest
-    judges = recipe.judges if "inference" in modes and recipe.selection.inference == "vote" else []
+    reward_models = recipe.voting_reward_models if "inference" in modes and recipe.selection.inference == "vote" else []
     return Observations(
         sources=list(recipe.sources),
-        judges=judges,
-        strongest=judges.index(strongest) if judges and strongest is not None else 0,
+        reward_models=reward_models,
+        strongest=reward_models.index(strongest) if reward_models and strongest is not None else 0,
         rules={mode: getattr(recipe.selection, mode) for mode in modes},
         numbers=np.flatnonzero(kept),
         held_out=int((~kept).sum()),

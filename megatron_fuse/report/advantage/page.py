@@ -31,8 +31,8 @@ def advantage_page(report: dict[str, Any], charts: dict[str, tuple[str, bytes]])
     ]
     if report["modes"]:
         parts.append(f"<h2>The two modes</h2>\n{picture('modes') or _paragraph(_modes(report))}")
-    if report["judges"]:
-        parts.append(f"<h2>The judges</h2>\n{_judge_tables(report)}")
+    if report["reward_models"]:
+        parts.append(f"<h2>The reward models</h2>\n{_reward_model_tables(report)}")
     parts.append(f"<h2>Where they win</h2>\n{''.join(picture(name.replace(' ', '_')) for name in report['groups'])}")
     if "category" not in report["groups"]:
         parts.append(_paragraph("No example has a category."))
@@ -63,8 +63,8 @@ def _findings(report: dict[str, Any]) -> list[str]:
         found.append(f"{mode.capitalize()} mode: {name} wins most often, {percent(share)} of the examples{none}.")
     if report["modes"]:
         found.append(_modes(report))
-    if report["judges"]:
-        found.append(_judges(report))
+    if report["reward_models"]:
+        found.append(_reward_models(report))
     median = report["lengths"]["groups"][0]["median"]
     answers = [length for name, length in median.items() if name != GROUND_TRUTH and length]
     if answers:
@@ -83,42 +83,42 @@ def _modes(report: dict[str, Any]) -> str:
     )
 
 
-def _judges(report: dict[str, Any]) -> str:
-    judges = report["judges"]
-    if len(judges["favourites"]) == 1:
-        return f"One judge, {next(iter(judges['favourites']))}, decides by its score."
-    kappas = [pair["kappa"] for pair in judges["pairs"] if pair["kappa"] is not None]
+def _reward_models(report: dict[str, Any]) -> str:
+    reward_models = report["reward_models"]
+    if len(reward_models["favourites"]) == 1:
+        return f"One reward model, {next(iter(reward_models['favourites']))}, decides by its score."
+    kappas = [pair["kappa"] for pair in reward_models["pairs"] if pair["kappa"] is not None]
     extent = " to ".join(dict.fromkeys(map(_kappa, (min(kappas), max(kappas))))) if kappas else "-"
     return (
-        f"The {len(judges['favourites'])} judges like one answer best in {percent(judges['unanimous'])} of the examples with a "
-        f"winner, {percent(judges['tied'])} are ties of votes; between two of them kappa is {extent}."
+        f"The {len(reward_models['favourites'])} reward models like one answer best in {percent(reward_models['unanimous'])} of the examples with a "
+        f"winner, {percent(reward_models['tied'])} are ties of votes; between two of them kappa is {extent}."
     )
 
 
-def _judge_tables(report: dict[str, Any]) -> str:
-    """What every judge likes best, and how often it agrees with the choice; then every pair of judges."""
-    judges = report["judges"]
-    names = list(judges["favourites"])
+def _reward_model_tables(report: dict[str, Any]) -> str:
+    """What every reward model likes best, and how often it agrees with the choice; then every pair of reward models."""
+    reward_models = report["reward_models"]
+    names = list(reward_models["favourites"])
     rows = [
-        [f"likes {source} best", *(percent(judges["favourites"][name][source]) for name in names)]
+        [f"likes {source} best", *(percent(reward_models["favourites"][name][source]) for name in names)]
         for source in report["sources"]
     ]
-    rows.append(["likes the winner best", *(percent(judges["winner"][name]["agree"]) for name in names)])
-    rows.append(["kappa with the winner", *(_kappa(judges["winner"][name]["kappa"]) for name in names)])
+    rows.append(["likes the winner best", *(percent(reward_models["winner"][name]["agree"]) for name in names)])
+    rows.append(["kappa with the winner", *(_kappa(reward_models["winner"][name]["kappa"]) for name in names)])
     table = html_table((("share of examples", *names), rows))
-    if not judges["pairs"]:
+    if not reward_models["pairs"]:
         return table
     pairs = [
         [
-            " and ".join(pair["judges"]),
+            " and ".join(pair["reward_models"]),
             f"{pair['examples']:,}",
             percent(pair["agree"]),
             percent(pair["chance"]),
             _kappa(pair["kappa"]),
         ]
-        for pair in judges["pairs"]
+        for pair in reward_models["pairs"]
     ]
-    return table + html_table((("pair of judges", "examples", "same favourite", "by chance", "kappa"), pairs))
+    return table + html_table((("pair of reward models", "examples", "same favourite", "by chance", "kappa"), pairs))
 
 
 _LOWERED = {"dropped": "are dropped", "lowered": "count less"}
@@ -139,7 +139,7 @@ def _margins(report: dict[str, Any]) -> str:
 def _lead(report: dict[str, Any], mode: str, lead: float) -> str:
     if mode == "training":
         return f"{lead:.3g} nats per byte"
-    if report["judges"] and len(report["judges"]["favourites"]) > 1:
+    if report["reward_models"] and len(report["reward_models"]["favourites"]) > 1:
         return f"{lead:g} vote{'s' * (lead != 1)}"
     return f"{lead:.3g} in score"
 

@@ -1,6 +1,6 @@
 """Small reward models that learn what a strong judge prefers: three seeds of a Llama of 4.6 million parameters, from nothing.
 
-    python benchmarks/preference_judges.py --answers alpaca_eval.jsonl --judge-tokenizer TOKENIZER.model --output JUDGES
+    python benchmarks/preference_models.py --answers alpaca_eval.jsonl --tokenizer TOKENIZER.model --output REWARD_MODELS
 
 --answers: JSONL rows {instruction, responses: {model: text}, scores: {judge: {model: score}}}. The loss is Bradley and Terry's,
 -log sigmoid(better - worse), over every pair of answers that one judge told apart. Each model is saved as a one-label classifier
@@ -27,7 +27,7 @@ from megatron_fuse.scoring.conversations import pad
 from megatron_fuse.storage import read_jsonl
 from megatron_fuse.tokenization import load_tokenizer
 
-JUDGES = ("first", "second", "third")
+NAMES = ("first", "second", "third")
 TEMPLATE = "vicuna_v1.1"
 POSITIONS = 2048
 _SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -42,18 +42,18 @@ class Training:
 
 
 def options_of(directory: Path) -> RewardModelOptions:
-    """How a recipe names a judge that lies there."""
+    """The options by which a recipe names the reward model in a directory."""
     return RewardModelOptions(model=str(directory), dtype="fp32", chat_template=TEMPLATE)
 
 
-def train_judges(
+def train_reward_models(
     output: Path, tokenizer: Path, rows: Sequence[dict[str, Any]], training: Training = Training()
 ) -> dict[str, Path]:
-    """Name -> directory of every judge."""
+    """Name -> directory of every reward model."""
     chat = load_chat_format(load_tokenizer(tokenizer), TEMPLATE)
     groups = [group for row in rows if (group := _comparisons(chat, row, training.most_tokens))]
     directories = {}
-    for seed, name in enumerate(JUDGES):
+    for seed, name in enumerate(NAMES):
         model = _trained(chat, groups, training, seed)
         directories[name] = output / name
         model.save_pretrained(directories[name])
@@ -132,11 +132,11 @@ def _batches(groups: Sequence[_Comparisons], training: Training, seed: int) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, required=True)
-    parser.add_argument("--judge-tokenizer", type=Path, required=True, help="a tokenizer's file")
-    parser.add_argument("--output", type=Path, required=True, help="directory that gets one directory a judge")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer's file")
+    parser.add_argument("--output", type=Path, required=True, help="directory that gets one directory per reward model")
     options = parser.parse_args()
     rows = [row for _, row in read_jsonl(options.answers)]
-    for name, directory in train_judges(options.output, options.judge_tokenizer, rows).items():
+    for name, directory in train_reward_models(options.output, options.tokenizer, rows).items():
         print(f"{name}: {directory}")
 
 
