@@ -151,7 +151,7 @@ class Documents:
         self.streams, self.entries_per_row = streams, entries_per_row
         self.sources = ["source"]
         self.example_ids = [str(number) for number in range(len(streams))]
-        self.train, self.held_out = np.arange(len(streams)), np.arange(0)
+        self.train, self.validation = np.arange(len(streams)), np.arange(0)
         self.sha256 = "synthetic"
         self.text = Artifact(Path(), {})  # of which an order of examples would be
 

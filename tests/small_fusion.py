@@ -86,7 +86,7 @@ def fusion_recipe(root: Path, models: dict[str, Path], sources: tuple[str, ...] 
         models["target"],
         options,
         **{
-            "data": {"shard_size": 5, "held_out": 3},
+            "data": {"shard_size": 5, "validation_samples": 3},
             "training": {"seq_length": 200},
             "schedule": {"preset": "profuser"},
             "reward_models": {name: {"model": str(models[name])} for name in ("one", "two")},

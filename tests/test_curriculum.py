@@ -187,7 +187,7 @@ def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) 
         write_rows(tmp_path / "data.jsonl", rows),
         save_model(tmp_path / "target", "llama", seed=1),
         {"beta": save_model(tmp_path / "beta", "gpt_neox", seed=2)},
-        data={"shard_size": 4, "held_out": 3},
+        data={"shard_size": 4, "validation_samples": 3},
         reward_models={
             name: {"model": str(save_model(tmp_path / name, "llama", seed=seed, reward=True)), "dtype": "fp32"}
             for name, seed in (("weak", 4), ("strong", 3))
@@ -285,7 +285,7 @@ def test_training_keeps_to_the_order_and_a_checkpoint_to_its_curriculum(ranks, c
     assert len(epochs) == sum(phase.epochs for phase in recipe.phases)
     for epoch in epochs:
         assert lengths[epoch].tolist() == sorted(lengths[dataset.train].tolist())
-        assert sorted(epoch) == dataset.train.tolist()  # and so none that is held out
+        assert sorted(epoch) == dataset.train.tolist()  # and so no validation example
 
     (facts,) = recipe.workdir.rglob("facts.json")
     run = json.loads(facts.read_text())["run"]

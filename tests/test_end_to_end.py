@@ -51,7 +51,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "target": {"model": str(models["alpha"])},
         "sources": {name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()},
         "reward_models": {name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()},
-        "data": {"path": str(write_rows(directory / "data.jsonl", rows)), "held_out": 4, "shard_size": 16},
+        "data": {"path": str(write_rows(directory / "data.jsonl", rows)), "validation_samples": 4, "shard_size": 16},
         "responses": {"max_new_tokens": 12},
         "schedule": {"preset": "profuser"},
         "parallel": {"tensor_model_parallel_size": 2},
@@ -96,8 +96,8 @@ def test_training_goes_through_both_phases(finished: tuple[Path, str]) -> None:
     assert all(
         "ce/training" in values and "kl/training" in values for phase, values in steps.values() if phase == "co-fusion"
     )
-    held_out = [float(value) for value in re.findall(r"held-out at .*? ce/training: (\S+)", output)]
-    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+    validation = [float(value) for value in re.findall(r"validation at .*? ce/training: (\S+)", output)]
+    assert len(validation) == 3 and validation[-1] < validation[0]
 
 
 def test_megatron_opens_every_stream(finished: tuple[Path, str]) -> None:
@@ -121,18 +121,18 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> No
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.chat_template
-    # The held-out cross-entropy that training printed last, computed anew by transformers from the stored documents.
+    # The validation cross-entropy that training printed last, computed anew by transformers from the stored documents.
     facts = json.loads((exported / "fusion.json").read_text())["facts"]
-    assert held_out_cross_entropy(workdir, model) == pytest.approx(facts["best_loss"], rel=1e-4)
+    assert validation_cross_entropy(workdir, model) == pytest.approx(facts["best_loss"], rel=1e-4)
 
 
-def held_out_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
+def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
     from megatron_fuse.dataset import FusionDataset
     from megatron_fuse.recipe import load_recipe
 
     dataset = FusionDataset(load_recipe(argv=["--recipe", str(workdir / "recipe.yaml")]))
     total, count = 0.0, 0
-    for example in dataset.held_out:
+    for example in dataset.validation:
         document = dataset.document("training", int(example))
         tokens = document.tokens.astype(np.int64)
         with torch.no_grad():

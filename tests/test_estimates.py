@@ -54,10 +54,10 @@ def test_a_file_of_longer_conversations_than_seq_length_costs_what_is_kept(tmp_p
 
 
 def test_prepared_instructions_are_counted_by_their_tokens(tmp_path: Path, model: Path) -> None:
-    recipe = recipe_of(tmp_path, model, data={"samples": 20, "held_out": 4})
+    recipe = recipe_of(tmp_path, model, data={"samples": 20, "validation_samples": 4})
     counts = prepare_instructions(Context(recipe)).counts
     amounts = estimate_amounts(Context(recipe))
-    assert (amounts.examples, amounts.held_out) == (20, 4)
+    assert (amounts.examples, amounts.validation_examples) == (20, 4)
     assert amounts.read("training") == pytest.approx(counts["target_tokens"])
     assert amounts.learned("training") / amounts.read("training") == pytest.approx(4 / 14, abs=0.05)
 
@@ -79,10 +79,10 @@ def test_turns_that_are_not_learned_are_read_as_prompts(
 
 
 def test_training_costs_as_many_steps_as_it_takes(tmp_path: Path, model: Path) -> None:
-    whole = recipe_of(tmp_path, model, data={"held_out": 8})
+    whole = recipe_of(tmp_path, model, data={"validation_samples": 8})
     amounts = estimate_amounts(Context(whole))
     total = training_tokens(whole, amounts)
-    # ProFuser: one epoch of the inference mode, two of both, over the 32 of 40 that are not held out
+    # ProFuser: one epoch of the inference mode, two of both, over the 32 of 40 that are no validation examples
     assert total == pytest.approx(32 / 40 * (3 * amounts.read("inference") + 2 * amounts.read("training")))
     one_step = training_tokens(recipe_of(tmp_path, model, training={"train_iters": 1}), amounts)
     two_steps = training_tokens(recipe_of(tmp_path, model, training={"train_iters": 2}), amounts)

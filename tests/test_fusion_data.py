@@ -172,9 +172,9 @@ def test_selected_documents_and_their_lengths(world: Recipe) -> None:
     dataset = FusionDataset(world)
     examples = load_examples(Context(world).open(INSTRUCTIONS))
     assert dataset.example_ids == [example.id for example in examples]
-    assert dataset.held_out.tolist() == [n for n, example in enumerate(examples) if example.held_out]
-    assert sorted([*dataset.train, *dataset.held_out]) == list(range(len(examples)))
-    assert len(dataset.held_out) == 3
+    assert dataset.validation.tolist() == [n for n, example in enumerate(examples) if example.is_validation]
+    assert sorted([*dataset.train, *dataset.validation]) == list(range(len(examples)))
+    assert len(dataset.validation) == 3
     winners = set()
     for mode in MODES:
         for number in range(len(examples)):

@@ -27,7 +27,7 @@ from megatron_fuse.instructions import (
 from megatron_fuse.instructions.bad_rows import BadRow
 from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -287,18 +287,50 @@ def test_sample_and_split_depend_on_seed_and_ids_only(models: dict[str, Path], t
         (tmp_path / name).mkdir()
         artifact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)), progress=str)
         examples = load_examples(artifact)
-        assert artifact.counts["held_out"] == sum(e.held_out for e in examples)
+        assert artifact.counts["held_out"] == sum(e.is_validation for e in examples)
         order = {row["id"]: place for place, row in enumerate(rows)}
         assert sorted(examples, key=lambda e: order[e.id]) == examples, "file order is lost"
-        return {e.id: e.held_out for e in examples}
+        return {e.id: e.is_validation for e in examples}
 
-    some = {"data": {"samples": 20, "held_out": 5, "shard_size": 7}}
+    some = {"data": {"samples": 20, "validation_samples": 5, "shard_size": 7}}
     first = draw("first", rows, **some)
     assert len(first) == 20 and sum(first.values()) == 5
     shuffled = random.Random(3).sample(rows, len(rows))
     assert draw("shuffled", shuffled, **some) == first
     assert set(first) <= set(draw("larger", rows, data={"samples": 40}))
     assert set(draw("seed", rows, seed=99, **some)) != set(first)
+
+
+def test_a_directory_made_under_the_old_name_of_a_key_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
+    """Recorded names stay as they were, so that plans of older versions are plans of today's recipes."""
+    data = {"samples": 5, "validation_samples": 2}
+    recipe = recipe_for(models, tmp_path, [alpaca(number) for number in range(9)], data=data)
+    artifact = prepare_instructions(Context(recipe), progress=str)
+    recorded = {
+        "seed": recipe.seed,
+        "seq_length": recipe.training.seq_length,
+        "format": "auto",
+        "samples": 5,
+        "held_out": 2,
+        "too_long": "truncate",
+        "supervise": "every_turn",
+        "normalize": "none",
+        "strip": False,
+        "reasoning": "template",
+        "shard_size": recipe.data.shard_size,
+    }
+    plan = json.loads((artifact.directory / "plan.json").read_text())
+    assert list(plan["options"].items()) == list(recorded.items())
+    rows = [json.loads(line) for path in artifact.files(".jsonl") for line in path.read_text().splitlines()]
+    assert sum(row.get("held_out", False) for row in rows) == artifact.counts["held_out"] == 2
+    made = {path: path.stat().st_mtime_ns for path in artifact.directory.iterdir()}
+    content = recipe.model_dump(mode="json", by_alias=True)
+    content["data"]["held_out"] = content["data"].pop("validation_samples")
+    with pytest.warns(FutureWarning, match=r"data\.held_out is deprecated: write data\.validation_samples"):
+        older = make_recipe(content)
+    again = prepare_instructions(Context(older), progress=str)
+    assert again.sha256 == artifact.sha256
+    assert made == {path: path.stat().st_mtime_ns for path in artifact.directory.iterdir()}
 
 
 @pytest.mark.parametrize("seq_length", [40, 41, 42, 43, 64])  # neighbours: the cut falls on every byte of a character
@@ -434,7 +466,7 @@ def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Pat
     "rows, sections, message",
     [
         ([{"instruction": "Q"}], {}, "no usable row among 1.*line 1: output is missing"),
-        ([alpaca(1), alpaca(2)], {"data": {"held_out": 2}}, "data.held_out is 2 but there are 2"),
+        ([alpaca(1), alpaca(2)], {"data": {"validation_samples": 2}}, "data.validation_samples is 2 but there are 2"),
         ([alpaca(1)], {"training": {"seq_length": 4}}, "no example fits --seq-length 4"),
         ([alpaca(1)], {"data": {"path": "nowhere.jsonl"}}, "data.path: nowhere.jsonl does not exist"),
     ],

@@ -94,7 +94,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reward_models": {
             "reward": {"model": str(directory / "reward"), "dtype": "fp32", "chat_template": "vicuna_v1.1"}
         },
-        "data": {"path": str(DATA / "instructions/gpt4.jsonl"), "samples": 336, "held_out": 16},
+        "data": {"path": str(DATA / "instructions/gpt4.jsonl"), "samples": 336, "validation_samples": 16},
         "responses": {"max_new_tokens": 64},
         "schedule": {"preset": "profuser"},
         "training": {
@@ -130,8 +130,8 @@ def test_all_stages_and_both_phases(recipe_file: Path, layout: str) -> None:
         "--save", str(workdir / layout), processes=2,
     )  # fmt: skip
     print(output)
-    held_out = re.findall(r"held-out at .*", output)
-    values = [dict(re.findall(r"(\S+): (\d\S*)", line)) for line in held_out]
+    validation = re.findall(r"validation at .*", output)
+    values = [dict(re.findall(r"(\S+): (\d\S*)", line)) for line in validation]
     assert len(values) == 3  # before, between the phases (20 steps each epoch), at the end
     for name in ("ce/inference", "kl/inference", "ce/training", "kl/training"):
         print(name, [value[name] for value in values])

@@ -193,7 +193,7 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     model = save_model(tmp_path / "model", "llama", seed=6)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    options = {"reasoning": option, "held_out": 0}
+    options = {"reasoning": option, "validation_samples": 0}
     recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
     examples = load_examples(prepare_instructions(Context(recipe), progress=str))
     by_answer = {example.response: example for example in examples}

@@ -69,7 +69,7 @@ def recipe_of(
     path.mkdir(exist_ok=True)
     data = write_rows(path / "rows.jsonl", rows)
     options = {"training": {"seq_length": 900}, **sections}
-    options["data"] = {"held_out": 0, **options.get("data", {})}
+    options["data"] = {"validation_samples": 0, **options.get("data", {})}
     return small_recipe(path / "run", data, models("qwen3"), {"s": models(source)}, **options)
 
 

@@ -1,4 +1,4 @@
-"""Reads an instruction file, samples it, cuts responses to length, and splits off the held-out examples.
+"""Reads an instruction file, samples it, cuts responses to length, and splits off the validation examples.
 
     megatron-fuse prepare --recipe examples/quickstart/recipe.yaml
 

@@ -43,7 +43,7 @@ class FusionDataset:
     Raises UserError if a part is missing, incomplete or made for another target.
 
     Examples are numbered as in the instructions. Attributes:
-        train, held_out [*] int64: the examples of each split that have a document
+        train, validation [*] int64: the examples of each split that have a document
         entries_per_row: the most entries that a row can have
         sha256: hash of all documents and of the choice between sources
         text: the artifact of the text
@@ -71,9 +71,10 @@ class FusionDataset:
             text.directory, self._text_streams, None, examples=len(rows), supervised_tokens=self._labels
         )
         self._documents: dict[tuple[str | None, str], DocumentStreams] = {(None, "training"): ground_truth}
-        held_out = np.array([row.held_out for row in rows], bool)
+        is_validation = np.array([row.is_validation for row in rows], bool)
         present = ground_truth.lengths > 0
-        self.train, self.held_out = np.flatnonzero(present & ~held_out), np.flatnonzero(present & held_out)
+        self.train = np.flatnonzero(present & ~is_validation)
+        self.validation = np.flatnonzero(present & is_validation)
         self.entries_per_row = 0
         self.selections: dict[str, Selection] = {}
         for mode in recipe.modes_with_teacher:

@@ -10,12 +10,12 @@ from megatron_fuse.storage import Artifact, read_jsonl
 
 
 class ListedExample(BaseModel):
-    """supervised_tokens: number of labels of the ground truth; 0 if the example is left out."""
+    """is_validation: kept out of training. supervised_tokens: number of labels of the ground truth; 0 if the example is left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     id: str
-    held_out: bool
+    is_validation: Annotated[bool, Field(validation_alias="held_out")]
     supervised_tokens: Annotated[int, Field(ge=0, lt=2**31)]
 
 

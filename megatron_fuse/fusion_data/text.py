@@ -37,7 +37,7 @@ def build_text(context: Context, progress: Callable[[str], None] = say) -> Artif
         write_ragged(prefix, "supervised", documents.supervised, np.uint8)
         write_spans(prefix, documents)
         rows = [
-            {"id": example.id, "held_out": example.held_out, "supervised_tokens": len(spans)}
+            {"id": example.id, "held_out": example.is_validation, "supervised_tokens": len(spans)}
             for example, spans in zip(examples, documents.spans, strict=True)
         ]
         write_jsonl(Path(f"{prefix}.examples.jsonl"), rows)

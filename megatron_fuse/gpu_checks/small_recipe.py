@@ -64,7 +64,7 @@ def small_recipe(directory: Path) -> Recipe:
             "target": {"model": models["alpha"]},
             "sources": {name: {"model": models[name]} for name in ("alpha", "beta")},
             "reward_models": {"reward": {"model": models["reward"]}},
-            "data": {"path": str(directory / "instructions.jsonl"), "held_out": 4},
+            "data": {"path": str(directory / "instructions.jsonl"), "validation_samples": 4},
             "responses": {"max_new_tokens": 12},
             "schedule": {
                 "phases": [
@@ -155,7 +155,7 @@ def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> It
 
 
 def _read_again(device: str, recipe: Recipe) -> Row:
-    """Compares the held-out cross-entropy of the training with that of transformers on the export."""
+    """Compares the validation cross-entropy of the training with that of transformers on the export."""
     exported = export_directory(recipe)
     facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
@@ -163,14 +163,16 @@ def _read_again(device: str, recipe: Recipe) -> Row:
     model = model.to(device).eval()  # type: ignore[arg-type]
     loss = _cross_entropy(FusionDataset(recipe), model)
     difference = abs(loss - facts["best_loss"]) / facts["best_loss"]
-    return held("export, read by transformers: difference of the held-out loss", difference, "relative", f"<= {_BF16}")
+    return held(
+        "export, read by transformers: difference of the validation loss", difference, "relative", f"<= {_BF16}"
+    )
 
 
 @torch.inference_mode()
 def _cross_entropy(dataset: FusionDataset, model: PreTrainedModel) -> float:
-    """Cross-entropy of the held-out documents, in nats per label."""
+    """Cross-entropy of the validation documents, in nats per label."""
     total, count = 0.0, 0
-    for example in dataset.held_out:
+    for example in dataset.validation:
         document = dataset.document("training", int(example))
         tokens = document.tokens.astype(np.int64)
         logits = model(torch.from_numpy(tokens)[None].to(model.device)).logits[0].cpu()

@@ -48,7 +48,7 @@ class RandomDocuments:
         draw = np.random.default_rng(seed)
         self.entries_per_row = entries + 1 if entries else 0
         self.example_ids = [str(number) for number in range(len(positions))]
-        self.train, self.held_out = np.arange(len(positions)), np.arange(0)
+        self.train, self.validation = np.arange(len(positions)), np.arange(0)
         self.artifacts: list[Artifact] = []
         self.text = Artifact(Path(), {})  # only the curriculum would read it
         self.sha256 = f"random-{seed}"

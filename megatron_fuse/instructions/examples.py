@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NotRequired  # pydantic reads no other TypedDict in Python 3.11
+from typing import Annotated, Any, NotRequired  # pydantic reads no other TypedDict in Python 3.11
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_fuse.chat.tool_rendering import has_tools
@@ -42,7 +43,7 @@ class Example:
     messages: list[Message]  # user and assistant in turn; the last is the user's or a tool's
     response: str  # the last assistant turn
     truncated: bool = False  # the response was cut to fit, so its end is not the end of an answer
-    held_out: bool = False
+    is_validation: Annotated[bool, Field(validation_alias="held_out")] = False  # kept out of training
     target_tokens: int = 0  # tokens of the whole conversation in the target's template, with the stop token
     category: str | None = None  # the category of the row, for reports
     reasoning: str | None = None  # the thought before the response: context, if the template prints it
@@ -65,9 +66,9 @@ class Example:
     def as_row(self) -> dict[str, Any]:
         """The example as it is written.
 
-        `tools` is left out if there are none, as in files of older versions.
+        Files name is_validation `held_out`. `tools` is left out if there are none, as in files of older versions.
         """
-        row = asdict(self)
+        row = {"held_out" if key == "is_validation" else key: value for key, value in asdict(self).items()}
         return row if self.tools else {key: row[key] for key in row if key != "tools"}
 
 

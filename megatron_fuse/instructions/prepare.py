@@ -41,7 +41,18 @@ from megatron_fuse.storage.records import read_typed_rows
 from megatron_fuse.text_safety import say
 
 _NAME = "examples"
-_OPTIONS = ("format", "samples", "held_out", "too_long", "supervise", "normalize", "strip", "reasoning", "shard_size")
+# Options of `data` by the names under which the instructions record them.
+_RECORDED = {
+    "format": "format",
+    "samples": "samples",
+    "held_out": "validation_samples",
+    "too_long": "too_long",
+    "supervise": "supervise",
+    "normalize": "normalize",
+    "strip": "strip",
+    "reasoning": "reasoning",
+    "shard_size": "shard_size",
+}
 
 
 def instructions_options(recipe: Recipe) -> dict:
@@ -50,7 +61,7 @@ def instructions_options(recipe: Recipe) -> dict:
     return {
         "seed": recipe.seed,
         "seq_length": recipe.training.seq_length,
-        **{key: getattr(data, key) for key in _OPTIONS},
+        **{name: getattr(data, key) for name, key in _RECORDED.items()},
     }
 
 
@@ -88,13 +99,13 @@ class _Fitted:
     target_tokens: int
     in_nfc: bool  # whether all texts of the assistant are in NFC
 
-    def __call__(self, example: Example, *, held_out: bool) -> Example:
+    def __call__(self, example: Example, *, is_validation: bool) -> Example:
         return replace(
             example,
             response=example.response[: self.characters],
             truncated=self.truncated,
             target_tokens=self.target_tokens,
-            held_out=held_out,
+            is_validation=is_validation,
         )
 
 
@@ -134,9 +145,9 @@ def _choose(
         name, reason = next(iter(dropped.items()))
         why = "can be read" if reason.kind == Kind.TOOLS else f"fits --seq-length {recipe.training.seq_length}"
         raise UserError(f"{data.path}: no example {why} ({name!r}: {reason})")
-    if data.held_out >= len(fitted):
+    if data.validation_samples >= len(fitted):
         raise UserError(
-            f"data.held_out is {data.held_out} but there are {len(fitted)} examples in all: none would be left to train on"
+            f"data.validation_samples is {data.validation_samples} but there are {len(fitted)} examples in all: none would be left to train on"
         )
     return fitted, dropped
 
@@ -158,7 +169,7 @@ def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> 
 def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
     """Writes the instructions of a recipe. Rank 0 does all the work; on other ranks the result is None.
 
-    Raises UserError if the file cannot be read, if no row can be used, or if the held-out split leaves no
+    Raises UserError if the file cannot be read, if no row can be used, or if the validation split leaves no
     examples for training.
     """
     recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
@@ -174,10 +185,12 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
         raise UserError(f"{data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
     fitted, dropped = _choose(context, rows, formats, progress)
-    held_out = set(_by_rank(fitted, recipe.seed, "held out")[: data.held_out])
+    validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: data.validation_samples])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
-        examples = (fitted[example.id](example, held_out=example.id in held_out) for example in rows.read(fitted))
+        examples = (
+            fitted[example.id](example, is_validation=example.id in validation_ids) for example in rows.read(fitted)
+        )
         sizes = np.diff(shard_bounds(len(fitted), data.shard_size))
         for shard, size in enumerate(sizes):
             path = prefix.with_name(f"{prefix.name}.{shard:05d}.jsonl")
@@ -197,7 +210,7 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
             "dropped_for_length": len(dropped) - unreadable,
             **({"dropped_for_tools": unreadable} if unreadable else {}),
             "examples": len(fitted),
-            "held_out": len(held_out),
+            "held_out": len(validation_ids),
             "not_in_nfc": sum(not example.in_nfc for example in fitted.values()),
             "truncated": sum(example.truncated for example in fitted.values()),
             "target_tokens": sum(example.target_tokens for example in fitted.values()),

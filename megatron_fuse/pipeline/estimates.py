@@ -41,7 +41,7 @@ def estimate_amounts(context: Context) -> Amounts:
     looked_at = list(rows.lines)[:: -(-len(rows) // _LOOKED_AT)]
     sizes = _mean_sizes(recipe, list(rows.read(looked_at)))
     scale = min(1.0, recipe.training.seq_length / sizes.conversation)
-    return _amounts(recipe, examples, min(recipe.data.held_out, examples - 1), sizes, scale)
+    return _amounts(recipe, examples, min(recipe.data.validation_samples, examples - 1), sizes, scale)
 
 
 def _prepared(context: Context) -> Artifact | None:
@@ -83,7 +83,7 @@ def _tokens(text: str) -> float:
     return len(text.encode()) / _BYTES_PER_TOKEN
 
 
-def _amounts(recipe: Recipe, examples: int, held_out: int, sizes: _Sizes, scale: float) -> Amounts:
+def _amounts(recipe: Recipe, examples: int, validation_examples: int, sizes: _Sizes, scale: float) -> Amounts:
     """The amounts.
 
     scale: number of tokens of a conversation, divided by the number estimated from its bytes.
@@ -91,7 +91,7 @@ def _amounts(recipe: Recipe, examples: int, held_out: int, sizes: _Sizes, scale:
     answer = min(sizes.answer * scale, recipe.responses.max_new_tokens)
     return Amounts(
         examples,
-        held_out,
+        validation_examples,
         prompt_tokens=examples * scale * (sizes.conversation - sizes.learned),
         response_tokens=examples * scale * sizes.learned,
         question_tokens=examples * scale * (sizes.conversation - sizes.last),

@@ -56,7 +56,9 @@ class DataOptions(Options):
         "auto", description="row form of the file"
     )
     samples: Positive | None = Field(None, description="seeded random sample of so many examples; default: all")
-    held_out: Count = Field(0, description="examples kept out of training, on which CE and KL are evaluated")
+    validation_samples: Count = Field(
+        0, description="how many of these examples are kept out of training; CE and KL are evaluated on them"
+    )
     too_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to a response that does not fit --seq-length in every model"
     )
@@ -476,7 +478,9 @@ class ExportOptions(Options):
         None, description="Hugging Face directory of the fused model; default: WORKDIR/export"
     )
     dtype: Precision = "bf16"
-    checkpoint: Literal["best", "latest"] = Field("best", description="best by held-out cross-entropy, or the last one")
+    checkpoint: Literal["best", "latest"] = Field(
+        "best", description="best by validation cross-entropy, or the last one"
+    )
 
 
 class Recipe(Options):

@@ -10,6 +10,7 @@ from megatron_fuse.text_safety import printable
 # Old key -> new key, both of the same section.
 RENAMED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("selection", "judges"): ("selection", "reward_models"),
+    ("data", "held_out"): ("data", "validation_samples"),
 }
 
 

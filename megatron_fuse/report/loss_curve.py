@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megatron_fuse.reporting.layout import save_picture
-from megatron_fuse.training.metrics import HELD_OUT, LOSS_CURVE, METRICS, STEP, read_metrics
+from megatron_fuse.training.metrics import LOSS_CURVE, METRICS, STEP, VALIDATION, read_metrics
 
 # Two of Okabe and Ito's colours, which the colour-blind can tell apart.
 MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
-HELD_OUT_SIZES = {"training": 8, "inference": 4.5}  # the latter are drawn over the former, and often coincide
+VALIDATION_SIZES = {"training": 8, "inference": 4.5}  # the latter are drawn over the former, and often coincide
 LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}
 LOSSES = {"ce": "cross-entropy (nats per token)", "kl": "KL to the teacher (nats per token)"}
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys by one literal of all names
@@ -40,12 +40,12 @@ def write_loss_curve(directory: Path) -> None:
 def draw_losses(rows: Rows) -> Figure:
     """One panel per loss, one colour per mode: steps as a pale line, their running median as a strong line.
 
-    Held-out values are points. A dashed line marks the begin of a phase. Values that were not finite leave a
+    Validation values are points. A dashed line marks the begin of a phase. Values that were not finite leave a
     gap.
     rows: those of metrics.jsonl, with at least one step with a finite loss.
     """
     steps = [row for row in rows if row["kind"] == STEP]
-    held_out = [row for row in rows if row["kind"] == HELD_OUT]
+    validation = [row for row in rows if row["kind"] == VALIDATION]
     losses = [
         loss for loss in LOSSES if any(row.get(f"{loss}/{mode}") is not None for row in steps for mode in MODE_COLOURS)
     ]
@@ -55,7 +55,7 @@ def draw_losses(rows: Rows) -> Figure:
         for axes, loss in zip(panels, losses, strict=True):
             for mode in MODE_COLOURS:
                 _draw_trend(axes, phases_of(steps), f"{loss}/{mode}", mode)
-                _draw_held_out(axes, held_out, f"{loss}/{mode}", mode)
+                _draw_validation(axes, validation, f"{loss}/{mode}", mode)
             axes.set_ylim(*_bounds(axes, [_series(steps, f"{loss}/{mode}")[1] for mode in MODE_COLOURS]))
             axes.set_xlim(0, max(row["iteration"] for row in rows) * 1.01)
             for mode in MODE_COLOURS:
@@ -108,15 +108,15 @@ def _draw_trend(axes: Axes, phases: Sequence[Rows], name: str, mode: str) -> Non
             label = None  # one entry in the legend
 
 
-def _draw_held_out(axes: Axes, held_out: Rows, name: str, mode: str) -> None:
-    x, y = _series(held_out, name)
+def _draw_validation(axes: Axes, validation: Rows, name: str, mode: str) -> None:
+    x, y = _series(validation, name)
     if len(x):
         style: dict[str, Any] = {
             "color": MODE_COLOURS[mode],
             "markeredgecolor": "black",
-            "markersize": HELD_OUT_SIZES[mode],
+            "markersize": VALIDATION_SIZES[mode],
         }
-        axes.plot(x, y, "o", label=f"{mode} mode, held out", zorder=3, clip_on=False, **style)
+        axes.plot(x, y, "o", label=f"{mode} mode, validation", zorder=3, clip_on=False, **style)
 
 
 def _bounds(axes: Axes, of_steps: Sequence[np.ndarray]) -> tuple[float, float]:

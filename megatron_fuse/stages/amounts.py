@@ -17,7 +17,7 @@ class Amounts:
     """
 
     examples: int
-    held_out: int
+    validation_examples: int
     prompt_tokens: float
     response_tokens: float
     question_tokens: float

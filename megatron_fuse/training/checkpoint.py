@@ -3,7 +3,7 @@ and data layout.
 
     DIRECTORY/iter_0000120/                       sharded model and optimizer, facts.json, and checksums.json of all files
     DIRECTORY/latest_checkpointed_iteration.txt   as Megatron-LM names it; written last
-    DIRECTORY/best_checkpointed_iteration.txt     the checkpoint with the least held-out cross-entropy
+    DIRECTORY/best_checkpointed_iteration.txt     the checkpoint with the least validation cross-entropy
 
 After the weights are initialised, training draws no random number: the order of samples is a function of the
 seed, and dropout is 0. So consumed samples, model and optimizer are the whole state.
@@ -95,7 +95,7 @@ class CheckpointMetadata:
     consumed_samples: Annotated[int, Field(ge=0, strict=True)]
     model: dict[str, Any]  # sizes of the architecture
     run: dict[str, Any]  # what a resumed run must share: phases, batch size, seed, loss, order, data hash
-    best_loss: Annotated[float, Field(strict=True)] | None  # least held-out cross-entropy so far, nats per token
+    best_loss: Annotated[float, Field(strict=True)] | None  # least validation cross-entropy so far, nats per token
     versions: dict[str, str]
     optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty without an optimizer
     recipe: dict[str, Any] = field(default_factory=dict)  # for human readers; empty for imported weights

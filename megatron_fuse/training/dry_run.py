@@ -32,9 +32,15 @@ def print_dry_run(trainer: Trainer) -> None:
     training = trainer.recipe.training
     kind = "packed" if training.packing else "padded to the longest document"
     largest = f"{training.micro_batch_size} x {sequence} positions, {kind}"
-    held_out = len(trainer.dataset.held_out)
+    validation_examples = len(trainer.dataset.validation)
     plans, rate = trainer.log.plans, trainer.learning_rate
-    runtime.print("\n".join(dry_run_text(parameters, memory, plans, largest, held_out=held_out, learning_rate=rate)))
+    runtime.print(
+        "\n".join(
+            dry_run_text(
+                parameters, memory, plans, largest, validation_examples=validation_examples, learning_rate=rate
+            )
+        )
+    )
 
 
 def dry_run_text(
@@ -43,7 +49,7 @@ def dry_run_text(
     plans: Sequence[PhasePlan],
     micro_batch: str,
     *,
-    held_out: int,
+    validation_examples: int,
     learning_rate: LearningRate,
 ) -> list[str]:
     """Lines for a terminal. parameters, memory: by pipeline stage, of one rank. micro_batch: the size of the
@@ -54,7 +60,7 @@ def dry_run_text(
         f"  largest micro-batch: {micro_batch}",
         "  activations: see training/memory.py for the formula; communication buffers and fragments come on top",
         "",
-        f"Steps of the schedule ({held_out:,} examples are held out of it)",
+        f"Steps of the schedule (without the {validation_examples:,} validation examples)",
         *text_table(_step_table(plans)),
         f"  learning rate: {learning_rate}",
         "",

@@ -40,7 +40,7 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
     """
     directory, verify = checkpoint_directory(recipe), recipe.training.verify
     wanted = BEST if recipe.export.checkpoint == "best" else LATEST
-    # Without a held-out split there is no best checkpoint.
+    # Without a validation split there is no best checkpoint.
     checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
     if checkpoint is None:
         raise UserError(f"{directory} holds no checkpoint: run python -m megatron_fuse.pretrain first")

@@ -13,7 +13,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
 from megatron_fuse.text_safety import say
 from megatron_fuse.training.loss import FIT
-from megatron_fuse.training.metrics import HELD_OUT, METRICS, SAVED, STEP, MetricsFile, metrics_directory
+from megatron_fuse.training.metrics import METRICS, SAVED, STEP, VALIDATION, MetricsFile, metrics_directory
 from megatron_fuse.training.plan import PhasePlan, tokens_left
 from megatron_fuse.training.timing import SAVE, STEP_TIMERS, StepTimers
 from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
@@ -170,14 +170,14 @@ class TrainingLog:
             say(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
-        """Records and prints an evaluation. values: those of reduce_report on the held-out examples, without
+        """Records and prints an evaluation. values: those of reduce_report on the validation examples, without
         the loss, and perplexity/MODE."""
         if self.active:
-            self.metrics.write(HELD_OUT, iteration, values)
+            self.metrics.write(VALIDATION, iteration, values)
             for tracker in self.trackers:
                 tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
             shown = " | ".join(f"{name}: {value:.4f}" for name, value in _of_a_line(values))
-            say(f" held-out at iteration {iteration} ({examples} examples) | {shown}")
+            say(f" validation at iteration {iteration} ({examples} examples) | {shown}")
         self.restart_clock()
 
     def saved(self, iteration: int) -> None:

@@ -39,7 +39,7 @@ from megatron_fuse.storage import Workspace, read_jsonl, temporary_then_rename
 from megatron_fuse.storage.records import Record, parse_record
 
 METRICS, LOSS_CURVE = "metrics.jsonl", "loss.png"
-STEP, HELD_OUT, SAVED = "step", "held-out", "save"
+STEP, VALIDATION, SAVED = "step", "held-out", "save"
 
 
 def metrics_directory(recipe: Recipe) -> Path:

@@ -28,7 +28,7 @@ def require_whole_training(recipe: Recipe) -> None:
 def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
     """Tokens that the target reads in training, with the prompts,
     up to the step at which train_iters ends the training."""
-    training_examples = amounts.examples - amounts.held_out
+    training_examples = amounts.examples - amounts.validation_examples
     schedule = make_schedule(recipe, training_examples)
     steps = schedule.last_step(recipe.training.train_iters)
     samples = min(steps * recipe.training.global_batch_size, schedule.total_samples)

@@ -326,13 +326,13 @@ def _example_ids(dataset: FusionDataset, step: Step) -> list[str]:
 
 
 def _evaluate(trainer: Trainer, iteration: int) -> float | None:
-    """Logs CE, KL and FIT of both modes on the held-out examples.
+    """Logs CE, KL and FIT of both modes on the validation examples.
 
     Returns the training mode's CE in nats per token, the same on every rank;
-    None if no held-out example has one.
+    None if no validation example has one.
     """
     dataset, recipe = trainer.dataset, trainer.recipe
-    if len(dataset.held_out) == 0:
+    if len(dataset.validation) == 0:
         return None
     taught = recipe.modes_with_teacher
     weights = {mode: (1.0, float(mode in taught)) for mode in MODES if mode == "training" or mode in taught}
@@ -341,8 +341,8 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     for chunk in trainer.wrapped:
         chunk.eval()
     size = recipe.training.global_batch_size
-    for first in range(0, len(dataset.held_out), size):
-        batch = plan_step(trainer, dataset.held_out[first : first + size], weights)
+    for first in range(0, len(dataset.validation), size):
+        batch = plan_step(trainer, dataset.validation[first : first + size], weights)
         reports += forward_backward(trainer, batch, forward_only=True)
         for mode, tokens in batch.supervised_tokens.items():
             counts[mode] += tokens
@@ -354,7 +354,7 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     means |= {
         f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
     }
-    trainer.log.evaluation(iteration, means, len(dataset.held_out))
+    trainer.log.evaluation(iteration, means, len(dataset.validation))
     return _from_last_stage(trainer, means.get("ce/training", math.nan)) if counts["training"] else None
 
 

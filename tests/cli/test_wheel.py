@@ -103,7 +103,7 @@ def test_it_runs_a_recipe_from_instructions_to_the_exported_model(installed: Ins
         "target": {"model": "alpha"},
         "sources": {name: {"model": name, "dtype": "fp32"} for name in ("alpha", "beta")},
         "reward_models": {"reward": {"model": "reward", "dtype": "fp32"}},
-        "data": {"path": "data.jsonl", "held_out": 4, "shard_size": 8},
+        "data": {"path": "data.jsonl", "validation_samples": 4, "shard_size": 8},
         "responses": {"max_new_tokens": 4},
         "schedule": {"preset": "profuser"},
         "training": {"seq_length": 120, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},

@@ -35,7 +35,7 @@ def _recipe(directory: Path) -> Recipe:
         directory / "data.jsonl",
         shared(),
         {"s": {"model": str(shared()), "responses": str(directory / "answers.jsonl")}},
-        data={"shard_size": 3, "held_out": 1},
+        data={"shard_size": 3, "validation_samples": 1},
         reward_models={"reward": {"scores": str(directory / "scores.jsonl")}},
     )
 

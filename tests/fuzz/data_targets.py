@@ -119,7 +119,9 @@ def _read_as_datasets_do(directory: Path) -> None:
 def _prepare(directory: Path) -> None:
     """The whole stage. A refusal leaves nothing behind."""
     model = shared()
-    recipe = small_recipe(directory / "run", directory / "data.jsonl", model, {"s": model}, data={"held_out": 1})
+    recipe = small_recipe(
+        directory / "run", directory / "data.jsonl", model, {"s": model}, data={"validation_samples": 1}
+    )
     try:
         prepare_instructions(Context(recipe), progress=str)
     except UserError:

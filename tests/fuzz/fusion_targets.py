@@ -52,7 +52,7 @@ def all_that_training_reads(recipe: Recipe) -> str:
     digest = sha256(
         repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode()
     )
-    for array in (dataset.train, dataset.held_out):
+    for array in (dataset.train, dataset.validation):
         digest.update(array.tobytes())
     for mode in ("training", "inference") if dataset.selections else ("training",):
         digest.update(dataset.lengths(mode).tobytes() + dataset.supervised_tokens(mode).tobytes())

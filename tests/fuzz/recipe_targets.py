@@ -23,7 +23,7 @@ _RECIPE = {
         "served": {"model": "models/x", "server": {"url": "http://host:8000/v1", "model": "x", "extra": {"top_k": 20}}},
     },
     "reward_models": {"reward": {"model": "models/reward"}, "given": {"scores": "scores.jsonl"}},
-    "data": {"path": "data.jsonl", "format": "auto", "samples": 1000, "held_out": 10, "shard_size": 100},
+    "data": {"path": "data.jsonl", "format": "auto", "samples": 1000, "validation_samples": 10, "shard_size": 100},
     "responses": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256},
     "capture": {"top_k": 10, "top_p": 0.95, "filter": "full_vocabulary"},
     "alignment": {"vocabulary_map": "exact", "unmatched": "skip"},

@@ -187,7 +187,7 @@ NUMBERS: dict[str, tuple[list[float], list[float]]] = {
     "training.train_iters": ([0, 10**10], [1, 10**7]),
     "training.exit_duration_in_mins": ([0, 1e308], [1e-6, 1400]),
     "data.samples": ([0, -1, 10**10], [1, 10**8]),
-    "data.held_out": ([-1, 10**10], [0, 512]),
+    "data.validation_samples": ([-1, 10**10], [0, 512]),
     "data.shard_size": ([0, 10**10], [1, 512]),
     "parallel.tensor_model_parallel_size": ([0, -1, 10**7], [1, 8]),
     "reference.bleu": ([-1, 1e308, 1e-320], [0, 0.25]),

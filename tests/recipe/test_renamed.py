@@ -24,6 +24,7 @@ MINIMAL: dict[str, Any] = {
 # Old key -> (value of it, the same value as texts of a flag, another value)
 VALUES: dict[tuple[str, ...], tuple[Any, list[str], Any]] = {
     ("selection", "judges"): (["j"], ["j"], ["i"]),
+    ("data", "held_out"): (3, ["3"], 5),
 }
 EACH = pytest.mark.parametrize("old", RENAMED, ids=".".join)
 

@@ -65,7 +65,7 @@ def random_observations(
         strongest=0,
         rules={mode: {"training": "sum", "inference": rule}[mode] for mode in modes},
         numbers=np.arange(examples),
-        held_out=5,
+        validation=5,
         characters=random.integers(1, 2000, examples),
         truncated=random.random(examples) < 0.1,
         instruction_characters=random.integers(1, 50, examples),

@@ -38,8 +38,8 @@ def report(world: Recipe) -> dict:
 def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, report: dict) -> None:
     dataset = FusionDataset(world)
     examples = load_examples(Context(world).open(INSTRUCTIONS))
-    learned = [n for n, example in enumerate(examples) if not example.held_out]
-    assert report["examples"] == {"counted": len(learned), "held_out": len(examples) - len(learned)}
+    learned = [n for n, example in enumerate(examples) if not example.is_validation]
+    assert report["examples"] == {"counted": len(learned), "validation": len(examples) - len(learned)}
     for mode in MODES:
         wanted = Counter(dataset.selected_source(mode, n) or NOBODY for n in learned)
         assert {name: of["examples"] for name, of in report["wins"][mode].items() if of["examples"]} == wanted
@@ -48,17 +48,17 @@ def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, rep
 
 
 def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -> None:
-    held_out = {example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.held_out}
+    validation = {example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.is_validation}
     for source in SOURCES:
         artifact = Context(world).open(RESPONSES, source)
-        answers = [answer for shard in response_shards(artifact) for answer in shard if answer.id not in held_out]
+        answers = [answer for shard in response_shards(artifact) for answer in shard if answer.id not in validation]
         files = [path.read_text().split() for path in artifact.files(".unmatched.txt")]
         found = report["answers"][source]
         lengths = [len(answer.response) for answer in answers if answer.response.strip()]
         assert found["answers"] == len(lengths)
         assert found["empty"] == len(answers) - len(lengths)
         assert found["truncated"] == sum(answer.truncated for answer in answers)
-        assert found["unmatched"] == len({name for file in files for name in file} - held_out) > 0
+        assert found["unmatched"] == len({name for file in files for name in file} - validation) > 0
         assert found["characters"] == {"mean": pytest.approx(np.mean(lengths)), "median": np.median(lengths)}
         texts = {answer.id: answer.response for answer in answers}
         for shown in report["cards"]:

@@ -1,4 +1,4 @@
-"""The loss curve shows what metrics.jsonl holds: every step, every phase, every held-out value."""
+"""The loss curve shows what metrics.jsonl holds: every step, every phase, every validation value."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from megatron_fuse.report.loss_curve import MODE_COLOURS, draw_losses, phases_of
 from megatron_fuse.training.metrics import STEP
 
 
-def test_the_loss_curve_shows_every_step_phase_and_held_out_value() -> None:
+def test_the_loss_curve_shows_every_step_phase_and_validation_value() -> None:
     rng = np.random.default_rng(3)
     rows: list[dict[str, Any]] = [{"kind": "held-out", "iteration": 0, "ce/training": 1.5, "kl/training": 0.5}]
     for step in range(1, 41):

@@ -25,25 +25,25 @@ class SyntheticDataset:
         self,
         *,
         examples: int = 53,
-        held_out: int = 6,
+        validation: int = 6,
         vocab_size: int = 503,
         entries: int = 5,
         seed: int = 0,
         margins: bool = False,
     ):
         self.entries_per_row = entries
-        self.example_ids = [f"example-{index}" for index in range(examples + held_out)]
-        self.train, self.held_out = np.arange(examples), np.arange(examples, examples + held_out)
+        self.example_ids = [f"example-{index}" for index in range(examples + validation)]
+        self.train, self.validation = np.arange(examples), np.arange(examples, examples + validation)
         self.artifacts: list[Artifact] = []
         self.text = Artifact(Path(), {})  # of which an order of examples would be
         self.sha256 = f"synthetic-{seed}-{examples}"
-        barely = margins & (np.arange(examples + held_out) % 3 == 1)
+        barely = margins & (np.arange(examples + validation) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}
-        self.documents = _draw_documents(examples + held_out, vocab_size, entries, seed)
+        self.documents = _draw_documents(examples + validation, vocab_size, entries, seed)
         self.sources = ["alpha", "beta", "gamma"]
         draw = np.random.default_rng((seed, 1))
         self.won = {
-            mode: np.array([self._winner(draw, mode, index) for index in range(examples + held_out)], np.int16)
+            mode: np.array([self._winner(draw, mode, index) for index in range(examples + validation)], np.int16)
             for mode in ("inference", "training")
         }
 

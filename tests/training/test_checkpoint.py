@@ -257,7 +257,7 @@ def test_what_expires(
 
 
 def run_best_at_four(workdir: Path, target: Path, sections: dict[str, Any]) -> None:
-    """A run whose held-out loss falls to step 4 and rises from there on."""
+    """A run whose validation loss falls to step 4 and rises from there on."""
     from megatron_fuse.training import trainer
 
     evaluate = trainer._evaluate

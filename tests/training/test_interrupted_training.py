@@ -139,7 +139,7 @@ if __name__ == "__main__":
 def steps(losses: Path) -> list[int]:
     """Iterations of the steps, without those of evaluations."""
     records = [json.loads(line) for line in losses.read_text().splitlines()]
-    return [record["iteration"] for record in records if "held out" not in record]
+    return [record["iteration"] for record in records if "validation" not in record]
 
 
 @pytest.mark.slow

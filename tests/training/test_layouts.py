@@ -20,7 +20,7 @@ class Recorder:
     """Takes the log's place and keeps what it is told."""
 
     steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    held_out: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    validation: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def step(
         self, iteration: int, consumed: int, phase: str, lr: float, values: dict, tokens: int, flops: float
@@ -29,7 +29,7 @@ class Recorder:
         self.steps.append(values | {"iteration": iteration, "consumed": consumed, "lr": lr})
 
     def evaluation(self, iteration: int, values: dict, examples: int) -> None:
-        self.held_out.append(values)
+        self.validation.append(values)
 
     def start(self, iteration: int) -> None: ...
 
@@ -84,7 +84,7 @@ def tolerance(name: str, value: float, relative: float) -> float:
 
 
 def assert_same(found: dict, expected: dict, relative: float) -> None:
-    for kind in ("steps", "held_out"):
+    for kind in ("steps", "validation"):
         assert len(found[kind]) == len(expected[kind]) > 0
         for index, (a, b) in enumerate(zip(found[kind], expected[kind], strict=True)):
             assert a.keys() == b.keys()
@@ -106,11 +106,11 @@ def alone(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def test_both_losses_fall(alone: dict[str, Any]) -> None:
-    steps, held_out = alone["steps"], alone["held_out"]
+    steps, validation = alone["steps"], alone["validation"]
     assert len(steps) == STEPS
     assert "ce/training" not in steps[0] and steps[0]["ce/inference"] > steps[2]["ce/inference"]
     assert steps[3]["ce/training"] > steps[-1]["ce/training"]
-    assert len(held_out) == 3  # at the start, between the phases, at the end
+    assert len(validation) == 3  # at the start, between the phases, at the end
 
 
 # fp32 sums in another order: 1e-7 in the first step, then 1e-5, for Adam divides by small second moments (seen under TP=2 with every
@@ -162,9 +162,9 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
 ) -> None:
     sections = {"parallel": parallel, "loss": loss, "training": TRAINING | {"train_iters": iterations}}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
-    until = {"steps": alone["steps"][:iterations], "held_out": alone["held_out"][: len(found["held_out"])]}
+    until = {"steps": alone["steps"][:iterations], "validation": alone["validation"][: len(found["validation"])]}
     if iterations < STEPS:  # the last one is of another step then
-        found, until = ({**report, "held_out": report["held_out"][:1]} for report in (found, until))
+        found, until = ({**report, "validation": report["validation"][:1]} for report in (found, until))
     assert_same(found, until, relative=1e-5)
 
 
@@ -284,7 +284,7 @@ def test_a_run_continues_at_another_layout(ranks, alone, target, tmp_path, first
     start = {"parallel": first[1], "training": TRAINING | {"train_iters": stop, "micro_batch_size": 4}}
     ranks(first[0], run_training, tmp_path, target, start)
     rest = one_report(ranks(second[0], run_training, tmp_path, target, {"parallel": second[1], "training": TRAINING}))
-    expected = {"steps": alone["steps"][stop:], "held_out": alone["held_out"][-len(rest["held_out"]) :]}
+    expected = {"steps": alone["steps"][stop:], "validation": alone["validation"][-len(rest["validation"]) :]}
     assert_same(rest, expected, relative=1e-5)
 
 

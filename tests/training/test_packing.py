@@ -48,7 +48,7 @@ def test_a_packed_run_continues_packed_and_unpacked(ranks, unpacked, target, tmp
     ranks(1, run_training, tmp_path, target, at[0])
     ranks(2, run_training, tmp_path, target, at[1] | {"parallel": layout(pp=2)})
     rest = one_report(ranks(1, run_training, tmp_path, target, at[2]))
-    expected = {"steps": unpacked["steps"][6:], "held_out": unpacked["held_out"][-len(rest["held_out"]) :]}
+    expected = {"steps": unpacked["steps"][6:], "validation": unpacked["validation"][-len(rest["validation"]) :]}
     assert_same(rest, expected, relative=1e-5)
 
 

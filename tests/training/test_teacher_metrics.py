@@ -59,7 +59,7 @@ def expected_means(model: torch.nn.Module, dataset: SyntheticDataset, examples: 
 
 @pytest.fixture(scope="module")
 def expected(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """Of the first step and of the held-out examples, before anything is learned."""
+    """Of the first step and of the validation examples, before anything is learned."""
     from megatron_fuse.training.schedule import make_schedule
 
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float64)
@@ -69,7 +69,7 @@ def expected(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     assert step is not None
     return {
         "steps": expected_means(model, dataset, dataset.train[step.examples].tolist()),
-        "held_out": expected_means(model, dataset, dataset.held_out.tolist()),
+        "validation": expected_means(model, dataset, dataset.validation.tolist()),
     }
 
 
@@ -107,7 +107,7 @@ def test_a_layout_reports_what_the_logits_say(  # type: ignore[no-untyped-def]
         found = of_teachers(report[kind][0])
         assert found.keys() == means.keys() and len(found) >= 12
         assert found == pytest.approx(means, rel=1e-5, abs=1e-9), kind
-    assert 0 < expected["held_out"]["student mass/training"] < 1
+    assert 0 < expected["validation"]["student mass/training"] < 1
 
 
 def test_a_source_without_tokens_and_a_mode_without_kl_have_no_key(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]

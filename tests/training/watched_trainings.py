@@ -131,7 +131,7 @@ class LineByLine(Recorder):
         self._write(self.steps[-1])
 
     def evaluation(self, iteration: int, values: dict, examples: int) -> None:
-        self._write({"iteration": iteration, "held out": True, **values})
+        self._write({"iteration": iteration, "validation": True, **values})
 
     def _write(self, record: dict) -> None:
         if self.writes:
@@ -162,7 +162,7 @@ class Trainings:
         """The records of a job that was started once or several times. Fails where two of one step differ."""
         found = dict[tuple[int, bool], dict]()
         for line in map(json.loads, (workdir / "losses.jsonl").read_text().splitlines()):
-            key = line["iteration"], line.get("held out", False)
+            key = line["iteration"], line.get("validation", False)
             assert found.setdefault(key, line) == line
         return found
 

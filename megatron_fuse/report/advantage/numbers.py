@@ -3,7 +3,7 @@
 One JSON object. A share or mean of nothing is null; NOBODY stands for no source.
 
     rules       {mode: rule}; sources, reward_models: names
-    examples    counted: all others are of these; held_out: left out
+    examples    counted: all others are of these; validation: left out
     wins        {mode: {source or NOBODY: {examples, share, low, high}}}, low and high being Wilson's 95 % interval
     margins     {mode: {median: of the winners' margins; lowered: winners that do not count in full; dropped: not at all}}
     modes       of the examples with a winner in both: examples, agree, chance, kappa; table [S][S] of counts, rows by the
@@ -43,7 +43,7 @@ def advantage_numbers(seen: Observations) -> dict[str, Any]:
         "sources": seen.sources,
         "reward_models": _reward_models(seen) if seen.reward_models else None,
         "rules": seen.rules,
-        "examples": {"counted": len(seen.numbers), "held_out": seen.held_out},
+        "examples": {"counted": len(seen.numbers), "validation": seen.validation},
         "wins": {mode: wins(source, seen.sources) for mode, source in winners.items()},
         "margins": {mode: margins(arrays) for mode, arrays in seen.selections.items()},
         "modes": _modes(winners["training"], winners["inference"], len(seen.sources)) if both else None,

@@ -1,6 +1,6 @@
 """What the report counts: facts of every example that is learned from, read from instructions, answers and selections.
 
-Legend: n examples, S sources in the recipe's order, R reward models in theirs. Held-out examples are left out: nothing is learned from
+Legend: n examples, S sources in the recipe's order, R reward models in theirs. Validation examples are left out: nothing is learned from
 them, and whoever evaluates on them should not have looked at them.
 """
 
@@ -39,7 +39,7 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """numbers int64 [n]: places in the instructions; held_out: examples left out. characters int64 [n]: of the ground truth;
+    """numbers int64 [n]: places in the instructions; validation: examples left out. characters int64 [n]: of the ground truth;
     instruction_characters int64 [n]: of all messages of user and assistant before it.
 
     system, category int64 [n]: places in system_messages and categories, -1 = none. selections: mode -> the arrays of its
@@ -51,7 +51,7 @@ class Observations:
     strongest: int
     rules: dict[str, str]  # mode -> its rule
     numbers: np.ndarray
-    held_out: int
+    validation: int
     characters: np.ndarray
     truncated: np.ndarray
     instruction_characters: np.ndarray
@@ -72,14 +72,14 @@ def observe(context: Context) -> Observations:
     selected = FusionDataset(recipe).selections
     instructions, responses = _open(context)
     system_messages, categories = dict[str, int](), dict[str, int]()
-    rows: list[tuple[int, ...]] = []  # held_out, characters, truncated, instruction_characters, system, category
+    rows: list[tuple[int, ...]] = []  # validation, characters, truncated, instruction_characters, system, category
     answered: list[list[tuple[int, ...]]] = []
     unmatched = [_unmatched(shards) for shards in responses]
     for shard, examples in enumerate(instructions):
         for example, *given in zip(examples, *(shards[shard] for shards in responses), strict=True):
             rows.append(
                 (
-                    example.held_out,
+                    example.is_validation,
                     len(example.response),
                     example.truncated,
                     sum(len(message["content"]) for message in example.messages),
@@ -100,7 +100,7 @@ def observe(context: Context) -> Observations:
         strongest=reward_models.index(strongest) if reward_models and strongest is not None else 0,
         rules={mode: getattr(recipe.selection, mode) for mode in modes},
         numbers=np.flatnonzero(kept),
-        held_out=int((~kept).sum()),
+        validation=int((~kept).sum()),
         characters=table[kept, 1],
         truncated=table[kept, 2] != 0,
         instruction_characters=table[kept, 3],

@@ -51,8 +51,8 @@ def advantage_text(report: dict[str, Any]) -> str:
 
 def _origin(report: dict[str, Any]) -> str:
     examples, rules = report["examples"], [f"{rule_in_words(report, mode)} ({mode} mode)" for mode in report["rules"]]
-    held_out = f"; the {examples['held_out']:,} held out are not" if examples["held_out"] else ""
-    return f"{report['fusion_data']}: {examples['counted']:,} examples are counted{held_out}. Chosen by {', '.join(rules)}."
+    validation = f"; the {examples['validation']:,} of validation are not" if examples["validation"] else ""
+    return f"{report['fusion_data']}: {examples['counted']:,} examples are counted{validation}. Chosen by {', '.join(rules)}."
 
 
 def _findings(report: dict[str, Any]) -> list[str]:
