@@ -68,7 +68,7 @@ def _measure(
         dataset = FusionDataset(recipe)
         labels = int(dataset.supervised_tokens("training").sum())
         ours = sum(path.stat().st_size for path in files) / labels
-        entries = sum(len(dataset.document("training", i, SOURCE).entry_ids) for i in range(len(dataset.example_ids)))
+        entries = sum(len(dataset.document("training", i, SOURCE).teacher_ids) for i in range(len(dataset.example_ids)))
         baselines = {"Arrow lists": _arrow_bytes, "raw k = 10": _raw_bytes}
         title = f"fusion data, {name} ({MEAN_KEPT[rule]:g} of 10 kept, synthetic)"
         return [
@@ -102,10 +102,10 @@ def _arrow_bytes(dataset: FusionDataset, directory: Path) -> int:
                 "tokens": [document.tokens.astype(np.int32) for document in documents],
                 "supervised": [document.supervised.astype(np.int32) for document in documents],
                 "entry_ids": [
-                    np.split(d.entry_ids.astype(np.int32), at) for d, at in zip(documents, bounds, strict=True)
+                    np.split(d.teacher_ids.astype(np.int32), at) for d, at in zip(documents, bounds, strict=True)
                 ],
                 "entry_logprobs": [
-                    np.split(d.entry_logprobs.astype(np.float32), at) for d, at in zip(documents, bounds, strict=True)
+                    np.split(d.teacher_logprobs.astype(np.float32), at) for d, at in zip(documents, bounds, strict=True)
                 ],
             }
             writer.write_batch(pyarrow.record_batch(batch, schema=schema))

@@ -163,7 +163,7 @@ def _row_lists(document: Document) -> tuple[list[int], list[list[int]], list[lis
     """Positions, ids and log-probabilities of a document's rows, as lists of lists."""
     ends = np.cumsum(document.counts, dtype=np.int64)[:-1]
     places = (np.flatnonzero(document.supervised) - 1).tolist()
-    split = (np.split(field, ends) for field in (document.entry_ids, document.entry_logprobs))
+    split = (np.split(field, ends) for field in (document.teacher_ids, document.teacher_logprobs))
     ids, logprobs = ([row.tolist() for row in field] for field in split)
     return places, ids, logprobs
 

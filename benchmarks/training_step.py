@@ -172,7 +172,7 @@ class Documents:
         if self.entries_per_row:
             return document
         nothing = np.zeros_like(document.counts)
-        entries = document.entry_ids[:0], document.entry_logprobs[:0]
+        entries = document.teacher_ids[:0], document.teacher_logprobs[:0]
         return Document(document.tokens, document.supervised, nothing, *entries, nothing)
 
 

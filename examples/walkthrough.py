@@ -176,12 +176,12 @@ def show_projection(source: Model, captured: CaptureShard, target: Model, docume
     """A line per supervised token of the target: the source's row that it takes, and what this row says in its vocabulary."""
     spans = target.encode(EXAMPLES[1]).spans
     aligned, inside = find_source_rows(captured.spans(0), spans)
-    mass = Rows(document.counts, document.entry_ids, document.entry_logprobs).kept()
+    mass = Rows(document.counts, document.teacher_ids, document.teacher_logprobs).kept()
     first = np.cumsum(document.counts) - document.counts  # the likeliest entry of each row
     rows = []
     for row, token in enumerate(spans.tokens):
         of_source = ("inside " if inside[row] else "") + source.token(captured.tokens[aligned[row]])
-        likeliest = target.token(document.entry_ids[first[row]]) if document.counts[row] else "-"
+        likeliest = target.token(document.teacher_ids[first[row]]) if document.counts[row] else "-"
         place, match = f"{spans.starts[row]}-{spans.ends[row]}", MATCHES[document.match[row]]
         entries = str(document.counts[row])
         rows.append([target.token(token), place, of_source, match, entries, likeliest, f"{mass[row]:.3f}"])

@@ -34,8 +34,8 @@ def draw_document(draw: np.random.Generator, tokens: int, dtype: type = np.uint1
         tokens=draw.integers(0, VOCABULARY[dtype], tokens).astype(dtype),
         supervised=supervised,
         counts=counts,
-        entry_ids=draw.integers(0, VOCABULARY[dtype], entries).astype(dtype),
-        entry_logprobs=-draw.exponential(3, entries).astype(np.float16),
+        teacher_ids=draw.integers(0, VOCABULARY[dtype], entries).astype(dtype),
+        teacher_logprobs=-draw.exponential(3, entries).astype(np.float16),
         match=(counts > 0).astype(np.uint8),
     )
 
@@ -46,7 +46,7 @@ Position = tuple[int, int, float, float, tuple[tuple[int, float], ...]]
 
 def positions_of(document: Document, weights: tuple[float, float]) -> Iterator[Position]:
     """What a document is by definition, token by token."""
-    entries = iter(zip(document.entry_ids.tolist(), document.entry_logprobs.tolist(), strict=True))
+    entries = iter(zip(document.teacher_ids.tolist(), document.teacher_logprobs.tolist(), strict=True))
     counts = iter(document.counts.tolist())
     tokens, supervised = document.tokens.tolist(), document.supervised.tolist()
     for t in range(len(tokens) - 1):

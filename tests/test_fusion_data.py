@@ -75,10 +75,10 @@ def test_documents_are_the_conversation_in_the_targets_tokens(world: Recipe, sou
         assert document.supervised.tolist() == encoded.supervised.tolist()
         assert (document.tokens[-1] == target.stop_id) == stop
         assert len(document.counts) == len(document.match) == document.supervised.sum()
-        assert len(document.entry_ids) == len(document.entry_logprobs) == document.counts.sum()
+        assert len(document.teacher_ids) == len(document.teacher_logprobs) == document.counts.sum()
         assert document.counts.max(initial=0) <= dataset.entries_per_row
-        assert document.tokens.dtype == document.entry_ids.dtype == np.uint16  # as stored: a vocabulary below 65536
-        assert document.entry_logprobs.dtype == np.float16
+        assert document.tokens.dtype == document.teacher_ids.dtype == np.uint16  # as stored: a vocabulary below 65536
+        assert document.teacher_logprobs.dtype == np.float16
         assert document.supervised.dtype == bool
 
 
@@ -95,8 +95,8 @@ def test_a_source_with_the_targets_tokenizer_gives_its_own_rows_back(world: Reci
         entries = slice(int(shard.counts[: span.start].sum()), int(shard.counts[: span.stop].sum()))
         ids, logprobs = shard.entry_ids[entries], shard.logprobs(1, 2.0)[entries]
         row, known = np.repeat(np.arange(span.stop - span.start), shard.counts[span]), ids < vocab_size
-        assert document.entry_ids.tolist() == ids[known].tolist()
-        assert document.entry_logprobs.tolist() == round_down_to_half(logprobs[known]).tolist()
+        assert document.teacher_ids.tolist() == ids[known].tolist()
+        assert document.teacher_logprobs.tolist() == round_down_to_half(logprobs[known]).tolist()
         assert document.counts.tolist() == np.bincount(row[known], minlength=len(document.counts)).tolist()
         assert {MATCHES[code] for code in document.match[document.counts > 0]} == {"exact"}
         rows += len(document.counts)
@@ -131,7 +131,7 @@ def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
         logprobs, labels = shard.logprobs(1, 2.0), document.tokens[document.supervised]
         for row, start in enumerate(starts):
             own = slice(bounds[row], bounds[row + 1])
-            ids, found = document.entry_ids[own].tolist(), np.exp(document.entry_logprobs[own].astype(np.float64))
+            ids, found = document.teacher_ids[own].tolist(), np.exp(document.teacher_logprobs[own].astype(np.float64))
             assert found.sum() <= 1
             if start not in source_starts:
                 assert (document.counts[row], MATCHES[document.match[row]]) == (0, "skip")
@@ -185,7 +185,7 @@ def test_selected_documents_and_their_lengths(world: Recipe) -> None:
             winners.add((mode, winner))
             if winner is not None:
                 again = dataset.document(mode, number, winner)
-                assert document.entry_ids.tolist() == again.entry_ids.tolist()
+                assert document.teacher_ids.tolist() == again.teacher_ids.tolist()
     assert len({winner for mode, winner in winners if mode == "inference"} - {None}) == 3, (
         "every source should win some"
     )
@@ -330,7 +330,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
         with pytest.raises(UserError, match="or its margin is too small"):
             view_document(strict, dataset, mode, lost)
     else:
-        assert len(dataset.document(mode, lost).entry_ids) == 0 < len(dataset.document(mode, lost).tokens)
+        assert len(dataset.document(mode, lost).teacher_ids) == 0 < len(dataset.document(mode, lost).tokens)
         assert "weight 0\n" in format_view(view_document(strict, dataset, mode, lost), dataset)
 
     half = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least, weight=0.5)})
@@ -406,7 +406,7 @@ def test_csft_needs_no_source_and_its_text_has_rows_without_entries(copied: Reci
     document = dataset.document("training", 0)
     assert dataset.lengths("training")[0] == len(document.tokens) > 0
     assert dataset.supervised_tokens("training")[0] == len(document.counts) == len(document.match)
-    assert len(document.entry_ids) == document.counts.sum() == document.match.sum() == 0
+    assert len(document.teacher_ids) == document.counts.sum() == document.match.sum() == 0
     assert (dataset.lengths("inference") == 0).all()
     assert view_document(csft, dataset, "training", 0)["source"] is None
 

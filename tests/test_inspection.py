@@ -29,7 +29,7 @@ def test_a_view_shows_the_distribution_that_predicts_each_token(world: Recipe, m
         assert [token["id"] for token in view["tokens"]] == document.tokens.tolist()
         supervised = [token for token in view["tokens"] if token["supervised"]]
         assert [len(token["entries"]) for token in supervised] == document.counts.tolist()
-        assert [entry["id"] for token in supervised for entry in token["entries"]] == document.entry_ids.tolist()
+        assert [entry["id"] for token in supervised for entry in token["entries"]] == document.teacher_ids.tolist()
         for token in view["tokens"]:
             assert list(token) == ["id", "text", "supervised", "match", "entries", "tail"]
             assert token["match"] in MATCHES

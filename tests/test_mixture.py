@@ -23,7 +23,7 @@ def dense(document: Document) -> np.ndarray:
     """[r, VOCABULARY] float64: the mass of every token."""
     rows = np.repeat(np.arange(len(document.counts)), document.counts.astype(int))
     mass = np.zeros((len(document.counts), VOCABULARY))
-    np.add.at(mass, (rows, document.entry_ids), np.exp(document.entry_logprobs.astype(np.float64)))
+    np.add.at(mass, (rows, document.teacher_ids), np.exp(document.teacher_logprobs.astype(np.float64)))
     return mass
 
 
@@ -127,5 +127,5 @@ def test_documents_are_not_changed_by_mixing() -> None:
         np.array([-1.0], np.float16),
         np.zeros(1, np.uint8),
     )
-    mix([one, replace(one, entry_ids=np.array([4], np.uint16))], [0.5, 0.5])
-    assert one.entry_logprobs.tolist() == [-1.0]
+    mix([one, replace(one, teacher_ids=np.array([4], np.uint16))], [0.5, 0.5])
+    assert one.teacher_logprobs.tolist() == [-1.0]

@@ -250,10 +250,10 @@ def check_document(document: Document, reading: Reading, source: Side, target: S
     found = [MATCHES[code] for code in document.match]
     assert found == [match for match, _ in expected], where
     bounds = np.cumsum([0, *document.counts.tolist()])
-    assert bounds[-1] == len(document.entry_ids) == len(document.entry_logprobs), where
+    assert bounds[-1] == len(document.teacher_ids) == len(document.teacher_logprobs), where
     for number, (_, mass) in enumerate(expected):
         entries = slice(bounds[number], bounds[number + 1])
-        check_row(document.entry_ids[entries], document.entry_logprobs[entries], mass, f"{where}, row {number}")
+        check_row(document.teacher_ids[entries], document.teacher_logprobs[entries], mass, f"{where}, row {number}")
 
 
 def check_row(ids: np.ndarray, logprobs: np.ndarray, mass: Mass, where: str) -> None:

@@ -114,7 +114,7 @@ def test_documents_are_views_of_the_files(tmp_path: Path) -> None:
             found = getattr(document, field)
             assert found.view(part.dtype).tolist() == part.tolist()
             assert not found.flags.owndata and not found.flags.writeable
-    assert streams[2].entry_logprobs.dtype == np.float16 and streams[2].supervised.dtype == bool
+    assert streams[2].teacher_logprobs.dtype == np.float16 and streams[2].supervised.dtype == bool
 
 
 # 5, 0 and 4 tokens; 2, 0 and 3 rows; 2, 0 and 5 entries, of which one field says something else

@@ -64,7 +64,7 @@ def test_whole_fusion_data_is_found_whole(world: Recipe) -> None:
         for number in range(len(dataset.example_ids))
     ]
     assert found.counts["rows"] == sum(len(document.counts) for document in documents)
-    assert found.counts["entries"] == sum(len(document.entry_ids) for document in documents)
+    assert found.counts["entries"] == sum(len(document.teacher_ids) for document in documents)
     assert (
         found.counts["artifacts"] == 1 + 3 + 3 * 2 + 6 + 1 + 6
     )  # instructions, responses, scores, captures, text, rows

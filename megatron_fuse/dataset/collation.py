@@ -129,9 +129,9 @@ def make_targets(
     teacher_ids = np.full(positions * entries_per_row, NO_ENTRY, np.int64)
     teacher_logprobs = np.zeros(positions * entries_per_row, np.float32)
     if documents:
-        ids = [document.entry_ids for document in documents]
+        ids = [document.teacher_ids for document in documents]
         teacher_ids[slots] = np.concatenate(ids, dtype=np.int64)
-        logprobs = [document.entry_logprobs for document in documents]
+        logprobs = [document.teacher_logprobs for document in documents]
         teacher_logprobs[slots] = np.concatenate(logprobs, dtype=np.float32)
     entries = (*shape, entries_per_row)
     return Targets(

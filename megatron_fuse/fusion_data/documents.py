@@ -11,7 +11,7 @@ from megatron_fuse.fusion_data.layout import BUILT_BY
 from megatron_fuse.fusion_data.streams import Stream
 
 TEXT_FIELDS = ("tokens", "supervised")
-ROW_FIELDS = ("counts", "entry_ids", "entry_logprobs", "match")
+ROW_FIELDS = ("counts", "entry_ids", "entry_logprobs", "match")  # names of files
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,19 +21,19 @@ class Document:
     tokens [n] uint16 or int32, depending on the size of the vocabulary.
     supervised bool [n]: the token is a label.
     counts uint8 [r]: number of stored entries of a row; 0 if the teacher has no row there.
-    entry_ids [e], dtype of tokens, and entry_logprobs float16 [e]: natural log at the KL temperature; e =
-    counts.sum().
+    teacher_ids [e], dtype of tokens, and teacher_logprobs float16 [e]: natural log at the KL temperature; e =
+    counts.sum(). Their files are named entry_ids and entry_logprobs.
     match uint8 [r]: index in MATCHES.
 
-    The tail of a row is the rest of its mass, 1 - sum(exp(entry_logprobs)). All arrays are read-only views in
+    The tail of a row is the rest of its mass, 1 - sum(exp(teacher_logprobs)). All arrays are read-only views in
     the dtypes on disk: cast them before you calculate.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     counts: np.ndarray
-    entry_ids: np.ndarray
-    entry_logprobs: np.ndarray
+    teacher_ids: np.ndarray
+    teacher_logprobs: np.ndarray
     match: np.ndarray
 
 
@@ -113,7 +113,7 @@ class DocumentStreams:
 
 
 def no_rows(labels: int) -> tuple[np.ndarray, ...]:
-    """counts, entry_ids, entry_logprobs, match for so many labels without teacher: all counts are 0."""
+    """counts, teacher_ids, teacher_logprobs, match for so many labels without teacher: all counts are 0."""
     return np.zeros(labels, np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.float16), np.zeros(labels, np.uint8)
 
 

@@ -80,10 +80,10 @@ def _document(draw: np.random.Generator, tokens: int, vocab_size: int, entries: 
         counts=np.full(labels, entries, np.uint8),
         match=np.full(labels, bool(entries), np.uint8),
         # One id from each of several equal parts of the vocabulary, so that the ids of a row differ.
-        entry_ids=(
+        teacher_ids=(
             draw.integers(0, vocab_size // max(entries, 1), (labels, entries)) + _parts(vocab_size, entries)
         ).ravel(),
-        entry_logprobs=np.log(_MASS * draw.dirichlet(np.ones(max(entries, 1)), labels))[:, :entries].ravel(),
+        teacher_logprobs=np.log(_MASS * draw.dirichlet(np.ones(max(entries, 1)), labels))[:, :entries].ravel(),
     )
 
 

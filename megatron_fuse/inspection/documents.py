@@ -57,7 +57,7 @@ def view_document(
     for position, token in enumerate(document.tokens.tolist()):
         supervised = bool(document.supervised[position])
         entries = slice(*bounds[row[position] :][:2]) if supervised else slice(0, 0)
-        logprobs = document.entry_logprobs[entries].astype(np.float64)
+        logprobs = document.teacher_logprobs[entries].astype(np.float64)
         tokens.append(
             {
                 "id": token,
@@ -66,7 +66,7 @@ def view_document(
                 "match": MATCHES[document.match[row[position]]] if supervised else "skip",
                 "entries": [
                     {"id": entry, "text": token_text(tokenizer, entry), "logprob": logprob}
-                    for entry, logprob in zip(document.entry_ids[entries].tolist(), logprobs.tolist(), strict=True)
+                    for entry, logprob in zip(document.teacher_ids[entries].tolist(), logprobs.tolist(), strict=True)
                 ],
                 "tail": float(1 - np.exp(logprobs).sum()),
             }

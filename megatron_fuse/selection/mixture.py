@@ -26,13 +26,13 @@ def mix(documents: Sequence[Document], weights: Sequence[float]) -> Document:
     # The entries are first concatenated source by source, with the row of each; the stable sort then groups
     # them by row.
     rows = np.concatenate([np.repeat(np.arange(counts.shape[1]), source_counts) for source_counts in counts])
-    ids = np.concatenate([document.entry_ids for document in documents])
-    logprobs = np.concatenate([document.entry_logprobs for document in documents]).astype(np.float64)
+    ids = np.concatenate([document.teacher_ids for document in documents])
+    logprobs = np.concatenate([document.teacher_logprobs for document in documents]).astype(np.float64)
     logprobs += np.log(np.concatenate([np.repeat(share, count) for share, count in zip(shares, counts, strict=True)]))
     order = np.argsort(rows, kind="stable")
     return replace(
         documents[0],
         counts=counts.sum(0, dtype=np.int64),
-        entry_ids=ids[order],
-        entry_logprobs=round_down_to_half(logprobs[order]),
+        teacher_ids=ids[order],
+        teacher_logprobs=round_down_to_half(logprobs[order]),
     )

@@ -54,7 +54,7 @@ def test_shares_are_those_of_the_documents(world: Recipe, report: dict, source: 
         document = dataset.document(mode, int(number), source)
         labels = document.tokens[document.supervised].astype(int)
         bounds = np.cumsum([0, *document.counts.tolist()])
-        probabilities = np.exp(document.entry_logprobs.astype(np.float64))
+        probabilities = np.exp(document.teacher_logprobs.astype(np.float64))
         rows += [
             (
                 TEXT_CLASSES[classes[label]],

@@ -98,8 +98,8 @@ def _draw(rng: np.random.Generator, vocab_size: int, entries: int, *, rows: bool
         supervised=np.arange(prompt + response) >= prompt,
         counts=counts,
         match=(counts > 0).astype(np.uint8),
-        entry_ids=np.concatenate([*ids, np.zeros(0, np.int64)]),
-        entry_logprobs=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
+        teacher_ids=np.concatenate([*ids, np.zeros(0, np.int64)]),
+        teacher_logprobs=np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
     )
 
 

@@ -43,8 +43,8 @@ def expected_means(model: torch.nn.Module, dataset: SyntheticDataset, examples: 
             rows = [int(t) - 1 for t in document.supervised.nonzero()[0]]
             entry = 0
             for row, count in zip(rows, document.counts.tolist(), strict=True):
-                ids = document.entry_ids[entry : entry + count].tolist()
-                mass = torch.from_numpy(document.entry_logprobs[entry : entry + count]).double().exp()
+                ids = document.teacher_ids[entry : entry + count].tolist()
+                mass = torch.from_numpy(document.teacher_logprobs[entry : entry + count]).double().exp()
                 entry += count
                 if not count:
                     continue
