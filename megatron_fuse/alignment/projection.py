@@ -45,7 +45,7 @@ def project_responses(
     Raises UserError if `unmatched` is not one of UNMATCHED.
     """
     if unmatched not in UNMATCHED:
-        raise UserError(f"alignment.unmatched: {unmatched!r} is not one of {', '.join(UNMATCHED)}")
+        raise UserError(f"alignment.unmatched: {unmatched!r} is not allowed. Set it to one of {', '.join(UNMATCHED)}.")
     if not len(source.spans):
         nothing = Rows(np.zeros(len(target), np.uint8), np.zeros(0, np.int32), np.zeros(0, np.float32))
         return nothing, np.zeros(len(target), np.uint8), np.zeros(len(target), bool)

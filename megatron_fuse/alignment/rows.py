@@ -38,7 +38,10 @@ class Rows:
     def __post_init__(self) -> None:
         total = int(self.counts.sum(dtype=np.int64))
         if not total == len(self.ids) == len(self.logprobs):
-            raise ValueError(f"counts add up to {total}, but {len(self.ids)} ids, {len(self.logprobs)} logprobs")
+            raise ValueError(
+                f"the counts add up to {total}, but there are {len(self.ids)} ids and {len(self.logprobs)} "
+                "log-probabilities"
+            )
         if np.isnan(self.logprobs).any():
             raise ValueError("a log-probability is NaN")
 
@@ -97,7 +100,7 @@ class SourceRows:
         }
         for name, length in lengths.items():
             if length != len(self.spans):
-                raise ValueError(f"{len(self.spans)} spans, but {length} {name}")
+                raise ValueError(f"there are {len(self.spans)} spans, but {length} {name}")
 
     def tempered_token_logprobs(self, row: np.ndarray) -> np.ndarray:
         """float64: log p_T of the text's tokens at these rows, whether they are stored or not."""

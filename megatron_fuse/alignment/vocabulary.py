@@ -85,9 +85,9 @@ class VocabularyMap:
     def __post_init__(self) -> None:
         sizes = {len(table) for table in (self.leading, self.source_leading, self.both_leading, self.exact)}
         if sizes != {len(self.ids)} or len(self.byte_lengths) not in (0, len(self.ids)):
-            raise ValueError(f"tables of different sizes: {len(self.ids)} ids, {sorted(sizes)} in the others")
+            raise ValueError(f"the tables have different sizes: {len(self.ids)} ids, but {sorted(sizes)} in the others")
         if len(self.remainder_ids) != self._remainder_ends[-1:].sum():
-            raise ValueError(f"{len(self.remainder_ids)} remainders are not those of the tokens' lengths")
+            raise ValueError(f"{len(self.remainder_ids)} remainders do not fit the lengths of the tokens")
 
     def table(self) -> np.ndarray:
         """int32 [4, Vs], row = 2 * (source row leads) + (target row leads)."""
@@ -107,7 +107,9 @@ class VocabularyMap:
         outside = (consumed < 1) | (left < 0)
         if outside.any():
             at = int(np.argmax(outside))
-            raise ValueError(f"token {ids[at]} has {self.byte_lengths[ids[at]]} bytes, and no byte {consumed[at]}")
+            raise ValueError(
+                f"token {ids[at]} has {self.byte_lengths[ids[at]]} bytes, so it has no byte {consumed[at]}"
+            )
         chosen = np.full(len(left), -1, dtype=np.int32)
         inside = left > 0
         chosen[inside] = self.remainder_ids[self._remainder_ends[ids[inside]] - left[inside]]
@@ -157,7 +159,7 @@ def build_vocabulary_map(
     plain = [0, 3] if source_separator == target_separator else [0]
     if kind == "ms":
         if pairs is None:
-            raise ValueError("a map of kind 'ms' is built from pairs")
+            raise ValueError("a map of kind 'ms' can only be built from pairs")
         met = pairs().most_frequent(otherwise=tables[0])
         tables[plain] = np.where(_equal_bytes(source, target, tables[0], source_stop), tables[0], met)
     # Roles come last, because they override every rule above.
@@ -193,7 +195,9 @@ def vocabulary_map_key(
 ) -> str:
     """Hash of everything that a map depends on. Raises UserError for an unknown kind."""
     if kind not in VOCABULARY_MAPS:
-        raise UserError(f"alignment.vocabulary_map: {kind!r} is not one of {', '.join(VOCABULARY_MAPS)}")
+        raise UserError(
+            f"alignment.vocabulary_map: {kind!r} is not allowed. Set it to one of {', '.join(VOCABULARY_MAPS)}."
+        )
     settings = [str(source_stop), str(target_stop), source_separator, target_separator, str(remainders), texts_sha256]
     return hash_parts([FORMAT, kind, source.sha256, target.sha256, *settings])
 
@@ -237,7 +241,9 @@ def load_vocabulary_map(path: Path) -> VocabularyMap:
                 remainder_ids=data["remainder_ids"].astype(np.int32) - 1,
             )
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
-        raise UserError(f"{path}: not a vocabulary map ({error}): delete it to have it made again") from error
+        raise UserError(
+            f"{path}: not a vocabulary map ({error}). Remove the file: the next run makes it again."
+        ) from error
 
 
 def cached_vocabulary_map(

@@ -82,7 +82,9 @@ class _DistillKit(_Columns):
     def given(self) -> GivenRows:
         n, rows = len(self.input_ids), len(self.token_ids)
         if rows - n not in (-1, 0):
-            raise BadRowError(f"token_ids has {rows} rows for {n} input_ids: one row less, or as many, fit")
+            raise BadRowError(
+                f"token_ids has {rows} rows for {n} input_ids. It must have as many rows as input_ids, or one row less."
+            )
         token_logprobs = self.token_logprobs if self.token_logprobs is not None else [None] * rows
         _same_length(rows, top_values=self.top_values, token_logprobs=token_logprobs)
         # Shifted by one, so that row t is about token t.
@@ -106,7 +108,9 @@ class _Vllm(_Columns):
     def given(self) -> GivenRows:
         tokens = self.prompt_token_ids
         if len(self.prompt_logprobs) != len(tokens):
-            raise BadRowError(f"prompt_logprobs has {len(self.prompt_logprobs)} items, prompt_token_ids {len(tokens)}")
+            raise BadRowError(
+                f"prompt_logprobs has {len(self.prompt_logprobs)} items, but prompt_token_ids has {len(tokens)}"
+            )
         ids, logprobs, token_logprobs = [], [], []
         for token, position in zip(tokens, self.prompt_logprobs, strict=True):
             alternatives = {_token_id(key): value for key, value in (position or {}).items()}
@@ -177,11 +181,13 @@ def given_rows(row: dict[str, Any]) -> GivenRows:
     if form is None:
         if row.keys() & {"compressed_logprobs", "packed_indices"}:
             raise BadRowError(
-                "DistillKit's compressed columns are not read: write what its LogprobCompressor.decompress_to_sparse returns into "
-                "the columns token_ids and top_values"
+                "DistillKit's compressed columns are not supported. Write what its "
+                "LogprobCompressor.decompress_to_sparse returns into the columns token_ids and top_values."
             )
         keys = brief(", ".join(row))
-        raise BadRowError(f"in no known form: it has {keys}; a form is known by {', '.join(_FORMS)}")
+        raise BadRowError(
+            f"the form of the row is not known: the row has {keys}, but none of the columns {', '.join(_FORMS)}"
+        )
     try:
         given = form.model_validate(row).given()
     except ValidationError as error:
@@ -195,7 +201,7 @@ def given_rows(row: dict[str, Any]) -> GivenRows:
 def _same_length(length: int, **columns: Sequence[Any]) -> None:
     for name, values in columns.items():
         if len(values) != length:
-            raise BadRowError(f"{name} has {len(values)} items, there are {length} tokens")
+            raise BadRowError(f"{name} has {len(values)} items, but there are {length} tokens")
 
 
 def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[float | None]]:
@@ -204,7 +210,8 @@ def _by_temperature(given: _LogSumExps, length: int) -> dict[float, Sequence[flo
         temperature = _number(key)
         if not 0 < temperature < math.inf:
             raise BadRowError(
-                f'logsumexp: {quoted(key)} is no temperature: {{"1": [...], "2": [...]}} is the form (docs/captures.md)'
+                f'logsumexp: {quoted(key)} is not a temperature. Write it as {{"1": [...], "2": [...]}} '
+                "(docs/captures.md)."
             )
         if values is None:
             continue
@@ -227,6 +234,6 @@ def _token_id(name: str) -> int:
         return int(name.removeprefix("token_id:"))
     except ValueError as error:
         raise BadRowError(
-            f"{quoted(name)} is no token id: texts do not tell tokens apart; ask the server for ids (vLLM: "
-            "return_tokens_as_token_ids)"
+            f"{quoted(name)} is not a token id, and several tokens can have the same text. Make the server "
+            "return token ids (vLLM: return_tokens_as_token_ids)."
         ) from error

@@ -74,8 +74,9 @@ class CaptureFile:
                 mismatches.append(f"{row.place} (id {quoted(row.id)}): {error}")
         if len(mismatches) > len(parts):
             raise UserError(
-                f"{mismatches[0]}; {len(mismatches)} of {len(mismatches) + len(parts)} rows are about other tokens than the "
-                "source's tokenizer and chat template give: capture the same texts with the same template and truncation"
+                f"{mismatches[0]}; in {len(mismatches)} of {len(mismatches) + len(parts)} rows the tokens "
+                "differ from those of the source's tokenizer and chat template. Capture the same texts with "
+                "the same template and truncation."
             )
         if mismatches:
             self.progress(f"left out: {len(mismatches)} of {len(conversations)} examples; the first: {mismatches[0]}")
@@ -124,7 +125,8 @@ class CaptureFile:
             place = int(different[0]) if len(different) else shared
             part = "conversation" if given.whole else "response"
             raise _MismatchError(
-                f"token {place} of the {part} is {self._shown(theirs, place)}, ours is {self._shown(ours, place)}"
+                f"token {place} of the {part} is {self._shown(theirs, place)}, but the source's tokenizer "
+                f"gives {self._shown(ours, place)}"
             )
         return np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(ours)))
 
@@ -179,7 +181,7 @@ def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> No
         ("a log-probability that is NaN", np.isnan(logprobs).any(1)),
         ("a log-probability that is infinite", np.isposinf(logprobs).any(1)),
         ("no entry", ~entry.any(1)),
-        (f"an id that is none of the model's {vocab_size}", (entry & ((ids < 0) | (ids >= vocab_size))).any(1)),
+        (f"an id that is not one of the model's {vocab_size}", (entry & ((ids < 0) | (ids >= vocab_size))).any(1)),
         ("an id twice", (np.diff(known, axis=1) == 0).any(1)),
         ("more probability than one", ~(np.exp(logprobs).sum(1) <= 1 + _MASS)),
     ):
@@ -222,17 +224,19 @@ def _own_logprobs(
         ("has a log-probability that is NaN", np.isnan(token_logprobs)),
         ("has a log-probability that is infinite", np.isposinf(token_logprobs)),
         (
-            f"has a log-probability below {_LEAST:g}, which stands for probability 0: leave the example out of the file, or "
-            "capture it with a model that can write its answer",
+            f"has a log-probability below {_LEAST:g}, which means probability 0. Remove the example from the "
+            "file, or capture it with a model that can generate its answer.",
             impossible,
         ),
-        ("is not among the entries, and token_logprobs does not give its probability either", missing & ~inside),
+        ("is not an entry, and token_logprobs does not give its probability either", missing & ~inside),
         (
-            "has another probability among the entries, or should be one of them: is the file one token off?",
+            "has another probability among the entries, or must be one of them. Check whether the file is "
+            "shifted by one token.",
             ~missing & ~fits,
         ),
         (
-            "is no entry, and has with the entries more probability than one: is the file one token off?",
+            "is not an entry, but its probability and those of the entries add up to more than one. Check "
+            "whether the file is shifted by one token.",
             ~missing & ~inside & (np.exp(logprobs).sum(1) + np.exp(token_logprobs) > 1 + _MASS),
         ),
     ):
@@ -261,19 +265,22 @@ def _logsumexps(
             continue
         if not {1.0, temperature} <= given.keys():
             raise BadRowError(
-                f"has no logsumexp at temperature {temperature:g} (and 1, to compare), and the mass outside the entries cannot be "
-                f'had from log-probabilities at 1: give the file the column logsumexp: {{"1": [...], "{temperature:g}": [...]}} '
-                "(docs/captures.md), or set loss.teacher_temperature to 1 (and capture.temperatures, if the recipe has it)"
+                f"logsumexp is not given at temperature {temperature:g}, or not at temperature 1 (which is "
+                "needed for comparison). The mass outside the entries cannot be computed from "
+                f'log-probabilities at temperature 1. Add the column logsumexp to the file: {{"1": [...], '
+                f'"{temperature:g}": [...]}} (docs/captures.md). Or set loss.teacher_temperature to 1, and '
+                "capture.temperatures too if the recipe has it."
             )
         at_one, lse = (_matrix([given[t]], whole=False)[0] for t in (1.0, temperature))
         for what, bad in (
             ("is not finite", ~np.isfinite(lse)),
             (
-                "is not relative to the largest logit: at 1 it is not minus the largest log-probability",
+                "is not relative to the largest logit: its value at temperature 1 is not minus the largest "
+                "log-probability",
                 ~_close(at_one, columns[0]),
             ),
             (
-                "is less than that of the entries alone",
+                "is smaller than that of the entries alone",
                 ~(np.exp(relative / temperature).sum(1) <= np.exp(lse) * (1 + _MASS)),
             ),
         ):

@@ -102,9 +102,10 @@ class SourceReader:
             example = int(np.searchsorted(bounds, error.row, side="right"))
             row = error.row - int(bounds[example]) + lengths[example]
             raise UserError(
-                f"sources.{self.source}: NaN or infinite logits in example {conversations[example].example!r}, response row "
-                f"{row}: the model's weights are broken, or sources.{self.source}.dtype ({self.model.dtype}) overflows: "
-                "try bf16 or fp32"
+                f"sources.{self.source}: the logits are NaN or infinite in example "
+                f"{conversations[example].example!r}, response row {row}. The model's weights are damaged, "
+                f"or sources.{self.source}.dtype ({self.model.dtype}) overflows. Set "
+                f"sources.{self.source}.dtype to bf16 or fp32, or fetch the model again."
             ) from error
         return rows.split(lengths)
 

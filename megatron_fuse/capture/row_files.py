@@ -87,7 +87,7 @@ class _Parquet:
             from pyarrow import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
-            raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+            raise UserError(f"{path}: pyarrow is needed to read Parquet. Run pip install pyarrow.") from error
         # ValueError includes UnicodeDecodeError: bytes that are not text. KeyError: a key twice in one map.
         # StopIteration: fewer rows than the file says. The others: values that Python cannot represent.
         self.path, self._faults = path, (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration)
@@ -96,9 +96,13 @@ class _Parquet:
             # memory. pyarrow writes a million rows into one group.
             self._file = ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
         except self._faults as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({brief(str(error))}): write it again") from error
+            raise UserError(
+                f"{path}: cannot be read as Parquet ({brief(str(error))}). Write the file again."
+            ) from error
         if "id" not in self._file.schema_arrow.names:
-            raise UserError(f"{path}: has no column id; it has {', '.join(self._file.schema_arrow.names)}")
+            raise UserError(
+                f"{path}: there is no column id, only {', '.join(self._file.schema_arrow.names)}. Add the column id."
+            )
         self._places: dict[str, int] = {}  # id -> row
         for number, name in enumerate(self._ids()):
             _add(self._places, name, number, self._place(number))
@@ -114,7 +118,7 @@ class _Parquet:
                 yield from batch.column(0).to_pylist()
         except self._faults as error:
             raise UserError(
-                f"{self.path}: its column id cannot be read ({brief(str(error))}): write it again"
+                f"{self.path}: the column id cannot be read ({brief(str(error))}). Write the file again."
             ) from error
 
     def __contains__(self, name: str) -> bool:
@@ -129,7 +133,7 @@ class _Parquet:
                 content = self._row(number)
             except self._faults as error:
                 raise UserError(
-                    f"{self._place(number)}: cannot be read ({brief(str(error))}): write it again"
+                    f"{self._place(number)}: cannot be read ({brief(str(error))}). Write the file again."
                 ) from error
             yield FileRow(name, self._place(number), content)
 
@@ -154,9 +158,12 @@ class _Parquet:
 
 def _add(places: dict[str, Any], name: Any, place: Any, where: str) -> None:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UserError(f"{where}: id is {quoted(name)}: a row needs the id of its example")
+        raise UserError(f"{where}: id is {quoted(name)}, but a row needs the id of its example. Write that id.")
     if str(name) in places:
-        raise UserError(f"{where}: id {quoted(str(name))} was given before: every example has one row")
+        raise UserError(
+            f"{where}: id {quoted(str(name))} is in an earlier row too, but every example has one row. "
+            "Remove one of the two rows."
+        )
     places[str(name)] = place
 
 

@@ -144,14 +144,14 @@ def capture_shard(artifact: Artifact, index: int) -> CaptureShard:
 
 def read_capture_shard(path: Path) -> CaptureShard:
     """Reads a shard. Raises UserError if the file is missing or broken, or if a row has impossible values."""
-    fix = f"remove {path.parent} and run megatron-fuse capture again"
+    fix = f"Remove {path.parent} and run megatron-fuse capture again."
     try:
         shard = CaptureShard(**load_file(path))
     except (OSError, SafetensorError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a capture ({brief(str(error), 150)}): {fix}") from error
+        raise UserError(f"{path}: cannot be read as a capture ({brief(str(error), 150)}). {fix}") from error
     fault = _misfit(shard) or _impossible_row(shard)
     if fault:
-        raise UserError(f"{path}: {fault}: {fix}")
+        raise UserError(f"{path}: {fault}. {fix}")
     return shard
 
 
@@ -161,7 +161,7 @@ def _misfit(shard: CaptureShard) -> str | None:
     wanted = dict.fromkeys(_BY_EXAMPLE, examples) | dict.fromkeys(_BY_ROW, rows) | {"entry_logits": entries}
     for name, length in wanted.items():
         if len(getattr(shard, name)) != length:
-            return f"{name} has {len(getattr(shard, name))} items, {length} fit the other arrays"
+            return f"{name} has {len(getattr(shard, name))} items, but the other arrays need {length}"
     if examples < 0 or shard.offsets[0] != 0 or shard.offsets[-1] != rows or (np.diff(shard.offsets) < 0).any():
         return f"offsets do not divide its {rows} rows"
     if int(shard.counts.sum()) != entries:

@@ -43,7 +43,9 @@ def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
     captures: dict[str, Path] = dict(source_options(recipe, source).captures.items())
     path = captures[mode]
     if not path.is_file():
-        raise UserError(f"sources.{source}.captures.{mode}: {path} does not exist or is no file")
+        raise UserError(
+            f"sources.{source}.captures.{mode}: {path} does not exist or is not a file. Name the file of the captures."
+        )
     return path
 
 
@@ -116,8 +118,8 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
     """Raises UserError if the recipe names another backend for this capture: later stages use the recipe."""
     if backend != _backend(recipe, source, mode):
         key = f"sources.{source}.captures.{mode}"
-        what = "is not set: name a file there" if backend == "file" else "names a file: take it out of the recipe"
-        raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md)")
+        what = "is not set. Name a file there" if backend == "file" else "names a file. Remove it from the recipe"
+        raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md).")
 
 
 def capture(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
@@ -127,7 +129,7 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
     file of captures are not about the recipe's texts in the source's tokens.
     """
     if mode not in MODES:
-        raise UserError(f"--mode is {mode!r}: allowed are {', '.join(MODES)}")
+        raise UserError(f"--mode is {mode!r}. Choose one of {', '.join(MODES)}.")
     recipe, where = context.recipe, recipe_key(source)
     options, chat = source_options(recipe, source), context.format(source)
     plan = context.plan(CAPTURES, source, mode)
@@ -147,7 +149,8 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
         file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
         if not any(example.id in file.rows for shard in examples for example in shard):
             raise UserError(
-                f"{path}: none of its {len(file.rows)} ids is one of an example (one is {examples[0][0].id!r})"
+                f"{path}: none of its {len(file.rows)} ids is the id of an example (an id of an example is "
+                f"{examples[0][0].id!r}). Name the file that was captured for these instructions."
             )
         return file
 

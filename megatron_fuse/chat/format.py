@@ -273,7 +273,7 @@ class ChatFormat:
         try:
             return render(self.template, shown, tools or None, add_generation_prompt=prompt, **specials)
         except TemplateLimit as error:
-            raise UserError(f"{self.origin} cannot be used, {brief(str(error))}") from error
+            raise UserError(f"{self.origin} cannot be used: {brief(str(error))}") from error
         except Exception as error:  # a template is a program: it may divide by zero
             reason = brief(str(error)) or type(error).__name__
             raise UserError(f"{self.origin} refuses the messages: {reason}") from error
@@ -311,8 +311,9 @@ class ChatFormat:
         answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
         if len(texts) != len(answers):
             raise UserError(
-                f"{self.tokenizer.name}: the chat template prints {max(len(texts) - 1, 0)} of the {len(answers) - 1} earlier "
-                "assistant turns: choose another chat_template, or set data.supervise to last_turn"
+                f"{self.tokenizer.name}: the chat template prints {max(len(texts) - 1, 0)} of the "
+                f"{len(answers) - 1} earlier assistant turns. Choose another chat_template, or set "
+                "data.supervise to last_turn."
             )
         # `texts` has the template's text before each answer. What follows the last mark is not needed.
         last = len(answers) - 1
@@ -463,9 +464,10 @@ def load_chat_format(
     stop, closing = end_token(tokenizer, around, ends)
     if stop is None:
         raise UserError(
-            f"{where}: {tokenizer.name} has no EOS token and the chat template puts no special token after a response: "
-            'set "eos_token" in its tokenizer_config.json (the string of a token in its vocabulary), or choose '
-            f"{where}.chat_template so that a response ends in a special token of this tokenizer"
+            f"{where}: {tokenizer.name} has no EOS token, and the chat template prints no special token "
+            'after a response. Set "eos_token" in its tokenizer_config.json to the string of a token in its '
+            f"vocabulary. Or set {where}.chat_template to a template that ends a response with a special "
+            "token of this tokenizer."
         )
     return replace(
         draft,
@@ -483,13 +485,15 @@ def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str
     known = f"one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
     if chat_template is None:
         if tokenizer.chat_template is None:
-            raise UserError(f"{where}: {tokenizer.name} has no chat template: set {where}.chat_template to {known}")
+            raise UserError(f"{where}: {tokenizer.name} has no chat template. Set {where}.chat_template to {known}.")
         return tokenizer.chat_template, f"{where}: the chat template of {tokenizer.name}"
     name = f"{where}.chat_template: {chat_template}"
     if chat_template in TEMPLATES:
         return TEMPLATES[chat_template], name
     if not Path(chat_template).is_file():
-        raise UserError(f"{where}.chat_template: {chat_template!r} is neither {known}")
+        raise UserError(
+            f"{where}.chat_template: {chat_template!r} is not a known template and not a file. Set it to {known}."
+        )
     return read_text(Path(chat_template), f"{where}.chat_template"), name
 
 

@@ -34,8 +34,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(finalize=_countable, **options)
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
         self.filters |= {_EACH: _each, _CUT: _cut, _JOINED: _joined, _MADE: _made}
-        self.filters["random"] = _refusal("the filter `random` gives another prompt at every run")
-        self.globals["lipsum"] = _refusal("`lipsum` gives another prompt at every run")
+        self.filters["random"] = _refusal("the filter `random` makes a different prompt in every run")
+        self.globals["lipsum"] = _refusal("`lipsum` makes a different prompt in every run")
 
     def bound(self, name: str, function: Callable[..., Any]) -> None:
         """Sets a filter, under the same limits as Jinja's own filters."""
@@ -106,7 +106,7 @@ def render_bounded(
     if len(text) > meter.longest_output:
         raise TemplateLimit(f"it prints {len(text):,} characters, more than {meter.longest_output:,}")
     if " at 0x" in text and not any(" at 0x" in given for given in texts):
-        raise TemplateLimit("it prints the address of an object in memory, which is another at every run")
+        raise TemplateLimit("it prints the address of an object in memory, which is different in every run")
     return text
 
 

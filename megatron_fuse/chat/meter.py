@@ -47,7 +47,7 @@ class Meter:
         """Called about every hundred steps only, because it reads the clock."""
         self.checkpoint = self.work + 100 * STEP
         if self.work > self.most_work:
-            raise TemplateLimit("it computes more than any prompt needs: does a loop of it ever end?")
+            raise TemplateLimit("it computes more than any prompt needs; perhaps one of its loops never ends")
         if time.thread_time() - self.began > SECONDS:
             raise TemplateLimit(f"it computes for more than {SECONDS:.0f} seconds")
 

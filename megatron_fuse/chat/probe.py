@@ -56,7 +56,9 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
     answered = [*question, {"role": "assistant", "content": _MARKER}]
     context, marker, after = render(answered, prompt=False).partition(_MARKER)
     if not marker:
-        raise UserError(f"{where}.chat_template: the template does not print the assistant's message")
+        raise UserError(
+            f"{where}.chat_template: the template does not print the assistant's message. Choose another template."
+        )
     try:
         longer = render([*answered, {"role": "user", "content": _NEXT_MARKER}], prompt=False)
     except UserError:  # the template takes only one question

@@ -19,19 +19,21 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--source", action="append", metavar="NAME", help="only this source; may be repeated")
-    parser.add_argument("--mode", choices=MODES, help="only this mode")
+    parser.add_argument(
+        "--source", action="append", metavar="NAME", help="capture only this source; can be given several times"
+    )
+    parser.add_argument("--mode", choices=MODES, help="capture only this mode")
     parser.add_argument(
         "--backend",
         choices=CAPTURE_BACKENDS,
-        help="hf: the source's model, in process; file: what sources.NAME.captures names. The recipe decides; given here, it is "
-        "refused where the recipe has it otherwise",
+        help="hf: run the source's model in this process. file: read the file that sources.NAME.captures "
+        "names. The recipe decides; this option is an error if the recipe decides otherwise",
     )
     parser.add_argument(
         "--no-truncate",
         action="store_true",
-        help="keep all capture.top_k entries of every token: the same as --capture-top-p 1. The stages after this one compare "
-        "a capture with the recipe, so that the recipe should say capture.top_p: 1 as well",
+        help="keep all capture.top_k entries of every token, the same as --capture-top-p 1. Set "
+        "capture.top_p: 1 in the recipe too, because the later stages compare a capture with the recipe",
     )
 
 

@@ -18,16 +18,18 @@ from megatron_fuse.start import importing
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=path_argument)
-    parser.add_argument("--prompt", help="answer this and leave")
+    parser.add_argument("--prompt", help="answer this one prompt and exit")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0: always the likeliest token"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if not (arguments.model / "config.json").exists():
-        raise UserError(f"{arguments.model} holds no config.json: give a Hugging Face model directory")
+        raise UserError(f"{arguments.model} has no config.json. Name a Hugging Face model directory.")
     if arguments.max_new_tokens < 1 or not arguments.temperature >= 0:
         raise UserError("--max-new-tokens must be at least 1, and --temperature at least 0")
     with importing():

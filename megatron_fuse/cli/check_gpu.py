@@ -23,14 +23,20 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [check.name for check in CHECKS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="CHECK", default=names, help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all checks together (%(default)s)")
-    parser.add_argument("--out", type=Path, help="an empty directory; default: runs/check-gpu/ and the time")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, no limits on time")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="time limit for all checks together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="directory of the results, empty or new; default: runs/check-gpu/ and the time"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: use tiny sizes and no limits on time"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     if not 0 < options.minutes <= 600:
-        raise UserError(f"--minutes is {options.minutes:g}: it must be above 0, and 600 at most")
+        raise UserError(f"--minutes is {options.minutes:g}, but it must be above 0 and at most 600")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks for a GPU
     with importing():
@@ -41,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         from megatron_fuse.gpu_checks.runner import run_checks
     require_repository()
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU is visible to torch: --device cpu runs the same code at tiny sizes")
+        raise UserError("torch finds no GPU. Use --device cpu to run the same code at tiny sizes.")
     output = options.out or Path("runs/check-gpu") / datetime.now().strftime("%Y%m%d-%H%M%S")
     chosen = [check for check in CHECKS if check.name in options.only]
     rows = run_checks(chosen, device=options.device, minutes=options.minutes, output=output)

@@ -20,36 +20,48 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument(
-        "--from-megatron", type=path_argument, help="checkpoint directory (its latest), or one iter_XXXXXXX in it"
+        "--from-megatron",
+        type=path_argument,
+        help="checkpoint directory (its latest checkpoint is taken), or one iter_XXXXXXX directory in it",
     )
-    direction.add_argument("--from-hugging-face", type=path_argument, help="model directory with safetensors")
-    direction.add_argument("--from-gguf", type=path_argument, help="GGUF file with a quantised model")
+    direction.add_argument(
+        "--from-hugging-face", type=path_argument, help="Hugging Face model directory with safetensors"
+    )
+    direction.add_argument("--from-gguf", type=path_argument, help="GGUF file of a quantised model")
     parser.add_argument(
         "--tokenizer",
         type=path_argument,
-        help="Hugging Face directory of the model that a GGUF file was made from (--from-gguf)",
+        help="with --from-gguf: Hugging Face directory of the model that the GGUF file was made from",
     )
     parser.add_argument(
-        "--reference", type=path_argument, help="Hugging Face directory of the same architecture (--from-megatron)"
+        "--reference",
+        type=path_argument,
+        help="with --from-megatron: Hugging Face directory of a model of the same architecture",
     )
     parser.add_argument("--output", type=path_argument, required=True)
     parser.add_argument(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],
-        help="of the exported weights (--from-megatron, default: the reference's; --from-gguf, default: fp32)",
+        help="precision of the weights that are written (default: with --from-megatron that of the "
+        "reference, with --from-gguf fp32)",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare checksums of the checkpoint's files (--from-megatron)"
+        "--no-verify",
+        action="store_true",
+        help="with --from-megatron: do not compare checksums of the checkpoint's files",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.from_megatron and not arguments.reference:
-        raise UserError("--from-megatron needs --reference: the directory with config.json and tokenizer of the target")
+        raise UserError(
+            "--from-megatron needs --reference. Name the directory with config.json and tokenizer of the target."
+        )
     if arguments.from_gguf:
         if not arguments.tokenizer:
             raise UserError(
-                "--from-gguf needs --tokenizer: the Hugging Face directory of the model that the file was made from"
+                "--from-gguf needs --tokenizer. Name the Hugging Face directory of the model that the file "
+                "was made from."
             )
         with importing():
             from megatron_fuse.huggingface.gguf import convert_gguf
@@ -66,7 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
         path = arguments.from_megatron
         path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
         if path is None:
-            raise UserError(f"{arguments.from_megatron}: no {LATEST} and no facts.json: not a checkpoint")
+            raise UserError(
+                f"{arguments.from_megatron}: not a checkpoint, because it has no {LATEST} and no facts.json. "
+                "Name a checkpoint directory."
+            )
         verify = not arguments.no_verify
         dtype = target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
     else:

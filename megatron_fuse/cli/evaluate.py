@@ -22,16 +22,27 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join([*GROUPS, *BENCHMARKS])}")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        help=f"tasks or groups of tasks to run: {', '.join([*GROUPS, *BENCHMARKS])}",
+    )
     parser.add_argument("--output", type=path_argument, required=True, help="directory of the results")
     parser.add_argument(
-        "--data", type=path_argument, help="directory of JSONL files to take the questions from, without the network"
+        "--data",
+        type=path_argument,
+        help="directory of JSONL files that the questions are read from, without the network",
     )
-    parser.add_argument("--baseline", help="model that the others are compared with; the first unless named")
-    parser.add_argument("--limit", type=int, help="only the first questions of every task")
-    parser.add_argument("--batch-size", default="8", help="sequences at a time, or auto")
+    parser.add_argument("--baseline", help="model that the others are compared with; default: the first")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions of every task")
+    parser.add_argument("--batch-size", default="8", help="sequences per forward pass, or auto")
     parser.add_argument("--apply-chat-template", action="store_true", help="ask in the model's own chat template")
-    parser.add_argument("--max-new-tokens", type=int, help="longest generated answer; the harness's 256 unless given")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help="most tokens of a generated answer; default: 256, as in lm-evaluation-harness",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
     if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
-        raise UserError(f"--batch-size must be a number from 1 or auto, not {arguments.batch_size!r}")
+        raise UserError(f"--batch-size must be auto or a number of at least 1, not {arguments.batch_size!r}")
     with importing():
         from megatron_fuse.evaluation import Settings, benchmarks_named, evaluate, models_named
         from megatron_fuse.evaluation.page import comparison_text
@@ -55,4 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"\n{comparison_text(comparison)}\n\nwritten to {arguments.output}")
     if failures:
         failed = ", ".join(f"{model} on {task}" for model, task in failures)
-        raise UserError(f"{failed} failed: the same command runs these again and keeps what is finished")
+        raise UserError(
+            f"{failed} failed. Run the same command again: it repeats these and keeps the finished results."
+        )

@@ -24,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_argument,
         nargs="+",
         metavar="EXPERIMENT",
-        help="YAML (megatron_fuse/experiments/experiment.py)",
+        help="YAML files of experiments (their keys: megatron_fuse/experiments/experiment.py)",
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="TABLE", help="tables to run; default: the first")
-    parser.add_argument("--split", help="problems to measure with; default: the experiment's")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument(
-        "--report", type=path_argument, help="write the report of the CSVs to this Markdown file, and run nothing"
+        "--only", nargs="+", default=[], metavar="TABLE", help="tables whose runs are made; default: the first"
+    )
+    parser.add_argument("--split", help="data split to measure on; default: that of the experiment")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time, with one thread each")
+    parser.add_argument(
+        "--report", type=path_argument, help="write the report of the CSV files to this Markdown file, and run nothing"
     )
 
 
@@ -39,7 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
         _report(arguments.experiments, arguments.split, arguments.report)
         return
     if len(arguments.experiments) > 1:
-        raise UserError("run experiments one by one; only --report takes several")
+        raise UserError(
+            "several experiments are given, but only --report takes more than one. Run the experiments one "
+            "after the other."
+        )
     with importing():
         from megatron_fuse.experiments.experiment import load_experiment
         from megatron_fuse.experiments.report import Reported, write_report
@@ -57,7 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{experiment.results}: {len(results)} results; tables: {report}")
     if failed:
         raise UserError(
-            f"{len(failed)} runs failed, the others are kept; run this again after mending:\n  " + "\n  ".join(failed)
+            f"{len(failed)} runs failed; the finished runs are kept. Fix the causes and run this command "
+            "again:\n  " + "\n  ".join(failed)
         )
 
 

@@ -24,13 +24,14 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--source", action="append", metavar="NAME", help="only this source, or `target`; may be repeated"
+        "--source", action="append", metavar="NAME", help="only this source, or `target`; can be given several times"
     )
     parser.add_argument(
         "--backend",
         choices=RESPONSE_BACKENDS,
-        help="hf: the model, in process; openai: the server in NAME.server; file: what NAME.responses names. The recipe decides; "
-        "given here, it is refused where the recipe has it otherwise",
+        help="hf: run the model in this process. openai: ask the server of NAME.server. file: read the file "
+        "that NAME.responses names. The recipe decides; this option is an error if the recipe decides "
+        "otherwise",
     )
 
 
@@ -51,8 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in names:
         if arguments.backend not in (None, backend_of(recipe, name)):
             raise UserError(
-                f"--backend {arguments.backend}: the recipe has {name!r} answer by backend {backend_of(recipe, name)}: set or take out "
-                "its keys server and responses (docs/responses.md)"
+                f"--backend {arguments.backend}: in the recipe, {name!r} answers by backend "
+                f"{backend_of(recipe, name)}. Change its keys server and responses (docs/responses.md)."
             )
     for name in names:
         artifact = generate_responses(context, name)

@@ -34,7 +34,7 @@ PARSER = {"conflict_handler": "resolve"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_fusion_data_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--index", type=int, help="number of the example in the instructions, from 0")
+    what.add_argument("--index", type=int, help="number of the example in the instructions, counted from 0")
     what.add_argument("--id", help="id of the example")
     what.add_argument(
         "--template",
@@ -44,22 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show how MODEL, or each model of the recipe, reads a conversation",
     )
     what.add_argument("--verify", action="store_true", help="check every file, row and choice")
-    parser.add_argument("--mode", choices=MODES, help="needed for an example")
-    parser.add_argument("--source", help="default: the source with the advantage")
+    parser.add_argument("--mode", choices=MODES, help="mode of the document; needed to show an example")
+    parser.add_argument("--source", help="source of the document; default: the source with the advantage")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.verify and (arguments.json or arguments.mode or arguments.source):
-        raise UserError("--verify looks at everything: --mode, --source and --json belong to one example")
+        raise UserError(
+            "--verify checks all examples, but --mode, --source and --json choose or show one example. Remove them."
+        )
     if arguments.template is not None and (arguments.mode or arguments.source):
-        raise UserError("--template shows conversations without data: --mode and --source belong to one example")
+        raise UserError(
+            "--template shows conversations without data, but --mode and --source choose the document of an "
+            "example. Remove them."
+        )
     if arguments.template is not None:
         _show_templates(arguments)
     elif arguments.verify:
         _verify(arguments)
     elif arguments.mode is None:
-        raise UserError("--mode is needed to show an example")
+        raise UserError("--mode is missing. It is needed to show an example.")
     else:
         _show_example(arguments)
 

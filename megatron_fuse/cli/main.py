@@ -16,22 +16,22 @@ from megatron_fuse.errors import exit_code
 from megatron_fuse.recipe import path_argument
 
 COMMANDS = {
-    "plan": "what of a recipe is done, what will run, and what it may cost",
-    "run": "everything of a recipe that is not done: data stages, training, export",
-    "prepare": "a stage: instructions, sampled and cut to length",
-    "generate": "a stage: every model's answers",
-    "score": "a stage: scores of the answers",
-    "capture": "a stage: the sources' distributions",
-    "build": "a stage: distributions in the target's tokens, and the winner of every example",
-    "inspect": "one example of fusion data, a check of all of them, or how a model reads a conversation",
-    "report": "who has the advantage, or how the alignment went",
-    "convert": "between Hugging Face directories, Megatron checkpoints and GGUF files",
-    "export": "a stage: the fused model as a Hugging Face directory",
-    "evaluate": "models side by side, by lm-evaluation-harness",
-    "merge": "models of one architecture become one, without training",
-    "experiments": "variants of one recipe over several seeds",
+    "plan": "show what of a recipe is done, what will run, and how much it may cost",
+    "run": "run all stages of a recipe that are not done: data, training, export",
+    "prepare": "stage: sample the instructions and fit them to length",
+    "generate": "stage: generate the answers of every model",
+    "score": "stage: score the answers",
+    "capture": "stage: capture the distributions of the sources",
+    "build": "stage: write the distributions in the target's tokens, and the winner of every example",
+    "inspect": "show an example of the fusion data, check all examples, or show how a model reads a conversation",
+    "report": "report which source has the advantage, or how well the tokens are aligned",
+    "convert": "convert between Hugging Face directories, Megatron checkpoints and GGUF files",
+    "export": "stage: write the fused model as a Hugging Face directory",
+    "evaluate": "compare models with lm-evaluation-harness",
+    "merge": "merge models of one architecture into one, without training",
+    "experiments": "run variants of one recipe with several seeds",
     "chat": "chat with a model in a terminal",
-    "check-gpu": "this project on this machine's GPU",
+    "check-gpu": "check this project on the GPU of this machine",
 }
 """Name of every command -> one line about it. The module has the same name, with _ for -."""
 
@@ -72,12 +72,15 @@ def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="megatron-fuse",
-        description="Fuses several large language models into one (ProFuser, arXiv 2408.04998).",
+        description="Fuse several large language models into one (ProFuser, arXiv 2408.04998).",
         epilog=_AFTERWORD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--print-completion", action=_PrintCompletion, choices=SHELLS, help="print the shell's script that completes"
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=SHELLS,
+        help="print a script for this shell that completes",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():

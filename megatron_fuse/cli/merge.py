@@ -26,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="DIR[:WEIGHT]",
-        help="once per model; without weights each has an equal share of 1 (slerp has --t instead)",
+        help="model to merge, once per model. Without weights every model has the same share (slerp uses --t instead)",
     )
-    parser.add_argument("--base", metavar="DIR", help="model that the others were trained from (ties, dare_*)")
-    parser.add_argument("--t", type=float, help=f"slerp: 0 is the first model, 1 the second (default {DEFAULTS['t']})")
+    parser.add_argument("--base", metavar="DIR", help="ties, dare_*: model that the others were trained from")
+    parser.add_argument(
+        "--t", type=float, help=f"slerp: 0 is the first model, 1 is the second (default {DEFAULTS['t']})"
+    )
     parser.add_argument(
         "--density",
         type=float,
@@ -39,20 +41,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rescale",
         choices=RESCALES,
-        help="dare_*: what is kept is divided by the density, as in DARE's paper and in mergekit when ProFuser was written "
-        "(default), or multiplied by what restores each tensor's L1 norm, as in mergekit today",
+        help="dare_*: how the kept differences are scaled. density (default): divided by the density, as in "
+        "DARE's paper and in mergekit when ProFuser was written. l1: multiplied so that each tensor keeps "
+        "its L1 norm, as in mergekit today",
     )
-    parser.add_argument("--seed", type=int, help=f"dare_*: of what is dropped (default {DEFAULTS['seed']})")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help=f"dare_*: seed of the random choice of dropped differences (default {DEFAULTS['seed']})",
+    )
     parser.add_argument(
         "--dtype",
         choices=get_args(Precision),
-        help="of the merged weights (default: the models' own; fp32 where theirs differ)",
+        help="precision of the merged weights (default: that of the models; fp32 if they differ)",
     )
     parser.add_argument(
         "--rows",
         choices=ROWS,
-        help="where vocabularies differ in size: give every model the rows of the first. Further ones are cut, and those that a model "
-        "lacks stay the first model's; without it, such models are refused",
+        help="use this if the vocabularies have different sizes: every model gets the rows of the first. "
+        "Extra rows are cut, and missing rows are copied from the first model. Without it, such models are "
+        "refused",
     )
     parser.add_argument("--output", type=path_argument, required=True)
 

@@ -19,7 +19,7 @@ from megatron_fuse.text_safety import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("report", choices=("advantage", "alignment"), help="what the report is on")
+    parser.add_argument("report", choices=("advantage", "alignment"), help="subject of the report")
     add_fusion_data_arguments(parser)
 
 

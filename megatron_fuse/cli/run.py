@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of every stage")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="number of processes of every stage")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,12 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
     model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
     if not arguments.plan and (not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel):
         raise UserError(
-            f"--nproc-per-node {arguments.nproc_per_node}: tensor x pipeline parallelism of the recipe needs a multiple of "
-            f"{model_parallel} processes, up to 4096"
+            f"--nproc-per-node {arguments.nproc_per_node}: the number of processes must be a multiple of "
+            f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most 4096"
         )
     names = list(steps(recipe))
     if arguments.until and arguments.until not in names:
-        raise UserError(f"--until {arguments.until!r}: the stages of this recipe are {', '.join(names)}")
+        raise UserError(f"--until {arguments.until!r} is not a stage of this recipe. Choose one of {', '.join(names)}.")
     if arguments.plan:
         print_plan(Context(recipe), arguments.nproc_per_node)
     else:

@@ -21,14 +21,21 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument("--source", action="append", metavar="NAME", help="only this one's answers; may be repeated")
-    parser.add_argument("--reward-model", action="append", metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument("--reference", action="store_true", help="against the ground truth")
+    parser.add_argument(
+        "--source",
+        action="append",
+        metavar="NAME",
+        help="score only the answers of this model; can be given several times",
+    )
+    parser.add_argument(
+        "--reward-model", action="append", metavar="NAME", help="score only with this reward model; can be given several times"
+    )
+    parser.add_argument("--reference", action="store_true", help="score against the ground truth")
     parser.add_argument(
         "--backend",
         choices=SCORE_BACKENDS,
-        help="hf: the reward model, in process; file: what reward_models.NAME.scores names. The recipe decides; given here, it is "
-        "refused where the recipe has it otherwise",
+        help="hf: run the reward model in this process. file: read the file that reward_models.NAME.scores "
+        "names. The recipe decides; this option is an error if the recipe decides otherwise",
     )
 
 

@@ -99,7 +99,8 @@ def _verify_once(artifact: Artifact, stopped: threading.Event) -> None:
             artifact.checked(path)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be read ({error.strerror}): restore it, or remove {artifact.directory} and rerun the stage"
+                f"{path}: cannot be read ({error.strerror}). Restore it, or remove {artifact.directory} and "
+                "run the stage again."
             ) from error
     _write(record, state)
 

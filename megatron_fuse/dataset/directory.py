@@ -28,19 +28,22 @@ def fusion_data_recipe(arguments: argparse.Namespace) -> Recipe:
     """
     directory = arguments.directory
     if (directory is None) == (arguments.recipe is None):
-        raise UserError("give either the fusion directory (WORKDIR/fusion/MAP-UNMATCHED-T) or --recipe")
+        raise UserError(
+            "both or neither of DIR and --recipe are given. Give the fusion directory "
+            "(WORKDIR/fusion/MAP-UNMATCHED-T) or --recipe."
+        )
     if directory is not None:
         arguments.recipe = directory / _NAME
         arguments.workdir = str(directory.resolve().parent.parent)
         if not arguments.recipe.exists():
             raise UserError(
-                f"{arguments.recipe}: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T that {BUILT_BY} has built, "
-                "or give --recipe"
+                f"{arguments.recipe} is missing. Name a directory WORKDIR/fusion/MAP-UNMATCHED-T that "
+                f"{BUILT_BY} has built, or give --recipe."
             )
     recipe = recipe_from_arguments(arguments)
     if directory is not None and fusion_directory(recipe) != directory.resolve():
         raise UserError(
-            f"{arguments.recipe} describes {fusion_directory(recipe).name}, not {directory.resolve().name}: "
-            f"run {BUILT_BY} again, or give --recipe"
+            f"{arguments.recipe} describes {fusion_directory(recipe).name}, not {directory.resolve().name}. "
+            f"Run {BUILT_BY} again, or give --recipe."
         )
     return recipe

@@ -65,7 +65,8 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     if len(misfits):
         document = int(misfits[0])
         raise ValueError(
-            f"document {document} takes {lengths[document]} positions, not 1 to {capacity}: it is never split"
+            f"document {document} has {lengths[document]} positions, but a document has 1 to {capacity} and "
+            "is never split"
         )
     sequences: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (positions left, sequence), ascending

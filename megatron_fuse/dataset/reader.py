@@ -94,8 +94,9 @@ class FusionDataset:
             self.entries_per_row *= len(recipe.candidates)
             if self.entries_per_row > MOST_ENTRIES:
                 raise UserError(
-                    f"selection.training: average of {len(recipe.candidates)} sources puts {self.entries_per_row} entries into a row, "
-                    f"but it can hold {MOST_ENTRIES}: name fewer in selection.sources, or capture fewer (capture.top_k)"
+                    f"selection.training: average of {len(recipe.candidates)} sources needs "
+                    f"{self.entries_per_row} entries per row, but a row holds at most {MOST_ENTRIES}. Name "
+                    "fewer sources in selection.sources, or lower capture.top_k and capture again."
                 )
         choices = [f"{mode} {selection.sha256}" for mode, selection in self.selections.items()]
         self.sha256 = sha256_of_json([text.sha256, *choices])
@@ -173,8 +174,8 @@ class FusionDataset:
         if source is None:
             return NO_DOCUMENT
         known = sorted(name for name, of_mode in self._documents if of_mode == mode and name is not None)
-        available = f"has {known}" if known else f"has none, as no phase has a lambda for the {mode} mode"
-        raise UserError(f"no {mode} document of source {source!r}: this recipe's fusion data {available}")
+        available = f"has {known}" if known else f"has none, because no phase has a lambda for the {mode} mode"
+        raise UserError(f"there is no {mode} document of source {source!r}: the fusion data of this recipe {available}")
 
     def _mixed(self, mode: str, example: int) -> Document:
         weights = self._mixtures[mode][example]

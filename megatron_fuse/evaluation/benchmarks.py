@@ -118,6 +118,8 @@ def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
     for name in names:
         if name not in BENCHMARKS and name not in GROUPS:
             groups = ", ".join(f"{group} (all of {', '.join(members)})" for group, members in GROUPS.items())
-            raise UserError(f"--tasks: unknown task {name!r}; there are {', '.join(BENCHMARKS)} and the group {groups}")
+            raise UserError(
+                f"--tasks: {name!r} is not a known task. Choose from {', '.join(BENCHMARKS)} and the group {groups}."
+            )
         benchmarks |= {member: BENCHMARKS[member] for member in GROUPS.get(name, (name,))}
     return list(benchmarks.values())

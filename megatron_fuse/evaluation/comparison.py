@@ -114,8 +114,9 @@ def _difference(baseline: Result | None, other: Result | None, benchmark: Benchm
         return None
     if baseline.questions != other.questions:
         raise UserError(
-            f"{benchmark.name}: {baseline.model} was asked {len(baseline.questions)} questions and {other.model} "
-            f"{len(other.questions)} that are not the same: measure one of them again over the other's data"
+            f"{benchmark.name}: {baseline.model} answered {len(baseline.questions)} questions, and "
+            f"{other.model} answered {len(other.questions)} other questions. Evaluate one of them again on "
+            "the data of the other."
         )
     return paired_difference(baseline.metrics[benchmark.metric].outcomes, other.metrics[benchmark.metric].outcomes)
 

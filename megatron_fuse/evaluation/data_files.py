@@ -23,8 +23,9 @@ def check_files(benchmark: Benchmark, directory: Path) -> dict[str, str]:
     questions, *_ = rows
     if benchmark.examples_in_same_file and len(rows[questions]) <= benchmark.shots:
         raise UserError(
-            f"{directory / questions}: has {len(rows[questions])} rows; {benchmark.name} needs at least {benchmark.shots + 1}, "
-            f"as the {benchmark.shots} examples of every question are other rows of this file"
+            f"{directory / questions}: has {len(rows[questions])} rows, but {benchmark.name} needs at least "
+            f"{benchmark.shots + 1}: the {benchmark.shots} examples in a prompt are other rows of this file. "
+            "Add rows."
         )
     if benchmark.name == "mmlu":
         subjects = [[row.subject for row in of_file if isinstance(row, Mmlu)] for of_file in rows.values()]
@@ -36,10 +37,11 @@ def _rows_of(benchmark: Benchmark, path: Path) -> list[Question]:
     if not path.is_file():
         names = ", ".join(benchmark.files)
         raise UserError(
-            f"{path}: there is no such file; {benchmark.name} reads {names} from --data (docs/evaluation.md)"
+            f"{path}: the file is missing; {benchmark.name} reads {names} from --data (docs/evaluation.md). "
+            "Put the file there."
         )
     form = benchmark.files[path.name]
-    needed = f"rows of {benchmark.name} need {', '.join(form.model_fields)} (docs/evaluation.md)"
+    needed = f"A row of {benchmark.name} needs the keys {', '.join(form.model_fields)} (docs/evaluation.md)."
     rows = [parse_record(row, form, f"{path}:{number}", needed) for number, row in read_jsonl(path)]
     if not rows:
         raise UserError(f"{path}: has no rows")
@@ -52,6 +54,6 @@ def _check_subjects(benchmark: Benchmark, directory: Path, questions: list[str],
         if counts[subject] < benchmark.shots:
             _, name = benchmark.files
             raise UserError(
-                f"{directory / name}: has {counts[subject]} examples of the subject {quoted(subject)}; "
-                f"{benchmark.name} needs {benchmark.shots}"
+                f"{directory / name}: has {counts[subject]} examples of the subject {quoted(subject)}, but "
+                f"{benchmark.name} needs {benchmark.shots}. Add examples."
             )

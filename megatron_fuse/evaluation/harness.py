@@ -28,7 +28,7 @@ def harness_version() -> str:
     try:
         return importlib.import_module("lm_eval").__version__
     except ImportError as error:
-        raise UserError(f"lm-eval cannot be imported ({error}): pip install 'megatron-fuse[eval]'") from error
+        raise UserError(f"lm-eval cannot be imported ({error}). Run pip install 'megatron-fuse[eval]'.") from error
 
 
 def stay_offline() -> None:
@@ -87,7 +87,10 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
     except Exception as error:  # transformers and the harness raise many types for missing or damaged files
         raise not_loadable(directory, error) from error
     if settings.apply_chat_template and model.tokenizer.chat_template is None:
-        raise UserError(f"{directory} has no chat template, which --apply-chat-template needs")
+        raise UserError(
+            f"{directory} has no chat template, which --apply-chat-template needs. Remove that option, or "
+            "add a template."
+        )
     if settings.apply_chat_template:
         _try_template(model.tokenizer, directory)
     return model
@@ -104,7 +107,7 @@ def _try_template(tokenizer: Any, directory: Path) -> None:
     try:
         render(tokenizer.get_chat_template(), question, None, add_generation_prompt=True, **specials)
     except Exception as error:  # a template is a program: it may divide by zero
-        raise UserError(f"{directory}: its chat template cannot be used: {brief(str(error))}") from error
+        raise UserError(f"{directory}: the chat template cannot be used: {brief(str(error))}") from error
 
 
 def run_task(

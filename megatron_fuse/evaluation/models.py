@@ -30,17 +30,20 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
     for text in texts:
         name, equals, directory = text.partition("=")
         if not equals or not _NAME.fullmatch(name) or not directory:
-            raise UserError(f"{text!r}: give every model as NAME=DIR, the name of letters, digits, dots, - and _")
+            raise UserError(
+                f"{text!r} is not of the form NAME=DIR. Write every model as NAME=DIR, with letters, digits, "
+                "dots, - and _ in the name."
+            )
         if name in models:
             raise UserError(
-                f"the name {name!r} is given twice, for {models[name].directory} and {directory}: rename one"
+                f"the name {name!r} is given twice, for {models[name].directory} and {directory}. Rename one of them."
             )
         try:
             models[name] = EvaluatedModel(name, user_path(directory))
         except ValueError as error:
             raise UserError(f"{name}: {error} (given: {shortened(directory, 80)!r})") from error
         if not (models[name].directory / "config.json").is_file():
-            raise UserError(f"{name}: {directory} has no config.json: name a Hugging Face model directory")
+            raise UserError(f"{name}: {directory} has no config.json. Name a Hugging Face model directory.")
     return list(models.values())
 
 

@@ -23,7 +23,7 @@ def _index_of(options: str, value: int, info: ValidationInfo) -> int:
     # 0 if the options themselves are wrong, which pydantic then reports.
     count = len(info.data.get(options, ()))
     if count and not 0 <= value < count:
-        raise ValueError(f"must be the index of one of {count} {options}")
+        raise ValueError(f"must be the index of one of the {count} {options}")
     return value
 
 

@@ -82,15 +82,16 @@ def load_result(path: Path) -> Result:
     Raises UserError if no evaluation wrote the file, or if a metric does not have one outcome for every
     question.
     """
-    fix = "remove it to measure again"
+    fix = "Remove the file to measure again."
     try:
         result = _RESULT.validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        raise UserError(f"{path}: not a result of an evaluation ({first_problem(error)}): {fix}") from error
+        raise UserError(f"{path}: not a result of an evaluation ({first_problem(error)}). {fix}") from error
     for name, metric in result.metrics.items():
         if len(metric.outcomes) != len(result.questions):
             raise UserError(
-                f"{path}: metrics.{brief(name, 60)} has {len(metric.outcomes)} outcomes for {len(result.questions)} questions: {fix}"
+                f"{path}: metrics.{brief(name, 60)} has {len(metric.outcomes)} outcomes for "
+                f"{len(result.questions)} questions. {fix}"
             )
     return result
 
@@ -103,6 +104,7 @@ def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             raise UserError(
-                f"{path}: was made with {brief(key, 60)} {quoted(found.get(key), 120)}, this call has {quoted(wanted.get(key), 120)}: "
-                "give another --output, or remove the file to measure again"
+                f"{path}: the file was made with {brief(key, 60)} {quoted(found.get(key), 120)}, but this "
+                f"call has {quoted(wanted.get(key), 120)}. Give another --output, or remove the file to "
+                "measure again."
             )

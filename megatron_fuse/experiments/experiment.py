@@ -45,11 +45,11 @@ def command_parts(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise ValueError(f"it is no command line: {error}") from error
+        raise ValueError(f"not a command line: {error}") from error
     if not words or not words[0]:
-        raise ValueError("it is empty: write a command, or leave out the key")
+        raise ValueError("must not be empty: write a command, or remove the key")
     if "\0" in text:
-        raise ValueError("it holds a NUL, which no command line can")
+        raise ValueError("holds the character NUL, which a command line cannot contain")
     return words
 
 
@@ -64,8 +64,8 @@ def _measuring_command(text: str) -> str:
     named = {name for _, name, _, _ in fields if name is not None}
     if not {"model", "output"} <= named <= PLACEHOLDERS or any(form or conversion for _, _, form, conversion in fields):
         raise ValueError(
-            f"it has the places {sorted(named)}: wanted are {{model}} and {{output}}, allowed {sorted(PLACEHOLDERS)}, all without "
-            "a format; double the braces that are meant as such"
+            f"the placeholders are {sorted(named)}, but {{model}} and {{output}} are needed and only "
+            f"{sorted(PLACEHOLDERS)} are allowed, without a format: write a literal brace twice"
         )
     return text
 
@@ -78,13 +78,13 @@ class Merge(Options):
     """A merge of models of one architecture, by `megatron-fuse merge`."""
 
     method: Literal["linear", "slerp", "ties", "dare_ties", "dare_linear"]
-    models: Annotated[list[Name], Field(min_length=2)] = Field(description="variants, of the same seed, and models")
+    models: Annotated[list[Name], Field(min_length=2)] = Field(
+        description="two or more variants or models; variants are merged per seed"
+    )
     base: Name | None = Field(
-        None, description="one of models or variants whose weights the differences are taken from"
+        None, description="model or variant that the merge methods with a base take the differences from"
     )
-    options: dict[Name, float | Line] = Field(
-        default_factory=dict, description="further flags of `megatron-fuse merge`"
-    )
+    options: dict[Name, float | Line] = Field(default_factory=dict, description="other flags of `megatron-fuse merge`")
 
     @property
     def parts(self) -> list[str]:
@@ -99,32 +99,34 @@ class Table(Options):
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
     x: dict[Name, float] = Field(
-        default_factory=dict, description="a number per row: the table is also drawn as a curve over it"
+        default_factory=dict,
+        description="one number per row; the table is then also drawn as a curve over these numbers",
     )
     x_label: str = ""
-    note: str = Field("", description="what a reader has to know of the rows")
+    note: str = Field("", description="what a reader has to know about the rows")
 
 
 class Experiment(Options):
-    recipe: Location = Field(description="recipe that every variant is laid over")
+    recipe: Location = Field(description="recipe that every variant changes")
     common: dict[str, Any] = Field(
-        default_factory=dict, description="options laid over the recipe for all variants; null leaves out a key"
+        default_factory=dict, description="options that change the recipe for all variants; null removes a key"
     )
-    workdir: Location = Field(description="directory of this experiment alone")
-    results: Location = Field(description="CSV of all results; the report's pictures lie beside it")
+    workdir: Location = Field(description="directory of this experiment only")
+    results: Location = Field(description="CSV file of all results; the pictures of the report are written beside it")
     seeds: Annotated[list[Seed], Field(min_length=1)]
     prepare: Command | None = Field(
-        None, description="command before everything else, as for making models; it keeps what exists"
+        None,
+        description="command that runs before everything else, for example to make models; it must keep what exists",
     )
     evaluate: MeasuringCommand = Field(
-        description="command with {model}, {output}, {split} and {seed}: writes {metric: {value, n}} as JSON"
+        description="command with {model}, {output}, {split} and {seed}; it writes {metric: {value, n}} as JSON"
     )
-    split: Name = Field("test", description="what {split} stands for unless --split says otherwise")
+    split: Name = Field("test", description="value of {split} if --split is not given")
     metrics: Annotated[dict[Line, Line], Field(min_length=1)] = Field(description="metric -> its name in tables")
     models: dict[Name, Location] = Field(
-        default_factory=dict, description="Hugging Face directories, measured as they are"
+        default_factory=dict, description="Hugging Face directories that are measured without training"
     )
-    variants: dict[Name, dict[str, Any]] = Field(description="name -> options laid over the recipe")
+    variants: dict[Name, dict[str, Any]] = Field(description="name of the variant -> options that change the recipe")
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: Annotated[dict[Name, Table], Field(min_length=1)]
     preface: str = Field("", description="Markdown before the tables of the report")
@@ -134,19 +136,22 @@ class Experiment(Options):
         names = [*self.models, *self.variants, *self.merges]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{', '.join(twice)}: given twice among models, variants and merges")
+            raise ValueError(
+                f"{', '.join(twice)}: the name is used twice in models, variants and merges. Use every name once."
+            )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds holds one twice: {self.seeds}")
+            raise ValueError(f"seeds contains a seed twice: {self.seeds}. Remove one of the two.")
         for name, table in self.tables.items():
             unknown = sorted({*table.rows, table.baseline, *table.x} - set(names))
             if unknown:
                 raise ValueError(
-                    f"tables.{name}: no variant, model or merge is named {', '.join(unknown)}; there are {', '.join(names)}"
+                    f"tables.{name}: {', '.join(unknown)} is not the name of a variant, model or merge. "
+                    f"Choose from {', '.join(names)}."
                 )
         for name, merge in self.merges.items():
             unknown = sorted(set(merge.parts) - {*self.models, *self.variants})
             if unknown:
-                raise ValueError(f"merges.{name}: no variant or model is named {', '.join(unknown)}")
+                raise ValueError(f"merges.{name}: {', '.join(unknown)} is not the name of a variant or model")
         return self
 
     @model_validator(mode="after")
@@ -157,7 +162,7 @@ class Experiment(Options):
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
             if taken := sorted(given & _OURS):
-                raise ValueError(f"{place} gives {', '.join(taken)}, which the runner decides for every run")
+                raise ValueError(f"{place} sets {', '.join(taken)}, but the runner sets this for every run. Remove it.")
         return self
 
     def needed(self, tables: list[str]) -> list[str]:
@@ -273,5 +278,7 @@ def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
     """
     unknown = sorted(set(names) - set(experiment.tables))
     if unknown:
-        raise UserError(f"no table {', '.join(unknown)}: this experiment has {', '.join(experiment.tables)}")
+        raise UserError(
+            f"{', '.join(unknown)} is not a table of this experiment. Choose from {', '.join(experiment.tables)}."
+        )
     return names or [next(iter(experiment.tables))]

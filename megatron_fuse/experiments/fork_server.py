@@ -52,12 +52,12 @@ class Commands:
         command cannot be started, or after an interrupt.
         """
         if self._interrupted:
-            raise UserError(f"{words[0]} is not started after an interrupt")
+            raise UserError(f"{words[0]} was not started, because the run was interrupted")
         if words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py")):
             return self._fork(words[1:], log, megatron)
         program = self._directory / words[0] if os.sep in words[0] else words[0]
         if shutil.which(program, path=self._environment.get("PATH")) is None:
-            raise UserError(f"{words[0]} cannot be started: no such program, or not executable")
+            raise UserError(f"{words[0]} cannot be started: the program does not exist or is not executable")
         with log.open("a", encoding="utf-8") as file:
             self._running = subprocess.Popen(
                 tied(words),
@@ -111,7 +111,9 @@ class Commands:
         except (BrokenPipeError, ValueError) as error:
             del self._parents[megatron]
             script = words[1] if words[0] == "-m" else words[0]
-            raise UserError(f"the process that {script} was to be forked from ended with {parent.wait()}") from error
+            raise UserError(
+                f"{script} could not be started: the process that starts it ended with exit code {parent.wait()}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

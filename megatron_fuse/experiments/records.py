@@ -74,4 +74,7 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
     try:
         return checked(kind, read_json(path), shortened(str(path), 200))
     except UserError as error:
-        raise UserError(f"{shortened(str(error), 450)}; remove {shortened(str(path), 120)} to make it anew") from error
+        raise UserError(
+            f"{shortened(str(error).removesuffix('.'), 450)}. Remove {shortened(str(path), 120)} and run the "
+            "experiment again."
+        ) from error

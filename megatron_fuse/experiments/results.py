@@ -75,15 +75,16 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
                 first, owner = data.setdefault(seed, (made.data, run))
                 if first != made.data:
                     raise UserError(
-                        f"{run.directory} was trained on data {made.data[:12]}, but {owner.directory} on {first[:12]}: remove the one "
-                        "that is out of date and run the experiment again"
+                        f"{run.directory} was trained on data {made.data[:12]}, but {owner.directory} on "
+                        f"{first[:12]}. Remove the outdated one and run the experiment again."
                     )
             results += _rows(run, split, made)
     if others:
         (commit, runs), *_ = others.items()
         raise UserError(
-            f"{experiment.workdir} holds {len(runs)} runs of commit {commit}, as {runs[0]}, but the code is at {version}: check out "
-            f"{commit}, or remove {experiment.workdir} to make all of them anew"
+            f"{experiment.workdir} holds {len(runs)} runs of commit {commit}, for example {runs[0]}, but the "
+            f"current commit is {version}. Check out {commit}, or remove {experiment.workdir} and run the "
+            "experiment again."
         )
     return results
 
@@ -149,13 +150,16 @@ def read_results(path: Path) -> list[Result]:
     Raises UserError if the file is missing, or if write_results did not write it.
     """
     if not path.exists():
-        raise UserError(f"{path} does not exist: run megatron-fuse experiments first")
+        raise UserError(f"{path} does not exist. Run megatron-fuse experiments first.")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             return [_parsed(row, f"{shortened(str(path), 200)}:{rows.line_num}") for row in rows]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{shortened(str(path), 200)}: not a file of results ({brief(str(error))})") from error
+        raise UserError(
+            f"{shortened(str(path), 200)}: not a file of results ({brief(str(error))}). Remove it and run "
+            "the experiment again."
+        ) from error
 
 
 def _parsed(row: dict[str, str | None], place: str) -> Result:

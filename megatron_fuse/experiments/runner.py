@@ -52,7 +52,10 @@ def run_experiment(
         ):
             progress(f"$ {prepare}")
             if code := run_tied(command_words(prepare)):
-                raise UserError(f"prepare ended with exit code {code}: fix what it says above and run this again")
+                raise UserError(
+                    f"the command `prepare` ended with exit code {code}. Fix the error above and run the "
+                    "experiment again."
+                )
         # Variant by variant: the first runs then have different seeds, and make the data of their seeds side
         # by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
@@ -141,14 +144,15 @@ def _only_one(workdir: Path, path: Path) -> Iterator[int]:
     owner, name = workdir / "experiment.json", os.path.relpath(path.resolve())
     if owner.exists() and (theirs := read_record(Owner, owner).experiment) != name:
         raise UserError(
-            f"{workdir} belongs to the experiment {theirs}, not to {name}: give this one a workdir of its own"
+            f"{workdir} belongs to the experiment {theirs}, not to {name}. Set another workdir for this experiment."
         )
     with (workdir / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{workdir}: another process runs this experiment, or what it has started does: wait for it, or end it"
+                f"{workdir}: another process, or a command that it started, runs this experiment. Wait until "
+                "it ends, or stop it."
             ) from error
         write_json(owner, {"experiment": name})
         yield lock.fileno()

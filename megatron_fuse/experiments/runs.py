@@ -165,8 +165,8 @@ def _refuse_another(run: Run, version: str) -> None:
     refuse_other_options(run, begun.options)
     if begun.commit != version:
         raise UserError(
-            f"{run.directory} holds a run of commit {begun.commit}, but the code is at {version}: check out {begun.commit}, or remove it to run "
-            "this anew"
+            f"{run.directory} holds a run of commit {begun.commit}, but the current commit is {version}. "
+            f"Check out {begun.commit}, or remove {run.directory} and run the experiment again."
         )
 
 
@@ -174,8 +174,8 @@ def refuse_other_options(run: Run, made_by: dict[str, Any]) -> None:
     """Raises UserError if the experiment's file now gives other options than those that made a run."""
     if sha256_of_json(_with_new_names(made_by)) != sha256_of_json(run.options()):
         raise UserError(
-            f"{run.directory} holds a run by other options than {run.name} has now: remove it to run this anew, or give the "
-            "experiment a workdir of its own"
+            f"{run.directory} holds a run with other options than {run.name} has now. Remove the directory "
+            "and run the experiment again, or set another workdir."
         )
 
 
@@ -191,8 +191,8 @@ def _with_new_names(made_by: dict[str, Any]) -> dict[str, Any]:
 def _refuse_changed_code(run: Run, version: str) -> None:
     if (now := code_version()) != version:
         raise UserError(
-            f"{run.name}, seed {run.seed}: the code was at {version} when this began, and is at {now}: check out {version} and run "
-            f"this again, or remove {run.directory}"
+            f"{run.name}, seed {run.seed}: the commit was {version} at the start of the run and is {now} "
+            f"now. Check out {version} and run the experiment again, or remove {run.directory}."
         )
 
 
@@ -240,7 +240,9 @@ def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
     try:
         measured = checked(Metrics, {"metrics": read_json(output)}, str(output))
     except (OSError, UserError) as error:
-        raise RunFailed(f"{run.name}, seed {run.seed}: evaluate wrote no {{metric: {{value, n}}}} ({error})") from error
+        raise RunFailed(
+            f"{run.name}, seed {run.seed}: the command `evaluate` wrote no {{metric: {{value, n}}}} ({error})"
+        ) from error
     output.unlink()
     return measured.model_dump()["metrics"]
 
@@ -264,8 +266,8 @@ def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bo
     if code := commands.run(words, log, megatron=megatron):
         last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
         raise RunFailed(
-            f"{run.name}, seed {run.seed}: {_name(shown_words)} ended with exit code {code}; the last of {log}:\n  "
-            + "\n  ".join(last)
+            f"{run.name}, seed {run.seed}: {_name(shown_words)} ended with exit code {code}. The last lines "
+            f"of {log}:\n  " + "\n  ".join(last)
         )
 
 

@@ -68,7 +68,7 @@ class DocumentStreams:
         for field, stream in {**text, **(rows or {})}.items():
             if len(stream) != examples:
                 raise UserError(
-                    f"{directory}: {field} of {len(stream)} examples, but there are {examples}: {fix(directory)}"
+                    f"{directory}: {field} has {len(stream)} examples, but the text has {examples}. {fix(directory)}"
                 )
         self.lengths = self._tokens.lengths
         self._refuse(self._supervised.lengths != self.lengths, "one supervision mark per token")
@@ -80,11 +80,11 @@ class DocumentStreams:
             self._refuse(ids > entries_per_row * counts, f"at most {entries_per_row} entries per row")
             self._refuse(logprobs != ids, "one log-probability per entry")
         elif supervised_tokens is None:
-            raise ValueError("supervised_tokens may be left out only where there are rows")
+            raise ValueError("supervised_tokens may be left out only if there are rows")
         self.supervised_tokens = supervised_tokens
 
     def _damaged(self, example: int, what: str) -> UserError:
-        return UserError(f"{self._directory}: example {example} has {what}: {fix(self._directory)}")
+        return UserError(f"{self._directory}: example {example} has {what}. {fix(self._directory)}")
 
     def _refuse(self, wrong: np.ndarray, rule: str) -> None:
         if wrong.any():
@@ -108,7 +108,7 @@ class DocumentStreams:
         if np.count_nonzero(supervised[:1]):
             raise self._damaged(example, "a label at its first token, which nothing predicts")
         if (entries := int(counts.sum())) != len(ids):
-            raise self._damaged(example, f"{len(ids)} entries where the counts of its rows add up to {entries}")
+            raise self._damaged(example, f"{len(ids)} entries, but the counts of its rows add up to {entries}")
         return Document(tokens, supervised, counts, ids, logprobs.view(np.float16), match)
 
 
@@ -133,4 +133,4 @@ NO_DOCUMENT = Document(np.zeros(0, np.uint16), np.zeros(0, bool), *no_rows(0))
 
 
 def fix(directory: Path) -> str:
-    return f"restore it, or remove {directory} and run {BUILT_BY} again"
+    return f"Restore the files, or remove {directory} and run {BUILT_BY} again."

@@ -37,6 +37,7 @@ def read_listed(path: Path) -> list[ListedExample]:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"])) or "the row"
             raise UserError(
-                f"{path}:{number}: {key} is wrong ({first['msg']}): restore the file, or remove {path.parent} and rerun its stage"
+                f"{path}:{number}: {key} is wrong ({first['msg']}). Restore the file, or remove "
+                f"{path.parent} and run its stage again."
             ) from error
     return listed

@@ -47,7 +47,7 @@ def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarra
                 raise ValueError(f"{name} is {form}, not {np.dtype(dtype)} {wanted}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: spans cannot be read ({brief(str(error))}): remove it and run {BUILT_BY} again"
+            f"{path}: the spans cannot be read ({brief(str(error))}). Remove the file and run {BUILT_BY} again."
         ) from error
     return arrays
 

@@ -35,7 +35,7 @@ def write_stream(prefix: str | Path, values: np.ndarray, lengths: Sequence[int] 
     """
     lengths = np.asarray(lengths, np.int64)
     if lengths.sum() != len(values):
-        raise ValueError(f"{prefix}: {len(values)} values for sequences of {lengths.sum()} in all")
+        raise ValueError(f"{prefix}: there are {len(values)} values, but the lengths add up to {lengths.sum()}")
     # An empty file cannot be memory-mapped. So a shard without values gets one value, which belongs to no
     # sequence.
     Path(f"{prefix}.bin").write_bytes(values.tobytes() if len(values) else bytes(values.dtype.itemsize))
@@ -105,26 +105,26 @@ def _read_index(prefix: str) -> tuple[np.ndarray, np.dtype]:
     Raises UserError if its files are damaged or do not agree.
     """
     index_path, values_path = f"{prefix}.idx", f"{prefix}.bin"
-    fix = f"restore it or remove {Path(prefix).parent} and run {BUILT_BY} again"
+    fix = f"Restore the file, or remove {Path(prefix).parent} and run {BUILT_BY} again."
     try:
         index = Path(index_path).read_bytes()
         size = os.stat(values_path).st_size
     except OSError as error:
         said = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{error.filename}: {said}: {fix}") from error
+        raise UserError(f"{error.filename}: {said}. {fix}") from error
     fields = _HEADER.unpack_from(index) if len(index) >= _HEADER.size else (None,) * 5
     if fields[0] != _MAGIC or fields[2] not in _DTYPES or len(index) != _HEADER.size + 20 * fields[3] + 8:
-        raise UserError(f"{index_path}: not a whole index of the form .bin/.idx: {fix}")
+        raise UserError(f"{index_path}: not a complete index of the form .bin/.idx. {fix}")
     dtype = _DTYPES[fields[2]]
     lengths = np.frombuffer(index, np.int32, fields[3], _HEADER.size)
     needed = _file_size(int(lengths.sum(dtype=np.int64)), dtype)
     if lengths.min(initial=0) < 0:
-        raise UserError(f"{index_path}: a length below 0: {fix}")
+        raise UserError(f"{index_path}: a length is below 0. {fix}")
     # Megatron reads the offsets and bounds too: they must fit the lengths.
     if index != _index(lengths.astype(np.int64), dtype):
-        raise UserError(f"{index_path}: its lengths, offsets and bounds contradict each other: {fix}")
+        raise UserError(f"{index_path}: the lengths, offsets and bounds contradict each other. {fix}")
     if size != needed:
-        raise UserError(f"{values_path}: {size} bytes, but its index describes {needed}: {fix}")
+        raise UserError(f"{values_path}: the file has {size} bytes, but its index describes {needed}. {fix}")
     return lengths, dtype
 
 
@@ -143,12 +143,13 @@ def _map_values(path: str, dtype: np.dtype, values: int) -> np.ndarray:
         present = os.stat(path).st_size
         if present != size:
             raise UserError(
-                f"{path}: {present} bytes, but {size} when it was opened: leave fusion data as it is while it is read"
+                f"{path}: the file has {present} bytes, but had {size} when it was opened. Do not change "
+                "fusion data while a command reads them."
             )
         mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)[:values]
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path}: cannot be read any more ({error}): leave fusion data as it is while it is read"
+            f"{path}: the file can no longer be read ({error}). Do not change fusion data while a command reads them."
         ) from error
     mapped.flags.writeable = False
     return mapped
