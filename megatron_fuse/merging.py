@@ -65,7 +65,8 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
     given = tuple(weight for weight in weights if weight is not None)
     if given and len(given) < len(weights):
         raise UserError(
-            f"--model: {len(given)} of {len(weights)} models have a weight: give one to all (DIR:WEIGHT) or to none"
+            f"--model: {len(given)} of {len(weights)} models have a weight. Give a weight to all models "
+            "(DIR:WEIGHT) or to none."
         )
     return tuple(directories), given or None
 
@@ -142,18 +143,21 @@ def _complete(merge: Merge) -> Merge:
     Raises UserError for a value that is not allowed, or for an option that the method does not use.
     """
     if merge.method not in METHODS:
-        raise UserError(f"--method is {merge.method!r}: choose one of {', '.join(METHODS)}")
+        raise UserError(f"--method is {merge.method!r}. Choose one of {', '.join(METHODS)}.")
     if merge.rows not in (None, *ROWS):
-        raise UserError(f"--rows is {merge.rows!r}: choose {' or '.join(ROWS)}, or leave it out")
+        raise UserError(f"--rows is {merge.rows!r}. Set it to {' or '.join(ROWS)}, or remove it.")
     if merge.dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype is {merge.dtype!r}: choose one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype is {merge.dtype!r}. Choose one of {', '.join(DTYPES)}.")
     method, count = METHODS[merge.method], len(merge.models)
     for option in ("weights", "base", "t", "density", "rescale", "seed"):
         if getattr(merge, option) is not None and option not in method.options:
-            said = "a weight behind --model" if option == "weights" else f"--{option}"
-            raise UserError(f"{said} has no meaning for --method {merge.method}: leave it out")
+            said = "a weight in --model" if option == "weights" else f"--{option}"
+            raise UserError(f"--method {merge.method} does not use {said}. Remove it.")
     if "base" in method.options and merge.base is None:
-        raise UserError(f"--method {merge.method} merges differences to a base model: name it with --base")
+        raise UserError(
+            f"--method {merge.method} merges differences to a base model, but there is no --base. Name the "
+            "base model with --base."
+        )
     if count < method.least or count > (method.most or count):
         wanted = f"exactly {method.least}" if method.most else f"at least {method.least}"
         raise UserError(f"--method {merge.method} merges {wanted} models, but --model names {count}")
@@ -163,14 +167,14 @@ def _complete(merge: Merge) -> Merge:
     merge = replace(merge, **{key: value for key, value in values.items() if getattr(merge, key) is None})
     if merge.weights is not None and not all(1e-6 <= weight <= 1e6 for weight in merge.weights):
         raise UserError(
-            f"the models' weights are {', '.join(map(str, merge.weights))}: they have to be above 0, from 1e-6 to 1e6"
+            f"the weights of the models are {', '.join(map(str, merge.weights))}, but must be from 1e-6 to 1e6"
         )
     if merge.density is not None and not 1e-6 <= merge.density <= 1:
-        raise UserError(f"--density is {merge.density}: the share of entries that is kept lies above 0, from 1e-6 to 1")
+        raise UserError(f"--density is {merge.density}, but the share of entries that is kept must be from 1e-6 to 1")
     if merge.t is not None and not 0 <= merge.t <= 1:
-        raise UserError(f"--t is {merge.t}: it lies between 0, the first model, and 1, the second")
+        raise UserError(f"--t is {merge.t}, but must be from 0 (the first model) to 1 (the second model)")
     if merge.rescale is not None and merge.rescale not in RESCALES:
-        raise UserError(f"--rescale is {merge.rescale!r}: choose one of {', '.join(RESCALES)}")
+        raise UserError(f"--rescale is {merge.rescale!r}. Choose one of {', '.join(RESCALES)}.")
     return merge
 
 
@@ -199,7 +203,7 @@ def _mergekit() -> Callable[..., Tensor]:
         from mergekit.merge_methods import merge_tensors
     except ImportError as error:
         raise UserError(
-            f"merging needs mergekit 0.1.5 or newer ({error}): pip install 'megatron-fuse[merge]'"
+            f"merging needs mergekit 0.1.5 or newer ({error}). Run pip install 'megatron-fuse[merge]'."
         ) from error
     return merge_tensors
 
@@ -264,16 +268,19 @@ def _other_rows(ours: _Vocabulary, theirs: _Vocabulary) -> UserError:
     further = [token for token in sorted(tokens) if token >= fewer]
     if further:
         shown = ", ".join(quoted(tokens[token]) for token in further[:3]) + ", ..." * (len(further) > 3)
-        meaning = f"{len(further)} of the {more - fewer} further rows of {longer} stand for tokens that the other lacks ({shown})"
+        meaning = (
+            f"{len(further)} of the {more - fewer} extra rows of {longer} are for tokens that the other "
+            f"model does not have ({shown})"
+        )
     else:
         meaning = (
-            f"the {more - fewer} further {lie} beyond the tokenizer of {longer}, whose tokens are {len(tokens)}: no text reaches "
-            "them, and they are safe to cut"
+            f"the {more - fewer} extra {lie} beyond the {len(tokens)} tokens of the tokenizer of {longer}. "
+            "No text uses them, so they can be cut"
         )
     does = "leaves them out" if longer == theirs[0] else "keeps them as they are in that model"
     return UserError(
-        f"{ours[0]} and {theirs[0]} have vocabularies of {ours[1]} and {theirs[1]} rows: {meaning}. --rows first merges the rows of the "
-        f"first model, and {does}"
+        f"{ours[0]} and {theirs[0]} have vocabularies of {ours[1]} and {theirs[1]} rows: {meaning}. Set "
+        f"--rows first to merge the rows of the first model: it {does}."
     )
 
 
@@ -284,7 +291,8 @@ def _compare(
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{first.model_dir} and {other.model_dir} cannot be merged: they differ in {what}, at {key}: "
-                f"{quoted(ours.get(key))} and {quoted(theirs.get(key))}: merging needs models trained from one base"
+                f"{quoted(ours.get(key))} and {quoted(theirs.get(key))}. Choose models that were trained "
+                "from one base."
             )
 
 
@@ -320,8 +328,8 @@ def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
         dtype = weights.dtype(name)
         if dtype not in DTYPES:
             raise UserError(
-                f"{weights.model_dir}: {name} is {dtype}, but weights of fp32, bf16 or fp16 are merged: load the model "
-                "with transformers, dequantised, and save it again"
+                f"{weights.model_dir}: {name} is {dtype}, but only weights of fp32, bf16 or fp16 can be "
+                "merged. Load the model with transformers, dequantise it and save it again."
             )
     return shapes
 
@@ -347,6 +355,6 @@ def _check_same_merge(output: Path, found: dict[str, Any], record: dict[str, Any
     for key, value in record.items():
         if key not in ("models", "base") and found.get(key) != value:
             raise UserError(
-                f"--output: {output} holds another merge, whose {key} is {found.get(key)!r} where this one has {value!r}: "
-                "remove it or choose another directory"
+                f"--output: {output} holds another merge: {key} is {found.get(key)!r} there, but {value!r} "
+                "here. Remove it or choose another directory."
             )

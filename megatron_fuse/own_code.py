@@ -19,6 +19,10 @@ def not_loadable(directory: Path, error: BaseException, where: str = "", allowed
     """
     place = f"{where}: " if where else ""
     if "trust_remote_code" not in str(error):
-        return UserError(f"{place}cannot load {directory}: {brief(str(error))}")
-    remedy = f"read that code, and set {allowed_by} if you trust it" if allowed_by else "nothing here runs such code"
-    return UserError(f"{place}{directory} can be loaded only by Python code that comes with it: {remedy}")
+        return UserError(f"{place}transformers cannot load {directory}: {brief(str(error))}")
+    remedy = (
+        f"Read that code, and set {allowed_by} if you trust it."
+        if allowed_by
+        else "This command does not run such code."
+    )
+    return UserError(f"{place}{directory} needs Python code that comes with the model. {remedy}")

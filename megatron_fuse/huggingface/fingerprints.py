@@ -27,7 +27,10 @@ def model_fingerprint(model_dir: Path) -> str:
     if not weights:
         if shards_of(model_dir):  # an index without its shards: open_all names the shard that is missing
             WeightFiles(model_dir).open_all()
-        raise UserError(f"{model_dir}: has no weights (*.safetensors or *.bin)")
+        raise UserError(
+            f"{model_dir} has no weights (*.safetensors or *.bin). Name a directory with weights, or fetch "
+            "the model again."
+        )
     parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
         parts += [path.name.encode(), read_small_file(path)]

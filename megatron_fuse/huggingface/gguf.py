@@ -40,8 +40,8 @@ def refuse_gguf(model: Path, where: str) -> None:
         return
     file, output = shlex.quote(str(files[0])), shlex.quote(str(files[0].with_suffix("")))
     raise UserError(
-        f"{where}: {files[0]} is a GGUF file: convert it once, and name the directory that comes of it: "
-        f"megatron-fuse convert --from-gguf {file} --tokenizer ORIGINAL_MODEL --output {output}"
+        f"{where}: {files[0]} is a GGUF file. Convert it once, and name the directory that this command "
+        f"writes: megatron-fuse convert --from-gguf {file} --tokenizer ORIGINAL_MODEL --output {output}"
     )
 
 
@@ -58,7 +58,7 @@ def convert_gguf(
     exists, and without the package gguf.
     """
     if file.suffix != SUFFIX:
-        raise UserError(f"--from-gguf: {file} is no {SUFFIX} file")
+        raise UserError(f"--from-gguf: {file} is not a {SUFFIX} file")
     file_size(file)
     held = _held(file)
     import transformers
@@ -97,7 +97,7 @@ def convert_gguf(
         del model.config.quantization_config
     with sole_writer(output, "config.json"):
         if output.exists():
-            raise UserError(f"{output} already exists: remove it or choose another directory")
+            raise UserError(f"{output} already exists. Remove it or choose another directory.")
         with directory_then_rename(output) as temporary:
             model.save_pretrained(temporary)
             write_config(temporary, read_object(temporary / "config.json"), dtype)
@@ -132,7 +132,9 @@ def _held(file: Path) -> _Held:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError(f"--from-gguf needs the package gguf ({error}): pip install 'megatron-fuse[gguf]'") from error
+        raise UserError(
+            f"--from-gguf needs the package gguf ({error}). Run pip install 'megatron-fuse[gguf]'."
+        ) from error
     with _read(f"--from-gguf: {file}"):
         reader = GGUFReader(file)
 
@@ -157,17 +159,17 @@ def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
     Raises UserError if there is no config, or one without rotary scaling.
     """
     needed = (
-        f"--tokenizer: {file} has scaled rotary positions ({scaling}), whose parameters transformers does not read from it, but "
-        f"{tokenizer}"
+        f"--tokenizer: {file} has scaled rotary positions ({scaling}). transformers does not read their "
+        f"parameters from this file, and {tokenizer}"
     )
     if not (tokenizer / "config.json").is_file():
-        raise UserError(f"{needed} has no config.json: put the original model's there")
+        raise UserError(f"{needed} has no config.json. Copy the config.json of the original model into that directory.")
     config = load_config(tokenizer).get_text_config()
     rope = config.rope_parameters or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
     if all(part.get("rope_type", "default") == "default" for part in parts):
         raise UserError(
-            f"{needed}/config.json has no rope_scaling: name the directory of the model that it was made from"
+            f"{needed}/config.json has no rope_scaling. Name the directory of the model that the file was made from."
         )
     return config
 
@@ -183,8 +185,8 @@ def _compare_sizes(ours: Any, original: Any, file: Path, tokenizer: Path) -> Non
     for name, size in sizes(ours).items():
         if size != theirs[name]:
             raise UserError(
-                f"--tokenizer: {name} is {theirs[name]} in {tokenizer}/config.json, but {size} in {file}: name the directory of the "
-                "model that it was made from"
+                f"--tokenizer: {name} is {theirs[name]} in {tokenizer}/config.json, but {size} in {file}. "
+                "Name the directory of the model that the file was made from."
             )
 
 
@@ -193,22 +195,22 @@ def _compare_tokens(tokenizer: dict[int, str], held: _Held, file: Path, where: P
 
     tokenizer: id -> text. Tokens that only the file has are allowed if they are padding or marked as unused.
     """
-    fix = "name the directory of the model that it was made from"
+    fix = "Name the directory of the model that the file was made from."
     types = dict(enumerate(held.types))
     for token, theirs in enumerate(held.tokens):
         ours, kind, shown = tokenizer.get(token), types.get(token), brief(repr(theirs), 60)
         if ours is None:
             if kind == _UNUSED or re.fullmatch(r"\[PAD\d+\]", theirs):
                 continue
-            raise UserError(f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}: {fix}")
+            raise UserError(f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}. {fix}")
         if kind == _USER_DEFINED:  # llama.cpp writes these tokens with blanks in the place of U+2581
             same = ours.replace("\u2581", " ") == theirs.replace("\u2581", " ")
         else:
             same = ours == theirs
         if not same:
             raise UserError(
-                f"--tokenizer: id {token} is {brief(repr(ours), 60)} in {where}, but {shown} in {file}: {fix}"
+                f"--tokenizer: id {token} is {brief(repr(ours), 60)} in {where}, but {shown} in {file}. {fix}"
             )
     count = max(tokenizer, default=-1) + 1
     if count > len(held.tokens):
-        raise UserError(f"--tokenizer: {where} has {count} tokens, {file} {len(held.tokens)}: {fix}")
+        raise UserError(f"--tokenizer: {where} has {count} tokens, but {file} has {len(held.tokens)}. {fix}")

@@ -110,5 +110,6 @@ def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:
         raise UserError(
-            f"{where}: its tokenizer gives id {largest}, but the model knows {known} ids: the tokenizer belongs to another model"
+            f"{where}: the tokenizer has the id {largest}, but the model knows only {known} ids. The "
+            "tokenizer belongs to another model: fetch the model again, with its own tokenizer."
         )

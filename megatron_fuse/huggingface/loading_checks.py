@@ -41,7 +41,8 @@ def check_before_loading(
             model = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and torch raise many kinds for an unknown or impossible model
         raise UserError(
-            f"{where}: no model can be made from {directory / 'config.json'} ({sizes(config)}): {reason(error, config)}"
+            f"{where}: transformers cannot make a model from {directory / 'config.json'} ({sizes(config)}): "
+            f"{reason(error, config)}"
         ) from error
     check_size(model, config, weights, directory, where)
 
@@ -50,8 +51,9 @@ def check_layers(stated: ModelConfig, weights: WeightFiles, directory: Path, whe
     """Raises UserError if the config has more layers than there are tensors: making them takes too long."""
     if stated.layers and stated.layers > len(weights.file_of):
         raise UserError(
-            f"{where}: {directory / 'config.json'} has {stated.layers} layers ({sizes(stated)}), but {weights.model_dir} holds "
-            f"{len(weights.file_of)} tensors in all: config and weights do not belong together"
+            f"{where}: {directory / 'config.json'} has {stated.layers} layers ({sizes(stated)}), but "
+            f"{weights.model_dir} holds only {len(weights.file_of)} tensors. Config and weights do not "
+            "belong together: fetch the model again."
         )
 
 
@@ -68,8 +70,9 @@ def check_size(
     room = weights.open_all() * (_QUANTISED if getattr(config, "quantization_config", None) else 1)
     if elements > room:
         raise UserError(
-            f"{where}: {directory / 'config.json'} describes a model of {elements} elements ({sizes(config)}), but the weight files "
-            f"of {weights.model_dir} have room for {room} at most: config and weights do not belong together"
+            f"{where}: {directory / 'config.json'} describes a model of {elements} elements "
+            f"({sizes(config)}), but the weight files of {weights.model_dir} have room for at most {room}. "
+            "Config and weights do not belong together: fetch the model again."
         )
 
 
@@ -81,14 +84,16 @@ def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], direct
     missing = sorted(set(report["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:
         raise UserError(
-            f"{where}: {directory} has no weights for {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, which would "
-            f"stay random ({sizes(model.config)}): name a model that was saved as {type(model).__name__} with all its weights"
+            f"{where}: {directory} has no weights for {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}, "
+            f"so these would be random ({sizes(model.config)}). Name a model that was saved as "
+            f"{type(model).__name__} with all its weights."
         )
     if report["mismatched_keys"]:
         name, stored, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}: {directory}: {brief(name, 100)} is {list(stored)}, but config.json makes it {list(expected)} "
-            f"({sizes(model.config)}): config and weights do not belong together"
+            f"{where}: {directory}: {brief(name, 100)} has shape {list(stored)}, but config.json gives "
+            f"{list(expected)} ({sizes(model.config)}). Config and weights do not belong together: fetch the "
+            "model again."
         )
     known = {_layer_name(name) for name in model.state_dict()}
     further = [name for name in report["unexpected_keys"] if _layer_name(name) in known]
@@ -96,8 +101,9 @@ def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], direct
     # leaves them out.
     if further and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", None):
         raise UserError(
-            f"{where}: {directory} holds {brief(min(further), 100)}, but config.json makes a model without it "
-            f"({sizes(model.config)}): config and weights do not belong together"
+            f"{where}: {directory} holds {brief(min(further), 100)}, but the model of config.json has no "
+            f"such tensor ({sizes(model.config)}). Config and weights do not belong together: fetch the "
+            "model again."
         )
 
 

@@ -17,9 +17,12 @@ def resolve_model(model: str, where: str) -> Path:
     directory = local_model(model, where)
     refuse_gguf(directory or user_path(model), where)
     if directory is None:
-        raise UserError(f"{where}: {model!r} is neither a directory nor a model in the local Hugging Face cache")
+        raise UserError(
+            f"{where}: {model!r} is not a directory and not a model in the local Hugging Face cache. Name a "
+            "model directory."
+        )
     if not (directory / "config.json").is_file():
-        raise UserError(f"{where}: {directory} has no config.json: name a Hugging Face model directory")
+        raise UserError(f"{where}: {directory} has no config.json. Name a Hugging Face model directory.")
     return directory
 
 

@@ -55,7 +55,7 @@ def find_reward_model(options: RewardModelOptions, name: str) -> RewardModelFile
     """
     where = f"reward_models.{name}"
     if options.model is None:
-        raise ValueError(f"{where} has scores from a file and no model")
+        raise ValueError(f"{where} has a file of scores, but no model")
     # A directory without config.json is allowed here, so local_model comes first. If it finds nothing,
     # resolve_model raises.
     weights = local_model(options.model, f"{where}.model") or resolve_model(options.model, f"{where}.model")
@@ -65,8 +65,8 @@ def find_reward_model(options: RewardModelOptions, name: str) -> RewardModelFile
         body = weights
     else:
         raise UserError(
-            f"{where}.model: {weights} has no config.json: set {where}.body to the model that it was trained from, whose config "
-            "and tokenizer it goes by (for Starling-RM-7B-alpha: Llama-2-7b-chat)"
+            f"{where}.model: {weights} has no config.json. Set {where}.body to the model that it was trained "
+            "from: config and tokenizer are read there (for Starling-RM-7B-alpha: Llama-2-7b-chat)."
         )
     form = options.form if options.form != "auto" else _form(weights, body, where)
     return RewardModelFiles(form, weights, body)
@@ -83,8 +83,8 @@ def _form(weights: Path, body: Path, where: str) -> str:
         return forms[0]
     heads = ", ".join(kind.head for kind in FORMS.values())
     raise UserError(
-        f"{where}.model: {weights} holds {'several' if forms else 'none'} of {heads}: "
-        + (f"choose one by {where}.form" if forms else "name a reward model, or the form of this one")
+        f"{where}.model: {weights} holds {'several' if forms else 'none'} of {heads}. "
+        + (f"Choose one with {where}.form." if forms else f"Name a reward model, or set {where}.form.")
     )
 
 

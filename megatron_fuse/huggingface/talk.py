@@ -29,7 +29,7 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
     allowed_by = "--trust-remote-code"
     tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code, allowed_by=allowed_by)
     if tokenizer.chat_template is None:
-        raise UserError(f"{directory} has no chat template: put a chat_template.jinja beside its tokenizer")
+        raise UserError(f"{directory} has no chat template. Put a chat_template.jinja beside its tokenizer.")
     WeightFiles(directory).open_all()
     message, ends = readable(system) if system else None, end_token_ids(directory)
     chat = load_chat_format(tokenizer, system=message, where=str(directory), end_ids=ends)

@@ -24,11 +24,12 @@ def find_example(dataset: FusionDataset, index: int | None, example_id: str | No
     if example_id is not None:
         if example_id not in dataset.example_ids:
             raise UserError(
-                f"--id {example_id}: no such example; there are {examples}, the first is {dataset.example_ids[0]!r}"
+                f"--id {example_id}: there is no such example. There are {examples} examples; the first is "
+                f"{dataset.example_ids[0]!r}."
             )
         return dataset.example_ids.index(example_id)
     if index is None or not 0 <= index < examples:
-        raise UserError(f"--index {index}: examples are numbered 0 to {examples - 1}")
+        raise UserError(f"--index {index}: there is no such example. Examples are numbered from 0 to {examples - 1}.")
     return index
 
 
@@ -45,10 +46,12 @@ def view_document(
     name = dataset.example_ids[example]
     if not len(document.tokens):
         if mode not in dataset.selections:
-            raise UserError(f"--mode {mode}: the recipe's schedule gives it no weight, so that it has no documents")
+            raise UserError(
+                f"--mode {mode}: there are no documents, because the recipe's schedule gives this mode no weight"
+            )
         whose = f"of source {source!r}" if source else "(no source's answer was selected, or its margin is too small)"
         raise UserError(
-            f"example {name!r} has no {mode} document {whose}: it was left out, see the counts in manifest.json"
+            f"example {name!r} has no {mode} document {whose}. It was left out: see the counts in manifest.json."
         )
     tokenizer = load_format(recipe.target, "target").tokenizer
     bounds = np.concatenate([[0], np.cumsum(document.counts, dtype=np.int64)])

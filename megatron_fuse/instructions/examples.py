@@ -85,6 +85,7 @@ def naming_example(example: Example) -> Iterator[None]:
         if not example.uses_tools:
             raise
         raise UserError(
-            f"{error} (example {quoted(example.id)}): choose another chat_template, or remove the run's instructions and prepare "
-            "them again, which leaves out what a model of the recipe cannot read"
+            f"{str(error).removesuffix('.')} (example {quoted(example.id)}). Choose another chat_template. "
+            "Or remove the instructions of the run and prepare them again: this leaves out examples that a "
+            "model of the recipe cannot read."
         ) from error

@@ -57,5 +57,5 @@ def detect_form(path: Path) -> Form:
             if any(mark in row for mark in form.marks):
                 return form
     known = "; ".join(f"{form.name} {{{form.keys}}}" for form in FORMS.values())
-    keys = f"the first row has the keys {brief(', '.join(first), 150)}" if first else "it has no row with any key"
-    raise UserError(f"{path}: no row in a known form ({known}); {keys}")
+    keys = f"the first row has the keys {brief(', '.join(first), 150)}" if first else "no row has any key"
+    raise UserError(f"{path}: no row has a known form ({known}); {keys}")

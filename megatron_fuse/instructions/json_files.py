@@ -62,7 +62,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:
                 yield unpacked
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be unpacked ({brief(str(error))}): write it again") from error
+            raise UserError(f"{path}: cannot be unpacked ({brief(str(error))}). Write the file again.") from error
 
 
 def _first_byte(file: BinaryIO) -> bytes:
@@ -89,12 +89,12 @@ def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, Row]]:
             yield number, row
     except JsonError as error:
         raise UserError(
-            f"{path}:{error.line}: not valid JSON in element {number + 1} ({brief(str(error))}): the file is an array, whose "
-            "elements are JSON objects"
+            f"{path}:{error.line}: element {number + 1} is not valid JSON ({brief(str(error))}). The file is "
+            "an array, so its elements must be JSON objects."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not UTF-8 after {number} elements ({error.reason}): write it again as UTF-8"
+            f"{path}: not UTF-8 after {number} elements ({error.reason}). Write the file again as UTF-8."
         ) from error
     finally:
         text.detach()
@@ -112,7 +112,9 @@ def _rows_of(value: Row, path: Path) -> Iterator[Row]:
     lengths = {key: len(column) for key, column in columns.items()}
     if len(set(lengths.values())) > 1:
         sizes = brief(", ".join(f"{key} {length}" for key, length in lengths.items()), 150)
-        raise UserError(f"{path}: an object of columns whose lengths differ ({sizes}): write one row an object")
+        raise UserError(
+            f"{path}: the columns of the object have different lengths ({sizes}). Write one object per row."
+        )
     for row in zip(*columns.values(), strict=True):
         yield dict(zip(columns, row, strict=True))
 

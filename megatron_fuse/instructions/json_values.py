@@ -100,4 +100,4 @@ def array_elements(file: TextIO, chunk: int = CHUNK) -> Iterator[dict[str, Any]]
             window.skip()
     window.skip()
     if window.next():
-        raise JsonError("there is more text behind the array", window.line)
+        raise JsonError("there is more text after the array", window.line)

@@ -147,7 +147,8 @@ def _choose(
         raise UserError(f"{data.path}: no example {why} ({name!r}: {reason})")
     if data.validation_samples >= len(fitted):
         raise UserError(
-            f"data.validation_samples is {data.validation_samples} but there are {len(fitted)} examples in all: none would be left to train on"
+            f"data.validation_samples is {data.validation_samples}, but there are only {len(fitted)} examples, so none remains "
+            "for training. Lower data.validation_samples."
         )
     return fitted, dropped
 
@@ -181,8 +182,8 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
     clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
     rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
     if not rows:
-        reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "it is empty"
-        raise UserError(f"{data.path}: no usable row among {len(rows.bad)} in {rows.form} form ({reason})")
+        reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "the file is empty"
+        raise UserError(f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})")
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
     fitted, dropped = _choose(context, rows, formats, progress)
     validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: data.validation_samples])

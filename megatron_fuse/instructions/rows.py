@@ -53,7 +53,7 @@ def _read(row: Row, form: Form, every_turn: bool) -> _Read:
 def _own_id(given: Any) -> str:
     name = as_id(given)
     if name is None:
-        raise BadRow(Kind.BAD_ID, f"id is {quoted(given)}, neither text nor a whole number")
+        raise BadRow(Kind.BAD_ID, f"id is {quoted(given)}, but must be text or a whole number")
     return characters(name, "id")
 
 
@@ -162,6 +162,6 @@ def _compare(
         for line in every:
             other = next(each for each in every if contents[each] != contents[line])
             reason = (
-                f"id {quoted(name)} is also that of line {other}, which differs: make ids unique, or leave them out"
+                f"id {quoted(name)} is also the id of line {other}, which is different: make ids unique, or remove them"
             )
             yield name, line, BadRow(Kind.AMBIGUOUS_ID, reason)

@@ -42,7 +42,7 @@ _Saved = TypeVar("_Saved", bound=Record)
 
 
 def _saved(path: Path, form: type[_Saved]) -> _Saved:
-    return parse_record(read_json(path), form, str(path), "save the data set again")
+    return parse_record(read_json(path), form, str(path), "Save the data set again.")
 
 
 def table_sha256(path: Path, key: str = "data.path") -> str:
@@ -68,7 +68,9 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{key}: reading {path} needs pyarrow: pip install pyarrow, or convert it to JSONL") from error
+        raise UserError(
+            f"{key}: reading {path} needs pyarrow. Run pip install pyarrow, or convert the file to JSONL."
+        ) from error
     number = 0
     for file in files:
         try:
@@ -84,7 +86,7 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
         # KeyError: a key twice in one map; ValueError, OverflowError: a date or text that Python has no form for
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
             raise UserError(
-                f"{file}: cannot be read after {number} rows ({brief(str(error))}): write it again"
+                f"{file}: cannot be read after {number} rows ({brief(str(error))}). Write the file again."
             ) from error
 
 
@@ -97,12 +99,17 @@ def _files(path: Path, key: str) -> list[Path]:
         state = _saved(path / "state.json", _SavedDataset)
         files = [path / entry.filename for entry in state.data_files]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path}/state.json: _data_files: there is no {brief(missing[0])}: save the data set again")
+            raise UserError(
+                f"{path}/state.json: _data_files: the file {brief(missing[0])} is missing. Save the data set again."
+            )
         return files
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(_saved(path / "dataset_dict.json", _SavedSplits).splits)
-        raise UserError(f"{key}: {path} holds several splits: name the directory of one of them ({brief(splits)})")
+        raise UserError(f"{key}: {path} holds several splits. Name the directory of one of them ({brief(splits)}).")
     files = sorted(path.glob("*.parquet"))
     if not files:
-        raise UserError(f"{key}: {path} has neither *.parquet nor the state.json of a directory that `datasets` saved")
+        raise UserError(
+            f"{key}: {path} has no *.parquet file and no state.json, which `datasets` writes. Name the "
+            "directory of a data set."
+        )
     return files

@@ -36,7 +36,7 @@ def offered_tools(row: Row, *, calls: bool) -> list[dict[str, Any]] | None:
     if listed in (None, []):
         return None
     if not isinstance(listed, list):
-        raise _bad(f"{key} is {quoted(listed)}, no list of tools")
+        raise _bad(f"{key} is {quoted(listed)}, not a list of tools")
     return [{"type": "function", "function": _schema(entry, key)} for entry in listed]
 
 
@@ -54,13 +54,13 @@ def _function(entry: Any, what: str) -> dict[str, Any]:
             return inner
         if inner is None:
             return {key: value for key, value in entry.items() if key not in ("type", "function", "id")}
-    raise _bad(f"{what} is {quoted(entry)}, neither {{name, ...}} nor {{type: function, function: {{name, ...}}}}")
+    raise _bad(f"{what} is {quoted(entry)}, not {{name, ...}} and not {{type: function, function: {{name, ...}}}}")
 
 
 def _require_name(function: dict[str, Any], what: str) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise _bad(f"{what} has the name {quoted(name)}")
+        raise _bad(f"{what} has the name {quoted(name)}, but a name must be text")
     return characters(name, "name")
 
 
@@ -71,7 +71,7 @@ def calls_of(turn: Mapping[str, Any]) -> list[ToolCall]:
     """
     calls = _from_text(turn.get("tool_calls"), "tool_calls") or []
     if not isinstance(calls, list):
-        raise _bad(f"tool_calls is {quoted(calls)}, no list of calls")
+        raise _bad(f"tool_calls is {quoted(calls)}, not a list of calls")
     if not calls and turn.get("function_call"):
         calls = [_from_text(turn["function_call"], "function_call")]
     return [_call(call) for call in calls]
@@ -93,7 +93,7 @@ def _call(entry: Any) -> ToolCall:
     arguments = _from_text(function.get("arguments"), f"arguments of a call of {quoted(name)}")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise _bad(f"arguments of a call of {quoted(name)} are {quoted(arguments)}, no JSON object")
+        raise _bad(f"arguments of a call of {quoted(name)} are {quoted(arguments)}, not a JSON object")
     call_id = entry.get("id") or ""
     if not isinstance(call_id, str):
         raise _bad(f"id of a call is {quoted(call_id)}, not text")
@@ -135,7 +135,7 @@ def join_outputs(messages: list[Message]) -> None:
         answered = next((call for call in waiting if wanted in (None, call["id"])), None)
         if answered is None:
             named = f" of the id {quoted(wanted)}" if wanted else ""
-            raise _bad(f"a tool's turn without a call{named} before it")
+            raise _bad(f"a tool's turn has no call{named} before it")
         waiting.remove(answered)
         message["tool_call_id"] = answered["id"]
         message.setdefault("name", answered["function"]["name"])
@@ -150,7 +150,7 @@ def _from_text(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise _bad(f"{what}: {quoted(value)} is no JSON ({brief(str(error), 80)})") from error
+        raise _bad(f"{what}: {quoted(value)} is not JSON ({brief(str(error), 80)})") from error
 
 
 def _json(value: Any, what: str, depth: int = 0) -> Any:
@@ -165,7 +165,7 @@ def _json(value: Any, what: str, depth: int = 0) -> Any:
         return {characters(key, what): _json(member, what, depth + 1) for key, member in value.items()}
     if value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value)):
         return value
-    raise _bad(f"{what} holds {quoted(value)}, which is no JSON value")
+    raise _bad(f"{what} holds {quoted(value)}, which is not a JSON value")
 
 
 def _bad(reason: str) -> BadRow:

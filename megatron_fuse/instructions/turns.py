@@ -61,7 +61,7 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
         first = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages))
         del messages[:first]
     if not messages:
-        but = " behind a user's" if began_with_answer else " but calls of tools" if calls else ""
+        but = " after a user's turn" if began_with_answer else " except calls of tools" if calls else ""
         raise BadRow(Kind.NO_ANSWER, f"no assistant turn{but}")
     return Turns(system, messages, began_with_answer, offered_tools(row, calls=calls))
 
@@ -80,12 +80,12 @@ def _check_order(messages: list[Message]) -> None:
     for message in messages:
         role = message["role"]
         if role == "system":
-            raise BadRow(Kind.LATE_SYSTEM, "a turn behind the first is the system's")
+            raise BadRow(Kind.LATE_SYSTEM, "a turn after the first is the system's")
         if previous and role == previous["role"] != "tool":
-            raise BadRow(Kind.SAME_ROLE, f"user and assistant do not take turns: two of the {role} in a row")
+            raise BadRow(Kind.SAME_ROLE, f"two turns of {role} follow each other")
         if previous and role == "user" and _awaits_answer(previous):
-            before = "a tool's" if previous["role"] == "tool" else "a call of a tool"
-            raise BadRow(Kind.TOOLS, f"a user's turn behind {before}, which the assistant has not answered")
+            before = "a tool's turn" if previous["role"] == "tool" else "a call of a tool"
+            raise BadRow(Kind.TOOLS, f"a user's turn follows {before}, which the assistant has not answered")
         previous = message
 
 
@@ -96,7 +96,7 @@ def _listed(turns: Any, key: str) -> list[Row]:
         return [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         return turns
-    raise BadRow(Kind.NO_TURNS, f"{key} is missing or no list of turns")
+    raise BadRow(Kind.NO_TURNS, f"{key} is missing or not a list of turns")
 
 
 def _turn(turn: Row, role_key: str, text_key: str) -> Message:
@@ -111,7 +111,7 @@ def _turn(turn: Row, role_key: str, text_key: str) -> Message:
         role = _ROLES[role]  # type: ignore[index]
     except (KeyError, TypeError):  # missing, not known, or of a type that no key has
         known = ", ".join(_ROLES)
-        reason = f"{role_key} of a turn is {quoted(role)}; known are {known} and those of tools"
+        reason = f"{role_key} of a turn is {quoted(role)}, but the known roles are {known} and those of tools"
         raise BadRow(Kind.UNKNOWN_ROLE, reason) from None
     has_more = len(turn) > 2 and role == "assistant"  # keys other than role and text
     calls = calls_of(turn) if has_more else []
@@ -131,7 +131,9 @@ def _is_learned(turn: Row) -> bool:
     masks = {key: turn[key] for key in _MASKS if turn.get(key) is not None}
     for key, value in masks.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise BadRow(Kind.BAD_MASK, f"{key} of a turn is {quoted(value)}: a turn is learned (1) or not (0)")
+            raise BadRow(
+                Kind.BAD_MASK, f"{key} of a turn is {quoted(value)}, but must be 1 (learned) or 0 (not learned)"
+            )
     if len(set(masks.values())) > 1:
         raise BadRow(Kind.BAD_MASK, f"{' and '.join(masks)} of a turn contradict each other")
     return all(masks.values())

@@ -133,7 +133,7 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         refuse(
             "layer_types",
             sorted(kinds),
-            "full_attention alone, or sliding_attention too if it is Qwen2's with a window",
+            "only full_attention, or also sliding_attention for a Qwen2 model with a window",
         )
     return Architecture(
         family=family,
@@ -175,7 +175,7 @@ def check_layout(
     where = architecture.origin
     for option, value in (("tensor", tensor), ("pipeline", pipeline), ("virtual-pipeline", virtual)):
         if value < 1:
-            raise UserError(f"--{option}-model-parallel-size is {value}: it must be at least 1")
+            raise UserError(f"--{option}-model-parallel-size is {value}, but must be at least 1")
     divided = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_key_value_heads": architecture.num_query_groups,
@@ -188,25 +188,26 @@ def check_layout(
     for name, count in divided.items():
         if count % tensor:
             raise UserError(
-                f"--tensor-model-parallel-size {tensor} does not divide {name} ({count}) of {where}: "
-                f"choose one of {', '.join(map(str, allowed))}"
+                f"--tensor-model-parallel-size {tensor} does not divide {name} ({count}) of {where}. Choose "
+                f"one of {', '.join(map(str, allowed))}."
             )
     if virtual > 1 and pipeline == 1:
         raise UserError(
-            f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size of at least 2, not 1"
+            f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size of at "
+            "least 2, not 1"
         )
     if architecture.num_layers % (pipeline * virtual):
         chunks = f"--pipeline-model-parallel-size {pipeline}"
         if virtual > 1:
             chunks += f" x --virtual-pipeline-model-parallel-size {virtual}"
         raise UserError(
-            f"{chunks} does not divide num_hidden_layers ({architecture.num_layers}) of {where}: "
-            f"choose sizes whose product divides {architecture.num_layers}"
+            f"{chunks} does not divide num_hidden_layers ({architecture.num_layers}) of {where}. Choose "
+            f"sizes whose product divides {architecture.num_layers}."
         )
     if seq_length is not None and seq_length > architecture.max_position_embeddings:
         raise UserError(
-            f"--seq-length {seq_length} is longer than max_position_embeddings ({architecture.max_position_embeddings}) "
-            f"of {where}: choose a shorter one"
+            f"--seq-length {seq_length} is longer than max_position_embeddings "
+            f"({architecture.max_position_embeddings}) of {where}. Choose a shorter length."
         )
 
 
@@ -218,7 +219,7 @@ def _read_supported(path: Path) -> dict[str, Any]:
     content = read_object(path)
     classes = check_config(ModelConfig, content, str(path)).architectures
     if not classes:
-        raise UserError(f"{path} has no key 'architectures': add the class, one of {', '.join(SUPPORTED)}")
+        raise UserError(f"{path} has no key 'architectures'. Add the class: one of {', '.join(SUPPORTED)}.")
     if not set(classes) & set(SUPPORTED):
         raise UserError(_unsupported(path, brief(", ".join(classes), 100)))
     return content
@@ -237,7 +238,10 @@ def _family(config: PreTrainedConfig, origin: str) -> str:
 
 
 def _unsupported(origin: object, found: str) -> str:
-    return f"{origin}: architectures: a target of class {found} is not supported: choose a model of class {', '.join(SUPPORTED)}"
+    return (
+        f"{origin}: architectures: a target of class {found} is not supported. Choose a model of class "
+        f"{', '.join(SUPPORTED)}."
+    )
 
 
 def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
@@ -261,7 +265,7 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
     if rope_type not in SUPPORTED_ROPE_TYPES:
         allowed = ", ".join(SUPPORTED_ROPE_TYPES)
         raise UserError(
-            f"{origin}: rope type {quoted(rope_type)} is not supported: choose a model with a rope_type of {allowed}"
+            f"{origin}: rope type {quoted(rope_type)} is not supported. Choose a model with a rope_type of {allowed}."
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
@@ -269,13 +273,13 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
         )
     for key, value in rope.items():
         if isinstance(value, list):
-            raise UserError(f"{origin}: {key} is {quoted(value)}: expected one number for all layers")
+            raise UserError(f"{origin}: {key} is {quoted(value)}, but must be one number for all layers")
     if theta is None:
-        raise UserError(f"{origin}: rope_theta is missing: add the base of the rotary frequencies, such as 10000.0")
+        raise UserError(f"{origin}: rope_theta is missing. Add the base of the rotary frequencies, such as 10000.0.")
     if rope_type == "default":
         if rope.get("factor") not in (None, 1):
             raise UserError(
-                f"{origin}: factor is {rope['factor']}, but its rope_type is 'default', which has none: add rope_type"
+                f"{origin}: factor is {rope['factor']}, but rope_type is 'default', which has no factor. Set rope_type."
             )
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         frequencies = 1.0 / (theta**exponents)
@@ -283,7 +287,9 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
         try:
             frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config)
         except Exception as error:  # a key is missing or null
-            raise UserError(f"{origin}: rope_scaling gives no frequencies: {reason(error)}") from error
+            raise UserError(
+                f"{origin}: the frequencies cannot be computed from rope_scaling: {reason(error)}"
+            ) from error
     if not (frequencies.isfinite() & (frequencies > 0)).all():
         raise UserError(f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0")
     return tuple(frequencies.tolist())

@@ -79,10 +79,10 @@ class CausalAttention(MegatronModule):
         for option, supported in {"attention_dropout": 0.0, "softmax_type": "vanilla"}.items():
             if getattr(config, option) != supported:
                 raise UserError(
-                    f"{option} is {getattr(config, option)!r}: attention on the local path takes only {supported!r}"
+                    f"{option} is {getattr(config, option)!r}, but local attention supports only {supported!r}"
                 )
         if attention_type != "self":
-            raise UserError(f"attention_type is {attention_type!r}: a decoder's attention is 'self'")
+            raise UserError(f"attention_type is {attention_type!r}, but a decoder's attention is 'self'")
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
         # Megatron's window_size counts the visible positions to the (left, right) of a position,
         # without the position itself.
@@ -109,7 +109,7 @@ class CausalAttention(MegatronModule):
             or attn_mask_type not in (None, AttnMaskType.causal)
         ):
             raise ValueError(
-                "attention here is causal and takes no mask and no bias: give packed_seq_params or a window"
+                "this attention is causal and takes no mask and no bias: give packed_seq_params or a window"
             )
         lengths = None if packed_seq_params is None else packed_seq_params.lengths
         context = causal_attention(query, key, value, lengths=lengths, window=self.window, scale=self.softmax_scale)

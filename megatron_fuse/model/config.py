@@ -41,12 +41,14 @@ def transformer_config(
     implementation = resolve_transformer_impl(transformer_impl)
     if sequence_parallel and implementation == "local":
         raise UserError(
-            "--sequence-parallel needs Transformer Engine, which is not in use here: leave it out or install it"
+            "--sequence-parallel needs Transformer Engine, which is not used here. Remove the option or "
+            "install Transformer Engine."
         )
     if megatron_options.get("context_parallel_size", 1) != 1:
         raise UserError(
-            "--context-parallel-size: sequences are not split over ranks, since the targets and their teacher's rows are not: "
-            "use tensor parallelism, recompute or a shorter --seq-length"
+            "--context-parallel-size: sequences cannot be split over ranks, because the targets and the rows "
+            "of their teacher are not split. Remove the option. To save memory, use tensor parallelism, "
+            "recompute or a shorter --seq-length."
         )
     on_gpu = torch.cuda.is_available()
     options: dict[str, object] = {
@@ -109,9 +111,9 @@ def resolve_transformer_impl(transformer_impl: str) -> str:
         return "transformer_engine" if available else "local"
     if transformer_impl == "transformer_engine" and not available:
         raise UserError(
-            "--transformer-impl transformer_engine needs CUDA and a Transformer Engine that Megatron-core can import: use local or "
-            "auto, or see docs/install.md"
+            "--transformer-impl transformer_engine needs CUDA and a Transformer Engine that Megatron-core "
+            "can import. Set it to local or auto, or see docs/install.md."
         )
     if transformer_impl not in ("local", "transformer_engine"):
-        raise UserError(f"--transformer-impl is {transformer_impl!r}: choose auto, local or transformer_engine")
+        raise UserError(f"--transformer-impl is {transformer_impl!r}. Choose auto, local or transformer_engine.")
     return transformer_impl

@@ -24,7 +24,7 @@ from megatron_fuse.text_safety import brief
 Config = TypeVar("Config", bound="ModelConfig")
 
 MOST_LAYERS = 10_000
-_CORRECT = "correct it, or fetch the model again"
+_CORRECT = "Correct the value, or fetch the model again."
 _INT32 = 2**31 - 1
 
 
@@ -87,14 +87,14 @@ class RopeParameters(_Strict):
     @classmethod
     def _check_is_one(cls, value: Any) -> Any:
         if isinstance(value, list):
-            raise ValueError("a list: give one value")
+            raise ValueError("must be one value, not a list")
         return value
 
     @model_validator(mode="after")
     def _check_bands(self) -> Self:
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and low >= high:
-            raise ValueError(f"low_freq_factor ({low}) has to be below high_freq_factor ({high})")
+            raise ValueError(f"low_freq_factor ({low}) must be below high_freq_factor ({high})")
         return self
 
 
@@ -266,7 +266,7 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by:
             if not isinstance(part, dict) or "rope_type" not in part:
                 continue
             if not hasattr(config, f"_validate_{(kind := part['rope_type'])}_rope_parameters"):
-                raise UserError(f"{path}: rope_type is {quoted(kind)}, which transformers does not have")
+                raise UserError(f"{path}: rope_type is {quoted(kind)}, which transformers does not know")
     return config
 
 

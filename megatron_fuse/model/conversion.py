@@ -157,7 +157,7 @@ def save_hugging_face_model(
     output = Path(output_dir)
     with sole_writer(output, "config.json"):
         if output.exists():
-            raise UserError(f"{output} already exists: remove it or choose another directory")
+            raise UserError(f"{output} already exists. Remove it or choose another directory.")
         with directory_then_rename(output) as temporary:
             write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes, progress)
 
@@ -180,14 +180,14 @@ def write_hugging_face_model(
     architecture.
     """
     if dtype not in DTYPES:
-        raise UserError(f"export dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+        raise UserError(f"the export dtype is {dtype!r}. Choose one of {', '.join(DTYPES)}.")
     architecture, theirs = _bare(model).architecture, read_architecture(reference)
     for field in fields(architecture):
         ours, other = getattr(architecture, field.name), getattr(theirs, field.name)
         if field.compare and ours != other:
             raise UserError(
-                f"the model to export has {field.name} {ours!r}, but {theirs.origin} has {other!r}: "
-                "give the directory that the target was made from"
+                f"the model to export has {field.name} {ours!r}, but {theirs.origin} has {other!r}. Name the "
+                "directory that the target was made from."
             )
     assembled, rounded = _assembler(model, None), 0
 
@@ -198,8 +198,8 @@ def write_hugging_face_model(
         written = exact.to(DTYPES[dtype])
         if not written.isfinite().all():
             raise UserError(
-                f"{name} of the model to export has values up to {exact.abs().max():g}, which {dtype} cannot hold: export it as bf16 or "
-                "fp32"
+                f"{name} of the model to export has values up to {exact.abs().max():g}, which {dtype} cannot "
+                "hold. Export it as bf16 or fp32."
             )
         rounded += not torch.equal(written.to(exact.dtype), exact)
         return written

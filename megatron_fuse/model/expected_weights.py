@@ -49,35 +49,40 @@ def check_weights(files: WeightFiles, architecture: Architecture) -> None:
     where, config = files.model_dir, architecture.origin
     if architecture.num_layers > len(files.file_of):
         raise UserError(
-            f"{config}: num_hidden_layers is {architecture.num_layers}, but the weights are {len(files.file_of)} tensors in all: "
-            "the weights belong to another config, or are not complete"
+            f"{config}: num_hidden_layers is {architecture.num_layers}, but there are only "
+            f"{len(files.file_of)} tensors of weights. The weights belong to another config or are not "
+            "complete: fetch the model again."
         )
     expected = hugging_face_shapes(architecture)
     stored_names = {name for name in files.file_of if not IGNORED_TENSORS.fullmatch(name)}
     tied_twice = architecture.tied_embeddings and {EMBEDDING, OUTPUT} <= stored_names
     if missing := sorted(expected.keys() - stored_names):
         raise UserError(
-            f"{where} lacks {_first(missing)}, which {config} asks for ({_sizes(architecture)}): fetch the model again"
+            f"{where} does not have {_first(missing)}, which {config} needs ({_sizes(architecture)}). Fetch "
+            "the model again."
         )
     if unexpected := sorted(stored_names - expected.keys() - ({OUTPUT} if tied_twice else set())):
         raise UserError(
-            f"{where} holds {_first(unexpected)}, which {architecture.family} by {config} does not have ({_sizes(architecture)})"
+            f"{where} holds {_first(unexpected)}, but {architecture.family} of {config} does not have it "
+            f"({_sizes(architecture)}). Fetch the model again."
         )
     for name, shape in (expected | ({OUTPUT: expected[EMBEDDING]} if tied_twice else {})).items():
         if (stored := files.shape(name)) != shape:
             raise UserError(
-                f"{name} in {where} has shape {list(stored)}, but {config} asks for {list(shape)} ({_sizes(architecture)}): "
-                "the weights belong to another config"
+                f"{name} in {where} has shape {list(stored)}, but {config} needs {list(shape)} "
+                f"({_sizes(architecture)}). The weights belong to another config: fetch the model again."
             )
         if (dtype := files.dtype(name)) not in DTYPES:
             raise UserError(
-                f"{files.place(name)} is {dtype}, but a target's weights are {', '.join(DTYPES)}: load the model with "
-                "transformers, dequantised, and save it again"
+                f"{files.place(name)} is {dtype}, but the weights of a target must be {', '.join(DTYPES)}. "
+                "Load the model with transformers, dequantise it and save it again."
             )
     if tied_twice:  # some checkpoints store the tied weight under both names
         embedding, output = (files.read(name, 0, 0, architecture.vocab_size).float() for name in (EMBEDDING, OUTPUT))
         if not torch.equal(embedding, output):
-            raise UserError(f"{where}: {OUTPUT} differs from {EMBEDDING}: set tie_word_embeddings to false in {config}")
+            raise UserError(
+                f"{where}: {OUTPUT} differs from {EMBEDDING}. Set tie_word_embeddings to false in {config}."
+            )
 
 
 def _sizes(architecture: Architecture) -> str:
@@ -103,5 +108,6 @@ def refuse_non_finite(values: Tensor, place: str) -> None:
     # as both are NaN if a value is NaN.
     if values.numel() and not torch.stack(values.aminmax()).isfinite().all():
         raise UserError(
-            f"{place} holds NaN or infinite weights: the file is damaged, or training had diverged when it was saved"
+            f"{place} holds NaN or infinite weights: the file is damaged, or the training had diverged "
+            "before it was saved. Fetch the file again, or use an earlier model."
         )

@@ -59,7 +59,8 @@ class WeightFiles:
             if (self.model_dir / single).exists():
                 return dict.fromkeys(self._open(single).keys(), single)
         raise UserError(
-            f"{self.model_dir} holds no weights: expected one of {', '.join(SINGLE_FILES)} or its .index.json with shards"
+            f"{self.model_dir} holds no weights: it needs one of {', '.join(SINGLE_FILES)}, or an "
+            ".index.json of such a name with its shards. Fetch the model again."
         )
 
     def _refuse_ambiguous(self, file_of: dict[str, str], index: Path, single: str) -> None:
@@ -70,16 +71,18 @@ class WeightFiles:
         """
         if (path := self.model_dir / single).exists() and {*file_of.values()} != {single}:
             raise UserError(
-                f"{path} and {index.name} beside it, which names other files, are two sets of weights, and it is not known "
-                "which is meant: take one of them out of the directory (the index with its shards, or the single file)"
+                f"{path} and {index.name} beside it are two different sets of weights: the index names other "
+                "files. Remove one of the two from the directory: the index with its shards, or the single "
+                "file."
             )
         for file, name in {file: name for name, file in reversed(file_of.items())}.items():
             tensors = self._open(file, f"{brief(name, 100)} by {index.name}").keys()
             for held in tensors:
                 if (placed := file_of.get(held, file)) != file:
                     raise UserError(
-                        f"{self.model_dir / file} holds {brief(held, 100)}, which {index.name} places in {brief(placed, 100)}: "
-                        "fetch the model again into an empty directory, or take the tensor out of one of the two files"
+                        f"{self.model_dir / file} holds {brief(held, 100)}, which {index.name} places in "
+                        f"{brief(placed, 100)}. Fetch the model again into an empty directory, or remove the "
+                        "tensor from one of the two files."
                     )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -113,21 +116,21 @@ class WeightFiles:
 
     def _part(self, name: str) -> Any:  # a safetensors slice or a memory-mapped tensor
         if name not in self.file_of:
-            raise UserError(f"{self.model_dir} lacks the tensor {brief(name, 100)}: fetch the model again")
+            raise UserError(f"{self.model_dir} does not have the tensor {brief(name, 100)}. Fetch the model again.")
         file = self._open(self.file_of[name])
         try:
             return file[name] if isinstance(file, Mapping) else file.get_slice(name)
         except (KeyError, SafetensorError):
             raise UserError(
-                f"{self.model_dir / self.file_of[name]} lacks {brief(name, 100)}, which the index places there: fetch the "
-                "model again"
+                f"{self.model_dir / self.file_of[name]} does not have {brief(name, 100)}, which the index "
+                "places there. Fetch the model again."
             ) from None
 
     def _open(self, file: str, wanted: str = "weights") -> Any:  # a safetensors file or the tensors of a .bin file
         if file not in self._opened:
             path = self.model_dir / file
             if not path.exists():
-                raise UserError(f"{path} is missing, which should hold {wanted}: fetch the model again")
+                raise UserError(f"{path} is missing; it must hold {wanted}. Fetch the model again.")
             file_size(path)  # raises UserError if the path is no file
             self._opened[file] = _open_safetensors(path) if file.endswith(".safetensors") else _load_bin(path)
         return self._opened[file]
@@ -138,8 +141,8 @@ def refuse_adapter(model_dir: Path) -> None:
     transformers applies it only if `peft` is installed."""
     if (adapter := model_dir / "adapter_config.json").exists():
         raise UserError(
-            f"{adapter}: an adapter beside a whole model may or may not be applied: merge it into the weights (peft's "
-            "merge_and_unload), or take its files out of the directory"
+            f"{adapter}: there is an adapter beside a whole model, and it is not clear whether to apply it. "
+            "Merge it into the weights (peft's merge_and_unload), or remove its files from the directory."
         )
 
 
@@ -153,14 +156,15 @@ def shards_of(model_dir: Path) -> dict[str, set[str]]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    file_of = parse_record(read_object(index), _Index, str(index), "fetch the model again").weight_map
+    file_of = parse_record(read_object(index), _Index, str(index), "Fetch the model again.").weight_map
     if not file_of:
-        raise UserError(f"{index}: weight_map is empty: fetch the model again")
+        raise UserError(f"{index}: weight_map is empty. Fetch the model again.")
     for name, file in file_of.items():
         path = PurePath(file)
         if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
             raise UserError(
-                f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}: expected the name of a file in the directory"
+                f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}, but must be the name of a file "
+                "in the directory"
             )
     return file_of
 
@@ -177,7 +181,7 @@ def _open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # OSError and SafetensorError, by what is wrong
-        raise UserError(f"{path} cannot be read, fetch the model again: {brief(str(error))}") from error
+        raise UserError(f"{path} cannot be read ({brief(str(error))}). Fetch the model again.") from error
 
 
 def _load_bin(path: Path) -> Mapping[str, Tensor]:
@@ -191,7 +195,7 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
         called = re.search(r"GLOBAL (\S+)", str(error))  # so torch names what a pickle would call
         if called:
             raise _not_tensors_alone(path, f"reading it would run {brief(called[1], 100)}") from error
-        raise UserError(f"{path} cannot be read, fetch the model again: {brief(str(error))}") from error
+        raise UserError(f"{path} cannot be read ({brief(str(error))}). Fetch the model again.") from error
     if not isinstance(content, Mapping):
         raise _not_tensors_alone(path, f"its top level is a {type(content).__name__}")
     for name, value in content.items():
@@ -213,9 +217,7 @@ def common_dtype(dtypes: Iterable[str]) -> str:
 
 
 def _not_tensors_alone(path: Path, found: str) -> UserError:
-    return UserError(
-        f"{path} holds other things than named tensors ({found}): have the tensors alone saved as safetensors"
-    )
+    return UserError(f"{path} holds not only named tensors ({found}). Save the tensors alone as safetensors.")
 
 
 def write_weight_files(

@@ -35,7 +35,7 @@ def estimate_amounts(context: Context) -> Amounts:
         return _amounts(recipe, counts["examples"], counts["held_out"], sizes, scale)
     rows = read_rows(recipe.data.path, recipe.data.format, every_turn=recipe.data.supervise == "every_turn")
     if not rows:
-        raise UserError(f"{recipe.data.path}: no usable row among {len(rows.bad)} in {rows.form} form")
+        raise UserError(f"{recipe.data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form")
     examples = min(recipe.data.samples or len(rows), len(rows))
     # Taken from all parts of the file, because its rows may be sorted.
     looked_at = list(rows.lines)[:: -(-len(rows) // _LOOKED_AT)]

@@ -57,7 +57,7 @@ def _run_command(stage: Stage, recipe: Path, processes: int) -> None:
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
     if code := run_tied([*launcher, *words], env=environment):
-        raise UserError(f"{stage.name} ended with exit code {code}: fix what it says above and run this again")
+        raise UserError(f"{stage.name} ended with exit code {code}. Fix the error above and run this command again.")
     say(f"  {stage.name}: {time.perf_counter() - start:.1f} s")
 
 

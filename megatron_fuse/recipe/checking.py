@@ -79,7 +79,7 @@ def _problem(item: Any, model: type[BaseModel]) -> str:
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"must be a mapping of keys (given: {_shown(given)})"
         case "missing":
-            return "required, but not given"
+            return "the key is required, but missing"
         case "greater_than_equal":  # pydantic would write 1e-12 with all its zeros
             item["msg"] = f"Input should be greater than or equal to {item['ctx']['ge']}"
     problem = shortened(item["msg"].removeprefix("Value error, "), _LISTED)

@@ -86,8 +86,8 @@ def _flag(section: str, key: str) -> str:
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --recipe, --print-recipe and one flag for every option that is a single value or a list of them."""
     parser.add_argument("--recipe", type=path_argument, required=required, help="YAML file that describes the run")
-    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and exit")
-    group = parser.add_argument_group("overrides of the recipe")
+    parser.add_argument("--print-recipe", action="store_true", help="print the recipe with all defaults and exit")
+    group = parser.add_argument_group("options that override keys of the recipe")
     for flag, path, field in _flags():
         kind = _scalar_type(field.annotation)
         description = "; ".join(filter(None, (field.description, limits(_metadata(field))))).replace("%", "%%")
@@ -131,7 +131,7 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
         for key in path[:-1]:
             mapping = mapping.setdefault(key, {})
             if not isinstance(mapping, dict):
-                raise UserError(f"{document.place((key,))}: must be a mapping for {flag} to set a key in it")
+                raise UserError(f"{document.place((key,))}: must be a mapping, because {flag} sets a key in it")
         mapping[path[-1]] = value
         flags[path] = flag
         if path == ("schedule", "preset"):

@@ -18,7 +18,7 @@ def answering_options(recipe: Recipe, name: str) -> AnsweringOptions:
 def source_options(recipe: Recipe, source: str) -> SourceOptions:
     """The options of a source by its name. Raises UserError with the names that the recipe has."""
     if source not in recipe.sources:
-        raise UserError(f"sources: there is no {source!r}; the recipe has {', '.join(recipe.sources)}")
+        raise UserError(f"sources: there is no {source!r}. Choose one of {', '.join(recipe.sources)}.")
     return recipe.sources[source]
 
 

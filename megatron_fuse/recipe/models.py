@@ -17,16 +17,17 @@ REFERENCE = "reference"
 ChatTemplate = Annotated[
     ModelPlace | None,
     Field(
-        description="vicuna_v1.1, llama2, llama3, chatml, alpaca, starling_rm, eurus_rm or a .jinja file; default: the tokenizer's own"
+        description="vicuna_v1.1, llama2, llama3, chatml, alpaca, starling_rm, eurus_rm or a .jinja file; "
+        "default: the template of the tokenizer"
     ),
 ]
-SystemMessage = Annotated[str | None, Field(description="system message where an example has none")]
+SystemMessage = Annotated[str | None, Field(description="system message for examples without one")]
 TrustRemoteCode = Annotated[bool, Field(description="run Python code that comes with the model")]
 
 
 class ModelOptions(Options):
     model: ModelPlace = Field(
-        description="Hugging Face model directory, or a hub name that is already in the local cache"
+        description="Hugging Face model directory, or the hub name of a model that is in the local cache"
     )
     chat_template: ChatTemplate = None
     system: SystemMessage = None
@@ -50,10 +51,13 @@ class ResponseFile(FileOptions):
 
     path: Location = Field(description="JSONL, Parquet or a directory of Parquet, one row per example")
     response: Line = Field("response", description="key of the answer's text")
-    match: Literal["id", "prompt"] = Field("id", description="what finds an example's row")
-    id: Line = Field("id", description="key of the example's id, for match: id")
+    match: Literal["id", "prompt"] = Field(
+        "id", description="how the row of an example is found: by the example's id or by its prompt"
+    )
+    id: Line = Field("id", description="key of the example's id, with match: id")
     prompt: Line = Field(
-        "prompt", description="key of the last user message's text, or of a list of all messages, for match: prompt"
+        "prompt",
+        description="key of the text of the last user message, or of a list of all messages, with match: prompt",
     )
 
 
@@ -68,60 +72,69 @@ def _is_host(url: str) -> bool:
 class ServerOptions(Options):
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve` or a hosted one."""
 
-    url: Line = Field(description="base URL, as http://localhost:8000/v1")
-    model: Line = Field(description="name under which the server knows the model")
+    url: Line = Field(description="base URL, such as http://localhost:8000/v1")
+    model: Line = Field(description="name of the model on the server")
     answers_as: Line | None = Field(
-        None, description="name that the answers give the model, if it is another, as behind a deployment's name"
+        None,
+        description="name of the model in the server's answers, if it is different (for example behind a deployment)",
     )
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = Field(
-        "OPENAI_API_KEY", description="environment variable that holds the key, if there is one"
+        "OPENAI_API_KEY", description="environment variable that holds the key, if the server needs one"
     )
     endpoint: Literal["chat", "completions"] = Field(
         "chat",
-        description="chat: the server applies its own template; completions: it gets the prompt as our template renders it",
+        description="chat: the server applies its own template; completions: the prompt is rendered here and "
+        "sent as text",
     )
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(16, description="requests under way at once")
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(16, description="number of requests at the same time")
     timeout: Annotated[float, Field(ge=0.001, le=1e6)] = Field(600.0, description="seconds for one answer")
     max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
-        6, description="tries beyond the first, with growing pauses"
+        6, description="repeated tries of a request, with growing pauses"
     )
     extra: dict[str, JsonValue] = Field(
-        default_factory=dict, description="further keys of every request's body; null takes one of ours out"
+        default_factory=dict,
+        description="additional keys in the body of every request; null removes a key that is set by default",
     )
 
     @model_validator(mode="after")  # of the whole model: an error about a single key would quote its value
     def _holds_no_secret(self) -> Self:
         scheme, _, rest = self.url.partition("://")
         if scheme not in ("http", "https") or not _is_host(self.url):
-            raise ValueError("url has to be a base URL, as http://localhost:8000/v1")
+            raise ValueError("url must be a base URL, such as http://localhost:8000/v1")
         if "@" in rest.partition("/")[0] or "?" in rest:
             raise ValueError(
-                "url holds a user name, a password or a query: put a key into the environment (api_key_variable)"
+                "url must not hold a user name, a password or a query: put a key into an environment "
+                "variable (api_key_variable)"
             )
         taken = self.extra.keys() & {"model", "messages", "prompt", "stop", "seed", "stream", "n", "api_key"}
         if taken:
             raise ValueError(
-                f"extra may not have {', '.join(sorted(taken))}: there are keys of the recipe for the model, stop texts and seed, "
-                "the environment for the key, and every request asks for one whole answer"
+                f"extra must not have {', '.join(sorted(taken))}: the recipe has its own keys for the model, "
+                "the stop texts and the seed, the server's key is read from the environment, and every "
+                "request asks for one whole answer"
             )
         return self
 
 
 class AnsweringOptions(ModelOptions):
     dtype: Precision = Field("bf16", description="precision in which the model answers and is captured")
-    device_map: Line | None = Field(None, description="'auto' spreads a model over several GPUs")
-    stop: list[str] = Field(default_factory=list, description="texts before which an answer ends")
-    responses: ResponseFile | None = Field(None, description="answers that exist already, instead of generating them")
-    server: ServerOptions | None = Field(None, description="a server that answers, instead of the model in process")
+    device_map: Line | None = Field(None, description="'auto' divides a model over several GPUs")
+    stop: list[str] = Field(default_factory=list, description="texts at which an answer ends; they are not part of it")
+    responses: ResponseFile | None = Field(None, description="file of existing answers, instead of generating them")
+    server: ServerOptions | None = Field(
+        None, description="server that generates the answers, instead of the model in this process"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.responses and self.server:
-            raise ValueError("give at most one of responses (a file) and server")
+            raise ValueError("responses (a file) and server are both set. Remove one of the two.")
         if self.responses and self.stop:
-            raise ValueError("give at most one of responses (a file, whose answers are taken as they are) and stop")
+            raise ValueError(
+                "responses (a file) and stop are both set, but answers of a file are not cut. Remove one of the two."
+            )
         if "" in self.stop:
-            raise ValueError("stop holds an empty text, before which every answer would end")
+            raise ValueError("stop holds an empty text, at which every answer would end at once. Remove it.")
         return self
 
 
@@ -132,7 +145,8 @@ class TargetOptions(AnsweringOptions):
 class SourceOptions(AnsweringOptions):
     captures: dict[Literal["inference", "training"], Location] = Field(
         default_factory=dict,
-        description="Parquet or JSONL of distributions captured elsewhere, by mode (docs/captures.md)",
+        description="for each mode a Parquet or JSONL file of distributions that were captured elsewhere "
+        "(docs/captures.md)",
     )
 
 
@@ -144,28 +158,32 @@ class ScoreFile(FileOptions):
 
     path: Location = Field(description="JSONL, Parquet or a directory of Parquet")
     id: Line = Field("id", description="key of the example's id")
-    scores: Line = Field("scores", description="key, nested or not, of the mapping from source to score")
+    scores: Line = Field("scores", description="key of the mapping from source to score; a.b is the key b in a")
 
 
 class RewardModelOptions(Options):
-    model: ModelPlace | None = Field(None, description="Hugging Face model directory, or a hub name in the local cache")
+    model: ModelPlace | None = Field(
+        None, description="Hugging Face model directory, or the hub name of a model in the local cache"
+    )
     chat_template: ChatTemplate = None
     system: SystemMessage = None
     trust_remote_code: TrustRemoteCode = False
     form: Literal["auto", "classifier", "value_head", "regression_head"] = Field(
         "auto",
-        description="one-label sequence classifier (FsfairX); value head over a causal LM (Starling); regression head read at "
-        "the last token (Eurus); auto: by the names of the weights",
+        description="classifier: sequence classifier with one label (FsfairX); value head over a causal LM "
+        "(Starling); regression head, read at the last token (Eurus); auto: decided by the names of the "
+        "weights",
     )
     body: ModelPlace | None = Field(
         None,
-        description="model whose config and tokenizer a checkpoint without its own goes by (Starling: Llama-2-7b-chat)",
+        description="model with the config and the tokenizer, for a reward model that has none of its own "
+        "(Starling: Llama-2-7b-chat)",
     )
     dtype: Precision = Field("bf16", description="precision in which the reward model runs")
-    scores: ScoreFile | None = Field(None, description="scores made elsewhere, instead of a model")
+    scores: ScoreFile | None = Field(None, description="file of existing scores, instead of a model")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.model is None) == (self.scores is None):
-            raise ValueError("give exactly one of model and scores (a file)")
+            raise ValueError("exactly one of model and scores (a file) must be set. Set one of the two.")
         return self

@@ -73,7 +73,7 @@ class Phase(Options):
     @model_validator(mode="after")
     def _learns_something(self) -> "Phase":
         if not self.inference.is_used and not self.training.is_used:
-            raise ValueError("both modes have weight 0: the phase would learn nothing")
+            raise ValueError("both modes have weight 0, so the phase learns nothing. Give one of them a weight.")
         return self
 
 

@@ -35,14 +35,16 @@ def user_path(text: str | Path) -> Path:
         if given.startswith("~"):
             user = shortened(given.partition("/")[0], 60)
             raise ValueError(
-                f"there is no home directory for {user}: name an existing user, or write ./{user} for a directory of that name"
+                f"there is no home directory of {user}: name an existing user, or write ./{user} for a "
+                "directory of that name"
             )
         # The user wrote ./~x: without the absolute path, later code would expand the ~.
         path = Path.cwd() / path
     name = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if name > _NAME_BYTES or len(os.fsencode(path)) > _PATH_BYTES:
         raise ValueError(
-            f"a path has at most {_PATH_BYTES} bytes and a name in it at most {_NAME_BYTES}; this has {len(os.fsencode(path))} and {name}"
+            f"a path must have at most {_PATH_BYTES} bytes and a name in it at most {_NAME_BYTES}; this one "
+            f"has {len(os.fsencode(path))} and {name}"
         )
     return path
 
@@ -58,11 +60,11 @@ def path_argument(text: str) -> Path:
 def _refuse_no_line(text: str) -> None:
     """Raises ValueError for a blank text, and for characters that no name or path has."""
     if not text.strip():
-        raise ValueError("it is empty: write the value, or leave out the key")
+        raise ValueError("must not be empty: write the value, or remove the key")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise ValueError(
-                f"it holds {character!a}: a name or path has no control characters or halves of characters"
+                f"holds {character!a}, but a name or path must not hold control characters or halves of characters"
             )
 
 

@@ -23,7 +23,7 @@ Place = Callable[[Keys], str]  # what an error calls a key: file, line and key
 
 LIMIT = 1 << 20  # bytes of a file; also characters and values after every alias is replaced by its content
 DEPTH = 64  # of nested lists and mappings
-_TOO_DEEP = f"more than {DEPTH} lists and mappings in each other"
+_TOO_DEEP = f"more than {DEPTH} lists and mappings inside each other"
 
 _INT, _FLOAT, _BOOL, _NULL, _TEXT, _MERGE = (
     f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null", "str", "merge")
@@ -115,11 +115,11 @@ class _Loader(yaml.SafeLoader):
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias:
             if event.anchor in self.anchors and event.anchor not in self._anchored:
-                raise _Refusal(f"the alias *{event.anchor} is within what it stands for", event.start_mark)
+                raise _Refusal(f"the alias *{event.anchor} is used inside its own value", event.start_mark)
             self._size += self._anchored.get(event.anchor, 0)
         elif event.tag is not None:
             tag = shortened(event.tag.replace("tag:yaml.org,2002:", "!!"), 60)
-            raise _Refusal(f"the tag {tag} is not read here: write the value without it", event.start_mark)
+            raise _Refusal(f"the tag {tag} is not supported. Write the value without it.", event.start_mark)
         else:
             self._size += 1 + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
         if self._size > LIMIT:
@@ -142,7 +142,7 @@ class _Loader(yaml.SafeLoader):
                 self.construct_object(key)  # raises the error that states both readings
             if key.tag not in (_TEXT, _MERGE):
                 shown = f" {shortened(key.value, 60)}" if isinstance(key, yaml.ScalarNode) else ""
-                raise _Refusal(f"the key{shown} is no text: put it in quotes", key.start_mark)
+                raise _Refusal(f"the key{shown} is not text. Put it in quotes.", key.start_mark)
             # The second value, for example of a source, would silently replace the first.
             if key.value in seen:
                 raise _Refusal(f"the key {shortened(repr(key.value), 60)} is given twice", key.start_mark)
@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
         digits = node.value.lower().replace("_", "")
         base = 8 if digits.startswith("0o") else 16 if "0x" in digits else 10
         if len(digits) > 20 or not -(2**63) <= (value := int(digits, base)) < 2**64:
-            raise _Refusal(f"{shortened(node.value, 60)} has more digits than 64 bits hold", node.start_mark)
+            raise _Refusal(f"{shortened(node.value, 60)} has more digits than a 64-bit number", node.start_mark)
         return value
 
     def real(self, node: yaml.ScalarNode) -> float:
@@ -174,7 +174,7 @@ class _Loader(yaml.SafeLoader):
             return float(digits.replace(".", ""))
         value = float(digits)
         if value in (float("inf"), float("-inf")) or (value == 0 and re.search("[1-9]", digits.partition("e")[0])):
-            raise _Refusal(f"{shortened(node.value, 60)} is beyond what 64-bit numbers hold", node.start_mark)
+            raise _Refusal(f"{shortened(node.value, 60)} is too large for a 64-bit number", node.start_mark)
         return value
 
     def ambiguous(self, node: yaml.ScalarNode) -> None:
@@ -190,7 +190,10 @@ class _Loader(yaml.SafeLoader):
         elif "b" in value:
             both, fix = "a binary number in YAML 1.1 and text in YAML 1.2", f'write the number, or "{value}" in quotes'
         else:
-            both, fix = "octal in YAML 1.1 and decimal in YAML 1.2", "write it without the 0, or as 0o... where octal"
+            both, fix = (
+                "octal in YAML 1.1 and decimal in YAML 1.2",
+                "write it without the 0, or as 0o... if it is octal",
+            )
             if re.fullmatch("[-+]?[0-7]{1,20}", value):
                 both = f"{int(value, 8)} in YAML 1.1 (octal) and {int(value)} in YAML 1.2"
                 fix = f"write {int(value, 8)} or {int(value)}"
@@ -242,17 +245,17 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror})") from error
     if len(data) > LIMIT:
-        raise UserError(
-            f"{shown}: more than {LIMIT} bytes, which no file of options needs: give the file that was meant"
-        )
+        raise UserError(f"{shown}: larger than {LIMIT} bytes, so it is not a file of options. Name the right file.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        raise UserError(f"{shown}:{line}: not valid YAML: {error}: save the file as UTF-8") from error
+        raise UserError(f"{shown}:{line}: not valid YAML: {error}. Save the file as UTF-8.") from error
     if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = 1 + text.count("\n", 0, control.start())
-        raise UserError(f"{shown}:{line}: not valid YAML: the control character {control[0]!a}: remove it")
+        raise UserError(
+            f"{shown}:{line}: not valid YAML: it holds the control character {control[0]!a}. Remove this character."
+        )
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -271,7 +274,7 @@ def read_document(path: Path) -> Document:
         loader.dispose()
     if not isinstance(content, dict):
         state = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise UserError(f"{shown}: wanted is a mapping of keys, this file {state}")
+        raise UserError(f"{shown}: must be a mapping of keys, but {state}")
     return Document(path, content, root)
 
 
