@@ -82,6 +82,6 @@ def _say(number: int) -> None:
         return
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()
-    line = f"{what}: what is finished is kept, and the same command continues from there\n"
+    line = f"{what}: finished work is kept. Run the same command again to continue.\n"
     # A terminal shows ^C on the present line: begin a new one.
     os.write(2, ("\n" * os.isatty(2) + line).encode())

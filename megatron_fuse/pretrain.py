@@ -22,7 +22,9 @@ from megatron_fuse.start import importing
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_recipe_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="build everything, print what it takes, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, print sizes, memory and steps, and do not train"
+    )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
     with importing():  # after --help and --print-recipe, which need none of it (megatron_fuse/cli/__init__.py)

@@ -69,6 +69,7 @@ def check_target_tokenizer(chat: ChatFormat, architecture: Architecture) -> None
     largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})
     if largest >= architecture.vocab_size:
         raise UserError(
-            f"target.model: its tokenizer gives ids up to {largest}, but vocab_size in {architecture.origin} is "
-            f"{architecture.vocab_size}: the tokenizer belongs to another model, or the model was not resized after tokens were added"
+            f"target.model: the tokenizer has ids up to {largest}, but vocab_size in {architecture.origin} "
+            f"is {architecture.vocab_size}. The tokenizer belongs to another model, or the model was not "
+            "resized after tokens were added. Use the tokenizer of the model, or resize the model."
         )

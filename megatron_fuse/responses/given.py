@@ -95,9 +95,9 @@ def _by_example(
             first, messages = first_of.setdefault(key, (name, keys[-2]))
             if messages != keys[-2]:
                 raise UserError(
-                    f"{options.path}:{by_key[key].line}: {options.prompt} is what the conversations of "
-                    f"{quoted(first)} and {quoted(name)} end "
-                    "in, which differ: have it hold all messages {role, content}, or match: id"
+                    f"{options.path}:{by_key[key].line}: the conversations of {quoted(first)} and "
+                    f"{quoted(name)} are different, but both end in the same {options.prompt}. Write all "
+                    f"messages {{role, content}} there, or set match: id."
                 )
     return given
 
@@ -136,8 +136,8 @@ def _row_key(options: ResponseFile, row: dict[str, Any], place: str) -> str:
         return _messages_key(prompt)
     except (TypeError, KeyError, AttributeError, BadRow) as error:
         raise UserError(
-            f"{place}: {options.prompt} is {quoted(prompt)}: match: prompt needs the text of the last user message or a list of "
-            f"{{role, content}} under a key of the row, which has {keys_shown(row)}"
+            f"{place}: {options.prompt} is {quoted(prompt)}, but match: prompt needs the text of the last "
+            f"user message or a list of {{role, content}}. The row has {keys_shown(row)}."
         ) from error
 
 
@@ -189,20 +189,21 @@ def _read(
         first = by_key.setdefault(key, given)
         if (first.text, first.truncated) != (given.text, given.truncated):
             raise UserError(
-                f"{place}: {asked} {quoted(value_at(row, asked))} was given in line {first.line} already, with another answer: "
-                "keep one of the two"
+                f"{place}: {asked} {quoted(value_at(row, asked))} is also in line {first.line}, with another "
+                "answer. Remove one of the two."
             )
     if strangers == rows:
         other = "prompt" if options.match == "id" else "id"
         raise UserError(
-            f"{path}: none of its {rows} {options.match}s belongs to an example (the instructions have {_listed(here)}; the file "
-            f"has {_listed(there)}): name the file made for these instructions, another key than {where}.{options.match}: "
-            f"{asked}, or match: {other}"
+            f"{path}: none of its {rows} {options.match}s is one of an example (the instructions have "
+            f"{_listed(here)}; the file has {_listed(there)}). Name the file that was made for these "
+            f"instructions, change {where}.{options.match} (now {asked}), or set match: {other}."
         )
     if not by_key:
         line, row = unanswered  # type: ignore[misc]  # there is one: not all rows are strangers
         raise UserError(
-            f"{path}: no example's row has an answer under {options.response} ({where}.response); line {line} has {keys_shown(row)}"
+            f"{path}: no row of an example has an answer under {options.response} ({where}.response); line "
+            f"{line} has {keys_shown(row)}"
         )
     if strangers:
         progress(f"{path}: {strangers} of {rows} rows belong to no example, among them {_listed(there)}")
@@ -214,12 +215,13 @@ def _given(options: ResponseFile, row: dict[str, Any], line: int, place: str) ->
     if text is None:
         return None
     if not isinstance(text, str):
-        inner = f": name one of {keys_shown({options.response: text})}" if isinstance(text, dict) else ""
+        inner = f". Name one of {keys_shown({options.response: text})}." if isinstance(text, dict) else ""
         raise UserError(f"{place}: {options.response} is a {type(text).__name__}, not the text of an answer{inner}")
     refuse_half_characters(text, options.response, place)
     if not isinstance(truncated, bool | None):
         raise UserError(
-            f"{place}: truncated is {quoted(truncated)}: it says whether the answer was cut off, true or false"
+            f"{place}: truncated is {quoted(truncated)}, but must be true or false: it says whether the "
+            "answer was cut off"
         )
     return _Given(text, truncated or False, line)
 

@@ -68,7 +68,7 @@ def _row(request: str, reply: Reply) -> dict[str, object]:
 
 
 def _damaged(path: Path, line: int, why: str) -> UserError:
-    return UserError(f"{path}:{line}: damaged ({why}): remove the file, and its answers are asked for again")
+    return UserError(f"{path}:{line}: damaged ({why}). Remove the file; its answers are then requested again.")
 
 
 @contextmanager
@@ -84,7 +84,9 @@ def open_journal(path: Path) -> Iterator[Journal]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{path}: another process asks for the same answers: let it end, or end it") from error
+            raise UserError(
+                f"{path}: another process requests the same answers. Wait until it ends, or stop it."
+            ) from error
         except OSError:  # a file system without locks
             pass
         file.seek(0)

@@ -78,7 +78,7 @@ class _Format:
         self.recipe, self.name, self.chat = recipe, name, chat
         options = answering_options(recipe, name)
         if options.server is None:
-            raise ValueError(f"{recipe_key(name)} names no server")
+            raise ValueError(f"{recipe_key(name)} has no server")
         self.server = options.server
         positions = declared_positions(resolve_model(options.model, f"{recipe_key(name)}.model"))
         # Prompt, answer and stop token must fit together, because capture leaves out longer conversations.

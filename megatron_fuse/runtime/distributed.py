@@ -82,16 +82,18 @@ def start_runtime(
     model_parallel_size = tensor_parallel_size * pipeline_parallel_size
     if world_size % model_parallel_size:
         raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size {pipeline_parallel_size} "
-            f"needs a multiple of {model_parallel_size} processes, torchrun started {world_size}: "
-            f"set --nproc-per-node (times nodes) to a multiple of {model_parallel_size}"
+            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size "
+            f"{pipeline_parallel_size} needs a multiple of {model_parallel_size} processes, but torchrun "
+            f"started {world_size}. Set --nproc-per-node (times the number of nodes) to a multiple of "
+            f"{model_parallel_size}."
         )
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not on_cpu:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"torchrun started process {device.index + 1} of this machine, which has {torch.cuda.device_count()} GPUs that are "
-                f"visible: set --nproc-per-node to {torch.cuda.device_count()} at most"
+                f"torchrun started process {device.index + 1} on this machine, but only "
+                f"{torch.cuda.device_count()} GPUs are visible. Set --nproc-per-node to "
+                f"{torch.cuda.device_count()} at most."
             )
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -15,8 +15,9 @@ def importing_megatron() -> Iterator[None]:
         yield
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"Megatron-core cannot be imported ({type(error).__name__}: {error}): if that names Transformer Engine or apex, install "
-            "all of it for this torch, or remove it (docs/install.md)"
+            f"Megatron-core cannot be imported ({type(error).__name__}: {error}). If the message names "
+            "Transformer Engine or apex, install all of it for this version of torch, or remove it "
+            "(docs/install.md)."
         ) from error
 
 

@@ -48,8 +48,9 @@ class GivenScores:
                 return
             missed.append(example.id)
         raise UserError(
-            f"{self.path}: none of its {len(known)} ids with a score of {source!r} is an example's (the instructions have "
-            f"{_listed(missed)}; the file has {_listed(known)}): name the file made for these instructions"
+            f"{self.path}: none of its {len(known)} ids with a score of {source!r} is the id of an example "
+            f"(the instructions have {_listed(missed)}; the file has {_listed(known)}). Name the file that "
+            "was made for these instructions."
         )
 
     def of(self, source: str, examples: list[Example], responses: list[Response]) -> np.ndarray:
@@ -66,8 +67,9 @@ class GivenScores:
                 continue
             if score.answer not in (None, _answer_hash(response.response)):
                 raise UserError(
-                    f"{self.path}:{score.line}: scores another answer of {source!r} to {quoted(example.id)} than the one it gave: score "
-                    "the present answers, or point the recipe at the answers that were scored"
+                    f"{self.path}:{score.line}: this score is for another answer of {source!r} to "
+                    f"{quoted(example.id)} than the present one. Score the present answers, or name the file "
+                    "of the scored answers in the recipe."
                 )
             scores[row] = score.value
         return scores
@@ -75,8 +77,9 @@ class GivenScores:
     def _of(self, source: str) -> dict[str, _Score]:
         if source not in self.by_source:
             raise UserError(
-                f"{self.path}: has no score of {source!r}; its sources are {brief(', '.join(self.by_source), 150)}: name the source as the "
-                "file does, or add its scores"
+                f"{self.path}: there is no score of {source!r}; its sources are "
+                f"{brief(', '.join(self.by_source), 150)}. Use the same source names in both, or add the "
+                "scores."
             )
         return self.by_source[source]
 
@@ -102,13 +105,13 @@ def given_scores(options: ScoreFile, where: str) -> GivenScores:
             other = scores.setdefault(name, score)
             if (other.value, other.answer) != (score.value, score.answer):
                 raise UserError(
-                    f"{place}: the answer of {quoted(source)} to {quoted(name)} was scored in line {other.line} already, with another score "
-                    "or for another text: keep one of the two"
+                    f"{place}: the answer of {quoted(source)} to {quoted(name)} is also scored in line "
+                    f"{other.line}, with another score or for another text. Remove one of the two."
                 )
     if not by_source:
         raise UserError(
-            f"{options.path}: no row has a score, neither {{source, score}} nor a mapping from source to score under "
-            f"{options.scores} ({where}.scores); {first or 'it is empty'}"
+            f"{options.path}: no row has a score: neither {{source, score}} nor a mapping from source to "
+            f"score under {options.scores} ({where}.scores); {first or 'the file is empty'}"
         )
     return GivenScores(options.path, by_source)
 
@@ -135,7 +138,7 @@ def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> d
 def _number(value: Any, source: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         raise UserError(
-            f"{place}: the score of {quoted(source)} is {quoted(value)}, which is no finite number in float32"
+            f"{place}: the score of {quoted(source)} is {quoted(value)}, which is not a finite number in float32"
         )
     return float(value)
 

@@ -77,8 +77,9 @@ def used_weights(options: ReferenceOptions) -> dict[str, float]:
     if "bertscore" in weights and options.bertscore_model is None:
         if options.without_bertscore == "refuse":
             raise UserError(
-                f"reference.bertscore is {options.bertscore} but there is no reference.bertscore_model: name an encoder's "
-                "directory there, or set reference.without_bertscore: renormalize, which brings the other weights to 1"
+                f"reference.bertscore is {options.bertscore}, but there is no reference.bertscore_model. "
+                "Name the directory of an encoder there. Or set reference.without_bertscore to renormalize, "
+                "which scales the other weights to a sum of 1."
             )
         del weights["bertscore"]
     total = sum(weights.values())
@@ -100,7 +101,9 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0].replace("_", "-")
-        raise UserError(f"{package} cannot be imported ({error}): pip install 'megatron-fuse[reference]'") from error
+        raise UserError(
+            f"{package} cannot be imported ({error}). Run pip install 'megatron-fuse[reference]'."
+        ) from error
 
 
 def _bertscore(model: str, layer: int | None, responses: list[str], references: list[str]) -> np.ndarray:
@@ -146,17 +149,18 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
         tokenizer = load(AutoTokenizer, add_prefix_space=True)
     layers = getattr(config, "num_hidden_layers", 0)
     if layer is not None and layer > layers:
-        raise UserError(f"reference.bertscore_layer is {layer}, but {directory} has {layers} layers")
+        raise UserError(f"reference.bertscore_layer is {layer}, but {directory} has only {layers} layers")
     framing = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
     if config.is_encoder_decoder or None in framing:
         raise UserError(
-            f"{where}: {directory} is no encoder whose tokenizer has CLS, SEP and padding: name one like BERT, RoBERTa, DeBERTa"
+            f"{where}: {directory} is not an encoder whose tokenizer has CLS, SEP and padding. Name an "
+            "encoder such as BERT, RoBERTa or DeBERTa."
         )
     config.num_hidden_layers = layer or layers
     encoder, report = load(AutoModel, config=config, dtype=torch.float32, output_loading_info=True)
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # which BERTScore does not read
     if missing:
-        raise UserError(f"{where}: {directory} has no weights for {', '.join(missing[:3])}: name a whole model")
+        raise UserError(f"{where}: {directory} has no weights for {', '.join(missing[:3])}. Name a complete model.")
     for name, parameter in encoder.named_parameters():
         refuse_non_finite(parameter, f"{where}: {directory}: {name}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(encoder) or _NO_LIMIT)

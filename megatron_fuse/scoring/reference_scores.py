@@ -89,7 +89,7 @@ def _package_versions(options: ReferenceOptions) -> dict[str, str]:
     try:
         return {name: version(name) for name in names}
     except PackageNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'megatron-fuse[reference]'") from error
+        raise UserError(f"{error.name} is not installed. Run pip install 'megatron-fuse[reference]'.") from error
 
 
 def _small_files(directory: Path) -> str:

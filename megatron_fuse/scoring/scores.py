@@ -54,9 +54,9 @@ def require_backend(recipe: Recipe, name: str, backend: str) -> None:
     all later stages follow the recipe."""
     if backend != _backend(recipe, name):
         key = f"reward_models.{name}"
-        fix = f"{key} names a model: name a file in {key}.scores instead"
+        fix = f"{key} names a model. Name a file in {key}.scores instead."
         if backend == "hf":
-            fix = f"{key}.scores names a file: name a model in {key}.model instead"
+            fix = f"{key}.scores names a file. Name a model in {key}.model instead."
         raise UserError(f"--backend {backend}: {fix}")
 
 
@@ -189,7 +189,8 @@ def _score(
             if not np.isfinite(value):
                 raise UserError(
                     f"reward_models.{reward_model.name} gives {value} to the answer of {names[place]!r} to example "
-                    f"{examples[row].id!r}: its weights are broken, or its dtype overflows (try bf16 or fp32)"
+                    f"{examples[row].id!r}. Its weights are damaged, or its dtype overflows. Set its dtype "
+                    "to bf16 or fp32, or fetch the model again."
                 )
             scores[names[place]][row] = value
     return scores
@@ -228,9 +229,9 @@ def _read_shard(path: Path) -> np.ndarray:
     try:
         scores = np.load(path, allow_pickle=False)
         if scores.dtype != np.float32 or scores.ndim not in (1, 2):
-            raise ValueError(f"{scores.dtype} in {scores.ndim} dimensions")
+            raise ValueError(f"the array is {scores.dtype} with {scores.ndim} dimensions")
     except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(
-            f"{path}: not the scores of a shard ({brief(str(error))}): remove it and run {COMMAND} again"
+            f"{path}: not the scores of a shard ({brief(str(error))}). Remove the file and run {COMMAND} again."
         ) from error
     return scores

@@ -33,15 +33,15 @@ def read_arrays(path: Path, fix: str) -> tuple[dict[str, np.ndarray], dict[str, 
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         basis, recorded = made["basis"], made["sha256"]
         if (computed := _checksum(arrays, basis)) != recorded:
-            raise ValueError(f"arrays and basis have sha256 {computed[:12]}..., recorded is {shown(recorded)[:32]}")
+            raise ValueError(f"arrays and basis have sha256 {computed[:12]}..., but {shown(recorded)[:32]} is recorded")
         if not isinstance(basis, dict):
-            raise ValueError(f"its basis is a {type(basis).__name__} instead of an object")
+            raise ValueError(f"the basis is a {type(basis).__name__} instead of an object")
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: {fix}") from error
+        raise UserError(f"{path} does not exist. {fix}") from error
     except KeyError as error:
-        raise UserError(f"{path}: its header has no {error}, as of another program or version: {fix}") from error
+        raise UserError(f"{path}: the header has no {error}, so another program or version wrote it. {fix}") from error
     except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}): {fix}") from error
+        raise UserError(f"{path}: damaged ({error}). {fix}") from error
     return arrays, basis
 
 

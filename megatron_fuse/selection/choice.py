@@ -42,7 +42,7 @@ from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json
 from megatron_fuse.storage.artifact import shown
 
-FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
+FIX = f"Run {BUILT_BY} (if the documents are already built, this takes a second)."
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
     """
     path = selection_path(recipe, mode)
     if not path.exists():
-        raise UserError(f"{path} does not exist; it is to hold the choice by {_rule(recipe, mode)}: {FIX}")
+        raise UserError(f"{path} does not exist, but must hold the choice by {_rule(recipe, mode)}. {FIX}")
     arrays, basis = read_arrays(path, FIX)
     for key, want in _basis(recipe, mode, parents).items():
         have = basis.get(key)
@@ -264,5 +264,5 @@ def read_selection(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> Sel
             inner = next(name for name in [*want, *have] if have.get(name) != want.get(name))
             key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
         if have != want:
-            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}: {FIX}")
+            raise UserError(f"{path} was made with {key} = {shown(have)}, but now it is {shown(want)}. {FIX}")
     return Selection.of(arrays, basis)

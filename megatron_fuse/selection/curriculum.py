@@ -31,7 +31,7 @@ from megatron_fuse.selection.array_file import read_arrays, write_arrays
 from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artifact, sha256_of_bytes
 
-FIX = f"run {BUILT_BY} (it takes a second where the documents are built)"
+FIX = f"Run {BUILT_BY} (if the documents are already built, this takes a second)."
 GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
 
 
@@ -115,10 +115,10 @@ def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
     wanted = _made_from(recipe, text)
     for name, basis in wanted.items():
         if name not in arrays or name not in made_from:
-            raise UserError(f"{path} has no {name}: {FIX}")
+            raise UserError(f"{path} has no {name}. {FIX}")
         for key, want in basis.items():
             if (have := made_from[name].get(key)) != want:
-                raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}: {FIX}")
+                raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}. {FIX}")
     return {name: arrays[name] for name in wanted}
 
 

@@ -21,7 +21,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
             size += len(part)
             if size > MOST_BYTES:
                 raise httpx2.RemoteProtocolError(
-                    f"a body of more than {MOST_BYTES >> 20} MiB came back", request=self._request
+                    f"the server sent a body of more than {MOST_BYTES >> 20} MiB", request=self._request
                 )
             yield part
 
@@ -49,11 +49,13 @@ class BoundedClient(httpx2.AsyncClient):
                 try:
                     encoding = response.headers.get("content-encoding", "identity")
                     if encoding != "identity":
-                        raise httpx2.RemoteProtocolError(f"a body in {encoding!r} came back", request=request)
+                        raise httpx2.RemoteProtocolError(
+                            f"the server sent a body encoded as {encoding!r}", request=request
+                        )
                     response.stream = _BoundedStream(response.stream, request)
                     await response.aread()
                 finally:
                     await response.aclose()
         except TimeoutError as error:
-            raise httpx2.ReadTimeout(f"no whole answer within {seconds:g} s", request=request) from error
+            raise httpx2.ReadTimeout(f"no complete answer within {seconds:g} s", request=request) from error
         return response

@@ -98,16 +98,16 @@ def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None
         completion = form.model_validate(read_object(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the whole"
+        key = ".".join(map(str, first["loc"])) or "the whole body"
         raise Malformed(f"{key}: {first['msg']}") from None
     choice = completion.choices[0]
     message = choice.message if isinstance(choice, _ChatChoice) else _Message(content=choice.text)
     nothing = message.content is None and message.refusal is None and message.thought is None
     if nothing and choice.finish_reason in _WHOLE:
-        raise Malformed(f"choices.0.message: no content, but finish_reason {choice.finish_reason!r}")
+        raise Malformed(f"choices.0.message: no content, although finish_reason is {choice.finish_reason!r}")
     text = message.content or message.refusal or ""
     if most_bytes is not None and (size := len((text + (message.thought or "")).encode())) > most_bytes:
-        raise Malformed(f"an answer of {size:,} bytes, more than the tokens that were asked for can be")
+        raise Malformed(f"an answer of {size:,} bytes, which is more than the requested number of tokens can hold")
     refused = bool(message.refusal) or choice.finish_reason == "content_filter"
     reply = Reply(text, choice.finish_reason in _CUT_OFF, refused, reasoning=message.thought)
     return Completion(reply, completion.model or None)
@@ -127,9 +127,9 @@ def read_object(content: bytes) -> dict[str, Any]:
     except Malformed:
         raise
     except UnicodeDecodeError as error:
-        raise Malformed(f"no UTF-8 at byte {error.start}") from None
+        raise Malformed(f"not UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"no JSON: {error}") from None
+        raise Malformed(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise Malformed(f"a {type(value).__name__} instead of an object")
     return value
@@ -139,7 +139,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = {key: whole_characters(value) if isinstance(value, str) else value for key, value in pairs}
     if len(members) < len(pairs):
         repeated = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
-        raise Malformed(f"the key {repeated!r} twice")
+        raise Malformed(f"the key {repeated!r} is given twice")
     return members
 
 

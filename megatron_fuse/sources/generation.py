@@ -189,8 +189,9 @@ class _Generator:
         argument = cache_argument(model.forward)
         if argument is None or not keeps_keys_and_values(model.config):
             raise UserError(
-                f"{model.config.name_or_path}: {type(model).__name__} keeps more of a text than keys and values, which batches "
-                "here cannot hold: let a server answer for it, or name a file of its answers (docs/responses.md)"
+                f"{model.config.name_or_path}: {type(model).__name__} keeps other state than keys and "
+                "values, which generation in batches does not support here. Use a server for its answers, or "
+                "name a file of its answers (docs/responses.md)."
             )
         self.cache_argument = argument
         self.takes_positions = "position_ids" in parameters  # ALiBi models do not
@@ -236,8 +237,9 @@ class _Generator:
         if bad.any():
             name = batch.rows[int(bad.nonzero()[0])].prompt.name
             raise UserError(
-                f"{self.model.config.name_or_path}: NaN or infinite logits while answering example {name!r}: "
-                "the model's weights are broken, or its dtype overflows (try bf16 or fp32)"
+                f"{self.model.config.name_or_path}: the logits are NaN or infinite in the answer to example "
+                f"{name!r}. The model's weights are damaged, or its dtype overflows. Set its dtype to bf16 "
+                "or fp32, or fetch the model again."
             )
         width = min(logits.shape[1], len(self.allowed))
         return logits[:, :width].masked_fill(~self.allowed[:width], -torch.inf)

@@ -42,7 +42,7 @@ _CONNECT_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
 _LONGEST_QUOTE = 160  # the most characters of a server's text in an error
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a retry after a malformed answer, as in the package
-_STAYS = "the answers that came in are kept, and a rerun asks for the rest"
+_STAYS = "The answers received so far are kept, and the next run requests the others."
 
 
 class Server:
@@ -59,13 +59,16 @@ class Server:
 
             from megatron_fuse.sources import bounded_http
         except ImportError as error:
-            raise UserError(f"{where}: needs the package openai: pip install 'megatron-fuse[server]'") from error
+            raise UserError(
+                f"{where}: the package openai is needed. Run pip install 'megatron-fuse[server]'."
+            ) from error
         self.options, self.where, self._openai, self._http = options, where, openai, bounded_http
         self._longest_token = longest_token
         self._key = os.environ.get(options.api_key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise UserError(
-                f"the environment variable {options.api_key_variable} holds characters that no key has: set it anew"
+                f"the environment variable {options.api_key_variable} holds characters that no key has. Set "
+                "it to the key."
             )
         self._known: list[str] = []  # models that the server lists
         self._reached = False
@@ -93,7 +96,7 @@ class Server:
                     reply = await self._send(client, body)
                     if reply.fault and (fault := (await self._send(client, trial)).fault):
                         raise self._error(
-                            f"refuses every request ({fault}): fix {self.where}, or the sampling options of the recipe"
+                            f"refuses every request ({fault}). Fix {self.where}, or the sampling options of the recipe."
                         )
                 received(name, reply)
 
@@ -150,8 +153,8 @@ class Server:
         names = [name for name in (self.options.model, self.options.answers_as) if name]
         if problem := unlisted(names, self._known):
             raise self._error(
-                f"{self._short(problem, 400)}: fix {self.where}.model, or set {self.where}.answers_as to its name in that list where it "
-                "is the same model"
+                f"{self._short(problem, 400)}. Fix {self.where}.model. If it is the same model under another "
+                f"name, set {self.where}.answers_as to its name in that list."
             )
 
     async def _send(self, client: Any, body: Body) -> Reply:
@@ -166,7 +169,7 @@ class Server:
                 return self._read(content, body)
             except Malformed as error:
                 quoted = self._short(content[: 4 * _LONGEST_QUOTE].decode("utf-8", "replace"))
-                fault = f"no completion came back but {quoted} ({self._short(error)})"
+                fault = f"the server sent no completion but {quoted} ({self._short(error)})"
         return Reply("", fault=fault)
 
     async def _post(self, client: Any, body: Body) -> bytes | Reply:
@@ -199,9 +202,9 @@ class Server:
         names = [options.model, *([options.answers_as] if options.answers_as else [])]
         if completion.model is not None and not any(is_name_of(completion.model, name) for name in names):
             raise self._error(
-                f"answers as model {self._short(repr(completion.model))}, asked is "
-                f"{self._short(repr(options.model))}: fix {self.where}.model, "
-                f"or set {self.where}.answers_as to that name where it is the same model"
+                f"answers as model {self._short(repr(completion.model))}, but the requested model is "
+                f"{self._short(repr(options.model))}. Fix {self.where}.model. If it is the same model under "
+                f"another name, set {self.where}.answers_as to that name."
             )
         return completion.reply
 
@@ -228,35 +231,38 @@ class Server:
         openai, options = self._openai, self.options
         if isinstance(error, openai.APITimeoutError):
             return self._error(
-                f"did not answer within {options.timeout:g} s, {options.max_retries + 1} times: raise {self.where}.timeout or "
-                f"lower {self.where}.concurrency; {_STAYS}"
+                f"did not answer within {options.timeout:g} s, {options.max_retries + 1} times. Raise "
+                f"{self.where}.timeout or lower {self.where}.concurrency. {_STAYS}"
             )
         if isinstance(error, openai.APIConnectionError):
             cause = self._short(error.__cause__ or error)
-            return self._error(f"cannot be reached ({cause}): start the server, or fix {self.where}.url; {_STAYS}")
+            return self._error(f"cannot be reached ({cause}). Start the server, or fix {self.where}.url. {_STAYS}")
         said = self._said(error)
         match status := getattr(error, "status_code", None):
             case 301 | 302 | 303 | 307 | 308:
                 where_to = self._short(repr(error.response.headers.get("location")))
                 return self._error(
-                    f"sends requests elsewhere ({status} to {where_to}), where prompts and key are not sent unasked: set "
-                    f"{self.where}.url to the address that answers itself"
+                    f"redirects requests ({status} to {where_to}), but prompts and key are never sent to "
+                    f"another address. Set {self.where}.url to the address that answers directly."
                 )
             case 401 | 403:
-                state = "holds" if self._key else "is not set and should hold"
+                state = "holds" if self._key else "is not set, but should hold"
                 return self._error(
-                    f"does not accept the key ({said}): the environment variable {options.api_key_variable} {state} it; "
-                    f"{self.where}.api_key_variable names another"
+                    f"does not accept the key ({said}). The environment variable {options.api_key_variable} "
+                    f"{state} it. Set {self.where}.api_key_variable to use another variable."
                 )
             case 404:
                 known = f"; it lists {self._short(', '.join(self._known[:8]))}" if self._known else ""
                 return self._error(
-                    f"has no model {options.model!r}, or nothing at {_PATHS[options.endpoint]} ({said}){known}: fix {self.where}.model, "
-                    f"or {self.where}.url, which mostly ends in /v1"
+                    f"has no model {options.model!r}, or nothing at {_PATHS[options.endpoint]} "
+                    f"({said}){known}. Fix {self.where}.model, or {self.where}.url, which usually ends in "
+                    "/v1."
                 )
             case 402 | 429:
-                return self._error(f"gives no more for now ({said}): wait, or lower {self.where}.concurrency; {_STAYS}")
-        return self._error(f"fails ({said}): see its own log; {_STAYS}")
+                return self._error(
+                    f"accepts no more requests for now ({said}). Wait, or lower {self.where}.concurrency. {_STAYS}"
+                )
+        return self._error(f"fails ({said}). See the log of the server. {_STAYS}")
 
     def _error(self, problem: str) -> UserError:
         return UserError(f"{self.where}: {self.options.url} {problem}")

@@ -78,13 +78,15 @@ class Artifact:
         """
         recorded = self.manifest["files"].get(path.name)
         if recorded is None:
-            raise UserError(f"{path}: {self.directory}/manifest.json does not list it: name a file of this stage")
+            raise UserError(
+                f"{path}: {self.directory}/manifest.json does not list the file. Name a file of this stage."
+            )
         if damage := damage_of(path, recorded["bytes"]):
-            raise UserError(f"{damage}: restore it, or run the stage again, which makes this shard again")
+            raise UserError(f"{damage}. Restore it, or run the stage again: it makes this shard again.")
         if checksum and (actual := sha256_of_file(path)) != recorded["sha256"]:
             raise UserError(
-                f"{path}: sha256 {shown(actual)}, the manifest has {shown(recorded['sha256'])}: restore it, or remove it and run "
-                "the stage again, which makes this shard again"
+                f"{path}: the sha256 is {shown(actual)}, but the manifest has {shown(recorded['sha256'])}. "
+                "Restore the file, or remove it and run the stage again: it makes this shard again."
             )
         return path
 
@@ -109,8 +111,8 @@ class _Counts(dict[str, int]):
 
     def __missing__(self, key: str) -> int:
         raise UserError(
-            f"{self._directory}/manifest.json: counts.{key} is missing: restore it, or remove {self._directory} and run the "
-            "stage again"
+            f"{self._directory}/manifest.json: counts.{key} is missing. Restore the file, or remove "
+            f"{self._directory} and run the stage again."
         )
 
 
@@ -119,7 +121,7 @@ def damage_of(path: Path, size: int) -> str | None:
     if not path.is_file():
         return f"{path}: missing"
     present = path.stat().st_size
-    return None if present == size else f"{path}: {present} bytes in place of {size}"
+    return None if present == size else f"{path}: {present} bytes instead of {size}"
 
 
 def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
@@ -166,14 +168,15 @@ def open_artifact(
     """
     if not (directory / "manifest.json").exists():
         state = "is incomplete" if (directory / "plan.json").exists() else "does not exist"
-        raise UserError(f"{directory} {state}: run {made_by} first")
+        raise UserError(f"{directory} {state}. Run {made_by} first.")
     manifest = read_record(directory / "manifest.json", ManifestRecord).content()
     if manifest.get("format_version") != FORMAT_VERSION or manifest.get("stage") != stage:
         raise UserError(
-            f"{directory}/manifest.json: stage {manifest.get('stage')!r} in format {manifest.get('format_version')}, "
-            f"needed is {stage!r} in format {FORMAT_VERSION}: remove {directory} and run {made_by} again"
+            f"{directory}/manifest.json: it is of stage {manifest.get('stage')!r} in format "
+            f"{manifest.get('format_version')}, but stage {stage!r} in format {FORMAT_VERSION} is needed. "
+            f"Remove {directory} and run {made_by} again."
         )
-    advice = f"remove {remove or directory} and run {made_by} again, or put the old value back"
+    advice = f"Remove {remove or directory} and run {made_by} again, or restore the old value."
     for section, wanted in {"options": options or {}, "inputs": inputs or {}}.items():
         _refuse_difference(
             directory,
@@ -201,7 +204,7 @@ def completed(plan: Plan) -> Artifact | None:
             if name == "manifest.json":  # damaged: it is made again from plan.json and the markers
                 continue
             raise
-        fix = f"move or remove {directory} to make it again, or put the old value back"
+        fix = f"Move or remove {directory} and run this again, or restore the old value."
         for key in ("format_version", "stage", "options", "inputs", "shards", "shard_names"):
             _refuse_difference(directory, key, recorded.get(key), wanted.get(key), fix)
         if name == "manifest.json":
@@ -218,9 +221,9 @@ def _refuse_difference(directory: Path, key: str, have: Any, want: Any, advice: 
     if isinstance(have, dict) and isinstance(want, Mapping):
         inner = next(k for k in [*want, *have] if have.get(k) != want.get(k) or (k in have) != (k in want))
         if inner not in have:  # written by an older version, which did not record this key
-            raise UserError(f"{directory} was made without {key}.{inner}, now {shown(want[inner])}: {advice}")
+            raise UserError(f"{directory} was made without {key}.{inner}, but now it is {shown(want[inner])}. {advice}")
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
-    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}: {advice}")
+    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}. {advice}")
 
 
 def shown(value: Any) -> str:

@@ -71,12 +71,15 @@ def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])[:100]
         raise UserError(
-            f"{place}: {f'{key}: ' if key else ''}{first['msg']}: the file is damaged or not ours"
+            f"{place}: {f'{key}: ' if key else ''}{first['msg']}. The file is damaged, or another program wrote it."
         ) from error
     for name in records:
         parts = PurePosixPath(name).parts
         if not parts or ".." in parts or parts[0] == "/" or "\0" in name:
-            raise UserError(f"{place}: {name[:100]!r} is no file of this directory: the file is damaged or not ours")
+            raise UserError(
+                f"{place}: {name[:100]!r} is not a file of this directory. The file is damaged, or another "
+                "program wrote it."
+            )
     return records
 
 
@@ -88,16 +91,16 @@ def difference(path: Path, record: FileRecord, *, content: bool = True) -> str |
     if not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != record.bytes:
-        return f"{size} bytes in the place of {record.bytes}"
+        return f"{size} bytes instead of {record.bytes}"
     return wrong_content(record_of_file(path), record) if content else None
 
 
 def wrong_content(found: FileRecord, record: FileRecord) -> str | None:
     """How a file that was read differs from its record, None if it does not. found: what was read."""
     if found.bytes != record.bytes:
-        return f"{found.bytes} bytes in the place of {record.bytes}"
+        return f"{found.bytes} bytes instead of {record.bytes}"
     if found != record:
-        return f"checksum {found.xxh3_128[:12]}... in the place of {record.xxh3_128[:12]}..."
+        return f"checksum {found.xxh3_128[:12]}... instead of {record.xxh3_128[:12]}..."
     return None
 
 

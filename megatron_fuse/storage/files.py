@@ -124,12 +124,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
         actual = sha256_of_json(content)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{path}: holds half a surrogate pair: restore it, or remove it and run the stage again"
+            f"{path}: it holds half a surrogate pair. Restore the file, or remove it and run the stage again."
         ) from error
     if seal is not None and seal != actual:
         raise UserError(
-            f"{path}: its content does not have the sha256 that it states: restore it, or remove it and run "
-            "the stage again"
+            f"{path}: the content does not have the sha256 that the file states. Restore the file, or remove "
+            "it and run the stage again."
         )
     return content
 
@@ -144,7 +144,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}): restore it, or if a stage made it, remove it and run the stage again"
+            f"{path}: not valid JSON ({error}). Restore the file. If a stage made it, you can also remove it "
+            "and run the stage again."
         ) from error
     return content
 
@@ -157,9 +158,9 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}): a row is a JSON object on one line") from error
+        raise UserError(f"{place}: not valid JSON ({error}). A row must be a JSON object on one line.") from error
     if not isinstance(row, dict):
-        raise UserError(f"{place}: a row is a JSON object on one line, this is a {type(row).__name__}")
+        raise UserError(f"{place}: a row must be a JSON object on one line, not a {type(row).__name__}")
     return row
 
 

@@ -94,7 +94,7 @@ class LockFile:
             raise self._refused(error) from error
         # A user may have removed the file: processes that open the path now would take locks of a new file.
         if not self._is_current():
-            raise UserError(f"{self.path} was removed while this process used it: run the command again")
+            raise UserError(f"{self.path} was removed while this process used it. Run the command again.")
         # If the disk is full, the lock still holds. Only the messages lack the name.
         with suppress(OSError):
             os.pwrite(self._file, _own_name().ljust(RECORD, b"\0"), number * RECORD)
@@ -137,11 +137,12 @@ class LockFile:
     def _refused(self, error: OSError) -> UserError:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return UserError(
-                f"{self.path}: this file system has no POSIX locks ({error.strerror}), so that two processes could damage "
-                "each other's files: choose a workdir on a file system that has them (Lustre: mount it with -o flock)"
+                f"{self.path}: this file system has no POSIX locks ({error.strerror}), so two processes "
+                "could damage each other's files. Choose a workdir on a file system that has locks (Lustre: "
+                "mount it with -o flock)."
             )
         if isinstance(error, FileExistsError):  # from mkdir
-            return UserError(f"{self.path.parent}: cannot be written (Not a directory): choose another place")
+            return UserError(f"{self.path.parent}: cannot be written (Not a directory). Choose another place.")
         return UserError(f"{self.path}: cannot be written ({error.strerror})")
 
 

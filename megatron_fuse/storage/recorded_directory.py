@@ -61,13 +61,13 @@ class Found:
         if self.changed:
             name, how = next(iter(self.changed.items()))
             raise UserError(
-                f"{self.directory / name}: {how}: it was changed or damaged after it was written: move it away or remove it to have "
-                f"it made again, or choose another {option}"
+                f"{self.directory / name}: {how}. The file was changed or damaged after it was written. Move "
+                f"or remove it and run this again, or choose another {option}."
             )
         if self.foreign:
             raise UserError(
-                f"{self.directory} is to be replaced, but holds what {self.record} does not list: {first_few(self.foreign)}: move "
-                f"that to another place, or choose another {option}"
+                f"{self.directory} must be replaced, but it holds files that {self.record} does not list: "
+                f"{first_few(self.foreign)}. Move these files to another place, or choose another {option}."
             )
 
 
@@ -80,12 +80,12 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
     if not os.path.lexists(directory):
         return None
     if not (directory / record).is_file():
-        raise UserError(f"{option}: {directory} exists and holds no {record}: move it, or choose another directory")
+        raise UserError(f"{option}: {directory} exists but has no {record}. Move it, or choose another directory.")
     content = read_sealed(directory / record)
     if "files" not in content:
         raise UserError(
-            f"{directory / record} does not list the directory's files, as it was written by an older version: move "
-            f"{directory}, or choose another {option}"
+            f"{directory / record} does not list the files of the directory, because an older version wrote "
+            f"it. Move {directory}, or choose another {option}."
         )
     records = parse_records(content.pop("files"), f"{directory / record}: files")
     wrong = {name: difference(directory / name, one, content=verify) for name, one in records.items()}

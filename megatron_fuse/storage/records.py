@@ -41,7 +41,7 @@ def _characters(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"must hold no half of a surrogate pair (character {error.start})") from error
+        raise ValueError(f"must not hold half of a surrogate pair (character {error.start})") from error
     return text
 
 
@@ -90,7 +90,7 @@ def read_record(path: Path, model: type[Model], fix: str | None = None) -> Model
 
     Raises UserError, naming the file and the key, if it is no JSON object or not of this form.
     """
-    fix = fix or "restore it, or if a stage made it, remove it and run the stage again"
+    fix = fix or "Restore the file. If a stage made it, you can also remove it and run the stage again."
     return parse_record(read_sealed(path), model, str(path), fix)
 
 
@@ -102,12 +102,12 @@ def parse_record(content: object, model: type[Model], place: str, fix: str) -> M
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{place}: {first_problem(error)}: {fix}") from error
+        raise UserError(f"{place}: {first_problem(error)}. {fix}") from error
 
 
 def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterator[T]:
     """The rows of a JSONL file that a stage wrote, as dataclasses or models. Raises UserError naming file, line and key."""
-    fix = fix or f"restore it, or remove {path.parent} and rerun the stage"
+    fix = fix or f"Restore the file, or remove {path.parent} and run the stage again."
     # mypy believes that type[T] is not hashable.
     adapter = _adapter(kind)  # type: ignore[arg-type]
     with path.open("rb") as file:
@@ -116,7 +116,7 @@ def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterat
                 try:
                     yield adapter.validate_json(line, strict=True)
                 except ValidationError as error:
-                    raise UserError(f"{path}:{number}: {first_problem(error)}: {fix}") from error
+                    raise UserError(f"{path}:{number}: {first_problem(error)}. {fix}") from error
 
 
 @cache

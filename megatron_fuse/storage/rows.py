@@ -54,7 +54,9 @@ def id_at(row: dict[str, Any], key: str, place: str) -> str:
     value = value_at(row, key)
     name = as_id(value)
     if name is None:
-        raise UserError(f"{place}: {key} is {quoted(value)}: a row needs the id of its example, text or a whole number")
+        raise UserError(
+            f"{place}: {key} is {quoted(value)}, but a row needs the id of its example: text or a whole number"
+        )
     return name
 
 

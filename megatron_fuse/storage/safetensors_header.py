@@ -46,7 +46,7 @@ DTYPE_BITS = {
     "C64": 64,
 }
 # fmt: on
-_FETCH = "fetch or copy the file again"
+_FETCH = "Fetch or copy the file again."
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -95,7 +95,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
     content = parse_object(text, str(path))
     metadata = content.pop(METADATA, None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise UserError(f"{path}: {METADATA} is {quoted(metadata)}: expected an object of texts: {_FETCH}")
+        raise UserError(f"{path}: {METADATA} is {quoted(metadata)}, but must be an object of texts. {_FETCH}")
     data = 8 + len(text)
     tensors = {name: _tensor(name, entry, data, path) for name, entry in content.items()}
     _check_cover(tensors, data, size, path)
@@ -110,7 +110,7 @@ def refuse_lfs_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
-                raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+                raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with git lfs pull.")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -120,7 +120,7 @@ def _header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
         raise UserError(
-            f"{path} is not a whole safetensors file: its header would have {length} bytes of {size}: {_FETCH}"
+            f"{path} is not a complete safetensors file: its header would have {length} bytes of {size}. {_FETCH}"
         )
     return file.read(length)
 
@@ -130,12 +130,12 @@ def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
     tensor = parse_record(entry, _Tensor, place, _FETCH)
     start, end = tensor.data_offsets
     if tensor.dtype not in DTYPE_BITS:
-        raise UserError(f"{place}: dtype is {quoted(tensor.dtype)}, which safetensors does not have: {_FETCH}")
+        raise UserError(f"{place}: dtype is {quoted(tensor.dtype)}, which safetensors does not have. {_FETCH}")
     bits = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
     if bits != 8 * (end - start):
         raise UserError(
-            f"{place}: shape {quoted(tensor.shape)} of {tensor.dtype} has {-(-bits // 8)} bytes, but data_offsets {start}, {end} "
-            f"give it {end - start}: {_FETCH}"
+            f"{place}: shape {quoted(tensor.shape)} of {tensor.dtype} needs {-(-bits // 8)} bytes, but "
+            f"data_offsets {start}, {end} give {end - start}. {_FETCH}"
         )
     return StoredTensor(tensor.dtype, tuple(tensor.shape), data + start, data + end)
 
@@ -146,12 +146,12 @@ def _check_cover(tensors: dict[str, StoredTensor], data: int, size: int, path: P
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != end:
             raise UserError(
-                f"{path}: tensor {brief(name, 100)}: data_offsets begin at {tensor.start - data}, but the tensors before it "
-                f"end at {end - data}: {_FETCH}"
+                f"{path}: tensor {brief(name, 100)}: data_offsets begin at {tensor.start - data}, but the "
+                f"tensors before it end at {end - data}. {_FETCH}"
             )
         end = tensor.end
     if end != size:
         what = "is cut off" if end > size else "has bytes that belong to no tensor"
         raise UserError(
-            f"{path} {what}: its header describes {end} bytes (data_offsets), the file has {size}: {_FETCH}"
+            f"{path} {what}: its header describes {end} bytes (data_offsets), but the file has {size}. {_FETCH}"
         )

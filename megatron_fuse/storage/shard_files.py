@@ -83,8 +83,8 @@ class ShardFiles:
             return None
         if content.get("plan", self._sha256) != self._sha256:
             raise UserError(
-                f"{path} belongs to a shard that was made with other options or from other inputs: move or remove "
-                f"{self.directory} to make it anew"
+                f"{path} belongs to a shard with other options or other inputs. Move or remove "
+                f"{self.directory} and run this again."
             )
         if damage := first_damage(self.directory, content["files"]):
             self._report(index, damage)

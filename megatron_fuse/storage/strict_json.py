@@ -43,7 +43,9 @@ def read_small_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The bytes of a file. Raises UserError if it is missing, too large, unreadable, or no regular file."""
     size = file_size(path)
     if size > most_bytes:
-        raise UserError(f"{path} has {size} bytes, more than {most_bytes}: another file is in its place")
+        raise UserError(
+            f"{path} has {size} bytes, more than {most_bytes}, so it is another file. Put the right file there."
+        )
     try:
         return path.read_bytes()
     except OSError as error:
@@ -59,7 +61,7 @@ def file_size(path: Path) -> int:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'no regular file'}: put the file there")
+        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}. Put the file there.")
     return status.st_size
 
 
@@ -80,12 +82,12 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{place}: not valid JSON: {brief(str(error))}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{place}: holds a JSON {type(content).__name__}, expected an object")
+        raise UserError(f"{place}: holds a JSON {type(content).__name__}, but must hold an object")
     for path, value, depth in _values(content):
         if depth > _MOST_DEPTH:
             raise UserError(f"{place}: {_named(path)}: {_too_deep(text)}")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{place}: {_named(path)} is {quoted(value)}: half of a surrogate pair is no text")
+            raise UserError(f"{place}: {_named(path)} is {quoted(value)}: half of a surrogate pair is not a character")
     return content
 
 
@@ -102,7 +104,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise _BadValue(f"an integer of {len(digits)} digits", digits)
+        raise _BadValue(f"there is an integer of {len(digits)} digits", digits)
     return int(digits)
 
 

@@ -37,16 +37,16 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed
             return _tiktoken(ranks[0])
         _refuse_own_forms(path)
         listing = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
-        raise UserError(f"{path}: no tokenizer found: expected {EXPECTED}; found {listing}")
+        raise UserError(f"{path}: no tokenizer found, only {listing}. Name {EXPECTED}.")
     if not path.exists():
-        raise UserError(f"{path}: no such file or directory: expected {EXPECTED}")
+        raise UserError(f"{path} does not exist. Name {EXPECTED}.")
     if path.suffix == ".tiktoken":
         return _tiktoken(path)
     if path.suffix == ".model":
         return _model_file(path)
     if path.name == "tokenizer.json":
         return _hugging_face(path.parent, trust_remote_code, allowed_by)
-    raise UserError(f"{path}: not a tokenizer file: expected {EXPECTED}")
+    raise UserError(f"{path}: not a tokenizer file. Name {EXPECTED}.")
 
 
 # Vocabularies of Mistral and of some models that come with code of their own. Per file name: what comes
@@ -77,7 +77,7 @@ def _refuse_own_forms(directory: Path) -> None:
     for name, (before, program, after) in _CONVERSIONS.items():
         if (directory / name).is_file():
             command = f"{before}{shlex.join(['python', '-c', program, str(directory)])}{after}"
-            raise UserError(f"{directory}: {name} has to be converted to tokenizer.json once: {command}")
+            raise UserError(f"{directory}: {name} must be converted to tokenizer.json once. Run {command}")
 
 
 def _hugging_face(directory: Path, trust_remote_code: bool, allowed_by: str | None) -> Tokenizer:

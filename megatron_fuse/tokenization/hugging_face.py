@@ -125,7 +125,8 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
             )
         if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
             raise UserError(
-                f"{directory}: only fast tokenizers have known bytes: save a tokenizer.json with transformers"
+                f"{directory}: only for fast tokenizers the bytes of the tokens are known. Save a "
+                "tokenizer.json with transformers."
             )
         state = backend_state(tokenizer, said)
         if said is not None and (from_file := as_in_file(tokenizer, state, said, directory)) is not tokenizer:

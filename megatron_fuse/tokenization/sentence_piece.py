@@ -137,8 +137,9 @@ def _refuse_other_bytes(model: Any, extra: dict[str, int], path: Path) -> None:
             model.SentencePiece.BYTE,
         ):
             raise UserError(
-                f"{path.parent}: the added token {quoted(text)} has id {token}, which {path.name} gives to "
-                f"{quoted(model.pieces[token].piece)}: the settings beside the model are another model's"
+                f"{path.parent}: the added token {quoted(text)} has id {token}, but in {path.name} this is "
+                f"the id of {quoted(model.pieces[token].piece)}. The settings beside the model belong to "
+                "another model."
             )
 
 
@@ -187,8 +188,8 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         }
     except Exception as error:  # protobuf and sentencepiece raise their own kinds
         raise UserError(
-            f"{path}: not a SentencePiece model ({brief(str(error))}), and no tiktoken ranks either: any other tokenizer "
-            "needs a tokenizer.json beside it"
+            f"{path}: not a SentencePiece model ({brief(str(error))}), and not tiktoken ranks. Any other "
+            "tokenizer needs a tokenizer.json beside it."
         ) from error
     settings = read_settings(path.parent)
     extra = {text: token for text, token in settings.added.items() if text not in pieces}

@@ -22,8 +22,8 @@ def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy:
     normalizer = model.normalizer_spec
     if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise UserError(
-            f"{tokenizer.name}: only BPE models without normalisation can be written as tokenizer.json here: "
-            "convert this one with transformers and give the directory with its tokenizer.json"
+            f"{tokenizer.name}: only BPE models without normalisation can be written as tokenizer.json here. "
+            "Convert this one with transformers, and name the directory with its tokenizer.json."
         )
     vocabulary = {entry.piece: token for token, entry in enumerate(model.pieces)}
     unknown = next(entry.piece for entry in model.pieces if entry.type == entry.UNKNOWN)
@@ -58,7 +58,7 @@ def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy:
         )
         backend.add_special_tokens([entry]) if entry.special else backend.add_tokens([entry])
         if backend.token_to_id(text) != token:
-            raise UserError(f"{tokenizer.name}: token {text!r} has id {token}, which leaves a hole in the numbering")
+            raise UserError(f"{tokenizer.name}: token {text!r} has id {token}, but the ids before it are not all used")
     return wrap_backend(tokenizer, backend, unk_token=unknown)
 
 

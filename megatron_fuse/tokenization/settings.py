@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MOST_IDS = 1 << 22  # the largest published vocabularies have 262,144; every id takes memory, used or not
 _MOST_BYTES = 512 << 20
-_FIX = "save the tokenizer with transformers again, or fetch it again"
+_FIX = "Save the tokenizer with transformers again, or fetch it again."
 
 
 def _is_id(text: str) -> str:
@@ -107,9 +107,9 @@ def _known_ids(vocabulary: Any) -> Any:
     if isinstance(vocabulary, dict):
         for token in vocabulary.values():
             if type(token) is not int or not 0 <= token < MOST_IDS:
-                raise ValueError(f"every id must be a whole number below {MOST_IDS}, one is {str(token)[:20]}")
+                raise ValueError(f"every id must be a whole number below {MOST_IDS}, but one is {str(token)[:20]}")
         if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError("two tokens must not have one id")
+            raise ValueError("two tokens have the same id")
     return vocabulary
 
 
@@ -174,7 +174,9 @@ class Settings:
         """
         text = text_of(getattr(self.config, f"{kind}_token"))
         if text and text not in tokens and kind != "pad":
-            raise UserError(f"{self.file}: {kind}_token is {quoted(text)}, which is no token of this tokenizer: {_FIX}")
+            raise UserError(
+                f"{self.file}: {kind}_token is {quoted(text)}, which is not a token of this tokenizer. {_FIX}"
+            )
         return tokens.get(text, default) if text is not None else default
 
 
@@ -214,7 +216,7 @@ def read_text(path: Path, where: str = "") -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         place = f"{where}: {path}" if where else str(path)
-        raise UserError(f"{place}: line {line} is no UTF-8 text: {error.reason}") from error
+        raise UserError(f"{place}: line {line} is not UTF-8 text: {error.reason}") from error
 
 
 def check_tokenizer_files(directory: Path) -> dict[str, Any] | None:
@@ -240,7 +242,7 @@ def _read_tokenizer_file(path: Path) -> dict[str, Any]:
         try:
             TokenizerFile.model_validate_json(data)  # its messages speak of JSON, not of Python objects
         except ValidationError as error:
-            raise UserError(f"{path}: {first_problem(error)}: {_FIX}") from error
+            raise UserError(f"{path}: {first_problem(error)}. {_FIX}") from error
         raise
     return content
 

@@ -82,8 +82,9 @@ def load_tiktoken(path: Path) -> Tokenizer:
     ranks = _read_ranks(data, path)
     if len(ranks) > encoding.ranks:
         raise UserError(
-            f"{path}: holds {len(ranks)} ranks, but {encoding.name} has {encoding.ranks}: this is another model's rank file, "
-            "whose splitting pattern it does not tell: give that model's tokenizer.json instead"
+            f"{path}: it holds {len(ranks)} ranks, but {encoding.name} has {encoding.ranks}. So this is the "
+            "rank file of another model, and a rank file does not hold its splitting pattern. Use the "
+            "tokenizer.json of that model."
         )
     settings = read_settings(path.parent)
     published, special = _special_tokens(path, encoding, len(ranks), settings)
@@ -126,8 +127,8 @@ def _special_tokens(
     for text, token in settings.added.items():
         if token < ranks:
             raise UserError(
-                f"{path.parent}: the added token {text!r} has id {token}, which {path.name} gives to other bytes: the "
-                "settings beside the rank file are another model's"
+                f"{path.parent}: the added token {text!r} has id {token}, but in {path.name} this is the id "
+                "of other bytes. The settings beside the rank file belong to another model."
             )
     shift = ranks - encoding.ranks if encoding.follows else 0
     published = {text: token + shift for text, token in encoding.special.items()}
@@ -143,8 +144,9 @@ def _known_encoding(path: Path) -> PublishedEncoding:
     name = "llama3" if path.suffix == ".model" else path.stem
     if name not in ENCODINGS:
         raise UserError(
-            f"{path}: a rank file does not hold its splitting pattern, and the encoding {name!r} is not known (known: "
-            f"{', '.join(ENCODINGS)}): rename the file to the encoding that it is, or give the model's tokenizer.json instead"
+            f"{path}: a rank file does not hold its splitting pattern, and the encoding {name!r} is not "
+            f"known (known: {', '.join(ENCODINGS)}). Rename the file to its encoding, or use the "
+            "tokenizer.json of the model."
         )
     return ENCODINGS[name]
 
@@ -158,8 +160,9 @@ def _refuse_another_encoding(data: bytes, encoding: PublishedEncoding, path: Pat
     for other in ENCODINGS.values():
         if other.sha256 == sha256 and other.name != encoding.name:
             raise UserError(
-                f"{path}: this is the rank file of {other.name} under the name of {encoding.name}, which cuts text by another "
-                f"pattern or has other special tokens: name it {other.name}.tiktoken"
+                f"{path}: this is the rank file of {other.name} with the name of {encoding.name}, which has "
+                "another splitting pattern or other special tokens. Rename the file to "
+                f"{other.name}.tiktoken."
             )
 
 
@@ -169,13 +172,17 @@ def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
         pairs = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
     except ValueError as error:
-        raise UserError(f"{path}: not a tiktoken rank file (base64 bytes and a rank on every line): {error}") from error
+        raise UserError(
+            f"{path}: not a tiktoken rank file (each line needs base64 bytes and a rank): {error}"
+        ) from error
     if sorted(ranks.values()) != list(range(len(pairs))):
-        raise UserError(f"{path}: the ranks of its {len(pairs)} lines are not 0, 1, 2 ...: damaged, get the file again")
+        raise UserError(
+            f"{path}: the ranks of its {len(pairs)} lines are not 0, 1, 2 ... The file is damaged: fetch it again."
+        )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} of the 256 single bytes have no rank, the first 0x{missing[0]:02X}: damaged, get the "
-            "file again"
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, the first is 0x{missing[0]:02X}. "
+            "The file is damaged: fetch it again."
         )
     return ranks

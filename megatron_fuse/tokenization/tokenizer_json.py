@@ -77,8 +77,8 @@ def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]]
     model = state["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["type"] == "WordPiece":
         raise UserError(
-            f"{name}: a {model['type']} vocabulary with word marks has no exact bytes for its tokens: choose a model "
-            "with a byte-level or SentencePiece-like tokenizer"
+            f"{name}: the tokens of a {model['type']} vocabulary with word marks have no exact bytes. Choose "
+            "a model with a byte-level or SentencePiece-like tokenizer."
         )
     if byte_level:
         return _byte_level_bytes
@@ -88,8 +88,9 @@ def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]]
         return lambda pieces: [_spaced(piece) for piece in pieces]
     kinds = sorted({part["type"] for key in _PIPELINE for part in _parts(state[key])})
     raise UserError(
-        f"{name}: cannot tell which bytes its tokens stand for: expected a byte-level or SentencePiece-like "
-        f"tokenizer.json, found model {model['type']} with {kinds or 'no decoder'}"
+        f"{name}: the bytes of its tokens are not known, because the tokenizer.json has model "
+        f"{model['type']} with {kinds or 'no decoder'}. Choose a model with a byte-level or "
+        "SentencePiece-like tokenizer.json."
     )
 
 

@@ -109,7 +109,7 @@ def plan_batch(
         not 1.
     """
     if pack_into and micro_batch_size != 1:
-        raise ValueError(f"micro_batch_size is {micro_batch_size}: packed sequences go one by one")
+        raise ValueError(f"micro_batch_size is {micro_batch_size}, but packed sequences need 1")
     # A document of n tokens takes n - 1 positions: its last token is a label only.
     present_in = {mode: examples[dataset.lengths(mode)[examples] > 0] for mode in weights}
     positions_in = {mode: dataset.lengths(mode)[present] - 1 for mode, present in present_in.items()}

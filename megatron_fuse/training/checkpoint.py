@@ -132,7 +132,8 @@ def named_checkpoint(directory: Path, which: str = LATEST) -> Path | None:
     path = iteration_directory(directory, iteration)
     if not (path / "facts.json").exists():
         raise UserError(
-            f"{directory / which} names iteration {iteration}, but {path} is missing or incomplete: name another one there"
+            f"{directory / which} names iteration {iteration}, but {path} is missing or incomplete. Write "
+            "the iteration of another checkpoint into that file."
         )
     return path
 
@@ -147,7 +148,8 @@ def _named_iteration(directory: Path, which: str) -> int | None:
         raise UserError(f"{tracker}: cannot be read ({error.strerror})") from error
     if not re.fullmatch(rb"[0-9]{1,12}", content):
         raise UserError(
-            f"{tracker}: holds {content[:40]!r}, expected an iteration number: write that of a checkpoint in {directory} there"
+            f"{tracker}: it holds {content[:40]!r} instead of an iteration number. Write the iteration of a "
+            f"checkpoint in {directory} into it."
         )
     return int(content)
 
@@ -167,7 +169,8 @@ def read_facts(path: Path, *, verify: bool = True) -> CheckpointMetadata:
 def _open_files(path: Path, verify: bool) -> CheckpointFiles:
     if not (path / "facts.json").exists():
         raise UserError(
-            f"{path}: no facts.json, so not a whole checkpoint: name a directory iter_XXXXXXX of a finished save"
+            f"{path}: not a complete checkpoint, because there is no facts.json. Name a directory "
+            "iter_XXXXXXX of a finished save."
         )
     return CheckpointFiles(path, verify=verify)
 
@@ -181,10 +184,11 @@ def _facts_in(files: CheckpointFiles) -> CheckpointMetadata:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
-        raise UserError(f"{place}: not a checkpoint of this version ({what}): name another checkpoint") from error
+        raise UserError(f"{place}: not a checkpoint of this version ({what}). Name another checkpoint.") from error
     if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != facts.iteration:
         raise UserError(
-            f"{path} holds the checkpoint of iteration {facts.iteration}, by its facts.json: give it its name back"
+            f"{path} holds the checkpoint of iteration {facts.iteration}, as its facts.json says. Rename the "
+            "directory to the name of that iteration."
         )
     return facts
 
@@ -204,14 +208,14 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         if isinstance(value, dict) and isinstance(other, dict):
             same = {name for name in value if name in other and other[name] == value[name]}
             other, value = ({name: side[name] for name in side if name not in same} for side in (other, value))
-        texts.append(f"has {key} = {other!r}, this run has {key} = {value!r}")
+        texts.append(f"has {key} = {other!r}, but this run has {key} = {value!r}")
     return texts
 
 
 def refuse_other_model(path: Path, facts: CheckpointMetadata, architecture: Architecture) -> None:
     """Raises UserError if a checkpoint holds another model or vocabulary."""
     if differing := differences(facts.model, model_facts(architecture)):
-        raise UserError(f"{path}: checkpoint {'; '.join(differing)}: load it into the model that it was made from")
+        raise UserError(f"{path}: the checkpoint {'; '.join(differing)}. Load it into the model that it was made from.")
 
 
 def _by_name(chunks: Sequence[FusionGPTModel]) -> dict[str, FusionGPTModel]:
@@ -352,9 +356,10 @@ class CheckpointWriter:
             return error
         reasons = [str(failure) for failure, _ in getattr(error, "failures", {}).values()] or [str(error)]
         return UserError(
-            f"{self.directory}: the checkpoint cannot be written ({'; '.join(dict.fromkeys(reasons))}): its tensors "
-            f"take {self._bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there; make room (--save-retain-last keeps fewer) or "
-            "choose another --save. The checkpoints before are whole, and the same command continues from the last"
+            f"{self.directory}: the checkpoint cannot be written ({'; '.join(dict.fromkeys(reasons))}). Its "
+            f"tensors need {self._bytes / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there. Make room "
+            "(--save-retain-last keeps fewer checkpoints) or choose another --save. The earlier checkpoints "
+            "are complete, and the same command continues from the last one."
         )
 
 
@@ -423,7 +428,7 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
         if isinstance(failure, UserError):
             return failure
     reason = f"{type(failures[0]).__name__}: {str(failures[0])[:200]}"
-    return UserError(f"{path} cannot be read ({reason}): name another checkpoint")
+    return UserError(f"{path} cannot be read ({reason}). Name another checkpoint.")
 
 
 def _on_all_ranks(action: Callable[[], T]) -> T:

@@ -37,7 +37,7 @@ CHECKSUMS = "checksums.json"
 LARGE = ".distcp"  # suffix of the files that the ranks write
 _THREADS = 2  # for the items that the load does not need
 _BLOCK = 1 << 19  # bytes that stay in a core's cache between the read and the hash, which both release the GIL
-_FIX = "name another checkpoint, or restore this one from a copy"
+_FIX = "Name another checkpoint, or restore this one from a copy."
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ def write_checksums(directory: Path, written: Mapping[str, StoredItems]) -> None
     names = {path.name for path in directory.iterdir()} - {CHECKSUMS}
     large = {name for name in names if name.endswith(LARGE)}
     if unknown := large ^ set(written):
-        raise ValueError(f"{min(unknown)} is there or has checksums, but not both")
+        raise ValueError(f"{min(unknown)} has no file or no checksums")
     for name, record in written.items():
         if (size := (directory / name).stat().st_size) != record.bytes:
             raise UserError(
-                f"{directory / name}: {size} bytes, but {record.bytes} were written: the file system lost data"
+                f"{directory / name}: the file has {size} bytes, but {record.bytes} were written. The file "
+                "system lost data."
             )
     small = {name: record_of_file(directory / name) for name in sorted(names - large)}
     items = {name: asdict(written[name]) for name in sorted(written)}
@@ -93,8 +94,8 @@ class CheckpointFiles:
             self.small, self.large = _read_checksums(place)
         elif verify:
             raise UserError(
-                f"{path} has no {CHECKSUMS}: it was written by an older version or is incomplete, and damage would go unnoticed: "
-                "name another checkpoint, or accept the risk with --no-verify"
+                f"{path} has no {CHECKSUMS}. An older version wrote it, or it is incomplete, so damage would "
+                "not be found. Name another checkpoint, or accept this risk with --no-verify."
             )
         self._spans: dict[str, dict[int, tuple[int, str]]] = {}
         self._compare_rest: Callable[[set[tuple[str, int]]], None] = lambda _: None
@@ -105,7 +106,7 @@ class CheckpointFiles:
         try:
             content = place.read_bytes()
         except OSError as error:
-            raise UserError(f"{place}: cannot be read ({error.strerror}): {_FIX}") from error
+            raise UserError(f"{place}: cannot be read ({error.strerror}). {_FIX}") from error
         if self.small is not None:
             if name not in self.small:
                 raise self._not_listed(name)
@@ -119,11 +120,15 @@ class CheckpointFiles:
         in a file of the checkpoint itself."""
         if self.small is None:
             if Path(name).name != name or not (self.path / name).is_file():
-                raise UserError(f"{self.path / name[:100]}: missing, .metadata places tensors there: {_FIX}")
+                raise UserError(
+                    f"{self.path / name[:100]}: the file is missing, but .metadata places tensors there. {_FIX}"
+                )
         elif name not in self.large:
             raise self._not_listed(name)
         elif self._span(name, offset)[0] != length:
-            raise self._damaged(name, f".metadata places an item of {length} bytes at {offset}, where none is stored")
+            raise self._damaged(
+                name, f".metadata places an item of {length} bytes at {offset}, but no such item is stored there"
+            )
 
     def compare_sizes(self, rank: int, world_size: int) -> None:
         """Compares presence and size of a rank's share of the large files.
@@ -135,7 +140,7 @@ class CheckpointFiles:
             if not path.is_file():
                 raise self._damaged(name, "missing")
             if (actual := path.stat().st_size) != size:
-                raise self._damaged(name, f"{actual} bytes in the place of {size}")
+                raise self._damaged(name, f"{actual} bytes instead of {size}")
 
     def read_item(self, file: BinaryIO, name: str, offset: int, into: memoryview) -> None:
         """Reads the whole item at `offset` of a large file and compares it. file: opened unbuffered."""
@@ -150,12 +155,12 @@ class CheckpointFiles:
             block = block_at(read)[: length - read]
             count = file.readinto(block)  # type: ignore[attr-defined]
             if not count:
-                raise self._damaged(name, f"ends at byte {offset + read}, within an item")
+                raise self._damaged(name, f"the file ends at byte {offset + read}, within an item")
             if digest is not None:
                 digest.update(block[:count])
             read += count
         if digest is not None and (found := digest.hexdigest()) != (wanted := self._span(name, offset)[1]):
-            raise self._damaged(name, f"checksum {found[:12]}... in the place of {wanted[:12]}... at byte {offset}")
+            raise self._damaged(name, f"checksum {found[:12]}... instead of {wanted[:12]}... at byte {offset}")
 
     @contextmanager
     def comparing_rest(self, rank: int, world_size: int) -> Iterator[None]:
@@ -205,7 +210,7 @@ class CheckpointFiles:
     def _span(self, name: str, offset: int) -> tuple[int, str]:
         spans = self._spans.get(name) or self._spans.setdefault(name, self.large[name].spans())
         if offset not in spans:
-            raise self._damaged(name, f".metadata places an item at byte {offset}, where none begins")
+            raise self._damaged(name, f".metadata places an item at byte {offset}, but none begins there")
         return spans[offset]
 
     def _share(self, rank: int, world_size: int) -> list[str]:
@@ -214,10 +219,10 @@ class CheckpointFiles:
         return [name for index, name in enumerate(sorted(self.large)) if _writer(name, index) % world_size == rank]
 
     def _damaged(self, name: str, wrong: str) -> UserError:
-        return UserError(f"{self.path / name}: {wrong}: damaged, or a file of another checkpoint: {_FIX}")
+        return UserError(f"{self.path / name}: {wrong}. The file is damaged or belongs to another checkpoint. {_FIX}")
 
     def _not_listed(self, name: str) -> UserError:
-        return UserError(f"{self.path / CHECKSUMS} does not list {name[:100]}: one of the two is damaged: {_FIX}")
+        return UserError(f"{self.path / CHECKSUMS} does not list {name[:100]}. One of the two is damaged. {_FIX}")
 
 
 def _read_checksums(place: Path) -> tuple[dict[str, FileRecord], dict[str, StoredItems]]:
@@ -232,9 +237,9 @@ def _read_checksums(place: Path) -> tuple[dict[str, FileRecord], dict[str, Store
     except ValidationError as error:
         first = error.errors()[0]
         what = f"items: {'.'.join(map(str, first['loc']))[:100]}: {first['msg']}"
-        raise UserError(f"{place}: damaged ({what}): {_FIX}") from error
+        raise UserError(f"{place}: damaged ({what}). {_FIX}") from error
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}): {_FIX}") from error
+        raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}). {_FIX}") from error
     return parse_records(files, f"{place}: files"), large
 
 

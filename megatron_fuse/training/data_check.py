@@ -83,4 +83,6 @@ class DataCheck:
 
 
 def _ended_by(message: str) -> UserError:
-    return UserError(f"{message}. Training ends; no checkpoint was written from these data since it started")
+    return UserError(
+        f"{message.removesuffix('.')}. Training ends. No checkpoint was written from these data since it started."
+    )

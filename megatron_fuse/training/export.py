@@ -43,7 +43,7 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
     # Without a validation split there is no best checkpoint.
     checkpoint = named_checkpoint(directory, wanted) or named_checkpoint(directory)
     if checkpoint is None:
-        raise UserError(f"{directory} holds no checkpoint: run python -m megatron_fuse.pretrain first")
+        raise UserError(f"{directory} holds no checkpoint. Run python -m megatron_fuse.pretrain first.")
     reference, output = target_directory(recipe), export_directory(recipe)
     chat = load_format(recipe.target, "target")
     template = chat.template if recipe.target.chat_template is not None else None

@@ -95,8 +95,9 @@ class StepGuard:
             problem = f"iteration {iteration}: the gradient norm is {norm}, on examples {_named(example_ids())}"
             if self.skipped_in_a_row >= self.max_skipped:
                 raise UserError(
-                    f"{problem}: this is skipped step {self.skipped_in_a_row} in a row (--max-skipped-iterations "
-                    f"{self.max_skipped}): lower --lr, or look for NaN in the target's weights; checkpoints hold none of them"
+                    f"{problem}: this is skipped step {self.skipped_in_a_row} in a row "
+                    f"(--max-skipped-iterations {self.max_skipped}). Lower --lr, or look for NaN in the "
+                    "target's weights. The checkpoints hold none of the skipped steps."
                 )
             return f"WARNING: {problem}: step skipped ({self.skipped_in_a_row} in a row)"
         self.skipped_in_a_row = 0
@@ -147,8 +148,9 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
     if anywhere.item():
         named = f"{', '.join(different[:4])} ({len(different)} of {len(weights)})" if different else "on other ranks"
         raise UserError(
-            f"iteration {iteration}: the weights of data-parallel replicas differ: {named}: look for a broken device or link, "
-            "and continue from a checkpoint before the last comparison that passed"
+            f"iteration {iteration}: the weights of data-parallel replicas differ: {named}. Look for a "
+            "broken device or link, and continue from a checkpoint before the last comparison without a "
+            "difference."
         )
 
 

@@ -219,7 +219,7 @@ def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
     place = str(files.path / _COMMON)
     common = read_plain(files.content(_COMMON), place)
     if not isinstance(common, dict):
-        raise UserError(f"{place} holds a {type(common).__name__}: name another checkpoint")
+        raise UserError(f"{place} holds a {type(common).__name__} instead of a mapping. Name another checkpoint.")
     metadata = read_metadata(files.content(".metadata"), str(files.path / ".metadata"))
     for place in metadata.storage_data.values():
         files.check_place(place.relative_path, place.offset, place.length)
@@ -247,7 +247,8 @@ def _check_format(files: CheckpointFiles) -> None:
     found = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
     if found != _FORMAT:
         raise UserError(
-            f"{place}: has {quoted(found, 200)}, a checkpoint of this version has {_FORMAT}: name another checkpoint"
+            f"{place}: it has {quoted(found, 200)}, but a checkpoint of this version has {_FORMAT}. Name "
+            "another checkpoint."
         )
 
 
@@ -305,12 +306,15 @@ class _Reader(FileSystemReader):
 def _fill(items: list[ReadItem], content: memoryview, planner: LoadPlanner, what: str) -> None:
     """Passes a stored item to the planner, for every shard that needs a part of it."""
     if items[0].type == LoadItemType.BYTE_IO:  # a pickle, which no state of this project needs
-        raise UserError(f"{what} is no tensor")
+        raise UserError(f"{what} is not a tensor. Name another checkpoint.")
     stored = read_tensor(content, what)
     for item in items:
         part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.size() != part.size():
-            raise UserError(f"{what} has {list(part.size())} where {list(target.size())} is wanted")
+            raise UserError(
+                f"{what} has shape {list(part.size())}, but shape {list(target.size())} is needed. Name "
+                "another checkpoint."
+            )
         target.copy_(part)
         planner.commit_tensor(item, target)

@@ -203,7 +203,11 @@ def advise_when_out_of_memory(
         raise UserError(
             f"out of memory: {str(error).strip() or type(error).__name__}\n"
             f"A rank of pipeline stage {stage} needs about {readable_size(needed.total)}: {parts}.\n"
-            + "\n".join(["Any of these helps:", *mends] if mends else ["A shorter --seq-length or more ranks help."])
+            + "\n".join(
+                ["Each of these changes saves memory:", *mends]
+                if mends
+                else ["Use a shorter --seq-length or more ranks."]
+            )
         ) from error
 
 

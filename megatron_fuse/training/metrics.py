@@ -96,7 +96,7 @@ class _Row(Record):
     @model_validator(mode="after")
     def _whole(self) -> "_Row":
         if self.kind == STEP and not {"phase", "loss"} <= self.model_fields_set:
-            raise ValueError("a step has a phase and a loss")
+            raise ValueError("a step must have a phase and a loss")
         return self
 
 
@@ -106,7 +106,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for number, row in read_jsonl(path):
-        parse_record(row, _Row, f"{path}:{number}", "restore the file or take the line out")
+        parse_record(row, _Row, f"{path}:{number}", "Restore the file, or remove the line.")
         rows.append(row)
     return rows
 

@@ -40,7 +40,7 @@ def _lock(directory: Path) -> Iterator[None]:
     with LockFile(directory / LOCK) as lock:
         if not lock.try_lock(1):
             raise UserError(
-                f"{directory}: another run writes there, {lock.owner(1)}: wait for its end or stop it, or give this one a workdir, "
-                "or a --save, of its own"
+                f"{directory}: another run writes there ({lock.owner(1)}). Wait until it ends or stop it, or "
+                "set another workdir or --save for this run."
             )
         yield

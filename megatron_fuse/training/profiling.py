@@ -27,10 +27,11 @@ def check_profile(recipe: Recipe, *, ranks: int, last_step: int) -> None:
     if not options.profile:
         return
     if (highest := max(options.profile_ranks)) >= ranks:
-        raise UserError(f"--profile-ranks: there is no rank {highest}: choose from 0 to {ranks - 1}")
+        raise UserError(f"--profile-ranks: there is no rank {highest}. Choose from 0 to {ranks - 1}.")
     if options.profile_step_start > last_step:
         raise UserError(
-            f"--profile-step-start {options.profile_step_start}: the run ends after iteration {last_step}: choose an earlier one"
+            f"--profile-step-start {options.profile_step_start} is after the last iteration of the run, "
+            f"{last_step}. Choose an earlier iteration."
         )
 
 

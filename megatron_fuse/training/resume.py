@@ -91,21 +91,21 @@ def resume(
     path = named_checkpoint(options.load or save)
     if path is None:
         if options.load is not None:
-            raise UserError(f"--load {options.load}: no {LATEST} there: name a directory that --save wrote")
+            raise UserError(f"--load {options.load}: there is no {LATEST}. Name a directory that --save wrote.")
         return start
     stored = read_facts(path, verify=options.verify)
     other_run = differences(_with_defaults(stored.run), run)
     if other_run and not options.override:
         raise UserError(
-            f"{path}: checkpoint {'; '.join(other_run)}: put the old value back, start a new run with another --save than "
-            f"{save}, or go on with the new value by --override"
+            f"{path}: the checkpoint {'; '.join(other_run)}. Restore the old value, start a new run with "
+            f"another --save than {save}, or continue with the new value by --override."
         )
     # The model is checked before the optimizer:
     # with another model the optimizer differs too, and the error would mislead.
     refuse_other_model(path, stored, architecture)
     if other_form := differences(stored.optimizer, start.optimizer):
         raise UserError(
-            f"{path}: optimizer {'; '.join(other_form)}, and its state does not fit: put the old value back"
+            f"{path}: the optimizer {'; '.join(other_form)}, so its state does not fit. Restore the old value."
         )
     for difference in other_run + differences(stored.versions, start.versions):
         runtime.print(f"warning: {path} {difference}")

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_fuse.errors import UserError
 
-_FIX = "name another checkpoint"
+_FIX = "Name another checkpoint."
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 # All classes whose objects torch's and Megatron's writers put into .metadata.
 _RECORDS = frozenset(
@@ -95,9 +95,11 @@ def read_metadata(content: bytes, place: str) -> Metadata:
     try:
         return _as_metadata(_MetadataUnpickler(content).load())
     except UserError as error:
-        raise UserError(f"{place} {error}: no checkpoint of ours names it, do not load it: {_FIX}") from error
+        raise UserError(
+            f"{place} {error}, which no checkpoint of this project does. Do not load this file. {_FIX}"
+        ) from error
     except Exception as error:  # a pickle that is cut off or damaged ends in almost any class
-        raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}): {_FIX}") from error
+        raise UserError(f"{place}: damaged ({type(error).__name__}: {str(error)[:100]}). {_FIX}") from error
 
 
 def _as_metadata(record: Any) -> Metadata:
@@ -151,13 +153,13 @@ def _as_size(value: Any) -> torch.Size:
 
 def _kind(record: Any, kind: str | None = None) -> Any:
     if not isinstance(record, _Record) or kind not in (None, type(record).kind):  # type: ignore[attr-defined]
-        raise ValueError(f"a {type(record).__name__} in the place of {kind or 'a record'}")
+        raise ValueError(f"a {type(record).__name__} instead of {kind or 'a record'}")
     return record
 
 
 def _checked(value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"a {type(value).__name__} in the place of {kind.__name__}")
+        raise ValueError(f"a {type(value).__name__} instead of {kind.__name__}")
     return value
 
 
@@ -170,9 +172,9 @@ def read_plain(content: bytes, place: str) -> Any:
         value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damage and refusals are reported in classes of several libraries
         reason = next(iter(str(error).splitlines()), "")[:160]
-        raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}): {_FIX}") from error
+        raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}). {_FIX}") from error
     if (found := _not_plain(value)) is not None:
-        raise UserError(f"{place} holds {found}, which no checkpoint of ours does: {_FIX}")
+        raise UserError(f"{place} holds {found}, which no checkpoint of this project does. {_FIX}")
     return value
 
 

@@ -46,7 +46,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.examples == 0:
             raise UserError(
-                "the fusion data holds no training example: see the counts of the instructions' manifest.json"
+                "the fusion data hold no training example. See the counts in the manifest.json of the instructions."
             )
 
     def _phase_samples(self, index: int) -> int:
@@ -80,8 +80,9 @@ class Schedule:
             if position < samples:
                 if position % self.global_batch_size:
                     raise UserError(
-                        f"the checkpoint has consumed {consumed_samples} samples, where no step of this schedule begins: "
-                        f"continue with the --global-batch-size (now {self.global_batch_size}) and data of the first run"
+                        f"the checkpoint has consumed {consumed_samples} samples, but no step of this "
+                        "schedule begins there. Continue with the data and the --global-batch-size (now "
+                        f"{self.global_batch_size}) of the first run."
                     )
                 last = min(position + self.global_batch_size, samples)
                 number = position // self.global_batch_size

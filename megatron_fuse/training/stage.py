@@ -22,7 +22,7 @@ def require_whole_training(recipe: Recipe) -> None:
     wanted = make_schedule(recipe, len(FusionDataset(recipe).train)).last_step(recipe.training.train_iters)
     reached = reached_step(recipe) or 0
     if reached < wanted:
-        raise UserError(f"training has stopped at step {reached} of {wanted}: run this again, and it continues")
+        raise UserError(f"training stopped at step {reached} of {wanted}. Run this command again to continue.")
 
 
 def training_tokens(recipe: Recipe, amounts: Amounts) -> float:

@@ -36,7 +36,7 @@ def read_tensor(content: memoryview, place: str) -> torch.Tensor:
     except Exception:  # another kind of tensor, or damage: torch knows
         tensor = read_plain(bytes(content), place)
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{place} is a {type(tensor).__name__} and no tensor: name another checkpoint")
+        raise UserError(f"{place} is a {type(tensor).__name__}, not a tensor. Name another checkpoint.")
     return tensor
 
 

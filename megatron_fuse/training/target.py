@@ -57,8 +57,8 @@ def build_chunks(
     )
     if config.transformer_impl == "transformer_engine" and training.packing and training.precision == "fp32":
         raise UserError(
-            "training.packing: Transformer Engine's attention takes packed sequences in bf16 alone: set training.precision to bf16, "
-            "or parallel.transformer_impl to local"
+            "training.packing: Transformer Engine's attention supports packed sequences only in bf16. Set "
+            "training.precision to bf16, or parallel.transformer_impl to local."
         )
     options = FusionLossOptions(
         temperature=loss.student_temperature,
@@ -123,7 +123,7 @@ def import_hugging_face(model_dir: Path, output: Path) -> Path:
     """
     if existing := checkpoints_in(output):
         raise UserError(
-            f"{output} holds checkpoints already ({existing[max(existing)].name}): choose another directory"
+            f"{output} already holds checkpoints ({existing[max(existing)].name}). Choose another directory."
         )
     architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)

@@ -49,7 +49,7 @@ def _expected(context: Context, stage: Stage, key: Key) -> Expected:
         stage.options(recipe, *key),
         stage.formats(context, *key) if is_fusion_data else {},
         parents,
-        f"remove it and run {stage.command.format(*key)} again, or put the recipe's old value back",
+        f"Remove it and run {stage.command.format(*key)} again, or restore the old value in the recipe.",
     )
 
 
@@ -62,7 +62,7 @@ def open_artifacts(expected: list[Expected], problems: list[str]) -> dict[Path, 
     for entry in expected:
         if not (entry.directory / "manifest.json").exists():
             if entry.needed:
-                problems.append(f"{entry.directory}: missing or incomplete: run {BUILT_BY}")
+                problems.append(f"{entry.directory}: missing or incomplete. Run {BUILT_BY}.")
             continue
         try:
             manifest = read_record(entry.directory / "manifest.json", ManifestRecord, entry.fix).content()
@@ -94,5 +94,5 @@ def lineage_problems(entry: Expected, artifacts: dict[Path, Artifact]) -> Proble
             have = manifest[section].get(key)
             if have != want:
                 whose = f"{entry.parents[key]} is" if key in parents else "the recipe has"
-                facts = f"{section}.{key} is {shown(have)}, {whose} {shown(want)}"
-                yield f"{entry.directory}/manifest.json: {facts}: {entry.fix}"
+                facts = f"{section}.{key} is {shown(have)}, but {whose} {shown(want)}"
+                yield f"{entry.directory}/manifest.json: {facts}. {entry.fix}"

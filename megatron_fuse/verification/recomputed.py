@@ -23,12 +23,12 @@ def difference_problems(
     for name, want in wanted.items():
         have = found.get(name)
         if have is None or have.shape != want.shape:
-            yield f"{path}: {name} is missing or of another shape than {basis} give: {fix}"
+            yield f"{path}: {name} is missing, or its shape is not the one that {basis} give. {fix}"
             continue
         differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(want), -1).all(1)
         if differs.any():
             example = int(differs.argmax())
             yield (
-                f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, {basis} give "
-                f"{want[example].tolist()} ({differs.sum():,} examples differ): {fix}"
+                f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, but {basis} give "
+                f"{want[example].tolist()} ({differs.sum():,} examples differ). {fix}"
             )

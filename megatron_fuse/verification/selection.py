@@ -28,14 +28,16 @@ def read_facts(path: Path, examples: int) -> Facts:
     try:
         facts = load_file(path)
         if FACTS - facts.keys():
-            raise UserError(f"holds {sorted(facts)}, wanted are {sorted(FACTS)}")
+            raise UserError(f"it holds {sorted(facts)}, but {sorted(FACTS)} are needed")
         for name in FACTS:
             if facts[name].shape != (examples,) or facts[name].dtype.kind not in "biuf":
                 raise UserError(
-                    f"{name} is {facts[name].dtype} {facts[name].shape}, wanted are {examples} real numbers"
+                    f"{name} is {facts[name].dtype} {facts[name].shape}, but {examples} real numbers are needed"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: what selection needs cannot be read ({brief(str(error), 200)}){fix(path)}") from error
+        raise UserError(
+            f"{path}: the values for the selection cannot be read ({brief(str(error), 200)}){fix(path)}"
+        ) from error
     return {name: facts[name] for name in FACTS}
 
 
@@ -73,18 +75,18 @@ def selection_problems(
         yield str(error)
         return
     if len(stored["source"]) != len(names):
-        yield f"{path}: {len(stored['source'])} examples, the text has {len(names)}: {FIX}"
+        yield f"{path}: {len(stored['source'])} examples, but the text has {len(names)}. {FIX}"
         return
     beyond = (stored["source"] < -1) | (stored["source"] >= len(recipe.sources))
     if beyond.any():
         example = int(beyond.argmax())
         yield (
-            f"{path}: example {names[example]!r}: source {stored['source'][example]}, "
-            f"the recipe has {len(recipe.sources)}, counted from 0: {FIX}"
+            f"{path}: example {names[example]!r}: the source is {stored['source'][example]}, but the recipe "
+            f"has {len(recipe.sources)} sources, counted from 0. {FIX}"
         )
     deciding_scores = _deciding_scores(context, len(names), stored) if mode == "inference" else {}
     if deciding_scores is None:
-        yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
+        yield f"{path}: the scores behind this choice are missing, here and at their stage. {FIX}"
         return
     wanted = choose(recipe, mode, facts, deciding_scores)
     yield from difference_problems(path, stored, wanted, names, basis="the sources' facts", fix=FIX)

@@ -55,7 +55,9 @@ class ShardFiles:
                 problems.append(str(error))
                 continue
             if len(stream) != len(names):
-                problems.append(f"{prefix}.{field}.idx: {len(stream)} examples, the text has {len(names)}{fix(prefix)}")
+                problems.append(
+                    f"{prefix}.{field}.idx: {len(stream)} examples, but the text has {len(names)}{fix(prefix)}"
+                )
             else:
                 readable[field] = Field(stream.values(), stream.lengths)
         return cls(prefix, names, readable, problems)
@@ -89,7 +91,7 @@ class ShardFiles:
 
 def fix(path: Path) -> str:
     """The end of a problem's line: what the user must do if a file, or the files of a prefix, are damaged."""
-    return f": restore the file, or remove {path.parent} and run {BUILT_BY} again"
+    return f". Restore the file, or remove {path.parent} and run {BUILT_BY} again."
 
 
 def read_listed(prefix: Path) -> dict[str, int]:
@@ -101,7 +103,7 @@ def read_listed(prefix: Path) -> dict[str, int]:
     try:
         return {row.id: row.supervised_tokens for row in read_listed_examples(path)}
     except (UserError, OSError) as error:
-        raise UserError(f"{path}: its examples cannot be read ({error}){fix(prefix)}") from error
+        raise UserError(f"{path}: the examples cannot be read ({str(error).removesuffix('.')}){fix(prefix)}") from error
 
 
 def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:
@@ -120,7 +122,7 @@ def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) ->
             "tokens",
             tokens.lengths > limit,
             shard.example,
-            lambda i: f"{tokens.lengths[i]} tokens, seq_length {seq_length} allows {limit}",
+            lambda i: f"{tokens.lengths[i]} tokens, but seq_length {seq_length} allows {limit}",
         )
     if marks is not None:
         place = shard.place(marks.lengths, "token")
@@ -156,7 +158,7 @@ def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.nda
     """Problems of the text: labels [n], counted from its marks, against those in its list of examples."""
     if labels is not None:
         yield from shard.wrong(
-            "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, {listed[i]} are listed"
+            "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, but {listed[i]} are listed"
         )
 
 
@@ -177,8 +179,8 @@ def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
     if wrong.any():
         row = int(wrong.argmax())
         yield (
-            f"{path}: example {names[example[row]]!r}: a label covers bytes {starts[row]} to {ends[row]}, which is no range "
-            f"behind the one before{fix(path)}"
+            f"{path}: example {names[example[row]]!r}: a label covers bytes {starts[row]} to {ends[row]}, "
+            f"which are not a range after the previous label{fix(path)}"
         )
 
 
@@ -201,7 +203,7 @@ def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: in
             "counts",
             counts.values > entries_per_row,
             shard.place(counts.lengths, "row"),
-            lambda i: f"{counts.values[i]} entries, at most {entries_per_row} are possible",
+            lambda i: f"{counts.values[i]} entries, but at most {entries_per_row} are possible",
         )
     if match is not None:
         yield from _match_problems(shard, match, counts)
@@ -235,7 +237,7 @@ def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: in
 
 
 def _said_entries(have: np.ndarray, want: np.ndarray, number: int) -> str:
-    return f"{have[number]} entries, the counts add up to {want[number]}"
+    return f"{have[number]} entries, but the counts add up to {want[number]}"
 
 
 def _unknown_ids(
@@ -245,7 +247,7 @@ def _unknown_ids(
         field,
         (ids < 0) | (ids >= vocab_size),
         place,
-        lambda i: f"id {ids[i]}, the target's vocabulary has {vocab_size} ids",
+        lambda i: f"id {ids[i]}, but the target's vocabulary has {vocab_size} ids",
     )
 
 
@@ -255,7 +257,7 @@ def _match_problems(shard: ShardFiles, match: Field, counts: Field | None) -> Pr
         "match",
         match.values >= len(MATCHES),
         place,
-        lambda i: f"code {match.values[i]}, known are 0 to {len(MATCHES) - 1}",
+        lambda i: f"code {match.values[i]}, but the known codes are 0 to {len(MATCHES) - 1}",
     )
     if counts is None:
         return
@@ -287,4 +289,4 @@ def _whole_row_problems(shard: ShardFiles, counts: Field, ids: np.ndarray, logpr
     twice = key[1:][np.diff(key) == 0]
     repeated = np.zeros(len(counts.values), np.int64)
     repeated[twice >> 32] = 1 + (twice & 0xFFFFFFFF)
-    yield from shard.wrong("entry_ids", repeated > 0, place, lambda i: f"id {repeated[i] - 1} stands twice in the row")
+    yield from shard.wrong("entry_ids", repeated > 0, place, lambda i: f"id {repeated[i] - 1} is twice in the row")

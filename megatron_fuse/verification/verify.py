@@ -135,7 +135,9 @@ class _ShardVerifier:
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
             manifest = teacher.directory / "manifest.json"
-            self.found.problems.append(f"{manifest}: {len(prefixes)} shards, the text has {len(shards)}{fix(manifest)}")
+            self.found.problems.append(
+                f"{manifest}: {len(prefixes)} shards, but the text has {len(shards)}{fix(manifest)}"
+            )
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]

@@ -68,7 +68,7 @@ def observe(context: Context) -> Observations:
     recipe = context.recipe
     modes = sorted(recipe.modes_with_teacher, reverse=True)  # the training mode first
     if not modes:
-        raise UserError("schedule: no phase learns from a source, so that none has an advantage")
+        raise UserError("schedule: no phase learns from a source, so no source has an advantage")
     selected = FusionDataset(recipe).selections
     instructions, responses = _open(context)
     system_messages, categories = dict[str, int](), dict[str, int]()

@@ -47,7 +47,7 @@ def alignment_report(context: Context, progress: Callable[[str], None] = say) ->
     recipe, classes = context.recipe, text_classes(context.target)
     modes, teachers = recipe.modes_with_teacher, []
     if not modes:
-        raise UserError("schedule: no phase has a lambda for a source's distributions, so that none are aligned")
+        raise UserError("schedule: no phase has a lambda for a source's distributions, so none are aligned")
     for mode in modes:
         for source in recipe.sources:
             progress(f"alignment report: {mode} mode, source {source}")

@@ -31,7 +31,7 @@ from megatron_fuse.scoring.reward_models.reward_model import RewardModel
 from megatron_fuse.text_safety import brief
 
 _OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # left from the language model that the body was made from
-_MEND = "name a complete reward model, and by `body` the model that it was trained from"
+_MEND = "Name a complete reward model, and name the model that it was trained from with the key `body`."
 
 
 def load_reward_model(options: RewardModelOptions, name: str) -> RewardModel:
@@ -69,7 +69,8 @@ def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tu
             empty = body_class(config)
     except Exception as error:  # transformers raises many kinds for unknown or impossible configs
         raise UserError(
-            f"{where}: no body can be made from {files.body / 'config.json'} ({sizes(config)}): {reason(error, config)}"
+            f"{where}: transformers cannot make a model from {files.body / 'config.json'} ({sizes(config)}): "
+            f"{reason(error, config)}"
         ) from error
     check_size(empty, config, weights, files.body, f"{where}.model")
     head = _load_head(weights, head_name, getattr(config, "hidden_size", None), where)
@@ -121,9 +122,11 @@ def _bodies(weights: WeightFiles, head: str, embedding: str, where: str) -> dict
             bodies[prefix].append(name.removeprefix(prefix))
     if not bodies:
         near = (
-            f" (near to it: {brief(found[0], 100)})" if (found := get_close_matches(embedding, names, 1, 0.3)) else ""
+            f" (a similar name: {brief(found[0], 100)})"
+            if (found := get_close_matches(embedding, names, 1, 0.3))
+            else ""
         )
-        raise UserError(f"{where}.model: {weights.model_dir} has no {embedding} under any prefix{near}: {_MEND}")
+        raise UserError(f"{where}.model: {weights.model_dir} has no {embedding}, also not with a prefix{near}. {_MEND}")
     return dict(sorted(bodies.items(), key=lambda body: -len(body[1])))
 
 
@@ -135,13 +138,13 @@ def _embedding_name(model: Any) -> str:
 def _load_head(weights: WeightFiles, name: str, hidden_size: int | None, where: str) -> nn.Linear:
     if name not in weights.file_of:
         raise UserError(
-            f"{where}.model: {weights.model_dir} has no {name}: name a reward model, or its form by {where}.form"
+            f"{where}.model: {weights.model_dir} has no {name}. Name a reward model, or set its form with {where}.form."
         )
     shape = weights.shape(name)
     if shape != (1, hidden_size):
         raise UserError(
-            f"{where}.model: {weights.place(name)} is {list(shape)}, but a head that gives one reward is [1, {hidden_size}]: "
-            "name a reward model with one output over this body"
+            f"{where}.model: {weights.place(name)} has shape {list(shape)}, but a head that gives one reward "
+            f"has shape [1, {hidden_size}]. Name a reward model with one output over this body."
         )
     _refuse_unusable(weights, name, where)
     head = nn.Linear(shape[1], 1, bias=False, dtype=torch.float32)
@@ -157,8 +160,8 @@ def _refuse_unusable(weights: WeightFiles, name: str, where: str) -> None:
     """Raises UserError for weights that are quantised, NaN or infinite: their scores would mean nothing."""
     if weights.dtype(name) not in DTYPES:
         raise UserError(
-            f"{where}.model: {weights.place(name)} is {weights.dtype(name)}: expected {', '.join(DTYPES)}: name a model that is "
-            "not quantised"
+            f"{where}.model: {weights.place(name)} is {weights.dtype(name)}, but must be "
+            f"{', '.join(DTYPES)}. Name a model that is not quantised."
         )
     if weights.shape(name):
         refuse_non_finite(_read(weights, name), f"{where}.model: {weights.place(name)}")
@@ -176,20 +179,22 @@ def _refuse_incomplete(
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])
         raise UserError(
-            f"{where}.model: {weights.model_dir} has no {name}, which would stay random ({stated}): {_MEND}"
+            f"{where}.model: {weights.model_dir} has no {name}, so this weight would be random ({stated}). {_MEND}"
         )
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}.model: {weights.place(prefix + name)} is {list(found)}, but {body / 'config.json'} makes it "
-            f"{list(expected)} ({stated}): {_MEND}"
+            f"{where}.model: {weights.place(prefix + name)} has shape {list(found)}, but "
+            f"{body / 'config.json'} gives {list(expected)} ({stated}). {_MEND}"
         )
     if report["unexpected_keys"]:
         _refuse_left_over(weights, prefix + min(report["unexpected_keys"]), where)
 
 
 def _refuse_left_over(weights: WeightFiles, name: str, where: str) -> None:
-    raise UserError(f"{where}.model: {weights.place(name)} is no part of a body or a bias-free head: {_MEND}")
+    raise UserError(
+        f"{where}.model: {weights.place(name)} does not belong to a body or to a head without bias. {_MEND}"
+    )
 
 
 def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[str], where: str) -> None:
@@ -208,8 +213,8 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
             or not (one.is_set_to(other) or torch.equal(one, other))
         ):
             raise UserError(
-                f"{where}.model: {weights.place(copy + name)} differs from {prefix}{name}, and only one of them can be the body: "
-                "take the other copy out of the file"
+                f"{where}.model: {weights.place(copy + name)} differs from {prefix}{name}, but only one of "
+                "the two copies can be the body. Remove the other copy from the file."
             )
 
 
@@ -257,7 +262,7 @@ def _load_encoder(options: RewardModelOptions, files: RewardModelFiles, where: s
     )
     if model.config.num_labels != 1:
         raise UserError(
-            f"{where}.model: {options.model} has {model.config.num_labels} labels, a reward model has 1: "
-            "name a one-label sequence classifier"
+            f"{where}.model: {options.model} has {model.config.num_labels} labels, but a reward model has 1. "
+            "Name a sequence classifier with one label."
         )
     return _EncoderLogits(model)
