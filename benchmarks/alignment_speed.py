@@ -38,11 +38,13 @@ Result = TypeVar("Result")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
-    parser.add_argument("--instructions", type=Path, required=True, help="JSONL in any form that a recipe takes")
+    parser.add_argument(
+        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+    )
     parser.add_argument("--examples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=2048, help="of the target in each example")
-    parser.add_argument("--entries", type=int, default=10, help="of each row")
-    parser.add_argument("--program-examples", type=int, default=4, help="that the dynamic program aligns")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the target in each example")
+    parser.add_argument("--entries", type=int, default=10, help="entries of each row")
+    parser.add_argument("--program-examples", type=int, default=4, help="number of examples for the dynamic program")
     parser.add_argument("--repeats", type=int, default=5)
 
 

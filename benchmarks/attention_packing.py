@@ -53,12 +53,16 @@ _MEBIBYTE = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-tokenizer", type=Path, required=True, help="a tokenizer's directory or file")
+    parser.add_argument("--target-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
     parser.add_argument("--instructions", type=Path, required=True, help="instruction file (JSONL)")
     parser.add_argument("--seq-length", type=int, default=2048)
-    parser.add_argument("--global-batch-size", type=int, default=128, help="examples per step, the recipes' default")
-    parser.add_argument("--steps", type=int, default=1, help="of other examples each, padded and packed in turns")
-    parser.add_argument("--repeats", type=int, default=7, help="of attention: medians of so many, taken in turns")
+    parser.add_argument(
+        "--global-batch-size", type=int, default=128, help="examples per step; default: that of the recipes"
+    )
+    parser.add_argument("--steps", type=int, default=1, help="steps with other examples, padded and packed by turns")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="attention: repeated measurements, by turns; the median counts"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -35,16 +35,23 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
-    parser.add_argument("--instructions", type=Path, required=True, help="JSONL in any form that a recipe takes")
     parser.add_argument(
-        "--examples", type=int, default=300, help=f"of the smaller build; the larger has {TIMES} times as many"
+        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=300,
+        help=f"examples of the smaller build; the larger one has {TIMES} times as many",
     )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
     rows = len(read_rows(options.instructions))
     if rows < TIMES * options.examples:
-        raise UserError(f"{options.instructions} has {rows} rows, {TIMES} x --examples {options.examples} are needed")
+        raise UserError(
+            f"{options.instructions} has {rows} rows, but {TIMES} x --examples {options.examples} are needed"
+        )
     small, large = (_memory_of_a_build(options, times * options.examples) for times in (1, TIMES))
     found = []
     for name, wanted, few, many in zip(("", ", above the start"), (WANTED, ""), small, large, strict=True):

@@ -37,11 +37,18 @@ SOURCE = "source"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-tokenizer", type=Path, required=True, help="of at most 65536 ids")
-    parser.add_argument("--large-target-tokenizer", type=Path, help="of more than 65536 ids")
+    parser.add_argument("--target-tokenizer", type=Path, required=True, help="tokenizer with at most 65536 ids")
+    parser.add_argument("--large-target-tokenizer", type=Path, help="tokenizer with more than 65536 ids")
     parser.add_argument("--source-tokenizer", type=Path, required=True)
-    parser.add_argument("--instructions", type=Path, required=True, help="JSONL in any form that a recipe takes")
-    parser.add_argument("--examples", type=int, default=1500, help="of few the vocabulary map is a large part")
+    parser.add_argument(
+        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=1500,
+        help="number of examples; with few of them the vocabulary map is a large part of the bytes",
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -36,12 +36,14 @@ _SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source-tokenizer", type=Path, required=True, help="a tokenizer's directory or file")
+    parser.add_argument("--source-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
     parser.add_argument("--instructions", type=Path, required=True, help="instruction file (JSONL)")
-    parser.add_argument("--examples", type=int, default=176, help="so many, evenly out of the whole file")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens per forward pass")
+    parser.add_argument(
+        "--examples", type=int, default=176, help="number of examples, evenly chosen from the whole file"
+    )
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding")
     parser.add_argument("--seq-length", type=int, default=1024, help="longer conversations are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="medians of so many, taken in turns")
+    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -36,10 +36,10 @@ HIDDEN, VOCABULARY = 1024, 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parameters", type=int, default=100, help="millions, of 4 bytes")
+    parser.add_argument("--parameters", type=int, default=100, help="millions of parameters of 4 bytes")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument(
-        "--directory", type=Path, help="where checkpoints are written; default: the system's temporary one"
+        "--directory", type=Path, help="directory for the checkpoints; default: the temporary directory of the system"
     )
 
 

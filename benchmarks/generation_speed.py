@@ -36,18 +36,20 @@ _SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source-tokenizer", type=Path, help="a tokenizer's directory or file, for --instructions")
+    parser.add_argument("--source-tokenizer", type=Path, help="directory or file of a tokenizer, for --instructions")
     parser.add_argument("--instructions", type=Path, help="instruction file (JSONL); default: lognormal lengths")
-    parser.add_argument("--prompts", type=int, default=96, help="so many, evenly out of the whole file")
-    parser.add_argument("--answer-tokens", type=int, default=40, help="of an answer, on average")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, at most")
-    parser.add_argument("--seq-length", type=int, default=1024, help="longer prompts with their answers are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="medians of so many, taken in turns")
+    parser.add_argument("--prompts", type=int, default=96, help="number of prompts, evenly chosen from the whole file")
+    parser.add_argument("--answer-tokens", type=int, default=40, help="mean number of tokens of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer")
+    parser.add_argument(
+        "--seq-length", type=int, default=1024, help="prompts that are longer together with their answers are left out"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
     if (options.source_tokenizer is None) != (options.instructions is None):
-        sys.exit("--source-tokenizer and --instructions go together")
+        sys.exit("--source-tokenizer needs --instructions, and --instructions needs --source-tokenizer")
     sequences, vocab_size = _real_prompts(options) if options.instructions else _drawn_prompts(options)
     prompts = [Prompt(str(i), ids, options.max_new_tokens, seed=i) for i, ids in enumerate(sequences)]
     config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=options.seq_length, **_SIZES)

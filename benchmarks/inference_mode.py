@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("tokenizer", "instructions", "answers"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--reference", default="gpt4", help="model among the answers whose own are the ground truth")
+    parser.add_argument("--reference", default="gpt4", help="model whose answers are taken as ground truth")
     return run_all(parser, BENCHMARKS)
 
 

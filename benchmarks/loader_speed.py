@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=1000, help="shards of the stream whose opening is timed")
+    parser.add_argument(
+        "--shards", type=int, default=1000, help="number of shards of the stream whose opening is timed"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
     parser.add_argument("--sample", type=int, default=20, help="tokens that the baseline looks up")
-    parser.add_argument("--loads", type=int, default=3, help="how often each tokenizer is loaded, both ways")
-    parser.add_argument("--one-way", action="store_true", help="only the map from source to target")
+    parser.add_argument("--loads", type=int, default=3, help="how often each tokenizer is loaded in both ways")
+    parser.add_argument("--one-way", action="store_true", help="measure only the map from source to target")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -34,16 +34,18 @@ _SIZES = {"hidden_size": 896, "intermediate_size": 2400, "num_hidden_layers": 2,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reward-model-tokenizer", type=Path, required=True, help="a tokenizer's directory or file")
+    parser.add_argument("--reward-model-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
     parser.add_argument(
-        "--answers", type=Path, required=True, help="JSONL of instructions with several models' answers"
+        "--answers", type=Path, required=True, help="JSONL of instructions with the answers of several models"
     )
-    parser.add_argument("--examples", type=int, default=10, help="so many, evenly out of the whole file")
-    parser.add_argument("--answers-each", type=int, nargs="+", default=[3, 8], help="K")
+    parser.add_argument(
+        "--examples", type=int, default=10, help="number of examples, evenly chosen from the whole file"
+    )
+    parser.add_argument("--answers-each", type=int, nargs="+", default=[3, 8], help="numbers of answers per example (K)")
     parser.add_argument("--context", type=int, nargs="+", default=[0, 384], help="tokens before each instruction")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="padded tokens per forward pass")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding")
     parser.add_argument("--seq-length", type=int, default=2048, help="longer conversations are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="medians of so many, taken in turns")
+    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

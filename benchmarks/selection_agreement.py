@@ -31,11 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--reference", required=True, help="model whose answers are the ground truth")
     parser.add_argument(
-        "--bertscore-model", help="directory of the encoder; without it BLEU and ROUGE-L count half each"
+        "--bertscore-model", help="directory of the encoder; without it BLEU and ROUGE-L have weight 0.5 each"
     )
-    parser.add_argument(
-        "--reward-model-tokenizer", type=Path, help="a tokenizer's file, to train small reward models with"
-    )
+    parser.add_argument("--reward-model-tokenizer", type=Path, help="file of a tokenizer for training small reward models")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -22,7 +22,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--instructions", type=Path, required=True)
-    parser.add_argument("--plot", type=Path, required=True, help="PNG of the steps over vocabularies and entries")
+    parser.add_argument(
+        "--plot", type=Path, required=True, help="PNG file for the plot of steps over vocabularies and entries"
+    )
     return run_all(parser, BENCHMARKS)
 
 

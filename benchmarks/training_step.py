@@ -47,15 +47,18 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-length", type=int, default=512, help="of the main comparison")
+    parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence in the main comparison")
     parser.add_argument(
-        "--scaling-seq-length", type=int, default=128, help="of the steps over vocabularies and entries"
+        "--scaling-seq-length",
+        type=int,
+        default=128,
+        help="tokens per sequence in the steps over vocabularies and entries",
     )
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[8192, 32768, 65536, 128256])
     parser.add_argument("--entries", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument("--pairs", type=int, default=20, help="of steps, one of each kind")
+    parser.add_argument("--pairs", type=int, default=20, help="number of pairs of steps, one step of each kind")
     parser.add_argument("--scaling-pairs", type=int, default=7)
-    parser.add_argument("--plot", type=Path, help="PNG of the steps over vocabularies and entries")
+    parser.add_argument("--plot", type=Path, help="PNG file for the plot of steps over vocabularies and entries")
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -53,7 +53,7 @@ def stop_token_of(tokenizer: PreTrainedTokenizerBase) -> str:
     after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(marker)[2].strip()
     if after not in tokenizer.get_added_vocab() and after not in tokenizer.all_special_tokens:
         raise ValueError(
-            f"{tokenizer.name_or_path}: the chat template ends a response with {after!r}, no special token"
+            f"{tokenizer.name_or_path}: the chat template ends a response with {after!r}, which is not a special token"
         )
     return after
 
@@ -168,7 +168,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="directory for evaluation.md and evaluation.json")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument(
-        "--per-skill", type=int, default=100, help="problems of each skill (conversion has about 100 in test)"
+        "--per-skill",
+        type=int,
+        default=100,
+        help="problems of each skill (the skill `conversion` has only about 100 in the split test)",
     )
     parser.add_argument("--seed", type=int, default=99)
     parser.add_argument("--processes", type=int, default=2, help="models measured at the same time, one thread each")
@@ -180,7 +183,10 @@ def main() -> None:
         if not Path(directory, "config.json").is_file()
     ]
     if wrong:
-        sys.exit(f"error: {', '.join(wrong)}: expected NAME=DIRECTORY with a config.json in the directory")
+        sys.exit(
+            f"error: {', '.join(wrong)}: no config.json there. Write each model as NAME=DIRECTORY, with a "
+            "config.json in the directory."
+        )
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), end_with_pool) as pool:
         jobs = [pool.submit(evaluate, Path(d), options.split, options.per_skill, options.seed) for d in directories]
         results = {name: job.result() for name, job in zip(names, jobs, strict=True)}

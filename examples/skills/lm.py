@@ -79,7 +79,7 @@ def pack(chats: list[Encoded], row_length: int) -> Packed:
     for chat in chats:
         length = len(chat[0]) - 1
         if length > row_length:
-            raise ValueError(f"a conversation of {length + 1} tokens does not fit a row of {row_length}")
+            raise ValueError(f"a conversation of {length + 1} tokens does not fit into a row of {row_length}")
         if used + length > row_length:
             rows.append([])
             used = 0

@@ -18,9 +18,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=280, help="instructions of each skill")
-    parser.add_argument("--relatives", action="store_true", help="also the models of one family (train_relatives.py)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="another set of the same models, tokenizers and instructions"
+        "--relatives", action="store_true", help="make also the models of one family (train_relatives.py)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of models, tokenizers and instructions; another seed makes another set of them",
     )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--split", choices=SPLITS, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="draws the problems")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the random choice of problems")
     parser.add_argument("--per-skill", type=int, default=60, help="problems of each skill")
     options = parser.parse_args()
     found = evaluate(options.model, options.split, options.per_skill, options.seed)

@@ -266,7 +266,7 @@ def distinct(split: str, per_skill: int, seed: int) -> list[Problem]:
             if len(found) == per_skill:
                 break
         else:
-            raise ValueError(f"{skill} has only {len(found)} problems in split {split}, {per_skill} were asked for")
+            raise ValueError(f"{skill} has only {len(found)} problems in split {split}, but {per_skill} are needed")
         problems += found.values()
     return problems
 

@@ -37,7 +37,7 @@ def measure(case: Case, providers: Sequence[Provider], meter: Meter, device: str
         try:  # one library that cannot work here must not cost the others their figures
             error = error_of(provider, inputs)
             if not error <= TOLERANCES[case.dtype]:  # written so that NaN is wrong
-                raise ArithmeticError(f"the result is off by {error:.1e} of its norm")
+                raise ArithmeticError(f"the relative error of the result is {error:.1e}, which is too large")
             result.peak_bytes = dict(zip(case.modes, call_peaks(meter, provider, inputs), strict=True))
             able.append(provider)
         except torch.OutOfMemoryError:

@@ -26,7 +26,7 @@ def draw(path: Path, folder: Path) -> list[Path]:
         (row["provider"], *_of(row, _SHAPE)): row for row in rows if row["mode"] == "forward+backward" and row["p50_ms"]
     }
     if not timed or not copies:
-        raise ValueError(f"{path} holds no timed forward+backward, or no copy rate: run kernels/benchmarks/run.py")
+        raise ValueError(f"{path} has no timed forward+backward, or no copy rate. Run kernels/benchmarks/run.py.")
     rate = float(copies[-1]["gb_per_s"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []

@@ -76,7 +76,9 @@ def append_csv(path: Path, rows: Sequence[dict], device: str) -> None:
         if not header:
             writer.writeheader()
         elif header != ",".join(COLUMNS):
-            raise ValueError(f"{path} has the columns {header}, but the rows have {','.join(COLUMNS)}: move it away")
+            raise ValueError(
+                f"{path} has the columns {header}, but the rows have {','.join(COLUMNS)}. Move the file away."
+            )
         writer.writerows(row | same for row in rows)
 
 

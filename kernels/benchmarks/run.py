@@ -29,7 +29,7 @@ def main() -> int:
     every_case = quick_cases() if options.quick else gpu_cases() if device == "cuda" else cpu_cases()
     cases = [case for case in every_case if options.only in str(case)]
     if not cases:
-        sys.exit(f"--only {options.only!r} is in none of:\n  " + "\n  ".join(map(str, every_case)))
+        sys.exit(f"--only {options.only!r} is not in the heading of a case:\n  " + "\n  ".join(map(str, every_case)))
     meter = CudaMeter() if device == "cuda" else CpuMeter()
     size = (1 << 20) if options.quick else (1 << 30) if device == "cuda" else (1 << 28)
 
@@ -56,25 +56,27 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="file that the rows are added to")
-    parser.add_argument("--plots", type=Path, help="folder for plots of what the CSV file then holds")
-    parser.add_argument("--quick", action="store_true", help="small shapes, two calls: shows that everything runs")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose heading contains it")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--csv", type=Path, help="CSV file that the rows are added to")
+    parser.add_argument("--plots", type=Path, help="directory for plots of the rows in the CSV file")
     parser.add_argument(
-        "--repeats", type=int, help="timed calls of each provider, at least 2, instead of the case's own number"
+        "--quick", action="store_true", help="small shapes and two calls, only to show that everything runs"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only cases whose heading contains TEXT")
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="measure only these providers")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
+    parser.add_argument(
+        "--repeats", type=int, help="timed calls of each provider, at least 2; default: the number of the case"
     )
     options = parser.parse_args()
     known = {provider.name for case in quick_cases() for provider in providers_of(case, options.device)}
     unknown = set(options.providers or ()) - known
     if unknown:
-        parser.error(f"--providers has {sorted(unknown)}: the names are {sorted(known)}")
+        parser.error(f"--providers: {sorted(unknown)} are not known. Choose from {sorted(known)}.")
     if options.plots and not options.csv:
-        parser.error("--plots draws from the file that --csv names")
+        parser.error("--plots needs --csv: it draws the rows of that file")
     if options.repeats is not None and options.repeats < 2:
-        parser.error(f"--repeats is {options.repeats}: percentiles need at least 2")
+        parser.error(f"--repeats is {options.repeats}, but percentiles need at least 2")
     return options
 
 

@@ -35,5 +35,5 @@ def fake_group(shards: int) -> dist.ProcessGroup:
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
     if dist.get_world_size() != shards:
-        raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks, not of {shards}")
+        raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks, but {shards} are needed")
     return dist.group.WORLD

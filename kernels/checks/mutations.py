@@ -231,7 +231,8 @@ def mutated(mutation: Mutation) -> str:
     found = text.count(mutation.old)
     if found != 1:
         raise ValueError(
-            f'{mutation.file} has {mutation.old!r} {found} times, not once: correct "{mutation.error}" in {Path(__file__).name}'
+            f"{mutation.file} has {mutation.old!r} {found} times, not once. Correct the entry "
+            f'"{mutation.error}" in {Path(__file__).name}.'
         )
     return text.replace(mutation.old, mutation.new)
 
@@ -260,8 +261,8 @@ def run_tests(tests: Sequence[str], mutation: Mutation | None = None) -> Outcome
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only errors in files with this in their names")
-    parser.add_argument("--jobs", type=int, default=2, help="test runs at a time")
+    parser.add_argument("--only", default="", help="check only errors in files with this text in their names")
+    parser.add_argument("--jobs", type=int, default=2, help="number of test runs at the same time")
     options = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.file]
     for mutation in chosen:

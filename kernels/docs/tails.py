@@ -91,5 +91,7 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("tails.svg"), help="an .svg or .png file")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_name("tails.svg"), help="output file, .svg or .png"
+    )
     draw(parser.parse_args().out)

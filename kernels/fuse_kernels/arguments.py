@@ -60,9 +60,9 @@ def check_arguments(
 ) -> VocabularyShard:
     """This rank's part of the vocabulary. Raises ValueError as `sparse_kl_cross_entropy` says."""
     if tail not in TAILS:
-        raise ValueError(f"tail is {tail!r}: use one of {', '.join(TAILS)}")
+        raise ValueError(f"tail is {tail!r}. Use one of {', '.join(TAILS)}.")
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}: it must be a finite number above 0")
+        raise ValueError(f"temperature is {temperature}, but must be a finite number above 0")
     _check_tensors(student, targets)
     shard = make_shard(student.columns, vocab_size, vocab_start, group)
     if check is None:
@@ -82,7 +82,7 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
     or if it is "triton" and that cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"implementation is {implementation!r}. Use one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "auto" and student.device.type not in _DEVICES:
         return "torch"
     if implementation in ("torch", "reference"):
@@ -90,10 +90,13 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
     reason = unfit_for_triton(student)
     if reason:
         if implementation == "triton":
-            raise ValueError(f'implementation="triton": {reason}: use "auto" or "torch"')
+            raise ValueError(f'implementation="triton" cannot run: {reason}. Use "auto" or "torch".')
         return "torch"
     if entries > MOST_ENTRIES:
-        _warn_once(f"teacher_ids has {entries} entries a row, the Triton kernels take {MOST_ENTRIES}: using torch")
+        _warn_once(
+            f"teacher_ids has {entries} entries per row, but the Triton kernels take at most {MOST_ENTRIES}: "
+            "torch is used instead"
+        )
         return "torch"
     return "triton"
 
@@ -101,14 +104,17 @@ def choose_implementation(implementation: str, student: Student, entries: int) -
 def unfit_for_triton(student: Student) -> str | None:
     """The reason why the Triton kernels cannot take these logits, None if they can."""
     if student.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"{student.name} is {student.dtype}, the kernels take bf16, fp16 and fp32"
+        return f"{student.name} is {student.dtype}, but the kernels take only bf16, fp16 and fp32"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if student.device.type in _DEVICES:
         return None
     if student.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return f"{student.name} is on {student.device}, the kernels run on CUDA (on a CPU only interpreted, with TRITON_INTERPRET=1)"
+    return (
+        f"{student.name} is on {student.device}, but the kernels run on CUDA (on a CPU only interpreted, "
+        "with TRITON_INTERPRET=1)"
+    )
 
 
 @functools.cache
@@ -131,7 +137,7 @@ def make_shard(
     if vocab_size < 1 or (ranks == 1 and vocab_size > width):
         raise ValueError(f"vocab_size is {vocab_size}, but the logits have {width} columns on each of {ranks} rank(s)")
     if vocab_start < 0:
-        raise ValueError(f"vocab_start is {vocab_start}: it must be at least 0")
+        raise ValueError(f"vocab_start is {vocab_start}, but must be at least 0")
     return VocabularyShard(
         start=vocab_start,
         columns=min(max(vocab_size - vocab_start, 0), width),
@@ -156,7 +162,7 @@ def _check_tensors(student: Student, targets: Targets) -> None:
             raise ValueError(f"{name} is {list(tensor.shape)}, but {student.name} of {n} rows need {shape}")
         if tensor.dtype.is_floating_point != floating or tensor.dtype == torch.bool or tensor.dtype.is_complex:
             raise ValueError(
-                f"{name} is {tensor.dtype}: it must be {'floating point' if floating else 'an integer type'}"
+                f"{name} is {tensor.dtype}, but must be {'floating point' if floating else 'an integer type'}"
             )
         if tensor.device != student.device:
             raise ValueError(f"{name} is on {tensor.device}, but {student.name} is on {student.device}")
@@ -192,4 +198,4 @@ def _check_shards(shard: VocabularyShard, device: torch.device) -> None:
 def _refuse(name: str, values: Tensor, wrong: Tensor, allowed: str) -> None:
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
-        raise ValueError(f"{name}{place} is {values[tuple(place)].item()}: it must be {allowed}")
+        raise ValueError(f"{name}{place} is {values[tuple(place)].item()}, but must be {allowed}")

@@ -80,18 +80,18 @@ def fused_linear_sparse_kl(
     Raises ValueError as `sparse_kl_cross_entropy` does, and if hidden and weight do not fit each other.
     """
     if hidden.dim() != 2 or not hidden.dtype.is_floating_point:
-        raise ValueError(f"hidden is {list(hidden.shape)} {hidden.dtype}: it must be [n, h] and floating point")
+        raise ValueError(f"hidden is {list(hidden.shape)} {hidden.dtype}, but must be [n, h] and floating point")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"weight is {list(weight.shape)} {weight.dtype}: hidden of {list(hidden.shape)} {hidden.dtype} needs "
-            f"[v, {hidden.shape[1]}] {hidden.dtype}"
+            f"weight is {list(weight.shape)} {weight.dtype}, but hidden of {list(hidden.shape)} "
+            f"{hidden.dtype} needs [v, {hidden.shape[1]}] {hidden.dtype}"
         )
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, but hidden is on {hidden.device}")
     if chunk_tokens is None:
         chunk_tokens = chunk_rows(len(weight), weight.element_size())
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}: it must be at least 1")
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1")
     student = Student("hidden", len(hidden), len(weight), hidden.dtype, hidden.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     shard = check_arguments(
@@ -235,14 +235,14 @@ class _GradientsInForward(torch.autograd.Function):
             return None, None, *nothing
         if ctx.gradients is None:
             raise RuntimeError(
-                "the gradients were given away in the first backward pass, so that there can be no second: run the "
-                "forward pass again, or use unit_upstream=False"
+                "the first backward pass has used up the gradients, so a second one is not possible. Run the "
+                "forward pass again, or use unit_upstream=False."
             )
         (weight,) = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if upstream.device.type == "cpu" and (upstream.isfinite() & (upstream != 1)).any():
             raise ValueError(
-                "unit_upstream=True, but the upstream gradient of a loss is not 1: use unit_upstream=False"
+                "unit_upstream is True, but the upstream gradient of a loss is not 1. Use unit_upstream=False."
             )
         # To raise an error on an accelerator would wait for it.
         # A wrong upstream gradient makes the gradients NaN instead.

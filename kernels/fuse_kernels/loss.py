@@ -74,7 +74,7 @@ def sparse_kl_cross_entropy(
     range, or if the group's shards do not tile the vocabulary.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")
+        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point")
     student = Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     shard = check_arguments(

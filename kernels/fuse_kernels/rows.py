@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 OVERWRITTEN = (
-    "the logits' gradient was written over the logits and given away in the first backward pass, so that there can be no second: "
-    'run the forward pass again, or use implementation="reference", which keeps the logits'
+    "the gradient of the logits was written over the logits, and the first backward pass has used it up, so "
+    'a second one is not possible. Run the forward pass again, or use implementation="reference", which '
+    "keeps the logits."
 )
 
 

@@ -69,14 +69,14 @@ def topk_logsumexp(
     or if "triton" is given and cannot run.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}: it must be [n, v] and floating point")
+        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point")
     if k < 1:
-        raise ValueError(f"k is {k}: it must be at least 1")
+        raise ValueError(f"k is {k}, but must be at least 1")
     if not temperatures or not all(math.isfinite(t) and t > 0 for t in temperatures):
-        raise ValueError(f"temperatures is {list(temperatures)}: it must hold finite numbers above 0")
+        raise ValueError(f"temperatures is {list(temperatures)}, but must hold finite numbers above 0")
     if labels is not None and (labels.shape != logits.shape[:1] or labels.device != logits.device):
         raise ValueError(
-            f"labels is {list(labels.shape)} on {labels.device}: logits need [{len(logits)}] on {logits.device}"
+            f"labels is {list(labels.shape)} on {labels.device}, but logits need [{len(logits)}] on {logits.device}"
         )
     shard = make_shard(logits.shape[1], vocab_size, vocab_start, group)
     temperatures = [float(t) for t in temperatures]
@@ -91,14 +91,14 @@ def topk_logsumexp(
 
 def _choose(implementation: str, logits: Tensor, k: int) -> str:
     if implementation not in ("auto", "triton", "torch"):
-        raise ValueError(f"implementation is {implementation!r}: use one of auto, triton, torch")
+        raise ValueError(f"implementation is {implementation!r}. Use one of auto, triton, torch.")
     if implementation == "torch" or (implementation == "auto" and logits.device.type != "cuda"):
         return "torch"
     reason = unfit_for_triton(Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device))
     if k > MOST_LARGEST:
-        reason = f"k is {k}, the kernel keeps {MOST_LARGEST}"
+        reason = f"k is {k}, but the kernel keeps at most {MOST_LARGEST}"
     if reason and implementation == "triton":
-        raise ValueError(f'implementation="triton": {reason}: use "auto" or "torch"')
+        raise ValueError(f'implementation="triton" cannot run: {reason}. Use "auto" or "torch".')
     return "torch" if reason else "triton"
 
 
