@@ -133,7 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of a tokenizer")
-    parser.add_argument("--output", type=Path, required=True, help="output directory, with one directory per reward model")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="output directory, with one directory per reward model"
+    )
     options = parser.parse_args()
     rows = [row for _, row in read_jsonl(options.answers)]
     for name, directory in train_reward_models(options.output, options.tokenizer, rows).items():

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, default=10, help="number of examples, evenly chosen from the whole file"
     )
-    parser.add_argument("--answers-each", type=int, nargs="+", default=[3, 8], help="numbers of answers per example (K)")
+    parser.add_argument(
+        "--answers-each", type=int, nargs="+", default=[3, 8], help="numbers of answers per example (K)"
+    )
     parser.add_argument("--context", type=int, nargs="+", default=[0, 384], help="tokens before each instruction")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding")
     parser.add_argument("--seq-length", type=int, default=2048, help="longer conversations are left out")

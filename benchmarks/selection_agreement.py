@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bertscore-model", help="directory of the encoder; without it BLEU and ROUGE-L have weight 0.5 each"
     )
-    parser.add_argument("--reward-model-tokenizer", type=Path, help="file of a tokenizer for training small reward models")
+    parser.add_argument(
+        "--reward-model-tokenizer", type=Path, help="file of a tokenizer for training small reward models"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score only the answers of this model; can be given several times",
     )
     parser.add_argument(
-        "--reward-model", action="append", metavar="NAME", help="score only with this reward model; can be given several times"
+        "--reward-model",
+        action="append",
+        metavar="NAME",
+        help="score only with this reward model; can be given several times",
     )
     parser.add_argument("--reference", action="store_true", help="score against the ground truth")
     parser.add_argument(
