@@ -100,7 +100,10 @@ def fusion_recipe(root: Path, models: dict[str, Path], sources: tuple[str, ...] 
 def write_data(root: Path, examples: int = 13) -> None:
     """Instructions, and an answer of every source to most of them: some empty, some missing, some the same."""
     texts = [RESPONSES[n % len(RESPONSES)] for n in range(examples)]
-    rows = [{"id": f"e{n}", "instruction": f"Question {n}?", "output": text} for n, text in enumerate(texts)]
+    rows = [
+        {"id": f"e{n}", "instruction": f"Question {n}?", "output": text, "category": "abc"[n % 3]}
+        for n, text in enumerate(texts)
+    ]
     write_rows(root / "data.jsonl", rows)
     for place, source in enumerate(SOURCES):
         answers = []

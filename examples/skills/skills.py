@@ -336,6 +336,7 @@ def write_instructions(path: Path, per_skill: int, seed: int) -> int:
                 "instruction": problem.instruction,
                 "input": "",
                 "output": problem.response("worked"),
+                "category": problem.skill,
             }
             file.write(json.dumps(row) + "\n")
     return len(problems)

@@ -9,7 +9,6 @@ exceeds 1. An entry loses at most 0.04 % of the row's mass (the spacing of float
 tail grows by the same amount.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
 from megatron_fuse.capture import CAPTURED, CAPTURES, CaptureShard, capture_shard
 from megatron_fuse.chat import ChatFormat
+from megatron_fuse.fusion_data.answers import EMPTY_ANSWER, answer_key
 from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.encoding import Documents, encode_documents, id_dtype, supervised_bytes, write_ragged
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
@@ -31,8 +31,6 @@ from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact, completed, run_plan, write_safetensors
 from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
-
-EMPTY_ANSWER = 0  # in the place of the answer's hash if there is no answer
 
 
 def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
@@ -98,18 +96,13 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
             "ce_sum": captured.ce_sum,
             "response_bytes": captured.response_bytes,
             "response_tokens": captured.response_tokens,
-            "answer": np.array([_answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
+            "answer": np.array([answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
         }
         write_safetensors(Path(f"{prefix}.examples.safetensors"), facts)
         with_label_mass = int(corrected.sum())
         return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": with_label_mass}
 
     return run_plan(plan, make_shard, progress)
-
-
-def _answer_key(text: str) -> int:
-    """A 64-bit hash: equal for identical answers, and never EMPTY_ANSWER, because the lowest bit is set."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True) | 1
 
 
 def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarray, dtype: type) -> dict[str, int]:

@@ -175,16 +175,18 @@ class Margin(Options):
 
 
 class SelectionOptions(Options):
-    training: Literal["sum", "per_byte", "per_token", "average", "random"] = Field(
+    training: Literal["sum", "per_byte", "per_token", "average", "winner", "by_category", "random"] = Field(
         "sum",
-        description="which cross-entropies of the sources are compared (MinCE); sum: over the response; "
-        "per_byte; per_token: as FuseLLM, which favours small pieces; average: mixes the distributions of "
-        "all sources by their cross-entropies (AvgCE); random: a control",
+        description="which source teaches the ground truth; sum: the one with the least cross-entropy over the "
+        "response (MinCE); per_byte, per_token: the same per unit, per_token as FuseLLM, which favours small "
+        "pieces; average: all sources, mixed by their cross-entropies (AvgCE); winner: the source whose own "
+        "answer wins; by_category: the source with the best mean score in the example's category; random: a control",
     )
-    inference: Literal["vote", "reference", "random"] = Field(
+    inference: Literal["vote", "reference", "by_category", "random"] = Field(
         "vote",
         description="how the winning answer is chosen; vote: by the votes of the reward models; reference: "
-        "by the score against the ground truth; random: a control",
+        "by the score against the ground truth; by_category: the answer of the source with the best mean score "
+        "in the example's category; random: a control",
     )
     sources: list[Name] | None = Field(
         None, min_length=1, description="sources that can win; default: all. All sources are captured in any case"
@@ -195,12 +197,13 @@ class SelectionOptions(Options):
     )
     training_margin: Margin | None = Field(
         None,
-        description="smallest difference between the best and the second best source, in nats per byte of the response",
+        description="smallest difference between the best and the second best source, in nats per byte of the "
+        "response; winner: in the unit of inference_margin; by_category: in standard deviations of the scores",
     )
     inference_margin: Margin | None = Field(
         None,
         description="smallest difference between the winner's answer and the next, in votes (one reward model "
-        "or reference: in scores)",
+        "or reference: in scores; by_category: in standard deviations of the scores)",
     )
     strongest: Name | None = Field(
         None,
@@ -597,12 +600,12 @@ class Recipe(Options):
                 f"selection.strongest is {strongest!r}, but the reward models that vote are {self.voting_reward_models}. "
                 "Set it to one of them."
             )
-        votes = self.uses_inference_mode and self.selection.inference == "vote"
-        if votes and len(self.candidates) > 1 and not self.voting_reward_models:
+        scored = {"vote", "by_category"} & self.rules_for_answers
+        if scored and len(self.candidates) > 1 and not self.voting_reward_models:
             raise ValueError(
-                "schedule gives the inference mode a weight and there are several sources, but no reward "
-                "model votes. Add a reward model to reward_models, set selection.inference to reference, or "
-                "choose a preset without inference mode (csft, fuse)."
+                f"selection compares the answers of several sources ({', '.join(sorted(scored))}), but no reward "
+                "model votes. Add a reward model to reward_models, set selection.inference to reference, or choose "
+                "a preset without inference mode (csft, fuse) and another selection.training."
             )
         if self.schedule.order == "target_reward" and not self.voting_reward_models:
             raise ValueError(
@@ -622,6 +625,21 @@ class Recipe(Options):
     @property
     def uses_inference_mode(self) -> bool:
         return any(phase.inference.is_used for phase in self.phases)
+
+    @property
+    def rules_for_answers(self) -> set[str]:
+        """The rules that compare the sources' own answers, of both modes."""
+        rules: list[str] = [self.selection.inference] if self.uses_inference_mode else []
+        if any(phase.training.needs_teacher for phase in self.phases):
+            by_answers = {"winner": self.selection.inference, "by_category": "by_category"}
+            if self.selection.training in by_answers:
+                rules.append(by_answers[self.selection.training])
+        return set(rules)
+
+    @property
+    def uses_answers(self) -> bool:
+        """Whether the sources answer: to be learned from, or to choose the source of the ground truth."""
+        return bool(self.rules_for_answers)
 
     @property
     def modes_with_teacher(self) -> list[str]:
@@ -673,10 +691,11 @@ class Recipe(Options):
     def answering(self) -> dict[str, AnsweringOptions]:
         """The models that generate answers, by name.
 
-        If a phase uses the inference mode, these are the sources. If the target's reward orders the examples,
-        the target is added, unless it is one of the sources: then that source is there.
+        If a phase uses the inference mode, or answers choose the source of the ground truth, these are the
+        sources. If the target's reward orders the examples, the target is added, unless it is one of the
+        sources: then that source is there.
         """
-        answering: dict[str, AnsweringOptions] = dict(self.sources) if self.uses_inference_mode else {}
+        answering: dict[str, AnsweringOptions] = dict(self.sources) if self.uses_answers else {}
         if self.schedule.order == "target_reward":
             source = self.target_as_source
             answering |= {source: self.sources[source]} if source else {TARGET: self.target}
@@ -686,14 +705,18 @@ class Recipe(Options):
     def scorers(self) -> dict[str, list[str]]:
         """Maps each answering model to its scorers, by the names in scores/NAME/SCORER.
 
-        The answers of a source are scored by the reward models that vote, or by `reference` under
-        selection.inference reference. If the target's reward orders the examples (schedule.order
+        The answers of a source are scored by the reward models that vote, by `reference` if the rule is
+        reference, or by both if the two modes have such rules. If the target's reward orders the examples (schedule.order
         target_reward), the strongest reward model scores the target's answers too.
         """
-        chosen_by = {"vote": self.voting_reward_models, "reference": [REFERENCE], "random": []}[
-            self.selection.inference
-        ]
-        scorers = {name: list(chosen_by) for name in self.sources} if self.uses_inference_mode else {}
+        scored_by = {
+            "vote": self.voting_reward_models,
+            "by_category": self.voting_reward_models,
+            "reference": [REFERENCE],
+            "random": [],
+        }
+        chosen_by = list(dict.fromkeys(scorer for rule in sorted(self.rules_for_answers) for scorer in scored_by[rule]))
+        scorers = {name: list(chosen_by) for name in self.sources} if self.uses_answers else {}
         if self.schedule.order == "target_reward":
             of_target = scorers.setdefault(self.target_as_source or TARGET, [])
             if self.strongest is not None and self.strongest not in of_target:

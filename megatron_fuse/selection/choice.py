@@ -3,8 +3,10 @@ no new capture.
 
 FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
                                               [n, S]; by average: mixture float64 [n, S], the sources' weights
+                                              by winner: answer int64 [n, S], and what the rule for answers has
 FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not scored; votes int16 [n, S]
                                               by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
+either, by by_category                        scores as by vote; category int32 [n]; category_score float64 [n, S]
 both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
 
 n examples, S sources in the recipe's order, R reward models (recipe.voting_reward_models). A source that selection.sources
@@ -24,19 +26,25 @@ from safetensors.numpy import load_file
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY, NAME, TEACHERS, TEXT, fusion_directory
 from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.responses import RESPONSES
 from megatron_fuse.scoring.reference import combine, used_weights
-from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES, load_reference_scores
-from megatron_fuse.scoring.scores import SCORES, load_scores
+from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
+from megatron_fuse.scoring.scores import SCORES
 from megatron_fuse.selection.array_file import read_arrays, write_arrays
-from megatron_fuse.selection.margins import example_weights, score_margin, training_margin, vote_margin
+from megatron_fuse.selection.evidence import answer_rule, read_evidence
+from megatron_fuse.selection.margins import category_margin, example_weights, score_margin, training_margin, vote_margin
 from megatron_fuse.selection.rules import (
     NONE,
+    able_answers,
     able_readers,
+    best_in_category,
     best_score,
+    category_scores,
     inverse_ce,
     majority_vote,
     min_ce,
     random_source,
+    winner_if_able,
 )
 from megatron_fuse.stages import Context, Key, Stage
 from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json
@@ -87,11 +95,16 @@ def _rule(recipe: Recipe, mode: str) -> dict[str, Any]:
         "margin": margin and margin.model_dump(),
         "rule": rule,
     }
+    if rule == "winner":
+        rule = recipe.selection.inference
+        options["rule for answers"] = rule
     if rule == "reference":
         options["measures"] = used_weights(recipe.reference)
     elif rule == "vote":
         # "judges" is the recorded name: the rule is part of the hash that names the file.
         options |= {"judges": recipe.voting_reward_models, "strongest": recipe.strongest}
+    elif rule == "by_category":
+        options["reward_models"] = recipe.voting_reward_models
     elif rule == "random":
         options["seed"] = recipe.seed
     return options
@@ -104,15 +117,18 @@ def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, A
 
 
 def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
-    """The text, the sources' rows and, in the inference mode, the scores that decide."""
+    """The text and the sources' rows; if answers decide, also their scores, and the answers if they are not rows."""
     parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
     parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
-    if mode == "inference" and recipe.selection.inference == "vote":
+    rule = answer_rule(recipe, mode)
+    if mode == "training" and recipe.selection.training == "winner":
+        parents |= {f"answers of {source}": (RESPONSES, (source,)) for source in recipe.sources}
+    if rule in ("vote", "by_category"):
         pairs = [(source, reward_model) for source in recipe.sources for reward_model in recipe.voting_reward_models]
         parents |= {
             f"scores of {source} by {reward_model}": (SCORES, (source, reward_model)) for source, reward_model in pairs
         }
-    if mode == "inference" and recipe.selection.inference == "reference":
+    if rule == "reference":
         parents |= {f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources}
     return parents
 
@@ -144,65 +160,98 @@ def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, A
     """
     recipe = context.recipe
     facts = [_facts(teachers[source]) for source in recipe.sources]
-    deciding_scores = read_deciding_scores(context, len(facts[0]["available"])) if mode == "inference" else {}
-    arrays = choose(recipe, mode, facts, deciding_scores)
+    evidence = read_evidence(context, mode, len(facts[0]["available"]))
+    arrays = choose(recipe, mode, facts, evidence)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
     write_arrays(selection_path(recipe, mode), arrays, basis)
     return Selection.of(arrays, basis)
 
 
 def choose(
-    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], deciding_scores: Mapping[str, np.ndarray]
+    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], evidence: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection.
 
     facts: for each source the arrays of all examples that its rows come with.
-    deciding_scores: see read_deciding_scores; empty in the training mode.
+    evidence: see read_evidence.
     """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
     available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
     if mode == "training":
-        arrays = _by_cross_entropy(recipe, facts, available)
+        arrays = _of_ground_truth(recipe, facts, available, evidence)
     else:
         answers = np.where(available, np.stack([fact["answer"] for fact in facts], 1), 0)
-        rules: dict[str, Callable[..., dict[str, np.ndarray]]] = {
-            "vote": _by_vote,
-            "reference": _by_reference,
-            "random": _by_chance,
-        }
-        by_rule = rules[recipe.selection.inference]
-        arrays = {**deciding_scores, **by_rule(recipe, answers, **deciding_scores)}
+        arrays = {**evidence, **_of_answers(recipe, answers, evidence)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}
 
 
-def _by_cross_entropy(
-    recipe: Recipe, facts: Sequence[Mapping[str, np.ndarray]], available: np.ndarray
+def _of_ground_truth(
+    recipe: Recipe,
+    facts: Sequence[Mapping[str, np.ndarray]],
+    available: np.ndarray,
+    evidence: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
+    """The choice in the training mode."""
     ce = np.where(available, np.stack([fact["ce_sum"] for fact in facts], 1), np.nan)
     lossy = np.stack([fact["lossy"] for fact in facts], 1).astype(bool)
     # All sources read the same response. A source that left it out has 0 bytes.
     response_bytes = np.max([fact["response_bytes"] for fact in facts], 0).astype(np.int64)
     response_tokens = np.stack([fact["response_tokens"] for fact in facts], 1)
-    rule = recipe.selection.training
-    mixture = {}
-    if rule == "random":
-        source = random_source(able_readers(ce, lossy), (recipe.seed, 0))
+    able, rule = able_readers(ce, lossy), recipe.selection.training
+    if rule == "winner":
+        chosen = _by_winner(recipe, able, evidence)
+    elif rule == "by_category":
+        chosen = {**evidence, **_by_category(able, **evidence)}
     else:
-        # The source of a mixture is the one with the largest weight, and so with the least cross-entropy. Ties go
-        # to the first.
-        compared = "sum" if rule == "average" else rule
-        source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=response_tokens, rule=compared)
-        mixture = {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}
+        if rule == "random":
+            chosen = {"source": random_source(able, (recipe.seed, 0))}
+        else:
+            # The source of a mixture is the one with the largest weight, and so with the least cross-entropy. Ties go
+            # to the first.
+            compared = "sum" if rule == "average" else rule
+            counts = {"response_bytes": response_bytes, "response_tokens": response_tokens}
+            chosen = {"source": min_ce(ce, lossy, **counts, rule=compared)}
+            chosen |= {"mixture": inverse_ce(ce, lossy)} if rule == "average" else {}
+        chosen["margin"] = training_margin(ce, lossy, response_bytes, chosen["source"])
     return {
-        **mixture,
-        "source": source,
-        "margin": training_margin(ce, lossy, response_bytes, source),
+        **chosen,
         "ce_sum": ce,
         "lossy": lossy.astype(np.uint8),
         "response_bytes": response_bytes,
         "response_tokens": response_tokens,
     }
+
+
+def _by_winner(recipe: Recipe, able: np.ndarray, evidence: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The source whose own answer wins, by the rule for answers, also teaches the ground truth."""
+    candidates = np.isin(list(recipe.sources), recipe.candidates)
+    answers = np.where(candidates, evidence["answer"], 0)
+    scores = {name: array for name, array in evidence.items() if name != "answer"}
+    won = _of_answers(recipe, answers, scores)
+    source = winner_if_able(won["source"], able)
+    margin = np.where(source == NONE, np.nan, won["margin"]).astype(np.float32)
+    return {**evidence, **won, "source": source, "margin": margin}
+
+
+def _of_answers(recipe: Recipe, answers: np.ndarray, evidence: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The choice between the sources' answers. answers int [n, S]: see able_answers."""
+    rule = recipe.selection.inference
+    if rule == "by_category":
+        able = able_answers(evidence["scores"], answers)
+        return _by_category(able, **evidence)
+    rules: dict[str, Callable[..., dict[str, np.ndarray]]] = {
+        "vote": _by_vote,
+        "reference": _by_reference,
+        "random": _by_chance,
+    }
+    return rules[rule](recipe, answers, **evidence)
+
+
+def _by_category(able: np.ndarray, scores: np.ndarray, category: np.ndarray) -> dict[str, np.ndarray]:
+    means = category_scores(scores, category)
+    source = best_in_category(means, able)
+    return {"source": source, "margin": category_margin(means, able, source), "category_score": means}
 
 
 def _by_vote(recipe: Recipe, answers: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
@@ -220,26 +269,6 @@ def _by_reference(recipe: Recipe, answers: np.ndarray, reference: np.ndarray) ->
 def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
     source = random_source(answers != 0, (recipe.seed, 1))
     return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
-
-
-def read_deciding_scores(context: Context, examples: int) -> dict[str, np.ndarray]:
-    """The scores that decide between the sources' answers.
-
-    By the rule `vote`: `scores` float32 [n, S, R] of the reward models. By the rule `reference`: the measures
-    `reference` float32 [n, S, 3]. By the rule `random`: nothing. Raises UserError if scores are missing or
-    were made by other options.
-    """
-    recipe = context.recipe
-    sources = list(recipe.sources)
-    if recipe.selection.inference == "random":
-        return {}
-    if recipe.selection.inference == "reference":
-        return {"reference": np.stack([load_reference_scores(context, source) for source in sources], 1)}
-    scores = np.full((examples, len(sources), len(recipe.voting_reward_models)), np.nan, np.float32)
-    for column, reward_model in enumerate(recipe.voting_reward_models):
-        for place, source in enumerate(sources):
-            scores[:, place, column] = load_scores(context, source, reward_model)
-    return {"scores": scores}
 
 
 def _facts(teacher: Artifact) -> dict[str, np.ndarray]:

@@ -38,6 +38,14 @@ def vote_margin(scores: np.ndarray, votes: np.ndarray, answers: np.ndarray, sour
     return _lead(votes, able_answers(scores, answers), answers, source)
 
 
+def category_margin(means: np.ndarray, able: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """The mean score of the winner in the example's category minus that of the next best able source.
+
+    The unit is one standard deviation of the scores. means float [n, S]: see category_scores. able [n, S].
+    """
+    return _lead(means, able, np.broadcast_to(np.arange(means.shape[1]), means.shape), source)
+
+
 def _lead(values: np.ndarray, able: np.ndarray, answers: np.ndarray, source: np.ndarray) -> np.ndarray:
     """The best value of the winner's answer minus the best value of the other answers, among able ones.
 

@@ -115,3 +115,42 @@ def best_score(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """The answer with the best score, int16 [n]: the vote of one reward model. scores float [n, S];
     answers: see able_answers."""
     return majority_vote(scores[..., None], answers)[0]
+
+
+def category_scores(scores: np.ndarray, categories: np.ndarray) -> np.ndarray:
+    """The mean score of each source in the category of each example, float64 [n, S], in standard deviations.
+
+    scores float [n, S, R]: NaN if an answer has no score.
+    categories int [n]: equal numbers for examples of one category.
+
+    Reward models have different scales. So the scores of each model are first divided by their standard
+    deviation over all answers. Then the mean over the models is taken. A missing score counts as the lowest
+    that the model gave: a source gains nothing if it leaves out difficult examples.
+    """
+    means = np.zeros(scores.shape[:2])
+    for model in np.moveaxis(scores.astype(np.float64), 2, 0):
+        given = model[~np.isnan(model)]
+        if len(given) and given.std() > 0:
+            means += np.where(np.isnan(model), given.min(), model) / given.std() / scores.shape[2]
+    for category in np.unique(categories):
+        rows = categories == category
+        means[rows] = means[rows].mean(0)
+    return means
+
+
+def best_in_category(means: np.ndarray, able: np.ndarray) -> np.ndarray:
+    """The able source with the best mean score in the example's category, int16 [n]. Ties go to the first.
+
+    means float [n, S]: see category_scores. able bool [n, S].
+    """
+    return np.where(able.any(1), np.where(able, means, -np.inf).argmax(1), NONE).astype(np.int16)
+
+
+def winner_if_able(winner: np.ndarray, able: np.ndarray) -> np.ndarray:
+    """The winner of the answers as the source of the ground truth, int16 [n].
+
+    NONE if no answer won, or if the winner has not read the ground truth.
+    winner int [n]; able bool [n, S]: see able_readers.
+    """
+    reads = np.take_along_axis(able, np.maximum(winner, 0)[:, None].astype(np.int64), 1)[:, 0]
+    return np.where((winner != NONE) & reads, winner, NONE).astype(np.int16)

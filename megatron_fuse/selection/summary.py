@@ -19,7 +19,12 @@ def rule_lines(recipe: Recipe) -> list[str]:
 
 def _training_rule(recipe: Recipe) -> str:
     rule = recipe.selection.training
-    words = {"random": "chance", "average": "all sources mixed, by their cross-entropies"}
+    words = {
+        "random": "chance",
+        "average": "all sources mixed, by their cross-entropies",
+        "winner": f"the winner of the answers ({_inference_rule(recipe)})",
+        "by_category": f"best mean score in the category, by {', '.join(recipe.voting_reward_models)}",
+    }
     return words.get(rule, f"least cross-entropy ({rule})")
 
 
@@ -28,6 +33,8 @@ def _inference_rule(recipe: Recipe) -> str:
         return "best score against the ground truth"
     if recipe.selection.inference == "random":
         return "chance"
+    if recipe.selection.inference == "by_category":
+        return f"best mean score in the category, by {', '.join(recipe.voting_reward_models)}"
     if len(recipe.voting_reward_models) > 1:
         return f"vote of {', '.join(recipe.voting_reward_models)}; ties go to {recipe.strongest}"
     return f"best score by {recipe.strongest}" if recipe.voting_reward_models else "the only source"

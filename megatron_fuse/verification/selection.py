@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.selection.choice import FIX, choose, read_deciding_scores, read_selection, selection_path
+from megatron_fuse.selection.choice import FIX, choose, read_selection, selection_path
+from megatron_fuse.selection.evidence import evidence_shapes, read_evidence
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import brief
 from megatron_fuse.verification.recomputed import difference_problems
@@ -84,25 +85,23 @@ def selection_problems(
             f"{path}: example {names[example]!r}: the source is {stored['source'][example]}, but the recipe "
             f"has {len(recipe.sources)} sources, counted from 0. {FIX}"
         )
-    deciding_scores = _deciding_scores(context, len(names), stored) if mode == "inference" else {}
-    if deciding_scores is None:
-        yield f"{path}: the scores behind this choice are missing, here and at their stage. {FIX}"
+    evidence = _evidence(context, mode, len(names), stored)
+    if evidence is None:
+        yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
         return
-    wanted = choose(recipe, mode, facts, deciding_scores)
+    wanted = choose(recipe, mode, facts, evidence)
     yield from difference_problems(path, stored, wanted, names, basis="the sources' facts", fix=FIX)
 
 
-def _deciding_scores(context: Context, examples: int, found: Facts) -> Facts | None:
-    """The scores of their stage; if missing or damaged, those stored with the selection; else None.
+def _evidence(context: Context, mode: str, examples: int, found: Facts) -> Facts | None:
+    """What the choice compares, from its stages; if that is missing or damaged, what is stored with the selection.
 
-    The check of the artifacts reports the damage itself.
+    None if it is not there either. The check of the artifacts reports the damage itself.
     """
     try:
-        return read_deciding_scores(context, examples)
+        return read_evidence(context, mode, examples)
     except (UserError, OSError, ValueError, EOFError):
-        recipe = context.recipe
-        name = "reference" if recipe.selection.inference == "reference" else "scores"
-        stored = found.get(name)
-        if stored is None or stored.ndim != 3 or stored.shape[:2] != (examples, len(recipe.sources)):
+        shapes = evidence_shapes(context.recipe, mode, examples)
+        if any(name not in found or found[name].shape != shape for name, shape in shapes.items()):
             return None
-        return {name: stored}
+        return {name: found[name] for name in shapes}
