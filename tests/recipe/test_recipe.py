@@ -48,7 +48,7 @@ def with_change(path: str, value: object) -> dict:
         ("schedule.preset", "x", r"schedule\.preset: .*'profuser'"),
         ("schedule.phases", [], r"schedule: give exactly one of preset and phases"),
         ("sources", {"../up": {"model": "a"}}, r"sources\.\.\./up"),
-        ("reward_models", {}, r"several sources answer and no reward model votes"),
+        ("reward_models", {}, r"of several sources .*no reward model votes"),
         ("selection.strongest", "k", r"selection\.strongest is 'k'.*\['j'\]"),
         ("capture.temperatures", [1.0], r"teacher_temperature is 2\.0 but capture\.temperatures"),
         # mappings within mappings, one of them optional, one under a name that the recipe chooses
