@@ -88,7 +88,7 @@ def with_change(path: str, value: object) -> dict:
         ("reward_models.reference", {"model": "x"}, r"'reference' is the name of the score against the ground truth"),
         # who votes
         ("selection.reward_models", ["k"], r"selection\.reward_models has \['k'\] but reward_models has \['j'\]"),
-        ("selection.reward_models", [], r"several sources answer and no reward model votes"),
+        ("selection.reward_models", [], r"of several sources .*no reward model votes"),
         ("selection.reward_models", ["../up"], r"selection\.reward_models\.0"),
         ("schedule.order", "longest", r"schedule\.order: .*'shuffled', 'gt_length' or 'target_reward'"),
         # margins: a winner cannot win by less than nothing; from weight 1 on nothing would be weighed down
