@@ -142,11 +142,11 @@ def change_config(root: Path, **changes: object) -> None:
         (lambda root: None, ["--pipeline-model-parallel-size", 5], "5 does not divide num_hidden_layers"),
         (lambda root: None, ["--seq-length", 500], "--seq-length 500 is longer than max_position_embeddings .128."),
         (lambda root: None, ["--target-model", "beta"], "class MptForCausalLM is not supported"),
-        (other_tokenizer, [], "target.model: its tokenizer gives ids up to .*the tokenizer belongs to another model"),
+        (other_tokenizer, [], "target.model: the tokenizer has ids up to .*The tokenizer belongs to another model"),
         (
             lambda root: (root / "t.jinja").write_bytes(b"\xff\xfe"),
             ["--target-chat-template", "t.jinja"],
-            "no UTF-8 text",
+            "not UTF-8 text",
         ),
         (lambda root: (root / "t.jinja").write_text("{{ 1 / 0 }}"), ["--target-chat-template", "t.jinja"], "by zero"),
         (lambda root: (root / "data.jsonl").write_text("[" * 9999 + "]" * 9999), [], "data.jsonl:1: not valid JSON"),
@@ -191,7 +191,7 @@ def test_a_broken_model_is_named_and_a_mended_one_goes_on(
     weights = world / "alpha/model.safetensors"
     messages = {
         "half": "alpha/model.safetensors is cut off",
-        "other size": "but config.json makes it",
+        "other size": "but config.json gives",
         "more layers": "has no weights for model.layers.2",
         "no head": "has no weights for lm_head.weight",
         "not a pickle": "alpha/pytorch_model.bin is a Git LFS pointer",
@@ -276,8 +276,10 @@ def test_a_damaged_file_is_named_with_the_mend_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    said = {flip_a_bit: "sha256 .*the manifest has", halve: "bytes in place of", Path.unlink: "missing"}
-    assert re.search(f"{path}: .*{said.get(damage, 'a list instead')}.*restore it, or .*run the stage again", error)
+    said = {flip_a_bit: "sha256 .*but the manifest has", halve: "bytes instead of", Path.unlink: "missing"}
+    assert re.search(
+        f"{path}: .*{said.get(damage, 'a list instead')}.*Restore (it|the file), or .*run the stage again", error
+    )
     shards = {path.with_name(path.name.split(".")[0] + ".done") for path in work.glob("**/shard-*")}
     assert all(marker.exists() for marker in shards)  # whole, or not there
 
@@ -350,7 +352,7 @@ def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"work/{message}.*: remove .* and run megatron-fuse .* again, or put the old value back", error)
+    assert re.search(f"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error)
 
 
 ODD = [

@@ -353,7 +353,7 @@ def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
     flipped = bytearray(good)
     flipped[-40] ^= 1  # within a number, where nothing but the checksum tells
     path.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: sha256 .* restore it, or remove"):
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: the sha256 is .* Restore the file, or remove"):
         capture_shard(artifact, 1)
 
 
@@ -390,7 +390,7 @@ def test_arrays_of_other_lengths_are_refused(captured_shard: CaptureShard, tmp_p
     path = tmp_path / "shard.safetensors"
     for name in sorted(vars(captured_shard).keys() - {"offsets", "vocab_size"}):
         CaptureShard(**(vars(captured_shard) | {name: getattr(captured_shard, name)[:-1]})).save(path)
-        with pytest.raises(UserError, match=r"fit the other arrays|counts add up to|offsets do not divide"):
+        with pytest.raises(UserError, match=r"but the other arrays need|counts add up to|offsets do not divide"):
             read_capture_shard(path)
 
 
@@ -439,5 +439,5 @@ def test_a_tokenizer_of_a_larger_vocabulary_than_the_model_is_refused(fresh: Rec
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(fresh.sources["gamma"].model) / name, mixed)
     options = fresh.sources["beta"].model_copy(update={"model": str(mixed), "chat_template": "chatml"})
-    with pytest.raises(UserError, match="the tokenizer belongs to another model"):
+    with pytest.raises(UserError, match="The tokenizer belongs to another model"):
         capture(Context(fresh.model_copy(update={"sources": {"beta": options}})), "beta", "training", progress=str)

@@ -357,7 +357,7 @@ def test_bad_input(tmp_path):
         load_chat_format(tokenizer, where="sources[1]")
     with pytest.raises(UserError, match=r"target.chat_template: 'chatlm' is neither one of"):
         load_chat_format(tokenizer, "chatlm")
-    with pytest.raises(UserError, match=r'has no EOS token .* set "eos_token" in its tokenizer_config'):
+    with pytest.raises(UserError, match=r'has no EOS token.* Set "eos_token" in its tokenizer_config'):
         load_chat_format(dataclasses.replace(tokenizer, eos_id=None), "alpaca")
     with pytest.raises(UserError, match="does not print the assistant"):
         custom(tmp_path, "{{ messages[0]['content'] }}")

@@ -63,7 +63,9 @@ def test_values_that_a_dataset_takes_without_a_word_are_named(
     opened(copied)  # and recorded as whole
     path = fusion_directory(copied) / name
     rewrite_in_place(path, edit)
-    with pytest.raises(UserError, match=f"^{path}: sha256 .*, the manifest has .*: restore it, or remove it and run"):
+    with pytest.raises(
+        UserError, match=f"^{path}: the sha256 is .*, but the manifest has .*\. Restore the file, or remove it and run"
+    ):
         opened(copied)
 
 
@@ -216,7 +218,7 @@ def test_a_file_that_changes_after_it_was_opened_is_named(copied: Recipe) -> Non
     with pytest.raises(UserError, match=rf"^{path}: 0 bytes, but \d+ when it was opened"):
         dataset.document("training", 0)
     path.unlink()
-    with pytest.raises(UserError, match=rf"^{path}: cannot be read any more"):
+    with pytest.raises(UserError, match=rf"^{path}: the file can no longer be read"):
         dataset.document("training", 0)
 
 

@@ -189,7 +189,7 @@ def test_an_id_that_different_rows_have_is_nobodys(tmp_path: Path, ids: list, ke
     for row in found.bad:
         if row["kind"] == Kind.AMBIGUOUS_ID:
             other = {line for line in kinds if line != row["line"]}
-            assert any(f"that of line {line}," in row["reason"] for line in other), row
+            assert any(f"the id of line {line}," in row["reason"] for line in other), row
 
 
 def test_ids_of_other_files_are_read_alike(tmp_path: Path) -> None:

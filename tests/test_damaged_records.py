@@ -111,7 +111,7 @@ STEP = {"kind": "step", "iteration": 1, "phase": "one", "loss": 0.5, "ce/trainin
         (STEP | {"iteration": -1}, "iteration: "),
         (STEP | {"iteration": True}, "iteration: "),
         (STEP | {"kind": "other"}, "kind: "),
-        ({"kind": "step", "iteration": 1}, "a step has a phase and a loss"),
+        ({"kind": "step", "iteration": 1}, "a step must have a phase and a loss"),
         ('{"kind": "step", "iteration": 1, "phase": "one", "loss": NaN}', "loss: "),
     ],
 )

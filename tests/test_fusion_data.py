@@ -231,7 +231,7 @@ def files_of(directory: Path) -> dict[str, tuple[int, int]]:
 def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe) -> None:
     two = changed(copied, sources={name: copied.sources[name] for name in ("beta", "alpha")})
     before, three = files_of(fusion_directory(copied)), FusionDataset(copied)
-    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'sources': \['beta', 'alpha'\]"):
+    with pytest.raises(UserError, match=r"does not exist, but must hold .*'sources': \['beta', 'alpha'\]"):
         FusionDataset(two)
     build_fusion_data(Context(two), progress=str)
     assert files_of(fusion_directory(copied)) == before
@@ -241,14 +241,14 @@ def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe)
     assert files_of(fusion_directory(copied)) == before
     assert FusionDataset(copied).sha256 == three.sha256
     strong = changed(copied, selection={"strongest": "two"})
-    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'strongest': 'two'"):
+    with pytest.raises(UserError, match=r"does not exist, but must hold .*'strongest': 'two'"):
         FusionDataset(strong)
 
 
 def test_only_the_reward_models_that_the_recipe_names_decide(copied: Recipe) -> None:
     both = FusionDataset(copied).selections["inference"].arrays
     alone = changed(copied, selection={"reward_models": ["two"]})
-    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'judges': \['two'\]"):
+    with pytest.raises(UserError, match=r"does not exist, but must hold .*'judges': \['two'\]"):
         FusionDataset(alone)
     build_fusion_data(Context(alone), progress=str)
     found = FusionDataset(alone).selections["inference"].arrays
@@ -283,7 +283,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
     assert exact > 5
     assert verify_fusion_data(Context(by_reference), progress=str).problems == []
     heavier = changed(by_reference, reference={"bleu": 0.75})
-    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'measures': \{'bleu': 0.75"):
+    with pytest.raises(UserError, match=r"does not exist, but must hold .*'measures': \{'bleu': 0.75"):
         FusionDataset(heavier)
 
 
@@ -316,7 +316,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     expected = all_batches(FusionDataset(copied), weights)
 
     strict = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least)})
-    with pytest.raises(UserError, match=r"does not exist; it is to hold .*'margin': \{'at_least'"):
+    with pytest.raises(UserError, match=r"does not exist, but must hold .*'margin': \{'at_least'"):
         FusionDataset(strict)
     build_fusion_data(Context(strict), progress=str)
     dataset = FusionDataset(strict)

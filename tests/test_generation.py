@@ -78,7 +78,7 @@ def naive_answer(
 def test_a_model_that_keeps_a_state_is_refused(model_class: type, config: Any) -> None:
     """One whose layers read nothing but the last token of what is in the cache would answer something else."""
     sampling = Sampling(frozenset({2}), torch.ones(40, dtype=torch.bool))
-    with pytest.raises(UserError, match=rf"{model_class.__name__} keeps more of a text than keys and values"):
+    with pytest.raises(UserError, match=rf"{model_class.__name__} keeps other state than keys and values"):
         generate(model_class(config), [Prompt("e", [4, 5], 3, 0)], sampling, batch_tokens=10)
 
 

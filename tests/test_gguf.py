@@ -231,8 +231,8 @@ def test_a_file_without_scaling_keeps_its_own_positions(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (None, r"has scaled rotary positions \(rope_freqs\.weight\).* has no config\.json: put"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "has no rope_scaling: name"),
+        (None, r"has scaled rotary positions \(rope_freqs\.weight\).* has no config\.json\. Copy"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "has no rope_scaling\. Name"),
         ({"hidden_size": 64}, "hidden_size is 64 in .*config.json, but 32 in .*x.gguf: name"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3"),
         ({"num_attention_heads": 2, "num_key_value_heads": 2}, "num_attention_heads is 2"),
@@ -260,7 +260,7 @@ def test_the_tokenizer_has_to_be_named(
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
-    assert end.value.code == 2 and "--from-gguf needs --tokenizer: " in capsys.readouterr().err
+    assert end.value.code == 2 and "--from-gguf needs --tokenizer. " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"{}"], ids=repr)
@@ -295,7 +295,7 @@ def test_a_gguf_file_as_a_model_is_refused_with_the_command_that_converts_it(
     with pytest.raises(UserError) as refusal:
         check_files(recipe)
     key = "target.model" if role == "target" else "sources.a.model"
-    assert f"{key}: {file} is a GGUF file: convert it once" in str(refusal.value)
+    assert f"{key}: {file} is a GGUF file. Convert it once" in str(refusal.value)
     words = ["--from-gguf", str(file), "--tokenizer", "ORIGINAL_MODEL", "--output", str(file.with_suffix(""))]
     assert shlex.split(str(refusal.value).split("megatron-fuse convert ")[1]) == words
     file.unlink()

@@ -138,7 +138,7 @@ def test_the_exit_code_says_whether_all_is_well(
         (["--only", "bad", "--device", "cpu"], "invalid choice: 'bad' (choose from "),
         (["--minutes", "0", "--device", "cpu"], "--minutes is 0: it must be above 0"),
         (["--minutes", "nan", "--device", "cpu"], "--minutes is nan: it must be above 0"),
-        ([], "no GPU is visible to torch: --device cpu runs the same code"),
+        ([], "torch finds no GPU. Use --device cpu to run the same code"),
     ],
 )
 def test_bad_usage_is_refused(

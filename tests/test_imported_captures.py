@@ -310,10 +310,10 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shift, "is the file one token off"),
+        (shift, "the file is shifted by one token"),
         (absolute, "logsumexp is not relative to the largest logit"),
-        (too_much, "is no entry, and has with the entries more probability than one"),
-        (without_own, "is not among the entries, and token_logprobs does not give"),
+        (too_much, "is not an entry, but its probability and those of the entries add up to more than one"),
+        (without_own, "is not an entry, and token_logprobs does not give"),
         (put("top_logprobs", 3, 0, value=float("nan")), "response row 3 has a log-probability that is NaN"),
         (put("top_logprobs", 3, 1, value=0.2), "response row 3 has more probability than one"),
         (put("top_logprobs", 3, 1, value=float("inf")), "response row 3 has a log-probability that is infinite"),
@@ -351,7 +351,7 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         ),
         (put("logsumexp", "nan", value=[]), "logsumexp: 'nan' is no temperature"),
         (put("logsumexp", "-1", value=[]), "logsumexp: '-1' is no temperature"),
-        (lambda row: row["top_logprobs"].pop(), "top_logprobs has .* items, there are .* tokens"),
+        (lambda row: row["top_logprobs"].pop(), "top_logprobs has .* items, but there are .* tokens"),
         (lambda row: row.pop("token_logprobs"), "token_logprobs: missing"),
         (lambda row: row.pop("top_ids"), "in no known form: it has id, token_ids"),
         (lambda row: (row.pop("top_ids"), row.update(compressed_logprobs=[[1]])), "DistillKit's compressed columns"),

@@ -82,7 +82,7 @@ def test_inspect_data_prints_json_and_refuses_with_code_2(
     assert tool(*way, "--index", "13") == 2
     assert "examples are numbered 0 to 12" in capsys.readouterr().err
     assert tool("--recipe", path, "--index", "3") == 2
-    assert "--mode is needed" in capsys.readouterr().err
+    assert "--mode is missing. It is needed" in capsys.readouterr().err
 
 
 def test_the_fusion_directory_is_enough_wherever_it_lies(
@@ -107,8 +107,8 @@ def test_what_is_no_fusion_directory_is_refused(
     renamed = tmp_path / "fusion" / "exact-skip-T3"
     shutil.copytree(fusion_directory(world), renamed)
     for arguments, said in (
-        (what, "give either the fusion directory"),
-        ((renamed, "--recipe", renamed / "recipe.yaml", *what), "give either the fusion directory"),
+        (what, "Give the fusion directory"),
+        ((renamed, "--recipe", renamed / "recipe.yaml", *what), "Give the fusion directory"),
         ((tmp_path, *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
         (("/", *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
         ((renamed, *what), "describes exact-skip-T2, not exact-skip-T3"),

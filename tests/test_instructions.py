@@ -122,7 +122,7 @@ def test_bad_rows_are_listed_with_line_and_reason(tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize(
     "roles, reason",
     [
-        (["user", "user", "assistant"], "do not take turns"),
+        (["user", "user", "assistant"], "two turns of user follow each other"),
         (["user", "tool", "assistant"], "a tool's turn without a call before it"),
         (["user", ["assistant"]], "role of a turn is ['assistant']"),
         (["user"], "no assistant turn"),
@@ -141,8 +141,8 @@ def test_conversations_that_are_none(tmp_path: Path, roles: list[str], reason: s
     [
         ([alpaca(1), '{"id": 5,'], "rows.jsonl:2: not valid JSON"),
         ([alpaca(1), "[1]"], "rows.jsonl:2: a row is a JSON object"),
-        ([{"prompt": "Q", "completion": "A"}], "no row in a known form.*completion, prompt"),
-        ([], "no row in a known form"),
+        ([{"prompt": "Q", "completion": "A"}], "no row has a known form.*completion, prompt"),
+        ([], "no row has a known form"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, rows: list[object], message: str) -> None:
@@ -211,10 +211,10 @@ def test_a_damaged_table_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_directories_that_are_no_table(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither .*parquet nor the state\.json"):
+    with pytest.raises(UserError, match=r"has no .*parquet file and no state\.json"):
         read_rows(tmp_path)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(UserError, match=r"several splits: name the directory of one of them \(train, test\)"):
+    with pytest.raises(UserError, match=r"several splits\. Name the directory of one of them \(train, test\)"):
         read_rows(tmp_path)
 
 

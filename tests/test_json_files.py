@@ -151,7 +151,7 @@ BROKEN = {
     "cut off": ('[{"a": 1},\n\n{"a": "x', r"x\.json:3: not valid JSON in element 2 .*Unterminated string"),
     "no bracket": ('[{"a": 1}', r"x\.json:1: not valid JSON in element 2 .*closing bracket is missing"),
     "comma at the end": ('[{"a": 1},\n]', r"x\.json:2: not valid JSON in element 2"),
-    "two arrays": ("[]\n[]", r"x\.json:2: .*more text behind the array"),
+    "two arrays": ("[]\n[]", r"x\.json:2: .*more text after the array"),
     "an error far from the end": ('[{"a" 1},' + " " * 99 + "{}]", r"x\.json:1: not valid JSON in element 1 .*':'"),
     "deep": ("[" + '{"a":' * 100_000, r"x\.json:1: not valid JSON in element 1"),
     "digits": ('[{"a": ' + "1" * 9999 + "}]", r"x\.json:1: not valid JSON in element 1"),

@@ -87,16 +87,16 @@ NO_ANSWERS = {
     "half": (body(TRUE[:-9]), "no JSON"),
     "twice": (body(TRUE + TRUE), "no JSON"),
     "bom": (body(b"\xef\xbb\xbf" + TRUE), "no JSON"),
-    "utf-16": (body(TRUE.decode().encode("utf-16")), "no UTF-8 at byte 0"),
-    "latin-1": (body(TRUE.replace(b"a lie", b"\xe9t\xe9"), "x: y"), "no UTF-8 at byte"),
-    "surrogate bytes": (body(TRUE.replace(b"a lie", b"\xed\xa0\x80")), "no UTF-8 at byte"),
+    "utf-16": (body(TRUE.decode().encode("utf-16")), "not UTF-8 at byte 0"),
+    "latin-1": (body(TRUE.replace(b"a lie", b"\xe9t\xe9"), "x: y"), "not UTF-8 at byte"),
+    "surrogate bytes": (body(TRUE.replace(b"a lie", b"\xed\xa0\x80")), "not UTF-8 at byte"),
     "deep": (body(b"[" * 100_000), "no JSON"),
     "digits": (body(b'{"choices": ' + b"9" * 5000 + b"}"), "no JSON"),
     "key twice": (body(TRUE[:-1] + b', "choices": []}'), "the key 'choices' twice"),
     "content twice": (body(TRUE.replace(b'"a lie"', b'"a lie", "content": "an answer"')), "the key 'content' twice"),
     "stream": (body(b"data: " + TRUE + b"\n\ndata: [DONE]\n\n"), "no JSON"),
     "no content": (Act(write=lambda file: file.write(b"HTTP/1.1 204 No Content\r\n\r\n")), "no JSON"),
-    "10 MB": (completion("a lie " * 1_700_000), "bytes, more than the tokens that were asked for can be"),
+    "10 MB": (completion("a lie " * 1_700_000), "bytes, which is more than the requested number of tokens can hold"),
     "the key": (completion(f"the key is {KEY}"), "the answer holds the key"),
 }  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_what_stays_no_answer_is_listed_with_the_reason(
     printed = capfd.readouterr()
     for place, (name, (_, why)) in enumerate(NO_ANSWERS.items()):
         (line,) = [line for line in printed.out.split("\n") if f"no answer to example 'e{place}': " in line]
-        assert "no completion came back but " in line and why in line and line.isprintable(), name
+        assert "the server sent no completion but " in line and why in line and line.isprintable(), name
         assert len(line) <= 600 + len(str(recipe.workdir)), name
     assert {row.response for row in answers(recipe).values()} == {""}
     (unmatched,) = artifact.files(".unmatched.txt")
@@ -180,7 +180,9 @@ def test_a_server_that_gives_no_answer_at_all_ends_the_run(
         with pytest.raises(UserError) as caught:
             generate_responses(Context(recipe), "served")
     error = str(caught.value)
-    assert error.startswith(f"sources.served.server: {server.url} refuses every request (no completion came back but ")
+    assert error.startswith(
+        f"sources.served.server: {server.url} refuses every request (the server sent no completion but "
+    )
     assert why in error and "[at example 'e" in error
     assert len(error) <= 600 and error.isprintable()
     assert not any(path.read_bytes() for path in journals(recipe))

@@ -383,9 +383,9 @@ def test_constants_that_older_checkpoints_hold_are_left_out(family: Path, tmp_pa
         ("linear", "ab", {"base": "base"}, "--base has no meaning for --method linear"),
         ("linear", "ab", {"density": 0.5}, "--density has no meaning for --method linear"),
         ("linear", "ab", {"weights": (1.0, 0.0)}, "weights are 1.0, 0.0: they have to be above 0"),
-        ("ties", "ab", {}, "name it with --base"),
-        ("dare_ties", "ab", {}, "name it with --base"),
-        ("dare_linear", "ab", {}, "name it with --base"),
+        ("ties", "ab", {}, "Name the base model with --base"),
+        ("dare_ties", "ab", {}, "Name the base model with --base"),
+        ("dare_linear", "ab", {}, "Name the base model with --base"),
         ("ties", "ab", {"base": "base", "t": 0.5}, "--t has no meaning for --method ties"),
         ("ties", "ab", {"base": "base", "rescale": "l1"}, "--rescale has no meaning for --method ties"),
         ("ties", "ab", {"base": "base", "density": 0.0}, "--density is 0.0"),
@@ -520,7 +520,7 @@ def full(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             False,
             False,
-            r"the 1 further row lies beyond the tokenizer of {longer}, whose tokens are \d+: no text reaches them",
+            r"the 1 extra row lies beyond the \d+ tokens of the tokenizer of {longer}\. No text uses them",
         ),
         (64, False, False, "the 64 further rows lie beyond the tokenizer"),
         (1, True, False, r"1 of the 1 further rows of {longer} stand for tokens that the other lacks \('<\|more\|>'\)"),
@@ -541,7 +541,7 @@ def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
     assert f"{models[0]} and {models[1]} have vocabularies of {counts[0]} and {counts[1]} rows: " in message
     assert re.search(said.format(longer=re.escape(str(longer))), message), message
     assert message.endswith(
-        f"--rows first merges the rows of the first model, and {'keeps them as they are in that model' if longer_first else 'leaves them out'}"
+        f"Set --rows first to merge the rows of the first model: it {'keeps them as they are in that model' if longer_first else 'leaves them out'}"
     )
     assert not (tmp_path / "new").exists()
 
@@ -607,5 +607,5 @@ def test_a_model_is_named_with_or_without_its_weight(family: Path, tmp_path: Pat
     assert read_models([str(colon), str(b)]) == ((colon, b), None)
     with pytest.raises(UserError, match="1 of 2 models have a weight"):
         read_models([f"{a}:1", str(b)])
-    with pytest.raises(UserError, match="neither a directory nor a model"):
+    with pytest.raises(UserError, match="is not a directory and not a model"):
         read_models([f"{a}:half", str(b)])

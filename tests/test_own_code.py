@@ -105,7 +105,7 @@ def _reward_model(model: Path) -> None:
 
 
 ROADS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "tokenizer": (load_tokenizer, "nothing here runs such code"),
+    "tokenizer": (load_tokenizer, "This command does not run such code"),
     "recipe's tokenizer": (
         lambda model: load_format(ModelOptions(model=str(model)), "sources.own"),
         r"set sources\.own\.trust_remote_code: true",
@@ -114,11 +114,11 @@ ROADS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda model: load_causal_lm(AnsweringOptions(model=str(model)), where="sources.own"),
         r"set sources\.own\.trust_remote_code: true",
     ),
-    "config of a target": (read_architecture, "model_type|model type|custom code|by Python code"),
-    "reward model": (_reward_model, "by Python code that comes with it|custom code"),
-    "encoder of BERTScore": (lambda model: _load_encoder(str(model), None), "nothing here runs such code"),
-    "merge": (_merge, "by Python code that comes with it"),
-    "evaluation": (_evaluate, "nothing here runs such code"),
+    "config of a target": (read_architecture, "model_type|model type|custom code|needs Python code"),
+    "reward model": (_reward_model, "needs Python code that comes with the model|custom code"),
+    "encoder of BERTScore": (lambda model: _load_encoder(str(model), None), "This command does not run such code"),
+    "merge": (_merge, "needs Python code that comes with the model"),
+    "evaluation": (_evaluate, "This command does not run such code"),
     "chat, tokenizer": (_chat, "set --trust-remote-code"),
     "chat, weights": (lambda model: _chat(_plain_tokenizer(model)), "set --trust-remote-code"),
 }

@@ -230,7 +230,7 @@ def test_a_plan_of_damaged_weights_is_a_whole_table(tmp_path: Path, parts: dict,
     with pytest.raises(UserError) as refusal:
         print_plan(Context(recipe), 1)
     for directory in damaged.values():
-        assert str(refusal.value).count(f"{directory / 'model.safetensors'} is not a whole") == 1
+        assert str(refusal.value).count(f"{directory / 'model.safetensors'} is not a complete") == 1
     states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()}
     assert states["responses/alpha"] == states["responses/beta"] == states["training"] == "refused"
     assert states["responses/gamma"] == states["export"] == "to"

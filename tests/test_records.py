@@ -75,7 +75,7 @@ def test_half_a_character_in_a_record_is_refused(tmp_path: Path, sealed: bool) -
     path = tmp_path / "manifest.json"
     seal = {"sha256": "0" * 64} if sealed else {}
     path.write_text(json.dumps(MANIFEST | {"options": {"key": "\ud800"}} | seal))
-    with pytest.raises(UserError, match=f"{path}: holds half a surrogate pair"):
+    with pytest.raises(UserError, match=f"{path}: it holds half a surrogate pair"):
         read_record(path, ManifestRecord)
 
 

@@ -234,7 +234,7 @@ def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path
 def test_missing_models_are_refused_with_the_key(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path, examples=1)
     (tmp_path / "empty").mkdir()
-    for place, message in [("gone", "neither a directory nor a model"), ("empty", "no config.json")]:
+    for place, message in [("gone", "is not a directory and not a model"), ("empty", "no config.json")]:
         options = recipe.sources["mpt"].model_copy(update={"model": str(tmp_path / place)})
         with pytest.raises(UserError, match=f"sources.x.model: .*{message}"):
             load_causal_lm(options, where="sources.x")

@@ -125,7 +125,8 @@ def test_a_real_server_killed_in_mid_run_and_started_again(real: RealServer, mod
     killer.start()
     try:
         with pytest.raises(
-            UserError, match=rf"sources.served.server: {real.url} cannot be reached .*start the server.*rerun"
+            UserError,
+            match=rf"sources.served.server: {real.url} cannot be reached .*Start the server.*next run requests the others",
         ):
             generate_responses(Context(recipe), "served", progress=str)
     finally:
@@ -195,10 +196,13 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         ),
         (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\): fix sources.served.server"),
         (Act({"detail": "Unexpected fields"}, 422), r"refuses every request \(422 Unexpected fields\)"),
-        (Act(REFUSED, 429), r"gives no more for now \(429 .*\[key\]\).*rerun"),
-        (Act(REFUSED, 429, {"retry-after": "9999"}), r"gives no more for now"),
+        (Act(REFUSED, 429), r"accepts no more requests for now \(429 .*\[key\]\).*next run requests the others"),
+        (Act(REFUSED, 429, {"retry-after": "9999"}), r"accepts no more requests for now"),
         (Act(f"<p>{KEY}</p>", 503), r"fails \(503 <p>\[key\]</p>\)"),
-        (Act(f"<p>{KEY}</p>"), r"refuses every request \(no completion came back but <p>\[key\]</p> \(no JSON: .*\)\)"),
+        (
+            Act(f"<p>{KEY}</p>"),
+            r"refuses every request \(the server sent no completion but <p>\[key\]</p> \(not JSON: .*\)\)",
+        ),
         (
             Act({"error": KEY}),
             r'refuses every request \(no completion came back but {"error": "\[key\]"} \(choices: Field required\)\)',
@@ -238,7 +242,7 @@ def test_nobody_listens_or_the_key_is_wrong_before_anything_is_asked(
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     nobody = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(UserError, match=rf"{nobody} cannot be reached .*connection.*start the server"):
+    with pytest.raises(UserError, match=rf"{nobody} cannot be reached .*connection.*Start the server"):
         answers(recipe_for(model, tmp_path / "1", nobody, max_retries=50))  # which would be minutes
     with scripted(echo, models=Act(REFUSED, 401)) as server:
         recipe = recipe_for(model, tmp_path / "2", server.url)
@@ -457,7 +461,7 @@ def test_an_interrupted_run_asks_for_the_rest_alone(model: Path, tmp_path: Path)
     with scripted(outage) as server:
         options = {"data": {"shard_size": 5}, "concurrency": 1, "max_retries": 0}
         recipe = recipe_for(model, tmp_path, server.url, examples=12, **options)
-        with pytest.raises(UserError, match=r"503 down.*the answers that came in are kept"):
+        with pytest.raises(UserError, match=r"503 down.*The answers received so far are kept"):
             generate_responses(Context(recipe), "served", progress=str)
         _, begun = journals(recipe)  # five answers, two answers
         begun.write_bytes(begun.read_bytes()[:-9])  # a kill within the last line
@@ -484,7 +488,7 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
     whole = json.dumps({"request": "a", "text": "a", "sha256": "0" * 64})
     for line in ("{", "[]", "[" * 100_000, '{"text": "a"}', '{"sha256": "a"}', whole):
         path.write_text(line + "\n")
-        with pytest.raises(UserError, match=f"^{path}:1: damaged .*: remove the file"):
+        with pytest.raises(UserError, match=f"^{path}:1: damaged .*\. Remove the file"):
             generate_responses(Context(recipe), "served", progress=str)
 
 
@@ -576,9 +580,9 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"url": "https://user:pass@host/v1"}, "url holds a user name, a password or a query"),
-        ({"url": "https://host/v1?key=pass"}, "url holds a user name, a password or a query"),
-        ({"url": "localhost:8000/v1"}, "url has to be a base URL"),
+        ({"url": "https://user:pass@host/v1"}, "url must not hold a user name, a password or a query"),
+        ({"url": "https://host/v1?key=pass"}, "url must not hold a user name, a password or a query"),
+        ({"url": "localhost:8000/v1"}, "url must be a base URL"),
         ({"extra": {"stream": True, "seed": 1}}, "extra may not have seed, stream"),
     ],
 )

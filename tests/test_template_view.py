@@ -56,7 +56,7 @@ def test_the_tool_shows_one_model(
     assert _run(monkeypatch, "--template", str(tmp_path / "none")) == 2
     assert "--template.model: " in capsys.readouterr().err
     assert _run(monkeypatch, "--template", str(model), "--mode", "training") == 2
-    assert "--mode and --source belong to one example" in capsys.readouterr().err
+    assert "--mode and --source choose the document of an example" in capsys.readouterr().err
 
 
 def test_a_template_for_one_question_is_shown_with_one(tmp_path: Path) -> None:

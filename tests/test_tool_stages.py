@@ -176,7 +176,7 @@ def test_a_model_that_joins_later_is_named_with_the_row(models: Callable, tmp_pa
     ]
     for meet in meetings:
         with pytest.raises(
-            UserError, match=r"does not print .* \(example 'e'\): choose another chat_template, or remove"
+            UserError, match=r"does not print .* \(example 'e'\)\. Choose another chat_template\. Or remove"
         ):
             meet()
 

@@ -88,7 +88,11 @@ def test_one_bit_flipped_anywhere_is_found(copied: Recipe, seed: int) -> None:
     data[draw.integers(len(data))] ^= 1 << int(draw.integers(8))
     path.write_bytes(data)
     problems = verified(copied).problems
-    assert any(f"{path}: sha256" in problem and "restore it" in problem for problem in problems), (seed, path, problems)
+    assert any(f"{path}: the sha256" in problem and "Restore the file" in problem for problem in problems), (
+        seed,
+        path,
+        problems,
+    )
 
 
 def too_many(values: np.ndarray) -> None:
@@ -142,7 +146,7 @@ def test_an_id_twice_in_a_row_and_a_mass_above_one_are_named(copied: Recipe) -> 
     change(Path(f"{prefix}.entry_ids.bin"), np.uint16, lambda ids: ids.put(entry + 1, ids[entry]))
     change(Path(f"{prefix}.entry_logprobs.bin"), np.uint16, lambda half: half.put([entry, entry + 1], 0x8000))  # -0.0
     problems = verified(copied).problems
-    expect(problems, r"entry_ids.bin: example 'e\d+', row \d+: id \d+ stands twice in the row")
+    expect(problems, r"entry_ids.bin: example 'e\d+', row \d+: id \d+ is twice in the row")
     expect(problems, r"entry_logprobs.bin: example 'e\d+', row \d+: the mass is 2\.\d+, more than 1")
 
 
@@ -210,7 +214,7 @@ def test_a_choice_can_be_verified_where_the_scores_are_gone(copied: Recipe) -> N
     path = selection_path(copied, "inference")
     arrays, basis = read_arrays(path, "")
     write_arrays(path, {name: array for name, array in arrays.items() if name != "scores"}, basis)
-    expect(verified(copied).problems, rf"{path.name}: the scores that it was chosen by are missing")
+    expect(verified(copied).problems, rf"{path.name}: the scores behind this choice are missing")
 
 
 def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:

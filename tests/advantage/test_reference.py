@@ -193,7 +193,7 @@ def test_what_is_no_encoder_is_refused(encoders: dict[str, Path], tmp_path: Path
     def measure(model: Path, layer: int | None = None) -> None:
         reference_measures(ReferenceOptions(bertscore_model=str(model), bertscore_layer=layer), ["a"], ["b"], str)
 
-    with pytest.raises(UserError, match=r"reference.bertscore_model: .*none' is neither a directory"):
+    with pytest.raises(UserError, match=r"reference.bertscore_model: .*none' is not a directory"):
         measure(tmp_path / "none")
     with pytest.raises(UserError, match=r"reference.bertscore_layer is 4, but .*bert has 3 layers"):
         measure(encoders["bert"], 4)

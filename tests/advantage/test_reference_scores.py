@@ -98,7 +98,7 @@ def test_a_model_for_bertscore_is_part_of_it(model: Path, tmp_path: Path) -> Non
 def test_without_a_model_it_goes_on_only_on_request(model: Path, tmp_path: Path) -> None:
     recipe = answered(model, tmp_path, without_bertscore="refuse")
     for use in (score_against_reference, lambda context: load_reference_scores(context, "same")):
-        with pytest.raises(UserError, match=r"without_bertscore: renormalize"):
+        with pytest.raises(UserError, match=r"reference.without_bertscore to renormalize"):
             use(Context(recipe))
     assert not (tmp_path / "run/scores").exists()
 
@@ -127,7 +127,9 @@ def test_a_missing_package_is_found_before_anything_is_made(
     if missing == "none" or (missing == "bert-score" and not encoder):  # which compares nothing without one
         require_measures(options)
     else:
-        with pytest.raises(UserError, match=rf"^{missing} is not installed: pip install 'megatron-fuse\[reference\]'"):
+        with pytest.raises(
+            UserError, match=rf"^{missing} is not installed\. Run pip install 'megatron-fuse\[reference\]'"
+        ):
             require_measures(options)
 
 

@@ -148,7 +148,9 @@ def test_results_of_something_else_are_refused(
     data = shutil.copytree(questions, tmp_path / "data")
     if change:
         change(alpha.directory, data)
-    with pytest.raises(UserError, match=rf"alpha/winogrande.json: was {message}.*: give another --output, or remove"):
+    with pytest.raises(
+        UserError, match=rf"alpha/winogrande.json: the file was {message}.*\. Give another --output, or remove"
+    ):
         evaluate([alpha], [WINOGRANDE], output, data=data, settings=settings)
 
 

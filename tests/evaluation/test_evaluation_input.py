@@ -53,7 +53,7 @@ def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[Eval
     [
         (["--limit", "0"], "--limit must be at least 1"),
         (["--max-new-tokens", "-1"], "--max-new-tokens must be at least 1"),
-        (["--batch-size", "many"], "--batch-size must be a number from 1 or auto"),
+        (["--batch-size", "many"], "--batch-size must be auto or a number of at least 1"),
     ],
 )
 def test_options_are_checked(options: list[str], message: str, run_tool: Callable[..., int], capsys) -> None:

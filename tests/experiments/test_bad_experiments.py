@@ -46,7 +46,7 @@ def experiment(directory: Path, **keys: Any) -> Path:
         ({"prepare": 5}, "prepare: .*valid string"),
         ({"evaluate": ""}, "evaluate: it is empty"),
         ({"evaluate": "m {model} {output} {"}, "evaluate: Single '{'|evaluate: expected '}'"),
-        ({"evaluate": "m {model:>99999999999} {output}"}, "evaluate: it has the places .* all without a format"),
+        ({"evaluate": "m {model:>99999999999} {output}"}, "evaluate: the placeholders are .* without a format"),
         ({"evaluate": "m {model!r} {output}"}, "evaluate: it has the places"),
         ({"evaluate": "m {model.__class__} {output}"}, "evaluate: it has the places"),
         ({"evaluate": "m {} {output}"}, "evaluate: it has the places"),
@@ -127,7 +127,9 @@ def test_a_damaged_record_is_named_with_its_key(
 ) -> None:
     path = tmp_path / "record.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"record\.json: {key}: .*; remove .*record\.json to make it anew") as caught:
+    with pytest.raises(
+        UserError, match=rf"record\.json: {key}: .*\. Remove .*record\.json and run the experiment again"
+    ) as caught:
         read_record(kind, path)
     assert len(str(caught.value)) <= 600
 

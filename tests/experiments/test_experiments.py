@@ -216,7 +216,7 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
         ({"evaluate": "python m.py {model}"}, r"evaluate: it has the places \['model'\]"),
         ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate: it has the places .*where"),
         ({"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}}, "merges.m: no variant or model is named d"),
-        ({"seeds": [1, 1]}, "seeds holds one twice"),
+        ({"seeds": [1, 1]}, "seeds contains a seed twice"),
         ({"prepare": "python 'make.py"}, "prepare: it is no command line: No closing quotation"),
         ({"sedes": [1]}, "sedes: unknown key; allowed here: .*seeds"),
     ],

@@ -185,7 +185,7 @@ def require_rerun(target: Target) -> Running:
     """The same command once more, alone. Raises Broken unless it ends with 0 and the artifact is whole."""
     job, end = target.run(), time.monotonic() + HANGS_AFTER
     # What a killed process has started may go on for a while.
-    while "wait for it" in job.text and time.monotonic() < end:
+    while "Wait until it ends" in job.text and time.monotonic() < end:
         job = target.run()
     require_good_end(job)
     if job.exit_code:

@@ -173,7 +173,7 @@ def _read_metrics(directory: Path) -> None:
 
 
 # An artifact that was made from another one, or by another version, is not to be blamed on one key of it.
-_OTHERS = ("was made with inputs.", "needed is")
+_OTHERS = ("was made with inputs.", "is needed")
 
 TARGETS = [
     FuzzTarget("stages", _make_stages, _read_stages, ("run/**/*",), 0.5, _sealed),

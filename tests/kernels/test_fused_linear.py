@@ -127,7 +127,7 @@ def test_a_promise_of_unit_upstream_is_checked(main, seed):
             leaves[1].main_grad = torch.zeros_like(weight)
         loss = fused_linear_sparse_kl(*leaves, *targets, **weights, chunk_tokens=8, unit_upstream=True).loss
         loss.backward(upstream, retain_graph=True)
-        with pytest.raises(RuntimeError, match="given away in the first backward pass"):
+        with pytest.raises(RuntimeError, match="the first backward pass has used up the gradients"):
             loss.backward(upstream)
         return leaves[0].grad, leaves[1].main_grad if main else leaves[1].grad
 

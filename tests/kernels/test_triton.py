@@ -123,7 +123,10 @@ def test_gradient_takes_the_place_of_the_logits_once(seed):
     loss = loss_of(logits, case).sum()
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert gradient.data_ptr() == logits.data_ptr()
-    with pytest.raises(RuntimeError, match='no second: run the forward pass again, or use implementation="reference"'):
+    with pytest.raises(
+        RuntimeError,
+        match='a second one is not possible. Run the forward pass again, or use implementation="reference"',
+    ):
         torch.autograd.grad(loss, logits)
 
 

@@ -287,7 +287,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(ranks, small_mod
         return directory
 
     cases = [
-        (case(0, "llama2", lambda t: t.pop(down)), f"lacks the tensor {down}"),
+        (case(0, "llama2", lambda t: t.pop(down)), f"does not have the tensor {down}"),
         (case(1, "llama2", lambda t: t.update({bias: torch.ones(64)})), f"holds the tensor {bias}"),
         (
             case(2, "llama2", lambda t: t.update({down: torch.ones(172, 64)})),
@@ -301,7 +301,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(ranks, small_mod
         ),  # tied, and stored twice
         (
             case(6, "qwen2", lambda t: t.update({"lm_head.weight": t[embedding] + 1})),
-            "set tie_word_embeddings to false",
+            "Set tie_word_embeddings to false",
         ),
     ]
     messages = ranks(1, refusals, [directory for directory, _ in cases])[0]
@@ -368,7 +368,7 @@ def test_a_pickle_of_more_than_named_tensors_is_refused(tmp_path, kind, zipped, 
     if indexed:
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
     with pytest.raises(
-        UserError, match=rf"{tmp_path / file} holds other things than named tensors \({said}\): have .* safetensors$"
+        UserError, match=rf"{tmp_path / file} holds not only named tensors \({said}\)\. Save .* safetensors\.$"
     ):
         WeightFiles(tmp_path).shape("w")
 

@@ -336,7 +336,7 @@ def split(directory: Path, factor: float = 1.0) -> dict[str, Path]:
 
 def two_sets(directory: Path) -> list[str]:
     files = split(directory, 1.5)
-    return [str(files["single"]), files["index"].name, "take one of them out"]
+    return [str(files["single"]), files["index"].name, "Remove one of the two"]
 
 
 def a_stale_index(directory: Path) -> list[str]:
@@ -344,7 +344,7 @@ def a_stale_index(directory: Path) -> list[str]:
     files = split(directory)
     files["first"].unlink()
     files["second"].unlink()
-    return [str(files["single"]), files["index"].name, "take one of them out"]
+    return [str(files["single"]), files["index"].name, "Remove one of the two"]
 
 
 def a_stale_tensor(directory: Path) -> list[str]:

@@ -51,7 +51,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "own tag": (with_line("seed: !x 5"), r":7: the tag !x"),
     "5000 digits": (with_line(f"seed: {'9' * 5000}"), r":7: 9+ \.\.\. 9+ has more digits than 64 bits hold"),
     "65 bits": (extra("18446744073709551616"), r":3: 18446744073709551616 has more digits"),
-    "5000 digits of a float": (with_line(f"training: {{lr: {'9' * 5000}.0}}"), r":7: .* beyond what 64-bit"),
+    "5000 digits of a float": (with_line(f"training: {{lr: {'9' * 5000}.0}}"), r":7: .* too large for a 64-bit"),
     "too large": (extra("1e400"), r":3: 1e400 is beyond"),
     "too small": (extra("-1e-400"), r":3: -1e-400 is beyond"),
     "directive": (lambda text: f"%YAML {'9' * 5000}.1\n---\n{text}", r":1: not valid YAML"),
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "half of a character as a key": (extra('{"\\udfff": 1}'), r":3: '\\udfff' holds half"),
     "Latin-1": (
         lambda text: text.encode() + b"seed: \xe9\n",
-        r":7: not valid YAML: 'utf-8' codec .*save the file as UTF-8",
+        r":7: not valid YAML: 'utf-8' codec .*Save the file as UTF-8",
     ),
     "UTF-16": (lambda text: text.encode("utf-16"), r":1: not valid YAML: 'utf-8' codec"),
     # paths

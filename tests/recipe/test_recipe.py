@@ -50,7 +50,7 @@ def with_change(path: str, value: object) -> dict:
         ("sources", {"../up": {"model": "a"}}, r"sources\.\.\./up"),
         ("reward_models", {}, r"of several sources .*no reward model votes"),
         ("selection.strongest", "k", r"selection\.strongest is 'k'.*\['j'\]"),
-        ("capture.temperatures", [1.0], r"teacher_temperature is 2\.0 but capture\.temperatures"),
+        ("capture.temperatures", [1.0], r"teacher_temperature is 2\.0, but capture\.temperatures"),
         # mappings within mappings, one of them optional, one under a name that the recipe chooses
         (
             "sources.b.responses",
@@ -87,7 +87,7 @@ def with_change(path: str, value: object) -> dict:
         ("sources.target", {"model": "x"}, r"'target' is the name of the target's own answers"),
         ("reward_models.reference", {"model": "x"}, r"'reference' is the name of the score against the ground truth"),
         # who votes
-        ("selection.reward_models", ["k"], r"selection\.reward_models has \['k'\] but reward_models has \['j'\]"),
+        ("selection.reward_models", ["k"], r"selection\.reward_models has \['k'\], but reward_models has only \['j'\]"),
         ("selection.reward_models", [], r"of several sources .*no reward model votes"),
         ("selection.reward_models", ["../up"], r"selection\.reward_models\.0"),
         ("schedule.order", "longest", r"schedule\.order: .*'shuffled', 'gt_length' or 'target_reward'"),
@@ -101,18 +101,18 @@ def with_change(path: str, value: object) -> dict:
         # what a sequence may be
         ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
         ("parallel.sequence_parallel", True, r"set tensor_model_parallel_size to 2, 4 or 8, not 1"),
-        ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2: .* leave it at 1"),
+        ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2, but .* Set it to 1"),
         # one learning rate
         (
             "training",
             {"lr_warmup_iters": 15, "lr_warmup_fraction": 0.1},
-            r"training: lr_warmup_iters is 15 and lr_warmup_fraction 0\.1, .*: set lr_warmup_iters to 0, or leave out",
+            r"training: lr_warmup_iters is 15 and lr_warmup_fraction is 0\.1, .*\. Set lr_warmup_iters to 0, or remove",
         ),
         *(
             (
                 "training",
                 {"lr_warmup_iters": 15, "lr_decay_iters": decay},
-                rf"training: lr_decay_iters \({decay}\) is not above lr_warmup_iters \(15\).*: raise lr_decay_iters, or lower",
+                rf"training: lr_decay_iters \({decay}\) .* must be above lr_warmup_iters \(15\).*\. Raise lr_decay_iters, or lower",
             )
             for decay in (14, 15)
         ),
@@ -135,7 +135,7 @@ def with_change(path: str, value: object) -> dict:
             (
                 "training",
                 {**style, key: value},
-                rf"training: {key} is {value}, but lr_decay_style is {style.get('lr_decay_style', 'cosine')}: leave out {key}, or set "
+                rf"training: {key} is {value}, but lr_decay_style is {style.get('lr_decay_style', 'cosine')}\. Remove {key}, or set "
                 "lr_decay_style to WSD",
             )
             for style in ({}, {"lr_decay_style": "linear"}, {"lr_decay_style": "constant"})
@@ -145,7 +145,7 @@ def with_change(path: str, value: object) -> dict:
             (
                 "training",
                 {"lr_decay_style": "WSD", "lr_decay_iters": 20, "lr_wsd_decay_iters": 11, warmup: value},
-                rf"training: lr_wsd_decay_iters \(11\) and the 10 steps of {warmup} are more than lr_decay_iters \(20\): lower",
+                rf"training: lr_wsd_decay_iters \(11\) and the 10 steps of {warmup} are together more than lr_decay_iters \(20\)\. Lower",
             )
             for warmup, value in {"lr_warmup_iters": 10, "lr_warmup_fraction": 0.5}.items()
         ),
@@ -190,7 +190,7 @@ def test_the_strongest_is_one_of_those_that_vote() -> None:
     two = make_recipe({**three, "selection": {"reward_models": ["k", "j"]}})
     assert (two.voting_reward_models, two.strongest) == (["j", "k"], "j")
     assert make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "k"}}).strongest == "k"
-    with pytest.raises(UserError, match=r"selection\.strongest is 'i' but those that vote are \['j', 'k'\]"):
+    with pytest.raises(UserError, match=r"selection\.strongest is 'i', but the reward models that vote are \['j', 'k'\]"):
         make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "i"}})
 
 

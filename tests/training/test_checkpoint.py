@@ -222,7 +222,7 @@ def test_an_optimizer_of_another_form_is_refused(ranks, odd, sections, key) -> N
     parallel = {"use_distributed_optimizer": True} | sections.get("parallel", {})
     training = {"override": True} | sections.get("training", {})
     (message,) = ranks(1, message_of_refusal, *odd, {"parallel": parallel, "training": training})
-    assert f"optimizer has {key} = " in message and "put the old value back" in message
+    assert f"optimizer has {key} = " in message and "Restore the old value" in message
 
 
 def test_a_library_of_another_version_is_a_warning(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(ranks, trained, cases: Ca
     for what, message, _ in cases.outcomes(ranks, trained[1]):
         name = what.partition(" ")[0]
         assert name in message, (seed, what, message)
-        assert "another checkpoint" in message or "not a whole checkpoint" in message, (seed, what, message)
+        assert "another checkpoint" in message or "not a complete checkpoint" in message, (seed, what, message)
         assert len(message) <= 600
 
 

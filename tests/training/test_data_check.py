@@ -1,4 +1,4 @@
-"""Laws of training over damaged data: every rank ends with the same UserError, and no checkpoint was written."""
+"""Laws of training over damaged data: every rank ends with the same UserError, and No checkpoint was written."""
 
 import contextlib
 import io
@@ -114,7 +114,7 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
     results = ranks(world_size, run, tmp_path, target, sections, made, release)
     for message, steps, saved in results:
         assert message.startswith(f"{tmp_path}/data/shard-00001.bin: sha256 ")
-        assert "no checkpoint was written from these data" in message and len(message) <= 600
+        assert "No checkpoint was written from these data" in message and len(message) <= 600
         assert saved == [] and steps == results[0][1]
         assert release > 6 or len(steps) < 6
     if world_size == 1:

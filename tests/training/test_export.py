@@ -181,7 +181,7 @@ def test_importing_weights_where_a_run_has_its_checkpoints_is_refused(ranks, run
     directory = run[0] / "training/checkpoints"
     before = sorted(os.listdir(directory))
     (message,) = ranks(1, import_again, run[1], directory)
-    assert f"{directory} holds checkpoints already (iter_0000002)" in message
+    assert f"{directory} already holds checkpoints (iter_0000002)" in message
     assert sorted(os.listdir(directory)) == before
     assert (directory / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     assert ranks(1, import_again, run[1], tmp_path / "new") == ["imported"]

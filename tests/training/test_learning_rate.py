@@ -238,7 +238,7 @@ WSD_OF_RUN = {
 def test_a_changed_rate_or_seed_is_refused_as_another_run(ranks, begun, target, changed, message) -> None:  # type: ignore[no-untyped-def]
     sections = {"training": {**TRAINING, **WSD_OF_RUN, **changed}}
     (refusal,) = ranks(1, message_of_refusal, begun, target, sections)
-    assert re.search(message, refusal) and "put the old value back" in refusal and "--override" in refusal
+    assert re.search(message, refusal) and "Restore the old value" in refusal and "--override" in refusal
 
 
 def test_a_changed_rate_is_taken_with_a_warning_where_that_is_asked_for(ranks, begun, target, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -117,4 +117,4 @@ def refusal_under_transformer_engine(workdir: Path, target: Path, sections: dict
 
 def test_transformer_engine_does_not_pack_in_fp32(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     (message,) = ranks(1, refusal_under_transformer_engine, tmp_path, target, {"training": PACKED})
-    assert "packed sequences in bf16 alone: set training.precision to bf16" in message
+    assert "packed sequences only in bf16. Set training.precision to bf16" in message

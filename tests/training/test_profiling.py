@@ -94,7 +94,7 @@ def test_a_continued_run_traces_the_iterations_that_are_left(ranks, target, tmp_
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        (options(10, 10, [0]), r"training: profile_step_end is 10: .* set it above profile_step_start \(10\)"),
+        (options(10, 10, [0]), r"training: profile_step_end is 10, but .* Set it above profile_step_start \(10\)"),
         (options(0, 2, [0]), r"training\.profile_step_start: .*greater than or equal to 1"),
         (options(1, 2, []), r"training\.profile_ranks: .*at least 1 item"),
         (options(1, 2, [-1]), r"training\.profile_ranks\.0: .*greater than or equal to 0"),
