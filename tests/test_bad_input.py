@@ -158,7 +158,7 @@ def change_config(root: Path, **changes: object) -> None:
         (
             lambda root: (root / "data.jsonl").write_text('[\n{"a": 1},\n]'),
             [],
-            "data.jsonl:3: not valid JSON in element 2",
+            "data.jsonl:3: element 2 is not valid JSON",
         ),
         (lambda root: None, ["--workdir", "data.jsonl"], "data.jsonl: cannot be written .Not a directory"),
     ],
@@ -497,4 +497,4 @@ def test_a_tilde_in_a_path_is_a_home_directory(
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    assert end.value.code == 2 and "there is no home directory for ~nouser" in capsys.readouterr().err
+    assert end.value.code == 2 and "there is no home directory of ~nouser" in capsys.readouterr().err

@@ -270,7 +270,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) ->
 
     with pytest.raises(KeyboardInterrupt):
         capture(Context(fresh), "beta", "training", progress=interrupt)
-    with pytest.raises(UserError, match="is incomplete: run megatron-fuse capture"):
+    with pytest.raises(UserError, match="is incomplete\. Run megatron-fuse capture"):
         Context(fresh).open(CAPTURES, "beta", "training")
     (whole.directory / "shard-00001.safetensors").write_bytes(b"half a file")
     capture(Context(fresh), "beta", "training", progress=str)
@@ -318,7 +318,7 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
         return logits
 
     monkeypatch.setattr("megatron_fuse.capture.reading.logits_at", overflow)
-    with pytest.raises(UserError, match="NaN or infinite logits in example 'e1', response row 3: "):
+    with pytest.raises(UserError, match="the logits are NaN or infinite in example 'e1', response row 3\. "):
         capture(Context(fresh), "beta", "training", progress=str)
     assert not list((fresh.workdir / "captures/beta/training").glob("shard*"))
 

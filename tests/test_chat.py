@@ -220,7 +220,7 @@ def test_a_template_without_the_earlier_turns_is_refused(tmp_path):
         "Q: {{ messages[-1]['content'] if add_generation_prompt else messages[0]['content'] }} A:"
         "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}",
     )
-    with pytest.raises(UserError, match=r"prints 0 of the 1 earlier assistant turns: .* data.supervise to last_turn"):
+    with pytest.raises(UserError, match=r"prints 0 of the 1 earlier assistant turns\. .* data.supervise to last_turn"):
         form.encode_conversation(TALK, "x", every_turn=True)
 
 

@@ -226,15 +226,15 @@ def test_a_choice_whose_file_is_another_form_is_refused(copied: Recipe) -> None:
     path = selection_path(copied, "training")
     arrays, basis = read_arrays(path, "")
     for header, said in (
-        (None, "its header has no 'made'"),
-        ({"selection": json.dumps(basis)}, "its header has no 'made'"),  # of the version before
-        ({"made": json.dumps(basis)}, "its header has no 'basis'"),
-        ({"made": json.dumps({"basis": basis})}, "its header has no 'sha256'"),
+        (None, "the header has no 'made'"),
+        ({"selection": json.dumps(basis)}, "the header has no 'made'"),  # of the version before
+        ({"made": json.dumps(basis)}, "the header has no 'basis'"),
+        ({"made": json.dumps({"basis": basis})}, "the header has no 'sha256'"),
         ({"made": json.dumps({"basis": [], "sha256": "0"})}, "arrays and basis have sha256"),
         ({"made": json.dumps({"basis": basis, "sha256": [5]})}, "arrays and basis have sha256"),
         ({"made": "[]"}, "list indices"),
         ({"made": "[" * 100000}, "damaged"),
     ):
         save_file(arrays, path, header)
-        with pytest.raises(UserError, match=rf"^{path}: .*{said}.*: run megatron-fuse build"):
+        with pytest.raises(UserError, match=rf"^{path}: .*{said}.*\. Run megatron-fuse build"):
             FusionDataset(copied)

@@ -229,5 +229,5 @@ def test_best_fit_takes_the_fullest_sequence_with_room() -> None:
 
 @pytest.mark.parametrize("length", [11, 0, -1])
 def test_a_document_that_cannot_be_packed_is_named(length: int) -> None:
-    with pytest.raises(ValueError, match=rf"document 1 takes {length} positions, not 1 to 10"):
+    with pytest.raises(ValueError, match=rf"document 1 has {length} positions, but a document has 1 to 10"):
         pack([10, length, 3], 10)

@@ -64,7 +64,7 @@ LISTED = {
     "two answers": (turns("u: Q", "a: A", "a: B"), Kind.SAME_ROLE, "two of the assistant in a row"),
     "two leading answers": (turns("a: A", "a: B", "u: Q", "a: C"), Kind.SAME_ROLE, "assistant in a row"),
     "a late system turn": (turns("u: Q", "s: S", "a: A"), Kind.LATE_SYSTEM, "the system's"),
-    "a leading answer alone": (turns("a: A", "u: Q"), Kind.NO_ANSWER, "no assistant turn behind a user's"),
+    "a leading answer alone": (turns("a: A", "u: Q"), Kind.NO_ANSWER, "no assistant turn after a user's turn"),
     "no answer": (turns("u: Q"), Kind.NO_ANSWER, "no assistant turn"),
     "an unknown role": (turns("u: Q", "bot: A"), Kind.UNKNOWN_ROLE, "'bot'"),
     "an empty answer": (turns("u: Q", "a:  "), Kind.EMPTY, "response is empty"),

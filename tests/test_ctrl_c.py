@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINE = "interrupted: what is finished is kept, and the same command continues from there\n"
+LINE = "interrupted: finished work is kept. Run the same command again to continue.\n"
 
 # A command that says when it has begun, and then works until it is stopped.
 COMMAND = """

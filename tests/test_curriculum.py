@@ -95,7 +95,7 @@ def test_shuffled_examples_need_no_curriculum(copied: Recipe) -> None:
 
 def test_missing_scores_are_named_with_the_command_that_makes_them(copied: Recipe) -> None:
     shutil.rmtree(copied.workdir / "scores" / "alpha")
-    with pytest.raises(UserError, match=r"scores/alpha/one does not exist: run megatron-fuse score"):
+    with pytest.raises(UserError, match=r"scores/alpha/one does not exist\. Run megatron-fuse score"):
         built(copied, "target_reward")
 
 
@@ -120,7 +120,7 @@ def overwrite(recipe: Recipe) -> None:
 REFUSALS: dict[str, tuple[Callable[[Recipe], object], str]] = {
     "missing": (lambda recipe: curriculum_path(recipe).unlink(), "does not exist"),
     "no safetensors": (lambda recipe: curriculum_path(recipe).write_bytes(b"x"), "damaged"),
-    "no header": (lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)), "its header has no 'made'"),
+    "no header": (lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)), "the header has no 'made'"),
     "other values": (overwrite, r"damaged \(arrays and basis have sha256"),
     "other text": (
         lambda recipe: rewrite(recipe, lambda arrays, header: header["target_reward"].update(text="0" * 64)),
@@ -140,7 +140,9 @@ def test_a_curriculum_that_is_not_the_recipes_is_refused(copied: Recipe, case: s
     recipe = built(copied, "target_reward")
     damage, said = REFUSALS[case]
     damage(recipe)
-    with pytest.raises(UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*: run megatron-fuse build"):
+    with pytest.raises(
+        UserError, match=rf"curriculum-target_reward\.safetensors.* ?{said}.*\. Run megatron-fuse build"
+    ):
         order_of(recipe)
     built(copied, "target_reward")
     order_of(recipe)

@@ -166,7 +166,7 @@ def test_a_run_that_was_told_to_stop_is_not_exported(
         str(tmp_path / "export"),
     ]
     stopped = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
-    assert stopped.returncode == 2 and "training has stopped at step 4 of 9: run this again" in stopped.stderr
+    assert stopped.returncode == 2 and "training stopped at step 4 of 9. Run this again" in stopped.stderr
     assert not (tmp_path / "export").exists()
 
 

@@ -120,5 +120,5 @@ def test_parameters_are_counted_whatever_their_type(tmp_path: Path, dtype: torch
 
 
 def test_a_file_without_a_usable_row_is_refused(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UserError, match="no usable row among 1 in alpaca form"):
+    with pytest.raises(UserError, match="none of its 1 rows can be used in alpaca form"):
         estimate_amounts(Context(recipe_of(tmp_path, model, [{"instruction": "a", "output": ""}])))

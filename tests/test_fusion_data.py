@@ -424,7 +424,7 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
     ):
         FusionDataset(changed(copied, loss={"teacher_temperature": 3.0}))
     (fusion / "teachers/beta/training/manifest.json").unlink()
-    with pytest.raises(UserError, match="beta/training is incomplete: run megatron-fuse build"):
+    with pytest.raises(UserError, match="beta/training is incomplete\. Run megatron-fuse build"):
         FusionDataset(copied)
     shutil.rmtree(copied.workdir / "captures/gamma/inference")
     with pytest.raises(UserError, match="--source gamma --mode inference"):

@@ -160,7 +160,10 @@ def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Pat
     assert {key: row.response for key, row in rows.items()} == {"one": "c", "same": "c", "last": "b"}
     data[2]["messages"] = turns("B?", "b", "Why?", "gt")
     recipe = recipe_for(model, tmp_path, data, options)
-    with pytest.raises(UserError, match=rf"{path}:2: prompt is what the conversations of 'one' and 'last' end in"):
+    with pytest.raises(
+        UserError,
+        match=rf"{path}:2: the conversations of 'one' and 'last' are different, but both end in the same prompt",
+    ):
         generate_responses(Context(recipe), "file", progress=str)
 
 
@@ -170,15 +173,15 @@ ID, PROMPT = {}, {"match": "prompt"}
 @pytest.mark.parametrize(
     "options, rows, message",
     [
-        (ID, [{"id": "e1", "response": "a"}, {"id": "e1", "response": "b"}], "jsonl:2: id 'e1' was given in line 1"),
+        (ID, [{"id": "e1", "response": "a"}, {"id": "e1", "response": "b"}], "jsonl:2: id 'e1' is also in line 1"),
         (ID, [{"id": "e1", "response": "a"}, {"id": "e1", "response": "a", "truncated": True}], "jsonl:2: .* line 1"),
         (
             ID,
             [{"id": "e1", "response": None}],
-            "no example's row has an answer under response .*line 1 has id, response",
+            "no row of an example has an answer under response .*line 1 has id, response",
         ),
         (ID, [{"id": "e1", "responses": {"x": "a", "y": "b"}}], r"line 1 has id, responses\.x, responses\.y"),
-        ({"response": "r"}, [{"id": "e1", "r": {"x": "a"}}], r"jsonl:1: r is a dict, .*: name one of r\.x"),
+        ({"response": "r"}, [{"id": "e1", "r": {"x": "a"}}], r"jsonl:1: r is a dict, .*\. Name one of r\.x"),
         (ID, [{"id": "e1", "response": ["a"]}], "jsonl:1: response is a list, not the text"),
         (ID, [{"id": "e1", "response": "a", "truncated": "no"}], "jsonl:1: truncated is 'no'"),
         (ID, ['{"id": "e1", "response": "\\udc00"}'], "jsonl:1: response holds half a surrogate pair at character 0"),
@@ -192,7 +195,7 @@ ID, PROMPT = {}, {"match": "prompt"}
         (
             PROMPT,
             [{"prompt": "Question 1?", "response": "a"}, {"prompt": " Question 1?", "response": "b"}],
-            r"jsonl:2: prompt ' Question 1\?' was given in line 1",
+            r"jsonl:2: prompt ' Question 1\?' is also in line 1",
         ),
         (ID, ["{"], "jsonl:1: not valid JSON"),
         (ID, [], "none of its 0 ids"),

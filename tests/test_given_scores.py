@@ -97,7 +97,7 @@ def test_a_score_of_another_answer_is_refused(tmp_path: Path) -> None:
     names = ["e0", "e1"]
     found = given.of("vicuna-7b-v1.5", [example(name) for name in names], [answer(name) for name in names])
     assert found.tolist() == [0.25, 3]
-    with pytest.raises(UserError, match=r"scores.jsonl:2: scores another answer of 'mpt' to 'e0'"):
+    with pytest.raises(UserError, match=r"scores.jsonl:2: this score is for another answer of 'mpt' to 'e0'"):
         given.of("mpt", [example("e0")], [answer("e0")])
     assert np.isnan(given.of("mpt", [example("e0")], [answer("e0", "")]))  # nothing is taken from that row
 
@@ -138,11 +138,11 @@ def test_files_for_other_examples_or_sources_are_refused(tmp_path: Path) -> None
         ([{"id": "a", "scores": {"x": 1}}, {"id": "a", "source": "x", "score": 2}], "jsonl:2: .*'x' to 'a' .*line 1"),
         (
             [{"id": "a", "source": "x", "score": 1, "response": text} for text in "bc"],
-            "jsonl:2: .*'x' to 'a' was scored in line 1",
+            "jsonl:2: .*'x' to 'a' is also scored in line 1",
         ),
         ([{"id": "a", "Score": 1}], f"no row has a score: .* mapping .* scores .{WHERE}.scores.; line 1 has id, Score"),
         ([], "no row has a score: .*; the file is empty"),
-        (["["], "jsonl:2: not valid JSON in element 1 .an object is missing."),
+        (["["], "jsonl:2: element 1 is not valid JSON .an object is missing."),
         (None, f"{WHERE}: .*scores.jsonl does not exist"),
     ],
 )

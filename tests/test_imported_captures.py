@@ -159,7 +159,8 @@ def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_pat
     capture(Context(fresh), SOURCE, "training", progress=str)
     recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
     with pytest.raises(
-        UserError, match=r"plain.jsonl:1 \(id 'e0'\): has no logsumexp at temperature 2 .*teacher_temperature to 1"
+        UserError,
+        match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2 .*teacher_temperature to 1",
     ):
         capture(Context(recipe), SOURCE, "training", progress=str)
     at_one = changed(recipe, loss={"teacher_temperature": 1.0})
@@ -198,7 +199,7 @@ def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run
     recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
     capture(Context(recipe), SOURCE, "training", progress=str)
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file: take it out"):
+    with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file\. Remove it"):
         require_backend(recipe, SOURCE, "training", "hf")
     require_backend(recipe, SOURCE, "training", "file")
 
@@ -324,8 +325,8 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (put("top_logprobs", 3, 1, value=False), "top_logprobs.3.1: must be a valid number, not False"),
         (put("token_logprobs", 3, value=True), "token_logprobs.3: must be a valid number, not True"),
         (put("top_logprobs", 3, value=[-1.0]), "token 3 has 10 ids, but 1 log-probabilities"),
-        (put("top_ids", 2, 4, value=10**5), "response row 2 has an id that is none of the model's"),
-        (put("top_ids", 2, 4, value=-1), "response row 2 has an id that is none of the model's"),
+        (put("top_ids", 2, 4, value=10**5), "response row 2 has an id that is not one of the model's"),
+        (put("top_ids", 2, 4, value=-1), "response row 2 has an id that is not one of the model's"),
         (put("top_ids", 2, 4, value=1.5), "top_ids.2.4: must be a valid integer, not 1.5"),
         (put("top_ids", 2, 4, value=True), "top_ids.2.4: must be a valid integer, not True"),
         (put("top_ids", 2, 4, value=[[1]]), r"top_ids.2.4: must be a valid integer, not \[\[1\]\]"),
@@ -334,14 +335,14 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (put("token_ids", 1, value="x" * 5000), "token_ids.1: must be a valid integer, not 'xxx"),
         (lambda row: row["top_ids"][2].__setitem__(4, row["top_ids"][2][3]), "response row 2 has an id twice"),
         (put("top_ids", 2, value=None), "top_ids.2: must be a valid list, not None .docs/captures.md"),
-        (put("token_logprobs", 1, value=0.0), "token .* has another probability among the entries, or should be one"),
+        (put("token_logprobs", 1, value=0.0), "token .* has another probability among the entries, or must be one"),
         (put("token_logprobs", 1, value=float("nan")), "response row 1: token .* has a log-probability that is NaN"),
         (
             put("token_logprobs", 1, value=float("inf")),
             "response row 1: token .* has a log-probability that is infinite",
         ),
         (put("token_logprobs", 1, value="NaN"), "token_logprobs.1: must be a valid number, not 'NaN'"),
-        (put("logsumexp", "2", 3, value=0.0), "logsumexp is less than that of the entries alone .response row 3"),
+        (put("logsumexp", "2", 3, value=0.0), "logsumexp is smaller than that of the entries alone .response row 3"),
         (put("logsumexp", "2", 3, value=float("inf")), "logsumexp is not finite .response row 3"),
         (put("logsumexp", "2", 3, value=None), "logsumexp is not finite .response row 3"),
         (put("logsumexp", "2", 3, value=[]), "logsumexp.2.3: must be a valid number"),
@@ -349,15 +350,15 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
             lambda row: row["logsumexp"].update({"2.0": row["logsumexp"]["2"]}),
             "logsumexp: temperature 2 is given twice",
         ),
-        (put("logsumexp", "nan", value=[]), "logsumexp: 'nan' is no temperature"),
-        (put("logsumexp", "-1", value=[]), "logsumexp: '-1' is no temperature"),
+        (put("logsumexp", "nan", value=[]), "logsumexp: 'nan' is not a temperature"),
+        (put("logsumexp", "-1", value=[]), "logsumexp: '-1' is not a temperature"),
         (lambda row: row["top_logprobs"].pop(), "top_logprobs has .* items, but there are .* tokens"),
         (lambda row: row.pop("token_logprobs"), "token_logprobs: missing"),
-        (lambda row: row.pop("top_ids"), "in no known form: it has id, token_ids"),
+        (lambda row: row.pop("top_ids"), "the form of the row is not known: the row has id, token_ids"),
         (lambda row: (row.pop("top_ids"), row.update(compressed_logprobs=[[1]])), "DistillKit's compressed columns"),
         (
             lambda row: (row.pop("top_ids"), row.update(prompt_logprobs=[None], prompt_token_ids=[1, 2])),
-            "1 items, prompt_token_ids 2",
+            "1 items, but prompt_token_ids has 2",
         ),
         (
             lambda row: (
@@ -366,7 +367,7 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
                     choices=[{"logprobs": {"tokens": [" the"], "token_logprobs": [-1.0], "top_logprobs": [None]}}]
                 ),
             ),
-            "' the' is no token id: .*return_tokens_as_token_ids",
+            "' the' is not a token id, .*return_tokens_as_token_ids",
         ),
     ],
 )
@@ -434,12 +435,12 @@ def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path
         (
             "label",
             -9999.0,
-            "response row 1: token .* has a log-probability below -1000, which stands for probability 0",
+            "response row 1: token .* has a log-probability below -1000, which means probability 0",
         ),
         (
             "label",
             -np.inf,
-            "response row 1: token .* has a log-probability below -1000, which stands for probability 0",
+            "response row 1: token .* has a log-probability below -1000, which means probability 0",
         ),
         *((which, np.nan, "has a log-probability that is NaN") for which in ("label", "alternative")),
         *((which, np.inf, "has a log-probability that is infinite") for which in ("label", "alternative")),
@@ -476,12 +477,12 @@ def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactor
     ("lines", "message"),
     [
         (['{"token_ids": [1]}'], "file.jsonl:1: id is None: a row needs the id of its example"),
-        (['{"id": "e0"}', "", '{"top_k": 3, "id": "e0"}'], "file.jsonl:3: id 'e0' was given before"),
+        (['{"id": "e0"}', "", '{"top_k": 3, "id": "e0"}'], "file.jsonl:3: id 'e0' is in an earlier row too"),
         (['{"id": "e0"}', "not JSON"], "file.jsonl:2: not valid JSON"),
         (['{"id": "e0", "top_ids": [[1}'], "file.jsonl:1: not valid JSON"),
-        (["[1, 2]"], "file.jsonl:1: a row is a JSON object"),
-        (['{"id": "unheard of"}', '{"id": 7}'], "none of its 2 ids is one of an example .one is 'e0'"),
-        ([], "none of its 0 ids is one of an example"),
+        (["[1, 2]"], "file.jsonl:1: a row must be a JSON object"),
+        (['{"id": "unheard of"}', '{"id": 7}'], "none of its 2 ids is the id of an example .*is 'e0'"),
+        ([], "none of its 0 ids is the id of an example"),
     ],
 )
 def test_a_file_without_rows_of_our_examples_is_refused(
@@ -500,15 +501,15 @@ def test_a_file_that_is_not_there_or_no_parquet_is_refused(
     with pytest.raises(UserError, match=r"text.parquet: cannot be read as Parquet"):
         capture(Context(recipe), SOURCE, "training", progress=str)
     parquet.write_table(pa.table({"token_ids": [[1]]}), path)
-    with pytest.raises(UserError, match=r"text.parquet: has no column id; it has token_ids"):
+    with pytest.raises(UserError, match=r"text.parquet: there is no column id, only token_ids"):
         capture(Context(recipe), SOURCE, "training", progress=str)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"text.parquet: reading Parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"text.parquet: pyarrow is needed to read Parquet\. Run pip install pyarrow"):
         capture(Context(recipe), SOURCE, "training", progress=str)
     path.unlink()
     with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
         capture(Context(recipe), SOURCE, "training", progress=str)
-    with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set: name a file"):
+    with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set\. Name a file"):
         require_backend(recipe, SOURCE, "inference", "file")
 
 

@@ -80,7 +80,7 @@ def test_inspect_data_prints_json_and_refuses_with_code_2(
     view = json.loads(capsys.readouterr().out)
     assert (view["id"], view["mode"], view["source"]) == ("e3", "training", "beta")
     assert tool(*way, "--index", "13") == 2
-    assert "examples are numbered 0 to 12" in capsys.readouterr().err
+    assert "Examples are numbered from 0 to 12" in capsys.readouterr().err
     assert tool("--recipe", path, "--index", "3") == 2
     assert "--mode is missing. It is needed" in capsys.readouterr().err
 
@@ -109,8 +109,8 @@ def test_what_is_no_fusion_directory_is_refused(
     for arguments, said in (
         (what, "Give the fusion directory"),
         ((renamed, "--recipe", renamed / "recipe.yaml", *what), "Give the fusion directory"),
-        ((tmp_path, *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
-        (("/", *what), "recipe.yaml: missing: name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
+        ((tmp_path, *what), "recipe.yaml is missing. Name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
+        (("/", *what), "recipe.yaml is missing. Name a directory WORKDIR/fusion/MAP-UNMATCHED-T"),
         ((renamed, *what), "describes exact-skip-T2, not exact-skip-T3"),
     ):
         assert tool(*arguments) == 2
@@ -121,5 +121,5 @@ def test_find_example(world: Recipe) -> None:
     dataset = FusionDataset(world)
     assert find_example(dataset, None, "e4") == find_example(dataset, 4, None) == 4
     for index, name in ((13, None), (-1, None), (None, "missing")):
-        with pytest.raises(UserError, match=r"numbered 0 to 12|there are 13, the first is"):
+        with pytest.raises(UserError, match=r"numbered from 0 to 12|There are 13 examples; the first is"):
             find_example(dataset, index, name)

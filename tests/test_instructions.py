@@ -123,7 +123,7 @@ def test_bad_rows_are_listed_with_line_and_reason(tmp_path: Path, kind: str) -> 
     "roles, reason",
     [
         (["user", "user", "assistant"], "two turns of user follow each other"),
-        (["user", "tool", "assistant"], "a tool's turn without a call before it"),
+        (["user", "tool", "assistant"], "a tool's turn has no call before it"),
         (["user", ["assistant"]], "role of a turn is ['assistant']"),
         (["user"], "no assistant turn"),
         ([], "no assistant turn"),
@@ -140,7 +140,7 @@ def test_conversations_that_are_none(tmp_path: Path, roles: list[str], reason: s
     "rows, message",
     [
         ([alpaca(1), '{"id": 5,'], "rows.jsonl:2: not valid JSON"),
-        ([alpaca(1), "[1]"], "rows.jsonl:2: a row is a JSON object"),
+        ([alpaca(1), "[1]"], "rows.jsonl:2: a row must be a JSON object"),
         ([{"prompt": "Q", "completion": "A"}], "no row has a known form.*completion, prompt"),
         ([], "no row has a known form"),
     ],
@@ -246,7 +246,7 @@ def test_a_damaged_state_of_a_saved_data_set_is_named(tmp_path: Path, files: str
 
 def test_a_file_of_a_saved_data_set_that_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "x.arrow"}]}')
-    with pytest.raises(UserError, match=r"state.json: _data_files: there is no x.arrow"):
+    with pytest.raises(UserError, match=r"state.json: _data_files: the file x.arrow is missing"):
         read_rows(tmp_path)
 
 
@@ -267,7 +267,9 @@ def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["id", "category"])
 def test_a_row_without_characters_leaves_no_directory(models: dict[str, Path], tmp_path: Path, key: str) -> None:
     recipe = recipe_for(models, tmp_path, [f'{{"instruction": "Q", "output": "A", "{key}": "\\ud800"}}'])
-    with pytest.raises(UserError, match=rf"data.jsonl: no usable row .*line 1: {key} holds half a surrogate pair"):
+    with pytest.raises(
+        UserError, match=rf"data.jsonl: none of its .* rows can be used .*line 1: {key} holds half a surrogate pair"
+    ):
         prepare_instructions(Context(recipe), progress=str)
     assert not recipe.workdir.exists()
 
@@ -465,8 +467,8 @@ def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Pat
 @pytest.mark.parametrize(
     "rows, sections, message",
     [
-        ([{"instruction": "Q"}], {}, "no usable row among 1.*line 1: output is missing"),
-        ([alpaca(1), alpaca(2)], {"data": {"validation_samples": 2}}, "data.validation_samples is 2 but there are 2"),
+        ([{"instruction": "Q"}], {}, "none of its 1 rows can be used.*line 1: output is missing"),
+        ([alpaca(1), alpaca(2)], {"data": {"validation_samples": 2}}, "data.validation_samples is 2, but there are only 2"),
         ([alpaca(1)], {"training": {"seq_length": 4}}, "no example fits --seq-length 4"),
         ([alpaca(1)], {"data": {"path": "nowhere.jsonl"}}, "data.path: nowhere.jsonl does not exist"),
     ],

@@ -73,8 +73,8 @@ NO_ANSWERS = {
     "other endpoint": (Act({"choices": [{"finish_reason": "stop", "text": "a lie"}]}), "choices.0.message: Field required"),
     "content number": (said({"content": 5}), "choices.0.message.content: Input should be a valid string"),
     "content parts": (said({"content": [{"type": "text", "text": "a lie"}]}), "choices.0.message.content"),
-    "content null": (said({"content": None}), "no content, but finish_reason 'stop'"),
-    "content missing": (said({"role": "assistant"}), "no content, but finish_reason 'stop'"),
+    "content null": (said({"content": None}), "no content, although finish_reason is 'stop'"),
+    "content missing": (said({"role": "assistant"}), "no content, although finish_reason is 'stop'"),
     "refusal number": (said({"content": "a lie", "refusal": 5}), "choices.0.message.refusal"),
     "no finish": (Act({"choices": [{"message": {"content": "a lie"}}]}), "choices.0.finish_reason: Field required"),
     **{
@@ -380,7 +380,7 @@ def test_neither_prompts_nor_key_follow_a_redirect(
         with pytest.raises(UserError) as caught:
             generate_responses(Context(recipe), "served", progress=str)
     error = str(caught.value)
-    assert f"{server.url} sends requests elsewhere ({status} to '{elsewhere.url}" in error and KEY not in error
+    assert f"{server.url} redirects requests ({status} to '{elsewhere.url}" in error and KEY not in error
     assert not elsewhere.asked
 
 

@@ -333,7 +333,7 @@ def test_the_command_writes_a_model_once_and_says_of_what(
     assert run(command) == 0
     assert "was there already, in fp32" in capsys.readouterr().out
     assert run([".5" if word == ".4" else word for word in command]) == 2
-    assert "density is 0.4 where this one has 0.5" in capsys.readouterr().err
+    assert "density is 0.4 there, but 0.5 here" in capsys.readouterr().err
     assert (output / "model.safetensors").stat().st_mtime_ns == stamp
     assert [entry.name for entry in output.parent.iterdir()] == ["ties"]
 
@@ -372,22 +372,22 @@ def test_constants_that_older_checkpoints_hold_are_left_out(family: Path, tmp_pa
 @pytest.mark.parametrize(
     ("method", "models", "options", "message"),
     [
-        ("ties2", "ab", {}, "--method is 'ties2': choose one of linear, slerp"),
+        ("ties2", "ab", {}, "--method is 'ties2'. Choose one of linear, slerp"),
         ("linear", "ab", {"dtype": "int8"}, "--dtype is 'int8'"),
         ("linear", "a", {}, "merges at least 2 models, but --model names 1"),
         ("slerp", "a", {}, "merges exactly 2 models, but --model names 1"),
         ("slerp", "aba", {}, "merges exactly 2 models, but --model names 3"),
-        ("slerp", "ab", {"base": "base"}, "--base has no meaning for --method slerp"),
-        ("slerp", "ab", {"weights": (1.0, 1.0)}, "a weight behind --model has no meaning for --method slerp"),
+        ("slerp", "ab", {"base": "base"}, "--method slerp does not use --base"),
+        ("slerp", "ab", {"weights": (1.0, 1.0)}, "--method slerp does not use a weight in --model"),
         ("slerp", "ab", {"t": 1.5}, "--t is 1.5"),
-        ("linear", "ab", {"base": "base"}, "--base has no meaning for --method linear"),
-        ("linear", "ab", {"density": 0.5}, "--density has no meaning for --method linear"),
-        ("linear", "ab", {"weights": (1.0, 0.0)}, "weights are 1.0, 0.0: they have to be above 0"),
+        ("linear", "ab", {"base": "base"}, "--method linear does not use --base"),
+        ("linear", "ab", {"density": 0.5}, "--method linear does not use --density"),
+        ("linear", "ab", {"weights": (1.0, 0.0)}, "weights of the models are 1.0, 0.0, but must be from 1e-6"),
         ("ties", "ab", {}, "Name the base model with --base"),
         ("dare_ties", "ab", {}, "Name the base model with --base"),
         ("dare_linear", "ab", {}, "Name the base model with --base"),
-        ("ties", "ab", {"base": "base", "t": 0.5}, "--t has no meaning for --method ties"),
-        ("ties", "ab", {"base": "base", "rescale": "l1"}, "--rescale has no meaning for --method ties"),
+        ("ties", "ab", {"base": "base", "t": 0.5}, "--method ties does not use --t"),
+        ("ties", "ab", {"base": "base", "rescale": "l1"}, "--method ties does not use --rescale"),
         ("ties", "ab", {"base": "base", "density": 0.0}, "--density is 0.0"),
         ("dare_ties", "ab", {"base": "base", "density": 1.01}, "--density is 1.01"),
         ("dare_ties", "ab", {"base": "base", "density": float("nan")}, "--density is nan"),
@@ -465,7 +465,7 @@ def tensor_missing(directory: Path) -> None:
         (a_token_more, r"differ in the tokenizer, at \d+: None and '<\|tool\|>'"),
         (other_shape, r"differ in the shapes of tensors, at lm_head.weight: \(\d+, 32\) and \(\d+, 32\)"),
         (tensor_missing, r"differ in the shapes of tensors, at lm_head.weight: \(\d+, 32\) and None"),
-        (quantised, "lm_head.weight is I8, but weights of fp32, bf16 or fp16 are merged"),
+        (quantised, "lm_head.weight is I8, but only weights of fp32, bf16 or fp16 can be merged"),
     ],
 )
 @pytest.mark.parametrize("role", ["model", "base"])
@@ -522,10 +522,15 @@ def full(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             False,
             r"the 1 extra row lies beyond the \d+ tokens of the tokenizer of {longer}\. No text uses them",
         ),
-        (64, False, False, "the 64 further rows lie beyond the tokenizer"),
-        (1, True, False, r"1 of the 1 further rows of {longer} stand for tokens that the other lacks \('<\|more\|>'\)"),
-        (64, True, False, r"1 of the 64 further rows of {longer} stand for tokens"),
-        (1, True, True, r"1 of the 1 further rows of {longer} stand for tokens"),
+        (64, False, False, "the 64 extra rows lie beyond the"),
+        (
+            1,
+            True,
+            False,
+            r"1 of the 1 extra rows of {longer} are for tokens that the other model does not have \('<\|more\|>'\)",
+        ),
+        (64, True, False, r"1 of the 64 extra rows of {longer} are for tokens"),
+        (1, True, True, r"1 of the 1 extra rows of {longer} are for tokens"),
     ],
 )
 def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
@@ -576,7 +581,7 @@ def test_rows_of_other_tokens_stay_refused(full: Path, tmp_path: Path) -> None:
     two_tokens_exchanged(longer)
     with pytest.raises(UserError, match="differ in the tokenizer"):
         merge_models(Merge("linear", (full / "a", longer), rows="first"), tmp_path / "out")
-    with pytest.raises(UserError, match="--rows is 'base': choose first, or leave it out"):
+    with pytest.raises(UserError, match=r"--rows is 'base'\. Set it to first, or remove it"):
         merge_models(Merge("linear", (full / "a", longer), rows="base"), tmp_path / "out")
 
 
@@ -588,7 +593,7 @@ def test_another_class_is_refused_by_its_name(family: Path, tmp_path: Path) -> N
 
 def test_what_is_no_merge_of_ours_is_left_alone(family: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"exists and holds no merge\.json"):
+    with pytest.raises(UserError, match=r"exists but has no merge\.json"):
         merge_models(Merge("linear", (family / "a", family / "b")), tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 

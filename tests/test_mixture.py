@@ -113,7 +113,7 @@ def test_a_mixture_of_too_many_entries_is_refused(copied: Recipe, monkeypatch: p
     recipe, _ = rebuilt(copied, training="average")
     monkeypatch.setattr("megatron_fuse.dataset.reader.MOST_ENTRIES", 20)
     with pytest.raises(
-        UserError, match=r"average of 3 sources puts 33 entries into a row, but it can hold 20: name fewer"
+        UserError, match=r"average of 3 sources needs 33 entries per row, but a row holds at most 20\. Name fewer"
     ):
         FusionDataset(recipe)
 

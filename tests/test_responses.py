@@ -160,7 +160,7 @@ def test_weights_that_overflow_are_named_with_source_and_example(models: dict[st
     broken = tmp_path / "broken"
     save_model(broken, "llama")
     model.save_pretrained(broken)
-    with pytest.raises(UserError, match="broken: NaN or infinite logits while answering example 'e"):
+    with pytest.raises(UserError, match="broken: the logits are NaN or infinite in the answer to example 'e"):
         generate_responses(Context(recipe_for({**models, "nan": broken}, tmp_path)), "nan", progress=str)
 
 

@@ -205,9 +205,9 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         ),
         (
             Act({"error": KEY}),
-            r'refuses every request \(no completion came back but {"error": "\[key\]"} \(choices: Field required\)\)',
+            r'refuses every request \(the server sent no completion but {"error": "\[key\]"} \(choices: Field required\)\)',
         ),
-        (Act(drop=True), r"cannot be reached \(.*\): start the server, or fix sources.served.server.url"),
+        (Act(drop=True), r"cannot be reached \(.*\)\. Start the server, or fix sources.served.server.url"),
     ],
     ids=str,
 )
@@ -246,7 +246,7 @@ def test_nobody_listens_or_the_key_is_wrong_before_anything_is_asked(
         answers(recipe_for(model, tmp_path / "1", nobody, max_retries=50))  # which would be minutes
     with scripted(echo, models=Act(REFUSED, 401)) as server:
         recipe = recipe_for(model, tmp_path / "2", server.url)
-        with pytest.raises(UserError, match=r"OPENAI_API_KEY is not set and should hold it"):
+        with pytest.raises(UserError, match=r"OPENAI_API_KEY is not set, but should hold it"):
             answers(recipe)
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         with pytest.raises(UserError, match=r"401 .*\[key\].*OPENAI_API_KEY holds it") as caught:
@@ -314,12 +314,12 @@ def test_a_name_that_the_server_does_not_list_is_refused_before_anything_is_aske
         assert not server.asked
         assert error.startswith(f"sources.served.server: {server.url} has no model {options['model']!r}; it lists ")
         assert error.endswith(
-            "fix sources.served.server.model, or set sources.served.server.answers_as to its name in that list where it is the same "
-            "model"
+            "Fix sources.served.server.model. If it is the same model under another name, set "
+            "sources.served.server.answers_as to its name in that list."
         )
         assert KEY not in error and len(error) < 700
         if models is LISTED:
-            assert "it lists org/Small-2b, other, third, also: fix" in error  # the closest first
+            assert "it lists org/Small-2b, other, third, also. Fix" in error  # the closest first
         if len(models.content["data"]) == 99:
             assert "m7, and 91 more" in error
 
@@ -569,7 +569,7 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
         first = threading.Thread(target=generate_responses, args=(Context(recipe), "served", str))
         first.start()
         assert asked_once.wait(20)
-        with pytest.raises(UserError, match=r"answers-00000.tmp: another process asks for the same answers"):
+        with pytest.raises(UserError, match=r"answers-00000.tmp: another process requests the same answers"):
             generate_responses(Context(recipe), "served", progress=str)
         may_answer.set()
         first.join()
@@ -583,7 +583,7 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
         ({"url": "https://user:pass@host/v1"}, "url must not hold a user name, a password or a query"),
         ({"url": "https://host/v1?key=pass"}, "url must not hold a user name, a password or a query"),
         ({"url": "localhost:8000/v1"}, "url must be a base URL"),
-        ({"extra": {"stream": True, "seed": 1}}, "extra may not have seed, stream"),
+        ({"extra": {"stream": True, "seed": 1}}, "extra must not have seed, stream"),
     ],
 )
 def test_options_that_are_refused(model: Path, tmp_path: Path, options: dict, message: str) -> None:
@@ -606,7 +606,7 @@ def test_the_command_refuses_another_backend_than_the_recipes(
             monkeypatch.setattr(sys, "argv", ["generate_responses.py", "--recipe", str(path), *arguments])
             main()
 
-        with pytest.raises(UserError, match="--backend hf: the recipe has 'served' answer by backend openai"):
+        with pytest.raises(UserError, match="--backend hf: in the recipe, 'served' answers by backend openai"):
             command("--source", "local", "--source", "served", "--backend", "hf")
         assert not (recipe.workdir / "responses").exists()
         command()

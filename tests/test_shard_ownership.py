@@ -192,7 +192,7 @@ def test_markers_of_other_shards_are_not_believed(tmp_path: Path, whole: dict[st
 def test_shards_of_another_plan_are_refused_though_plan_json_is_gone(tmp_path: Path, whole: dict[str, bytes]) -> None:
     for name in ("plan.json", "manifest.json"):
         (tmp_path / "whole/a" / name).unlink()
-    with pytest.raises(UserError, match=r"shard-00000\.done belongs to a shard that was made with other options"):
+    with pytest.raises(UserError, match=r"shard-00000\.done belongs to a shard with other options"):
         run_plan(plan(tmp_path / "whole/a", options={"k": 5}), make_shard, silent)
     assert {name for name in whole if "shard" in name} <= set(contents(tmp_path / "whole"))
 
@@ -278,5 +278,5 @@ def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
     assert read_sealed(tmp_path / "record.json") == {"a": 1, "b": {"é": [1.5, None]}}
     text = (tmp_path / "record.json").read_text()
     (tmp_path / "record.json").write_text(text.replace("1.5", "2.5"))
-    with pytest.raises(UserError, match=r"record\.json: its content does not have the sha256"):
+    with pytest.raises(UserError, match=r"record\.json: the content does not have the sha256"):
         read_sealed(tmp_path / "record.json")

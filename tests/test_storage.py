@@ -59,7 +59,7 @@ def test_interrupted_anywhere_a_rerun_ends_with_the_same_bytes(tmp_path: Path, f
     run_plan(plan(tmp_path / "whole"), make_shard, silent)
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan(tmp_path / "broken"), fails, silent)
-    with pytest.raises(UserError, match=r"incomplete: run make_numbers"):
+    with pytest.raises(UserError, match=r"incomplete\. Run make_numbers"):
         open_artifact(tmp_path / "broken", "numbers", "make_numbers")
     made = []
     run_plan(plan(tmp_path / "broken"), lambda i, p: made.append(i) or make_shard(i, p), silent)
@@ -184,7 +184,7 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
     [
         (
             {"options": {"k": 5}},
-            r"options\.k = 10, but now options\.k = 5: remove .*/a and run make_numbers again, or put",
+            r"options\.k = 10, but now options\.k = 5\. Remove .*/a and run make_numbers again, or restore",
         ),
         ({"inputs": {"parent": "f" * 64}}, r"inputs\.parent = 'abc', but now inputs\.parent = ffffffffffff\.\.\.: "),
         ({"inputs": {"other": "d"}}, r"was made without inputs\.other, now 'd': "),

@@ -74,11 +74,11 @@ def test_damaged_streams_are_refused_by_name(tmp_path: Path) -> None:
     values.write_bytes(whole_values)
     for damaged in (whole_index[:-1], whole_index[:5], b"", b"X" + whole_index[1:], whole_index + b"\0"):
         index.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"tokens.idx: not a whole index"):
+        with pytest.raises(UserError, match=r"tokens.idx: not a complete index"):
             Stream([prefix])
     lengths = np.frombuffer(whole_index, np.int32, 2, 34)
     index.write_bytes(whole_index.replace(lengths.tobytes(), np.array([-4, 13], np.int32).tobytes(), 1))
-    with pytest.raises(UserError, match=r"tokens.idx: a length below 0"):
+    with pytest.raises(UserError, match=r"tokens.idx: a length is below 0"):
         Stream([prefix])
     index.unlink()
     with pytest.raises(UserError, match=r"tokens.idx: missing"):
@@ -126,7 +126,7 @@ def test_documents_are_views_of_the_files(tmp_path: Path) -> None:
         ("match", [2, 1, 2], "example 1 has not one match per row"),
         ("entry_ids", [2, 1, 4], "example 1 has not at most 3 entries per row"),
         ("entry_logprobs", [3, 0, 4], "example 0 has not one log-probability per entry"),
-        ("tokens", [5, 0, 4, 0], "tokens of 4 examples, but there are 3"),
+        ("tokens", [5, 0, 4, 0], "tokens has 4 examples, but the text has 3"),
     ],
 )
 def test_streams_that_contradict_each_other_are_refused_when_opened(
@@ -141,7 +141,7 @@ def test_streams_that_contradict_each_other_are_refused_when_opened(
 @pytest.mark.parametrize(
     ("field", "place", "value", "message"),
     [
-        ("counts", 3, 2, "example 2 has 5 entries where the counts of its rows add up to 4"),
+        ("counts", 3, 2, "example 2 has 5 entries, but the counts of its rows add up to 4"),
         ("supervised", 3, 1, "example 0 has 3 labels instead of 2"),
         ("supervised", slice(5, 7), [1, 0], "example 2 has a label at its first token"),
     ],

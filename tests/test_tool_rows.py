@@ -156,29 +156,29 @@ DEEP: Any = []
 for _ in range(70):
     DEEP = [DEEP]
 LISTED = {
-    "an output alone": (openai(USER, output(), ANSWER), "a tool's turn without a call before it"),
-    "an output more": (openai(USER, calls(call()), output(), output(), ANSWER), "a tool's turn without a call before it"),
-    "an output behind an answer": (openai(USER, ANSWER, output()), "a tool's turn without a call before it"),
+    "an output alone": (openai(USER, output(), ANSWER), "a tool's turn has no call before it"),
+    "an output more": (openai(USER, calls(call()), output(), output(), ANSWER), "a tool's turn has no call before it"),
+    "an output behind an answer": (openai(USER, ANSWER, output()), "a tool's turn has no call before it"),
     "a call written as text": (
         openai(USER, {"role": "assistant", "content": "<tool_call>"}, output(), ANSWER),
-        "a tool's turn without a call before it",
+        "a tool's turn has no call before it",
     ),
     "another id": (
         openai(USER, calls(call(id="a")), output(tool_call_id="b"), ANSWER),
-        "a tool's turn without a call of the id 'b' before it",
+        "a tool's turn has no call of the id 'b' before it",
     ),
     "a question in between": (
         openai(USER, calls(call()), output(), USER, ANSWER),
-        "a user's turn behind a tool's, which the assistant has not answered",
+        "a user's turn follows a tool's turn, which the assistant has not answered",
     ),
     "a question behind a call": (
         openai(USER, calls(call()), USER, ANSWER),
-        "a user's turn behind a call of a tool, which the assistant has not answered",
+        "a user's turn follows a call of a tool, which the assistant has not answered",
     ),
     "arguments that are a list": (openai(USER, calls(call(arguments="[1]")), output(), ANSWER), "are [1], not a JSON object"),
-    "arguments that are no JSON": (openai(USER, calls(call(arguments="{a: 1}")), output(), ANSWER), "is no JSON ("),
+    "arguments that are no JSON": (openai(USER, calls(call(arguments="{a: 1}")), output(), ANSWER), "is not JSON ("),
     "arguments that are a number": (openai(USER, calls(call(arguments=5)), output(), ANSWER), "are 5, no JSON object"),
-    "no number": (openai(USER, calls(call(arguments='{"a": NaN}')), output(), ANSWER), "holds nan, which is no JSON value"),
+    "no number": (openai(USER, calls(call(arguments='{"a": NaN}')), output(), ANSWER), "holds nan, which is not a JSON value"),
     "half a surrogate pair": (openai(USER, calls(call(arguments='{"\\ud800": 1}')), output(), ANSWER), "half a surrogate pair"),
     "too deep": (openai(USER, calls(call(arguments={"a": DEEP})), output(), ANSWER), "nested in more than 64 levels"),
     "no name": (openai(USER, calls(call(name="")), output(), ANSWER), "a call has the name ''"),
@@ -191,7 +191,7 @@ LISTED = {
         openai(USER, {"role": "assistant", "content": None, "function_call": [1]}, output(), ANSWER),
         "a call is [1], not {name, ...}",
     ),
-    "a call of text that is none": (sharegpt(("human", "Q"), ("function_call", "tip(5)"), *GLAIVE[2:]), "is no JSON ("),
+    "a call of text that is none": (sharegpt(("human", "Q"), ("function_call", "tip(5)"), *GLAIVE[2:]), "is not JSON ("),
     "an empty call": (sharegpt(("human", "Q"), ("function_call", "[]"), *GLAIVE[2:]), "a turn of function_call has no call"),
     "tools that are no JSON": (openai(USER, ANSWER, tools="tip"), "tools: 'tip' is no JSON"),
     "tools that are an object": (openai(USER, ANSWER, tools=FUNCTION), "not a list of tools"),
@@ -212,7 +212,7 @@ def test_what_is_malformed_is_listed(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("turns", [[calls(call()), output()], [calls(call())]])
 def test_a_row_without_an_answer_in_text_is_listed(tmp_path: Path, turns: list[dict]) -> None:
     listed = read_one(tmp_path, openai(USER, *turns))
-    assert (listed["kind"], listed["reason"]) == (Kind.NO_ANSWER, "no assistant turn but calls of tools")
+    assert (listed["kind"], listed["reason"]) == (Kind.NO_ANSWER, "no assistant turn except calls of tools")
     assert read_one(tmp_path, openai(USER, calls(call()), calls(call()), output(), ANSWER))["kind"] == Kind.SAME_ROLE
 
 

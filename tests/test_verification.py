@@ -119,9 +119,19 @@ DAMAGES = {
     "NaN": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0x7E01), "is nan, not a finite"),
     "infinity": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0xFC00), "is -inf, not a"),
     "positive": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0x3C00), "is 1.0, not a"),
-    "count": (f"{TEACHER}/shard-00000.counts.bin", np.uint8, too_many, "row 0: 200 entries, at most 11 are possible"),
+    "count": (
+        f"{TEACHER}/shard-00000.counts.bin",
+        np.uint8,
+        too_many,
+        "row 0: 200 entries, but at most 11 are possible",
+    ),
     "count and entries": (f"{TEACHER}/shard-00000.counts.bin", np.uint8, skip_first, "the counts add up to"),
-    "match": (f"{TEACHER}/shard-00000.match.bin", np.uint8, lambda v: v.put(0, 9), "row 0: code 9, known are 0 to 3"),
+    "match": (
+        f"{TEACHER}/shard-00000.match.bin",
+        np.uint8,
+        lambda v: v.put(0, 9),
+        "row 0: code 9, but the known codes are 0 to 3",
+    ),
     "skipped": (f"{TEACHER}/shard-00000.match.bin", np.uint8, skip_first, "entries in a row that is skipped"),
 }
 
@@ -156,7 +166,7 @@ def test_an_index_that_megatron_would_read_otherwise_is_named(copied: Recipe) ->
     data[-17] ^= 1  # within the document bounds, which follow from the lengths
     path.write_bytes(data)
     own_up(path)
-    expect(verified(copied).problems, "shard-00000.counts.idx: its lengths, offsets and bounds contradict each other")
+    expect(verified(copied).problems, "shard-00000.counts.idx: the lengths, offsets and bounds contradict each other")
 
 
 def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
@@ -226,11 +236,11 @@ def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:
     (fusion / "teachers/gamma/training/manifest.json").unlink()
     (copied.workdir / "captures/alpha/training/shard-00000.safetensors").write_bytes(b"")
     problems = verified(copied).problems
-    expect(problems, r"shard-00001.match.idx: missing: restore it")
-    expect(problems, r"shard-00002.examples.jsonl: its examples cannot be read")
-    expect(problems, r"beta/inference/shard-00000.examples.safetensors: what selection needs cannot be read")
-    expect(problems, r"teachers/gamma/training: missing or incomplete: run megatron-fuse build")
-    expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes in place of")
+    expect(problems, r"shard-00001.match.idx: missing\. Restore it")
+    expect(problems, r"shard-00002.examples.jsonl: the examples cannot be read")
+    expect(problems, r"beta/inference/shard-00000.examples.safetensors: the values for the selection cannot be read")
+    expect(problems, r"teachers/gamma/training: missing or incomplete\. Run megatron-fuse build")
+    expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes instead of")
 
 
 def test_the_command_ends_with_0_or_lists_every_problem_and_ends_with_2(

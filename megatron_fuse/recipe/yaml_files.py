@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
         digits = node.value.lower().replace("_", "")
         base = 8 if digits.startswith("0o") else 16 if "0x" in digits else 10
         if len(digits) > 20 or not -(2**63) <= (value := int(digits, base)) < 2**64:
-            raise _Refusal(f"{shortened(node.value, 60)} has more digits than a 64-bit number", node.start_mark)
+            raise _Refusal(f"{shortened(node.value, 60)} does not fit into a 64-bit integer", node.start_mark)
         return value
 
     def real(self, node: yaml.ScalarNode) -> float:
@@ -174,7 +174,7 @@ class _Loader(yaml.SafeLoader):
             return float(digits.replace(".", ""))
         value = float(digits)
         if value in (float("inf"), float("-inf")) or (value == 0 and re.search("[1-9]", digits.partition("e")[0])):
-            raise _Refusal(f"{shortened(node.value, 60)} is too large for a 64-bit number", node.start_mark)
+            raise _Refusal(f"{shortened(node.value, 60)} does not fit into a 64-bit number", node.start_mark)
         return value
 
     def ambiguous(self, node: yaml.ScalarNode) -> None:

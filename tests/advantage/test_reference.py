@@ -198,9 +198,9 @@ def test_what_is_no_encoder_is_refused(encoders: dict[str, Path], tmp_path: Path
     with pytest.raises(UserError, match=r"reference.bertscore_layer is 4, but .*bert has 3 layers"):
         measure(encoders["bert"], 4)
     decoder = save_model(tmp_path / "decoder", "llama")
-    with pytest.raises(UserError, match=r"decoder is no encoder whose tokenizer has CLS"):
+    with pytest.raises(UserError, match=r"decoder is not an encoder whose tokenizer has CLS"):
         measure(decoder)
     headless = save_encoder(tmp_path / "headless", "bert")
     (headless / "model.safetensors").write_bytes(b"{}")
-    with pytest.raises(UserError, match=r"headless/model.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"headless/model.safetensors is not a complete safetensors file"):
         measure(headless)

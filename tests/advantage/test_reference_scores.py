@@ -136,6 +136,6 @@ def test_a_missing_package_is_found_before_anything_is_made(
 def test_missing_scores_name_the_command(model: Path, tmp_path: Path) -> None:
     recipe = answered(model, tmp_path)
     with pytest.raises(
-        UserError, match=r"scores/same/reference does not exist: run megatron-fuse score --source same --reference"
+        UserError, match=r"scores/same/reference does not exist\. Run megatron-fuse score --source same --reference"
     ):
         load_reference_scores(Context(recipe), "same")

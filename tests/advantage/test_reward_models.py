@@ -249,7 +249,7 @@ def test_an_encoder_is_read_at_its_first_token(reward_models: dict[str, Path], t
     AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=2, ignore_mismatched_sizes=True
     ).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"reward_models.reward.model: .*2 labels, a reward model has 1"):
+    with pytest.raises(UserError, match=r"reward_models.reward.model: .*2 labels, but a reward model has 1"):
         load(tmp_path)
 
 
@@ -375,7 +375,7 @@ def body_name(tensors: dict[str, torch.Tensor], suffix: str) -> str:
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if "embed_tokens" in name],
-            r"has no embed_tokens.weight under any",
+            r"has no embed_tokens.weight, also not with a prefix",
         ),
         (lambda t: t.update({head_name(t): torch.zeros(1, 31)}), r"_?\w+.weight is \[1, 31\], .* is \[1, 32\]"),
         (lambda t: t.update({head_name(t): torch.zeros(2, 32)}), r"_?\w+.weight is \[2, 32\], .* is \[1, 32\]"),
@@ -419,8 +419,8 @@ def test_a_checkpoint_without_a_head_is_refused(own: PublishedForm, form: str) -
     write_shards(own.directory, tensors)
     refused = {
         "classifier": r"has no weights for score.weight",
-        "value_head": r"holds none of score.weight, v_head.weight, regression_head.weight: name a reward model",
-        "regression_head": r"holds none of score.weight, v_head.weight, regression_head.weight: name a reward model",
+        "value_head": r"holds none of score.weight, v_head.weight, regression_head.weight\. Name a reward model",
+        "regression_head": r"holds none of score.weight, v_head.weight, regression_head.weight\. Name a reward model",
     }
     with pytest.raises(UserError, match=rf"reward_models.reward.model: .*{refused[form]}"):
         load(own.options)
@@ -451,7 +451,9 @@ def test_copies_of_the_body_have_to_agree(tmp_path: Path) -> None:
 
 def test_two_heads_ask_for_the_form(tmp_path: Path) -> None:
     options = starling(tmp_path, lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)}))
-    with pytest.raises(UserError, match=r"holds several of score.weight, .*: choose one by reward_models.reward.form"):
+    with pytest.raises(
+        UserError, match=r"holds several of score.weight, .*\. Choose one with reward_models.reward.form"
+    ):
         load(options)
 
 
@@ -475,11 +477,11 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path: Path, capsys: pytest
 
 def test_what_is_missing_beside_the_weights_is_named(tmp_path: Path) -> None:
     options = SAVE["value_head"](tmp_path).options
-    with pytest.raises(UserError, match=r"Starling has no config.json: set reward_models.reward.body to the model"):
+    with pytest.raises(UserError, match=r"Starling has no config.json\. Set reward_models.reward.body to the model"):
         load({"model": options["model"]})
-    with pytest.raises(UserError, match=r"reward_models.reward.body: 'nowhere' is neither a directory nor"):
+    with pytest.raises(UserError, match=r"reward_models.reward.body: 'nowhere' is not a directory and not"):
         load(options | {"body": "nowhere"})
-    with pytest.raises(UserError, match=r"reward_models.reward.model: 'nowhere' is neither a directory nor"):
+    with pytest.raises(UserError, match=r"reward_models.reward.model: 'nowhere' is not a directory and not"):
         load(options | {"model": "nowhere"})
     config = Path(options["body"]) / "config.json"
     config.write_text(json.dumps({"model_type": "unheard_of"}))
@@ -487,7 +489,7 @@ def test_what_is_missing_beside_the_weights_is_named(tmp_path: Path) -> None:
         load(options)
     shutil.rmtree(options["model"])
     Path(options["model"]).mkdir()
-    with pytest.raises(UserError, match=r"Starling holds no weights: expected one of model.safetensors"):
+    with pytest.raises(UserError, match=r"Starling holds no weights: it needs one of model.safetensors"):
         load(options)
 
 

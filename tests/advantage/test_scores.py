@@ -304,7 +304,7 @@ def test_refusals_name_reward_model_source_and_example(reward_models: dict[str, 
         score_responses(Context(recipe), "x")
     with pytest.raises(UserError, match="there is no 'x'; the recipe has a, b"):
         score_responses(Context(recipe), "mpt", ["x"])
-    with pytest.raises(UserError, match=r"scores/a/mpt does not exist: run megatron-fuse score --source a"):
+    with pytest.raises(UserError, match=r"scores/a/mpt does not exist\. Run megatron-fuse score --source a"):
         load_scores(Context(recipe), "a", "mpt")
 
 

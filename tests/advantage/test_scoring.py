@@ -154,7 +154,8 @@ def test_nothing_to_score_is_no_error() -> None:
 def test_ids_that_the_reward_model_does_not_have_are_refused() -> None:
     reward_model = make_reward_model(CONFIGS["llama"])
     with pytest.raises(
-        UserError, match=rf"reward_models\.reward: its tokenizer gives id {VOCAB}, but the model knows {VOCAB} ids"
+        UserError,
+        match=rf"reward_models\.reward: the tokenizer has the id {VOCAB}, but the model knows only {VOCAB} ids",
     ):
         score_conversations(reward_model, [[np.array([1, VOCAB], np.int32)]], batch_tokens=100)
 

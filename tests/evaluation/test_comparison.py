@@ -131,5 +131,5 @@ def test_a_note_of_several_models_and_benchmarks_stands_once() -> None:
 
 
 def test_models_that_were_asked_different_questions_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"arc_challenge: a was asked 3 questions and b 3 that are not the same"):
+    with pytest.raises(UserError, match=r"arc_challenge: a answered 3 questions, and b answered 3 other questions"):
         compared(result("a"), result("b", questions=["x", "y", "z"]))

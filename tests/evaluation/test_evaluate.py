@@ -185,7 +185,7 @@ def test_a_crash_names_model_and_task_and_leaves_the_others(
     printed = capsys.readouterr()
     note = "alpha on WinoGrande: failed with RuntimeError: no memory left"
     assert note in printed.out
-    assert "error: alpha on winogrande failed: the same command runs these again" in printed.err
+    assert "error: alpha on winogrande failed. Run the same command again: it repeats these" in printed.err
     assert note in (tmp_path / "evaluation.md").read_text()
     assert "no memory left" in (tmp_path / "alpha/winogrande.error.txt").read_text()
     results = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.json")}

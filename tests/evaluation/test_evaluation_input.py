@@ -20,8 +20,8 @@ QUICK = [BENCHMARKS["winogrande"], BENCHMARKS["truthfulqa_mc2"]]
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["alpha"], "'alpha': give every model as NAME=DIR"),
-        (["a/b=x"], "'a/b=x': give every model as NAME=DIR"),
+        (["alpha"], "'alpha' is not of the form NAME=DIR"),
+        (["a/b=x"], "'a/b=x' is not of the form NAME=DIR"),
         (["a=nowhere"], "a: nowhere has no config.json"),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_name_stands_for_one_model(small_models: list[EvaluatedModel]) -> None
 
 def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[EvaluatedModel], tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"unknown task 'arc'; there are arc_challenge, .*gsm8k and the group openllm \(all of"
+        UserError, match=r"'arc' is not a known task. Choose from arc_challenge, .*gsm8k and the group openllm \(all of"
     ):
         benchmarks_named(["arc"])
     assert benchmarks_named(["gsm8k", "openllm"])[0] is BENCHMARKS["gsm8k"]
@@ -163,6 +163,6 @@ def test_missing_files_and_too_few_rows_are_named(
         evaluate(small_models, arc, tmp_path, data=data)
     (data / "arc_challenge.jsonl").unlink()
     with pytest.raises(
-        UserError, match=r"arc_challenge.jsonl: there is no such file; arc_challenge reads arc_challenge.jsonl"
+        UserError, match=r"arc_challenge.jsonl: the file is missing; arc_challenge reads arc_challenge.jsonl"
     ):
         evaluate(small_models, arc, tmp_path, data=data)

@@ -140,7 +140,8 @@ def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, mo
     monkeypatch.setattr(runs_module, "code_version", lambda: "0123456789")
     monkeypatch.setattr("megatron_fuse.experiments.results.code_version", lambda: "0123456789")
     with pytest.raises(
-        UserError, match=r"4 runs of commit .* as a \(seed 1\), but the code is at 0123456789: check out"
+        UserError,
+        match=r"4 runs of commit .* for example a \(seed 1\), but the current commit is 0123456789\. Check out",
     ):
         run(experiment_file)
 
@@ -155,7 +156,10 @@ def test_code_that_changes_under_a_run_makes_no_result(experiment_file: Path, mo
     monkeypatch.setattr("megatron_fuse.experiments.runner.code_version", lambda: "before")
     monkeypatch.setattr(runs_module, "code_version", lambda: "after")
     experiment, failed, _ = run(experiment_file)
-    assert len(failed) == 4 and "the code was at before when this began, and is at after: check out before" in failed[0]
+    assert (
+        len(failed) == 4
+        and "the commit was before at the start of the run and is after now. Check out before" in failed[0]
+    )
     assert not Run(experiment, "a", 1).is_made()
 
 
@@ -180,8 +184,8 @@ def test_an_unfinished_run_of_other_code_or_options_is_refused(experiment_file: 
         (directory / "begun.json").write_text(json.dumps(begun | change))
     _, failed, calls = run(experiment_file)
     of_commit, of_options = sorted(failed)
-    assert "seed-1 holds a run of commit 0123456789, but the code is at" in of_commit
-    assert "seed-2 holds a run by other options than a has now: remove it" in of_options and calls == []
+    assert "seed-1 holds a run of commit 0123456789, but the current commit is" in of_commit
+    assert "seed-2 holds a run with other options than a has now. Remove the directory" in of_options and calls == []
 
 
 def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Path, tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
     with pytest.raises(UserError, match=r"belongs to the experiment .*experiment.yaml, not to .*other.yaml"):
         run(other)
     models = yaml.safe_load(experiment_file.read_text())["models"] | {"a": str(tmp_path / "cccc")}
-    with pytest.raises(UserError, match="holds a run by other options than a has now: remove it"):
+    with pytest.raises(UserError, match=r"holds a run with other options than a has now\. Remove the directory"):
         run(changed(experiment_file, models=models, seeds=[1, 2, 3]))
 
 
@@ -199,7 +203,7 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
     [
         (
             {"tables": {"main": {"title": "All", "rows": ["a", "b"], "baseline": "a"}}},
-            "tables.main: no variant, .* named b; there",
+            "tables.main: b is not the name of a variant, .* Choose",
         ),
         (
             {"variants": {"x": {"schedule": {"preset": "cfst"}}}},
@@ -209,15 +213,18 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
             {"variants": {"x": {"training": {"lrr": 1}}}},
             r"experiment.yaml:\d+: variants.x.training.lrr: unknown key; allowed here: .*lr",
         ),
-        ({"variants": {"x": {"seed": 1}}}, "variants.x gives seed, which the runner decides"),
+        ({"variants": {"x": {"seed": 1}}}, "variants.x sets seed, but the runner sets this"),
         ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x gives training.save"),
         ({"common": {"export": {"path": "y"}}}, "common gives export.path"),
         ({"variants": {"a": {}}}, "a: given twice"),
-        ({"evaluate": "python m.py {model}"}, r"evaluate: it has the places \['model'\]"),
-        ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate: it has the places .*where"),
-        ({"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}}, "merges.m: no variant or model is named d"),
+        ({"evaluate": "python m.py {model}"}, r"evaluate: the placeholders are \['model'\]"),
+        ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate: the placeholders are .*where"),
+        (
+            {"merges": {"m": {"method": "slerp", "models": ["a", "d"]}}},
+            "merges.m: d is not the name of a variant or model",
+        ),
         ({"seeds": [1, 1]}, "seeds contains a seed twice"),
-        ({"prepare": "python 'make.py"}, "prepare: it is no command line: No closing quotation"),
+        ({"prepare": "python 'make.py"}, "prepare: not a command line: No closing quotation"),
         ({"sedes": [1]}, "sedes: unknown key; allowed here: .*seeds"),
     ],
 )
@@ -240,13 +247,13 @@ def test_a_seed_may_name_models_and_data_of_its_own(experiment_file: Path, tmp_p
 def test_a_command_that_cannot_be_started_is_named(experiment_file: Path) -> None:
     command = yaml.safe_load(experiment_file.read_text())["evaluate"].replace("python", "pyhton")
     _, failed, _ = run(changed(experiment_file, evaluate=command))
-    assert len(failed) == 4 and failed[0] == "pyhton cannot be started: no such program, or not executable"
+    assert len(failed) == 4 and failed[0] == "pyhton cannot be started: the program does not exist or is not executable"
     with pytest.raises(UserError, match="--jobs must be from 1 to 1024, not 0"):
         run(experiment_file, jobs=0)
 
 
 def test_an_unknown_table_is_refused(experiment_file: Path) -> None:
-    with pytest.raises(UserError, match="no table mian: this experiment has main, more"):
+    with pytest.raises(UserError, match=r"mian is not a table of this experiment\. Choose from main, more"):
         run(experiment_file, tables=["mian"])
 
 

@@ -82,6 +82,9 @@ def test_other_commands_are_started_as_they_are(commands: Commands, tmp_path: Pa
 def test_a_lost_parent_is_told_and_replaced(commands: Commands, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     ends_its_parent = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
-    with pytest.raises(UserError, match=f"script.py was to be forked from ended with -{signal.SIGKILL.value}"):
+    with pytest.raises(
+        UserError,
+        match=f"script.py could not be started: the process that starts it ended with exit code -{signal.SIGKILL.value}",
+    ):
         commands.run(script(tmp_path, ends_its_parent), log)
     assert commands.run(script(tmp_path, "print('next')"), log) == 0

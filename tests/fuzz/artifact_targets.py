@@ -180,6 +180,6 @@ TARGETS = [
     FuzzTarget("stages-owned-up", _make_stages, _read_owned_up, ("run/**/*",), 0.5, _own_up, names=_OTHERS),
     FuzzTarget("plans", _make_part, _rerun, change=_sealed),
     FuzzTarget("journal", _write_journal, _read_journal),
-    FuzzTarget("evaluation-results", _write_results, _read_results, names=("mmlu: alpha was asked",)),
+    FuzzTarget("evaluation-results", _write_results, _read_results, names=("mmlu: alpha answered",)),
     FuzzTarget("metrics", _write_metrics, _read_metrics, share=0.3),
 ]

@@ -41,8 +41,8 @@ def bad(**changes):
         ({"vocab_start": 7}, "vocab_start is 7"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"tail": "drop"}, "tail is 'drop': use one of bucket, renormalize, ignore"),
-        ({"implementation": "cuda"}, "implementation is 'cuda': use one of auto"),
+        ({"tail": "drop"}, "tail is 'drop'. Use one of bucket, renormalize, ignore"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'. Use one of auto"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -56,7 +56,11 @@ def test_bad_arguments_are_named(changes, message):
     ("changes", "interpret", "message"),
     [
         ({}, "0", "logits is on cpu, the kernels run on CUDA"),
-        ({"logits": torch.zeros(3, 7, dtype=torch.float64)}, "1", "logits is torch.float64, the kernels take bf16"),
+        (
+            {"logits": torch.zeros(3, 7, dtype=torch.float64)},
+            "1",
+            "logits is torch.float64, but the kernels take only bf16",
+        ),
     ],
 )
 def test_triton_is_refused_where_it_cannot_run(changes, interpret, message, monkeypatch):

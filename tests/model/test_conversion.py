@@ -332,7 +332,7 @@ def damage(directory, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("empty", "holds no weights: expected one of model.safetensors"),
+        ("empty", "holds no weights: it needs one of model.safetensors"),
         ("no index entry", "model.safetensors.index.json: weight_map: missing"),
         ("missing shard", "model-00001-of-00001.safetensors is missing"),
         ("misplaced", "model-00001-of-00001.safetensors lacks a, which the index places there"),
@@ -399,7 +399,7 @@ def test_an_export_that_cannot_be_leaves_nothing_behind(ranks, small_models, tmp
     existing.mkdir()
     arguments = (small_models["llama2"], small_models["mistral"], tmp_path / "out", existing)
     dtype, exists, other = ranks(1, export_refusals, *arguments)[0]
-    assert "'int4': choose one of fp32, bf16, fp16" in dtype
+    assert "'int4'. Choose one of fp32, bf16, fp16" in dtype
     assert f"{existing} already exists" in exists
     assert "family 'LlamaForCausalLM', but" in other and "'MistralForCausalLM'" in other
     assert [path.name for path in tmp_path.iterdir()] == ["existing"]

@@ -134,7 +134,7 @@ def huge(path: Path) -> None:
         (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types"),
         # Files that hold no config.
         ("", "not valid JSON.*line 1"),
-        ("[]", "holds a JSON list, expected an object"),
+        ("[]", "holds a JSON list, but must hold an object"),
         ('{"model_type": "llama"', "not valid JSON.*line 1"),
         ('{"vocab_size": 1, "vocab_size": 2}', "the key 'vocab_size' is given twice"),
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 deep in line 1"),
@@ -302,7 +302,7 @@ def test_a_pointer_to_a_file_is_known(tmp_path: Path) -> None:
         ({"weight_map": {"a": "../other/model.safetensors"}}, "weight_map.a is '../other"),
         ({"weight_map": {"a": "x\0.safetensors"}}, "weight_map.a is"),
         ({"weight_map": {"a": "x" * 5000}}, "weight_map.a is"),
-        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing, which should hold a"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "absent.safetensors is missing; it must hold a"),
         ({"weight_map": {"a": "."}}, "weight_map.a is"),
     ],
     ids=lambda value: str(value)[:60],
@@ -318,7 +318,7 @@ def test_a_weight_index_names_files_of_its_directory(tmp_path: Path, index: obje
 def test_a_tensor_that_the_index_lacks_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    assert "lacks the tensor b" in refusal(lambda: WeightFiles(tmp_path).shape("b"))
+    assert "does not have the tensor b" in refusal(lambda: WeightFiles(tmp_path).shape("b"))
 
 
 def split(directory: Path, factor: float = 1.0) -> dict[str, Path]:
@@ -522,7 +522,7 @@ def put_nan(tensors: dict[str, torch.Tensor]) -> None:
             lambda path: set_config(path, num_hidden_layers=1),
             "holds model.layers.1.*num_hidden_layers 1",
         ),  # was cut silently
-        (lambda path: set_config(path, vocab_size=300), "is .305, 32., but config.json makes it .300, 32."),
+        (lambda path: set_config(path, vocab_size=300), "has shape .305, 32., but config.json gives .300, 32."),
         (lambda path: set_config(path, hidden_act="no_such"), "hidden_act: KeyError: 'no_such'"),
         (lambda path: edit_weights(path, put_nan), f"{DOWN} holds NaN"),
         (lambda path: edit_weights(path, lambda t: t.pop(DOWN)), f"has no weights for {DOWN}"),

@@ -44,9 +44,9 @@ def with_change(path: str, value: object) -> dict:
         ("training.micro_batch_size", "two", r"training\.micro_batch_size: .*integer.*given: 'two'"),
         ("training.lr", -1, r"training\.lr: .*greater than or equal to 1e-12"),
         ("loss.tail", "bukket", r"loss\.tail: .*'bucket', 'renormalize' or 'ignore'"),
-        ("data.path", None, r"data\.path: required"),
+        ("data.path", None, r"data\.path: the key is required"),
         ("schedule.preset", "x", r"schedule\.preset: .*'profuser'"),
-        ("schedule.phases", [], r"schedule: give exactly one of preset and phases"),
+        ("schedule.phases", [], r"schedule needs exactly one of preset and phases"),
         ("sources", {"../up": {"model": "a"}}, r"sources\.\.\./up"),
         ("reward_models", {}, r"of several sources .*no reward model votes"),
         ("selection.strongest", "k", r"selection\.strongest is 'k'.*\['j'\]"),
@@ -60,7 +60,7 @@ def with_change(path: str, value: object) -> dict:
         ("sources.b.responses", {"path": "r", "match": "title"}, r"sources\.b\.responses\.match: .*'id' or 'prompt'"),
         ("sources.b.responses", 3, r"sources\.b\.responses: must be a mapping of keys \(given: 3\)"),
         ("target.server", {**SERVER, "uri": 1}, r"target\.server\.uri: unknown key; allowed here: url, model,.*extra"),
-        ("target.server", {"model": "m"}, r"target\.server\.url: required, but not given"),
+        ("target.server", {"model": "m"}, r"target\.server\.url: the key is required, but missing"),
         ("target.server", {**SERVER, "concurrency": 0}, r"target\.server\.concurrency: .*greater than or equal to 1"),
         ("target.server", {**SERVER, "extra": 3}, r"target\.server\.extra: must be a mapping"),
         ("sources.b.captures", {"trainng": "p"}, r"sources\.b\.captures\.trainng: .*'inference' or 'training'"),
@@ -77,11 +77,27 @@ def with_change(path: str, value: object) -> dict:
             r"schedule\.phases\.0\.training\.lamda: unknown key; allowed here: weight, lambda",
         ),
         # one origin of answers and of scores
-        ("sources.b", {"model": "b", "responses": "r", "server": SERVER}, r"sources\.b: give at most one of responses"),
-        ("target", {"model": "t", "responses": "r", "server": SERVER}, r"target: give at most one of responses"),
-        ("sources.b", {"model": "b", "responses": "r", "stop": ["##"]}, r"sources\.b: .* responses .* and stop"),
-        ("reward_models.j", {"model": "j", "scores": "s"}, r"reward_models\.j: give exactly one of model and scores"),
-        ("reward_models.j", {"form": "auto"}, r"reward_models\.j: give exactly one of model and scores"),
+        (
+            "sources.b",
+            {"model": "b", "responses": "r", "server": SERVER},
+            r"sources\.b: responses .* and server are both set",
+        ),
+        ("target", {"model": "t", "responses": "r", "server": SERVER}, r"target: responses .* and server are both set"),
+        (
+            "sources.b",
+            {"model": "b", "responses": "r", "stop": ["##"]},
+            r"sources\.b: responses .* and stop are both set",
+        ),
+        (
+            "reward_models.j",
+            {"model": "j", "scores": "s"},
+            r"reward_models\.j: exactly one of model and scores \(a file\) must be set",
+        ),
+        (
+            "reward_models.j",
+            {"form": "auto"},
+            r"reward_models\.j: exactly one of model and scores \(a file\) must be set",
+        ),
         ("sources.b.stop", ["User:", ""], r"sources\.b: stop holds an empty text"),
         # names that the workspace needs for itself
         ("sources.target", {"model": "x"}, r"'target' is the name of the target's own answers"),
@@ -97,10 +113,14 @@ def with_change(path: str, value: object) -> dict:
         ("selection.inference_margin", {"at_least": 1, "weight": -1}, r"inference_margin\.weight: .*or equal to 0"),
         ("selection.inference_margin", {"at_least": float("nan")}, r"inference_margin\.at_least: .*finite"),
         ("selection.inference_margin", 1.5, r"selection\.inference_margin: must be a mapping"),
-        ("reference", {"bleu": 0, "rouge_l": 0}, r"reference: all weights are 0, or only bertscore has one"),
+        ("reference", {"bleu": 0, "rouge_l": 0}, r"reference: all weights are 0, or only bertscore has a weight"),
         # what a sequence may be
         ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
-        ("parallel.sequence_parallel", True, r"set tensor_model_parallel_size to 2, 4 or 8, not 1"),
+        (
+            "parallel.sequence_parallel",
+            True,
+            r"tensor_model_parallel_size is 1. Set tensor_model_parallel_size to 2, 4 or 8",
+        ),
         ("parallel.context_parallel_size", 2, r"parallel: context_parallel_size is 2, but .* Set it to 1"),
         # one learning rate
         (
@@ -119,17 +139,17 @@ def with_change(path: str, value: object) -> dict:
         (
             "training",
             {"lr_decay_style": "constant", "min_lr": 1e-6},
-            r"training: min_lr is 1e-06, but lr_decay_style constant stays at lr: set min_lr to 0, or take",
+            r"training: min_lr is 1e-06, but with lr_decay_style constant .* stays at lr\. Set min_lr to 0, or choose",
         ),
         (
             "training",
             {"lr_decay_style": "constant", "lr_decay_iters": 9},
-            r"training: lr_decay_iters is 9, but lr_decay_style constant stays at lr: leave out lr_decay_iters, or take",
+            r"training: lr_decay_iters is 9, but with lr_decay_style constant .* stays at lr\. Remove lr_decay_iters, or choose",
         ),
         (
             "training",
             {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear"},
-            r"training: lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay: set it, or take",
+            r"training: lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay\. Set lr_wsd_decay_iters, or choose",
         ),
         *(
             (
@@ -153,12 +173,12 @@ def with_change(path: str, value: object) -> dict:
         (
             "parallel.overlap_param_gather",
             True,
-            r"parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce: set them to true",
+            r"parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce\. Set them to true",
         ),
         (
             "parallel",
             {"overlap_param_gather": True, "use_distributed_optimizer": True},
-            r"parallel: overlap_param_gather needs overlap_grad_reduce: set it to true",
+            r"parallel: overlap_param_gather needs overlap_grad_reduce\. Set it to true",
         ),
     ],
 )
@@ -169,7 +189,7 @@ def test_a_wrong_key_is_named_with_what_is_allowed(path: str, value: object, mes
 
 @pytest.mark.parametrize("url", ["https://me:hunter2@host/v1", "https://host/v1?api_key=hunter2"])
 def test_no_secret_is_let_into_a_recipe_nor_into_its_refusal(url: str) -> None:
-    with pytest.raises(UserError, match=r"target\.server: url holds a user name") as caught:
+    with pytest.raises(UserError, match=r"target\.server: url must not hold a user name") as caught:
         make_recipe(with_change("target.server", {**SERVER, "url": url}))
     assert "hunter2" not in str(caught.value)
 

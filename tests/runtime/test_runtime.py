@@ -74,5 +74,5 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(distributed, "enable_cpu_megatron", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="which has 1 GPUs that are visible: set --nproc-per-node to 1 at most"):
+    with pytest.raises(UserError, match="but only 1 GPUs are visible\. Set --nproc-per-node to 1 at most"):
         distributed.start_runtime()

@@ -208,7 +208,7 @@ def test_ctrl_c_ends_a_training_with_one_line_and_the_same_command_goes_on(
     finally:
         torchrun.kill()
     assert torchrun.returncode == 130
-    assert error.endswith("interrupted: what is finished is kept, and the same command continues from there\n")
+    assert error.endswith("interrupted: finished work is kept. Run the same command again to continue.\n")
     assert "Traceback" not in error and error.count("interrupted") == 1, error
     assert int((tmp_path / "training/checkpoints" / LATEST).read_text()) == steps(losses)[-1]
     subprocess.run(launcher, env=environment, check=True, timeout=300)

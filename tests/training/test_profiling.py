@@ -109,9 +109,13 @@ def test_values_that_profile_nothing_are_refused(target: Path, tmp_path: Path, t
 @pytest.mark.parametrize(
     ("training", "world_size", "message"),
     [
-        (options(1, 2, [0, 2]), 2, r"--profile-ranks: there is no rank 2: choose from 0 to 1"),
-        (options(1, 2, [1]), 1, r"--profile-ranks: there is no rank 1: choose from 0 to 0"),
-        (options(5, 7, [0]), 1, r"--profile-step-start 5: the run ends after iteration 4: choose an earlier one"),
+        (options(1, 2, [0, 2]), 2, r"--profile-ranks: there is no rank 2. Choose from 0 to 1"),
+        (options(1, 2, [1]), 1, r"--profile-ranks: there is no rank 1. Choose from 0 to 0"),
+        (
+            options(5, 7, [0]),
+            1,
+            r"--profile-step-start 5 is after the last iteration of the run, 4. Choose an earlier iteration",
+        ),
     ],
 )
 def test_ranks_and_iterations_that_do_not_come_are_refused(

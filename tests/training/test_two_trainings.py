@@ -57,7 +57,9 @@ def test_the_second_training_is_refused_on_all_its_ranks(trainings: Trainings, t
     assert trainings.ranks.wait(second) == [2] * world_size, outputs(workdir)
     assert content(workdir / "training") == before, f"RACES_SEED={SEED}"
     owner = rf"process {shared.pids[0]} on {re.escape(socket.gethostname()[:64])} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-    assert re.search(rf"error: {workdir}/training/checkpoints: another run writes there, {owner}", outputs(workdir)[0])
+    assert re.search(
+        rf"error: {workdir}/training/checkpoints: another run writes there \({owner}\)", outputs(workdir)[0]
+    )
 
     _, elsewhere = trainings.start(workdir, world_size, False, save=tmp_path / "elsewhere")
     assert trainings.ranks.wait(elsewhere) == [0] * world_size, outputs(workdir)  # of the same data
