@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.spans import TokenSpans
 
@@ -47,7 +48,7 @@ class Rows:
 
     def kept(self) -> np.ndarray:
         """float64 [r]: the stored mass of every row."""
-        rows = np.repeat(np.arange(len(self.counts)), self.counts)
+        rows = ragged.row_numbers(self.counts)
         return np.bincount(rows, np.exp(self.logprobs.astype(np.float64)), minlength=len(self.counts))
 
     def below(self, vocab_size: int) -> "Rows":
@@ -58,7 +59,7 @@ class Rows:
         known = self.ids < vocab_size
         if known.all():
             return self
-        rows = np.repeat(np.arange(len(self.counts)), self.counts)
+        rows = ragged.row_numbers(self.counts)
         counts = np.bincount(rows[known], minlength=len(self.counts)).astype(np.uint8)
         return Rows(counts, self.ids[known], self.logprobs[known])
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from fuse_kernels import topk_logsumexp
 
+from megatron_fuse import ragged
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -57,10 +59,9 @@ class SparseRows:
 
     def split(self, lengths: Sequence[int]) -> list["SparseRows"]:
         """Parts with these numbers of rows."""
-        at = np.cumsum(lengths)[:-1]
-        entries = np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])[at]
-        by_row = (np.split(array, at) for array in (self.counts, self.lse, self.token_logprobs))
-        by_entry = (np.split(array, entries) for array in (self.ids, self.logits))
+        entries = np.diff(ragged.offsets(self.counts)[ragged.offsets(lengths)])  # of each part
+        by_row = (ragged.split(array, lengths) for array in (self.counts, self.lse, self.token_logprobs))
+        by_entry = (ragged.split(array, entries) for array in (self.ids, self.logits))
         return [
             SparseRows(counts, ids, logits, lse, token_logprobs, self.vocab_size)
             for counts, lse, token_logprobs, ids, logits in zip(*by_row, *by_entry, strict=True)

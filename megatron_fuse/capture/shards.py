@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from megatron_fuse import ragged
 from megatron_fuse.capture.distributions import SparseRows
 from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
@@ -76,7 +77,7 @@ class CaptureShard:
         lossy = np.zeros(len(conversations), np.uint8)
         lossy[captured] = [not each.exact for each in read]
         # Cross-entropies are sums per example: `example` is the example of each row.
-        example = np.repeat(np.arange(len(conversations)), lengths)
+        example = ragged.row_numbers(lengths)
         nats, stop = -rows.token_logprobs.astype(np.float64), spans.has(SpanFlag.STOP)
 
         def sums(chosen: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -84,7 +85,7 @@ class CaptureShard:
             return np.bincount(example[chosen], weights, minlength=len(conversations))
 
         return cls(
-            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            offsets=ragged.offsets(lengths),
             status=status.astype(np.uint8),
             response_bytes=sizes.astype(np.int32),
             lossy=lossy,
@@ -126,7 +127,7 @@ class CaptureShard:
     @property
     def response_tokens(self) -> np.ndarray:
         """int32 [n]: the number of supervised tokens without stop tokens; `ce_sum` is the sum over these."""
-        before = np.concatenate([[0], np.cumsum((self.flags & SpanFlag.STOP) == 0)])
+        before = ragged.offsets((self.flags & SpanFlag.STOP) == 0)
         return np.diff(before[self.offsets]).astype(np.int32)
 
     def logprobs(self, column: int, temperature: float) -> np.ndarray:
@@ -171,7 +172,7 @@ def _misfit(shard: CaptureShard) -> str | None:
 
 def _impossible_row(shard: CaptureShard) -> str | None:
     """The first row with a value that is impossible in a distribution or a text, in words; else None."""
-    row_of_entry = np.repeat(np.arange(len(shard.counts)), shard.counts)
+    row_of_entry = ragged.row_numbers(shard.counts)
     same_example = np.ones(len(shard.counts), bool)
     same_example[shard.offsets[:-1][np.diff(shard.offsets) > 0]] = False
     backwards = same_example & (np.diff(shard.starts, prepend=0) < 0)

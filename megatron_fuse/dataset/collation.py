@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.fusion_data.documents import Document
 
 NO_LABEL = -100  # torch's cross-entropy ignores it
@@ -78,7 +79,7 @@ def packed_inputs(documents: Sequence[Document], length: int) -> Inputs:
 
     Raises ValueError if the documents take more than `length` positions together.
     """
-    bounds = np.cumsum([0, *(len(document.tokens) - 1 for document in documents)])
+    bounds = ragged.offsets([len(document.tokens) - 1 for document in documents])
     filled = int(bounds[-1])
     _refuse_overflow(len(documents) - 1, filled, length)
     tokens = np.zeros((1, length), np.int64)

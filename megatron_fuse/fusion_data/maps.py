@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from megatron_fuse import ragged
 from megatron_fuse.alignment import VocabularyMap, cached_vocabulary_map, count_pairs
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.fusion_data.encoding import encode_ground_truth, supervised_bytes
@@ -48,7 +47,7 @@ def _aligned_shards(context: Context, source: ChatFormat) -> Iterator[tuple[Toke
     text = context.open(TEXT)
     for index, examples in enumerate(example_shards(context.open(INSTRUCTIONS))):
         data = supervised_bytes(context.recipe, examples)
-        offsets = np.cumsum([0, *map(len, data)])[:-1]
+        offsets = ragged.offsets([len(each) for each in data])[:-1]
         documents = encode_ground_truth(context.recipe, source, examples), read_text_shard(text, index)
         read, wanted = (TokenSpans.join(each.spans, offsets) for each in documents)
         yield read, wanted

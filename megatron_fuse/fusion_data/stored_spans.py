@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from megatron_fuse import ragged
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.encoding import Documents
 from megatron_fuse.fusion_data.layout import BUILT_BY
@@ -64,8 +65,8 @@ def read_text_shard(text: Artifact, index: int) -> Documents:
     labels = [number[mark != 0] for number, mark in zip(ids, marks, strict=True)]
     path = text.checked(Path(f"{prefix}{SUFFIX}"))
     arrays = read_spans(path, labels=sum(map(len, labels)), examples=len(ids))
-    bounds = np.cumsum([len(each) for each in labels], dtype=np.int64)[:-1]
-    starts, ends, flags = (np.split(arrays[name], bounds) for name in ("starts", "ends", "flags"))
+    counts = [len(each) for each in labels]
+    starts, ends, flags = (ragged.split(arrays[name], counts) for name in ("starts", "ends", "flags"))
     spans = [
         TokenSpans(label, start.astype(np.int64), end.astype(np.int64), flag)
         for label, start, end, flag in zip(labels, starts, ends, flags, strict=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_fuse import ragged
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY
 
@@ -45,7 +46,7 @@ def write_stream(prefix: str | Path, values: np.ndarray, lengths: Sequence[int] 
 def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
     """The .idx file of sequences of these lengths, int64 [n]."""
     header = _HEADER.pack(_MAGIC, 1, _CODES[dtype], len(lengths), len(lengths) + 1)
-    offsets = (np.cumsum(lengths) - lengths) * dtype.itemsize
+    offsets = ragged.offsets(lengths)[:-1] * dtype.itemsize
     bounds = np.arange(len(lengths) + 1, dtype=np.int64)
     return b"".join([header, lengths.astype(np.int32).tobytes(), offsets.tobytes(), bounds.tobytes()])
 
@@ -66,9 +67,9 @@ class Stream:
         shards = [_read_index(str(prefix)) for prefix in prefixes]
         self._files = [(f"{prefix}.bin", dtype) for prefix, (_, dtype) in zip(prefixes, shards, strict=True)]
         self._mapped: list[np.ndarray | None] = [None] * len(shards)
-        lengths = [np.zeros(1, np.int64), *(lengths for lengths, _ in shards)]
-        self._offsets = np.cumsum(np.concatenate(lengths))  # [n + 1], over all shards
-        self._first = np.cumsum([0, *(len(lengths) for lengths, _ in shards)]).tolist()  # example of each shard, and n
+        lengths = [np.zeros(0, np.int64), *(lengths for lengths, _ in shards)]
+        self._offsets = ragged.offsets(np.concatenate(lengths))  # [n + 1], over all shards
+        self._first = ragged.offsets([len(lengths) for lengths, _ in shards]).tolist()  # example of each shard, and n
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

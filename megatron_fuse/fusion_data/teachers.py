@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.alignment import MATCHES, Rows, SourceRows, VocabularyMap, project_responses
 from megatron_fuse.capture import CAPTURED, CAPTURES, CaptureShard, capture_shard
 from megatron_fuse.chat import ChatFormat
@@ -106,13 +107,13 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
 
 
 def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarray, dtype: type) -> dict[str, int]:
-    bounds = np.cumsum([len(spans) for spans in documents.spans], dtype=np.int64)[:-1]
-    entry_bounds = np.concatenate([[0], np.cumsum(rows.counts, dtype=np.int64)])[bounds]
-    write_ragged(prefix, "counts", np.split(rows.counts, bounds), np.uint8)
-    write_ragged(prefix, "match", np.split(match, bounds), np.uint8)
-    write_ragged(prefix, "entry_ids", np.split(rows.ids, entry_bounds), dtype)
+    labels = [len(spans) for spans in documents.spans]  # of each document
+    entries = np.diff(ragged.offsets(rows.counts)[ragged.offsets(labels)])
+    write_ragged(prefix, "counts", ragged.split(rows.counts, labels), np.uint8)
+    write_ragged(prefix, "match", ragged.split(match, labels), np.uint8)
+    write_ragged(prefix, "entry_ids", ragged.split(rows.ids, entries), dtype)
     half = round_down_to_half(rows.logprobs).view(np.uint16)
-    write_ragged(prefix, "entry_logprobs", np.split(half, entry_bounds), np.uint16)
+    write_ragged(prefix, "entry_logprobs", ragged.split(half, entries), np.uint16)
     matches = {f"rows_{name}": int((match == code).sum()) for code, name in enumerate(MATCHES)}
     return {"rows": len(match), **{name: count for name, count in matches.items() if count}, "entries": len(rows.ids)}
 
@@ -134,7 +135,7 @@ class _Projection:
 
         data: the supervised bytes of every example.
         """
-        offsets = np.cumsum([0, *map(len, data)])[:-1]
+        offsets = ragged.offsets([len(each) for each in data])[:-1]
         source = SourceRows(
             tokenizer=self.source.tokenizer,
             spans=captured.all_spans(offsets),

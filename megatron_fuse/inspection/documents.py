@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.alignment import MATCHES
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
@@ -54,7 +55,7 @@ def view_document(
             f"example {name!r} has no {mode} document {whose}. It was left out: see the counts in manifest.json."
         )
     tokenizer = load_format(recipe.target, "target").tokenizer
-    bounds = np.concatenate([[0], np.cumsum(document.counts, dtype=np.int64)])
+    bounds = ragged.offsets(document.counts)
     row = np.cumsum(document.supervised) - 1
     tokens = []
     for position, token in enumerate(document.tokens.tolist()):

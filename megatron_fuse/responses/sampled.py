@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_fuse import ragged
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.huggingface.limits import max_positions
@@ -108,4 +109,4 @@ def answer_text(chat: ChatFormat, answer: Answer, stop_texts: StopTexts | None =
         kept = kept.removesuffix(chat.closing.encode())
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(kept, final=answer.stopped)
     lengths = chat.tokenizer.byte_lengths[np.array(answer.ids, np.int64)]
-    return text, int(np.sum(np.cumsum(lengths) - lengths < space + len(kept)))
+    return text, int(np.sum(ragged.offsets(lengths)[:-1] < space + len(kept)))

@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from megatron_fuse import ragged
 from megatron_fuse.huggingface.loading import input_device, refuse_unknown_ids
 from megatron_fuse.progress import Report, silent
 from megatron_fuse.scoring.reward_models import RewardModel
@@ -76,7 +77,7 @@ def score_conversations(
 
     # Then the groups with a shared prompt. Half of the budget is for the prompts, half for the rows that are
     # read behind them: both are in memory at once.
-    rows_of = np.split(np.arange(len(conversations)), np.cumsum(sizes)[:-1]) if sizes else []
+    rows_of = ragged.split(np.arange(len(conversations)), sizes)
     shared = np.flatnonzero(prompts)
     longest = np.array([max(len(ids) for ids in groups[group]) for group in shared.tolist()], np.int64)
     for batch in _prompt_batches(prompts[shared], longest, batch_tokens // 2, reward_model.max_tokens):
@@ -142,7 +143,7 @@ def _rewards_behind_prompts(
     """The rewards float32 of these groups' conversations, concatenated. All prompts, of lengths [groups], are
     read once, together."""
     read = _read_prompts(reward_model, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
-    places = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    places = ragged.row_numbers([len(group) for group in groups])
     rests = [ids[length:] for group, length in zip(groups, prompts, strict=True) for ids in group]
     rewards = np.zeros(len(rests), np.float32)
     for batch in token_budget_batches([read.mask.shape[1] + len(rest) for rest in rests], batch_tokens):

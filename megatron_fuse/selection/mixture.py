@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.fusion_data.documents import Document, round_down_to_half
 
 
@@ -25,7 +26,7 @@ def mix(documents: Sequence[Document], weights: Sequence[float]) -> Document:
     shares = row_weights / np.maximum(row_weights.sum(0), np.finfo(np.float64).tiny)  # [S, r]
     # The entries are first concatenated source by source, with the row of each; the stable sort then groups
     # them by row.
-    rows = np.concatenate([np.repeat(np.arange(counts.shape[1]), source_counts) for source_counts in counts])
+    rows = np.concatenate([ragged.row_numbers(source_counts) for source_counts in counts])
     ids = np.concatenate([document.teacher_ids for document in documents])
     logprobs = np.concatenate([document.teacher_logprobs for document in documents]).astype(np.float64)
     logprobs += np.log(np.concatenate([np.repeat(share, count) for share, count in zip(shares, counts, strict=True)]))

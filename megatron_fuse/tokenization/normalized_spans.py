@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_fuse import ragged
+
 
 def trace(text: str, normalize: Callable[[str], str]) -> tuple[str, np.ndarray]:
     """The outcome of the normaliser for a text, and the origin of each byte of the outcome.
@@ -64,9 +66,10 @@ def _origin(parts: list[str], outcomes: list[str]) -> np.ndarray:
     sizes = np.array([len(part.encode()) for part in parts], np.int64)
     lengths = np.array([len(outcome.encode()) for outcome in outcomes], np.int64)
     same = np.array([part == outcome for part, outcome in zip(parts, outcomes, strict=True)], bool)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    origin = np.repeat(np.cumsum(sizes) - sizes, lengths) + within * np.repeat(same, lengths)
-    return np.append(origin, sizes.sum())
+    within = np.arange(lengths.sum()) - np.repeat(ragged.offsets(lengths)[:-1], lengths)
+    starts = ragged.offsets(sizes)
+    origin = np.repeat(starts[:-1], lengths) + within * np.repeat(same, lengths)
+    return np.append(origin, starts[-1])
 
 
 def covered(starts: np.ndarray, ends: np.ndarray, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.errors import UserError
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE
 
@@ -103,7 +104,7 @@ def _byte_level_bytes(pieces: list[str]) -> list[bytes]:
     for character, byte in byte_level_table().items():
         table[ord(character)] = byte
     bytes_or_none = table[np.frombuffer("".join(pieces).encode("utf-32-le"), np.uint32)]
-    ends = np.cumsum([0, *map(len, pieces)])
+    ends = ragged.offsets([len(piece) for piece in pieces])
     data = bytes_or_none.astype(np.uint8).tobytes()
     result = [data[begin:end] for begin, end in pairwise(ends.tolist())]
     for place in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_or_none < 0), side="right") - 1):

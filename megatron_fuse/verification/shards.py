@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fuse import ragged
 from megatron_fuse.alignment import MATCHES
 from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.layout import BUILT_BY
@@ -129,7 +130,7 @@ def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) ->
         yield from shard.wrong(
             "supervised", marks.values > 1, place, lambda i: f"the mark is {marks.values[i]}, not 0 or 1"
         )
-        first = np.cumsum(marks.lengths) - marks.lengths
+        first = ragged.offsets(marks.lengths)[:-1]
         present = np.flatnonzero(marks.lengths)
         labelled = np.zeros(len(marks.lengths), bool)
         labelled[present] = marks.values[first[present]] != 0
@@ -150,7 +151,7 @@ def labels_per_example(shard: ShardFiles) -> np.ndarray | None:
     marks = shard.fields.get("supervised")
     if marks is None:
         return None
-    example = np.repeat(np.arange(len(marks.lengths)), marks.lengths)
+    example = ragged.row_numbers(marks.lengths)
     return np.bincount(example, marks.values != 0, len(marks.lengths)).astype(np.int64)
 
 
@@ -173,7 +174,7 @@ def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
         yield str(error)
         return
     starts, ends = arrays["starts"], arrays["ends"]
-    example = np.repeat(np.arange(len(labels)), labels)
+    example = ragged.row_numbers(labels)
     falls = np.concatenate([[False], (np.diff(starts) < 0) & (np.diff(example) == 0)])[: len(starts)]
     wrong = (ends < starts) | (starts < 0) | falls
     if wrong.any():
@@ -212,7 +213,7 @@ def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: in
         if entries is None or counts is None:
             fits = False
             continue
-        example = np.repeat(np.arange(len(counts.lengths)), counts.lengths)
+        example = ragged.row_numbers(counts.lengths)
         expected = np.bincount(example, counts.values, len(counts.lengths)).astype(np.int64)
         differs = entries.lengths != expected
         fits = fits and not differs.any()
@@ -278,7 +279,7 @@ def _match_problems(shard: ShardFiles, match: Field, counts: Field | None) -> Pr
 def _whole_row_problems(shard: ShardFiles, counts: Field, ids: np.ndarray, logprobs: np.ndarray) -> Problems:
     """Problems of rows whose counts fit their entries: a mass above 1, or an id twice in a row."""
     place = shard.place(counts.lengths, "row")
-    row = np.repeat(np.arange(len(counts.values)), counts.values)
+    row = ragged.row_numbers(counts.values)
     with np.errstate(over="ignore", invalid="ignore"):  # row_problems reports impossible log-probabilities
         mass = np.bincount(row, np.exp(logprobs.astype(np.float64)), len(counts.values))
     possible = np.isfinite(mass) & (np.bincount(row, logprobs > 0, len(counts.values)) == 0)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from megatron_fuse import ragged
 from megatron_fuse.alignment import MATCHES
 from megatron_fuse.capture import CAPTURES, capture_shard
 from megatron_fuse.chat import ChatFormat
@@ -144,7 +145,7 @@ def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> l
     begins, ends = bounds[:-1], bounds[1:]
     skipped = key[begins] >= 0
     begins, ends = begins[skipped], ends[skipped]
-    total = np.concatenate([[0], np.cumsum(tokenizer.byte_lengths[labels.tokens])])
+    total = ragged.offsets(tokenizer.byte_lengths[labels.tokens])
     sizes = total[ends] - total[begins]
     found: dict[bytes, dict[str, Any]] = {}
     for i in np.argsort(-sizes, kind="stable"):
@@ -206,9 +207,9 @@ def _shards(text: Artifact, teacher: Artifact, mode: str) -> Iterator[tuple[list
 def _labels(prefix: Path, tokens: np.ndarray, available: np.ndarray) -> Labels:
     """tokens: every supervised token of the shard's documents."""
     counts, match, logprobs = (Stream([f"{prefix}.{field}"]) for field in ("counts", "match", "entry_logprobs"))
-    entry_rows = np.repeat(np.arange(len(tokens)), counts.values())
+    entry_rows = ragged.row_numbers(counts.values())
     mass = np.bincount(entry_rows, np.exp(logprobs.values().view(np.float16).astype(np.float64)), len(tokens))
-    example = np.repeat(np.arange(len(counts)), counts.lengths)
+    example = ragged.row_numbers(counts.lengths)
     read = available[example] != 0
     return Labels(example[read], tokens[read].astype(np.int64), match.values()[read], mass[read])
 
