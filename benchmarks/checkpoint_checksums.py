@@ -60,7 +60,7 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
     from megatron_fuse.training.checkpoint import (
         CheckpointMetadata,
         load_checkpoint,
-        model_facts,
+        model_identity,
         save_checkpoint,
         versions,
     )
@@ -73,12 +73,12 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
     architecture = read_architecture(directory)
     chunks = build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
     megabytes = sum(parameter.nbytes for parameter in chunks[0].parameters()) / 1e6
-    facts = CheckpointMetadata(0, 0, model_facts(architecture), {}, None, versions())
+    metadata = CheckpointMetadata(0, 0, model_identity(architecture), {}, None, versions())
     path = directory / "saved/iter_0000000"
 
     def save() -> None:
         shutil.rmtree(path.parent, ignore_errors=True)
-        save_checkpoint(path.parent, chunks, None, facts)
+        save_checkpoint(path.parent, chunks, None, metadata)
 
     def load(verify: bool) -> None:
         load_checkpoint(path, chunks, None, architecture, verify=verify)

@@ -80,7 +80,7 @@ def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe
     build_fusion_data(Context(curriculum), progress=str)
     kinds["curriculum"] = fusion / "curriculum-gt_length.safetensors"
     kinds = {kind: path for kind, path in kinds.items() if path.name != "curriculum-shuffled.safetensors"}
-    # text (with its spans) and rows of both modes, each with a manifest and a list or facts; choice, order
+    # text (with its spans) and rows of both modes, each with a manifest and a list or arrays of examples; choice, order
     assert len(kinds) == 2 * 2 + 3 + 3 * (4 * 2 + 2) + 3 * (6 * 2 + 2) + 1 + 1
     opened(curriculum)
     for kind, path in kinds.items():

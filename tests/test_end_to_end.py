@@ -122,8 +122,8 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> No
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.chat_template
     # The validation cross-entropy that training printed last, computed anew by transformers from the stored documents.
-    facts = json.loads((exported / "fusion.json").read_text())["facts"]
-    assert validation_cross_entropy(workdir, model) == pytest.approx(facts["best_loss"], rel=1e-4)
+    metadata = json.loads((exported / "fusion.json").read_text())["facts"]
+    assert validation_cross_entropy(workdir, model) == pytest.approx(metadata["best_loss"], rel=1e-4)
 
 
 def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:

@@ -82,13 +82,13 @@ WITHOUT = {
     "reference.*": "of selection.inference: reference, which this recipe does not use",
     "selection.strongest": "names the only reward model",
     "selection.reward_models": "names the only reward model",
-    "schedule.*": "of training, where run_facts holds them",
-    "loss.*": "of training, where run_facts holds what a step depends on",
+    "schedule.*": "of training, where run_identity holds them",
+    "loss.*": "of training, where run_identity holds what a step depends on",
     "parallel.*": "of training",
-    "training.*": "of training, where run_facts holds what a step depends on",
+    "training.*": "of training, where run_identity holds what a step depends on",
     "export.*": "after training",
 }
-RUN_FACTS = {
+RUN_IDENTITY = {
     "seed",
     "loss.student_temperature",
     "loss.temperature_squared",
@@ -338,12 +338,12 @@ def test_what_a_step_depends_on_is_in_the_facts_of_a_run(made: Recipe) -> None:
     from megatron_fuse.runtime import enable_cpu_megatron
 
     enable_cpu_megatron()
-    from megatron_fuse.training.resume import run_facts
+    from megatron_fuse.training.resume import run_identity
 
-    dataset, facts = FusionDataset(made), run_facts(made, FusionDataset(made), None)
+    dataset, metadata = FusionDataset(made), run_identity(made, FusionDataset(made), None)
     found = set()
     for key, value in keys_of(made):
         other = changed(made, other_values(made, key, value))
-        if run_facts(other, dataset, None) != facts:
+        if run_identity(other, dataset, None) != metadata:
             found.add(key)
-    assert found == RUN_FACTS
+    assert found == RUN_IDENTITY

@@ -206,13 +206,14 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
     write_arrays(path, arrays, basis)
     problems = verified(copied).problems
     expect(problems, rf"{path.name}: example 'e\d+': source 7, the recipe has 3")
-    expect(problems, rf"{path.name}: example 'e\d+': source is \d, the sources' facts give \d \(2 examples differ\)")
+    expect(problems, rf"{path.name}: example 'e\d+': source is \d, the sources' examples give \d \(2 examples differ\)")
     expect(
-        problems, rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], the sources' facts give .*1 examples differ"
+        problems,
+        rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], the sources' examples give .*1 examples differ",
     )
-    expect(problems, rf"{path.name}: example 'e6': margin is -3\.0, the sources' facts give")
+    expect(problems, rf"{path.name}: example 'e6': margin is -3\.0, the sources' examples give")
     expect(
-        problems, rf"{path.name}: example 'e7': weight is 0\.125, the sources' facts give 1\.0 \(1 examples differ\)"
+        problems, rf"{path.name}: example 'e7': weight is 0\.125, the sources' examples give 1\.0 \(1 examples differ\)"
     )
     build_fusion_data(Context(copied), progress=str)
     assert verified(copied).problems == []

@@ -88,9 +88,9 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
         # An example is available if both models read it whole: the source's capture, and the target's
         # seq_length.
         available = documents.present & usable
-        # Selection needs these facts of all examples and sources. With them in a small file, it does not read
+        # Selection needs these arrays of all examples and sources. With them in a small file, it does not read
         # the rows.
-        facts = {
+        example_arrays = {
             "available": available.astype(np.uint8),
             "lossy": captured.lossy,
             "target_lossy": documents.lossy.astype(np.uint8),
@@ -99,7 +99,7 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
             "response_tokens": captured.response_tokens,
             "answer": np.array([answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
         }
-        write_safetensors(Path(f"{prefix}.examples.safetensors"), facts)
+        write_safetensors(Path(f"{prefix}.examples.safetensors"), example_arrays)
         with_label_mass = int(corrected.sum())
         return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": with_label_mass}
 

@@ -157,12 +157,12 @@ def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> It
 def _read_again(device: str, recipe: Recipe) -> Row:
     """Compares the validation cross-entropy of the training with that of transformers on the export."""
     exported = export_directory(recipe)
-    facts = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
+    metadata = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
     # transformers' decorator of `to` hides its arguments from mypy.
     model = model.to(device).eval()  # type: ignore[arg-type]
     loss = _cross_entropy(FusionDataset(recipe), model)
-    difference = abs(loss - facts["best_loss"]) / facts["best_loss"]
+    difference = abs(loss - metadata["best_loss"]) / metadata["best_loss"]
     return held(
         "export, read by transformers: difference of the validation loss", difference, "relative", f"<= {_BF16}"
     )

@@ -159,28 +159,28 @@ def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, A
     Raises UserError if scores are missing.
     """
     recipe = context.recipe
-    facts = [_facts(teachers[source]) for source in recipe.sources]
-    evidence = read_evidence(context, mode, len(facts[0]["available"]))
-    arrays = choose(recipe, mode, facts, evidence)
+    example_arrays = [_example_arrays(teachers[source]) for source in recipe.sources]
+    evidence = read_evidence(context, mode, len(example_arrays[0]["available"]))
+    arrays = choose(recipe, mode, example_arrays, evidence)
     basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
     write_arrays(selection_path(recipe, mode), arrays, basis)
     return Selection.of(arrays, basis)
 
 
 def choose(
-    recipe: Recipe, mode: str, facts: Sequence[Mapping[str, np.ndarray]], evidence: Mapping[str, np.ndarray]
+    recipe: Recipe, mode: str, example_arrays: Sequence[Mapping[str, np.ndarray]], evidence: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection.
 
-    facts: for each source the arrays of all examples that its rows come with.
+    example_arrays: for each source the arrays of all examples that its rows come with.
     evidence: see read_evidence.
     """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
-    available = np.stack([fact["available"] for fact in facts], 1).astype(bool) & candidates  # [n, S]
+    available = np.stack([each["available"] for each in example_arrays], 1).astype(bool) & candidates  # [n, S]
     if mode == "training":
-        arrays = _of_ground_truth(recipe, facts, available, evidence)
+        arrays = _of_ground_truth(recipe, example_arrays, available, evidence)
     else:
-        answers = np.where(available, np.stack([fact["answer"] for fact in facts], 1), 0)
+        answers = np.where(available, np.stack([each["answer"] for each in example_arrays], 1), 0)
         arrays = {**evidence, **_of_answers(recipe, answers, evidence)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}
@@ -188,16 +188,16 @@ def choose(
 
 def _of_ground_truth(
     recipe: Recipe,
-    facts: Sequence[Mapping[str, np.ndarray]],
+    example_arrays: Sequence[Mapping[str, np.ndarray]],
     available: np.ndarray,
     evidence: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The choice in the training mode."""
-    ce = np.where(available, np.stack([fact["ce_sum"] for fact in facts], 1), np.nan)
-    lossy = np.stack([fact["lossy"] for fact in facts], 1).astype(bool)
+    ce = np.where(available, np.stack([each["ce_sum"] for each in example_arrays], 1), np.nan)
+    lossy = np.stack([each["lossy"] for each in example_arrays], 1).astype(bool)
     # All sources read the same response. A source that left it out has 0 bytes.
-    response_bytes = np.max([fact["response_bytes"] for fact in facts], 0).astype(np.int64)
-    response_tokens = np.stack([fact["response_tokens"] for fact in facts], 1)
+    response_bytes = np.max([each["response_bytes"] for each in example_arrays], 0).astype(np.int64)
+    response_tokens = np.stack([each["response_tokens"] for each in example_arrays], 1)
     able, rule = able_readers(ce, lossy), recipe.selection.training
     if rule == "winner":
         chosen = _by_winner(recipe, able, evidence)
@@ -271,7 +271,7 @@ def _by_chance(recipe: Recipe, answers: np.ndarray) -> dict[str, np.ndarray]:
     return {"source": source, "margin": np.where(source == NONE, np.nan, 0).astype(np.float32)}
 
 
-def _facts(teacher: Artifact) -> dict[str, np.ndarray]:
+def _example_arrays(teacher: Artifact) -> dict[str, np.ndarray]:
     shards = [load_file(teacher.checked(path)) for path in teacher.files(".examples.safetensors")]
     return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 

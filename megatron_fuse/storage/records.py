@@ -60,7 +60,7 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-class FileFacts(Record):
+class RecordedFile(Record):
     bytes: NonNegativeInt
     sha256: Sha256
 
@@ -76,11 +76,11 @@ class PlanRecord(Record):
 
 class ManifestRecord(PlanRecord):
     counts: dict[str, NonNegativeInt]
-    files: dict[FileName, FileFacts]
+    files: dict[FileName, RecordedFile]
 
 
 class MarkerRecord(Record):
-    files: dict[FileName, FileFacts]
+    files: dict[FileName, RecordedFile]
     counts: dict[str, NonNegativeInt]
     together: list[str] = []
 

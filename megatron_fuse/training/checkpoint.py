@@ -101,7 +101,7 @@ class CheckpointMetadata:
     recipe: dict[str, Any] = field(default_factory=dict)  # for human readers; empty for imported weights
 
 
-def model_facts(architecture: Architecture) -> dict[str, Any]:
+def model_identity(architecture: Architecture) -> dict[str, Any]:
     return {key: getattr(architecture, key) for key in _MODEL_KEYS}
 
 
@@ -158,12 +158,12 @@ def iteration_directory(directory: Path, iteration: int) -> Path:
     return directory / f"iter_{iteration:07d}"
 
 
-def read_facts(path: Path, *, verify: bool = True) -> CheckpointMetadata:
+def read_metadata(path: Path, *, verify: bool = True) -> CheckpointMetadata:
     """The content of facts.json. verify: compare its checksum.
 
     Raises UserError if it is missing or not of this version.
     """
-    return _facts_in(_open_files(path, verify))
+    return _metadata_in(_open_files(path, verify))
 
 
 def _open_files(path: Path, verify: bool) -> CheckpointFiles:
@@ -175,22 +175,22 @@ def _open_files(path: Path, verify: bool) -> CheckpointFiles:
     return CheckpointFiles(path, verify=verify)
 
 
-def _facts_in(files: CheckpointFiles) -> CheckpointMetadata:
+def _metadata_in(files: CheckpointFiles) -> CheckpointMetadata:
     path = files.path
     place = path / "facts.json"
     content = parse_object(files.content(place.name), str(place))
     try:
-        facts = TypeAdapter(CheckpointMetadata).validate_python(content)
+        metadata = TypeAdapter(CheckpointMetadata).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
         raise UserError(f"{place}: not a checkpoint of this version ({what}). Name another checkpoint.") from error
-    if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != facts.iteration:
+    if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != metadata.iteration:
         raise UserError(
-            f"{path} holds the checkpoint of iteration {facts.iteration}, as its facts.json says. Rename the "
+            f"{path} holds the checkpoint of iteration {metadata.iteration}, as its facts.json says. Rename the "
             "directory to the name of that iteration."
         )
-    return facts
+    return metadata
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -212,9 +212,9 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return texts
 
 
-def refuse_other_model(path: Path, facts: CheckpointMetadata, architecture: Architecture) -> None:
+def refuse_other_model(path: Path, metadata: CheckpointMetadata, architecture: Architecture) -> None:
     """Raises UserError if a checkpoint holds another model or vocabulary."""
-    if differing := differences(facts.model, model_facts(architecture)):
+    if differing := differences(metadata.model, model_identity(architecture)):
         raise UserError(f"{path}: the checkpoint {'; '.join(differing)}. Load it into the model that it was made from.")
 
 
@@ -269,7 +269,7 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             remove_leftovers(directory)
 
-    def save(self, facts: CheckpointMetadata, *, best: bool = False) -> Path:
+    def save(self, metadata: CheckpointMetadata, *, best: bool = False) -> Path:
         """Writes a checkpoint and returns its path. An asynchronous save is complete only after
         publish_finished or finish.
 
@@ -277,7 +277,7 @@ class CheckpointWriter:
         that know the reason. Earlier checkpoints stay as they are.
         """
         self.finish()
-        final = iteration_directory(self.directory, facts.iteration)
+        final = iteration_directory(self.directory, metadata.iteration)
         state = _state(self.chunks, self.optimizer, loading=False)
         self._bytes = _bytes_of_all_ranks(state)
         temporary = self._on_rank_zero(lambda: self._begin(final))
@@ -286,7 +286,7 @@ class CheckpointWriter:
             try:
                 request, written = megatron_checkpoints.request_save(state, temporary)
                 request.add_finalize_fn(
-                    lambda: self._on_rank_zero(lambda: self._publish(temporary, written, facts, best))
+                    lambda: self._on_rank_zero(lambda: self._publish(temporary, written, metadata, best))
                 )
                 if self.asynchronous:
                     self._queue.schedule_async_request(request)
@@ -316,14 +316,16 @@ class CheckpointWriter:
         temporary.mkdir(parents=True)
         return temporary
 
-    def _publish(self, temporary: Path, written: dict[str, StoredItems], facts: CheckpointMetadata, best: bool) -> None:
-        write_json(temporary / "facts.json", asdict(facts))
+    def _publish(
+        self, temporary: Path, written: dict[str, StoredItems], metadata: CheckpointMetadata, best: bool
+    ) -> None:
+        write_json(temporary / "facts.json", asdict(metadata))
         write_checksums(temporary, written)
         trackers = [self.directory / which for which in ([BEST, LATEST] if best else [LATEST])]
-        publish(temporary, iteration_directory(self.directory, facts.iteration), trackers)
+        publish(temporary, iteration_directory(self.directory, metadata.iteration), trackers)
         checkpoints = checkpoints_in(self.directory)
         named = {_named_iteration(self.directory, which) for which in (BEST, LATEST)}
-        for iteration in self.retention.expired(checkpoints, facts.iteration, named):
+        for iteration in self.retention.expired(checkpoints, metadata.iteration, named):
             remove_checkpoint(checkpoints[iteration])
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
@@ -364,11 +366,11 @@ class CheckpointWriter:
 
 
 def save_checkpoint(
-    directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, facts: CheckpointMetadata
+    directory: Path, chunks: Sequence[FusionGPTModel], optimizer: Any, metadata: CheckpointMetadata
 ) -> Path:
     """Saves one checkpoint outside of a training run, and returns its path."""
     with only_one_run([directory]):
-        return CheckpointWriter(directory, chunks, optimizer).save(facts)
+        return CheckpointWriter(directory, chunks, optimizer).save(metadata)
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
@@ -400,10 +402,10 @@ def load_checkpoint(
 
     def opened() -> tuple[CheckpointFiles, CheckpointMetadata, megatron_checkpoints.OpenedCheckpoint]:
         files = _open_files(path, verify)
-        facts = _facts_in(files)
-        refuse_other_model(path, facts, architecture)
+        metadata = _metadata_in(files)
+        refuse_other_model(path, metadata, architecture)
         files.compare_sizes(rank, world_size)
-        return files, facts, megatron_checkpoints.open_for_loading(files)
+        return files, metadata, megatron_checkpoints.open_for_loading(files)
 
     def filled() -> None:
         with files.comparing_rest(rank, world_size):
@@ -417,9 +419,9 @@ def load_checkpoint(
                 adopt_learning_rates(loaded["optimizer"], optimizer)
                 optimizer.load_state_dict(loaded["optimizer"])
 
-    files, facts, content = _on_all_ranks(opened)
+    files, metadata, content = _on_all_ranks(opened)
     _on_all_ranks(filled)
-    return facts
+    return metadata
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:

@@ -22,7 +22,7 @@ from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
 from megatron_fuse.text_safety import say
-from megatron_fuse.training.checkpoint import named_checkpoint, read_facts
+from megatron_fuse.training.checkpoint import named_checkpoint, read_metadata
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
 from megatron_fuse.training.target import load_whole_model
@@ -78,7 +78,7 @@ def _origin(checkpoint: Path, dtype: str, template: str | None, end: int | None,
     return {
         "checkpoint": str(checkpoint),
         "checksums": record_of_file(checksums).xxh3_128 if checksums.is_file() else None,
-        "facts": asdict(read_facts(checkpoint, verify=verify)),
+        "facts": asdict(read_metadata(checkpoint, verify=verify)),
         "dtype": dtype,
         "chat_template": template,
         **({"end": end} if end is not None else {}),

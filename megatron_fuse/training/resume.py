@@ -17,9 +17,9 @@ from megatron_fuse.training.checkpoint import (
     CheckpointMetadata,
     differences,
     load_checkpoint,
-    model_facts,
+    model_identity,
     named_checkpoint,
-    read_facts,
+    read_metadata,
     refuse_other_model,
     versions,
 )
@@ -43,7 +43,7 @@ _STEP_OPTIONS = {
 }
 
 
-def run_facts(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
+def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
     """The properties that a resumed run must share:
     the samples, their order, the loss, and the optimizer step."""
     return {
@@ -70,7 +70,7 @@ def resume(
 
     Returns the state of the run: its metadata.
 
-    run: run_facts. Raises UserError if the checkpoint is of another run. With --override each difference is
+    run: run_identity. Raises UserError if the checkpoint is of another run. With --override each difference is
     only a warning; another version of a library is always only a warning. Raises UserError in any case if the
     optimizer's state has another form.
     """
@@ -78,7 +78,7 @@ def resume(
     start = CheckpointMetadata(
         iteration=0,
         consumed_samples=0,
-        model=model_facts(architecture),
+        model=model_identity(architecture),
         run=run,
         best_loss=None,
         versions=versions(),
@@ -93,7 +93,7 @@ def resume(
         if options.load is not None:
             raise UserError(f"--load {options.load}: there is no {LATEST}. Name a directory that --save wrote.")
         return start
-    stored = read_facts(path, verify=options.verify)
+    stored = read_metadata(path, verify=options.verify)
     other_run = differences(_with_defaults(stored.run), run)
     if other_run and not options.override:
         raise UserError(
@@ -117,7 +117,7 @@ def resume(
 
 
 def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """run_facts of a checkpoint. An option that an older version did not have gets today's default, which is
+    """run_identity of a checkpoint. An option that an older version did not have gets today's default, which is
     how it behaved."""
     step = run.get("step")
     defaults = TrainingOptions().model_dump(include=_STEP_OPTIONS)

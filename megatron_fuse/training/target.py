@@ -17,7 +17,7 @@ from megatron_fuse.target import check_target_weights, target_directory
 from megatron_fuse.training.checkpoint import (
     CheckpointMetadata,
     load_checkpoint,
-    model_facts,
+    model_identity,
     save_checkpoint,
     versions,
 )
@@ -127,7 +127,7 @@ def import_hugging_face(model_dir: Path, output: Path) -> Path:
         )
     architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)
-    facts = CheckpointMetadata(
-        iteration=0, consumed_samples=0, model=model_facts(architecture), run={}, best_loss=None, versions=versions()
+    metadata = CheckpointMetadata(
+        iteration=0, consumed_samples=0, model=model_identity(architecture), run={}, best_loss=None, versions=versions()
     )
-    return save_checkpoint(output, chunks, None, facts)
+    return save_checkpoint(output, chunks, None, metadata)

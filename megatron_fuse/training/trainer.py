@@ -36,7 +36,7 @@ from megatron_fuse.training.metrics import metrics_directory
 from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.profiling import StepProfiler, check_profile
-from megatron_fuse.training.resume import resume, run_facts
+from megatron_fuse.training.resume import resume, run_identity
 from megatron_fuse.training.schedule import Schedule, Step, make_schedule
 from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
 from megatron_fuse.training.timing import SAVE, StepTimers
@@ -55,7 +55,7 @@ class Trainer:
     dataset: FusionDataset
     schedule: Schedule
     learning_rate: LearningRate
-    run: dict[str, Any]  # run_facts
+    run: dict[str, Any]  # run_identity
     timers: StepTimers
     log: TrainingLog
     guard: StepGuard
@@ -108,7 +108,7 @@ def make_trainer(
     curriculum = read_curriculum(recipe, dataset.text.sha256)
     schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
     learning_rate = make_learning_rate(options, schedule.total_steps)
-    run = run_facts(recipe, dataset, curriculum)
+    run = run_identity(recipe, dataset, curriculum)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
     timers = StepTimers(options.timing_log_level, config)
     log = TrainingLog(
@@ -150,10 +150,10 @@ def train(trainer: Trainer) -> None:
 
 def _run(trainer: Trainer) -> None:
     options = trainer.recipe.training
-    facts = resume(
+    metadata = resume(
         trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run
     )
-    trainer.log.start(facts.iteration)
+    trainer.log.start(metadata.iteration)
     last_step = trainer.schedule.last_step(options.train_iters)
     checkpoints = CheckpointWriter(
         trainer.save_directory,
@@ -164,7 +164,7 @@ def _run(trainer: Trainer) -> None:
     )
     stop = None
     with (
-        StepProfiler(trainer.recipe, trainer.runtime, done=facts.iteration) as profiler,
+        StepProfiler(trainer.recipe, trainer.runtime, done=metadata.iteration) as profiler,
         DataCheck(trainer.dataset.artifacts if options.verify else []) as data_check,
         Interruption(
             signals=options.exit_signal_handler,
@@ -174,43 +174,45 @@ def _run(trainer: Trainer) -> None:
             data_check=data_check,
         ) as interruption,
     ):
-        if facts.iteration == 0:
-            _evaluate(trainer, facts.iteration)
-        while facts.iteration < last_step and not stop:
+        if metadata.iteration == 0:
+            _evaluate(trainer, metadata.iteration)
+        while metadata.iteration < last_step and not stop:
             profiler.begin_step()
-            step = trainer.schedule.step(facts.consumed_samples)
+            step = trainer.schedule.step(metadata.consumed_samples)
             assert step is not None
             lr = trainer.learning_rate.at(step.iteration)
             weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
             with trainer.timers("batch-generator"):
                 batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
             values = train_step(trainer, batch, lr)
-            facts = replace(facts, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
+            metadata = replace(metadata, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
             flops = training_flops(trainer.architecture, batch.positions)
-            trainer.log.step(facts.iteration, facts.consumed_samples, step.phase.name, lr, values, batch.tokens, flops)
+            trainer.log.step(
+                metadata.iteration, metadata.consumed_samples, step.phase.name, lr, values, batch.tokens, flops
+            )
             _guard(trainer, step, values)
 
-            last = facts.iteration == last_step
+            last = metadata.iteration == last_step
             pause = step.ends_phase or last
-            stop = None if last else interruption.reason(facts.iteration)
+            stop = None if last else interruption.reason(metadata.iteration)
             # A run that must stop has little time left: it skips an evaluation that is due, and saves.
-            evaluates = not stop and (pause or _is_due(facts.iteration, options.eval_interval))
-            loss = _evaluate(trainer, facts.iteration) if evaluates else None
+            evaluates = not stop and (pause or _is_due(metadata.iteration, options.eval_interval))
+            loss = _evaluate(trainer, metadata.iteration) if evaluates else None
             # NaN compares false, so that it never becomes the best.
-            improved = loss is not None and loss < (math.inf if facts.best_loss is None else facts.best_loss)
-            facts = replace(facts, best_loss=loss) if improved else facts
+            improved = loss is not None and loss < (math.inf if metadata.best_loss is None else metadata.best_loss)
+            metadata = replace(metadata, best_loss=loss) if improved else metadata
             checkpoints.publish_finished()
-            if pause or improved or stop or _is_due(facts.iteration, options.save_interval):
+            if pause or improved or stop or _is_due(metadata.iteration, options.save_interval):
                 data_check.finish()
                 gather_weights(trainer)
                 with trainer.timers(SAVE):
-                    checkpoints.save(facts, best=improved)
-                trainer.log.saved(facts.iteration)
+                    checkpoints.save(metadata, best=improved)
+                trainer.log.saved(metadata.iteration)
         checkpoints.finish()
     trainer.log.close()
     if stop:
         trainer.runtime.print(
-            f"stopped after iteration {facts.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
+            f"stopped after iteration {metadata.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
             "the same command continues from there"
         )
     if interruption.is_interrupt:

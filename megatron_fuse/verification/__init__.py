@@ -7,7 +7,7 @@
     shards.py       documents: ids within the vocabulary, one mark per token, lengths that fit each other;
                     rows: counts that fit labels and entries, no id twice in a row, finite log-probabilities
                     of at most 0, a mass of at most 1
-    selection.py    the choice between the sources: it must follow from the stored facts
+    selection.py    the choice between the sources: it must follow from the stored arrays of the examples
     curriculum.py   the values that order the examples: they must follow from the lengths and rewards
     recomputed.py   for both: compares stored arrays with the same arrays computed again
 

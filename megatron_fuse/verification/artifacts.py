@@ -94,5 +94,5 @@ def lineage_problems(entry: Expected, artifacts: dict[Path, Artifact]) -> Proble
             have = manifest[section].get(key)
             if have != want:
                 whose = f"{entry.parents[key]} is" if key in parents else "the recipe has"
-                facts = f"{section}.{key} is {shown(have)}, but {whose} {shown(want)}"
-                yield f"{entry.directory}/manifest.json: {facts}. {entry.fix}"
+                difference = f"{section}.{key} is {shown(have)}, but {whose} {shown(want)}"
+                yield f"{entry.directory}/manifest.json: {difference}. {entry.fix}"

@@ -1,4 +1,4 @@
-"""Checks the choice between the sources against the facts that it was made from."""
+"""Checks the choice between the sources against the examples' arrays that it was made from."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,56 +16,63 @@ from megatron_fuse.verification.recomputed import difference_problems
 from megatron_fuse.verification.shards import fix
 
 Problems = Iterator[str]
-Facts = Mapping[str, np.ndarray]
+ExampleArrays = Mapping[str, np.ndarray]
 """The arrays of teachers/SOURCE/MODE/*.examples.safetensors, [n] each: one value per example."""
-FACTS = {"available", "lossy", "ce_sum", "response_bytes", "response_tokens", "answer"}
+EXAMPLE_ARRAYS = {"available", "lossy", "ce_sum", "response_bytes", "response_tokens", "answer"}
 
 
-def read_facts(path: Path, examples: int) -> Facts:
-    """The facts of a shard's examples.
+def read_example_arrays(path: Path, examples: int) -> ExampleArrays:
+    """The arrays of a shard's examples that selection needs.
 
     Raises UserError if they cannot be read, or have another number of examples.
     """
     try:
-        facts = load_file(path)
-        if FACTS - facts.keys():
-            raise UserError(f"it holds {sorted(facts)}, but {sorted(FACTS)} are needed")
-        for name in FACTS:
-            if facts[name].shape != (examples,) or facts[name].dtype.kind not in "biuf":
+        example_arrays = load_file(path)
+        if EXAMPLE_ARRAYS - example_arrays.keys():
+            raise UserError(f"it holds {sorted(example_arrays)}, but {sorted(EXAMPLE_ARRAYS)} are needed")
+        for name in EXAMPLE_ARRAYS:
+            if example_arrays[name].shape != (examples,) or example_arrays[name].dtype.kind not in "biuf":
                 raise UserError(
-                    f"{name} is {facts[name].dtype} {facts[name].shape}, but {examples} real numbers are needed"
+                    f"{name} is {example_arrays[name].dtype} {example_arrays[name].shape}, but {examples} real numbers are needed"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: the values for the selection cannot be read ({brief(str(error), 200)}){fix(path)}"
         ) from error
-    return {name: facts[name] for name in FACTS}
+    return {name: example_arrays[name] for name in EXAMPLE_ARRAYS}
 
 
-def fact_problems(path: Path, facts: Facts, rows: np.ndarray, names: list[str], mode: str) -> Problems:
-    """Problems of the facts of one shard.
+def example_problems(
+    path: Path, example_arrays: ExampleArrays, rows: np.ndarray, names: list[str], mode: str
+) -> Problems:
+    """Problems of the examples' arrays of one shard.
 
     rows int64 [n]: supervised tokens of the documents of the source's rows.
 
     names [n]: the examples' ids.
     """
-    rules = {"is not 0 or 1": facts["available"] > 1, "but it has no document": (facts["available"] == 1) & (rows == 0)}
+    rules = {
+        "is not 0 or 1": example_arrays["available"] > 1,
+        "but it has no document": (example_arrays["available"] == 1) & (rows == 0),
+    }
     if mode == "training":
-        rules["but it has no cross-entropy"] = (facts["available"] == 1) & np.isnan(facts["ce_sum"])  # may be infinite
+        rules["but it has no cross-entropy"] = (example_arrays["available"] == 1) & np.isnan(
+            example_arrays["ce_sum"]
+        )  # may be infinite
     for what, bad in rules.items():
         if bad.any():
             example = int(bad.argmax())
             more = f" (and {bad.sum() - 1:,} more in this file)" if bad.sum() > 1 else ""
-            available = facts["available"][example]
+            available = example_arrays["available"][example]
             yield f"{path}: example {names[example]!r}: available is {available}, {what}{more}{fix(path)}"
 
 
 def selection_problems(
-    context: Context, mode: str, parents: Mapping[str, str], facts: list[Facts], names: list[str]
+    context: Context, mode: str, parents: Mapping[str, str], example_arrays: list[ExampleArrays], names: list[str]
 ) -> Problems:
     """Problems of the stored selection of one mode.
 
-    parents: sha256 of the text and of the rows of every source. facts: of each source, in the recipe's order.
+    parents: sha256 of the text and of the rows of every source. example_arrays: of each source, in the recipe's order.
     names: ids of the examples.
     """
     recipe = context.recipe
@@ -89,11 +96,11 @@ def selection_problems(
     if evidence is None:
         yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
         return
-    wanted = choose(recipe, mode, facts, evidence)
-    yield from difference_problems(path, stored, wanted, names, basis="the sources' facts", fix=FIX)
+    wanted = choose(recipe, mode, example_arrays, evidence)
+    yield from difference_problems(path, stored, wanted, names, basis="the sources' examples", fix=FIX)
 
 
-def _evidence(context: Context, mode: str, examples: int, found: Facts) -> Facts | None:
+def _evidence(context: Context, mode: str, examples: int, found: ExampleArrays) -> ExampleArrays | None:
     """What the choice compares, from its stages; if that is missing or damaged, what is stored with the selection.
 
     None if it is not there either. The check of the artifacts reports the damage itself.

@@ -18,7 +18,12 @@ from megatron_fuse.storage import Artifact
 from megatron_fuse.text_safety import say
 from megatron_fuse.verification.artifacts import expected_artifacts, file_problems, lineage_problems, open_artifacts
 from megatron_fuse.verification.curriculum import curriculum_problems
-from megatron_fuse.verification.selection import Facts, fact_problems, read_facts, selection_problems
+from megatron_fuse.verification.selection import (
+    ExampleArrays,
+    example_problems,
+    read_example_arrays,
+    selection_problems,
+)
 from megatron_fuse.verification.shards import (
     ShardFiles,
     document_problems,
@@ -56,7 +61,9 @@ def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) 
             artifact = artifacts[entry.directory]
             verification.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
             files = artifact.manifest["files"].values()
-            verification.counts.update(artifacts=1, files=len(files), bytes=sum(facts["bytes"] for facts in files))
+            verification.counts.update(
+                artifacts=1, files=len(files), bytes=sum(example_arrays["bytes"] for example_arrays in files)
+            )
     text = artifacts.get(TEXT.directory(recipe))
     if text:
         verifier = _ShardVerifier(context, verification, progress)
@@ -121,17 +128,17 @@ class _ShardVerifier:
             self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
     def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
-        """Checks the rows of these sources, and the selection if the facts of all sources are readable."""
-        facts_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
-        facts = [each for each in facts_or_none if each is not None]
-        if len(facts) == len(self.recipe.sources) and all(shard.names for shard in shards):
+        """Checks the rows of these sources, and the selection if the examples' arrays of all sources are readable."""
+        arrays_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
+        example_arrays = [each for each in arrays_or_none if each is not None]
+        if len(example_arrays) == len(self.recipe.sources) and all(shard.names for shard in shards):
             self.progress(f"selection of the {mode} mode")
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
             names = list(chain.from_iterable(shard.names for shard in shards))
-            self.found.problems += selection_problems(self.context, mode, parents, facts, names)
+            self.found.problems += selection_problems(self.context, mode, parents, example_arrays, names)
 
-    def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> Facts | None:
-        """Checks the rows of one source. Returns the facts of all examples; None if some cannot be read."""
+    def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> ExampleArrays | None:
+        """Checks the rows of one source. Returns the arrays of all examples; None if some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
             manifest = teacher.directory / "manifest.json"
@@ -141,14 +148,14 @@ class _ShardVerifier:
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
-        facts_or_none = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
-        facts = [each for each in facts_or_none if each is not None]
-        if not facts or len(facts) < len(facts_or_none):
+        arrays_or_none = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
+        example_arrays = [each for each in arrays_or_none if each is not None]
+        if not example_arrays or len(example_arrays) < len(arrays_or_none):
             return None
-        return {name: np.concatenate([part[name] for part in facts]) for name in facts[0]}
+        return {name: np.concatenate([part[name] for part in example_arrays]) for name in example_arrays[0]}
 
-    def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> Facts | None:
-        """Checks the rows of one shard. Returns the facts of its examples; None if they cannot be read."""
+    def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> ExampleArrays | None:
+        """Checks the rows of one shard. Returns the arrays of its examples; None if they cannot be read."""
         self.progress(f"{prefix}: rows")
         labels = text.labels
         if mode == "inference":  # the documents are the source's answers, stored beside the rows
@@ -159,13 +166,13 @@ class _ShardVerifier:
         self.found.counts.update(rows=sizes.get("counts", 0), entries=sizes.get("entry_ids", 0))
         path = prefix.with_name(prefix.name + ".examples.safetensors")
         try:
-            facts = read_facts(path, len(text.names))
+            example_arrays = read_example_arrays(path, len(text.names))
         except UserError as error:
             self.found.problems.append(str(error))
             return None
         if labels is not None:
-            self.found.problems += fact_problems(path, facts, labels, text.names, mode)
-        return facts
+            self.found.problems += example_problems(path, example_arrays, labels, text.names, mode)
+        return example_arrays
 
     def _documents(self, shard: ShardFiles) -> np.ndarray | None:
         """Checks the conversations.

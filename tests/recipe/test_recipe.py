@@ -210,7 +210,9 @@ def test_the_strongest_is_one_of_those_that_vote() -> None:
     two = make_recipe({**three, "selection": {"reward_models": ["k", "j"]}})
     assert (two.voting_reward_models, two.strongest) == (["j", "k"], "j")
     assert make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "k"}}).strongest == "k"
-    with pytest.raises(UserError, match=r"selection\.strongest is 'i', but the reward models that vote are \['j', 'k'\]"):
+    with pytest.raises(
+        UserError, match=r"selection\.strongest is 'i', but the reward models that vote are \['j', 'k'\]"
+    ):
         make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "i"}})
 
 

@@ -227,9 +227,9 @@ def test_an_optimizer_of_another_form_is_refused(ranks, odd, sections, key) -> N
 
 def test_a_library_of_another_version_is_a_warning(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
     shutil.copytree(checkpoints(odd[0]), tmp_path / "old")
-    facts = tmp_path / "old/iter_0000003/facts.json"
-    facts.write_text(re.sub(r'"torch": "[^"]*"', '"torch": "1.0"', facts.read_text()))
-    (facts.parent / "checksums.json").unlink()
+    metadata = tmp_path / "old/iter_0000003/facts.json"
+    metadata.write_text(re.sub(r'"torch": "[^"]*"', '"torch": "1.0"', metadata.read_text()))
+    (metadata.parent / "checksums.json").unlink()
     training = {"verify": False, "load": str(tmp_path / "old"), "save": str(tmp_path / "new"), "train_iters": 4}
     sections = {"parallel": {"use_distributed_optimizer": True}, "training": training}
     (output,) = ranks(1, run_and_return_output, *odd, sections)
@@ -309,7 +309,7 @@ def test_an_imported_model_exports_bit_for_bit(ranks, odd, tmp_path) -> None:  #
 def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> bool:
     """Whether weights come back where layers with a state beside their weights, as Transformer Engine's have, save or load."""
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.checkpoint import CheckpointMetadata, load_checkpoint, model_facts, save_checkpoint
+    from megatron_fuse.training.checkpoint import CheckpointMetadata, load_checkpoint, model_identity, save_checkpoint
     from megatron_fuse.training.target import _whole_model
 
     start_runtime()
@@ -329,8 +329,8 @@ def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> b
         torch.nn.init.normal_(parameter)
     before = [parameter.detach().clone() for parameter in chunks[0].parameters()]
     norm.__class__ = kinds[0]
-    facts = CheckpointMetadata(0, 0, model_facts(architecture), {}, None, {})
-    path = save_checkpoint(directory, chunks, None, facts)
+    metadata = CheckpointMetadata(0, 0, model_identity(architecture), {}, None, {})
+    path = save_checkpoint(directory, chunks, None, metadata)
     for parameter in chunks[0].parameters():
         torch.nn.init.zeros_(parameter)
     norm.__class__ = kinds[1]

@@ -253,14 +253,14 @@ def test_a_changed_rate_is_taken_with_a_warning_where_that_is_asked_for(ranks, b
 @pytest.mark.parametrize(("style", "accepted"), [("cosine", True), ("linear", False)])
 def test_a_checkpoint_without_these_options_had_the_defaults(ranks, target, tmp_path, style, accepted) -> None:  # type: ignore[no-untyped-def]
     ranks(1, run_training, tmp_path, target, {"training": {**TRAINING, "train_iters": 2}})
-    facts = checkpoints(tmp_path) / "iter_0000002/facts.json"
-    content = json.loads(facts.read_text())
+    metadata = checkpoints(tmp_path) / "iter_0000002/facts.json"
+    content = json.loads(metadata.read_text())
     new = [key for key in content["run"]["step"] if key.startswith("lr_") and key != "lr_warmup_iters"]
     assert len(new) == 5
     for key in new:
         del content["run"]["step"][key]
-    facts.write_text(json.dumps(content))
-    (facts.parent / "checksums.json").unlink()
+    metadata.write_text(json.dumps(content))
+    (metadata.parent / "checksums.json").unlink()
     training = {**TRAINING, "train_iters": 3, "verify": False, "lr_decay_style": style}
     (message,) = ranks(1, message_of_refusal, tmp_path, target, {"training": training})
     assert (message == "accepted") == accepted and (accepted or "'lr_decay_style': 'cosine'}" in message)

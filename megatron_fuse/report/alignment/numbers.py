@@ -172,13 +172,13 @@ def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarra
     text, teacher = context.open_alone(TEXT), context.open_alone(TEACHERS, source, mode)
     tally, longest = Tally.none(), list[dict[str, Any]]()
     examples = read = whole = 0
-    for names, facts, labels in _shards(text, teacher, mode):
+    for names, example_arrays, labels in _shards(text, teacher, mode):
         tally += Tally.of(labels, classes)
         longest = _longest(longest + unmatched_spans(labels, context.target.tokenizer, names))
-        available = facts["available"].astype(bool)
+        available = example_arrays["available"].astype(bool)
         examples += len(names)
         read += int(available.sum())
-        whole += int((available & (facts["lossy"] == 0) & (facts["target_lossy"] == 0)).sum())
+        whole += int((available & (example_arrays["lossy"] == 0) & (example_arrays["target_lossy"] == 0)).sum())
     return {
         "source": source,
         "mode": mode,
@@ -191,17 +191,21 @@ def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarra
 
 
 def _shards(text: Artifact, teacher: Artifact, mode: str) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
-    """Of every shard the examples' names, the facts that selection needs of them, and the labels. Raises UserError for damage."""
+    """Of every shard the examples' names, the arrays that selection needs of them, and the labels. Raises UserError for damage."""
     verify_once([text, teacher])
     for shard in range(teacher.manifest["shards"]):
         name = f"shard-{shard:05d}"
         names = [row.id for row in read_listed(text.directory / f"{name}.examples.jsonl")]
-        facts = load_file(teacher.directory / f"{name}.examples.safetensors")
+        example_arrays = load_file(teacher.directory / f"{name}.examples.safetensors")
         documents = text if mode == "training" else teacher
         tokens, supervised = (
             Stream([documents.directory / f"{name}.{field}"]).values() for field in ("tokens", "supervised")
         )
-        yield names, facts, _labels(teacher.directory / name, tokens[supervised != 0], facts["available"])
+        yield (
+            names,
+            example_arrays,
+            _labels(teacher.directory / name, tokens[supervised != 0], example_arrays["available"]),
+        )
 
 
 def _labels(prefix: Path, tokens: np.ndarray, available: np.ndarray) -> Labels:
