@@ -107,7 +107,7 @@ def test_a_figure_that_is_no_number_has_failed(tmp_path: Path) -> None:
 
 def test_a_directory_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=rf"--out {tmp_path}: something is there already"):
+    with pytest.raises(UserError, match=rf"--out {tmp_path} already exists and is not empty"):
         checked(tmp_path, example("good"))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

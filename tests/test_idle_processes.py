@@ -33,12 +33,12 @@ def test_the_value_that_is_named_gives_every_process_a_shard(
     if line is None:
         return
     assert f"{processes - shards(shard_size)} of {processes} processes" in line
-    if named := re.search(r"set data\.shard_size to (\d+)", line):
+    if named := re.search(r"Set data\.shard_size to (\d+)", line):
         size = int(named[1])
         assert size < shard_size
         assert shards(size) >= min(processes, examples)
     else:
-        assert f"start {shards(shard_size)}: there are no more examples" in line and shards(shard_size) == examples
+        assert f"Start {shards(shard_size)} processes, because there are no more examples" in line and shards(shard_size) == examples
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_the_first_process_of_a_stage_says_it_once(
     warn_of_idle_processes(Context(recipe), said.append)
     assert len(said) == says
     assert all(
-        "1 of 2 processes has nothing to do" in line
-        and f"shard_size to 7 or less; what is prepared keeps its shards: remove {recipe.workdir}" in line
+        "1 of 2 processes has no work" in line
+        and f"shard_size to 7 or less. The prepared data keep their shards: remove {recipe.workdir}" in line
         for line in said
     )
 

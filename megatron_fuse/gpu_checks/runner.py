@@ -50,7 +50,7 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
     Raises UserError if `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--out {output}: something is there already: name a directory that is empty or not there")
+        raise UserError(f"--out {output} already exists and is not empty. Name an empty or a new directory.")
     output.mkdir(parents=True, exist_ok=True)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     context = process_context(device)

@@ -100,7 +100,7 @@ def _run(context: SpawnContext | ForkContext, name: str, stage: Stage, recipe: P
     process = _start(context, stage, recipe)
     process.join()
     if process.exitcode:
-        raise UserError(f"{stage.command} ended with {process.exitcode}")
+        raise UserError(f"{stage.command} ended with exit code {process.exitcode}")
     yield measured(name, time.perf_counter() - began, "s")
 
 
@@ -132,7 +132,7 @@ def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: P
         time.sleep(_POLL)
     training.join()
     if training.exitcode is not None and training.exitcode >= 0:
-        raise UserError(f"{TRAINING.command} ended with {training.exitcode} before it could be killed")
+        raise UserError(f"{TRAINING.command} ended with exit code {training.exitcode} before it could be killed")
     return _losses(recipe)
 
 

@@ -25,14 +25,18 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
         return None
     idle = processes - shards
     useful = max(examples // processes, 1)
-    advice = f"start {shards}: there are no more examples"
+    advice = f"Start {shards} processes, because there are no more examples."
     if useful < size:
-        advice = f"set data.shard_size to {useful}{' or less' * (useful > 1)}"
+        advice = f"Set data.shard_size to {useful}{' or less' * (useful > 1)}."
         if INSTRUCTIONS.directory(recipe).exists():
-            advice += f"; what is prepared keeps its shards: remove {recipe.workdir} to make it, and all that came of it, again"
+            advice += (
+                f" The prepared data keep their shards: remove {recipe.workdir} to make them, and all data "
+                "made from them, again."
+            )
     return (
-        f"data.shard_size is {size}, so that {examples} example{'s' * (examples != 1)} are {shards} shard{'s' * (shards != 1)}, and "
-        f"{idle} of {processes} processes {'has' if idle == 1 else 'have'} nothing to do in the stages before training: {advice}"
+        f"data.shard_size is {size}, so {examples} example{'s' * (examples != 1)} are {shards} "
+        f"shard{'s' * (shards != 1)}, and {idle} of {processes} processes {'has' if idle == 1 else 'have'} "
+        f"no work in the stages before training. {advice}"
     )
 
 

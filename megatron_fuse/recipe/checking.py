@@ -31,7 +31,7 @@ def checked(model: type[Checked], content: dict[str, Any], where: str | Place) -
 
 
 def _place(where: str | Place) -> Place:
-    return where if callable(where) else lambda keys: ": ".join(filter(None, (where, shown(keys))))
+    return where if callable(where) else lambda keys: f"{where}: {shown(keys)}" if keys else where
 
 
 def checked_value(kind: Any, value: Any, where: str) -> Any:

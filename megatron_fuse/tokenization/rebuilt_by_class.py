@@ -96,10 +96,10 @@ def _warn(directory: Path, by_class: str, text: str, read: tuple[str, ...], rebu
     if os.environ.get("RANK", "0") != "0":
         return
     say(
-        f"warning: {directory}: tokenizer.json cuts {_quoted(text)} into {_quoted(*read)}, and transformers' {by_class} into "
-        f"{_quoted(*rebuilt)}: tokenizer.json is used, as in training. A server that asks transformers 5 may cut as "
-        f'{by_class} does: set "tokenizer_class": "PreTrainedTokenizerFast" in {directory / "tokenizer_config.json"}, and '
-        "name its special tokens there",
+        f"warning: {directory}: tokenizer.json splits {_quoted(text)} into {_quoted(*read)}, but transformers' "
+        f"{by_class} splits it into {_quoted(*rebuilt)}. Training uses tokenizer.json. A server with "
+        f'transformers 5 may split text as {by_class} does. Set "tokenizer_class": "PreTrainedTokenizerFast" in '
+        f"{directory / 'tokenizer_config.json'}, and name its special tokens there.",
         file=sys.stderr,
     )
 
