@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_fuse.interrupts import interruptible, report_interrupt
+from megatron_fuse.logs import stop_logging
 from megatron_fuse.processes import end_with_torchrun
 from megatron_fuse.text_safety import printable
 
@@ -48,7 +49,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
     end_with_torchrun()
     with interruptible() as signals:
         try:
-            return main() or 0
+            try:
+                return main() or 0
+            finally:
+                stop_logging()  # a message at the end must not meet a bar on its line
         except UserError as error:
             return report_interrupt(*signals) if signals else _report(str(error))
         except KeyboardInterrupt:

@@ -7,6 +7,7 @@ whole or not at all.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -26,8 +27,9 @@ from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype, write_weight_files
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.storage.records import quoted
-from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 RECORD = "merge.json"  # in the merged model's directory: what it was made from, and its files
 SHARD_BYTES = 5_000_000_000
@@ -71,7 +73,7 @@ def read_models(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[float, ..
     return tuple(directories), given or None
 
 
-def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = say) -> bool:
+def merge_models(merge: Merge, output: Path) -> bool:
     """Writes the merged model to `output`, with the tokenizer, chat template and config of the first model.
 
     Returns True if it wrote the model, False if `output` already holds this merge with unchanged files. If
@@ -85,7 +87,7 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     merge_tensors = _mergekit()
     directories = [*merge.models, *([merge.base] if merge.base else [])]
     inputs = [WeightFiles(directory) for directory in directories]
-    shapes = _common_shapes(inputs, merge.rows, progress)
+    shapes = _common_shapes(inputs, merge.rows)
     stored = common_dtype(weights.dtype(name) for weights in inputs for name in shapes)
     dtype = merge.dtype or stored
     merge = replace(merge, dtype=dtype)
@@ -93,7 +95,6 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
     record = _record(merge)
     parameters = _mergekit_parameters(merge)
     base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
-    numbers = {name: number for number, name in enumerate(shapes, 1)}
 
     def merged_tensor(name: str) -> Tensor:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -115,11 +116,9 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
             if further := shapes[name][0] - common:
                 tensor = torch.cat([tensor, inputs[0].read(name, 0, common, further).to(out_dtype)])
             refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
-        if numbers[name] % max(len(shapes) // 10, 1) == 0:
-            progress(f"merged {numbers[name]} of {len(shapes)} tensors")
         return tensor.contiguous()
 
-    with sole_writer(output, RECORD, progress):
+    with sole_writer(output, RECORD):
         found = find(output, RECORD, "--output")
         if found:
             _check_same_merge(output, found.origin, record)
@@ -128,11 +127,11 @@ def merge_models(merge: Merge, output: Path, progress: Callable[[str], None] = s
             found.refuse_changes("--output")
         with directory_then_rename(output, found) as temporary:
             if merge.dtype not in (stored, "fp32"):
-                progress(
+                logger.warning(
                     f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} keeps them"
                 )
             write_weight_files(temporary, shapes, merged_tensor, out_dtype, SHARD_BYTES)
-            write_beside_weights(merge.models[0], temporary, dtype, progress)
+            write_beside_weights(merge.models[0], temporary, dtype)
             record_files(temporary, RECORD, record)
     return True
 
@@ -216,9 +215,7 @@ def _tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little", signed=True)
 
 
-def _common_shapes(
-    inputs: list[WeightFiles], rows: str | None, progress: Callable[[str], None]
-) -> dict[str, tuple[int, ...]]:
+def _common_shapes(inputs: list[WeightFiles], rows: str | None) -> dict[str, tuple[int, ...]]:
     """Name and shape of the tensors that are merged.
 
     Raises UserError if configs, tokenizers or tensors do not agree. If `rows` is given, the vocabularies may
@@ -237,7 +234,7 @@ def _common_shapes(
         if isinstance(size, int) and isinstance(their_size, int) and size != their_size:
             if rows is None:
                 raise _other_rows((first.model_dir, size, tokens), (other.model_dir, their_size, their_tokens))
-            progress(
+            logger.warning(
                 f"{other.model_dir}: its rows from {size} on, of {their_size}, are cut"
                 if their_size > size
                 else f"{other.model_dir}: the rows that it lacks, {their_size} to {size - 1}, are those of {first.model_dir}"

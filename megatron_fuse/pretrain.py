@@ -13,20 +13,26 @@ import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with
 # isort: split
 
 import argparse
+import logging
 
 from megatron_fuse.errors import exit_code
+from megatron_fuse.logs import add_log_level, start_logging
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.start import importing
+
+logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_recipe_arguments(parser)
+    add_log_level(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="build everything, print sizes, memory and steps, and do not train"
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
+    start_logging(arguments.log_level)
     with importing():  # after --help and --print-recipe, which need none of it (megatron_fuse/cli/__init__.py)
         from torch.distributed.elastic.multiprocessing.errors import record
     # torchrun then shows the traceback of the rank that failed first, not the ones of those that lost it
@@ -66,7 +72,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     with advise_when_out_of_memory(recipe, architecture, runtime, dataset):
         chunks = build_target(recipe, architecture)
         what = describe_run(recipe, architecture, chunks, entries_per_row=dataset.entries_per_row)
-        runtime.print(banner(runtime, what))
+        logger.info(banner(runtime, what))
         trainer = make_trainer(recipe, runtime, architecture, chunks, dataset)
         if dry_run:
             print_dry_run(trainer)

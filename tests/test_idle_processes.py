@@ -38,7 +38,10 @@ def test_the_value_that_is_named_gives_every_process_a_shard(
         assert size < shard_size
         assert shards(size) >= min(processes, examples)
     else:
-        assert f"Start {shards(shard_size)} processes, because there are no more examples" in line and shards(shard_size) == examples
+        assert (
+            f"Start {shards(shard_size)} processes, because there are no more examples" in line
+            and shards(shard_size) == examples
+        )
 
 
 @pytest.mark.parametrize(

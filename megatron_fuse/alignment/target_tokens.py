@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_fuse.alignment.edit_distance import nearest_pieces
+from megatron_fuse.progress import Progress
 from megatron_fuse.tokenization import Tokenizer
 
 
@@ -62,7 +63,8 @@ class TargetTokens:
         chosen = self.equal(pieces)
         rest = [place for place, token in enumerate(chosen) if token < 0]
         vocabulary = list(self._by_bytes)
-        nearest = nearest_pieces([pieces[place] for place in rest], vocabulary).tolist()
+        with Progress("vocabulary map: nearest tokens", "strings", len(rest)) as progress:
+            nearest = nearest_pieces([pieces[place] for place in rest], vocabulary, progress.advance).tolist()
         for place, index in zip(rest, nearest, strict=True):
             chosen[place] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
         return chosen

@@ -8,7 +8,8 @@ guessed.
 - The text's token cannot have probability 0.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage.records import quoted
-from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # The errors of half precision in a file: nats, absolute and relative, and the mass of a row beyond one.
 _ABSOLUTE, _RELATIVE, _MASS = 0.01, 0.005, 2e-3
@@ -41,15 +43,12 @@ class _MismatchError(Exception):
 class CaptureFile:
     """A file of captures. It takes the place of a model that reads conversations."""
 
-    def __init__(
-        self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None] = say
-    ) -> None:
+    def __init__(self, recipe: Recipe, path: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Indexes the file. vocab_size: the number of ids that the source's model knows.
 
         Raises UserError if the file cannot be indexed.
         """
         self.recipe, self.path, self.tokenizer, self.vocab_size = recipe, path, tokenizer, vocab_size
-        self.progress = progress
         self.rows = open_rows(path)
 
     def capture_shard(self, conversations: Sequence[Conversation]) -> CaptureShard:
@@ -79,7 +78,8 @@ class CaptureFile:
                 "the same template and truncation."
             )
         if mismatches:
-            self.progress(f"left out: {len(mismatches)} of {len(conversations)} examples; the first: {mismatches[0]}")
+            some = f"{len(mismatches)} of {len(conversations)} examples"
+            logger.warning(f"{self.path}: left out: {some}; the first: {mismatches[0]}")
         nothing = SparseRows.none(len(self.recipe.capture_temperatures))
         joined = SparseRows.join([nothing, *(parts[index] for index in sorted(parts))])
         return CaptureShard.of(conversations, status, joined)

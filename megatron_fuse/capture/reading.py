@@ -37,7 +37,7 @@ def reading_limit(recipe: Recipe, config: Any) -> int:
 class SourceReader:
     """A source model that reads conversations.
 
-    report: called after every batch with the tokens of the shard that are read and those that are left.
+    report: called after every batch with the conversations and the tokens that are read, and the share of all tokens.
     """
 
     recipe: Recipe
@@ -60,7 +60,7 @@ class SourceReader:
             indices = chosen[batch].tolist()
             rows |= zip(indices, self.read([conversations[index] for index in indices]), strict=True)
             done += sum(lengths[place] for place in batch)
-            self.report(done, sum(lengths) - done, f"{len(rows)}/{len(lengths)} conversations")
+            self.report(len(rows), done, done / sum(lengths))
         nothing = SparseRows.none(len(self.recipe.capture_temperatures))
         joined = SparseRows.join([nothing, *(rows[index] for index in chosen.tolist())])
         return CaptureShard.of(conversations, status, joined)

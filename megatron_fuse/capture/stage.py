@@ -9,7 +9,6 @@ Backends: `hf`, the source's model in process; `file`, the file in sources.NAME.
 program made (docs/captures.md).
 """
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,15 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import declared_vocab_size
 from megatron_fuse.huggingface.loading import load_causal_lm
-from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example, shard_sizes
 from megatron_fuse.model.parameter_count import count_parameters
-from megatron_fuse.progress import Progress
+from megatron_fuse.progress import log_complete
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.recipe.lookup import recipe_key, source_options
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artifact, Workspace, completed, run_plan, sha256_of_file
-from megatron_fuse.text_safety import say
+from megatron_fuse.storage import Artifact, ShardProgress, Workspace, completed, run_plan, sha256_of_file
 from megatron_fuse.tokenization.spans import SpanFlag
 
 
@@ -122,7 +120,7 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
         raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md).")
 
 
-def capture(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
+def capture(context: Context, source: str, mode: str) -> Artifact | None:
     """Captures one source's distributions in one mode. None while other ranks still work on their shards.
 
     Raises UserError if an earlier stage is missing, if the model's logits are not finite, or if the rows of a
@@ -135,18 +133,20 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
     plan = context.plan(CAPTURES, source, mode)
     artifact = completed(plan)
     if artifact:
+        log_complete(plan.directory, artifact.counts["examples"], "examples")
         return artifact
-    examples = example_shards(context.open(INSTRUCTIONS))
+    instructions = context.open(INSTRUCTIONS)
+    examples = example_shards(instructions)
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
-    lines = Progress(plan.directory, "tokens", progress)
+    progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions))
 
     @cache  # the model or file is loaded at the first shard that needs it
     def reader() -> SourceReader | CaptureFile:
         if plan.options["backend"] == "hf":
-            return SourceReader(recipe, source, load_causal_lm(options, where=where), lines.update)
+            return SourceReader(recipe, source, load_causal_lm(options, where=where), progress.update)
         path = _captures_file(recipe, source, mode)
         size = declared_vocab_size(context.model_directory(source))
-        file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size, progress)
+        file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size)
         if not any(example.id in file.rows for shard in examples for example in shard):
             raise UserError(
                 f"{path}: none of its {len(file.rows)} ids is the id of an example (an id of an example is "
@@ -167,9 +167,7 @@ def capture(context: Context, source: str, mode: str, progress: Callable[[str], 
             conversation_of(chat, example, answer, every_turn=every_turn)
             for example, answer in zip(shard_examples, learned, strict=True)
         ]
-        source_reader = reader()
-        lines.begin(f"shard {index}")
-        shard = source_reader.capture_shard(conversations)
+        shard = reader().capture_shard(conversations)
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
         return {
             "examples": len(shard.status),

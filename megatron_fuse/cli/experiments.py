@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     (path,) = arguments.experiments
     experiment = load_experiment(path)
     split = _split(arguments.split, experiment.split)
-    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs, progress=say)
+    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs)
     results = collect_results(experiment, split)
     if lost := write_results(experiment, results, split):
         say(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")

@@ -17,7 +17,6 @@ recipe. It needs no fusion data.
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from megatron_fuse.cli.fusion_data_arguments import add_fusion_data_arguments
@@ -108,7 +107,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         from megatron_fuse.stages import Context
         from megatron_fuse.verification import verify_fusion_data
     context = Context(fusion_data_recipe(arguments))
-    result = verify_fusion_data(context, progress=lambda line: say(line, file=sys.stderr))
+    result = verify_fusion_data(context)
     say(", ".join(f"{amount:,} {name.replace('_', ' ')}" for name, amount in result.counts.items()))
     if result.problems:
         raise UserError(f"{len(result.problems)} problems:\n" + "\n".join(result.problems))

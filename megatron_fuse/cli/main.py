@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_fuse.errors import exit_code
+from megatron_fuse.logs import add_log_level, start_logging
 from megatron_fuse.recipe import path_argument
 
 COMMANDS = {
@@ -50,6 +51,7 @@ def program() -> int:
 def main() -> int | None:
     chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     arguments = make_parser([chosen] if chosen in COMMANDS else []).parse_args()
+    start_logging(arguments.log_level)
     return _module(arguments.command).run(arguments)
 
 
@@ -60,7 +62,10 @@ def door(command: str) -> Callable[[], int | None]:
         module = _module(command)
         parser = argparse.ArgumentParser(**_parser_options(module))
         module.add_arguments(parser)
-        return module.run(parser.parse_args())
+        add_log_level(parser)
+        arguments = parser.parse_args()
+        start_logging(arguments.log_level)
+        return module.run(arguments)
 
     return main
 
@@ -86,7 +91,9 @@ def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         if name in filled:
             module = _module(name)
-            module.add_arguments(commands.add_parser(name, help=summary, **_parser_options(module)))
+            described = commands.add_parser(name, help=summary, **_parser_options(module))
+            module.add_arguments(described)
+            add_log_level(described)
         else:
             commands.add_parser(name, help=summary)
     return parser

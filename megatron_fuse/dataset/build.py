@@ -13,12 +13,11 @@ from megatron_fuse.selection.choice import Selection, select
 from megatron_fuse.selection.curriculum import write_curriculum
 from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import Artifact, remove_abandoned
-from megatron_fuse.text_safety import say
 
 _WAIT = 0.2  # seconds between looks at what other ranks have done
 
 
-def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -> dict[str, Selection]:
+def build_fusion_data(context: Context) -> dict[str, Selection]:
     """Builds what is missing, then makes the selections and the curriculum anew.
 
     Returns the selection of each mode.
@@ -28,12 +27,12 @@ def build_fusion_data(context: Context, progress: Callable[[str], None] = say) -
     an earlier stage is missing or does not fit the recipe.
     """
     recipe = context.recipe
-    text = _together(context, TEXT, (), partial(build_text, context, progress))
+    text = _together(context, TEXT, (), partial(build_text, context))
     selections = {}
     for mode in recipe.modes_with_teacher:
         teachers = {}
         for source in recipe.sources:
-            build = partial(build_teacher, context, source, mode, progress)
+            build = partial(build_teacher, context, source, mode)
             teachers[source] = _together(context, TEACHERS, (source, mode), build)
         selections[mode] = select(context, mode, text, teachers)
     write_curriculum(context, text)

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import logging
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from megatron_fuse.evaluation.data_files import check_files
 from megatron_fuse.evaluation.models import EvaluatedModel, fingerprint
 from megatron_fuse.evaluation.results import MODEL, Result, Settings, load_result, refuse_other, result_path
 from megatron_fuse.storage import remove_abandoned, temporary_then_rename
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -75,7 +77,7 @@ def evaluate(
     results = _finished(asked)
     for name, benchmark in itertools.product(names, benchmarks):
         if (name, benchmark.name) in results:
-            _say(results[name, benchmark.name], benchmark, "finished before")
+            _log(results[name, benchmark.name], benchmark, "finished before")
     failures: dict[Key, str] = {}
     manager = None
     for model in models:
@@ -147,7 +149,7 @@ def _measure(
             continue
         result.save(asked.output)
         _failure_path(model, benchmark, asked).unlink(missing_ok=True)
-        _say(result, benchmark, f"{result.seconds:.1f} s")
+        _log(result, benchmark, f"{result.seconds:.1f} s")
         yield benchmark, result
     del loaded
     gc.collect()  # frees the memory of the device before the next model is loaded
@@ -172,10 +174,10 @@ def _measure_one(
     )
 
 
-def _say(result: Result, benchmark: Benchmark, how: str) -> None:
+def _log(result: Result, benchmark: Benchmark, how: str) -> None:
     metric = result.metrics.get(benchmark.metric)
     value = "-" if metric is None or metric.value is None else f"{100 * metric.value:.1f} %"
-    say(f"{result.model}, {benchmark.heading}: {value} of {len(result.questions)} questions, {how}")
+    logger.info(f"{result.model}, {benchmark.heading}: {value} of {len(result.questions)} questions, {how}")
 
 
 def _failure_path(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked) -> Path:
@@ -189,5 +191,5 @@ def _record_failure(model: EvaluatedModel, benchmark: Benchmark, asked: _Asked, 
         temporary.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     text = " ".join(f"{type(error).__name__}: {error}".split())
     line = f"failed with {text[:300]} (traceback in {path})"
-    say(f"{model.name}, {benchmark.heading}: {line}")
+    logger.error(f"{model.name}, {benchmark.heading}: {line}")
     return line

@@ -1,9 +1,10 @@
 """Makes the missing runs of an experiment, several side by side."""
 
 import fcntl
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ from megatron_fuse.experiments.records import Owner, read_record
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import Run, code_version, command_words, make
 from megatron_fuse.processes import run_tied
+from megatron_fuse.progress import Progress
 from megatron_fuse.storage import write_json
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 _MOST_JOBS = 1024
 _PATIENCE = 5.0  # seconds in which a command must end at an interrupt, before a second one kills it
@@ -30,7 +33,6 @@ def run_experiment(
     tables: Sequence[str] = (),
     split: str | None = None,
     jobs: int = 2,
-    progress: Callable[[str], None] = say,
 ) -> list[str]:
     """Makes the runs of these tables (default: the first table) and measures them.
 
@@ -50,7 +52,7 @@ def run_experiment(
         for prepare in dict.fromkeys(
             with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
         ):
-            progress(f"$ {prepare}")
+            logger.info(f"$ {prepare}")
             if code := run_tied(command_words(prepare)):
                 raise UserError(
                     f"the command `prepare` ended with exit code {code}. Fix the error above and run the "
@@ -60,13 +62,14 @@ def run_experiment(
         # by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]
-        progress(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; {jobs} side by side")
+        already = len(runs) - len(todo)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
         with ExitStack() as stack:
             # The processes that they start hold the lock too: if this process is killed, they may go on for a
             # while.
             starters = [stack.enter_context(Commands(Path.cwd(), environment, keep_open=[lock])) for _ in range(jobs)]
-            return _run_all(todo, split, starters, version, progress)
+            with Progress(experiment.workdir, "runs", len(runs), already=already) as progress:
+                return _run_all(todo, split, starters, version, progress)
 
 
 def _interrupt_all(starters: Sequence[Commands]) -> None:
@@ -74,16 +77,14 @@ def _interrupt_all(starters: Sequence[Commands]) -> None:
         commands.interrupt()
 
 
-def _run_all(
-    todo: list[Run], split: str, starters: list[Commands], version: str, progress: Callable[[str], None]
-) -> list[str]:
+def _run_all(todo: list[Run], split: str, starters: list[Commands], version: str, progress: Progress) -> list[str]:
     """Makes the runs in their order, except that a merge waits for its parts.
 
     If a part failed, the merge fails too. Returns one message per failed run.
     """
     locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
     total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
-    jobs, idle, began = len(starters), list(starters), time.perf_counter()
+    jobs, idle = len(starters), list(starters)
 
     def make_with_an_idle_one(run: Run) -> None:
         commands = idle.pop()  # never empty: there are as many as threads
@@ -101,7 +102,7 @@ def _run_all(
                     lost = [part.name for part in _parts(run) if part in failed]
                     if lost:
                         failed[run] = f"{run.name}, seed {run.seed}: not merged, as {', '.join(lost)} failed"
-                        progress(failed[run])
+                        logger.error(failed[run])
                         continue
                     running[pool.submit(make_with_an_idle_one, run)] = run, time.perf_counter()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -111,11 +112,10 @@ def _run_all(
                         if not isinstance(error, UserError):
                             raise error
                         failed[run] = str(error)
-                        progress(f"FAILED after {took}: {error}")
+                        logger.error(f"FAILED after {took}: {error}")
                         continue
-                    done = total - len(todo) - len(running)
-                    left = (time.perf_counter() - began) / done * (total - done)
-                    progress(f"[{done}/{total}] {run.name}, seed {run.seed}: {took}; about {left / 60:.0f} min left")
+                    logger.info(f"{run.name}, seed {run.seed}: {took}")
+                    progress.update(total - len(todo) - len(running) - len(failed))
         except BaseException:
             # Without the interrupts, the exit of the pool would wait for the commands to finish, perhaps for
             # hours.

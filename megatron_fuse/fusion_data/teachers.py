@@ -9,7 +9,7 @@ exceeds 1. An entry loses at most 0.04 % of the row's mass (the spacing of float
 tail grows by the same amount.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +25,16 @@ from megatron_fuse.fusion_data.encoding import Documents, encode_documents, id_d
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.stored_spans import read_text_shard
-from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, shard_sizes
+from megatron_fuse.progress import log_complete
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import learned_of
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artifact, completed, run_plan, write_safetensors
-from megatron_fuse.text_safety import say
+from megatron_fuse.storage import Artifact, ShardProgress, completed, run_plan, write_safetensors
 from megatron_fuse.tokenization.spans import TokenSpans, response_bytes
 
 
-def build_teacher(context: Context, source: str, mode: str, progress: Callable[[str], None] = say) -> Artifact | None:
+def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
     """Aligns and projects the capture of one source and mode.
 
     Returns the artifact, None if other ranks still work. The text, the capture and, in the inference mode,
@@ -45,9 +45,12 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
     plan = context.plan(TEACHERS, source, mode)
     artifact = completed(plan)
     if artifact:
+        log_complete(plan.directory, artifact.counts["examples"], "examples")
         return artifact
     captures, text = context.open(CAPTURES, source, mode), context.open(TEXT)
-    examples = example_shards(context.open(INSTRUCTIONS))
+    instructions = context.open(INSTRUCTIONS)
+    examples = example_shards(instructions)
+    progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions))
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
     project = _Projection(
         source=context.format(source),
@@ -101,6 +104,7 @@ def build_teacher(context: Context, source: str, mode: str, progress: Callable[[
         }
         write_safetensors(Path(f"{prefix}.examples.safetensors"), example_arrays)
         with_label_mass = int(corrected.sum())
+        progress.update(len(texts), counts["rows"])  # a row is a supervised token
         return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": with_label_mass}
 
     return run_plan(plan, make_shard, progress)

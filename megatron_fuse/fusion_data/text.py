@@ -7,7 +7,6 @@ FUSION/text/shard-00000.spans.safetensors                the bytes that its labe
 FUSION/text/shard-00000.examples.jsonl                   {id, held_out, supervised_tokens}
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +14,21 @@ import numpy as np
 from megatron_fuse.fusion_data.encoding import encode_ground_truth, id_dtype, write_ragged
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.fusion_data.stored_spans import write_spans
-from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, shard_sizes
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import Artifact, run_plan, write_jsonl
-from megatron_fuse.text_safety import say
+from megatron_fuse.storage import Artifact, ShardProgress, run_plan, write_jsonl
 from megatron_fuse.tokenization.spans import SpanFlag
 
 
-def build_text(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
+def build_text(context: Context) -> Artifact | None:
     """Writes prompt and ground truth of every example. Returns the artifact, None if other ranks still work.
 
     Raises UserError if the instructions are missing or damaged.
     """
     recipe, target, plan = context.recipe, context.target, context.plan(TEXT)
-    shards = example_shards(context.open(INSTRUCTIONS))
+    instructions = context.open(INSTRUCTIONS)
+    shards = example_shards(instructions)
+    progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions))
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
@@ -42,6 +42,7 @@ def build_text(context: Context, progress: Callable[[str], None] = say) -> Artif
         ]
         write_jsonl(Path(f"{prefix}.examples.jsonl"), rows)
         present = documents.present
+        progress.update(len(examples), sum(map(len, documents.tokens)))
         return {
             "examples": len(examples),
             "documents": int(present.sum()),

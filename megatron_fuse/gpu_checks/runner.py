@@ -5,6 +5,7 @@ On a CPU it is a fork of this process, which has imported the large libraries al
 """
 
 import importlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -25,7 +26,9 @@ from megatron_fuse.gpu_checks.catalogue import MINUTES, Check
 from megatron_fuse.gpu_checks.report import markdown
 from megatron_fuse.gpu_checks.rows import Row, failed, not_run
 from megatron_fuse.processes import end_with_pool
-from megatron_fuse.text_safety import brief, say
+from megatron_fuse.text_safety import brief
+
+logger = logging.getLogger(__name__)
 
 JSON_LINES, TABLE = "checks.jsonl", "checks.md"
 NO_TIME = "no time left"
@@ -59,7 +62,7 @@ def run_checks(checks: Sequence[Check], *, device: str, minutes: float, output: 
     try:
         with (output / JSON_LINES).open("w", encoding="utf-8") as file:
             for check in checks:
-                say(f"{check.name} ...")
+                logger.info(f"{check.name} ...")
                 check = replace(check, seconds=check.seconds * max(minutes / MINUTES, 1))
                 for row in rows_of(check, device, output / check.name, context, left=end - time.monotonic()):
                     rows.append(row)

@@ -5,9 +5,10 @@ not contain the pattern. It stores the frequencies of scaled rotary positions in
 does not read. The directory of the model that the file was made from has both.
 """
 
+import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
 from megatron_fuse.storage.strict_json import file_size, read_object
-from megatron_fuse.text_safety import brief, say
+from megatron_fuse.text_safety import brief
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 _USER_DEFINED, _UNUSED = 4, 5  # of tokenizer.ggml.token_type
@@ -45,9 +48,7 @@ def refuse_gguf(model: Path, where: str) -> None:
     )
 
 
-def convert_gguf(
-    file: Path, tokenizer: Path, output: Path, dtype: str = "fp32", progress: Callable[[str], None] = say
-) -> None:
+def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32") -> None:
     """Writes a GGUF file's model as a new directory: safetensors without quantization_config, and tokenizer.
 
     tokenizer: the Hugging Face directory of the model that the file was made from. Its tokenizer files and
@@ -102,7 +103,7 @@ def convert_gguf(
             model.save_pretrained(temporary)
             write_config(temporary, read_object(temporary / "config.json"), dtype)
             copy_beside_weights(tokenizer, temporary)
-    progress(
+    logger.info(
         f"{output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, dequantised, in {dtype}"
     )
 

@@ -8,6 +8,7 @@ from megatron_fuse.instructions.prepare import (
     instructions_options,
     load_examples,
     prepare_instructions,
+    shard_sizes,
 )
 from megatron_fuse.instructions.rows import Rows, read_rows
 
@@ -22,4 +23,5 @@ __all__ = [
     "naming_example",
     "prepare_instructions",
     "read_rows",
+    "shard_sizes",
 ]

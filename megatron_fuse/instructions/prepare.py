@@ -9,7 +9,8 @@ instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples that 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -25,10 +26,12 @@ from megatron_fuse.instructions.examples import Example
 from megatron_fuse.instructions.length import fit, require_readable
 from megatron_fuse.instructions.rows import Rows, read_rows
 from megatron_fuse.instructions.tables import table_sha256
+from megatron_fuse.progress import Progress, log_complete
 from megatron_fuse.recipe import TARGET, Recipe
 from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import (
     Artifact,
+    ShardProgress,
     Shards,
     Workspace,
     completed,
@@ -38,7 +41,8 @@ from megatron_fuse.storage import (
     write_jsonl,
 )
 from megatron_fuse.storage.records import read_typed_rows
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 _NAME = "examples"
 # Options of `data` by the names under which the instructions record them.
@@ -110,7 +114,7 @@ class _Fitted:
 
 
 def _choose(
-    context: Context, rows: Rows, formats: list[tuple[str, ChatFormat]], progress: Callable[[str], None]
+    context: Context, rows: Rows, formats: list[tuple[str, ChatFormat]]
 ) -> tuple[dict[str, _Fitted], dict[str, BadRow]]:
     """The sample, and the reasons why examples are left out for their length or their tools, both by id.
 
@@ -121,26 +125,27 @@ def _choose(
     dropped: dict[str, BadRow] = {}
     candidates = _by_rank(rows.lines, recipe.seed, "sample")
     wanted = data.samples or len(rows)
-    reward_models = cache(lambda: _reward_model_formats(context, progress))  # only for rows with tools
+    reward_models = cache(lambda: _reward_model_formats(context))  # only for rows with tools
     # Examples that do not fit are replaced by the next ones in rank, until the sample is complete.
-    while candidates and len(fitted) < wanted:
-        missing = wanted - len(fitted)
-        for example in rows.read(candidates[:missing]):
-            try:
-                result = fit(
-                    example, formats, recipe.training.seq_length, policy=data.too_long, every_turn=rows.every_turn
+    with Progress(f"{data.path}: fitting to length", "examples", min(wanted, len(rows))) as progress:
+        while candidates and len(fitted) < wanted:
+            missing = wanted - len(fitted)
+            for example in rows.read(candidates[:missing]):
+                try:
+                    result = fit(
+                        example, formats, recipe.training.seq_length, policy=data.too_long, every_turn=rows.every_turn
+                    )
+                    if example.uses_tools:
+                        require_readable(result, reward_models())
+                except BadRow as error:
+                    dropped[example.id] = error.with_traceback(None)  # a traceback would keep the texts
+                    continue
+                fitted[example.id] = _Fitted(
+                    len(result.response), result.truncated, result.target_tokens, is_in_nfc(example)
                 )
-                if example.uses_tools:
-                    require_readable(result, reward_models())
-            except BadRow as error:
-                dropped[example.id] = error.with_traceback(None)  # a traceback would keep the texts
-                continue
-            fitted[example.id] = _Fitted(
-                len(result.response), result.truncated, result.target_tokens, is_in_nfc(example)
-            )
-            if len(fitted) % 10_000 == 0:
-                progress(f"{len(fitted)} of at most {wanted} examples fitted to length")
-        candidates = candidates[missing:]
+                progress.update(len(fitted))
+            candidates = candidates[missing:]
+        progress.total = len(fitted)  # those that were dropped are not left
     if not fitted:
         name, reason = next(iter(dropped.items()))
         why = "can be read" if reason.kind == Kind.TOOLS else f"fits --seq-length {recipe.training.seq_length}"
@@ -153,7 +158,7 @@ def _choose(
     return fitted, dropped
 
 
-def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> list[ChatFormat]:
+def _reward_model_formats(context: Context) -> list[ChatFormat]:
     """The chat formats of the reward models that will read conversations, if they are on this machine."""
     recipe, formats = context.recipe, []
     for name in dict.fromkeys(name for names in recipe.scorers.values() for name in names):
@@ -163,11 +168,11 @@ def _reward_model_formats(context: Context, progress: Callable[[str], None]) -> 
         try:
             formats.append(context.reward_model_format(name))
         except UserError as error:
-            progress(f"not known whether reward_models.{name} can read tools: {error}")
+            logger.warning(f"not known whether reward_models.{name} can read tools: {error}")
     return formats
 
 
-def prepare_instructions(context: Context, progress: Callable[[str], None] = say) -> Artifact | None:
+def prepare_instructions(context: Context) -> Artifact | None:
     """Writes the instructions of a recipe. Rank 0 does all the work; on other ranks the result is None.
 
     Raises UserError if the file cannot be read, if no row can be used, or if the validation split leaves no
@@ -175,6 +180,8 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
     """
     recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
     artifact = completed(plan)
+    if artifact:
+        log_complete(plan.directory, artifact.counts["examples"], "examples")
     if artifact or rank_and_world()[0] != 0:
         return artifact
     # The examples are chosen before anything is written, so that an error leaves no directory.
@@ -185,7 +192,7 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "the file is empty"
         raise UserError(f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})")
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
-    fitted, dropped = _choose(context, rows, formats, progress)
+    fitted, dropped = _choose(context, rows, formats)
     validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: data.validation_samples])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
@@ -218,10 +225,10 @@ def prepare_instructions(context: Context, progress: Callable[[str], None] = say
             "shards": len(sizes),
         }
 
-    artifact = run_plan(plan, make_shard, progress)
+    artifact = run_plan(plan, make_shard, ShardProgress(plan.directory, "examples", [len(fitted)]))
     composing = [name for name, chat in formats if chat.tokenizer.composes]
     if artifact and artifact.counts["not_in_nfc"] and composing:
-        progress(
+        logger.warning(
             f"{artifact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in Unicode's form NFC, which "
             f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
         )
@@ -235,6 +242,12 @@ def example_shards(artifact: Artifact) -> Shards[list[Example]]:
     """
     paths = [artifact.directory / f"{_NAME}.{shard:05d}.jsonl" for shard in range(artifact.counts["shards"])]
     return Shards(artifact, paths, lambda path: list(read_typed_rows(path, Example)))
+
+
+def shard_sizes(artifact: Artifact) -> list[int]:
+    """The number of examples of every shard."""
+    size, shards = artifact.manifest["options"]["shard_size"], artifact.counts["shards"]
+    return [size] * (shards - 1) + [artifact.counts["examples"] - size * (shards - 1)]
 
 
 def load_examples(artifact: Artifact) -> list[Example]:

@@ -2,15 +2,16 @@
 tokenizer, chat template, generation options, config."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_fuse.model.config_file import ends_of_answers, read_model_config
 from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.storage.strict_json import read_object
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 # The files that tokenizer, chat template and generation need besides the weights.
 CARRIED_FILES = (
@@ -37,17 +38,19 @@ def copy_beside_weights(reference: Path, directory: Path) -> None:
             shutil.copyfile(file, carried)
 
 
-def write_beside_weights(reference: Path, directory: Path, dtype: str, progress: Callable[[str], None] = say) -> None:
+def write_beside_weights(reference: Path, directory: Path, dtype: str) -> None:
     """Copies the files of the model in `reference` into `directory`, without its weights. The config gets
     `dtype` (fp32, bf16, fp16).
 
-    The written weights are plain: a quantization_config of the config is left out, and progress is called
-    with a line about it.
+    The written weights are plain: a quantization_config of the config is left out, with a
+    warning.
     """
     copy_beside_weights(reference, directory)
     config = read_object(reference / "config.json")
     if config.pop("quantization_config", None) is not None:
-        progress(f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}")
+        logger.warning(
+            f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}"
+        )
     write_config(directory, config, dtype)
 
 

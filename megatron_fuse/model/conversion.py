@@ -5,6 +5,7 @@ Loading copies the rectangles in one direction, exporting in the other. Nothing 
 trip returns every bit.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,8 @@ from megatron_fuse.model.expected_weights import (
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,6 @@ def save_hugging_face_model(
     output_dir: str | os.PathLike,
     dtype: str = "bf16",
     shard_bytes: int = 5_000_000_000,
-    progress: Callable[[str], None] = say,
 ) -> None:
     """write_hugging_face_model into a directory that gets its name only when it is complete.
 
@@ -159,7 +160,7 @@ def save_hugging_face_model(
         if output.exists():
             raise UserError(f"{output} already exists. Remove it or choose another directory.")
         with directory_then_rename(output) as temporary:
-            write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes, progress)
+            write_hugging_face_model(model, Path(reference_dir), temporary, dtype, shard_bytes)
 
 
 def write_hugging_face_model(
@@ -168,13 +169,11 @@ def write_hugging_face_model(
     directory: Path,
     dtype: str,
     shard_bytes: int = 5_000_000_000,
-    progress: Callable[[str], None] = say,
 ) -> None:
     """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
 
     reference: the model that the target was made from. All files but the weights are copied from it, and its
         config gets `dtype` (fp32, bf16 or fp16).
-    progress: called with the number of tensors that lose digits in that dtype.
 
     Raises UserError for an unknown dtype, for values that it cannot hold, and for a reference of another
     architecture.
@@ -207,8 +206,10 @@ def write_hugging_face_model(
     shapes = hugging_face_shapes(architecture)
     write_weight_files(directory, shapes, tensor, DTYPES[dtype], shard_bytes)
     if rounded:
-        progress(f"{rounded} of {len(shapes)} tensors are rounded to {dtype}: fp32 keeps what the checkpoint holds")
-    write_beside_weights(reference, directory, dtype, progress)
+        logger.warning(
+            f"{rounded} of {len(shapes)} tensors are rounded to {dtype}: fp32 keeps what the checkpoint holds"
+        )
+    write_beside_weights(reference, directory, dtype)
 
 
 def _bare(model: torch.nn.Module) -> FusionGPTModel:

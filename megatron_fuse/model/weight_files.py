@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.progress import Progress
 from megatron_fuse.storage import write_safetensors
 from megatron_fuse.storage.records import parse_record, quoted
 from megatron_fuse.storage.safetensors_header import read_safetensors_header, refuse_lfs_pointer
@@ -235,11 +236,19 @@ def write_weight_files(
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = list(_shards(sizes, shard_bytes))
     file_of: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # transformers refuses a file that does not say that it comes from torch.
-        write_safetensors(directory / file, {name: tensor(name) for name in names}, {"format": "pt"})
-        file_of |= dict.fromkeys(names, file)
+    with Progress("model.safetensors", "tensors", len(sizes)) as progress:
+
+        def shown(count: int, name: str) -> torch.Tensor:
+            progress.update(count)
+            return tensor(name)
+
+        for number, names in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {name: shown(count, name) for count, name in enumerate(names, len(file_of))}
+            # transformers refuses a file that does not say that it comes from torch.
+            write_safetensors(directory / file, tensors, {"format": "pt"})
+            file_of |= dict.fromkeys(names, file)
+        progress.update(len(file_of))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

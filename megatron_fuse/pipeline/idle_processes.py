@@ -5,8 +5,8 @@ data.shard_size does not depend on the number of processes. So the shards, and e
 for any number.
 """
 
+import logging
 import os
-from collections.abc import Callable
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import INSTRUCTIONS
@@ -14,7 +14,8 @@ from megatron_fuse.processes import STARTED
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import rank_and_world
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 
 def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
@@ -40,8 +41,8 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
     )
 
 
-def warn_of_idle_processes(context: Context, progress: Callable[[str], None] = say) -> None:
-    """Prints idle_line in the first process of a stage, unless the command that started it has done so."""
+def warn_of_idle_processes(context: Context) -> None:
+    """Warns by idle_line in the first process of a stage, unless the command that started it has done so."""
     rank, processes = rank_and_world()
     if rank != 0 or processes == 1 or STARTED in os.environ:
         return
@@ -50,4 +51,4 @@ def warn_of_idle_processes(context: Context, progress: Callable[[str], None] = s
     except UserError:  # the stage itself reports the error
         return
     if line := idle_line(context.recipe, instructions.counts["examples"], processes):
-        progress(f"{instructions.directory}: {line}")
+        logger.warning(f"{instructions.directory}: {line}")

@@ -5,8 +5,9 @@ run.
 """
 
 import json
+import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,7 +24,8 @@ from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import id_at, keys_shown, refuse_half_characters, value_at
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # ids or prompts named in a message
 
@@ -42,7 +44,6 @@ def given_answers(
     where: str,
     chat: ChatFormat,
     examples: Iterable[Example],
-    progress: Callable[[str], None] = say,
 ) -> Answerer:
     """Looks up the answers to these examples in a file.
 
@@ -65,7 +66,7 @@ def given_answers(
         asked[example.id] = list(_keys(options, example))
         if len(here) < _SHOWN:
             here.append(example.id if options.match == "id" else _question(example))
-    by_key = _read(options, where, set(chain.from_iterable(asked.values())), here, progress)
+    by_key = _read(options, where, set(chain.from_iterable(asked.values())), here)
     given = _by_example(options, asked, by_key)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
@@ -164,9 +165,7 @@ def _text_key(*texts: str) -> str:
     return sha256_of_bytes(*(text.encode("utf-8", "surrogatepass") for text in composed))
 
 
-def _read(
-    options: ResponseFile, where: str, wanted: set[str], here: list[str], progress: Callable[[str], None]
-) -> dict[str, _Given]:
+def _read(options: ResponseFile, where: str, wanted: set[str], here: list[str]) -> dict[str, _Given]:
     """The answers for the wanted keys, by key. here: some ids or prompts of the examples, for the error."""
     path, asked = options.path, options.id if options.match == "id" else options.prompt
     by_key: dict[str, _Given] = {}
@@ -206,7 +205,7 @@ def _read(
             f"{line} has {keys_shown(row)}"
         )
     if strangers:
-        progress(f"{path}: {strangers} of {rows} rows belong to no example, among them {_listed(there)}")
+        logger.info(f"{path}: {strangers} of {rows} rows belong to no example, among them {_listed(there)}")
     return by_key
 
 

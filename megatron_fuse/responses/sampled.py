@@ -2,9 +2,7 @@
 
 import codecs
 import hashlib
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,34 +13,29 @@ from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.huggingface.limits import max_positions
 from megatron_fuse.huggingface.loading import load_causal_lm, refuse_unknown_ids
 from megatron_fuse.instructions import Example, naming_example
-from megatron_fuse.progress import Progress
+from megatron_fuse.progress import Report, silent
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer, Prompt, Sampling, generate
-from megatron_fuse.text_safety import say
 
 
-def sampled_answers(
-    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
-) -> Answerer:
+def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat, report: Report = silent) -> Answerer:
     """Samples answers of the model with this name in the recipe. It is loaded at the first missing shard.
 
-    directory: the directory of the answers, for lines of progress.
+    report: see generate.
     """
     options, where = answering_options(recipe, name), recipe_key(name)
     stop_texts = StopTexts(options.stop, chat)
     sampling = _sampling(recipe, chat, stop_texts)
     model = cache(lambda: load_causal_lm(options, where=where))
-    lines = Progress(directory, "tokens", progress, most=True)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         prompts = _prompts(recipe, name, model(), chat, examples)
-        lines.begin(f"shard {shard}")
         batch_tokens = recipe.responses.batch_tokens
-        answers = generate(model(), prompts, sampling, batch_tokens=batch_tokens, report=lines.update)
+        answers = generate(model(), prompts, sampling, batch_tokens=batch_tokens, report=report)
         return [_response(example.id, chat, each, stop_texts) for example, each in zip(examples, answers, strict=True)]
 
     return answer

@@ -1,7 +1,8 @@
 """Answers of an OpenAI-compatible server."""
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.completions import Body, Reply
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
-from megatron_fuse.text_safety import brief, say
+from megatron_fuse.text_safety import brief
+
+logger = logging.getLogger(__name__)
 
 _THOUGHT_END = "</think>"  # the tag if a server keeps thoughts apart and the template has no tag
 _SEEDS = 2**31  # llama.cpp takes 32 bits, and the highest means "any"; others take signed 32 or 64 bits
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # any model can answer it
 
 
-def served_answers(
-    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Callable[[str], None] = say
-) -> Answerer:
+def served_answers(recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Progress) -> Answerer:
     """Requests answers from the recipe's server for the model with this name.
 
     Replies for a shard are kept under `directory` until the artifact is complete. A prompt that leaves no
@@ -41,7 +42,6 @@ def served_answers(
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
     server = Server(format.server, f"{recipe_key(name)}.server", longest)
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
-    lines = Progress(directory, "answers", progress)
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         rooms = {example.id: format.room(example) for example in examples}
@@ -56,14 +56,13 @@ def served_answers(
                 received += 1
                 journal.add(requests[key], reply)
                 if reply.fault:
-                    progress(f"{directory}: no answer to example {brief(repr(key))}: {reply.fault}")
+                    logger.warning(f"{directory}: no answer to example {brief(repr(key))}: {reply.fault}")
 
             def report() -> None:
-                left = len(missing) - received
-                lines.update(received, left, f"{len(bodies) - left}/{len(bodies)} answers")
+                progress.update(len(examples) - len(missing) + received)
 
             if missing:
-                lines.begin(f"shard {shard}")
+                progress.found(len(examples) - len(missing))
                 server.ask(missing, trial, receive, report)
             replies = {key: journal.reply(request) for key, request in requests.items()}
         return [format.response(each.id, replies.get(each.id, Reply("", truncated=True))) for each in examples]

@@ -11,16 +11,16 @@ Backends: `hf`, the model in process; `openai`, a server that the recipe names; 
 exist.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, shard_sizes
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
+from megatron_fuse.progress import log_complete
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.lookup import answering_options, recipe_key
 from megatron_fuse.responses.answers import Answerer, Response
@@ -30,6 +30,7 @@ from megatron_fuse.responses.served import served_answers
 from megatron_fuse.stages import Amounts, Context, Stage
 from megatron_fuse.storage import (
     Artifact,
+    ShardProgress,
     Shards,
     Workspace,
     completed,
@@ -38,7 +39,6 @@ from megatron_fuse.storage import (
     write_jsonl,
 )
 from megatron_fuse.storage.records import read_typed_rows
-from megatron_fuse.text_safety import say
 
 
 def backend_of(recipe: Recipe, name: str) -> str:
@@ -114,7 +114,7 @@ RESPONSES = Stage(
 )
 
 
-def generate_responses(context: Context, name: str, progress: Callable[[str], None] = say) -> Artifact | None:
+def generate_responses(context: Context, name: str) -> Artifact | None:
     """Makes the answers of a source or the target, by the recipe's backend.
 
     None while other ranks still work.
@@ -122,8 +122,13 @@ def generate_responses(context: Context, name: str, progress: Callable[[str], No
     plan = context.plan(RESPONSES, name)
     artifact = completed(plan)
     if artifact:
+        log_complete(plan.directory, artifact.counts["examples"], "examples")
         return artifact
-    shards = example_shards(context.open(INSTRUCTIONS))
+    instructions = context.open(INSTRUCTIONS)
+    shards = example_shards(instructions)
+    # A model in process may write fewer tokens than it has room for.
+    most = plan.options["backend"] == "hf"
+    progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions), most=most)
     answer = _answerer(context, name, plan.directory, shards, progress)
 
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
@@ -160,7 +165,7 @@ def _answerer(
     name: str,
     directory: Path,
     shards: Shards[list[Example]],
-    progress: Callable[[str], None],
+    progress: ShardProgress,
 ) -> Answerer:
     """The answerer of the recipe's backend.
 
@@ -171,10 +176,10 @@ def _answerer(
     options = answering_options(recipe, name)
     if options.responses:
         where = f"{recipe_key(name)}.responses"
-        return given_answers(options.responses, where, chat, chain.from_iterable(shards), progress)
+        return given_answers(options.responses, where, chat, chain.from_iterable(shards))
     if options.server:
         return served_answers(recipe, name, chat, directory, progress)
-    return sampled_answers(recipe, name, chat, directory, progress)
+    return sampled_answers(recipe, name, chat, progress.update)
 
 
 def response_shards(artifact: Artifact) -> Shards[list[Response]]:

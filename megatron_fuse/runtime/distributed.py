@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.logs import choose_logging_rank
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.libraries import importing_megatron
 from megatron_fuse.runtime.megatron_versions import quiet_known_messages
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
-from megatron_fuse.text_safety import say
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Runtime:
     is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
     # True on exactly one rank: the first tensor and data rank of the last stage, which has the loss
     is_logging_rank: bool
-
-    def print(self, message: str) -> None:
-        """Prints on the reporting rank only."""
-        if self.is_logging_rank:
-            say(message)
 
 
 def quiet_third_party_warnings() -> None:
@@ -113,6 +108,8 @@ def start_runtime(
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     data_parallel_rank = parallel_state.get_data_parallel_rank()
+    is_logging_rank = is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    choose_logging_rank(is_logging_rank)
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -123,9 +120,7 @@ def start_runtime(
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=data_parallel_rank,
         is_last_stage=is_last_stage,
-        is_logging_rank=is_last_stage
-        and data_parallel_rank == 0
-        and parallel_state.get_tensor_model_parallel_rank() == 0,
+        is_logging_rank=is_logging_rank,
     )
 
 

@@ -48,7 +48,8 @@ def score_conversations(
     groups: each conversation is int32 ids, at most reward_model.max_tokens of them.
     batch_tokens: padded tokens of a forward pass; with shared prompts the tokens whose keys and values are
         held at once.
-    report: called after every batch with the numbers of scored and remaining conversations.
+    report: called after every batch with the conversations that are scored, their tokens, and the share of
+        all tokens.
 
     Raises UserError if a conversation holds an id that the reward model does not have.
     """
@@ -61,19 +62,20 @@ def score_conversations(
     prompts = np.array([_prompt_length(group) if share else 0 for group in groups], np.int64)
     sizes = [len(group) for group in groups]
     rewards = np.zeros(len(conversations), np.float32)
-    done = 0
+    lengths = np.array([len(ids) for ids in conversations], np.int64)
+    done = tokens = 0
 
-    def scored(count: int) -> None:
-        nonlocal done
-        done += count
-        report(done, len(rewards) - done, f"{done}/{len(rewards)} answers")
+    def scored(rows: np.ndarray) -> None:
+        nonlocal done, tokens
+        done, tokens = done + len(rows), tokens + int(lengths[rows].sum())
+        report(done, tokens, tokens / int(lengths.sum()))
 
     # First the conversations without a shared prompt, from all groups together.
     alone = np.flatnonzero(np.repeat(prompts, sizes) == 0)
     for batch in token_budget_batches([len(conversations[row]) for row in alone], batch_tokens):
         rows = alone[batch]
         rewards[rows] = _rewards(reward_model, [conversations[row] for row in rows])
-        scored(len(rows))
+        scored(rows)
 
     # Then the groups with a shared prompt. Half of the budget is for the prompts, half for the rows that are
     # read behind them: both are in memory at once.
@@ -86,7 +88,7 @@ def score_conversations(
         rewards[rows] = _rewards_behind_prompts(
             reward_model, [groups[group] for group in chosen], prompts[chosen], batch_tokens // 2
         )
-        scored(len(rows))
+        scored(rows)
     return [rewards[rows] for rows in rows_of]
 
 

@@ -14,8 +14,9 @@ encoder can read is
 """
 
 import importlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,8 @@ from megatron_fuse.model.config_file import load_config
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.recipe import ReferenceOptions
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 MEASURES = ("bleu", "rouge_l", "bertscore")  # the columns, and the names of the options for their weights
 _PAIRS = 64  # answers compared at once
@@ -43,7 +45,6 @@ def reference_measures(
     options: ReferenceOptions,
     responses: Sequence[str],
     references: Sequence[str],
-    progress: Callable[[str], None] = say,
 ) -> np.ndarray:
     """BLEU, ROUGE-L and BERTScore of n responses against one reference each: float32 [n, 3].
 
@@ -63,7 +64,7 @@ def reference_measures(
     if answered:
         means = measures[answered].mean(0)
         shown = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(MEASURES, means, strict=True) if mean == mean)
-        progress(f"answers against the ground truth: {len(answered):,}, on average {shown}")
+        logger.debug(f"answers against the ground truth: {len(answered):,}, on average {shown}")
     return measures
 
 

@@ -7,7 +7,7 @@ uses them, so that other weights need no new run. A row of NaN marks an empty an
 BERTScore, and a note in the manifest, say that no model was given for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from megatron_fuse.chat.thoughts import split_thought
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.fingerprints import WEIGHT_SUFFIXES, model_fingerprint
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, example_shards, shard_sizes
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import REFERENCE, Recipe, ReferenceOptions
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.scoring.reference import reference_measures, used_weights
 from megatron_fuse.scoring.scores import COMMAND, NAME, read_shards, save_shard
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artifact, Workspace, run_plans, sha256_of_bytes
-from megatron_fuse.text_safety import say
+from megatron_fuse.storage import Artifact, ShardProgress, Workspace, run_plans, sha256_of_bytes
 
 _PACKAGES = ("sacrebleu", "rouge-score")
 _WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
@@ -98,11 +97,11 @@ def _small_files(directory: Path) -> str:
     return sha256_of_bytes(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
 
 
-def score_against_reference(
-    context: Context, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
-) -> list[Artifact]:
+def score_against_reference(context: Context, sources: Sequence[str] | None = None) -> list[Artifact]:
     """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artifacts."""
-    recipe, examples = context.recipe, example_shards(context.open(INSTRUCTIONS))
+    recipe, instructions = context.recipe, context.open(INSTRUCTIONS)
+    examples = example_shards(instructions)
+    progress = ShardProgress("reference scores", "answers", shard_sizes(instructions))
     sources = list(recipe.sources if sources is None else sources)
     answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
     plans = {source: context.plan(REFERENCE_SCORES, source) for source in sources}
@@ -114,7 +113,7 @@ def score_against_reference(
         counts = {}
         for source, prefix in prefixes.items():
             responses = [split_thought(response.response)[1] for response in answers[source][index]]
-            counts[source] = save_shard(prefix, reference_measures(recipe.reference, responses, references, progress))
+            counts[source] = save_shard(prefix, reference_measures(recipe.reference, responses, references))
         return counts
 
     return list(run_plans(plans, make_shards, progress).values())

@@ -21,10 +21,10 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.reward_models import find_reward_model
-from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example
+from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example, shard_sizes
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
-from megatron_fuse.progress import Progress, Report
+from megatron_fuse.progress import Report
 from megatron_fuse.recipe import REFERENCE, Recipe, ScoreFile
 from megatron_fuse.recipe.lookup import reward_model_options
 from megatron_fuse.responses import RESPONSES, Response, response_shards
@@ -32,8 +32,8 @@ from megatron_fuse.scoring.conversations import score_conversations
 from megatron_fuse.scoring.given_scores import given_scores
 from megatron_fuse.scoring.reward_models import RewardModel, load_reward_model
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artifact, Shards, Workspace, run_plans, temporary_then_rename
-from megatron_fuse.text_safety import brief, say
+from megatron_fuse.storage import Artifact, ShardProgress, Shards, Workspace, run_plans, temporary_then_rename
+from megatron_fuse.text_safety import brief
 
 # The name of this stage and of the scores against the ground truth (reference_scores.py). Both have the same
 # command and form.
@@ -114,9 +114,7 @@ SCORES = Stage(
 )
 
 
-def score_responses(
-    context: Context, name: str, sources: Sequence[str] | None = None, progress: Callable[[str], None] = say
-) -> list[Artifact]:
+def score_responses(context: Context, name: str, sources: Sequence[str] | None = None) -> list[Artifact]:
     """Scores the answers of these sources (default: all models that answer) by one reward model. Loads it
     once, if there is work.
 
@@ -124,12 +122,13 @@ def score_responses(
     UserError, which names source and example, for a score that is no finite number.
     """
     recipe = context.recipe
-    examples = example_shards(context.open(INSTRUCTIONS))
+    instructions = context.open(INSTRUCTIONS)
+    examples = example_shards(instructions)
     sources = list(recipe.answering if sources is None else sources)
     answers = {source: response_shards(context.open(RESPONSES, source)) for source in sources}
     plans = {source: context.plan(SCORES, source, name) for source in sources}
 
-    lines = Progress(f"reward_models.{name}", "answers", progress)
+    progress = ShardProgress(f"reward_models.{name}", "answers", shard_sizes(instructions))
 
     # The model is loaded at the first shard that needs it.
     @cache
@@ -138,12 +137,10 @@ def score_responses(
         if options.scores:
             return _given(options.scores, name, plans, examples)
         reward_model = load_reward_model(options, name)
-        return lambda shard, shard_answers: _score(reward_model, recipe, shard, shard_answers, lines.update)
+        return lambda shard, shard_answers: _score(reward_model, recipe, shard, shard_answers, progress.update)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
-        score = scorer()
-        lines.begin(f"shard {index}")
-        scores = score(examples[index], {source: answers[source][index] for source in prefixes})
+        scores = scorer()(examples[index], {source: answers[source][index] for source in prefixes})
         return {source: save_shard(prefix, scores[source]) for source, prefix in prefixes.items()}
 
     return list(run_plans(plans, make_shards, progress).values())

@@ -83,8 +83,8 @@ def generate(
     batch_tokens: the most positions of all active rows. Every row counts with the length that the longest of
     them may reach; a row that is longer than batch_tokens runs alone. The longest rows begin, so that a
     budget that is too large for the memory fails at once. A prompt without room gets an empty answer with
-    stopped = False. report: called after every step with the tokens of all answers, and the most tokens that
-    may follow.
+    stopped = False. report: called after every step with the finished answers, the tokens of all answers, and
+    the least share of all tokens that these are.
     Raises UserError if logits are NaN or infinite.
     """
     rows = [_Row(prompt) for prompt in prompts]
@@ -99,7 +99,7 @@ def generate(
             batch = generator.step(batch)
         under_way = [*waiting, *batch.rows]
         tokens, left = sum(len(row.ids) for row in rows), sum(row.prompt.room - len(row.ids) for row in under_way)
-        report(tokens, left, f"{len(rows) - len(under_way)}/{len(rows)} answers, {tokens:,} tokens")
+        report(len(rows) - len(under_way), tokens, tokens / (tokens + left))
     return [Answer(row.ids, row.stopped) for row in rows]
 
 

@@ -32,6 +32,7 @@ from megatron_fuse.storage.files import (
 )
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.safetensors_file import write_safetensors
+from megatron_fuse.storage.shard_progress import ShardProgress
 from megatron_fuse.storage.stage import rank_and_world, run_plan, run_plans, shard_bounds
 from megatron_fuse.storage.workspace import Workspace
 
@@ -39,6 +40,7 @@ __all__ = [
     "Artifact",
     "LockFile",
     "Plan",
+    "ShardProgress",
     "Shards",
     "Workspace",
     "completed",

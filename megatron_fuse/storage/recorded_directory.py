@@ -8,11 +8,12 @@
 The command never removes a file that it did not write, or that was changed since.
 """
 
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,8 @@ from megatron_fuse.storage.checksums import (
 )
 from megatron_fuse.storage.files import flush_to_disk, read_sealed, write_sealed
 from megatron_fuse.storage.locks import LockFile
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,14 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
 
 
 @contextmanager
-def sole_writer(directory: Path, record: str, progress: Callable[[str], None] = say) -> Iterator[None]:
+def sole_writer(directory: Path, record: str) -> Iterator[None]:
     """Within the block no other process writes this directory.
 
     If another process writes it, this waits for its end. First removes what killed processes left. Raises
     UserError for an error of the operating system.
     """
     with LockFile(directory.with_name(f".{directory.name}.lock")) as lock:
-        lock.lock(1, lambda owner: progress(f"{directory}: {owner} is writing it, waiting for its end"))
+        lock.lock(1, lambda owner: logger.info(f"{directory}: {owner} is writing it, waiting for its end"))
         with refusals_of(directory):
             _sweep(directory, record)
         yield

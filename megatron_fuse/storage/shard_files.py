@@ -4,9 +4,10 @@ DIRECTORY/.shard-00000.XXXX.work/   files of a shard in work; the next owner rem
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
 """
 
+import logging
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from megatron_fuse.storage.artifact import Artifact, Plan, completed, first_dama
 from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.records import MarkerRecord, read_record
+
+logger = logging.getLogger(__name__)
 
 Counts = dict[str, int]
 
@@ -30,9 +33,8 @@ class ShardFiles:
     holds another plan, or cannot be written.
     """
 
-    def __init__(self, plan: Plan, progress: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan, self.directory, self.names = plan, plan.directory, plan.names()
-        self._progress = progress
         self._sha256 = sha256_of_json(plan.content())
         self._reported: set[int] = set()
         self._locks = LockFile(plan.directory.with_name(f".{plan.directory.name}.lock"))
@@ -94,10 +96,11 @@ class ShardFiles:
     def _report(self, index: int, damage: str) -> None:
         if index not in self._reported:
             self._reported.add(index)
-            self._progress(f"{damage}: shard {index} is made again")
+            logger.warning(f"{damage}: shard {index} is made again")
 
-    def marked(self) -> int:
-        return sum(self._marker(index).exists() for index in range(len(self.names)))
+    def marked(self) -> list[int]:
+        """The shards that have a marker."""
+        return [index for index in range(len(self.names)) if self._marker(index).exists()]
 
     def is_whole(self) -> bool:
         return all(self.marker(index) is not None for index in range(len(self.names)))
@@ -175,7 +178,7 @@ class ShardFiles:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        self._locks.lock(_DIRECTORY, lambda owner: self._progress(f"{self.directory}: waiting for {owner}"))
+        self._locks.lock(_DIRECTORY, lambda owner: logger.info(f"{self.directory}: waiting for {owner}"))
         try:
             yield
         finally:

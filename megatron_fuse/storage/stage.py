@@ -1,8 +1,9 @@
 """How a stage writes its artifact: by shards, shared between processes, resumed after an interruption."""
 
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 
 from megatron_fuse.storage.artifact import Artifact, Plan, completed
 from megatron_fuse.storage.shard_files import Counts, ShardFiles
-from megatron_fuse.text_safety import say
+from megatron_fuse.storage.shard_progress import ShardProgress
+
+logger = logging.getLogger(__name__)
 
 _POLL = 0.05  # seconds between two looks at shards that other processes make
 _REMINDER = 60.0  # seconds between two messages of a process that waits
@@ -28,12 +31,14 @@ MakeShard = Callable[[int, Path], Counts]
 MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
 
-def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] = say) -> Artifact | None:
+def run_plan(plan: Plan, make_shard: MakeShard, progress: ShardProgress | None = None) -> Artifact | None:
     """Makes the missing shards of this rank, then the manifest if all shards of all ranks are finished.
 
     make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in
     the manifest. The prefix lies in a directory that only this process uses. The files are moved into the
     artifact when the shard is whole.
+
+    progress: shows the work; make_shard may update it. By default it counts shards.
 
     Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds
     another plan or cannot be written.
@@ -42,7 +47,7 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: Callable[[str], None] 
 
 
 def run_plans(
-    plans: Mapping[str, Plan], make_shards: MakeShards, progress: Callable[[str], None] = say
+    plans: Mapping[str, Plan], make_shards: MakeShards, progress: ShardProgress | None = None
 ) -> dict[str, Artifact]:
     """run_plan for several plans that have the same shards and share work.
 
@@ -62,9 +67,11 @@ def run_plans(
         with ExitStack() as stack:
             # No deadlock is possible: all processes enter the directories in the same order, and _make only
             # tries the locks of a shard. It never waits for one while it holds another.
-            files = {name: stack.enter_context(ShardFiles(unfinished[name], progress)) for name in unfinished}
+            files = {name: stack.enter_context(ShardFiles(unfinished[name])) for name in unfinished}
+            progress = progress or ShardProgress(_where(files.values()), "shards", [1] * _shards(files))
             try:
-                _make_missing(files, make_shards, progress)
+                with progress.over(files.values(), complete=len(plans) - len(files)):
+                    _make_missing(files, make_shards, progress)
             except Exception:
                 for each in files.values():
                     each.forget_if_empty()
@@ -73,28 +80,30 @@ def run_plans(
             # markers; then no plan is finished.
             if all(each.is_whole() for each in files.values()):
                 artifacts |= {name: each.finish() for name, each in files.items()}
+    elif progress:
+        progress.log_complete()
     return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 
-def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: Callable[[str], None]) -> None:
+def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: ShardProgress) -> None:
     # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all
     # pending shards; only if other processes hold all of them does this process sleep.
     rank, world_size = rank_and_world()
-    shards = len(next(iter(files.values())).names)
-    pending = list(range(rank, shards, world_size))
+    pending = list(range(rank, _shards(files), world_size))
     reminder = time.monotonic()
     while pending:
         busy = [index for index in pending if not _make(files, index, make_shards, progress)]
         if len(busy) == len(pending):
             if time.monotonic() >= reminder:
                 owners = {each.owner(busy[0]) for each in files.values()}
-                progress(f"{_where(files)}: waiting for shard {busy[0]}, which {' and '.join(sorted(owners))} makes")
+                made_by = " and ".join(sorted(owners))
+                logger.info(f"{_where(files.values())}: waiting for shard {busy[0]}, which {made_by} makes")
                 reminder = time.monotonic() + _REMINDER
             time.sleep(_POLL)
         pending = busy
 
 
-def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, progress: Callable[[str], None]) -> bool:
+def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, progress: ShardProgress) -> bool:
     """Makes a shard for the plans that lack it, if any. Returns False if another process holds its lock."""
     # First without a lock: most shards of a resumed run are finished, and need none.
     if not _due(files, index):
@@ -108,10 +117,12 @@ def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, pro
         if not due:
             return True
         prefixes = {name: stack.enter_context(each.workplace(index)) for name, each in due.items()}
+        progress.begin_shard(index, plans=len(due))
         counts = make_shards(index, prefixes)
         for name, each in due.items():
             each.install(index, prefixes[name], counts[name], together=sorted(due))
-            progress(f"{each.directory}: shard {each.marked()}/{len(each.names)}")
+            logger.debug(f"{each.directory}: shard {len(each.marked())}/{len(each.names)}")
+        progress.end_shard(files.values())
     return True
 
 
@@ -126,8 +137,12 @@ def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:
     return {name: each for name, each in files.items() if name in missing | cut_off}
 
 
-def _where(files: dict[str, ShardFiles]) -> str:
-    return ", ".join(str(each.directory) for each in files.values())
+def _shards(files: dict[str, ShardFiles]) -> int:
+    return len(next(iter(files.values())).names)
+
+
+def _where(files: Iterable[ShardFiles]) -> str:
+    return ", ".join(str(each.directory) for each in files)
 
 
 def shard_bounds(items: int, shard_size: int) -> np.ndarray:

@@ -6,15 +6,17 @@ pre-tokenizer of that class. If the file splits digits, "2023" then becomes one 
 trained on four. The model was trained with the file.
 """
 
+import logging
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
 import transformers
 
-from megatron_fuse.text_safety import printable, say
+from megatron_fuse.text_safety import printable
 from megatron_fuse.tokenization.tokenizer_json import State
+
+logger = logging.getLogger(__name__)
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Texts on which pipelines differ: digits, runs of spaces, the beginning of a text, newlines, and composed,
@@ -95,12 +97,11 @@ def _cut(tokenizer: transformers.PreTrainedTokenizerFast, text: str) -> tuple[st
 def _warn(directory: Path, by_class: str, text: str, read: tuple[str, ...], rebuilt: tuple[str, ...]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    say(
-        f"warning: {directory}: tokenizer.json splits {_quoted(text)} into {_quoted(*read)}, but transformers' "
+    logger.warning(
+        f"{directory}: tokenizer.json splits {_quoted(text)} into {_quoted(*read)}, but transformers' "
         f"{by_class} splits it into {_quoted(*rebuilt)}. Training uses tokenizer.json. A server with "
         f'transformers 5 may split text as {by_class} does. Set "tokenizer_class": "PreTrainedTokenizerFast" in '
-        f"{directory / 'tokenizer_config.json'}, and name its special tokens there.",
-        file=sys.stderr,
+        f"{directory / 'tokenizer_config.json'}, and name its special tokens there."
     )
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_fuse.reporting.layout import Table, text_table
+from megatron_fuse.text_safety import say
 from megatron_fuse.training.learning_rate import LearningRate
 from megatron_fuse.training.memory import Memory, estimate_memory, readable_size, sequence_of_run
 from megatron_fuse.training.plan import PhasePlan
@@ -34,13 +35,11 @@ def print_dry_run(trainer: Trainer) -> None:
     largest = f"{training.micro_batch_size} x {sequence} positions, {kind}"
     validation_examples = len(trainer.dataset.validation)
     plans, rate = trainer.log.plans, trainer.learning_rate
-    runtime.print(
-        "\n".join(
-            dry_run_text(
-                parameters, memory, plans, largest, validation_examples=validation_examples, learning_rate=rate
-            )
+    if runtime.is_logging_rank:
+        text = dry_run_text(
+            parameters, memory, plans, largest, validation_examples=validation_examples, learning_rate=rate
         )
-    )
+        say("\n".join(text))
 
 
 def dry_run_text(

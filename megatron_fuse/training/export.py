@@ -7,7 +7,7 @@ made again. A file that was changed, or that the export did not write, is never 
 the error names it.
 """
 
-from collections.abc import Callable
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,21 @@ from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
-from megatron_fuse.text_safety import say
 from megatron_fuse.training.checkpoint import named_checkpoint, read_metadata
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
 from megatron_fuse.training.target import load_whole_model
 
+logger = logging.getLogger(__name__)
+
 RECORD = "fusion.json"
 
 
-def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) -> tuple[Path, Path]:
+def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
     """Exports the recipe's best (or latest) checkpoint. Returns the model directory and the checkpoint.
 
     The export's generation_config.json ends answers at the stop token of the training too. If that token had
-    to be added, progress gets a line about it. An export of an older checkpoint is replaced; it keeps its
+    to be added, a line says so. An export of an older checkpoint is replaced; it keeps its
     name until the new export is complete. Needs a runtime started with one process. Raises UserError if there
     is no checkpoint, if something else is at the place of the export, or if the export cannot be written.
     """
@@ -64,7 +65,9 @@ def export_fused_model(recipe: Recipe, progress: Callable[[str], None] = say) ->
                 (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
             if end is not None:
                 add_end(temporary, end)
-                progress(f"generation_config.json: answers end at {chat.tokenizer.token_text(end)!r} ({end}) as well")
+                logger.info(
+                    f"generation_config.json: answers end at {chat.tokenizer.token_text(end)!r} ({end}) as well"
+                )
             record_files(temporary, RECORD, origin)
     return output, checkpoint
 

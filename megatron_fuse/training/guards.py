@@ -99,7 +99,7 @@ class StepGuard:
                     f"(--max-skipped-iterations {self.max_skipped}). Lower --lr, or look for NaN in the "
                     "target's weights. The checkpoints hold none of the skipped steps."
                 )
-            return f"WARNING: {problem}: step skipped ({self.skipped_in_a_row} in a row)"
+            return f"{problem}: step skipped ({self.skipped_in_a_row} in a row)"
         self.skipped_in_a_row = 0
         if phase != self.phase:
             self.phase = phase
@@ -113,7 +113,7 @@ class StepGuard:
         if not spike:
             return None
         return (
-            f"WARNING: iteration {iteration}: the loss is {loss:.4g}, the median of the last {len(self.losses) - 1} was "
+            f"iteration {iteration}: the loss is {loss:.4g}, the median of the last {len(self.losses) - 1} was "
             f"{before:.4g}, on examples {_named(example_ids())}"
         )
 

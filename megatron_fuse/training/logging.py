@@ -1,6 +1,7 @@
 """One line per step in Megatron-LM's form, and the same numbers for metrics.jsonl,
 TensorBoard and Weights & Biases."""
 
+import logging
 import math
 import resource
 import time
@@ -11,12 +12,13 @@ import torch
 
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
-from megatron_fuse.text_safety import say
 from megatron_fuse.training.loss import FIT
 from megatron_fuse.training.metrics import METRICS, SAVED, STEP, VALIDATION, MetricsFile, metrics_directory
 from megatron_fuse.training.plan import PhasePlan, tokens_left
 from megatron_fuse.training.timing import SAVE, STEP_TIMERS, StepTimers
 from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {"loss": ".6E", "learning rate": ".6E"}  # as Megatron-LM prints them
 
@@ -165,9 +167,9 @@ class TrainingLog:
             f"number of skipped iterations: {self.skipped}",
             f"ETA: {of_phase} phase, {of_run} run",
         ]
-        say(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts))
+        logger.info(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts))
         if timed:
-            say(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
+            logger.info(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
         """Records and prints an evaluation. values: those of reduce_report on the validation examples, without
@@ -177,7 +179,7 @@ class TrainingLog:
             for tracker in self.trackers:
                 tracker.numbers({f"held-out/{name}": value for name, value in values.items()}, iteration)
             shown = " | ".join(f"{name}: {value:.4f}" for name, value in _of_a_line(values))
-            say(f" validation at iteration {iteration} ({examples} examples) | {shown}")
+            logger.info(f" validation at iteration {iteration} ({examples} examples) | {shown}")
         self.restart_clock()
 
     def saved(self, iteration: int) -> None:
@@ -185,7 +187,7 @@ class TrainingLog:
         timed = self.timers.seconds(SAVE)
         if timed and self.active:
             self._record(SAVED, iteration, timed)
-            say(f" saved at iteration {iteration}, time on the slowest rank (ms) | {_shown_times(timed)}")
+            logger.info(f" saved at iteration {iteration}, time on the slowest rank (ms) | {_shown_times(timed)}")
         self.restart_clock()
 
     def close(self) -> None:

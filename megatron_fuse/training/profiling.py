@@ -7,6 +7,7 @@ DIRECTORY is that of metrics.jsonl. Perfetto, chrome://tracing and TensorBoard's
 file. It also holds the evaluations and saves between the steps.
 """
 
+import logging
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,8 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import temporary_then_rename
 from megatron_fuse.training.metrics import metrics_directory
+
+logger = logging.getLogger(__name__)
 
 TRACES = "profile"
 
@@ -71,7 +74,7 @@ class StepProfiler:
     def __enter__(self) -> Self:
         if self.ranks:
             whose = ", ".join(map(str, self.ranks))
-            self.runtime.print(
+            logger.info(
                 f"profiling iterations {self.first} to {self.end - 1} on rank {whose}: traces go to {self.directory}"
             )
         if self._profiler:

@@ -1,5 +1,6 @@
 """The start of a run: at its last checkpoint, if that checkpoint is of the same run, or at the first step."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from megatron_fuse.training.checkpoint import (
     versions,
 )
 from megatron_fuse.training.checkpoint_files import LATEST
+
+logger = logging.getLogger(__name__)
 
 # The options of `training` that change the result of a step, without those that only divide its work.
 _STEP_OPTIONS = {
@@ -108,9 +111,10 @@ def resume(
             f"{path}: the optimizer {'; '.join(other_form)}, so its state does not fit. Restore the old value."
         )
     for difference in other_run + differences(stored.versions, start.versions):
-        runtime.print(f"warning: {path} {difference}")
+        if runtime.is_logging_rank:  # the same on every rank
+            logger.warning(f"{path} {difference}")
     load_checkpoint(path, chunks, optimizer, architecture, verify=options.verify)
-    runtime.print(f"continuing from {path} at iteration {stored.iteration}")
+    logger.info(f"continuing from {path} at iteration {stored.iteration}")
     return replace(
         start, iteration=stored.iteration, consumed_samples=stored.consumed_samples, best_loss=stored.best_loss
     )

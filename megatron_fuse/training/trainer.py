@@ -1,5 +1,6 @@
 """The training loop: the optimizer steps of the schedule, with evaluations and checkpoints between them."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.model.gpt import FusionGPTModel
+from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import read_curriculum
@@ -40,6 +42,8 @@ from megatron_fuse.training.resume import resume, run_identity
 from megatron_fuse.training.schedule import Schedule, Step, make_schedule
 from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
 from megatron_fuse.training.timing import SAVE, StepTimers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,6 @@ def _run(trainer: Trainer) -> None:
     metadata = resume(
         trainer.recipe, trainer.runtime, trainer.architecture, trainer.chunks, trainer.optimizer, trainer.run
     )
-    trainer.log.start(metadata.iteration)
     last_step = trainer.schedule.last_step(options.train_iters)
     checkpoints = CheckpointWriter(
         trainer.save_directory,
@@ -162,8 +165,10 @@ def _run(trainer: Trainer) -> None:
         retention=Retention(options.save_retain_last, options.save_retain_interval),
         asynchronous=options.async_save,
     )
-    stop = None
+    stop, first, tokens = None, metadata.iteration, 0
+    trainer.log.start(metadata.iteration)
     with (
+        Progress("training", "steps", last_step, already=first) as progress,
         StepProfiler(trainer.recipe, trainer.runtime, done=metadata.iteration) as profiler,
         DataCheck(trainer.dataset.artifacts if options.verify else []) as data_check,
         Interruption(
@@ -190,6 +195,8 @@ def _run(trainer: Trainer) -> None:
             trainer.log.step(
                 metadata.iteration, metadata.consumed_samples, step.phase.name, lr, values, batch.tokens, flops
             )
+            tokens += batch.tokens
+            progress.update(metadata.iteration - first, tokens)
             _guard(trainer, step, values)
 
             last = metadata.iteration == last_step
@@ -211,7 +218,7 @@ def _run(trainer: Trainer) -> None:
         checkpoints.finish()
     trainer.log.close()
     if stop:
-        trainer.runtime.print(
+        logger.info(
             f"stopped after iteration {metadata.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
             "the same command continues from there"
         )
@@ -315,8 +322,9 @@ def _guard(trainer: Trainer, step: Step, values: dict[str, float]) -> None:
     """
     iteration, options = step.iteration + 1, trainer.recipe.training
     ids = partial(_example_ids, trainer.dataset, step)
-    if warning := trainer.guard.watch(iteration, step.phase.name, values, ids):
-        trainer.runtime.print(warning)
+    warning = trainer.guard.watch(iteration, step.phase.name, values, ids)
+    if warning and trainer.runtime.is_logging_rank:  # the others have the same warning
+        logger.warning(warning)
     if _is_due(iteration, options.check_weight_hash_across_dp_replicas_interval):
         gather_weights(trainer)
         check_weights_across_replicas(trainer.chunks, iteration)

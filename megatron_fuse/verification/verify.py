@@ -1,9 +1,8 @@
 """The whole verification: artifacts, text and order of the examples, then rows and choice of each mode."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.documents import ROW_FIELDS, TEXT_FIELDS
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.stored_spans import SUFFIX
+from megatron_fuse.progress import Progress
 from megatron_fuse.selection.curriculum import curriculum_path
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
-from megatron_fuse.text_safety import say
 from megatron_fuse.verification.artifacts import expected_artifacts, file_problems, lineage_problems, open_artifacts
 from megatron_fuse.verification.curriculum import curriculum_problems
 from megatron_fuse.verification.selection import (
@@ -47,7 +46,7 @@ class Verification:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) -> Verification:
+def verify_fusion_data(context: Context) -> Verification:
     """Checks all fusion data of a recipe.
 
     Raises UserError only if the recipe's target itself cannot be read.
@@ -55,23 +54,29 @@ def verify_fusion_data(context: Context, progress: Callable[[str], None] = say) 
     recipe, verification = context.recipe, Verification()
     expected = expected_artifacts(context)
     artifacts = open_artifacts(expected, verification.problems)
-    for entry in expected:
-        if entry.directory in artifacts:
-            progress(f"{entry.directory}: checksums and lineage")
-            artifact = artifacts[entry.directory]
-            verification.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
-            files = artifact.manifest["files"].values()
-            verification.counts.update(
-                artifacts=1, files=len(files), bytes=sum(example_arrays["bytes"] for example_arrays in files)
-            )
+    with Progress("checksums and lineage", "artifacts", len(artifacts)) as progress:
+        for entry in expected:
+            if entry.directory in artifacts:
+                artifact = artifacts[entry.directory]
+                verification.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
+                files = artifact.manifest["files"].values()
+                verification.counts.update(artifacts=1, files=len(files), bytes=sum(file["bytes"] for file in files))
+                progress.update(verification.counts["artifacts"])
     text = artifacts.get(TEXT.directory(recipe))
     if text:
-        verifier = _ShardVerifier(context, verification, progress)
-        shards = [verifier.text_shard(prefix) for prefix in _prefixes(text)]
-        verifier.curriculum(text, shards)
-        for mode in recipe.modes_with_teacher:
-            teachers = {source: artifacts.get(TEACHERS.directory(recipe, source, mode)) for source in recipe.sources}
-            verifier.mode(mode, text, shards, {source: teacher for source, teacher in teachers.items() if teacher})
+        prefixes = _prefixes(text)
+        teachers = {
+            (mode, source): artifacts[directory]
+            for mode, source in product(recipe.modes_with_teacher, recipe.sources)
+            if (directory := TEACHERS.directory(recipe, source, mode)) in artifacts
+        }
+        with Progress("documents and rows", "shards", len(prefixes) * (1 + len(teachers))) as progress:
+            verifier = _ShardVerifier(context, verification, progress)
+            shards = [verifier.text_shard(prefix) for prefix in prefixes]
+            verifier.curriculum(text, shards)
+            for mode in recipe.modes_with_teacher:
+                of_mode = {source: teacher for (its, source), teacher in teachers.items() if its == mode}
+                verifier.mode(mode, text, shards, of_mode)
     return verification
 
 
@@ -91,15 +96,15 @@ class _TextShard:
 class _ShardVerifier:
     """Checks the shards of the artifacts of one recipe, and adds problems and counts to `found`."""
 
-    def __init__(self, context: Context, found: Verification, progress: Callable[[str], None]) -> None:
+    def __init__(self, context: Context, found: Verification, progress: Progress) -> None:
         self.context = context
         self.recipe = context.recipe
         self.vocab_size = context.target.tokenizer.vocab_size
         self.found = found
-        self.progress = progress
+        self.progress, self.checked = progress, 0
 
     def text_shard(self, prefix: Path) -> _TextShard:
-        self.progress(f"{prefix}: documents")
+        self._checking()
         try:
             listed = read_listed(prefix)
         except UserError as error:
@@ -122,7 +127,6 @@ class _ShardVerifier:
         """
         path = curriculum_path(self.recipe)
         if all(shard.names for shard in shards) and (path.exists() or self.recipe.schedule.order != "shuffled"):
-            self.progress(str(path))
             names = list(chain.from_iterable(shard.names for shard in shards))
             listed = np.concatenate([shard.listed for shard in shards])
             self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
@@ -132,7 +136,6 @@ class _ShardVerifier:
         arrays_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
         example_arrays = [each for each in arrays_or_none if each is not None]
         if len(example_arrays) == len(self.recipe.sources) and all(shard.names for shard in shards):
-            self.progress(f"selection of the {mode} mode")
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
             names = list(chain.from_iterable(shard.names for shard in shards))
             self.found.problems += selection_problems(self.context, mode, parents, example_arrays, names)
@@ -156,7 +159,7 @@ class _ShardVerifier:
 
     def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> ExampleArrays | None:
         """Checks the rows of one shard. Returns the arrays of its examples; None if they cannot be read."""
-        self.progress(f"{prefix}: rows")
+        self._checking()
         labels = text.labels
         if mode == "inference":  # the documents are the source's answers, stored beside the rows
             labels = self._documents(ShardFiles.read(prefix, text.names, TEXT_FIELDS))
@@ -173,6 +176,11 @@ class _ShardVerifier:
         if labels is not None:
             self.found.problems += example_problems(path, example_arrays, labels, text.names, mode)
         return example_arrays
+
+    def _checking(self) -> None:
+        """Counts the shard whose check begins."""
+        self.progress.update(self.checked)
+        self.checked += 1
 
     def _documents(self, shard: ShardFiles) -> np.ndarray | None:
         """Checks the conversations.

@@ -1,6 +1,6 @@
 """Which source has the advantage, where, by how much, and how far those who decide it agree."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from megatron_fuse.report.advantage.page import advantage_page, advantage_text
 from megatron_fuse.reporting.layout import save_picture, save_text
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_json
-from megatron_fuse.text_safety import say
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["advantage_report", "advantage_text", "write_advantage_report"]
 
@@ -31,9 +32,9 @@ def advantage_report(context: Context) -> dict[str, Any]:
     return {"fusion_data": str(fusion_directory(context.recipe)), **advantage_numbers(seen), "cards": cards}
 
 
-def write_advantage_report(context: Context, progress: Callable[[str], None] = say) -> tuple[dict[str, Any], Path]:
+def write_advantage_report(context: Context) -> tuple[dict[str, Any], Path]:
     """Writes WORKDIR/reports/advantage/FUSION/advantage.{json,html} and a PNG per chart; returns the numbers and the directory."""
-    progress("advantage report: reading instructions, answers and selections")
+    logger.info("advantage report: reading instructions, answers and selections")
     recipe, report = context.recipe, advantage_report(context)
     directory = recipe.workdir / "reports" / "advantage" / fusion_directory(recipe).name
     write_json(directory / "advantage.json", report)

@@ -1,6 +1,5 @@
 """How well each source's distributions came over into the target's tokens."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ from megatron_fuse.report.alignment.page import alignment_page, alignment_text
 from megatron_fuse.reporting.layout import save_picture, save_text
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import write_json
-from megatron_fuse.text_safety import say
 
 __all__ = ["TEXT_CLASSES", "alignment_report", "alignment_text", "text_classes", "write_alignment_report"]
 
 
-def write_alignment_report(context: Context, progress: Callable[[str], None] = say) -> tuple[dict[str, Any], Path]:
+def write_alignment_report(context: Context) -> tuple[dict[str, Any], Path]:
     """Writes WORKDIR/reports/alignment/FUSION/alignment.{json,png,html}; returns the numbers and the directory.
 
     Raises UserError where fusion data or captures are missing, or where nothing is learned from a source.
     """
-    recipe, report = context.recipe, alignment_report(context, progress)
+    recipe, report = context.recipe, alignment_report(context)
     directory = recipe.workdir / "reports" / "alignment" / fusion_directory(recipe).name
     write_json(directory / "alignment.json", report)
     chart = save_picture(draw_alignment(report), directory / "alignment.png")

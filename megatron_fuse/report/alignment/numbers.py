@@ -16,8 +16,9 @@ Rows are the supervised tokens of the examples read; a class is that of the labe
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,25 @@ from megatron_fuse.fusion_data.layout import TEACHERS, TEXT, fusion_directory
 from megatron_fuse.fusion_data.listing import read_listed
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.streams import Stream
+from megatron_fuse.progress import Progress
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
-from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization import Tokenizer
 
 TEXT_CLASSES = ("Latin letters", "digits", "white space", "punctuation and other", "non-Latin text", "end of turn")
 LONGEST = 10  # unmatched spans that are listed
 
 
-def alignment_report(context: Context, progress: Callable[[str], None] = say) -> dict[str, Any]:
+def alignment_report(context: Context) -> dict[str, Any]:
     """The numbers of every source and mode. Raises UserError where fusion data or captures are missing or of another recipe."""
     recipe, classes = context.recipe, text_classes(context.target)
     modes, teachers = recipe.modes_with_teacher, []
     if not modes:
         raise UserError("schedule: no phase has a lambda for a source's distributions, so none are aligned")
-    for mode in modes:
-        for source in recipe.sources:
-            progress(f"alignment report: {mode} mode, source {source}")
+    with Progress("alignment report", "sources", len(modes) * len(recipe.sources)) as progress:
+        for mode, source in product(modes, recipe.sources):
             teachers.append(_teacher_report(context, source, mode, classes))
+            progress.update(len(teachers))
     return {
         "fusion_data": str(fusion_directory(recipe)),
         "vocabulary_map": recipe.alignment.vocabulary_map,
