@@ -79,7 +79,7 @@ def _dataset(directory: Path, options: argparse.Namespace) -> FusionDataset:
     """The instructions' conversations with drawn teacher's rows."""
     examples, tokenizer = options.steps * options.global_batch_size, options.target_tokenizer
     recipe = synthetic_run(directory, tokenizer, {"source": tokenizer}, options.instructions, examples=examples)
-    build_fusion_data(Context(recipe), progress=str)
+    build_fusion_data(Context(recipe))
     return FusionDataset(recipe)
 
 

@@ -81,7 +81,7 @@ def _build(recipe: Recipe) -> tuple[float, float]:
     for options in (recipe.target, *recipe.sources.values()):
         load_format(options, "benchmark")
     before = _peak()
-    build_fusion_data(Context(recipe), progress=str)
+    build_fusion_data(Context(recipe))
     return before, _peak()
 
 

@@ -70,7 +70,7 @@ def _measure(
         recipe = synthetic_run(
             Path(directory), target_tokenizer, sources, options.instructions, examples=options.examples, rule=rule
         )
-        build_fusion_data(Context(recipe), progress=str)
+        build_fusion_data(Context(recipe))
         files = [path for path in fusion_directory(recipe).rglob("*") if path.is_file()]
         dataset = FusionDataset(recipe)
         labels = int(dataset.supervised_tokens("training").sum())

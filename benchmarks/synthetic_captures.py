@@ -63,7 +63,7 @@ def synthetic_run(
             "schedule": {"preset": "fuse"},
         }
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for place, source in enumerate(recipe.sources):
         _write_capture(Context(recipe), source, MEAN_KEPT[rule], np.random.default_rng([seed, place]))
     return recipe
@@ -103,7 +103,7 @@ def _write_capture(context: Context, source: str, mean_kept: float, draw: np.ran
         shard.save(prefix.with_name(prefix.name + ".safetensors"))
         return {"examples": len(conversations), "rows": len(shard.counts), "entries": len(shard.entry_ids)}
 
-    run_plan(context.plan(CAPTURES, source, "training"), make_shard, progress=str)
+    run_plan(context.plan(CAPTURES, source, "training"), make_shard)
 
 
 def _labels(conversations: list[Conversation]) -> np.ndarray:

@@ -39,9 +39,9 @@ def build_world(root: Path) -> tuple[Path, Models]:
         rows.append({"id": f"e{n}", "messages": [{"role": role, "content": text} for role, text in turns]})
     write_rows(root / "data.jsonl", rows)
     recipe = world_recipe(root, models)
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for source in SOURCES:
-        generate_responses(Context(recipe), source, progress=str)
+        generate_responses(Context(recipe), source)
     return root, models
 
 

@@ -116,11 +116,11 @@ def write_data(root: Path, examples: int = 13) -> None:
 
 def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
     """Everything that build_fusion_data reads."""
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for place, source in enumerate(recipe.sources):
-        generate_responses(Context(recipe), source, progress=str)
+        generate_responses(Context(recipe), source)
         for mode in ("training", "inference"):
-            capture(Context(recipe), source, mode, progress=str)
+            capture(Context(recipe), source, mode)
         for reward_model_place, reward_model in enumerate(recipe.reward_models):
             random = np.random.default_rng([seed, place, reward_model_place])
 
@@ -131,7 +131,7 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
                 np.save(prefix.with_name(prefix.name + ".npy"), random.integers(0, 3, examples).astype(np.float32))
                 return {}
 
-            run_plan(Context(recipe).plan(SCORES, source, reward_model), draw, progress=str)
+            run_plan(Context(recipe).plan(SCORES, source, reward_model), draw)
 
 
 def build_world(root: Path) -> Recipe:
@@ -140,5 +140,5 @@ def build_world(root: Path) -> Recipe:
     write_data(root)
     recipe = fusion_recipe(root, models)
     run_before_fusion(recipe)
-    build_fusion_data(Context(recipe), progress=str)
+    build_fusion_data(Context(recipe))
     return recipe

@@ -387,12 +387,12 @@ def test_every_byte_of_a_text_arrives_in_captures_and_fusion_data(tmp_path: Path
         training={"seq_length": 400},
         data={"shard_size": 9},
     )
-    instructions = prepare_instructions(Context(recipe), progress=str)
+    instructions = prepare_instructions(Context(recipe))
     assert [example.response for example in load_examples(instructions)] == texts
-    generate_responses(Context(recipe), "beta", progress=str)
+    generate_responses(Context(recipe), "beta")
     for mode in ("training", "inference"):
-        capture(Context(recipe), "beta", mode, progress=str)
-    build_fusion_data(Context(recipe), progress=str)
+        capture(Context(recipe), "beta", mode)
+    build_fusion_data(Context(recipe))
     fusion = FusionDataset(recipe)
     tokenizer, target = (
         load_format(recipe.sources["beta"], "beta").tokenizer,

@@ -92,7 +92,7 @@ def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str, batch_tokens: int, mode: str) -> None:
     recipe = changed(fresh, capture={"batch_tokens": batch_tokens})
-    capture(Context(recipe), source, mode, progress=str)
+    capture(Context(recipe), source, mode)
     shards = read(recipe, source, mode)
     options = source_options(recipe, source)
     model, chat = load_causal_lm(options), load_format(options, source)
@@ -145,7 +145,7 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
 def test_a_source_runs_in_its_own_precision(fresh: Recipe, dtype: str) -> None:
     options = fresh.sources["beta"].model_copy(update={"dtype": dtype})
     recipe = fresh.model_copy(update={"sources": {"beta": options}})
-    capture(Context(recipe), "beta", "training", progress=str)
+    capture(Context(recipe), "beta", "training")
     shard, chat = read(recipe, "beta", "training")[0], load_format(options, "beta")
     model = load_causal_lm(options)
     assert model.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -167,8 +167,8 @@ def test_spans_of_a_shard_are_those_of_its_conversations(
     root, models = world
     recipe = world_recipe(root, models, data={"shard_size": 5, "supervise": supervise})
     recipe = recipe.model_copy(update={"workdir": tmp_path})
-    prepare_instructions(Context(recipe), progress=str)
-    capture(Context(recipe), "alpha", "training", progress=str)
+    prepare_instructions(Context(recipe))
+    capture(Context(recipe), "alpha", "training")
     chat = load_format(recipe.sources["alpha"], "alpha")
     every_turn = supervise == "every_turn"
     turns_met = set()
@@ -208,8 +208,8 @@ def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_fla
     options = {"model": str(directory), "chat_template": "vicuna_v1.1"}
     recipe = small_recipe(tmp_path / "run", data, directory, {"lossy": options}, training={"seq_length": 256})
     recipe = changed(recipe, target={"chat_template": "vicuna_v1.1"})
-    prepare_instructions(Context(recipe), progress=str)
-    artifact = capture(Context(recipe), "lossy", "training", progress=str)
+    prepare_instructions(Context(recipe))
+    artifact = capture(Context(recipe), "lossy", "training")
     [shard] = read(recipe, "lossy", "training")
     assert (shard.status == CAPTURED).all()
     lossy = [int(shard.spans(number).has(SpanFlag.LOSSY).sum()) for number in range(2)]
@@ -227,7 +227,7 @@ def content(directory: Path) -> dict[str, bytes]:
 def test_any_number_of_ranks_gives_the_same_bytes(
     fresh: Recipe, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    whole = capture(Context(fresh), "beta", "training", progress=str)
+    whole = capture(Context(fresh), "beta", "training")
     assert whole is not None
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
@@ -235,7 +235,7 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     artifacts = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        artifacts.append(capture(Context(fresh), "beta", "training", progress=str))
+        artifacts.append(capture(Context(fresh), "beta", "training"))
     assert artifacts[-1] is not None and artifacts[0] is None
     assert content(whole.directory) == expected
 
@@ -246,7 +246,7 @@ def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
         recipe = changed(fresh, capture={"batch_tokens": budget, "top_p": 1.0})
         recipe = recipe.model_copy(update={"workdir": fresh.workdir.with_name(f"run{budget}")})
         shutil.copytree(fresh.workdir / "instructions", recipe.workdir / "instructions")
-        capture(Context(recipe), "gamma", "training", progress=str)
+        capture(Context(recipe), "gamma", "training")
         shards[budget] = read(recipe, "gamma", "training")
     for budget in (1, 170):
         for found, expected in zip(shards[budget], shards[10**6], strict=True):
@@ -260,7 +260,7 @@ def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
 
 
 def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) -> None:
-    whole = capture(Context(fresh), "beta", "training", progress=str)
+    whole = capture(Context(fresh), "beta", "training")
     assert whole is not None
     expected = content(whole.directory)
     shutil.rmtree(whole.directory)
@@ -273,7 +273,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) ->
     with pytest.raises(UserError, match="is incomplete\. Run megatron-fuse capture"):
         Context(fresh).open(CAPTURES, "beta", "training")
     (whole.directory / "shard-00001.safetensors").write_bytes(b"half a file")
-    capture(Context(fresh), "beta", "training", progress=str)
+    capture(Context(fresh), "beta", "training")
     assert content(whole.directory) == expected
 
 
@@ -289,7 +289,7 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     )
     late = fresh.sources["alpha"].model_copy(update={"model": str(short)})
     recipe = fresh.model_copy(update={"sources": {**fresh.sources, "late": late}})
-    artifact = capture(Context(recipe), "late", "training", progress=str)
+    artifact = capture(Context(recipe), "late", "training")
     assert artifact is not None
     chat = load_format(late, "late")
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
@@ -319,12 +319,12 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
 
     monkeypatch.setattr("megatron_fuse.capture.reading.logits_at", overflow)
     with pytest.raises(UserError, match="the logits are NaN or infinite in example 'e1', response row 3\. "):
-        capture(Context(fresh), "beta", "training", progress=str)
+        capture(Context(fresh), "beta", "training")
     assert not list((fresh.workdir / "captures/beta/training").glob("shard*"))
 
 
 def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) -> None:
-    artifact = capture(Context(fresh), "beta", "training", progress=str)
+    artifact = capture(Context(fresh), "beta", "training")
     assert artifact is not None
     for recipe, key in [
         (changed(fresh, capture={"top_k": 4}), "top_k = 10, but now options.top_k = 4"),
@@ -335,14 +335,14 @@ def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) 
         with pytest.raises(UserError, match=key):
             Context(recipe).open(CAPTURES, "beta", "training")
     with pytest.raises(UserError, match=r"options.top_k = 10, but now options.top_k = 4"):
-        capture(Context(changed(fresh, capture={"top_k": 4})), "beta", "training", progress=str)
+        capture(Context(changed(fresh, capture={"top_k": 4})), "beta", "training")
     # Another budget or another source in the recipe is the same capture.
     same = changed(fresh, capture={"batch_tokens": 77}).model_copy(update={"sources": {"beta": fresh.sources["beta"]}})
     assert Context(same).open(CAPTURES, "beta", "training").sha256 == artifact.sha256
 
 
 def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
-    artifact = capture(Context(fresh), "alpha", "inference", progress=str)
+    artifact = capture(Context(fresh), "alpha", "inference")
     assert artifact is not None
     path = artifact.files(".safetensors")[1]
     good = path.read_bytes()
@@ -397,7 +397,7 @@ def test_arrays_of_other_lengths_are_refused(captured_shard: CaptureShard, tmp_p
 @pytest.fixture(scope="module")
 def captured_shard(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> CaptureShard:
     recipe = fresh_recipe(world, tmp_path_factory.mktemp("shard"))
-    capture(Context(recipe), "beta", "training", progress=str)
+    capture(Context(recipe), "beta", "training")
     return read(recipe, "beta", "training")[0]
 
 
@@ -420,8 +420,8 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
     shutil.rmtree(recipe.workdir / "responses" / "beta")
     sources = recipe.sources | {"beta": recipe.sources["beta"].model_copy(update={"responses": answers})}
     recipe = recipe.model_copy(update={"sources": sources})
-    generate_responses(Context(recipe), "beta", progress=str)
-    artifact = capture(Context(recipe), "beta", "inference", progress=str)
+    generate_responses(Context(recipe), "beta")
+    artifact = capture(Context(recipe), "beta", "inference")
     assert artifact is not None
     counts = {key: artifact.counts[key] for key in ("examples", "captured", "too_long", "no_response")}
     assert counts == {"examples": 13, "captured": 1, "too_long": 1, "no_response": 11}
@@ -430,7 +430,7 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
 def test_a_source_without_answers_says_which_command_makes_them(fresh: Recipe) -> None:
     shutil.rmtree(fresh.workdir / "responses" / "alpha")
     with pytest.raises(UserError, match="run megatron-fuse generate --source alpha first"):
-        capture(Context(fresh), "alpha", "inference", progress=str)
+        capture(Context(fresh), "alpha", "inference")
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_than_the_model_is_refused(fresh: Recipe, tmp_path: Path) -> None:
@@ -440,4 +440,4 @@ def test_a_tokenizer_of_a_larger_vocabulary_than_the_model_is_refused(fresh: Rec
         shutil.copy(Path(fresh.sources["gamma"].model) / name, mixed)
     options = fresh.sources["beta"].model_copy(update={"model": str(mixed), "chat_template": "chatml"})
     with pytest.raises(UserError, match="The tokenizer belongs to another model"):
-        capture(Context(fresh.model_copy(update={"sources": {"beta": options}})), "beta", "training", progress=str)
+        capture(Context(fresh.model_copy(update={"sources": {"beta": options}})), "beta", "training")

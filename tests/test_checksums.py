@@ -77,7 +77,7 @@ def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe
     for path in sorted(fusion.rglob("*.*")):
         if path.is_file() and path.suffix not in (".done", ".npz", ".yaml") and path.name != "plan.json":
             kinds[path.parent, *path.suffixes] = path
-    build_fusion_data(Context(curriculum), progress=str)
+    build_fusion_data(Context(curriculum))
     kinds["curriculum"] = fusion / "curriculum-gt_length.safetensors"
     kinds = {kind: path for kind, path in kinds.items() if path.name != "curriculum-shuffled.safetensors"}
     # text (with its spans) and rows of both modes, each with a manifest and a list or arrays of examples; choice, order

@@ -91,7 +91,7 @@ def test_options_clean_the_artifact_and_leave_ids_alone(
     models: dict[str, Path], tmp_path: Path, data: dict, responses: list[str]
 ) -> None:
     recipe = recipe_for(models, tmp_path, ROWS, **data)
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     examples = load_examples(artifact)
     assert [example.response for example in examples] == responses
     assert [example.id for example in examples] == [example.id for example in read_rows(recipe.data.path).read()]
@@ -119,7 +119,7 @@ def test_the_hint_appears_where_a_tokenizer_would_compose(
 def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path], tmp_path: Path) -> None:
     long = {"instruction": "word " * 200, "output": "A"}
     rows = [ROWS[1], {"instruction": "Q"}, long, ROWS[1], {"instruction": "R"}, ROWS[0]]
-    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
+    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)))
     assert [line.split() for line in left_out(artifact)] == [
         ["left", "out", "rows", "for", "example"],
         ["value", "missing", "2", "line", "2"],
@@ -129,14 +129,12 @@ def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path]
     (dropped,) = (json.loads(line) for line in (artifact.directory / "examples.dropped.jsonl").open())
     assert (dropped["line"], dropped["kind"]) == (3, "no room behind the prompt")
     (tmp_path / "whole").mkdir()
-    assert (
-        list(left_out(prepare_instructions(Context(recipe_for(models, tmp_path / "whole", ROWS)), progress=str))) == []
-    )
+    assert list(left_out(prepare_instructions(Context(recipe_for(models, tmp_path / "whole", ROWS))))) == []
 
 
 def test_instructions_of_an_older_version_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path, ROWS)
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     for name in ("manifest.json", "plan.json"):
         content = json.loads((artifact.directory / name).read_text())
         del content["options"]["normalize"], content["sha256"]

@@ -42,7 +42,7 @@ def order_of(recipe: Recipe) -> Curriculum | None:
 
 def built(recipe: Recipe, order: str) -> Recipe:
     recipe = ordered(recipe, order)
-    build_fusion_data(Context(recipe), progress=str)
+    build_fusion_data(Context(recipe))
     return recipe
 
 
@@ -90,7 +90,7 @@ def test_shuffled_examples_need_no_curriculum(copied: Recipe) -> None:
     recipe = built(copied, "shuffled")
     curriculum_path(recipe).unlink()
     assert order_of(recipe) is None
-    assert verify_fusion_data(Context(recipe), progress=str).problems == []
+    assert verify_fusion_data(Context(recipe)).problems == []
 
 
 def test_missing_scores_are_named_with_the_command_that_makes_them(copied: Recipe) -> None:
@@ -161,13 +161,13 @@ def test_another_reward_model_or_another_target_is_another_curriculum(copied: Re
 @pytest.mark.parametrize("name", ["gt_tokens", "target_reward"])
 def test_verification_measures_again(copied: Recipe, name: str) -> None:
     recipe = built(copied, "target_reward")
-    assert verify_fusion_data(Context(recipe), progress=str).problems == []
+    assert verify_fusion_data(Context(recipe)).problems == []
 
     def edit(arrays: dict, header: dict) -> None:
         arrays[name][4] = 7
 
     rewrite(recipe, edit)
-    (problem,) = verify_fusion_data(Context(recipe), progress=str).problems
+    (problem,) = verify_fusion_data(Context(recipe)).problems
     assert f"{curriculum_path(recipe).name}: example 'e4': {name} is 7" in problem and "(1 examples differ)" in problem
 
 
@@ -176,7 +176,7 @@ def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None
     for name in ("instructions", "responses", "scores", "captures"):
         shutil.rmtree(copied.workdir / name)
     assert order_of(recipe) is not None
-    assert verify_fusion_data(Context(recipe), progress=str).problems == []
+    assert verify_fusion_data(Context(recipe)).problems == []
 
 
 def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) -> None:
@@ -202,13 +202,13 @@ def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) 
     order = curriculum_path(recipe).relative_to(recipe.workdir)
     data = ["instructions", "responses/target", "scores/target/strong", f"{order.parent}/text", str(order)]
     assert [work.label(recipe) for work in works] == [*data, "training", "export"]
-    prepare_instructions(Context(recipe), progress=str)
-    generate_responses(Context(recipe), "target", progress=str)
-    score_responses(Context(recipe), "strong", ["target"], progress=str)
-    build_fusion_data(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
+    generate_responses(Context(recipe), "target")
+    score_responses(Context(recipe), "strong", ["target"])
+    build_fusion_data(Context(recipe))
     context = Context(recipe)
     assert [work.state(context) for work in works] == ["done"] * len(data) + ["to do"] * 2
-    assert verify_fusion_data(Context(recipe), progress=str).problems == []
+    assert verify_fusion_data(Context(recipe)).problems == []
 
     rewards = load_file(curriculum_path(recipe))["target_reward"]
     assert np.array_equal(rewards, load_scores(Context(recipe), "target", "strong"), equal_nan=True)

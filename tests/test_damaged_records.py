@@ -45,7 +45,7 @@ def made(directory: Path, files: dict[str, bytes], **counts: int) -> Artifact:
         return counts
 
     shards = sorted({name.split(".")[0] for name in files}) or ["shard-00000"]
-    artifact = run_plan(Plan(directory, "stage", {}, {}, 1, shards), make, progress=str)
+    artifact = run_plan(Plan(directory, "stage", {}, {}, 1, shards), make)
     assert artifact is not None
     return artifact
 

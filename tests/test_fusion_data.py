@@ -208,7 +208,7 @@ def test_empty_answers_never_win_and_nobody_wins_where_all_are_empty(copied: Rec
         assert winner is not None
         assert not empty[SOURCES.index(winner), number]
     alone = changed(copied, sources={"beta": copied.sources["beta"]})
-    build_fusion_data(Context(alone), progress=str)
+    build_fusion_data(Context(alone))
     dataset = FusionDataset(alone)
     lost = np.flatnonzero(empty[1])
     assert [dataset.selected_source("inference", int(n)) for n in lost] == [None] * len(lost)
@@ -233,11 +233,11 @@ def test_another_choice_of_sources_or_rules_rebuilds_no_document(copied: Recipe)
     before, three = files_of(fusion_directory(copied)), FusionDataset(copied)
     with pytest.raises(UserError, match=r"does not exist, but must hold .*'sources': \['beta', 'alpha'\]"):
         FusionDataset(two)
-    build_fusion_data(Context(two), progress=str)
+    build_fusion_data(Context(two))
     assert files_of(fusion_directory(copied)) == before
     assert {FusionDataset(two).selected_source("training", n) for n in range(13)} <= {"alpha", "beta"}
     assert FusionDataset(two).sha256 != three.sha256
-    build_fusion_data(Context(copied), progress=str)
+    build_fusion_data(Context(copied))
     assert files_of(fusion_directory(copied)) == before
     assert FusionDataset(copied).sha256 == three.sha256
     strong = changed(copied, selection={"strongest": "two"})
@@ -250,7 +250,7 @@ def test_only_the_reward_models_that_the_recipe_names_decide(copied: Recipe) -> 
     alone = changed(copied, selection={"reward_models": ["two"]})
     with pytest.raises(UserError, match=r"does not exist, but must hold .*'judges': \['two'\]"):
         FusionDataset(alone)
-    build_fusion_data(Context(alone), progress=str)
+    build_fusion_data(Context(alone))
     found = FusionDataset(alone).selections["inference"].arrays
     np.testing.assert_array_equal(found["scores"], both["scores"][..., 1:])
     scores = np.where(found["available"] == 1, found["scores"][..., 0], -np.inf)
@@ -263,12 +263,12 @@ def test_only_the_reward_models_that_the_recipe_names_decide(copied: Recipe) -> 
 def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe) -> None:
     by_reference = changed(copied, selection={"inference": "reference"})
     with pytest.raises(UserError, match=r"no reference.bertscore_model"):
-        build_fusion_data(Context(by_reference), progress=str)
+        build_fusion_data(Context(by_reference))
     by_reference = changed(by_reference, reference={"without_bertscore": "renormalize"})
     with pytest.raises(UserError, match=r"scores/alpha/reference.*run megatron-fuse score"):
-        build_fusion_data(Context(by_reference), progress=str)
-    score_against_reference(Context(by_reference), progress=str)
-    build_fusion_data(Context(by_reference), progress=str)
+        build_fusion_data(Context(by_reference))
+    score_against_reference(Context(by_reference))
+    build_fusion_data(Context(by_reference))
     dataset = FusionDataset(by_reference)
     examples = load_examples(Context(copied).open(INSTRUCTIONS))
     answers = [[text for _, text, _ in texts(copied, source, "inference")] for source in SOURCES]
@@ -281,7 +281,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
             assert said[place] == example.response
             exact += 1
     assert exact > 5
-    assert verify_fusion_data(Context(by_reference), progress=str).problems == []
+    assert verify_fusion_data(Context(by_reference)).problems == []
     heavier = changed(by_reference, reference={"bleu": 0.75})
     with pytest.raises(UserError, match=r"does not exist, but must hold .*'measures': \{'bleu': 0.75"):
         FusionDataset(heavier)
@@ -318,7 +318,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
     strict = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least)})
     with pytest.raises(UserError, match=r"does not exist, but must hold .*'margin': \{'at_least'"):
         FusionDataset(strict)
-    build_fusion_data(Context(strict), progress=str)
+    build_fusion_data(Context(strict))
     dataset = FusionDataset(strict)
     assert_equal_to_the_last_bit(all_batches(dataset, weights), expected)
     assert dataset.sha256 != before.sha256
@@ -334,7 +334,7 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
         assert "weight 0\n" in format_view(view_document(strict, dataset, mode, lost), dataset)
 
     half = changed(copied, selection={f"{mode}_margin": Margin(at_least=at_least, weight=0.5)})
-    build_fusion_data(Context(half), progress=str)
+    build_fusion_data(Context(half))
     dataset = FusionDataset(half)
     np.testing.assert_array_equal(dataset.example_weights(mode), np.where(dropped, 0.5, 1))
     assert dataset.lengths(mode).tolist() == before.lengths(mode).tolist()
@@ -343,11 +343,9 @@ def test_an_example_below_its_margin_is_one_that_no_source_has_won(copied: Recip
 def test_a_source_that_joins_later_leaves_the_others_untouched(copied: Recipe) -> None:
     fusion = fusion_directory(copied)
     shutil.rmtree(fusion)
-    build_fusion_data(
-        Context(changed(copied, sources={name: copied.sources[name] for name in SOURCES[:2]})), progress=str
-    )
+    build_fusion_data(Context(changed(copied, sources={name: copied.sources[name] for name in SOURCES[:2]})))
     before = files_of(fusion)
-    build_fusion_data(Context(copied), progress=str)
+    build_fusion_data(Context(copied))
     after = files_of(fusion)
     assert {path: after[path] for path in before} == before
     new = {Path(path).relative_to(fusion).parts[:2] for path in set(after) - set(before)}
@@ -376,14 +374,14 @@ def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(copied: Rec
     for _ in range(4):
         with pytest.raises(Stop):
             build_fusion_data(Context(copied), progress=interrupt)
-    build_fusion_data(Context(copied), progress=str)
+    build_fusion_data(Context(copied))
     found = bytes_of(fusion)
     assert found.keys() == expected.keys()
     assert [path for path in found if found[path] != expected[path]] == []
 
 
 def build_on_this_rank(recipe: Recipe) -> dict[str, str]:
-    return {mode: selection.sha256 for mode, selection in build_fusion_data(Context(recipe), progress=str).items()}
+    return {mode: selection.sha256 for mode, selection in build_fusion_data(Context(recipe)).items()}
 
 
 def test_two_ranks_share_the_work_and_end_with_the_same_bytes(copied: Recipe, ranks: Callable) -> None:
@@ -401,7 +399,7 @@ def test_csft_needs_no_source_and_its_text_has_rows_without_entries(copied: Reci
     csft = copied.model_copy(update={"schedule": type(copied.schedule)(preset="csft")})
     for name in ("captures", "scores", "responses", "fusion"):
         shutil.rmtree(copied.workdir / name)
-    build_fusion_data(Context(csft), progress=str)
+    build_fusion_data(Context(csft))
     dataset = FusionDataset(csft)
     document = dataset.document("training", 0)
     assert dataset.lengths("training")[0] == len(document.tokens) > 0
@@ -428,10 +426,10 @@ def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) 
         FusionDataset(copied)
     shutil.rmtree(copied.workdir / "captures/gamma/inference")
     with pytest.raises(UserError, match="--source gamma --mode inference"):
-        build_fusion_data(Context(copied), progress=str)
+        build_fusion_data(Context(copied))
     selection_path(copied, "training").write_bytes(b"{}")
     shutil.copytree(world.workdir / "captures/gamma/inference", copied.workdir / "captures/gamma/inference")
-    build_fusion_data(Context(copied), progress=str)
+    build_fusion_data(Context(copied))
     FusionDataset(copied)
 
 

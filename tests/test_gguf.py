@@ -121,7 +121,7 @@ def test_a_gguf_file_is_converted_with_the_original_tokenizer(
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_quantised_weights_become_plain_ones(model: Path, tmp_path: Path, dtype: str) -> None:
-    convert_gguf(write_gguf(model, tmp_path / "x.gguf", quantised=True), model, tmp_path / "out", dtype, progress=str)
+    convert_gguf(write_gguf(model, tmp_path / "x.gguf", quantised=True), model, tmp_path / "out", dtype)
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in after.values()} == {DTYPES[dtype]}
     for name, tensor in before.items():
@@ -129,9 +129,9 @@ def test_quantised_weights_become_plain_ones(model: Path, tmp_path: Path, dtype:
         # Half a step of 127 to the largest, the fp16 of that step, and what bf16 rounds
         assert error <= largest * (0.5 / 127 + 2**-10 + 2**-8 * (dtype == "bf16")), name
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"].float())
-    convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again", progress=str)
+    convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again")
     with pytest.raises(UserError, match="again already exists"):
-        convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again", progress=str)
+        convert_gguf(tmp_path / "x.gguf", model, tmp_path / "again")
 
 
 def test_a_tokenizer_that_is_not_the_files_is_refused(model: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_token_is_padding_or_the_tokenizers(
     (original / "tokenizer.json").write_text(json.dumps(content))
     file = write_gguf(original, tmp_path / "x.gguf", tokens={299: ("▁two▁▁blanks", 4)} | tokens)
     if message is None:
-        convert_gguf(file, original, tmp_path / "out", progress=str)
+        convert_gguf(file, original, tmp_path / "out")
     else:
         with pytest.raises(UserError, match=message):
             convert_gguf(file, original, tmp_path / "out")
@@ -214,7 +214,7 @@ def test_scaled_rotary_positions_are_those_of_the_original(model: Path, tmp_path
     original, output = scaled(model, tmp_path / "original"), tmp_path / "out"
     keys, tensors = SCALED[kind]
     file = write_gguf(original, tmp_path / "x.gguf", keys=keys, tensors=tensors)
-    convert_gguf(file, original, output, progress=str)
+    convert_gguf(file, original, output)
     assert read_architecture(output).inverse_frequencies == read_architecture(original).inverse_frequencies
     assert read_architecture(output).inverse_frequencies != read_architecture(model).inverse_frequencies
     ids = torch.arange(4, 100)[None]
@@ -224,7 +224,7 @@ def test_scaled_rotary_positions_are_those_of_the_original(model: Path, tmp_path
 
 def test_a_file_without_scaling_keeps_its_own_positions(model: Path, tmp_path: Path) -> None:
     file = write_gguf(model, tmp_path / "x.gguf", keys={"llama.rope.scaling.type": "none"})
-    convert_gguf(file, model, tmp_path / "out", progress=str)
+    convert_gguf(file, model, tmp_path / "out")
     assert read_architecture(tmp_path / "out").inverse_frequencies == read_architecture(model).inverse_frequencies
 
 

@@ -32,7 +32,7 @@ def recipe_for(model: Path, workdir: Path, data: list[dict[str, Any]], responses
     recipe = small_recipe(
         workdir / "run", path, model, {"file": {"model": str(model), "responses": responses}}, **sections
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     return recipe
 
 
@@ -82,7 +82,7 @@ def test_answers_from_a_file(model: Path, tmp_path: Path, name: str) -> None:
 
     write_table(path, [*given, {"id": "e6", "response": "late", "truncated": False}])
     with pytest.raises(UserError, match=r"inputs\.responses file"):
-        generate_responses(Context(recipe), "file", progress=str)
+        generate_responses(Context(recipe), "file")
 
 
 def test_neither_order_nor_ranks_nor_the_key_decide(
@@ -92,7 +92,7 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
     given = [{"id": row["id"], "q": f"\n{row['instruction']} ", "response": f"to {row['id']}"} for row in data]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt", "prompt": "q"})
-    artifact = generate_responses(Context(recipe), "file", progress=str)
+    artifact = generate_responses(Context(recipe), "file")
     expected = rows_of(artifact)
     assert [row.response for row in expected.values()] == [f"to e{n}" for n in range(10)]
 
@@ -100,15 +100,15 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
         leftover.unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert generate_responses(Context(recipe), "file", progress=str) is None
+    assert generate_responses(Context(recipe), "file") is None
     monkeypatch.setenv("RANK", "0")
-    assert generate_responses(Context(recipe), "file", progress=str).sha256 == artifact.sha256
+    assert generate_responses(Context(recipe), "file").sha256 == artifact.sha256
     monkeypatch.delenv("WORLD_SIZE")
 
     backwards = write_rows(tmp_path / "backwards.jsonl", given[::-1])
     (tmp_path / "by_id").mkdir()
     by_id = recipe_for(model, tmp_path / "by_id", data, str(backwards))
-    assert rows_of(generate_responses(Context(by_id), "file", progress=str)) == expected
+    assert rows_of(generate_responses(Context(by_id), "file")) == expected
     assert Context(by_id).plan(RESPONSES, "file").options != Context(recipe).plan(RESPONSES, "file").options
 
 
@@ -133,7 +133,7 @@ def test_a_list_of_messages_is_compared_as_a_whole(model: Path, tmp_path: Path) 
     ]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt"})
-    rows = rows_of(generate_responses(Context(recipe), "file", progress=str))
+    rows = rows_of(generate_responses(Context(recipe), "file"))
     assert {key: row.response for key, row in rows.items()} == {
         "first": "of the first",
         "second": "of the second",
@@ -154,9 +154,7 @@ def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Pat
     ]
     options = {"path": str(path), "match": "prompt"}
     (tmp_path / "alike").mkdir()
-    rows = rows_of(
-        generate_responses(Context(recipe_for(model, tmp_path / "alike", data, options)), "file", progress=str)
-    )
+    rows = rows_of(generate_responses(Context(recipe_for(model, tmp_path / "alike", data, options)), "file"))
     assert {key: row.response for key, row in rows.items()} == {"one": "c", "same": "c", "last": "b"}
     data[2]["messages"] = turns("B?", "b", "Why?", "gt")
     recipe = recipe_for(model, tmp_path, data, options)
@@ -164,7 +162,7 @@ def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Pat
         UserError,
         match=rf"{path}:2: the conversations of 'one' and 'last' are different, but both end in the same prompt",
     ):
-        generate_responses(Context(recipe), "file", progress=str)
+        generate_responses(Context(recipe), "file")
 
 
 ID, PROMPT = {}, {"match": "prompt"}
@@ -210,7 +208,7 @@ def test_files_that_are_refused(
         write_rows(path, rows)
     recipe = recipe_for(model, tmp_path, questions(), {"path": str(path), **options})
     with pytest.raises(UserError, match=message):
-        generate_responses(Context(recipe), "file", progress=str)
+        generate_responses(Context(recipe), "file")
     assert not (recipe.workdir / "responses").exists()
 
 
@@ -249,9 +247,9 @@ def test_real_answers_are_all_found(model: Path, tmp_path: Path, match: str) -> 
         sources,
         training={"seq_length": 8192},
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for name in names:
-        artifact = generate_responses(Context(recipe), name, progress=str)
+        artifact = generate_responses(Context(recipe), name)
         assert (artifact.counts["examples"], artifact.counts["unmatched"]) == (40, 0)
         assert {key: row.response for key, row in rows_of(artifact).items()} == {
             row["id"]: row["responses"][name] for row in rows
@@ -266,5 +264,5 @@ def test_prompts_are_found_in_either_unicode_form(model: Path, tmp_path: Path) -
     recipe = recipe_for(model, tmp_path, data, options)
     normalized = recipe.data.model_copy(update={"normalize": "nfc"})
     recipe = recipe.model_copy(update={"data": normalized, "workdir": tmp_path / "normalized"})
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     assert [row.response for row in rows_of(generate_responses(Context(recipe), "file", str)).values()] == ["yes"]

@@ -117,21 +117,21 @@ def assert_same_rows(found: list[CaptureShard], expected: list[CaptureShard]) ->
 def test_our_own_capture_in_another_form_comes_back_bit_for_bit(
     fresh: Recipe, tmp_path: Path, form: str, suffix: str, order: str
 ) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, form)
     if order == "shuffled":
         np.random.default_rng(4).shuffle(rows)
     recipe = with_file(fresh, write(tmp_path / f"{form}.{suffix}", rows))
-    artifact = capture(Context(recipe), SOURCE, "training", progress=str)
+    artifact = capture(Context(recipe), SOURCE, "training")
     assert artifact is not None and artifact.counts["captured"] == 13
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
 
 
 def test_the_sources_own_answers_come_in_too(fresh: Recipe, tmp_path: Path) -> None:
     """With truncated answers, which have no stop token, and with examples that have none."""
-    capture(Context(fresh), SOURCE, "inference", progress=str)
+    capture(Context(fresh), SOURCE, "inference")
     recipe = with_file(fresh, write(tmp_path / "own.jsonl", export(fresh, "ours", "inference")), "inference")
-    capture(Context(recipe), SOURCE, "inference", progress=str)
+    capture(Context(recipe), SOURCE, "inference")
     expected = read(fresh, SOURCE, "inference")
     assert {STATUSES[code] for shard in expected for code in shard.status} == {"captured", "no_response"}
     assert_same_rows(read(recipe, SOURCE, "inference"), expected)
@@ -142,13 +142,13 @@ def test_the_sources_own_answers_come_in_too(fresh: Recipe, tmp_path: Path) -> N
 def test_a_file_is_truncated_as_a_model_s_rows_are(
     fresh: Recipe, tmp_path: Path, filter: str, top_k: int, top_p: float
 ) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     wanted = {"top_k": top_k, "top_p": top_p, "filter": filter}
     recipe = changed(with_file(fresh, write(tmp_path / "all.jsonl", export(fresh, "ours"))), capture=wanted)
-    capture(Context(recipe), SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training")
     shutil.rmtree(fresh.workdir / "captures")
     direct = changed(fresh, capture=wanted)
-    capture(Context(direct), SOURCE, "training", progress=str)
+    capture(Context(direct), SOURCE, "training")
     expected = read(direct, SOURCE, "training")
     assert len({count for shard in expected for count in shard.counts.tolist()}) > (top_p < 1), "nothing was cut"
     assert_same_rows(read(recipe, SOURCE, "training"), expected)
@@ -156,15 +156,15 @@ def test_a_file_is_truncated_as_a_model_s_rows_are(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_path: Path, form: str) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
     with pytest.raises(
         UserError,
         match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2 .*teacher_temperature to 1",
     ):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     at_one = changed(recipe, loss={"teacher_temperature": 1.0})
-    capture(Context(at_one), SOURCE, "training", progress=str)
+    capture(Context(at_one), SOURCE, "training")
     for found, expected in zip(read(at_one, SOURCE, "training"), read(fresh, SOURCE, "training"), strict=True):
         np.testing.assert_array_equal(found.lse, expected.lse[:, [0, 0]])
         np.testing.assert_array_equal(found.entry_logits, expected.entry_logits)
@@ -173,31 +173,31 @@ def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_pat
 def test_ranks_share_the_work_and_an_unchanged_file_is_not_read_again(
     fresh: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     path = write(tmp_path / "shared.jsonl", export(fresh, "ours"))
     recipe = with_file(fresh, path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert capture(Context(recipe), SOURCE, "training", progress=str) is None
+    assert capture(Context(recipe), SOURCE, "training") is None
     monkeypatch.setenv("RANK", "0")
-    artifact = capture(Context(recipe), SOURCE, "training", progress=str)
+    artifact = capture(Context(recipe), SOURCE, "training")
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    assert artifact is not None and capture(Context(recipe), SOURCE, "training", progress=str) == artifact
+    assert artifact is not None and capture(Context(recipe), SOURCE, "training") == artifact
     path.write_text(path.read_text() + "\n")
     with pytest.raises(UserError, match=r"inputs.captures file"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     path.unlink()
     assert Context(recipe).open(CAPTURES, SOURCE, "training") == artifact
 
 
 def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(fresh: Recipe, tmp_path: Path) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     recipe = with_file(fresh, write(tmp_path / "far.jsonl", export(fresh, "ours")))
     directory = tmp_path / "tokenizer only"
     shutil.copytree(recipe.sources[SOURCE].model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     options = recipe.sources[SOURCE].model_copy(update={"model": str(directory)})
     recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
-    capture(Context(recipe), SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training")
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
     with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file\. Remove it"):
         require_backend(recipe, SOURCE, "training", "hf")
@@ -205,7 +205,7 @@ def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run
 
 
 def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: Recipe, tmp_path: Path) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, "ours")
     del rows[4]
     token = rows[7]["token_ids"][2]
@@ -232,7 +232,7 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path: Path, form: str) -> None:
     """Every response is a token off, as if the template were another."""
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, form)
     for row in rows:
         tokens = {"ours": "token_ids", "distill_kit": "input_ids", "vllm": "prompt_token_ids"}.get(form)
@@ -246,14 +246,14 @@ def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path:
     with pytest.raises(
         UserError, match=r"other.jsonl:1 \(id 'e0'\): token 1 of the .* ours is .*5 of 5 rows are about other"
     ):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     assert not list(recipe.workdir.glob("captures/*/*/shard*"))
 
 
 def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_zero(
     fresh: Recipe, tmp_path: Path
 ) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, "ours")
     for row in rows:  # two entries that hold everything, in three digits
         for place, token in enumerate(row["token_ids"]):
@@ -264,7 +264,7 @@ def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_ze
         row["logsumexp"]["1"] = [0.673] * len(row["token_ids"])
     assert np.exp([-0.713, -0.673]).sum() > 1.0001
     recipe = with_file(fresh, write(tmp_path / "rounded.jsonl", rows))
-    capture(Context(recipe), SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training")
     for shard in read(recipe, SOURCE, "training"):
         for column, temperature in ((0, 1.0), (1, 2.0)):
             row = np.repeat(np.arange(len(shard.counts)), shard.counts)
@@ -378,7 +378,7 @@ def test_a_row_that_is_no_distribution_is_refused_by_place_and_id(
     rows = [json.loads(line) for line in text.splitlines()]
     spoil(rows[2])
     with pytest.raises(UserError, match=rf"spoilt.jsonl:3 \(id 'e2'\): .*{message}"):
-        capture(Context(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows))), SOURCE, "training", progress=str)
+        capture(Context(with_file(recipe, write(tmp_path / "spoilt.jsonl", rows))), SOURCE, "training")
 
 
 def entries_at(row: Row, form: str, place: int) -> dict[str, Any]:
@@ -409,7 +409,7 @@ def last_alternative(row: Row, form: str, place: int, came: int) -> int:
 @pytest.mark.parametrize("form", ["vllm", "openai"])
 def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path, form: str, zero: float) -> None:
     """The file with the number gives what the file without the alternative gives."""
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     chats = dict(conversations(fresh, "training"))
     rows, without = export(fresh, form), export(fresh, form)
     for row, other in zip(rows, without, strict=True):
@@ -424,7 +424,7 @@ def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path
         for name, content in (("zero.jsonl", rows), ("no.jsonl", without))
     )
     for recipe in (found, expected):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     assert_same_rows(read(found, SOURCE, "training"), read(expected, SOURCE, "training"))
     assert all((shard.counts < 10).all() for shard in read(found, SOURCE, "training"))
 
@@ -452,7 +452,7 @@ def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path
 def test_a_server_s_log_probability_that_cannot_be_is_refused_by_place_and_id(
     fresh: Recipe, tmp_path: Path, form: str, which: str, value: Any, message: str
 ) -> None:
-    capture(Context(fresh), SOURCE, "training", progress=str)
+    capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, form)
     chat = dict(conversations(fresh, "training"))[rows[2]["id"]]
     assert chat is not None
@@ -462,14 +462,14 @@ def test_a_server_s_log_probability_that_cannot_be_is_refused_by_place_and_id(
     set_logprob(rows[2], form, place, token, value)
     recipe = with_file(fresh, write(tmp_path / "served.jsonl", rows))
     with pytest.raises(UserError, match=rf"served.jsonl:3 \(id 'e2'\): .*{message}"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
 
 
 @pytest.fixture(scope="module")
 def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, str]:
     """(recipe, its capture as JSONL in our form)"""
     recipe = changed(fresh_recipe(world, tmp_path_factory.mktemp("captured")), capture={"top_p": 1.0})
-    capture(Context(recipe), SOURCE, "training", progress=str)
+    capture(Context(recipe), SOURCE, "training")
     return recipe, "".join(json.dumps(row) + "\n" for row in export(recipe, "ours"))
 
 
@@ -490,7 +490,7 @@ def test_a_file_without_rows_of_our_examples_is_refused(
 ) -> None:
     recipe = with_file(captured[0], write_rows(tmp_path / "file.jsonl", lines))
     with pytest.raises(UserError, match=message):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
 
 
 def test_a_file_that_is_not_there_or_no_parquet_is_refused(
@@ -499,16 +499,16 @@ def test_a_file_that_is_not_there_or_no_parquet_is_refused(
     path = write_rows(tmp_path / "text.parquet", ["no parquet"])
     recipe = with_file(captured[0], path)
     with pytest.raises(UserError, match=r"text.parquet: cannot be read as Parquet"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     parquet.write_table(pa.table({"token_ids": [[1]]}), path)
     with pytest.raises(UserError, match=r"text.parquet: there is no column id, only token_ids"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"text.parquet: pyarrow is needed to read Parquet\. Run pip install pyarrow"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     path.unlink()
     with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
-        capture(Context(recipe), SOURCE, "training", progress=str)
+        capture(Context(recipe), SOURCE, "training")
     with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set\. Name a file"):
         require_backend(recipe, SOURCE, "inference", "file")
 

@@ -190,10 +190,10 @@ def test_every_kind_of_table_gives_the_same_examples(models: dict[str, Path], tm
         (tmp_path / name).mkdir()
         data = {"path": str(save_table(tmp_path / name / name, rows)), "shard_size": 2}
         recipe = recipe_for(models, tmp_path / name, [], data=data)
-        artifact = prepare_instructions(Context(recipe), progress=str)
+        artifact = prepare_instructions(Context(recipe))
         made[name] = {path.name: path.read_bytes() for path in artifact.files(".jsonl")}
         assert Context(recipe).open(INSTRUCTIONS).counts["examples"] == 4
-        assert prepare_instructions(Context(recipe), progress=str).sha256 == artifact.sha256
+        assert prepare_instructions(Context(recipe)).sha256 == artifact.sha256
         assert made[name]["examples.bad_rows.jsonl"] == (
             b'{"line": 4, "kind": "no assistant turn", "reason": "no assistant turn"}\n'
         )
@@ -270,7 +270,7 @@ def test_a_row_without_characters_leaves_no_directory(models: dict[str, Path], t
     with pytest.raises(
         UserError, match=rf"data.jsonl: none of its .* rows can be used .*line 1: {key} holds half a surrogate pair"
     ):
-        prepare_instructions(Context(recipe), progress=str)
+        prepare_instructions(Context(recipe))
     assert not recipe.workdir.exists()
 
 
@@ -287,7 +287,7 @@ def test_sample_and_split_depend_on_seed_and_ids_only(models: dict[str, Path], t
 
     def draw(name: str, rows: list, **sections: object) -> dict[str, bool]:
         (tmp_path / name).mkdir()
-        artifact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)), progress=str)
+        artifact = prepare_instructions(Context(recipe_for(models, tmp_path / name, rows, **sections)))
         examples = load_examples(artifact)
         assert artifact.counts["held_out"] == sum(e.is_validation for e in examples)
         order = {row["id"]: place for place, row in enumerate(rows)}
@@ -307,7 +307,7 @@ def test_a_directory_made_under_the_old_name_of_a_key_goes_on(models: dict[str, 
     """Recorded names stay as they were, so that plans of older versions are plans of today's recipes."""
     data = {"samples": 5, "validation_samples": 2}
     recipe = recipe_for(models, tmp_path, [alpaca(number) for number in range(9)], data=data)
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     recorded = {
         "seed": recipe.seed,
         "seq_length": recipe.training.seq_length,
@@ -330,7 +330,7 @@ def test_a_directory_made_under_the_old_name_of_a_key_goes_on(models: dict[str, 
     content["data"]["held_out"] = content["data"].pop("validation_samples")
     with pytest.warns(FutureWarning, match=r"data\.held_out is deprecated: write data\.validation_samples"):
         older = make_recipe(content)
-    again = prepare_instructions(Context(older), progress=str)
+    again = prepare_instructions(Context(older))
     assert again.sha256 == artifact.sha256
     assert made == {path: path.stat().st_mtime_ns for path in artifact.directory.iterdir()}
 
@@ -342,7 +342,7 @@ def test_a_cut_response_is_the_longest_that_fits_every_model(
     texts = ["The quick brown fox. " * 20, "日本語のテキスト" * 9, "👍🏽é" * 12, "12345 " * 30, "ok", "\r\n\0 x" * 30]
     rows = [{"id": str(i), "instruction": "Q?", "output": text} for i, text in enumerate(texts)]
     recipe = recipe_for(models, tmp_path, rows, training={"seq_length": seq_length})
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     formats = [load_format(recipe.target, "target"), *(load_format(o, n) for n, o in recipe.sources.items())]
     examples = load_examples(artifact)
     assert [e.truncated for e in examples] == [True, True, True, True, False, True]
@@ -409,7 +409,7 @@ def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
 ) -> None:
     rows = [alpaca(n) if n % 2 else alpaca(n, output="long " * 99) for n in range(20)]
     recipe = recipe_for(models, tmp_path, rows, data={"too_long": "drop", "samples": 10})
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     assert sorted(int(e.id[1:]) for e in load_examples(artifact)) == list(range(1, 20, 2))
     dropped = [json.loads(line) for line in (artifact.directory / "examples.dropped.jsonl").open()]
     assert artifact.counts["dropped_for_length"] == len(dropped) > 0
@@ -418,7 +418,7 @@ def test_long_examples_are_dropped_by_policy_and_the_sample_is_still_filled(
 
 def test_a_prompt_without_room_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(1), alpaca(2, instruction="word " * 200)]
-    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)), progress=str)
+    artifact = prepare_instructions(Context(recipe_for(models, tmp_path, rows)))
     assert [e.id for e in load_examples(artifact)] == ["e1"]
     assert artifact.counts["dropped_for_length"] == 1
 
@@ -437,7 +437,7 @@ _MORE_MEGABYTES = [("a", "truncate")] + [
 def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, text: str, policy: str) -> None:
     whole = text * (10**6 // len(text.encode())) + "end"
     recipe = recipe_for(models, tmp_path, [alpaca(1), alpaca(2, output=whole)], data={"too_long": policy})
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     dropped = [json.loads(line)["reason"] for line in (artifact.directory / "examples.dropped.jsonl").open()]
     assert [e.id for e in load_examples(artifact)] == (["e1"] if dropped else ["e1", "e2"])
     if policy == "drop":
@@ -456,12 +456,12 @@ def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Pat
     turns = [{"role": role, "content": role} for role in ["user", "assistant"] * 2]
     recipe = recipe_for(models, tmp_path, [{"messages": turns}], data={"supervise": "last_turn"})
     recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     every = recipe.model_copy(update={"data": recipe.data.model_copy(update={"supervise": "every_turn"})})
     with pytest.raises(UserError, match=r"options\.supervise = 'last_turn', but now .* 'every_turn'"):
         Context(every).open(INSTRUCTIONS)
     with pytest.raises(UserError, match="prints 0 of the 1 earlier assistant turns"):
-        prepare_instructions(Context(every.model_copy(update={"workdir": tmp_path / "other"})), progress=str)
+        prepare_instructions(Context(every.model_copy(update={"workdir": tmp_path / "other"})))
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_refusals_leave_nothing_behind(
 ) -> None:
     recipe = recipe_for(models, tmp_path, rows, **sections)
     with pytest.raises(UserError, match=message):
-        prepare_instructions(Context(recipe), progress=str)
+        prepare_instructions(Context(recipe))
     assert not recipe.workdir.exists()
 
 
@@ -502,7 +502,7 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
         (tmp_path / str(run)).mkdir()
         rows = [alpaca(n, instruction="Question? " * 1000) for n in range(examples)]  # 10 kB each
         recipe = recipe_for(models, tmp_path / str(run), rows, data={"shard_size": 2}, training={"seq_length": 10**6})
-        prepared = peak(lambda recipe=recipe: prepare_instructions(Context(recipe), progress=str))
+        prepared = peak(lambda recipe=recipe: prepare_instructions(Context(recipe)))
         shards = example_shards(Context(recipe).open(INSTRUCTIONS))
         peaks.append((prepared, peak(lambda shards=shards: [len(shard) for shard in shards])))
     for few, many in zip(*peaks[1:], strict=True):
@@ -512,16 +512,12 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
 def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     rows = [alpaca(number) for number in range(9)]
     recipe = recipe_for(models, tmp_path, rows, data={"shard_size": 4})
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     assert (artifact.counts["examples"], artifact.counts["shards"]) == (9, 3)
     artifact.verify()
     one = recipe.model_copy(update={"sources": {"coarse": recipe.sources["coarse"]}})
     assert Context(one).plan(INSTRUCTIONS) == Context(recipe).plan(INSTRUCTIONS)
-    assert (
-        prepare_instructions(Context(one), progress=str).sha256
-        == artifact.sha256
-        == Context(one).open(INSTRUCTIONS).sha256
-    )
+    assert prepare_instructions(Context(one)).sha256 == artifact.sha256 == Context(one).open(INSTRUCTIONS).sha256
     other = recipe.model_copy(update={"seed": 5})
     for refuse in (prepare_instructions, lambda context: context.open(INSTRUCTIONS)):
         with pytest.raises(UserError, match=r"seed = 1234.*5"):

@@ -245,7 +245,7 @@ def test_an_exchange_that_always_breaks_or_has_no_end_ends_the_run(model: Path, 
         with pytest.raises(
             UserError, match=rf"^sources.served.server: {server.url} {message}.*'e{LIED_ABOUT}'"
         ) as caught:
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         assert len(str(caught.value)) <= 600
         kept = journals(recipe)[0].read_bytes().count(b"\n")
         assert kept == LIED_ABOUT  # asked one by one, in order
@@ -266,7 +266,7 @@ def test_an_endless_body_ends(model: Path, tmp_path: Path, monkeypatch: pytest.M
     with scripted(Liar(Act(write=endless))) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0, timeout=50)
         with pytest.raises(UserError, match=r"cannot be reached \(a body of more than 1 MiB came back\)"):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
     assert written[0] < 64 << 20  # what the system's buffers take of it
 
 
@@ -305,7 +305,7 @@ def test_errors_are_quoted_in_short_and_as_a_terminal_may_show_them(
     with scripted(Liar(lie, about_all=True), models) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0)
         with pytest.raises(UserError, match=f"^sources.served.server: {server.url} .*{status}") as caught:
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
     assert len(str(caught.value)) <= 600 and str(caught.value).isprintable()
 
 
@@ -315,7 +315,7 @@ def test_an_absurd_retry_after_is_no_reason_to_wait(model: Path, tmp_path: Path,
     with scripted(Liar(Act({"detail": "later"}, 429, {"retry-after": after}), times=1)) as server:
         recipe = recipe_for(model, tmp_path, server.url)
         with contextlib.suppress(UserError):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         assert_right(recipe)
 
 
@@ -332,7 +332,7 @@ def test_an_answer_of_another_model_ends_the_run(model: Path, tmp_path: Path, na
     with scripted(Liar(Act({**completion("a lie").content, "model": other}))) as server:
         recipe = recipe_for(model, tmp_path, server.url, concurrency=1)
         with pytest.raises(UserError) as caught:
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         error = str(caught.value)
         assert (
             error.startswith(f"sources.served.server: {server.url} answers as model ") and "asked is 'small'" in error
@@ -378,7 +378,7 @@ def test_neither_prompts_nor_key_follow_a_redirect(
     with scripted(lambda asked: redirect, redirect if models_too else None) as server:
         recipe = recipe_for(model, tmp_path, server.url)
         with pytest.raises(UserError) as caught:
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
     error = str(caught.value)
     assert f"{server.url} redirects requests ({status} to '{elsewhere.url}" in error and KEY not in error
     assert not elsewhere.asked

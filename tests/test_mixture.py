@@ -79,7 +79,7 @@ def test_chance_takes_each_of_the_able_as_often() -> None:
 
 def rebuilt(recipe: Recipe, **selection: object) -> tuple[Recipe, FusionDataset]:
     recipe = recipe.model_copy(update={"selection": recipe.selection.model_copy(update=selection)})
-    build_fusion_data(Context(recipe), progress=str)
+    build_fusion_data(Context(recipe))
     return recipe, FusionDataset(recipe)
 
 

@@ -57,12 +57,12 @@ def compute_and_refuse() -> None:
 
 def stages(recipe: Recipe) -> dict[str, np.ndarray]:
     """Runs what the sources and the reward model do, and returns all that they found."""
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     found = {}
     for source in recipe.sources:
-        generate_responses(Context(recipe), source, progress=str)
-        score_responses(Context(recipe), "reward", [source], progress=str)
-        capture(Context(recipe), source, "training", progress=str)
+        generate_responses(Context(recipe), source)
+        score_responses(Context(recipe), "reward", [source])
+        capture(Context(recipe), source, "training")
         answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
         found[f"{source} answers"] = np.array([repr(answer) for answer in answers])
         found[f"{source} scores"] = load_scores(Context(recipe), source, "reward")

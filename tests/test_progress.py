@@ -108,7 +108,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         scoring={"batch_tokens": 150},
         capture={"batch_tokens": 150},
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     return recipe
 
 

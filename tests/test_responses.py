@@ -38,7 +38,7 @@ def recipe_for(models: dict[str, Path], workdir: Path, examples: int = 10, **sec
     data = write_rows(workdir / "data.jsonl", rows)
     sections = {"responses": {"max_new_tokens": 12, "batch_tokens": 90}, "data": {"shard_size": 4}} | sections
     recipe = small_recipe(workdir / "run", data, models["llama"], models, **sections)
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     return recipe
 
 
@@ -59,10 +59,10 @@ def test_bytes_are_the_same_for_any_ranks_and_after_an_interruption(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_for(models, tmp_path)
-    whole = generate_responses(Context(recipe), "gpt_neox", progress=str)
+    whole = generate_responses(Context(recipe), "gpt_neox")
     whole.verify()
     rows = texts(recipe, "gpt_neox")
-    shards = example_shards(prepare_instructions(Context(recipe), progress=str))
+    shards = example_shards(prepare_instructions(Context(recipe)))
     assert [row.id for row in rows] == [example.id for shard in shards for example in shard]
     assert [len(shard) for shard in response_shards(whole)] == [len(shard) for shard in shards] == [4, 4, 2]
     assert whole.counts["tokens"] == sum(row.tokens for row in rows) > 0
@@ -71,20 +71,20 @@ def test_bytes_are_the_same_for_any_ranks_and_after_an_interruption(
     (whole.directory / "manifest.json").unlink()
     for name in ("shard-00001.done", "shard-00001.jsonl"):
         (whole.directory / name).unlink()
-    assert generate_responses(Context(recipe), "gpt_neox", progress=str).sha256 == whole.sha256
+    assert generate_responses(Context(recipe), "gpt_neox").sha256 == whole.sha256
 
     for path in whole.directory.iterdir():
         path.unlink()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert generate_responses(Context(recipe), "gpt_neox", progress=str) is None
+    assert generate_responses(Context(recipe), "gpt_neox") is None
     monkeypatch.setenv("RANK", "0")
-    assert generate_responses(Context(recipe), "gpt_neox", progress=str).sha256 == whole.sha256
+    assert generate_responses(Context(recipe), "gpt_neox").sha256 == whole.sha256
 
 
 def test_seed_source_and_options_decide_and_batch_size_does_not(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path)
-    generate_responses(Context(recipe), "llama", progress=str)
+    generate_responses(Context(recipe), "llama")
     assert Context(changed(recipe, responses={"batch_tokens": 1})).plan(RESPONSES, "llama") == Context(recipe).plan(
         RESPONSES, "llama"
     )
@@ -94,7 +94,7 @@ def test_seed_source_and_options_decide_and_batch_size_does_not(models: dict[str
         generate_responses(Context(recipe), "gemma")
     # The same model under another name draws other answers; a source more or less leaves the others' plans alone.
     twin = changed(recipe, sources=recipe.sources | {"twin": recipe.sources["llama"]})
-    generate_responses(Context(twin), "twin", progress=str)
+    generate_responses(Context(twin), "twin")
     assert [row.response for row in texts(twin, "twin")] != [row.response for row in texts(twin, "llama")]
     assert Context(twin).plan(RESPONSES, "llama") == Context(recipe).plan(RESPONSES, "llama")
 
@@ -103,12 +103,9 @@ def test_no_answer_outgrows_positions_or_seq_length(models: dict[str, Path], tmp
     short = save_model(tmp_path / "short", "mpt", positions=24)
     recipe = recipe_for({**models, "short": short}, tmp_path, responses={"max_new_tokens": 99, "batch_tokens": 5000})
     chat = load_format(recipe.sources["short"], "short")
-    prompts = {
-        e.id: len(chat.encode_prompt(e.prompt()))
-        for e in load_examples(prepare_instructions(Context(recipe), progress=str))
-    }
+    prompts = {e.id: len(chat.encode_prompt(e.prompt())) for e in load_examples(prepare_instructions(Context(recipe)))}
     assert min(prompts.values()) < 24 < max(prompts.values()), "the case tells nothing"
-    generate_responses(Context(recipe), "short", progress=str)
+    generate_responses(Context(recipe), "short")
     for row in texts(recipe, "short"):
         assert row.tokens <= max(0, 24 - prompts[row.id])
         if prompts[row.id] >= 24:
@@ -123,9 +120,9 @@ def test_a_stop_text_only_cuts_the_answer_there_would_have_been(
     stops = ["e", "o", "fig", "1", "+ 3"]
     options = recipe.sources[family].model_copy(update={"stop": stops})
     stopping = changed(recipe, sources=recipe.sources | {family: options}, workdir=tmp_path / "stopping")
-    prepare_instructions(Context(stopping), progress=str)
+    prepare_instructions(Context(stopping))
     for each in (recipe, stopping):
-        generate_responses(Context(each), family, progress=str)
+        generate_responses(Context(each), family)
     pairs = list(zip(texts(recipe, family), texts(stopping, family), strict=True))
     cut = 0
     for plain, stopped in pairs:
@@ -145,7 +142,7 @@ def test_special_tokens_and_padded_columns_are_never_an_answer(models: dict[str,
     recipe = recipe_for(models, tmp_path, examples=40, responses={"max_new_tokens": 20, "temperature": 50.0})
     for source in ("llama", "mpt"):
         chat = load_format(recipe.sources[source], source)
-        generate_responses(Context(recipe), source, progress=str)
+        generate_responses(Context(recipe), source)
         rows = texts(recipe, source)
         assert sum(row.tokens for row in rows) > 500  # nearly uniform over 300 ids, three of them special
         for row in rows:  # every generated token has left its bytes
@@ -161,12 +158,12 @@ def test_weights_that_overflow_are_named_with_source_and_example(models: dict[st
     save_model(broken, "llama")
     model.save_pretrained(broken)
     with pytest.raises(UserError, match="broken: the logits are NaN or infinite in the answer to example 'e"):
-        generate_responses(Context(recipe_for({**models, "nan": broken}, tmp_path)), "nan", progress=str)
+        generate_responses(Context(recipe_for({**models, "nan": broken}, tmp_path)), "nan")
 
 
 def test_responses_of_other_instructions_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_for(models, tmp_path)
-    generate_responses(Context(recipe), "llama", progress=str)
+    generate_responses(Context(recipe), "llama")
     for path in (recipe.workdir / "instructions").iterdir():
         path.unlink()
     other = recipe_for(models, tmp_path, examples=11)
@@ -245,11 +242,11 @@ def test_other_ends_in_generation_config_are_other_answers(models: dict[str, Pat
     name = next(iter(models))
     model = shutil.copytree(models[name], tmp_path / "model")
     recipe = recipe_for(models | {name: model}, tmp_path)
-    generate_responses(Context(recipe), name, progress=str)
-    generate_responses(Context(recipe), name, progress=str)  # finds them done
+    generate_responses(Context(recipe), name)
+    generate_responses(Context(recipe), name)  # finds them done
     path = model / "generation_config.json"
     ends = json.loads(path.read_text()) if path.exists() else {}
     further = load_format(recipe.sources[name], name).tokenizer.added_tokens["<|im_start|>"]
     path.write_text(json.dumps(ends | {"eos_token_id": [further]}))
     with pytest.raises(UserError, match="further ends"):
-        generate_responses(Context(recipe), name, progress=str)
+        generate_responses(Context(recipe), name)

@@ -152,7 +152,7 @@ class Road:
         vocabulary_map, unmatched = alignment.split()
         options = {"vocabulary_map": vocabulary_map, "unmatched": unmatched}
         recipe = self.recipe.model_copy(update={"alignment": self.recipe.alignment.model_copy(update=options)})
-        build_fusion_data(Context(recipe), progress=str)
+        build_fusion_data(Context(recipe))
         return FusionDataset(recipe)
 
 

@@ -62,12 +62,12 @@ def recipe_for(model: Path, workdir: Path, url: str, /, *, examples: int = 8, **
     server = {"url": url, "model": "small", "timeout": 10, "max_retries": 2} | options
     sources = {"served": source | {"server": server}, "local": source | {"dtype": "fp32"}}
     recipe = small_recipe(workdir / "run", data, model, sources, **sections)
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     return recipe
 
 
 def answers(recipe: Recipe, name: str = "served") -> dict[str, Response]:
-    generate_responses(Context(recipe), name, progress=str)
+    generate_responses(Context(recipe), name)
     return {row.id: row for shard in response_shards(Context(recipe).open(RESPONSES, name)) for row in shard}
 
 
@@ -128,7 +128,7 @@ def test_a_real_server_killed_in_mid_run_and_started_again(real: RealServer, mod
             UserError,
             match=rf"sources.served.server: {real.url} cannot be reached .*Start the server.*next run requests the others",
         ):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
     finally:
         killer.join()
         real.start()
@@ -386,7 +386,7 @@ def test_prompts_without_room_are_not_asked(model: Path, tmp_path: Path) -> None
         recipe = recipe_for(model, tmp_path, server.url, directory=short, responses={"max_new_tokens": 99})
         rows = answers(recipe)
     chat = load_format(recipe.sources["served"], "served")
-    examples = load_examples(prepare_instructions(Context(recipe), progress=str))
+    examples = load_examples(prepare_instructions(Context(recipe)))
     rooms = {each.id: positions - len(chat.encode_prompt(each.prompt())) for each in examples}
     assert {f"e{number(asked)}": asked.body["max_tokens"] for asked in server.asked} == {
         name: room for name, room in rooms.items() if room > 0
@@ -412,7 +412,7 @@ def test_a_prompt_as_text_has_one_bos_where_the_server_reads_it(
         )
         rows = answers(recipe)
     chat = load_format(recipe.sources["served"], "served")
-    examples = {example.id: example for example in load_examples(prepare_instructions(Context(recipe), progress=str))}
+    examples = {example.id: example for example in load_examples(prepare_instructions(Context(recipe)))}
     read = chat.tokenizer.hugging_face()
     for asked in server.asked:
         prompt, ids = (
@@ -462,21 +462,21 @@ def test_an_interrupted_run_asks_for_the_rest_alone(model: Path, tmp_path: Path)
         options = {"data": {"shard_size": 5}, "concurrency": 1, "max_retries": 0}
         recipe = recipe_for(model, tmp_path, server.url, examples=12, **options)
         with pytest.raises(UserError, match=r"503 down.*The answers received so far are kept"):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         _, begun = journals(recipe)  # five answers, two answers
         begun.write_bytes(begun.read_bytes()[:-9])  # a kill within the last line
         server.asked.clear()
         outage.left = 2
         with pytest.raises(UserError, match="503 down"):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         outage.left = float("inf")
-        interrupted = generate_responses(Context(recipe), "served", progress=str)
+        interrupted = generate_responses(Context(recipe), "served")
         assert len(server.asked) == 12 - 5 - 1 + 1  # the one that met the second outage twice
         assert interrupted is not None
         assert not journals(recipe)
 
         shutil.rmtree(interrupted.directory)
-        undisturbed = generate_responses(Context(recipe), "served", progress=str)
+        undisturbed = generate_responses(Context(recipe), "served")
         assert undisturbed is not None
         assert undisturbed.sha256 == interrupted.sha256
 
@@ -489,7 +489,7 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
     for line in ("{", "[]", "[" * 100_000, '{"text": "a"}', '{"sha256": "a"}', whole):
         path.write_text(line + "\n")
         with pytest.raises(UserError, match=f"^{path}:1: damaged .*\. Remove the file"):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
 
 
 def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +570,7 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
         first.start()
         assert asked_once.wait(20)
         with pytest.raises(UserError, match=r"answers-00000.tmp: another process requests the same answers"):
-            generate_responses(Context(recipe), "served", progress=str)
+            generate_responses(Context(recipe), "served")
         may_answer.set()
         first.join()
         assert {row.response for row in answers(recipe).values()} == {f"answer {n}" for n in range(8)}

@@ -195,7 +195,7 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = {"reasoning": option, "validation_samples": 0}
     recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
-    examples = load_examples(prepare_instructions(Context(recipe), progress=str))
+    examples = load_examples(prepare_instructions(Context(recipe)))
     by_answer = {example.response: example for example in examples}
     assert by_answer.keys() == {response, "6", "<think>two</think>8"} and by_answer["6"].reasoning is None
     assert by_answer["<think>two</think>8"].reasoning is None  # the text has it already

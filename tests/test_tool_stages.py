@@ -80,12 +80,12 @@ def listed(recipe: Recipe) -> list[dict[str, Any]]:
 
 def test_rows_with_tools_reach_the_targets_text(models: Callable, tmp_path: Path) -> None:
     recipe = recipe_of(models, tmp_path, [*PLAIN, TOOL_ROW])
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     (example,) = [each for each in load_examples(artifact) if each.id == "t"]
     assert (example.messages, example.response, example.tools) == (TALK, "It is warm.", TOOLS)
     assert listed(recipe) == [] and "dropped_for_tools" not in artifact.counts
     target = load_format(recipe.target, "target")
-    text = build_text(Context(recipe), progress=str)
+    text = build_text(Context(recipe))
     assert text is not None and text.counts["documents"] == 4
     tokens = np.fromfile(text.directory / "shard-00000.tokens.bin", np.uint16)
     (labels,) = (np.fromfile(path, np.uint8) for path in text.directory.glob("*.supervised.bin"))
@@ -100,7 +100,7 @@ def test_rows_with_tools_reach_the_targets_text(models: Callable, tmp_path: Path
 def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_path: Path) -> None:
     """The same bytes as those of instructions that were made before tools were read."""
     recipe = recipe_of(models, tmp_path, [*PLAIN, TOOL_ROW])
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     lines = (artifact.directory / "examples.00000.jsonl").read_text().splitlines()
     for line, example in zip(lines, load_examples(artifact), strict=True):
         row = asdict(example)
@@ -121,21 +121,21 @@ def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_pa
 )
 def test_a_row_that_a_source_cannot_read_is_listed(models: Callable, tmp_path: Path, source: str, reason: str) -> None:
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], source)
-    artifact = prepare_instructions(Context(recipe), progress=str)
+    artifact = prepare_instructions(Context(recipe))
     assert listed(recipe) == [{"id": "t", "line": 1, "kind": Kind.TOOLS, "reason": reason.format(models(source))}]
     assert (artifact.counts["dropped_for_tools"], artifact.counts["dropped_for_length"]) == (1, 0)
     assert [each.id for each in load_examples(artifact)] == ["p0", "p1", "p2"]
     assert any(line.split() == ["tools", "1", "line", "1"] for line in left_out(artifact))
     alone = recipe_of(models, tmp_path / "alone", [TOOL_ROW], source)
     with pytest.raises(UserError, match=r"rows\.jsonl: no example can be read \('t': sources\.s: the chat template"):
-        prepare_instructions(Context(alone), progress=str)
+        prepare_instructions(Context(alone))
 
 
 def test_what_a_template_refuses_is_listed_with_its_own_words(models: Callable, tmp_path: Path) -> None:
     add = call(1, "add", numbers=[1])
     row = TOOL_ROW | {"messages": [asks("hello"), calls(ROME, add), output(ROME, "1"), output(add, "2"), says("Sure.")]}
     recipe = recipe_of(models, tmp_path, [row, *PLAIN], "llama3.1")
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     (found,) = listed(recipe)
     assert found["reason"].endswith(" refuses the messages: single tool-calls at once!")
 
@@ -145,7 +145,7 @@ def test_a_row_that_a_reward_model_cannot_read_is_listed(models: Callable, tmp_p
     options = {"model": str(models(reward_model)), "form": "classifier"}
     sections: dict[str, Any] = {"schedule": {"preset": "profuser"}, "reward_models": {"j": options}}
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], **sections)
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     reason = f"reward_models.j: the chat template of {models(reward_model)} does not print the offered tool weather"
     assert [row["reason"] for row in listed(recipe)] == ([] if reward_model == "granite" else [reason])
 
@@ -253,6 +253,6 @@ def test_shards_are_read_as_they_were_written(models: Callable, tmp_path: Path) 
     made = call(0, "weather", **arguments)
     row = TOOL_ROW | {"messages": [asks("hello"), calls(made), output(made, ""), says("Sure.")]}
     recipe = recipe_of(models, tmp_path, [row])
-    (example,) = example_shards(prepare_instructions(Context(recipe), progress=str))[0]
+    (example,) = example_shards(prepare_instructions(Context(recipe)))[0]
     assert example.messages[1]["tool_calls"] == [made]
     assert load_chat_format(load_tokenizer(models("qwen3"))).encode_prompt(example.prompt(), example.tools)

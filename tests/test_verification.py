@@ -26,7 +26,7 @@ ANSWERS = "teachers/beta/inference"
 
 
 def verified(recipe: Recipe) -> Verification:
-    return verify_fusion_data(Context(recipe), progress=str)
+    return verify_fusion_data(Context(recipe))
 
 
 def own_up(path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
     expect(
         problems, rf"{path.name}: example 'e7': weight is 0\.125, the sources' examples give 1\.0 \(1 examples differ\)"
     )
-    build_fusion_data(Context(copied), progress=str)
+    build_fusion_data(Context(copied))
     assert verified(copied).problems == []
 
 

@@ -108,10 +108,10 @@ def test_bertscore_is_the_formula_whatever_shares_its_batch(
     options = ReferenceOptions(bertscore_model=str(encoders[family]), bertscore_layer=layer)
     expected = [plain_bertscore(encoders[family], family, layer or LAYERS, *pair) for pair in ANSWERS]
     assert np.ptp(expected) > 0.1, "the case tells nothing"
-    found = reference_measures(options, *zip(*ANSWERS, strict=True), progress=str)[:, 2]
+    found = reference_measures(options, *zip(*ANSWERS, strict=True))[:, 2]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     order = np.random.default_rng(5).integers(0, len(ANSWERS), 150)  # several batches, each text many times
-    mixed = reference_measures(options, *zip(*(ANSWERS[n] for n in order), strict=True), progress=str)[:, 2]
+    mixed = reference_measures(options, *zip(*(ANSWERS[n] for n in order), strict=True))[:, 2]
     np.testing.assert_allclose(mixed, np.array(expected)[order], atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_bleu_and_rouge_are_their_formulas() -> None:
         [" ".join(random.choice(["fox", "dog", "pear", "fig", "over"], size)) for size in random.integers(1, 12, 2)]
         for _ in range(300)
     ]
-    measures = reference_measures(ReferenceOptions(), *zip(*texts, strict=True), progress=str)
+    measures = reference_measures(ReferenceOptions(), *zip(*texts, strict=True))
     words = [[text.split() for text in pair] for pair in texts]
     np.testing.assert_allclose(measures[:, 0], [plain_bleu(*pair) for pair in words], atol=1e-6)
     np.testing.assert_allclose(measures[:, 1], [plain_rouge_l(*pair) for pair in words], atol=1e-6)
@@ -163,7 +163,7 @@ def test_an_empty_answer_has_no_measure_and_the_truth_itself_has_all(encoders: d
     np.testing.assert_allclose(combine(measures, options), [np.nan, 1, np.nan], atol=1e-6)
     assert said == ["answers against the ground truth: 1, on average bleu 1.000, rouge_l 1.000, bertscore 1.000"]
     assert reference_measures(options, ["", " "], truth[:2], said.append).shape == (2, 3) and len(said) == 1
-    assert reference_measures(options, [], [], progress=str).shape == (0, 3)
+    assert reference_measures(options, [], []).shape == (0, 3)
 
 
 def test_weights_of_the_measures() -> None:

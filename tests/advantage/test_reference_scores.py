@@ -51,9 +51,9 @@ def answered(model: Path, root: Path, **reference: object) -> Recipe:
         selection={"inference": "reference"},
         reference={"without_bertscore": "renormalize", **reference},
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for name in sources:
-        generate_responses(Context(recipe), name, progress=str)
+        generate_responses(Context(recipe), name)
     return recipe
 
 
@@ -61,7 +61,7 @@ def test_measures_are_stored_in_example_order_and_the_manifest_says_what_is_left
     model: Path, tmp_path: Path
 ) -> None:
     recipe = answered(model, tmp_path)
-    artifacts = score_against_reference(Context(recipe), progress=str)
+    artifacts = score_against_reference(Context(recipe))
     assert [artifact.counts for artifact in artifacts] == [
         {"examples": 5, "unscored": 0},
         {"examples": 5, "unscored": 1},
@@ -105,10 +105,10 @@ def test_without_a_model_it_goes_on_only_on_request(model: Path, tmp_path: Path)
 
 def test_another_version_of_a_package_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = answered(model, tmp_path)
-    score_against_reference(Context(recipe), progress=str)
+    score_against_reference(Context(recipe))
     monkeypatch.setattr(stage, "version", lambda package: f"0 of {package}")
     with pytest.raises(UserError, match=r"options\.packages = .*0 of rouge-score"):
-        score_against_reference(Context(recipe), progress=str)
+        score_against_reference(Context(recipe))
     load_reference_scores(Context(recipe), "same")  # which needs no package
 
 

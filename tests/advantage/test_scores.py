@@ -72,14 +72,14 @@ def answered(reward_models: dict[str, Path], root: Path, sources: str = "ab", **
         schedule={"preset": "profuser"},
         **sections,
     )
-    prepare_instructions(Context(recipe), progress=str)
+    prepare_instructions(Context(recipe))
     for source in sources:
-        generate_responses(Context(recipe), source, progress=str)
+        generate_responses(Context(recipe), source)
     return recipe
 
 
 def scored(recipe: Recipe, reward_model: str = "llama", **options: object) -> dict[str, bytes]:
-    score_responses(Context(recipe), reward_model, progress=str, **options)  # type: ignore[arg-type]
+    score_responses(Context(recipe), reward_model, **options)  # type: ignore[arg-type]
     return contents(recipe)
 
 
@@ -112,7 +112,7 @@ def test_scores_are_in_example_order_and_what_cannot_be_scored_is_nan(
     reward_models: dict[str, Path], tmp_path: Path, share_prompts: bool
 ) -> None:
     recipe = answered(reward_models, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
-    artifacts = score_responses(Context(recipe), "mpt", progress=str)
+    artifacts = score_responses(Context(recipe), "mpt")
     assert [artifact.counts for artifact in artifacts] == [
         {"examples": 7, "unscored": unscored} for unscored in (4, 0, 2)
     ]
@@ -176,7 +176,7 @@ def test_any_number_of_ranks_ends_with_the_same_bytes(
     finished = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        finished.append(len(score_responses(Context(recipe), "llama", progress=str)))
+        finished.append(len(score_responses(Context(recipe), "llama")))
     assert finished == [0] * (world_size - 1) + [2]
     assert contents(recipe) == one
 
@@ -224,7 +224,7 @@ def test_a_truncated_answer_is_scored_as_if_it_had_ended(reward_models: dict[str
         rows = [{"id": name, "response": "The quick", "truncated": truncated} for name in IDS]
         write_rows(tmp_path / str(truncated) / "a.jsonl", rows)
         shutil.rmtree(recipe.workdir / "responses/a")
-        counts = generate_responses(Context(recipe), "a", progress=str).counts
+        counts = generate_responses(Context(recipe), "a").counts
         assert counts["truncated"] == 7 * truncated
         scored(recipe)
         scores[truncated] = load_scores(Context(recipe), "a", "llama")
@@ -239,7 +239,7 @@ def test_the_target_s_own_answers_are_scored_where_its_reward_orders_the_example
     own = recipe.target.model_copy(update={"responses": recipe.sources["b"].responses})
     schedule = recipe.schedule.model_copy(update={"order": "target_reward"})
     recipe = recipe.model_copy(update={"target": own, "schedule": schedule})
-    generate_responses(Context(recipe), TARGET, progress=str)
+    generate_responses(Context(recipe), TARGET)
     assert {name.split("/")[0] for name in scored(recipe)} == {"b", TARGET}
     np.testing.assert_allclose(
         load_scores(Context(recipe), TARGET, "llama"), load_scores(Context(recipe), "b", "llama"), atol=1e-5
@@ -250,9 +250,9 @@ def test_nothing_is_loaded_where_nothing_is_to_be_done(
     reward_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = answered(reward_models, tmp_path)
-    first = score_responses(Context(recipe), "llama", progress=str)
+    first = score_responses(Context(recipe), "llama")
     monkeypatch.setattr(stage, "load_reward_model", None)
-    assert [a.sha256 for a in score_responses(Context(recipe), "llama", progress=str)] == [a.sha256 for a in first]
+    assert [a.sha256 for a in score_responses(Context(recipe), "llama")] == [a.sha256 for a in first]
 
 
 def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(
@@ -261,7 +261,7 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(
     rows = [{"id": name, "scores": {"a": float(name), "b": -float(name)}} for name in IDS]
     path = write_rows(tmp_path / "given.jsonl", rows)
     recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": str(path)}})
-    assert [artifact.counts["unscored"] for artifact in score_responses(Context(recipe), "given", progress=str)] == [
+    assert [artifact.counts["unscored"] for artifact in score_responses(Context(recipe), "given")] == [
         3,
         0,
     ]
@@ -271,7 +271,7 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(
     assert set(plan.inputs) == {"responses", "scores file"}
     write_rows(path, rows[1:])
     with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
-        score_responses(Context(recipe), "given", progress=str)
+        score_responses(Context(recipe), "given")
     with pytest.raises(UserError, match=r"inputs\.scores file = .*, but now"):
         load_scores(Context(recipe), "a", "given")
     path.unlink()
@@ -284,7 +284,7 @@ def test_a_file_without_a_source_is_refused_before_anything_is_written(
     path = write_rows(tmp_path / "given.jsonl", [{"id": name, "scores": {"a": 1.0}} for name in IDS])
     recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": str(path)}})
     with pytest.raises(UserError, match="has no score of 'b'"):
-        score_responses(Context(recipe), "given", progress=str)
+        score_responses(Context(recipe), "given")
     assert contents(recipe) == {}
 
 
@@ -333,7 +333,7 @@ def test_weights_that_overflow_are_named_with_the_answer_that_showed_them(
     broken = recipe.reward_models | {"bad": RewardModelOptions(model=str(tmp_path / "broken"), dtype="fp32")}
     match = rf"reward_models\.bad gives (nan|inf|-inf) to the answer of '{source}' to example '{example}'"
     with pytest.raises(UserError, match=match):
-        score_responses(Context(recipe.model_copy(update={"reward_models": broken})), "bad", progress=str)
+        score_responses(Context(recipe.model_copy(update={"reward_models": broken})), "bad")
 
 
 TOOL = Path(__file__).parents[2] / "tools/score_responses.py"

@@ -45,9 +45,9 @@ def _make_stages(directory: Path) -> None:
     write_rows(directory / "answers.jsonl", [{"id": f"e{n}", "response": text} for n, text in enumerate(TEXTS)])
     write_rows(directory / "scores.jsonl", [{"id": f"e{n}", "scores": {"s": n / 3}} for n in range(8)])
     recipe = _recipe(directory)
-    prepare_instructions(Context(recipe), progress=str)
-    generate_responses(Context(recipe), "s", progress=str)
-    score_responses(Context(recipe), "reward", ["s"], progress=str)
+    prepare_instructions(Context(recipe))
+    generate_responses(Context(recipe), "s")
+    score_responses(Context(recipe), "reward", ["s"])
 
 
 def _content(recipe: Recipe) -> str:
@@ -105,8 +105,8 @@ def _make(index: int, prefix: Path) -> dict[str, int]:
 
 def _make_part(directory: Path) -> None:
     """Complete, and cut off before the manifest."""
-    run_plan(_plan(directory), _make, progress=str)
-    run_plan(_plan(directory / "cut_off"), _make, progress=str)
+    run_plan(_plan(directory), _make)
+    run_plan(_plan(directory / "cut_off"), _make)
     (directory / "cut_off/made/manifest.json").unlink()
 
 
@@ -114,7 +114,7 @@ def _rerun(directory: Path) -> None:
     """Ends with the whole artifact, or refuses."""
     for root in (directory, directory / "cut_off"):
         plan = _plan(root)
-        artifact = run_plan(plan, _make, progress=str)
+        artifact = run_plan(plan, _make)
         assert artifact is not None
         assert artifact.verify().counts == {"items": 3} and len(artifact.manifest["files"]) == 6
         assert open_artifact(plan.directory, "stage", "the command", options=plan.options) == artifact

@@ -123,7 +123,7 @@ def _prepare(directory: Path) -> None:
         directory / "run", directory / "data.jsonl", model, {"s": model}, data={"validation_samples": 1}
     )
     try:
-        prepare_instructions(Context(recipe), progress=str)
+        prepare_instructions(Context(recipe))
     except UserError:
         assert not (directory / "run").exists(), "a refusal left a directory behind"
         raise

@@ -27,7 +27,7 @@ def world() -> Recipe:
     """Models, captures and fusion data that no target damages."""
     recipe = build_world(Path(tempfile.mkdtemp(prefix="fuzz-fusion-")))
     ordered = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"order": "target_reward"})})
-    build_fusion_data(Context(ordered), progress=str)
+    build_fusion_data(Context(ordered))
     return ordered
 
 
@@ -87,7 +87,7 @@ def read_own_up(directory: Path) -> None:
 
 
 def verify(directory: Path) -> None:
-    problems = verify_fusion_data(Context(recipe_in(directory)), progress=str).problems
+    problems = verify_fusion_data(Context(recipe_in(directory))).problems
     if problems:
         raise UserError(problems[0])
 

@@ -182,5 +182,5 @@ def test_the_command_prints_the_numbers_and_writes_the_same_files_twice(
     assert set(files) == {"advantage.json", "advantage.html", *charts}
     assert json.loads(files["advantage.json"]) == report
     assert all(files[name].startswith(b"\x89PNG\r\n") for name in charts)
-    write_advantage_report(Context(world), progress=str)
+    write_advantage_report(Context(world))
     assert files == {path.name: path.read_bytes() for path in directory.iterdir()}

@@ -30,7 +30,7 @@ from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 
 @pytest.fixture(scope="module")
 def report(world: Recipe) -> dict:
-    return alignment_report(Context(world), progress=str)
+    return alignment_report(Context(world))
 
 
 def teacher(report: dict, source: str, mode: str) -> dict:
@@ -182,7 +182,7 @@ def test_the_command_prints_a_table_and_writes_three_files(
     directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     assert sorted(path.name for path in directory.iterdir()) == ["alignment.html", "alignment.json", "alignment.png"]
     report = json.loads((directory / "alignment.json").read_text())
-    assert report == alignment_report(Context(world), progress=str)
+    assert report == alignment_report(Context(world))
     assert (directory / "alignment.png").read_bytes().startswith(b"\x89PNG\r\n")
     output = capsys.readouterr().out
     assert alignment_text(report) in output
@@ -196,6 +196,6 @@ def test_the_same_data_give_the_same_files(world: Recipe) -> None:
     directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
     files = []
     for _ in range(2):
-        write_alignment_report(Context(world), progress=str)
+        write_alignment_report(Context(world))
         files.append({path.name: path.read_bytes() for path in directory.iterdir()})
     assert files[0] == files[1]

@@ -27,7 +27,7 @@ def artifact(directory: Path, damaged: bool) -> Artifact:
         prefix.with_name(prefix.name + ".bin").write_bytes(bytes(100))
         return {}
 
-    made = run_plan(Plan(directory, "stage", {}, {}, 3), make_shard, progress=str)
+    made = run_plan(Plan(directory, "stage", {}, {}, 3), make_shard)
     assert made is not None
     if damaged:
         (directory / "shard-00001.bin").write_bytes(b"\1" + bytes(99))
