@@ -15,9 +15,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from types import MethodType
 
@@ -189,9 +187,8 @@ def _around(trainer: Trainer) -> None:
     parts = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True}
     list(micro_batches(trainer.dataset, batch, **parts, device=trainer.runtime.device))
     values = {"loss": 1.0, "ce/training": 1.0, "kl/training": 1.0, "grad norm": 1.0, "padding": 0.0}
-    with redirect_stdout(StringIO()):
-        flops = training_flops(trainer.architecture, batch.positions)
-        trainer.log.step(1, 1, "phase", 1e-5, values, batch.tokens, flops)
+    flops = training_flops(trainer.architecture, batch.positions)
+    trainer.log.step(1, 1, "phase", 1e-5, values, batch.tokens, flops)
 
 
 def _dense_loss(model: torch.nn.Module, targets: FusionTargets, logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from log_lines import at_every_shard
 from small_captures import Models, build_world, changed, fresh_recipe, read, world_recipe
 from small_models import small_recipe, write_rows
 from small_tokenizers import sentencepiece_model
@@ -268,9 +269,9 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(fresh: Recipe) ->
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        capture(Context(fresh), "beta", "training", progress=interrupt)
-    with pytest.raises(UserError, match="is incomplete\. Run megatron-fuse capture"):
+    with pytest.raises(KeyboardInterrupt), at_every_shard(interrupt):
+        capture(Context(fresh), "beta", "training")
+    with pytest.raises(UserError, match=r"is incomplete\. Run megatron-fuse capture"):
         Context(fresh).open(CAPTURES, "beta", "training")
     (whole.directory / "shard-00001.safetensors").write_bytes(b"half a file")
     capture(Context(fresh), "beta", "training")

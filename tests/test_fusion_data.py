@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from log_lines import at_every_shard
 from small_fusion import SOURCES
 
 from megatron_fuse.alignment import MATCHES, build_vocabulary_map
@@ -372,8 +373,8 @@ def test_an_interrupted_build_continues_and_ends_with_the_same_bytes(copied: Rec
             raise Stop
 
     for _ in range(4):
-        with pytest.raises(Stop):
-            build_fusion_data(Context(copied), progress=interrupt)
+        with pytest.raises(Stop), at_every_shard(interrupt):
+            build_fusion_data(Context(copied))
     build_fusion_data(Context(copied))
     found = bytes_of(fusion)
     assert found.keys() == expected.keys()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from log_lines import logged
 from small_models import save_model, small_recipe, write_rows
 
 from megatron_fuse.errors import UserError
@@ -65,8 +66,9 @@ def test_answers_from_a_file(model: Path, tmp_path: Path, name: str) -> None:
     given[4] |= {"response": "I'm sorry, but I can't help with that."}
     path = write_table(tmp_path / name, given)
     recipe = recipe_for(model, tmp_path, questions(), str(path))
-    said: list[str] = []
-    artifact = generate_responses(Context(recipe), "file", progress=said.append)
+    with logged() as text:
+        artifact = generate_responses(Context(recipe), "file")
+    said = text.getvalue().splitlines()
     assert artifact.sha256 == Context(recipe).open(RESPONSES, "file").sha256
     rows = rows_of(artifact)
     expected = {row["id"]: row["response"] or "" for row in given if row["id"] != "more"} | {"e6": ""}

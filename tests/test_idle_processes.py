@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from log_lines import logged
 from small_models import save_model, small_recipe, write_rows
 
 from megatron_fuse.instructions import prepare_instructions
@@ -58,13 +59,14 @@ def test_the_first_process_of_a_stage_says_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], says: bool
 ) -> None:
     recipe = recipe_of(tmp_path, 512, str(save_model(tmp_path / "model", "llama")))
-    said: list[str] = []
     for key in ("RANK", "WORLD_SIZE", STARTED):
         monkeypatch.delenv(key, raising=False)
     prepare_instructions(Context(recipe))
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    warn_of_idle_processes(Context(recipe), said.append)
+    with logged("warning") as text:
+        warn_of_idle_processes(Context(recipe))
+    said = text.getvalue().splitlines()
     assert len(said) == says
     assert all(
         "1 of 2 processes has no work" in line
@@ -75,6 +77,6 @@ def test_the_first_process_of_a_stage_says_it_once(
 
 def test_nothing_is_said_of_instructions_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said: list[str] = []
-    warn_of_idle_processes(Context(recipe_of(tmp_path, 512)), said.append)
-    assert said == []
+    with logged("warning") as said:
+        warn_of_idle_processes(Context(recipe_of(tmp_path, 512)))
+    assert said.getvalue() == ""

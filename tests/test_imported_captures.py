@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from capture_forms import FORMS, Row
+from log_lines import logged
 from pyarrow import parquet
 from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import write_rows
@@ -213,9 +214,10 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
     for name in ("token_ids", "top_ids", "top_logprobs", "token_logprobs"):  # one token more than the response has
         rows[9][name].append(rows[9][name][-1])
     del rows[9]["logsumexp"]
-    lines: list[str] = []
     recipe = with_file(fresh, write(tmp_path / "some.jsonl", rows))
-    artifact = capture(Context(recipe), SOURCE, "training", progress=lines.append)
+    with logged("warning") as text:
+        artifact = capture(Context(recipe), SOURCE, "training")
+    lines = text.getvalue().splitlines()
     assert artifact is not None
     counts = {name: artifact.counts[name] for name in STATUSES}
     assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_lines import logged
 from safetensors.torch import load_file, save_file
 from small_models import save_model
 from torch import Tensor
@@ -52,7 +53,7 @@ def read(directory: Path) -> Tensors:
 
 
 def merged(output: Path, method: str, *models: Path, **options: object) -> Tensors:
-    assert merge_models(Merge(method, models, **{"dtype": "fp32", **options}), output, progress=lambda line: None)
+    assert merge_models(Merge(method, models, **{"dtype": "fp32", **options}), output)
     return read(output)
 
 
@@ -293,13 +294,13 @@ def test_a_merge_keeps_the_precision_of_its_models_or_says_that_it_does_not(
         in_dtype(family / name, tmp_path / name, DTYPES[dtype])
         for name, dtype in zip("ab", (first, second), strict=True)
     ]
-    said: list[str] = []
-    assert merge_models(Merge("linear", tuple(models), dtype=asked), tmp_path / "out", progress=said.append)
+    with logged("warning") as said:
+        assert merge_models(Merge("linear", tuple(models), dtype=asked), tmp_path / "out")
     stored = load_file(tmp_path / "out/model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {DTYPES[written]}
     assert read_json(tmp_path / "out" / RECORD)["dtype"] == written
     assert read_json(tmp_path / "out/config.json")["dtype"] == str(DTYPES[written]).removeprefix("torch.")
-    assert [each for each in said if "rounds" in each] == ([line] if line else [])
+    assert said.getvalue().splitlines() == ([f"warning: {line}"] if line else [])
 
 
 def test_the_command_writes_a_model_once_and_says_of_what(
@@ -347,12 +348,13 @@ def test_the_command_writes_a_model_once_and_says_of_what(
     assert "model.safetensors: checksum" in capsys.readouterr().err
 
 
-def test_a_merge_that_breaks_off_leaves_nothing(family: Path, tmp_path: Path) -> None:
-    def full_disk(_: str) -> None:
+def test_a_merge_that_breaks_off_leaves_nothing(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
+    monkeypatch.setattr("megatron_fuse.merging.write_beside_weights", full_disk)
     with pytest.raises(UserError, match=r"out: cannot be written \(no space left"):
-        merge_models(Merge("linear", (family / "a", family / "b")), tmp_path / "new" / "out", progress=full_disk)
+        merge_models(Merge("linear", (family / "a", family / "b")), tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
 
 

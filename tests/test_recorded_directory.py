@@ -21,7 +21,7 @@ RECORD = "made.json"
 
 def make(output: Path, origin: str, size: int = 4) -> bool:
     """As exports and merges do it; whether something was written."""
-    with sole_writer(output, RECORD, progress=lambda _: None):
+    with sole_writer(output, RECORD):
         found = find(output, RECORD, "--output")
         if found and found.whole and found.origin == {"from": origin}:
             return False

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 from local_server import Act, Asked, RealServer, completion, free_port, scripted
+from log_lines import logged
 from small_models import save_model, small_recipe, write_rows
 from small_tokenizers import make_tokenizer
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import load_examples, prepare_instructions
+from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, Response, generate_responses, response_shards
 from megatron_fuse.sources.listed_models import unlisted
@@ -495,22 +497,22 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
 def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_fuse.sources.server._PROGRESS_SECONDS", 0.01)
     monkeypatch.setattr("megatron_fuse.progress.INTERVAL", 0.0)
-    told, lines = threading.Event(), list[str]()
+    told = threading.Event()
 
     def script(asked: Asked) -> Act:
         assert number(asked) < 5 or told.wait(20)
         return echo(asked)
 
-    def progress(line: str) -> None:
-        lines.append(line)
-        if "5/8" in line:
+    def note(progress: Progress, items: int, *rest: Any) -> None:
+        update(progress, items, *rest)
+        if items == 5:
             told.set()
 
-    with scripted(script) as server:
-        generate_responses(Context(recipe_for(model, tmp_path, server.url, concurrency=1)), "served", progress)
-    assert any(
-        re.search(r"responses/served: shard 0: 5/8 answers, [\d.,]+ answers/s, .* left$", line) for line in lines
-    )
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", note)
+    with scripted(script) as server, logged() as lines:
+        generate_responses(Context(recipe_for(model, tmp_path, server.url, concurrency=1)), "served")
+    assert re.search(r"responses/served: 62%, 5/8 examples, nothing new for < 1 s$", lines.getvalue(), re.M)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import logging
 import math
 import unicodedata
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from log_lines import logged
 
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.huggingface.talk import Printer
 from megatron_fuse.inspection.documents import format_view
 from megatron_fuse.reporting.layout import html_page, html_table, markdown_table, text_table
-from megatron_fuse.runtime import Runtime
 from megatron_fuse.text_safety import printable, say
 from megatron_fuse.training.guards import StepGuard
 
@@ -76,9 +77,10 @@ def _inspected() -> str:
     return format_view(view, SimpleNamespace(selections={}))
 
 
-def _runtime() -> str:
-    runtime = Runtime(0, 1, "cpu", 1, 1, None, 1, 0, is_last_stage=True, is_logging_rank=True)
-    return _printed(lambda: runtime.print(f"WARNING: {BAD}"))
+def _logged() -> str:
+    with logged() as text:
+        logging.getLogger("megatron_fuse.training").warning(BAD)
+    return text.getvalue()
 
 
 def _chat_tool() -> str:
@@ -112,7 +114,7 @@ ROADS: dict[str, Callable[[], str]] = {
     "a message": lambda: _printed(lambda: say(BAD)),
     "an error": _refusal,
     "a step's warning": _step_guard,
-    "the training's lines": _runtime,
+    "a log record": _logged,
     "an example inspected": _inspected,
     "a table on the terminal": lambda: "\n".join(text_table((["name", "n"], [[BAD, "1"], ["x", BAD]]))),
     "a table in Markdown": lambda: "\n".join(markdown_table(([BAD, "n"], [[BAD, "1"]]))),

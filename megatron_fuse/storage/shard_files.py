@@ -169,7 +169,7 @@ class ShardFiles:
 
         The next run may then use other options in the same directory.
         """
-        if self.marked() == 0 and self._locks.try_alone():
+        if not self.marked() and self._locks.try_alone():
             (self.directory / "plan.json").unlink(missing_ok=True)
             # OSError if the directory is not empty: it may hold kept answers of a generation server, which
             # stay.

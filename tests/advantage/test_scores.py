@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from log_lines import at_every_shard
 from small_models import FAMILIES, save_model, small_recipe, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -158,8 +159,8 @@ def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(
         if len(lines) == cut:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        score_responses(Context(recipe), "llama", progress=cutting)
+    with pytest.raises(KeyboardInterrupt), at_every_shard(cutting):
+        score_responses(Context(recipe), "llama")
     assert not list((recipe.workdir / "scores").rglob("manifest.json"))
     assert scored(recipe) == whole
 
@@ -203,8 +204,8 @@ def test_a_source_that_joins_an_unfinished_run_leaves_whole_shards_alone(
         if "/b/" in line and "shard 2/4" in line:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        score_responses(Context(answered(reward_models, tmp_path, "ab")), "llama", progress=cutting)
+    with pytest.raises(KeyboardInterrupt), at_every_shard(cutting):
+        score_responses(Context(answered(reward_models, tmp_path, "ab")), "llama")
     encodings.texts.clear()
     scored(answered(reward_models, tmp_path, "abc"))
     rest = [text for texts in (ANSWERS["a"], ANSWERS["b"]) for text in list(texts.values())[4:]]

@@ -83,8 +83,8 @@ def with_rules(recipe: Recipe, preset: str, **selection: object) -> Recipe:
 
 
 def built(recipe: Recipe) -> FusionDataset:
-    build_fusion_data(Context(recipe), progress=str)
-    assert verify_fusion_data(Context(recipe), progress=str).problems == []
+    build_fusion_data(Context(recipe))
+    assert verify_fusion_data(Context(recipe)).problems == []
     return FusionDataset(recipe)
 
 
@@ -149,7 +149,7 @@ def test_rows_without_a_category_are_refused(tmp_path: Path) -> None:
     recipe = fusion_recipe(tmp_path, save_models(tmp_path))
     run_before_fusion(recipe)
     with pytest.raises(UserError, match=r"data\.jsonl: no example has a category.*choose another rule"):
-        build_fusion_data(Context(with_rules(recipe, "fuse", training="by_category")), progress=str)
+        build_fusion_data(Context(with_rules(recipe, "fuse", training="by_category")))
 
 
 def test_without_a_reward_model_the_rule_is_refused(fused: Recipe) -> None:

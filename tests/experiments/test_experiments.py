@@ -73,7 +73,7 @@ def run(path: Path, **options: Any) -> tuple[Experiment, list[str], list[str]]:
     experiment = load_experiment(path)
     calls = path.parent / "calls.txt"
     calls.write_text("")
-    failed = run_experiment(experiment, path, progress=lambda _: None, **options)
+    failed = run_experiment(experiment, path, **options)
     return experiment, failed, sorted(calls.read_text().splitlines())
 
 

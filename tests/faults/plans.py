@@ -19,7 +19,7 @@ def make_artifact(directory: Path) -> None:
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         return _write(index, prefix, pace)
 
-    run_plan(Plan(directory / "one", "toy", {"seed": 1}, {"data": "0" * 64}, SHARDS), make_shard, progress=print)
+    run_plan(Plan(directory / "one", "toy", {"seed": 1}, {"data": "0" * 64}, SHARDS), make_shard)
 
 
 def make_artifacts(directory: Path) -> None:
@@ -32,7 +32,7 @@ def make_artifacts(directory: Path) -> None:
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         return {name: _write(index, prefix, pace) for name, prefix in prefixes.items()}
 
-    run_plans(plans, make_shards, progress=print)
+    run_plans(plans, make_shards)
 
 
 def read_artifacts(directory: Path, output: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_targets as small
 import torch
+from log_lines import logged
 from safetensors.torch import load_file, save_file
 from small_targets import small_models
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -142,9 +143,9 @@ def exported_lines(model_dir, output_dirs):
     load_hugging_face_weights([model], model_dir)
     lines = {}
     for output_dir, dtype in output_dirs.items():
-        said = []
-        save_hugging_face_model(model, model_dir, output_dir, dtype, progress=said.append)
-        lines[dtype] = said
+        with logged("warning") as said:
+            save_hugging_face_model(model, model_dir, output_dir, dtype)
+        lines[dtype] = said.getvalue().splitlines()
     return lines
 
 
@@ -156,7 +157,7 @@ def test_an_export_says_where_it_rounds(ranks, small_models, tmp_path):
     for dtype, (line,) in lines.items():
         lost = sum(not torch.equal(tensor.to(DTYPES[dtype]).float(), tensor) for tensor in original.values())
         assert lost > 0
-        assert line.startswith(f"{lost} of {len(original)} tensors are rounded to {dtype}: fp32 keeps")
+        assert line.startswith(f"warning: {lost} of {len(original)} tensors are rounded to {dtype}: fp32 keeps")
     again = ranks(1, exported_lines, tmp_path / "bf16", {tmp_path / "again": "bf16"})[0]
     assert again == {"bf16": []}  # what has been rounded stays
 
@@ -178,7 +179,7 @@ def exports_of_large_values(model_dir, output_dir):
         for dtype in ("fp16", "bf16", "fp32"):
             output = output_dir / f"{value} {dtype}"
             try:
-                save_hugging_face_model(model, model_dir, output, dtype, progress=lambda line: None)
+                save_hugging_face_model(model, model_dir, output, dtype)
                 said[-1].append(None)
             except UserError as error:
                 said[-1].append(str(error))

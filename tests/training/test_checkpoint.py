@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from log_lines import logged
 from synthetic import make_tiny_target
 from test_layouts import layout, one_report, run_training
 from transformers import AutoModelForCausalLM
@@ -183,11 +184,8 @@ def test_a_full_disk_is_named_with_the_room_that_is_wanted(ranks, small_disk, tm
 
 
 def run_and_return_output(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
-    import contextlib
-    import io
 
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with logged() as output:
         run_training(workdir, target, sections)
     return output.getvalue()
 

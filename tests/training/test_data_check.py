@@ -1,13 +1,12 @@
 """Laws of training over damaged data: every rank ends with the same UserError, and No checkpoint was written."""
 
-import contextlib
-import io
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from log_lines import logged
 from synthetic import SyntheticDataset, make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
@@ -85,7 +84,7 @@ def run(
     if local_rank is not None:
         os.environ["LOCAL_RANK"] = str(local_rank)
     message = ""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+    with pytest.MonkeyPatch.context() as patch, logged():
         patch.setattr(Artifact, "checked", wait_and_check)
         patch.setattr("test_layouts.SyntheticDataset", lambda: Dataset(made, trouble))
         try:

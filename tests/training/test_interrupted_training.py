@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from log_lines import logged
 from synthetic import make_tiny_target
 from test_layouts import Recorder, layout, one_report, run_training
 
@@ -39,10 +39,10 @@ def run_and_signal(
     """One rank: iterations done, what it printed, and whether the handlers are again those from before."""
     before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     receives = int(os.environ["RANK"]) == receiver
-    log, output = Sender(number=number if receives else 0, at=2), io.StringIO()
+    log = Sender(number=number if receives else 0, at=2)
     # A Ctrl-C ends the command, once all is saved.
     ending = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
-    with contextlib.redirect_stdout(output), ending:
+    with logged() as output, ending:
         run_training(workdir, target, sections, log)
     after = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     return [step["iteration"] for step in log.steps], output.getvalue(), before == after

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from log_lines import logged
 from synthetic import make_tiny_recipe, make_tiny_target
 from test_guards import make_tiny_trainer
 from test_layouts import layout
@@ -82,8 +83,6 @@ def logged_run(
     workdir: Path, target: Path, sections: dict[str, Any], stub: bool = False
 ) -> tuple[str, list[dict]] | None:
     """What the reporting rank printed, and the calls that a stub of wandb got."""
-    import contextlib
-    import io
 
     from megatron_fuse.training.trainer import train
 
@@ -92,9 +91,8 @@ def logged_run(
         run = SimpleNamespace(log=lambda values, step: calls.append({"log": values, "step": step}))
         run.finish = lambda: calls.append({"finish": True})
         sys.modules["wandb"] = SimpleNamespace(init=lambda **options: calls.append({"init": options}) or run)  # type: ignore[assignment]
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with logged() as printed:
             trainer = make_tiny_trainer(workdir, target, sections)
             train(trainer)
     finally:

@@ -1,7 +1,5 @@
 """--profile: a readable trace of the chosen iterations on the chosen ranks, and of nothing else."""
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from log_lines import logged
 from synthetic import make_tiny_recipe, make_tiny_target
 from test_guards import make_tiny_trainer
 from test_layouts import layout
@@ -27,8 +26,7 @@ def profiled_run(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
     """What this rank printed."""
     from megatron_fuse.training.trainer import train
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with logged() as printed:
         train(make_tiny_trainer(workdir, target, sections))
     return printed.getvalue()
 

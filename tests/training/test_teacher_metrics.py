@@ -1,13 +1,12 @@
 """Teacher's mass, student's mass and agreement, per mode and source, against a model of Hugging Face's in fp64."""
 
-import contextlib
-import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from log_lines import logged
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_guards import make_tiny_trainer
@@ -140,8 +139,7 @@ def test_the_numbers_are_recorded_and_not_printed(ranks, target, tmp_path) -> No
 def logged_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[str, list[dict]]:
     from megatron_fuse.training.trainer import train
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with logged() as printed:
         trainer = make_tiny_trainer(workdir, target, sections)
         train(trainer)
     return printed.getvalue(), read_metrics(metrics_directory(trainer.recipe) / METRICS)

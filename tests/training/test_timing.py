@@ -1,7 +1,5 @@
 """--timing-log-level: which timers there are at a level, what they add up, and that level 0 has none."""
 
-import contextlib
-import io
 import itertools
 import re
 from pathlib import Path
@@ -9,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from log_lines import logged
 from synthetic import make_tiny_target
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_guards import make_tiny_trainer
@@ -34,8 +33,8 @@ def timed_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[st
     from megatron_fuse.training import trainer as trainers
 
     counts: list[int] = []
-    printed, ticks = io.StringIO(), itertools.count()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    ticks = itertools.count()
+    with pytest.MonkeyPatch.context() as patch, logged() as printed:
         patch.setattr(timers, "time", SimpleNamespace(time=lambda: float(next(ticks))))
         trainer = make_tiny_trainer(workdir, target, sections)
         train_step = trainers.train_step
@@ -127,7 +126,7 @@ def run_without_timers(workdir: Path, target: Path, sections: dict[str, Any]) ->
     def refuse(self: Timer, **_: object) -> None:
         raise AssertionError(f"{self.name} is timed")
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+    with pytest.MonkeyPatch.context() as patch, logged():
         patch.setattr(Timer, "start", refuse)
         trainer = make_tiny_trainer(workdir, target, sections)
         train(trainer)
