@@ -431,7 +431,7 @@ def test_an_error_in_the_first_shard_leaves_nothing_and_in_a_later_one_what_is_w
 
     for at, left in ((0, set()), (1, {"plan.json", "shard-00000.txt", "shard-00000.done"})):
         with pytest.raises(UserError, match="broken"):
-            run_plan(plan, failing(at), str)
+            run_plan(plan, failing(at))
         assert files(tmp_path) - {"a"} == {f"a/{name}" for name in left}
 
 

@@ -267,4 +267,4 @@ def test_prompts_are_found_in_either_unicode_form(model: Path, tmp_path: Path) -
     normalized = recipe.data.model_copy(update={"normalize": "nfc"})
     recipe = recipe.model_copy(update={"data": normalized, "workdir": tmp_path / "normalized"})
     prepare_instructions(Context(recipe))
-    assert [row.response for row in rows_of(generate_responses(Context(recipe), "file", str)).values()] == ["yes"]
+    assert [row.response for row in rows_of(generate_responses(Context(recipe), "file")).values()] == ["yes"]

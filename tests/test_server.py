@@ -568,7 +568,7 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
 
     with scripted(script) as server:
         recipe = recipe_for(model, tmp_path, server.url)
-        first = threading.Thread(target=generate_responses, args=(Context(recipe), "served", str))
+        first = threading.Thread(target=generate_responses, args=(Context(recipe), "served"))
         first.start()
         assert asked_once.wait(20)
         with pytest.raises(UserError, match=r"answers-00000.tmp: another process requests the same answers"):

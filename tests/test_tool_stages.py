@@ -215,7 +215,7 @@ def test_answers_in_a_file_are_found_by_a_prompt_with_calls(tmp_path: Path, prom
     path = write_rows(tmp_path / "answers.jsonl", [{"prompt": prompt, "response": "Warm."}])
     options = ResponseFile(path=path, match="prompt")
     examples = [EXAMPLE] if isinstance(prompt, str) else [EXAMPLE, other]
-    answer = given_answers(options, "s", format_of("qwen3"), examples, str)
+    answer = given_answers(options, "s", format_of("qwen3"), examples)
     found = answer(0, examples)
     assert [each and each.response for each in found] == ["Warm.", None][: len(examples)]
 

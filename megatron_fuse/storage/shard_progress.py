@@ -35,6 +35,6 @@ class ShardProgress(Progress):
     def _marked(self, files: Iterable[ShardFiles]) -> int:
         return self._complete + sum(self._sizes[index] for each in files for index in each.marked())
 
-    def log_complete(self) -> None:
-        """Logs that there was nothing to do."""
-        log_complete(self.what, sum(self._sizes), self.unit)
+    def log_complete(self, plans: int) -> None:
+        """Logs that nothing is left to do for this number of plans."""
+        log_complete(self.what, plans * sum(self._sizes), self.unit)

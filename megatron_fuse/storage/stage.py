@@ -81,7 +81,7 @@ def run_plans(
             if all(each.is_whole() for each in files.values()):
                 artifacts |= {name: each.finish() for name, each in files.items()}
     elif progress:
-        progress.log_complete()
+        progress.log_complete(len(plans))
     return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from log_lines import logged
 from small_models import TEXT, save_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -155,14 +156,16 @@ def test_bleu_and_rouge_are_their_formulas() -> None:
 
 def test_an_empty_answer_has_no_measure_and_the_truth_itself_has_all(encoders: dict[str, Path]) -> None:
     options = ReferenceOptions(bertscore_model=str(encoders["bert"]))
-    said: list[str] = []
     truth = ["What is 12 + 30? It is 42.", "Sort: pear, apple, fig.", "Yes"]
-    measures = reference_measures(options, ["", truth[1], " \n"], truth, said.append)
+    with logged("debug") as said:
+        measures = reference_measures(options, ["", truth[1], " \n"], truth)
     assert np.isnan(measures[[0, 2]]).all()
     np.testing.assert_allclose(measures[1], 1, atol=1e-6)
     np.testing.assert_allclose(combine(measures, options), [np.nan, 1, np.nan], atol=1e-6)
-    assert said == ["answers against the ground truth: 1, on average bleu 1.000, rouge_l 1.000, bertscore 1.000"]
-    assert reference_measures(options, ["", " "], truth[:2], said.append).shape == (2, 3) and len(said) == 1
+    line = "answers against the ground truth: 1, on average bleu 1.000, rouge_l 1.000, bertscore 1.000"
+    assert said.getvalue() == f"debug: {line}\n"
+    with logged("debug") as said:
+        assert reference_measures(options, ["", " "], truth[:2]).shape == (2, 3) and not said.getvalue()
     assert reference_measures(options, [], []).shape == (0, 3)
 
 
@@ -191,7 +194,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
 
 def test_what_is_no_encoder_is_refused(encoders: dict[str, Path], tmp_path: Path) -> None:
     def measure(model: Path, layer: int | None = None) -> None:
-        reference_measures(ReferenceOptions(bertscore_model=str(model), bertscore_layer=layer), ["a"], ["b"], str)
+        reference_measures(ReferenceOptions(bertscore_model=str(model), bertscore_layer=layer), ["a"], ["b"])
 
     with pytest.raises(UserError, match=r"reference.bertscore_model: .*none' is not a directory"):
         measure(tmp_path / "none")

@@ -55,7 +55,7 @@ def _recipe() -> Recipe:
 
 def _read(path: Path) -> None:
     tokenizer = chat_format().tokenizer
-    shard = CaptureFile(_recipe(), path, tokenizer, tokenizer.vocab_size, str).capture_shard(_conversations())
+    shard = CaptureFile(_recipe(), path, tokenizer, tokenizer.vocab_size).capture_shard(_conversations())
     # What comes in is what our own reader takes.
     shard.save(path.parent / "out/shard.safetensors")
     read_capture_shard(path.parent / "out/shard.safetensors")

@@ -139,9 +139,9 @@ def _answers(directory: Path) -> None:
 
 def _read_answers(directory: Path) -> None:
     by_id = ResponseFile(path=directory / "by_id.jsonl")
-    given_answers(by_id, "sources.s.responses", chat_format(), examples(), str)(0, examples())
+    given_answers(by_id, "sources.s.responses", chat_format(), examples())(0, examples())
     by_prompt = ResponseFile(path=directory / "by_prompt.jsonl", match="prompt", response="answers.vicuna-7b-v1.5")
-    answers = given_answers(by_prompt, "sources.s.responses", chat_format(), examples(), str)(0, examples())
+    answers = given_answers(by_prompt, "sources.s.responses", chat_format(), examples())(0, examples())
     write_jsonl(directory / "out.jsonl", [asdict(answer) for answer in answers if answer])
 
 
