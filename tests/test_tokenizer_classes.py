@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from log_lines import logged
 from small_tokenizers import byte_level, llama_json
 from strange_texts import TEXTS
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -108,12 +109,13 @@ def test_names_and_template_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REBUILT | AGREEING)
-def test_another_cut_is_said(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_another_cut_is_said(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "new"  # said once a process of each
     directory.symlink_to(_directory(name))
-    load_tokenizer(directory)
-    load_tokenizer(directory)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    with logged("warning") as text:
+        load_tokenizer(directory)
+        load_tokenizer(directory)
+    lines = text.getvalue().splitlines()
     assert len(lines) == (name in REBUILT)
     for line in lines:
         assert str(directory / "tokenizer_config.json") in line
@@ -121,7 +123,7 @@ def test_another_cut_is_said(name: str, capsys: pytest.CaptureFixture[str], tmp_
 
 
 @pytest.mark.parametrize("name", REBUILT)
-def test_the_advised_class_reads_the_file(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_advised_class_reads_the_file(name: str, tmp_path: Path) -> None:
     """The cure of the warning: AutoTokenizer, and so a server, has the file's ids, and nothing is said any more."""
     _, file = _loaded(name)
     for path in _directory(name).iterdir():
@@ -132,8 +134,9 @@ def test_the_advised_class_reads_the_file(name: str, capsys: pytest.CaptureFixtu
     served = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=False)
     file.encode_special_tokens = False
     assert served.encode(PROBE, add_special_tokens=False) == file.encode(PROBE, add_special_tokens=False).ids
-    load_tokenizer(tmp_path)
-    assert "warning: " not in capsys.readouterr().err
+    with logged("warning") as text:
+        load_tokenizer(tmp_path)
+    assert text.getvalue() == ""
 
 
 @pytest.mark.parametrize("name", REBUILT)
