@@ -4,8 +4,8 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
 from megatron_fuse.own_code import not_loadable
+from megatron_fuse.progress import Progress
 from megatron_fuse.storage import sha256_of_bytes
 from megatron_fuse.text_safety import brief
 
@@ -121,7 +122,7 @@ def run_task(
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    with TemporaryDirectory() as arrow_files, _quiet():
+    with TemporaryDirectory() as arrow_files, _quiet(), _shown(benchmark.heading):
         loaded = manager.load([benchmark.hub if data is None else local_task(benchmark, data, Path(arrow_files))])
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=benchmark.shots)
@@ -220,3 +221,39 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _shown(what: str) -> Iterator[None]:
+    """Shows the harness's work on a task by Progress, in the place of its tqdm bars."""
+    from lm_eval.models import huggingface
+
+    with ExitStack() as bars:  # closes what an error leaves open
+
+        class Bar:
+            """What the harness uses of tqdm."""
+
+            def __init__(self, requests: Sequence[Any] = (), *, total: int | None = None, **_: Any) -> None:
+                self.requests = requests
+                self.progress = bars.enter_context(
+                    Progress(what, "requests", len(requests) if total is None else total)
+                )
+
+            def __iter__(self) -> Iterator[Any]:
+                for request in self.requests:
+                    yield request
+                    self.update(1)
+                self.close()
+
+            def update(self, count: int) -> None:
+                self.progress.advance(count)
+
+            def close(self) -> None:
+                bars.close()
+
+        theirs = huggingface.tqdm
+        huggingface.tqdm = Bar
+        try:
+            yield
+        finally:
+            huggingface.tqdm = theirs

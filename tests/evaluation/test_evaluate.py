@@ -193,7 +193,7 @@ def test_a_crash_names_model_and_task_and_leaves_the_others(
 
     monkeypatch.setattr(harness, "run_task", original)
     assert run_tool(*arguments) == 0
-    assert "finished before" in capsys.readouterr().out
+    assert "finished before" in capsys.readouterr().err
     assert result_path(tmp_path, "alpha", "winogrande").is_file()
     assert not list(tmp_path.rglob("*.error.txt"))
 
