@@ -1,7 +1,6 @@
 """User text on a terminal: characters that move the cursor, hide or reorder text become visible escapes."""
 
 import unicodedata
-from typing import TextIO
 
 # Controls, formats (bidirectional, zero width), surrogates, line and paragraph separators.
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -32,6 +31,6 @@ def brief(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Prints a line of a command at once (flushed), without characters that control the terminal."""
-    print(printable(text, prose=True), file=file, flush=True)
+def say(text: str) -> None:
+    """Prints a result of a command at once (flushed), without characters that control the terminal."""
+    print(printable(text, prose=True), flush=True)
