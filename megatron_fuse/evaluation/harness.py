@@ -66,6 +66,7 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
     """
     from lm_eval.models.huggingface import HFLM
 
+    from megatron_fuse.huggingface.bars import without_bars
     from megatron_fuse.huggingface.loading import this_device
     from megatron_fuse.huggingface.loading_checks import check_layers
     from megatron_fuse.model.config_file import check_model_directory
@@ -75,7 +76,7 @@ def load_model(directory: Path, batch_size: int | str, settings: Settings) -> "H
     weights.open_all()
     check_layers(stated, weights, directory, str(directory))
     try:
-        with _quiet():
+        with _quiet(), without_bars():
             model = HFLM(
                 pretrained=str(directory),
                 device=str(this_device()),

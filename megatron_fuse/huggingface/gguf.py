@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.huggingface.loading_checks import check_after_loading
 from megatron_fuse.model.carried_files import copy_beside_weights, write_config
 from megatron_fuse.model.config_file import load_config
@@ -74,7 +75,7 @@ def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32")
     _compare_tokens({token: text for text, token in original_tokenizer.get_vocab().items()}, held, file, tokenizer)
     if held.rotary_scaling:  # read before the weights, so that an error comes early
         original = _scaled_config(tokenizer, file, held.rotary_scaling)
-    with _read(f"--from-gguf: {file}"):
+    with _read(f"--from-gguf: {file}"), without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' annotation leaves out
             file.parent,
             gguf_file=file.name,
@@ -99,7 +100,7 @@ def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32")
     with sole_writer(output, "config.json"):
         if output.exists():
             raise UserError(f"{output} already exists. Remove it or choose another directory.")
-        with directory_then_rename(output) as temporary:
+        with directory_then_rename(output) as temporary, without_bars():
             model.save_pretrained(temporary)
             write_config(temporary, read_object(temporary / "config.json"), dtype)
             copy_beside_weights(tokenizer, temporary)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.huggingface.loading_checks import check_after_loading, check_before_loading
 from megatron_fuse.huggingface.resolving import resolve_model, trust_key
 from megatron_fuse.model.expected_weights import refuse_non_finite
@@ -50,24 +50,20 @@ def load_model(
         trust_remote_code=trust_remote_code,
         allowed_by=trust_key(where),
     )
-    had_progress_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model, report = auto_class.from_pretrained(
-            directory,
-            dtype=DTYPES[dtype],
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            # They are then in the report, for which check_after_loading raises UserError.
-            ignore_mismatched_sizes=True,
-            **({"device_map": device_map} if device_map else {}),
-        )
+        with without_bars():
+            model, report = auto_class.from_pretrained(
+                directory,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                # They are then in the report, for which check_after_loading raises UserError.
+                ignore_mismatched_sizes=True,
+                **({"device_map": device_map} if device_map else {}),
+            )
     except Exception as error:  # transformers raises many types for missing, damaged or unknown files
         raise not_loadable(directory, error, f"{where}.model", trust_key(where)) from error
-    finally:
-        if had_progress_bar:
-            transformers_logging.enable_progress_bar()
     check_after_loading(model, report, directory, f"{where}.model")
     model.eval().requires_grad_(False)
     if not device_map:

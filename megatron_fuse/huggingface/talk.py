@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.model.config_file import end_token_ids
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.own_code import not_loadable
@@ -34,9 +35,10 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
     message, ends = readable(system) if system else None, end_token_ids(directory)
     chat = load_chat_format(tokenizer, system=message, where=str(directory), end_ids=ends)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, dtype="auto", trust_remote_code=trust_remote_code
-        )
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, dtype="auto", trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # transformers raises many types for missing or damaged files
         raise not_loadable(directory, error, allowed_by=allowed_by) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.huggingface.limits import longest_text
 from megatron_fuse.huggingface.loading import this_device
 from megatron_fuse.huggingface.loading_checks import check_before_loading
@@ -140,7 +141,8 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
 
     def load(auto_class: Any, **options: Any) -> Any:
         try:
-            return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+            with without_bars():
+                return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
             raise not_loadable(directory, error, where) from error
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.huggingface.loading import load_model, this_device
 from megatron_fuse.huggingface.loading_checks import check_layers, check_size, sizes
 from megatron_fuse.huggingface.reward_models import FORMS, RewardModelFiles, find_reward_model, load_reward_model_format
@@ -221,15 +222,13 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences transformers' progress bar and report: whatever it would report is an error here."""
-    had_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if had_bar:
-            transformers_logging.enable_progress_bar()
 
 
 class _EncoderLogits(nn.Module):
