@@ -358,21 +358,7 @@ def test_an_interrupt_removes_the_bar_and_ends_with_one_line() -> None:
     assert code == 130
     *_, blank, last = written.replace("\r\n", "\n").split("\r")
     assert blank.isspace()  # over the bar
-    assert last.split() == [
-        "interrupted:",
-        "what",
-        "is",
-        "finished",
-        "is",
-        "kept,",
-        "and",
-        "the",
-        "same",
-        "command",
-        "continues",
-        "from",
-        "there",
-    ]
+    assert last.startswith("\ninterrupted: ") and last.count("\n") == 2  # one line, below ^C
 
 
 def test_an_error_removes_the_bar_and_ends_with_one_line() -> None:
