@@ -119,13 +119,13 @@ def merge_models(merge: Merge, output: Path) -> bool:
         return tensor.contiguous()
 
     with sole_writer(output, RECORD):
-        found = find(output, RECORD, "--output")
-        if found:
-            _check_same_merge(output, found.origin, record)
-            if found.whole:
+        previous = find(output, RECORD, "--output")
+        if previous:
+            _check_same_merge(output, previous.origin, record)
+            if previous.whole:
                 return False
-            found.refuse_changes("--output")
-        with directory_then_rename(output, found) as temporary:
+            previous.refuse_changes("--output")
+        with directory_then_rename(output, previous) as temporary:
             if merge.dtype not in (stored, "fp32"):
                 logger.warning(
                     f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} keeps them"
@@ -347,11 +347,11 @@ def _record(merge: Merge) -> dict[str, Any]:
     }
 
 
-def _check_same_merge(output: Path, found: dict[str, Any], record: dict[str, Any]) -> None:
+def _check_same_merge(output: Path, recorded: dict[str, Any], record: dict[str, Any]) -> None:
     """Raises UserError unless `output` holds the merge of this record. Models may have moved; their fingerprints stay."""
     for key, value in record.items():
-        if key not in ("models", "base") and found.get(key) != value:
+        if key not in ("models", "base") and recorded.get(key) != value:
             raise UserError(
-                f"--output: {output} holds another merge: {key} is {found.get(key)!r} there, but {value!r} "
+                f"--output: {output} holds another merge: {key} is {recorded.get(key)!r} there, but {value!r} "
                 "here. Remove it or choose another directory."
             )

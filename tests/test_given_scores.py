@@ -54,7 +54,7 @@ def test_every_form_says_the_same(tmp_path: Path, rows: list, options: dict[str,
     names = ["e3", "e0", "e1", "e2"]
     for source in given.sources:
         expected = [SCORES.get(name, {}).get(source, np.nan) for name in names]
-        found = given.of(source, [example(name) for name in names], [answer(name) for name in names])
+        found = given.of_source(source, [example(name) for name in names], [answer(name) for name in names])
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, np.array(expected, np.float32))
         given.check(source, map(example, names))
@@ -73,7 +73,7 @@ def test_parquet(tmp_path: Path, form: str) -> None:
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "scores.parquet")
     given = read(tmp_path / "scores.parquet")
     found = {
-        source: given.of(source, [example(name) for name in SCORES], [answer(name) for name in SCORES])
+        source: given.of_source(source, [example(name) for name in SCORES], [answer(name) for name in SCORES])
         for source in given.sources
     }
     assert sorted(found) == ["mpt", "vicuna-7b-v1.5"]
@@ -83,7 +83,7 @@ def test_parquet(tmp_path: Path, form: str) -> None:
 
 def test_an_empty_answer_has_no_score(tmp_path: Path) -> None:
     given = read(write_rows(tmp_path / "scores.jsonl", MAPPINGS))
-    found = given.of("mpt", [example("e0"), example("e1")], [answer("e0", " \n"), answer("e1")])
+    found = given.of_source("mpt", [example("e0"), example("e1")], [answer("e0", " \n"), answer("e1")])
     assert np.isnan(found).tolist() == [True, False]
 
 
@@ -95,17 +95,17 @@ def test_a_score_of_another_answer_is_refused(tmp_path: Path) -> None:
     ]
     given = read(write_rows(tmp_path / "scores.jsonl", rows))
     names = ["e0", "e1"]
-    found = given.of("vicuna-7b-v1.5", [example(name) for name in names], [answer(name) for name in names])
+    found = given.of_source("vicuna-7b-v1.5", [example(name) for name in names], [answer(name) for name in names])
     assert found.tolist() == [0.25, 3]
     with pytest.raises(UserError, match=r"scores.jsonl:2: this score is for another answer of 'mpt' to 'e0'"):
-        given.of("mpt", [example("e0")], [answer("e0")])
-    assert np.isnan(given.of("mpt", [example("e0")], [answer("e0", "")]))  # nothing is taken from that row
+        given.of_source("mpt", [example("e0")], [answer("e0")])
+    assert np.isnan(given.of_source("mpt", [example("e0")], [answer("e0", "")]))  # nothing is taken from that row
 
 
 def test_files_for_other_examples_or_sources_are_refused(tmp_path: Path) -> None:
     given = read(write_rows(tmp_path / "scores.jsonl", MAPPINGS))
     with pytest.raises(UserError, match=r"no score of 'llama'; its sources are vicuna-7b-v1\.5, mpt"):
-        given.of("llama", [example("e0")], [answer("e0")])
+        given.of_source("llama", [example("e0")], [answer("e0")])
     with pytest.raises(UserError, match="no score of 'llama'"):
         given.check("llama", [example("e0")])
     with pytest.raises(
@@ -160,7 +160,7 @@ def test_real_scores_by_a_nested_key() -> None:
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     examples = [example(row["id"]) for row in rows]
     for source in given.sources:
-        found = given.of(source, examples, [answer(row["id"], row["responses"][source]) for row in rows])
+        found = given.of_source(source, examples, [answer(row["id"], row["responses"][source]) for row in rows])
         expected = [(row["scores"].get(reward_model) or {}).get(source, np.nan) for row in rows]
         np.testing.assert_array_equal(found, np.array(expected, np.float32))
         assert np.isfinite(found).any()

@@ -56,19 +56,19 @@ def topk_kernel(
     lane = tl.arange(0, C)
     tile = lane[:, None] * R + tl.arange(0, R)[None, :]
     m = tl.full([C], NOTHING, tl.float32)
-    came = tl.zeros([C], tl.int32)  # the tile in which m came first
+    first_tile = tl.zeros([C], tl.int32)  # the tile in which m came first
     sum_t = tl.zeros([C], tl.float32)
     sum_1 = tl.zeros([C], tl.float32)
-    whole = columns // (C * R)
+    whole_tiles = columns // (C * R)
     # Whole tiles without a mask, so that every load moves 16 bytes; then one masked tile with the rest.
-    for number in range(whole):
+    for number in range(whole_tiles):
         x = tl.trans(tl.load(logits + number * (C * R) + tile).to(tl.float32))
-        came = tl.where(tl.max(x, 0) > m, number, came)
+        first_tile = tl.where(tl.max(x, 0) > m, number, first_tile)
         m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
-    at = whole * (C * R)
+    at = whole_tiles * (C * R)
     if at < columns:
         x = tl.trans(tl.load(logits + at + tile, mask=at + tile < columns, other=NOTHING).to(tl.float32))
-        came = tl.where(tl.max(x, 0) > m, whole, came)
+        first_tile = tl.where(tl.max(x, 0) > m, whole_tiles, first_tile)
         m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
     scale_t, scale_1 = _powers(m - _finite(tl.max(m, 0)), inv_t, T_MODE)
     tl.store(LSE + row, tl.log(tl.sum(sum_t * scale_t, 0)))
@@ -77,7 +77,7 @@ def topk_kernel(
     # Pick the k best lanes, one per turn. Of two lanes with equal largest logits, the one with the lower
     # (tile, lane) has the lower column, so that equal logits rank by id. A lane without a column ranks last.
     slot = tl.arange(0, K)
-    keys = tl.where(lane * R < columns, _rank_key(m, came * C + lane), _LOWEST)
+    keys = tl.where(lane * R < columns, _rank_key(m, first_tile * C + lane), _LOWEST)
     lanes = tl.zeros([K], tl.int32)
     for i in range(k):
         best = tl.max(keys, 0)
@@ -98,12 +98,12 @@ def topk_kernel(
         best_keys = tl.where(slot == i, best, best_keys)
         keys = tl.where(keys == best, _LOWEST, keys)
     # Undo `_rank_key`: the upper half of a key is the logit, the lower half the column.
-    found = best_keys != _LOWEST
+    is_column = best_keys != _LOWEST
     ordered = (best_keys >> 32).to(tl.int32)
     value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     ids = 0x7FFFFFFF - (best_keys & 0xFFFFFFFF) + start
-    tl.store(IDS + row * k + slot, tl.where(found, ids, -1), mask=slot < k)
-    tl.store(LARGEST + row * k + slot, tl.where(found, value, NOTHING), mask=slot < k)
+    tl.store(IDS + row * k + slot, tl.where(is_column, ids, -1), mask=slot < k)
+    tl.store(LARGEST + row * k + slot, tl.where(is_column, value, NOTHING), mask=slot < k)
     if LABELS is not None:
         label = tl.load(LABELS + row) - start
         here = (label >= 0) & (label < columns)

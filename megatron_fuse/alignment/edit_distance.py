@@ -45,25 +45,25 @@ def nearest_pieces(
     search = _Search([vocabulary[index] for index in order])
     ranks = np.full(len(pieces), -1, dtype=np.int64)
     for distance in range(len(LONGEST)):
-        for places in _look_ups(pieces, np.flatnonzero(ranks < 0), distance):
-            ranks[places] = search.at_distance(distance, [pieces[place] for place in places])
-            progress(int(np.count_nonzero(ranks[places] >= 0)))
-    for place in np.flatnonzero(ranks < 0).tolist():
-        ranks[place] = search.by_comparing(pieces[place])
+        for indices in _look_ups(pieces, np.flatnonzero(ranks < 0), distance):
+            ranks[indices] = search.at_distance(distance, [pieces[index] for index in indices])
+            progress(int(np.count_nonzero(ranks[indices] >= 0)))
+    for index in np.flatnonzero(ranks < 0).tolist():
+        ranks[index] = search.by_comparing(pieces[index])
         progress(1)
     return order[ranks]
 
 
-def _look_ups(pieces: Sequence[bytes], places: np.ndarray, distance: int) -> Iterator[np.ndarray]:
-    """Groups of places of pieces, as many as one look-up takes. All pieces of a group have the same length.
+def _look_ups(pieces: Sequence[bytes], indices: np.ndarray, distance: int) -> Iterator[np.ndarray]:
+    """Groups of indices of pieces, as many as one look-up takes. All pieces of a group have the same length.
 
     Pieces longer than `LONGEST` are left out.
     """
-    for length, chosen in _by_length([characters(pieces[place]) for place in places]).items():
+    for length, chosen in _by_length([characters(pieces[index]) for index in indices]).items():
         # A look-up at this distance expects that the smaller distances were searched without success.
         if length <= min(LONGEST[: distance + 1]):
             step = queries_at_once(length, distance)
-            yield from (places[chosen[begin : begin + step]] for begin in range(0, len(chosen), step))
+            yield from (indices[chosen[begin : begin + step]] for begin in range(0, len(chosen), step))
 
 
 def _by_length(texts: Sequence[str]) -> dict[int, np.ndarray]:
@@ -97,10 +97,10 @@ class _Search:
         lowest = [self._most_alike(piece, [rank for rank in ranks if 0 <= rank < NO_RANK]) for piece, *ranks in beside]
         ranks = neighbours.first_from(np.array(lowest, np.int64))
         ranks[ranks == NO_RANK] = -1
-        for place in np.flatnonzero(ranks >= 0):
+        for index in np.flatnonzero(ranks >= 0):
             # Two different patterns may have equal hashes by chance.
-            if Levenshtein.distance(texts[place], self._candidates[ranks[place]]) != distance:
-                ranks[place] = self.by_comparing(pieces[place])
+            if Levenshtein.distance(texts[index], self._candidates[ranks[index]]) != distance:
+                ranks[index] = self.by_comparing(pieces[index])
         return ranks
 
     def by_comparing(self, piece: bytes) -> int:
@@ -159,10 +159,10 @@ class _SharedCharacters:
 
     def _in_common(self, text: str) -> np.ndarray:
         """Per candidate the number of characters that it has in common with the text, wherever they are: int64 [V]."""
-        asked = _counted_characters([text], len(text))
-        at = np.searchsorted(self._known, asked)
-        at = at[self._known[at] == asked]
-        owners = [self._ranks[self._begins[place] : self._begins[place + 1]] for place in at]
+        characters_of_text = _counted_characters([text], len(text))
+        known = np.searchsorted(self._known, characters_of_text)
+        known = known[self._known[known] == characters_of_text]
+        owners = [self._ranks[self._begins[index] : self._begins[index + 1]] for index in known]
         return np.bincount(np.concatenate([np.zeros(0, np.int64), *owners]), minlength=len(self._candidates))
 
 
@@ -172,14 +172,14 @@ def _counted_characters(texts: list[str], length: int) -> np.ndarray:
     Returns int64 [n * length].
     """
     codes = np.sort(code_points(texts, length).astype(np.int64), axis=1)
-    places = np.arange(length)
+    positions = np.arange(length)
     first = np.ones(codes.shape, bool)
     first[:, 1:] = codes[:, 1:] != codes[:, :-1]
-    before = places - np.maximum.accumulate(np.where(first, places, 0), axis=1)
+    before = positions - np.maximum.accumulate(np.where(first, positions, 0), axis=1)
     return (codes << 32 | before).ravel()
 
 
 def _shared_beginning(one: bytes, other: bytes) -> int:
     """How many bytes are the same in both before the first that differs."""
     shorter = min(len(one), len(other))
-    return next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)

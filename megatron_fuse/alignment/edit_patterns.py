@@ -152,8 +152,8 @@ def _members(keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted
 def _prefix_hashes(codes: np.ndarray) -> np.ndarray:
     """Polynomial hashes modulo 2^64 of the first 0, 1, 2 ... characters: uint64 [length + 1, n] of codes [n, length]."""
     hashes = np.zeros((codes.shape[1] + 1, codes.shape[0]), np.uint64)
-    for place, column in enumerate(codes.T):
-        hashes[place + 1] = hashes[place] * _BASE + _mixed(column)
+    for length, column in enumerate(codes.T):
+        hashes[length + 1] = hashes[length] * _BASE + _mixed(column)
     return hashes
 
 

@@ -109,7 +109,7 @@ def _beginning_mass(source: SourceRows, row: np.ndarray, lengths: np.ndarray) ->
     lengths [n]: how many bytes must be equal. Known are the stored tokens and the text's own token, which
     always counts.
     """
-    entries = source.rows.taken(row)
+    entries = source.rows.entries_of(row)
     source_rows, text_tokens = row[entries.rows], source.spans.tokens[row[entries.rows]]
     others = begin_alike(source.tokenizer, entries.ids, text_tokens, lengths[entries.rows])
     others &= entries.ids != text_tokens

@@ -49,19 +49,19 @@ def project_responses(
     if not len(source.spans):
         nothing = Rows(np.zeros(len(target), np.uint8), np.zeros(0, np.int32), np.zeros(0, np.float32))
         return nothing, np.zeros(len(target), np.uint8), np.zeros(len(target), bool)
-    # 1. Find the source row of each target row. `taken` is -1 for rows that take no entries of the source.
+    # 1. Find the source row of each target row: -1 if a row takes no entries of the source.
     source = replace(source, rows=source.rows.below(source.tokenizer.vocab_size))
     row, inside = find_source_rows(source.spans, target)
-    taken = row if unmatched == "condition" else np.where(inside, -1, row)
+    source_row = row if unmatched == "condition" else np.where(inside, -1, row)
     # 2. Take the entries, still source tokens. Rows inside a source token are conditioned on the bytes read.
-    entries = source.rows.taken(taken)
+    entries = source.rows.entries_of(source_row)
     consumed = np.zeros(len(target), np.int64)
     if unmatched == "condition":
         consumed = bytes_consumed(source, target, row, inside)
         entries = condition(entries, source, row, consumed)
     # 3. Split off the label's own mass. This comes after conditioning, because it takes its share of the
     # conditional probability, and before the mapping, because it looks for the source token s1.
-    own_mass = label_mass(source, target, taken, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
+    own_mass = label_mass(source, target, source_row, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
     logprobs, label_logprobs = own_mass.split(entries, len(target))
     corrected = label_logprobs > -np.inf
     if unmatched == "onehot":

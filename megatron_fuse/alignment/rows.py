@@ -63,7 +63,7 @@ class Rows:
         counts = np.bincount(rows[known], minlength=len(self.counts)).astype(np.uint8)
         return Rows(counts, self.ids[known], self.logprobs[known])
 
-    def taken(self, row: np.ndarray) -> Entries:
+    def entries_of(self, row: np.ndarray) -> Entries:
         """The entries of m rows: row i gets those of row[i], or none if row[i] is -1. row int [m]."""
         places = np.flatnonzero(row >= 0)
         chosen = row[places]

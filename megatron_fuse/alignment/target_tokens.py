@@ -46,27 +46,27 @@ class TargetTokens:
         it is the longest token that the bytes begin with.
         """
         chosen = self.equal(pieces)
-        rest = [place for place, token in enumerate(chosen) if token < 0]
-        texts = {place: text for place in rest if (text := _text(pieces[place])) is not None}
+        rest = [index for index, token in enumerate(chosen) if token < 0]
+        texts = {index: text for index in rest if (text := _text(pieces[index])) is not None}
         if texts:
             tokenized = self._target.encode_continuations(list(texts.values()))
-            for place, written in zip(texts, tokenized, strict=True):
-                if written and self._begins(written[0], pieces[place]):
-                    chosen[place] = written[0]
-        for place in rest:
-            if chosen[place] < 0:
-                chosen[place] = self._longest_beginning(pieces[place])
+            for index, written in zip(texts, tokenized, strict=True):
+                if written and self._begins(written[0], pieces[index]):
+                    chosen[index] = written[0]
+        for index in rest:
+            if chosen[index] < 0:
+                chosen[index] = self._longest_beginning(pieces[index])
         return chosen
 
     def nearest(self, pieces: Sequence[bytes]) -> list[int]:
         """The token of exactly these bytes, else the one at the least edit distance."""
         chosen = self.equal(pieces)
-        rest = [place for place, token in enumerate(chosen) if token < 0]
+        rest = [index for index, token in enumerate(chosen) if token < 0]
         vocabulary = list(self._by_bytes)
         with Progress("vocabulary map: nearest tokens", "strings", len(rest)) as progress:
-            nearest = nearest_pieces([pieces[place] for place in rest], vocabulary, progress.advance).tolist()
-        for place, index in zip(rest, nearest, strict=True):
-            chosen[place] = self._by_bytes[vocabulary[index]] if index >= 0 else -1
+            nearest = nearest_pieces([pieces[index] for index in rest], vocabulary, progress.advance).tolist()
+        for index, nearest_index in zip(rest, nearest, strict=True):
+            chosen[index] = self._by_bytes[vocabulary[nearest_index]] if nearest_index >= 0 else -1
         return chosen
 
     def _begins(self, token: int, piece: bytes) -> bool:

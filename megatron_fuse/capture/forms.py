@@ -124,8 +124,8 @@ class _Vllm(_Columns):
             # NaN and infinity have no order. They stay here, so that imported.py refuses them.
             likeliest = [
                 item
-                for place, item in enumerate(falling, 1)
-                if (item[1].rank or 0) <= place or not item[1].logprob < math.inf
+                for rank, item in enumerate(falling, 1)
+                if (item[1].rank or 0) <= rank or not item[1].logprob < math.inf
             ]
             ids.append([key for key, _ in likeliest])
             logprobs.append([value.logprob for _, value in likeliest])
@@ -192,9 +192,9 @@ def given_rows(row: dict[str, Any]) -> GivenRows:
         given = form.model_validate(row).given()
     except ValidationError as error:
         raise BadRowError(f"{first_problem(error)} (docs/captures.md describes the form)") from error
-    for place, (ids, values) in enumerate(zip(given.ids, given.logprobs, strict=True)):
+    for index, (ids, values) in enumerate(zip(given.ids, given.logprobs, strict=True)):
         if len(ids) != len(values):
-            raise BadRowError(f"token {place} has {len(ids)} ids, but {len(values)} log-probabilities")
+            raise BadRowError(f"token {index} has {len(ids)} ids, but {len(values)} log-probabilities")
     return given
 
 

@@ -78,8 +78,8 @@ class CaptureFile:
                 "the same template and truncation."
             )
         if mismatches:
-            some = f"{len(mismatches)} of {len(conversations)} examples"
-            logger.warning(f"{self.path}: left out: {some}; the first: {mismatches[0]}")
+            left_out = f"{len(mismatches)} of {len(conversations)} examples"
+            logger.warning(f"{self.path}: left out: {left_out}; the first: {mismatches[0]}")
         nothing = SparseRows.none(len(self.recipe.capture_temperatures))
         joined = SparseRows.join([nothing, *(parts[index] for index in sorted(parts))])
         return CaptureShard.of(conversations, status, joined)
@@ -113,27 +113,31 @@ class CaptureFile:
         )
 
     def _positions(self, given: GivenRows, conversation: EncodedConversation) -> list[int]:
-        """The places of the supervised tokens in the file's row.
+        """The indices of the supervised tokens in the file's row.
 
         Raises _MismatchError at the first token that is not ours.
         """
-        ours = conversation.ids if given.whole else conversation.spans.tokens
-        theirs = _matrix([given.tokens], whole=True)[0]
-        shared = min(len(ours), len(theirs))
-        different = np.flatnonzero(theirs[:shared] != ours[:shared])
-        if len(different) or len(theirs) < len(ours) or (len(theirs) > len(ours) and not given.whole):
-            place = int(different[0]) if len(different) else shared
+        own_tokens = conversation.ids if given.whole else conversation.spans.tokens
+        file_tokens = _matrix([given.tokens], whole=True)[0]
+        shared = min(len(own_tokens), len(file_tokens))
+        different = np.flatnonzero(file_tokens[:shared] != own_tokens[:shared])
+        if (
+            len(different)
+            or len(file_tokens) < len(own_tokens)
+            or (len(file_tokens) > len(own_tokens) and not given.whole)
+        ):
+            index = int(different[0]) if len(different) else shared
             part = "conversation" if given.whole else "response"
             raise _MismatchError(
-                f"token {place} of the {part} is {self._shown(theirs, place)}, but the source's tokenizer "
-                f"gives {self._shown(ours, place)}"
+                f"token {index} of the {part} is {self._shown(file_tokens, index)}, but the source's tokenizer "
+                f"gives {self._shown(own_tokens, index)}"
             )
-        return np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(ours)))
+        return np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(own_tokens)))
 
-    def _shown(self, tokens: np.ndarray, place: int) -> str:
-        if place >= len(tokens):
+    def _shown(self, tokens: np.ndarray, index: int) -> str:
+        if index >= len(tokens):
             return "missing"
-        token = int(tokens[place])
+        token = int(tokens[index])
         if not 0 <= token < self.tokenizer.vocab_size:
             return str(token)
         return f"{token} ({self.tokenizer.token_bytes[token] or self.tokenizer.token_text(token)!r})"

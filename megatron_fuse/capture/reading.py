@@ -59,7 +59,7 @@ class SourceReader:
         for batch in token_budget_batches(lengths, self.recipe.capture.batch_tokens):
             indices = chosen[batch].tolist()
             rows |= zip(indices, self.read([conversations[index] for index in indices]), strict=True)
-            done += sum(lengths[place] for place in batch)
+            done += sum(lengths[index] for index in batch)
             self.report(len(rows), done, done / sum(lengths))
         nothing = SparseRows.none(len(self.recipe.capture_temperatures))
         joined = SparseRows.join([nothing, *(rows[index] for index in chosen.tolist())])

@@ -196,10 +196,10 @@ class ChatFormat:
                 added = self._ids(before, hide, continued=True)
             # 2. The stop token of the previous turn is in this text. It covers the zero byte after that turn,
             # which is byte begin - 1.
-            stop_place = self._stop_place(added) if number else None
-            if stop_place is not None:
+            stop_index = self._stop_index(added) if number else None
+            if stop_index is not None:
                 spans.append(_stop_span(self.stop_id, begin - 1))
-            supervised += [place == stop_place for place in range(len(added))]
+            supervised += [index == stop_index for index in range(len(added))]
             # 3. The turn itself: all its tokens are labels, also the
             # one that begins in the template's white space.
             text += before + hide(space + turn)
@@ -213,7 +213,7 @@ class ChatFormat:
         if stop:
             end = [*self._closing_ids(text, text_ids, hide), self.stop_id]
             ids += end
-            supervised += [place == len(end) - 1 for place in range(len(end))]
+            supervised += [index == len(end) - 1 for index in range(len(end))]
             spans.append(_stop_span(self.stop_id, begin - 1))
         # The spans are offset by `begin` already. `begin` counts one
         # zero byte per turn, which `size` leaves out.
@@ -225,7 +225,7 @@ class ChatFormat:
 
         The template's separator, and before an end token its closing, are removed.
         """
-        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
+        end = next((index for index, token in enumerate(ids) if token in self.end_ids), None)
         text = self.spelled(ids[:end]).decode("utf-8", "replace").removeprefix(self.separator)
         return text if end is None else text.removesuffix(self.closing)
 
@@ -359,16 +359,16 @@ class ChatFormat:
         starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
         return ids, TokenSpans(np.array(ids, np.int32), begin + starts, begin + ends, flags)
 
-    def _stop_place(self, ids: list[int]) -> int | None:
-        """Place of the stop token in the template's ids after a turn.
+    def _stop_index(self, ids: list[int]) -> int | None:
+        """Index of the stop token in the template's ids after a turn.
 
         None if anything but white space comes before it, or if there is none.
         """
         if self.stop_id not in ids:
             return None
-        place = ids.index(self.stop_id)
-        special = self.tokenizer.special_ids & set(ids[:place])
-        return None if special or self.tokenizer.joined_bytes(ids[:place]).strip() else place
+        index = ids.index(self.stop_id)
+        special = self.tokenizer.special_ids & set(ids[:index])
+        return None if special or self.tokenizer.joined_bytes(ids[:index]).strip() else index
 
     def _ids(self, text: str, hide: HiddenStrings, *, continued: bool = False) -> list[int]:
         """Ids of a text with the template's special tokens. continued: other text comes before it."""

@@ -73,7 +73,7 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
 
 def _shared_length(a: str, b: str) -> int:
     """Length of the longest common prefix."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def end_token(tokenizer: Tokenizer, around: Surroundings, end_ids: Collection[int]) -> tuple[int | None, str]:

@@ -96,15 +96,15 @@ def load_result(path: Path) -> Result:
     return result
 
 
-def refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def refuse_other(path: Path, recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises UserError if an existing result was made from other inputs than this call has.
 
-    found, wanted: made_from of the result and of this call. path: the file of the result.
+    recorded, wanted: made_from of the result and of this call. path: the file of the result.
     """
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
+    for key in sorted(recorded.keys() | wanted.keys()):
+        if recorded.get(key) != wanted.get(key):
             raise UserError(
-                f"{path}: the file was made with {brief(key, 60)} {quoted(found.get(key), 120)}, but this "
+                f"{path}: the file was made with {brief(key, 60)} {quoted(recorded.get(key), 120)}, but this "
                 f"call has {quoted(wanted.get(key), 120)}. Give another --output, or remove the file to "
                 "measure again."
             )

@@ -161,8 +161,10 @@ class Experiment(Options):
         for place, options in given_options.items():
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
-            if taken := sorted(given & _OURS):
-                raise ValueError(f"{place} sets {', '.join(taken)}, but the runner sets this for every run. Remove it.")
+            if reserved := sorted(given & _OURS):
+                raise ValueError(
+                    f"{place} sets {', '.join(reserved)}, but the runner sets this for every run. Remove it."
+                )
         return self
 
     def needed(self, tables: list[str]) -> list[str]:

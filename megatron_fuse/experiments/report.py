@@ -113,9 +113,9 @@ def _cell(values: Values, row: str, baseline: str, metric: str) -> str:
     return f"{cell} ({difference.value:+.1f}{width}){mark}"
 
 
-def _with_error(found: Mean | None) -> str:
-    assert found is not None
-    return f"{found.value:.1f}" + (f" ± {found.error:.1f}" if found.error is not None else "")
+def _with_error(mean: Mean | None) -> str:
+    assert mean is not None
+    return f"{mean.value:.1f}" + (f" ± {mean.error:.1f}" if mean.error is not None else "")
 
 
 def _difference(values: Values, row: str, baseline: str, metric: str) -> Mean | None:

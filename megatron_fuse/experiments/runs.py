@@ -140,14 +140,14 @@ def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str
     if not run.is_made():
         start = time.perf_counter()
         if run.name in run.experiment.variants:
-            facts = _train(run, commands, data_lock)
+            measured = _train(run, commands, data_lock)
         elif run.name in run.experiment.merges:
-            facts = _merge(run, commands, run.experiment.merges[run.name])
+            measured = _merge(run, commands, run.experiment.merges[run.name])
         else:
-            facts = {}
+            measured = {}
         _refuse_changed_code(run, version)
         made_from = {"options": run.options(), "commit": version}
-        write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **facts})
+        write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **measured})
     if not run.is_finished(split):
         metrics = _evaluate(run, commands, split)
         _refuse_changed_code(run, version)

@@ -43,9 +43,9 @@ def mean(values: list[float]) -> Mean | None:
     return Mean(center, math.sqrt(variance / len(values)), len(values))
 
 
-def paired_difference(of: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
-    """The mean of the differences of - baseline over the seeds that both have; None without such a seed.
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
+    """The mean of the differences values - baseline over the seeds that both have; None without such a seed.
 
-    A common effect of a seed on both cancels. of, baseline: seed -> value.
+    A common effect of a seed on both cancels. values, baseline: seed -> value.
     """
-    return mean([of[seed] - baseline[seed] for seed in sorted(of.keys() & baseline.keys())])
+    return mean([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])

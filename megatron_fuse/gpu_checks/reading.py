@@ -74,8 +74,8 @@ def _reader(directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any]) -> 
 def _equal_rows(device: str, directory: Path) -> Iterator[Row]:
     conversations = _conversations(range(20, 84, 2), LLAMA_TINY["vocab_size"])
     here, there = (
-        SparseRows.join(_reader(directory / str(place), model, LLAMA_TINY).read(conversations))
-        for place, model in enumerate(_both(device))
+        SparseRows.join(_reader(directory / str(index), model, LLAMA_TINY).read(conversations))
+        for index, model in enumerate(_both(device))
     )
     alike = here.counts == there.counts
     yield held("capture: rows that keep as many entries as on the CPU", float(alike.mean()), "", ">= 0.99")

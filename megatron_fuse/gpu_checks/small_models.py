@@ -47,7 +47,7 @@ def write_models(directory: Path) -> dict[str, Path]:
     """
     sizes = {key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")}
     paths = {name: directory / name for name in ("alpha", "beta", "reward")}
-    vocab = {name: _write_tokenizer(path, 300 + 10 * place) for place, (name, path) in enumerate(paths.items())}
+    vocab = {name: _write_tokenizer(path, 300 + 10 * index) for index, (name, path) in enumerate(paths.items())}
     llama: dict[str, Any] = {**sizes, "max_position_embeddings": _POSITIONS}
     neox = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
     torch.manual_seed(11)

@@ -127,10 +127,10 @@ def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:
         return []
     example = dataset.example_ids.index(view["id"])
     lines = []
-    for place, source in enumerate(dataset.sources):
-        mark = "*" if selection.source[example] == place else " "
-        available = selection.arrays["available"][example, place]
-        lines.append(f"  {mark} {source}: {_reason(selection.arrays, example, place) if available else 'left out'}")
+    for column, source in enumerate(dataset.sources):
+        mark = "*" if selection.source[example] == column else " "
+        available = selection.arrays["available"][example, column]
+        lines.append(f"  {mark} {source}: {_reason(selection.arrays, example, column) if available else 'left out'}")
     if selection.source[example] != NONE:
         margin, weight = selection.arrays["margin"][example], selection.weight[example]
         lines.append(f"  margin {margin:.4g} {_margin_unit(selection.arrays)}, weight {weight:.4g}")
@@ -143,13 +143,13 @@ def _margin_unit(arrays: dict[str, np.ndarray]) -> str:
     return "votes" if "scores" in arrays and arrays["scores"].shape[2] != 1 else "of score"
 
 
-def _reason(arrays: dict[str, np.ndarray], example: int, place: int) -> str:
+def _reason(arrays: dict[str, np.ndarray], example: int, column: int) -> str:
     """The numbers by which one source was compared with the others."""
     if "ce_sum" in arrays:
-        nats, count = arrays["ce_sum"][example, place], arrays["response_bytes"][example]
+        nats, count = arrays["ce_sum"][example, column], arrays["response_bytes"][example]
         return f"cross-entropy {nats:.2f} nats, {nats / max(count, 1):.4f} per byte"
     if "reference" in arrays:
-        measures = ", ".join(f"{v:.3f}" for v in arrays["reference"][example, place])
-        return f"score {arrays['score'][example, place]:.3f} of BLEU, ROUGE-L, BERTScore {measures}"
-    scores = ", ".join(f"{score:.3f}" for score in arrays["scores"][example, place])
-    return f"{arrays['votes'][example, place]} votes, scores {scores or 'none'}"
+        measures = ", ".join(f"{v:.3f}" for v in arrays["reference"][example, column])
+        return f"score {arrays['score'][example, column]:.3f} of BLEU, ROUGE-L, BERTScore {measures}"
+    scores = ", ".join(f"{score:.3f}" for score in arrays["scores"][example, column])
+    return f"{arrays['votes'][example, column]} votes, scores {scores or 'none'}"

@@ -58,7 +58,7 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
     _check_order(messages)
     began_with_answer = bool(messages) and messages[0]["role"] == "assistant"
     if began_with_answer:
-        first = next((place for place, message in enumerate(messages) if message["role"] == "user"), len(messages))
+        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
         del messages[:first]
     if not messages:
         but = " after a user's turn" if began_with_answer else " except calls of tools" if calls else ""

@@ -237,9 +237,9 @@ def _family(config: PreTrainedConfig, origin: str) -> str:
     return family
 
 
-def _unsupported(origin: object, found: str) -> str:
+def _unsupported(origin: object, class_name: str) -> str:
     return (
-        f"{origin}: architectures: a target of class {found} is not supported. Choose a model of class "
+        f"{origin}: architectures: a target of class {class_name} is not supported. Choose a model of class "
         f"{', '.join(SUPPORTED)}."
     )
 

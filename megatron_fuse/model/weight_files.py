@@ -217,8 +217,8 @@ def common_dtype(dtypes: Iterable[str]) -> str:
     return given.pop() if len(given) == 1 else "fp32"
 
 
-def _not_tensors_alone(path: Path, found: str) -> UserError:
-    return UserError(f"{path} holds not only named tensors ({found}). Save the tensors alone as safetensors.")
+def _not_tensors_alone(path: Path, content: str) -> UserError:
+    return UserError(f"{path} holds not only named tensors ({content}). Save the tensors alone as safetensors.")
 
 
 def write_weight_files(

@@ -106,10 +106,10 @@ class ServerOptions(Options):
                 "url must not hold a user name, a password or a query: put a key into an environment "
                 "variable (api_key_variable)"
             )
-        taken = self.extra.keys() & {"model", "messages", "prompt", "stop", "seed", "stream", "n", "api_key"}
-        if taken:
+        reserved = self.extra.keys() & {"model", "messages", "prompt", "stop", "seed", "stream", "n", "api_key"}
+        if reserved:
             raise ValueError(
-                f"extra must not have {', '.join(sorted(taken))}: the recipe has its own keys for the model, "
+                f"extra must not have {', '.join(sorted(reserved))}: the recipe has its own keys for the model, "
                 "the stop texts and the seed, the server's key is read from the environment, and every "
                 "request asks for one whole answer"
             )

@@ -107,7 +107,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 # Texts
 Location = Annotated[
-    Path, Strict(False), BeforeValidator(lambda of: user_path(of) if isinstance(of, str | Path) else of)
+    Path, Strict(False), BeforeValidator(lambda value: user_path(value) if isinstance(value, str | Path) else value)
 ]
 ModelPlace = Annotated[str, AfterValidator(_model_place)]
 # A name, a title, a key of the user's rows.

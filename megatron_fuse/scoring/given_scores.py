@@ -42,7 +42,7 @@ class GivenScores:
     def check(self, source: str, examples: Iterable[Example]) -> None:
         """Raises UserError if the file scores this source's answer to none of the examples. Stops reading at
         the first one found."""
-        known, missed = self._of(source), []
+        known, missed = self._scores_of(source), []
         for example in examples:
             if example.id in known:
                 return
@@ -53,13 +53,13 @@ class GivenScores:
             "was made for these instructions."
         )
 
-    def of(self, source: str, examples: list[Example], responses: list[Response]) -> np.ndarray:
+    def of_source(self, source: str, examples: list[Example], responses: list[Response]) -> np.ndarray:
         """The scores float32 [n] of one source's answers. NaN if the file has none, and for an empty answer.
 
         Raises UserError for a source that the file does not hold,
         and for a score that was made for another answer.
         """
-        known = self._of(source)
+        known = self._scores_of(source)
         scores = np.full(len(examples), np.nan, dtype=np.float32)
         for row, (example, response) in enumerate(zip(examples, responses, strict=True)):
             score = known.get(example.id)
@@ -74,7 +74,7 @@ class GivenScores:
             scores[row] = score.value
         return scores
 
-    def _of(self, source: str) -> dict[str, _Score]:
+    def _scores_of(self, source: str) -> dict[str, _Score]:
         if source not in self.by_source:
             raise UserError(
                 f"{self.path}: there is no score of {source!r}; its sources are "

@@ -157,7 +157,7 @@ def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shar
     given = given_scores(options, f"reward_models.{name}.scores")
     for source in sources:
         given.check(source, chain.from_iterable(examples))
-    return lambda shard, answers: {source: given.of(source, shard, answers[source]) for source in answers}
+    return lambda shard, answers: {source: given.of_source(source, shard, answers[source]) for source in answers}
 
 
 def _score(
@@ -182,14 +182,14 @@ def _score(
     )
     names = list(answers)
     for row, (group, values) in enumerate(zip(groups, rewards, strict=True)):
-        for place, value in zip(group, values, strict=True):
+        for index, value in zip(group, values, strict=True):
             if not np.isfinite(value):
                 raise UserError(
-                    f"reward_models.{reward_model.name} gives {value} to the answer of {names[place]!r} to example "
+                    f"reward_models.{reward_model.name} gives {value} to the answer of {names[index]!r} to example "
                     f"{examples[row].id!r}. Its weights are damaged, or its dtype overflows. Set its dtype "
                     "to bf16 or fp32, or fetch the model again."
                 )
-            scores[names[place]][row] = value
+            scores[names[index]][row] = value
     return scores
 
 
@@ -201,12 +201,12 @@ def _readable(reward_model: RewardModel, example: Example, responses: Sequence[R
     messages = example.prompt(reward_model.chat.system)
     with naming_example(example):
         encoded = {
-            place: reward_model.encode(messages, response.response, example.tools)
-            for place, response in enumerate(responses)
+            index: reward_model.encode(messages, response.response, example.tools)
+            for index, response in enumerate(responses)
             if response.response.strip()
         }
     limit = reward_model.max_tokens or np.inf
-    return {place: ids for place, ids in encoded.items() if len(ids) <= limit}
+    return {index: ids for index, ids in encoded.items() if len(ids) <= limit}
 
 
 def load_scores(context: Context, source: str, name: str) -> np.ndarray:

@@ -29,20 +29,20 @@ def read_evidence(context: Context, mode: str, examples: int) -> dict[str, np.nd
     other options, or if no example has a category.
     """
     recipe, rule = context.recipe, answer_rule(context.recipe, mode)
-    sources, found = list(recipe.sources), {}
+    sources, evidence = list(recipe.sources), {}
     if rule == "reference":
-        found["reference"] = np.stack([load_reference_scores(context, source) for source in sources], 1)
+        evidence["reference"] = np.stack([load_reference_scores(context, source) for source in sources], 1)
     if rule in ("vote", "by_category"):
         scores = np.full((examples, len(sources), len(recipe.voting_reward_models)), np.nan, np.float32)
-        for column, reward_model in enumerate(recipe.voting_reward_models):
-            for place, source in enumerate(sources):
-                scores[:, place, column] = load_scores(context, source, reward_model)
-        found["scores"] = scores
+        for r, reward_model in enumerate(recipe.voting_reward_models):
+            for s, source in enumerate(sources):
+                scores[:, s, r] = load_scores(context, source, reward_model)
+        evidence["scores"] = scores
     if rule == "by_category":
-        found["category"] = _categories(context)
+        evidence["category"] = _categories(context)
     if mode == "training" and recipe.selection.training == "winner":
-        found["answer"] = np.stack([_answers(context, source) for source in sources], 1)
-    return found
+        evidence["answer"] = np.stack([_answers(context, source) for source in sources], 1)
+    return evidence
 
 
 def evidence_shapes(recipe: Recipe, mode: str, examples: int) -> dict[str, tuple[int, ...]]:

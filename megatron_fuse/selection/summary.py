@@ -44,8 +44,8 @@ def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
     """The share of examples that each source wins,
     and the effect of the margin on those with a small lead."""
     examples = len(selection.source)
-    places = {place: name for place, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
-    wins = ((name, int((selection.source == place).sum())) for place, name in places.items())
+    names = {index: name for index, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
+    wins = ((name, int((selection.source == index).sum())) for index, name in names.items())
     line = f"{mode} mode, advantage of " + ", ".join(f"{name}: {won:,} ({won / examples:.1%})" for name, won in wins)
     margin = recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin
     if margin is None:

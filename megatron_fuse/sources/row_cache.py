@@ -43,12 +43,12 @@ class RowCache(Cache):
 
         Only rows that change their place are copied.
         """
-        moves = [(place, row) for place, row in enumerate(order) if place != row]
-        places, rows = torch.tensor(moves, dtype=torch.long).reshape(-1, 2).T
+        moves = [(new, old) for new, old in enumerate(order) if new != old]
+        new_rows, old_rows = torch.tensor(moves, dtype=torch.long).reshape(-1, 2).T
         for layer in self.row_layers:
             for memory in layer.memory:
                 if moves:
-                    memory[places] = memory[rows]
+                    memory[new_rows] = memory[old_rows]
             keys, values = (memory[: len(order), :, padding:] for memory in layer.memory)
             layer.hold(keys, values, layer.width - padding)
 

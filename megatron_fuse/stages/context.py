@@ -164,13 +164,13 @@ class Context:
 
 def lineage(recipe: Recipe, parents: Parents) -> list[tuple[Stage, Key]]:
     """All artifacts that these parents are made from, and the parents: each one once, after its own parents."""
-    found: dict[tuple[Stage, Key], None] = {}
+    in_order: dict[tuple[Stage, Key], None] = {}
 
     def visit(parents: Parents) -> None:
         for stage, key in parents.values():
-            if (stage, key) not in found:
+            if (stage, key) not in in_order:
                 visit(stage.parents(recipe, *key))
-                found[stage, key] = None
+                in_order[stage, key] = None
 
     visit(parents)
-    return list(found)
+    return list(in_order)

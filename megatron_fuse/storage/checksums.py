@@ -95,12 +95,12 @@ def difference(path: Path, record: FileRecord, *, content: bool = True) -> str |
     return wrong_content(record_of_file(path), record) if content else None
 
 
-def wrong_content(found: FileRecord, record: FileRecord) -> str | None:
-    """How a file that was read differs from its record, None if it does not. found: what was read."""
-    if found.bytes != record.bytes:
-        return f"{found.bytes} bytes instead of {record.bytes}"
-    if found != record:
-        return f"checksum {found.xxh3_128[:12]}... instead of {record.xxh3_128[:12]}..."
+def wrong_content(actual: FileRecord, record: FileRecord) -> str | None:
+    """How a file that was read differs from its record, None if it does not. actual: what was read."""
+    if actual.bytes != record.bytes:
+        return f"{actual.bytes} bytes instead of {record.bytes}"
+    if actual != record:
+        return f"checksum {actual.xxh3_128[:12]}... instead of {record.xxh3_128[:12]}..."
     return None
 
 

@@ -149,8 +149,8 @@ def _too_deep(text: bytes) -> str:
     Brackets in strings count too: it is only for a message.
     """
     depth = 0
-    for place, byte in enumerate(text):
+    for index, byte in enumerate(text):
         depth += (byte in b"[{") - (byte in b"]}")
         if depth > _MOST_DEPTH:
-            return f"nested more than {_MOST_DEPTH} deep in line {text[:place].count(10) + 1}"
+            return f"nested more than {_MOST_DEPTH} deep in line {text[:index].count(10) + 1}"
     return "nested too deeply"

@@ -76,8 +76,8 @@ def as_in_file(
 
 def _same(said: State, state: State) -> bool:
     """Whether both are the same, apart from BOS and EOS around a text, which stay as the class has them."""
-    taken = {"truncation": None, "padding": None, "post_processor": None}
-    return said | taken == state | taken
+    ignored = {"truncation": None, "padding": None, "post_processor": None}
+    return said | ignored == state | ignored
 
 
 def _has_its_names(tokenizer: transformers.PreTrainedTokenizerFast) -> bool:

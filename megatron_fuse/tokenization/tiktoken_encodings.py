@@ -46,8 +46,8 @@ _LLAMA3_NAMED = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
-_LLAMA3_RESERVED = (place for place in range(256) if place not in _LLAMA3_NAMED)
-_LLAMA3 = _LLAMA3_NAMED | {place: f"<|reserved_special_token_{n}|>" for n, place in enumerate(_LLAMA3_RESERVED)}
+_LLAMA3_RESERVED = (offset for offset in range(256) if offset not in _LLAMA3_NAMED)
+_LLAMA3 = _LLAMA3_NAMED | {offset: f"<|reserved_special_token_{n}|>" for n, offset in enumerate(_LLAMA3_RESERVED)}
 
 _PUBLISHED = (
     PublishedEncoding(
@@ -74,7 +74,7 @@ _PUBLISHED = (
         name="llama3",
         pattern=_CL100K,
         ranks=128000,
-        special={text: 128000 + place for place, text in _LLAMA3.items()},
+        special={text: 128000 + offset for offset, text in _LLAMA3.items()},
         follows=True,
         bos="<|begin_of_text|>",
         eos="<|end_of_text|>",

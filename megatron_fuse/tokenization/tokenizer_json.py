@@ -107,8 +107,8 @@ def _byte_level_bytes(pieces: list[str]) -> list[bytes]:
     ends = ragged.offsets([len(piece) for piece in pieces])
     data = bytes_or_none.astype(np.uint8).tobytes()
     result = [data[begin:end] for begin, end in pairwise(ends.tolist())]
-    for place in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_or_none < 0), side="right") - 1):
-        result[place] = pieces[place].encode()
+    for index in np.unique(np.searchsorted(ends, np.flatnonzero(bytes_or_none < 0), side="right") - 1):
+        result[index] = pieces[index].encode()
     return result
 
 

@@ -193,22 +193,24 @@ def _metadata_in(files: CheckpointFiles) -> CheckpointMetadata:
     return metadata
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One text for each key in which a checkpoint differs from this run, with both values. Of two mappings
     only what differs is shown.
 
-    found: the checkpoint's values.
+    stored: the checkpoint's values.
     wanted: those of this run.
     """
     texts = []
     for key, value in wanted.items():
-        other = found.get(key)
-        if other == value:
+        stored_value = stored.get(key)
+        if stored_value == value:
             continue
-        if isinstance(value, dict) and isinstance(other, dict):
-            same = {name for name in value if name in other and other[name] == value[name]}
-            other, value = ({name: side[name] for name in side if name not in same} for side in (other, value))
-        texts.append(f"has {key} = {other!r}, but this run has {key} = {value!r}")
+        if isinstance(value, dict) and isinstance(stored_value, dict):
+            same = {name for name in value if name in stored_value and stored_value[name] == value[name]}
+            stored_value, value = (
+                {name: side[name] for name in side if name not in same} for side in (stored_value, value)
+            )
+        texts.append(f"has {key} = {stored_value!r}, but this run has {key} = {value!r}")
     return texts
 
 

@@ -110,8 +110,8 @@ class CheckpointFiles:
         if self.small is not None:
             if name not in self.small:
                 raise self._not_listed(name)
-            found, record = record_of_content(content), self.small[name]
-            if (found.bytes != record.bytes or self.verify) and (wrong := wrong_content(found, record)):
+            actual, record = record_of_content(content), self.small[name]
+            if (actual.bytes != record.bytes or self.verify) and (wrong := wrong_content(actual, record)):
                 raise self._damaged(name, wrong)
         return content
 
@@ -159,8 +159,8 @@ class CheckpointFiles:
             if digest is not None:
                 digest.update(block[:count])
             read += count
-        if digest is not None and (found := digest.hexdigest()) != (wanted := self._span(name, offset)[1]):
-            raise self._damaged(name, f"checksum {found[:12]}... instead of {wanted[:12]}... at byte {offset}")
+        if digest is not None and (actual := digest.hexdigest()) != (expected := self._span(name, offset)[1]):
+            raise self._damaged(name, f"checksum {actual[:12]}... instead of {expected[:12]}... at byte {offset}")
 
     @contextmanager
     def comparing_rest(self, rank: int, world_size: int) -> Iterator[None]:

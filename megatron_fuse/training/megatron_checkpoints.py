@@ -244,10 +244,10 @@ def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
 def _check_format(files: CheckpointFiles) -> None:
     place = files.path / "metadata.json"
     content = parse_object(files.content(place.name), str(place))
-    found = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
-    if found != _FORMAT:
+    form = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
+    if form != _FORMAT:
         raise UserError(
-            f"{place}: it has {quoted(found, 200)}, but a checkpoint of this version has {_FORMAT}. Name "
+            f"{place}: it has {quoted(form, 200)}, but a checkpoint of this version has {_FORMAT}. Name "
             "another checkpoint."
         )
 

@@ -173,8 +173,8 @@ def read_plain(content: bytes, place: str) -> Any:
     except Exception as error:  # damage and refusals are reported in classes of several libraries
         reason = next(iter(str(error).splitlines()), "")[:160]
         raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}). {_FIX}") from error
-    if (found := _not_plain(value)) is not None:
-        raise UserError(f"{place} holds {found}, which no checkpoint of this project does. {_FIX}")
+    if (foreign_type := _not_plain(value)) is not None:
+        raise UserError(f"{place} holds {foreign_type}, which no checkpoint of this project does. {_FIX}")
     return value
 
 

@@ -8,27 +8,27 @@ import numpy as np
 
 def difference_problems(
     path: Path,
-    found: Mapping[str, np.ndarray],
-    wanted: Mapping[str, np.ndarray],
+    stored: Mapping[str, np.ndarray],
+    recomputed: Mapping[str, np.ndarray],
     names: Sequence[str],
     *,
     basis: str,
     fix: str,
 ) -> Iterator[str]:
-    """One line for every array of `found` that is not exactly the wanted one [n, ...]; NaN equals NaN.
+    """One line for every stored array that is not exactly the recomputed one [n, ...]; NaN equals NaN.
 
-    path: the file of `found`. names [n]: the examples' ids. basis: in words, what `wanted` was computed from.
-    fix: what the user must do.
+    path: the file of the stored arrays. names [n]: the examples' ids. basis: in words, what the others were
+    recomputed from. fix: what the user must do.
     """
-    for name, want in wanted.items():
-        have = found.get(name)
-        if have is None or have.shape != want.shape:
+    for name, array in recomputed.items():
+        stored_array = stored.get(name)
+        if stored_array is None or stored_array.shape != array.shape:
             yield f"{path}: {name} is missing, or its shape is not the one that {basis} give. {fix}"
             continue
-        differs = ~np.isclose(have, want, rtol=0, atol=0, equal_nan=True).reshape(len(want), -1).all(1)
+        differs = ~np.isclose(stored_array, array, rtol=0, atol=0, equal_nan=True).reshape(len(array), -1).all(1)
         if differs.any():
             example = int(differs.argmax())
             yield (
-                f"{path}: example {names[example]!r}: {name} is {have[example].tolist()}, but {basis} give "
-                f"{want[example].tolist()} ({differs.sum():,} examples differ). {fix}"
+                f"{path}: example {names[example]!r}: {name} is {stored_array[example].tolist()}, but {basis} give "
+                f"{array[example].tolist()} ({differs.sum():,} examples differ). {fix}"
             )

@@ -100,7 +100,7 @@ def selection_problems(
     yield from difference_problems(path, stored, wanted, names, basis="the sources' examples", fix=FIX)
 
 
-def _evidence(context: Context, mode: str, examples: int, found: ExampleArrays) -> ExampleArrays | None:
+def _evidence(context: Context, mode: str, examples: int, stored: ExampleArrays) -> ExampleArrays | None:
     """What the choice compares, from its stages; if that is missing or damaged, what is stored with the selection.
 
     None if it is not there either. The check of the artifacts reports the damage itself.
@@ -109,6 +109,6 @@ def _evidence(context: Context, mode: str, examples: int, found: ExampleArrays) 
         return read_evidence(context, mode, examples)
     except (UserError, OSError, ValueError, EOFError):
         shapes = evidence_shapes(context.recipe, mode, examples)
-        if any(name not in found or found[name].shape != shape for name, shape in shapes.items()):
+        if any(name not in stored or stored[name].shape != shape for name, shape in shapes.items()):
             return None
-        return {name: found[name] for name in shapes}
+        return {name: stored[name] for name in shapes}

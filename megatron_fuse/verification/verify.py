@@ -94,13 +94,13 @@ class _TextShard:
 
 
 class _ShardVerifier:
-    """Checks the shards of the artifacts of one recipe, and adds problems and counts to `found`."""
+    """Checks the shards of the artifacts of one recipe, and adds problems and counts to the verification."""
 
-    def __init__(self, context: Context, found: Verification, progress: Progress) -> None:
+    def __init__(self, context: Context, verification: Verification, progress: Progress) -> None:
         self.context = context
         self.recipe = context.recipe
         self.vocab_size = context.target.tokenizer.vocab_size
-        self.found = found
+        self.verification = verification
         self.progress, self.checked = progress, 0
 
     def text_shard(self, prefix: Path) -> _TextShard:
@@ -108,16 +108,16 @@ class _ShardVerifier:
         try:
             listed = read_listed(prefix)
         except UserError as error:
-            self.found.problems.append(str(error))
+            self.verification.problems.append(str(error))
             listed = {}
         tokens = np.array([*listed.values()], np.int64)
         if not listed:
             return _TextShard([], tokens, None)
         shard = ShardFiles.read(prefix, list(listed), TEXT_FIELDS)
         labels = self._documents(shard)
-        self.found.problems += listed_problems(shard, labels, tokens)
+        self.verification.problems += listed_problems(shard, labels, tokens)
         if labels is not None:
-            self.found.problems += span_problems(Path(f"{prefix}{SUFFIX}"), labels, list(listed))
+            self.verification.problems += span_problems(Path(f"{prefix}{SUFFIX}"), labels, list(listed))
         return _TextShard(list(listed), tokens, labels)
 
     def curriculum(self, text: Artifact, shards: list[_TextShard]) -> None:
@@ -129,7 +129,7 @@ class _ShardVerifier:
         if all(shard.names for shard in shards) and (path.exists() or self.recipe.schedule.order != "shuffled"):
             names = list(chain.from_iterable(shard.names for shard in shards))
             listed = np.concatenate([shard.listed for shard in shards])
-            self.found.problems += curriculum_problems(self.context, text.sha256, listed, names)
+            self.verification.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
     def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
         """Checks the rows of these sources, and the selection if the examples' arrays of all sources are readable."""
@@ -138,14 +138,14 @@ class _ShardVerifier:
         if len(example_arrays) == len(self.recipe.sources) and all(shard.names for shard in shards):
             parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
             names = list(chain.from_iterable(shard.names for shard in shards))
-            self.found.problems += selection_problems(self.context, mode, parents, example_arrays, names)
+            self.verification.problems += selection_problems(self.context, mode, parents, example_arrays, names)
 
     def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> ExampleArrays | None:
         """Checks the rows of one source. Returns the arrays of all examples; None if some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
             manifest = teacher.directory / "manifest.json"
-            self.found.problems.append(
+            self.verification.problems.append(
                 f"{manifest}: {len(prefixes)} shards, but the text has {len(shards)}{fix(manifest)}"
             )
             return None
@@ -164,17 +164,19 @@ class _ShardVerifier:
         if mode == "inference":  # the documents are the source's answers, stored beside the rows
             labels = self._documents(ShardFiles.read(prefix, text.names, TEXT_FIELDS))
         shard = ShardFiles.read(prefix, text.names, ROW_FIELDS)
-        self.found.problems += row_problems(shard, labels, vocab_size=self.vocab_size, entries_per_row=entries_per_row)
+        self.verification.problems += row_problems(
+            shard, labels, vocab_size=self.vocab_size, entries_per_row=entries_per_row
+        )
         sizes = {name: len(rows.values) for name, rows in shard.fields.items()}
-        self.found.counts.update(rows=sizes.get("counts", 0), entries=sizes.get("entry_ids", 0))
+        self.verification.counts.update(rows=sizes.get("counts", 0), entries=sizes.get("entry_ids", 0))
         path = prefix.with_name(prefix.name + ".examples.safetensors")
         try:
             example_arrays = read_example_arrays(path, len(text.names))
         except UserError as error:
-            self.found.problems.append(str(error))
+            self.verification.problems.append(str(error))
             return None
         if labels is not None:
-            self.found.problems += example_problems(path, example_arrays, labels, text.names, mode)
+            self.verification.problems += example_problems(path, example_arrays, labels, text.names, mode)
         return example_arrays
 
     def _checking(self) -> None:
@@ -188,10 +190,10 @@ class _ShardVerifier:
         Returns the number of supervised tokens of each, int64 [n]; None if unreadable.
         """
         seq_length = self.recipe.training.seq_length
-        self.found.problems += document_problems(shard, vocab_size=self.vocab_size, seq_length=seq_length)
+        self.verification.problems += document_problems(shard, vocab_size=self.vocab_size, seq_length=seq_length)
         labels = labels_per_example(shard)
         if labels is not None:
-            self.found.counts.update(documents=int((labels > 0).sum()), supervised_tokens=int(labels.sum()))
+            self.verification.counts.update(documents=int((labels > 0).sum()), supervised_tokens=int(labels.sum()))
         return labels
 
 

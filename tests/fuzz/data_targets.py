@@ -156,7 +156,7 @@ def _read_scores(directory: Path) -> None:
     for name in ("mappings", "triples"):
         given = given_scores(ScoreFile(path=directory / f"{name}.jsonl"), "reward_models.reward.scores")
         given.check("a", examples())
-        given.of("a", examples(), answers)
+        given.of_source("a", examples(), answers)
 
 
 def _questions() -> dict[str, Rows]:

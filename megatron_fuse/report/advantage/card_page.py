@@ -39,7 +39,7 @@ def swatch(sources: list[str], name: str) -> str:
 
 def html_card(card: dict[str, Any], sources: list[str]) -> str:
     won = ", ".join(f"{mode} mode: {winner or NOBODY}{_weight(card, mode)}" for mode, winner in card["winners"].items())
-    facts = [f"example {card['id']}", *([card["category"]] if card["category"] else []), f"wins in {won}"]
+    caption = [f"example {card['id']}", *([card["category"]] if card["category"] else []), f"wins in {won}"]
     system = f'<p class="note">System: {_folded(card["system"], _SYSTEM)}</p>' if card["system"] else ""
     turns = card["messages"]
     spoken = [_folded(_spoken(turn), _INSTRUCTION) for turn in turns]
@@ -50,7 +50,7 @@ def html_card(card: dict[str, Any], sources: list[str]) -> str:
     answers = "".join(_answer(answer, sources, _ONE_OF_MANY if many else _ANSWER) for answer in given)
     columns = 1 if len(given) == 1 else 3 if many else 2
     return (
-        f'<div class="card"><h3>{escape(_sentence(card["reason"]))}</h3><p class="note">{escape(" · ".join(facts))}</p>{system}'
+        f'<div class="card"><h3>{escape(_sentence(card["reason"]))}</h3><p class="note">{escape(" · ".join(caption))}</p>{system}'
         f'<div class="instruction text">{"<br>".join(spoken)}</div>{_scores(card)}'
         f'<div class="answers" style="grid-template-columns: repeat({columns}, 1fr)">{answers}</div></div>\n'
     )

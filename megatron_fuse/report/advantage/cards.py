@@ -98,15 +98,20 @@ def _gap(seen: Observations, mode: str) -> np.ndarray:
     scores = np.nan_to_num(arrays["scores"][..., seen.strongest].astype(float), nan=-np.inf)
     winner = np.maximum(arrays["source"], 0).astype(np.int64)[:, None]
     same = seen.answers.same
-    others = np.where(same == np.take_along_axis(same, winner, 1), -np.inf, scores).max(1)
-    own = np.take_along_axis(scores, winner, 1)[:, 0]
-    return np.subtract(own, others, out=np.zeros(len(own)), where=np.isfinite(others) & np.isfinite(own))
+    best_other = np.where(same == np.take_along_axis(same, winner, 1), -np.inf, scores).max(1)
+    winners_score = np.take_along_axis(scores, winner, 1)[:, 0]
+    return np.subtract(
+        winners_score,
+        best_other,
+        out=np.zeros(len(winners_score)),
+        where=np.isfinite(best_other) & np.isfinite(winners_score),
+    )
 
 
 def _clear_wins(seen: Observations, mode: str, order: np.ndarray) -> Iterator[Choice]:
     """The sources in turn, so that not all are wins of one."""
     winner = seen.selections[mode]["source"][order]
-    for turn in zip_longest(*(order[winner == place] for place in range(len(seen.sources)))):
+    for turn in zip_longest(*(order[winner == source] for source in range(len(seen.sources)))):
         examples = [example for example in turn if example is not None]
         yield from _each(np.array(examples), f"a clear win of {{{mode}}} in {mode} mode", seen)
 
@@ -118,8 +123,8 @@ def _each(examples: np.ndarray, reason: str, seen: Observations) -> Iterator[Cho
 
 
 def _winner(seen: Observations, mode: str, example: int) -> str | None:
-    place = int(seen.selections[mode]["source"][example])
-    return None if place == NONE else seen.sources[place]
+    winner = int(seen.selections[mode]["source"][example])
+    return None if winner == NONE else seen.sources[winner]
 
 
 def card(seen: Observations, choice: Choice, example: Example, responses: list[Response]) -> dict[str, Any]:
@@ -128,8 +133,8 @@ def card(seen: Observations, choice: Choice, example: Example, responses: list[R
     answers: of the ground truth and every source {name, text, same_as: a source of the same text, wins: modes, flags, scores
     {reward_model: number}, votes, reference {measure: number}, nats_per_byte}. What there is not is null or left out.
     """
-    place = choice.example
-    winners = {mode: _winner(seen, mode, place) for mode in seen.selections}
+    index = choice.example
+    winners = {mode: _winner(seen, mode, index) for mode in seen.selections}
     answers: list[dict[str, Any]] = [{"name": GROUND_TRUTH, "text": example.response, "truncated": example.truncated}]
     for number, source in enumerate(seen.sources):
         response = responses[number] if responses else None
@@ -137,10 +142,10 @@ def card(seen: Observations, choice: Choice, example: Example, responses: list[R
             {
                 "name": source,
                 "text": response and response.response,
-                "same_as": _same_as(seen, place, number),
+                "same_as": _same_as(seen, index, number),
                 "wins": [mode for mode, winner in winners.items() if winner == source],
-                **(_flags(seen, place, number) if response else {}),
-                **_measures(seen, place, number),
+                **(_flags(seen, index, number) if response else {}),
+                **_measures(seen, index, number),
             }
         )
     return {
@@ -150,39 +155,39 @@ def card(seen: Observations, choice: Choice, example: Example, responses: list[R
         "system": example.system,
         "messages": example.messages,
         "winners": winners,
-        "margins": {mode: _number(arrays["margin"][place]) for mode, arrays in seen.selections.items()},
-        "weights": {mode: float(arrays["weight"][place]) for mode, arrays in seen.selections.items()},
+        "margins": {mode: _number(arrays["margin"][index]) for mode, arrays in seen.selections.items()},
+        "weights": {mode: float(arrays["weight"][index]) for mode, arrays in seen.selections.items()},
         "answers": answers,
     }
 
 
-def _same_as(seen: Observations, place: int, number: int) -> str | None:
+def _same_as(seen: Observations, example: int, source: int) -> str | None:
     """The first source, before this one, with the same text."""
-    same = seen.answers.same[place]
-    first = int((same == same[number]).argmax()) if len(same) and same[number] else number
-    return seen.sources[first] if first < number else None
+    same = seen.answers.same[example]
+    first = int((same == same[source]).argmax()) if len(same) and same[source] else source
+    return seen.sources[first] if first < source else None
 
 
-def _flags(seen: Observations, place: int, number: int) -> dict[str, bool]:
-    return {flag: bool(getattr(seen.answers, flag)[place, number]) for flag in FLAGS}
+def _flags(seen: Observations, example: int, source: int) -> dict[str, bool]:
+    return {flag: bool(getattr(seen.answers, flag)[example, source]) for flag in FLAGS}
 
 
-def _measures(seen: Observations, place: int, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _measures(seen: Observations, example: int, source: int) -> dict[str, Any]:
+    measures_of_answer: dict[str, Any] = {}
     if inference := seen.selections.get("inference"):
         if seen.reward_models:
-            scores = inference["scores"][place, number]
-            found["scores"] = {
+            scores = inference["scores"][example, source]
+            measures_of_answer["scores"] = {
                 reward_model: _number(score) for reward_model, score in zip(seen.reward_models, scores, strict=True)
             }
-            found["votes"] = int(inference["votes"][place, number])
+            measures_of_answer["votes"] = int(inference["votes"][example, source])
         if "reference" in inference:
-            measures = [*inference["reference"][place, number], inference["score"][place, number]]
-            found["reference"] = dict(zip([*MEASURES, "score"], map(_number, measures), strict=True))
+            measures = [*inference["reference"][example, source], inference["score"][example, source]]
+            measures_of_answer["reference"] = dict(zip([*MEASURES, "score"], map(_number, measures), strict=True))
     if training := seen.selections.get("training"):
-        divisor = max(int(training["response_bytes"][place]), 1)
-        found["nats_per_byte"] = _number(training["ce_sum"][place, number] / divisor)
-    return found
+        divisor = max(int(training["response_bytes"][example]), 1)
+        measures_of_answer["nats_per_byte"] = _number(training["ce_sum"][example, source] / divisor)
+    return measures_of_answer
 
 
 def _number(value: float) -> float | None:

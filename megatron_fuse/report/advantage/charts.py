@@ -53,18 +53,18 @@ def _draw_wins(report: dict[str, Any]) -> tuple[str, Figure]:
     names = [*sources, NOBODY]
     figure = Figure(figsize=(_WIDTH, 1.3 + 0.32 * len(names)))
     panels = figure.subplots(1, len(wins), sharex=True, sharey=True, squeeze=False)[0]
-    for axes, (mode, of) in zip(panels, wins.items(), strict=True):
+    for axes, (mode, by_source) in zip(panels, wins.items(), strict=True):
         for row, name in enumerate(names):
-            share, low, high = (100 * of[name][key] for key in ("share", "low", "high"))
+            share, low, high = (100 * by_source[name][key] for key in ("share", "low", "high"))
             hatch = "////" if name == NOBODY else None
             axes.barh(row, share, color=colour_of(sources, name), edgecolor="#444444", linewidth=0.6, hatch=hatch)
             axes.hlines(row, low, high, color="black", linewidth=1)
-            label = f"{percent(of[name]['share'])} ({of[name]['examples']:,})"
+            label = f"{percent(by_source[name]['share'])} ({by_source[name]['examples']:,})"
             axes.annotate(label, (high, row), (6, 0), textcoords="offset points", va="center")
         axes.set_title(f"{mode} mode: {rule_in_words(report, mode)}", loc="left")
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", length=0)
-    top = 100 * max(of[name]["high"] for of in wins.values() for name in names)
+    top = 100 * max(by_source[name]["high"] for by_source in wins.values() for name in names)
     panels[0].set_xlim(0, 1.35 * top)  # room for the numbers
     panels[0].set_xticks([tick for tick in panels[0].get_xticks() if tick <= min(100, 1.35 * top)])
     panels[0].invert_yaxis()
@@ -77,8 +77,8 @@ def _most_wins_in_words(report: dict[str, Any]) -> str:
     names = {name for name, _ in most.values()}
     if len(most) == 2 and len(names) == 1:
         return f"{names.pop()} wins most often in both modes ({' and '.join(percent(share) for _, share in most.values())})"
-    found = [f"{name} wins most often in {mode} mode ({percent(share)})" for mode, (name, share) in most.items()]
-    return ", ".join(found) or "No source wins"
+    sentences = [f"{name} wins most often in {mode} mode ({percent(share)})" for mode, (name, share) in most.items()]
+    return ", ".join(sentences) or "No source wins"
 
 
 def rule_in_words(report: dict[str, Any], mode: str) -> str:
@@ -113,8 +113,8 @@ def _draw_modes(report: dict[str, Any]) -> tuple[str, Figure]:
     axes.imshow(
         shares, cmap="Greys", vmin=0, vmax=1.6 * max(map(max, shares)), aspect="auto"
     )  # the darkest is a mid-grey
-    for row, of in enumerate(shares):
-        for column, share in enumerate(of):
+    for row, row_shares in enumerate(shares):
+        for column, share in enumerate(row_shares):
             axes.text(column, row, f"{share:.1f}", ha="center", va="center")
         frame: dict[str, Any] = {"fill": False, "edgecolor": "black", "linewidth": 2, "clip_on": False}
         axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, **frame))  # the same source in both modes
@@ -130,8 +130,8 @@ def _draw_groups(report: dict[str, Any], name: str) -> tuple[str, Figure]:
     """One panel per source, one row per group, a mark with its 95 % interval per mode."""
     sources, groups, modes = report["sources"], report["groups"][name], list(report["wins"])
     figure, panels = _panels(sources, groups)
-    shares = [of for group in groups for wins in group["wins"].values() for of in wins.values()]
-    highest = 100 * max(of["high"] for of in shares)
+    intervals = [interval for group in groups for wins in group["wins"].values() for interval in wins.values()]
+    highest = 100 * max(interval["high"] for interval in intervals)
     shift = 0.16 if len(modes) == 2 else 0
     for source, axes in zip(sources, panels, strict=True):
         for mode, side in zip(modes, (-shift, shift), strict=False):
@@ -149,16 +149,16 @@ def _draw_groups(report: dict[str, Any], name: str) -> tuple[str, Figure]:
 
 def _finding(report: dict[str, Any], name: str) -> str:
     """The source and mode whose share of wins differs most between two groups whose 95 % intervals do not overlap."""
-    groups, found = report["groups"][name], []
+    groups, clear = report["groups"][name], []
     for mode in report["wins"]:
         for source in report["sources"]:
             rows = [(group["wins"][mode][source], group["group"]) for group in groups]
             (least, low), (most, high) = (pick(rows, key=lambda row: row[0]["share"]) for pick in (min, max))
             if least["high"] < most["low"]:
-                found.append((most["share"] - least["share"], source, mode, least, low, most, high))
-    if not found:
+                clear.append((most["share"] - least["share"], source, mode, least, low, most, high))
+    if not clear:
         return f"No source's share of wins varies clearly by {name}: the 95 % intervals overlap"
-    _, source, mode, least, low, most, high = max(found, key=lambda row: row[0])
+    _, source, mode, least, low, most, high = max(clear, key=lambda row: row[0])
     return (
         f"By {name}, {source}'s share of wins in {mode} mode varies most: {percent(least['share'], 0)} ({_short(low)}) to "
         f"{percent(most['share'], 0)} ({_short(high)})"
@@ -169,7 +169,7 @@ def _draw_lengths(report: dict[str, Any]) -> tuple[str, Figure]:
     """One panel per source, one row per group: the median length of its answers beside that of the ground truth."""
     groups, sources = report["lengths"]["groups"], report["sources"]
     if report["lengths"]["by"] == "system message":  # numbered as in the page's table
-        ranks = {of["text"]: f"{place}. " for place, of in enumerate(report["system_messages"]["frequent"], 1)}
+        ranks = {system["text"]: f"{rank}. " for rank, system in enumerate(report["system_messages"]["frequent"], 1)}
         groups = [{**group, "group": f"{ranks.get(group['group'], '')}{group['group']}"} for group in groups]
     whole = groups[0]["median"]
     answering = [source for source in sources if source in whole]

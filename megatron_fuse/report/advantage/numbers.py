@@ -67,21 +67,21 @@ def advantage_numbers(seen: Observations) -> dict[str, Any]:
 def wins(winner: np.ndarray, sources: list[str]) -> dict[str, dict[str, float | int | None]]:
     """winner int [n]: place of a source, NONE where no source has the advantage."""
     counts = np.bincount(winner.astype(np.int64) - NONE, minlength=1 + len(sources)).tolist()
-    found = {}
+    by_source = {}
     for name, count in zip([*sources, NOBODY], [*counts[1:], counts[0]], strict=True):
         low, high = wilson(count, len(winner))
-        found[name] = {"examples": count, "share": _ratio(count, len(winner)), "low": low, "high": high}
-    return found
+        by_source[name] = {"examples": count, "share": _ratio(count, len(winner)), "low": low, "high": high}
+    return by_source
 
 
 def most_wins(report: dict[str, Any]) -> dict[str, tuple[str, float]]:
     """By mode the source with most wins and its share, where any source wins."""
-    found = {}
-    for mode, of in report["wins"].items():
-        name = max(report["sources"], key=lambda source: of[source]["examples"])
-        if of[name]["examples"]:
-            found[mode] = (name, of[name]["share"])
-    return found
+    by_mode = {}
+    for mode, by_source in report["wins"].items():
+        name = max(report["sources"], key=lambda source: by_source[source]["examples"])
+        if by_source[name]["examples"]:
+            by_mode[mode] = (name, by_source[name]["share"])
+    return by_mode
 
 
 def wilson(part: int, whole: int) -> tuple[float | None, float | None]:
@@ -105,7 +105,7 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float | int | 
     if not len(first):
         return {"examples": 0, "agree": None, "chance": None, "kappa": None}
     choices = 1 + max(first.max(), second.max())
-    one, other = (np.bincount(of, minlength=choices) for of in (first, second))
+    one, other = (np.bincount(choice, minlength=choices) for choice in (first, second))
     agree = int((first == second).sum())
     by_chance, squared = int(one @ other), len(first) ** 2
     kappa = _ratio(agree * len(first) - by_chance, squared - by_chance)
@@ -142,14 +142,14 @@ def margins(arrays: dict[str, np.ndarray]) -> dict[str, float | int | None]:
 def quartiles(characters: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """(range, bool [n]) of four groups as equal as equal lengths allow, which stay together; fewer where lengths do not differ."""
     cuts = np.unique(np.quantile(characters, [0.25, 0.5, 0.75], method="lower")) if len(characters) else np.zeros(0)
-    place = np.searchsorted(cuts, characters)
-    parts = [place == part for part in range(len(cuts) + 1)]
-    found = []
+    quarter = np.searchsorted(cuts, characters)
+    parts = [quarter == part for part in range(len(cuts) + 1)]
+    groups = []
     for members in parts:
         if members.any():
             ends = (f"{end:,}" for end in (characters[members].min(), characters[members].max()))
-            found.append((f"{' to '.join(dict.fromkeys(ends))} characters", members))
-    return found
+            groups.append((f"{' to '.join(dict.fromkeys(ends))} characters", members))
+    return groups
 
 
 def frequent_groups(codes: np.ndarray, names: list[str], most: int) -> list[tuple[str, np.ndarray]]:
@@ -175,8 +175,8 @@ def _reward_models(seen: Observations) -> dict[str, Any]:
     return {
         "favourites": {
             reward_model: {
-                source: _ratio((liked[:, j] == place).sum(), (liked[:, j] != NONE).sum())
-                for place, source in enumerate(seen.sources)
+                source: _ratio((liked[:, j] == column).sum(), (liked[:, j] != NONE).sum())
+                for column, source in enumerate(seen.sources)
             }
             for j, reward_model in numbered
         },
@@ -208,15 +208,15 @@ def _lengths(seen: Observations) -> dict[str, Any]:
         parts += frequent_groups(seen.category, seen.categories, CATEGORIES)
     answers = seen.answers
     columns = {GROUND_TRUTH: seen.characters.astype(float)}
-    for place, source in enumerate(seen.sources[: answers.empty.shape[1]]):
-        columns[source] = np.where(answers.empty[:, place], np.nan, answers.characters[:, place])
+    for column, source in enumerate(seen.sources[: answers.empty.shape[1]]):
+        columns[source] = np.where(answers.empty[:, column], np.nan, answers.characters[:, column])
     return {
         "by": by,
         "groups": [
             {
                 "group": group,
                 "examples": int(members.sum()),
-                "median": {name: _median(of[members]) for name, of in columns.items()},
+                "median": {name: _median(lengths[members]) for name, lengths in columns.items()},
             }
             for group, members in parts
         ],
@@ -235,12 +235,12 @@ def _system_messages(seen: Observations) -> dict[str, Any]:
     return {
         "different": len(np.unique(seen.system[seen.system >= 0])),
         "examples": int((seen.system >= 0).sum()),
-        "frequent": [{"text": text, "examples": of, "share": _ratio(of, examples)} for text, of in rows],
+        "frequent": [{"text": text, "examples": count, "share": _ratio(count, examples)} for text, count in rows],
     }
 
 
 def _answers(seen: Observations) -> dict[str, Any]:
-    found = {
+    by_name = {
         GROUND_TRUTH: {
             "answers": len(seen.numbers),
             "empty": 0,
@@ -252,15 +252,15 @@ def _answers(seen: Observations) -> dict[str, Any]:
         }
     }
     answers = seen.answers
-    for place, source in enumerate(seen.sources[: answers.empty.shape[1]]):
-        given = ~answers.empty[:, place]
-        found[source] = {
-            "answers": int(given.sum()),
-            **{flag: int(getattr(answers, flag)[:, place].sum()) for flag in FLAGS},
-            "characters": _mean_and_median(answers.characters[given, place]),
-            "tokens": _mean_and_median(answers.tokens[given, place]),
+    for column, source in enumerate(seen.sources[: answers.empty.shape[1]]):
+        has_answer = ~answers.empty[:, column]
+        by_name[source] = {
+            "answers": int(has_answer.sum()),
+            **{flag: int(getattr(answers, flag)[:, column].sum()) for flag in FLAGS},
+            "characters": _mean_and_median(answers.characters[has_answer, column]),
+            "tokens": _mean_and_median(answers.tokens[has_answer, column]),
         }
-    return found
+    return by_name
 
 
 def _mean_and_median(values: np.ndarray) -> dict[str, float | None]:

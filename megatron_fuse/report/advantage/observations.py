@@ -76,7 +76,7 @@ def observe(context: Context) -> Observations:
     answered: list[list[tuple[int, ...]]] = []
     unmatched = [_unmatched(shards) for shards in responses]
     for shard, examples in enumerate(instructions):
-        for example, *given in zip(examples, *(shards[shard] for shards in responses), strict=True):
+        for example, *answers in zip(examples, *(shards[shard] for shards in responses), strict=True):
             rows.append(
                 (
                     example.is_validation,
@@ -87,11 +87,11 @@ def observe(context: Context) -> Observations:
                     _place(example.category, categories),
                 )
             )
-            answered.append(_facts(given, [example.id in ids for ids in unmatched]))
+            answered.append(_answer_columns(answers, [example.id in ids for ids in unmatched]))
     table = np.array(rows, np.int64)
     kept = table[:, 0] == 0
     selections = {mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes}
-    facts = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
+    answer_columns = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
     strongest = recipe.strongest
     reward_models = recipe.voting_reward_models if "inference" in modes and recipe.selection.inference == "vote" else []
     return Observations(
@@ -108,7 +108,7 @@ def observe(context: Context) -> Observations:
         system_messages=list(system_messages),
         category=table[kept, 5],
         categories=list(categories),
-        answers=_answers(facts, selections),
+        answers=_answers(answer_columns, selections),
         selections=selections,
     )
 
@@ -116,13 +116,16 @@ def observe(context: Context) -> Observations:
 def read_texts(context: Context, numbers: list[int]) -> dict[int, tuple[Example, list[Response]]]:
     """The examples of these places in the instructions, with every source's answer where there are answers."""
     instructions, responses = _open(context)
-    found, first = dict[int, tuple[Example, list[Response]]](), 0
+    texts, first = dict[int, tuple[Example, list[Response]]](), 0
     for shard, examples in enumerate(instructions):
         wanted = [number for number in numbers if first <= number < first + len(examples)]
-        given = [shards[shard] for shards in responses] if wanted else []
-        found |= {number: (examples[number - first], [of[number - first] for of in given]) for number in wanted}
+        responses_of_shard = [shards[shard] for shards in responses] if wanted else []
+        texts |= {
+            number: (examples[number - first], [answers[number - first] for answers in responses_of_shard])
+            for number in wanted
+        }
         first += len(examples)
-    return found
+    return texts
 
 
 def _open(context: Context) -> tuple[Shards[list[Example]], list[Shards[list[Response]]]]:
@@ -142,7 +145,7 @@ def _place(text: str | None, places: dict[str, int]) -> int:
     return -1 if text is None else places.setdefault(text, len(places))
 
 
-def _facts(answers: list[Response], unmatched: list[bool]) -> list[tuple[int, ...]]:
+def _answer_columns(answers: list[Response], unmatched: list[bool]) -> list[tuple[int, ...]]:
     texts = [answer.response for answer in answers]
     return [
         (
@@ -158,13 +161,13 @@ def _facts(answers: list[Response], unmatched: list[bool]) -> list[tuple[int, ..
     ]
 
 
-def _answers(facts: np.ndarray, selections: dict[str, Any]) -> Answers:
-    """facts [n, S, 7]"""
-    if not facts.shape[1]:
-        facts = np.zeros((len(facts), 0, 3 + len(FLAGS)), np.int64)
-        available = np.zeros((len(facts), 0), bool)
+def _answers(columns: np.ndarray, selections: dict[str, Any]) -> Answers:
+    """columns int [n, S, 7]: those of _answer_columns."""
+    if not columns.shape[1]:
+        columns = np.zeros((len(columns), 0, 3 + len(FLAGS)), np.int64)
+        available = np.zeros((len(columns), 0), bool)
     else:
         available = selections["inference"]["available"] != 0
-    characters, tokens, same = (facts[..., column] for column in range(3))
-    flags = {name: facts[..., 3 + column] != 0 for column, name in enumerate(FLAGS)}
+    characters, tokens, same = (columns[..., column] for column in range(3))
+    flags = {name: columns[..., 3 + column] != 0 for column, name in enumerate(FLAGS)}
     return Answers(characters, tokens, np.where(available, same, 0), **flags)

@@ -56,21 +56,21 @@ def _origin(report: dict[str, Any]) -> str:
 
 
 def _findings(report: dict[str, Any]) -> list[str]:
-    found = []
+    sentences = []
     for mode, (name, share) in most_wins(report).items():
         nobody = report["wins"][mode][NOBODY]
         none = f"; no source in {percent(nobody['share'])}" if nobody["examples"] else ""
-        found.append(f"{mode.capitalize()} mode: {name} wins most often, {percent(share)} of the examples{none}.")
+        sentences.append(f"{mode.capitalize()} mode: {name} wins most often, {percent(share)} of the examples{none}.")
     if report["modes"]:
-        found.append(_modes(report))
+        sentences.append(_modes(report))
     if report["reward_models"]:
-        found.append(_reward_models(report))
+        sentences.append(_reward_models(report))
     median = report["lengths"]["groups"][0]["median"]
     answers = [length for name, length in median.items() if name != GROUND_TRUTH and length]
     if answers:
         times = dict.fromkeys(f"{median[GROUND_TRUTH] / length:.1f}" for length in (max(answers), min(answers)))
-        found.append(f"The median ground truth is {' to '.join(times)} times as long as a source's median answer.")
-    return found
+        sentences.append(f"The median ground truth is {' to '.join(times)} times as long as a source's median answer.")
+    return sentences
 
 
 def _modes(report: dict[str, Any]) -> str:
@@ -126,11 +126,11 @@ _LOWERED = {"dropped": "are dropped", "lowered": "count less"}
 
 def _margins(report: dict[str, Any]) -> str:
     sentences = []
-    for mode, of in report["margins"].items():
-        lead = of["median"]
+    for mode, margins in report["margins"].items():
+        lead = margins["median"]
         if lead is None:
             continue
-        changed = [f"{count:,} barely win and {what}" for key, what in _LOWERED.items() if (count := of[key])]
+        changed = [f"{count:,} barely win and {what}" for key, what in _LOWERED.items() if (count := margins[key])]
         low = f"; {' and '.join(changed)}" if changed else ""
         sentences.append(f"{mode.capitalize()} mode: the median winner is ahead by {_lead(report, mode, lead)}{low}.")
     return " ".join(sentences)
@@ -150,8 +150,8 @@ def _system_messages(report: dict[str, Any]) -> str:
         by = "by category" if report["lengths"]["by"] else "of all examples"
         return _paragraph(f"No example has a system message: lengths are shown {by}.")
     rows = [
-        [f"{place}. {of['text']}", f"{of['examples']:,}", percent(of["share"])]
-        for place, of in enumerate(systems["frequent"], 1)
+        [f"{rank}. {system['text']}", f"{system['examples']:,}", percent(system["share"])]
+        for rank, system in enumerate(systems["frequent"], 1)
     ]
     text = (
         f"{systems['examples']:,} of {examples:,} examples have a system message, of {systems['different']:,} different ones; "
@@ -172,17 +172,23 @@ def _answers_table(report: dict[str, Any]) -> Table:
     rows = [
         [
             name,
-            *("-" if of[flag] is None else f"{of[flag]:,}" for flag in flags),
-            *("-" if of[unit][kind] is None else f"{of[unit][kind]:,.0f}" for unit, kind in measures),
+            *("-" if answers[flag] is None else f"{answers[flag]:,}" for flag in flags),
+            *("-" if answers[unit][kind] is None else f"{answers[unit][kind]:,.0f}" for unit, kind in measures),
         ]
-        for name, of in report["answers"].items()
+        for name, answers in report["answers"].items()
     ]
     return ("", *flags, *(f"{unit}, {kind}" for unit, kind in measures)), rows
 
 
 def _wins_table(report: dict[str, Any]) -> Table:
     rows = [
-        [name, *(f"{percent(of[name]['share'])} ({of[name]['examples']:,})" for of in report["wins"].values())]
+        [
+            name,
+            *(
+                f"{percent(by_source[name]['share'])} ({by_source[name]['examples']:,})"
+                for by_source in report["wins"].values()
+            ),
+        ]
         for name in (*report["sources"], NOBODY)
     ]
     return ("wins", *(f"{mode} mode" for mode in report["wins"])), rows

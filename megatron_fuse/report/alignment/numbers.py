@@ -148,19 +148,19 @@ def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> l
     begins, ends = begins[skipped], ends[skipped]
     total = ragged.offsets(tokenizer.byte_lengths[labels.tokens])
     sizes = total[ends] - total[begins]
-    found: dict[bytes, dict[str, Any]] = {}
+    by_text: dict[bytes, dict[str, Any]] = {}
     for i in np.argsort(-sizes, kind="stable"):
         piece = tokenizer.joined_bytes(labels.tokens[begins[i] : ends[i]].tolist())
-        if piece not in found:
-            found[piece] = {
+        if piece not in by_text:
+            by_text[piece] = {
                 "example": names[key[begins[i]]],
                 "tokens": int(ends[i] - begins[i]),
                 "bytes": int(sizes[i]),
                 "text": piece.decode(errors="backslashreplace"),
             }
-        if len(found) == LONGEST:
+        if len(by_text) == LONGEST:
             break
-    return list(found.values())
+    return list(by_text.values())
 
 
 def _longest(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ def alignment_text(report: dict[str, Any]) -> str:
             "\n".join(
                 [
                     _title(teacher),
-                    *(f"  {line}" for line in _facts(teacher)),
+                    *(f"  {line}" for line in _sentences(teacher)),
                     *text_table(_rows_table(teacher)),
                     *(["  longest unmatched spans:", *spans] if teacher["longest_unmatched"] else []),
                 ]
@@ -33,8 +33,8 @@ def alignment_page(report: dict[str, Any], chart: bytes) -> str:
         html_picture(chart, "shares of aligned tokens and mass kept"),
     ]
     for teacher in report["teachers"]:
-        facts = "".join(f"<li>{escape(fact)}</li>" for fact in _facts(teacher))
-        parts.append(f"<h2>{escape(_title(teacher))}</h2><ul>{facts}</ul>{html_table(_rows_table(teacher))}")
+        items = "".join(f"<li>{escape(sentence)}</li>" for sentence in _sentences(teacher))
+        parts.append(f"<h2>{escape(_title(teacher))}</h2><ul>{items}</ul>{html_table(_rows_table(teacher))}")
         if teacher["longest_unmatched"]:
             parts.append("<h3>Longest unmatched spans</h3>" + html_table(_spans_table(teacher), "texts"))
     return html_page("Alignment report", "".join(parts))
@@ -51,7 +51,7 @@ def _title(teacher: dict[str, Any]) -> str:
     return f"{teacher['source']}, {teacher['mode']} mode"
 
 
-def _facts(teacher: dict[str, Any]) -> list[str]:
+def _sentences(teacher: dict[str, Any]) -> list[str]:
     examples, vocabulary, captured = teacher["examples"], teacher["vocabulary"], teacher["captured"]
     return [
         f"examples: the source has read {examples['read']:,} of {examples['all']:,}; "

@@ -183,10 +183,10 @@ def _refuse_incomplete(
             f"{where}.model: {weights.model_dir} has no {name}, so this weight would be random ({stated}). {_MEND}"
         )
     if report["mismatched_keys"]:
-        name, found, expected = min(report["mismatched_keys"])
+        name, shape, expected_shape = min(report["mismatched_keys"])
         raise UserError(
-            f"{where}.model: {weights.place(prefix + name)} has shape {list(found)}, but "
-            f"{body / 'config.json'} gives {list(expected)} ({stated}). {_MEND}"
+            f"{where}.model: {weights.place(prefix + name)} has shape {list(shape)}, but "
+            f"{body / 'config.json'} gives {list(expected_shape)} ({stated}). {_MEND}"
         )
     if report["unexpected_keys"]:
         _refuse_left_over(weights, prefix + min(report["unexpected_keys"]), where)
