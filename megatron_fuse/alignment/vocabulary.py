@@ -38,8 +38,8 @@ from megatron_fuse.alignment.statistics import PairCounts
 from megatron_fuse.alignment.target_tokens import TargetTokens
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.tokenization import Tokenizer
-from megatron_fuse.tokenization.tokenizer import hash_parts
 
 VOCABULARY_MAPS = ("exact", "em", "mined", "ms")
 FORMAT = "vocabulary map 2"
@@ -199,7 +199,7 @@ def vocabulary_map_key(
             f"alignment.vocabulary_map: {kind!r} is not allowed. Set it to one of {', '.join(VOCABULARY_MAPS)}."
         )
     settings = [str(source_stop), str(target_stop), source_separator, target_separator, str(remainders), texts_sha256]
-    return hash_parts([FORMAT, kind, source.sha256, target.sha256, *settings])
+    return sha256_of_parts(FORMAT, kind, source.sha256, target.sha256, *settings)
 
 
 def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:

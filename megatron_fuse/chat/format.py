@@ -20,11 +20,11 @@ from megatron_fuse.chat.templates import TEMPLATES, render
 from megatron_fuse.chat.thoughts import thought_end, without_empty_thought
 from megatron_fuse.chat.tool_rendering import CallStyle, Tools, best_style, has_tools, not_printed
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
 from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
-from megatron_fuse.tokenization.tokenizer import hash_parts
 
 # Each message is {role, content}. An assistant turn may also have reasoning_content (its thought),
 # supervised: false (its mask) and tool_calls. A tool's turn may have name and tool_call_id.
@@ -99,7 +99,7 @@ class ChatFormat:
     def sha256(self) -> str:
         parts = [self.tokenizer.sha256, self.template, repr(self.system), str(self.stop_id)]
         around = [self.opening, self.generation, self.closing]
-        return hash_parts(parts + (around if any(around) else []))
+        return sha256_of_parts(*parts, *(around if any(around) else []))
 
     @property
     def opens_thought(self) -> bool:

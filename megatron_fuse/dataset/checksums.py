@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json, temporary_then_rename
+from megatron_fuse.storage import Artifact, sha256_of_json, sha256_of_parts, temporary_then_rename
 
 _MOST_THREADS = 4  # one per artifact; more would take the storage from the training that reads the same files
 
@@ -132,7 +132,7 @@ def _machine() -> str:
 def _record(artifact: Artifact) -> Path | None:
     """The file of an artifact's record; None if there is no cache directory,
     for example for a user without a home."""
-    key = sha256_of_bytes(os.fsencode(artifact.directory.resolve()), _machine().encode())[:32]
+    key = sha256_of_parts(os.fsencode(artifact.directory.resolve()), _machine())[:32]
     try:
         named, of_user = os.environ.get("MEGATRON_FUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
         root = Path(named) if named else Path(of_user or Path.home() / ".cache") / "megatron-fuse"

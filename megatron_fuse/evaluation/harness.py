@@ -16,7 +16,7 @@ from megatron_fuse.evaluation.benchmarks import TASKS, Benchmark
 from megatron_fuse.evaluation.results import Metric, Settings
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.progress import Progress
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 from megatron_fuse.text_safety import brief
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def task_definition(benchmark: Benchmark) -> str:
         parts.append(content)
         included = [line.split(b":")[1].strip() for line in content.splitlines() if line.startswith(b"include:")]
         name = included[0].decode() if included else ""
-    return sha256_of_bytes(*parts)
+    return sha256_of_parts(*parts)
 
 
 def make_task_manager(data: Path | None) -> "TaskManager":

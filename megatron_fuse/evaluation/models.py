@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_fuse.errors import UserError, shortened
 from megatron_fuse.recipe import user_path
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes a directory name
 # Files that decide how text becomes ids, and how generation ends. All of them are small.
@@ -53,4 +53,4 @@ def fingerprint(directory: Path) -> str:
 
     files = {path for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES) for path in directory.glob(pattern) if path.is_file()}
     parts = [part for path in sorted(files) for part in (path.name.encode(), path.read_bytes())]
-    return sha256_of_bytes(model_fingerprint(directory).encode(), *parts)
+    return sha256_of_parts(model_fingerprint(directory), *parts)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.weight_files import WeightFiles, shards_of
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 from megatron_fuse.storage.safetensors_header import read_safetensors_header
 from megatron_fuse.storage.strict_json import file_size, read_small_file
 
@@ -34,7 +34,7 @@ def model_fingerprint(model_dir: Path) -> str:
     parts = [read_small_file(model_dir / "config.json")]
     for path in sorted(model_dir.glob("*.py")):
         parts += [path.name.encode(), read_small_file(path)]
-    return sha256_of_bytes(*parts, *weights)
+    return sha256_of_parts(*parts, *weights)
 
 
 def weight_parts(model_dir: Path) -> list[bytes]:

@@ -10,7 +10,7 @@ from megatron_fuse.huggingface.resolving import local_model, resolve_model, trus
 from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import RewardModelOptions
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.tokenization import load_tokenizer
 
@@ -108,6 +108,6 @@ def reward_model_fingerprint(options: RewardModelOptions, name: str) -> str:
     """
     files = find_reward_model(options, name)
     if files.weights == files.body:
-        return sha256_of_bytes(files.form.encode(), model_fingerprint(files.weights).encode())
+        return sha256_of_parts(files.form.encode(), model_fingerprint(files.weights).encode())
     parts = [files.form.encode(), read_small_file(files.body / "config.json")]
-    return sha256_of_bytes(*parts, *weight_parts(files.weights))
+    return sha256_of_parts(*parts, *weight_parts(files.weights))

@@ -21,7 +21,7 @@ from megatron_fuse.instructions.tool_turns import OUTPUT_ROLES, calls_of
 from megatron_fuse.recipe import ResponseFile
 from megatron_fuse.responses.answers import Answerer, Response
 from megatron_fuse.responses.refusals import is_refusal
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import id_at, keys_shown, refuse_half_characters, value_at
 
@@ -162,7 +162,7 @@ def _text_key(*texts: str) -> str:
     It uses the form NFC, because data.normalize may have changed the prompts to it.
     """
     composed = (unicodedata.normalize("NFC", text.strip()) for text in texts)
-    return sha256_of_bytes(*(text.encode("utf-8", "surrogatepass") for text in composed))
+    return sha256_of_parts(*(text.encode("utf-8", "surrogatepass") for text in composed))
 
 
 def _read(options: ResponseFile, where: str, wanted: set[str], here: list[str]) -> dict[str, _Given]:

@@ -13,7 +13,7 @@ from megatron_fuse.instructions import Example
 from megatron_fuse.instructions.tables import read_table
 from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
-from megatron_fuse.storage import sha256_of_bytes
+from megatron_fuse.storage import sha256_of_parts
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.rows import id_at, keys_shown, value_at
 from megatron_fuse.text_safety import brief
@@ -144,7 +144,7 @@ def _number(value: Any, source: str, place: str) -> float:
 
 
 def _answer_hash(text: str) -> str:
-    return sha256_of_bytes(text.strip().encode("utf-8", "surrogatepass"))
+    return sha256_of_parts(text.strip().encode("utf-8", "surrogatepass"))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.scoring.reference import reference_measures, used_weights
 from megatron_fuse.scoring.scores import COMMAND, NAME, read_shards, save_shard
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artifact, ShardProgress, Workspace, run_plans, sha256_of_bytes
+from megatron_fuse.storage import Artifact, ShardProgress, Workspace, run_plans, sha256_of_parts
 
 _PACKAGES = ("sacrebleu", "rouge-score")
 _WITHOUT_BERTSCORE = "left out: there is no bertscore_model, and the other weights are brought to 1"
@@ -94,7 +94,7 @@ def _package_versions(options: ReferenceOptions) -> dict[str, str]:
 def _small_files(directory: Path) -> str:
     """sha256 of all files of a model directory but its weights. They hold the tokenizer, in whatever form."""
     files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix not in WEIGHT_SUFFIXES]
-    return sha256_of_bytes(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
+    return sha256_of_parts(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
 
 
 def score_against_reference(context: Context, sources: Sequence[str] | None = None) -> list[Artifact]:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage import sha256_of_bytes, sha256_of_json, write_safetensors
+from megatron_fuse.storage import sha256_of_json, sha256_of_parts, write_safetensors
 from megatron_fuse.storage.artifact import shown
 
 
@@ -47,7 +47,7 @@ def read_arrays(path: Path, fix: str) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def _checksum(arrays: Mapping[str, np.ndarray], basis: Mapping[str, Any]) -> str:
     described = [(f"{name} {arrays[name].dtype} {arrays[name].shape}", arrays[name]) for name in sorted(arrays)]
-    return sha256_of_bytes(
+    return sha256_of_parts(
         sha256_of_json(basis).encode(),
         *(part for text, array in described for part in (text.encode(), array.tobytes())),
     )

@@ -47,7 +47,7 @@ from megatron_fuse.selection.rules import (
     winner_if_able,
 )
 from megatron_fuse.stages import Context, Key, Stage
-from megatron_fuse.storage import Artifact, sha256_of_bytes, sha256_of_json
+from megatron_fuse.storage import Artifact, sha256_of_json, sha256_of_parts
 from megatron_fuse.storage.artifact import shown
 
 FIX = f"Run {BUILT_BY} (if the documents are already built, this takes a second)."
@@ -73,7 +73,7 @@ class Selection:
         # The hash covers the choice itself, not the scores that led to it.
         chosen = [arrays[name] for name in ("source", "weight", "mixture") if name in arrays]
         parts = [sha256_of_json(basis).encode(), *(array.tobytes() for array in chosen)]
-        return cls(arrays["source"], arrays["weight"], arrays, sha256_of_bytes(*parts))
+        return cls(arrays["source"], arrays["weight"], arrays, sha256_of_parts(*parts))
 
 
 def selection_path(recipe: Recipe, mode: str) -> Path:

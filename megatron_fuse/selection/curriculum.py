@@ -29,7 +29,7 @@ from megatron_fuse.recipe import TARGET, Recipe
 from megatron_fuse.scoring.scores import SCORES, load_scores
 from megatron_fuse.selection.array_file import read_arrays, write_arrays
 from megatron_fuse.stages import Context, Key, Stage
-from megatron_fuse.storage import Artifact, sha256_of_bytes
+from megatron_fuse.storage import Artifact, sha256_of_parts
 
 FIX = f"Run {BUILT_BY} (if the documents are already built, this takes a second)."
 GT_TOKENS, TARGET_REWARD = "gt_tokens", "target_reward"
@@ -139,4 +139,4 @@ def curriculum(values: np.ndarray, *, highest_first: bool) -> Curriculum:
     # np.unique treats all NaN as equal and puts them after every other value.
     _, ranks = np.unique(-values if highest_first else values, return_inverse=True)
     ranks = ranks.astype(np.int64)
-    return Curriculum(ranks, sha256_of_bytes(ranks.tobytes()))
+    return Curriculum(ranks, sha256_of_parts(ranks.tobytes()))

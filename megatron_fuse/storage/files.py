@@ -16,16 +16,18 @@ from megatron_fuse.errors import UserError
 _SEAL = "sha256"  # key of a record's own hash
 
 
-def sha256_of_bytes(*parts: bytes) -> str:
+def sha256_of_parts(*parts: bytes | str) -> str:
+    """The hash of the parts with their lengths. A text counts as its UTF-8."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
-        digest.update(part)
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
+        digest.update(data)
     return digest.hexdigest()
 
 
 def sha256_of_json(value: Any) -> str:
-    return sha256_of_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return sha256_of_parts(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
 def sha256_of_file(path: Path) -> str:

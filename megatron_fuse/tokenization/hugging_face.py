@@ -18,10 +18,11 @@ from pydantic_core import to_json
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
+from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.tokenization.normalized_spans import covered, trace
 from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
 from megatron_fuse.tokenization.settings import check_tokenizer_files
-from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer
 from megatron_fuse.tokenization.tokenizer_json import (
     State,
     own_normalizer,
@@ -194,7 +195,7 @@ def wrap_hugging_face(
         added_tokens=added,
         adds_bos=bos is not None and first == [bos],
         chat_template=_default_template(tokenizer.chat_template),
-        sha256=hash_parts(["hugging_face", _canonical(state), str(named), str(sorted(special))]),
+        sha256=sha256_of_parts("hugging_face", _canonical(state), str(named), str(sorted(special))),
         backend=HuggingFaceBackend(tokenizer, state),
     )
 

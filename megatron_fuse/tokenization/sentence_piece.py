@@ -16,12 +16,13 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization.normalized_spans import covered
 from megatron_fuse.tokenization.settings import Strips, read_settings
-from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, hash_parts, split_at
+from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer, split_at
 
 # protoc builds the classes of the module when it is imported: mypy does not see them.
 _ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
@@ -228,13 +229,11 @@ def load_sentence_piece(path: Path) -> Tokenizer:
         added_tokens=_user_defined(model) | added,
         adds_bos=adds_bos,
         chat_template=settings.chat_template,
-        sha256=hash_parts(
-            [
-                "sentencepiece",
-                data,
-                json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos]),
-                *settings.strips.parts(),
-            ]
+        sha256=sha256_of_parts(
+            "sentencepiece",
+            data,
+            json.dumps([sorted(extra.items()), sorted(special), named, legacy, adds_bos]),
+            *settings.strips.parts(),
         ),
         backend=SentencePieceBackend(model, added, always, settings.strips, legacy),
     )

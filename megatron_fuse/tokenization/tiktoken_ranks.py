@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import tiktoken
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.storage.strict_json import read_small_file
 from megatron_fuse.tokenization.settings import Settings, read_settings
 from megatron_fuse.tokenization.tiktoken_encodings import ENCODINGS, PublishedEncoding
-from megatron_fuse.tokenization.tokenizer import Tokenizer, hash_parts, split_at
+from megatron_fuse.tokenization.tokenizer import Tokenizer, split_at
 
 # tiktoken's regex engine can keep a million places for backtracking.
 # A run of white space needs one per character.
@@ -107,7 +108,7 @@ def load_tiktoken(path: Path) -> Tokenizer:
         added_tokens=special,
         adds_bos=adds_bos,
         chat_template=settings.chat_template,
-        sha256=hash_parts(["tiktoken", encoding.pattern, str([sorted(special.items()), named, adds_bos]), data]),
+        sha256=sha256_of_parts("tiktoken", encoding.pattern, str([sorted(special.items()), named, adds_bos]), data),
         backend=TiktokenBackend(
             tiktoken.Encoding(path.stem, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=special),
             ranks,

@@ -1,6 +1,5 @@
 """The one interface to a tokenizer: ids, the exact bytes of every id, special tokens, a chat template."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -168,16 +167,6 @@ class Tokenizer:
     @cached_property
     def _added_text(self) -> dict[int, str]:
         return {token: text for text, token in self.added_tokens.items()}
-
-
-def hash_parts(parts: Sequence[str | bytes]) -> str:
-    """sha256 over the parts with their lengths, so that two different lists never give the same bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
 
 
 def split_at(text: str, table: dict[str, int]) -> list[str]:
