@@ -53,7 +53,7 @@ def straight_score(directory: Path, example: str, response: str) -> float:
         return AutoModelForSequenceClassification.from_pretrained(directory).eval()(ids).logits.item()
 
 
-def answered(reward_models: dict[str, Path], root: Path, sources: str = "ab", **sections: object) -> Recipe:
+def answered(models: dict[str, Path], root: Path, sources: str = "ab", **sections: object) -> Recipe:
     """A recipe whose sources, or the target under its name, have answered from files, in shards of two."""
     rows = [{"id": name, "instruction": f"Question {name}", "output": "A"} for name in IDS]
     root.mkdir(exist_ok=True)
@@ -61,13 +61,13 @@ def answered(reward_models: dict[str, Path], root: Path, sources: str = "ab", **
     for source, texts in ANSWERS.items():
         given = [{"id": name, "response": text} for name, text in texts.items() if text is not None]
         path = write_rows(root / f"{source}.jsonl", given)
-        options[source] = {"model": str(reward_models["llama"]), "dtype": "fp32", "responses": str(path)}
+        options[source] = {"model": str(models["llama"]), "dtype": "fp32", "responses": str(path)}
     recipe = small_recipe(
         root / "run",
         write_rows(root / "data.jsonl", rows),
-        reward_models["mpt"],  # none of the sources: its own answers have a name of their own
+        models["mpt"],  # none of the sources: its own answers have a name of their own
         {source: options[source] for source in sources},
-        reward_models={name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()}
+        reward_models={name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()}
         | sections.pop("reward_models", {}),  # type: ignore[operator]
         data={"shard_size": 2},
         schedule={"preset": "profuser"},
