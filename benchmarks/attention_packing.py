@@ -171,7 +171,7 @@ def _step(
     place = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True, "device": torch.device("cpu")}
     get_forward_backward_func()(
         forward_step_func=make_forward_step(micro_batches=plan.micro_batches, sources=len(dataset.sources)),
-        data_iterator=micro_batches(dataset, plan, micro_batch_size=1, **place),
+        data_iterator=micro_batches(dataset, plan, **place),
         model=model,
         num_microbatches=plan.micro_batches,
         seq_length=plan.seq_length,

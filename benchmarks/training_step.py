@@ -184,7 +184,7 @@ def _step(trainer: Trainer, weights: dict[str, tuple[float, float]]) -> None:
 def _around(trainer: Trainer) -> None:
     """What a step has beside forward pass, backward pass and optimizer."""
     batch = plan_step(trainer, trainer.dataset.train[:1], WEIGHTS)
-    parts = {"micro_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True}
+    parts = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True}
     list(micro_batches(trainer.dataset, batch, **parts, device=trainer.runtime.device))
     values = {"loss": 1.0, "ce/training": 1.0, "kl/training": 1.0, "grad norm": 1.0, "padding": 0.0}
     flops = training_flops(trainer.architecture, batch.positions)

@@ -290,10 +290,10 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
 
 def all_batches(dataset: FusionDataset, weights: dict[str, tuple[float, float]]) -> list[MicroBatch]:
     """The whole dataset as one step, a document per micro-batch."""
-    sizes = {"micro_batch_size": 1, "data_parallel_size": 1}
-    batch = plan_batch(dataset, np.arange(len(dataset.example_ids)), weights, **sizes)
+    ranks = {"data_parallel_size": 1}
+    batch = plan_batch(dataset, np.arange(len(dataset.example_ids)), weights, micro_batch_size=1, **ranks)
     rank = {"data_parallel_rank": 0, "with_targets": True, "device": torch.device("cpu")}
-    return list(micro_batches(dataset, batch, **sizes, **rank))
+    return list(micro_batches(dataset, batch, **ranks, **rank))
 
 
 def assert_equal_to_the_last_bit(found: list[MicroBatch], expected: list[MicroBatch]) -> None:

@@ -68,7 +68,6 @@ def tensors_of_a_step(recipe: Any, runtime: Runtime) -> dict[str, list[torch.Ten
         micro_batches(
             trainer.dataset,
             batch,
-            micro_batch_size=recipe.training.micro_batch_size,
             data_parallel_rank=0,
             data_parallel_size=1,
             with_targets=True,

@@ -66,6 +66,7 @@ class GlobalBatch:
     positions: np.ndarray  # [documents] int64: input positions of each document that carry a token, of all ranks
     seq_length: int  # padded length of the sequences of this step
     micro_batches: int  # of each data-parallel rank, empty ones included
+    micro_batch_size: int  # sequences of each micro-batch, empty ones included
 
     @property
     def documents(self) -> list[tuple[str, int]]:
@@ -102,6 +103,8 @@ def plan_batch(
     examples [n]: indices of the dataset. An example may have no document in a mode: no answer won, or the
         document does not fit.
     weights: mode -> (weight of the mode's mean CE, weight of its mean KL).
+    micro_batch_size: the most sequences of a micro-batch. They have fewer if the sequences can be divided
+        evenly over as many micro-batches: an empty sequence costs as much as any other.
     micro_batch_multiple: the number of micro-batches is rounded up to a multiple of it with empty ones, as
         Megatron's interleaved schedule needs.
     pack_into: the most positions of a sequence that several documents of one mode share; None: one document
@@ -138,6 +141,7 @@ def plan_batch(
         for mode, (ce, kl) in weights.items()
     }
     micro_batch_count = -(-len(sequences) // (micro_batch_size * data_parallel_size))
+    micro_batch_count = max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple
     return GlobalBatch(
         sequences=sequences,
         packed=pack_into is not None,
@@ -145,7 +149,8 @@ def plan_batch(
         supervised_tokens=supervised,
         positions=np.concatenate(list(positions_in.values())),
         seq_length=_padded_length(longest),
-        micro_batches=max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple,
+        micro_batches=micro_batch_count,
+        micro_batch_size=max(-(-len(sequences) // (micro_batch_count * data_parallel_size)), 1),
     )
 
 
@@ -189,7 +194,6 @@ def micro_batches(
     dataset: FusionDataset,
     batch: GlobalBatch,
     *,
-    micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     with_targets: bool,
@@ -199,12 +203,12 @@ def micro_batches(
 
     Empty ones follow up to the common number.
     """
-    of_this_rank = batch.sequences[data_parallel_rank::data_parallel_size]
+    of_this_rank, size = batch.sequences[data_parallel_rank::data_parallel_size], batch.micro_batch_size
     for index in range(batch.micro_batches):
-        sequences = of_this_rank[index * micro_batch_size : (index + 1) * micro_batch_size]
+        sequences = of_this_rank[index * size : (index + 1) * size]
         # Megatron's data parallelism averages the gradients over the ranks. The loss needs their sum, as N is
         # of the whole global batch: the weights contain the factor data_parallel_size.
-        yield _collate(dataset, batch, sequences, micro_batch_size, data_parallel_size, with_targets, device)
+        yield _collate(dataset, batch, sequences, data_parallel_size, with_targets, device)
 
 
 def _token_weights(
@@ -220,7 +224,6 @@ def _collate(
     dataset: FusionDataset,
     batch: GlobalBatch,
     sequences: list[list[tuple[str, int]]],
-    micro_batch_size: int,
     weight_factor: float,
     with_targets: bool,
     device: torch.device,
@@ -230,7 +233,7 @@ def _collate(
     inputs = (
         packed_inputs(documents, batch.seq_length)
         if batch.packed
-        else padded_inputs(documents, micro_batch_size, batch.seq_length)
+        else padded_inputs(documents, batch.micro_batch_size, batch.seq_length)
     )
     targets = None
     if with_targets:
@@ -239,14 +242,14 @@ def _collate(
         targets = FusionTargets(**{name: on_device(array, device) for name, array in vars(arrays).items()})
     # Packed, the unused end of the sequence is a part of its own: it has no source.
     bounds = inputs.cu_seqlens
-    parts = micro_batch_size if bounds is None else len(bounds) - 1
+    parts = batch.micro_batch_size if bounds is None else len(bounds) - 1
     sources = [dataset.winners(mode).item(example) for mode, example in chosen]
     modes = [MODES.index(sequence[0][0]) for sequence in sequences]  # a sequence's documents are of one mode
     return MicroBatch(
         tokens=on_device(inputs.tokens, device),
         position_ids=on_device(inputs.position_ids, device),
         targets=targets,
-        mode=on_device(np.array(modes + [0] * (micro_batch_size - len(modes))), device),
+        mode=on_device(np.array(modes + [0] * (batch.micro_batch_size - len(modes))), device),
         source=on_device(np.array(sources + [NONE] * (parts - len(sources))), device),
         cu_seqlens=None if bounds is None else on_device(bounds, device),
         lengths=None if bounds is None else tuple(np.diff(bounds).tolist()),

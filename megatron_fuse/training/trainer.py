@@ -253,13 +253,12 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
 
     Waits for the GPU at no point.
     """
-    runtime, size = trainer.runtime, trainer.recipe.training.micro_batch_size
+    runtime = trainer.runtime
 
     def micro_batch_iterator() -> Iterator[MicroBatch]:
         return micro_batches(
             trainer.dataset,
             batch,
-            micro_batch_size=size,
             data_parallel_rank=runtime.data_parallel_rank,
             data_parallel_size=runtime.data_parallel_size,
             with_targets=runtime.is_last_stage,
@@ -274,7 +273,7 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
         model=trainer.wrapped if len(trainer.wrapped) > 1 else trainer.wrapped[0],
         num_microbatches=batch.micro_batches,
         seq_length=batch.seq_length,
-        micro_batch_size=size,
+        micro_batch_size=batch.micro_batch_size,
         forward_only=forward_only,
     )
 

@@ -17,14 +17,13 @@ EXAMPLES = np.random.default_rng(2).permutation(53)[:19]  # some without an answ
 CAPACITY = 40  # positions; the documents take 3 to 28
 
 
-def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch_size: int) -> Iterator[MicroBatch]:
+def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int) -> Iterator[MicroBatch]:
     """The micro-batches of all ranks."""
     for rank in range(ranks):
         mine = list(
             micro_batches(
                 dataset,
                 batch,
-                micro_batch_size=micro_batch_size,
                 data_parallel_rank=rank,
                 data_parallel_size=ranks,
                 with_targets=True,
@@ -32,14 +31,15 @@ def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch
             )
         )
         assert len(mine) == batch.micro_batches  # or the ranks would wait for each other
-        assert {tuple(micro_batch.tokens.shape) for micro_batch in mine} == {(micro_batch_size, batch.seq_length)}
+        shape = batch.micro_batch_size, batch.seq_length
+        assert {tuple(micro_batch.tokens.shape) for micro_batch in mine} == {shape}
         yield from mine
 
 
-def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int, micro_batch_size: int) -> Counter[Any]:
+def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int) -> Counter[Any]:
     """(mode, source, position in its document, input, label, weights, the row's ids, their log-probabilities) of every label."""
     found: Counter[Any] = Counter()
-    for micro_batch in split(batch, dataset, ranks, micro_batch_size):
+    for micro_batch in split(batch, dataset, ranks):
         targets = micro_batch.targets
         assert targets is not None
         sources = micro_batch.sources_by_position()
@@ -67,7 +67,7 @@ def dataset(request: pytest.FixtureRequest) -> SyntheticDataset:
 def whole(dataset: SyntheticDataset) -> Counter[Any]:
     """The batch of one rank in one micro-batch."""
     batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=64, data_parallel_size=1)
-    return learned(batch, dataset, 1, 64)
+    return learned(batch, dataset, 1)
 
 
 # (ranks, micro-batch size, multiple of the number of micro-batches, capacity): 3 and 4 do not divide the documents
@@ -87,15 +87,33 @@ def test_a_split_changes_nothing_that_is_learned(
         micro_batch_multiple=multiple,
         pack_into=capacity,
     )
-    assert learned(batch, dataset, ranks, size) == whole
+    assert learned(batch, dataset, ranks) == whole
     assert batch.micro_batches % multiple == 0
+
+
+# 37 documents; (ranks, most sequences, multiple) -> (micro-batches, sequences of each)
+@pytest.mark.parametrize(
+    ("ranks", "most", "multiple", "expected"),
+    [
+        (1, 64, 1, (1, 37)),  # none is empty, though there is place for more
+        (1, 16, 1, (3, 13)),
+        (2, 16, 1, (2, 10)),
+        (2, 4, 4, (8, 3)),  # 5 micro-batches would do: 3 more make all of them smaller
+    ],
+)
+def test_micro_batches_are_no_larger_than_their_sequences_need(
+    dataset: SyntheticDataset, ranks: int, most: int, multiple: int, expected: tuple[int, int]
+) -> None:
+    sizes = {"micro_batch_size": most, "data_parallel_size": ranks, "micro_batch_multiple": multiple}
+    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, **sizes)
+    assert (batch.micro_batches, batch.micro_batch_size) == expected
 
 
 @pytest.mark.parametrize("capacity", [None, CAPACITY])
 def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity: int | None) -> None:
     batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=2, pack_into=capacity)
     sums = torch.zeros(len(MODES), 2, dtype=torch.float64)
-    for micro_batch in split(batch, dataset, 2, 1):
+    for micro_batch in split(batch, dataset, 2):
         assert micro_batch.targets is not None
         for column, weights in enumerate((micro_batch.targets.ce_weight, micro_batch.targets.kl_weight)):
             sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1) / 2)  # of two ranks
@@ -120,7 +138,7 @@ def test_a_document_counts_as_its_example_does() -> None:
     assert first.sequences == second.sequences
     tokens, weights = barely.supervised_tokens("inference")[EXAMPLES], barely.example_weights("inference")[EXAMPLES]
     share = tokens.sum() / (tokens * weights).sum()  # of the smaller denominator
-    pairs = zip(split(first, barely, 1, 1), split(second, alike, 1, 1), first.documents, strict=True)
+    pairs = zip(split(first, barely, 1), split(second, alike, 1), first.documents, strict=True)
     for ours, theirs, (mode, example) in pairs:
         assert ours.targets is not None and theirs.targets is not None
         weight = barely.example_weights(mode).item(example)
@@ -132,7 +150,7 @@ def test_a_document_counts_as_its_example_does() -> None:
 def test_a_position_has_the_source_of_its_document(dataset: SyntheticDataset) -> None:
     batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=1)
     seen = set()
-    for micro_batch, (mode, example) in zip(split(batch, dataset, 1, 1), batch.documents, strict=True):
+    for micro_batch, (mode, example) in zip(split(batch, dataset, 1), batch.documents, strict=True):
         source = int(dataset.winners(mode)[example])
         assert micro_batch.sources_by_position().tolist() == [[source] * batch.seq_length]
         seen.add(source)
@@ -150,7 +168,7 @@ def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset)
     for batch in (packed, padded):
         tokens = sum(len(dataset.document(*document).tokens) - 1 for document in batch.documents)
         assert batch.padding == pytest.approx(1 - tokens / (len(batch.sequences) * batch.seq_length))
-    for micro_batch, sequence in zip(split(packed, dataset, 1, 1), packed.sequences, strict=True):
+    for micro_batch, sequence in zip(split(packed, dataset, 1), packed.sequences, strict=True):
         lengths = [len(dataset.document(mode, example).tokens) - 1 for mode, example in sequence]
         assert micro_batch.cu_seqlens is not None
         parts = micro_batch.cu_seqlens.diff().tolist()
@@ -160,7 +178,7 @@ def test_packed_sequences_are_fewer_and_hold_one_mode(dataset: SyntheticDataset)
 
 def test_ranks_without_the_loss_get_the_same_inputs(dataset: SyntheticDataset) -> None:
     batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=2, data_parallel_size=1)
-    options = {"micro_batch_size": 2, "data_parallel_rank": 0, "data_parallel_size": 1, "device": torch.device("cpu")}
+    options = {"data_parallel_rank": 0, "data_parallel_size": 1, "device": torch.device("cpu")}
     first, last = (list(micro_batches(dataset, batch, with_targets=w, **options)) for w in (False, True))
     for a, b in zip(first, last, strict=True):
         assert a.targets is None

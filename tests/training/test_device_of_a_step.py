@@ -42,9 +42,8 @@ def devices_after_a_step(directory: Path, target: Path, sections: dict[str, dict
         assert step is not None
         weights = phase_weights(step.phase, progress=0.0, kl_factor=1.0)
         batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
-        size = recipe.training.micro_batch_size
         place = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True, "device": META}
-        micro_batch = next(iter(micro_batches(trainer.dataset, batch, micro_batch_size=size, **place)))
+        micro_batch = next(iter(micro_batches(trainer.dataset, batch, **place)))
         reports = forward_backward(trainer, batch, forward_only=False)
         parameters = list(chunks[0].parameters())
         tensors = {

@@ -64,13 +64,13 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
     runtime = start_runtime()
     (model,) = build_target(recipe, read_target(recipe))
     dataset = SyntheticDataset()
-    sizes = {"micro_batch_size": 1, "data_parallel_size": 1}
+    ranks = {"data_parallel_size": 1}
     found = []
     for pack_into in (None, 64):
         weights = {"inference": (0.1, 0.05), "training": (1.0, 0.5)}
-        plan = plan_batch(dataset, dataset.train[:24], weights, pack_into=pack_into, **sizes)
+        plan = plan_batch(dataset, dataset.train[:24], weights, pack_into=pack_into, micro_batch_size=1, **ranks)
         place = {"data_parallel_rank": 0, "with_targets": True, "device": runtime.device}
-        batches = micro_batches(dataset, plan, **sizes, **place)
+        batches = micro_batches(dataset, plan, **ranks, **place)
         forward_step = make_forward_step(micro_batches=plan.micro_batches, sources=3)
         losses: dict[tuple[str, int], torch.Tensor] = {}
         for sequence in plan.sequences:
