@@ -8,7 +8,8 @@ TORCH_INDEX ?=
 BIN = .venv/bin
 READY = .venv/ready-$(VERSION)
 READY_FOR_TESTS = .venv/ready-for-tests-$(VERSION)
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# Without --no-compile pip would compile every module of every package, one after the other. Python compiles those that are imported.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup quickstart test check-gpu lint docs clean

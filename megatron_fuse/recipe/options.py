@@ -318,7 +318,7 @@ class TrainingOptions(Options):
     )
     seq_length: Tokens = Field(2048, description="most target tokens of one conversation, in all stages")
     micro_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        1, description="sequences per forward pass on one data-parallel rank"
+        1, description="most sequences per forward pass on one data-parallel rank"
     )
     global_batch_size: Annotated[int, Field(ge=1, le=100_000_000)] = Field(
         128, description="examples per step, over all ranks"
