@@ -198,5 +198,6 @@ def cell(check: Callable, *arguments: object) -> str:
         check(*arguments)
     except UserError as error:
         said = str(error).replace(f"{arguments[0]}/", "").replace(str(arguments[0]), "the model")
-        return f"no: {re.split('[;(]|: (?=choose|give|let|merge|remove|save|take|fetch|correct|pip |python )', said)[0].strip()}"
+        first = re.split(r"[;(]|\.(?= [A-Z])|: (?=fetch|pip |python )", said)[0]
+        return f"no: {first.strip()}"
     return "yes"
