@@ -159,7 +159,10 @@ def test_a_tokenizer_that_is_not_the_files_is_refused(model: Path, tmp_path: Pat
     [
         ({301: ("anything", 5)}, None),  # unused, by its type
         ({301: ("[PAD301]", 1)}, None),  # by its text, as files without types have it
-        ({301: ("<|im_start|>", 3)}, r"original has no token for id 301, which is '<\|im_start\|>' in .*x\.gguf: name"),
+        (
+            {301: ("<|im_start|>", 3)},
+            r"original has no token for id 301, which is '<\|im_start\|>' in .*x\.gguf\. Name",
+        ),
         ({301: ("<|im_start|>", 4)}, "has no token for id 301"),
         ({299: (" two  blanks", 4)}, None),
         ({299: (" two  blanks", 1)}, "id 299 is '▁two▁▁blanks' in .*, but ' two blanks' in "),
@@ -233,7 +236,7 @@ def test_a_file_without_scaling_keeps_its_own_positions(model: Path, tmp_path: P
     [
         (None, r"has scaled rotary positions \(rope_freqs\.weight\).* has no config\.json\. Copy"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "has no rope_scaling\. Name"),
-        ({"hidden_size": 64}, "hidden_size is 64 in .*config.json, but 32 in .*x.gguf: name"),
+        ({"hidden_size": 64}, "hidden_size is 64 in .*config.json, but 32 in .*x.gguf\. Name"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3"),
         ({"num_attention_heads": 2, "num_key_value_heads": 2}, "num_attention_heads is 2"),
         ({"vocab_size": 304}, "vocab_size is 304"),

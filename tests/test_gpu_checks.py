@@ -136,8 +136,8 @@ def test_the_exit_code_says_whether_all_is_well(
     ("options", "said"),
     [
         (["--only", "bad", "--device", "cpu"], "invalid choice: 'bad' (choose from "),
-        (["--minutes", "0", "--device", "cpu"], "--minutes is 0: it must be above 0"),
-        (["--minutes", "nan", "--device", "cpu"], "--minutes is nan: it must be above 0"),
+        (["--minutes", "0", "--device", "cpu"], "--minutes is 0, but it must be above 0"),
+        (["--minutes", "nan", "--device", "cpu"], "--minutes is nan, but it must be above 0"),
         ([], "torch finds no GPU. Use --device cpu to run the same code"),
     ],
 )

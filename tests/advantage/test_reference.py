@@ -198,7 +198,7 @@ def test_what_is_no_encoder_is_refused(encoders: dict[str, Path], tmp_path: Path
 
     with pytest.raises(UserError, match=r"reference.bertscore_model: .*none' is not a directory"):
         measure(tmp_path / "none")
-    with pytest.raises(UserError, match=r"reference.bertscore_layer is 4, but .*bert has 3 layers"):
+    with pytest.raises(UserError, match=r"reference.bertscore_layer is 4, but .*bert has only 3 layers"):
         measure(encoders["bert"], 4)
     decoder = save_model(tmp_path / "decoder", "llama")
     with pytest.raises(UserError, match=r"decoder is not an encoder whose tokenizer has CLS"):

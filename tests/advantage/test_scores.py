@@ -284,7 +284,7 @@ def test_a_file_without_a_source_is_refused_before_anything_is_written(
 ) -> None:
     path = write_rows(tmp_path / "given.jsonl", [{"id": name, "scores": {"a": 1.0}} for name in IDS])
     recipe = answered(reward_models, tmp_path, reward_models={"given": {"scores": str(path)}})
-    with pytest.raises(UserError, match="has no score of 'b'"):
+    with pytest.raises(UserError, match="there is no score of 'b'"):
         score_responses(Context(recipe), "given")
     assert contents(recipe) == {}
 
@@ -303,7 +303,7 @@ def test_refusals_name_reward_model_source_and_example(reward_models: dict[str, 
     recipe = answered(reward_models, tmp_path)
     with pytest.raises(UserError, match="there is no 'x'; the recipe has llama, mpt, gpt_neox"):
         score_responses(Context(recipe), "x")
-    with pytest.raises(UserError, match="there is no 'x'; the recipe has a, b"):
+    with pytest.raises(UserError, match="there is no 'x'\\. Choose one of a, b"):
         score_responses(Context(recipe), "mpt", ["x"])
     with pytest.raises(UserError, match=r"scores/a/mpt does not exist\. Run megatron-fuse score --source a"):
         load_scores(Context(recipe), "a", "mpt")

@@ -126,12 +126,12 @@ def other_question(model: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
-        (Settings(limit=4, max_new_tokens=8), None, "made with limit 3, this call has 4"),
-        (Settings(3, True, 8), None, "made with apply_chat_template False, this call has True"),
-        (Settings(3, False, 9), None, "made with max_new_tokens 8, this call has 9"),
-        (FEW, other_weights, "made with model fingerprint '[0-9a-f]{64}', this call has '[0-9a-f]{64}'"),
+        (Settings(limit=4, max_new_tokens=8), None, "made with limit 3, but this call has 4"),
+        (Settings(3, True, 8), None, "made with apply_chat_template False, but this call has True"),
+        (Settings(3, False, 9), None, "made with max_new_tokens 8, but this call has 9"),
+        (FEW, other_weights, "made with model fingerprint '[0-9a-f]{64}', but this call has '[0-9a-f]{64}'"),
         (FEW, other_template, "made with model fingerprint"),
-        (FEW, other_question, "made with data winogrande.jsonl '[0-9a-f]{64}', this call has '[0-9a-f]{64}'"),
+        (FEW, other_question, "made with data winogrande.jsonl '[0-9a-f]{64}', but this call has '[0-9a-f]{64}'"),
     ],
 )
 def test_results_of_something_else_are_refused(
@@ -158,7 +158,7 @@ def test_a_model_that_is_not_named_now_guards_the_settings_too(
     output: Path, small_models: list[EvaluatedModel], questions: Path, nothing_runs: None
 ) -> None:
     gamma = EvaluatedModel("gamma", small_models[0].directory)
-    with pytest.raises(UserError, match=r"alpha/winogrande.json: was made with limit 3, this call has None"):
+    with pytest.raises(UserError, match=r"alpha/winogrande.json: was made with limit 3, but this call has None"):
         evaluate([gamma], [WINOGRANDE], output, data=questions, settings=Settings(max_new_tokens=8))
 
 

@@ -44,7 +44,7 @@ def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[Eval
         benchmarks_named(["arc"])
     assert benchmarks_named(["gsm8k", "openllm"])[0] is BENCHMARKS["gsm8k"]
     assert len(benchmarks_named(["gsm8k", "openllm"])) == len(BENCHMARKS)
-    with pytest.raises(UserError, match=r"--baseline 'gamma' is none of the models alpha, beta"):
+    with pytest.raises(UserError, match=r"--baseline 'gamma' is not one of the models\. Choose one of alpha, beta"):
         evaluate(small_models, QUICK, tmp_path, baseline="gamma")
 
 
@@ -159,7 +159,7 @@ def test_missing_files_and_too_few_rows_are_named(
     arc = [BENCHMARKS["arc_challenge"]]
     data = shutil.copytree(questions, tmp_path / "data")
     write_rows(data / "arc_challenge.jsonl", question_files()["arc_challenge.jsonl"][: ROWS - 2])
-    with pytest.raises(UserError, match=r"arc_challenge.jsonl: has 25 rows; arc_challenge needs at least 26"):
+    with pytest.raises(UserError, match=r"arc_challenge.jsonl: has 25 rows, but arc_challenge needs at least 26"):
         evaluate(small_models, arc, tmp_path, data=data)
     (data / "arc_challenge.jsonl").unlink()
     with pytest.raises(

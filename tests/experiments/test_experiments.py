@@ -214,9 +214,9 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
             r"experiment.yaml:\d+: variants.x.training.lrr: unknown key; allowed here: .*lr",
         ),
         ({"variants": {"x": {"seed": 1}}}, "variants.x sets seed, but the runner sets this"),
-        ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x gives training.save"),
-        ({"common": {"export": {"path": "y"}}}, "common gives export.path"),
-        ({"variants": {"a": {}}}, "a: given twice"),
+        ({"variants": {"x": {"training": {"save": "y"}}}}, "variants.x sets training.save"),
+        ({"common": {"export": {"path": "y"}}}, "common sets export.path"),
+        ({"variants": {"a": {}}}, "a: the name is used twice"),
         ({"evaluate": "python m.py {model}"}, r"evaluate: the placeholders are \['model'\]"),
         ({"evaluate": "python m.py {model} {output} {where}"}, "evaluate: the placeholders are .*where"),
         (

@@ -211,7 +211,7 @@ def test_no_rows_and_nothing_to_weigh(weight):
         ),
         ({"weight": torch.zeros(5, 4).bfloat16()}, "weight is .*bfloat16"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\], but hidden of 2 rows"),
-        ({"labels": torch.full((2,), 5)}, r"labels\[0\] is 5: it must be -100 or 0 ... 4"),
+        ({"labels": torch.full((2,), 5)}, r"labels\[0\] is 5, but must be -100 or 0 ... 4"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
         ({"implementation": "fast"}, "implementation is 'fast'"),
     ],

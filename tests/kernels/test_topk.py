@@ -93,7 +93,7 @@ def test_no_rows_and_no_labels(implementation):
     ("change", "message"),
     [
         ({"logits": torch.zeros(2, 5, dtype=torch.long)}, r"logits is \[2, 5\] torch.int64"),
-        ({"k": 0}, "k is 0: it must be at least 1"),
+        ({"k": 0}, "k is 0, but must be at least 1"),
         ({"temperatures": []}, r"temperatures is \[\]"),
         ({"temperatures": [1.0, 0.0]}, "finite numbers above 0"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\]"),

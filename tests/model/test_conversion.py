@@ -292,7 +292,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(ranks, small_mod
         (case(1, "llama2", lambda t: t.update({bias: torch.ones(64)})), f"holds the tensor {bias}"),
         (
             case(2, "llama2", lambda t: t.update({down: torch.ones(172, 64)})),
-            r"has shape \[172, 64\].*asks for \[64, 172\]",
+            r"has shape \[172, 64\].*needs \[64, 172\]",
         ),
         (case(3, "llama2", lambda t: t.update({embedding: torch.ones(1004, 64)})), r"\[1004, 64\].*\[1003, 64\]"),
         (case(4, "qwen2", lambda t: [t.pop(key) for key in list(t) if key.endswith("bias")]), "and 11 more tensors"),
@@ -336,7 +336,7 @@ def damage(directory, kind):
         ("empty", "holds no weights: it needs one of model.safetensors"),
         ("no index entry", "model.safetensors.index.json: weight_map: missing"),
         ("missing shard", "model-00001-of-00001.safetensors is missing"),
-        ("misplaced", "model-00001-of-00001.safetensors lacks a, which the index places there"),
+        ("misplaced", "model-00001-of-00001.safetensors does not have a, which the index places there"),
         ("cut short", "model-00001-of-00001.safetensors is cut off"),
     ],
 )

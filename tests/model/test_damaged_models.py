@@ -142,7 +142,7 @@ def huge(path: Path) -> None:
         ('{"a": "\\ud800"}', r"a is '\\ud800'"),
         (b'{\n"a": "caf\xe9"}', "line 2 is not UTF-8"),
         (lambda path: path.mkdir(), "is a directory"),
-        (os.mkfifo, "is no regular file"),  # which would be read for ever
+        (os.mkfifo, "is not a regular file"),  # which would be read for ever
         (lambda path: path.symlink_to(path.name), "cannot be read"),
         (huge, "has 1099511627776 bytes"),
     ],
@@ -354,14 +354,14 @@ def a_stale_tensor(directory: Path) -> list[str]:
     tensors, others = load_file(files["second"]), load_file(files["first"])
     name = min(others)
     save_file(tensors | {name: others[name] * 1.5}, files["second"], metadata={"format": "pt"})
-    return [f"{files['second']} holds {name}", f"places in {files['first'].name}", "fetch the model again"]
+    return [f"{files['second']} holds {name}", f"places in {files['first'].name}", "Fetch the model again"]
 
 
 def a_missing_shard(directory: Path) -> list[str]:
     files = split(directory)
     files["single"].unlink()
     files["second"].unlink()
-    return [f"{files['second']} is missing", files["index"].name, "fetch the model again"]
+    return [f"{files['second']} is missing", files["index"].name, "Fetch the model again"]
 
 
 def read_as_target(directory: Path) -> None:
@@ -482,7 +482,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (lambda path: set_config(path, hidden_size=10**6), "hidden_size 1000000"),
         (
             lambda path: set_config(path, num_hidden_layers=9999),
-            "num_hidden_layers is 9999, but the weights are 21 tensors",
+            "num_hidden_layers is 9999, but there are only 21 tensors",
         ),
         (lambda path: set_config(path, num_hidden_layers=3), "model.layers.2.*num_hidden_layers 3"),
         (lambda path: set_config(path, num_hidden_layers=1), "model.layers.1.*num_hidden_layers 1"),
@@ -517,7 +517,7 @@ def put_nan(tensors: dict[str, torch.Tensor]) -> None:
     [
         (lambda path: set_config(path, hidden_size=10**6), "describes a model of .* elements .*hidden_size 1000000"),
         (lambda path: set_config(path, vocab_size=10**9), "describes a model of .* elements .*vocab_size 1000000000"),
-        (lambda path: set_config(path, num_hidden_layers=9999), "has 9999 layers .*holds 21 tensors"),
+        (lambda path: set_config(path, num_hidden_layers=9999), "has 9999 layers .*holds only 21 tensors"),
         (
             lambda path: set_config(path, num_hidden_layers=1),
             "holds model.layers.1.*num_hidden_layers 1",
