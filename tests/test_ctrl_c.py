@@ -165,7 +165,7 @@ def test_a_command_whose_part_was_interrupted_ends_too(tmp_path: Path) -> None:
 EXPERIMENT = """
     import megatron_fuse.experiments.fork_server
     from pathlib import Path
-    from megatron_fuse.experiments.experiment import load_experiment
+    from megatron_fuse.experiments.layers import load_experiment
     from megatron_fuse.experiments.runner import run_experiment
     megatron_fuse.experiments.fork_server.LIBRARIES = ()
     path = Path({path!r})

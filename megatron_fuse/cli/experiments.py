@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             "after the other."
         )
     with importing():
-        from megatron_fuse.experiments.experiment import load_experiment
+        from megatron_fuse.experiments.layers import load_experiment
         from megatron_fuse.experiments.report import Reported, write_report
         from megatron_fuse.experiments.results import collect_results, write_results
         from megatron_fuse.experiments.runner import run_experiment
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(paths: list[Path], split: str | None, output: Path) -> None:
     """Writes the report of the experiments from their CSV files alone."""
     with importing():
-        from megatron_fuse.experiments.experiment import load_experiment
+        from megatron_fuse.experiments.layers import load_experiment
         from megatron_fuse.experiments.report import Reported, write_report
         from megatron_fuse.experiments.results import read_results
     reported = []

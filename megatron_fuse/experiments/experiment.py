@@ -14,25 +14,34 @@
     tables:
       main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
 
+Conditions repeat the same variants on other data or other models:
+
+    conditions:
+      clean: {}
+      errors_30: {data: {path: examples/skills/build/errors_30.jsonl}}
+    tables:
+      clean: {title: Without errors, condition: clean, rows: [csft, fuse], baseline: csft}
+    maps:
+      errors: {title: Errors in the ground truth, conditions: [clean, errors_30], rows: [fuse, profuser], baseline: csft}
+
+A run is then called CONDITION/VARIANT.
+
 Every seed has its own data stages, which its variants share. The options of a variant decide which stages run
-again, usually only the selection and the training. `{seed}` may stand in prepare, models, the recipe and the
-options laid over it. Then the seeds also differ in what is named there, for example in their source models.
+again, usually only the selection and the training. Every condition has data stages of its own. `{seed}` and
+`{condition}` may stand in prepare, models, the recipe and the options that change it. Then the seeds also differ
+in what is named there, for example in their source models.
 """
 
 import shlex
 import string
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from megatron_fuse.errors import UserError, shortened
-from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, with_new_names
+from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
-from megatron_fuse.recipe.yaml_files import shown
 
-PLACEHOLDERS = {"model", "output", "split", "seed"}
+PLACEHOLDERS = {"model", "output", "split", "seed", "condition"}
 # Keys that the runner itself sets for every run.
 _OURS = {"workdir", "seed", "training.save", "training.load", "training.tensorboard_dir", "export.path"}
 
@@ -96,14 +105,30 @@ class Table(Options):
     """Rows of one table of the report, in their order."""
 
     title: Line
+    condition: Name | None = Field(None, description="the condition of all rows, if the experiment has conditions")
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
+    expected: list[Name] = Field(
+        default_factory=list,
+        description="rows whose difference was the question before the runs: they are compared as a family of their own",
+    )
     x: dict[Name, float] = Field(
         default_factory=dict,
         description="one number per row; the table is then also drawn as a curve over these numbers",
     )
     x_label: str = ""
     note: str = Field("", description="what a reader has to know about the rows")
+
+
+class Map(Options):
+    """The same comparison under several conditions: one row of the report per condition, one column per row."""
+
+    title: Line
+    conditions: Annotated[list[Name], Field(min_length=1)]
+    rows: Annotated[list[Name], Field(min_length=1)]
+    baseline: Name
+    expected: list[Name] = Field(default_factory=list, description="as in a table")
+    note: str = Field("", description="what a reader has to know of the map")
 
 
 class Experiment(Options):
@@ -119,7 +144,7 @@ class Experiment(Options):
         description="command that runs before everything else, for example to make models; it must keep what exists",
     )
     evaluate: MeasuringCommand = Field(
-        description="command with {model}, {output}, {split} and {seed}; it writes {metric: {value, n}} as JSON"
+        description="command with {model}, {output}, {split}, {seed} and {condition}; it writes {metric: {value, n}} as JSON"
     )
     split: Name = Field("test", description="value of {split} if --split is not given")
     metrics: Annotated[dict[Line, Line], Field(min_length=1)] = Field(description="metric -> its name in tables")
@@ -127,8 +152,14 @@ class Experiment(Options):
         default_factory=dict, description="Hugging Face directories that are measured without training"
     )
     variants: dict[Name, dict[str, Any]] = Field(description="name of the variant -> options that change the recipe")
+    conditions: dict[Name, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="name of the condition -> options that change the recipe before those of a variant; the data "
+        "stages run once per condition and seed",
+    )
     merges: dict[Name, Merge] = Field(default_factory=dict)
-    tables: Annotated[dict[Name, Table], Field(min_length=1)]
+    tables: dict[Name, Table] = Field(default_factory=dict)
+    maps: dict[Name, Map] = Field(default_factory=dict)
     preface: str = Field("", description="Markdown before the tables of the report")
 
     @model_validator(mode="after")
@@ -141,13 +172,29 @@ class Experiment(Options):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds contains a seed twice: {self.seeds}. Remove one of the two.")
-        for name, table in self.tables.items():
-            unknown = sorted({*table.rows, table.baseline, *table.x} - set(names))
+        if not self.tables and not self.maps:
+            raise ValueError("there is no table. Add one under tables, or a map under maps.")
+        if both := sorted(self.tables.keys() & self.maps.keys()):
+            raise ValueError(f"{', '.join(both)}: the name is used in tables and in maps. Use every name once.")
+        shown: dict[str, Table | Map] = {f"tables.{name}": table for name, table in self.tables.items()}
+        shown |= {f"maps.{name}": each for name, each in self.maps.items()}
+        for place, each in shown.items():
+            conditions = each.conditions if isinstance(each, Map) else [each.condition]
+            x = {} if isinstance(each, Map) else each.x
+            unknown = sorted({*each.rows, each.baseline, *x} - set(names))
             if unknown:
                 raise ValueError(
-                    f"tables.{name}: {', '.join(unknown)} is not the name of a variant, model or merge. "
+                    f"{place}: {', '.join(unknown)} is not the name of a variant, model or merge. "
                     f"Choose from {', '.join(names)}."
                 )
+            if beside := sorted(set(each.expected) - set(each.rows)):
+                raise ValueError(f"{place}.expected: {', '.join(beside)} is not a row. Add it to rows, or remove it.")
+            for condition in conditions:
+                if condition is None and self.conditions:
+                    raise ValueError(f"{place}: set condition to one of {', '.join(self.conditions)}.")
+                if condition is not None and condition not in self.conditions:
+                    known = ", ".join(self.conditions) or "none, because the key conditions is missing"
+                    raise ValueError(f"{place}: {condition} is not the name of a condition. There are: {known}.")
         for name, merge in self.merges.items():
             unknown = sorted(set(merge.parts) - {*self.models, *self.variants})
             if unknown:
@@ -155,9 +202,18 @@ class Experiment(Options):
         return self
 
     @model_validator(mode="after")
+    def _has_conditions_to_name(self) -> Self:
+        if not self.conditions and "{condition}" in f"{self.evaluate} {self.prepare}":
+            raise ValueError(
+                "evaluate or prepare has {condition}, but there are no conditions. Remove it, or add conditions."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
         of_variants = {f"variants.{name}": options for name, options in self.variants.items()}
-        given_options = {"common": self.common} | of_variants
+        of_conditions = {f"conditions.{name}": options for name, options in self.conditions.items()}
+        given_options = {"common": self.common} | of_conditions | of_variants
         for place, options in given_options.items():
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
@@ -167,110 +223,33 @@ class Experiment(Options):
                 )
         return self
 
+    @property
+    def run_names(self) -> list[str]:
+        """The names of all runs that can be made: CONDITION/NAME, or NAME without conditions."""
+        names = [*self.models, *self.variants, *self.merges]
+        return [run_name(condition, name) for condition in self.conditions or [None] for name in names]
+
     def needed(self, tables: list[str]) -> list[str]:
-        """Names of these tables' rows and of their merges' parts, in the order of models, variants, merges."""
-        shown = {name for table in tables for name in (*self.tables[table].rows, self.tables[table].baseline)}
-        for name in shown & set(self.merges):
-            shown |= set(self.merges[name].parts)
-        return [name for name in (*self.models, *self.variants, *self.merges) if name in shown]
+        """The runs that these tables and maps show, and the parts of their merges, in the order of run_names."""
+        shown = set[str]()
+        for table in tables:
+            each = self.tables.get(table) or self.maps[table]
+            conditions = each.conditions if isinstance(each, Map) else [each.condition]
+            names = {*each.rows, each.baseline}
+            names |= {part for name in names & set(self.merges) for part in self.merges[name].parts}
+            shown |= {run_name(condition, name) for condition in conditions for name in names}
+        return [name for name in self.run_names if name in shown]
 
 
-def load_experiment(path: Path) -> Experiment:
-    """The experiment in a file.
-
-    Raises UserError with the place of every error, also in the options of the variants.
-    """
-    document = read_document(path)
-    experiment = _with_new_names(checked(Experiment, document.content, document.place), document)
-    recipe = read_document(experiment.recipe)
-    for name in experiment.variants:
-        layers = ((document, ("variants", name)), (document, ("common",)), (recipe, ()))
-        content = _variant(experiment, recipe, name, experiment.seeds[0])
-        make_recipe(content, _innermost(layers, f"{shortened(str(path), 200)}: variants.{name}"))
-    return experiment
+def run_name(condition: str | None, name: str) -> str:
+    """The name of a run: of a variant, model or merge under a condition."""
+    return name if condition is None else f"{condition}/{name}"
 
 
-def _with_new_names(experiment: Experiment, document: Document) -> Experiment:
-    """The experiment with the new names of keys, so that layers of old and of new names fit on each other."""
-
-    def options(content: dict[str, Any], *outer: str) -> dict[str, Any]:
-        return with_new_names(content, lambda keys: document.place((*outer, *keys)))[0]
-
-    variants = {name: options(content, "variants", name) for name, content in experiment.variants.items()}
-    return experiment.model_copy(update={"common": options(experiment.common, "common"), "variants": variants})
-
-
-def _innermost(layers: tuple[tuple[Document, Keys], ...], otherwise: str) -> Callable[[Keys], str]:
-    """A function that gives the place of a key in the first layer that has the key.
-
-    layers: a document, and the keys under which its options stand. otherwise: the place if no layer has the
-    key.
-    """
-
-    def place(keys: Keys) -> str:
-        for document, outer in layers:
-            if keys and document.line_of((*outer, *keys)) is not None:
-                return document.place((*outer, *keys))
-        return f"{otherwise}: {shown(keys)}" if keys else otherwise
-
-    return place
-
-
-def data_directory(experiment: Experiment, seed: int) -> Path:
-    return experiment.workdir / "data" / f"seed-{seed}"
-
-
-def run_directory(experiment: Experiment, name: str, seed: int) -> Path:
-    """The directory of a variant or merge with a seed, or of the measurement of a model with a seed."""
-    return experiment.workdir / "runs" / name / f"seed-{seed}"
-
-
-def variant_recipe(experiment: Experiment, name: str, seed: int) -> Recipe:
-    """The recipe of one run: that of the experiment with the variant's options, and directories for this run.
-
-    Raises UserError if the options are not valid.
-    """
-    content = _variant(experiment, read_document(experiment.recipe), name, seed)
-    return make_recipe(content, f"{experiment.recipe} with variant {name}")
-
-
-def _variant(experiment: Experiment, recipe: Document, name: str, seed: int) -> dict[str, Any]:
-    content, _ = with_new_names(recipe.content, recipe.place)
-    run = run_directory(experiment, name, seed)
-    set_by_runner = {
-        "workdir": str(data_directory(experiment, seed)),
-        "seed": seed,
-        "training": {"save": str(run / "checkpoints"), "tensorboard_dir": str(run / "tensorboard")},
-        "export": {"path": str(run / "export")},
-    }
-    for options in (experiment.common, experiment.variants[name], set_by_runner):
-        content = laid_over(content, options)
-    return with_seed(content, seed)
-
-
-def with_seed(value: Any, seed: int) -> Any:
-    """The value with {seed} replaced by the seed in all its texts."""
-    if isinstance(value, dict):
-        return {key: with_seed(item, seed) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_seed(item, seed) for item in value]
-    return value.replace("{seed}", str(seed)) if isinstance(value, str) else value
-
-
-def laid_over(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The content with the options laid over it: mappings key by key, other values replaced.
-
-    A null removes an existing key, for example a source or a preset.
-    """
-    merged = dict(content)
-    for key, value in options.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = laid_over(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
+def condition_and_name(run: str) -> tuple[str | None, str]:
+    """The parts of a run's name."""
+    condition, _, name = run.rpartition("/")
+    return condition or None, name
 
 
 def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
@@ -278,9 +257,8 @@ def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
 
     Raises UserError for an unknown table.
     """
-    unknown = sorted(set(names) - set(experiment.tables))
+    known = [*experiment.tables, *experiment.maps]
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise UserError(
-            f"{', '.join(unknown)} is not a table of this experiment. Choose from {', '.join(experiment.tables)}."
-        )
-    return names or [next(iter(experiment.tables))]
+        raise UserError(f"{', '.join(unknown)} is not a table of this experiment. Choose from {', '.join(known)}.")
+    return names or known[:1]

@@ -1,8 +1,8 @@
-"""The tables of an experiment as Markdown with pictures, made from its CSV file alone.
+"""The tables and maps of an experiment as Markdown with pictures, made from its CSV file alone.
 
-Every number is a mean over seeds ± its standard error. Beside it stands the difference to the table's
-baseline, paired by seed, with its 95 % confidence interval. ▲ and ▼ mark differences of more than two
-standard errors; the others are called ties.
+Every number is a mean over seeds ± its standard error. Beside it stands the difference to the baseline, paired
+by seed, with its 95 % confidence interval. ▲ and ▼ mark the differences that are clear in the whole table
+(statistics.py); the others are called ties.
 """
 
 import os
@@ -12,18 +12,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_fuse.experiments.experiment import Experiment, Table
+from megatron_fuse.experiments.comparison import Comparison, Values, compare
+from megatron_fuse.experiments.experiment import Experiment, Map, Table, run_name
 from megatron_fuse.experiments.results import Result
-from megatron_fuse.experiments.statistics import Mean, mean, paired_difference
+from megatron_fuse.experiments.statistics import Mean
 from megatron_fuse.reporting.layout import Table as Cells
 from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "
-    "interval (Student's t). ▲ and ▼: more than two standard errors above or below the baseline; all others are ties. Of differences that "
-    "are none, chance marks about 12 % at five seeds and 18 % at three."
+    "interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's procedure over the whole table, so that a table "
+    "without any true difference shows a mark with a chance of 5 % at most; all other differences are ties. A * marks the rows whose "
+    "difference was the question before the runs were made: they are a family of their own."
 )
-Values = dict[str, dict[str, dict[int, float]]]  # variant -> metric -> seed -> value
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,21 @@ class Reported:
 
 
 def write_report(reported: Sequence[Reported], path: Path) -> None:
-    """Writes one Markdown file with a section for every table whose rows all have a result.
+    """Writes one Markdown file with a section for every table and map whose runs all have a result.
 
     It names the other tables. Pictures are written beside the CSV file of each experiment.
     """
     parts = []
     for each in reported:
-        values: Values = {}
+        values: dict[str, dict[str, dict[int, float]]] = {}
         for result in each.results:
             values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
         parts += [each.experiment.preface.strip()] * bool(each.experiment.preface)
         parts += [LEGEND] * (each is reported[0])
         unfinished = []
-        for name, table in each.experiment.tables.items():
-            lacking = [row for row in dict.fromkeys([*table.rows, table.baseline]) if row not in values]
+        shown: dict[str, Table | Map] = {**each.experiment.maps, **each.experiment.tables}
+        for name, table in shown.items():
+            lacking = [run for run in _baselines(table) if run not in values]
             if lacking:
                 unfinished.append(f"- {table.title} (`--only {name}`): {', '.join(lacking)}")
             else:
@@ -59,22 +61,71 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
     save_text(path, "\n\n".join(parts) + "\n")
 
 
-def _section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
+def _section(reported: Reported, name: str, table: Table | Map, values: Values, path: Path) -> str:
+    if isinstance(table, Map):
+        return _map_section(reported, name, table, values, path)
+    return _table_section(reported, name, table, values, path)
+
+
+def _baselines(table: Table | Map) -> dict[str, str]:
+    """run -> the run that it is compared with, in the table's order."""
+    conditions = table.conditions if isinstance(table, Map) else [table.condition]
+    names = dict.fromkeys([table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline])
+    return {run_name(c, name): run_name(c, table.baseline) for c in conditions for name in names}
+
+
+def _expected(table: Table | Map) -> list[str]:
+    conditions = table.conditions if isinstance(table, Map) else [table.condition]
+    return [run_name(condition, name) for condition in conditions for name in table.expected]
+
+
+def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
+    """metric -> comparison."""
+    return {metric: compare(values, metric, _baselines(table), _expected(table)) for metric in experiment.metrics}
+
+
+def _table_section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
     experiment = reported.experiment
-    of_table = [result for result in reported.results if result.variant in table.rows]
+    compared = _comparisons(experiment, table, values)
+    runs = {row: run_name(table.condition, row) for row in table.rows}
+    of_table = [result for result in reported.results if result.variant in runs.values()]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
-    save_picture(draw_table(experiment.metrics, table, values), picture)
-    missing = [row for row in table.rows if set(experiment.metrics) - values[row].keys()]
+    save_picture(draw_table(experiment.metrics, table, compared), picture)
+    missing = [row for row, run in runs.items() if any(run not in each.means for each in compared.values())]
     paragraphs = [
         f"## {table.title}",
-        "\n".join(markdown_table(_rows(experiment.metrics, table, values, of_table))),
+        "\n".join(markdown_table(_rows(experiment.metrics, table, compared, of_table))),
         *([f"–: not measured ({', '.join(missing)})."] if missing else []),
-        *findings(experiment.metrics, table, values),
+        *findings(experiment.metrics, table, compared),
         *([table.note.strip()] if table.note else []),
         f"![{table.title}]({os.path.relpath(picture, path.parent)})",
         _origin(name, reported.command, of_table),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _map_section(reported: Reported, name: str, table: Map, values: Values, path: Path) -> str:
+    """One Markdown table and one heat map per metric: a row per condition, a column per variant."""
+    experiment = reported.experiment
+    compared = _comparisons(experiment, table, values)
+    of_map = [result for result in reported.results if result.variant in _baselines(table)]
+    picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
+    save_picture(draw_map(experiment.metrics, table, compared), picture)
+    paragraphs = [f"## {table.title}"]
+    for metric, title in experiment.metrics.items():
+        heading = ("", f"{table.baseline}", *(f"{row}*" if row in table.expected else row for row in table.rows))
+        cells = [_map_row(table, condition, compared[metric]) for condition in table.conditions]
+        if any(cell != "–" for row in cells for cell in row[1:]):
+            paragraphs += [f"**{title}**{_power(compared[metric])}", "\n".join(markdown_table((heading, cells)))]
+    paragraphs += [table.note.strip()] if table.note else []
+    paragraphs += [f"![{table.title}]({os.path.relpath(picture, path.parent)})"]
+    return "\n\n".join([*paragraphs, _origin(name, reported.command, of_map)])
+
+
+def _map_row(table: Map, condition: str, comparison: Comparison) -> list[str]:
+    baseline = comparison.means.get(run_name(condition, table.baseline))
+    runs = [run_name(condition, row) for row in table.rows]
+    return [condition, _with_error(baseline) if baseline else "–", *(_change(comparison, run) or "–" for run in runs)]
 
 
 def _origin(name: str, command: str, results: Sequence[Result]) -> str:
@@ -89,38 +140,42 @@ def _origin(name: str, command: str, results: Sequence[Result]) -> str:
     )
 
 
-def _rows(metrics: dict[str, str], table: Table, values: Values, results: Sequence[Result]) -> Cells:
+def _rows(metrics: dict[str, str], table: Table, compared: dict[str, Comparison], results: Sequence[Result]) -> Cells:
     """One row per variant. The last columns hold the cost of its training."""
     rows = []
     for row in table.rows:
-        cells = [_cell(values, row, table.baseline, metric) for metric in metrics]
-        of_row = [result for result in results if result.variant == row]
+        run = run_name(table.condition, row)
+        cells = [_cell(compared[metric], run) for metric in metrics]
+        of_row = [result for result in results if result.variant == run]
         cells += [_cost(of_row, field) for field in ("steps", "tokens", "seconds")]
-        rows.append((f"**{row}** (baseline)" if row == table.baseline else row, *cells))
+        label = f"**{row}** (baseline)" if row == table.baseline else f"{row}*" if row in table.expected else row
+        rows.append((label, *cells))
     return ("", *metrics.values(), "steps", "tokens", "training s"), rows
 
 
-def _cell(values: Values, row: str, baseline: str, metric: str) -> str:
-    of_row = values.get(row, {}).get(metric)
-    if not of_row:
+def _cell(comparison: Comparison, run: str) -> str:
+    if run not in comparison.means:
         return "–"
-    cell = _with_error(mean(list(of_row.values())))
-    difference = _difference(values, row, baseline, metric)
-    if row == baseline or difference is None:
-        return cell
-    mark = ("▲" if difference.value > 0 else "▼") if difference.is_clear else ""
+    change = _change(comparison, run)
+    return _with_error(comparison.means[run]) + (
+        f" ({change[:-1]}){change[-1]}" if change[-1:] in MARKS else f" ({change})" if change else ""
+    )
+
+
+MARKS = ("▲", "▼")
+
+
+def _change(comparison: Comparison, run: str) -> str:
+    """The difference with its interval and its mark; empty without one."""
+    difference = comparison.differences.get(run)
+    if difference is None:
+        return ""
     width = f" ± {difference.confidence:.1f}" if difference.confidence is not None else ""
-    return f"{cell} ({difference.value:+.1f}{width}){mark}"
+    return f"{difference.value:+.1f}{width}" + (MARKS[difference.value < 0] if run in comparison.clear else "")
 
 
-def _with_error(mean: Mean | None) -> str:
-    assert mean is not None
-    return f"{mean.value:.1f}" + (f" ± {mean.error:.1f}" if mean.error is not None else "")
-
-
-def _difference(values: Values, row: str, baseline: str, metric: str) -> Mean | None:
-    of_row, of_baseline = (values.get(name, {}).get(metric, {}) for name in (row, baseline))
-    return paired_difference(of_row, of_baseline)
+def _with_error(found: Mean) -> str:
+    return f"{found.value:.1f}" + (f" ± {found.error:.1f}" if found.error is not None else "")
 
 
 def _cost(results: Sequence[Result], field: str) -> str:
@@ -128,29 +183,40 @@ def _cost(results: Sequence[Result], field: str) -> str:
     return f"{sum(known.values()) / len(known):,.0f}" if known else "–"
 
 
-def findings(metrics: dict[str, str], table: Table, values: Values) -> list[str]:
-    """One sentence per metric: the rows clearly above the baseline, clearly below it, and tied with it."""
+def findings(metrics: dict[str, str], table: Table, compared: dict[str, Comparison]) -> list[str]:
+    """One paragraph per metric: the rows clearly above the baseline, clearly below it, and tied with it."""
     lines = []
     for metric, title in metrics.items():
         above, below, ties = list[str](), list[str](), list[str]()
         for row in table.rows:
-            difference = _difference(values, row, table.baseline, metric)
-            if row == table.baseline or difference is None or difference.error is None:
+            run = run_name(table.condition, row)
+            difference = compared[metric].differences.get(run)
+            if difference is None or difference.error is None:
                 continue  # a single seed has no standard error
-            row_with_difference = f"{row} ({difference.value:+.1f})"
-            place = ties if not difference.is_clear else above if difference.value > 0 else below
-            place.append(row_with_difference)
+            place = ties if run not in compared[metric].clear else above if difference.value > 0 else below
+            place.append(f"{row} ({difference.value:+.1f})")
         parts = [
             f"{relation} {table.baseline}: {', '.join(names)}"
             for relation, names in (("clearly above", above), ("clearly below", below), ("ties with", ties))
             if names
         ]
         if parts:
-            lines.append(f"**{title}.** {'; '.join(parts)[0].upper()}{'; '.join(parts)[1:]}.")
+            sentence = "; ".join(parts)
+            lines.append(f"**{title}.** {sentence[0].upper()}{sentence[1:]}.{_power(compared[metric])}")
     return lines
 
 
-def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
+def _power(comparison: Comparison) -> str:
+    """A sentence on what the table could not have seen."""
+    smallest = comparison.smallest_seen
+    if smallest is None:
+        return ""
+    return (
+        f" A true difference of {smallest:.1f} would have been found in 80 % of such tables, a smaller one less often."
+    )
+
+
+def draw_table(metrics: dict[str, str], table: Table, compared: dict[str, Comparison]) -> Figure:
     """Points with error bars, one panel per metric.
 
     If the table gives an x for its rows, they are drawn over it.
@@ -158,8 +224,8 @@ def draw_table(metrics: dict[str, str], table: Table, values: Values) -> Figure:
     rows = table.rows
     figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
     for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
-        means_or_none = {row: mean(list(values[row][metric].values())) for row in rows if metric in values[row]}
-        means = {row: of_row for row, of_row in means_or_none.items() if of_row is not None}
+        runs = {row: run_name(table.condition, row) for row in rows}
+        means = {row: compared[metric].means[run] for row, run in runs.items() if run in compared[metric].means}
         errors = {row: of_row.error or 0.0 for row, of_row in means.items()}
         curve = [row for row in means if row in table.x]
         if table.x:
@@ -190,3 +256,38 @@ def _apart(x: dict[str, float], rows: list[str]) -> dict[str, float]:
         same = [other for other in rows if x[other] == x[row]]
         places[row] = x[row] + step * (same.index(row) - (len(same) - 1) / 2)
     return places
+
+
+def draw_map(metrics: dict[str, str], table: Map, compared: dict[str, Comparison]) -> Figure:
+    """A heat map per metric: the differences to the baseline of the same condition, clear ones in bold."""
+    rows, columns = len(table.conditions), len(table.rows)
+    size = (2.2 + 0.75 * columns * len(metrics) + 0.8 * len(metrics), 1.6 + 0.38 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
+    for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
+        differences = compared[metric].differences
+        cells = [[run_name(condition, row) for row in table.rows] for condition in table.conditions]
+        values = [[differences[run].value if run in differences else float("nan") for run in line] for line in cells]
+        largest = max([abs(value) for line in values for value in line if value == value], default=1.0) or 1.0
+        image = axis.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+        for y, line in enumerate(cells):
+            for x, run in enumerate(line):
+                if run in differences:
+                    value, is_clear = differences[run].value, run in compared[metric].clear
+                    dark = abs(value) > 0.6 * largest
+                    weight = "bold" if is_clear else "normal"
+                    axis.text(
+                        x,
+                        y,
+                        f"{value:+.1f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        weight=weight,
+                        color="w" if dark else "k",
+                    )
+        axis.set_xticks(range(columns), table.rows, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(rows), table.conditions, fontsize=8)
+        axis.set_title(f"{title}: difference to {table.baseline}", fontsize=9)
+        figure.colorbar(image, ax=axis, fraction=0.05)
+    return figure

@@ -2,6 +2,8 @@
 
     variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date
 
+variant: with its condition before it, if the experiment has conditions (CONDITION/VARIANT).
+
 value: the metric over n problems. steps, tokens (inputs without padding), seconds: of the training alone;
 empty for models and merges. data: the hash of the seed's instructions. One file never holds rows of different
 commits or data.
@@ -18,7 +20,8 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
-from megatron_fuse.experiments.experiment import Experiment
+from megatron_fuse.experiments.experiment import Experiment, condition_and_name
+from megatron_fuse.experiments.layers import data_directory
 from megatron_fuse.experiments.records import Evaluation, Made, read_record
 from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
 from megatron_fuse.storage import temporary_then_rename
@@ -57,8 +60,8 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
     must not be compared.
     """
     version, results, others = code_version(), [], dict[str, list[str]]()
-    data: dict[int, tuple[str, Run]] = {}
-    for name in (*experiment.models, *experiment.variants, *experiment.merges):
+    data: dict[Path, tuple[str, Run]] = {}
+    for name in experiment.run_names:
         for seed in experiment.seeds:
             run = Run(experiment, name, seed)
             if not run.is_made():
@@ -72,7 +75,7 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
             if not finished:
                 continue
             if made.data is not None:
-                first, owner = data.setdefault(seed, (made.data, run))
+                first, owner = data.setdefault(data_directory(experiment, name, seed), (made.data, run))
                 if first != made.data:
                     raise UserError(
                         f"{run.directory} was trained on data {made.data[:12]}, but {owner.directory} on "
@@ -119,12 +122,13 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
     and data as the new ones, and are of another split, or of names and seeds of the experiment without new
     rows.
     """
-    names = [*experiment.models, *experiment.variants, *experiment.merges]
+    names = experiment.run_names
     new = {(row.variant, row.seed, row.split) for row in results}
-    commits, data = {row.commit for row in results}, {row.seed: row.data for row in results if row.data}
+    commits = {row.commit for row in results}
+    data = {_data_key(row): row.data for row in results if row.data}
 
     def stays(row: Result) -> bool:
-        fits = row.commit in commits and row.data in ("", data.get(row.seed, row.data))
+        fits = row.commit in commits and row.data in ("", data.get(_data_key(row), row.data))
         return fits and row.variant in names and row.seed in experiment.seeds
 
     if not results:
@@ -142,6 +146,11 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
         writer.writeheader()
         writer.writerows(map(asdict, rows))
     return sorted({row.variant for row in old if not stays(row) and row.split == split})
+
+
+def _data_key(row: Result) -> tuple[str | None, int]:
+    """What decides the data of a run: its condition and its seed."""
+    return condition_and_name(row.variant)[0], row.seed
 
 
 def read_results(path: Path) -> list[Result]:

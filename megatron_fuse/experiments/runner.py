@@ -11,8 +11,9 @@ from pathlib import Path
 from threading import Lock
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import Experiment, data_directory, require_tables, with_seed
+from megatron_fuse.experiments.experiment import Experiment, condition_and_name, require_tables
 from megatron_fuse.experiments.fork_server import Commands
+from megatron_fuse.experiments.layers import data_directory, with_places
 from megatron_fuse.experiments.records import Owner, read_record
 from megatron_fuse.experiments.results import collect_results
 from megatron_fuse.experiments.runs import Run, code_version, command_words, make
@@ -49,8 +50,13 @@ def run_experiment(
     names = experiment.needed(require_tables(experiment, list(tables)))
     with _only_one(experiment.workdir, path) as lock:
         collect_results(experiment, split)  # raises now the error that it would raise after hours of work
+        conditions = dict.fromkeys(condition_and_name(name)[0] for name in names)
+        commands = [experiment.prepare] if experiment.prepare else []
         for prepare in dict.fromkeys(
-            with_seed(experiment.prepare, seed) for seed in experiment.seeds if experiment.prepare
+            with_places(command, seed, condition)
+            for command in commands
+            for condition in conditions
+            for seed in experiment.seeds
         ):
             logger.info(f"$ {prepare}")
             if code := run_tied(command_words(prepare)):
@@ -82,14 +88,14 @@ def _run_all(todo: list[Run], split: str, starters: list[Commands], version: str
 
     If a part failed, the merge fails too. Returns one message per failed run.
     """
-    locks = {data_directory(run.experiment, run.seed): Lock() for run in todo}
+    locks = {data_directory(run.experiment, run.name, run.seed): Lock() for run in todo}
     total, failed, running = len(todo), dict[Run, str](), dict[Future, tuple[Run, float]]()
     jobs, idle = len(starters), list(starters)
 
     def make_with_an_idle_one(run: Run) -> None:
         commands = idle.pop()  # never empty: there are as many as threads
         try:
-            make(run, commands, locks[data_directory(run.experiment, run.seed)], split, version)
+            make(run, commands, locks[data_directory(run.experiment, run.name, run.seed)], split, version)
         finally:
             idle.append(commands)
 
@@ -128,9 +134,8 @@ def _run_all(todo: list[Run], split: str, starters: list[Commands], version: str
 
 
 def _parts(run: Run) -> list[Run]:
-    merge = run.experiment.merges.get(run.name)
-    names = merge.parts if merge else []
-    return [Run(run.experiment, name, run.seed) for name in names if name in run.experiment.variants]
+    """The variants that a merge waits for. Models are there already."""
+    return [part for part in run.parts if part.row in run.experiment.variants]
 
 
 @contextmanager

@@ -28,11 +28,11 @@ from megatron_fuse.experiments.experiment import (
     Experiment,
     Merge,
     command_parts,
-    run_directory,
-    variant_recipe,
-    with_seed,
+    condition_and_name,
+    run_name,
 )
 from megatron_fuse.experiments.fork_server import Commands
+from megatron_fuse.experiments.layers import run_directory, variant_recipe, with_places
 from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import INSTRUCTIONS
@@ -57,8 +57,27 @@ class Run:
     """A variant, merge or model of an experiment with one seed."""
 
     experiment: Experiment = field(compare=False)
-    name: str
+    name: str  # with its condition, as in Experiment.run_names
     seed: int
+
+    @property
+    def condition(self) -> str | None:
+        return condition_and_name(self.name)[0]
+
+    @property
+    def row(self) -> str:
+        """The name of the variant, merge or model."""
+        return condition_and_name(self.name)[1]
+
+    @property
+    def merge(self) -> Merge | None:
+        return self.experiment.merges.get(self.row)
+
+    @property
+    def parts(self) -> list["Run"]:
+        """The runs that a merge is made from; empty for other runs."""
+        names = self.merge.parts if self.merge else []
+        return [Run(self.experiment, run_name(self.condition, name), self.seed) for name in names]
 
     @property
     def directory(self) -> Path:
@@ -67,8 +86,8 @@ class Run:
     @property
     def model(self) -> Path:
         """The Hugging Face directory of the model that is measured."""
-        given = self.experiment.models.get(self.name)
-        return Path(with_seed(str(given), self.seed)) if given else self.directory / "export"
+        given = self.experiment.models.get(self.row)
+        return Path(with_places(str(given), self.seed, self.condition)) if given else self.directory / "export"
 
     def evaluation(self, split: str) -> Path:
         return self.directory / f"evaluation-{split}.json"
@@ -82,13 +101,14 @@ class Run:
 
     def options(self) -> dict[str, Any]:
         """All options that decide the result of the run, as result.json stores them."""
-        experiment, name = self.experiment, self.name
-        if name in experiment.variants:
-            recipe = variant_recipe(experiment, name, self.seed)
+        if self.row in self.experiment.variants:
+            recipe = variant_recipe(self.experiment, self.name, self.seed)
             return {"recipe": recipe.model_dump(mode="json", by_alias=True)}
-        if name in experiment.merges:
-            parts = {part: Run(experiment, part, self.seed).options() for part in experiment.merges[name].parts}
-            return {"merge": experiment.merges[name].model_dump(mode="json"), "of": parts}
+        if self.merge:
+            return {
+                "merge": self.merge.model_dump(mode="json"),
+                "of": {part.row: part.options() for part in self.parts},
+            }
         return {"model": str(self.model)}
 
 
@@ -130,7 +150,7 @@ def code_version() -> str:
 def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str) -> None:
     """Trains or merges a model, then measures it. Finished parts are not repeated.
 
-    data_lock: the lock of the seed, because runs of one seed must take turns with its data stages. version:
+    data_lock: the lock of the data, because runs of one condition and seed must take turns with the data stages. version:
     code_version() of the code that `commands` has imported.
 
     Raises RunFailed if a command fails. Raises UserError if the directory holds a run with other options or
@@ -139,10 +159,10 @@ def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str
     _refuse_another(run, version)
     if not run.is_made():
         start = time.perf_counter()
-        if run.name in run.experiment.variants:
+        if run.row in run.experiment.variants:
             measured = _train(run, commands, data_lock)
-        elif run.name in run.experiment.merges:
-            measured = _merge(run, commands, run.experiment.merges[run.name])
+        elif run.merge:
+            measured = _merge(run, commands, run.merge)
         else:
             measured = {}
         _refuse_changed_code(run, version)
@@ -223,7 +243,7 @@ def instructions_sha256(recipe: Recipe) -> str:
 
 
 def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
-    models = {name: str(Run(run.experiment, name, run.seed).model) for name in merge.parts}
+    models = {part.row: str(part.model) for part in run.parts}
     command = [*_FUSE, "merge", "--method", merge.method, "--output", str(run.model)]
     command += [part for name in merge.models for part in ("--model", models[name])]
     command += ["--dtype", "fp32"]
@@ -235,7 +255,7 @@ def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
 
 def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
     output = run.directory / f"measured-{split}.json"
-    places = {"model": run.model, "output": output, "split": split, "seed": run.seed}
+    places = {"model": run.model, "output": output, "split": split, "seed": run.seed, "condition": run.condition}
     _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
     try:
         measured = checked(Metrics, {"metrics": read_json(output)}, str(output))

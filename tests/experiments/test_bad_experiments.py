@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import load_experiment
+from megatron_fuse.experiments.layers import load_experiment
 from megatron_fuse.experiments.records import Begun, Evaluation, Made, Owner, Record, read_record
 from megatron_fuse.experiments.results import read_results
 

@@ -11,7 +11,8 @@ from small_models import small_recipe
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments import runs as runs_module
-from megatron_fuse.experiments.experiment import Experiment, laid_over, load_experiment, variant_recipe
+from megatron_fuse.experiments.experiment import Experiment
+from megatron_fuse.experiments.layers import laid_over, load_experiment, variant_recipe
 from megatron_fuse.experiments.report import Reported, write_report
 from megatron_fuse.experiments.results import collect_results, read_results, write_results
 from megatron_fuse.experiments.runner import run_experiment

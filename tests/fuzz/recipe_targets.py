@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from campaign import FuzzTarget
 
-from megatron_fuse.experiments.experiment import load_experiment
+from megatron_fuse.experiments.layers import load_experiment
 from megatron_fuse.experiments.report import Reported, write_report
 from megatron_fuse.experiments.results import Result, read_results
 from megatron_fuse.recipe import dump_recipe, load_recipe

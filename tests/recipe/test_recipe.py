@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import load_experiment
+from megatron_fuse.experiments.layers import load_experiment
 from megatron_fuse.recipe import PRESETS, dump_recipe, load_recipe, make_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import load_experiment, variant_recipe
+from megatron_fuse.experiments.layers import load_experiment, variant_recipe
 from megatron_fuse.recipe import Recipe, dump_recipe, load_recipe, make_recipe, renamed
 from megatron_fuse.recipe.loading import _flag
 from megatron_fuse.recipe.renamed import RENAMED
