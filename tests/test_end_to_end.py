@@ -1,4 +1,7 @@
-"""The whole recipe under torchrun with two ranks at a tiny size, so that no stage can break unseen; then killed and resumed."""
+"""The whole recipe under torchrun with two ranks at a tiny size, so that no stage can break unseen; then killed and resumed.
+
+A plain run starts the first stage as a user does, and forks the processes of all others, without an interpreter and imports for each.
+"""
 
 import json
 import os
@@ -9,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,11 @@ import yaml
 from killable_ranks import KillableRanks
 from small_models import save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_fuse.dataset import FusionDataset
+from megatron_fuse.errors import UserError
+from megatron_fuse.pipeline import run
+from megatron_fuse.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 LINE = re.compile(r"iteration +(\d+)/ +(\d+) .*?phase: (\S+) .*?( ce/.*? grad norm: \S+)")
@@ -74,13 +83,47 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def run_tool(recipe_file: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """As a user does, with two processes."""
+    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
+    return subprocess.run([*command, *words], env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def module(rank: int, words: list[str]) -> None:
+    """`python -m` as a rank: words are the module and its arguments."""
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def run_forked(ranks: KillableRanks, outputs: Path, words: list[str], env: Mapping[str, str]) -> int:
+    """Takes the place of pipeline.run.run_tied: the command's exit code. What it prints goes to files under outputs."""
+    assert words[:2] == [sys.executable, "-m"]
+    torchrun = words[2] == "megatron_fuse.torchrun"
+    processes = 1
+    if torchrun:
+        assert words[3] == "--standalone" and words[5] == "-m"
+        processes, words = int(words[4].removeprefix("--nproc-per-node=")), words[4:]
+    return max(ranks.wait(ranks.start(processes, outputs, module, words[2:], torchrun=torchrun)))
+
+
+def printed(directory: Path) -> str:
+    return "".join(path.read_text() for path in sorted(directory.glob("output-*.txt")))
+
+
 @pytest.fixture(scope="module")
 def finished(recipe_file: Path) -> tuple[Path, str]:
-    """The work directory after `tools/run_recipe.py`, and what it printed."""
-    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return Path(yaml.safe_load(recipe_file.read_text())["workdir"]), done.stdout
+    """The work directory after all stages, and what they printed."""
+    first = run_tool(recipe_file, "--until", "instructions")
+    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]
+    ranks, outputs = KillableRanks(), recipe_file.parent / "outputs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "run_tied", partial(run_forked, ranks, outputs))
+        try:
+            run.run_recipe(load_recipe(argv=["--recipe", str(recipe_file)]), 2)
+        except UserError as error:
+            pytest.fail(f"{error}\n{printed(outputs)[-8000:]}")
+    ranks.close()
+    return Path(yaml.safe_load(recipe_file.read_text())["workdir"]), first.stdout + printed(outputs)
 
 
 def logged_steps(output: str) -> dict[int, tuple[str, str]]:
@@ -127,9 +170,6 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> No
 
 
 def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
-    from megatron_fuse.dataset import FusionDataset
-    from megatron_fuse.recipe import load_recipe
-
     dataset = FusionDataset(load_recipe(argv=["--recipe", str(workdir / "recipe.yaml")]))
     total, count = 0.0, 0
     for example in dataset.validation:
@@ -144,8 +184,7 @@ def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
 
 
 def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_file: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--plan"]
-    plan = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    plan = run_tool(recipe_file, "--plan").stdout
     lines = plan.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("artifact ")) + 1 :]
     states = [line.split("  ")[0] for line in table if " done " not in line + " "]
@@ -153,19 +192,20 @@ def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_f
 
 
 @pytest.mark.slow
+def test_the_tool_alone_ends_with_the_same_losses(
+    finished: tuple[Path, str], recipe_file: Path, tmp_path: Path
+) -> None:
+    done = run_tool(recipe_file, "--workdir", str(tmp_path / "work"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert logged_steps(done.stdout) == logged_steps(finished[1]) and (tmp_path / "work/export").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_is_not_exported(
     finished: tuple[Path, str], recipe_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
-    command += [
-        "--exit-interval",
-        "4",
-        "--save",
-        str(tmp_path / "checkpoints"),
-        "--export-path",
-        str(tmp_path / "export"),
-    ]
-    stopped = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+    elsewhere = ["--save", str(tmp_path / "checkpoints"), "--export-path", str(tmp_path / "export")]
+    stopped = run_tool(recipe_file, "--exit-interval", "4", *elsewhere)
     assert stopped.returncode == 2 and "training stopped at step 4 of 9. Run this again" in stopped.stderr
     assert not (tmp_path / "export").exists()
 
@@ -193,7 +233,7 @@ def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
         return killable.start(2, tmp_path / name, pretrain, recipe_file, workdir / "killed", torchrun=True)
 
     def output(name: str) -> str:
-        return "".join(path.read_text() for path in (tmp_path / name).glob("output-*.txt"))
+        return printed(tmp_path / name)
 
     (job,) = start("killed")
     while stop not in logged_steps(output("killed")):
