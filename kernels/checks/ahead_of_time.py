@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,9 +60,10 @@ class Compiled:
     stores: int
 
 
-def variants(dtype: str) -> Iterator[tuple[str, dict[str, object], int]]:
+def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, object], int]]:
     """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
 
+    modes: the kernels' ways of taking the temperature (T_MODE).
     A constant None is an argument that is left out.
     """
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
@@ -75,7 +76,7 @@ def variants(dtype: str) -> Iterator[tuple[str, dict[str, object], int]]:
         yield "special_gradient_kernel", {"K": slots, "ROUND": False, "UPSTREAM": None}, 1
         yield "special_gradient_kernel", {"K": slots, "ROUND": False}, 1
     yield "loss_kernel", {"B": 128}, 4
-    for mode in (0, 1, 2, 4):
+    for mode in modes:
         yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
         for upstream in ({}, {"UPSTREAM": None}):
             yield "gradient_kernel", {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream}, launch.warps
@@ -138,10 +139,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, nargs="*", default=[80, 90, 100])
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all")
     arguments = parser.parse_args()
     failed = False
     for capability in arguments.capability:
-        for name, constants, warps in variants(arguments.dtype):
+        for name, constants, warps in variants(arguments.dtype, arguments.modes):
             compiled = compile_kernel(name, constants, warps, capability, arguments.dtype)
             failed |= bool(problems(compiled))
             print(json.dumps({**asdict(compiled), "problems": problems(compiled)}), flush=True)

@@ -23,8 +23,11 @@ class Case:
     vocab_size: int
 
 
-def make_case(seed: int, *, n=24, vocab=97, k=10, padding=3, dtype=torch.float32, skipped=True) -> Case:
-    """Rows cycle through the odd ones (see the comments); all other values are random. skipped: some rows weigh nothing."""
+def make_case(seed: int, *, n=16, vocab=97, k=10, padding=3, dtype=torch.float32, skipped=True) -> Case:
+    """Rows cycle through the odd ones (see the comments), all of which 16 rows hold; all other values are random.
+
+    skipped: some rows weigh nothing.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, vocab + padding, generator=g, dtype=torch.float64) * 3
     labels = torch.randint(vocab, (n,), generator=g)
