@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
 from test_checkpoint import checkpoints, message_of_refusal, run_and_return_output
-from test_layouts import TRAINING, one_report, run_training
+from test_layouts import one_report, run_training
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.options import TrainingOptions
@@ -177,6 +177,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_target(tmp_path_factory.mktemp("target"))
 
 
+TRAINING = {"global_batch_size": 20, "micro_batch_size": 10, "train_iters": 8}  # of 9 steps in all
 OF_RUN: dict[str, dict[str, Any]] = {
     "constant": {"lr_decay_style": "constant", "lr_warmup_iters": 4},
     "linear": {"lr_decay_style": "linear", "lr_warmup_fraction": 0.2, "min_lr": 1e-5},

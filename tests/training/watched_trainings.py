@@ -143,7 +143,7 @@ class Trainings:
     """Jobs over one tiny target, and what they print where nothing happens to them."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.target = root, make_tiny_target(root / "target", layers=4)
+        self.root, self.target = root, make_tiny_target(root / "target")
         self.ranks = KillableRanks()
         self.counts = Counter[tuple[Kind, str]]()
         self._undisturbed: dict[tuple[int, bool], tuple[dict, int]] = {}
