@@ -18,6 +18,8 @@ from megatron_fuse.tokenization import Tokenizer, load_tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 quick = settings(max_examples=40, deadline=None, database=None)
+# Of a law over every kind of tokenizer and every template, 35 of them.
+few_and_many = pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.slow)])
 USER = [{"role": "user", "content": "Hi"}]
 TALK = [
     {"role": "system", "content": "Be kind."},
@@ -116,11 +118,12 @@ def assert_spans_lie_in(spans: TokenSpans, data: bytes, tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_response_tokens_spell_the_response(kind, template):
+@few_and_many
+def test_response_tokens_spell_the_response(kind, template, examples):
     form = chat_format(kind, template)
     tokenizer = form.tokenizer
 
-    @quick
+    @settings(quick, max_examples=examples)
     @given(TEXTS, TEXTS, st.booleans())
     def law(question, response, stop):
         messages = [{"role": "user", "content": question}]
@@ -156,10 +159,11 @@ TURNS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_turn_is_supervised_with_its_stop_token(kind, template):
+@few_and_many
+def test_every_turn_is_supervised_with_its_stop_token(kind, template, examples):
     form = chat_format(kind, template)
 
-    @quick
+    @settings(quick, max_examples=examples)
     @given(st.lists(st.tuples(TURNS, TEXTS.filter(bool)), min_size=1, max_size=3), TURNS, TEXTS, st.booleans())
     def law(pairs, question, response, stop):
         talk = [

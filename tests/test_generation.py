@@ -136,10 +136,15 @@ def test_answers_equal_those_without_batch_cache_and_padding(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "dtype, nearest, share", [("fp32", 1e-4, 0.01), pytest.param("bf16", 0.02, 0.25, marks=pytest.mark.slow)]
+    ("dtype", "nearest", "share", "count"),
+    [
+        ("fp32", 1e-4, 0.01, 100),
+        pytest.param("fp32", 1e-4, 0.01, 300, marks=pytest.mark.slow),
+        pytest.param("bf16", 0.02, 0.25, 300, marks=pytest.mark.slow),
+    ],
 )
 def test_budgets_differ_only_where_two_tokens_are_as_likely(
-    models: dict[str, Path], family: str, dtype: str, nearest: float, share: float
+    models: dict[str, Path], family: str, dtype: str, nearest: float, share: float, count: int
 ) -> None:
     """Sums differ with the batch's shape: a greedy answer may turn where the two likeliest tokens are that near to each other.
 
@@ -148,7 +153,7 @@ def test_budgets_differ_only_where_two_tokens_are_as_likely(
     """
     model, chat = loaded(models, family, dtype=dtype)
     random = np.random.default_rng(7)
-    prompts = [Prompt(str(i), random.integers(4, 260, random.integers(1, 30)).tolist(), 24, i) for i in range(300)]
+    prompts = [Prompt(str(i), random.integers(4, 260, random.integers(1, 30)).tolist(), 24, i) for i in range(count)]
     allowed = torch.from_numpy(chat.tokenizer.byte_lengths > 0)
     sampling = Sampling(frozenset(range(5, 300, 60)), allowed, temperature=0.0)
     budgets = [generate(model, prompts, sampling, batch_tokens=batch_tokens) for batch_tokens in (400, 2000, 20000)]
