@@ -52,6 +52,29 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+# Files that take longest, in this order: begun first, they do not keep one process busy when all others have ended.
+LONGEST = (
+    "training/test_layouts.py",
+    "kernels/test_triton.py",
+    "test_end_to_end.py",
+    "training/test_killed_training.py",
+    "test_gpu_checks.py",
+    "training/test_checkpoint.py",
+    "training/test_two_trainings.py",
+    "faults/test_faults.py",
+    "kernels/test_topk.py",
+    "kernels/test_fused_linear.py",
+    "fuzz/test_fuzz.py",
+    "training/test_interrupted_training.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the tests find about their files does not go into the user's cache directory."""
