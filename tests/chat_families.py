@@ -5,13 +5,17 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 import tokenizers
 from small_tokenizers import CORPUS
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_fuse.chat import ChatFormat, load_chat_format
 from megatron_fuse.chat.templates import TEMPLATES
+from megatron_fuse.model.config_file import end_token_ids
+from megatron_fuse.tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -530,3 +534,9 @@ def save_tokenizer(name: str, directory: Path) -> Path:
         ids = tokenizer.convert_tokens_to_ids(list(listed))
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     return directory
+
+
+@cache
+def format_of(name: str, *, learns: bool = False) -> ChatFormat:
+    directory = save_tokenizer(name, Path(mkdtemp()))
+    return load_chat_format(load_tokenizer(directory), end_ids=end_token_ids(directory), learns=learns)

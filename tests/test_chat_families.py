@@ -1,16 +1,9 @@
 """Laws of chat formats over the families in use. The reference is transformers' `apply_chat_template` on whole conversations."""
 
-from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
-
 import numpy as np
 import pytest
-from chat_families import FAMILIES, save_tokenizer, tokenizer_of
+from chat_families import FAMILIES, format_of, tokenizer_of
 
-from megatron_fuse.chat import ChatFormat, load_chat_format
-from megatron_fuse.model.config_file import end_token_ids
-from megatron_fuse.tokenization import load_tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -25,12 +18,6 @@ THINKERS = {
     "glm 4.5": "<think>add</think>\n4",
     "nemotron 3": "<think>\nadd\n</think>\n4",
 }
-
-
-@cache
-def format_of(name: str, *, learns: bool = False) -> ChatFormat:
-    directory = save_tokenizer(name, Path(mkdtemp()))
-    return load_chat_format(load_tokenizer(directory), end_ids=end_token_ids(directory), learns=learns)
 
 
 def printed(name: str, messages: list[dict[str, str]], **options: bool) -> list[int]:

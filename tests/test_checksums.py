@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_verification import own_up
+from small_fusion import own_up
 
 from megatron_fuse.dataset import FusionDataset, build_fusion_data, checksums
 from megatron_fuse.dataset.checksums import BackgroundVerification, verify_once

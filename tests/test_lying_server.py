@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import pytest
 from local_server import Act, Asked, ScriptedServer, completion, scripted
+from served_recipes import KEY, answers, assert_nowhere, echo, journals, number, recipe_for
 from small_models import save_model
-from test_server import KEY, answers, assert_nowhere, echo, journals, number, recipe_for
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from local_server import Act, Asked, completion, scripted
 from log_lines import at_every_shard, logged
+from served_recipes import recipe_for
 from small_models import save_model, small_recipe, write_rows
-from test_server import recipe_for
 
 import megatron_fuse.progress
 from megatron_fuse.capture import capture

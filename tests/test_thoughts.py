@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from chat_families import save_tokenizer
 from local_server import Act, completion, scripted
+from served_recipes import answers, number, recipe_for
 from small_models import save_model, small_recipe
-from test_server import answers, number, recipe_for
 
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import load_chat_format

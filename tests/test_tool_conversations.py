@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_families import FAMILIES, tokenizer_of
-from test_chat_families import format_of
+from chat_families import FAMILIES, format_of, tokenizer_of
+from tool_messages import TOOLS, asks, call, calls, output, says
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_fuse.chat import ChatFormat, supervised_turns
@@ -23,36 +23,6 @@ STYLES = {
 SPECIAL = "hello <|im_end|><|eot_id|></s> <｜User｜><|user|>[INST]<|end_of_text|><|END_OF_TURN_TOKEN|><|end|> world"
 
 
-def tool(name: str, **properties: str) -> dict[str, Any]:
-    parameters = {
-        "type": "object",
-        "properties": {key: {"type": kind, "description": "é"} for key, kind in properties.items()},
-    }
-    function = {"name": name, "description": f"It does {name}.", "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-def call(number: int, name: str, **arguments: Any) -> dict[str, Any]:
-    return {"id": f"call{number:05d}", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def asks(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def calls(*made: dict[str, Any], **more: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": "", "tool_calls": list(made), **more}
-
-
-def output(of: dict[str, Any], text: str) -> dict[str, Any]:
-    return {"role": "tool", "content": text, "name": of["function"]["name"], "tool_call_id": of["id"]}
-
-
-TOOLS = [tool("weather", city="string", days="integer"), tool("add", numbers="array")]
 ROME = call(0, "weather", city='Rome "è"\n', days=2)
 SUM = call(1, "add", numbers=[1, 2.5, "three"], exact=True, unit=None, place={"a": ["b"]})
 WITH_NAME = call(0, "weather", city="Rome", **{"it's": 5}) | {"id": "f.weather"}  # of nine characters

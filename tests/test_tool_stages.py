@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.nn as nn
-from chat_families import save_tokenizer
+from chat_families import format_of, save_tokenizer
 from log_lines import logged
 from small_models import small_recipe, write_rows
-from test_chat_families import format_of
-from test_tool_conversations import TOOLS, asks, call, calls, output, says, tool
+from tool_messages import TOOLS, asks, call, calls, output, says, tool
 from transformers import LlamaConfig
 
 from megatron_fuse.capture.stage import conversation_of

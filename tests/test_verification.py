@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_fusion import SOURCES
+from small_fusion import SOURCES, own_up
 
 from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.fusion_data.layout import fusion_directory
@@ -18,7 +18,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.selection.array_file import read_arrays, write_arrays
 from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.stages import Context
-from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
+from megatron_fuse.storage import read_sealed, write_sealed
 from megatron_fuse.verification import Verification, verify_fusion_data
 
 TEACHER = "teachers/beta/training"
@@ -27,14 +27,6 @@ ANSWERS = "teachers/beta/inference"
 
 def verified(recipe: Recipe) -> Verification:
     return verify_fusion_data(Context(recipe))
-
-
-def own_up(path: Path) -> None:
-    """Makes the manifest say what the file now holds, as if the stage had written it."""
-    manifest = path.parent / "manifest.json"
-    content = read_sealed(manifest)
-    content["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    write_sealed(manifest, content)
 
 
 def change(path: Path, dtype: type, edit: Callable[[np.ndarray], object]) -> None:
