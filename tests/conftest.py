@@ -58,7 +58,7 @@ LONGEST = (
     "kernels/test_triton.py",
     "test_end_to_end.py",
     "training/test_killed_training.py",
-    "test_gpu_checks.py",
+    "gpu_checks/test_gpu_checks.py",
     "training/test_checkpoint.py",
     "training/test_two_trainings.py",
     "faults/test_faults.py",

@@ -228,7 +228,7 @@ def test_the_command_says_what_was_chosen_and_measured(
     selection = copied.selection.model_copy(update={"training_margin": margin})
     recipe = ordered(copied.model_copy(update={"selection": selection}), "target_reward")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
-    tool = Path(__file__).resolve().parents[1] / "tools" / "build_fusion_data.py"
+    tool = Path(__file__).resolve().parents[2] / "tools" / "build_fusion_data.py"
     monkeypatch.setattr(sys, "argv", [str(tool), "--recipe", str(tmp_path / "r.yaml")])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(tool), run_name="__main__")

@@ -31,7 +31,7 @@ from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

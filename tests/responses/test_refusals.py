@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_fuse.responses.refusals import is_refusal
 
-DATA = Path(__file__).parents[1] / "../shared/data"
+DATA = Path(__file__).parents[2] / "../shared/data"
 
 DECLINES = [
     "I'm sorry, but I can't help with that.",

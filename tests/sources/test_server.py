@@ -27,7 +27,7 @@ from megatron_fuse.responses import RESPONSES, Response, generate_responses
 from megatron_fuse.sources.listed_models import unlisted
 from megatron_fuse.stages import Context
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

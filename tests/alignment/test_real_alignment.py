@@ -17,7 +17,7 @@ from megatron_fuse.report.alignment import TEXT_CLASSES, text_classes
 from megatron_fuse.tokenization import load_tokenizer
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
-DATA = Path(__file__).parents[1] / "../shared/data"
+DATA = Path(__file__).parents[2] / "../shared/data"
 FILES = {
     "llama2": "llama2",
     "gpt_neox": "gpt_neox_mpt/tokenizer.json",

@@ -14,7 +14,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.gpu_checks import MINUTES, Check, Row
 from megatron_fuse.gpu_checks.runner import process_context, rows_of, run_checks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools/check_gpu.py"
 
 

@@ -13,7 +13,7 @@ from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.inspection.templates import format_template_view, view_template
 from megatron_fuse.recipe import ModelOptions
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_data.py"
 
 
 def _model(name: str, directory: Path) -> Path:

@@ -14,7 +14,7 @@ from megatron_fuse.recipe import ScoreFile
 from megatron_fuse.responses import Response
 from megatron_fuse.scoring.given_scores import given_scores
 
-DATA = Path(__file__).parents[1] / "../shared/data"
+DATA = Path(__file__).parents[2] / "../shared/data"
 WHERE = "reward_models.reward.scores"
 
 SCORES = {"e0": {"vicuna-7b-v1.5": 0.25, "mpt": -1e30}, "e1": {"vicuna-7b-v1.5": 3, "mpt": 1e-30}, "e3": {"mpt": 7.5}}

@@ -23,7 +23,7 @@ from megatron_fuse.model.weight_files import DTYPES
 from megatron_fuse.pipeline import check_files
 from megatron_fuse.tokenization import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

@@ -59,7 +59,7 @@ def test_the_text_form_shows_what_is_learned_and_every_label(world: Recipe) -> N
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int | str | None]:
     """Runs tools/inspect_data.py with these arguments in this process; its exit code."""
-    path = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
+    path = Path(__file__).resolve().parents[2] / "tools" / "inspect_data.py"
 
     def run(*arguments: object) -> int | str | None:
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])

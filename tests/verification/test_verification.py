@@ -239,7 +239,7 @@ def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:
 def test_the_command_ends_with_0_or_lists_every_problem_and_ends_with_2(
     copied: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    tool = Path(__file__).resolve().parents[1] / "tools" / "inspect_data.py"
+    tool = Path(__file__).resolve().parents[2] / "tools" / "inspect_data.py"
     monkeypatch.setattr(sys, "argv", [str(tool), str(fusion_directory(copied)), "--verify"])
 
     def run() -> int | None:

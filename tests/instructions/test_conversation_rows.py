@@ -18,7 +18,7 @@ from megatron_fuse.storage.rows import id_at
 from megatron_fuse.tokenization import load_tokenizer
 from megatron_fuse.tokenization.spans import response_bytes
 
-DOCUMENT = Path(__file__).parents[1] / "docs/data.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/data.md"
 
 
 def turns(*said: str, **masks: object) -> dict:

@@ -543,7 +543,7 @@ def test_the_tool_keeps_all_entries_and_the_manifest_says_so(
     options = ["--recipe", str(path), "--source", SOURCE, "--mode", "training", *arguments]
     monkeypatch.setattr(sys, "argv", ["capture_teacher.py", *options])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(Path(__file__).parents[1] / "tools/capture_teacher.py"), run_name="__main__")
+        runpy.run_path(str(Path(__file__).parents[2] / "tools/capture_teacher.py"), run_name="__main__")
     assert end.value.code == 0
     kept = changed(recipe, capture={"top_p": 1.0})
     assert all((shard.counts == 10).all() for shard in read(kept, SOURCE, "training"))

@@ -22,7 +22,7 @@ from megatron_fuse.selection.choice import selection_path
 from megatron_fuse.stages import Context
 from megatron_fuse.training.stage import EXPORT, TRAINING
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_data_stages(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
 from megatron_fuse.storage.rows import keys_of, value_at
 
-DATA = Path(__file__).parents[1] / "../shared/data"
+DATA = Path(__file__).parents[2] / "../shared/data"
 
 
 @pytest.fixture(scope="module")
