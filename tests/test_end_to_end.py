@@ -183,8 +183,14 @@ def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
     return total / count
 
 
-def test_a_second_run_finds_everything_done(finished: tuple[Path, str], recipe_file: Path) -> None:
-    plan = run_tool(recipe_file, "--plan").stdout
+def test_a_second_run_finds_everything_done(
+    finished: tuple[Path, str], recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_recipe", "--recipe", str(recipe_file), "--nproc-per-node", "2", "--plan"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools/run_recipe.py"), run_name="__main__")
+    assert not ended.value.code
+    plan = capsys.readouterr().out
     lines = plan.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("artifact ")) + 1 :]
     states = [line.split("  ")[0] for line in table if " done " not in line + " "]
