@@ -52,7 +52,8 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-# Files that take longest, in this order: begun first, they do not keep one process busy when all others have ended.
+# Files that take longest, in this order. They begin first, so that no process still has a long one when the
+# others have ended.
 LONGEST = (
     "training/test_layouts.py",
     "kernels/test_triton.py",

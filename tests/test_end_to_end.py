@@ -1,6 +1,7 @@
-"""The whole recipe under torchrun with two ranks at a tiny size, so that no stage can break unseen; then killed and resumed.
+"""The whole recipe under torchrun with two ranks at a tiny size; then killed and resumed.
 
-A plain run starts the first stage as a user does, and forks the processes of all others, without an interpreter and imports for each.
+A plain run starts the first stage as a user does. The processes of the other stages are forks of one that has
+imported everything. A slow test starts all of them as a user does.
 """
 
 import json
@@ -96,7 +97,7 @@ def module(rank: int, words: list[str]) -> None:
 
 
 def run_forked(ranks: KillableRanks, outputs: Path, words: list[str], env: Mapping[str, str]) -> int:
-    """Takes the place of pipeline.run.run_tied: the command's exit code. What it prints goes to files under outputs."""
+    """Takes the place of pipeline.run.run_tied: the command's exit code. Its output goes to files under `outputs`."""
     assert words[:2] == [sys.executable, "-m"]
     torchrun = words[2] == "megatron_fuse.torchrun"
     processes = 1

@@ -24,7 +24,7 @@ class Case:
 
 
 def make_case(seed: int, *, n=16, vocab=97, k=10, padding=3, dtype=torch.float32, skipped=True) -> Case:
-    """Rows cycle through the odd ones (see the comments), all of which 16 rows hold; all other values are random.
+    """Rows cycle through the odd ones (see the comments); all other values are random. 16 rows hold all odd ones.
 
     skipped: some rows weigh nothing.
     """

@@ -44,7 +44,8 @@ def assert_same(actual: TopK, expected: TopK) -> None:
 
 
 def cases():
-    """Everything with everything; interpreted, a plain run has a part in which each value occurs with the unaligned rows."""
+    """Everything with everything. Interpreted, a plain run has the unaligned rows with everything, and two of the
+    others' cases: neither the types' nor the temperatures' branches depend on the shape."""
     # 7: fewer columns than k; 97: one tile; 1003: rows that are not aligned; 4096: whole tiles alone
     shapes = [(7, 1, 10), (97, 3, 1), (1003, 0, 10), (4096, 0, 33)]
     # one exponential for both; the general way; without T = 1; two that are not 1

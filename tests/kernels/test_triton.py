@@ -61,7 +61,7 @@ def test_few_rows_are_shared_among_programs(temperature, dtype, seed, monkeypatc
 
 
 def real_vocabularies():
-    """Of Llama-2, MPT (padded), Llama-3, Qwen-2 and Gemma: several tiles and splits, unmasked ones among them."""
+    """Of Llama-2, MPT (padded), Llama-3, Qwen-2 and Gemma: several tiles and splits, some of them unmasked."""
     plain = [(32000, torch.bfloat16), (50277, torch.float32), (128256, torch.float32), (128256, torch.bfloat16)]
     for values in product((32000, 50277, 128256, 151936, 262144), (torch.float32, torch.bfloat16)):
         yield pytest.param(*values, marks=[] if values in plain else pytest.mark.slow, id=f"{values[1]}-{values[0]}")
@@ -216,7 +216,8 @@ def test_no_rows(seed):
     assert [len(values) for values in (loss, ce, kl, *fit)] == [0] * 6 and gradient.shape == empty.logits.shape
 
 
-# 80, 90, 100: A100, H100 and H200, B200. A plain run has the general way of the temperature, which computes both exponentials.
+# 80, 90, 100: A100, H100 and H200, B200. A plain run compiles the general way of the temperature, which computes
+# both exponentials.
 @pytest.mark.parametrize(
     ("dtype", "capability", "modes", "compiled"),
     [

@@ -50,7 +50,8 @@ def assert_equals_dense(seed, dtype, sizes, **options):
 
 
 def types_and_heads():
-    """Heads, key/value heads: each its own, one for all, in between. All types with one of them, one type with all, in a plain run."""
+    """Heads, key/value heads: each its own, one for all, in between. A plain run has all types with the last, and
+    fp64 with all: the type decides nothing but the rounding."""
     for dtype, (h, g) in product(TOLERANCES, [(4, 4), (4, 1), (6, 2)]):
         marks = [] if dtype == torch.float64 or (h, g) == (6, 2) else [pytest.mark.slow]
         yield pytest.param(dtype, h, g, marks=marks, id=f"{dtype}-{h}-{g}")

@@ -11,7 +11,8 @@ import torch
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
-STEPS = 5  # over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two epochs
+# Over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two epochs.
+STEPS = 5
 TRAINING = {"global_batch_size": 28, "micro_batch_size": 14, "train_iters": STEPS}
 
 
