@@ -161,7 +161,7 @@ def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_pat
     recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
     with pytest.raises(
         UserError,
-        match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2 .*teacher_temperature to 1",
+        match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2, .*teacher_temperature to 1",
     ):
         capture(Context(recipe), SOURCE, "training")
     at_one = changed(recipe, loss={"teacher_temperature": 1.0})
@@ -478,7 +478,7 @@ def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"token_ids": [1]}'], "file.jsonl:1: id is None: a row needs the id of its example"),
+        (['{"token_ids": [1]}'], "file.jsonl:1: id is None, but a row needs the id of its example"),
         (['{"id": "e0"}', "", '{"top_k": 3, "id": "e0"}'], "file.jsonl:3: id 'e0' is in an earlier row too"),
         (['{"id": "e0"}', "not JSON"], "file.jsonl:2: not valid JSON"),
         (['{"id": "e0", "top_ids": [[1}'], "file.jsonl:1: not valid JSON"),

@@ -359,7 +359,9 @@ def test_bad_input(tmp_path):
     tokenizer = small("llama_json")
     with pytest.raises(UserError, match=r"sources\[1\].chat_template to one of vicuna_v1.1"):
         load_chat_format(tokenizer, where="sources[1]")
-    with pytest.raises(UserError, match=r"target.chat_template: 'chatlm' is neither one of"):
+    with pytest.raises(
+        UserError, match=r"target.chat_template: 'chatlm' is not a known template and not a file\. Set it to one of"
+    ):
         load_chat_format(tokenizer, "chatlm")
     with pytest.raises(UserError, match=r'has no EOS token.* Set "eos_token" in its tokenizer_config'):
         load_chat_format(dataclasses.replace(tokenizer, eos_id=None), "alpaca")

@@ -215,7 +215,7 @@ def test_a_file_that_changes_after_it_was_opened_is_named(copied: Recipe) -> Non
     dataset = FusionDataset(copied)
     path = fusion_directory(copied) / "text/shard-00000.tokens.bin"
     path.write_bytes(b"")
-    with pytest.raises(UserError, match=rf"^{path}: 0 bytes, but \d+ when it was opened"):
+    with pytest.raises(UserError, match=rf"^{path}: the file has 0 bytes, but had \d+ when it was opened"):
         dataset.document("training", 0)
     path.unlink()
     with pytest.raises(UserError, match=rf"^{path}: the file can no longer be read"):

@@ -266,7 +266,7 @@ def test_the_answer_nearest_to_the_ground_truth_wins_by_reference(copied: Recipe
     with pytest.raises(UserError, match=r"no reference.bertscore_model"):
         build_fusion_data(Context(by_reference))
     by_reference = changed(by_reference, reference={"without_bertscore": "renormalize"})
-    with pytest.raises(UserError, match=r"scores/alpha/reference.*run megatron-fuse score"):
+    with pytest.raises(UserError, match=r"scores/alpha/reference.*Run megatron-fuse score"):
         build_fusion_data(Context(by_reference))
     score_against_reference(Context(by_reference))
     build_fusion_data(Context(by_reference))

@@ -58,7 +58,7 @@ LISTED = {
     "an image": (turns("u: ", "a: A") | {"x": 0}, Kind.NOT_TEXT, "image_url"),
     "a number as content": ({"messages": [{"role": "user", "content": 5}]}, Kind.NOT_TEXT, "content is a int"),
     "null": ({"messages": [{"role": "user", "content": None}]}, Kind.MISSING, "content is missing"),
-    "no turns": ({"messages": "hello"}, Kind.NO_TURNS, "no list of turns"),
+    "no turns": ({"messages": "hello"}, Kind.NO_TURNS, "not a list of turns"),
     "columns of two lengths": ({"messages": {"role": ["user"], "content": []}}, Kind.NO_TURNS, "different lengths"),
     "two users": (turns("u: Q", "u: R", "a: A"), Kind.SAME_ROLE, "two turns of user follow each other"),
     "two answers": (turns("u: Q", "a: A", "a: B"), Kind.SAME_ROLE, "two turns of assistant follow each other"),

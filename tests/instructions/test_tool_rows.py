@@ -177,7 +177,7 @@ LISTED = {
     ),
     "arguments that are a list": (openai(USER, calls(call(arguments="[1]")), output(), ANSWER), "are [1], not a JSON object"),
     "arguments that are no JSON": (openai(USER, calls(call(arguments="{a: 1}")), output(), ANSWER), "is not JSON ("),
-    "arguments that are a number": (openai(USER, calls(call(arguments=5)), output(), ANSWER), "are 5, no JSON object"),
+    "arguments that are a number": (openai(USER, calls(call(arguments=5)), output(), ANSWER), "are 5, not a JSON object"),
     "no number": (openai(USER, calls(call(arguments='{"a": NaN}')), output(), ANSWER), "holds nan, which is not a JSON value"),
     "half a surrogate pair": (openai(USER, calls(call(arguments='{"\\ud800": 1}')), output(), ANSWER), "half a surrogate pair"),
     "too deep": (openai(USER, calls(call(arguments={"a": DEEP})), output(), ANSWER), "nested in more than 64 levels"),

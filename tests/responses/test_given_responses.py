@@ -189,8 +189,8 @@ ID, PROMPT = {}, {"match": "prompt"}
         (ID, [{"id": True, "response": "a"}], "jsonl:1: id is True"),
         (ID, [{"response": "a"}], "jsonl:1: id is None"),
         (PROMPT, [{"prompt": "zz", "response": "a"}], r"none of its 1 prompts .*'Question 0\?'.*'zz'.*match: id"),
-        (PROMPT, [{"question": "zz"}], r"jsonl:1: prompt is None: .*which has question"),
-        (PROMPT, [{"prompt": ["zz"]}], r"jsonl:1: prompt is \['zz'\]: .*list of \{role, content\}"),
+        (PROMPT, [{"question": "zz"}], r"jsonl:1: prompt is None, but .*The row has question"),
+        (PROMPT, [{"prompt": ["zz"]}], r"jsonl:1: prompt is \['zz'\], but .*list of \{role, content\}"),
         (PROMPT, [{"prompt": [{"role": "user", "content": None}]}], r"jsonl:1: prompt is "),
         (
             PROMPT,

@@ -265,7 +265,7 @@ def test_an_endless_body_ends(model: Path, tmp_path: Path, monkeypatch: pytest.M
 
     with scripted(Liar(Act(write=endless))) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0, timeout=50)
-        with pytest.raises(UserError, match=r"cannot be reached \(a body of more than 1 MiB came back\)"):
+        with pytest.raises(UserError, match=r"cannot be reached \(the server sent a body of more than 1 MiB\)"):
             generate_responses(Context(recipe), "served")
     assert written[0] < 64 << 20  # what the system's buffers take of it
 

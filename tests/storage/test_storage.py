@@ -187,7 +187,7 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
             r"options\.k = 10, but now options\.k = 5\. Remove .*/a and run make_numbers again, or restore",
         ),
         ({"inputs": {"parent": "f" * 64}}, r"inputs\.parent = 'abc', but now inputs\.parent = ffffffffffff\.\.\.: "),
-        ({"inputs": {"other": "d"}}, r"was made without inputs\.other, now 'd': "),
+        ({"inputs": {"other": "d"}}, r"was made without inputs\.other, but now it is 'd'\. "),
         ({"options": {"k": 5}, "remove": Path("all/of/it")}, r"remove all/of/it and run make_numbers"),
     ],
 )

@@ -388,11 +388,11 @@ def test_damaged_files_of_transformers(file, change, words, tmp_path):
         (
             "added_tokens.json",
             {"<tool>": 300},
-            r"'<tool>' has id 300, which tokenizer\.model gives to",
+            r"'<tool>' has id 300, but in tokenizer\.model this is the id of",
         ),  # silently other bytes
         ("added_tokens.json", {"<tool>": 2**40}, "<tool>: "),
         ("added_tokens.json", {"<tool>": [1]}, "<tool>: "),
-        ("tokenizer_config.json", {"eos_token": "</nothing>"}, "eos_token is '</nothing>', which is no token"),
+        ("tokenizer_config.json", {"eos_token": "</nothing>"}, "eos_token is '</nothing>', which is not a token"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1e3": {"content": "x"}}}, "1e3"),
         ("special_tokens_map.json", {"eos_token": 5}, "eos_token"),
     ],
