@@ -356,7 +356,7 @@ def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error)
+    assert re.search(rf"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error)
 
 
 ODD = [

@@ -548,7 +548,7 @@ def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
     assert f"{models[0]} and {models[1]} have vocabularies of {counts[0]} and {counts[1]} rows: " in message
     assert re.search(said.format(longer=re.escape(str(longer))), message), message
     assert message.endswith(
-        f"Set --rows first to merge the rows of the first model: it {'keeps them as they are in that model' if longer_first else 'leaves them out'}"
+        f"Set --rows first to merge the rows of the first model: it {'keeps them as they are in that model' if longer_first else 'leaves them out'}."
     )
     assert not (tmp_path / "new").exists()
 

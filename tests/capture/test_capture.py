@@ -430,7 +430,7 @@ def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Model
 
 def test_a_source_without_answers_says_which_command_makes_them(fresh: Recipe) -> None:
     shutil.rmtree(fresh.workdir / "responses" / "alpha")
-    with pytest.raises(UserError, match="run megatron-fuse generate --source alpha first"):
+    with pytest.raises(UserError, match="Run megatron-fuse generate --source alpha first"):
         capture(Context(fresh), "alpha", "inference")
 
 

@@ -64,7 +64,7 @@ def test_values_that_a_dataset_takes_without_a_word_are_named(
     path = fusion_directory(copied) / name
     rewrite_in_place(path, edit)
     with pytest.raises(
-        UserError, match=f"^{path}: the sha256 is .*, but the manifest has .*\. Restore the file, or remove it and run"
+        UserError, match=rf"^{path}: the sha256 is .*, but the manifest has .*\. Restore the file, or remove it and run"
     ):
         opened(copied)
 

@@ -69,7 +69,7 @@ def test_damaged_streams_are_refused_by_name(tmp_path: Path) -> None:
     index, values = (Path(f"{prefix}.{suffix}") for suffix in ("idx", "bin"))
     whole_index, whole_values = index.read_bytes(), values.read_bytes()
     values.write_bytes(whole_values[:-1])
-    with pytest.raises(UserError, match=r"tokens.bin: 35 bytes, but its index describes 36"):
+    with pytest.raises(UserError, match=r"tokens.bin: the file has 35 bytes, but its index describes 36"):
         Stream([prefix])
     values.write_bytes(whole_values)
     for damaged in (whole_index[:-1], whole_index[:5], b"", b"X" + whole_index[1:], whole_index + b"\0"):

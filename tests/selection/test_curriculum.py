@@ -293,7 +293,7 @@ def test_training_keeps_to_the_order_and_a_checkpoint_to_its_curriculum(ranks, c
     run = json.loads(facts.read_text())["run"]
     assert (run["order"], run["curriculum"]) == ("gt_length", order_of(recipe).sha256)
     (message,) = ranks(1, refusal_in_order, ordered(recipe, "shuffled"))
-    assert "order = 'gt_length', this run has order = 'shuffled'" in message and "another --save" in message
+    assert "order = 'gt_length', but this run has order = 'shuffled'" in message and "another --save" in message
 
     def lengthen(arrays: dict, header: dict) -> None:
         arrays["gt_tokens"][dataset.train[0]] += 1000

@@ -150,9 +150,9 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         (Act(REFUSED, 403), r"does not accept the key \(403"),
         (
             Act(REFUSED, 404),
-            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists small, tiny: fix sources",
+            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists small, tiny\. Fix sources",
         ),
-        (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\): fix sources.served.server"),
+        (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\)\. Fix sources.served.server"),
         (Act({"detail": "Unexpected fields"}, 422), r"refuses every request \(422 Unexpected fields\)"),
         (Act(REFUSED, 429), r"accepts no more requests for now \(429 .*\[key\]\).*next run requests the others"),
         (Act(REFUSED, 429, {"retry-after": "9999"}), r"accepts no more requests for now"),

@@ -205,7 +205,9 @@ def test_a_renamed_rank_file_is_refused(name, tmp_path, monkeypatch):
     published = dataclasses.replace(ENCODINGS["cl100k_base"], sha256=hashlib.sha256(data).hexdigest())
     monkeypatch.setitem(ENCODINGS, "cl100k_base", published)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=r"rank file of cl100k_base .* name it cl100k_base\.tiktoken") as error:
+    with pytest.raises(
+        UserError, match=r"rank file of cl100k_base .* Rename the file to cl100k_base\.tiktoken"
+    ) as error:
         load_tokenizer(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
     (tmp_path / name).rename(tmp_path / "cl100k_base.tiktoken")

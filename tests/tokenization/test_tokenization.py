@@ -364,9 +364,9 @@ def _change_json(path: Path, change: Callable[[dict], None]) -> None:
         (
             "tokenizer.json",
             lambda c: c["post_processor"]["single"][0]["SpecialToken"].update(id="?"),
-            "post_processor: cannot load",
+            "post_processor: transformers cannot load",
         ),
-        ("tokenizer.json", lambda c: c.update(normalizer={"type": "Replace"}), "normalizer: cannot load"),
+        ("tokenizer.json", lambda c: c.update(normalizer={"type": "Replace"}), "normalizer: transformers cannot load"),
         ("tokenizer_config.json", lambda c: c.update(eos_token=5), "eos_token"),
         ("tokenizer_config.json", lambda c: c.update(chat_template=["x"]), "chat_template"),
         ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"9999999": {"content": "x"}}), "9999999"),
@@ -424,7 +424,7 @@ def test_a_vocabulary_in_a_form_of_its_own_is_refused_with_the_command_that_conv
     (directory / name).write_text("{}")
     with pytest.raises(UserError, match=rf"{name} must be converted to tokenizer.json once\. Run ") as refused:
         load_tokenizer(directory)
-    words = shlex.split(str(refused.value).split("once: ")[1].split(" (transformers asks")[0].rpartition("&& ")[2])
+    words = shlex.split(str(refused.value).split("once. Run ")[1].split(" (transformers asks")[0].rpartition("&& ")[2])
     assert words[:2] == ["python", "-c"] and words[3:] == [str(directory)] and called in words[2] and name in words[2]
     compile(words[2], "command", "exec")
     hugging_face("byte_level").save_pretrained(directory)

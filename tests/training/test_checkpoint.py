@@ -122,7 +122,7 @@ def test_another_model_is_refused(ranks, odd, tmp_path, vocab_size, tied, key) -
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"training": {"global_batch_size": 4}}, "global_batch_size = 8, this run has global_batch_size = 4"),
+        ({"training": {"global_batch_size": 4}}, "global_batch_size = 8, but this run has global_batch_size = 4"),
         ({"schedule": {"preset": "csft"}}, "phases = "),
         ({"loss": {"tail": "ignore"}}, "loss = "),
     ],
@@ -231,7 +231,7 @@ def test_a_library_of_another_version_is_a_warning(ranks, odd, tmp_path) -> None
     training = {"verify": False, "load": str(tmp_path / "old"), "save": str(tmp_path / "new"), "train_iters": 4}
     sections = {"parallel": {"use_distributed_optimizer": True}, "training": training}
     (output,) = ranks(1, run_and_return_output, *odd, sections)
-    assert "warning: " in output and "has torch = '1.0', this run has torch = " in output
+    assert "warning: " in output and "has torch = '1.0', but this run has torch = " in output
 
 
 @given(

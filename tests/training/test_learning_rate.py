@@ -222,17 +222,23 @@ WSD_OF_RUN = {
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 6}, r"has seed = 5, this run has seed = 6"),
-        ({"seed": None}, r"has seed = 5, this run has seed = 1234"),
+        ({"seed": 6}, r"has seed = 5, but this run has seed = 6"),
+        ({"seed": None}, r"has seed = 5, but this run has seed = 1234"),
         (
             {"lr_decay_style": "linear", "lr_wsd_decay_iters": None},
             r"'lr_decay_style': 'WSD', .*this run has step = \{'lr_decay_style': 'linear', ",
         ),
-        ({"lr_decay_iters": 8}, r"has step = {'lr_decay_iters': 9}, this run has step = {'lr_decay_iters': 8}"),
-        ({"lr_decay_iters": None}, r"has step = {'lr_decay_iters': 9}, this run has step = {'lr_decay_iters': None}"),
-        ({"lr_warmup_fraction": 0.2}, r"{'lr_warmup_fraction': 0.1}, this run has step = {'lr_warmup_fraction': 0.2}"),
-        ({"lr_wsd_decay_iters": 5}, r"{'lr_wsd_decay_iters': 4}, this run has step = {'lr_wsd_decay_iters': 5}"),
-        ({"lr_wsd_decay_style": "cosine"}, r"'exponential'}, this run has step = {'lr_wsd_decay_style': 'cosine'}"),
+        ({"lr_decay_iters": 8}, r"has step = {'lr_decay_iters': 9}, but this run has step = {'lr_decay_iters': 8}"),
+        (
+            {"lr_decay_iters": None},
+            r"has step = {'lr_decay_iters': 9}, but this run has step = {'lr_decay_iters': None}",
+        ),
+        (
+            {"lr_warmup_fraction": 0.2},
+            r"{'lr_warmup_fraction': 0.1}, but this run has step = {'lr_warmup_fraction': 0.2}",
+        ),
+        ({"lr_wsd_decay_iters": 5}, r"{'lr_wsd_decay_iters': 4}, but this run has step = {'lr_wsd_decay_iters': 5}"),
+        ({"lr_wsd_decay_style": "cosine"}, r"'exponential'}, but this run has step = {'lr_wsd_decay_style': 'cosine'}"),
     ],
     ids=str,
 )
