@@ -112,7 +112,7 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
     sections = {"parallel": parallel, "training": {"train_iters": 6, "async_save": asynchronous, "eval_interval": 100}}
     results = ranks(world_size, run, tmp_path, target, sections, made, release)
     for message, steps, saved in results:
-        assert message.startswith(f"{tmp_path}/data/shard-00001.bin: sha256 ")
+        assert message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ")
         assert "No checkpoint was written from these data" in message and len(message) <= 600
         assert saved == [] and steps == results[0][1]
         assert release > 6 or len(steps) < 6
@@ -149,4 +149,4 @@ def test_what_damage_breaks_first_is_explained_by_it(ranks, target, tmp_path, lo
     )
     ((message, _, saved),) = ranks(1, run, *plan)
     assert saved == []
-    assert message.startswith(f"{tmp_path}/data/shard-00001.bin: sha256 ") if damaged else message == str(trouble)
+    assert message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ") if damaged else message == str(trouble)
