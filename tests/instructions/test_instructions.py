@@ -468,7 +468,11 @@ def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Pat
     "rows, sections, message",
     [
         ([{"instruction": "Q"}], {}, "none of its 1 rows can be used.*line 1: output is missing"),
-        ([alpaca(1), alpaca(2)], {"data": {"held_out": 2}}, "data.held_out is 2, but there are only 2"),
+        (
+            [alpaca(1), alpaca(2)],
+            {"data": {"validation_samples": 2}},
+            "data.validation_samples is 2, but there are only 2",
+        ),
         ([alpaca(1)], {"training": {"seq_length": 4}}, "no example fits --seq-length 4"),
         ([alpaca(1)], {"data": {"path": "nowhere.jsonl"}}, "data.path: nowhere.jsonl does not exist"),
     ],

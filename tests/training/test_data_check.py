@@ -149,4 +149,6 @@ def test_what_damage_breaks_first_is_explained_by_it(ranks, target, tmp_path, lo
     )
     ((message, _, saved),) = ranks(1, run, *plan)
     assert saved == []
-    assert message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ") if damaged else message == str(trouble)
+    assert (
+        message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ") if damaged else message == str(trouble)
+    )
