@@ -1,4 +1,6 @@
-"""The training job; the same as `python -m megatron_fuse.pretrain`, also under torchrun: megatron_fuse/pretrain.py."""
+"""The training job; the same as `python -m megatron_fuse.pretrain`, also under torchrun:
+megatron_fuse/pretrain.py.
+"""
 
 import megatron_fuse.start  # noqa: F401
 from megatron_fuse.errors import exit_code

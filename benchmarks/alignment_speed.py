@@ -1,13 +1,15 @@
-"""Target tokens a second of alignment, projection and the label's own mass, beside a dynamic program over token strings.
+"""Target tokens a second of alignment, projection and the label's own mass, beside a dynamic program over
+token strings.
 
     python benchmarks/alignment_speed.py --target-tokenizer T --source-tokenizer S --instructions FILE.jsonl
 
-Texts and tokenizers are real, the target's with a space before the response as in Vicuna's template: responses are
-joined until an example has --tokens target tokens. The source's rows are drawn: --entries ids each, the token that came
-and others that occur in the texts, with nine tenths of the mass. Everything runs on one core and is timed in CPU seconds,
-the best of --repeats over all examples at once, as the fusion-data stage does it. The vocabulary map is not counted on
-either side. Baseline, of the same run and the same examples, of which it takes the first --program-examples:
-token_dynamic_program.py, which spends no time on rows that begin inside a source token or on the label's own mass.
+Texts and tokenizers are real, the target's with a space before the response as in Vicuna's template:
+responses are joined until an example has --tokens target tokens. The source's rows are drawn: --entries ids
+each, the token that came and others that occur in the texts, with nine tenths of the mass. Everything runs on
+one core and is timed in CPU seconds, the best of --repeats over all examples at once, as the fusion-data
+stage does it. The vocabulary map is not counted on either side. Baseline, of the same run and the same
+examples, of which it takes the first --program-examples: token_dynamic_program.py, which spends no time on
+rows that begin inside a source token or on the label's own mass.
 """
 
 import argparse
@@ -39,12 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
     parser.add_argument(
-        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+        "--instructions",
+        type=Path,
+        required=True,
+        help="instruction file (JSONL in any form that a recipe takes)",
     )
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the target in each example")
     parser.add_argument("--entries", type=int, default=10, help="entries of each row")
-    parser.add_argument("--program-examples", type=int, default=4, help="number of examples for the dynamic program")
+    parser.add_argument(
+        "--program-examples", type=int, default=4, help="number of examples for the dynamic program"
+    )
     parser.add_argument("--repeats", type=int, default=5)
 
 
@@ -82,13 +89,17 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     return [
         Measurement(f"{what}: skip", speed["skip"], "target tokens/s", wanted=WANTED),
         Measurement(f"{what}: condition", speed["condition"], "target tokens/s", wanted=WANTED),
-        Measurement(f"{what}: against", speed["skip"], "target tokens/s", baseline, tokens / seconds, WANTED_RATIO),
+        Measurement(
+            f"{what}: against", speed["skip"], "target tokens/s", baseline, tokens / seconds, WANTED_RATIO
+        ),
         Measurement("rows that get a distribution: skip", float(matched), "of all", baseline, transferred),
     ]
 
 
 def _responses(path: Path, target: Tokenizer, tokens: int, count: int) -> Iterator[str]:
-    """So many texts, each of responses joined up to so many target tokens; the file begins anew where it ends."""
+    """So many texts, each of responses joined up to so many target tokens; the file begins anew where it
+    ends.
+    """
     responses = cycle([example.response for example in read_rows(path).read()])
     for _ in range(count):
         text, ids = "", list[int]()
@@ -114,7 +125,8 @@ def _stop(tokenizer: Tokenizer) -> int:
 def _draw_capture(tokenizer: Tokenizer, spans: TokenSpans, entries: int) -> SourceRows:
     draw, count = np.random.default_rng(1234), len(spans)
     pool = draw.permutation(np.unique(spans.tokens))
-    step = draw.integers(1, len(pool) // entries, (count, 1))  # short enough for the ids of a row to be different
+    # Short enough for the ids of a row to be different.
+    step = draw.integers(1, len(pool) // entries, (count, 1))
     ids = pool[(draw.integers(0, len(pool), (count, 1)) + step * np.arange(entries)) % len(pool)]
     missing = (ids != spans.tokens[:, None]).all(axis=1)
     ids[missing, draw.integers(0, entries, count)[missing]] = spans.tokens[missing]
@@ -139,7 +151,9 @@ def _program(
     rows: Rows,
     vocabulary_map: VocabularyMap,
 ) -> Callable[[], float]:
-    """The dynamic program over some examples, its inputs in Python's own types; gives the share of rows transferred."""
+    """The dynamic program over some examples, its inputs in Python's own types; gives the share of rows
+    transferred.
+    """
     bounds = np.cumsum([0, *rows.counts.tolist()])
     entries = [
         dict(zip(rows.ids[begin:end].tolist(), rows.logprobs[begin:end].tolist(), strict=True))

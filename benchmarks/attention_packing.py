@@ -1,14 +1,19 @@
-"""What attention without scores in memory saves at 2048 tokens, and what packing saves on conversations of real lengths.
+"""What attention without scores in memory saves at 2048 tokens, and what packing saves on conversations of
+real lengths.
 
     python benchmarks/attention_packing.py --target-tokenizer TOKENIZER.model --instructions FILE.jsonl
 
 All on the local path, in fp32. The model is a Llama of random weights; texts, and so lengths, are real.
 
-    attention   forward and backward pass of one layer's core attention over one sequence of --seq-length tokens. Baseline: Megatron's
-                DotProductAttention, which holds the scores. Memory is the resident set's peak above what was held before the call
-    documents   attention over the documents of a packed sequence, one by one as we do it. Baseline: one call of torch's
+    attention   forward and backward pass of one layer's core attention over one sequence of --seq-length
+                tokens. Baseline: Megatron's
+                DotProductAttention, which holds the scores. Memory is the resident set's peak above what was
+                held before the call
+    documents   attention over the documents of a packed sequence, one by one as we do it. Baseline: one call
+                of torch's
                 scaled_dot_product_attention under a block-diagonal mask
-    packing     tokens of conversations a second of whole training steps: plan, collation, forward and backward pass, AdamW. Baseline:
+    packing     tokens of conversations a second of whole training steps: plan, collation, forward and
+                backward pass, AdamW. Baseline:
                 the same examples, one a sequence, padded to the longest of their step as the trainer does it
     padding     positions of these sequences without a token, a share
 """
@@ -43,8 +48,9 @@ from megatron_fuse.stages import Context
 from megatron_fuse.training.batches import GlobalBatch, micro_batches, plan_batch
 from megatron_fuse.training.loss import make_forward_step
 
-# 11 million parameters, of which the embedding, which is also the head, has 8. The loss leaves out positions without label, and so
-# costs nothing in padding: the larger a model is beside its vocabulary, the more packing saves.
+# 11 million parameters, of which the embedding, which is also the head, has 8. The loss leaves out positions
+# without label, and so costs nothing in padding: the larger a model is beside its vocabulary, the more
+# packing saves.
 _VOCABULARY = 32000
 _SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 _HEADS, _HEAD_DIM = 8, 64  # of the attention that is measured alone
@@ -53,20 +59,26 @@ _MEBIBYTE = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
+    parser.add_argument(
+        "--target-tokenizer", type=Path, required=True, help="directory or file of a tokenizer"
+    )
     parser.add_argument("--instructions", type=Path, required=True, help="instruction file (JSONL)")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument(
         "--global-batch-size", type=int, default=128, help="examples per step; default: that of the recipes"
     )
-    parser.add_argument("--steps", type=int, default=1, help="steps with other examples, padded and packed by turns")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps with other examples, padded and packed by turns"
+    )
     parser.add_argument(
         "--repeats", type=int, default=7, help="attention: repeated measurements, by turns; the median counts"
     )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """The project wants at least twice the tokens a second from packing, and attention that costs less than Megatron's."""
+    """The project wants at least twice the tokens a second from packing, and attention that costs less
+    than Megatron's.
+    """
     start_runtime()
     with tempfile.TemporaryDirectory() as directory:
         dataset = _dataset(Path(directory), options)
@@ -78,7 +90,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 def _dataset(directory: Path, options: argparse.Namespace) -> FusionDataset:
     """The instructions' conversations with drawn teacher's rows."""
     examples, tokenizer = options.steps * options.global_batch_size, options.target_tokenizer
-    recipe = synthetic_run(directory, tokenizer, {"source": tokenizer}, options.instructions, examples=examples)
+    recipe = synthetic_run(
+        directory, tokenizer, {"source": tokenizer}, options.instructions, examples=examples
+    )
     build_fusion_data(Context(recipe))
     return FusionDataset(recipe)
 
@@ -86,7 +100,9 @@ def _dataset(directory: Path, options: argparse.Namespace) -> FusionDataset:
 def _attention(options: argparse.Namespace) -> list[Measurement]:
     sizes = {"hidden_size": _HEADS * _HEAD_DIM, "num_attention_heads": _HEADS}
     config = transformer_config(read_architecture(LlamaConfig(**sizes)), transformer_impl="local")
-    ours, megatrons = (of(config, 1, AttnMaskType.causal, "self") for of in (CausalAttention, DotProductAttention))
+    ours, megatrons = (
+        of(config, 1, AttnMaskType.causal, "self") for of in (CausalAttention, DotProductAttention)
+    )
     tensors = _random_tensors(options.seq_length)
 
     def work(core: torch.nn.Module, tensors: Sequence[Tensor]) -> Callable[[], object]:
@@ -106,7 +122,9 @@ def _attention(options: argparse.Namespace) -> list[Measurement]:
 
 def _documents(dataset: FusionDataset, options: argparse.Namespace) -> list[Measurement]:
     plan = _plan(dataset, dataset.train, options, packed=True)
-    lengths = [int(dataset.lengths(mode)[example]) - 1 for mode, example in plan.sequences[len(plan.sequences) // 2]]
+    lengths = [
+        int(dataset.lengths(mode)[example]) - 1 for mode, example in plan.sequences[len(plan.sequences) // 2]
+    ]
     tensors = _random_tensors(sum(lengths))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = (document[:, None] == document).tril()
@@ -136,7 +154,8 @@ def _packing(dataset: FusionDataset, options: argparse.Namespace) -> list[Measur
     config = transformer_config(architecture, transformer_impl="local", perform_initialization=True)
     model = build_model(architecture, config, seq_length=options.seq_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    _step(dataset, model, optimizer, dataset.train[:2], options, packed=True)  # the first of a process is slow
+    # The first of a process is slow.
+    _step(dataset, model, optimizer, dataset.train[:2], options, packed=True)
     seconds, filled, positions = np.zeros(2), 0, np.zeros(2)
     for examples in np.split(
         dataset.train, range(options.global_batch_size, len(dataset.train), options.global_batch_size)
@@ -149,7 +168,9 @@ def _packing(dataset: FusionDataset, options: argparse.Namespace) -> list[Measur
         filled += plan.tokens
     padding = 100 * (1 - filled / positions)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    name = f"packed training, {parameters / 1e6:.0f} M parameters, {options.global_batch_size} examples a step"
+    name = (
+        f"packed training, {parameters / 1e6:.0f} M parameters, {options.global_batch_size} examples a step"
+    )
     speed = filled / seconds
     return [
         Measurement(f"{name}: speed", speed[0], "useful tokens/s", "padded", speed[1], "ratio >= 2"),
@@ -168,7 +189,12 @@ def _step(
 ) -> GlobalBatch:
     """One optimizer step over the examples."""
     plan = _plan(dataset, examples, options, packed=packed)
-    place = {"data_parallel_rank": 0, "data_parallel_size": 1, "with_targets": True, "device": torch.device("cpu")}
+    place = {
+        "data_parallel_rank": 0,
+        "data_parallel_size": 1,
+        "with_targets": True,
+        "device": torch.device("cpu"),
+    }
     get_forward_backward_func()(
         forward_step_func=make_forward_step(micro_batches=plan.micro_batches, sources=len(dataset.sources)),
         data_iterator=micro_batches(dataset, plan, **place),
@@ -183,9 +209,13 @@ def _step(
     return plan
 
 
-def _plan(dataset: FusionDataset, examples: np.ndarray, options: argparse.Namespace, *, packed: bool) -> GlobalBatch:
+def _plan(
+    dataset: FusionDataset, examples: np.ndarray, options: argparse.Namespace, *, packed: bool
+) -> GlobalBatch:
     pack_into = options.seq_length if packed else None
-    return plan_batch(dataset, examples, _WEIGHTS, micro_batch_size=1, data_parallel_size=1, pack_into=pack_into)
+    return plan_batch(
+        dataset, examples, _WEIGHTS, micro_batch_size=1, data_parallel_size=1, pack_into=pack_into
+    )
 
 
 def _random_tensors(length: int) -> list[Tensor]:
@@ -199,7 +229,9 @@ def _peak_memory(work: Callable[[], object]) -> float:
     """MiB of this process's resident set at most while it works, above those before (Linux)."""
 
     def resident(field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)
+        )
         return int(line.split()[1]) * 1024
 
     gc.collect()

@@ -1,10 +1,12 @@
 """Peak memory of build_fusion_data on some examples and on ten times as many.
 
-    python benchmarks/build_memory.py --target-tokenizer T --source-tokenizer S --instructions FILE.jsonl --csv runs/build_memory.csv
+    python benchmarks/build_memory.py --target-tokenizer T --source-tokenizer S --instructions FILE.jsonl
+    --csv runs/build_memory.csv
 
-Texts and tokenizers are real, the captured rows synthetic (synthetic_captures.py). Each build runs in a process of its own;
-what counts is the largest resident set that the system saw of it (getrusage), imports and tokenizers included. The second figure
-leaves out what the process held before the build: it shows a growth that the imports would hide.
+Texts and tokenizers are real, the captured rows synthetic (synthetic_captures.py). Each build runs in a
+process of its own; what counts is the largest resident set that the system saw of it (getrusage), imports and
+tokenizers included. The second figure leaves out what the process held before the build: it shows a growth
+that the imports would hide.
 """
 
 import argparse
@@ -36,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
     parser.add_argument(
-        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+        "--instructions",
+        type=Path,
+        required=True,
+        help="instruction file (JSONL in any form that a recipe takes)",
     )
     parser.add_argument(
         "--examples",

@@ -1,14 +1,17 @@
 r"""Bytes on disk per supervised token and source, beside the forms in which others keep the same rows.
 
-    python benchmarks/bytes_per_token.py --target-tokenizer T --source-tokenizer S --large-target-tokenizer L \
+    python benchmarks/bytes_per_token.py --target-tokenizer T --source-tokenizer S --large-target-tokenizer L
+    \
         --instructions FILE.jsonl --csv runs/bytes_per_token.csv
 
-Counted is everything under WORKDIR/fusion of the training mode with one source: text, rows, indices, manifests, vocabulary map,
-selection. The rows are synthetic (synthetic_captures.py), so many of 10 entries kept on average; texts and tokenizers are real,
-and the data goes through the real build, where rows without a counterpart are skipped and entries meet on one token: what is left
-of them is a figure of its own. Baselines, of the same rows after the build:
+Counted is everything under WORKDIR/fusion of the training mode with one source: text, rows, indices,
+manifests, vocabulary map, selection. The rows are synthetic (synthetic_captures.py), so many of 10 entries
+kept on average; texts and tokenizers are real, and the data goes through the real build, where rows without a
+counterpart are skipped and entries meet on one token: what is left of them is a figure of its own. Baselines,
+of the same rows after the build:
 
-    Arrow lists    list<int32> and list<float32> columns of an Arrow file, a list per example and row, as FuseLLM keeps them,
+    Arrow lists    list<int32> and list<float32> columns of an Arrow file, a list per example and row, as
+                   FuseLLM keeps them,
                    with the tokens as list<int32>
     raw k = 10     10 int32 ids and 10 float16 log-probabilities per row whether used or not, and int32 tokens
 """
@@ -37,11 +40,16 @@ SOURCE = "source"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-tokenizer", type=Path, required=True, help="tokenizer with at most 65536 ids")
+    parser.add_argument(
+        "--target-tokenizer", type=Path, required=True, help="tokenizer with at most 65536 ids"
+    )
     parser.add_argument("--large-target-tokenizer", type=Path, help="tokenizer with more than 65536 ids")
     parser.add_argument("--source-tokenizer", type=Path, required=True)
     parser.add_argument(
-        "--instructions", type=Path, required=True, help="instruction file (JSONL in any form that a recipe takes)"
+        "--instructions",
+        type=Path,
+        required=True,
+        help="instruction file (JSONL in any form that a recipe takes)",
     )
     parser.add_argument(
         "--examples",
@@ -68,14 +76,21 @@ def _measure(
     with tempfile.TemporaryDirectory() as directory:
         sources = {SOURCE: options.source_tokenizer}
         recipe = synthetic_run(
-            Path(directory), target_tokenizer, sources, options.instructions, examples=options.examples, rule=rule
+            Path(directory),
+            target_tokenizer,
+            sources,
+            options.instructions,
+            examples=options.examples,
+            rule=rule,
         )
         build_fusion_data(Context(recipe))
         files = [path for path in fusion_directory(recipe).rglob("*") if path.is_file()]
         dataset = FusionDataset(recipe)
         labels = int(dataset.supervised_tokens("training").sum())
         ours = sum(path.stat().st_size for path in files) / labels
-        entries = sum(len(dataset.document("training", i, SOURCE).teacher_ids) for i in range(len(dataset.example_ids)))
+        entries = sum(
+            len(dataset.document("training", i, SOURCE).teacher_ids) for i in range(len(dataset.example_ids))
+        )
         baselines = {"Arrow lists": _arrow_bytes, "raw k = 10": _raw_bytes}
         title = f"fusion data, {name} ({MEAN_KEPT[rule]:g} of 10 kept, synthetic)"
         return [
@@ -109,10 +124,12 @@ def _arrow_bytes(dataset: FusionDataset, directory: Path) -> int:
                 "tokens": [document.tokens.astype(np.int32) for document in documents],
                 "supervised": [document.supervised.astype(np.int32) for document in documents],
                 "entry_ids": [
-                    np.split(d.teacher_ids.astype(np.int32), at) for d, at in zip(documents, bounds, strict=True)
+                    np.split(d.teacher_ids.astype(np.int32), at)
+                    for d, at in zip(documents, bounds, strict=True)
                 ],
                 "entry_logprobs": [
-                    np.split(d.teacher_logprobs.astype(np.float32), at) for d, at in zip(documents, bounds, strict=True)
+                    np.split(d.teacher_logprobs.astype(np.float32), at)
+                    for d, at in zip(documents, bounds, strict=True)
                 ],
             }
             writer.write_batch(pyarrow.record_batch(batch, schema=schema))
@@ -120,7 +137,9 @@ def _arrow_bytes(dataset: FusionDataset, directory: Path) -> int:
 
 
 def _raw_bytes(dataset: FusionDataset, directory: Path) -> int:
-    """Size of fixed rows of 10 ids and log-probabilities, and of the tokens with one byte each that marks the labels."""
+    """Size of fixed rows of 10 ids and log-probabilities, and of the tokens with one byte each that marks
+    the labels.
+    """
     tokens = int(dataset.lengths("training").sum())
     labels = int(dataset.supervised_tokens("training").sum())
     ids, logprobs = np.zeros((labels, 10), np.int32), np.zeros((labels, 10), np.float16)

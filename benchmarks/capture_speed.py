@@ -1,13 +1,16 @@
 """What capture costs over a bare forward pass, and what sorting by length under a token budget saves.
 
-    python benchmarks/capture_speed.py --source-tokenizer TOKENIZER.model --instructions FILE.jsonl [--examples 176]
+    python benchmarks/capture_speed.py --source-tokenizer TOKENIZER.model --instructions FILE.jsonl
+    [--examples 176]
 
-The model is a random Llama of about 50 million parameters: a larger one, as sources are, leaves less to what capture adds. Texts,
-and so lengths, are real.
+The model is a random Llama of about 50 million parameters: a larger one, as sources are, leaves less to what
+capture adds. Texts, and so lengths, are real.
 
-    capture     seconds over a shard. Baseline: a bare forward pass of the same model over the same batches, which makes the logits
+    capture     seconds over a shard. Baseline: a bare forward pass of the same model over the same batches,
+                which makes the logits
                 of every padded position and throws them away
-    sorting     tokens a second of capture in length-sorted batches under the token budget. Baseline: batches of a fixed number of
+    sorting     tokens a second of capture in length-sorted batches under the token budget. Baseline: batches
+                of a fixed number of
                 examples in the file's order, which hold as many padded tokens on average
 """
 
@@ -30,24 +33,32 @@ from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.tokenization import load_tokenizer
 
-# 51 million parameters. Embedding and head are one matrix, so that the head's share of the work (a third) is not much larger still:
-# in a model of 7 billion it is a fiftieth.
+# 51 million parameters. Embedding and head are one matrix, so that the head's share of the work (a third) is
+# not much larger still: in a model of 7 billion it is a fiftieth.
 _SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11, "num_attention_heads": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
+    parser.add_argument(
+        "--source-tokenizer", type=Path, required=True, help="directory or file of a tokenizer"
+    )
     parser.add_argument("--instructions", type=Path, required=True, help="instruction file (JSONL)")
     parser.add_argument(
         "--examples", type=int, default=176, help="number of examples, evenly chosen from the whole file"
     )
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding"
+    )
     parser.add_argument("--seq-length", type=int, default=1024, help="longer conversations are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
-    """The project wants capture in at most 1.15 times the bare pass, and sorting at least 1.5 times as fast as the file's order."""
+    """The project wants capture in at most 1.15 times the bare pass, and sorting at least 1.5 times as
+    fast as the file's order.
+    """
     chat = load_chat_format(load_tokenizer(options.source_tokenizer), "vicuna_v1.1")
     conversations = _conversations(chat, options)
     sizes = {"vocab_size": chat.tokenizer.vocab_size, "max_position_embeddings": options.seq_length, **_SIZES}
@@ -76,8 +87,10 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     rows = sum(len(conversation.encoded.spans) for conversation in conversations)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{parameters:,} parameters, {len(ids)} conversations, {tokens} tokens, {rows} of them supervised; padded tokens in a "
-        f"batch: {np.mean(padded):.0f} sorted, {np.mean([len(b) * lengths[b].max() for b in fixed]):.0f} in the file's order"
+        f"{parameters:,} parameters, {len(ids)} conversations, {tokens} tokens, {rows} of them supervised; "
+        "padded tokens in a "
+        f"batch: {np.mean(padded):.0f} sorted, {np.mean([len(b) * lengths[b].max() for b in fixed]):.0f} in "
+        "the file's order"
     )
     return [
         Measurement("capture of a shard", captured, "s", "bare padded forward pass", bare, "ratio <= 1.15"),
@@ -117,13 +130,17 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _fixed_batches(lengths: np.ndarray, padded_tokens: float) -> list[np.ndarray]:
-    """Batches of one size, in order: of all sizes the one whose batches hold nearest to so many padded tokens on average."""
+    """Batches of one size, in order: of all sizes the one whose batches hold nearest to so many padded
+    tokens on average.
+    """
 
     def batches(size: int) -> list[np.ndarray]:
         return np.split(np.arange(len(lengths)), np.arange(size, len(lengths), size))
 
     def distance(size: int) -> float:
-        return abs(float(np.mean([len(batch) * lengths[batch].max() for batch in batches(size)])) - padded_tokens)
+        return abs(
+            float(np.mean([len(batch) * lengths[batch].max() for batch in batches(size)])) - padded_tokens
+        )
 
     return batches(min(range(1, len(lengths) + 1), key=distance))
 

@@ -1,15 +1,19 @@
 """What checksums cost a checkpoint's save and load, beside Megatron's own writer and reader without any.
 
-    python benchmarks/checkpoint_checksums.py [--parameters 100] [--pairs 9] [--directory DIR] [--csv docs/benchmarks/checkpoints.csv]
+    python benchmarks/checkpoint_checksums.py [--parameters 100] [--pairs 9] [--directory DIR] [--csv
+    docs/benchmarks/checkpoints.csv]
 
-One process saves and loads the fp32 weights of a random model, through the code that trains and exports; both ways take turns, so
-that a slow spell of the machine meets both; figures are medians. DIR should be on the disk that checkpoints are saved to.
+One process saves and loads the fp32 weights of a random model, through the code that trains and exports; both
+ways take turns, so that a slow spell of the machine meets both; figures are medians. DIR should be on the
+disk that checkpoints are saved to.
 
     save, load        wall time; loads read from the page cache, where a checksum weighs most
     start-up          this process until the model was built, and the load
-    CPU of            seconds of this process and of its writers: what a machine without an idle core would pay
+    CPU of            seconds of this process and of its writers: what a machine without an idle core would
+                      pay
     --no-verify       the same reader without comparing
-    Megatron's own    dist_checkpointing.save and load with their default strategies: no checksum, a CRC32 of every tensor on saving
+    Megatron's own    dist_checkpointing.save and load with their default strategies: no checksum, a CRC32 of
+                      every tensor on saving
 """
 
 import argparse
@@ -39,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", type=int, default=100, help="millions of parameters of 4 bytes")
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument(
-        "--directory", type=Path, help="directory for the checkpoints; default: the temporary directory of the system"
+        "--directory",
+        type=Path,
+        help="directory for the checkpoints; default: the temporary directory of the system",
     )
 
 
@@ -68,7 +74,12 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
 
     layer = 4 * HIDDEN**2 + 3 * HIDDEN * 2816
     layers = max(round((options.parameters * 1e6 - 2 * HIDDEN * VOCABULARY) / layer), 1)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": layers}
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "num_hidden_layers": layers,
+    }
     LlamaConfig(vocab_size=VOCABULARY, architectures=["LlamaForCausalLM"], **sizes).save_pretrained(directory)
     architecture = read_architecture(directory)
     chunks = build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
@@ -132,13 +143,19 @@ def _cpu_seconds() -> float:
 
 @contextmanager
 def megatrons_own() -> Iterator[None]:
-    """Within the block checkpoints are written and read by Megatron's default strategies, without checksums."""
+    """Within the block checkpoints are written and read by Megatron's default strategies, without
+    checksums.
+    """
     from megatron.core import dist_checkpointing
 
     from megatron_fuse.training import checkpoint, megatron_checkpoints
 
     # From 0.17 on: Megatron's own asynchronous saving, not that of nvidia-resiliency-ext.
-    strategy = {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+    strategy = (
+        {"async_strategy": "mcore"}
+        if "async_strategy" in signature(dist_checkpointing.save).parameters
+        else {}
+    )
 
     def request_save(state: dict, directory: Path) -> tuple[object, dict]:
         return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **strategy), {}

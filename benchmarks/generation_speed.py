@@ -1,14 +1,18 @@
 """What batches by token budget and refilled places bring to generation, in tokens of answers a second.
 
-    python benchmarks/generation_speed.py [--source-tokenizer TOKENIZER.model --instructions FILE.jsonl] [--prompts 96]
+    python benchmarks/generation_speed.py [--source-tokenizer TOKENIZER.model --instructions FILE.jsonl]
+    [--prompts 96]
 
-The model is a random Llama of 42 million parameters with Llama-2's vocabulary. Prompts have the lengths of real ones, or without a
-file lengths of a long-tailed distribution. A random model prefers no token: so many ids are stop tokens that an answer has
---answer-tokens tokens on average, of a geometric distribution, and few come to --max-new-tokens, which nobody knows beforehand.
+The model is a random Llama of 42 million parameters with Llama-2's vocabulary. Prompts have the lengths of
+real ones, or without a file lengths of a long-tailed distribution. A random model prefers no token: so many
+ids are stop tokens that an answer has --answer-tokens tokens on average, of a geometric distribution, and few
+come to --max-new-tokens, which nobody knows beforehand.
 
     one by one      baseline: the same code with a budget of one row
-    fixed batches   baseline: `generate` of transformers over 16 prompts at a time in the file's order, padded to the longest; all
-                    rows stay until the last one ends. It may hold as many positions as the token budget, on average
+    fixed batches   baseline: `generate` of transformers over 16 prompts at a time in the file's order, padded
+                    to the longest; all
+                    rows stay until the last one ends. It may hold as many positions as the token budget, on
+                    average
     no refilling    baseline: batches by token budget that are over before the next begins
 """
 
@@ -36,15 +40,28 @@ _SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source-tokenizer", type=Path, help="directory or file of a tokenizer, for --instructions")
-    parser.add_argument("--instructions", type=Path, help="instruction file (JSONL); default: lognormal lengths")
-    parser.add_argument("--prompts", type=int, default=96, help="number of prompts, evenly chosen from the whole file")
-    parser.add_argument("--answer-tokens", type=int, default=40, help="mean number of tokens of an answer")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer")
     parser.add_argument(
-        "--seq-length", type=int, default=1024, help="prompts that are longer together with their answers are left out"
+        "--source-tokenizer", type=Path, help="directory or file of a tokenizer, for --instructions"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
+    parser.add_argument(
+        "--instructions", type=Path, help="instruction file (JSONL); default: lognormal lengths"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=96, help="number of prompts, evenly chosen from the whole file"
+    )
+    parser.add_argument("--answer-tokens", type=int, default=40, help="mean number of tokens of an answer")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer"
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        default=1024,
+        help="prompts that are longer together with their answers are left out",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
@@ -66,7 +83,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 
     def generated(batches: Sequence[Sequence[Prompt]], batch_tokens: int) -> int:
         answers = [
-            answer for batch in batches for answer in generate(model, batch, sampling, batch_tokens=batch_tokens)
+            answer
+            for batch in batches
+            for answer in generate(model, batch, sampling, batch_tokens=batch_tokens)
         ]
         return sum(len(answer.ids) + answer.stopped for answer in answers)
 
@@ -80,15 +99,22 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
         partial(generated, closed, batch_tokens),
     )
     print(
-        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(prompts)} prompts of "
-        f"{np.mean([len(prompt.ids) for prompt in prompts]):.0f} tokens ({max(len(p.ids) for p in prompts)} the longest), "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(prompts)} prompts "
+        "of "
+        f"{np.mean([len(prompt.ids) for prompt in prompts]):.0f} tokens ({max(len(p.ids) for p in prompts)} "
+        "the longest), "
         f"{generated([prompts], batch_tokens)} tokens of answers, {batch_tokens} positions at once"
     )
     name = "generation by token budget"
     return [
         Measurement(f"{name}, refilled", budget, "tokens/s", "one by one", single, "ratio >= 1.5"),
         Measurement(
-            f"{name}, refilled", budget, "tokens/s", "fixed batches in file order", in_file_order, "ratio >= 1.5"
+            f"{name}, refilled",
+            budget,
+            "tokens/s",
+            "fixed batches in file order",
+            in_file_order,
+            "ratio >= 1.5",
         ),
         Measurement(f"{name}, refilled", budget, "tokens/s", "no refilling", unfilled),
     ]
@@ -98,7 +124,9 @@ def _real_prompts(options: argparse.Namespace) -> tuple[list[list[int]], int]:
     chat = load_chat_format(load_tokenizer(options.source_tokenizer), "vicuna_v1.1")
     examples = list(read_rows(options.instructions).read())
     chosen = np.linspace(0, len(examples) - 1, options.prompts).astype(int).tolist()
-    sequences = [chat.encode_prompt(examples[index].prompt(chat.system), examples[index].tools) for index in chosen]
+    sequences = [
+        chat.encode_prompt(examples[index].prompt(chat.system), examples[index].tools) for index in chosen
+    ]
     longest = options.seq_length - options.max_new_tokens
     return [ids for ids in sequences if len(ids) <= longest], chat.tokenizer.vocab_size
 

@@ -1,10 +1,11 @@
 """The benchmarks of answers, scores and selection in one command, each in a process of its own.
 
-    python benchmarks/inference_mode.py --tokenizer LLAMA2 --instructions GPT4.jsonl --answers ALPACA_EVAL.jsonl \
+    python benchmarks/inference_mode.py --tokenizer LLAMA2 --instructions GPT4.jsonl --answers
+    ALPACA_EVAL.jsonl \
         --csv docs/benchmarks/inference_mode.csv
 
-LLAMA2 is a tokenizer's file; ALPACA_EVAL.jsonl has rows as `selection_agreement.py` says. About forty minutes on two cores; exits
-with 1 where a figure misses what is wanted.
+LLAMA2 is a tokenizer's file; ALPACA_EVAL.jsonl has rows as `selection_agreement.py` says. About forty minutes
+on two cores; exits with 1 where a figure misses what is wanted.
 """
 
 import argparse
@@ -24,7 +25,9 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("tokenizer", "instructions", "answers"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--reference", default="gpt4", help="model whose answers are taken as ground truth")

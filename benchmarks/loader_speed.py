@@ -1,16 +1,20 @@
-"""What reading and collating fusion data costs, beside dense targets and beside the training step that it feeds.
+"""What reading and collating fusion data costs, beside dense targets and beside the training step that it
+feeds.
 
     python benchmarks/loader_speed.py --csv runs/loader_speed.csv
 
-The documents are synthetic, of random ids, written and read in the form on disk: `long`, all of --seq-length tokens, and
-`mixed`, of log-normal lengths with a median of 400. Three quarters of the tokens are labels, each with a row of 10 entries;
-vocabulary 32000. A micro-batch is one sequence. Files are in the page cache; times are the best of --repeats over all documents
-in random order, after a round that does not count. Checksums are compared once per build and machine, by threads beside the
-first steps: a run of E epochs over S sources pays S times the ratio to a step, over E. Baselines, of the same run:
+The documents are synthetic, of random ids, written and read in the form on disk: `long`, all of --seq-length
+tokens, and `mixed`, of log-normal lengths with a median of 400. Three quarters of the tokens are labels, each
+with a row of 10 entries; vocabulary 32000. A micro-batch is one sequence. Files are in the page cache; times
+are the best of --repeats over all documents in random order, after a round that does not count. Checksums are
+compared once per build and machine, by threads beside the first steps: a run of E epochs over S sources pays
+S times the ratio to a step, over E. Baselines, of the same run:
 
-    dense targets    one long document's rows, already read into Python lists, spread over a [tokens, vocabulary] bf16 tensor
+    dense targets    one long document's rows, already read into Python lists, spread over a [tokens,
+                     vocabulary] bf16 tensor
                      token by token, as FuseLLM's collator does; reading them is not counted
-    training step    forward pass, fusion loss and backward pass of a Llama of 50 M parameters over one of these micro-batches
+    training step    forward pass, fusion loss and backward pass of a Llama of 50 M parameters over one of
+                     these micro-batches
 """
 
 import argparse
@@ -78,7 +82,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 def _checksums(
     directory: Path, options: argparse.Namespace, step: Callable[[], None], alone: float
 ) -> list[Measurement]:
-    """What a run pays once per build and machine (dataset/checksums.py), beside the steps that read the documents once."""
+    """What a run pays once per build and machine (dataset/checksums.py), beside the steps that read the
+    documents once.
+    """
     files = sorted(directory.iterdir())
     size = sum(path.stat().st_size for path in files)
     seconds = _best(lambda: [sha256_of_file(path) for path in files], options.repeats)
@@ -190,7 +196,9 @@ def _training_step(inputs: Inputs, targets: Targets) -> Callable[[], None]:
 
     def step() -> None:
         logits = model(tokens, use_cache=False).logits[0]
-        loss, *_ = sparse_kl_cross_entropy(logits, labels, ids, logprobs, ce_weight=ce_weight, kl_weight=kl_weight)
+        loss, *_ = sparse_kl_cross_entropy(
+            logits, labels, ids, logprobs, ce_weight=ce_weight, kl_weight=kl_weight
+        )
         loss.sum().backward()
 
     return step
@@ -204,7 +212,9 @@ def _opening(directory: Path, shards: int, repeats: int) -> Measurement:
     for prefix in prefixes:
         write_stream(prefix, np.zeros(documents, np.uint8), np.ones(documents, np.int64))
     seconds = _best(lambda: Stream(prefixes), repeats)
-    return Measurement(f"opening a field of {shards} shards, {shards * documents:,} documents", 1e3 * seconds, "ms")
+    return Measurement(
+        f"opening a field of {shards} shards, {shards * documents:,} documents", 1e3 * seconds, "ms"
+    )
 
 
 def _best(run: Callable[[], object], repeats: int) -> float:

@@ -2,11 +2,12 @@
 
     python benchmarks/mined_map.py --target-tokenizer T --source-tokenizer S --csv runs/mined_map.csv
 
-`whole map` is all that `alignment.vocabulary_map: mined` costs a pair of models, first rows with and without white space
-included; `exact` is the same for that kind with remainders, the median of three. `nearest tokens` is the search for the
-source's tokens that the target lacks; its baseline compares a sample of them (--sample) with every target token, one pair at a
-time, in the same library, and its time is scaled from the sample to all. --one-way leaves the map from target to source out.
-`load` is the median of --loads, each beside one by transformers' AutoTokenizer.
+`whole map` is all that `alignment.vocabulary_map: mined` costs a pair of models, first rows with and without
+white space included; `exact` is the same for that kind with remainders, the median of three. `nearest tokens`
+is the search for the source's tokens that the target lacks; its baseline compares a sample of them (--sample)
+with every target token, one pair at a time, in the same library, and its time is scaled from the sample to
+all. --one-way leaves the map from target to source out. `load` is the median of --loads, each beside one by
+transformers' AutoTokenizer.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-tokenizer", type=Path, required=True)
     parser.add_argument("--source-tokenizer", type=Path, required=True)
     parser.add_argument("--sample", type=int, default=20, help="tokens that the baseline looks up")
-    parser.add_argument("--loads", type=int, default=3, help="how often each tokenizer is loaded in both ways")
+    parser.add_argument(
+        "--loads", type=int, default=3, help="how often each tokenizer is loaded in both ways"
+    )
     parser.add_argument("--one-way", action="store_true", help="measure only the map from source to target")
 
 
@@ -47,18 +50,22 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
 def _measure_load(name: str, path: Path, loads: int) -> list[Measurement]:
     if not (path / "tokenizer.json").is_file():
         return []  # transformers reads other forms by other rules
+    # The first imports what the others have.
     turns = [
         (
             _cpu_seconds(lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False)),
             _cpu_seconds(lambda: load_tokenizer(path)),
         )
         for _ in range(loads + 1)
-    ][1:]  # the first imports what the others have
-    large = (
-        len(AutoTokenizer.from_pretrained(path, trust_remote_code=False)) >= 100_000
-    )  # a small one loads in hundredths of a second
+    ][1:]
+    # A small one loads in hundredths of a second.
+    large = len(AutoTokenizer.from_pretrained(path, trust_remote_code=False)) >= 100_000
     theirs, ours = (median(seconds) for seconds in zip(*turns, strict=True))
-    return [Measurement(f"load, {name} tokenizer", ours, "s", "AutoTokenizer", theirs, "ratio <= 1.5" if large else "")]
+    return [
+        Measurement(
+            f"load, {name} tokenizer", ours, "s", "AutoTokenizer", theirs, "ratio <= 1.5" if large else ""
+        )
+    ]
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:

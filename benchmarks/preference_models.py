@@ -1,11 +1,13 @@
-"""Small reward models that learn what a strong judge prefers: three seeds of a Llama of 4.6 million parameters, from nothing.
+"""Small reward models that learn what a strong judge prefers: three seeds of a Llama of 4.6 million
+parameters, from nothing.
 
-    python benchmarks/preference_models.py --answers alpaca_eval.jsonl --tokenizer TOKENIZER.model --output REWARD_MODELS
+    python benchmarks/preference_models.py --answers alpaca_eval.jsonl --tokenizer TOKENIZER.model --output
+    REWARD_MODELS
 
---answers: JSONL rows {instruction, responses: {model: text}, scores: {judge: {model: score}}}. The loss is Bradley and Terry's,
--log sigmoid(better - worse), over every pair of answers that one judge told apart. Each model is saved as a one-label classifier
-with its tokenizer, as FsfairX is, so that a recipe can name it. They know no language: a floor for what reward models can do, and
-as slow as real ones are wide.
+--answers: JSONL rows {instruction, responses: {model: text}, scores: {judge: {model: score}}}. The loss is
+Bradley and Terry's, -log sigmoid(better - worse), over every pair of answers that one judge told apart. Each
+model is saved as a one-label classifier with its tokenizer, as FsfairX is, so that a recipe can name it. They
+know no language: a floor for what reward models can do, and as slow as real ones are wide.
 """
 
 import argparse
@@ -130,7 +132,9 @@ def _batches(groups: Sequence[_Comparisons], training: Training, seed: int) -> I
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="file of a tokenizer")
     parser.add_argument(

@@ -1,16 +1,19 @@
 """What it saves a reward model to read the prompt that K answers share only once.
 
-    python benchmarks/scoring_speed.py --reward-model-tokenizer TOKENIZER.model --answers FILE.jsonl [--examples 10]
+    python benchmarks/scoring_speed.py --reward-model-tokenizer TOKENIZER.model --answers FILE.jsonl
+    [--examples 10]
 
-FILE.jsonl has rows {instruction, responses: {model: answer}} of real answers. The reward model is a random Llama of 48 million
-parameters.
+FILE.jsonl has rows {instruction, responses: {model: answer}} of real answers. The reward model is a random
+Llama of 48 million parameters.
 
-    shared prompts    conversations a second. Baseline: every conversation read as a whole, in batches of neighbours in length
-    ideal             tokens of the whole conversations over those of the prompts and what follows them: no padding, and every
+    shared prompts    conversations a second. Baseline: every conversation read as a whole, in batches of
+                      neighbours in length
+    ideal             tokens of the whole conversations over those of the prompts and what follows them: no
+                      padding, and every
                       token costs the same
 
-Instructions as people type them are short beside the answers; `--context` adds so many tokens before each, as system messages,
-examples or earlier turns do.
+Instructions as people type them are short beside the answers; `--context` adds so many tokens before each, as
+system messages, examples or earlier turns do.
 """
 
 import argparse
@@ -28,13 +31,16 @@ from megatron_fuse.scoring.reward_models import RewardModel
 from megatron_fuse.storage import read_jsonl
 from megatron_fuse.tokenization import load_tokenizer
 
-# 48 million parameters. Wide and of few layers, so that attention is a small part of the work (a tenth at 700 tokens), as it is in
-# a model of 7 billion (a thirtieth): what attends to a shared prompt costs the same as before.
+# 48 million parameters. Wide and of few layers, so that attention is a small part of the work (a tenth at 700
+# tokens), as it is in a model of 7 billion (a thirtieth): what attends to a shared prompt costs the same as
+# before.
 _SIZES = {"hidden_size": 896, "intermediate_size": 2400, "num_hidden_layers": 2, "num_attention_heads": 14}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reward-model-tokenizer", type=Path, required=True, help="directory or file of a tokenizer")
+    parser.add_argument(
+        "--reward-model-tokenizer", type=Path, required=True, help="directory or file of a tokenizer"
+    )
     parser.add_argument(
         "--answers", type=Path, required=True, help="JSONL of instructions with the answers of several models"
     )
@@ -44,10 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers-each", type=int, nargs="+", default=[3, 8], help="numbers of answers per example (K)"
     )
-    parser.add_argument("--context", type=int, nargs="+", default=[0, 384], help="tokens before each instruction")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding")
+    parser.add_argument(
+        "--context", type=int, nargs="+", default=[0, 384], help="tokens before each instruction"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, help="tokens per forward pass, with padding"
+    )
     parser.add_argument("--seq-length", type=int, default=2048, help="longer conversations are left out")
-    parser.add_argument("--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="repeated measurements, by turns; the median counts"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
@@ -60,9 +72,12 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
             groups = _groups(chat, options, answers, context)
 
             def score(share: bool, groups: list = groups) -> None:
-                score_conversations(reward_model, groups, batch_tokens=options.batch_tokens, share_prompts=share)
+                score_conversations(
+                    reward_model, groups, batch_tokens=options.batch_tokens, share_prompts=share
+                )
 
-            score_conversations(reward_model, groups[:1], batch_tokens=options.batch_tokens)  # the first pass is slow
+            # The first pass is slow.
+            score_conversations(reward_model, groups[:1], batch_tokens=options.batch_tokens)
             shared, plain = medians_in_turns(options.repeats, lambda: score(True), lambda: score(False))
             conversations, ideal = sum(map(len, groups)), _ideal(groups)
             name = f"K={answers}, context {context}"
@@ -92,8 +107,13 @@ def _reward_model(chat: ChatFormat, positions: int) -> RewardModel:
     return RewardModel("reward", backbone, head, chat, stop=True, causal=True)
 
 
-def _groups(chat: ChatFormat, options: argparse.Namespace, answers: int, context: int) -> list[list[np.ndarray]]:
-    """Conversations of `answers` models each. The context is random tokens: the speed does not depend on them."""
+def _groups(
+    chat: ChatFormat, options: argparse.Namespace, answers: int, context: int
+) -> list[list[np.ndarray]]:
+    """Conversations of `answers` models each.
+
+    The context is random tokens: the speed does not depend on them.
+    """
     random = np.random.default_rng(0)
     rows = [row for _, row in read_jsonl(options.answers)]
     groups = []
@@ -106,7 +126,8 @@ def _groups(chat: ChatFormat, options: argparse.Namespace, answers: int, context
     lengths = [len(ids) for group in groups for ids in group]
     prompts = [len(chat.encode_prompt([{"role": "user", "content": row["instruction"]}])) for row in rows]
     print(
-        f"K={answers}, context {context}: {len(lengths)} conversations of {len(groups)} examples, {np.mean(lengths):.0f} tokens "
+        f"K={answers}, context {context}: {len(lengths)} conversations of {len(groups)} examples, "
+        f"{np.mean(lengths):.0f} tokens "
         f"each, of which the prompt {np.mean(prompts) + context:.0f}"
     )
     return groups
@@ -116,7 +137,9 @@ def _ideal(groups: list[list[np.ndarray]]) -> float:
     whole = read = 0
     for group in groups:
         whole += sum(map(len, group))
-        common = next((n for n, ids in enumerate(zip(*group, strict=False)) if len(set(ids)) > 1), min(map(len, group)))
+        common = next(
+            (n for n, ids in enumerate(zip(*group, strict=False)) if len(set(ids)) > 1), min(map(len, group))
+        )
         read += sum(map(len, group)) - (len(group) - 1) * common
     return whole / read
 

@@ -1,14 +1,17 @@
 """How often a rule that selects among models' answers prefers the one that a strong judge preferred.
 
-    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4 [--reward-model-tokenizer TOKENIZER.model]
+    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4
+    [--reward-model-tokenizer TOKENIZER.model]
 
---answers: JSONL rows {id, instruction, responses: {model: text}, scores: {judge: {model: score}}}. For every judge and every pair
-of models that it compared with one baseline, the share of the rows, ties left out, in which the rule and the judge prefer the same
-answer; beside it chance (0.5) as the baseline of the ratio, and, as a rule of its own, "always the longer answer". The standard
-error is in the unit's column. The reference model's answers are the ground truth, so that it is in no pair.
+--answers: JSONL rows {id, instruction, responses: {model: text}, scores: {judge: {model: score}}}. For every
+judge and every pair of models that it compared with one baseline, the share of the rows, ties left out, in
+which the rule and the judge prefer the same answer; beside it chance (0.5) as the baseline of the ratio, and,
+as a rule of its own, "always the longer answer". The standard error is in the unit's column. The reference
+model's answers are the ground truth, so that it is in no pair.
 
-With --reward-model-tokenizer also what the three small reward models of `preference_models.py` say, by vote and the first one alone.
-They are trained twice, on every other row, and score the rows that they have not seen.
+With --reward-model-tokenizer also what the three small reward models of `preference_models.py` say, by vote
+and the first one alone. They are trained twice, on every other row, and score the rows that they have not
+seen.
 """
 
 import argparse
@@ -46,7 +49,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     found = []
     for judge, compared in judges.items():
         for pair in combinations(sorted(compared), 2):
-            preferred = np.sign([row["scores"][judge][pair[0]] - row["scores"][judge][pair[1]] for row in rows])
+            preferred = np.sign(
+                [row["scores"][judge][pair[0]] - row["scores"][judge][pair[1]] for row in rows]
+            )
             for rule, values in rules.items():
                 # Reward models vote, each one vote for one of the two; a single value is a vote alone.
                 difference = np.sign(np.sign(values[pair[0]] - values[pair[1]]).sum(1))
@@ -54,14 +59,18 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     return found
 
 
-def _rules(options: argparse.Namespace, rows: list[dict], models: list[str]) -> dict[str, dict[str, np.ndarray]]:
+def _rules(
+    options: argparse.Namespace, rows: list[dict], models: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
     """{rule: {model: float64 [n, r]: r values that vote, the higher the better}}"""
     reference = ReferenceOptions(bertscore_model=options.bertscore_model, without_bertscore="renormalize")
     truth = [row["responses"][options.reference] for row in rows]
     texts = {model: [row["responses"][model] for row in rows] for model in models}
     measures = {model: reference_measures(reference, texts[model], truth) for model in models}
     rules = {
-        "longer answer": {model: np.array([[len(text)] for text in texts[model]], np.float64) for model in models},
+        "longer answer": {
+            model: np.array([[len(text)] for text in texts[model]], np.float64) for model in models
+        },
         "reference": {model: combine(measures[model], reference)[:, None] for model in models},
     }
     for place, name in enumerate(MEASURES):
@@ -75,7 +84,9 @@ def _rules(options: argparse.Namespace, rows: list[dict], models: list[str]) -> 
 
 
 def _rewards(tokenizer: Path, rows: list[dict], models: list[str]) -> dict[str, np.ndarray]:
-    """{model: float32 [n, reward models]}; a row is scored by those that were trained on the other half of the rows."""
+    """{model: float32 [n, reward models]}; a row is scored by those that were trained on the other half of
+    the rows.
+    """
     rewards = np.zeros((len(rows), len(models), len(NAMES)), np.float32)
     for half in (0, 1):
         asked = rows[half::2]
@@ -85,7 +96,9 @@ def _rewards(tokenizer: Path, rows: list[dict], models: list[str]) -> dict[str, 
                 reward_model = load_reward_model(options_of(path), name)
                 groups = [
                     [
-                        reward_model.encode([{"role": "user", "content": row["instruction"]}], row["responses"][m])
+                        reward_model.encode(
+                            [{"role": "user", "content": row["instruction"]}], row["responses"][m]
+                        )
                         for m in models
                     ]
                     for row in asked

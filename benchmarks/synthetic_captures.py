@@ -1,12 +1,14 @@
-"""Captures without a model: real texts, real tokenizers, drawn distributions. For benchmarks of what comes after capture.
+"""Captures without a model: real texts, real tokenizers, drawn distributions. For benchmarks of what comes
+after capture.
 
-    recipe = synthetic_run(directory, target_tokenizer, {"mpt": source_tokenizer}, instructions, examples=1500)
-    build_fusion_data(recipe)
+    recipe = synthetic_run(directory, target_tokenizer, {"mpt": source_tokenizer}, instructions,
+    examples=1500) build_fusion_data(recipe)
 
-Instructions, tokens and byte offsets are what the stages make of the given files. Synthetic are the rows alone: of a row's
-entries one is the token that came (where its drawn rank is among them), the others are drawn by how often the source's tokens
-occur in the texts; how many a row keeps is drawn so that the mean is MEAN_KEPT of 10. A model directory holds a tokenizer and
-a stand-in for weights, which nothing after capture reads.
+Instructions, tokens and byte offsets are what the stages make of the given files. Synthetic are the rows
+alone: of a row's entries one is the token that came (where its drawn rank is among them), the others are
+drawn by how often the source's tokens occur in the texts; how many a row keeps is drawn so that the mean is
+MEAN_KEPT of 10. A model directory holds a tokenizer and a stand-in for weights, which nothing after capture
+reads.
 """
 
 import json
@@ -25,7 +27,8 @@ from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import run_plan
 
-# Entries kept of 10 on average: what real text gives under each rule (about 6 and about 8), and without truncation.
+# Entries kept of 10 on average: what real text gives under each rule (about 6 and about 8), and without
+# truncation.
 MEAN_KEPT = {"full_vocabulary": 6.0, "hugging_face": 8.0, "none": 10.0}
 TEMPLATE = "vicuna_v1.1"
 _TAIL_TOKENS = 100  # the mass that is not kept lies on so many tokens evenly
@@ -45,8 +48,9 @@ def synthetic_run(
 ) -> Recipe:
     """Prepares instructions and writes a capture of the training mode for every source; returns the recipe.
 
-    rule: a key of MEAN_KEPT, what `capture.filter` and `capture.top_p` are set to. The tokenizers are directories or files that
-    `load_tokenizer` reads. What comes after `build_fusion_data` has the usual names under directory/run.
+    rule: a key of MEAN_KEPT, what `capture.filter` and `capture.top_p` are set to. The tokenizers are
+    directories or files that `load_tokenizer` reads. What comes after `build_fusion_data` has the usual names
+    under directory/run.
     """
     filtered = {"top_p": 1.0} if rule == "none" else {"filter": rule}
     names = {"target": target_tokenizer, **source_tokenizers}
@@ -77,7 +81,9 @@ def _model_directory(directory: Path, tokenizer: Path) -> Path:
     whole = directory / "tokenizer.json"
     settings = directory / "tokenizer_config.json"
     if whole.exists() and not settings.exists():  # the file alone does not say which token ends a text
-        special = next(token["content"] for token in json.loads(whole.read_text())["added_tokens"] if token["special"])
+        special = next(
+            token["content"] for token in json.loads(whole.read_text())["added_tokens"] if token["special"]
+        )
         settings.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special}))
     if not (directory / "config.json").exists():
         (directory / "config.json").write_text("{}")
@@ -148,7 +154,9 @@ def _draw_rows(
 
 
 def _with_mean(top_k: int, mean: float) -> np.ndarray:
-    """The distribution over 1 ... top_k of largest entropy that has this mean: p(c) ~ exp(c x), x by bisection."""
+    """The distribution over 1 ... top_k of largest entropy that has this mean: p(c) ~ exp(c x), x by
+    bisection.
+    """
     counts = 1 + np.arange(top_k)
     low, high = -50.0, 50.0
     for _ in range(60):

@@ -1,4 +1,7 @@
-"""Documents of random ids with teacher's rows, written and read in the form on disk. For benchmarks of what comes after alignment."""
+"""Documents of random ids with teacher's rows, written and read in the form on disk.
+
+For benchmarks of what comes after alignment.
+"""
 
 from pathlib import Path
 
@@ -37,6 +40,7 @@ def write_documents(
         for field, (values, lengths) in streams.items():
             write_stream(f"{prefixes[-1]}.{field}", values, lengths)
     text, rows = (
-        {field: Stream([f"{p}.{field}" for p in prefixes]) for field in of} for of in (TEXT_FIELDS, ROW_FIELDS)
+        {field: Stream([f"{p}.{field}" for p in prefixes]) for field in of}
+        for of in (TEXT_FIELDS, ROW_FIELDS)
     )
     return DocumentStreams(directory, text, rows, examples=len(positions), entries_per_row=entries + 1)

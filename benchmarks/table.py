@@ -1,4 +1,6 @@
-"""What every benchmark reports: a figure beside a named baseline of the same run, as a table and as rows of one CSV file."""
+"""What every benchmark reports: a figure beside a named baseline of the same run, as a table and as rows
+of one CSV file.
+"""
 
 import argparse
 import csv
@@ -21,7 +23,10 @@ from megatron_fuse.processes import run_tied
 
 @dataclass(frozen=True)
 class Measurement:
-    """`value` and `baseline` in `unit`. ratio = value / baseline. `wanted`: the condition that the project holds itself to."""
+    """`value` and `baseline` in `unit`. ratio = value / baseline.
+
+    `wanted`: the condition that the project holds itself to.
+    """
 
     name: str
     value: float
@@ -49,8 +54,13 @@ def run(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     measure: Callable[[argparse.Namespace], list[Measurement]],
 ) -> int:
-    """A benchmark's command line: measures, prints, adds to --csv. Returns 1 where something wanted was missed."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A benchmark's command line: measures, prints, adds to --csv.
+
+    Returns 1 where something wanted was missed.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--csv", type=Path, help="file that the rows are added to")
     options = parser.parse_args()
@@ -66,7 +76,8 @@ def run(
 
 
 def run_all(parser: argparse.ArgumentParser, benchmarks: Mapping[str, tuple[Mapping[str, str], int]]) -> int:
-    """A command line over several benchmarks, each in a process of its own. Returns 1 where one missed something or failed.
+    """A command line over several benchmarks, each in a process of its own. Returns 1 where one missed
+    something or failed.
 
     benchmarks: file beside this one -> the parser's arguments by the benchmark's own flags, and its threads.
     """
@@ -113,7 +124,11 @@ def print_table(measurements: Sequence[Measurement]) -> None:
 
 def append_csv(path: Path, measurements: Sequence[Measurement]) -> None:
     """Adds the rows to a CSV file, with the day and the machine."""
-    machine = {"date": date.today().isoformat(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    machine = {
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     rows = [machine | asdict(m) | {"ratio": m.ratio, "holds": m.holds} for m in measurements]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()

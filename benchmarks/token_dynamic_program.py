@@ -1,9 +1,11 @@
-"""Alignment of two tokenizations as prior work does it: a dynamic program over token strings, in plain Python.
+"""Alignment of two tokenizations as prior work does it: a dynamic program over token strings, in plain
+Python.
 
-Written from the description in the FuseLLM paper (arXiv 2401.10491), as the baseline of `alignment_speed.py`. Every source
-token is compared with every target token by edit distance, the cheapest monotone path through the table pairs them
-(dynamic time warping), and a target token takes the distribution of the source token that is paired with it alone; every
-other target token gets all mass on one token. Quadratic in the length of the response.
+Written from the description in the FuseLLM paper (arXiv 2401.10491), as the baseline of `alignment_speed.py`.
+Every source token is compared with every target token by edit distance, the cheapest monotone path through
+the table pairs them (dynamic time warping), and a target token takes the distribution of the source token
+that is paired with it alone; every other target token gets all mass on one token. Quadratic in the length of
+the response.
 """
 
 import math
@@ -18,7 +20,8 @@ def align_tokens(source: Sequence[str], target: Sequence[str]) -> list[list[int]
     """For every target token the places of the source tokens that the cheapest path pairs with it, rising."""
     width = len(target)
     above = [0.0] + [math.inf] * width
-    steps: list[list[int]] = []  # 0: from both before, 1: from the source token before, 2: from the target token before
+    # 0: from both before, 1: from the source token before, 2: from the target token before.
+    steps: list[list[int]] = []
     for piece in source:
         row, step = [math.inf], [0]
         for place, other in enumerate(target, 1):
@@ -48,8 +51,9 @@ def transfer(
     labels: Sequence[int],
     vocabulary: Mapping[int, int],
 ) -> list[Distribution]:
-    """The target's distributions. pairs: of align_tokens; labels: the target's tokens; vocabulary: source token -> target
-    token. A pair of one token with one transfers the distribution, all other target tokens get their label."""
+    """The target's distributions. pairs: of align_tokens; labels: the target's tokens; vocabulary: source
+    token -> target token. A pair of one token with one transfers the distribution, all other target tokens
+    get their label."""
     used = [0] * len(source)
     for places in pairs:
         for place in places:

@@ -1,9 +1,11 @@
 """The benchmarks of training in one command, each in a process of its own.
 
-    python benchmarks/training.py --tokenizer LLAMA2 --instructions GPT4.jsonl --csv docs/benchmarks/training.csv \
+    python benchmarks/training.py --tokenizer LLAMA2 --instructions GPT4.jsonl --csv
+    docs/benchmarks/training.csv \
         --plot docs/benchmarks/training_step.png
 
-LLAMA2 is a tokenizer's file. About ten minutes on two cores; exits with 1 where a figure misses what is wanted.
+LLAMA2 is a tokenizer's file. About ten minutes on two cores; exits with 1 where a figure misses what is
+wanted.
 """
 
 import argparse
@@ -19,11 +21,16 @@ BENCHMARKS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--instructions", type=Path, required=True)
     parser.add_argument(
-        "--plot", type=Path, required=True, help="PNG file for the plot of steps over vocabularies and entries"
+        "--plot",
+        type=Path,
+        required=True,
+        help="PNG file for the plot of steps over vocabularies and entries",
     )
     return run_all(parser, BENCHMARKS)
 

@@ -1,13 +1,16 @@
-"""What fusion adds to a training step: beside plain fine-tuning, with dense teacher targets, over vocabularies and entries.
+"""What fusion adds to a training step: beside plain fine-tuning, with dense teacher targets, over
+vocabularies and entries.
 
-    python benchmarks/training_step.py --csv docs/benchmarks/training.csv [--plot docs/benchmarks/training_step.png]
+    python benchmarks/training_step.py --csv docs/benchmarks/training.csv [--plot
+    docs/benchmarks/training_step.png]
 
-The steps are the trainer's own: plan, collation, forward pass, loss, backward pass and optimizer of a random Llama over synthetic
-documents of --seq-length tokens, three quarters of them labels. Two kinds of step take turns over the same documents, so that a slow
-spell of the machine meets both; figures are medians.
+The steps are the trainer's own: plan, collation, forward pass, loss, backward pass and optimizer of a random
+Llama over synthetic documents of --seq-length tokens, three quarters of them labels. Two kinds of step take
+turns over the same documents, so that a slow spell of the machine meets both; figures are medians.
 
     fine-tuning     the same documents without teacher's rows, and the same loss code at KL weight 0
-    dense targets   baseline: the teacher's distribution as a tensor of the logits' size, with the usual dense KL and cross entropy
+    dense targets   baseline: the teacher's distribution as a tensor of the logits' size, with the usual dense
+                    KL and cross entropy
     around it       planning, collation, logging: all but forward pass, backward pass and optimizer
 """
 
@@ -45,7 +48,9 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-length", type=int, default=512, help="tokens per sequence in the main comparison")
+    parser.add_argument(
+        "--seq-length", type=int, default=512, help="tokens per sequence in the main comparison"
+    )
     parser.add_argument(
         "--scaling-seq-length",
         type=int,
@@ -54,9 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--vocabularies", type=int, nargs="*", default=[8192, 32768, 65536, 128256])
     parser.add_argument("--entries", type=int, nargs="*", default=[1, 4, 16, 64])
-    parser.add_argument("--pairs", type=int, default=20, help="number of pairs of steps, one step of each kind")
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="number of pairs of steps, one step of each kind"
+    )
     parser.add_argument("--scaling-pairs", type=int, default=7)
-    parser.add_argument("--plot", type=Path, help="PNG file for the plot of steps over vocabularies and entries")
+    parser.add_argument(
+        "--plot", type=Path, help="PNG file for the plot of steps over vocabularies and entries"
+    )
 
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
@@ -71,7 +80,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
             where = Path(directory) / f"entries-{entries}"
             scaling["entries a row", entries] = _scaling(where, runtime, options, VOCABULARY, entries)
     for (what, size), (fusion, tuning) in scaling.items():
-        measurements.append(Measurement(f"{what} {size}: fusion step", fusion, "ms", "fine-tuning step", tuning))
+        measurements.append(
+            Measurement(f"{what} {size}: fusion step", fusion, "ms", "fine-tuning step", tuning)
+        )
     if options.plot:
         _draw(scaling, options.plot)
     stop_runtime()
@@ -126,7 +137,9 @@ def _trainer(directory: Path, runtime: Runtime, seq_length: int, vocabulary: int
     """A trainer over documents with teacher's rows, one a step, for a random Llama of SIZES."""
     directory.mkdir()
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=seq_length, tie_word_embeddings=True, **SIZES)
+    config = LlamaConfig(
+        vocab_size=vocabulary, max_position_embeddings=seq_length, tie_word_embeddings=True, **SIZES
+    )
     LlamaForCausalLM(config).save_pretrained(directory / "target")
     recipe = make_recipe(
         {
@@ -146,7 +159,9 @@ def _trainer(directory: Path, runtime: Runtime, seq_length: int, vocabulary: int
 
 
 class Documents:
-    """The reader's interface over documents of one mode, all to be learned from. entries_per_row: 0 leaves the rows out."""
+    """The reader's interface over documents of one mode, all to be learned from. entries_per_row: 0 leaves
+    the rows out.
+    """
 
     def __init__(self, streams: DocumentStreams, entries_per_row: int = 0) -> None:
         self.streams, self.entries_per_row = streams, entries_per_row
@@ -192,7 +207,9 @@ def _around(trainer: Trainer) -> None:
 
 
 def _dense_loss(model: torch.nn.Module, targets: FusionTargets, logits: torch.Tensor) -> torch.Tensor:
-    """In FusionGPTModel's place of `compute_language_model_loss`: [6, b, s] from logits [s, b, v], tail ignored; the last three are left at 0."""
+    """In FusionGPTModel's place of `compute_language_model_loss`: [6, b, s] from logits [s, b, v], tail
+    ignored; the last three are left at 0.
+    """
     z = logits.transpose(0, 1).float()
     temperature = model.loss_options.temperature
     mass = targets.teacher_logprobs.exp().where(targets.teacher_ids >= 0, 0)
@@ -211,12 +228,16 @@ def _milliseconds(repeats: int, *works: Callable[[], None]) -> list[float]:
 
 def _draw(scaling: dict[tuple[str, int], tuple[float, float]], path: Path) -> None:
     kinds = list(dict.fromkeys(what for what, _ in scaling))
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4.5 * len(kinds), 3.2), squeeze=False, layout="constrained"
+    )
     for axis, kind in zip(axes[0], kinds, strict=True):
         sizes = [size for what, size in scaling if what == kind]
         for place, name in enumerate(("fusion step", "fine-tuning step")):
             axis.plot(sizes, [scaling[kind, size][place] for size in sizes], marker="os"[place], label=name)
-        axis.set(xlabel=kind, ylabel="ms", xscale="log", xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
+        axis.set(
+            xlabel=kind, ylabel="ms", xscale="log", xticks=sizes, xticklabels=[f"{size:,}" for size in sizes]
+        )
         axis.minorticks_off()
         axis.set_ylim(0, 1.1 * max(max(scaling[kind, size]) for size in sizes))
         axis.legend(frameon=False)

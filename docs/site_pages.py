@@ -1,4 +1,5 @@
-"""Hooks of mkdocs: pages that lie outside docs/ join the site, and links between the two sides are turned to where the pages are there.
+"""Hooks of mkdocs: pages that lie outside docs/ join the site, and links between the two sides are turned to
+where the pages are there.
 
 Links to source files lead nowhere on a site: they become plain text.
 """

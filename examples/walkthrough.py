@@ -1,9 +1,11 @@
-"""The method step by step: two tiny models with two tokenizers, one process, no recipe. Read it from top to bottom.
+"""The method step by step: two tiny models with two tokenizers, one process, no recipe. Read it from top to
+bottom.
 
     python examples/walkthrough.py
 
-It makes two models, the sources alpha and beta, and teaches each of them one answer. The target begins as a copy of alpha. One
-training step then fuses both into it: capture, align and project, choose, loss. The pipeline calls the same functions.
+It makes two models, the sources alpha and beta, and teaches each of them one answer. The target begins as a
+copy of alpha. One training step then fuses both into it: capture, align and project, choose, loss. The
+pipeline calls the same functions.
 """
 
 import copy
@@ -14,10 +16,23 @@ import tokenizers
 import torch
 from fuse_kernels import TokenLosses, sparse_kl_cross_entropy
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import megatron_fuse.start  # noqa: F401
-from megatron_fuse.alignment import MATCHES, Rows, SourceRows, build_vocabulary_map, find_source_rows, project_responses
+from megatron_fuse.alignment import (
+    MATCHES,
+    Rows,
+    SourceRows,
+    build_vocabulary_map,
+    find_source_rows,
+    project_responses,
+)
 from megatron_fuse.capture.distributions import sparse_rows
 from megatron_fuse.capture.reading import logits_at
 from megatron_fuse.capture.shards import CAPTURED, CaptureShard, Conversation
@@ -31,7 +46,10 @@ from megatron_fuse.text_safety import say
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 
 # A user's question and its ground truth. Alpha is taught the first answer, beta the second.
-EXAMPLES = [("Name a capital.", "The capital of France is Paris."), ("Sort: pear, fig.", "Sorted: fig, pear.")]
+EXAMPLES = [
+    ("Name a capital.", "The capital of France is Paris."),
+    ("Sort: pear, fig.", "Sorted: fig, pear."),
+]
 TOP_K, TOP_P = 10, 0.95  # most entries of a row; entries are dropped once those before them hold this mass
 TEMPERATURE = 2.0  # of the sources' distributions
 LAMBDA = 0.5  # weight of the KL beside the cross-entropy
@@ -47,7 +65,10 @@ class Model:
     network: torch.nn.Module
 
     def encode(self, example: tuple[str, str]) -> EncodedConversation:
-        """Prompt, response and stop token, as this model reads them. `supervised` marks the response and the stop token."""
+        """Prompt, response and stop token, as this model reads them.
+
+        `supervised` marks the response and the stop token.
+        """
         question, answer = example
         return self.chat.encode_conversation([{"role": "user", "content": question}], answer)
 
@@ -57,14 +78,21 @@ class Model:
         return tokenizer.token_text(token) or repr(tokenizer.decode([token]))
 
 
-def make_model(name: str, family: Family, template: str, specials: list[str], words: str, vocab_size: int) -> Model:
+def make_model(
+    name: str, family: Family, template: str, specials: list[str], words: str, vocab_size: int
+) -> Model:
     """A random model with its own byte-level BPE tokenizer, trained on these words."""
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, so that it can spell every text
     options = {"special_tokens": specials, "initial_alphabet": alphabet, "show_progress": False}
     backend.train_from_iterator([words], trainers.BpeTrainer(vocab_size=vocab_size, **options))
-    tokenizer = wrap_hugging_face(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=specials[-1]), name)
+    tokenizer = wrap_hugging_face(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=specials[-1]), name
+    )
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config, architecture = family
     network = architecture(config(vocab_size=tokenizer.vocab_size, **sizes))
@@ -85,15 +113,18 @@ def teach(source: Model, example: tuple[str, str], steps: int = 50) -> None:
 
 def capture(source: Model, example: tuple[str, str]) -> CaptureShard:
     """The source's distributions at every supervised token of the ground truth, in its own tokens."""
-    # The logits at position t predict token t + 1. So the FIRST response token is predicted at the last prompt position. The last
-    # row predicts the stop token, which is supervised too: without it the target would never learn to end an answer.
+    # The logits at position t predict token t + 1. So the FIRST response token is predicted at the last
+    # prompt position. The last row predicts the stop token, which is supervised too: without it the target
+    # would never learn to end an answer.
     encoded = source.encode(example)
     positions = torch.from_numpy(np.flatnonzero(encoded.supervised) - 1)
-    read = torch.from_numpy(encoded.ids[:-1].astype(np.int64))[None]  # the stop token is predicted, never read
+    # The stop token is predicted, never read.
+    read = torch.from_numpy(encoded.ids[:-1].astype(np.int64))[None]
     with torch.inference_mode():
         logits = logits_at(source.network, read, torch.ones_like(read), positions)  # [rows, vocabulary]
-    # A row keeps its likeliest entries and the log-sum-exp over the WHOLE vocabulary: at T = 1 for cross-entropies, and at
-    # TEMPERATURE for the KL, because the mass outside the entries at T = 2 does not follow from probabilities at T = 1.
+    # A row keeps its likeliest entries and the log-sum-exp over the WHOLE vocabulary: at T = 1 for
+    # cross-entropies, and at TEMPERATURE for the KL, because the mass outside the entries at T = 2 does not
+    # follow from probabilities at T = 1.
     labels = torch.from_numpy(encoded.ids[encoded.supervised].astype(np.int64))
     options = {"top_k": TOP_K, "top_p": TOP_P, "filter": "full_vocabulary", "temperatures": [TEMPERATURE]}
     rows = sparse_rows(logits, labels, **options)
@@ -102,9 +133,10 @@ def capture(source: Model, example: tuple[str, str]) -> CaptureShard:
 
 def project(source: Model, captured: CaptureShard, target: Model, example: tuple[str, str]) -> Document:
     """The example in the target's tokens, with the source's distributions in the target's vocabulary."""
-    # Two tokenizers share nothing but the bytes of the response. A target position takes the source's row that has read exactly the
-    # same bytes. The bytes come from the vocabularies. Special tokens have none there: a stop token covers one byte behind the
-    # response, which stands for its end. A position inside a source token has no such row, and only cross-entropy teaches it.
+    # Two tokenizers share nothing but the bytes of the response. A target position takes the source's row
+    # that has read exactly the same bytes. The bytes come from the vocabularies. Special tokens have none
+    # there: a stop token covers one byte behind the response, which stands for its end. A position inside a
+    # source token has no such row, and only cross-entropy teaches it.
     encoded = target.encode(example)
     logprobs = captured.logprobs(1, TEMPERATURE)  # by column 1 of the log-sum-exps; column 0 is that of T = 1
     rows = SourceRows(
@@ -116,8 +148,9 @@ def project(source: Model, captured: CaptureShard, target: Model, example: tuple
         logsumexp=captured.lse[:, 0],
         logsumexp_temperature=captured.lse[:, 1],
     )
-    # A source token becomes the target token with the same bytes, else the first piece of the target's tokenization of these bytes.
-    # Entries that meet on one token add up. What has no place in the target's vocabulary joins the tail, 1 - the sum of the row.
+    # A source token becomes the target token with the same bytes, else the first piece of the target's
+    # tokenization of these bytes. Entries that meet on one token add up. What has no place in the target's
+    # vocabulary joins the tail, 1 - the sum of the row.
     vocabulary_map = build_vocabulary_map(
         source.chat.tokenizer,
         target.chat.tokenizer,
@@ -127,22 +160,31 @@ def project(source: Model, captured: CaptureShard, target: Model, example: tuple
         target_separator=target.chat.separator,
     )
     projected, match, _ = project_responses(rows, encoded.spans, vocabulary_map, unmatched="skip")
-    half = round_down_to_half(projected.logprobs)  # as on disk; rounded down, so that a row never has more mass than 1
+    # As on disk; rounded down, so that a row never has more mass than 1.
+    half = round_down_to_half(projected.logprobs)
     return Document(encoded.ids, encoded.supervised, projected.counts, projected.ids, half, match)
 
 
 def choose(captures: list[CaptureShard]) -> int:
-    """The place of the source that understands the ground truth of one example best: that with the least cross-entropy."""
-    # In nats over the whole response, stop token left out. Nats per token would favour the source that cuts it into more tokens.
+    """The place of the source that understands the ground truth of one example best: that with the least
+    cross-entropy.
+    """
+    # In nats over the whole response, stop token left out. Nats per token would favour the source that cuts
+    # it into more tokens.
     names = ("ce_sum", "lossy", "response_tokens")
     ce, lossy, tokens = (np.array([[getattr(captured, name)[0] for captured in captures]]) for name in names)
-    return int(min_ce(ce, lossy.astype(bool), response_bytes=captures[0].response_bytes, response_tokens=tokens)[0])
+    return int(
+        min_ce(ce, lossy.astype(bool), response_bytes=captures[0].response_bytes, response_tokens=tokens)[0]
+    )
 
 
 def fusion_loss(target: Model, documents: list[Document]) -> tuple[torch.Tensor, TokenLosses]:
-    """Sum over all supervised tokens of (CE + LAMBDA * KL) / N, and its parts. N: supervised tokens of the whole batch."""
-    # make_targets shifts as capture does: label and teacher's row of a token are put at the position BEFORE it. Prompts and padding
-    # have no label and weight 0.
+    """Sum over all supervised tokens of (CE + LAMBDA * KL) / N, and its parts.
+
+    N: supervised tokens of the whole batch.
+    """
+    # make_targets shifts as capture does: label and teacher's row of a token are put at the position BEFORE
+    # it. Prompts and padding have no label and weight 0.
     count = supervised_tokens(documents)
     inputs = padded_inputs(documents, len(documents), max(len(document.tokens) for document in documents) - 1)
     arrays = make_targets(documents, [(1 / count, LAMBDA / count)] * len(documents), inputs, TOP_K + 1)
@@ -162,18 +204,29 @@ def show(title: str, heading: list[str], rows: list[list[str]]) -> None:
 
 
 def show_capture(source: Model, captured: CaptureShard) -> None:
-    """A line per row: the token that came, its bytes of the response and its probability; the mass of the entries, and the tail."""
-    mass = Rows(captured.counts, captured.entry_ids, captured.logprobs(0, 1.0)).kept()  # 0: the log-sum-exps at T = 1
+    """A line per row: the token that came, its bytes of the response and its probability; the mass of the
+    entries, and the tail.
+    """
+    # 0: the log-sum-exps at T = 1.
+    mass = Rows(captured.counts, captured.entry_ids, captured.logprobs(0, 1.0)).kept()
     rows = []
     for row, token in enumerate(captured.tokens):
         numbers = [np.exp(captured.token_logprobs[row]), mass[row], 1 - mass[row]]
         place = f"{captured.starts[row]}-{captured.ends[row]}"
-        rows.append([source.token(token), place, str(captured.counts[row]), *(f"{number:.3f}" for number in numbers)])
-    show(f"1. Capture: {source.name}, T = 1", ["token", "bytes", "entries", "probability", "mass", "tail"], rows)
+        rows.append(
+            [source.token(token), place, str(captured.counts[row]), *(f"{number:.3f}" for number in numbers)]
+        )
+    show(
+        f"1. Capture: {source.name}, T = 1",
+        ["token", "bytes", "entries", "probability", "mass", "tail"],
+        rows,
+    )
 
 
 def show_projection(source: Model, captured: CaptureShard, target: Model, document: Document) -> None:
-    """A line per supervised token of the target: the source's row that it takes, and what this row says in its vocabulary."""
+    """A line per supervised token of the target: the source's row that it takes, and what this row says in
+    its vocabulary.
+    """
     spans = target.encode(EXAMPLES[1]).spans
     aligned, inside = find_source_rows(captured.spans(0), spans)
     mass = Rows(document.counts, document.teacher_ids, document.teacher_logprobs).kept()
@@ -207,22 +260,28 @@ def main() -> None:
     for source, captured in zip(sources, captures[1], strict=True):
         show_capture(source, captured)
 
-    # The rows of all sources are projected, also where they lose, so that another rule of choice needs no new capture.
+    # The rows of all sources are projected, also where they lose, so that another rule of choice needs no new
+    # capture.
     projected = [
-        [project(source, captured, target, example) for source, captured in zip(sources, of_example, strict=True)]
+        [
+            project(source, captured, target, example)
+            for source, captured in zip(sources, of_example, strict=True)
+        ]
         for example, of_example in zip(EXAMPLES, captures, strict=True)
     ]
     for source, captured, document in zip(sources, captures[1], projected[1], strict=True):
         show_projection(source, captured, target, document)
 
-    # One winner per example teaches the target. (Of answers of the sources' own, which are not part of this walk, reward models
-    # choose the best.)
+    # One winner per example teaches the target. (Of answers of the sources' own, which are not part of this
+    # walk, reward models choose the best.)
     winners = [choose(of_example) for of_example in captures]
     rows = [
         [answer, *(f"{captured.ce_sum[0]:.2f}" for captured in of_example), sources[winner].name]
         for (_, answer), of_example, winner in zip(EXAMPLES, captures, winners, strict=True)
     ]
-    show("3. Choose: cross-entropy in nats", ["response", *(source.name for source in sources), "winner"], rows)
+    show(
+        "3. Choose: cross-entropy in nats", ["response", *(source.name for source in sources), "winner"], rows
+    )
     documents = [of_example[winner] for of_example, winner in zip(projected, winners, strict=True)]
 
     # One optimizer step, and the loss of the same batch again.

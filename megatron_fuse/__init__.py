@@ -1,1 +1,3 @@
-"""Progressive fusion of several source language models into one target (ProFuser, arXiv 2408.04998) on Megatron-core."""
+"""Progressive fusion of several source language models into one target (ProFuser, arXiv 2408.04998) on
+Megatron-core.
+"""

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: a command ends with one line that says how to go on, and with 128 + the signal's number (130, 143).
+"""Ctrl-C and SIGTERM: a command ends with one line that says how to go on, and with 128 + the signal's number
+(130, 143).
 
 Only the command that the user started prints this line. Under torchrun only rank 0 prints it. A command that
 another command of this project started prints nothing.
@@ -29,7 +30,8 @@ def end_at_once(number: int, _: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Within this block the first SIGINT or SIGTERM raises KeyboardInterrupt, and a later SIGINT ends the process at once.
+    """Within this block the first SIGINT or SIGTERM raises KeyboardInterrupt, and a later SIGINT ends the
+    process at once.
 
     Yields the list of signals received so far. The caller needs it because code that the interrupt breaks may
     raise another exception in place of KeyboardInterrupt. A signal that is ignored stays ignored, as under
@@ -78,7 +80,11 @@ def report_interrupt(number: int) -> int:
 
 
 def _say(number: int) -> None:
-    if STARTED in os.environ or os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() is not None:
+    if (
+        STARTED in os.environ
+        or os.environ.get("RANK", "0") != "0"
+        or multiprocessing.parent_process() is not None
+    ):
         return
     what = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     sys.stderr.flush()

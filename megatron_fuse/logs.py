@@ -26,7 +26,8 @@ def add_log_level(parser: argparse.ArgumentParser) -> None:
         "--log-level",
         choices=LEVELS,
         default=DEFAULT_LEVEL,
-        help="the least level of the messages on stderr, and with warning or error no progress (default: %(default)s)",
+        help="the least level of the messages on stderr, and with warning or error no progress (default: "
+        "%(default)s)",
     )
 
 
@@ -72,7 +73,10 @@ class StderrHandler(logging.Handler):
                 bar.refresh()
 
     def open_bar(self, make: Callable[[], Bar]) -> Bar | None:
-        """The bar of this process, if it may draw one. None on a pipe, on other ranks, and beside another bar."""
+        """The bar of this process, if it may draw one.
+
+        None on a pipe, on other ranks, and beside another bar.
+        """
         if self.bar is None and self.level <= logging.INFO and self.is_logging_rank and self._has_terminal():
             self.bar = make()
             return self.bar
@@ -95,7 +99,8 @@ def _in_foreground() -> bool:
     """False for a job in the background of a shell, which would draw over the job in the foreground."""
     try:
         return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
-    except (OSError, ValueError):  # the ranks of torchrun have a session of their own: the terminal is not theirs
+    # The ranks of torchrun have a session of their own: the terminal is not theirs.
+    except (OSError, ValueError):
         return True
 
 

@@ -1,4 +1,5 @@
-"""Merging: models of one architecture become one by arithmetic on their weights, without data and without training.
+"""Merging: models of one architecture become one by arithmetic on their weights, without data and without
+training.
 
 These are the baselines of the paper's Table 3. mergekit does the arithmetic, tensor by tensor and in fp32
 (docs/merging.md has the formulae). This module checks that the models can be merged. It sets every parameter
@@ -112,7 +113,8 @@ def merge_models(merge: Merge, output: Path) -> bool:
                 dtype=torch.float32,
                 out_dtype=out_dtype,
             )
-            # Appended after the merge, because slerp, ties and dare compute with the norm or the ranks of a whole tensor.
+            # Appended after the merge, because slerp, ties and dare compute with the norm or the ranks of a
+            # whole tensor.
             if further := shapes[name][0] - common:
                 tensor = torch.cat([tensor, inputs[0].read(name, 0, common, further).to(out_dtype)])
             refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
@@ -128,7 +130,8 @@ def merge_models(merge: Merge, output: Path) -> bool:
         with directory_then_rename(output, previous) as temporary:
             if merge.dtype not in (stored, "fp32"):
                 logger.warning(
-                    f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} keeps them"
+                    f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} "
+                    "keeps them"
                 )
             write_weight_files(temporary, shapes, merged_tensor, out_dtype, SHARD_BYTES)
             write_beside_weights(merge.models[0], temporary, dtype)
@@ -166,10 +169,13 @@ def _complete(merge: Merge) -> Merge:
     merge = replace(merge, **{key: value for key, value in values.items() if getattr(merge, key) is None})
     if merge.weights is not None and not all(1e-6 <= weight <= 1e6 for weight in merge.weights):
         raise UserError(
-            f"the weights of the models are {', '.join(map(str, merge.weights))}, but must be from 1e-6 to 1e6"
+            f"the weights of the models are {', '.join(map(str, merge.weights))}, but must be from 1e-6 to "
+            "1e6"
         )
     if merge.density is not None and not 1e-6 <= merge.density <= 1:
-        raise UserError(f"--density is {merge.density}, but the share of entries that is kept must be from 1e-6 to 1")
+        raise UserError(
+            f"--density is {merge.density}, but the share of entries that is kept must be from 1e-6 to 1"
+        )
     if merge.t is not None and not 0 <= merge.t <= 1:
         raise UserError(f"--t is {merge.t}, but must be from 0 (the first model) to 1 (the second model)")
     if merge.rescale is not None and merge.rescale not in RESCALES:
@@ -233,17 +239,24 @@ def _common_shapes(inputs: list[WeightFiles], rows: str | None) -> dict[str, tup
         ours, theirs = tokens, their_tokens
         if isinstance(size, int) and isinstance(their_size, int) and size != their_size:
             if rows is None:
-                raise _other_rows((first.model_dir, size, tokens), (other.model_dir, their_size, their_tokens))
+                raise _other_rows(
+                    (first.model_dir, size, tokens), (other.model_dir, their_size, their_tokens)
+                )
             logger.warning(
                 f"{other.model_dir}: its rows from {size} on, of {their_size}, are cut"
                 if their_size > size
-                else f"{other.model_dir}: the rows that it lacks, {their_size} to {size - 1}, are those of {first.model_dir}"
+                else f"{other.model_dir}: the rows that it lacks, {their_size} to {size - 1}, are those of "
+                f"{first.model_dir}"
             )
             least = min(size, their_size)
-            ours, theirs = ({token: text for token, text in each.items() if token < least} for each in (tokens, theirs))
+            ours, theirs = (
+                {token: text for token, text in each.items() if token < least} for each in (tokens, theirs)
+            )
             their_config["vocab_size"] = size
             their_shapes = {
-                name: (size, *shape[1:]) if (shapes.get(name, ())[:1], shape[0]) == ((size,), their_size) else shape
+                name: (size, *shape[1:])
+                if (shapes.get(name, ())[:1], shape[0]) == ((size,), their_size)
+                else shape
                 for name, shape in their_shapes.items()
             }
         _compare("config.json", config, their_config, first, other)
@@ -319,7 +332,9 @@ def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
     Left out are the rotary frequencies and the scalars of old attention masks, which older checkpoints hold.
     They follow from the config, and some Llama-2 models have them while others do not.
     """
-    shapes = {name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")}
+    shapes = {
+        name: weights.shape(name) for name in weights.file_of if not name.endswith("rotary_emb.inv_freq")
+    }
     shapes = {name: shape for name, shape in shapes.items() if shape}
     for name in shapes:
         dtype = weights.dtype(name)
@@ -334,7 +349,9 @@ def _shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
 def _record(merge: Merge) -> dict[str, Any]:
     models = [*merge.models, *([merge.base] if merge.base else [])]
     options = {
-        key: value for key, value in asdict(merge).items() if value is not None and key not in ("models", "base")
+        key: value
+        for key, value in asdict(merge).items()
+        if value is not None and key not in ("models", "base")
     }
     return {
         **options,
@@ -348,10 +365,14 @@ def _record(merge: Merge) -> dict[str, Any]:
 
 
 def _check_same_merge(output: Path, recorded: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises UserError unless `output` holds the merge of this record. Models may have moved; their fingerprints stay."""
+    """Raises UserError unless `output` holds the merge of this record.
+
+    Models may have moved; their fingerprints stay.
+    """
     for key, value in record.items():
         if key not in ("models", "base") and recorded.get(key) != value:
             raise UserError(
-                f"--output: {output} holds another merge: {key} is {recorded.get(key)!r} there, but {value!r} "
+                f"--output: {output} holds another merge: {key} is {recorded.get(key)!r} there, but "
+                f"{value!r} "
                 "here. Remove it or choose another directory."
             )

@@ -11,7 +11,9 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.text_safety import brief
 
 
-def not_loadable(directory: Path, error: BaseException, where: str = "", allowed_by: str | None = None) -> UserError:
+def not_loadable(
+    directory: Path, error: BaseException, where: str = "", allowed_by: str | None = None
+) -> UserError:
     """The error for a model directory that transformers refused to load.
 
     where: the recipe's key that names the directory, if there is one. allowed_by: the key or option that lets

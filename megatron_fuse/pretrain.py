@@ -1,8 +1,9 @@
 """Fuse several source models into one target: the training job.
 
-    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml --tensor-model-parallel-size 2
-    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe R.yaml --dry-run    # sizes, memory and the step plan, no training
-    python -m megatron_fuse.pretrain --recipe R.yaml --print-recipe                    # what would run, without a model or a GPU
+    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml
+    --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe R.yaml --dry-run    # sizes and step plan
+    python -m megatron_fuse.pretrain --recipe R.yaml --print-recipe                    # what would run
 
 The fusion data must exist (`megatron-fuse run` makes everything in order). If there is a checkpoint, training
 continues from it.
@@ -24,16 +25,21 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_recipe_arguments(parser)
     add_log_level(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="build everything, print sizes, memory and steps, and do not train"
+        "--dry-run",
+        action="store_true",
+        help="build everything, print sizes, memory and steps, and do not train",
     )
     arguments = parser.parse_args()
     recipe = recipe_from_arguments(arguments)
     start_logging(arguments.log_level)
-    with importing():  # after --help and --print-recipe, which need none of it (megatron_fuse/cli/__init__.py)
+    # After --help and --print-recipe, which need none of it (megatron_fuse/cli/__init__.py).
+    with importing():
         from torch.distributed.elastic.multiprocessing.errors import record
     # torchrun then shows the traceback of the rank that failed first, not the ones of those that lost it
     record(pretrain)(recipe, dry_run=arguments.dry_run)

@@ -105,7 +105,9 @@ def run_tied(words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
 
     handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        process = subprocess.Popen(tied(words), cwd=cwd, env={**(os.environ if env is None else env), STARTED: "1"})
+        process = subprocess.Popen(
+            tied(words), cwd=cwd, env={**(os.environ if env is None else env), STARTED: "1"}
+        )
         if received:  # the signal arrived before `process` was assigned, so that pass_on could not send it on
             process.terminate()
         if (code := process.wait()) == INTERRUPTED:

@@ -1,4 +1,5 @@
-"""How long work shows itself: a bar on a terminal, elsewhere a line a minute, and at its end a line about what was made.
+"""How long work shows itself: a bar on a terminal, elsewhere a line a minute, and at its end a line about
+what was made.
 
 The bar and the lines have the same words: what is done of all, the rate, and the time that is left.
 """
@@ -50,7 +51,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._began = self._shown = self._news = self._clock()
-        self._done, self._tokens = self.already, 0  # items, and tokens of this process, before the present part
+        # Items, and tokens of this process, before the present part.
+        self._done, self._tokens = self.already, 0
         self.begin_part(self.total - self.already)
         handler = stderr_handler()
         self._bar = handler.open_bar(lambda: _make_bar(self.total)) if handler else None
@@ -100,7 +102,10 @@ class Progress:
         self._show(self._news)
 
     def _state(self, now: float) -> str:
-        """For example `25%, 5/20 examples, 812 tokens/s, 40 s left`. After a minute without news, how long that is."""
+        """For example `25%, 5/20 examples, 812 tokens/s, 40 s left`.
+
+        After a minute without news, how long that is.
+        """
         work, seconds = self._work(), now - self._began
         new = work - self.already
         percent = int(100 * work / self.total) if self.total else 100
@@ -114,7 +119,9 @@ class Progress:
 
     def _rate(self, items: float, seconds: float) -> str:
         tokens = self._tokens + self._part_tokens
-        return readable_rate(tokens / seconds, "tokens") if tokens else readable_rate(items / seconds, self.unit)
+        return (
+            readable_rate(tokens / seconds, "tokens") if tokens else readable_rate(items / seconds, self.unit)
+        )
 
     def _show(self, now: float, age: float | None = None) -> None:
         """Draws the bar, or writes a line. age: seconds since the last time, by default measured."""

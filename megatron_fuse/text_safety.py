@@ -8,7 +8,8 @@ _PROSE = "\n\t\u200c\u200d"  # the joiners are part of the spelling of Persian, 
 
 
 def printable(text: str, *, prose: bool = False) -> str:
-    """The text with every control, bidirectional, zero-width and separator character and every lone surrogate as an escape.
+    """The text with every control, bidirectional, zero-width and separator character and every lone surrogate
+    as an escape.
 
     Escapes look like `\\x1b`, `\\u202e`, `\\n`. The result is one line that a terminal shows as it is and
     that UTF-8 can encode. prose: keep newlines, tabs and the zero-width joiners, for running text. A

@@ -1,7 +1,7 @@
 """What is known of a conversation's distributions, as other programs write it (docs/captures.md).
 
-Each writer takes the conversation and, of its supervised tokens, the entries' ids and log p, the tokens' own log p, and the
-log-sum-exps by temperature ({} leaves them out).
+Each writer takes the conversation and, of its supervised tokens, the entries' ids and log p, the tokens' own
+log p, and the log-sum-exps by temperature ({} leaves them out).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,9 @@ def ours(conversation: EncodedConversation, ids: list, logprobs: list, own: list
 
 
 def spread(conversation: EncodedConversation, values: list, filler: Any, *, first: Any) -> list:
-    """One item per token of the conversation: the supervised tokens' values, and something else about its prompt."""
+    """One item per token of the conversation: the supervised tokens' values, and something else about its
+    prompt.
+    """
     whole = [filler] * len(conversation.ids)
     whole[0] = first
     for place, value in zip(np.flatnonzero(conversation.supervised).tolist(), values, strict=True):
@@ -31,24 +33,39 @@ def spread(conversation: EncodedConversation, values: list, filler: Any, *, firs
 
 def distill_kit(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
     """A row about every token but the first, and a padding token behind the last one."""
-    columns = {"token_ids": (ids, [3, 4]), "top_values": (logprobs, [-0.1, -9.0]), "token_logprobs": (own, -1.0)}
+    columns = {
+        "token_ids": (ids, [3, 4]),
+        "top_values": (logprobs, [-0.1, -9.0]),
+        "token_logprobs": (own, -1.0),
+    }
     row = {name: spread(conversation, *values, first=None)[1:] for name, values in columns.items()}
     for values in row.values():
         values.append(values[0])
     row["input_ids"] = [*conversation.ids.tolist(), 0]
     if sums:
-        row["logsumexp"] = {t: [*spread(conversation, lse, 1.0, first=None)[1:], 1.0] for t, lse in sums.items()}
+        row["logsumexp"] = {
+            t: [*spread(conversation, lse, 1.0, first=None)[1:], 1.0] for t, lse in sums.items()
+        }
     return row
 
 
 def vllm(conversation: EncodedConversation, ids: list, logprobs: list, own: list, sums: dict) -> Row:
-    """The token itself comes first in a position's mapping, with its rank where it is not among the likeliest."""
+    """The token itself comes first in a position's mapping, with its rank where it is not among the
+    likeliest.
+    """
     positions = []
-    for token, names, values, logprob in zip(conversation.spans.tokens.tolist(), ids, logprobs, own, strict=True):
-        ranked = {name: (value, rank) for rank, (name, value) in enumerate(zip(names, values, strict=True), 1)}
+    for token, names, values, logprob in zip(
+        conversation.spans.tokens.tolist(), ids, logprobs, own, strict=True
+    ):
+        ranked = {
+            name: (value, rank) for rank, (name, value) in enumerate(zip(names, values, strict=True), 1)
+        }
         given = {token: ranked.get(token, (logprob, 4321))} | ranked
         positions.append(
-            {str(name): {"logprob": value, "rank": rank, "decoded_token": "?"} for name, (value, rank) in given.items()}
+            {
+                str(name): {"logprob": value, "rank": rank, "decoded_token": "?"}
+                for name, (value, rank) in given.items()
+            }
         )
     # A prompt position has the conversation's own token, whichever that is.
     prompt = [
@@ -83,4 +100,9 @@ def openai(conversation: EncodedConversation, ids: list, logprobs: list, own: li
     )
 
 
-FORMS: dict[str, Callable[..., Row]] = {"ours": ours, "distill_kit": distill_kit, "vllm": vllm, "openai": openai}
+FORMS: dict[str, Callable[..., Row]] = {
+    "ours": ours,
+    "distill_kit": distill_kit,
+    "vllm": vllm,
+    "openai": openai,
+}

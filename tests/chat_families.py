@@ -1,5 +1,6 @@
-"""Chat templates of the families in use, written down in the shortest form that prints the same text, with the special tokens
-that they print and what is known of each: the token that ends an answer, and where generation begins."""
+"""Chat templates of the families in use, written down in the shortest form that prints the same text, with
+the special tokens that they print and what is known of each: the token that ends an answer, and where
+generation begins."""
 
 import json
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from megatron_fuse.tokenization import load_tokenizer
 
 @dataclass(frozen=True)
 class Family:
-    """template: Jinja. tokens: its special tokens, the first is EOS. stop: what ends an answer. generation: what the generation
-    prompt has beyond the text before a given answer. opening: what a given answer has before it beyond the generation prompt.
-    listed: ends in generation_config.json. bos: the first token of the template's text, where it prints one. calls: how many calls of
-    tools it takes in one turn; 0 if it knows no tools."""
+    """template: Jinja. tokens: its special tokens, the first is EOS. stop: what ends an answer. generation:
+    what the generation prompt has beyond the text before a given answer. opening: what a given answer has
+    before it beyond the generation prompt.
+    listed: ends in generation_config.json. bos: the first token of the template's text, where it prints one.
+    calls: how many calls of tools it takes in one turn; 0 if it knows no tools."""
 
     template: str
     tokens: tuple[str, ...]
@@ -41,10 +43,17 @@ MANY = 100
 
 
 def each(
-    user: str, assistant: str, prompt: str, system: str = "", first: str = "", *, call: str = "", output: str = ""
+    user: str,
+    assistant: str,
+    prompt: str,
+    system: str = "",
+    first: str = "",
+    *,
+    call: str = "",
+    output: str = "",
 ) -> str:
-    """A template that prints one text for each message: m is the message, first comes before all. call, output: of a turn with
-    tool_calls and of a tool's."""
+    """A template that prints one text for each message: m is the message, first comes before all. call,
+    output: of a turn with tool_calls and of a tool's."""
     refusal = "{{ raise_exception('no system') }}"
     if call:
         assistant = "{% if m['tool_calls'] %}" + call + "{% else %}" + assistant + "{% endif %}"
@@ -69,7 +78,8 @@ BOS = "{{ bos_token }}"
 EOS = "{{ eos_token }}"
 IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LAST_QUERY = "{% set q = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set q.last = loop.index0 %}{% endif %}{% endfor %}"
-# What Qwen3's kind makes of a message: the thought is taken from its own key, or from the text up to </think>.
+# What Qwen3's kind makes of a message: the thought is taken from its own key, or from the text up to
+# </think>.
 THOUGHT = (
     "{% set thought = m['reasoning_content'] or '' %}{% set text = m['content'] %}{% if not thought and '</think>' in text %}"
     "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
@@ -88,7 +98,15 @@ def calls(text: str) -> str:
 
 
 def offered(before: str, each_tool: str, after: str) -> str:
-    return "{% if tools %}" + before + "{% for t in tools %}" + each_tool + "{% endfor %}" + after + "{% endif %}"
+    return (
+        "{% if tools %}"
+        + before
+        + "{% for t in tools %}"
+        + each_tool
+        + "{% endfor %}"
+        + after
+        + "{% endif %}"
+    )
 
 
 HERMES_CALLS = calls('\n<tool_call>\n{"name": "' + NAME + '", "arguments": ' + ARGUMENTS + "}\n</tool_call>")
@@ -97,18 +115,29 @@ HERMES_OUTPUT = (
     + LAST_OUTPUT + "<|im_end|>\n{% endif %}"
 )  # fmt: skip
 HERMES_CALL = (
-    "<|im_start|>assistant{% if m['content'] %}\n{{ m['content'] }}{% endif %}" + HERMES_CALLS + "<|im_end|>\n"
+    "<|im_start|>assistant{% if m['content'] %}\n{{ m['content'] }}{% endif %}"
+    + HERMES_CALLS
+    + "<|im_end|>\n"
 )
 HERMES_TOOLS = offered("# Tools\n<tools>", "\n{{ t | tojson }}", "\n</tools>")
 
 
 def hermes_system(default: str = "") -> tuple[str, str]:
-    """(text for a system message, text before all messages): tools lie behind the system message, in the same turn."""
-    given = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}" + default + "{% endif %}"
+    """(text for a system message, text before all messages): tools lie behind the system message, in the
+    same turn.
+    """
+    given = (
+        "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+        + default
+        + "{% endif %}"
+    )
     whole = "{% if tools %}" + f"<|im_start|>system\n{given}\n\n{HERMES_TOOLS}<|im_end|>\n"
     if default:
         whole += "{% elif messages[0]['role'] != 'system' %}" + f"<|im_start|>system\n{default}<|im_end|>\n"
-    return "{% if not tools %}<|im_start|>system\n{{ m['content'] }}<|im_end|>\n{% endif %}", whole + "{% endif %}"
+    return (
+        "{% if not tools %}<|im_start|>system\n{{ m['content'] }}<|im_end|>\n{% endif %}",
+        whole + "{% endif %}",
+    )
 
 
 def im(role: str, content: str = C) -> str:
@@ -241,7 +270,8 @@ FAMILIES = {
         generation="<think>\n",
         opening="<think>\n\n</think>\n\n",
     ),
-    "smollm3": Family(  # without thinking: its generation prompt has the empty thought, as the finished conversation
+    # Without thinking: its generation prompt has the empty thought, as the finished conversation.
+    "smollm3": Family(
         each(
             im("user"),
             im("assistant", "<think>\n\n</think>\n" + C),
@@ -282,7 +312,8 @@ FAMILIES = {
         "</s>",
         bos="<s>",
     ),
-    "mistral 3 with tools": Family(  # the tools come before the last question; ids of calls have nine characters
+    # The tools come before the last question; ids of calls have nine characters.
+    "mistral 3 with tools": Family(
         each(
             "{% if loop.index0 == q.last and tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
             f"[INST]{C}[/INST]",
@@ -324,7 +355,8 @@ FAMILIES = {
         "<|im_end|>",
     ),
     "deepseek v3": Family(each(f"<｜User｜>{C}", f"<｜Assistant｜>{C}{END}", "<｜Assistant｜>", C, BOS), DEEPSEEK, END, bos=DEEPSEEK[1]),
-    "deepseek v3.1": Family(  # without thinking: both begin behind the end of a thought, but none behind an output
+    # Without thinking: both begin behind the end of a thought, but none behind an output.
+    "deepseek v3.1": Family(
         each(
             f"<｜User｜>{C}",
             "{% if messages[loop.index0 - 1]['role'] != 'tool' %}<｜Assistant｜></think>{% endif %}" + C + END,
@@ -339,7 +371,8 @@ FAMILIES = {
         bos=DEEPSEEK[1],
         calls=MANY,
     ),
-    "deepseek v3, calls as text": Family(  # arguments are glued to text; calls are printed where the content is null
+    # Arguments are glued to text; calls are printed where the content is null.
+    "deepseek v3, calls as text": Family(
         each(
             f"<｜User｜>{C}",
             f"<｜Assistant｜>{C}{END}",

@@ -16,7 +16,8 @@ from rank_pool import WITHOUT_GPU, RankPool
 
 from megatron_fuse.recipe import Recipe
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; children would inherit it
+# In the background of a shell; children would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A case has no deadline: how long it takes depends on what else the machine does.
@@ -30,8 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     Before anything asks CUDA, or imports triton, which reads TRITON_INTERPRET then.
     """
     kernels = Path(__file__).parent / "kernels"
-    of_kernels = config.args and all(kernels in (path := place_of(argument), *path.parents) for argument in config.args)
-    visible = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    of_kernels = config.args and all(
+        kernels in (path := place_of(argument), *path.parents) for argument in config.args
+    )
+    visible = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in (
+        "",
+        "-1",
+    )
     if not (of_kernels and visible):
         os.environ.update(WITHOUT_GPU)
 
@@ -43,7 +49,10 @@ def place_of(argument: str) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Imports make millions of objects that stay. The collector would look through them again and again, a second each time."""
+    """Imports make millions of objects that stay.
+
+    The collector would look through them again and again, a second each time.
+    """
     gc.disable()
     try:
         return (yield)
@@ -91,7 +100,9 @@ def ranks(cache: None) -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def apart(cache: None) -> Iterator[Callable[..., Any]]:
-    """apart(function, *arguments): its result, of a process of its own, for what changes torch for the rest of a process's life."""
+    """apart(function, *arguments): its result, of a process of its own, for what changes torch for the
+    rest of a process's life.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 

@@ -33,23 +33,30 @@ class KillableRanks:
         self.context = forked()
         self.sessions: list[int] = []  # of all jobs; a session's number is its leader's process id
 
-    def run(self, world_size: int, workdir: Path, function: Callable, *arguments: Any, **options: Any) -> list[int]:
+    def run(
+        self, world_size: int, workdir: Path, function: Callable, *arguments: Any, **options: Any
+    ) -> list[int]:
         """start and wait."""
         return self.wait(self.start(world_size, workdir, function, *arguments), **options)
 
     def start(
         self, world_size: int, workdir: Path, function: Callable, *arguments: Any, torchrun: bool = False
     ) -> list[Any]:
-        """function(rank, *arguments) on every rank, which prints to WORKDIR/output-RANK.txt. Returns a process for each rank.
+        """function(rank, *arguments) on every rank, which prints to WORKDIR/output-RANK.txt. Returns a
+        process for each rank.
 
-        A UserError ends a rank with exit code 2. torchrun: under torch's own agent, whose process is then the only one returned.
+        A UserError ends a rank with exit code 2. torchrun: under torch's own agent, whose process is then the
+        only one returned.
         """
         port = _free_port()
         workdir.mkdir(exist_ok=True)
         if torchrun:
             plans = [(_run_torchrun, (world_size, port, workdir, function, *arguments))]
         else:
-            plans = [(_run_rank, (rank, world_size, port, workdir, function, *arguments)) for rank in range(world_size)]
+            plans = [
+                (_run_rank, (rank, world_size, port, workdir, function, *arguments))
+                for rank in range(world_size)
+            ]
         children = [self.context.Process(target=target, args=args) for target, args in plans]
         for child in children:
             child.start()
@@ -57,12 +64,15 @@ class KillableRanks:
         return children
 
     def wait(self, children: list[Any], *, hangs_after: float = 900) -> list[int]:
-        """Their exit codes. If one was killed, the others are killed too, as torchrun does it; any other end is waited for.
+        """Their exit codes. If one was killed, the others are killed too, as torchrun does it; any other end
+        is waited for.
 
         hangs_after: seconds without the end of any.
         """
         while running := [child for child in children if child.is_alive()]:
-            assert multiprocessing.connection.wait([child.sentinel for child in running], timeout=hangs_after), "hangs"
+            assert multiprocessing.connection.wait(
+                [child.sentinel for child in running], timeout=hangs_after
+            ), "hangs"
             if any(child.exitcode == -signal.SIGKILL for child in children):
                 for child in running:
                     child.kill()
@@ -93,7 +103,9 @@ class KillableRanks:
         self.sessions.clear()
 
 
-def _run_rank(rank: int, world_size: int, port: int, workdir: Path, function: Callable, *arguments: Any) -> None:
+def _run_rank(
+    rank: int, world_size: int, port: int, workdir: Path, function: Callable, *arguments: Any
+) -> None:
     end_with(os.getppid())  # the server, which ends with the test run
     os.setsid()
     if world_size > 1:

@@ -1,4 +1,6 @@
-"""Servers with OpenAI's interface on localhost: the real one of transformers in a process of its own, and a scripted one for faults."""
+"""Servers with OpenAI's interface on localhost: the real one of transformers in a process of its own, and
+a scripted one for faults.
+"""
 
 import json
 import os
@@ -23,14 +25,25 @@ def free_port() -> int:
 
 
 class RealServer:
-    """`transformers serve` for one model, in fp32 on the CPU. Stopped and started again it has the same address."""
+    """`transformers serve` for one model, in fp32 on the CPU.
+
+    Stopped and started again it has the same address.
+    """
 
     def __init__(self, model: Path, log: Path) -> None:
         self.model, self.log, self.port = model, log, free_port()
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(self.model), "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "transformers.cli.transformers",
+            "serve",
+            str(self.model),
+            "--device",
+            "cpu",
+        ]
         command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(self.port)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as log:
@@ -61,7 +74,8 @@ class RealServer:
 
 @dataclass
 class Act:
-    """What a scripted server does with a request: status, headers and JSON, or text; or it drops the connection.
+    """What a scripted server does with a request: status, headers and JSON, or text; or it drops the
+    connection.
 
     write: writes everything, status line included, and the connection ends.
     """
@@ -93,7 +107,9 @@ class Asked:
 
 
 class ScriptedServer:
-    """Does with every completion request what `script` says, and remembers what was asked and how much of it at once."""
+    """Does with every completion request what `script` says, and remembers what was asked and how much of
+    it at once.
+    """
 
     def __init__(self, script: Callable[[Asked], Act], models: Act | None = None) -> None:
         self.script, self.models = script, models or Act({"data": [{"id": "small"}]})
@@ -150,7 +166,9 @@ class ScriptedServer:
 @contextmanager
 def scripted(script: Callable[[Asked], Act], models: Act | None = None) -> Iterator[ScriptedServer]:
     server = ScriptedServer(script, models)
-    thread = threading.Thread(target=server._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield server

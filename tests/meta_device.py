@@ -1,7 +1,9 @@
-"""A GPU without values: Megatron's "cuda" is torch's "meta" device, so that a whole training step runs in shapes alone.
+"""A GPU without values: Megatron's "cuda" is torch's "meta" device, so that a whole training step runs in
+shapes alone.
 
-A tensor that is made on the CPU in the place of the GPU meets tensors of "meta" in the step, which is refused; whatever asks for a
-value, as `.item()` does, fails. So a step that passes leaves nothing on the CPU and does not wait for the GPU.
+A tensor that is made on the CPU in the place of the GPU meets tensors of "meta" in the step, which is
+refused; whatever asks for a value, as `.item()` does, fails. So a step that passes leaves nothing on the CPU
+and does not wait for the GPU.
 """
 
 import contextlib
@@ -15,7 +17,10 @@ META = torch.device("meta")
 _COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast")
 
 # Names that Megatron's gradient buffer has given two of them.
-_ALIASES = {"dist_reduce_scatter_func": "reduce_scatter_tensor", "dist_all_gather_func": "all_gather_into_tensor"}
+_ALIASES = {
+    "dist_reduce_scatter_func": "reduce_scatter_tensor",
+    "dist_all_gather_func": "all_gather_into_tensor",
+}
 
 
 class _Done:

@@ -1,10 +1,11 @@
 """A GPU for tests on a machine without one: a device "pretend", whose tensors compute on the CPU.
 
-Within `pretend_device()` every factory and every `.to` that names the device makes such a tensor. As on a GPU, an operation on
-tensors of both devices is refused, and so is `.numpy()`. Values are those of the CPU. The choice of kernels cannot be had this way.
+Within `pretend_device()` every factory and every `.to` that names the device makes such a tensor. As on a
+GPU, an operation on tensors of both devices is refused, and so is `.numpy()`. Values are those of the CPU.
+The choice of kernels cannot be had this way.
 
-torch keeps the device for the rest of the process's life, and then treats other tensors otherwise too: only for processes of their
-own (the fixture `apart`).
+torch keeps the device for the rest of the process's life, and then treats other tensors otherwise too: only
+for processes of their own (the fixture `apart`).
 """
 
 import functools
@@ -92,9 +93,13 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     there = [isinstance(tensor, PretendTensor) for tensor in tensors]
     # A number in a tensor of the CPU goes with every device.
     if any(there) and func.overloadpacket not in _BETWEEN_DEVICES:
-        others = [tensor for tensor, is_there in zip(tensors, there, strict=True) if not is_there and tensor.dim()]
+        others = [
+            tensor for tensor, is_there in zip(tensors, there, strict=True) if not is_there and tensor.dim()
+        ]
         if others:
-            raise MixedDevices(f"{func} has tensors of the device and of the CPU: {[list(o.shape) for o in others]}")
+            raise MixedDevices(
+                f"{func} has tensors of the device and of the CPU: {[list(o.shape) for o in others]}"
+            )
     named = [value for value in leaves if isinstance(value, torch.device)]
     result_is_there = named[0].type == _NAME if named else any(there)
     if func.overloadpacket is _aten.copy_:
@@ -122,7 +127,8 @@ def pretend_device() -> Iterator[torch.device]:
     """The device, on which tensors can be made, and to which they can be moved, within the block."""
     device = _register()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter's data cannot become another class
+    # A parameter's data cannot become another class.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with _DeviceIsThere(), _TensorsFromData():
             yield device

@@ -1,4 +1,5 @@
-"""A pool of ranks, started once per test run, from a server that has imported the large libraries once for all of them.
+"""A pool of ranks, started once per test run, from a server that has imported the large libraries once for
+all of them.
 
 In a module of its own, since the workers import it by name, and `conftest` is the name of several files.
 """
@@ -29,7 +30,9 @@ WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 def forked() -> ForkServerContext:
-    """Where processes come from that have LIBRARIES at once, without a GPU: forks of one server, which ends with the test run."""
+    """Where processes come from that have LIBRARIES at once, without a GPU: forks of one server, which
+    ends with the test run.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with patch.dict(os.environ, WITHOUT_GPU):
@@ -55,10 +58,13 @@ def _next_task(tasks: Any) -> Any:
 
 
 def _serve(tasks: Any, results: Any) -> None:
-    """A worker: for each task it becomes one rank of a world, calls the function, and leaves the world again."""
+    """A worker: for each task it becomes one rank of a world, calls the function, and leaves the world
+    again.
+    """
     import torch
 
-    gc.freeze()  # else Megatron, which collects garbage at every save, looks through all imported modules each time
+    # Else Megatron, which collects garbage at every save, looks through all imported modules each time.
+    gc.freeze()
     torch.set_num_threads(1)
     while (task := _next_task(tasks)) is not None:
         rank, world_size, port, function, arguments = task
@@ -77,25 +83,31 @@ def _serve(tasks: Any, results: Any) -> None:
             from megatron_fuse.runtime import stop_runtime
 
             stop_runtime()
-            # Else the cycles among Megatron's objects keep process groups, whose threads of gloo wake up a hundred times a second.
+            # Else the cycles among Megatron's objects keep process groups, whose threads of gloo wake up a
+            # hundred times a second.
             gc.collect()
 
 
 class RankPool:
     """ranks(world_size, function, *arguments) -> the function's result on every rank, in order of rank.
 
-    function is a module-level function; it calls `megatron_fuse.runtime.start_runtime`, or torch.distributed itself.
+    function is a module-level function; it calls `megatron_fuse.runtime.start_runtime`, or torch.distributed
+    itself.
     """
 
     def __init__(self) -> None:
         context = forked()
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(MOST_RANKS)]
-        self.workers = [context.Process(target=_serve, args=(t, self.results), daemon=False) for t in self.tasks]
+        self.workers = [
+            context.Process(target=_serve, args=(t, self.results), daemon=False) for t in self.tasks
+        ]
         for worker in self.workers:
             worker.start()
 
-    def __call__(self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600) -> list[Any]:
+    def __call__(
+        self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600
+    ) -> list[Any]:
         port = _free_port()
         for rank in range(world_size):
             self.tasks[rank].put((rank, world_size, port, function, arguments))
@@ -106,7 +118,8 @@ class RankPool:
             except queue.Empty:
                 self.close()
                 pytest.exit(
-                    f"ranks {set(range(world_size)) - set(answers)} gave no answer in {timeout} s", returncode=3
+                    f"ranks {set(range(world_size)) - set(answers)} gave no answer in {timeout} s",
+                    returncode=3,
                 )
             if error:
                 # The other ranks hang in their collectives: only a new pool is clean.
@@ -117,7 +130,8 @@ class RankPool:
         return [answers[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        # Told to end, a worker takes the process along that collects the results of Megatron's checkpoint writers.
+        # Told to end, a worker takes the process along that collects the results of Megatron's checkpoint
+        # writers.
         for tasks in self.tasks:
             tasks.put(None)
         for worker in self.workers:

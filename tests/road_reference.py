@@ -1,6 +1,7 @@
-"""A second reading of the definitions from conversation to fusion document, for tests: one conversation at a time, in plain Python
-and fp64. It shares with the library nothing but the models and the files of the tokenizers: templates are written out, bytes come
-from the pieces, every probability from a full softmax. What becomes of a row in the target's tokens is in road_reference_rows.py.
+"""A second reading of the definitions from conversation to fusion document, for tests: one conversation at a
+time, in plain Python and fp64. It shares with the library nothing but the models and the files of the
+tokenizers: templates are written out, bytes come from the pieces, every probability from a full softmax. What
+becomes of a row in the target's tokens is in road_reference_rows.py.
 """
 
 import math
@@ -22,11 +23,14 @@ SYSTEM = (
 )
 
 
-# --- the families: how each cuts a conversation into ids, and which bytes an id stands for --------------------------------
+# --- the families: how each cuts a conversation into ids, and which bytes an id stands for
+# --------------------------------
 
 
 class SentencePieceSide:
-    """A SentencePiece model with byte fallback, a dummy prefix after every special token, and Vicuna's template."""
+    """A SentencePiece model with byte fallback, a dummy prefix after every special token, and Vicuna's
+    template.
+    """
 
     separator = b" "
 
@@ -46,7 +50,9 @@ class SentencePieceSide:
                 self.pieces.append(bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode())
 
     def cut(self, text: str) -> list[int]:
-        """Of a text that goes on; the library takes a literal U+2581 for a space, so its bytes are written out."""
+        """Of a text that goes on; the library takes a literal U+2581 for a space, so its bytes are written
+        out.
+        """
         between = [self.whole.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         parts = [self.plain.encode(part) for part in text.split("▁")]
         return [token for n, part in enumerate(parts) for token in (between if n else []) + part]
@@ -70,13 +76,16 @@ class AlpacaSide(SentencePieceSide):
         if not first:
             return [], f"\n\n{text}"
         default = (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request."
         )
         return [self.whole.bos_id()], f"{default if system is None else system}\n\n{text}"
 
 
 class LossySide(SentencePieceSide):
-    """T5's manner: NFKC, runs of white space become one space, an unknown token instead of bytes, no BOS; Vicuna's template."""
+    """T5's manner: NFKC, runs of white space become one space, an unknown token instead of bytes, no BOS;
+    Vicuna's template.
+    """
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -89,10 +98,12 @@ class LossySide(SentencePieceSide):
         return self.plain.encode(text)
 
     def cut_normalized(self, text: str) -> list[tuple[int, int, bool]]:
-        """Of a text that begins with a space: (id, the byte at which it ends, whether it is not the bytes up to there).
+        """Of a text that begins with a space: (id, the byte at which it ends, whether it is not the bytes up
+        to there).
 
-        What is normalised together (white space, a letter with its marks) has no places inside. Tokens that meet at such a place
-        are all lossy, and all but the last of them empty; white space at the end, which is dropped, is the last token's.
+        What is normalised together (white space, a letter with its marks) has no places inside. Tokens that
+        meet at such a place are all lossy, and all but the last of them empty; white space at the end, which
+        is dropped, is the last token's.
         """
         data = text.encode()
         place_of: dict[int, int] = {}  # character of the normal form -> byte of the text
@@ -146,7 +157,11 @@ class ByteLevelSide:
         return self.whole.encode(text, add_special_tokens=False).ids
 
     def ask(self, question: str, system: str | None, first: bool) -> tuple[list[int], str]:
-        turns = [f"user\n{question}"] if system is None or not first else [f"system\n{system}", f"user\n{question}"]
+        turns = (
+            [f"user\n{question}"]
+            if system is None or not first
+            else [f"system\n{system}", f"user\n{question}"]
+        )
         newline = self.after_special("\n")
         ids = [] if first else newline
         for turn in turns:
@@ -155,15 +170,16 @@ class ByteLevelSide:
 
 
 Side = SentencePieceSide | ByteLevelSide
-"""What both have: pieces[i], the bytes of id i, None for a special token; stop, the id that ends an answer; separator, the white
-space of the template before an answer that belongs to its first token; cut(text), ids of text that follows other text;
-after_special(text), ids of text between special tokens; ask(question, system, first): ids up to the last special token before
-an answer, and the text between that and the answer."""
+"""What both have: pieces[i], the bytes of id i, None for a special token; stop, the id that ends an answer;
+separator, the white space of the template before an answer that belongs to its first token; cut(text), ids of
+text that follows other text; after_special(text), ids of text between special tokens; ask(question, system,
+first): ids up to the last special token before an answer, and the text between that and the answer."""
 
 
 @dataclass
 class Token:
-    """A supervised token. It stands for bytes [begin, end) of `Conversation.text`, of which the stop token has the zero byte.
+    """A supervised token. It stands for bytes [begin, end) of `Conversation.text`, of which the stop token
+    has the zero byte.
     leads: it is the first after the template's white space; lossy: it does not spell these bytes."""
 
     id: int
@@ -177,7 +193,8 @@ class Token:
 
 @dataclass
 class Conversation:
-    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after each;
+    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after
+    each;
     answers: how many these are."""
 
     ids: list[int]
@@ -209,10 +226,14 @@ def converse(side: Side, turns: Sequence[Turn], system: str | None = None) -> Co
         if turn.supervised:
             ids += [*opening, *side.after_special(before)]
             offset = read = len(text) - len(side.separator)
-            for n, (token, end, lossy) in enumerate(cut_answer(side, before, side.separator.decode() + turn.answer)):
+            for n, (token, end, lossy) in enumerate(
+                cut_answer(side, before, side.separator.decode() + turn.answer)
+            ):
                 begin, read = read, offset + end
                 leads = n == 0 and bool(side.separator)
-                tokens.append(Token(token, len(ids), max(begin, len(text)), max(read, len(text)), leads, lossy=lossy))
+                tokens.append(
+                    Token(token, len(ids), max(begin, len(text)), max(read, len(text)), leads, lossy=lossy)
+                )
                 ids.append(token)
             text += turn.answer.encode() + b"\0"
             if turn.stop:
@@ -226,8 +247,8 @@ def converse(side: Side, turns: Sequence[Turn], system: str | None = None) -> Co
 def cut_answer(side: Side, before: str, answer: str) -> list[tuple[int, int, bool]]:
     """(id, the byte at which it ends, whether it is lossy) of an answer behind this part of its prompt.
 
-    It is cut as it follows the prompt; where that changes the prompt's tokens, or other bytes than the answer's come of it, by
-    itself; and where its bytes cannot be had, in its normal form.
+    It is cut as it follows the prompt; where that changes the prompt's tokens, or other bytes than the
+    answer's come of it, by itself; and where its bytes cannot be had, in its normal form.
     """
     prompt, joint = side.after_special(before), side.after_special(before + answer)
     together = joint[: len(prompt)] == prompt
@@ -238,12 +259,15 @@ def cut_answer(side: Side, before: str, answer: str) -> list[tuple[int, int, boo
     return side.cut_normalized(answer)
 
 
-# --- capture: full softmax over every logit --------------------------------------------------------------------------------
+# --- capture: full softmax over every logit
+# --------------------------------------------------------------------------------
 
 
 @dataclass
 class Row:
-    """logp_1, logp_t [v]: fp64 log-probabilities at T = 1 and at the KL temperature; stored: ids that capture keeps."""
+    """logp_1, logp_t [v]: fp64 log-probabilities at T = 1 and at the KL temperature; stored: ids that
+    capture keeps.
+    """
 
     logp_1: np.ndarray
     logp_t: np.ndarray
@@ -269,10 +293,13 @@ def read(model: torch.nn.Module, conversation: Conversation) -> list[Row]:
 
 def cross_entropy(conversation: Conversation, rows: list[Row]) -> float:
     """Over the bytes of the answers: without the stop tokens."""
-    return -sum(row.logp_1[token.id] for token, row in zip(conversation.tokens, rows, strict=True) if not token.stop)
+    return -sum(
+        row.logp_1[token.id] for token, row in zip(conversation.tokens, rows, strict=True) if not token.stop
+    )
 
 
-# --- the choice between sources ---------------------------------------------------------------------------------------------
+# --- the choice between sources
+# ---------------------------------------------------------------------------------------------
 
 
 def least(ce: list[float], all_read: list[bool]) -> int:
@@ -283,7 +310,10 @@ def least(ce: list[float], all_read: list[bool]) -> int:
 def vote(texts: list[str], scores: np.ndarray, strongest: int) -> int | None:
     """scores [sources, reward models]"""
     able = [i for i, text in enumerate(texts) if text.strip()]
-    best = {t: np.max([scores[i] for i in able if texts[i] == t], 0) for t in dict.fromkeys(texts[i] for i in able)}
+    best = {
+        t: np.max([scores[i] for i in able if texts[i] == t], 0)
+        for t in dict.fromkeys(texts[i] for i in able)
+    }
     votes = dict.fromkeys(best, 0)
     for model in range(scores.shape[1]):
         votes[max(best, key=lambda text: best[text][model])] += 1  # max takes the first of equals

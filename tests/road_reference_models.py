@@ -1,4 +1,6 @@
-"""The small world of test_road_reference.py: what its conversations say, and three models that read them, of three families."""
+"""The small world of test_road_reference.py: what its conversations say, and three models that read them,
+of three families.
+"""
 
 from collections import defaultdict
 from itertools import pairwise
@@ -32,7 +34,9 @@ TEXTS = [
 
 
 def level_tokenizer() -> PreTrainedTokenizerFast:
-    """Its tokens go from the middle of a word into the next, so that they begin and end inside the others' often."""
+    """Its tokens go from the middle of a word into the next, so that they begin and end inside the others'
+    often.
+    """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -86,8 +90,8 @@ def save_models(root: Path) -> None:
 
 
 def liken_by_beginning(weight: torch.Tensor, pieces: list[bytes | None]) -> None:
-    """weight [v, h]. Tokens that begin with the same bytes become likely together, as they are to a model that can spell. Special
-    tokens and columns that are no token's are like a space, so that they turn up."""
+    """weight [v, h]. Tokens that begin with the same bytes become likely together, as they are to a model
+    that can spell. Special tokens and columns that are no token's are like a space, so that they turn up."""
     size = weight.shape[1]
     vector_of: dict[bytes, torch.Tensor] = defaultdict(lambda: torch.randn(size))
     for token in range(len(weight)):

@@ -1,4 +1,6 @@
-"""The other half of road_reference.py: what a source's rows say about the target's tokens, one row at a time."""
+"""The other half of road_reference.py: what a source's rows say about the target's tokens, one row at a
+time.
+"""
 
 import math
 from collections import defaultdict
@@ -51,7 +53,9 @@ def teacher_row(pair: Pair, number: int) -> tuple[str, Mass]:
 
 
 def aligned(theirs: Conversation, ours: Conversation, number: int) -> int | None:
-    """The source's row that has read the same bytes; of several that have, counted from the last backwards."""
+    """The source's row that has read the same bytes; of several that have, counted from the last
+    backwards.
+    """
     begin = ours.tokens[number].begin
     same = [i for i, token in enumerate(theirs.tokens) if token.begin == begin]
     later = sum(token.begin == begin for token in ours.tokens[number + 1 :])
@@ -75,7 +79,9 @@ def projected(pair: Pair, place: int, label: Token) -> Mass:
 
 
 def conditioned(pair: Pair, place: int, label: Token) -> Mass:
-    """The source's row at this place, inside whose token the label begins, given the bytes of it that have been read."""
+    """The source's row at this place, inside whose token the label begins, given the bytes of it that have
+    been read.
+    """
     row, first = pair.rows[place], pair.theirs.tokens[place]
     read = pair.theirs.text[first.begin : label.begin]
     # An id that is no token's, of a model's further columns of logits, says nothing: its mass is the tail's.
@@ -101,7 +107,9 @@ def conditioned(pair: Pair, place: int, label: Token) -> Mass:
 
 
 def label_share(pair: Pair, place: int, end: int) -> float:
-    """f: how likely the source goes on after its token at `place` as the label does, which ends at byte `end`."""
+    """f: how likely the source goes on after its token at `place` as the label does, which ends at byte
+    `end`.
+    """
     f = 1.0
     for token, row in zip(pair.theirs.tokens[place + 1 :], pair.rows[place + 1 :], strict=True):
         if token.begin >= end:
@@ -117,11 +125,13 @@ def label_share(pair: Pair, place: int, end: int) -> float:
     return f
 
 
-# --- from token to token ----------------------------------------------------------------------------------------------------
+# --- from token to token
+# ----------------------------------------------------------------------------------------------------
 
 
 def bytes_of(side: Side, token: int) -> bytes | None:
-    return side.pieces[token] if token < len(side.pieces) else None  # a model has more logits than its tokenizer ids
+    # A model has more logits than its tokenizer ids.
+    return side.pieces[token] if token < len(side.pieces) else None
 
 
 def known_bytes(source: Side, token: int, leads: bool) -> bytes | None:
@@ -140,7 +150,11 @@ def target_token(pair: Pair, token: int, source_leads: bool, target_leads: bool)
         return target.stop
     same_state = not source_leads and not target_leads
     same_state |= source_leads and target_leads and source.separator == target.separator
-    if pair.rules.same_vocabulary and token < len(source.pieces) and (same_state or source.pieces[token] is None):
+    if (
+        pair.rules.same_vocabulary
+        and token < len(source.pieces)
+        and (same_state or source.pieces[token] is None)
+    ):
         return token
     piece = bytes_of(source, token) if same_state else known_bytes(source, token, source_leads)
     if piece is None:
@@ -157,7 +171,9 @@ def piece_for(pair: Pair, text: bytes) -> int | None:
 
 @cache
 def equal_piece(target: Side, text: bytes) -> int | None:
-    """The target token of these bytes; of several the one that the target itself cuts from them, else the first."""
+    """The target token of these bytes; of several the one that the target itself cuts from them, else the
+    first.
+    """
     own, equal = own_cut(target, text), [i for i, piece in enumerate(target.pieces) if piece == text]
     if not equal:
         return None
@@ -166,7 +182,9 @@ def equal_piece(target: Side, text: bytes) -> int | None:
 
 @cache
 def first_piece(target: Side, text: bytes) -> int | None:
-    """The target token of these bytes, else the first that the target cuts off them, else the longest they begin with."""
+    """The target token of these bytes, else the first that the target cuts off them, else the longest they
+    begin with.
+    """
     equal = equal_piece(target, text)
     if equal is not None:
         return equal
@@ -174,7 +192,9 @@ def first_piece(target: Side, text: bytes) -> int | None:
     piece = target.pieces[own[0]] if own else None
     if piece and text.startswith(piece):  # it is neither the unknown token nor a space for a U+2581
         return own[0]
-    longest = max((piece for piece in target.pieces if piece and text.startswith(piece)), key=len, default=None)
+    longest = max(
+        (piece for piece in target.pieces if piece and text.startswith(piece)), key=len, default=None
+    )
     return None if longest is None else first_piece(target, longest)
 
 

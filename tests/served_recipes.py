@@ -18,11 +18,16 @@ KEY = "sk-5ecretOfNobody/+=31"
 
 
 def recipe_for(model: Path, workdir: Path, url: str, /, *, examples: int = 8, **options: Any) -> Recipe:
-    """One model as two sources, `served` and `local`; questions `Q0 ...`, `Q1 ...`, every third with a system message.
+    """One model as two sources, `served` and `local`; questions `Q0 ...`, `Q1 ...`, every third with a system
+    message.
 
-    options: of the server; `stop`, `chat_template` and `directory` are the sources', `responses` and `data` sections of the recipe.
+    options: of the server; `stop`, `chat_template` and `directory` are the sources', `responses` and `data`
+    sections of the recipe.
     """
-    rows = [{"id": f"e{n}", "instruction": f"Q{n}" + " fig" * (n * 7 % 5), "output": "A."} for n in range(examples)]
+    rows = [
+        {"id": f"e{n}", "instruction": f"Q{n}" + " fig" * (n * 7 % 5), "output": "A."}
+        for n in range(examples)
+    ]
     for row in rows[::3]:
         row["system"] = "Be brief."
     workdir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +64,9 @@ def journals(recipe: Recipe) -> list[Path]:
     return sorted((recipe.workdir / "responses/served").glob(".answers-*"))
 
 
-def assert_nowhere(key: str, directory: Path, capfd: pytest.CaptureFixture, error: BaseException | None = None) -> None:
+def assert_nowhere(
+    key: str, directory: Path, capfd: pytest.CaptureFixture, error: BaseException | None = None
+) -> None:
     files = [path for path in directory.rglob("*") if path.is_file()]
     assert files
     assert not [path for path in files if key.encode() in path.read_bytes()]

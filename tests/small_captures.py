@@ -1,4 +1,6 @@
-"""A world for the tests of capture: conversations of several turns in awkward characters, three sources that have answered them."""
+"""A world for the tests of capture: conversations of several turns in awkward characters, three sources
+that have answered them.
+"""
 
 import shutil
 from pathlib import Path
@@ -29,7 +31,10 @@ def world_recipe(root: Path, models: Models, **sections: object) -> Recipe:
 
 
 def build_world(root: Path) -> tuple[Path, Models]:
-    """(root, models): the stages before capture are done, in root/run. Of 13 examples every third has an earlier turn."""
+    """(root, models): the stages before capture are done, in root/run.
+
+    Of 13 examples every third has an earlier turn.
+    """
     models = save_models(root / "models")
     write_data(root)  # the answers, of which some are empty, missing or truncated
     rows = []

@@ -1,5 +1,5 @@
-"""A small world with every stage before fusion data: a target with a SentencePiece-like tokenizer, three sources of three families
-with three tokenizers and templates, answers from a file, scores drawn at random."""
+"""A small world with every stage before fusion data: a target with a SentencePiece-like tokenizer, three
+sources of three families with three tokenizers and templates, answers from a file, scores drawn at random."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ RESPONSES = [
 
 def _save(directory: Path, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Path:
     with torch.no_grad():
-        for parameter in model.parameters():  # wide enough that what a token attends to decides what comes next
+        # Wide enough that what a token attends to decides what comes next.
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.25)
     model.save_pretrained(directory)
@@ -75,9 +76,13 @@ def save_models(root: Path) -> dict[str, Path]:
     return models
 
 
-def fusion_recipe(root: Path, models: dict[str, Path], sources: tuple[str, ...] = SOURCES, **sections: Any) -> Recipe:
+def fusion_recipe(
+    root: Path, models: dict[str, Path], sources: tuple[str, ...] = SOURCES, **sections: Any
+) -> Recipe:
     """A recipe over the data that `write_data` put under root."""
-    options = {name: {"model": str(models[name]), "responses": str(root / f"{name}.jsonl")} for name in sources}
+    options = {
+        name: {"model": str(models[name]), "responses": str(root / f"{name}.jsonl")} for name in sources
+    }
     for name in set(sources) & {"alpha"}:
         options[name]["chat_template"] = "vicuna_v1.1"
     recipe = small_recipe(
@@ -98,7 +103,9 @@ def fusion_recipe(root: Path, models: dict[str, Path], sources: tuple[str, ...] 
 
 
 def write_data(root: Path, examples: int = 13) -> None:
-    """Instructions, and an answer of every source to most of them: some empty, some missing, some the same."""
+    """Instructions, and an answer of every source to most of them: some empty, some missing, some the
+    same.
+    """
     texts = [RESPONSES[n % len(RESPONSES)] for n in range(examples)]
     rows = [
         {"id": f"e{n}", "instruction": f"Question {n}?", "output": text, "category": "abc"[n % 3]}
@@ -128,7 +135,9 @@ def run_before_fusion(recipe: Recipe, seed: int = 11) -> None:
                 examples = len(
                     Path(recipe.workdir / f"instructions/examples.{index:05d}.jsonl").read_text().splitlines()
                 )
-                np.save(prefix.with_name(prefix.name + ".npy"), random.integers(0, 3, examples).astype(np.float32))
+                np.save(
+                    prefix.with_name(prefix.name + ".npy"), random.integers(0, 3, examples).astype(np.float32)
+                )
                 return {}
 
             run_plan(Context(recipe).plan(SCORES, source, reward_model), draw)

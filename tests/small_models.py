@@ -1,4 +1,6 @@
-"""Tokenizers and random models of three architectures, small enough to make for a test, and recipes that use them."""
+"""Tokenizers and random models of three architectures, small enough to make for a test, and recipes that
+use them.
+"""
 
 import json
 from pathlib import Path
@@ -19,10 +21,15 @@ from transformers import (
 
 from megatron_fuse.recipe import Recipe, make_recipe
 
-TEXT = ["The quick brown fox jumps over the lazy dog.", "What is 12 + 30? It is 42.", "Sort: pear, apple, fig."]
+TEXT = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What is 12 + 30? It is 42.",
+    "Sort: pear, apple, fig.",
+]
 SPECIALS = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 FAMILIES = ("llama", "mpt", "gpt_neox")
@@ -49,9 +56,18 @@ def save_tokenizer(directory: Path, vocab_size: int = 300, pad: str = "<|pad|>")
 
 
 def save_model(
-    directory: Path, family: str, *, seed: int = 0, positions: int = 128, reward: bool = False, **tokenizer: object
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    positions: int = 128,
+    reward: bool = False,
+    **tokenizer: object,
 ) -> Path:
-    """A random model with its tokenizer. Its logits have more columns than the tokenizer has ids, as real ones do."""
+    """A random model with its tokenizer.
+
+    Its logits have more columns than the tokenizer has ids, as real ones do.
+    """
     vocab_size = save_tokenizer(directory, **tokenizer) + 5
     labels = {"num_labels": 1} if reward else {}
     if family == "llama":
@@ -59,7 +75,9 @@ def save_model(
         config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=positions, **sizes, **labels)
         kinds = LlamaForCausalLM, LlamaForSequenceClassification
     elif family == "mpt":
-        config = MptConfig(vocab_size=vocab_size, max_seq_len=positions, d_model=32, n_heads=4, n_layers=2, **labels)
+        config = MptConfig(
+            vocab_size=vocab_size, max_seq_len=positions, d_model=32, n_heads=4, n_layers=2, **labels
+        )
         kinds = MptForCausalLM, MptForSequenceClassification
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,14 +87,17 @@ def save_model(
     torch.manual_seed(seed)
     model = kinds[reward](config)
     with torch.no_grad():
-        for parameter in model.parameters():  # wide enough that what a token attends to decides what comes next
+        # Wide enough that what a token attends to decides what comes next.
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.25)
     model.save_pretrained(directory)
     return directory
 
 
-def small_recipe(workdir: Path, data: Path, target: Path, sources: dict[str, object], /, **sections: object) -> Recipe:
+def small_recipe(
+    workdir: Path, data: Path, target: Path, sources: dict[str, object], /, **sections: object
+) -> Recipe:
     """A recipe in fp32. sources: name -> directory, or -> options of its own."""
     named = {
         name: {"dtype": "fp32", **(value if isinstance(value, dict) else {"model": str(value)})}

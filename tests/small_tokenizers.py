@@ -23,12 +23,19 @@ KINDS = ["sentencepiece", "llama_json", "llama_metaspace", "byte_level", "tiktok
 EXACT_KINDS = [*KINDS, "sentencepiece_unigram", "o200k", "llama3"]  # that spell every text
 LOSSY_KINDS = ["t5", "t5_json", "t5_json_metaspace"]  # that normalise it and have an unknown token
 
-_WORDS = "sure international internationalization nation station the then hello world user assistant answer is café"
+_WORDS = (
+    "sure international internationalization nation station the then hello world user assistant answer "
+    "is café"
+)
 CORPUS = [
-    f"{a} {b}, {c} 123 45\n  {b}{a}" for a in _WORDS.split() for b in _WORDS.split() for c in ("été", "日本", "x")
+    f"{a} {b}, {c} 123 45\n  {b}{a}"
+    for a in _WORDS.split()
+    for b in _WORDS.split()
+    for c in ("été", "日本", "x")
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -66,7 +73,9 @@ def hugging_face(kind: str) -> PreTrainedTokenizerFast:
 
 @cache
 def sentencepiece_model(model_type: str, byte_fallback: bool, **options) -> bytes:
-    """A SentencePiece model; with byte_fallback in Llama-2's manner, else with T5's normalisation and no fallback."""
+    """A SentencePiece model; with byte_fallback in Llama-2's manner, else with T5's normalisation and no
+    fallback.
+    """
     llama = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -111,8 +120,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def llama_json(metaspace: bool = False) -> PreTrainedTokenizerFast:
-    """Llama-2's tokenizer.json: BPE with byte fallback, BOS by the post-processor, and the dummy prefix by the
-    normaliser, before every part of a text between special tokens, or by a pre-tokenizer, at the beginning only."""
+    """Llama-2's tokenizer.json: BPE with byte fallback, BOS by the post-processor, and the dummy prefix by
+    the normaliser, before every part of a text between special tokens, or by a pre-tokenizer, at the
+    beginning only."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=150, show_progress=False))
@@ -120,7 +130,9 @@ def llama_json(metaspace: bool = False) -> PreTrainedTokenizerFast:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     merges = [tuple(merge) for merge in model["merges"]]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     if metaspace:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
@@ -130,7 +142,9 @@ def llama_json(metaspace: bool = False) -> PreTrainedTokenizerFast:
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @cache
@@ -152,7 +166,9 @@ def rank_file(kind: str) -> bytes:
         trained.train_from_iterator([*CORPUS, *(line.title() for line in CORPUS)], trainer)
         vocabulary = trained.get_vocab()
     table = byte_level_table()
-    pieces = sorted((i, bytes(table[c] for c in piece)) for piece, i in vocabulary.items() if "|>" not in piece)
+    pieces = sorted(
+        (i, bytes(table[c] for c in piece)) for piece, i in vocabulary.items() if "|>" not in piece
+    )
     lines = [base64.b64encode(piece) + f" {rank}".encode() for rank, (_, piece) in enumerate(pieces)]
     return b"\n".join(lines) + b"\n"
 
@@ -164,7 +180,9 @@ def t5_model() -> bytes:
 
 @cache
 def t5_json(metaspace: bool = False) -> PreTrainedTokenizerFast:
-    """The same as a tokenizer.json: runs of spaces end by splitting at white space, as T5's, or in the normaliser, as mT5's."""
+    """The same as a tokenizer.json: runs of spaces end by splitting at white space, as T5's, or in the
+    normaliser, as mT5's.
+    """
     model = sentencepiece_model_pb2.ModelProto.FromString(t5_model())
     pieces = [(entry.piece, entry.score) for entry in model.pieces]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
@@ -175,7 +193,11 @@ def t5_json(metaspace: bool = False) -> PreTrainedTokenizerFast:
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
     else:
         backend.normalizer = normalizer
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        )
     backend.decoder = decoders.Metaspace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )

@@ -32,7 +32,8 @@ _FRAGMENTS += [
     "hello",
     " world's",
 ]
-# What NFKC makes longer (ligature, kiloton square, Roman digit), shorter (Jamo) or what it drops (a control, ZWSP)
+# What NFKC makes longer (ligature, kiloton square, Roman digit), shorter (Jamo) or what it drops (a control,
+# ZWSP)
 _FRAGMENTS += ["ﬁ", "㌔", "Ⅷ", "½", "\u1100\u1161\u11a8", "\x01", "\u200b", "ｈｅｌｌｏ", "ſ"]
 # Sequences of several characters that are one on the screen
 _FRAGMENTS += [

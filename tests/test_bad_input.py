@@ -1,4 +1,6 @@
-"""What a user gets wrong is answered by one message with file, line or key and the fix, by exit code 2, and by no half-written file."""
+"""What a user gets wrong is answered by one message with file, line or key and the fix, by exit code 2,
+and by no half-written file.
+"""
 
 import json
 import random
@@ -38,7 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(root / name, family, seed=seed)
     save_model(root / "reward", "llama", reward=True)
     write_rows(
-        root / "data.jsonl", [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}."} for i in range(4)]
+        root / "data.jsonl",
+        [{"instruction": f"Add {i} and 1.", "output": f"That is {i + 1}."} for i in range(4)],
     )
     recipe = {
         "workdir": str(root / "work"),
@@ -107,12 +110,16 @@ def edit_arrays(path: Path, **at_zero: float) -> None:
     [
         (b"workdir: caf\xe9\n", "not valid YAML: 'utf-8' codec"),  # Latin-1
         (b"", "this file is empty"),
-        (b"sources:\n  a: {model: x}\n  a: {model: y}\n", ":3: the key 'a' is given twice"),  # would lose a source
+        # Would lose a source.
+        (b"sources:\n  a: {model: x}\n  a: {model: y}\n", ":3: the key 'a' is given twice"),
         (b"sources: [a, b]\n", "sources: must be a mapping of keys"),
         (b"training: {lr: .inf}\n", "training.lr: Input should be a finite number"),
         (b"training: {lr: 0.1, min_lr: 0.2}\n", "min_lr .0.2. is above lr .0.1."),
         (b"training: {adam_beta1: 1.0}\n", "training.adam_beta1: Input should be less than 1"),
-        (b"parallel: {virtual_pipeline_model_parallel_size: 2}\n", "needs pipeline_model_parallel_size of at least 2"),
+        (
+            b"parallel: {virtual_pipeline_model_parallel_size: 2}\n",
+            "needs pipeline_model_parallel_size of at least 2",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
@@ -140,22 +147,36 @@ def change_config(root: Path, **changes: object) -> None:
             "3 does not divide num_attention_heads .4. of .*alpha",
         ),
         (lambda root: None, ["--pipeline-model-parallel-size", 5], "5 does not divide num_hidden_layers"),
-        (lambda root: None, ["--seq-length", 500], "--seq-length 500 is longer than max_position_embeddings .128."),
+        (
+            lambda root: None,
+            ["--seq-length", 500],
+            "--seq-length 500 is longer than max_position_embeddings .128.",
+        ),
         (lambda root: None, ["--target-model", "beta"], "class MptForCausalLM is not supported"),
-        (other_tokenizer, [], "target.model: the tokenizer has ids up to .*The tokenizer belongs to another model"),
+        (
+            other_tokenizer,
+            [],
+            "target.model: the tokenizer has ids up to .*The tokenizer belongs to another model",
+        ),
         (
             lambda root: (root / "t.jinja").write_bytes(b"\xff\xfe"),
             ["--target-chat-template", "t.jinja"],
             "not UTF-8 text",
         ),
-        (lambda root: (root / "t.jinja").write_text("{{ 1 / 0 }}"), ["--target-chat-template", "t.jinja"], "by zero"),
+        (
+            lambda root: (root / "t.jinja").write_text("{{ 1 / 0 }}"),
+            ["--target-chat-template", "t.jinja"],
+            "by zero",
+        ),
         (
             lambda root: (root / "data.jsonl").write_text("[" * 9999 + "]" * 9999),
             [],
             "data.jsonl:1: element 1 is not valid JSON",
         ),
         (
-            lambda root: (root / "data.jsonl").write_bytes(b'{"instruction": "Q"}\n{"instruction": "caf\xe9"}\n'),
+            lambda root: (root / "data.jsonl").write_bytes(
+                b'{"instruction": "Q"}\n{"instruction": "caf\xe9"}\n'
+            ),
             [],
             "data.jsonl:2: not valid JSON .'utf-8' codec can't decode byte 0xe9",
         ),
@@ -219,6 +240,7 @@ def test_a_broken_model_is_named_and_a_mended_one_goes_on(
         other_tokenizer(world)
     shutil.rmtree(world / "work/responses/alpha")
     before = files(world)
+    # Not what is damaged.
     command = (
         "generate_responses",
         world,
@@ -226,7 +248,7 @@ def test_a_broken_model_is_named_and_a_mended_one_goes_on(
         "alpha",
         "--target-model",
         world / "beta",
-    )  # not what is damaged
+    )
     assert run(*command) == 2
     error = capsys.readouterr().err
     assert messages[damage] in error
@@ -246,8 +268,8 @@ def write_list(path: Path) -> None:
     path.write_text("[]")
 
 
-# damage, file, what is to be made from it, by which command. (Of the files that training maps, a build run again and training
-# look at the sizes alone; `inspect_data.py --verify` reads them.)
+# damage, file, what is to be made from it, by which command. (Of the files that training maps, a build run
+# again and training look at the sizes alone; `inspect_data.py --verify` reads them.)
 DAMAGED = [
     (flip_a_bit, "instructions/examples.00001.jsonl", "responses", "generate_responses"),
     (flip_a_bit, "instructions/examples.00001.jsonl", "captures/beta/training", "capture_teacher"),
@@ -255,7 +277,12 @@ DAMAGED = [
     (flip_a_bit, "responses/beta/shard-00000.jsonl", "captures/beta/inference", "capture_teacher"),
     (flip_a_bit, "scores/beta/reward/shard-00001.npy", "fusion", "build_fusion_data"),
     (flip_a_bit, "captures/beta/training/shard-00001.safetensors", "fusion", "build_fusion_data"),
-    (flip_a_bit, "{fusion}/teachers/beta/training/shard-00000.examples.safetensors", "none", "build_fusion_data"),
+    (
+        flip_a_bit,
+        "{fusion}/teachers/beta/training/shard-00000.examples.safetensors",
+        "none",
+        "build_fusion_data",
+    ),
     (write_list, "instructions/manifest.json", "responses", "generate_responses"),
     (Path.unlink, "instructions/examples.00001.jsonl", "responses", "generate_responses"),
     (Path.unlink, "scores/beta/reward/shard-00000.npy", "fusion", "build_fusion_data"),
@@ -282,16 +309,23 @@ def test_a_damaged_file_is_named_with_the_mend_by_the_stage_that_reads_it(
     (error,) = capsys.readouterr().err.splitlines()
     said = {flip_a_bit: "sha256 .*but the manifest has", halve: "bytes instead of", Path.unlink: "missing"}
     assert re.search(
-        f"{path}: .*{said.get(damage, 'a list instead')}.*Restore (it|the file)[,.] .*run the stage again", error
+        f"{path}: .*{said.get(damage, 'a list instead')}.*Restore (it|the file)[,.] .*run the stage again",
+        error,
     )
     shards = {path.with_name(path.name.split(".")[0] + ".done") for path in work.glob("**/shard-*")}
     assert all(marker.exists() for marker in shards)  # whole, or not there
 
 
-# key of the recipe, its new value, which command finds out, what has to be said. gamma: beta with another tokenizer;
-# delta: beta with other weights. The command has its own work before it: what it makes is removed first.
+# key of the recipe, its new value, which command finds out, what has to be said. gamma: beta with another
+# tokenizer; delta: beta with other weights. The command has its own work before it: what it makes is removed
+# first.
 OTHERWISE = {
-    "target tokenizer": ("target.model", "gamma", "generate_responses", "instructions .*inputs.target tokenizer = "),
+    "target tokenizer": (
+        "target.model",
+        "gamma",
+        "generate_responses",
+        "instructions .*inputs.target tokenizer = ",
+    ),
     "target template": (
         "target.chat_template",
         "alpaca",
@@ -305,14 +339,24 @@ OTHERWISE = {
         "instructions .*inputs.target chat",
     ),
     "tokenizer": ("sources.beta.model", "gamma", "capture_teacher", "responses/beta .*inputs.tokenizer = "),
-    "tokenizer of answers": ("sources.beta.model", "gamma", "score_responses", "responses/beta .*inputs.tokenizer = "),
+    "tokenizer of answers": (
+        "sources.beta.model",
+        "gamma",
+        "score_responses",
+        "responses/beta .*inputs.tokenizer = ",
+    ),
     "tokenizer, late": (
         "sources.beta.model",
         "gamma",
         "build_fusion_data",
         "responses/beta .*inputs.tokenizer = ",
     ),
-    "template": ("sources.beta.chat_template", "alpaca", "capture_teacher", "responses/beta .*inputs.chat format = "),
+    "template": (
+        "sources.beta.chat_template",
+        "alpaca",
+        "capture_teacher",
+        "responses/beta .*inputs.chat format = ",
+    ),
     "template, late": (
         "sources.beta.chat_template",
         "alpaca",
@@ -332,8 +376,18 @@ OTHERWISE = {
         "capture_teacher",
         "responses/alpha .*temperature = 1.0, but now .* 0.5",
     ),
-    "temperature of answers": ("responses.temperature", 0.5, "score_responses", "responses/alpha .*temperature = 1.0"),
-    "KL temperature": ("loss.teacher_temperature", 3.0, "build_fusion_data", r"captures/.*temperatures = \[2.0\], but"),
+    "temperature of answers": (
+        "responses.temperature",
+        0.5,
+        "score_responses",
+        "responses/alpha .*temperature = 1.0",
+    ),
+    "KL temperature": (
+        "loss.teacher_temperature",
+        3.0,
+        "build_fusion_data",
+        r"captures/.*temperatures = \[2.0\], but",
+    ),
 }
 MADE = {"generate_responses": "responses", "score_responses": "scores", "capture_teacher": "captures"}
 
@@ -356,7 +410,9 @@ def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
     capsys.readouterr()
     assert run(tool, world) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    assert re.search(rf"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error)
+    assert re.search(
+        rf"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error
+    )
 
 
 ODD = [
@@ -405,9 +461,8 @@ def test_every_byte_of_a_text_arrives_in_captures_and_fusion_data(tmp_path: Path
     for mode, wanted in (("training", texts), ("inference", answers)):
         captured = Context(recipe).open(CAPTURES, "beta", mode)
         shards = [capture_shard(captured, index) for index in range(captured.manifest["shards"])]
-        read = [
-            shard.spans(n).tokens[:-1] for shard in shards for n in range(len(shard.status))
-        ]  # the last: the stop token
+        # The last: the stop token.
+        read = [shard.spans(n).tokens[:-1] for shard in shards for n in range(len(shard.status))]
         documents = [fusion.document(mode, n, "beta") for n in range(len(texts))]
         learned = [document.tokens[document.supervised][:-1] for document in documents]
         for text, of_source, of_target in zip(wanted, read, learned, strict=True):
@@ -439,7 +494,9 @@ def test_an_error_in_the_first_shard_leaves_nothing_and_in_a_later_one_what_is_w
         assert files(tmp_path) - {"a"} == {f"a/{name}" for name in left}
 
 
-def test_what_the_operating_system_refuses_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_the_operating_system_refuses_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert exit_code(lambda: (tmp_path / "nowhere").read_bytes() and None) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/nowhere: No such file or directory\n"
     with pytest.raises(ConnectionError):  # names no file: nothing that a user can look at
@@ -472,7 +529,11 @@ def test_torchrun_quotes_the_message_once_per_rank(
     ],
 )
 def test_chat_refuses(
-    world: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    world: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
     halve(world / "alpha/model.safetensors")
     monkeypatch.setattr(sys, "argv", ["chat", str(world / "alpha"), "--prompt", "x", *arguments])

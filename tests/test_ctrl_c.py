@@ -1,4 +1,7 @@
-"""Ctrl-C ends every command with 130 and one line, and what the command has started with it. Real processes, real signals."""
+"""Ctrl-C ends every command with 130 and one line, and what the command has started with it.
+
+Real processes, real signals.
+"""
 
 import json
 import os
@@ -40,11 +43,14 @@ def script(path: Path, work: str = "time.sleep(60)") -> Path:
 
 
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:
-    """In a group of its own, as a shell starts it; SIGINT is not ignored, as it is where a test runs in the background."""
+    """In a group of its own, as a shell starts it; SIGINT is not ignored, as it is where a test runs in
+    the background.
+    """
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env={key: value for key, value in os.environ.items() if not key.startswith("MEGATRON_FUSE")} | environment,
+        env={key: value for key, value in os.environ.items() if not key.startswith("MEGATRON_FUSE")}
+        | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -91,14 +97,16 @@ def test_a_command_ends_with_one_line(tmp_path: Path, number: int, code: int) ->
     assert ended(process, pids) == (code, wanted)
 
 
-# A connection or pool that the interrupt breaks raises its own exception; threads and children would be waited for.
+# A connection or pool that the interrupt breaks raises its own exception; threads and children would be
+# waited for.
 @pytest.mark.parametrize(
     "work",
     [
         "\n    try: time.sleep(60)\n    finally: raise RuntimeError('connection closed by peer')",
         "\n    import asyncio\n    async def wait():\n        async with asyncio.TaskGroup() as group:\n"
         "            for _ in range(3): group.create_task(asyncio.sleep(60))\n    asyncio.run(wait())",
-        "\n    import multiprocessing\n    with multiprocessing.get_context('fork').Pool(2) as pool: pool.map(time.sleep, [60, 60])",
+        "\n    import multiprocessing\n    with multiprocessing.get_context('fork').Pool(2) as pool: "
+        "pool.map(time.sleep, [60, 60])",
     ],
     ids=["broken connection", "requests", "pool"],
 )
@@ -191,12 +199,16 @@ time.sleep(60)
 def test_an_experiment_ends_with_all_its_runs(
     tmp_path: Path, reach: Callable[[subprocess.Popen[str], int], None], program: str
 ) -> None:
-    """Scripts are forked, other programs started. Three runs go on side by side; three more wait, and never begin."""
+    """Scripts are forked, other programs started.
+
+    Three runs go on side by side; three more wait, and never begin.
+    """
     said = tmp_path / "said"
     (tmp_path / "measure.py").write_text(MEASURE.format(said=str(said)))
     (tmp_path / "measure.sh").write_text(f"exec {sys.executable} {tmp_path}/measure.py\n")
     (tmp_path / "recipe.yaml").write_text(
-        "{workdir: w, target: {model: t}, sources: {a: {model: a}}, data: {path: d}, schedule: {preset: csft}}"
+        "{workdir: w, target: {model: t}, sources: {a: {model: a}}, data: {path: d}, schedule: {preset: "
+        "csft}}"
     )
     content = {
         "recipe": f"{tmp_path}/recipe.yaml",
@@ -226,7 +238,9 @@ def test_an_experiment_ends_with_all_its_runs(
 def test_the_first_rank_of_torchrun_speaks_alone(
     tmp_path: Path, reach: Callable[[subprocess.Popen[str], int], None]
 ) -> None:
-    process = start("-m", "megatron_fuse.torchrun", "--standalone", "--nproc-per-node=2", script(tmp_path / "rank.py"))
+    process = start(
+        "-m", "megatron_fuse.torchrun", "--standalone", "--nproc-per-node=2", script(tmp_path / "rank.py")
+    )
     pids = began(process, 2)
     reach(process, signal.SIGINT)
     assert ended(process, pids) == (130, LINE)

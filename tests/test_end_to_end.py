@@ -60,8 +60,14 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workdir": str(directory / "work"),
         "target": {"model": str(models["alpha"])},
         "sources": {name: {"model": str(path), "dtype": "fp32"} for name, path in models.items()},
-        "reward_models": {name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()},
-        "data": {"path": str(write_rows(directory / "data.jsonl", rows)), "validation_samples": 4, "shard_size": 16},
+        "reward_models": {
+            name: {"model": str(path), "dtype": "fp32"} for name, path in reward_models.items()
+        },
+        "data": {
+            "path": str(write_rows(directory / "data.jsonl", rows)),
+            "validation_samples": 4,
+            "shard_size": 16,
+        },
         "responses": {"max_new_tokens": 12},
         "schedule": {"preset": "profuser"},
         "parallel": {"tensor_model_parallel_size": 2},
@@ -86,8 +92,17 @@ def environment() -> dict[str, str]:
 
 def run_tool(recipe_file: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """As a user does, with two processes."""
-    command = [sys.executable, str(ROOT / "tools/run_recipe.py"), "--recipe", str(recipe_file), "--nproc-per-node", "2"]
-    return subprocess.run([*command, *words], env=environment(), capture_output=True, text=True, cwd=ROOT, check=False)
+    command = [
+        sys.executable,
+        str(ROOT / "tools/run_recipe.py"),
+        "--recipe",
+        str(recipe_file),
+        "--nproc-per-node",
+        "2",
+    ]
+    return subprocess.run(
+        [*command, *words], env=environment(), capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 def module(rank: int, words: list[str]) -> None:
@@ -97,7 +112,10 @@ def module(rank: int, words: list[str]) -> None:
 
 
 def run_forked(ranks: KillableRanks, outputs: Path, words: list[str], env: Mapping[str, str]) -> int:
-    """Takes the place of pipeline.run.run_tied: the command's exit code. Its output goes to files under `outputs`."""
+    """Takes the place of pipeline.run.run_tied: the command's exit code.
+
+    Its output goes to files under `outputs`.
+    """
     assert words[:2] == [sys.executable, "-m"]
     torchrun = words[2] == "megatron_fuse.torchrun"
     processes = 1
@@ -138,7 +156,9 @@ def test_training_goes_through_both_phases(finished: tuple[Path, str]) -> None:
     assert list(steps) == list(range(1, 10))  # 36 examples in batches of 12: 3 steps, then 6
     assert [phase for phase, _ in steps.values()] == ["inference"] * 3 + ["co-fusion"] * 6
     assert all(
-        "ce/training" in values and "kl/training" in values for phase, values in steps.values() if phase == "co-fusion"
+        "ce/training" in values and "kl/training" in values
+        for phase, values in steps.values()
+        if phase == "co-fusion"
     )
     validation = [float(value) for value in re.findall(r"validation at .*? ce/training: (\S+)", output)]
     assert len(validation) == 3 and validation[-1] < validation[0]
@@ -165,7 +185,8 @@ def test_the_exported_model_is_the_trained_one(finished: tuple[Path, str]) -> No
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.chat_template
-    # The validation cross-entropy that training printed last, computed anew by transformers from the stored documents.
+    # The validation cross-entropy that training printed last, computed anew by transformers from the stored
+    # documents.
     metadata = json.loads((exported / "fusion.json").read_text())["facts"]
     assert validation_cross_entropy(workdir, model) == pytest.approx(metadata["best_loss"], rel=1e-4)
 
@@ -185,9 +206,14 @@ def validation_cross_entropy(workdir: Path, model: torch.nn.Module) -> float:
 
 
 def test_a_second_run_finds_everything_done(
-    finished: tuple[Path, str], recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, str],
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["run_recipe", "--recipe", str(recipe_file), "--nproc-per-node", "2", "--plan"])
+    monkeypatch.setattr(
+        sys, "argv", ["run_recipe", "--recipe", str(recipe_file), "--nproc-per-node", "2", "--plan"]
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools/run_recipe.py"), run_name="__main__")
     assert not ended.value.code
@@ -254,4 +280,6 @@ def test_killed_at_a_random_step_it_continues_as_if_nothing_happened(
     expected, resumed = logged_steps(whole), logged_steps(output("rest"))
     assert f"at iteration {min(resumed) - 1}" in output("rest")
     assert last - 2 <= min(resumed) <= last + 1, f"killed at step {last}"
-    assert resumed == {step: expected[step] for step in resumed} and max(resumed) == 9, f"killed at step {last}"
+    assert resumed == {step: expected[step] for step in resumed} and max(resumed) == 9, (
+        f"killed at step {last}"
+    )

@@ -32,7 +32,9 @@ def defined(path: Path) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            yield from (f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef))
+            yield from (
+                f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)
+            )
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (target.id for target in targets if isinstance(target, ast.Name))
@@ -57,7 +59,9 @@ def test_every_function_of_the_index_exists(file: str, name: str) -> None:
 @pytest.mark.parametrize("name", GUIDES)
 def test_every_file_that_a_guide_names_exists(name: str) -> None:
     """Paths in code type from the root, X and NAME standing for any; links from the guide's own directory."""
-    tops = "|".join(entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    tops = "|".join(
+        entry.name for entry in ROOT.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     paths = re.findall(rf"`((?:{tops})/[\w./*-]*)", guide(name))
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", guide(name))
     patterns = {path: re.sub(r"\b(X|NAME)\b", "*", path.rstrip("/")) for path in paths}
@@ -103,5 +107,9 @@ def test_every_guide_has_the_version_that_is_installed() -> None:
     version = tomllib.loads(guide("pyproject.toml"))["project"]["version"]
     assert re.findall(r"^## ([\d.]+) - ", guide("CHANGELOG.md"), re.M)[0] == version
     citation = yaml.safe_load(guide("CITATION.cff"))
-    assert (citation["title"], citation["version"], citation["license"]) == ("Megatron-Fuse", version, "Apache-2.0")
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        "Megatron-Fuse",
+        version,
+        "Apache-2.0",
+    )
     assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])

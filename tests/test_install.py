@@ -22,12 +22,16 @@ def test_the_image_gets_what_the_project_asks_for() -> None:
     """All but torch, which the image brings with the libraries that are built for it."""
     lines = (ROOT / "docker/requirements.txt").read_text().splitlines()
     given = {Requirement(line) for line in lines if not line.startswith("#")}
-    assert given == {requirement for requirement in needed() if requirement.name != "torch"} and len(given) > 10
+    assert (
+        given == {requirement for requirement in needed() if requirement.name != "torch"} and len(given) > 10
+    )
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-py312.txt"])
 def test_every_version_is_pinned_once(file: str) -> None:
-    """Of what `make test` and `make lint` install, as far as the project names it; each pin is one that the project allows."""
+    """Of what `make test` and `make lint` install, as far as the project names it; each pin is one that
+    the project allows.
+    """
     lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
     pins = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups() for line in lines]
     pinned = {canonicalize_name(name): version for name, version in pins}
@@ -38,8 +42,14 @@ def test_every_version_is_pinned_once(file: str) -> None:
 
 def test_transformer_engine_is_of_the_range_that_megatron_core_declares() -> None:
     """Of 0.16; what later ones declare has no bounds."""
-    ours = [requirement for requirement in needed("gpu-cu12", "gpu-cu13") if requirement.name == "transformer-engine"]
-    theirs = next(of for of in map(Requirement, requires("megatron-core") or ()) if of.name == "transformer-engine")
+    ours = [
+        requirement
+        for requirement in needed("gpu-cu12", "gpu-cu13")
+        if requirement.name == "transformer-engine"
+    ]
+    theirs = next(
+        of for of in map(Requirement, requires("megatron-core") or ()) if of.name == "transformer-engine"
+    )
     assert len(ours) == 2 and all(requirement.extras > {"pytorch"} for requirement in ours)
     allowed = {
         version

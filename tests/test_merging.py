@@ -34,7 +34,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "base", "llama")
     for seed, name in enumerate("ab"):
         generator = torch.Generator().manual_seed(seed)
-        moved(root / "base", root / name, lambda _, x, g=generator: x + 0.05 * torch.randn(x.shape, generator=g))
+        moved(
+            root / "base", root / name, lambda _, x, g=generator: x + 0.05 * torch.randn(x.shape, generator=g)
+        )
     return root
 
 
@@ -42,7 +44,8 @@ def moved(origin: Path, directory: Path, change) -> Path:
     """A copy of a model with every tensor changed: change(name, tensor)."""
     shutil.copytree(origin, directory)
     tensors = {
-        name: change(name, tensor).contiguous() for name, tensor in load_file(origin / "model.safetensors").items()
+        name: change(name, tensor).contiguous()
+        for name, tensor in load_file(origin / "model.safetensors").items()
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -66,12 +69,16 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
 
 
-def ties(base: Tensor, models: list[Tensor], weights: list[float], density: float, normalize: bool = True) -> Tensor:
+def ties(
+    base: Tensor, models: list[Tensor], weights: list[float], density: float, normalize: bool = True
+) -> Tensor:
     """Yadav et al. 2023: trim, elect a sign, merge what has it."""
     differences = []
     for model, weight in zip(models, weights, strict=True):
         difference = (model.float() - base.float()).double()  # as rounded as what is ranked there
-        least = difference.abs().flatten().sort(descending=True).values[max(int(density * base.numel()), 1) - 1]
+        least = (
+            difference.abs().flatten().sort(descending=True).values[max(int(density * base.numel()), 1) - 1]
+        )
         differences.append(weight * torch.where(difference.abs() >= least, difference, 0.0))
     elected = torch.where(sum(differences) >= 0, 1.0, -1.0)
     agreeing = [difference.sign() == elected for difference in differences]
@@ -92,7 +99,9 @@ def assert_same(ours: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("weights", [None, (0.7, 0.3), (3.0, 1.0)])
-def test_linear_is_the_weighted_mean(family: Path, tmp_path: Path, weights: tuple[float, float] | None) -> None:
+def test_linear_is_the_weighted_mean(
+    family: Path, tmp_path: Path, weights: tuple[float, float] | None
+) -> None:
     ours = merged(tmp_path / "out", "linear", family / "a", family / "b", weights=weights)
     a, b = read(family / "a"), read(family / "b")
     x, y = weights or (0.5, 0.5)
@@ -101,7 +110,8 @@ def test_linear_is_the_weighted_mean(family: Path, tmp_path: Path, weights: tupl
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp_goes_along_the_arc(family: Path, tmp_path: Path, t: float) -> None:
-    # Independent models: an angle of about 90 degrees between matrices, of 0 between the norms' weights, all ones.
+    # Independent models: an angle of about 90 degrees between matrices, of 0 between the norms' weights, all
+    # ones.
     other = save_model(tmp_path / "other", "llama", seed=7)
     ours = merged(tmp_path / "out", "slerp", family / "base", other, t=t)
     a, b = read(family / "base"), read(other)
@@ -110,7 +120,8 @@ def test_slerp_goes_along_the_arc(family: Path, tmp_path: Path, t: float) -> Non
     assert angle.abs() < 0.1
 
 
-# On both sides of the threshold, where arc and line differ by 1e-4 of the values; opposite models have no arc.
+# On both sides of the threshold, where arc and line differ by 1e-4 of the values; opposite models have no
+# arc.
 @pytest.mark.parametrize("cosine", [0.9993, 0.9997, -1.0])
 def test_slerp_of_nearly_parallel_tensors_is_linear(family: Path, tmp_path: Path, cosine: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -136,10 +147,18 @@ def test_ties_trims_elects_and_merges(
     family: Path, tmp_path: Path, density: float, weights: tuple[float, float]
 ) -> None:
     ours = merged(
-        tmp_path / "out", "ties", family / "a", family / "b", base=family / "base", density=density, weights=weights
+        tmp_path / "out",
+        "ties",
+        family / "a",
+        family / "b",
+        base=family / "base",
+        density=density,
+        weights=weights,
     )
     base, models = read(family / "base"), [read(family / name) for name in "ab"]
-    expected = {name: ties(base[name], [model[name] for model in models], list(weights), density) for name in base}
+    expected = {
+        name: ties(base[name], [model[name] for model in models], list(weights), density) for name in base
+    }
     assert_same(ours, expected)
 
 
@@ -154,7 +173,9 @@ def test_dare_that_drops_nothing_adds_the_differences(
     signed = merged(tmp_path / "ties", "dare_ties", *models, **options)
     base, a, b = (read(family / name) for name in ("base", "a", "b"))
     x, y = weights
-    assert_same(linear, {name: base[name] + x * (a[name] - base[name]) + y * (b[name] - base[name]) for name in base})
+    assert_same(
+        linear, {name: base[name] + x * (a[name] - base[name]) + y * (b[name] - base[name]) for name in base}
+    )
     assert_same(signed, {n: ties(base[n], [a[n], b[n]], [x, y], 1.0, normalize=False) for n in base})
 
 
@@ -171,11 +192,14 @@ def test_dare_keeps_a_share_and_divides_it_by_the_density(
         keeps = change != 0
         torch.testing.assert_close(change[keeps], difference[keeps] / density, rtol=1e-4, atol=2e-6)
         kept, entries = kept + int(keeps.sum()), entries + keeps.numel()
-    assert abs(kept / entries - density) < 5 * (density * (1 - density) / entries) ** 0.5  # five standard errors
+    # Five standard errors.
+    assert abs(kept / entries - density) < 5 * (density * (1 - density) / entries) ** 0.5
 
 
 def test_dare_drops_from_each_model_by_itself(family: Path, tmp_path: Path) -> None:
-    ours = merged(tmp_path / "out", "dare_linear", family / "a", family / "b", base=family / "base", density=0.5)
+    ours = merged(
+        tmp_path / "out", "dare_linear", family / "a", family / "b", base=family / "base", density=0.5
+    )
     name = "model.embed_tokens.weight"
     base, a, b = (read(family / model)[name] for model in ("base", "a", "b"))
     change = ours[name] - base
@@ -189,7 +213,10 @@ def test_dare_drops_from_each_model_by_itself(family: Path, tmp_path: Path) -> N
 
 
 def test_dare_drops_from_each_tensor_by_itself(family: Path, tmp_path: Path) -> None:
-    ours, base = merged(tmp_path / "out", "dare_linear", family / "a", base=family / "base"), read(family / "base")
+    ours, base = (
+        merged(tmp_path / "out", "dare_linear", family / "a", base=family / "base"),
+        read(family / "base"),
+    )
     kept = [ours[name] != base[name] for name in base if name.endswith(("q_proj.weight", "o_proj.weight"))]
     for first, second in itertools.combinations(kept, 2):
         # Half of what is kept here is kept there: five standard errors.
@@ -197,7 +224,9 @@ def test_dare_drops_from_each_tensor_by_itself(family: Path, tmp_path: Path) -> 
 
 
 def test_todays_rescaling_keeps_the_l1_norm_of_every_tensor(family: Path, tmp_path: Path) -> None:
-    ours = merged(tmp_path / "out", "dare_linear", family / "a", base=family / "base", density=0.3, rescale="l1")
+    ours = merged(
+        tmp_path / "out", "dare_linear", family / "a", base=family / "base", density=0.3, rescale="l1"
+    )
     base, a = read(family / "base"), read(family / "a")
     for name in base:
         assert (ours[name] - base[name]).abs().sum() == pytest.approx(
@@ -229,7 +258,9 @@ def test_mergekits_own_command_gives_the_same_bits(family: Path, tmp_path: Path,
     density = 1.0 if method == "dare_ties" else 0.4  # what it drops depends on the order of its tasks
     options = {"base": family / "base", "density": density} if method in ("ties", "dare_ties") else {}
     ours = merged(tmp_path / "ours", method, family / "a", family / "b", **options)
-    per_model = {"weight": 0.5, "density": density} if options else {} if method == "slerp" else {"weight": 0.5}
+    per_model = (
+        {"weight": 0.5, "density": density} if options else {} if method == "slerp" else {"weight": 0.5}
+    )
     configuration = {
         "merge_method": method,
         "models": [{"model": str(family / name), "parameters": per_model} for name in "ab"],
@@ -308,9 +339,19 @@ def test_the_command_writes_a_model_once_and_says_of_what(
 ) -> None:
     first = shutil.copytree(family / "a", tmp_path / "a")
     settings = read_json(first / "tokenizer_config.json")
-    (first / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ 'the first' }}"}))
+    (first / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": "{{ 'the first' }}"})
+    )
     output = tmp_path / "merged" / "ties"
-    command = ["merge_models.py", "--method", "ties", "--model", f"{first}:0.6", "--model", f"{family / 'b'}:0.4"]
+    command = [
+        "merge_models.py",
+        "--method",
+        "ties",
+        "--model",
+        f"{first}:0.6",
+        "--model",
+        f"{family / 'b'}:0.4",
+    ]
     command += ["--base", str(family / "base"), "--density", ".4", "--dtype", "fp32", "--output", str(output)]
 
     def run(arguments: list[str]) -> int:
@@ -348,7 +389,9 @@ def test_the_command_writes_a_model_once_and_says_of_what(
     assert "model.safetensors: checksum" in capsys.readouterr().err
 
 
-def test_a_merge_that_breaks_off_leaves_nothing(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_breaks_off_leaves_nothing(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
@@ -384,7 +427,12 @@ def test_constants_that_older_checkpoints_hold_are_left_out(family: Path, tmp_pa
         ("slerp", "ab", {"t": 1.5}, "--t is 1.5"),
         ("linear", "ab", {"base": "base"}, "--method linear does not use --base"),
         ("linear", "ab", {"density": 0.5}, "--method linear does not use --density"),
-        ("linear", "ab", {"weights": (1.0, 0.0)}, "weights of the models are 1.0, 0.0, but must be from 1e-6"),
+        (
+            "linear",
+            "ab",
+            {"weights": (1.0, 0.0)},
+            "weights of the models are 1.0, 0.0, but must be from 1e-6",
+        ),
         ("ties", "ab", {}, "Name the base model with --base"),
         ("dare_ties", "ab", {}, "Name the base model with --base"),
         ("dare_linear", "ab", {}, "Name the base model with --base"),
@@ -401,7 +449,9 @@ def test_options_that_do_not_fit_are_refused(
 ) -> None:
     options = {key: family / value if key == "base" else value for key, value in options.items()}
     with pytest.raises(UserError) as refusal:
-        merge_models(Merge(method, tuple(family / name for name in models), **options), tmp_path / "new" / "out")
+        merge_models(
+            Merge(method, tuple(family / name for name in models), **options), tmp_path / "new" / "out"
+        )
     assert message in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -483,7 +533,9 @@ def test_models_that_do_not_fit_each_other_are_refused(
 
 
 def with_rows(origin: Path, directory: Path, further: int, *, token: bool = False) -> Path:
-    """A copy of a model with so many rows more, random ones, or fewer in embedding and head; token: the first new one has a token."""
+    """A copy of a model with so many rows more, random ones, or fewer in embedding and head; token: the
+    first new one has a token.
+    """
     rows = load_file(origin / "model.safetensors")["lm_head.weight"].shape[0]
     generator = torch.Generator().manual_seed(5)
 
@@ -529,7 +581,8 @@ def full(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             True,
             False,
-            r"1 of the 1 extra rows of {longer} are for tokens that the other model does not have \('<\|more\|>'\)",
+            r"1 of the 1 extra rows of {longer} are for tokens that the other model does not have "
+            r"\('<\|more\|>'\)",
         ),
         (64, True, False, r"1 of the 64 extra rows of {longer} are for tokens"),
         (1, True, True, r"1 of the 1 extra rows of {longer} are for tokens"),
@@ -548,7 +601,8 @@ def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
     assert f"{models[0]} and {models[1]} have vocabularies of {counts[0]} and {counts[1]} rows: " in message
     assert re.search(said.format(longer=re.escape(str(longer))), message), message
     assert message.endswith(
-        f"Set --rows first to merge the rows of the first model: it {'keeps them as they are in that model' if longer_first else 'leaves them out'}."
+        "Set --rows first to merge the rows of the first model: it "
+        f"{'keeps them as they are in that model' if longer_first else 'leaves them out'}."
     )
     assert not (tmp_path / "new").exists()
 
@@ -559,7 +613,9 @@ def test_other_numbers_of_rows_are_refused_with_what_they_stand_for(
 def test_rows_of_the_first_model_are_merged(
     full: Path, tmp_path: Path, method: str, token: bool, longer_first: bool
 ) -> None:
-    """It is the merge without further rows; further ones of the first model stay as they are in it, those of the second are cut."""
+    """It is the merge without further rows; further ones of the first model stay as they are in it, those
+    of the second are cut.
+    """
     longer = with_rows(full / "b", tmp_path / "longer", 3, token=token)
     options = {"base": full / "base"} if "base" in METHODS[method].options else {}
     rows = load_file(full / "a" / "model.safetensors")["lm_head.weight"].shape[0]
@@ -572,7 +628,9 @@ def test_rows_of_the_first_model_are_merged(
         for name in ("lm_head.weight", "model.embed_tokens.weight"):
             assert torch.equal(ours[name][rows:], read(longer)[name][rows:]) and len(ours[name]) == rows + 3
             ours[name] = ours[name][:rows]
-    assert all(torch.equal(ours[name], expected[name]) for name in expected) and ours.keys() == expected.keys()
+    assert (
+        all(torch.equal(ours[name], expected[name]) for name in expected) and ours.keys() == expected.keys()
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.get_input_embeddings().weight.shape[0] == rows + 3 * longer_first
     assert read_json(tmp_path / "out" / RECORD)["rows"] == "first"
@@ -589,7 +647,9 @@ def test_rows_of_other_tokens_stay_refused(full: Path, tmp_path: Path) -> None:
 
 def test_another_class_is_refused_by_its_name(family: Path, tmp_path: Path) -> None:
     other = save_model(tmp_path / "neox", "gpt_neox")
-    with pytest.raises(UserError, match=r"at architectures: \['LlamaForCausalLM'\] and \['GPTNeoXForCausalLM'\]"):
+    with pytest.raises(
+        UserError, match=r"at architectures: \['LlamaForCausalLM'\] and \['GPTNeoXForCausalLM'\]"
+    ):
         merge_models(Merge("slerp", (family / "a", other)), tmp_path / "out")
 
 
@@ -600,7 +660,9 @@ def test_what_is_no_merge_of_ours_is_left_alone(family: Path, tmp_path: Path) ->
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_without_mergekit_the_extra_is_named(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mergekit_the_extra_is_named(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "mergekit.merge_methods", None)
     with pytest.raises(UserError, match=r"pip install 'megatron-fuse\[merge\]'"):
         merge_models(Merge("linear", (family / "a", family / "b")), tmp_path / "out")

@@ -1,4 +1,6 @@
-"""Python code that comes with a model runs where the user allows it by name; nothing ever asks at the terminal."""
+"""Python code that comes with a model runs where the user allows it by name; nothing ever asks at the
+terminal.
+"""
 
 import ast
 import io
@@ -56,7 +58,9 @@ def model(tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     classes = {"AutoModelForCausalLM": "OwnForCausalLM", "AutoModel": "OwnForCausalLM"}
     classes |= {"AutoConfig": "OwnConfig", "AutoModelForSequenceClassification": "OwnForCausalLM"}
     _change(
-        directory / "config.json", model_type="own", auto_map={auto: f"own.{name}" for auto, name in classes.items()}
+        directory / "config.json",
+        model_type="own",
+        auto_map={auto: f"own.{name}" for auto, name in classes.items()},
     )
     _change(
         directory / "tokenizer_config.json",
@@ -116,7 +120,10 @@ ROADS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config of a target": (read_architecture, "model_type|model type|custom code|needs Python code"),
     "reward model": (_reward_model, "needs Python code that comes with the model|custom code"),
-    "encoder of BERTScore": (lambda model: _load_encoder(str(model), None), "This command does not run such code"),
+    "encoder of BERTScore": (
+        lambda model: _load_encoder(str(model), None),
+        "This command does not run such code",
+    ),
     "merge": (_merge, "needs Python code that comes with the model"),
     "evaluation": (_evaluate, "This command does not run such code"),
     "chat, tokenizer": (_chat, "set --trust-remote-code"),
@@ -158,13 +165,17 @@ def test_every_loader_is_given_its_permission() -> None:
     """A call that leaves trust_remote_code out asks at the terminal."""
     calls, silent = 0, []
     for path in (
-        found for name in PRODUCT for found in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
+        found
+        for name in PRODUCT
+        for found in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))
     ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if name in ("from_pretrained", "HFLM") or (name == "from_config" and ast.unparse(node).startswith("Auto")):
+            if name in ("from_pretrained", "HFLM") or (
+                name == "from_config" and ast.unparse(node).startswith("Auto")
+            ):
                 calls += 1
                 if "trust_remote_code" not in [keyword.arg for keyword in node.keywords]:
                     silent.append(f"{path.relative_to(ROOT)}:{node.lineno}")

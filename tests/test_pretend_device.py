@@ -1,4 +1,6 @@
-"""Data stages on a pretended GPU: no tensor of theirs is left on the CPU, and what they find is what a CPU finds."""
+"""Data stages on a pretended GPU: no tensor of theirs is left on the CPU, and what they find is what a CPU
+finds.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,8 @@ from megatron_fuse.scoring.scores import load_scores, score_responses
 from megatron_fuse.stages import Context
 
 ROWS = [
-    {"instruction": f"Add {n} and 1{' please' * n}.", "output": f"That is {n + 1}. {'été 🙂 ' * n}"} for n in range(7)
+    {"instruction": f"Add {n} and 1{' please' * n}.", "output": f"That is {n + 1}. {'été 🙂 ' * n}"}
+    for n in range(7)
 ]
 
 
@@ -40,9 +43,17 @@ def compute_and_refuse() -> None:
         assert there.tolist() == [0, 9, 2, 3, 4, 5]
         there.view(2, 3).mul_(2)
         assert there.tolist() == [0, 18, 4, 6, 8, 10]
-        for made in (there[torch.tensor([1, 2])], torch.tensor([1], device=device), torch.zeros(2, device=device)):
+        for made in (
+            there[torch.tensor([1, 2])],
+            torch.tensor([1], device=device),
+            torch.zeros(2, device=device),
+        ):
             assert isinstance(made, PretendTensor)
-        for of_both in (lambda: there + numbers, lambda: torch.cat([there, numbers]), lambda: numbers.add_(there)):
+        for of_both in (
+            lambda: there + numbers,
+            lambda: torch.cat([there, numbers]),
+            lambda: numbers.add_(there),
+        ):
             with pytest.raises(MixedDevices, match="of the device and of the CPU"):
                 of_both()
         with pytest.raises((TypeError, RuntimeError)):
@@ -63,10 +74,14 @@ def stages(recipe: Recipe) -> dict[str, np.ndarray]:
         generate_responses(Context(recipe), source)
         score_responses(Context(recipe), "reward", [source])
         capture(Context(recipe), source, "training")
-        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
+        answers = [
+            answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard
+        ]
         found[f"{source} answers"] = np.array([repr(answer) for answer in answers])
         found[f"{source} scores"] = load_scores(Context(recipe), source, "reward")
-        for path in sorted(Context(recipe).open(CAPTURES, source, "training").directory.glob("*.safetensors")):
+        for path in sorted(
+            Context(recipe).open(CAPTURES, source, "training").directory.glob("*.safetensors")
+        ):
             found |= {f"{source} {path.name} {name}": array for name, array in load_file(path).items()}
     return found
 

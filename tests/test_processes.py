@@ -1,4 +1,6 @@
-"""No process outlives the one that started it, and a signal to a command that runs others ends all of them in order."""
+"""No process outlives the one that started it, and a signal to a command that runs others ends all of them
+in order.
+"""
 
 import contextlib
 import os
@@ -58,7 +60,9 @@ with Commands(Path("/"), os.environ) as starter:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a Python script that leads a session, and waits until it, or what it has started, says that it sleeps."""
+    """Starts a Python script that leads a session, and waits until it, or what it has started, says that
+    it sleeps.
+    """
     started, output = list[subprocess.Popen](), tmp_path / "output.txt"
 
     def start(text: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
@@ -66,7 +70,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
         path.write_text(text.replace("{SLEEPS}", repr(SLEEPS)).replace("{INNER}", repr(INNER)))
         with output.open("a") as file:
             words = [sys.executable, str(path), *arguments]
-            started.append(subprocess.Popen(words, start_new_session=True, stdout=file, env=os.environ | (env or {})))
+            started.append(
+                subprocess.Popen(words, start_new_session=True, stdout=file, env=os.environ | (env or {}))
+            )
         while "sleeps\n" not in output.read_text():
             assert started[-1].poll() is None
             time.sleep(0.01)
@@ -126,7 +132,12 @@ def test_a_command_whose_parent_has_ended_before_does_not_run(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [(["true"], 0), (["sh", "-c", "exit 3"], 3), (["sh", "-c", "kill -9 $$"], -9), (["no-such-program"], 127)],
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "kill -9 $$"], -9),
+        (["no-such-program"], 127),
+    ],
 )
 def test_how_a_tied_command_ends_is_its_exit_code(words: list[str], code: int) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
@@ -159,7 +170,8 @@ print("goes on", flush=True)
     [
         pytest.param([signal.SIGTERM], False, [signal.SIGTERM], -signal.SIGTERM, id="term"),
         pytest.param([signal.SIGUSR1], False, [signal.SIGTERM], -signal.SIGUSR1, id="usr1"),
-        # As `timeout` does it, to the process and then to its group: torchrun can take a second one, not a third
+        # As `timeout` does it, to the process and then to its group: torchrun can take a second one, not a
+        # third
         pytest.param([signal.SIGTERM, signal.SIGTERM], False, [signal.SIGTERM], -signal.SIGTERM, id="twice"),
         pytest.param([signal.SIGINT], True, [signal.SIGINT], -signal.SIGINT, id="ctrl-c"),
     ],
@@ -201,7 +213,10 @@ subprocess.run([sys.executable, "-c", {RANK}, *sys.argv[1:]])
 @pytest.mark.parametrize("rank", ["saves", "ends", "hangs"])
 def test_a_rank_ends_after_torchrun(start: Callable, tmp_path: Path, rank: str) -> None:
     agent = start(
-        AGENT.replace("{RANK}", repr(RANK)), rank, str(tmp_path / "saved"), env={"TORCHELASTIC_RUN_ID": "none"}
+        AGENT.replace("{RANK}", repr(RANK)),
+        rank,
+        str(tmp_path / "saved"),
+        env={"TORCHELASTIC_RUN_ID": "none"},
     )
     agent.kill()
     assert_all_end(agent.pid)

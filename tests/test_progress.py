@@ -126,7 +126,9 @@ def test_a_slow_rate_is_said_by_a_longer_period(per_second: float, text: str) ->
     assert readable_rate(per_second, "x") == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.2, "< 1 s"), (119, "119 s"), (120, "2 min"), (7200, "2.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "< 1 s"), (119, "119 s"), (120, "2 min"), (7200, "2.0 h")]
+)
 def test_readable_seconds(seconds: float, text: str) -> None:
     assert readable_seconds(seconds) == text
 
@@ -172,7 +174,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
             "reward": {"model": str(save_model(directory / "reward", "llama", reward=True)), "dtype": "fp32"}
         },
         schedule={"preset": "profuser"},
-        responses={"max_new_tokens": 8, "batch_tokens": 150},  # a batch of several examples, several batches of a shard
+        # A batch of several examples, several batches of a shard.
+        responses={"max_new_tokens": 8, "batch_tokens": 150},
         scoring={"batch_tokens": 150},
         capture={"batch_tokens": 150},
     )
@@ -180,10 +183,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe
 
 
-def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_captures_and_scores_speak_within_a_shard(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every look at the clock is half an interval later: every other batch, or token, is a line."""
     slow = Clock(INTERVAL / 2)
-    monkeypatch.setattr(megatron_fuse.progress.Progress.__init__, "__kwdefaults__", {**_DEFAULTS, "clock": slow})
+    monkeypatch.setattr(
+        megatron_fuse.progress.Progress.__init__, "__kwdefaults__", {**_DEFAULTS, "clock": slow}
+    )
 
     def lines(make: Callable[[], object], what: object, total: int, unit: str, most: str) -> None:
         with logged() as text:
@@ -192,7 +199,9 @@ def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkey
         assert first == f"{what}: 0%, 0/{total} {unit}"
         rate = rf"[\d.,]+ tokens/(s|min|h), {most}\S+( \S+)* left"
         assert len(middle) >= 2
-        assert all(re.fullmatch(rf"{what}: \d+%, \d+/{total} {unit}, {rate}", line) for line in middle), middle
+        assert all(re.fullmatch(rf"{what}: \d+%, \d+/{total} {unit}, {rate}", line) for line in middle), (
+            middle
+        )
         done = [int(line.split(f"/{total} ")[0].rsplit(" ")[-1]) for line in middle]
         assert done == sorted(done) and done[-1] > 0
         made = rf"{what}: made {total} {unit}, [\d,]+ tokens in \d+(\.\d)? \w+, [\d.,]+ tokens/(s|min|h)"
@@ -203,7 +212,9 @@ def test_answers_captures_and_scores_speak_within_a_shard(recipe: Recipe, monkey
 
     for name in recipe.sources:
         answers = recipe.workdir / "responses" / name
-        lines(lambda name=name: generate_responses(Context(recipe), name), answers, 10, "examples", "at most ")  # type: ignore[misc]
+        lines(
+            lambda name=name: generate_responses(Context(recipe), name), answers, 10, "examples", "at most "
+        )  # type: ignore[misc]
     for mode in ("inference", "training"):
         captures = recipe.workdir / "captures/alpha" / mode
         lines(lambda mode=mode: capture(Context(recipe), "alpha", mode), captures, 10, "examples", "")  # type: ignore[misc]
@@ -235,7 +246,9 @@ def test_a_server_that_takes_minutes_has_a_rate(
 ) -> None:
     monkeypatch.setattr("megatron_fuse.sources.server._PROGRESS_SECONDS", 0.01)
     slow = Clock(INTERVAL / 2)
-    monkeypatch.setattr(megatron_fuse.progress.Progress.__init__, "__kwdefaults__", {**_DEFAULTS, "clock": slow})
+    monkeypatch.setattr(
+        megatron_fuse.progress.Progress.__init__, "__kwdefaults__", {**_DEFAULTS, "clock": slow}
+    )
 
     with logged() as text:
 
@@ -251,7 +264,9 @@ def test_a_server_that_takes_minutes_has_a_rate(
             generate_responses(Context(served), "served")
     rates = [line for line in text.getvalue().splitlines() if line.endswith(" left")]
     assert len(rates) >= 7
-    assert all(re.search(r": \d+%, [1-8]/8 examples, \d+\.\d examples/(min|h), ", line) for line in rates), rates
+    assert all(re.search(r": \d+%, [1-8]/8 examples, \d+\.\d examples/(min|h), ", line) for line in rates), (
+        rates
+    )
     assert not any(" 0.0 " in line for line in rates)
 
 

@@ -1,6 +1,8 @@
-"""The road of the inference mode over real models' answers to MT-Bench, from files to the report; needs ../shared/data.
+"""The road of the inference mode over real models' answers to MT-Bench, from files to the report; needs
+../shared/data.
 
-The answers are those of vicuna-7b-v1.5, llama-2-7b-chat and mpt-7b-chat, read by small random models with the real tokenizers.
+The answers are those of vicuna-7b-v1.5, llama-2-7b-chat and mpt-7b-chat, read by small random models with the
+real tokenizers.
 """
 
 import json
@@ -17,7 +19,13 @@ import torch
 import yaml
 from sentencepiece import SentencePieceProcessor
 from small_models import write_rows
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.recipe import load_recipe
@@ -61,15 +69,21 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {
         "vicuna": LlamaForCausalLM(llama),
         "llama2": LlamaForCausalLM(llama),
-        "mpt": MptForCausalLM(MptConfig(vocab_size=50432, d_model=16, n_heads=2, n_layers=1, max_seq_len=2048)),
+        "mpt": MptForCausalLM(
+            MptConfig(vocab_size=50432, d_model=16, n_heads=2, n_layers=1, max_seq_len=2048)
+        ),
     }
     rows = [json.loads(line) for line in ANSWERS.open()]
     data = [
         {key: row[key] for key in ("id", "category", "instruction")} | {"output": row["responses"]["gpt-4"]}
         for row in rows
     ]
-    reward_model = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, num_labels=1, pad_token_id=None, **LLAMA)
-    reward_models = {name: save(root / name, LlamaForSequenceClassification(reward_model)) for name in REWARD_MODELS}
+    reward_model = LlamaConfig(
+        vocab_size=32000, max_position_embeddings=2048, num_labels=1, pad_token_id=None, **LLAMA
+    )
+    reward_models = {
+        name: save(root / name, LlamaForSequenceClassification(reward_model)) for name in REWARD_MODELS
+    }
     matches = {"match": "id"}, {"match": "prompt", "prompt": "instruction"}, {"match": "id"}
     recipe = {
         "workdir": str(root / "work"),
@@ -125,7 +139,8 @@ def most_votes(rows: list[dict], root: Path) -> list[str]:
     """The winners by rewards of one conversation at a time, with the ids of the vocabulary's own package."""
     tokenizer = SentencePieceProcessor(str(DATA / "tokenizers/llama2/tokenizer.model"))
     reward_models = [
-        LlamaForSequenceClassification.from_pretrained(root / reward_model).eval() for reward_model in REWARD_MODELS
+        LlamaForSequenceClassification.from_pretrained(root / reward_model).eval()
+        for reward_model in REWARD_MODELS
     ]
     winners = []
     for row in rows:

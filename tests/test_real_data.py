@@ -1,4 +1,6 @@
-"""The whole road on real text with real tokenizers at their full vocabularies; needs ../shared/data beside the repository."""
+"""The whole road on real text with real tokenizers at their full vocabularies; needs ../shared/data beside
+the repository.
+"""
 
 import json
 import os
@@ -12,7 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MptConfig, MptForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from megatron_fuse.chat import load_chat_format
 from megatron_fuse.dataset import FusionDataset
@@ -30,7 +38,9 @@ pytestmark = [
 
 
 def train(model: torch.nn.Module, documents: list[list[int]], seed: int) -> None:
-    """A few minutes of next-token prediction: enough to know common words, so that entries can be read against the text."""
+    """A few minutes of next-token prediction: enough to know common words, so that entries can be read
+    against the text.
+    """
     torch.manual_seed(seed)
     draw = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -62,7 +72,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     models = {
         "llama": LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=512, **llama)),
-        "mpt": MptForCausalLM(MptConfig(vocab_size=50432, d_model=128, n_heads=4, n_layers=2, max_seq_len=512)),
+        "mpt": MptForCausalLM(
+            MptConfig(vocab_size=50432, d_model=128, n_heads=4, n_layers=2, max_seq_len=512)
+        ),
     }
     rows = [json.loads(line) for line in (DATA / "instructions/gpt4.jsonl").open()]
     for seed, (name, model) in enumerate(models.items()):
@@ -89,7 +101,8 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "workdir": str(directory / "work"),
         "target": {"model": str(directory / "llama"), "chat_template": "vicuna_v1.1"},
         "sources": {
-            name: {"model": str(directory / name), "dtype": "fp32", "chat_template": templates[name]} for name in models
+            name: {"model": str(directory / name), "dtype": "fp32", "chat_template": templates[name]}
+            for name in models
         },
         "reward_models": {
             "reward": {"model": str(directory / "reward"), "dtype": "fp32", "chat_template": "vicuna_v1.1"}
@@ -116,7 +129,9 @@ def run(*command: str, processes: int = 1) -> str:
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    done = subprocess.run(
+        [*launcher, *command], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -136,16 +151,23 @@ def test_all_stages_and_both_phases(recipe_file: Path, layout: str) -> None:
     for name in ("ce/inference", "kl/inference", "ce/training", "kl/training"):
         print(name, [value[name] for value in values])
     start, between, end = ({name: float(number) for name, number in value.items()} for value in values)
-    # Each mode's cross-entropy falls once a phase teaches it; the first phase, on the sources' own poor texts, may raise the other.
+    # Each mode's cross-entropy falls once a phase teaches it; the first phase, on the sources' own poor
+    # texts, may raise the other.
     assert end["ce/inference"] < start["ce/inference"]
     assert end["ce/training"] < between["ce/training"]
     assert end["kl/inference"] < start["kl/inference"] and end["kl/training"] < start["kl/training"]
 
 
 def first_with_rows(recipe_file: Path, mode: str, source: str) -> int:
-    """An example with a long enough answer: such a small model's own one may be empty, and is then left out."""
+    """An example with a long enough answer: such a small model's own one may be empty, and is then left
+    out.
+    """
     dataset = FusionDataset(load_recipe(argv=["--recipe", str(recipe_file)]))
-    return next(i for i in range(len(dataset.example_ids)) if (dataset.document(mode, i, source).counts > 0).sum() > 30)
+    return next(
+        i
+        for i in range(len(dataset.example_ids))
+        if (dataset.document(mode, i, source).counts > 0).sum() > 30
+    )
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
@@ -157,6 +179,6 @@ def test_teacher_entries_read_against_the_text(recipe_file: Path, mode: str) -> 
     rows = [token for token in shown["tokens"] if token["supervised"] and token["match"] == "exact"]
     assert len(rows) > 10
     named = [token for token in rows if token["id"] in {entry["id"] for entry in token["entries"]}]
-    # A small model's ten likeliest tokens hold the right one far more often than ten of 32000 at random would; what it sampled
-    # itself, from a distribution as flat as its own, less often than real text.
+    # A small model's ten likeliest tokens hold the right one far more often than ten of 32000 at random
+    # would; what it sampled itself, from a distribution as flat as its own, less often than real text.
     assert len(named) > {"training": 0.25, "inference": 0.1}[mode] * len(rows)

@@ -1,4 +1,6 @@
-"""Every row of every document, and every choice, against the reference in road_reference.py and road_reference_rows.py."""
+"""Every row of every document, and every choice, against the reference in road_reference.py and
+road_reference_rows.py.
+"""
 
 import math
 from collections import Counter
@@ -95,7 +97,9 @@ def run_road(root: Path, target: str, names: Sequence[str], supervise: str) -> R
         reward_models={name: {"model": str(root / name)} for name in ("weak", "strong")},
         selection={"strongest": "strong"},
     )
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update=model_options(root, target))})
+    recipe = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update=model_options(root, target))}
+    )
     run_before_fusion(recipe)
     return recipe
 
@@ -120,7 +124,9 @@ def read_all(recipe: Recipe, sides: dict[str, Side], target: Side) -> Iterator[R
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     for name, source in recipe.sources.items():
         model = AutoModelForCausalLM.from_pretrained(source.model)
-        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, name)) for answer in shard]
+        answers = [
+            answer for shard in response_shards(Context(recipe).open(RESPONSES, name)) for answer in shard
+        ]
         for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
             for mode, final in (
                 ("training", (example.response, not example.truncated)),
@@ -141,7 +147,9 @@ def turns_of(example: Example, response: str, stop: bool, earlier: bool) -> list
 
 @dataclass
 class Road:
-    """All stages before fusion data, once as the library has run them and once as the reference reads the same texts."""
+    """All stages before fusion data, once as the library has run them and once as the reference reads the
+    same texts.
+    """
 
     recipe: Recipe
     sides: dict[str, Side]
@@ -151,13 +159,16 @@ class Road:
     def dataset(self, alignment: str) -> FusionDataset:
         vocabulary_map, unmatched = alignment.split()
         options = {"vocabulary_map": vocabulary_map, "unmatched": unmatched}
-        recipe = self.recipe.model_copy(update={"alignment": self.recipe.alignment.model_copy(update=options)})
+        recipe = self.recipe.model_copy(
+            update={"alignment": self.recipe.alignment.model_copy(update=options)}
+        )
         build_fusion_data(Context(recipe))
         return FusionDataset(recipe)
 
 
 ALL = ("piece", "level", "lossy")
-ROADS = {  # target: sources, supervised turns; the last target and its first source differ in their templates alone
+# Target: sources, supervised turns; the last target and its first source differ in their templates alone.
+ROADS = {
     "piece": (ALL, "every_turn"),
     "level": (ALL, "every_turn"),
     "lossy": (ALL, "every_turn"),
@@ -206,7 +217,9 @@ def test_every_row_of_every_document(roads: Callable[[str], Road], target: str, 
             seen.update(kinds_of_labels(reading.theirs, reading.ours, document))
     # What the texts were chosen for; a label over several source tokens is the hard case.
     at_least = {"exact": 400, "exact long": 20, "exact cut": 2, "skip": 50}
-    at_least |= {"condition": {"condition": 10, "condition long": 3}, "onehot": {"onehot": 50}}.get(rules.unmatched, {})
+    at_least |= {"condition": {"condition": 10, "condition long": 3}, "onehot": {"onehot": 50}}.get(
+        rules.unmatched, {}
+    )
     assert all(seen[kind] >= count for kind, count in at_least.items()), seen
 
 
@@ -217,7 +230,10 @@ def test_every_choice(roads: Callable[[str], Road], target: str) -> None:
     dataset, names = road.dataset("exact condition"), list(road.recipe.sources)
     scores = np.stack(
         [
-            [load_scores(Context(road.recipe), name, reward_model) for reward_model in road.recipe.reward_models]
+            [
+                load_scores(Context(road.recipe), name, reward_model)
+                for reward_model in road.recipe.reward_models
+            ]
             for name in names
         ]
     )
@@ -232,7 +248,8 @@ def test_every_choice(roads: Callable[[str], Road], target: str) -> None:
         texts = ["" if reading.rows is None else reading.theirs.text[:-1].decode() for reading in answered]
         winner = vote(texts, scores[:, :, number], strongest=1)
         assert dataset.selected_source("inference", number) == (None if winner is None else names[winner])
-    assert any(reading.rows is None and reading.theirs.text.strip(b"\0") for reading in road.readings)  # too long
+    # Too long.
+    assert any(reading.rows is None and reading.theirs.text.strip(b"\0") for reading in road.readings)
     several = [reading.ours for reading in road.readings if reading.ours.answers > 1]
     assert bool(several) == (road.recipe.data.supervise == "every_turn")
     assert not several or {conversation.tokens[-1].stop for conversation in several} == {True, False}
@@ -253,7 +270,9 @@ def check_document(document: Document, reading: Reading, source: Side, target: S
     assert bounds[-1] == len(document.teacher_ids) == len(document.teacher_logprobs), where
     for number, (_, mass) in enumerate(expected):
         entries = slice(bounds[number], bounds[number + 1])
-        check_row(document.teacher_ids[entries], document.teacher_logprobs[entries], mass, f"{where}, row {number}")
+        check_row(
+            document.teacher_ids[entries], document.teacher_logprobs[entries], mass, f"{where}, row {number}"
+        )
 
 
 def check_row(ids: np.ndarray, logprobs: np.ndarray, mass: Mass, where: str) -> None:
@@ -263,7 +282,9 @@ def check_row(ids: np.ndarray, logprobs: np.ndarray, mass: Mass, where: str) -> 
     for token, probability in mass.items():
         exact = math.log(probability)
         slack = 2e-5  # of a capture in float32, batched in another way
-        assert rounded_down(exact - slack) <= found[token] <= min(rounded_down(exact + slack), 0), f"{where}, {token=}"
+        assert rounded_down(exact - slack) <= found[token] <= min(rounded_down(exact + slack), 0), (
+            f"{where}, {token=}"
+        )
 
 
 def rounded_down(value: float) -> np.float16:
@@ -272,8 +293,8 @@ def rounded_down(value: float) -> np.float16:
 
 
 def kinds_of_labels(theirs: Conversation, ours: Conversation, document: Document) -> Iterator[str]:
-    """How labels lie that have a distribution. long: goes on after the source's first token, of which a conditioned row has read
-    a part; cut: such a one that ends inside a source token."""
+    """How labels lie that have a distribution. long: goes on after the source's first token, of which a
+    conditioned row has read a part; cut: such a one that ends inside a source token."""
     edges = {edge for token in theirs.tokens for edge in (token.begin, token.end)}
     for label, code in zip(ours.tokens, document.match, strict=True):
         match = MATCHES[code]

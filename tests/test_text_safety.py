@@ -73,7 +73,12 @@ def _step_guard() -> str:
 def _inspected() -> str:
     token = {"id": 1, "text": BAD, "supervised": True, "match": "exact", "tail": 0.1}
     token["entries"] = [{"id": 1, "text": BAD, "logprob": -1.0}]
-    view = {"id": BAD, "mode": "training", "source": "alpha", "tokens": [token, token | {"supervised": False}]}
+    view = {
+        "id": BAD,
+        "mode": "training",
+        "source": "alpha",
+        "tokens": [token, token | {"supervised": False}],
+    }
     return format_view(view, SimpleNamespace(selections={}))
 
 
@@ -170,6 +175,9 @@ def test_nothing_is_printed_but_by_say() -> None:
 
 
 def test_only_commands_and_tables_say_anything() -> None:
-    """Progress and messages are log records, which --log-level and the rank decide about. In verification/shards.py `say` is an argument."""
+    """Progress and messages are log records, which --log-level and the rank decide about.
+
+    In verification/shards.py `say` is an argument.
+    """
     others = {path for path in _uses("say") if path.parent.name != "cli" and path.name not in RESULTS}
     assert {str(path.relative_to(ROOT)) for path in others} == {"megatron_fuse/verification/shards.py"}

@@ -1,4 +1,6 @@
-"""Rows with tools through the stages: what is prepared and listed, what models read of it, what a server is asked."""
+"""Rows with tools through the stages: what is prepared and listed, what models read of it, what a server
+is asked.
+"""
 
 import json
 from collections.abc import Callable
@@ -92,9 +94,13 @@ def test_rows_with_tools_reach_the_targets_text(models: Callable, tmp_path: Path
     whole, learned = (target.tokenizer.decode(ids.tolist()) for ids in (tokens, tokens[labels == 1]))
     assert "20 degrees" in whole and '"name": "weather"' in whole and "It is warm." in learned
     assert not any(part in learned for part in ("20 degrees", "weather", "Rome"))
-    read = target.encode_conversation(example.prompt(), example.response, every_turn=True, tools=example.tools)
+    read = target.encode_conversation(
+        example.prompt(), example.response, every_turn=True, tools=example.tools
+    )
     assert example.target_tokens == len(read.ids)
-    assert read.ids.tolist() in [tokens[begin : begin + len(read.ids)].tolist() for begin in range(len(tokens))]
+    assert read.ids.tolist() in [
+        tokens[begin : begin + len(read.ids)].tolist() for begin in range(len(tokens))
+    ]
 
 
 def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_path: Path) -> None:
@@ -108,7 +114,17 @@ def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_pa
         assert ("tools" in json.loads(line)) == (example.id == "t")
         if example.id != "t":
             assert line == json.dumps(row, ensure_ascii=False)
-    keys = ["id", "system", "messages", "response", "truncated", "held_out", "target_tokens", "category", "reasoning"]
+    keys = [
+        "id",
+        "system",
+        "messages",
+        "response",
+        "truncated",
+        "held_out",
+        "target_tokens",
+        "category",
+        "reasoning",
+    ]
     assert list(json.loads(lines[0])) == keys
 
 
@@ -119,21 +135,29 @@ def test_rows_without_tools_are_written_without_the_key(models: Callable, tmp_pa
         ("gemma 1 and 2", "sources.s: the chat template of {} does not print the offered tool weather"),
     ],
 )
-def test_a_row_that_a_source_cannot_read_is_listed(models: Callable, tmp_path: Path, source: str, reason: str) -> None:
+def test_a_row_that_a_source_cannot_read_is_listed(
+    models: Callable, tmp_path: Path, source: str, reason: str
+) -> None:
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], source)
     artifact = prepare_instructions(Context(recipe))
-    assert listed(recipe) == [{"id": "t", "line": 1, "kind": Kind.TOOLS, "reason": reason.format(models(source))}]
+    assert listed(recipe) == [
+        {"id": "t", "line": 1, "kind": Kind.TOOLS, "reason": reason.format(models(source))}
+    ]
     assert (artifact.counts["dropped_for_tools"], artifact.counts["dropped_for_length"]) == (1, 0)
     assert [each.id for each in load_examples(artifact)] == ["p0", "p1", "p2"]
     assert any(line.split() == ["tools", "1", "line", "1"] for line in left_out(artifact))
     alone = recipe_of(models, tmp_path / "alone", [TOOL_ROW], source)
-    with pytest.raises(UserError, match=r"rows\.jsonl: no example can be read \('t': sources\.s: the chat template"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl: no example can be read \('t': sources\.s: the chat template"
+    ):
         prepare_instructions(Context(alone))
 
 
 def test_what_a_template_refuses_is_listed_with_its_own_words(models: Callable, tmp_path: Path) -> None:
     add = call(1, "add", numbers=[1])
-    row = TOOL_ROW | {"messages": [asks("hello"), calls(ROME, add), output(ROME, "1"), output(add, "2"), says("Sure.")]}
+    row = TOOL_ROW | {
+        "messages": [asks("hello"), calls(ROME, add), output(ROME, "1"), output(add, "2"), says("Sure.")]
+    }
     recipe = recipe_of(models, tmp_path, [row, *PLAIN], "llama3.1")
     prepare_instructions(Context(recipe))
     (found,) = listed(recipe)
@@ -141,12 +165,17 @@ def test_what_a_template_refuses_is_listed_with_its_own_words(models: Callable, 
 
 
 @pytest.mark.parametrize("reward_model", ["granite", "zephyr"])
-def test_a_row_that_a_reward_model_cannot_read_is_listed(models: Callable, tmp_path: Path, reward_model: str) -> None:
+def test_a_row_that_a_reward_model_cannot_read_is_listed(
+    models: Callable, tmp_path: Path, reward_model: str
+) -> None:
     options = {"model": str(models(reward_model)), "form": "classifier"}
     sections: dict[str, Any] = {"schedule": {"preset": "profuser"}, "reward_models": {"j": options}}
     recipe = recipe_of(models, tmp_path, [TOOL_ROW, *PLAIN], **sections)
     prepare_instructions(Context(recipe))
-    reason = f"reward_models.j: the chat template of {models(reward_model)} does not print the offered tool weather"
+    reason = (
+        f"reward_models.j: the chat template of {models(reward_model)} does not print the offered tool "
+        "weather"
+    )
     assert [row["reason"] for row in listed(recipe)] == ([] if reward_model == "granite" else [reason])
 
 
@@ -205,7 +234,9 @@ def test_a_server_is_asked_in_openais_form(models: Callable, tmp_path: Path, end
     [
         "hello world",
         TALK,
-        [TALK[0], {**TALK[1], "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": '{"city":"Rome"}'}}]},
+        [TALK[0],
+         {**TALK[1], "content": None,
+          "tool_calls": [{"function": {"name": "weather", "arguments": '{"city":"Rome"}'}}]},
          {"role": "tool", "content": "20 degrees"}],
     ],
 )  # fmt: skip

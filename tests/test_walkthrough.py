@@ -1,4 +1,6 @@
-"""examples/walkthrough.py shows what the method says: its printed tables are read back and compared with each other."""
+"""examples/walkthrough.py shows what the method says: its printed tables are read back and compared with
+each other.
+"""
 
 import math
 import os
@@ -18,7 +20,11 @@ Table = list[dict[str, str]]
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Table]:
     """Title -> rows of every table that the script prints."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "examples/walkthrough.py")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
@@ -35,7 +41,8 @@ def _table(tables: dict[str, Table], title: str) -> Table:
 
 
 @pytest.mark.parametrize(
-    "title", ["1. Capture: alpha", "1. Capture: beta", "2. Align and project: alpha", "2. Align and project: beta"]
+    "title",
+    ["1. Capture: alpha", "1. Capture: beta", "2. Align and project: alpha", "2. Align and project: beta"],
 )
 def test_the_rows_cover_every_byte_of_the_response_and_its_end(tables: dict[str, Table], title: str) -> None:
     places = [tuple(map(int, row["bytes"].split("-"))) for row in _table(tables, title)]
@@ -47,7 +54,8 @@ def test_the_rows_cover_every_byte_of_the_response_and_its_end(tables: dict[str,
 def test_captured_rows_are_parts_of_distributions(tables: dict[str, Table], source: str) -> None:
     for row in _table(tables, f"1. Capture: {source}"):
         assert 0 < float(row["mass"]) <= 1 and 1 <= int(row["entries"]) <= 10
-        assert float(row["mass"]) + float(row["tail"]) == pytest.approx(1, abs=2e-3)  # both are rounded to three digits
+        # Both are rounded to three digits.
+        assert float(row["mass"]) + float(row["tail"]) == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize("source", ["alpha", "beta"])
@@ -56,11 +64,14 @@ def test_projected_rows_hold_at_most_all_the_mass(tables: dict[str, Table], sour
     for row in rows:
         assert row["match"] == ("skip" if row[f"row of {source}"].startswith("inside") else "exact")
         assert (
-            (0 < float(row["mass"]) <= 1) if row["match"] == "exact" else float(row["mass"]) == int(row["entries"]) == 0
+            (0 < float(row["mass"]) <= 1)
+            if row["match"] == "exact"
+            else float(row["mass"]) == int(row["entries"]) == 0
         )
     starts = {row["bytes"].split("-")[0] for row in _table(tables, f"1. Capture: {source}")}
     assert {row["bytes"].split("-")[0] for row in rows if row["match"] == "exact"} == starts
-    assert any(row["match"] == "skip" for row in rows) == (source == "beta")  # alpha's tokenizer is the target's
+    # Alpha's tokenizer is the target's.
+    assert any(row["match"] == "skip" for row in rows) == (source == "beta")
 
 
 def test_what_beta_knows_arrives_in_the_target_s_tokens(tables: dict[str, Table]) -> None:
@@ -75,9 +86,8 @@ def test_the_winner_has_the_least_cross_entropy(tables: dict[str, Table]) -> Non
     for row in rows:
         assert float(row[row["winner"]]) == min(float(row["alpha"]), float(row["beta"]))
     nats = [-math.log(float(row["probability"])) for row in _table(tables, "1. Capture: beta")]
-    assert float(rows[1]["beta"]) == pytest.approx(
-        sum(nats[:-1]), abs=0.02
-    )  # the stop token is left out; rounded to three digits
+    # The stop token is left out; rounded to three digits.
+    assert float(rows[1]["beta"]) == pytest.approx(sum(nats[:-1]), abs=0.02)
 
 
 def test_one_step_lowers_the_loss(tables: dict[str, Table]) -> None:

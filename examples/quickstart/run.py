@@ -2,10 +2,10 @@
 
     python examples/quickstart/run.py
 
-Makes an instruction set, three tokenizers, three source models and three reward models; runs the recipe with tensor parallelism
-over two processes (on a machine with a single GPU in one process); continues the target on the same data without any teacher
-(CSFT) for comparison; measures all of them.
-Everything that exists already is kept: a second run goes straight to what is missing.
+Makes an instruction set, three tokenizers, three source models and three reward models; runs the recipe with
+tensor parallelism over two processes (on a machine with a single GPU in one process); continues the target on
+the same data without any teacher (CSFT) for comparison; measures all of them. Everything that exists already
+is kept: a second run goes straight to what is missing.
 """
 
 import os
@@ -28,21 +28,27 @@ RECIPE = ["--recipe", "examples/quickstart/recipe.yaml"]
 def process_count() -> int:
     """Two, each with a GPU of its own if there are any: two processes cannot share one."""
     count = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        capture_output=True,
+        text=True,
     ).stdout
     return min(2, int(count.strip() or 0)) or 2
 
 
 def run(title: str, *command: str, processes: int = 1) -> None:
-    """Runs a script or a module from the project's root; a failure ends the quickstart with its own exit code."""
+    """Runs a script or a module from the project's root; a failure ends the quickstart with its own exit
+    code.
+    """
     print(
-        f"\n=== {title}\n$ {f'torchrun --nproc-per-node {processes}' if processes > 1 else 'python'} {' '.join(command)}",
+        f"\n=== {title}\n$ {f'torchrun --nproc-per-node {processes}' if processes > 1 else 'python'} "
+        f"{' '.join(command)}",
         flush=True,
     )
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
-    # One thread per process: two cores run two processes, and more threads would only get in each other's way.
+    # One thread per process: two cores run two processes, and more threads would only get in each other's
+    # way.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if code := run_tied([*launcher, *command], cwd=ROOT, env=environment):
         raise SystemExit(code)
@@ -63,7 +69,9 @@ def main() -> None:
         "--tensorboard-dir",
         f"{BUILD}/csft/tensorboard",
     ]
-    run("CSFT: the same data, no teacher", "-m", "megatron_fuse.pretrain", *recipe, *csft, processes=processes)
+    run(
+        "CSFT: the same data, no teacher", "-m", "megatron_fuse.pretrain", *recipe, *csft, processes=processes
+    )
     run("export of CSFT", *FUSE, "export", *RECIPE, *csft, "--export-path", f"{BUILD}/csft/export")
     models = [f"{name}={BUILD}/sources/{name}" for name in ("alpha", "beta", "gamma")]
     models += [f"CSFT={BUILD}/csft/export", f"ProFuser={BUILD}/run/export"]

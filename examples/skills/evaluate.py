@@ -1,16 +1,21 @@
 """Measure models on the six skills and print one table.
 
-    python examples/skills/evaluate.py alpha=examples/skills/build/sources/alpha fused=runs/fused/export --output runs
+    python examples/skills/evaluate.py alpha=examples/skills/build/sources/alpha fused=runs/fused/export
+    --output runs
 
-Each model is a Hugging Face directory of a Llama, MPT or GPT-NeoX model with its tokenizer and chat template. Two measures, because they can
-tell opposite stories (a model that learns to show its working may forget how to answer at once):
+Each model is a Hugging Face directory of a Llama, MPT or GPT-NeoX model with its tokenizer and chat template.
+Two measures, because they can tell opposite stories (a model that learns to show its working may forget how
+to answer at once):
 
-- generation: greedy decoding in the model's own chat template; right when the text ends in "The answer is X." with the right X.
-- choice: the right "The answer is X." against three wrong ones (a near miss, a value misread, another problem's answer), each a whole
+- generation: greedy decoding in the model's own chat template; right when the text ends in "The answer is X."
+  with the right X.
+- choice: the right "The answer is X." against three wrong ones (a near miss, a value misread, another
+  problem's answer), each a whole
   response at once without working, by log-likelihood (chance is 25 %).
 
-Problems are those of `--split` (test by default: no model has been trained on them). Accuracies are in percent, with the standard error of
-that many problems; the mean is over skills. OUTPUT gets evaluation.md and evaluation.json.
+Problems are those of `--split` (test by default: no model has been trained on them). Accuracies are in
+percent, with the standard error of that many problems; the mean is over skills. OUTPUT gets evaluation.md and
+evaluation.json.
 """
 
 import argparse
@@ -53,13 +58,16 @@ def stop_token_of(tokenizer: PreTrainedTokenizerBase) -> str:
     after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(marker)[2].strip()
     if after not in tokenizer.get_added_vocab() and after not in tokenizer.all_special_tokens:
         raise ValueError(
-            f"{tokenizer.name_or_path}: the chat template ends a response with {after!r}, which is not a special token"
+            f"{tokenizer.name_or_path}: the chat template ends a response with {after!r}, which is not a "
+            "special token"
         )
     return after
 
 
 @torch.inference_mode()
-def generate(model: PreTrainedModel, prompts: list[list[int]], stop_id: int, batch_size: int = 300) -> list[list[int]]:
+def generate(
+    model: PreTrainedModel, prompts: list[list[int]], stop_id: int, batch_size: int = 300
+) -> list[list[int]]:
     """Greedy responses without their stop token; an unfinished one has MAX_NEW_TOKENS tokens.
 
     Prompts are taken by length, so that little is padded; answers that have ended leave the batch.
@@ -104,7 +112,11 @@ def choices(problems: list[Problem], seed: int = 5) -> list[tuple[str, str]]:
     """Four (instruction, response) pairs a problem, the right one first; the same for every model."""
     rng = random.Random(seed)
     options = [[problem.answer, *wrong_answers(problem, rng)] for problem in problems]
-    return [(p.instruction, f"{CLOSING}{text}.") for p, texts in zip(problems, options, strict=True) for text in texts]
+    return [
+        (p.instruction, f"{CLOSING}{text}.")
+        for p, texts in zip(problems, options, strict=True)
+        for text in texts
+    ]
 
 
 def per_skill(problems: list[Problem], right: list[bool]) -> dict:
@@ -121,12 +133,16 @@ def per_skill(problems: list[Problem], right: list[bool]) -> dict:
 
 
 def evaluate(directory: Path, split: str, problems_per_skill: int, seed: int) -> dict:
-    """Both measures of one model, its mean response length in tokens, one sample per skill, and the seconds it took."""
+    """Both measures of one model, its mean response length in tokens, one sample per skill, and the
+    seconds it took.
+    """
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     began = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     stop_token = stop_token_of(tokenizer)
     problems = distinct(split, problems_per_skill, seed)
     prompts = encode_prompts(tokenizer, [problem.instruction for problem in problems])
@@ -141,7 +157,8 @@ def evaluate(directory: Path, split: str, problems_per_skill: int, seed: int) ->
         "choice": per_skill(problems, (logprobs[:, 0] > logprobs[:, 1:].max(1)).tolist()),
         "mean_response_tokens": sum(map(len, responses)) / len(responses),
         "samples": [
-            {"instruction": problems[n].instruction, "response": texts[n], "right": generated[n]} for n in firsts
+            {"instruction": problems[n].instruction, "response": texts[n], "right": generated[n]}
+            for n in firsts
         ],
         "seconds": time.perf_counter() - began,
     }
@@ -158,12 +175,16 @@ def markdown(results: dict[str, dict]) -> str:
             rows.append([name, measure, *cells, f"{mean['accuracy']:.1f} ± {mean['standard_error']:.1f}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     justify = [str.ljust, str.ljust, *[str.rjust] * (len(heads) - 2)]
-    lines = [[put(cell, width) for put, cell, width in zip(justify, row, widths, strict=True)] for row in rows]
+    lines = [
+        [put(cell, width) for put, cell, width in zip(justify, row, widths, strict=True)] for row in rows
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", metavar="NAME=DIRECTORY", help="models, in the table's order")
     parser.add_argument("--output", type=Path, help="directory for evaluation.md and evaluation.json")
     parser.add_argument("--split", choices=SPLITS, default="test")
@@ -174,7 +195,9 @@ def main() -> None:
         help="problems of each skill (the skill `conversion` has only about 100 in the split test)",
     )
     parser.add_argument("--seed", type=int, default=99)
-    parser.add_argument("--processes", type=int, default=2, help="models measured at the same time, one thread each")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="models measured at the same time, one thread each"
+    )
     options = parser.parse_args()
     names, _, directories = zip(*(model.partition("=") for model in options.models), strict=True)
     wrong = [
@@ -188,11 +211,15 @@ def main() -> None:
             "config.json in the directory."
         )
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"), end_with_pool) as pool:
-        jobs = [pool.submit(evaluate, Path(d), options.split, options.per_skill, options.seed) for d in directories]
+        jobs = [
+            pool.submit(evaluate, Path(d), options.split, options.per_skill, options.seed)
+            for d in directories
+        ]
         results = {name: job.result() for name, job in zip(names, jobs, strict=True)}
     table = markdown(results)
     print(
-        f"accuracy in percent, split {options.split}, {options.per_skill} problems of each skill (choice: chance is 25)\n\n{table}"
+        f"accuracy in percent, split {options.split}, {options.per_skill} problems of each skill (choice: "
+        f"chance is 25)\n\n{table}"
     )
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What the scripts of the skills share: chat text to ids, packed batches, a plain training loop, cached directories.
+"""What the scripts of the skills share: chat text to ids, packed batches, a plain training loop, cached
+directories.
 
 Shapes: r rows, l tokens of a row, n sequences, v vocabulary. Everything runs on a CPU in fp32.
 """
@@ -35,22 +36,26 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, instructions: list[str]) -> list[list[int]]:
     """Ids up to where the response begins, BOS included where the template writes one."""
-    return tokenizer([prompt_text(tokenizer, text) for text in instructions], add_special_tokens=False)["input_ids"]
+    return tokenizer([prompt_text(tokenizer, text) for text in instructions], add_special_tokens=False)[
+        "input_ids"
+    ]
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, stop_token: str, pairs: list[tuple[str, str]]) -> list[Encoded]:
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, stop_token: str, pairs: list[tuple[str, str]]
+) -> list[Encoded]:
     """(instruction, response) -> ids that end with the stop token, and the prompt's length.
 
-    The whole conversation is tokenized at once and must begin with the prompt's own ids; ValueError otherwise.
+    The whole conversation is tokenized at once and must begin with the prompt's own ids; ValueError
+    otherwise.
     """
     prompts, texts = [], []
     for instruction, response in pairs:
         prompts.append(prompt_text(tokenizer, instruction))
         messages = [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        texts.append(
-            text[: text.rindex(stop_token) + len(stop_token)]
-        )  # without the template's space after the stop token
+        # Without the template's space after the stop token.
+        texts.append(text[: text.rindex(stop_token) + len(stop_token)])
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     all_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for prompt, ids, text in zip(prompt_ids, all_ids, texts, strict=True):
@@ -73,7 +78,10 @@ class Packed:
 
 
 def pack(chats: list[Encoded], row_length: int) -> Packed:
-    """First fit in order: a row is closed when the next conversation does not fit. ValueError for one longer than a row."""
+    """First fit in order: a row is closed when the next conversation does not fit.
+
+    ValueError for one longer than a row.
+    """
     rows: list[list[Encoded]] = [[]]
     used = 0
     for chat in chats:
@@ -103,9 +111,14 @@ def packed_logits(model: PreTrainedModel, packed: Packed, rows: slice) -> tuple[
     documents = torch.from_numpy(packed.documents[rows])
     same = documents[:, :, None] == documents[:, None, :]
     same &= torch.ones(same.shape[-2:], dtype=torch.bool).tril()
-    # Additive, because transformers' MPT reads any nonzero as "hidden" and a boolean mask the other way round.
+    # Additive, because transformers' MPT reads any nonzero as "hidden" and a boolean mask the other way
+    # round.
     mask = torch.zeros(same.shape).masked_fill_(~same, torch.finfo(torch.float32).min)[:, None]
-    inputs = {"input_ids": torch.from_numpy(packed.ids[rows]).long(), "attention_mask": mask, "use_cache": False}
+    inputs = {
+        "input_ids": torch.from_numpy(packed.ids[rows]).long(),
+        "attention_mask": mask,
+        "use_cache": False,
+    }
     if model.config.model_type != "mpt":  # ALiBi looks at distances only
         inputs["position_ids"] = torch.from_numpy(packed.positions[rows]).long()
     labels = torch.from_numpy(packed.labels[rows]).long()
@@ -138,8 +151,12 @@ def fit(
     name: str,
     warmup: int = 40,
 ) -> None:
-    """Muon for the blocks' matrices, AdamW for the rest, cosine to a twentieth; `losses` gives one closure a step."""
-    blocks = [p for key, p in model.named_parameters() if p.ndim == 2 and (".layers." in key or ".blocks." in key)]
+    """Muon for the blocks' matrices, AdamW for the rest, cosine to a twentieth; `losses` gives one closure
+    a step.
+    """
+    blocks = [
+        p for key, p in model.named_parameters() if p.ndim == 2 and (".layers." in key or ".blocks." in key)
+    ]
     chosen = {id(p) for p in blocks}
     others = [p for p in model.parameters() if id(p) not in chosen]
     # `match_rms_adamw` scales Muon's update to Adam's usual size, so that one learning rate serves both.
@@ -160,16 +177,21 @@ def fit(
         if (step + 1) % max(1, steps // 5) == 0:
             wall, busy = time.perf_counter() - began[0], time.process_time() - began[1]
             print(
-                f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {wall:.0f} s ({busy:.0f} s of CPU time)",
+                f"{name}: step {step + 1}/{steps}, loss {loss.item():.3f}, {wall:.0f} s ({busy:.0f} s of "
+                "CPU time)",
                 flush=True,
             )
     model.eval()
 
 
-def packed_losses(model: PreTrainedModel, packed: Packed, rows_per_step: int) -> Iterator[Callable[[], Tensor]]:
+def packed_losses(
+    model: PreTrainedModel, packed: Packed, rows_per_step: int
+) -> Iterator[Callable[[], Tensor]]:
     """Next-token cross-entropy on one slice of rows after the other."""
     for start in range(0, len(packed.ids) - rows_per_step + 1, rows_per_step):
-        yield lambda start=start: F.cross_entropy(*packed_logits(model, packed, slice(start, start + rows_per_step)))
+        yield lambda start=start: F.cross_entropy(
+            *packed_logits(model, packed, slice(start, start + rows_per_step))
+        )
 
 
 # --- cached directories ---

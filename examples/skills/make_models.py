@@ -2,15 +2,17 @@
 
     python examples/skills/make_models.py --output examples/skills/build
 
-| directory under OUTPUT                | what                                                                             |
-|---------------------------------------|----------------------------------------------------------------------------------|
-| sources/alpha, beta, gamma            | Llama (also the fusion target's first weights), MPT, GPT-NeoX (train_sources.py)   |
-| rewards/strong, middle, weak          | sequence classifiers with one label (train_rewards.py)                           |
-| rewards-base                          | what the reward models go on from                                                |
-| tokenizers                            | made first if they are missing (make_tokenizers.py)                              |
+| directory under OUTPUT     | content                                                                |
+|----------------------------|------------------------------------------------------------------------|
+| sources/alpha, beta, gamma | Llama (also the fusion target's first weights), MPT, GPT-NeoX          |
+|                            | (train_sources.py)                                                     |
+| rewards/strong, middle,    | sequence classifiers with one label (train_rewards.py)                 |
+| weak                       |                                                                        |
+| rewards-base               | the model from which the training of the reward models begins          |
+| tokenizers                 | made first if they are missing (make_tokenizers.py)                    |
 
-Every directory is complete (safetensors, tokenizer, chat template), loads offline with AutoModelForCausalLM or
-AutoModelForSequenceClassification, and is kept when it was made with the same settings and scripts.
+Every directory is complete (safetensors, tokenizer, chat template), loads offline with AutoModelForCausalLM
+or AutoModelForSequenceClassification, and is kept when it was made with the same settings and scripts.
 """
 
 import argparse
@@ -46,11 +48,14 @@ JOBS: dict[Settings, tuple[Callable[[Path, Settings], None], Settings | None]] =
 
 
 def reseeded(settings: Settings, seed: int) -> Settings:
-    return replace(settings, seed=settings.seed + 1000 * seed)  # so that no two models of any sets have the same
+    # So that no two models of any sets have the same.
+    return replace(settings, seed=settings.seed + 1000 * seed)
 
 
 def be_modest() -> None:
-    """In each process: an end with this one, one thread, and none of the notes on new and unused weights that a changed head is bound to cause."""
+    """In each process: an end with this one, one thread, and none of the notes on new and unused weights
+    that a changed head is bound to cause.
+    """
     end_with_pool()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -58,9 +63,12 @@ def be_modest() -> None:
 
 
 def make_models(output: Path, processes: int, seed: int = 0) -> None:
-    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: of the whole set."""
+    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: of
+    the whole set.
+    """
     jobs = {
-        reseeded(settings, seed): (train, after and reseeded(after, seed)) for settings, (train, after) in JOBS.items()
+        reseeded(settings, seed): (train, after and reseeded(after, seed))
+        for settings, (train, after) in JOBS.items()
     }
     todo = [settings for settings in jobs if not is_made(settings.directory(output), settings.hash(output))]
     if not todo:
@@ -81,9 +89,13 @@ def make_models(output: Path, processes: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
-    parser.add_argument("--processes", type=int, default=2, help="models trained at the same time, one thread each")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="models trained at the same time, one thread each"
+    )
     options = parser.parse_args()
     began = time.perf_counter()
     make_tokenizers(options.output, seed=1234)

@@ -8,7 +8,8 @@
 | beta  | byte-level BPE (MPT)                                       | 560 | ChatML        | <|im_end|>    |
 | gamma | byte-level BPE, smaller, most words in pieces (GPT-NeoX)   | 420 | Alpaca        | <|endoftext|> |
 
-Each is a Hugging Face tokenizer directory under OUTPUT/tokenizers that AutoTokenizer loads offline; alpha's holds `tokenizer.model` too.
+Each is a Hugging Face tokenizer directory under OUTPUT/tokenizers that AutoTokenizer loads offline; alpha's
+holds `tokenizer.model` too.
 """
 
 import argparse
@@ -32,7 +33,8 @@ VICUNA = (
     "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ALPACA = (
@@ -56,7 +58,9 @@ def corpus(seed: int, per_skill: int = 1500) -> list[str]:
 
 
 def train_sentencepiece(lines: list[str], size: int) -> bytes:
-    """A SentencePiece BPE model as Llama-2's: byte fallback, digits apart, a dummy prefix; <unk> <s> </s> <pad> come first."""
+    """A SentencePiece BPE model as Llama-2's: byte fallback, digits apart, a dummy prefix; <unk> <s> </s>
+    <pad> come first.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
@@ -79,7 +83,8 @@ def llama_tokenizer(model: bytes, chat_template: str) -> PreTrainedTokenizerBase
     """The Hugging Face form of a SentencePiece BPE model, in the shape of Llama-2's tokenizer.json."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
-    # SentencePiece joins the pair whose union has the least id; Hugging Face wants the pairs written out in that order.
+    # SentencePiece joins the pair whose union has the least id; Hugging Face wants the pairs written out in
+    # that order.
     merges = [
         (piece[:cut], piece[cut:])
         for piece, number in ids.items()
@@ -87,7 +92,9 @@ def llama_tokenizer(model: bytes, chat_template: str) -> PreTrainedTokenizerBase
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
-    backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(
+        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -133,7 +140,9 @@ def byte_level_tokenizer(
 
 
 def check(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Every digit is one token wherever it stands, every letter standing apart one token: no alignment noise between the models."""
+    """Every digit is one token wherever it stands, every letter standing apart one token: no alignment
+    noise between the models.
+    """
     for text in [f"a {letter}" for letter in ALPHABET] + [f"a={digit}" for digit in "0123456789"]:
         tokens = tokenizer.tokenize(text)
         if len(tokens) != len(tokenizer.tokenize(text[:-2] if " " in text else text[:-1])) + 1:
@@ -172,7 +181,9 @@ def make_tokenizers(output: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()

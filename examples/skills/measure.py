@@ -2,7 +2,8 @@
 
     python examples/skills/measure.py --model DIRECTORY --output FILE.json --split dev --seed 1
 
-Metrics: `generation` and `choice`, as evaluate.py defines them, means over the skills in percent, and each of them by skill.
+Metrics: `generation` and `choice`, as evaluate.py defines them, means over the skills in percent, and each of
+them by skill.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from megatron_fuse.errors import exit_code
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--split", choices=SPLITS, required=True)

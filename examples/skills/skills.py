@@ -1,16 +1,18 @@
-"""Six small skills as instruction text: two-number addition, weekdays, sorting, reversing, letter shifts, unit conversion.
+"""Six small skills as instruction text: two-number addition, weekdays, sorting, reversing, letter shifts,
+unit conversion.
 
     python examples/skills/skills.py --output examples/skills/build
 
 writes an instruction set, `instructions.jsonl` (Alpaca form, the output being the worked answer).
 
-Every problem has three right answers that end in the same sentence "The answer is X.": `short` (nothing else), `brief` (a line of
-working, how the source models mostly talk) and `worked` (every step, the ground truth). So learning from the ground truth adds detail
-to a form that the models know already. Letters stand apart and digits are written together ("d k a", "47+85"): every letter and every
-digit is one token in all three tokenizers.
+Every problem has three right answers that end in the same sentence "The answer is X.": `short` (nothing
+else), `brief` (a line of working, how the source models mostly talk) and `worked` (every step, the ground
+truth). So learning from the ground truth adds detail to a form that the models know already. Letters stand
+apart and digits are written together ("d k a", "47+85"): every letter and every digit is one token in all
+three tokenizers.
 
-A problem belongs to one split by a hash of what is asked, not of how it is worded: `train` (the source and reward models), `fusion`
-(the instruction set: no model has seen these problems), `dev` and `test`.
+A problem belongs to one split by a hash of what is asked, not of how it is worded: `train` (the source and
+reward models), `fusion` (the instruction set: no model has seen these problems), `dev` and `test`.
 """
 
 import argparse
@@ -42,7 +44,9 @@ CLOSING = "The answer is "
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a skill: `values` decides everything but the wording of the instruction and of the answers."""
+    """One problem of a skill: `values` decides everything but the wording of the instruction and of the
+    answers.
+    """
 
     skill: str
     values: tuple
@@ -68,7 +72,9 @@ def split_of(skill: str, values: tuple) -> str:
 
 
 def answer_of(response: str) -> str | None:
-    """What a response gives as its answer, or None: the text between the last closing phrase and the full stop at the end."""
+    """What a response gives as its answer, or None: the text between the last closing phrase and the full
+    stop at the end.
+    """
     _, closing, answer = response.strip().rpartition(CLOSING)
     return answer[:-1] if closing and answer.endswith(".") else None
 
@@ -89,7 +95,10 @@ def word_addition(values: tuple, rng: random.Random) -> Problem:
     brief = f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}{carried}={tens + carry}."
     then = f"write {ones % 10}" + (f", carry {carry}" if carry else ", nothing to carry")
     start = rng.choice(("Begin with the ones", "Add the ones first"))
-    worked = f"{start}: {a % 10}+{b % 10}={ones}, {then}. Then the tens: {a // 10}+{b // 10}{carried}={tens + carry}. So {a}+{b}={total}."
+    worked = (
+        f"{start}: {a % 10}+{b % 10}={ones}, {then}. Then the tens: "
+        f"{a // 10}+{b // 10}{carried}={tens + carry}. So {a}+{b}={total}."
+    )
     return Problem("addition", values, str(total), asked, brief, worked)
 
 
@@ -106,15 +115,21 @@ def word_weekday(values: tuple, rng: random.Random) -> Problem:
     sign = 1 if way == "after" else -1
     weeks, rest = divmod(days, 7)
     path = [DAYS[(start + sign * step) % 7] for step in range(rest + 1)]
-    asked = rng.choice((f"Which day is {days} days {way} {path[0]}?", f"Name the day {days} days {way} {path[0]}."))
+    asked = rng.choice(
+        (f"Which day is {days} days {way} {path[0]}?", f"Name the day {days} days {way} {path[0]}.")
+    )
     move = f"{'on' if sign > 0 else 'back'} from {path[0]}"
     brief = (
-        f"{days}-{weeks * 7}={rest}, {move}: {', '.join(path[1:])}." if rest else f"{days}-{weeks * 7}=0, no days left."
+        f"{days}-{weeks * 7}={rest}, {move}: {', '.join(path[1:])}."
+        if rest
+        else f"{days}-{weeks * 7}=0, no days left."
     )
     opening = rng.choice(("Take out whole weeks", "Whole weeks change nothing"))
     steps = ", ".join(f"{step} {day}" for step, day in enumerate(path[1:], 1))
     counted = (
-        f"{rest} {plural('day', rest)} {way}. Go {move}: {steps}." if rest else f"no days are left. It stays {path[0]}."
+        f"{rest} {plural('day', rest)} {way}. Go {move}: {steps}."
+        if rest
+        else f"no days are left. It stays {path[0]}."
     )
     worked = f"{opening}: {weeks}*7={weeks * 7} and {days}-{weeks * 7}={rest}, so {counted}"
     return Problem("weekday", values, path[-1], asked, brief, worked)
@@ -185,11 +200,15 @@ def draw_shifting(rng: random.Random) -> tuple:
 def word_shifting(values: tuple, rng: random.Random) -> Problem:
     letters, by = values
     answer = [shifted(letter, by) for letter in letters]
-    asked = rng.choice((f"Shift {' '.join(letters)} forward by {by}.", f"Move {' '.join(letters)} on by {by} letters."))
+    asked = rng.choice(
+        (f"Shift {' '.join(letters)} forward by {by}.", f"Move {' '.join(letters)} on by {by} letters.")
+    )
     brief = ", ".join(f"{a} to {b}" for a, b in zip(letters, answer, strict=True)) + "."
     runs = [" ".join(shifted(letter, step) for step in range(by + 1)) for letter in letters]
     opening = rng.choice(("Count on", "Go on"))
-    worked = f"{opening} {by} letters. {letters[0]}: {runs[0]}. {letters[1]}: {runs[1]}. {letters[2]}: {runs[2]}."
+    worked = (
+        f"{opening} {by} letters. {letters[0]}: {runs[0]}. {letters[1]}: {runs[1]}. {letters[2]}: {runs[2]}."
+    )
     return Problem("shifting", values, " ".join(answer), asked, brief, worked)
 
 
@@ -214,12 +233,14 @@ def word_conversion(values: tuple, rng: random.Random) -> Problem:
     product, total = many * factor, many * factor + rest
     amount, units = f"{many} {plural(large)} and {rest} {plural(small, rest)}", plural(small)
     asked = rng.choice((f"Convert {amount} to {units}.", f"How many {units} are {amount}?"))
-    # The last step is the carry, written out: whole sums of three digits are too many to learn from so few problems.
+    # The last step is the carry, written out: whole sums of three digits are too many to learn from so few
+    # problems.
     ones = f"{product % 10}+{rest}={product % 10 + rest}, so {product}+{rest}={total}"
     brief = f"{many}*{factor}={product}, {ones}."
     opening = rng.choice((f"One {large} is {factor} {units}", f"There are {factor} {units} in one {large}"))
     worked = (
-        f"{opening}, so {many} {plural(large)} are {many}*{factor}={product} {units}. With the rest: {ones} {units}."
+        f"{opening}, so {many} {plural(large)} are {many}*{factor}={product} {units}. With the rest: "
+        f"{ones} {units}."
     )
     return Problem("conversion", values, str(total), asked, brief, worked)
 
@@ -256,7 +277,10 @@ def draw(skill: str, split: str, rng: random.Random) -> Problem:
 
 
 def distinct(split: str, per_skill: int, seed: int) -> list[Problem]:
-    """`per_skill` different problems of every skill, in the skills' order. ValueError if a skill has not that many."""
+    """`per_skill` different problems of every skill, in the skills' order.
+
+    ValueError if a skill has not that many.
+    """
     rng, problems = random.Random(seed), []
     for skill in SKILLS:
         found: dict[tuple, Problem] = {}
@@ -266,7 +290,9 @@ def distinct(split: str, per_skill: int, seed: int) -> list[Problem]:
             if len(found) == per_skill:
                 break
         else:
-            raise ValueError(f"{skill} has only {len(found)} problems in split {split}, but {per_skill} are needed")
+            raise ValueError(
+                f"{skill} has only {len(found)} problems in split {split}, but {per_skill} are needed"
+            )
         problems += found.values()
     return problems
 
@@ -287,7 +313,9 @@ def misread(problem: Problem, rng: random.Random) -> Problem:
 
 
 def wrong_answers(problem: Problem, rng: random.Random) -> list[str]:
-    """Three different wrong answers: by a slip, for the problem with one value misread, and of another problem of skill and split."""
+    """Three different wrong answers: by a slip, for the problem with one value misread, and of another
+    problem of skill and split.
+    """
     wrong: list[str] = []
     for make in (
         lambda: near_miss(problem, rng),
@@ -301,7 +329,9 @@ def wrong_answers(problem: Problem, rng: random.Random) -> list[str]:
 
 
 def wrong_response(problem: Problem, form: str, rng: random.Random) -> str:
-    """A wrong answer to the problem: a near miss at the end of right working, or right working for a problem with one value changed."""
+    """A wrong answer to the problem: a near miss at the end of right working, or right working for a
+    problem with one value changed.
+    """
     if form == "short" or rng.random() < 0.3:
         right = problem.response(form)
         return right[: right.rindex(CLOSING)] + f"{CLOSING}{near_miss(problem, rng)}."
@@ -343,7 +373,9 @@ def write_instructions(path: Path, per_skill: int, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=250)
     parser.add_argument("--seed", type=int, default=1234)

@@ -1,7 +1,9 @@
-"""Models of one family, which merging needs: `ancestor`, and `numbers` and `letters`, which go on from its weights.
+"""Models of one family, which merging needs: `ancestor`, and `numbers` and `letters`, which go on from its
+weights.
 
-All are of alpha's architecture and have its tokenizer. The ancestor sees all six skills for a while, each of its descendants then gives
-80 % of its training to three of them: what the paper merges, Vicuna and Llama-2-chat over Llama-2, on a small scale.
+All are of alpha's architecture and have its tokenizer. The ancestor sees all six skills for a while, each of
+its descendants then gives 80 % of its training to three of them: what the paper merges, Vicuna and
+Llama-2-chat over Llama-2, on a small scale.
 """
 
 import multiprocessing
@@ -58,7 +60,13 @@ def train(output: Path, relative: Relative) -> None:
         else build(FAMILY, tokenizer)
     )
     model.train()
-    fit(model, packed_losses(model, packed, ROWS_PER_STEP), steps=relative.steps, lr=relative.lr, name=relative.name)
+    fit(
+        model,
+        packed_losses(model, packed, ROWS_PER_STEP),
+        steps=relative.steps,
+        lr=relative.lr,
+        name=relative.name,
+    )
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
     model.generation_config.update(eos_token_id=tokenizer.convert_tokens_to_ids(stop_token), **special)
     with replace_directory(relative.directory(output), relative.hash(output)) as temporary:
@@ -70,8 +78,16 @@ def make_relatives(output: Path, processes: int, seed: int = 0) -> None:
     """Trains what is missing; the tokenizers have to be there. seed: of the whole set."""
     for settings in ((ANCESTOR,), DESCENDANTS):
         generation = [replace(relative, seed=relative.seed + 1000 * seed) for relative in settings]
-        todo = [relative for relative in generation if not is_made(relative.directory(output), relative.hash(output))]
-        print("to train:", ", ".join(str(relative.directory(output)) for relative in todo) or "nothing", flush=True)
+        todo = [
+            relative
+            for relative in generation
+            if not is_made(relative.directory(output), relative.hash(output))
+        ]
+        print(
+            "to train:",
+            ", ".join(str(relative.directory(output)) for relative in todo) or "nothing",
+            flush=True,
+        )
         if todo:
             with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), be_modest) as pool:
                 list(pool.map(train, [output] * len(todo), todo))

@@ -1,9 +1,12 @@
-"""Reward models: three small verifiers, of different quality because they train for different lengths of time.
+"""Reward models: three small verifiers, of different quality because they train for different lengths of
+time.
 
-All are MPT models with one label (MptForSequenceClassification) and go on from one `base`: source beta after more training on every skill.
-Three layers learn to verify when they are shown WHERE an answer goes wrong. So in half of the training answers some digits, letters or days
-are replaced; a head on every token, dropped afterwards, tells the replaced ones, and the reward, read at the stop token, tells whether there
-are any. (Pairs alone, -log sigmoid(right - wrong), taught next to nothing in this time, and rotary models learned less than this ALiBi one.)
+All are MPT models with one label (MptForSequenceClassification) and go on from one `base`: source beta after
+more training on every skill. Three layers learn to verify when they are shown WHERE an answer goes wrong. So
+in half of the training answers some digits, letters or days are replaced; a head on every token, dropped
+afterwards, tells the replaced ones, and the reward, read at the stop token, tells whether there are any.
+(Pairs alone, -log sigmoid(right - wrong), taught next to nothing in this time, and rotary models learned less
+than this ALiBi one.)
 """
 
 import random
@@ -79,7 +82,9 @@ def train_base(output: Path, settings: BaseSettings) -> None:
 
 
 def exchangeable_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """For each digit, letter or day token: all tokens of its kind, so that a replacement looks as good as what it replaces."""
+    """For each digit, letter or day token: all tokens of its kind, so that a replacement looks as good as
+    what it replaces.
+    """
     kinds: dict[str, list[int]] = {"digit": [], "letter": [], "day": []}
     for token in sorted(tokenizer.get_vocab().values()):  # which come in another order in every process
         text = tokenizer.decode([token])
@@ -99,13 +104,16 @@ def verification_losses(
     settings: RewardSettings,
     rng: random.Random,
 ) -> Iterator[Callable[[], Tensor]]:
-    """Cross-entropy of the replaced tokens, and half of that of the whole answers; every second answer has replaced tokens."""
+    """Cross-entropy of the replaced tokens, and half of that of the whole answers; every second answer has
+    replaced tokens.
+    """
     kinds = exchangeable_tokens(tokenizer)
 
     def loss(chats: list[list[int]], marks: list[list[float]]) -> Tensor:
         ids, mask = padded(chats, tokenizer.pad_token_id, "right")  # [n, l]
         hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-        flat = torch.tensor([mark for row in marks for mark in row])  # 1 replaced, 0 could have been, -1 neither
+        # 1 replaced, 0 could have been, -1 neither.
+        flat = torch.tensor([mark for row in marks for mark in row])
         asked = flat >= 0
         # Few tokens are replaced: without the weight the head would say "none" for a long time.
         replaced = F.binary_cross_entropy_with_logits(
@@ -140,16 +148,17 @@ def train_reward(output: Path, settings: RewardSettings) -> None:
     base = BASE.directory(output)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, trust_remote_code=False)
-    model.add_module(
-        "token_head", nn.Linear(model.config.hidden_size, 1)
-    )  # a part of the model only while it is trained
+    # A part of the model only while it is trained.
+    model.add_module("token_head", nn.Linear(model.config.hidden_size, 1))
     losses = verification_losses(model, model.get_submodule("token_head"), tokenizer, settings, rng)
     fit(model, losses, steps=settings.steps, lr=settings.lr, name=f"reward model {settings.name}")
     del model.token_head
     save(model, tokenizer, settings.directory(output), settings.hash(output))
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, settings_hash: str) -> None:
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, settings_hash: str
+) -> None:
     with replace_directory(directory, settings_hash) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -1,7 +1,8 @@
 """Source models: three small language models of three architectures, each best at other skills.
 
-alpha (Llama) is the fusion target's first weights too: it sees more of all skills than the others do and is the strongest overall, as the
-paper's target is. beta (MPT) and gamma (GPT-NeoX) each give 90 % of their training to two skills.
+alpha (Llama) is the fusion target's first weights too: it sees more of all skills than the others do and is
+the strongest overall, as the paper's target is. beta (MPT) and gamma (GPT-NeoX) each give 90 % of their
+training to two skills.
 """
 
 import random
@@ -67,7 +68,9 @@ class SourceSettings:
         here = Path(__file__)
         scripts = [here, here.with_name("lm.py"), here.with_name("skills.py")]
         return fingerprint(
-            asdict(self) | {"torch": torch.__version__}, *scripts, output / "tokenizers" / self.name / CACHE_FILE
+            asdict(self) | {"torch": torch.__version__},
+            *scripts,
+            output / "tokenizers" / self.name / CACHE_FILE,
         )
 
 
@@ -94,7 +97,14 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         return LlamaForCausalLM(config)
     if name == "beta":
         return MptForCausalLM(
-            MptConfig(d_model=WIDTH, n_heads=HEADS, n_layers=LAYERS, max_seq_len=POSITIONS, use_cache=True, **special)
+            MptConfig(
+                d_model=WIDTH,
+                n_heads=HEADS,
+                n_layers=LAYERS,
+                max_seq_len=POSITIONS,
+                use_cache=True,
+                **special,
+            )
         )
     config = GPTNeoXConfig(
         hidden_size=WIDTH,

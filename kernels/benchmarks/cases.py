@@ -1,4 +1,6 @@
-"""What is measured: shapes, data types and temperatures for each kind of machine, and what ours is held to there."""
+"""What is measured: shapes, data types and temperatures for each kind of machine, and what ours is held to
+there.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,8 +15,8 @@ class Target:
     """Of `provider`, all of a call: `figure` is at most `at_most` of what it is held against."""
 
     figure: str  # "p50_ms" or "peak_mb"
-    # A provider of the same case; "pass": the time in which a copy at this run's rate moves the logits' bytes once; "logits": their
-    # megabytes; "": the figure itself
+    # A provider of the same case; "pass": the time in which a copy at this run's rate moves the logits' bytes
+    # once; "logits": their megabytes; "": the figure itself
     against: str
     at_most: float
     provider: str = "ours"
@@ -33,7 +35,8 @@ class Target:
 class Case:
     """One problem that every provider of a kernel solves."""
 
-    # "sparse_kl": from logits [n, v]; "fused_linear": from hidden [n, h] and weight [v, h]; "top_k": what capture keeps of logits
+    # "sparse_kl": from logits [n, v]; "fused_linear": from hidden [n, h] and weight [v, h]; "top_k": what
+    # capture keeps of logits
     kernel: str
     n: int
     v: int
@@ -70,12 +73,13 @@ class Case:
         return self.v * (self.h or 0) * self.dtype.itemsize
 
     def model_bytes(self, mode: str) -> int:
-        """Bytes that the mathematics has to move, the same for every provider; GB/s counts these and no others.
+        """Bytes that the mathematics has to move, the same for every provider; GB/s counts these and no
+        others.
 
-        sparse_kl: the logits are read and their gradient is written, once each; a shard's logits are read again for it, after the
-        collective. top_k: they are read.
-        fused_linear: the same of hidden and weight; its logits need never reach memory. (It is bound by arithmetic.)
-        Labels, teacher entries and per-row results are left out: less than a thousandth.
+        sparse_kl: the logits are read and their gradient is written, once each; a shard's logits are read
+        again for it, after the collective. top_k: they are read.
+        fused_linear: the same of hidden and weight; its logits need never reach memory. (It is bound by
+        arithmetic.) Labels, teacher entries and per-row results are left out: less than a thousandth.
         """
         once = self.n * self.h * self.dtype.itemsize + self.weight_bytes if self.h else self.logits_bytes
         backward = 2 if self.shards > 1 else 1
@@ -128,13 +132,16 @@ def gpu_cases() -> list[Case]:
         *headline_cases(),
         *(dataclasses.replace(base, v=v) for v in (32000, 50432, 151936, 262144)),
         *(dataclasses.replace(base, dtype=dtype) for dtype in (torch.float16, torch.float32)),
-        *(dataclasses.replace(base, temperature=t) for t in (1.0, 4.0, 3.0)),  # 3: no power of two, two exponentials
+        # 3: no power of two, two exponentials.
+        *(dataclasses.replace(base, temperature=t) for t in (1.0, 4.0, 3.0)),
         *(dataclasses.replace(base, k=k) for k in (1, 64, 128)),
     ]
 
 
 def quick_cases() -> list[Case]:
-    """Small enough to show in seconds that everything runs; their times mean nothing. 1003: rows not 16-byte aligned."""
+    """Small enough to show in seconds that everything runs; their times mean nothing. 1003: rows not
+    16-byte aligned.
+    """
     return [
         Case("sparse_kl", 64, 1000, 4, 2.0, torch.float32, repeats=2),
         Case("sparse_kl", 48, 1003, 3, 3.0, torch.bfloat16, repeats=2),

@@ -1,6 +1,8 @@
-"""Whether a provider computes what it is measured for: its gradient, or its largest logits, beside fp64, on a few rows.
+"""Whether a provider computes what it is measured for: its gradient, or its largest logits, beside fp64, on a
+few rows.
 
-Run at the full size, so that it is the timed call that is checked, on rows at both ends, where offsets are smallest and largest.
+Run at the full size, so that it is the timed call that is checked, on rows at both ends, where offsets are
+smallest and largest.
 """
 
 import torch
@@ -8,8 +10,8 @@ from inputs import Inputs
 from providers import Provider
 from torch import Tensor
 
-# Relative, of the norm. They tell a wrong formula from rounding, also of logits that were themselves rounded to half types:
-# how exact our own kernels are is for their tests to say.
+# Relative, of the norm. They tell a wrong formula from rounding, also of logits that were themselves rounded
+# to half types: how exact our own kernels are is for their tests to say.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -19,8 +21,8 @@ def error_of(provider: Provider, inputs: Inputs) -> float:
 
 
 def top_k_error(provider: Provider, inputs: Inputs) -> float:
-    """Of the k largest logits in falling order, the log-sum-exps relative to the largest, and the label's logit; infinite if an id
-    has another logit.
+    """Of the k largest logits in falling order, the log-sum-exps relative to the largest, and the label's
+    logit; infinite if an id has another logit.
 
     Which of equal logits is taken is left open.
     """

@@ -1,4 +1,6 @@
-"""The tensors of a case, and their restoration: an implementation may write its gradient over what it was given."""
+"""The tensors of a case, and their restoration: an implementation may write its gradient over what it was
+given.
+"""
 
 from dataclasses import dataclass
 
@@ -9,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of every provider of a case: `(*leaves, *teacher, temperature)`. Of top_k: (logits, labels, temperature)."""
+    """Arguments of every provider of a case: `(*leaves, *teacher, temperature)`.
+
+    Of top_k: (logits, labels, temperature).
+    """
 
     leaves: tuple[Tensor, ...]  # what is differentiated: (logits [n, v],) or (hidden [n, h], weight [v, h])
     masters: tuple[Tensor, ...]  # their values
@@ -28,7 +33,8 @@ class Inputs:
     def restore(self, main_grad: bool = False) -> None:
         """Before every call, outside of what is timed, and for every provider alike.
 
-        main_grad: the weight has an fp32 buffer that its gradient is added to, as under Megatron's data parallelism.
+        main_grad: the weight has an fp32 buffer that its gradient is added to, as under Megatron's data
+        parallelism.
         """
         for leaf, master in zip(self.leaves, self.masters, strict=True):
             leaf.copy_(master)
@@ -40,10 +46,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
-    """Random inputs: logits of spread 3, teacher mass 0.6 to 0.95, the label among the teacher's entries in half the rows.
+    """Random inputs: logits of spread 3, teacher mass 0.6 to 0.95, the label among the teacher's entries in
+    half the rows.
 
-    All rows have weight: what is measured is the loss of a whole batch. Weights are of order 1, as loss scaling would
-    make them, so that a half-precision gradient does not underflow.
+    All rows have weight: what is measured is the loss of a whole batch. Weights are of order 1, as loss
+    scaling would make them, so that a half-precision gradient does not underflow.
     """
     n, v, k = case.n, case.v, case.k
     g = torch.Generator(device).manual_seed(seed)
@@ -59,7 +66,9 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     else:
         masters = (randn(n, v, spread=3.0),)
     part = v // k  # one entry from each k-th of the vocabulary: all different
-    teacher_ids = torch.randint(part, (n, k), generator=g, device=device) + torch.arange(k, device=device) * part
+    teacher_ids = (
+        torch.randint(part, (n, k), generator=g, device=device) + torch.arange(k, device=device) * part
+    )
     teacher_logprobs = (2 * rand(n, k)).log_softmax(1) + (0.6 + 0.35 * rand(n, 1)).log()
     labels = torch.where(rand(n) < 0.5, teacher_ids[:, 0], torch.randint(v, (n,), generator=g, device=device))
     teacher = (labels, teacher_ids, teacher_logprobs, 0.1 + rand(n), 0.1 + rand(n))

@@ -1,10 +1,21 @@
-"""The same losses from hidden [n, h] and weight [v, h] of the output layer, instead of from logits; see providers.py."""
+"""The same losses from hidden [n, h] and weight [v, h] of the output layer, instead of from logits; see
+providers.py.
+"""
 
 from functools import partial
 
 import fuse_kernels
 import torch
-from providers import Provider, absent, chunk_tokens, compiled, dense, fitting_implementation, ours, sparse_autograd
+from providers import (
+    Provider,
+    absent,
+    chunk_tokens,
+    compiled,
+    dense,
+    fitting_implementation,
+    ours,
+    sparse_autograd,
+)
 from torch.utils.checkpoint import checkpoint
 
 
@@ -22,7 +33,9 @@ def fused_linear_providers() -> list[Provider]:
     ]
 
 
-def fused(hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, **options):
+def fused(
+    hidden, weight, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, **options
+):
     return fuse_kernels.fused_linear_sparse_kl(
         hidden,
         weight,
@@ -54,7 +67,9 @@ def dense_logits(hidden, weight, *rest):
 
 
 def chunked(hidden, weight, *rest):
-    """As axolotl: a chunk of tokens at a time from hidden states to loss, in plain torch; the chunk is run again backward."""
+    """As axolotl: a chunk of tokens at a time from hidden states to loss, in plain torch; the chunk is run
+    again backward.
+    """
     *per_token, temperature = rest
     chunk = chunk_tokens(len(hidden))
 
@@ -66,10 +81,11 @@ def chunked(hidden, weight, *rest):
 
 
 def liger_jsd(hidden, weight, labels, *rest):
-    """Liger's chunked output layer + cross entropy + KL (its JSD at beta 0), summed over tokens without weights.
+    """Liger's chunked output layer + cross entropy + KL (its JSD at beta 0), summed over tokens without
+    weights.
 
-    Its teacher is dense, the logits of another output layer, which it computes too: here the same weight's, of reversed
-    hidden states. Another loss than ours, therefore, and the nearest that it has.
+    Its teacher is dense, the logits of another output layer, which it computes too: here the same weight's,
+    of reversed hidden states. Another loss than ours, therefore, and the nearest that it has.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 

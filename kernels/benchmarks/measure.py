@@ -25,8 +25,13 @@ class Result:
     peak_bytes: dict[str, int] = field(default_factory=dict)  # mode -> above the inputs
 
 
-def measure(case: Case, providers: Sequence[Provider], meter: Meter, device: str, repeats: int) -> list[Result]:
-    """A wrong or broken provider is reported and not timed. The others take turns, so that all meet the same neighbours."""
+def measure(
+    case: Case, providers: Sequence[Provider], meter: Meter, device: str, repeats: int
+) -> list[Result]:
+    """A wrong or broken provider is reported and not timed.
+
+    The others take turns, so that all meet the same neighbours.
+    """
     results = {provider.name: Result(provider.name, provider.absent) for provider in providers}
     if device == "cuda":
         torch.cuda.empty_cache()  # the last case's blocks have other sizes
@@ -43,14 +48,19 @@ def measure(case: Case, providers: Sequence[Provider], meter: Meter, device: str
         except torch.OutOfMemoryError:
             result.note = OUT_OF_MEMORY
         except Exception as error:
-            result.note, result.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", True
+            result.note, result.failed = (
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                True,
+            )
     times = {provider.name: [] for provider in able}
     for _ in range(1 + repeats):
         for provider in able:
             times[provider.name].append(call_times(meter, provider, inputs))
     for name, calls in times.items():
         warm = zip(*calls[1:], strict=True)
-        results[name].milliseconds = {mode: percentiles(values) for mode, values in zip(case.modes, warm, strict=True)}
+        results[name].milliseconds = {
+            mode: percentiles(values) for mode, values in zip(case.modes, warm, strict=True)
+        }
     return list(results.values())
 
 

@@ -2,8 +2,9 @@
 
     python kernels/benchmarks/plots.py kernels/benchmarks/results/cpu.csv --to kernels/benchmarks/results
 
-<csv's name>_<kernel>.png: time and peak memory of each kernel's first case, by provider; <csv's name>_vocabulary.png: time
-over the vocabulary. Where the file holds a measurement more than once, the newest counts.
+<csv's name>_<kernel>.png: time and peak memory of each kernel's first case, by provider; <csv's
+name>_vocabulary.png: time over the vocabulary. Where the file holds a measurement more than once, the newest
+counts.
 """
 
 import argparse
@@ -23,10 +24,14 @@ def draw(path: Path, folder: Path) -> list[Path]:
         rows = list(csv.DictReader(file))
     copies = [row for row in rows if row["mode"] == "copy"]
     timed = {
-        (row["provider"], *_of(row, _SHAPE)): row for row in rows if row["mode"] == "forward+backward" and row["p50_ms"]
+        (row["provider"], *_of(row, _SHAPE)): row
+        for row in rows
+        if row["mode"] == "forward+backward" and row["p50_ms"]
     }
     if not timed or not copies:
-        raise ValueError(f"{path} has no timed forward+backward, or no copy rate. Run kernels/benchmarks/run.py.")
+        raise ValueError(
+            f"{path} has no timed forward+backward, or no copy rate. Run kernels/benchmarks/run.py."
+        )
     rate = float(copies[-1]["gb_per_s"])
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -35,7 +40,11 @@ def draw(path: Path, folder: Path) -> list[Path]:
         first = [row for row in of_kernel if _of(row, _SHAPE) == _of(of_kernel[0], _SHAPE)]
         written.append(folder / f"{path.stem}_{kernel}.png")
         _bars(first, rate).savefig(written[-1], dpi=120)
-        alike = [row for row in of_kernel if _of(row, _WITHOUT_VOCABULARY) == _of(of_kernel[0], _WITHOUT_VOCABULARY)]
+        alike = [
+            row
+            for row in of_kernel
+            if _of(row, _WITHOUT_VOCABULARY) == _of(of_kernel[0], _WITHOUT_VOCABULARY)
+        ]
         if len({row["v"] for row in alike}) > 1:
             written.append(folder / f"{path.stem}_vocabulary.png")
             _over_vocabulary(alike, rate).savefig(written[-1], dpi=120)
@@ -92,11 +101,17 @@ def _over_vocabulary(rows: list[dict], rate: float) -> Figure:
         mine = sorted((row for row in rows if row["provider"] == name), key=lambda row: int(row["v"]))
         width = 2.5 if name.startswith("ours") else 1.2
         sizes, medians = [int(row["v"]) for row in mine], [float(row["p50_ms"]) for row in mine]
-        axes.errorbar(sizes, medians, yerr=_spread(mine), marker="o", markersize=3, linewidth=width, label=name)
+        axes.errorbar(
+            sizes, medians, yerr=_spread(mine), marker="o", markersize=3, linewidth=width, label=name
+        )
     floor = sorted({int(row["v"]): _floor(row, rate) for row in rows}.items())
     axes.plot(*zip(*floor, strict=True), "k--", label=f"floor at {rate:.0f} GB/s")
     axes.set(
-        xscale="log", yscale="log", xlabel="vocabulary", ylabel="ms", title=_title(rows[0], f"{rows[0]['n']} rows")
+        xscale="log",
+        yscale="log",
+        xlabel="vocabulary",
+        ylabel="ms",
+        title=_title(rows[0], f"{rows[0]['n']} rows"),
     )
     axes.set_xticks([size for size, _ in floor], [str(size) for size, _ in floor], fontsize=8)
     axes.minorticks_off()
@@ -106,7 +121,9 @@ def _over_vocabulary(rows: list[dict], rate: float) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("csv", type=Path)
     parser.add_argument("--to", type=Path, required=True, help="folder")
     options = parser.parse_args()

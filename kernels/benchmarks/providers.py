@@ -1,8 +1,11 @@
 """What others do to learn from a sparse teacher, each as it is usually written, and ours.
 
-Every loss takes logits [n, v], labels [n], teacher_ids [n, k], teacher_logprobs [n, k], ce_weight [n], kl_weight [n] and the
-temperature T, and returns [n]:  ce_weight * -log q_1[label] + kl_weight * sum p log(p / q_T),  q_T = softmax(logits / T).
-The sum goes over the stored entries alone (our tail "ignore"), the form that they all have; "ours, bucket" adds our tail.
+Every loss takes logits [n, v], labels [n], teacher_ids [n, k], teacher_logprobs [n, k], ce_weight [n],
+kl_weight [n] and the
+temperature T, and returns [n]:  ce_weight * -log q_1[label] + kl_weight * sum p log(p / q_T),  q_T =
+                                 softmax(logits / T).
+The sum goes over the stored entries alone (our tail "ignore"), the form that they all have; "ours, bucket"
+adds our tail.
 """
 
 import functools
@@ -20,20 +23,27 @@ from torch.autograd.function import once_differentiable
 @dataclass(frozen=True)
 class Provider:
     name: str
-    # [n], or a scalar where the rows cannot be had. Of top_k: ids, logits [n, k], log-sum-exps [n, 2], label_logits [n]
+    # [n], or a scalar where the rows cannot be had. Of top_k: ids, logits [n, k], log-sum-exps [n, 2],
+    # label_logits [n]
     loss: Callable[..., Tensor]
-    exact: Callable[..., Tensor] | None  # the same loss, densely, of fp64 arguments; for top_k there is one for all
+    # The same loss, densely, of fp64 arguments; for top_k there is one for all.
+    exact: Callable[..., Tensor] | None
     absent: str = ""  # why it cannot run here
     main_grad: bool = False  # adds the weight's gradient to weight.main_grad and returns a sparse zero for it
 
 
 def sparse_kl_providers(device: str) -> list[Provider]:
-    exact, liger_absent = functools.partial(ours, tail="ignore", implementation="reference"), absent("liger_kernel")
+    exact, liger_absent = (
+        functools.partial(ours, tail="ignore", implementation="reference"),
+        absent("liger_kernel"),
+    )
     if not liger_absent and device != "cuda":
         liger_absent = "Liger's cross entropy runs on a GPU only"
     return [
         Provider("ours", functools.partial(ours, tail="ignore"), exact),
-        Provider("ours, bucket", functools.partial(ours, tail="bucket"), functools.partial(exact, tail="bucket")),
+        Provider(
+            "ours, bucket", functools.partial(ours, tail="bucket"), functools.partial(exact, tail="bucket")
+        ),
         Provider("dense eager", dense, exact),
         Provider("dense torch.compile", compiled(dense), exact),
         Provider("sparse autograd", sparse_autograd, exact),
@@ -47,7 +57,9 @@ def absent(package: str) -> str:
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compiles at the first call, for its shapes alone and without what was compiled before: graphs are limited in number."""
+    """Compiles at the first call, for its shapes alone and without what was compiled before: graphs are
+    limited in number.
+    """
 
     @functools.cache
     def ready() -> Callable[..., Tensor]:
@@ -105,7 +117,9 @@ def sparse_autograd(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl
 
 
 def chunked_top_k(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):
-    """As NeMo-RL: gathered log-probabilities whose backward softmaxes each chunk of tokens again, once per temperature."""
+    """As NeMo-RL: gathered log-probabilities whose backward softmaxes each chunk of tokens again, once per
+    temperature.
+    """
     chunk = chunk_tokens(len(logits))
     label_logprobs = _ChunkedLogprobs.apply(logits, labels[:, None], 1.0, chunk)
     logprobs = _ChunkedLogprobs.apply(logits, teacher_ids, temperature, chunk)
@@ -115,7 +129,8 @@ def chunked_top_k(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_w
 def liger_ce_and_sparse_kl(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature):
     """Liger has no sparse KL: its fused cross entropy, and the KL through autograd.
 
-    The KL comes first because Liger's forward writes its gradient over the logits; a log-softmax keeps only its result.
+    The KL comes first because Liger's forward writes its gradient over the logits; a log-softmax keeps only
+    its result.
     """
     from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -125,7 +140,9 @@ def liger_ce_and_sparse_kl(logits, labels, teacher_ids, teacher_logprobs, ce_wei
 
 
 def chunk_tokens(n: int) -> int:
-    """Tokens of a chunk, for all that work in chunks: 1024, the usual default, or an eighth of a smaller batch."""
+    """Tokens of a chunk, for all that work in chunks: 1024, the usual default, or an eighth of a smaller
+    batch.
+    """
     return min(1024, -(-n // 8))
 
 
@@ -143,7 +160,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, ids)
         ctx.temperature, ctx.chunk = temperature, chunk
         parts = zip(logits.split(chunk), ids.split(chunk), strict=True)
-        return torch.cat([(z.float() / temperature).log_softmax(-1).gather(1, columns) for z, columns in parts])
+        return torch.cat(
+            [(z.float() / temperature).log_softmax(-1).gather(1, columns) for z, columns in parts]
+        )
 
     @staticmethod
     @once_differentiable
@@ -153,5 +172,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         parts = zip(*(t.split(ctx.chunk) for t in (logits, ids, upstream, gradient)), strict=True)
         for z, columns, up, out in parts:
             softmax = (z.float() / ctx.temperature).softmax(-1)
-            out.copy_(softmax.mul_(-up.sum(1, keepdim=True)).scatter_add_(1, columns, up).div_(ctx.temperature))
+            out.copy_(
+                softmax.mul_(-up.sum(1, keepdim=True)).scatter_add_(1, columns, up).div_(ctx.temperature)
+            )
         return gradient, None, None, None

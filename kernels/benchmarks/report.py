@@ -25,7 +25,10 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
+        "thread(s)"
+    )
 
 
 def versions(device: str) -> str:
@@ -41,7 +44,10 @@ def versions(device: str) -> str:
 
 
 def result_rows(case: Case, results: Sequence[Result]) -> list[dict]:
-    """A row for every provider and mode, without figures where there are none. MB and GB are powers of ten."""
+    """A row for every provider and mode, without figures where there are none.
+
+    MB and GB are powers of ten.
+    """
     shape = {"kernel": case.label, "dtype": str(case.dtype).removeprefix("torch."), "n": case.n, "v": case.v}
     shape |= {"k": case.k, "temperature": case.temperature, "h": case.h}
     rows = []
@@ -57,7 +63,9 @@ def result_rows(case: Case, results: Sequence[Result]) -> list[dict]:
 
 def copy_row(times: Sequence[float], size: int) -> dict:
     """The copy rate of the same run, read + written: the floor of what is bound by memory."""
-    return {"kernel": "copy", "provider": "torch copy_", "mode": "copy"} | _timed(percentiles(times), 2 * size)
+    return {"kernel": "copy", "provider": "torch copy_", "mode": "copy"} | _timed(
+        percentiles(times), 2 * size
+    )
 
 
 def _timed(percentiles: tuple[float, float, float], moved: int) -> dict:
@@ -67,7 +75,11 @@ def _timed(percentiles: tuple[float, float, float], moved: int) -> dict:
 
 def append_csv(path: Path, rows: Sequence[dict], device: str) -> None:
     """Adds the rows, with machine, versions and date. ValueError where the file has other columns."""
-    same = {"machine": machine(device), "versions": versions(device), "date": datetime.now(UTC).date().isoformat()}
+    same = {
+        "machine": machine(device),
+        "versions": versions(device),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", newline="", encoding="utf-8") as file:
         file.seek(0)
@@ -87,7 +99,18 @@ def print_table(case: Case, results: Sequence[Result], copy_rate: float) -> None
     whole = case.modes[-1]
     baseline = next((r for r in results if r.provider in BASELINES and r.milliseconds), None)
     print(f"\n{case}; ratio: {baseline.provider if baseline else BASELINES[0]} / provider, of {whole}")
-    heads = ("forward ms", "backward ms", "both p50", "p20", "p80", "ratio", "GB/s", "of copy", "peak MB", "/ logits")
+    heads = (
+        "forward ms",
+        "backward ms",
+        "both p50",
+        "p20",
+        "p80",
+        "ratio",
+        "GB/s",
+        "of copy",
+        "peak MB",
+        "/ logits",
+    )
     print(f"{'':32}" + "".join(f"{head:>12}" for head in heads))
     for result in results:
         if not result.milliseconds:

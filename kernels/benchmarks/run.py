@@ -1,12 +1,14 @@
 """The kernels beside what others do, in one run; on a GPU where there is one, else on the CPU.
 
-    python kernels/benchmarks/run.py --csv kernels/benchmarks/results/cpu.csv --plots kernels/benchmarks/results
+    python kernels/benchmarks/run.py --csv kernels/benchmarks/results/cpu.csv --plots
+    kernels/benchmarks/results
     python kernels/benchmarks/run.py --quick                       # everything once, on small shapes
     python kernels/benchmarks/run.py --only "sparse_kl 8192 x 32000" --providers ours "dense eager"
 
-Prints a table for each case, with the targets that ours is held to, and adds its rows to the CSV file as soon as they are
-known. Exits with 1 where a provider is wrong or a target is missed; one that needs more memory than there is, is a row that says so.
-Others' packages are measured where they are installed: liger-kernel (0.8.5 was read).
+Prints a table for each case, with the targets that ours is held to, and adds its rows to the CSV file as soon
+as they are known. Exits with 1 where a provider is wrong or a target is missed; one that needs more memory
+than there is, is a row that says so. Others' packages are measured where they are installed: liger-kernel
+(0.8.5 was read).
 """
 
 import argparse
@@ -29,7 +31,10 @@ def main() -> int:
     every_case = quick_cases() if options.quick else gpu_cases() if device == "cuda" else cpu_cases()
     cases = [case for case in every_case if options.only in str(case)]
     if not cases:
-        sys.exit(f"--only {options.only!r} is not in the heading of a case:\n  " + "\n  ".join(map(str, every_case)))
+        sys.exit(
+            f"--only {options.only!r} is not in the heading of a case:\n  "
+            + "\n  ".join(map(str, every_case))
+        )
     meter = CudaMeter() if device == "cuda" else CpuMeter()
     size = (1 << 20) if options.quick else (1 << 30) if device == "cuda" else (1 << 28)
 
@@ -41,7 +46,9 @@ def main() -> int:
 
     succeeded = True
     for case in cases:
-        providers = [p for p in providers_of(case, device) if not options.providers or p.name in options.providers]
+        providers = [
+            p for p in providers_of(case, device) if not options.providers or p.name in options.providers
+        ]
         results = measure(case, providers, meter, device, options.repeats or case.repeats)
         print_table(case, results, copied["gb_per_s"])
         found = verdicts(case, results, 1e9 * copied["gb_per_s"])
@@ -55,18 +62,26 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--csv", type=Path, help="CSV file that the rows are added to")
     parser.add_argument("--plots", type=Path, help="directory for plots of the rows in the CSV file")
     parser.add_argument(
         "--quick", action="store_true", help="small shapes and two calls, only to show that everything runs"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="measure only cases whose heading contains TEXT")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="measure only cases whose heading contains TEXT"
+    )
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="measure only these providers")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     parser.add_argument(
-        "--repeats", type=int, help="timed calls of each provider, at least 2; default: the number of the case"
+        "--repeats",
+        type=int,
+        help="timed calls of each provider, at least 2; default: the number of the case",
     )
     options = parser.parse_args()
     known = {provider.name for case in quick_cases() for provider in providers_of(case, options.device)}

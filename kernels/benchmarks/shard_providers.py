@@ -1,8 +1,10 @@
-"""Ours on one shard of a vocabulary that a tensor-parallel group splits: with the group's collective, without its other ranks.
+"""Ours on one shard of a vocabulary that a tensor-parallel group splits: with the group's collective, without
+its other ranks.
 
-torch's fake backend hands every rank its own statistics for those of the others. So what is measured is one shard's kernels and the
-copies of one all-gather, without the time that it waits for others. The loss is another one: each shard repeats this one. Its
-gradient is exactly that of a vocabulary of such copies for the tail "ignore", where only the whole sum of exponentials counts.
+torch's fake backend hands every rank its own statistics for those of the others. So what is measured is one
+shard's kernels and the copies of one all-gather, without the time that it waits for others. The loss is
+another one: each shard repeats this one. Its gradient is exactly that of a vocabulary of such copies for the
+tail "ignore", where only the whole sum of exponentials counts.
 """
 
 import functools
@@ -35,5 +37,7 @@ def fake_group(shards: int) -> dist.ProcessGroup:
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shards)
     if dist.get_world_size() != shards:
-        raise RuntimeError(f"this process is in a group of {dist.get_world_size()} ranks, but {shards} are needed")
+        raise RuntimeError(
+            f"this process is in a group of {dist.get_world_size()} ranks, but {shards} are needed"
+        )
     return dist.group.WORLD

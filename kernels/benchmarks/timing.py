@@ -1,7 +1,7 @@
 """Clock and memory of one call, on a GPU and on a CPU.
 
-A call is forward and backward of the same inputs: its three marks give forward, backward and both. What has no gradient is forward
-alone. Memory is taken in a call of its own, because asking for it takes time.
+A call is forward and backward of the same inputs: its three marks give forward, backward and both. What has
+no gradient is forward alone. Memory is taken in a call of its own, because asking for it takes time.
 """
 
 import ctypes
@@ -41,7 +41,9 @@ class CpuMeter:
         return self._resident("VmHWM")
 
     def _resident(self, field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)
+        )
         return int(line.split()[1]) * 1024
 
 
@@ -52,7 +54,10 @@ class CudaMeter:
         self._l2 = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times any L2 cache
 
     def flush(self) -> None:
-        """Fills the L2 cache with something else. Also keeps the device busy while the call's launches are queued."""
+        """Fills the L2 cache with something else.
+
+        Also keeps the device busy while the call's launches are queued.
+        """
         self._l2.zero_()
 
     def mark(self) -> torch.cuda.Event:
@@ -82,8 +87,8 @@ Meter = CpuMeter | CudaMeter
 def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float, ...]:
     """Milliseconds in the order of the case's modes.
 
-    `autograd.grad`, not `.backward()`: that would copy a gradient which lies over the logits into the leaf's own .grad,
-    where a model hands it on to its output layer.
+    `autograd.grad`, not `.backward()`: that would copy a gradient which lies over the logits into the leaf's
+    own .grad, where a model hands it on to its output layer.
     """
     inputs.restore(provider.main_grad)
     meter.flush()
@@ -104,10 +109,12 @@ def call_times(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[float,
 
 
 def call_peaks(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[int, ...]:
-    """Peak bytes above those held before the call, in the order of the case's modes; what forward keeps counts in backward too.
+    """Peak bytes above those held before the call, in the order of the case's modes; what forward keeps
+    counts in backward too.
 
-    The gradient of the logits or hidden states is part of it unless it is written over them. That of the weight is not, for
-    no provider: training holds a main gradient anyway. (It flatters those whose peak comes before there is such a gradient.)
+    The gradient of the logits or hidden states is part of it unless it is written over them. That of the
+    weight is not, for no provider: training holds a main gradient anyway. (It flatters those whose peak comes
+    before there is such a gradient.)
     """
     inputs.restore(provider.main_grad)
     before = meter.in_use()
@@ -125,7 +132,9 @@ def call_peaks(meter: Meter, provider: Provider, inputs: Inputs) -> tuple[int, .
 
 
 def copy_times(meter: Meter, device: str, size: int, repeats: int) -> list[float]:
-    """Milliseconds of copying `size` bytes: what a kernel bound by memory can reach at best (read + written: 2 size)."""
+    """Milliseconds of copying `size` bytes: what a kernel bound by memory can reach at best (read +
+    written: 2 size).
+    """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)  # its pages exist before the first copy
     times = []

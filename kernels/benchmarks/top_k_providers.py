@@ -1,4 +1,6 @@
-"""What capture needs of each row of logits [n, v]: the k largest, log-sum-exps relative to the largest, and the label's logit."""
+"""What capture needs of each row of logits [n, v]: the k largest, log-sum-exps relative to the largest,
+and the label's logit.
+"""
 
 import functools
 
@@ -8,7 +10,9 @@ from providers import Provider, fitting_implementation
 
 
 def top_k_providers(k: int) -> list[Provider]:
-    """Each takes logits, labels [n] and T, and returns ids [n, k], logits [n, k], log-sum-exps at T = 1 and at T [n, 2], label_logits [n]."""
+    """Each takes logits, labels [n] and T, and returns ids [n, k], logits [n, k], log-sum-exps at T = 1
+    and at T [n, 2], label_logits [n].
+    """
     functions = {
         "ours": ours_top_k,
         "torch topk, logsumexp": eager,
@@ -18,7 +22,9 @@ def top_k_providers(k: int) -> list[Provider]:
 
 def ours_top_k(k, logits, labels, temperature):
     implementation = fitting_implementation(logits)
-    return fuse_kernels.topk_logsumexp(logits, k, (1.0, temperature), labels=labels, implementation=implementation)
+    return fuse_kernels.topk_logsumexp(
+        logits, k, (1.0, temperature), labels=labels, implementation=implementation
+    )
 
 
 def eager(k, logits, labels, temperature):

@@ -1,10 +1,12 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and counts what a profiler would complain about.
+"""Compiles the Triton kernels for GPUs that need not be there, and counts what a profiler would complain
+about.
 
     python kernels/checks/ahead_of_time.py                    # sm_80, sm_90, sm_100
     python kernels/checks/ahead_of_time.py 90 --dtype fp32
 
-Prints registers, spills and 16-byte loads and stores of every kernel as JSON lines; exits with 1 where one spills, or where a
-kernel that passes over the logits reads or writes them in less than 16 bytes a thread. Needs triton's own tools, no driver.
+Prints registers, spills and 16-byte loads and stores of every kernel as JSON lines; exits with 1 where one
+spills, or where a kernel that passes over the logits reads or writes them in less than 16 bytes a thread.
+Needs triton's own tools, no driver.
 """
 
 import argparse
@@ -25,25 +27,28 @@ from fuse_kernels.triton_loss import choose_launch, gather_warps, row_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# All others are pointers to fp32.
 _ARGUMENTS = {
     **dict.fromkeys(("LABELS", "IDS"), "*i64"),
     "COLUMNS": "*i32",
     **dict.fromkeys(("stride",), "i64"),
     **dict.fromkeys(("n", "columns", "width", "start", "k", "splits", "split_columns", "shards"), "i32"),
     "inv_t": "fp32",
-}  # all others are pointers to fp32
+}
+# By 16, as the launcher finds them at run time for the usual vocabularies.
 _DIVISIBLE = (
     "stride",
     "split_columns",
     "width",
-)  # by 16, as the launcher finds them at run time for the usual vocabularies
+)
+# 16 bytes at a time.
 _READING = (
     "off_ids_kernel",
     "whole_row_kernel",
     "gradient_kernel",
     "scale_kernel",
     "topk_kernel",
-)  # 16 bytes at a time
+)
 _WRITING = ("whole_row_kernel", "gradient_kernel", "scale_kernel")
 
 
@@ -79,7 +84,11 @@ def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, 
     for mode in modes:
         yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
         for upstream in ({}, {"UPSTREAM": None}):
-            yield "gradient_kernel", {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream}, launch.warps
+            yield (
+                "gradient_kernel",
+                {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream},
+                launch.warps,
+            )
         for width in (128256, 32064):
             whole = choose_launch(8192, width, size, 132)
             shape = row_shape(whole)
@@ -91,7 +100,9 @@ def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, 
     yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
 
 
-def compile_kernel(name: str, constants: dict[str, object], warps: int, capability: int, dtype: str) -> Compiled:
+def compile_kernel(
+    name: str, constants: dict[str, object], warps: int, capability: int, dtype: str
+) -> Compiled:
     function = getattr(triton_topk if name == "topk_kernel" else triton_kernels, name)
     types = {**_ARGUMENTS, "LOGITS": f"*{dtype}", "GRADIENT": f"*{dtype}"}
     names = function.arg_names
@@ -136,10 +147,14 @@ def problems(compiled: Compiled) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("capability", type=int, nargs="*", default=[80, 90, 100])
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
-    parser.add_argument("--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all")
+    parser.add_argument(
+        "--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all"
+    )
     arguments = parser.parse_args()
     failed = False
     for capability in arguments.capability:

@@ -3,8 +3,9 @@
     python kernels/checks/mutations.py                   # all, two at a time: 3 minutes on two cores
     python kernels/checks/mutations.py --only triton     # those whose file has this in its name
 
-Prints, for every error, the test that caught it. Exits with 1 where one goes unnoticed, where the text that it replaces does not
-occur exactly once (so that the table cannot rot), or where the tests fail without any. The working tree is only read.
+Prints, for every error, the test that caught it. Exits with 1 where one goes unnoticed, where the text that
+it replaces does not occur exactly once (so that the table cannot rot), or where the tests fail without any.
+The working tree is only read.
 """
 
 import argparse
@@ -57,7 +58,8 @@ MUTATIONS = (
         "tl.sum(tl.where(same & (other[None, :] == slot[:, None]), other_mass[None, :], 0.0), 1)",
     ),
     Mutation(
-        "a row without weight keeps its logits where the gradient belongs: the NaN of a masked position spreads",
+        "a row without weight keeps its logits where the gradient belongs: the NaN of a masked position "
+        "spreads",
         "triton_kernels.py",
         "_write_zeros(logits, 0, width, BLOCK, ROUND)",
         "pass",
@@ -205,12 +207,17 @@ MUTATIONS = (
 _TRITON_TESTS = (
     "tests/kernels/test_triton.py",
     "-k",  # 128256 columns are the first of which interpreted parts have two tiles
-    "equal_dense_formula and 97-33-16 and 2.0 or real_vocabularies and bfloat16-128256 or tiny_student_tail and 30.0"
+    "equal_dense_formula and 97-33-16 and 2.0 or real_vocabularies and bfloat16-128256 or tiny_student_tail "
+    "and 30.0"
     " or leaves_the_logits or few_rows and float32 and 2.0",
 )
 _CHUNKED_TESTS = (
     "tests/kernels/test_sparse_kl.py",
-    *("-k", "equals_dense_formula and 97-33 and (float32 or float16) or certain_student or masked_logits or upstream"),
+    *(
+        "-k",
+        "equals_dense_formula and 97-33 and (float32 or float16) or certain_student or masked_logits or "
+        "upstream",
+    ),
 )
 # A quick selection for each file: an error counts as caught only by one of these.
 TESTS = {
@@ -226,7 +233,10 @@ TESTS = {
 
 
 def mutated(mutation: Mutation) -> str:
-    """The whole text of the mutation's file with the error in it. Raises ValueError unless `old` occurs exactly once."""
+    """The whole text of the mutation's file with the error in it.
+
+    Raises ValueError unless `old` occurs exactly once.
+    """
     text = (PACKAGE / mutation.file).read_text()
     found = text.count(mutation.old)
     if found != 1:
@@ -251,16 +261,26 @@ def run_tests(tests: Sequence[str], mutation: Mutation | None = None) -> Outcome
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
         if mutation:
             (copy / mutation.file).write_text(mutated(mutation))
-        # PYTHONPATH comes before an editable install. Were it otherwise, every mutation would survive, and be reported.
-        settings = {"PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "240"}
+        # PYTHONPATH comes before an editable install. Were it otherwise, every mutation would survive, and be
+        # reported.
+        settings = {
+            "PYTHONPATH": directory,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "240",
+        }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False
+        )
     failed = re.search(r"^FAILED (.*)", done.stdout, re.MULTILINE)
     return Outcome(done.returncode == 0, failed and failed[1], done.stdout + done.stderr)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="check only errors in files with this text in their names")
     parser.add_argument("--jobs", type=int, default=2, help="number of test runs at the same time")
     options = parser.parse_args()

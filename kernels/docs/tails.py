@@ -2,8 +2,9 @@
 
     python kernels/docs/tails.py
 
-The gradients are those of `sparse_kl_cross_entropy` itself, in fp64 at T = 1. The teacher has stored its six likeliest tokens, 0.7 of
-its mass. The students divide what they put there as the teacher does, so that only their tails differ from it.
+The gradients are those of `sparse_kl_cross_entropy` itself, in fp64 at T = 1. The teacher has stored its six
+likeliest tokens, 0.7 of its mass. The students divide what they put there as the teacher does, so that only
+their tails differ from it.
 """
 
 import argparse
@@ -24,12 +25,15 @@ BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#8a8a8a"
 TITLES = {
     "bucket": "bucket: the tail is one more outcome; its total is led to the teacher's, its shape left alone",
     "renormalize": "renormalize: the stored entries are the whole teacher; the tail is led to 0",
-    "ignore": "ignore: the tail has no term; it is led to 0 too, with 0.7 of that force, and D may be negative",
+    "ignore": "ignore: the tail has no term; it is led to 0 too, with 0.7 of that force, and D may be "
+    "negative",
 }
 
 
 def distributions(student_tail: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher and student [COLUMNS], in descending order of the teacher; what it has off the ids only the picture knows."""
+    """Teacher and student [COLUMNS], in descending order of the teacher; what it has off the ids only the
+    picture knows.
+    """
     on_ids = torch.linspace(1.0, 0.45, STORED, dtype=torch.float64) ** 2
     on_ids = on_ids / on_ids.sum()
     falling = 1 / torch.arange(1, COLUMNS - STORED + 1, dtype=torch.float64) ** 0.4
@@ -90,7 +94,9 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).with_name("tails.svg"), help="output file, .svg or .png"
     )

@@ -2,8 +2,8 @@
 
 The logits may be split across a tensor-parallel group.
 
-Shapes, everywhere in this package: n rows (tokens), v columns of this rank's vocabulary shard, k stored teacher entries,
-a rows that take part in the loss (a <= n), e entries whose column lies in this shard.
+Shapes, everywhere in this package: n rows (tokens), v columns of this rank's vocabulary shard, k stored
+teacher entries, a rows that take part in the loss (a <= n), e entries whose column lies in this shard.
 """
 
 from fuse_kernels.arguments import IMPLEMENTATIONS, TAILS

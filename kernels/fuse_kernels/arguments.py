@@ -18,7 +18,8 @@ TAILS = ("bucket", "renormalize", "ignore")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 MOST_ENTRIES = 128  # entries of a row that the Triton kernels take
-_DEVICES = ("cuda", "meta")  # devices that the Triton kernels run on; tensors on "meta" have shapes but no values
+# Devices that the Triton kernels run on; tensors on "meta" have shapes but no values.
+_DEVICES = ("cuda", "meta")
 
 # A log-probability that was stored in half precision, or added up across a vocabulary map,
 # may be a little above 0.
@@ -135,7 +136,9 @@ def make_shard(
     if vocab_size is None:
         vocab_size = width * ranks
     if vocab_size < 1 or (ranks == 1 and vocab_size > width):
-        raise ValueError(f"vocab_size is {vocab_size}, but the logits have {width} columns on each of {ranks} rank(s)")
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the logits have {width} columns on each of {ranks} rank(s)"
+        )
     if vocab_start < 0:
         raise ValueError(f"vocab_start is {vocab_start}, but must be at least 0")
     return VocabularyShard(
@@ -160,7 +163,11 @@ def _check_tensors(student: Student, targets: Targets) -> None:
         tensor = getattr(targets, name)
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, but {student.name} of {n} rows need {shape}")
-        if tensor.dtype.is_floating_point != floating or tensor.dtype == torch.bool or tensor.dtype.is_complex:
+        if (
+            tensor.dtype.is_floating_point != floating
+            or tensor.dtype == torch.bool
+            or tensor.dtype.is_complex
+        ):
             raise ValueError(
                 f"{name} is {tensor.dtype}, but must be {'floating point' if floating else 'an integer type'}"
             )
@@ -171,10 +178,16 @@ def _check_tensors(student: Student, targets: Targets) -> None:
 def _check_values(targets: Targets, vocab_size: int) -> None:
     labels, teacher_ids, teacher_logprobs = targets[:3]
     _refuse(
-        "labels", labels, ((labels < 0) & (labels != -100)) | (labels >= vocab_size), f"-100 or 0 ... {vocab_size - 1}"
+        "labels",
+        labels,
+        ((labels < 0) & (labels != -100)) | (labels >= vocab_size),
+        f"-100 or 0 ... {vocab_size - 1}",
     )
     _refuse(
-        "teacher_ids", teacher_ids, (teacher_ids < -1) | (teacher_ids >= vocab_size), f"-1 or 0 ... {vocab_size - 1}"
+        "teacher_ids",
+        teacher_ids,
+        (teacher_ids < -1) | (teacher_ids >= vocab_size),
+        f"-1 or 0 ... {vocab_size - 1}",
     )
     wrong = (teacher_ids >= 0) & ~(teacher_logprobs <= _LOGPROB_ROUNDING)  # written so that NaN is wrong
     _refuse("teacher_logprobs", teacher_logprobs, wrong, "at most 0 and not NaN where teacher_ids >= 0")
@@ -189,10 +202,14 @@ def _check_shards(shard: VocabularyShard, device: torch.device) -> None:
     reached = 0
     for start, columns in sorted(tuple(pair.tolist()) for pair in all_shards):
         if columns and start != reached:
-            raise ValueError(f"vocab_start: a shard begins at column {start}, but those before it end at {reached}")
+            raise ValueError(
+                f"vocab_start: a shard begins at column {start}, but those before it end at {reached}"
+            )
         reached += columns
     if reached != shard.vocab_size:
-        raise ValueError(f"vocab_size is {shard.vocab_size}, but the group's shards hold {reached} columns of it")
+        raise ValueError(
+            f"vocab_size is {shard.vocab_size}, but the group's shards hold {reached} columns of it"
+        )
 
 
 def _refuse(name: str, values: Tensor, wrong: Tensor, allowed: str) -> None:

@@ -29,11 +29,24 @@ from fuse_kernels.off_ids import (
     scale_,
     write_gradient,
 )
-from fuse_kernels.rows import OVERWRITTEN, ActiveRows, SparseTarget, TokenLosses, VocabularyShard, sparse_target
+from fuse_kernels.rows import (
+    OVERWRITTEN,
+    ActiveRows,
+    SparseTarget,
+    TokenLosses,
+    VocabularyShard,
+    sparse_target,
+)
 
 
 def chunked_loss(
-    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
+    logits: Tensor,
+    rows: ActiveRows,
+    temperature: float,
+    tail: str,
+    shard: VocabularyShard,
+    *,
+    in_forward: bool,
 ) -> TokenLosses:
     """The losses [a] each of logits [n, v]. The gradient is written over the logits.
 
@@ -45,7 +58,9 @@ def chunked_loss(
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, in_forward: bool):
+    def forward(
+        ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, in_forward: bool
+    ):
         if in_forward:
             losses = chunked_losses_and_gradient_(logits, rows, temperature, tail, shard)
             ctx.state = None
@@ -120,7 +135,9 @@ def chunked_losses_and_gradient_(
     of_tail = w_kl * target.tail if tail == "bucket" else None
     _clear(logits, rows, shard)
     off_ids = no_columns(logits, rows)
-    for start, stop, x, y in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
+    for start, stop, x, y in exponentials(
+        logits, rows, entries.row, entries.column, temperature, shard, off_ids
+    ):
         # The same factors as in `_write_off_ids`, for the rows of this chunk, whose sums off the ids are
         # known now. A softmax over all columns is exp(z - shift) / exp(lse - shift), and
         #     exp(lse - shift) = (sum off the ids) + exp(log-sum-exp on the ids - shift).
@@ -164,7 +181,9 @@ def _losses(
     student_mass = (statistics.on_t - statistics.lse_t).exp()
     agreement = ((target.stored > 0) & (statistics.likeliest >= statistics.largest)).double()
     result = torch.promote_types(logits.dtype, torch.float32)
-    return TokenLosses(*(values.to(result) for values in (loss, ce, kl, target.stored, student_mass, agreement)))
+    return TokenLosses(
+        *(values.to(result) for values in (loss, ce, kl, target.stored, student_mass, agreement))
+    )
 
 
 def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
@@ -207,7 +226,8 @@ def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> 
         write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop])
 
 
-# --- the special columns: gathered, fp64 -----------------------------------------------------------------------------
+# --- the special columns: gathered, fp64
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -225,7 +245,9 @@ class _LocalEntries:
     label_logit: Tensor  # fp64
 
 
-def _local_entries(logits: Tensor, rows: ActiveRows, target: SparseTarget, shard: VocabularyShard) -> _LocalEntries:
+def _local_entries(
+    logits: Tensor, rows: ActiveRows, target: SparseTarget, shard: VocabularyShard
+) -> _LocalEntries:
     row, slot = _in_shard(target.ids, shard).nonzero(as_tuple=True)
     (label_row,) = _in_shard(rows.labels, shard).nonzero(as_tuple=True)
     ids, label_ids = target.ids[row, slot], rows.labels[label_row]
@@ -276,7 +298,8 @@ def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -
     logits[_position(rows, row), entries.column] = value.to(logits.dtype)
 
 
-# --- per-row statistics: what the shards tell each other --------------------------------------------------------------
+# --- per-row statistics: what the shards tell each other
+# --------------------------------------------------------------
 
 
 @dataclass(frozen=True)

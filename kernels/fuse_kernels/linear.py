@@ -80,7 +80,9 @@ def fused_linear_sparse_kl(
     Raises ValueError as `sparse_kl_cross_entropy` does, and if hidden and weight do not fit each other.
     """
     if hidden.dim() != 2 or not hidden.dtype.is_floating_point:
-        raise ValueError(f"hidden is {list(hidden.shape)} {hidden.dtype}, but must be [n, h] and floating point")
+        raise ValueError(
+            f"hidden is {list(hidden.shape)} {hidden.dtype}, but must be [n, h] and floating point"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.dtype != hidden.dtype:
         raise ValueError(
             f"weight is {list(weight.shape)} {weight.dtype}, but hidden of {list(hidden.shape)} "
@@ -125,8 +127,10 @@ class _Passes:
     """One implementation, as functions of the logits of the rows start ... stop - 1."""
 
     losses: Callable[[Tensor, int, int], tuple[TokenLosses, Any]]  # logits, start, stop -> losses, state
-    gradient_: Callable[[Tensor, Tensor, Any], None]  # logits, upstream, state; writes the gradient over the logits
-    losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]  # both at once, for an upstream gradient of 1
+    # Logits, upstream, state; writes the gradient over the logits.
+    gradient_: Callable[[Tensor, Tensor, Any], None]
+    # Both at once, for an upstream gradient of 1.
+    losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]
 
 
 def _triton_passes(targets: Targets, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
@@ -138,7 +142,9 @@ def _triton_passes(targets: Targets, temperature: float, tail: str, shard: Vocab
     return _Passes(
         lambda logits, start, stop: triton_losses(logits, part(start, stop), temperature, tail, shard),
         lambda logits, upstream, state: triton_gradient_(logits, upstream, state, temperature, shard),
-        lambda logits, start, stop: triton_losses_and_gradient_(logits, part(start, stop), temperature, tail, shard)[0],
+        lambda logits, start, stop: triton_losses_and_gradient_(
+            logits, part(start, stop), temperature, tail, shard
+        )[0],
     )
 
 
@@ -242,7 +248,8 @@ class _GradientsInForward(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if upstream.device.type == "cpu" and (upstream.isfinite() & (upstream != 1)).any():
             raise ValueError(
-                "unit_upstream is True, but the upstream gradient of a loss is not 1. Use unit_upstream=False."
+                "unit_upstream is True, but the upstream gradient of a loss is not 1. Use "
+                "unit_upstream=False."
             )
         # To raise an error on an accelerator would wait for it.
         # A wrong upstream gradient makes the gradients NaN instead.
@@ -280,7 +287,9 @@ class _Gradients:
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> "_Gradients":
-        return cls(torch.empty_like(hidden) if needed[0] else None, _accumulator(weight) if needed[1] else None)
+        return cls(
+            torch.empty_like(hidden) if needed[0] else None, _accumulator(weight) if needed[1] else None
+        )
 
     def add(self, start: int, stop: int, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Adds the share of the rows start ... stop - 1. gradient [stop - start, v]: of their logits."""

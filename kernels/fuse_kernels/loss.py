@@ -26,7 +26,8 @@ def sparse_kl_cross_entropy(
     implementation: str = "auto",
     check: bool | None = None,
 ) -> TokenLosses:
-    """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits / T).
+    """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits /
+    T).
 
     logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start
         + v - 1.
@@ -54,7 +55,8 @@ def sparse_kl_cross_entropy(
     and kl if there is a teacher entry, also at weight 0.
 
     D, with p the stored teacher mass, m its sum, q = q_T, M the student's mass on the stored ids:
-        bucket       sum p log(p / q) + (1 - m) log((1 - m) / (1 - M)); no tail term if m >= 1 or no column is off the ids
+        bucket       sum p log(p / q) + (1 - m) log((1 - m) / (1 - M)); no tail term if m >= 1 or no column is
+                     off the ids
         renormalize  sum (p / m) log((p / m) / q); 0 if m = 0
         ignore       sum p log(p / q); can be negative
 
@@ -74,7 +76,9 @@ def sparse_kl_cross_entropy(
     range, or if the group's shards do not tile the vocabulary.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point")
+        raise ValueError(
+            f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point"
+        )
     student = Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     shard = check_arguments(

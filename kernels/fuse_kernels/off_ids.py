@@ -16,7 +16,8 @@ from fuse_kernels.rows import ActiveRows, VocabularyShard
 # Elements of a scratch buffer. On a CPU per thread: two buffers of 512 KB in fp32 stay in a core's own cache.
 # On a GPU as many as keep the device busy.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 17, 1 << 26
-POWERS = (1, 2, 4)  # temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential
+# Temperatures at which exp(z) is a power of exp(z / T) that is cheaper than a second exponential.
+POWERS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def exponentials(
     """
     # entry_rows ascends: the entries of the rows start ... stop - 1 are those from first_entry[start] to
     # first_entry[stop].
-    first_entry = torch.searchsorted(entry_rows, torch.arange(rows.labels.numel() + 1, device=logits.device)).tolist()
+    first_entry = torch.searchsorted(
+        entry_rows, torch.arange(rows.labels.numel() + 1, device=logits.device)
+    ).tolist()
     lowest = torch.finfo(off_ids.shifts.dtype).min  # replaces a shift of -inf, as (-inf) - (-inf) is NaN
     for start, stop, x, y in buffers(logits, rows, shard):
         in_chunk = slice(first_entry[start], first_entry[stop])
@@ -114,7 +117,9 @@ def write_gradient(
         write_back(x, logits, rows, start, stop)
 
 
-def buffers(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+def buffers(
+    logits: Tensor, rows: ActiveRows, shard: VocabularyShard
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Yields start, stop among the active rows, and two scratch buffers [stop - start, columns], the same
     memory every time."""
     count = rows.labels.numel()

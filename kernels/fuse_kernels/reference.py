@@ -23,7 +23,9 @@ def reference_loss(
     if shard.group is not None:
         width, rank = logits.shape[1], dist.get_rank(shard.group)
         if shard.start != rank * width:
-            raise ValueError(f"vocab_start is {shard.start}, but rank {rank} with {width} columns needs {rank * width}")
+            raise ValueError(
+                f"vocab_start is {shard.start}, but rank {rank} with {width} columns needs {rank * width}"
+            )
         logits = _GatherVocabulary.apply(logits, shard.group)
     logits = logits if rows.index is None else logits[rows.index]
     z = logits[:, : shard.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
@@ -35,7 +37,9 @@ def reference_loss(
 
     live = rows.teacher_ids >= 0
     ids = rows.teacher_ids.clamp(min=0)
-    teacher = torch.zeros_like(z).scatter_add(1, ids, rows.teacher_logprobs.to(z.dtype).exp().where(live, zero))
+    teacher = torch.zeros_like(z).scatter_add(
+        1, ids, rows.teacher_logprobs.to(z.dtype).exp().where(live, zero)
+    )
     stored_columns = torch.zeros_like(z).scatter_add(1, ids, live.to(z.dtype)) > 0
     m = teacher.sum(1)
     likeliest = stored_columns & (teacher == teacher.amax(1, keepdim=True))

@@ -46,7 +46,8 @@ class ActiveRows:
     """The arguments of the loss for the active rows: those with a weight other than 0. The same on every rank
     of a group."""
 
-    index: Tensor | None  # [a] positions among the n rows; None if all rows are active, so that no gather is needed
+    # [a] positions among the n rows; None if all rows are active, so that no gather is needed.
+    index: Tensor | None
     count: int  # n
     labels: Tensor  # [a] int64, -100 = none
     teacher_ids: Tensor  # [a, k] int64, -1 = empty
@@ -110,7 +111,8 @@ def sparse_target(rows: ActiveRows, tail: str) -> SparseTarget:
     fp64 is cheap.
     """
     live = rows.teacher_ids >= 0
-    mass = rows.teacher_logprobs.double().exp().where(live, 0.0)  # `where`, not a product: empty slots may hold NaN
+    # `where`, not a product: empty slots may hold NaN.
+    mass = rows.teacher_logprobs.double().exp().where(live, 0.0)
     ids, mass = _merge_repeats(rows.teacher_ids, mass)
     stored = mass.sum(1)
     left = torch.zeros_like(stored)

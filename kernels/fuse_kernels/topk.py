@@ -69,14 +69,17 @@ def topk_logsumexp(
     or if "triton" is given and cannot run.
     """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
-        raise ValueError(f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point")
+        raise ValueError(
+            f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point"
+        )
     if k < 1:
         raise ValueError(f"k is {k}, but must be at least 1")
     if not temperatures or not all(math.isfinite(t) and t > 0 for t in temperatures):
         raise ValueError(f"temperatures is {list(temperatures)}, but must hold finite numbers above 0")
     if labels is not None and (labels.shape != logits.shape[:1] or labels.device != logits.device):
         raise ValueError(
-            f"labels is {list(labels.shape)} on {labels.device}, but logits need [{len(logits)}] on {logits.device}"
+            f"labels is {list(labels.shape)} on {labels.device}, but logits need [{len(logits)}] on "
+            f"{logits.device}"
         )
     shard = make_shard(logits.shape[1], vocab_size, vocab_start, group)
     temperatures = [float(t) for t in temperatures]
@@ -94,7 +97,9 @@ def _choose(implementation: str, logits: Tensor, k: int) -> str:
         raise ValueError(f"implementation is {implementation!r}. Use one of auto, triton, torch.")
     if implementation == "torch" or (implementation == "auto" and logits.device.type != "cuda"):
         return "torch"
-    reason = unfit_for_triton(Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device))
+    reason = unfit_for_triton(
+        Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device)
+    )
     if k > MOST_LARGEST:
         reason = f"k is {k}, but the kernel keeps at most {MOST_LARGEST}"
     if reason and implementation == "triton":
@@ -125,7 +130,10 @@ def _merged(local: TopK, k: int, temperatures: Sequence[float], group: dist.Proc
     shift = (logits[:, :, :1] - largest[:, :1]).nan_to_num(nan=-torch.inf)
     merged = (lse + shift * inverse).logsumexp(0)
     return TopK(
-        candidate_ids.gather(1, chosen), largest, merged, None if label_logits is None else labels[:, :, 0].sum(0)
+        candidate_ids.gather(1, chosen),
+        largest,
+        merged,
+        None if label_logits is None else labels[:, :, 0].sum(0),
     )
 
 

@@ -89,7 +89,8 @@ def gather_kernel(
     CE_WEIGHT,  # [n]
     KL_WEIGHT,  # [n]
     WEIGHTS,  # [2, n] fp32 out: (CE, KL); 0 for CE without a label, for KL without an entry
-    TEACHER,  # [4, n] fp32 out: mass on the ids, off them, sum mass log mass; stored mass before renormalisation
+    # [4, n] fp32 out: mass on the ids, off them, sum mass log mass; stored mass before renormalisation.
+    TEACHER,
     COLUMNS,  # [n, k] int32 out: this shard's column of an entry, -1 = empty, a repeat, or of another shard
     MASS,  # [n, k] fp32 out: the first slot of an id holds the sum of its repeats, 0 elsewhere
     ON_IDS,  # [n, k] fp32 out: the logits at COLUMNS, -inf elsewhere
@@ -259,7 +260,8 @@ def _on_ids_sums(here, mass, on_ids, inv_t):
 
 @triton.jit
 def _losses(
-    ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest, stored, tail, entropy,
+    ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest, stored,
+    tail, entropy,
     teacher_mass, inv_t,
 ):  # fmt: skip
     """Loss, ce, kl, student mass and agreement of one row or of several;
@@ -369,7 +371,8 @@ def finish_kernel(
         teacher_mass = tl.load(TEACHER + 3 * n + row)
         loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
             ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit, largest, likeliest,
-            tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass, inv_t,
+            tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass,
+            inv_t,
         )  # fmt: skip
         _store_losses(RESULTS, row, n, True, loss, ce, kl, teacher_mass, student_mass, agreement)
         _store_coefficients(COEFFICIENTS, row, n, True, lse_1, lse_t, off_t, total, tail)
@@ -563,14 +566,17 @@ def whole_row_kernel(
     loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
         ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, tl.load(LABEL_LOGIT + row),
         tl.maximum(m, on_largest), likeliest,
-        tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass, inv_t,
+        tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass,
+        inv_t,
     )  # fmt: skip
     _store_losses(RESULTS, row, n, True, loss, ce, kl, teacher_mass, student_mass, agreement)
     _store_coefficients(COEFFICIENTS, row, n, True, lse_1, lse_t, off_t, total, tail)
 
     # Second reading, from the cache. exp(-inf) = 0 at the masked columns;
     # special_gradient_kernel rewrites them afterwards.
-    shift, factor_t, factor_1 = _factors(ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE)
+    shift, factor_t, factor_1 = _factors(
+        ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE
+    )
     _write_gradient(logits, 0, columns, width, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
 
 
@@ -685,7 +691,9 @@ def special_gradient_kernel(
     label = tl.load(LABELS + row) - start
     is_label = here & (column == label)
     # On the ids: dloss / dz_j = w_ce (p_j - [j is the label]) + w_kl (total q_j - mass_j).
-    value = w_ce * (tl.exp(z - lse_1) - is_label.to(tl.float32)) + w_kl * (total * tl.exp(z * inv_t - lse_t) - mass)
+    value = w_ce * (tl.exp(z - lse_1) - is_label.to(tl.float32)) + w_kl * (
+        total * tl.exp(z * inv_t - lse_t) - mass
+    )
     _store(LOGITS + row * stride + column, value, here, ROUND)
 
     # A label that is no entry is off the ids: dloss / dz_j = w_ce (p_j - 1) + w_kl (total q_j - tail r_j).

@@ -49,7 +49,8 @@ class Launch:
     block: int  # columns of a backward tile
     splits: int  # programs per row, forward
     split_columns: int
-    gradient_splits: int  # programs per row, backward: more than forward, so that the programs that end last are short
+    # Programs per row, backward: more than forward, so that the programs that end last are short.
+    gradient_splits: int
     gradient_columns: int
     whole_rows: bool  # one program per row, if the forward pass writes the gradient
     warps: int = 8
@@ -117,7 +118,13 @@ def _launch(logits: Tensor) -> Launch:
 
 
 def triton_loss(
-    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard, *, in_forward: bool
+    logits: Tensor,
+    targets: Targets,
+    temperature: float,
+    tail: str,
+    shard: VocabularyShard,
+    *,
+    in_forward: bool,
 ) -> TokenLosses:
     """The losses of `sparse_kl_cross_entropy`, [n] each, in fp32.
 
@@ -201,7 +208,15 @@ def triton_losses(
     results, coefficients = torch.ops.fuse_kernels.losses_of_shards(
         all_shards, teacher, weights, contiguous.labels, temperature
     )
-    return TokenLosses(*results), (weights, coefficients, columns, mass, on_ids, label_logit, contiguous.labels)
+    return TokenLosses(*results), (
+        weights,
+        coefficients,
+        columns,
+        mass,
+        on_ids,
+        label_logit,
+        contiguous.labels,
+    )
 
 
 def triton_losses_and_gradient_(
@@ -223,7 +238,11 @@ def triton_losses_and_gradient_(
 
 
 def triton_gradient_(
-    logits: Tensor, upstream: Tensor | None, state: Sequence[Tensor], temperature: float, shard: VocabularyShard
+    logits: Tensor,
+    upstream: Tensor | None,
+    state: Sequence[Tensor],
+    temperature: float,
+    shard: VocabularyShard,
 ) -> None:
     """Writes the gradient of sum(upstream [n] * loss) over the logits
     [n, v]. upstream None means 1. No collective."""
@@ -263,8 +282,10 @@ class _Gathered:
     def launch(self, logits: Tensor, targets: Targets, tail: str, real_columns: int, start: int) -> None:
         n, k = self.columns.shape
         kernels.gather_kernel[(n,)](
-            logits, *targets, self.weights, self.teacher, self.columns, self.mass, self.on_ids, self.label_logit,
-            logits.stride(0), n, real_columns, start, k, TAIL=tail, K=slots_of(k), num_warps=gather_warps(slots_of(k)),
+            logits, *targets, self.weights, self.teacher, self.columns, self.mass, self.on_ids,
+            self.label_logit,
+            logits.stride(0), n, real_columns, start, k, TAIL=tail, K=slots_of(k),
+            num_warps=gather_warps(slots_of(k)),
         )  # fmt: skip
 
 
@@ -281,7 +302,9 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _off_ids(logits: Tensor, weights: Tensor, launch: Launch, temperature: float, real_columns: int) -> Tensor:
+def _off_ids(
+    logits: Tensor, weights: Tensor, launch: Launch, temperature: float, real_columns: int
+) -> Tensor:
     """PARTS [splits, 3, n] of off_ids_kernel: the maximum and the two sums of the columns off the ids, per
     part of a row."""
     n = len(logits)
@@ -304,11 +327,15 @@ def _finish(
     results: Tensor | None = None,
     coefficients: Tensor | None = None,
 ) -> None:
-    """Puts the logits back and writes this shard's statistics or, without a group, results and coefficients."""
+    """Puts the logits back and writes this shard's statistics or, without a group, results and
+    coefficients.
+    """
     n, k = gathered.columns.shape
     kernels.finish_kernel[(n,)](
-        logits, gathered.weights, parts, gathered.columns, gathered.mass, gathered.on_ids, gathered.label_logit, labels,
-        gathered.teacher, statistics, results, coefficients, logits.stride(0), n, k, len(parts), 1.0 / temperature,
+        logits, gathered.weights, parts, gathered.columns, gathered.mass, gathered.on_ids,
+        gathered.label_logit, labels,
+        gathered.teacher, statistics, results, coefficients, logits.stride(0), n, k, len(parts),
+        1.0 / temperature,
         K=slots_of(k), num_warps=1,
     )  # fmt: skip
 
@@ -348,7 +375,18 @@ def losses(
 
 
 @losses.register_fake
-def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
+def _(
+    logits,
+    labels,
+    teacher_ids,
+    teacher_logprobs,
+    ce_weight,
+    kl_weight,
+    temperature,
+    tail,
+    real_columns,
+    start,
+):
     gathered = _Gathered(logits, teacher_ids.shape[1])
     results, coefficients = _fp32(logits, _RESULTS, len(logits)), _fp32(logits, _COEFFICIENTS, len(logits))
     return (
@@ -389,8 +427,10 @@ def losses_and_gradient_(
     launch = _launch(logits)
     if launch.whole_rows:
         kernels.whole_row_kernel[(n,)](
-            logits, labels, gathered.weights, gathered.teacher, gathered.columns, gathered.mass, gathered.on_ids,
-            gathered.label_logit, results, coefficients, logits.stride(0), n, real_columns, width, k, 1.0 / temperature,
+            logits, labels, gathered.weights, gathered.teacher, gathered.columns, gathered.mass,
+            gathered.on_ids,
+            gathered.label_logit, results, coefficients, logits.stride(0), n, real_columns, width, k,
+            1.0 / temperature,
             K=slots_of(k), **row_shape(launch), T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(),
             num_warps=launch.row_warps,
         )  # fmt: skip
@@ -399,14 +439,26 @@ def losses_and_gradient_(
         _finish(logits, gathered, parts, labels, temperature, results=results, coefficients=coefficients)
         _gradient(logits, None, gathered.weights, coefficients, launch, temperature, real_columns)
     _special_gradient(
-        logits, None, gathered.weights, coefficients, labels, gathered.label_logit, gathered.columns, gathered.mass,
+        logits, None, gathered.weights, coefficients, labels, gathered.label_logit, gathered.columns,
+        gathered.mass,
         gathered.on_ids, temperature, real_columns, start,
     )  # fmt: skip
     return results, gathered.weights
 
 
 @losses_and_gradient_.register_fake
-def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
+def _(
+    logits,
+    labels,
+    teacher_ids,
+    teacher_logprobs,
+    ce_weight,
+    kl_weight,
+    temperature,
+    tail,
+    real_columns,
+    start,
+):
     return _fp32(logits, _RESULTS, len(logits)), _fp32(logits, 2, len(logits))
 
 
@@ -458,7 +510,18 @@ def statistics(
 
 
 @statistics.register_fake
-def _(logits, labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight, temperature, tail, real_columns, start):
+def _(
+    logits,
+    labels,
+    teacher_ids,
+    teacher_logprobs,
+    ce_weight,
+    kl_weight,
+    temperature,
+    tail,
+    real_columns,
+    start,
+):
     gathered, local = _Gathered(logits, teacher_ids.shape[1]), _fp32(logits, _STATISTICS, len(logits))
     return (
         local,
@@ -514,25 +577,31 @@ def gradient_(
         return
     _gradient(logits, upstream, weights, coefficients, _launch(logits), temperature, real_columns)
     _special_gradient(
-        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature, real_columns,
+        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature,
+        real_columns,
         start,
     )  # fmt: skip
 
 
-def _gradient(logits, upstream, weights, coefficients, launch: Launch, temperature: float, real_columns: int) -> None:
+def _gradient(
+    logits, upstream, weights, coefficients, launch: Launch, temperature: float, real_columns: int
+) -> None:
     n, width = logits.shape
     kernels.gradient_kernel[(n, launch.gradient_splits)](
-        logits, upstream, weights, coefficients, logits.stride(0), n, real_columns, width, launch.gradient_columns,
+        logits, upstream, weights, coefficients, logits.stride(0), n, real_columns, width,
+        launch.gradient_columns,
         1.0 / temperature,
         BLOCK=launch.block, T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(), num_warps=launch.warps,
     )  # fmt: skip
 
 
 def _special_gradient(
-    logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature, real_columns, start
+    logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature,
+    real_columns, start
 ) -> None:  # fmt: skip
     n, k = columns.shape
     kernels.special_gradient_kernel[(n,)](
-        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, logits.stride(0), n,
+        logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids,
+        logits.stride(0), n,
         real_columns, start, k, 1.0 / temperature, K=slots_of(k), ROUND=interpreted(), num_warps=1,
     )  # fmt: skip

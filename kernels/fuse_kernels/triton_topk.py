@@ -148,8 +148,10 @@ def topk(
         ids, largest, sums, label_logits = outputs
         lanes, neighbours, tiles = tile_shape(logits.shape[1], logits.element_size(), slots_of(k))
         topk_kernel[(len(logits),)](
-            logits, labels, ids, largest, sums, label_logits, logits.stride(0), len(logits), real_columns, start, k,
-            1.0 / temperature, K=slots_of(k), C=lanes, R=neighbours, S=tiles, T_MODE=POWERS.get(temperature, 0),
+            logits, labels, ids, largest, sums, label_logits, logits.stride(0), len(logits), real_columns,
+            start, k,
+            1.0 / temperature, K=slots_of(k), C=lanes, R=neighbours, S=tiles, T_MODE=POWERS.get(temperature,
+            0),
             num_warps=8,
         )  # fmt: skip
     return outputs

@@ -30,7 +30,9 @@ def align_boundaries(source_starts: np.ndarray, target_starts: np.ndarray) -> np
     first = np.searchsorted(source_starts, target_starts, side="left")
     last = np.searchsorted(source_starts, target_starts, side="right") - 1
     # The number of later rows in the target's own group. As many rows are counted back from `last`.
-    rows_behind = np.searchsorted(target_starts, target_starts, side="right") - 1 - np.arange(len(target_starts))
+    rows_behind = (
+        np.searchsorted(target_starts, target_starts, side="right") - 1 - np.arange(len(target_starts))
+    )
     return np.where(last >= first, np.maximum(last - rows_behind, first), -1).astype(np.int32)
 
 

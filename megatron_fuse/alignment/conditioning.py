@@ -16,7 +16,9 @@ def bytes_consumed(source: SourceRows, target: TokenSpans, row: np.ndarray, insi
     It is 0 for a row that is not `inside` a source token. The number counts the token's own bytes: if the
     token begins in the template's white space, this white space counts as read.
     """
-    consumed = source.tokenizer.byte_lengths[source.spans.tokens[row]] - (source.spans.ends[row] - target.starts)
+    consumed = source.tokenizer.byte_lengths[source.spans.tokens[row]] - (
+        source.spans.ends[row] - target.starts
+    )
     return np.where(inside, consumed, 0)
 
 

@@ -29,7 +29,8 @@ def characters(piece: bytes) -> str:
 def nearest_pieces(
     pieces: Sequence[bytes], vocabulary: Sequence[bytes], progress: Callable[[int], None] = lambda _: None
 ) -> np.ndarray:
-    """Per piece the index of the vocabulary's nearest piece: int64 [len(pieces)], -1 if the vocabulary is empty.
+    """Per piece the index of the vocabulary's nearest piece: int64 [len(pieces)], -1 if the vocabulary is
+    empty.
 
     If several are at the least distance, the one that shares the longest beginning with the piece, in bytes,
     is taken; if several share that too, the first of them in byte order is taken. So the choice does not
@@ -73,7 +74,9 @@ def _by_length(texts: Sequence[str]) -> dict[int, np.ndarray]:
 
 
 class _Search:
-    """Two ways to the rank of the nearest piece. ranked: the vocabulary in byte order; a rank is a place in it."""
+    """Two ways to the rank of the nearest piece. ranked: the vocabulary in byte order; a rank is a place
+    in it.
+    """
 
     def __init__(self, ranked: list[bytes]) -> None:
         self._ranked = ranked
@@ -94,7 +97,10 @@ class _Search:
         own_ranks = np.fromiter((bisect_left(self._ranked, piece) for piece in pieces), np.int64, len(pieces))
         before, after = neighbours.last_before(own_ranks).tolist(), neighbours.first_from(own_ranks).tolist()
         beside = zip(pieces, before, after, strict=True)
-        lowest = [self._most_alike(piece, [rank for rank in ranks if 0 <= rank < NO_RANK]) for piece, *ranks in beside]
+        lowest = [
+            self._most_alike(piece, [rank for rank in ranks if 0 <= rank < NO_RANK])
+            for piece, *ranks in beside
+        ]
         ranks = neighbours.first_from(np.array(lowest, np.int64))
         ranks[ranks == NO_RANK] = -1
         for index in np.flatnonzero(ranks >= 0):
@@ -131,7 +137,9 @@ class _SharedCharacters:
         self._candidates = candidates
         self._lengths = np.fromiter(map(len, candidates), np.int64, len(candidates))
         by_length = _by_length(candidates)
-        counted = [_counted_characters([candidates[rank] for rank in ranks], n) for n, ranks in by_length.items()]
+        counted = [
+            _counted_characters([candidates[rank] for rank in ranks], n) for n, ranks in by_length.items()
+        ]
         owners = [np.repeat(ranks, length) for length, ranks in by_length.items()]
         every = np.concatenate(counted)
         order = np.argsort(every, kind="stable")
@@ -158,7 +166,9 @@ class _SharedCharacters:
         return np.sort(ranks[distances == best])
 
     def _in_common(self, text: str) -> np.ndarray:
-        """Per candidate the number of characters that it has in common with the text, wherever they are: int64 [V]."""
+        """Per candidate the number of characters that it has in common with the text, wherever they are:
+        int64 [V].
+        """
         characters_of_text = _counted_characters([text], len(text))
         known = np.searchsorted(self._known, characters_of_text)
         known = known[self._known[known] == characters_of_text]

@@ -30,7 +30,9 @@ _BASE, _WILDCARD = np.uint64(0xD6E8FEB86659FD93), np.uint64(0x9E3779B97F4A7C15)
 
 def code_points(texts: Sequence[str], length: int) -> np.ndarray:
     """uint32 [n, length] of n texts of this length. A lone surrogate counts as a code point too."""
-    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).reshape(len(texts), length)
+    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32).reshape(
+        len(texts), length
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class PatternIndex:
 
     def __init__(self, ranked: Sequence[str]) -> None:
         lengths = np.fromiter(map(len, ranked), np.int64, len(ranked))
-        self._buckets: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # length -> ranks, ascending, and prefix hashes
+        # Length -> ranks, ascending, and prefix hashes.
+        self._buckets: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for length in np.unique(lengths).tolist():
             ranks = np.flatnonzero(lengths == length)
             self._buckets[length] = (
@@ -116,7 +119,9 @@ class PatternIndex:
 def queries_at_once(length: int, distance: int) -> int:
     """How many texts of this length one look-up can take without much memory."""
     edits = [(deleted + replaced, replaced) for deleted, _, replaced in _edits(distance)]
-    return max(_QUERY_KEYS // max(comb(length, places) * comb(places, replaced) for places, replaced in edits), 1)
+    return max(
+        _QUERY_KEYS // max(comb(length, places) * comb(places, replaced) for places, replaced in edits), 1
+    )
 
 
 def _edits(distance: int) -> Iterator[tuple[int, int, int]]:
@@ -126,7 +131,9 @@ def _edits(distance: int) -> Iterator[tuple[int, int, int]]:
             yield deleted, inserted, distance - deleted - inserted
 
 
-def _members(keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted: int, replaced: int) -> np.ndarray:
+def _members(
+    keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted: int, replaced: int
+) -> np.ndarray:
     """The strings of one length that have one of these patterns: int64, place in `keys` << 31 | rank,
     ascending.
 
@@ -150,7 +157,9 @@ def _members(keys: np.ndarray, ranks: np.ndarray, prefixes: np.ndarray, inserted
 
 
 def _prefix_hashes(codes: np.ndarray) -> np.ndarray:
-    """Polynomial hashes modulo 2^64 of the first 0, 1, 2 ... characters: uint64 [length + 1, n] of codes [n, length]."""
+    """Polynomial hashes modulo 2^64 of the first 0, 1, 2 ... characters: uint64 [length + 1, n] of codes
+    [n, length].
+    """
     hashes = np.zeros((codes.shape[1] + 1, codes.shape[0]), np.uint64)
     for length, column in enumerate(codes.T):
         hashes[length + 1] = hashes[length] * _BASE + _mixed(column)
@@ -184,7 +193,8 @@ def _patterns(prefixes: np.ndarray, left_out: int, wild: int) -> Iterator[np.nda
             at, kept = places[begin : begin + step, edit], wildcard[begin : begin + step, edit]
             hashes = (hashes - prefixes[behind]) * powers[at - behind, None] + prefixes[at]
             hashes = (
-                hashes * np.where(kept, _BASE, np.uint64(1))[:, None] + np.where(kept, _WILDCARD, np.uint64(0))[:, None]
+                hashes * np.where(kept, _BASE, np.uint64(1))[:, None]
+                + np.where(kept, _WILDCARD, np.uint64(0))[:, None]
             )
             behind = at + 1
         yield (hashes - prefixes[behind]) * powers[length - behind, None] + prefixes[[length]]

@@ -68,7 +68,8 @@ def label_mass(source: SourceRows, target: TokenSpans, row: np.ndarray, inside: 
     row int32 [m], inside bool [m]: results of find_source_rows, with row -1 for rows that are left out.
     """
     spans, lossy = source.spans, source.spans.has(SpanFlag.LOSSY)
-    last = np.searchsorted(spans.starts, target.ends, side="left") - 1  # last source row that starts within the label
+    # Last source row that starts within the label.
+    last = np.searchsorted(spans.starts, target.ends, side="left") - 1
     corrected = np.flatnonzero((row >= 0) & (last > row))
     # A label is not corrected if the source's tokens end before it does, or if the last of them is lossy.
     corrected = corrected[(spans.ends[last[corrected]] >= target.ends[corrected]) & ~lossy[last[corrected]]]
@@ -114,4 +115,6 @@ def _beginning_mass(source: SourceRows, row: np.ndarray, lengths: np.ndarray) ->
     others = begin_alike(source.tokenizer, entries.ids, text_tokens, lengths[entries.rows])
     others &= entries.ids != text_tokens
     masses = np.exp(source.untempered(entries.logprobs, source_rows)) * others
-    return np.bincount(entries.rows, masses, minlength=len(row)) + np.exp(source.token_logprobs[row].astype(np.float64))
+    return np.bincount(entries.rows, masses, minlength=len(row)) + np.exp(
+        source.token_logprobs[row].astype(np.float64)
+    )

@@ -45,7 +45,9 @@ def project_responses(
     Raises UserError if `unmatched` is not one of UNMATCHED.
     """
     if unmatched not in UNMATCHED:
-        raise UserError(f"alignment.unmatched: {unmatched!r} is not allowed. Set it to one of {', '.join(UNMATCHED)}.")
+        raise UserError(
+            f"alignment.unmatched: {unmatched!r} is not allowed. Set it to one of {', '.join(UNMATCHED)}."
+        )
     if not len(source.spans):
         nothing = Rows(np.zeros(len(target), np.uint8), np.zeros(0, np.int32), np.zeros(0, np.float32))
         return nothing, np.zeros(len(target), np.uint8), np.zeros(len(target), bool)
@@ -61,7 +63,9 @@ def project_responses(
         entries = condition(entries, source, row, consumed)
     # 3. Split off the label's own mass. This comes after conditioning, because it takes its share of the
     # conditional probability, and before the mapping, because it looks for the source token s1.
-    own_mass = label_mass(source, target, source_row, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
+    own_mass = (
+        label_mass(source, target, source_row, inside) if vocabulary_map.kind == "exact" else LabelMass.none()
+    )
     logprobs, label_logprobs = own_mass.split(entries, len(target))
     corrected = label_logprobs > -np.inf
     if unmatched == "onehot":

@@ -148,7 +148,9 @@ def _add_up(entries: Entries) -> Entries:
 
 def _fall(entries: Entries) -> Entries:
     """Sorts the rows that are out of order. They are few: captured rows are sorted already."""
-    rises = np.flatnonzero((entries.logprobs[1:] > entries.logprobs[:-1]) & (entries.rows[1:] == entries.rows[:-1]))
+    rises = np.flatnonzero(
+        (entries.logprobs[1:] > entries.logprobs[:-1]) & (entries.rows[1:] == entries.rows[:-1])
+    )
     if not len(rises):
         return entries
     disordered = np.zeros(entries.rows[-1] + 1, bool)

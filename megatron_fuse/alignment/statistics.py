@@ -26,7 +26,8 @@ class PairCounts:
 
     @classmethod
     def of(cls, source: TokenSpans, target: TokenSpans) -> "PairCounts":
-        """The pairs of two tokenizations of the same bytes (`response_bytes`, of one response or of a whole shard).
+        """The pairs of two tokenizations of the same bytes (`response_bytes`, of one response or of a whole
+        shard).
 
         A pair counts if `find_source_rows` has a source row for a target row and both tokens begin at the
         same byte. Two kinds of tokens are not counted: stop tokens, because they are paired by role, and
@@ -67,7 +68,9 @@ class PairCounts:
 
     @classmethod
     def _unpack(cls, pairs: np.ndarray, counts: np.ndarray) -> "PairCounts":
-        return cls((pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32), counts.astype(np.int64))
+        return cls(
+            (pairs >> 32).astype(np.int32), (pairs & 0xFFFFFFFF).astype(np.int32), counts.astype(np.int64)
+        )
 
 
 def count_pairs(shards: Iterable[tuple[TokenSpans, TokenSpans]]) -> PairCounts:

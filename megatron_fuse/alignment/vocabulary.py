@@ -2,7 +2,7 @@
 
 | kind | an ordinary source token goes to |
 |---|---|
-| `exact` | the target token of equal bytes, else the first piece of the target's own tokenization of those bytes |
+| `exact` | the target token of equal bytes, else the first token of the target's tokenization of them |
 | `em` | the target token of equal bytes, else nowhere: its mass joins the tail |
 | `mined` | the target token of equal bytes, else the one at the least edit distance |
 | `ms` | the target token of equal bytes, else the one most often met with it in real text, else as `exact` |
@@ -85,7 +85,9 @@ class VocabularyMap:
     def __post_init__(self) -> None:
         sizes = {len(table) for table in (self.leading, self.source_leading, self.both_leading, self.exact)}
         if sizes != {len(self.ids)} or len(self.byte_lengths) not in (0, len(self.ids)):
-            raise ValueError(f"the tables have different sizes: {len(self.ids)} ids, but {sorted(sizes)} in the others")
+            raise ValueError(
+                f"the tables have different sizes: {len(self.ids)} ids, but {sorted(sizes)} in the others"
+            )
         if len(self.remainder_ids) != self._remainder_ends[-1:].sum():
             raise ValueError(f"{len(self.remainder_ids)} remainders do not fit the lengths of the tokens")
 
@@ -196,9 +198,17 @@ def vocabulary_map_key(
     """Hash of everything that a map depends on. Raises UserError for an unknown kind."""
     if kind not in VOCABULARY_MAPS:
         raise UserError(
-            f"alignment.vocabulary_map: {kind!r} is not allowed. Set it to one of {', '.join(VOCABULARY_MAPS)}."
+            f"alignment.vocabulary_map: {kind!r} is not allowed. Set it to one of "
+            f"{', '.join(VOCABULARY_MAPS)}."
         )
-    settings = [str(source_stop), str(target_stop), source_separator, target_separator, str(remainders), texts_sha256]
+    settings = [
+        str(source_stop),
+        str(target_stop),
+        source_separator,
+        target_separator,
+        str(remainders),
+        texts_sha256,
+    ]
     return sha256_of_parts(FORMAT, kind, source.sha256, target.sha256, *settings)
 
 
@@ -210,7 +220,8 @@ def save_vocabulary_map(vocabulary_map: VocabularyMap, path: Path) -> None:
     Integers are stored plus 1, so that -1 becomes 0, in the smallest type that holds them. A map of the
     paper's vocabularies takes 0.15 MB, with remainders 0.4 MB.
     """
-    tables, states = np.unique(vocabulary_map.table(), axis=0, return_inverse=True)  # equal ones are written once
+    # Equal ones are written once.
+    tables, states = np.unique(vocabulary_map.table(), axis=0, return_inverse=True)
     integers = {
         "tables": tables + 1,
         "states": states.reshape(-1),

@@ -65,7 +65,9 @@ class _Ours(_Columns):
 
     def given(self) -> GivenRows:
         n = len(self.token_ids)
-        _same_length(n, top_ids=self.top_ids, top_logprobs=self.top_logprobs, token_logprobs=self.token_logprobs)
+        _same_length(
+            n, top_ids=self.top_ids, top_logprobs=self.top_logprobs, token_logprobs=self.token_logprobs
+        )
         lse = _by_temperature(self.logsumexp, n)
         return GivenRows(self.token_ids, False, self.top_ids, self.top_logprobs, self.token_logprobs, lse)
 
@@ -83,7 +85,8 @@ class _DistillKit(_Columns):
         n, rows = len(self.input_ids), len(self.token_ids)
         if rows - n not in (-1, 0):
             raise BadRowError(
-                f"token_ids has {rows} rows for {n} input_ids. It must have as many rows as input_ids, or one row less."
+                f"token_ids has {rows} rows for {n} input_ids. It must have as many rows as input_ids, or "
+                "one row less."
             )
         token_logprobs = self.token_logprobs if self.token_logprobs is not None else [None] * rows
         _same_length(rows, top_values=self.top_values, token_logprobs=token_logprobs)
@@ -109,7 +112,8 @@ class _Vllm(_Columns):
         tokens = self.prompt_token_ids
         if len(self.prompt_logprobs) != len(tokens):
             raise BadRowError(
-                f"prompt_logprobs has {len(self.prompt_logprobs)} items, but prompt_token_ids has {len(tokens)}"
+                f"prompt_logprobs has {len(self.prompt_logprobs)} items, but prompt_token_ids has "
+                f"{len(tokens)}"
             )
         ids, logprobs, token_logprobs = [], [], []
         for token, position in zip(tokens, self.prompt_logprobs, strict=True):
@@ -155,7 +159,9 @@ class _OpenAI(_Columns):
         ids = [[_token_id(key) for key in position or {}] for position in given.top_logprobs]
         logprobs = [list((position or {}).values()) for position in given.top_logprobs]
         if not len(tokens) == len(ids) == len(token_logprobs):
-            lengths = f"{len(tokens)} tokens, {len(token_logprobs)} token_logprobs and {len(ids)} top_logprobs"
+            lengths = (
+                f"{len(tokens)} tokens, {len(token_logprobs)} token_logprobs and {len(ids)} top_logprobs"
+            )
             raise BadRowError(lengths)
         whole = bool(token_logprobs) and token_logprobs[0] is None
         if None in token_logprobs[1:]:  # some JSON libraries write NaN as null
@@ -186,7 +192,8 @@ def given_rows(row: dict[str, Any]) -> GivenRows:
             )
         keys = brief(", ".join(row))
         raise BadRowError(
-            f"the form of the row is not known: the row has {keys}, but none of the columns {', '.join(_FORMS)}"
+            f"the form of the row is not known: the row has {keys}, but none of the columns "
+            f"{', '.join(_FORMS)}"
         )
     try:
         given = form.model_validate(row).given()

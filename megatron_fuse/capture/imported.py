@@ -58,7 +58,9 @@ class CaptureFile:
         """
         limit = self.recipe.training.seq_length
         status = np.array([reading_status(conversation, limit) for conversation in conversations], np.uint8)
-        places = {conversations[index].example: index for index in np.flatnonzero(status == CAPTURED).tolist()}
+        places = {
+            conversations[index].example: index for index in np.flatnonzero(status == CAPTURED).tolist()
+        }
         status[[index for name, index in places.items() if name not in self.rows]] = MISSING
         parts: dict[int, SparseRows] = {}
         mismatches = []
@@ -92,7 +94,9 @@ class CaptureFile:
         _check_entries(ids, logprobs, self.vocab_size)
         tokens = conversation.spans.tokens.astype(np.int64)
         token_logprobs = _own_logprobs(ids, logprobs, tokens, [given.token_logprobs[i] for i in at])
-        lse = _logsumexps(logprobs, {t: [values[i] for i in at] for t, values in given.logsumexp.items()}, temperatures)
+        lse = _logsumexps(
+            logprobs, {t: [values[i] for i in at] for t, values in given.logsumexp.items()}, temperatures
+        )
         # From here on the same as in distributions.py: entries
         # relative to the largest, and the recipe's filter.
         relative = (logprobs - logprobs[:, :1])[:, : options.top_k].astype(np.float32)
@@ -129,10 +133,13 @@ class CaptureFile:
             index = int(different[0]) if len(different) else shared
             part = "conversation" if given.whole else "response"
             raise _MismatchError(
-                f"token {index} of the {part} is {self._shown(file_tokens, index)}, but the source's tokenizer "
+                f"token {index} of the {part} is {self._shown(file_tokens, index)}, but the source's "
+                "tokenizer "
                 f"gives {self._shown(own_tokens, index)}"
             )
-        return np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(own_tokens)))
+        return (
+            np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(own_tokens)))
+        )
 
     def _shown(self, tokens: np.ndarray, index: int) -> str:
         if index >= len(tokens):
@@ -157,12 +164,16 @@ def _matrix(rows: Sequence[Sequence[Any]], *, whole: bool) -> np.ndarray:
     except OverflowError as error:
         wrong = next(value for value in values if not -(2**63) <= value < 2**63)
         raise BadRowError(f"{quoted(wrong)} is too large for a token id") from error
-    matrix = np.full((len(rows), lengths.max(initial=0)), -1 if whole else -np.inf, np.int64 if whole else np.float64)
+    matrix = np.full(
+        (len(rows), lengths.max(initial=0)), -1 if whole else -np.inf, np.int64 if whole else np.float64
+    )
     matrix[np.arange(matrix.shape[1]) < lengths[:, None]] = flat
     return matrix
 
 
-def _falling(given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+def _falling(
+    given_ids: list[Sequence[int]], given_logprobs: list[Sequence[float]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Entries [n, k] in falling order of probability, equal ones by id.
 
     Values below _LEAST become -inf (no entry).
@@ -185,7 +196,10 @@ def _check_entries(ids: np.ndarray, logprobs: np.ndarray, vocab_size: int) -> No
         ("a log-probability that is NaN", np.isnan(logprobs).any(1)),
         ("a log-probability that is infinite", np.isposinf(logprobs).any(1)),
         ("no entry", ~entry.any(1)),
-        (f"an id that is not one of the model's {vocab_size}", (entry & ((ids < 0) | (ids >= vocab_size))).any(1)),
+        (
+            f"an id that is not one of the model's {vocab_size}",
+            (entry & ((ids < 0) | (ids >= vocab_size))).any(1),
+        ),
         ("an id twice", (np.diff(known, axis=1) == 0).any(1)),
         ("more probability than one", ~(np.exp(logprobs).sum(1) <= 1 + _MASS)),
     ):

@@ -37,7 +37,8 @@ def reading_limit(recipe: Recipe, config: Any) -> int:
 class SourceReader:
     """A source model that reads conversations.
 
-    report: called after every batch with the conversations and the tokens that are read, and the share of all tokens.
+    report: called after every batch with the conversations and the tokens that are read, and the share of all
+    tokens.
     """
 
     recipe: Recipe

@@ -90,7 +90,10 @@ class _Parquet:
             raise UserError(f"{path}: pyarrow is needed to read Parquet. Run pip install pyarrow.") from error
         # ValueError includes UnicodeDecodeError: bytes that are not text. KeyError: a key twice in one map.
         # StopIteration: fewer rows than the file says. The others: values that Python cannot represent.
-        self.path, self._faults = path, (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration)
+        self.path, self._faults = (
+            path,
+            (ArrowException, OSError, ValueError, KeyError, OverflowError, StopIteration),
+        )
         try:
             # Without pre_buffer=False a whole row group would be in
             # memory. pyarrow writes a million rows into one group.
@@ -101,7 +104,8 @@ class _Parquet:
             ) from error
         if "id" not in self._file.schema_arrow.names:
             raise UserError(
-                f"{path}: there is no column id, only {', '.join(self._file.schema_arrow.names)}. Add the column id."
+                f"{path}: there is no column id, only {', '.join(self._file.schema_arrow.names)}. Add the "
+                "column id."
             )
         self._places: dict[str, int] = {}  # id -> row
         for number, name in enumerate(self._ids()):
@@ -158,7 +162,9 @@ class _Parquet:
 
 def _add(places: dict[str, Any], name: Any, place: Any, where: str) -> None:
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise UserError(f"{where}: id is {quoted(name)}, but a row needs the id of its example. Write that id.")
+        raise UserError(
+            f"{where}: id is {quoted(name)}, but a row needs the id of its example. Write that id."
+        )
     if str(name) in places:
         raise UserError(
             f"{where}: id {quoted(str(name))} is in an earlier row too, but every example has one row. "

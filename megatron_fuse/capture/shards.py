@@ -66,7 +66,9 @@ class CaptureShard:
     vocab_size: np.ndarray  # int64 [1]: columns of the model's logits, above every entry id; 0 if no rows
 
     @classmethod
-    def of(cls, conversations: Sequence[Conversation], status: np.ndarray, rows: SparseRows) -> "CaptureShard":
+    def of(
+        cls, conversations: Sequence[Conversation], status: np.ndarray, rows: SparseRows
+    ) -> "CaptureShard":
         """Makes the shard. rows: the rows of the captured conversations, concatenated."""
         captured = status == CAPTURED
         read = [c.readable for c, is_captured in zip(conversations, captured, strict=True) if is_captured]
@@ -163,7 +165,12 @@ def _misfit(shard: CaptureShard) -> str | None:
     for name, length in wanted.items():
         if len(getattr(shard, name)) != length:
             return f"{name} has {len(getattr(shard, name))} items, but the other arrays need {length}"
-    if examples < 0 or shard.offsets[0] != 0 or shard.offsets[-1] != rows or (np.diff(shard.offsets) < 0).any():
+    if (
+        examples < 0
+        or shard.offsets[0] != 0
+        or shard.offsets[-1] != rows
+        or (np.diff(shard.offsets) < 0).any()
+    ):
         return f"offsets do not divide its {rows} rows"
     if int(shard.counts.sum()) != entries:
         return f"counts add up to {int(shard.counts.sum())}, but there are {entries} entries"
@@ -185,7 +192,11 @@ def _impossible_row(shard: CaptureShard) -> str | None:
         ("token_logprobs is not finite", ~(shard.token_logprobs < np.inf), every),
         ("lse is not finite", ~np.isfinite(shard.lse).all(1), every),
         ("counts is 0", shard.counts == 0, every),
-        ("starts and ends are out of order", backwards | (shard.starts < 0) | (shard.ends < shard.starts), every),
+        (
+            "starts and ends are out of order",
+            backwards | (shard.starts < 0) | (shard.ends < shard.starts),
+            every,
+        ),
         ("entry_logits is not finite", ~np.isfinite(shard.entry_logits), row_of_entry),
         ("entry_logits rise", rising | (shard.entry_logits > 0), row_of_entry),
         (

@@ -15,7 +15,15 @@ from typing import Any
 
 from megatron_fuse.capture.imported import CaptureFile
 from megatron_fuse.capture.reading import SourceReader
-from megatron_fuse.capture.shards import CAPTURED, MISMATCH, MISSING, NO_RESPONSE, STATUSES, TOO_LONG, Conversation
+from megatron_fuse.capture.shards import (
+    CAPTURED,
+    MISMATCH,
+    MISSING,
+    NO_RESPONSE,
+    STATUSES,
+    TOO_LONG,
+    Conversation,
+)
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import declared_vocab_size
@@ -42,7 +50,8 @@ def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
     path = captures[mode]
     if not path.is_file():
         raise UserError(
-            f"sources.{source}.captures.{mode}: {path} does not exist or is not a file. Name the file of the captures."
+            f"sources.{source}.captures.{mode}: {path} does not exist or is not a file. Name the file of "
+            "the captures."
         )
     return path
 
@@ -116,7 +125,11 @@ def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> Non
     """Raises UserError if the recipe names another backend for this capture: later stages use the recipe."""
     if backend != _backend(recipe, source, mode):
         key = f"sources.{source}.captures.{mode}"
-        what = "is not set. Name a file there" if backend == "file" else "names a file. Remove it from the recipe"
+        what = (
+            "is not set. Name a file there"
+            if backend == "file"
+            else "names a file. Remove it from the recipe"
+        )
         raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md).")
 
 
@@ -180,7 +193,9 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
     return run_plan(plan, make_shard, progress)
 
 
-def conversation_of(chat: ChatFormat, example: Example, answer: Learned | None, *, every_turn: bool) -> Conversation:
+def conversation_of(
+    chat: ChatFormat, example: Example, answer: Learned | None, *, every_turn: bool
+) -> Conversation:
     """An example as the source reads it: with the answer, or with the ground truth if `answer` is None."""
     text, ends, thought = answer or learned_of_example(example)
     if not text.strip():

@@ -9,4 +9,11 @@ from megatron_fuse.chat.format import (
     supervised_turns,
 )
 
-__all__ = ["ChatFormat", "EncodedConversation", "Messages", "load_chat_format", "may_be_learned", "supervised_turns"]
+__all__ = [
+    "ChatFormat",
+    "EncodedConversation",
+    "Messages",
+    "load_chat_format",
+    "may_be_learned",
+    "supervised_turns",
+]

@@ -103,7 +103,9 @@ class ChatFormat:
 
     @property
     def opens_thought(self) -> bool:
-        """Whether the generation prompt ends in an open thought, so that a generated response begins with one."""
+        """Whether the generation prompt ends in an open thought, so that a generated response begins with
+        one.
+        """
         return thought_end(self.generation) is not None
 
     @property
@@ -148,7 +150,9 @@ class ChatFormat:
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
         hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools)])
-        return self._ids(self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools)), hide)
+        return self._ids(
+            self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools)), hide
+        )
 
     def _generation_prompt(self, turns: Messages, tools: Tools | None) -> str:
         return self._render(turns, tools, prompt=True) + ("" if self.generation else self.opening)
@@ -218,7 +222,9 @@ class ChatFormat:
         # The spans are offset by `begin` already. `begin` counts one
         # zero byte per turn, which `size` leaves out.
         whole = TokenSpans.join(spans, [0] * len(spans))
-        return EncodedConversation(np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts))
+        return EncodedConversation(
+            np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts)
+        )
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """The text of generated ids up to their end token, as `encode_conversation` takes it.
@@ -254,7 +260,9 @@ class ChatFormat:
 
     def _require_tools_printed(self, turns: Messages, tools: Tools | None) -> None:
         if has_tools(turns, tools):
-            missing = not_printed(lambda marked, offered: self._render(marked, offered, prompt=True), turns, tools)
+            missing = not_printed(
+                lambda marked, offered: self._render(marked, offered, prompt=True), turns, tools
+            )
             if missing:
                 raise UserError(f"{self.origin} does not print {brief(missing[0])}")
 
@@ -265,7 +273,8 @@ class ChatFormat:
         token = self.tokenizer.token_text
         names = {"bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id, "pad": self.tokenizer.pad_id}
         specials = {
-            f"{name}_token": (token(number) if number is not None else None) or "" for name, number in names.items()
+            f"{name}_token": (token(number) if number is not None else None) or ""
+            for name, number in names.items()
         }
         shown = list(map(_for_template, turns))
         if style is None and has_tools(turns, tools):
@@ -340,7 +349,9 @@ class ChatFormat:
         joint = _behind(text_ids, self._ids(text + self.closing, hide))
         return self._ids(self.closing, hide, continued=True) if joint is None else joint
 
-    def _answer(self, joint: list[int] | None, space: str, turn: str, begin: int) -> tuple[list[int], TokenSpans]:
+    def _answer(
+        self, joint: list[int] | None, space: str, turn: str, begin: int
+    ) -> tuple[list[int], TokenSpans]:
         """Ids of a turn after the template's white space (ASCII), and their spans.
 
         begin: the place of the turn's first byte in `response_bytes`. joint: the ids of white space and turn
@@ -349,7 +360,11 @@ class ChatFormat:
         """
         data = (space + turn).encode()
         if joint is not None and self.tokenizer.joined_bytes(joint) == data:
-            ids, ends, lossy = joint, np.cumsum(self.tokenizer.byte_lengths[joint]), np.zeros(len(joint), bool)
+            ids, ends, lossy = (
+                joint,
+                np.cumsum(self.tokenizer.byte_lengths[joint]),
+                np.zeros(len(joint), bool),
+            )
         else:
             ids, ends, lossy = self.tokenizer.encode_spans(space + turn)
         # Spans count from the turn's first byte. A token inside the white space becomes empty: it ends at 0.
@@ -392,13 +407,17 @@ class ChatFormat:
 
     @cached_property
     def _prefix_after_special(self) -> bool:
-        """Whether the tokenizer treats text after a special token as the beginning of a text (dummy prefix)."""
+        """Whether the tokenizer treats text after a special token as the beginning of a text (dummy
+        prefix).
+        """
         text = self.tokenizer.token_text(self.stop_id) or ""
         return self.tokenizer.encode(text + "a", special=True)[1:] == self.tokenizer.encode("a")
 
 
 def _texts(turns: Messages) -> list[str]:
-    return [text for turn in turns for key, value in turn.items() if key != "role" for text in texts_in(value)]
+    return [
+        text for turn in turns for key, value in turn.items() if key != "role" for text in texts_in(value)
+    ]
 
 
 def _for_template(turn: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,7 +425,9 @@ def _for_template(turn: Mapping[str, Any]) -> dict[str, Any]:
 
     Templates read the thought under one of two names.
     """
-    shown = {key: turn[key] for key in ("role", "content", "tool_calls", "name", "tool_call_id") if key in turn}
+    shown = {
+        key: turn[key] for key in ("role", "content", "tool_calls", "name", "tool_call_id") if key in turn
+    }
     thought = turn.get("reasoning_content")
     return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
 
@@ -423,7 +444,11 @@ def may_be_learned(message: Mapping[str, Any]) -> bool:
     Calls are not learned, because each model writes them in a form of its own: no bytes are common to all
     models.
     """
-    return message["role"] == "assistant" and bool(message.get("supervised", True)) and "tool_calls" not in message
+    return (
+        message["role"] == "assistant"
+        and bool(message.get("supervised", True))
+        and "tool_calls" not in message
+    )
 
 
 def _behind(before: list[int], ids: list[int]) -> list[int] | None:
@@ -434,7 +459,9 @@ def _behind(before: list[int], ids: list[int]) -> list[int] | None:
 def _stop_span(stop_id: int, end: int) -> TokenSpans:
     """The span of the stop token of a turn that ends at this byte."""
     flag = np.array([SpanFlag.STOP], np.uint8)
-    return TokenSpans(np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag)
+    return TokenSpans(
+        np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag
+    )
 
 
 def load_chat_format(
@@ -445,7 +472,8 @@ def load_chat_format(
     end_ids: Collection[int] = (),
     learns: bool = False,
 ) -> ChatFormat:
-    """Chooses the template (built-in name, path of a .jinja file, None = the tokenizer's own) and tries it once.
+    """Chooses the template (built-in name, path of a .jinja file, None = the tokenizer's own) and tries it
+    once.
 
     where: the recipe's key, for error messages. end_ids: tokens at which the model ends an answer, from its
     generation_config.json. learns: the model is trained on the format. Then `closing` is left out: it is
@@ -485,14 +513,17 @@ def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str
     known = f"one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
     if chat_template is None:
         if tokenizer.chat_template is None:
-            raise UserError(f"{where}: {tokenizer.name} has no chat template. Set {where}.chat_template to {known}.")
+            raise UserError(
+                f"{where}: {tokenizer.name} has no chat template. Set {where}.chat_template to {known}."
+            )
         return tokenizer.chat_template, f"{where}: the chat template of {tokenizer.name}"
     name = f"{where}.chat_template: {chat_template}"
     if chat_template in TEMPLATES:
         return TEMPLATES[chat_template], name
     if not Path(chat_template).is_file():
         raise UserError(
-            f"{where}.chat_template: {chat_template!r} is not a known template and not a file. Set it to {known}."
+            f"{where}.chat_template: {chat_template!r} is not a known template and not a file. Set it to "
+            f"{known}."
         )
     return read_text(Path(chat_template), f"{where}.chat_template"), name
 

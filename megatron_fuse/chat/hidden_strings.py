@@ -21,7 +21,9 @@ class HiddenStrings:
     """
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-        names = [text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids and text]
+        names = [
+            text for text, token in tokenizer.added_tokens.items() if token in tokenizer.special_ids and text
+        ]
         self._names = sorted(names, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
         whole = "".join(texts)

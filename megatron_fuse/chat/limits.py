@@ -128,7 +128,9 @@ class _Metering(NodeTransformer):
         cut = node.arg
         if not isinstance(cut, nodes.Slice):
             return node
-        return _filter(node.node, _CUT, *(end or nodes.Const(None) for end in (cut.start, cut.stop, cut.step)))
+        return _filter(
+            node.node, _CUT, *(end or nodes.Const(None) for end in (cut.start, cut.stop, cut.step))
+        )
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)

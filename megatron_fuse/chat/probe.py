@@ -57,7 +57,8 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
     context, marker, after = render(answered, prompt=False).partition(_MARKER)
     if not marker:
         raise UserError(
-            f"{where}.chat_template: the template does not print the assistant's message. Choose another template."
+            f"{where}.chat_template: the template does not print the assistant's message. Choose another "
+            "template."
         )
     try:
         longer = render([*answered, {"role": "user", "content": _NEXT_MARKER}], prompt=False)
@@ -73,7 +74,9 @@ def surroundings(render: Callable[..., str], question: Turns, where: str) -> Sur
 
 def _shared_length(a: str, b: str) -> int:
     """Length of the longest common prefix."""
-    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def end_token(tokenizer: Tokenizer, around: Surroundings, end_ids: Collection[int]) -> tuple[int | None, str]:

@@ -18,7 +18,9 @@ _PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
 def operator_size(operator: str, left: Any, right: Any, meter: Meter) -> int:
     """The size of the operator's result."""
     if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
+        bits = (
+            left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
+        )
         return 0 if bits <= BITS else meter.largest + bits
     if operator == "*":
         number, value = (left, right) if isinstance(left, int) else (right, left)
@@ -58,7 +60,9 @@ def _number(digits: str) -> int:
     return int(digits[:12])
 
 
-def result_size(table: Mapping[str, Callable[..., int]], name: str, args: tuple, kwargs: dict[str, Any]) -> int:
+def result_size(
+    table: Mapping[str, Callable[..., int]], name: str, args: tuple, kwargs: dict[str, Any]
+) -> int:
     """The size of a function's result, by the table.
 
     It is 0 if the function is not in the table, or refuses the arguments itself.
@@ -85,7 +89,9 @@ def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
     return len(text) + (text.count("\n") + 1) * (width if isinstance(width, int) else len(width))
 
 
-def _wrapped(text: str, width: int = 79, break_long_words: bool = True, wrapstring: Any = None, **_: Any) -> int:
+def _wrapped(
+    text: str, width: int = 79, break_long_words: bool = True, wrapstring: Any = None, **_: Any
+) -> int:
     return len(text) + (len(text) // max(width, 1) + text.count("\n") + 1) * len(wrapstring or "\n")
 
 
@@ -115,7 +121,9 @@ METHODS: dict[str, Callable[..., int]] = {
     "rjust": _COLUMNS,
     "zfill": _COLUMNS,
     "to_bytes": _COLUMNS,
-    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t" if isinstance(text, str) else b"\t") * tabsize,
+    "expandtabs": lambda text, tabsize=8: (
+        len(text) + text.count("\t" if isinstance(text, str) else b"\t") * tabsize
+    ),
     "translate": lambda text, table: (
         len(text) * max((len(new) for new in table.values() if isinstance(new, str)), default=1)
     ),

@@ -15,7 +15,8 @@ from jinja2.ext import Extension, loopcontrols
 from megatron_fuse.chat.limits import BoundedEnvironment, render_bounded
 
 _SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = "
+    "messages[1:] %}"
 )
 _NO_SYSTEM = _SYSTEM + "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
 _VICUNA_SYSTEM = (
@@ -23,7 +24,8 @@ _VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user\\'s questions."
 )
 _ALPACA_SYSTEM = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request."
 )
 
 TEMPLATES: dict[str, str] = {
@@ -37,7 +39,8 @@ TEMPLATES: dict[str, str] = {
     ),
     "llama2": (
         _NO_SYSTEM + "{% for turn in turns %}{% set content = turn['content'] %}"
-        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{% endif %}"
+        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
+        "content %}{% endif %}"
         "{% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
         "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}"
         "{% endfor %}"
@@ -49,8 +52,10 @@ TEMPLATES: dict[str, str] = {
     ),
     "llama3": (
         "{{ bos_token }}{% for turn in messages %}"
-        "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' + turn['content'] | trim + '<|eot_id|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+        "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' + turn['content'] | trim + "
+        "'<|eot_id|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' "
+        "}}{% endif %}"
     ),
     "alpaca": (
         _SYSTEM + "{% else %}{% set system = '" + _ALPACA_SYSTEM + "' %}{% set turns = messages %}{% endif %}"
@@ -64,7 +69,8 @@ TEMPLATES: dict[str, str] = {
     # Eurus-RM's card leaves BOS to the tokenizer, and puts no end token after the last answer.
     "starling_rm": (
         _NO_SYSTEM + "{{ bos_token }}{% for turn in turns %}{% set content = turn['content'] %}"
-        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{% endif %}"
+        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
+        "content %}{% endif %}"
         "{% if turn['role'] == 'user' %}{{ '[INST] ' + content + ' ' + eos_token + ' [/INST]' }}"
         "{% else %}{{ ' ' + content + eos_token }}{% endif %}"
         "{% endfor %}"
@@ -93,7 +99,9 @@ def render(
     Raises jinja2.TemplateError, and any Python error that a faulty template causes.
     """
     names = specials | {"documents": None}
-    return render_bounded(_compile(template), messages, tools, add_generation_prompt=add_generation_prompt, **names)
+    return render_bounded(
+        _compile(template), messages, tools, add_generation_prompt=add_generation_prompt, **names
+    )
 
 
 class _Generation(Extension):
@@ -111,7 +119,9 @@ class _Generation(Extension):
 
 @cache
 def _compile(template: str) -> jinja2.Template:
-    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment = BoundedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
     environment.bound("tojson", _to_json)
     environment.globals |= {
         "raise_exception": _raise_exception,

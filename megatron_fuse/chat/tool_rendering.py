@@ -83,7 +83,9 @@ def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> l
     def called(call: Mapping[str, Any]) -> dict[str, Any]:
         name, function = call["function"]["name"], call["function"]
         shown = marked(name, f"the name of a call of {name}")
-        arguments = with_texts(function["arguments"], lambda text: marked(text, f"the arguments of a call of {name}"))
+        arguments = with_texts(
+            function["arguments"], lambda text: marked(text, f"the arguments of a call of {name}")
+        )
         # Kimi's templates print only the id of a call, which contains the name. So the id gets the mark too.
         ids[call["id"]] = call["id"].replace(name, shown)
         return {**call, "id": ids[call["id"]], "function": {"name": shown, "arguments": arguments}}
@@ -106,7 +108,9 @@ def not_printed(render: Render, turns: Sequence[Turn], tools: Tools | None) -> l
     text = render(given, offered or None)
     missing = [what for mark, what in marks.items() if mark not in text]
     every = [call["function"] for turn in given for call in turn.get("tool_calls", ())]
-    missing += ["the arguments of a call as JSON" for function in every if _is_in_python(function["arguments"], text)]
+    missing += [
+        "the arguments of a call as JSON" for function in every if _is_in_python(function["arguments"], text)
+    ]
     return list(dict.fromkeys(missing))
 
 

@@ -1,6 +1,7 @@
 """Captures every source's distributions over responses: its likeliest tokens and the exact mass of the rest.
 
-    megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode training|inference]
+    megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode
+    training|inference]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli capture --recipe ...    # rank r takes every 8th shard
 
 Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule
@@ -20,7 +21,10 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--source", action="append", metavar="NAME", help="capture only this source; can be given several times"
+        "--source",
+        action="append",
+        metavar="NAME",
+        help="capture only this source; can be given several times",
     )
     parser.add_argument("--mode", choices=MODES, help="capture only this mode")
     parser.add_argument(

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, help="sampling temperature; 0: always the likeliest token"
     )
     parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.huggingface.talk import answer, load, readable
     chat, model = load(arguments.model, arguments.system, arguments.trust_remote_code)
     sampling = (
-        {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
+        {"do_sample": True, "temperature": arguments.temperature}
+        if arguments.temperature > 0
+        else {"do_sample": False}
     )
     generation = sampling | {"max_new_tokens": arguments.max_new_tokens}
     if arguments.prompt is not None:

@@ -22,12 +22,19 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [check.name for check in CHECKS]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="CHECK", default=names, help=", ".join(names))
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="time limit for all checks together (default: %(default)s)"
+        "--only", nargs="+", choices=names, metavar="CHECK", default=names, help=", ".join(names)
     )
     parser.add_argument(
-        "--out", type=Path, help="directory of the results, empty or new; default: runs/check-gpu/ and the time"
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="time limit for all checks together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="directory of the results, empty or new; default: runs/check-gpu/ and the time",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: use tiny sizes and no limits on time"

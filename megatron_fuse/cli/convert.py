@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.from_megatron and not arguments.reference:
         raise UserError(
-            "--from-megatron needs --reference. Name the directory with config.json and tokenizer of the target."
+            "--from-megatron needs --reference. Name the directory with config.json and tokenizer of the "
+            "target."
         )
     if arguments.from_gguf:
         if not arguments.tokenizer:
@@ -83,7 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
                 "Name a checkpoint directory."
             )
         verify = not arguments.no_verify
-        dtype = target.export_checkpoint(path, arguments.reference, arguments.output, arguments.dtype, verify=verify)
+        dtype = target.export_checkpoint(
+            path, arguments.reference, arguments.output, arguments.dtype, verify=verify
+        )
     else:
         target.import_hugging_face(arguments.from_hugging_face, arguments.output)
         dtype = "fp32"  # it holds every value of the other dtypes

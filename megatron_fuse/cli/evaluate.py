@@ -1,7 +1,8 @@
 """Measure models with lm-evaluation-harness, side by side, with standard errors and paired differences.
 
-    megatron-fuse evaluate fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm --output runs/evaluation --baseline vicuna
-    megatron-fuse evaluate alpha=MODEL beta=MODEL --tasks arc_challenge gsm8k_cot --output OUT --data DIRECTORY --limit 40
+    megatron-fuse evaluate fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm --output
+    runs/evaluation --baseline vicuna megatron-fuse evaluate alpha=MODEL beta=MODEL --tasks arc_challenge
+    gsm8k_cot --output OUT --data DIRECTORY --limit 40
 
 Every model is a Hugging Face model directory. Without --data the questions come from the Hugging Face hub,
 with --data from JSONL files. After an interruption, the same command continues where it stopped.
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", help="model that the others are compared with; default: the first")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT questions of every task")
     parser.add_argument("--batch-size", default="8", help="sequences per forward pass, or auto")
-    parser.add_argument("--apply-chat-template", action="store_true", help="ask in the model's own chat template")
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", help="ask in the model's own chat template"
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -49,7 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("limit", "max_new_tokens"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
-    if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0):
+    if arguments.batch_size != "auto" and not (
+        arguments.batch_size.isdecimal() and int(arguments.batch_size) > 0
+    ):
         raise UserError(f"--batch-size must be auto or a number of at least 1, not {arguments.batch_size!r}")
     with importing():
         from megatron_fuse.evaluation import Settings, benchmarks_named, evaluate, models_named

@@ -2,8 +2,8 @@
 
     megatron-fuse experiments examples/skills/experiments.yaml                      # its first table
     megatron-fuse experiments examples/skills/experiments.yaml --only sources kl_form
-    megatron-fuse experiments EXPERIMENT.yaml --split dev                           # for choices; test is for reports
-    megatron-fuse experiments EXPERIMENT.yaml ... --report docs/RESULTS.md          # the tables again, from the CSVs alone
+    megatron-fuse experiments EXPERIMENT.yaml --split dev       # for choices; test is for reports
+    megatron-fuse experiments EXPERIMENT.yaml ... --report docs/RESULTS.md   # the tables from the CSVs
 
 Finished runs are kept, and interrupted runs continue. If seeds are added to the list, only the new ones run.
 Results go to the experiment's CSV, one row per variant, seed and metric.
@@ -27,12 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML files of experiments (their keys: megatron_fuse/experiments/experiment.py)",
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="TABLE", help="tables whose runs are made; default: the first"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TABLE",
+        help="tables whose runs are made; default: the first",
     )
     parser.add_argument("--split", help="data split to measure on; default: that of the experiment")
-    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time, with one thread each")
     parser.add_argument(
-        "--report", type=path_argument, help="write the report of the CSV files to this Markdown file, and run nothing"
+        "--jobs", type=int, default=2, help="number of runs at the same time, with one thread each"
+    )
+    parser.add_argument(
+        "--report",
+        type=path_argument,
+        help="write the report of the CSV files to this Markdown file, and run nothing",
     )
 
 
@@ -56,7 +64,10 @@ def run(arguments: argparse.Namespace) -> None:
     failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs)
     results = collect_results(experiment, split)
     if lost := write_results(experiment, results, split):
-        say(f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, data or seed")
+        say(
+            f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, "
+            "data or seed"
+        )
     report = experiment.workdir / f"report-{split}.md"
     write_report([Reported(experiment, results, _command(path))], report)
     say(f"{experiment.results}: {len(results)} results; tables: {report}")

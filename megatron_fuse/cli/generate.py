@@ -24,7 +24,10 @@ from megatron_fuse.text_safety import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--source", action="append", metavar="NAME", help="only this source, or `target`; can be given several times"
+        "--source",
+        action="append",
+        metavar="NAME",
+        help="only this source, or `target`; can be given several times",
     )
     parser.add_argument(
         "--backend",
@@ -46,7 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     names = arguments.source or list(recipe.answering)
     if not names:
         say(
-            "schedule: no phase gives the inference mode a weight, nor does the target's reward order the examples: no answers are "
+            "schedule: no phase gives the inference mode a weight, nor does the target's reward order the "
+            "examples: no answers are "
             "needed (--source NAME makes them all the same)"
         )
     for name in names:

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.verify and (arguments.json or arguments.mode or arguments.source):
         raise UserError(
-            "--verify checks all examples, but --mode, --source and --json choose or show one example. Remove them."
+            "--verify checks all examples, but --mode, --source and --json choose or show one example. "
+            "Remove them."
         )
     if arguments.template is not None and (arguments.mode or arguments.source):
         raise UserError(
@@ -84,7 +85,12 @@ def _show_templates(arguments: argparse.Namespace) -> None:
     """Prints the template view of one model, or of all models of the recipe."""
     with importing():
         from megatron_fuse.dataset.directory import fusion_data_recipe
-        from megatron_fuse.inspection.templates import format_of_model, format_template_view, formats_of, view_template
+        from megatron_fuse.inspection.templates import (
+            format_of_model,
+            format_template_view,
+            formats_of,
+            view_template,
+        )
         from megatron_fuse.stages import Context
     if arguments.template:
         formats = [(arguments.template, format_of_model(arguments.template))]

@@ -24,7 +24,8 @@ COMMANDS = {
     "score": "stage: score the answers",
     "capture": "stage: capture the distributions of the sources",
     "build": "stage: write the distributions in the target's tokens, and the winner of every example",
-    "inspect": "show an example of the fusion data, check all examples, or show how a model reads a conversation",
+    "inspect": "show an example of the fusion data, check all examples, or show how a model reads a "
+    "conversation",
     "report": "report which source has the advantage, or how well the tokens are aligned",
     "convert": "convert between Hugging Face directories, Megatron checkpoints and GGUF files",
     "export": "stage: write the fused model as a Hugging Face directory",
@@ -38,8 +39,9 @@ COMMANDS = {
 
 SHELLS = ("bash", "zsh")
 _AFTERWORD = """
-`megatron-fuse COMMAND --help` describes a command. Under torchrun a stage is `torchrun ... -m megatron_fuse.cli COMMAND`, and the
-training alone is `torchrun ... -m megatron_fuse.pretrain`.
+`megatron-fuse COMMAND --help` describes a command. Under torchrun a stage is
+`torchrun ... -m megatron_fuse.cli COMMAND`, and the training alone is
+`torchrun ... -m megatron_fuse.pretrain`.
 """
 
 
@@ -102,11 +104,15 @@ def make_parser(filled: Collection[str]) -> argparse.ArgumentParser:
 class _PrintCompletion(argparse.Action):
     """Prints the completion script of a shell and exits, as --help does."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None
+    ) -> None:
         import shtab
 
         described = make_parser(COMMANDS)
-        commands = next(action for action in described._actions if isinstance(action, argparse._SubParsersAction))
+        commands = next(
+            action for action in described._actions if isinstance(action, argparse._SubParsersAction)
+        )
         for action in (action for command in commands.choices.values() for action in command._actions):
             if action.type in (Path, path_argument):
                 action.complete = shtab.FILE

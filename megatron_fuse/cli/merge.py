@@ -1,8 +1,9 @@
 """Merge models of one architecture into one, without data or training (the baselines of the paper's Table 3).
 
-    megatron-fuse merge --method slerp --model runs/csft/export --model models/Llama-2-7b-chat-hf --output merged/slerp
-    megatron-fuse merge --method ties --model A:0.7 --model B:0.3 --base models/Llama-2-7b-hf --density .5 --output OUT
-    megatron-fuse merge --method dare_ties --model A --model B --base BASE --density .5 --seed 0 --output OUT
+    megatron-fuse merge --method slerp --model runs/csft/export --model models/Llama-2-7b-chat-hf --output
+    merged/slerp megatron-fuse merge --method ties --model A:0.7 --model B:0.3 --base models/Llama-2-7b-hf
+    --density .5 --output OUT megatron-fuse merge --method dare_ties --model A --model B --base BASE --density
+    .5 --seed 0 --output OUT
 
 Tokenizer, chat template and config come from the first --model. The merge runs on a CPU, offline, in fp32. If
 it is finished already, a second run does nothing. Needs mergekit: pip install 'megatron-fuse[merge]'.
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="DIR[:WEIGHT]",
-        help="model to merge, once per model. Without weights every model has the same share (slerp uses --t instead)",
+        help="model to merge, once per model. Without weights every model has the same share (slerp uses "
+        "--t instead)",
     )
     parser.add_argument("--base", metavar="DIR", help="ties, dare_*: model that the others were trained from")
     parser.add_argument(

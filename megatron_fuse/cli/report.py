@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     with importing():
         from megatron_fuse.dataset.directory import fusion_data_recipe
-        from megatron_fuse.report import advantage_text, alignment_text, write_advantage_report, write_alignment_report
+        from megatron_fuse.report import (
+            advantage_text,
+            alignment_text,
+            write_advantage_report,
+            write_alignment_report,
+        )
         from megatron_fuse.stages import Context
     write, text = {
         "advantage": (write_advantage_report, advantage_text),

@@ -37,14 +37,18 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.stages import Context
     check_files(recipe)
     model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
-    if not arguments.plan and (not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel):
+    if not arguments.plan and (
+        not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel
+    ):
         raise UserError(
             f"--nproc-per-node {arguments.nproc_per_node}: the number of processes must be a multiple of "
             f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most 4096"
         )
     names = list(steps(recipe))
     if arguments.until and arguments.until not in names:
-        raise UserError(f"--until {arguments.until!r} is not a stage of this recipe. Choose one of {', '.join(names)}.")
+        raise UserError(
+            f"--until {arguments.until!r} is not a stage of this recipe. Choose one of {', '.join(names)}."
+        )
     if arguments.plan:
         print_plan(Context(recipe), arguments.nproc_per_node)
     else:

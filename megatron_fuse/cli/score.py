@@ -1,7 +1,7 @@
 """Scores all answers by every reward model that the recipe uses, or against the ground truth.
 
     megatron-fuse score --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--reward-model NAME ...]
-    megatron-fuse score --recipe ... --reference                           # BLEU, ROUGE-L and BERTScore against the ground truth
+    megatron-fuse score --recipe ... --reference    # BLEU, ROUGE-L and BERTScore against the ground truth
     torchrun --nproc-per-node 8 -m megatron_fuse.cli score --recipe ...    # rank r takes every 8th shard
 
 Writes WORKDIR/scores/NAME/REWARD_MODEL with one float32 for each example, or WORKDIR/scores/NAME/reference

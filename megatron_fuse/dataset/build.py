@@ -43,7 +43,9 @@ def build_fusion_data(context: Context) -> dict[str, Selection]:
     return selections
 
 
-def _together(context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artifact | None]) -> Artifact:
+def _together(
+    context: Context, stage: Stage, key: tuple[str, ...], build: Callable[[], Artifact | None]
+) -> Artifact:
     """Builds this rank's share of an artifact, then waits until the other ranks have built theirs."""
     manifest = stage.directory(context.recipe, *key) / "manifest.json"
     while (artifact := build()) is None:

@@ -40,7 +40,9 @@ class BackgroundVerification:
         if artifacts:
             threads = min(len(artifacts), _MOST_THREADS, max(len(os.sched_getaffinity(0)) // 2, 1))
             self._pool = ThreadPoolExecutor(threads, "fusion-data-checksums")
-            self._checks = [self._pool.submit(_verify_once, artifact, self._stopped) for artifact in artifacts]
+            self._checks = [
+                self._pool.submit(_verify_once, artifact, self._stopped) for artifact in artifacts
+            ]
 
     def __enter__(self) -> Self:
         return self
@@ -86,9 +88,8 @@ def verify_once(artifacts: Sequence[Artifact]) -> None:
 
 def _verify_once(artifact: Artifact, stopped: threading.Event) -> None:
     record = _record(artifact)
-    state = _state(
-        artifact
-    )  # taken before the files are read: if a file is written to meanwhile, the record does not match
+    # Taken before the files are read: if a file is written to meanwhile, the record does not match.
+    state = _state(artifact)
     if _content(record) == state:
         return
     for name in artifact.manifest["files"]:

@@ -101,7 +101,10 @@ def _refuse_overflow(document: int, positions: int, length: int) -> None:
 
 
 def make_targets(
-    documents: Sequence[Document], weights: Sequence[tuple[float, float]], inputs: Inputs, entries_per_row: int
+    documents: Sequence[Document],
+    weights: Sequence[tuple[float, float]],
+    inputs: Inputs,
+    entries_per_row: int,
 ) -> Targets:
     """Labels, weights and teacher entries of the documents, at the positions that `inputs` gives them.
 

@@ -16,7 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.fusion_data.documents import NO_DOCUMENT, ROW_FIELDS, TEXT_FIELDS, Document, DocumentStreams
+from megatron_fuse.fusion_data.documents import (
+    NO_DOCUMENT,
+    ROW_FIELDS,
+    TEXT_FIELDS,
+    Document,
+    DocumentStreams,
+)
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.fusion_data.streams import Stream
@@ -89,7 +95,9 @@ class FusionDataset:
         self._weights = dict.fromkeys(MODES, np.ones(len(rows), np.float32))
         self._weights |= {mode: np.where(s.weight > 0, s.weight, 1) for mode, s in self.selections.items()}
         # A mixture puts the entries of all candidates side by side into one row.
-        self._mixtures = {mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays}
+        self._mixtures = {
+            mode: s.arrays["mixture"] for mode, s in self.selections.items() if "mixture" in s.arrays
+        }
         if self._mixtures:
             self.entries_per_row *= len(recipe.candidates)
             if self.entries_per_row > MOST_ENTRIES:
@@ -108,9 +116,14 @@ class FusionDataset:
     def _add_teacher(self, artifact: Artifact, source: str, mode: str) -> str:
         """Opens one source's rows; returns their sha256."""
         self.artifacts.append(artifact)
-        rows, entries_per_row = _streams(artifact, ROW_FIELDS), artifact.manifest["options"]["entries_per_row"]
+        rows, entries_per_row = (
+            _streams(artifact, ROW_FIELDS),
+            artifact.manifest["options"]["entries_per_row"],
+        )
         text, labels = (
-            (self._text_streams, self._labels) if mode == "training" else (_streams(artifact, TEXT_FIELDS), None)
+            (self._text_streams, self._labels)
+            if mode == "training"
+            else (_streams(artifact, TEXT_FIELDS), None)
         )
         self._documents[source, mode] = DocumentStreams(
             artifact.directory,
@@ -174,16 +187,25 @@ class FusionDataset:
         if source is None:
             return NO_DOCUMENT
         known = sorted(name for name, of_mode in self._documents if of_mode == mode and name is not None)
-        available = f"has {known}" if known else f"has none, because no phase has a lambda for the {mode} mode"
-        raise UserError(f"there is no {mode} document of source {source!r}: the fusion data of this recipe {available}")
+        available = (
+            f"has {known}" if known else f"has none, because no phase has a lambda for the {mode} mode"
+        )
+        raise UserError(
+            f"there is no {mode} document of source {source!r}: the fusion data of this recipe {available}"
+        )
 
     def _mixed(self, mode: str, example: int) -> Document:
         weights = self._mixtures[mode][example]
         if self._chosen[mode][example] == NONE or not weights.any():
             return self._documents[None, mode][example]
         weighed = [(self.sources[number], float(weights[number])) for number in np.flatnonzero(weights)]
-        return mix([self._documents[source, mode][example] for source, _ in weighed], [weight for _, weight in weighed])
+        return mix(
+            [self._documents[source, mode][example] for source, _ in weighed],
+            [weight for _, weight in weighed],
+        )
 
 
 def _streams(artifact: Artifact, fields: Sequence[str]) -> dict[str, Stream]:
-    return {field: Stream([path.with_suffix("") for path in artifact.files(f".{field}.idx")]) for field in fields}
+    return {
+        field: Stream([path.with_suffix("") for path in artifact.files(f".{field}.idx")]) for field in fields
+    }

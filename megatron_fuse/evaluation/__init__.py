@@ -1,4 +1,5 @@
-"""Evaluation: lm-evaluation-harness on several models side by side, with standard errors and paired differences.
+"""Evaluation: lm-evaluation-harness on several models side by side, with standard errors and paired
+differences.
 
     OUTPUT/MODEL/TASK.json        one finished measurement: metrics, outcome of every question, inputs
     OUTPUT/MODEL/TASK.error.txt   the traceback of one that failed, until it succeeds

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.evaluation.question_rows import Arc, Gsm8k, HellaSwag, Mmlu, Question, TruthfulQA, WinoGrande
+from megatron_fuse.evaluation.question_rows import (
+    Arc,
+    Gsm8k,
+    HellaSwag,
+    Mmlu,
+    Question,
+    TruthfulQA,
+    WinoGrande,
+)
 
 TASKS = Path(__file__).with_name("tasks")  # YAML tasks for the harness
 
@@ -119,7 +127,8 @@ def benchmarks_named(names: Sequence[str]) -> list[Benchmark]:
         if name not in BENCHMARKS and name not in GROUPS:
             groups = ", ".join(f"{group} (all of {', '.join(members)})" for group, members in GROUPS.items())
             raise UserError(
-                f"--tasks: {name!r} is not a known task. Choose from {', '.join(BENCHMARKS)} and the group {groups}."
+                f"--tasks: {name!r} is not a known task. Choose from {', '.join(BENCHMARKS)} and the group "
+                f"{groups}."
             )
         benchmarks |= {member: BENCHMARKS[member] for member in GROUPS.get(name, (name,))}
     return list(benchmarks.values())

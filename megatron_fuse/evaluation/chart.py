@@ -32,7 +32,9 @@ def draw_comparison(comparison: Comparison) -> Figure:
             if difference is not None:
                 filled = {"markerfacecolor": "white"} if difference.verdict == TIE else {}
                 error = 200 * difference.standard_error
-                differences.errorbar(100 * difference.value, line + offset, xerr=error, fmt="o", **style, **filled)
+                differences.errorbar(
+                    100 * difference.value, line + offset, xerr=error, fmt="o", **style, **filled
+                )
     values.set_yticks(range(len(rows)), [row.benchmark.heading for row in rows])
     values.set_ylim(len(rows) - 0.5, -0.5)
     values.set_xlabel("per cent, ± 2 standard errors")

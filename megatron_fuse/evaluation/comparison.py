@@ -72,7 +72,9 @@ def compare(
             for model in models
         }
         differences = {
-            model: _difference(of_model[baseline], of_model[model], benchmark) for model in models if model != baseline
+            model: _difference(of_model[baseline], of_model[model], benchmark)
+            for model in models
+            if model != baseline
         }
         counts = [len(result.questions) for result in of_model.values() if result]
         rows.append(Row(benchmark, max(counts, default=0), values, differences))
@@ -102,15 +104,21 @@ def _value(result: Result | None, benchmark: Benchmark, failure: str) -> Value:
         return Value(None, note=failure)
     metric = result.metrics.get(benchmark.metric)
     if metric is None:
-        return Value(None, note=f"the result has no {benchmark.metric}, only {', '.join(result.metrics) or 'nothing'}")
+        return Value(
+            None, note=f"the result has no {benchmark.metric}, only {', '.join(result.metrics) or 'nothing'}"
+        )
     if metric.value is None:
         lost = sum(outcome is None for outcome in metric.outcomes)
-        return Value(None, note=f"{benchmark.metric} is not a number on {lost} of {len(metric.outcomes)} questions")
+        return Value(
+            None, note=f"{benchmark.metric} is not a number on {lost} of {len(metric.outcomes)} questions"
+        )
     return Value(metric.value, metric.standard_error)
 
 
 def _difference(baseline: Result | None, other: Result | None, benchmark: Benchmark) -> Difference | None:
-    if not (baseline and other and benchmark.metric in baseline.metrics and benchmark.metric in other.metrics):
+    if not (
+        baseline and other and benchmark.metric in baseline.metrics and benchmark.metric in other.metrics
+    ):
         return None
     if baseline.questions != other.questions:
         raise UserError(
@@ -118,7 +126,9 @@ def _difference(baseline: Result | None, other: Result | None, benchmark: Benchm
             f"{other.model} answered {len(other.questions)} other questions. Evaluate one of them again on "
             "the data of the other."
         )
-    return paired_difference(baseline.metrics[benchmark.metric].outcomes, other.metrics[benchmark.metric].outcomes)
+    return paired_difference(
+        baseline.metrics[benchmark.metric].outcomes, other.metrics[benchmark.metric].outcomes
+    )
 
 
 def _grouped(notes: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -139,7 +149,8 @@ def _notes(value: Value, result: Result | None) -> list[str]:
     notes = [value.note] if value.note else []
     if result and result.shortened:
         notes.append(
-            f"{result.shortened} of {len(result.questions)} prompts were longer than the model's {result.positions} positions "
+            f"{result.shortened} of {len(result.questions)} prompts were longer than the model's "
+            f"{result.positions} positions "
             "and lost their beginning"
         )
     return notes

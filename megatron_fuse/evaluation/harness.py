@@ -29,7 +29,9 @@ def harness_version() -> str:
     try:
         return importlib.import_module("lm_eval").__version__
     except ImportError as error:
-        raise UserError(f"lm-eval cannot be imported ({error}). Run pip install 'megatron-fuse[eval]'.") from error
+        raise UserError(
+            f"lm-eval cannot be imported ({error}). Run pip install 'megatron-fuse[eval]'."
+        ) from error
 
 
 def stay_offline() -> None:
@@ -43,7 +45,9 @@ def task_definition(benchmark: Benchmark) -> str:
     while name:
         content = (TASKS / name).read_bytes()
         parts.append(content)
-        included = [line.split(b":")[1].strip() for line in content.splitlines() if line.startswith(b"include:")]
+        included = [
+            line.split(b":")[1].strip() for line in content.splitlines() if line.startswith(b"include:")
+        ]
         name = included[0].decode() if included else ""
     return sha256_of_parts(*parts)
 
@@ -124,7 +128,9 @@ def run_task(
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     with TemporaryDirectory() as arrow_files, _quiet(), _shown(benchmark.heading):
-        loaded = manager.load([benchmark.hub if data is None else local_task(benchmark, data, Path(arrow_files))])
+        loaded = manager.load(
+            [benchmark.hub if data is None else local_task(benchmark, data, Path(arrow_files))]
+        )
         for task in loaded["tasks"].values():
             task.set_config(key="num_fewshot", value=benchmark.shots)
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
@@ -158,7 +164,9 @@ def metrics_of(results: Mapping[str, Any], task: str) -> dict[str, Metric]:
     for name, value in results["results"][task].items():
         metric, comma, filter_name = name.partition(",")
         if comma and not metric.endswith("_stderr"):
-            outcomes = [_finite(sample[metric]) for _, sample in _samples(results) if sample["filter"] == filter_name]
+            outcomes = [
+                _finite(sample[metric]) for _, sample in _samples(results) if sample["filter"] == filter_name
+            ]
             error = results["results"][task].get(f"{metric}_stderr,{filter_name}")
             metrics[name] = Metric(_finite(value), _finite(error), outcomes)
     return metrics
@@ -169,7 +177,9 @@ def questions_of(results: Mapping[str, Any]) -> list[str]:
 
     Several filters give a question only once.
     """
-    return list(dict.fromkeys(f"{task}/{row['doc_id']} {row['doc_hash'][:16]}" for task, row in _samples(results)))
+    return list(
+        dict.fromkeys(f"{task}/{row['doc_id']} {row['doc_hash'][:16]}" for task, row in _samples(results))
+    )
 
 
 def count_shortened(model: "HFLM", results: Mapping[str, Any]) -> int:

@@ -11,7 +11,14 @@ from megatron_fuse.storage import sha256_of_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # becomes a directory name
 # Files that decide how text becomes ids, and how generation ends. All of them are small.
-_TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
+_TEXT_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 _TEMPLATE_FILES = ("chat_template*", "generation_config.json")
 
 
@@ -36,7 +43,8 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
             )
         if name in models:
             raise UserError(
-                f"the name {name!r} is given twice, for {models[name].directory} and {directory}. Rename one of them."
+                f"the name {name!r} is given twice, for {models[name].directory} and {directory}. Rename "
+                "one of them."
             )
         try:
             models[name] = EvaluatedModel(name, user_path(directory))
@@ -48,9 +56,16 @@ def models_named(texts: Sequence[str]) -> list[EvaluatedModel]:
 
 
 def fingerprint(directory: Path) -> str:
-    """sha256 over a model's configuration, weights (sampled), tokenizer, chat template and generation options."""
+    """sha256 over a model's configuration, weights (sampled), tokenizer, chat template and generation
+    options.
+    """
     from megatron_fuse.huggingface.fingerprints import model_fingerprint  # imports torch
 
-    files = {path for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES) for path in directory.glob(pattern) if path.is_file()}
+    files = {
+        path
+        for pattern in (*_TEXT_FILES, *_TEMPLATE_FILES)
+        for path in directory.glob(pattern)
+        if path.is_file()
+    }
     parts = [part for path in sorted(files) for part in (path.name.encode(), path.read_bytes())]
     return sha256_of_parts(model_fingerprint(directory), *parts)

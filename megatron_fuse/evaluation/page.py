@@ -11,7 +11,8 @@ from megatron_fuse.reporting.layout import Table, markdown_table, save_picture, 
 from megatron_fuse.storage import write_json
 
 EXPLANATION = (
-    "In per cent, ± one standard error. Differences are means over the same questions; `better` and `worse` stand beyond two of their "
+    "In per cent, ± one standard error. Differences are means over the same questions; `better` and `worse` "
+    "stand beyond two of their "
     "standard errors, all others are ties."
 )
 
@@ -79,4 +80,9 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
         }
         for row in comparison.rows
     ]
-    return {"models": comparison.models, "baseline": comparison.baseline, "rows": rows, "notes": comparison.notes}
+    return {
+        "models": comparison.models,
+        "baseline": comparison.baseline,
+        "rows": rows,
+        "notes": comparison.notes,
+    }

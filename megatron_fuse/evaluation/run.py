@@ -67,7 +67,9 @@ def evaluate(
     names = [model.name for model in models]
     baseline = baseline or names[0]
     if baseline not in names:
-        raise UserError(f"--baseline {baseline!r} is not one of the models. Choose one of {', '.join(names)}.")
+        raise UserError(
+            f"--baseline {baseline!r} is not one of the models. Choose one of {', '.join(names)}."
+        )
     version = harness.harness_version()
     if data is not None:
         harness.stay_offline()

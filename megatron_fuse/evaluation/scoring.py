@@ -28,7 +28,9 @@ def last_numbers(responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str,
 
 
 def worked_examples() -> list[dict[str, str]]:
-    """The eight worked examples of Wei et al. (arXiv 2201.11903), taken from the harness's own `gsm8k_cot`."""
+    """The eight worked examples of Wei et al. (arXiv 2201.11903), taken from the harness's own
+    `gsm8k_cot`.
+    """
     import lm_eval
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -3,7 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_fuse.experiments.statistics import Mean, clear, mean, moderated, paired_difference, smallest_seen
+from megatron_fuse.experiments.statistics import (
+    Mean,
+    clear,
+    mean,
+    moderated,
+    paired_difference,
+    smallest_seen,
+)
 
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 """run -> metric -> seed -> value"""
@@ -26,13 +33,17 @@ class Comparison:
 
     @property
     def smallest_seen(self) -> float | None:
-        """The smallest true difference that each cell would have shown with a chance of 80 %; the larger family counts."""
+        """The smallest true difference that each cell would have shown with a chance of 80 %; the larger
+        family counts.
+        """
         explored = self.differences.keys() - self.expected
         families = [[self.differences[run] for run in runs] for runs in (self.expected, explored)]
         return smallest_seen(max(families, key=len))
 
 
-def compare(values: Values, metric: str, baselines: Mapping[str, str], expected: Sequence[str] = ()) -> Comparison:
+def compare(
+    values: Values, metric: str, baselines: Mapping[str, str], expected: Sequence[str] = ()
+) -> Comparison:
     """Compares runs with their baselines.
 
     baselines: run -> the run it is compared with; the same run for a baseline itself. expected: runs of the
@@ -48,5 +59,7 @@ def compare(values: Values, metric: str, baselines: Mapping[str, str], expected:
             differences[run] = difference
     differences = moderated(differences)
     first = set(expected) & differences.keys()
-    families = [{run: differences[run].p_value for run in runs} for runs in (first, differences.keys() - first)]
+    families = [
+        {run: differences[run].p_value for run in runs} for runs in (first, differences.keys() - first)
+    ]
     return Comparison(means, differences, clear(families[0]) | clear(families[1]), first)

@@ -4,7 +4,8 @@
     workdir: examples/skills/build/experiments   # data of every seed, runs, logs
     results: docs/results/skills.csv             # one row per variant, seed and metric
     seeds: [1, 2, 3, 4, 5]
-    evaluate: python examples/skills/measure.py --model {model} --output {output} --split {split} --seed {seed}
+    evaluate: python examples/skills/measure.py --model {model} --output {output} --split {split} --seed
+    {seed}
     metrics: {generation: generation, choice: choice}
     models: {alpha: examples/skills/build/sources/alpha}       # measured as they are
     variants:
@@ -22,14 +23,15 @@ Conditions repeat the same variants on other data or other models:
     tables:
       clean: {title: Without errors, condition: clean, rows: [csft, fuse], baseline: csft}
     maps:
-      errors: {title: Errors in the ground truth, conditions: [clean, errors_30], rows: [fuse, profuser], baseline: csft}
+      errors: {title: Errors in the ground truth, conditions: [clean, errors_30], rows: [fuse, profuser],
+      baseline: csft}
 
 A run is then called CONDITION/VARIANT.
 
 Every seed has its own data stages, which its variants share. The options of a variant decide which stages run
 again, usually only the selection and the training. Every condition has data stages of its own. `{seed}` and
-`{condition}` may stand in prepare, models, the recipe and the options that change it. Then the seeds also differ
-in what is named there, for example in their source models.
+`{condition}` may stand in prepare, models, the recipe and the options that change it. Then the seeds also
+differ in what is named there, for example in their source models.
 """
 
 import shlex
@@ -69,9 +71,16 @@ def _command(text: str) -> str:
 
 def _measuring_command(text: str) -> str:
     """Checks that a command has the placeholders {model} and {output}, and no others than PLACEHOLDERS."""
-    fields = [field for word in command_parts(text) for field in string.Formatter().parse(word) if field[1] is not None]
+    fields = [
+        field
+        for word in command_parts(text)
+        for field in string.Formatter().parse(word)
+        if field[1] is not None
+    ]
     named = {name for _, name, _, _ in fields if name is not None}
-    if not {"model", "output"} <= named <= PLACEHOLDERS or any(form or conversion for _, _, form, conversion in fields):
+    if not {"model", "output"} <= named <= PLACEHOLDERS or any(
+        form or conversion for _, _, form, conversion in fields
+    ):
         raise ValueError(
             f"the placeholders are {sorted(named)}, but {{model}} and {{output}} are needed and only "
             f"{sorted(PLACEHOLDERS)} are allowed, without a format: write a literal brace twice"
@@ -93,7 +102,9 @@ class Merge(Options):
     base: Name | None = Field(
         None, description="model or variant that the merge methods with a base take the differences from"
     )
-    options: dict[Name, float | Line] = Field(default_factory=dict, description="other flags of `megatron-fuse merge`")
+    options: dict[Name, float | Line] = Field(
+        default_factory=dict, description="other flags of `megatron-fuse merge`"
+    )
 
     @property
     def parts(self) -> list[str]:
@@ -105,12 +116,15 @@ class Table(Options):
     """Rows of one table of the report, in their order."""
 
     title: Line
-    condition: Name | None = Field(None, description="the condition of all rows, if the experiment has conditions")
+    condition: Name | None = Field(
+        None, description="the condition of all rows, if the experiment has conditions"
+    )
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
     expected: list[Name] = Field(
         default_factory=list,
-        description="rows whose difference was the question before the runs: they are compared as a family of their own",
+        description="rows whose difference was the question before the runs: they are compared as a family "
+        "of their own",
     )
     x: dict[Name, float] = Field(
         default_factory=dict,
@@ -121,7 +135,9 @@ class Table(Options):
 
 
 class Map(Options):
-    """The same comparison under several conditions: one row of the report per condition, one column per row."""
+    """The same comparison under several conditions: one row of the report per condition, one column per
+    row.
+    """
 
     title: Line
     conditions: Annotated[list[Name], Field(min_length=1)]
@@ -134,27 +150,37 @@ class Map(Options):
 class Experiment(Options):
     recipe: Location = Field(description="recipe that every variant changes")
     common: dict[str, Any] = Field(
-        default_factory=dict, description="options that change the recipe for all variants; null removes a key"
+        default_factory=dict,
+        description="options that change the recipe for all variants; null removes a key",
     )
     workdir: Location = Field(description="directory of this experiment only")
-    results: Location = Field(description="CSV file of all results; the pictures of the report are written beside it")
+    results: Location = Field(
+        description="CSV file of all results; the pictures of the report are written beside it"
+    )
     seeds: Annotated[list[Seed], Field(min_length=1)]
     prepare: Command | None = Field(
         None,
-        description="command that runs before everything else, for example to make models; it must keep what exists",
+        description="command that runs before everything else, for example to make models; it must keep "
+        "what exists",
     )
     evaluate: MeasuringCommand = Field(
-        description="command with {model}, {output}, {split}, {seed} and {condition}; it writes {metric: {value, n}} as JSON"
+        description="command with {model}, {output}, {split}, {seed} and {condition}; it writes {metric: "
+        "{value, n}} as JSON"
     )
     split: Name = Field("test", description="value of {split} if --split is not given")
-    metrics: Annotated[dict[Line, Line], Field(min_length=1)] = Field(description="metric -> its name in tables")
+    metrics: Annotated[dict[Line, Line], Field(min_length=1)] = Field(
+        description="metric -> its name in tables"
+    )
     models: dict[Name, Location] = Field(
         default_factory=dict, description="Hugging Face directories that are measured without training"
     )
-    variants: dict[Name, dict[str, Any]] = Field(description="name of the variant -> options that change the recipe")
+    variants: dict[Name, dict[str, Any]] = Field(
+        description="name of the variant -> options that change the recipe"
+    )
     conditions: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
-        description="name of the condition -> options that change the recipe before those of a variant; the data "
+        description="name of the condition -> options that change the recipe before those of a variant; the "
+        "data "
         "stages run once per condition and seed",
     )
     merges: dict[Name, Merge] = Field(default_factory=dict)
@@ -168,14 +194,17 @@ class Experiment(Options):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"{', '.join(twice)}: the name is used twice in models, variants and merges. Use every name once."
+                f"{', '.join(twice)}: the name is used twice in models, variants and merges. Use every name "
+                "once."
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds contains a seed twice: {self.seeds}. Remove one of the two.")
         if not self.tables and not self.maps:
             raise ValueError("there is no table. Add one under tables, or a map under maps.")
         if both := sorted(self.tables.keys() & self.maps.keys()):
-            raise ValueError(f"{', '.join(both)}: the name is used in tables and in maps. Use every name once.")
+            raise ValueError(
+                f"{', '.join(both)}: the name is used in tables and in maps. Use every name once."
+            )
         shown: dict[str, Table | Map] = {f"tables.{name}": table for name, table in self.tables.items()}
         shown |= {f"maps.{name}": each for name, each in self.maps.items()}
         for place, each in shown.items():
@@ -188,13 +217,17 @@ class Experiment(Options):
                     f"Choose from {', '.join(names)}."
                 )
             if beside := sorted(set(each.expected) - set(each.rows)):
-                raise ValueError(f"{place}.expected: {', '.join(beside)} is not a row. Add it to rows, or remove it.")
+                raise ValueError(
+                    f"{place}.expected: {', '.join(beside)} is not a row. Add it to rows, or remove it."
+                )
             for condition in conditions:
                 if condition is None and self.conditions:
                     raise ValueError(f"{place}: set condition to one of {', '.join(self.conditions)}.")
                 if condition is not None and condition not in self.conditions:
                     known = ", ".join(self.conditions) or "none, because the key conditions is missing"
-                    raise ValueError(f"{place}: {condition} is not the name of a condition. There are: {known}.")
+                    raise ValueError(
+                        f"{place}: {condition} is not the name of a condition. There are: {known}."
+                    )
         for name, merge in self.merges.items():
             unknown = sorted(set(merge.parts) - {*self.models, *self.variants})
             if unknown:
@@ -205,7 +238,8 @@ class Experiment(Options):
     def _has_conditions_to_name(self) -> Self:
         if not self.conditions and "{condition}" in f"{self.evaluate} {self.prepare}":
             raise ValueError(
-                "evaluate or prepare has {condition}, but there are no conditions. Remove it, or add conditions."
+                "evaluate or prepare has {condition}, but there are no conditions. Remove it, or add "
+                "conditions."
             )
         return self
 
@@ -230,7 +264,9 @@ class Experiment(Options):
         return [run_name(condition, name) for condition in self.conditions or [None] for name in names]
 
     def needed(self, tables: list[str]) -> list[str]:
-        """The runs that these tables and maps show, and the parts of their merges, in the order of run_names."""
+        """The runs that these tables and maps show, and the parts of their merges, in the order of
+        run_names.
+        """
         shown = set[str]()
         for table in tables:
             each = self.tables.get(table) or self.maps[table]
@@ -260,5 +296,7 @@ def require_tables(experiment: Experiment, names: list[str]) -> list[str]:
     known = [*experiment.tables, *experiment.maps]
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise UserError(f"{', '.join(unknown)} is not a table of this experiment. Choose from {', '.join(known)}.")
+        raise UserError(
+            f"{', '.join(unknown)} is not a table of this experiment. Choose from {', '.join(known)}."
+        )
     return names or known[:1]

@@ -34,7 +34,9 @@ class Commands:
     keep_open: file descriptors, for example of a lock, that all scripts hold until the last one has ended.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str], keep_open: Sequence[int] = ()) -> None:
+    def __init__(
+        self, directory: Path, environment: Mapping[str, str], keep_open: Sequence[int] = ()
+    ) -> None:
         # With this variable torch looks for a GPU without initialising CUDA. After an initialisation no fork
         # could use CUDA.
         self._directory, self._environment = directory, {**environment, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -112,7 +114,8 @@ class Commands:
             del self._parents[megatron]
             script = words[1] if words[0] == "-m" else words[0]
             raise UserError(
-                f"{script} could not be started: the process that starts it ended with exit code {parent.wait()}"
+                f"{script} could not be started: the process that starts it ended with exit code "
+                f"{parent.wait()}"
             ) from error
 
     def __enter__(self) -> Self:
@@ -176,7 +179,10 @@ def _become_script(words: list[str], log: str) -> None:
 
     Returns, or raises, as the script does.
     """
-    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    null, output = (
+        os.open(os.devnull, os.O_RDONLY),
+        os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666),
+    )
     for source, place in ((null, 0), (output, 1), (output, 2)):
         os.dup2(source, place)
     if words[0] == "-m":

@@ -38,7 +38,9 @@ def _with_new_names(experiment: Experiment, document: Document) -> Experiment:
         return with_new_names(content, lambda keys: document.place((*outer, *keys)))[0]
 
     variants = {name: options(content, "variants", name) for name, content in experiment.variants.items()}
-    conditions = {name: options(content, "conditions", name) for name, content in experiment.conditions.items()}
+    conditions = {
+        name: options(content, "conditions", name) for name, content in experiment.conditions.items()
+    }
     changed = {"common": options(experiment.common, "common"), "variants": variants, "conditions": conditions}
     return experiment.model_copy(update=changed)
 
@@ -71,7 +73,8 @@ def run_directory(experiment: Experiment, run: str, seed: int) -> Path:
 
 
 def variant_recipe(experiment: Experiment, run: str, seed: int) -> Recipe:
-    """The recipe of one run: that of the experiment, changed by the condition and by the variant, with the run's directories.
+    """The recipe of one run: that of the experiment, changed by the condition and by the variant, with the
+    run's directories.
 
     Raises UserError if the options are not valid.
     """
@@ -86,7 +89,10 @@ def _variant(experiment: Experiment, recipe: Document, run: str, seed: int) -> d
     set_by_runner = {
         "workdir": str(data_directory(experiment, run, seed)),
         "seed": seed,
-        "training": {"save": str(directory / "checkpoints"), "tensorboard_dir": str(directory / "tensorboard")},
+        "training": {
+            "save": str(directory / "checkpoints"),
+            "tensorboard_dir": str(directory / "tensorboard"),
+        },
         "export": {"path": str(directory / "export")},
     }
     of_condition = {} if condition is None else experiment.conditions[condition]

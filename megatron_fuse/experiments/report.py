@@ -1,8 +1,8 @@
 """The tables and maps of an experiment as Markdown with pictures, made from its CSV file alone.
 
-Every number is a mean over seeds ± its standard error. Beside it stands the difference to the baseline, paired
-by seed, with its 95 % confidence interval. ▲ and ▼ mark the differences that are clear in the whole table
-(statistics.py); the others are called ties.
+Every number is a mean over seeds ± its standard error. Beside it stands the difference to the baseline,
+paired by seed, with its 95 % confidence interval. ▲ and ▼ mark the differences that are clear in the whole
+table (statistics.py); the others are called ties.
 """
 
 import os
@@ -20,9 +20,12 @@ from megatron_fuse.reporting.layout import Table as Cells
 from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
 
 LEGEND = (
-    "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half of its 95 % confidence "
-    "interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's procedure over the whole table, so that a table "
-    "without any true difference shows a mark with a chance of 5 % at most; all other differences are ties. A * marks the rows whose "
+    "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
+    "of its 95 % confidence "
+    "interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's procedure over the "
+    "whole table, so that a table "
+    "without any true difference shows a mark with a chance of 5 % at most; all other differences are ties. "
+    "A * marks the rows whose "
     "difference was the question before the runs were made: they are a family of their own."
 )
 
@@ -57,7 +60,9 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
             else:
                 parts.append(_section(each, name, table, values, path))
         if unfinished:
-            parts.append("\n".join(["Not in this report, as some of their rows have no result:", "", *unfinished]))
+            parts.append(
+                "\n".join(["Not in this report, as some of their rows have no result:", "", *unfinished])
+            )
     save_text(path, "\n\n".join(parts) + "\n")
 
 
@@ -70,7 +75,9 @@ def _section(reported: Reported, name: str, table: Table | Map, values: Values, 
 def _baselines(table: Table | Map) -> dict[str, str]:
     """run -> the run that it is compared with, in the table's order."""
     conditions = table.conditions if isinstance(table, Map) else [table.condition]
-    names = dict.fromkeys([table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline])
+    names = dict.fromkeys(
+        [table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline]
+    )
     return {run_name(c, name): run_name(c, table.baseline) for c in conditions for name in names}
 
 
@@ -81,7 +88,9 @@ def _expected(table: Table | Map) -> list[str]:
 
 def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
     """metric -> comparison."""
-    return {metric: compare(values, metric, _baselines(table), _expected(table)) for metric in experiment.metrics}
+    return {
+        metric: compare(values, metric, _baselines(table), _expected(table)) for metric in experiment.metrics
+    }
 
 
 def _table_section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
@@ -113,10 +122,17 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
     save_picture(draw_map(experiment.metrics, table, compared), picture)
     paragraphs = [f"## {table.title}"]
     for metric, title in experiment.metrics.items():
-        heading = ("", f"{table.baseline}", *(f"{row}*" if row in table.expected else row for row in table.rows))
+        heading = (
+            "",
+            f"{table.baseline}",
+            *(f"{row}*" if row in table.expected else row for row in table.rows),
+        )
         cells = [_map_row(table, condition, compared[metric]) for condition in table.conditions]
         if any(cell != "–" for row in cells for cell in row[1:]):
-            paragraphs += [f"**{title}**{_power(compared[metric])}", "\n".join(markdown_table((heading, cells)))]
+            paragraphs += [
+                f"**{title}**{_power(compared[metric])}",
+                "\n".join(markdown_table((heading, cells))),
+            ]
     paragraphs += [table.note.strip()] if table.note else []
     paragraphs += [f"![{table.title}]({os.path.relpath(picture, path.parent)})"]
     return "\n\n".join([*paragraphs, _origin(name, reported.command, of_map)])
@@ -125,7 +141,11 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
 def _map_row(table: Map, condition: str, comparison: Comparison) -> list[str]:
     baseline = comparison.means.get(run_name(condition, table.baseline))
     runs = [run_name(condition, row) for row in table.rows]
-    return [condition, _with_error(baseline) if baseline else "–", *(_change(comparison, run) or "–" for run in runs)]
+    return [
+        condition,
+        _with_error(baseline) if baseline else "–",
+        *(_change(comparison, run) or "–" for run in runs),
+    ]
 
 
 def _origin(name: str, command: str, results: Sequence[Result]) -> str:
@@ -135,12 +155,15 @@ def _origin(name: str, command: str, results: Sequence[Result]) -> str:
         return ", ".join(map(str, sorted({getattr(result, field) for result in results})))
 
     return (
-        f"`{command} --only {name}`; seeds {distinct('seed')}; split {distinct('split')}; commit {distinct('commit')}; "
+        f"`{command} --only {name}`; seeds {distinct('seed')}; split {distinct('split')}; commit "
+        f"{distinct('commit')}; "
         f"{distinct('machine')}; {distinct('date')}."
     )
 
 
-def _rows(metrics: dict[str, str], table: Table, compared: dict[str, Comparison], results: Sequence[Result]) -> Cells:
+def _rows(
+    metrics: dict[str, str], table: Table, compared: dict[str, Comparison], results: Sequence[Result]
+) -> Cells:
     """One row per variant. The last columns hold the cost of its training."""
     rows = []
     for row in table.rows:
@@ -148,7 +171,9 @@ def _rows(metrics: dict[str, str], table: Table, compared: dict[str, Comparison]
         cells = [_cell(compared[metric], run) for metric in metrics]
         of_row = [result for result in results if result.variant == run]
         cells += [_cost(of_row, field) for field in ("steps", "tokens", "seconds")]
-        label = f"**{row}** (baseline)" if row == table.baseline else f"{row}*" if row in table.expected else row
+        label = (
+            f"**{row}** (baseline)" if row == table.baseline else f"{row}*" if row in table.expected else row
+        )
         rows.append((label, *cells))
     return ("", *metrics.values(), "steps", "tokens", "training s"), rows
 
@@ -171,7 +196,9 @@ def _change(comparison: Comparison, run: str) -> str:
     if difference is None:
         return ""
     width = f" ± {difference.confidence:.1f}" if difference.confidence is not None else ""
-    return f"{difference.value:+.1f}{width}" + (MARKS[difference.value < 0] if run in comparison.clear else "")
+    return f"{difference.value:+.1f}{width}" + (
+        MARKS[difference.value < 0] if run in comparison.clear else ""
+    )
 
 
 def _with_error(found: Mean) -> str:
@@ -212,7 +239,8 @@ def _power(comparison: Comparison) -> str:
     if smallest is None:
         return ""
     return (
-        f" A true difference of {smallest:.1f} would have been found in 80 % of such tables, a smaller one less often."
+        f" A true difference of {smallest:.1f} would have been found in 80 % of such tables, a smaller "
+        "one less often."
     )
 
 
@@ -222,10 +250,16 @@ def draw_table(metrics: dict[str, str], table: Table, compared: dict[str, Compar
     If the table gives an x for its rows, they are drawn over it.
     """
     rows = table.rows
-    figure = Figure(figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained")
-    for axis, (metric, title) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
+    figure = Figure(
+        figsize=(4.8 * len(metrics), 3.2 if table.x else 1.2 + 0.3 * len(rows)), layout="constrained"
+    )
+    for axis, (metric, title) in zip(
+        figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
+    ):
         runs = {row: run_name(table.condition, row) for row in rows}
-        means = {row: compared[metric].means[run] for row, run in runs.items() if run in compared[metric].means}
+        means = {
+            row: compared[metric].means[run] for row, run in runs.items() if run in compared[metric].means
+        }
         errors = {row: of_row.error or 0.0 for row, of_row in means.items()}
         curve = [row for row in means if row in table.x]
         if table.x:
@@ -234,7 +268,9 @@ def draw_table(metrics: dict[str, str], table: Table, compared: dict[str, Compar
                 axis.errorbar(places[row], means[row].value, errors[row], fmt="o", color="C0", capsize=3)
                 left = places[row] < table.x[row]
                 place = {"xytext": (-5 if left else 5, 5), "ha": "right" if left else "left"}
-                axis.annotate(row, (places[row], means[row].value), fontsize=7, textcoords="offset points", **place)
+                axis.annotate(
+                    row, (places[row], means[row].value), fontsize=7, textcoords="offset points", **place
+                )
             axis.set(xlabel=table.x_label, ylabel=title, xticks=sorted(set(table.x.values())))
         else:
             heights = range(len(means))[::-1]
@@ -267,7 +303,9 @@ def draw_map(metrics: dict[str, str], table: Map, compared: dict[str, Comparison
     for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
         differences = compared[metric].differences
         cells = [[run_name(condition, row) for row in table.rows] for condition in table.conditions]
-        values = [[differences[run].value if run in differences else float("nan") for run in line] for line in cells]
+        values = [
+            [differences[run].value if run in differences else float("nan") for run in line] for line in cells
+        ]
         largest = max([abs(value) for line in values for value in line if value == value], default=1.0) or 1.0
         image = axis.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
         for y, line in enumerate(cells):

@@ -69,7 +69,10 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
             made = read_record(Made, run.directory / "result.json")
             refuse_other_options(run, made.options)
             finished = run.is_finished(split)
-            commits = {made.commit, read_record(Evaluation, run.evaluation(split)).commit if finished else version}
+            commits = {
+                made.commit,
+                read_record(Evaluation, run.evaluation(split)).commit if finished else version,
+            }
             for commit in sorted(commits - {version}):
                 others.setdefault(commit, []).append(f"{name} (seed {seed})")
             if not finished:

@@ -73,7 +73,9 @@ def run_experiment(
         with ExitStack() as stack:
             # The processes that they start hold the lock too: if this process is killed, they may go on for a
             # while.
-            starters = [stack.enter_context(Commands(Path.cwd(), environment, keep_open=[lock])) for _ in range(jobs)]
+            starters = [
+                stack.enter_context(Commands(Path.cwd(), environment, keep_open=[lock])) for _ in range(jobs)
+            ]
             with Progress(experiment.workdir, "runs", len(runs), already=already) as progress:
                 return _run_all(todo, split, starters, version, progress)
 
@@ -83,7 +85,9 @@ def _interrupt_all(starters: Sequence[Commands]) -> None:
         commands.interrupt()
 
 
-def _run_all(todo: list[Run], split: str, starters: list[Commands], version: str, progress: Progress) -> list[str]:
+def _run_all(
+    todo: list[Run], split: str, starters: list[Commands], version: str, progress: Progress
+) -> list[str]:
     """Makes the runs in their order, except that a merge waits for its parts.
 
     If a part failed, the merge fails too. Returns one message per failed run.
@@ -149,7 +153,8 @@ def _only_one(workdir: Path, path: Path) -> Iterator[int]:
     owner, name = workdir / "experiment.json", os.path.relpath(path.resolve())
     if owner.exists() and (theirs := read_record(Owner, owner).experiment) != name:
         raise UserError(
-            f"{workdir} belongs to the experiment {theirs}, not to {name}. Set another workdir for this experiment."
+            f"{workdir} belongs to the experiment {theirs}, not to {name}. Set another workdir for this "
+            "experiment."
         )
     with (workdir / "lock").open("w") as lock:
         try:

@@ -4,7 +4,8 @@ WORKDIR/runs/NAME/seed-N/recipe.yaml             the recipe of the run, with eve
                          log.txt                 the output of its commands
                          export/                 the model
                          begun.json              options and commit, written before anything else
-                         result.json             options, commit, steps, tokens, seconds; once the model is complete
+                         result.json             options, commit, steps, tokens, seconds; once the model is
+                                                 complete
                          evaluation-SPLIT.json   {metric: {value, n}}, command and commit of the measurement
 
 Each command continues where it was interrupted, and so does a run. If the command `evaluate` has changed, the
@@ -87,7 +88,9 @@ class Run:
     def model(self) -> Path:
         """The Hugging Face directory of the model that is measured."""
         given = self.experiment.models.get(self.row)
-        return Path(with_places(str(given), self.seed, self.condition)) if given else self.directory / "export"
+        return (
+            Path(with_places(str(given), self.seed, self.condition)) if given else self.directory / "export"
+        )
 
     def evaluation(self, split: str) -> Path:
         return self.directory / f"evaluation-{split}.json"
@@ -97,7 +100,11 @@ class Run:
 
     def is_finished(self, split: str) -> bool:
         path = self.evaluation(split)
-        return self.is_made() and path.exists() and read_record(Evaluation, path).command == self.experiment.evaluate
+        return (
+            self.is_made()
+            and path.exists()
+            and read_record(Evaluation, path).command == self.experiment.evaluate
+        )
 
     def options(self) -> dict[str, Any]:
         """All options that decide the result of the run, as result.json stores them."""
@@ -137,7 +144,10 @@ def code_version() -> str:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(_CHECKOUT), *arguments, "--", *_CODE], capture_output=True, text=True, check=False
+            ["git", "-C", str(_CHECKOUT), *arguments, "--", *_CODE],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -150,8 +160,8 @@ def code_version() -> str:
 def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str) -> None:
     """Trains or merges a model, then measures it. Finished parts are not repeated.
 
-    data_lock: the lock of the data, because runs of one condition and seed must take turns with the data stages. version:
-    code_version() of the code that `commands` has imported.
+    data_lock: the lock of the data, because runs of one condition and seed must take turns with the data
+    stages. version: code_version() of the code that `commands` has imported.
 
     Raises RunFailed if a command fails. Raises UserError if the directory holds a run with other options or
     code, or if the code has changed since the begin.
@@ -167,11 +177,15 @@ def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str
             measured = {}
         _refuse_changed_code(run, version)
         made_from = {"options": run.options(), "commit": version}
-        write_json(run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **measured})
+        write_json(
+            run.directory / "result.json", {**made_from, "seconds": time.perf_counter() - start, **measured}
+        )
     if not run.is_finished(split):
         metrics = _evaluate(run, commands, split)
         _refuse_changed_code(run, version)
-        write_json(run.evaluation(split), {"command": run.experiment.evaluate, "commit": version, "metrics": metrics})
+        write_json(
+            run.evaluation(split), {"command": run.experiment.evaluate, "commit": version, "metrics": metrics}
+        )
 
 
 def _refuse_another(run: Run, version: str) -> None:
@@ -255,7 +269,13 @@ def _merge(run: Run, commands: Commands, merge: Merge) -> dict[str, Any]:
 
 def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
     output = run.directory / f"measured-{split}.json"
-    places = {"model": run.model, "output": output, "split": split, "seed": run.seed, "condition": run.condition}
+    places = {
+        "model": run.model,
+        "output": output,
+        "split": split,
+        "seed": run.seed,
+        "condition": run.condition,
+    }
     _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
     try:
         measured = checked(Metrics, {"metrics": read_json(output)}, str(output))
@@ -284,7 +304,9 @@ def _command(run: Run, commands: Commands, words: Sequence[str], *, megatron: bo
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(shown_words)}\n")
     if code := commands.run(words, log, megatron=megatron):
-        last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
+        last = [
+            line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ][-3:]
         raise RunFailed(
             f"{run.name}, seed {run.seed}: {_name(shown_words)} ended with exit code {code}. The last lines "
             f"of {log}:\n  " + "\n  ".join(last)

@@ -1,11 +1,12 @@
-"""Statistics over a few seeds: means, their standard errors, differences between variants, and which are clear.
+"""Statistics over a few seeds: means, their standard errors, differences between variants, and which are
+clear.
 
-Two things go wrong in a table of many rows over few seeds. First, many comparisons: if each had an error rate of
-5 %, a table of ten rows without any effect would show one in 40 % of all cases. So a difference is clear only if
-Holm's procedure over the whole table finds it. Second, few seeds: the standard deviation of five numbers is
-itself known badly, and a small one by chance makes a large t. So the variances of a table's differences are
-shrunk towards their common value, as far as they agree (the moderated t-statistic of Smyth 2004, known from
-limma). The interval of every difference uses the moderated error too.
+Two things go wrong in a table of many rows over few seeds. First, many comparisons: if each had an error rate
+of 5 %, a table of ten rows without any effect would show one in 40 % of all cases. So a difference is clear
+only if Holm's procedure over the whole table finds it. Second, few seeds: the standard deviation of five
+numbers is itself known badly, and a small one by chance makes a large t. So the variances of a table's
+differences are shrunk towards their common value, as far as they agree (the moderated t-statistic of Smyth
+2004, known from limma). The interval of every difference uses the moderated error too.
 """
 
 import math
@@ -35,7 +36,10 @@ class Mean:
 
     @property
     def p_value(self) -> float:
-        """The chance of a mean at least as far from 0, if the true mean is 0. Two-sided t-test; 1 for one value."""
+        """The chance of a mean at least as far from 0, if the true mean is 0.
+
+        Two-sided t-test; 1 for one value.
+        """
         if self.error is None:
             return 1.0
         if self.error == 0:
@@ -56,7 +60,8 @@ def mean(values: Sequence[float]) -> Mean | None:
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
     """The mean of the differences values - baseline over the seeds that both have; None without such a seed.
 
-    A seed decides the data, the problems and the order of both, so that what a seed does to both cancels. values,
+    A seed decides the data, the problems and the order of both, so that what a seed does to both cancels.
+    values,
     baseline: seed -> value.
     """
     return mean([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
@@ -109,7 +114,8 @@ def clear(p_values: Mapping[str, float], level: float = LEVEL) -> set[str]:
 
 
 def smallest_seen(differences: Sequence[Mean]) -> float | None:
-    """The smallest true difference that a family of comparisons finds with a chance of 80 %. None without errors.
+    """The smallest true difference that a family of comparisons finds with a chance of 80 %. None without
+    errors.
 
     The difference with the median standard error counts, and Holm's first step. The sum of two quantiles of
     Student's t is the usual approximation of the noncentral distribution.
@@ -122,7 +128,9 @@ def smallest_seen(differences: Sequence[Mean]) -> float | None:
 
 
 def t_tail(t: float, degrees: int) -> float:
-    """P(T > t) for t >= 0, by the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """P(T > t) for t >= 0, by the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3
+    and 26.7.4).
+    """
     angle = math.atan2(t, math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
     if degrees % 2:
@@ -170,7 +178,10 @@ def trigamma(x: float) -> float:
 
 
 def trigamma_inverse(value: float) -> float:
-    """The x > 0 with trigamma(x) = value > 0. The function falls, so bisection on a logarithmic scale finds it."""
+    """The x > 0 with trigamma(x) = value > 0.
+
+    The function falls, so bisection on a logarithmic scale finds it.
+    """
     low, high = 1e-8, 1e8
     for _ in range(200):
         middle = math.sqrt(low * high)

@@ -16,7 +16,8 @@ ROW_FIELDS = ("counts", "entry_ids", "entry_logprobs", "match")  # names of file
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One conversation. r = supervised.sum(); row i is the distribution that PREDICTS the i-th supervised token.
+    """One conversation. r = supervised.sum(); row i is the distribution that PREDICTS the i-th supervised
+    token.
 
     tokens [n] uint16 or int32, depending on the size of the vocabulary.
     supervised bool [n]: the token is a label.
@@ -25,8 +26,8 @@ class Document:
     counts.sum(). Their files are named entry_ids and entry_logprobs.
     match uint8 [r]: index in MATCHES.
 
-    The tail of a row is the rest of its mass, 1 - sum(exp(teacher_logprobs)). All arrays are read-only views in
-    the dtypes on disk: cast them before you calculate.
+    The tail of a row is the rest of its mass, 1 - sum(exp(teacher_logprobs)). All arrays are read-only views
+    in the dtypes on disk: cast them before you calculate.
     """
 
     tokens: np.ndarray
@@ -68,7 +69,8 @@ class DocumentStreams:
         for field, stream in {**text, **(rows or {})}.items():
             if len(stream) != examples:
                 raise UserError(
-                    f"{directory}: {field} has {len(stream)} examples, but the text has {examples}. {fix(directory)}"
+                    f"{directory}: {field} has {len(stream)} examples, but the text has {examples}. "
+                    f"{fix(directory)}"
                 )
         self.lengths = self._tokens.lengths
         self._refuse(self._supervised.lengths != self.lengths, "one supervision mark per token")
@@ -108,13 +110,20 @@ class DocumentStreams:
         if np.count_nonzero(supervised[:1]):
             raise self._damaged(example, "a label at its first token, which nothing predicts")
         if (entries := int(counts.sum())) != len(ids):
-            raise self._damaged(example, f"{len(ids)} entries, but the counts of its rows add up to {entries}")
+            raise self._damaged(
+                example, f"{len(ids)} entries, but the counts of its rows add up to {entries}"
+            )
         return Document(tokens, supervised, counts, ids, logprobs.view(np.float16), match)
 
 
 def no_rows(labels: int) -> tuple[np.ndarray, ...]:
     """counts, teacher_ids, teacher_logprobs, match for so many labels without teacher: all counts are 0."""
-    return np.zeros(labels, np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.float16), np.zeros(labels, np.uint8)
+    return (
+        np.zeros(labels, np.uint8),
+        np.zeros(0, np.uint16),
+        np.zeros(0, np.float16),
+        np.zeros(labels, np.uint8),
+    )
 
 
 def round_down_to_half(values: np.ndarray) -> np.ndarray:

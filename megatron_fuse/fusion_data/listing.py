@@ -10,7 +10,9 @@ from megatron_fuse.storage import Artifact, read_jsonl
 
 
 class ListedExample(BaseModel):
-    """is_validation: kept out of training. supervised_tokens: number of labels of the ground truth; 0 if the example is left out."""
+    """is_validation: kept out of training. supervised_tokens: number of labels of the ground truth; 0 if
+    the example is left out.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 

@@ -1,6 +1,7 @@
 """The text's shards for the build of every source: documents with the bytes that their labels cover.
 
-    FUSION/text/shard-00000.spans.safetensors    starts, ends int32 [r], flags uint8 [r]: one row per label, byte offsets within
+    FUSION/text/shard-00000.spans.safetensors    starts, ends int32 [r], flags uint8 [r]: one row per label,
+                                                 byte offsets within
                                                  the example's supervised bytes; lossy uint8 [n]: one per
                                                  example
 
@@ -31,7 +32,9 @@ def write_spans(prefix: Path, documents: Documents) -> None:
     """Writes PREFIX.spans.safetensors."""
     spans = TokenSpans.join(documents.spans, [0] * len(documents.spans))
     values = {"starts": spans.starts, "ends": spans.ends, "flags": spans.flags, "lossy": documents.lossy}
-    write_safetensors(Path(f"{prefix}{SUFFIX}"), {name: values[name].astype(dtype) for name, dtype in _DTYPES.items()})
+    write_safetensors(
+        Path(f"{prefix}{SUFFIX}"), {name: values[name].astype(dtype) for name, dtype in _DTYPES.items()}
+    )
 
 
 def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarray]:
@@ -48,7 +51,8 @@ def read_spans(path: Path, *, labels: int, examples: int) -> dict[str, np.ndarra
                 raise ValueError(f"{name} is {form}, not {np.dtype(dtype)} {wanted}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: the spans cannot be read ({brief(str(error))}). Remove the file and run {BUILT_BY} again."
+            f"{path}: the spans cannot be read ({brief(str(error))}). Remove the file and run {BUILT_BY} "
+            "again."
         ) from error
     return arrays
 

@@ -36,7 +36,9 @@ def write_stream(prefix: str | Path, values: np.ndarray, lengths: Sequence[int] 
     """
     lengths = np.asarray(lengths, np.int64)
     if lengths.sum() != len(values):
-        raise ValueError(f"{prefix}: there are {len(values)} values, but the lengths add up to {lengths.sum()}")
+        raise ValueError(
+            f"{prefix}: there are {len(values)} values, but the lengths add up to {lengths.sum()}"
+        )
     # An empty file cannot be memory-mapped. So a shard without values gets one value, which belongs to no
     # sequence.
     Path(f"{prefix}.bin").write_bytes(values.tobytes() if len(values) else bytes(values.dtype.itemsize))
@@ -52,7 +54,8 @@ def _index(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class Stream:
-    """One field of all examples over all shards: stream[i] is a read-only view of the mapped file, nothing is copied.
+    """One field of all examples over all shards: stream[i] is a read-only view of the mapped file, nothing is
+    copied.
 
     Opening reads every index and the size of every file; 8 bytes per example stay in memory. A shard is
     mapped when it is first read. So the rows of a source that no example selects take no mapping. Linux
@@ -69,7 +72,8 @@ class Stream:
         self._mapped: list[np.ndarray | None] = [None] * len(shards)
         lengths = [np.zeros(0, np.int64), *(lengths for lengths, _ in shards)]
         self._offsets = ragged.offsets(np.concatenate(lengths))  # [n + 1], over all shards
-        self._first = ragged.offsets([len(lengths) for lengths, _ in shards]).tolist()  # example of each shard, and n
+        # Example of each shard, and n.
+        self._first = ragged.offsets([len(lengths) for lengths, _ in shards]).tolist()
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -147,10 +151,13 @@ def _map_values(path: str, dtype: np.dtype, values: int) -> np.ndarray:
                 f"{path}: the file has {present} bytes, but had {size} when it was opened. Do not change "
                 "fusion data while a command reads them."
             )
-        mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)[:values]
+        mapped = (
+            torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy().view(dtype)[:values]
+        )
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{path}: the file can no longer be read ({error}). Do not change fusion data while a command reads them."
+            f"{path}: the file can no longer be read ({error}). Do not change fusion data while a command "
+            "reads them."
         ) from error
     mapped.flags.writeable = False
     return mapped

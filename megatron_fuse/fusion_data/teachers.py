@@ -1,8 +1,10 @@
 """The captured rows of one source, aligned to the target's tokens and projected into the target's vocabulary.
 
-FUSION/teachers/SOURCE/MODE/shard-00000.{counts,match,entry_ids,entry_logprobs}.{bin,idx}    rows at the supervised tokens
-FUSION/teachers/SOURCE/inference/shard-00000.{tokens,supervised}.{bin,idx}                   the source's own answer
-FUSION/teachers/SOURCE/MODE/shard-00000.examples.safetensors                                 what selection needs
+In FUSION/teachers/SOURCE/MODE:
+
+shard-00000.{counts,match,entry_ids,entry_logprobs}.{bin,idx}    rows at the supervised tokens
+shard-00000.{tokens,supervised}.{bin,idx}                        the source's own answer (inference mode)
+shard-00000.examples.safetensors                                 what selection needs
 
 Log-probabilities are stored as float16 bit patterns. They are rounded DOWN, so that the mass of a row never
 exceeds 1. An entry loses at most 0.04 % of the row's mass (the spacing of float16 times the probability); the
@@ -21,7 +23,13 @@ from megatron_fuse.capture import CAPTURED, CAPTURES, CaptureShard, capture_shar
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.fusion_data.answers import EMPTY_ANSWER, answer_key
 from megatron_fuse.fusion_data.documents import round_down_to_half
-from megatron_fuse.fusion_data.encoding import Documents, encode_documents, id_dtype, supervised_bytes, write_ragged
+from megatron_fuse.fusion_data.encoding import (
+    Documents,
+    encode_documents,
+    id_dtype,
+    supervised_bytes,
+    write_ragged,
+)
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
 from megatron_fuse.fusion_data.maps import vocabulary_map_of
 from megatron_fuse.fusion_data.stored_spans import read_text_shard
@@ -75,7 +83,10 @@ def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
             documents = encode_documents(
                 target,
                 shard,
-                [response if is_usable else None for response, is_usable in zip(responses, usable, strict=True)],
+                [
+                    response if is_usable else None
+                    for response, is_usable in zip(responses, usable, strict=True)
+                ],
                 every_turn=False,
                 seq_length=recipe.training.seq_length,
             )
@@ -91,8 +102,8 @@ def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
         # An example is available if both models read it whole: the source's capture, and the target's
         # seq_length.
         available = documents.present & usable
-        # Selection needs these arrays of all examples and sources. With them in a small file, it does not read
-        # the rows.
+        # Selection needs these arrays of all examples and sources. With them in a small file, it does not
+        # read the rows.
         example_arrays = {
             "available": available.astype(np.uint8),
             "lossy": captured.lossy,
@@ -100,17 +111,26 @@ def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
             "ce_sum": captured.ce_sum,
             "response_bytes": captured.response_bytes,
             "response_tokens": captured.response_tokens,
-            "answer": np.array([answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]),
+            "answer": np.array(
+                [answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]
+            ),
         }
         write_safetensors(Path(f"{prefix}.examples.safetensors"), example_arrays)
         with_label_mass = int(corrected.sum())
         progress.update(len(texts), counts["rows"])  # a row is a supervised token
-        return {"examples": len(texts), "available": int(available.sum()), **counts, "rows_label_mass": with_label_mass}
+        return {
+            "examples": len(texts),
+            "available": int(available.sum()),
+            **counts,
+            "rows_label_mass": with_label_mass,
+        }
 
     return run_plan(plan, make_shard, progress)
 
 
-def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarray, dtype: type) -> dict[str, int]:
+def _write_rows(
+    prefix: Path, documents: Documents, rows: Rows, match: np.ndarray, dtype: type
+) -> dict[str, int]:
     labels = [len(spans) for spans in documents.spans]  # of each document
     entries = np.diff(ragged.offsets(rows.counts)[ragged.offsets(labels)])
     write_ragged(prefix, "counts", ragged.split(rows.counts, labels), np.uint8)
@@ -119,7 +139,11 @@ def _write_rows(prefix: Path, documents: Documents, rows: Rows, match: np.ndarra
     half = round_down_to_half(rows.logprobs).view(np.uint16)
     write_ragged(prefix, "entry_logprobs", ragged.split(half, entries), np.uint16)
     matches = {f"rows_{name}": int((match == code).sum()) for code, name in enumerate(MATCHES)}
-    return {"rows": len(match), **{name: count for name, count in matches.items() if count}, "entries": len(rows.ids)}
+    return {
+        "rows": len(match),
+        **{name: count for name, count in matches.items() if count},
+        "entries": len(rows.ids),
+    }
 
 
 @dataclass(frozen=True)

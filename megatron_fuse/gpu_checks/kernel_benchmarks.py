@@ -19,7 +19,9 @@ def import_from_folder() -> None:
 def require_repository() -> None:
     """Raises UserError if the folder is missing, as in an installed package."""
     if not FOLDER.is_dir():
-        raise UserError("the checks need kernels/benchmarks from the project's repository. Run them in a checkout.")
+        raise UserError(
+            "the checks need kernels/benchmarks from the project's repository. Run them in a checkout."
+        )
 
 
 def meter_of(device: str) -> Any:

@@ -82,9 +82,20 @@ def _drawn(draw: random.Random, device: str) -> Row:
     tail, temperature = draw.choice(TAILS), draw.choice([1.0, 2.0, 4.0, 3.7])
     n, padding = draw.choice([1, 7, 64]), draw.choice([0, 3, 64])
     problem = make_problem(
-        draw.randrange(2**31), device, dtype, n, vocab, entries, padding=padding, tail=tail, temperature=temperature
+        draw.randrange(2**31),
+        device,
+        dtype,
+        n,
+        vocab,
+        entries,
+        padding=padding,
+        tail=tail,
+        temperature=temperature,
     )
-    name = f"{n} x {vocab} + {padding}, k={entries}, T={temperature:g}, {tail}, {str(dtype).removeprefix('torch.')}"
+    name = (
+        f"{n} x {vocab} + {padding}, k={entries}, T={temperature:g}, {tail}, "
+        f"{str(dtype).removeprefix('torch.')}"
+    )
     return _compared(name, problem.solve(dtype, _implementation(device)), problem)
 
 
@@ -112,7 +123,9 @@ def make_problem(
 
     logits = torch.randn(n, vocab + padding, generator=g, device=device, dtype=dtype).mul_(3)
     part = vocab // entries
-    ids = torch.randint(part, (n, entries), generator=g, device=device) + part * torch.arange(entries, device=device)
+    ids = torch.randint(part, (n, entries), generator=g, device=device) + part * torch.arange(
+        entries, device=device
+    )
     logprobs = (2 * rand(n, entries)).log_softmax(1) + (0.05 + 0.9 * rand(n, 1)).log()
     labels = torch.where(rand(n) < 0.5, ids[:, 0], torch.randint(vocab, (n,), generator=g, device=device))
     ce_weight, kl_weight, upstream = 0.1 + rand(n), 0.1 + rand(n), rand(n) - 0.5
@@ -160,7 +173,11 @@ def _far_rows(device: str) -> Row:
     """
     n, vocab = (16640, 131072) if device == "cuda" else (40, 1024)
     problem = make_problem(0, device, torch.bfloat16, n, vocab, 10, odd=False, tail="bucket", temperature=2.0)
-    chosen = torch.tensor([0, n - 257, n - 256, n - 1], device=device) if device == "cuda" else torch.tensor([0, n - 1])
+    chosen = (
+        torch.tensor([0, n - 257, n - 256, n - 1], device=device)
+        if device == "cuda"
+        else torch.tensor([0, n - 1])
+    )
     exact = problem.rows(chosen)
     loss, gradient = problem.solve(torch.bfloat16, _implementation(device))
     return _compared(f"rows at both ends of {n} x {vocab}", (loss[chosen], gradient[chosen]), exact)
@@ -206,7 +223,11 @@ def _into_main_grad(device: str, unit_upstream: bool) -> Iterator[Row]:
     hidden = torch.randn(n, h, generator=g, device=device, dtype=dtype)
     weight = torch.randn(vocab, h, generator=g, device=device, dtype=dtype).mul_(3 / h**0.5)
     upstream = torch.ones_like(problem.upstream) if unit_upstream else problem.upstream
-    weights: dict[str, Any] = {"ce_weight": problem.ce_weight, "kl_weight": problem.kl_weight, "temperature": 2.0}
+    weights: dict[str, Any] = {
+        "ce_weight": problem.ce_weight,
+        "kl_weight": problem.kl_weight,
+        "temperature": 2.0,
+    }
 
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
     loss = sparse_kl_cross_entropy(

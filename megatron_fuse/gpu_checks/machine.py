@@ -45,7 +45,9 @@ def run(device: str, directory: Path) -> Iterator[Row]:
     yield measured("matmul rate, bf16", rate / 1e12, "TFLOP/s")
     peak = peak_flops_of_this_gpu()
     if peak is None:
-        yield not_run("matmul rate over the data sheet's", "not in the table of megatron_fuse/training/throughput.py")
+        yield not_run(
+            "matmul rate over the data sheet's", "not in the table of megatron_fuse/training/throughput.py"
+        )
     else:
         yield measured_or_held("matmul rate over the data sheet's", rate / peak, "", ">= 0.5", counts=True)
 

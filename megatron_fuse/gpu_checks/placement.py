@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from megatron_fuse.gpu_checks.rows import Row, holds, not_run
-from megatron_fuse.gpu_checks.synthetic import LLAMA_TINY, RandomDocuments, random_trainer, recipe_of_random_target
+from megatron_fuse.gpu_checks.synthetic import (
+    LLAMA_TINY,
+    RandomDocuments,
+    random_trainer,
+    recipe_of_random_target,
+)
 from megatron_fuse.runtime import Runtime, start_runtime
 
 _SEQUENCE = 64
@@ -37,7 +42,10 @@ def run(device: str, directory: Path) -> Iterator[Row]:
                 continue
             parallel = {**sections.get("parallel", {}), "transformer_impl": implementation}
             recipe = recipe_of_random_target(
-                directory / f"{implementation}-{kind}", LLAMA_TINY, _SEQUENCE, **{**sections, "parallel": parallel}
+                directory / f"{implementation}-{kind}",
+                LLAMA_TINY,
+                _SEQUENCE,
+                **{**sections, "parallel": parallel},
             )
             tensors = tensors_of_a_step(recipe, runtime)
             count = sum(map(len, tensors.values()))

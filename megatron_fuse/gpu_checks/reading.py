@@ -40,7 +40,9 @@ def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCa
     """A model with random weights. They are so large that the attended tokens decide the next token."""
     torch.manual_seed(3)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2))
+        model = LlamaForCausalLM(
+            LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2)
+        )
     # transformers' decorator of `to` hides its arguments from mypy.
     return model.to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
 
@@ -62,7 +64,9 @@ def _conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation
         supervised = np.arange(length) >= length // 4
         bounds = np.arange(supervised.sum())
         spans = TokenSpans(ids[supervised], bounds, bounds + 1, np.zeros(len(bounds), np.uint8))
-        conversations.append(Conversation(str(number), EncodedConversation(ids, supervised, spans, len(bounds))))
+        conversations.append(
+            Conversation(str(number), EncodedConversation(ids, supervised, spans, len(bounds)))
+        )
     return conversations
 
 
@@ -83,9 +87,14 @@ def _equal_rows(device: str, directory: Path) -> Iterator[Row]:
     yield held("capture: entries of the same id", float((ids[0] == ids[1]).mean()), "", ">= 0.99")
     same = ids[0] == ids[1]
     yield held(
-        "capture: largest difference of a logit", _largest(logits[0][same], logits[1][same]), "", f"<= {_ROUNDING}"
+        "capture: largest difference of a logit",
+        _largest(logits[0][same], logits[1][same]),
+        "",
+        f"<= {_ROUNDING}",
     )
-    yield held("capture: largest difference of a log-sum-exp", _largest(here.lse, there.lse), "", f"<= {_ROUNDING}")
+    yield held(
+        "capture: largest difference of a log-sum-exp", _largest(here.lse, there.lse), "", f"<= {_ROUNDING}"
+    )
 
 
 def _of_rows(rows: SparseRows, field: str, chosen: np.ndarray) -> np.ndarray:
@@ -101,7 +110,12 @@ def _equal_answers(device: str) -> Iterator[Row]:
     vocab_size = LLAMA_TINY["vocab_size"]
     draw = np.random.default_rng(7)
     prompts = [
-        Prompt(str(number), draw.integers(3, vocab_size, 5 + number % 7).tolist(), room=8 + number % 9, seed=number)
+        Prompt(
+            str(number),
+            draw.integers(3, vocab_size, 5 + number % 7).tolist(),
+            room=8 + number % 9,
+            seed=number,
+        )
         for number in range(32)
     ]
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
@@ -122,7 +136,9 @@ def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
         device,
         3,
         lambda: reader.capture_shard(conversations),
-        lambda: [_forward(model, [conversations[index].readable.ids for index in batch]) for batch in batches],
+        lambda: [
+            _forward(model, [conversations[index].readable.ids for index in batch]) for batch in batches
+        ],
     )
     name = f"capture, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     yield measured(name, sum(lengths) / captured, "tokens/s")

@@ -11,7 +11,11 @@ _HEADS = ("check", "what", "value", "unit", "limit", "")
 def markdown(rows: Sequence[Row]) -> str:
     """A line with the date and the numbers of rows that are ok, failed or not run; then the table."""
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("ok", "FAILED", "not run")}
-    lines = [_line(_HEADS), _line(["---", "---", "---:", "---", "---", "---"]), *(_line(_cells(row)) for row in rows)]
+    lines = [
+        _line(_HEADS),
+        _line(["---", "---", "---:", "---", "---", "---"]),
+        *(_line(_cells(row)) for row in rows),
+    ]
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     return "\n".join([f"{date.today().isoformat()}: {summary}", "", *lines, ""])
 

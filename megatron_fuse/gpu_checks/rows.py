@@ -41,7 +41,9 @@ def held(what: str, value: float, unit: str, limit: str) -> Row:
     comparison, bound = limit.split()
     if not math.isfinite(value):
         return Row(what, unit=unit, limit=limit, ok=False, reason=f"is {value}")
-    return Row(what, value, unit, limit, ok=value <= float(bound) if comparison == "<=" else value >= float(bound))
+    return Row(
+        what, value, unit, limit, ok=value <= float(bound) if comparison == "<=" else value >= float(bound)
+    )
 
 
 def measured_or_held(what: str, value: float, unit: str, limit: str, *, counts: bool) -> Row:

@@ -110,7 +110,9 @@ def rows_of(
     elif not complete:
         problem = failed("the rest of it", f"took more than {limit:.0f} s; it has written {log}")
     elif process.exitcode:
-        problem = failed("the rest of it", f"{_ending(process.exitcode)}: {_last_line(log)}; it has written {log}")
+        problem = failed(
+            "the rest of it", f"{_ending(process.exitcode)}: {_last_line(log)}; it has written {log}"
+        )
     if problem:
         yield replace(problem, check=check.name)
 

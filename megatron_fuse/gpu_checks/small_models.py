@@ -21,10 +21,23 @@ from megatron_fuse.gpu_checks.synthetic import LLAMA_TINY
 _POSITIONS = 256
 _SPECIALS = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 _CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_THINGS = ("apples", "boats", "candles", "doors", "engines", "flutes", "gardens", "hats", "islands", "jars", "kettles")
+_THINGS = (
+    "apples",
+    "boats",
+    "candles",
+    "doors",
+    "engines",
+    "flutes",
+    "gardens",
+    "hats",
+    "islands",
+    "jars",
+    "kettles",
+)
 _COLOURS = ("red", "green", "blue", "black", "white")
 
 
@@ -36,7 +49,9 @@ def write_instructions(path: Path, count: int) -> None:
         things = draw.sample(_THINGS, 2 + number % 5)
         colour = draw.choice(_COLOURS)
         asked = f"Name {len(things)} things that are {colour}, in order. ({number})"
-        rows.append({"id": str(number), "instruction": asked, "output": f"{', '.join(sorted(things))}: all {colour}."})
+        rows.append(
+            {"id": str(number), "instruction": asked, "output": f"{', '.join(sorted(things))}: all {colour}."}
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -45,9 +60,13 @@ def write_models(directory: Path) -> dict[str, Path]:
 
     Returns name -> directory.
     """
-    sizes = {key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")}
+    sizes = {
+        key: value for key, value in LLAMA_TINY.items() if key not in ("vocab_size", "tie_word_embeddings")
+    }
     paths = {name: directory / name for name in ("alpha", "beta", "reward")}
-    vocab = {name: _write_tokenizer(path, 300 + 10 * index) for index, (name, path) in enumerate(paths.items())}
+    vocab = {
+        name: _write_tokenizer(path, 300 + 10 * index) for index, (name, path) in enumerate(paths.items())
+    }
     llama: dict[str, Any] = {**sizes, "max_position_embeddings": _POSITIONS}
     neox = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
     torch.manual_seed(11)
@@ -78,7 +97,9 @@ def _write_tokenizer(directory: Path, vocab_size: int) -> int:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(_THINGS), " ".join(_COLOURS), "Name things that are in order."], trainer)
+    tokenizer.train_from_iterator(
+        [" ".join(_THINGS), " ".join(_COLOURS), "Name things that are in order."], trainer
+    )
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {

@@ -132,7 +132,9 @@ def _train_and_kill(context: SpawnContext | ForkContext, recipe: Recipe, path: P
         time.sleep(_POLL)
     training.join()
     if training.exitcode is not None and training.exitcode >= 0:
-        raise UserError(f"{TRAINING.command} ended with exit code {training.exitcode} before it could be killed")
+        raise UserError(
+            f"{TRAINING.command} ended with exit code {training.exitcode} before it could be killed"
+        )
     return _losses(recipe)
 
 
@@ -147,11 +149,15 @@ def _twice(device: str, killed: dict[int, float], whole: dict[int, float]) -> It
     """Compares the losses of the killed run with those of the resumed run, which repeated the last steps."""
     steps = sorted(killed)
     yield holds(
-        "training, resumed: has every step", sorted(whole) == list(range(1, max(whole) + 1)), str(sorted(whole))
+        "training, resumed: has every step",
+        sorted(whole) == list(range(1, max(whole) + 1)),
+        str(sorted(whole)),
     )
     differences = [abs(killed[step] - whole[step]) / abs(whole[step]) for step in steps]
     limit = 0 if device == "cpu" else _BF16  # on a GPU the order of sums may differ
-    yield held("training, resumed: largest difference of a loss", max(differences), "relative", f"<= {limit:g}")
+    yield held(
+        "training, resumed: largest difference of a loss", max(differences), "relative", f"<= {limit:g}"
+    )
 
 
 def _read_again(device: str, recipe: Recipe) -> Row:
@@ -164,7 +170,10 @@ def _read_again(device: str, recipe: Recipe) -> Row:
     loss = _cross_entropy(FusionDataset(recipe), model)
     difference = abs(loss - metadata["best_loss"]) / metadata["best_loss"]
     return held(
-        "export, read by transformers: difference of the validation loss", difference, "relative", f"<= {_BF16}"
+        "export, read by transformers: difference of the validation loss",
+        difference,
+        "relative",
+        f"<= {_BF16}",
     )
 
 

@@ -83,7 +83,9 @@ def _document(draw: np.random.Generator, tokens: int, vocab_size: int, entries: 
         teacher_ids=(
             draw.integers(0, vocab_size // max(entries, 1), (labels, entries)) + _parts(vocab_size, entries)
         ).ravel(),
-        teacher_logprobs=np.log(_MASS * draw.dirichlet(np.ones(max(entries, 1)), labels))[:, :entries].ravel(),
+        teacher_logprobs=np.log(_MASS * draw.dirichlet(np.ones(max(entries, 1)), labels))[
+            :, :entries
+        ].ravel(),
     )
 
 
@@ -99,7 +101,9 @@ def recipe_of_random_target(
     sections: options laid over it.
     """
     target = directory / "target"
-    LlamaConfig(**sizes, max_position_embeddings=seq_length, architectures=["LlamaForCausalLM"]).save_pretrained(target)
+    LlamaConfig(
+        **sizes, max_position_embeddings=seq_length, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(target)
     content: dict[str, Any] = {
         "workdir": str(directory / "run"),
         "target": {"model": str(target)},

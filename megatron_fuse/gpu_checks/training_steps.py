@@ -82,7 +82,13 @@ def run(device: str, directory: Path) -> Iterator[Row]:
 
 
 def _rows(
-    name: str, device: str, directory: Path, runtime: Runtime, implementation: str, variant: Variant, sizes: Sizes
+    name: str,
+    device: str,
+    directory: Path,
+    runtime: Runtime,
+    implementation: str,
+    variant: Variant,
+    sizes: Sizes,
 ) -> Iterator[Row]:
     from megatron_fuse.training.memory import estimate_memory
     from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
@@ -112,7 +118,9 @@ def _rows(
         mfu = training_flops(fusion.architecture, positions) / seconds / peak
         yield measured_or_held(f"{name}: MFU", mfu, "", ">= 0.4", counts=variant.beside_tuning)
     values = train_step(fusion, batch, 1e-5)
-    yield holds(f"{name}: loss and gradient are finite", all(map(math.isfinite, values.values())), str(values))
+    yield holds(
+        f"{name}: loss and gradient are finite", all(map(math.isfinite, values.values())), str(values)
+    )
     if not counts:
         yield not_run(f"{name}: memory, synchronisations", "of a GPU alone")
         return
@@ -122,7 +130,9 @@ def _rows(
     most = peak_bytes(works[0])
     yield measured(f"{name}: peak memory", most / 2**30, "GiB")
     yield measured(f"{name}: estimated memory", estimate / 2**30, "GiB")
-    yield measured_or_held(f"{name}: peak memory over the estimate", most / estimate, "", "<= 1.25", counts=True)
+    yield measured_or_held(
+        f"{name}: peak memory over the estimate", most / estimate, "", "<= 1.25", counts=True
+    )
     yield _waits_for_nothing(name, lambda: forward_backward(fusion, batch, forward_only=False))
 
 

@@ -14,7 +14,8 @@ _SAMPLE = 4 * 1024  # bytes at the begin of every tensor
 
 
 def model_fingerprint(model_dir: Path) -> str:
-    """sha256 that identifies a model's configuration and weights without reading all of them (under a second for 7B).
+    """sha256 that identifies a model's configuration and weights without reading all of them (under a second
+    for 7B).
 
     Covers config.json and, for every weight file, the name, size, safetensors header, first and last 64 KiB,
     and the first 4 KiB of every tensor. The tensors are sampled because an adapter merged into a few matrices
@@ -43,7 +44,9 @@ def weight_parts(model_dir: Path) -> list[bytes]:
     If there is an index, only the shards that it names count, in whatever folder they are.
     """
     shards = shards_of(model_dir)
-    files = [path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards]
+    files = [
+        path for path in model_dir.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.suffix not in shards
+    ]
     named = [model_dir / name for names in shards.values() for name in names]
     parts: list[bytes] = []
     for path in sorted(files + [path for path in named if path.is_file()]):

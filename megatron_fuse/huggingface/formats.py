@@ -15,7 +15,14 @@ def load_format(options: ModelOptions, where: str) -> ChatFormat:
     directory = resolve_model(options.model, f"{where}.model")
     # Before the library of the tokenizer reads it: errors of the library name no key.
     read_model_config(directory)
-    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
+    tokenizer = load_tokenizer(
+        directory, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where)
+    )
     return load_chat_format(
-        tokenizer, options.chat_template, options.system, where, end_token_ids(directory), learns=where == TARGET
+        tokenizer,
+        options.chat_template,
+        options.system,
+        where,
+        end_token_ids(directory),
+        learns=where == TARGET,
     )

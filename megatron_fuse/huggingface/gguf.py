@@ -29,7 +29,13 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
 _USER_DEFINED, _UNUSED = 4, 5  # of tokenizer.ggml.token_type
-_COMPARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+_COMPARED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def refuse_gguf(model: Path, where: str) -> None:
@@ -71,12 +77,17 @@ def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32")
     config = getattr(transformers, "GgufConfig", None)
     plain = {"quantization_config": config(gguf_file=file.name, dequantize=True)} if config else {}
     with _read(f"--tokenizer: {tokenizer}"):
-        original_tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    _compare_tokens({token: text for text, token in original_tokenizer.get_vocab().items()}, held, file, tokenizer)
+        original_tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer, local_files_only=True, trust_remote_code=False
+        )
+    _compare_tokens(
+        {token: text for text, token in original_tokenizer.get_vocab().items()}, held, file, tokenizer
+    )
     if held.rotary_scaling:  # read before the weights, so that an error comes early
         original = _scaled_config(tokenizer, file, held.rotary_scaling)
     with _read(f"--from-gguf: {file}"), without_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which transformers' annotation leaves out
+        # A pair, which transformers' annotation leaves out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             local_files_only=True,
@@ -105,7 +116,8 @@ def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32")
             write_config(temporary, read_object(temporary / "config.json"), dtype)
             copy_beside_weights(tokenizer, temporary)
     logger.info(
-        f"{output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, dequantised, in {dtype}"
+        f"{output}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, dequantised, "
+        f"in {dtype}"
     )
 
 
@@ -165,13 +177,16 @@ def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
         f"parameters from this file, and {tokenizer}"
     )
     if not (tokenizer / "config.json").is_file():
-        raise UserError(f"{needed} has no config.json. Copy the config.json of the original model into that directory.")
+        raise UserError(
+            f"{needed} has no config.json. Copy the config.json of the original model into that directory."
+        )
     config = load_config(tokenizer).get_text_config()
     rope = config.rope_parameters or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each kind of layer
     if all(part.get("rope_type", "default") == "default" for part in parts):
         raise UserError(
-            f"{needed}/config.json has no rope_scaling. Name the directory of the model that the file was made from."
+            f"{needed}/config.json has no rope_scaling. Name the directory of the model that the file was "
+            "made from."
         )
     return config
 
@@ -204,7 +219,9 @@ def _compare_tokens(tokenizer: dict[int, str], held: _Held, file: Path, where: P
         if ours is None:
             if kind == _UNUSED or re.fullmatch(r"\[PAD\d+\]", theirs):
                 continue
-            raise UserError(f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}. {fix}")
+            raise UserError(
+                f"--tokenizer: {where} has no token for id {token}, which is {shown} in {file}. {fix}"
+            )
         if kind == _USER_DEFINED:  # llama.cpp writes these tokens with blanks in the place of U+2581
             same = ours.replace("\u2581", " ") == theirs.replace("\u2581", " ")
         else:

@@ -23,7 +23,8 @@ def longest_text(model: Any) -> int | None:
     """
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     first = max(
-        (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None), default=0
+        (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None),
+        default=0,
     )
     limit = max_positions(model.config)
     return limit and limit - first

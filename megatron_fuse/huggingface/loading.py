@@ -74,7 +74,9 @@ def load_model(
     return model
 
 
-def load_causal_lm(options: AnsweringOptions, device: torch.device | None = None, where: str = "model") -> Any:
+def load_causal_lm(
+    options: AnsweringOptions, device: torch.device | None = None, where: str = "model"
+) -> Any:
     """The language model of a source or of the target. Raises UserError as load_model does."""
     return load_model(
         AutoModelForCausalLM,

@@ -76,7 +76,9 @@ def check_size(
         )
 
 
-def check_after_loading(model: "PreTrainedModel", report: dict[str, Any], directory: Path, where: str) -> None:
+def check_after_loading(
+    model: "PreTrainedModel", report: dict[str, Any], directory: Path, where: str
+) -> None:
     """Raises UserError if transformers reports missing weights, other shapes, or layers that it left out.
 
     report: the loading info of from_pretrained. where: the recipe's key, for errors.

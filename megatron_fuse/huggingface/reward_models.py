@@ -96,7 +96,9 @@ def load_reward_model_format(options: RewardModelOptions, name: str) -> ChatForm
     files = find_reward_model(options, name)
     template = options.chat_template or FORMS[files.form].template
     where = f"reward_models.{name}"
-    tokenizer = load_tokenizer(files.body, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where))
+    tokenizer = load_tokenizer(
+        files.body, trust_remote_code=options.trust_remote_code, allowed_by=trust_key(where)
+    )
     return load_chat_format(tokenizer, template, options.system, where)
 
 

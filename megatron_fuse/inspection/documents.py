@@ -30,14 +30,17 @@ def find_example(dataset: FusionDataset, index: int | None, example_id: str | No
             )
         return dataset.example_ids.index(example_id)
     if index is None or not 0 <= index < examples:
-        raise UserError(f"--index {index}: there is no such example. Examples are numbered from 0 to {examples - 1}.")
+        raise UserError(
+            f"--index {index}: there is no such example. Examples are numbered from 0 to {examples - 1}."
+        )
     return index
 
 
 def view_document(
     recipe: Recipe, dataset: FusionDataset, mode: str, example: int, source: str | None = None
 ) -> dict[str, Any]:
-    """{"id", "mode", "source", "tokens": [{"id", "text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}
+    """{"id", "mode", "source", "tokens": [{"id", "text", "supervised", "match", "entries": [{"id", "text",
+    "logprob"}], "tail"}]}
 
     The entries at a token are the teacher's distribution that PREDICTS it, at the KL temperature. tail is the
     mass outside them. source: default the selected source; null in the view if none is selected. Raises
@@ -48,11 +51,17 @@ def view_document(
     if not len(document.tokens):
         if mode not in dataset.selections:
             raise UserError(
-                f"--mode {mode}: there are no documents, because the recipe's schedule gives this mode no weight"
+                f"--mode {mode}: there are no documents, because the recipe's schedule gives this mode no "
+                "weight"
             )
-        whose = f"of source {source!r}" if source else "(no source's answer was selected, or its margin is too small)"
+        whose = (
+            f"of source {source!r}"
+            if source
+            else "(no source's answer was selected, or its margin is too small)"
+        )
         raise UserError(
-            f"example {name!r} has no {mode} document {whose}. It was left out: see the counts in manifest.json."
+            f"example {name!r} has no {mode} document {whose}. It was left out: see the counts in "
+            "manifest.json."
         )
     tokenizer = load_format(recipe.target, "target").tokenizer
     bounds = ragged.offsets(document.counts)
@@ -70,12 +79,19 @@ def view_document(
                 "match": MATCHES[document.match[row[position]]] if supervised else "skip",
                 "entries": [
                     {"id": entry, "text": token_text(tokenizer, entry), "logprob": logprob}
-                    for entry, logprob in zip(document.teacher_ids[entries].tolist(), logprobs.tolist(), strict=True)
+                    for entry, logprob in zip(
+                        document.teacher_ids[entries].tolist(), logprobs.tolist(), strict=True
+                    )
                 ],
                 "tail": float(1 - np.exp(logprobs).sum()),
             }
         )
-    return {"id": name, "mode": mode, "source": source or dataset.selected_source(mode, example), "tokens": tokens}
+    return {
+        "id": name,
+        "mode": mode,
+        "source": source or dataset.selected_source(mode, example),
+        "tokens": tokens,
+    }
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -87,7 +103,9 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
-    """The view as text: the conversation with its token boundaries, then one line for every supervised token."""
+    """The view as text: the conversation with its token boundaries, then one line for every supervised
+    token.
+    """
     tokens = view["tokens"]
     labels = [token for token in tokens if token["supervised"]]
     matched = sum(token["match"] != "skip" for token in labels)
@@ -104,7 +122,10 @@ def format_view(view: dict[str, Any], dataset: FusionDataset) -> str:
         if not token["supervised"]:
             continue
         entries = "  ".join(f"{e['text']!r} {100 * np.exp(e['logprob']):.1f}" for e in token["entries"])
-        line = f"{position:>8}  {token['text']!r:<16} {token['match']:<9} {100 * token['tail']:>5.1f}%  {entries}"
+        line = (
+            f"{position:>8}  {token['text']!r:<16} {token['match']:<9} {100 * token['tail']:>5.1f}%  "
+            f"{entries}"
+        )
         lines.append(line.rstrip())
     return "\n".join(lines)
 
@@ -115,7 +136,8 @@ def conversation_lines(tokens: list[dict[str, Any]]) -> list[str]:
     One part for every run of supervised tokens, and one for every run of context.
     """
     return [
-        f"[{'learned' if supervised else 'context'}] {'│'.join(printable(token['text'], prose=True) for token in run)}"
+        f"[{'learned' if supervised else 'context'}] "
+        f"{'│'.join(printable(token['text'], prose=True) for token in run)}"
         for supervised, run in groupby(tokens, key=lambda token: token["supervised"])
     ]
 
@@ -130,7 +152,9 @@ def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:
     for column, source in enumerate(dataset.sources):
         mark = "*" if selection.source[example] == column else " "
         available = selection.arrays["available"][example, column]
-        lines.append(f"  {mark} {source}: {_reason(selection.arrays, example, column) if available else 'left out'}")
+        lines.append(
+            f"  {mark} {source}: {_reason(selection.arrays, example, column) if available else 'left out'}"
+        )
     if selection.source[example] != NONE:
         margin, weight = selection.arrays["margin"][example], selection.weight[example]
         lines.append(f"  margin {margin:.4g} {_margin_unit(selection.arrays)}, weight {weight:.4g}")

@@ -35,7 +35,8 @@ def format_of_model(model: str) -> ChatFormat:
 
 
 def view_template(name: str, chat: ChatFormat) -> dict[str, Any]:
-    """{"model", "template", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}], "generation_prompt", ...}
+    """{"model", "template", "tokens": [{"id", "text", "supervised"}], "stop", "ends": [{"id", "text"}],
+    "generation_prompt", ...}
 
     tokens: a sample conversation with system message, earlier turn and response. generation_prompt: the text
     after which the model answers the last question of the sample. missing_of_tools: null if the template
@@ -77,18 +78,21 @@ def format_template_view(view: dict[str, Any]) -> str:
         f"{view['model']}: {view['template']}",
         *conversation_lines(view["tokens"]),
         f"first learned token: {_shown(labels[0])}; last: {_shown(labels[-1])}",
-        f"stop token, a label: {_shown(view['stop'])}; sampling ends at: {', '.join(map(_shown, view['ends']))}",
+        f"stop token, a label: {_shown(view['stop'])}; sampling ends at: "
+        f"{', '.join(map(_shown, view['ends']))}",
         f"generation begins behind: {view['generation_prompt'][-60:]!r}",
     ]
     if view["generation"]:
         given = view["opening"] or view["separator"]
         lines.append(
-            f"the generation prompt ends in {view['generation']!r}; before a given response the template prints "
+            f"the generation prompt ends in {view['generation']!r}; before a given response the template "
+            "prints "
             f"{repr(given) if given else 'nothing'} there"
         )
     elif view["opening"]:
         lines.append(
-            f"the template prints {view['opening']!r} before a given response; it is context, in generation too"
+            f"the template prints {view['opening']!r} before a given response; it is context, in generation "
+            "too"
         )
     if view["separator"]:
         lines.append(f"white space before a response: {view['separator']!r}, a part of its first token")

@@ -27,7 +27,8 @@ class ToolCall(TypedDict):
 class Message(TypedDict):
     role: str  # user, assistant or tool; in a prompt also system
     content: str
-    reasoning_content: NotRequired[str]  # the assistant's thought before the turn, for templates that print it
+    # The assistant's thought before the turn, for templates that print it.
+    reasoning_content: NotRequired[str]
     supervised: NotRequired[bool]  # false: a masked assistant turn, which is only context
     tool_calls: NotRequired[list[ToolCall]]  # the assistant's turn calls tools: it is only context
     name: NotRequired[str]  # in a tool's turn: the name of the tool
@@ -47,7 +48,8 @@ class Example:
     target_tokens: int = 0  # tokens of the whole conversation in the target's template, with the stop token
     category: str | None = None  # the category of the row, for reports
     reasoning: str | None = None  # the thought before the response: context, if the template prints it
-    tools: list[dict[str, Any]] | None = None  # offered to the assistant: {type: function, function: {name, ...}}
+    # Offered to the assistant: {type: function, function: {name, ...}}.
+    tools: list[dict[str, Any]] | None = None
 
     def prompt(self, default_system: str | None = None) -> list[Message]:
         """The messages that a model answers.
@@ -66,7 +68,8 @@ class Example:
     def as_row(self) -> dict[str, Any]:
         """The example as it is written.
 
-        Files name is_validation `held_out`. `tools` is left out if there are none, as in files of older versions.
+        Files name is_validation `held_out`. `tools` is left out if there are none, as in files of older
+        versions.
         """
         row = {"held_out" if key == "is_validation" else key: value for key, value in asdict(self).items()}
         return row if self.tools else {key: row[key] for key in row if key != "tools"}

@@ -62,7 +62,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:
                 yield unpacked
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: cannot be unpacked ({brief(str(error))}). Write the file again.") from error
+            raise UserError(
+                f"{path}: cannot be unpacked ({brief(str(error))}). Write the file again."
+            ) from error
 
 
 def _first_byte(file: BinaryIO) -> bytes:
@@ -106,7 +108,9 @@ def _rows_of(value: Row, path: Path) -> Iterator[Row]:
     if not columns or not all(isinstance(column, list) for column in columns.values()):
         yield value
         return
-    if any(_are_turns(columns.get(key, [])) for key in _CONVERSATIONS) or all(map(_are_turns, columns.values())):
+    if any(_are_turns(columns.get(key, [])) for key in _CONVERSATIONS) or all(
+        map(_are_turns, columns.values())
+    ):
         yield value
         return
     lengths = {key: len(column) for key, column in columns.items()}

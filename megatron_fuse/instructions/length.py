@@ -98,7 +98,9 @@ def fit(
         truncated = True
         if not response.strip():
             left = "room for white space only" if room else "no room"
-            reason = f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+            reason = (
+                f"the prompt leaves {left}: {prompt_length} tokens for {name}, seq_length is {seq_length}"
+            )
             raise BadRow(Kind.NO_ROOM, reason)
         # A cut may split a token of an earlier format, which then
         # needs more tokens: all formats are checked again.

@@ -133,7 +133,11 @@ def _choose(
             for example in rows.read(candidates[:missing]):
                 try:
                     result = fit(
-                        example, formats, recipe.training.seq_length, policy=data.too_long, every_turn=rows.every_turn
+                        example,
+                        formats,
+                        recipe.training.seq_length,
+                        policy=data.too_long,
+                        every_turn=rows.every_turn,
                     )
                     if example.uses_tools:
                         require_readable(result, reward_models())
@@ -148,11 +152,14 @@ def _choose(
         progress.total = len(fitted)  # those that were dropped are not left
     if not fitted:
         name, reason = next(iter(dropped.items()))
-        why = "can be read" if reason.kind == Kind.TOOLS else f"fits --seq-length {recipe.training.seq_length}"
+        why = (
+            "can be read" if reason.kind == Kind.TOOLS else f"fits --seq-length {recipe.training.seq_length}"
+        )
         raise UserError(f"{data.path}: no example {why} ({name!r}: {reason})")
     if data.validation_samples >= len(fitted):
         raise UserError(
-            f"data.validation_samples is {data.validation_samples}, but there are only {len(fitted)} examples, so none remains "
+            f"data.validation_samples is {data.validation_samples}, but there are only {len(fitted)} "
+            "examples, so none remains "
             "for training. Lower data.validation_samples."
         )
     return fitted, dropped
@@ -190,14 +197,17 @@ def prepare_instructions(context: Context) -> Artifact | None:
     rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
     if not rows:
         reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "the file is empty"
-        raise UserError(f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})")
+        raise UserError(
+            f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})"
+        )
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
     fitted, dropped = _choose(context, rows, formats)
     validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: data.validation_samples])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
         examples = (
-            fitted[example.id](example, is_validation=example.id in validation_ids) for example in rows.read(fitted)
+            fitted[example.id](example, is_validation=example.id in validation_ids)
+            for example in rows.read(fitted)
         )
         sizes = np.diff(shard_bounds(len(fitted), data.shard_size))
         for shard, size in enumerate(sizes):
@@ -229,7 +239,8 @@ def prepare_instructions(context: Context) -> Artifact | None:
     composing = [name for name, chat in formats if chat.tokenizer.composes]
     if artifact and artifact.counts["not_in_nfc"] and composing:
         logger.warning(
-            f"{artifact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in Unicode's form NFC, which "
+            f"{artifact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in "
+            "Unicode's form NFC, which "
             f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
         )
     return artifact

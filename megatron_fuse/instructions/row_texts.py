@@ -29,7 +29,9 @@ def _part(part: Any, key: str) -> str:
     kind, words = (part.get("type"), part.get("text")) if isinstance(part, dict) else ("text", part)
     if kind == "text" and isinstance(words, str):
         return words
-    raise BadRow(Kind.NOT_TEXT, f"{key} is a list with {quoted(part)}, which is not a text part {{type: text, text}}")
+    raise BadRow(
+        Kind.NOT_TEXT, f"{key} is a list with {quoted(part)}, which is not a text part {{type: text, text}}"
+    )
 
 
 def characters(value: str, key: str) -> str:

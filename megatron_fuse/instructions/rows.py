@@ -98,7 +98,11 @@ class Rows:
 
 
 def read_rows(
-    path: Path, form: str = "auto", *, every_turn: bool = True, clean: Callable[[Example], Example] | None = None
+    path: Path,
+    form: str = "auto",
+    *,
+    every_turn: bool = True,
+    clean: Callable[[Example], Example] | None = None,
 ) -> Rows:
     """Checks the rows (see tables.py) in Alpaca, ShareGPT, messages or Orca form.
 
@@ -162,6 +166,7 @@ def _compare(
         for line in every:
             other = next(each for each in every if contents[each] != contents[line])
             reason = (
-                f"id {quoted(name)} is also the id of line {other}, which is different: make ids unique, or remove them"
+                f"id {quoted(name)} is also the id of line {other}, which is different: make ids "
+                "unique, or remove them"
             )
             yield name, line, BadRow(Kind.AMBIGUOUS_ID, reason)

@@ -48,7 +48,9 @@ def _saved(path: Path, form: type[_Saved]) -> _Saved:
 def table_sha256(path: Path, key: str = "data.path") -> str:
     """The hash of all rows as they are stored. Raises UserError if there is no such table."""
     files = _files(path, key)
-    return sha256_of_file(path) if files == [path] else sha256_of_json([sha256_of_file(file) for file in files])
+    return (
+        sha256_of_file(path) if files == [path] else sha256_of_json([sha256_of_file(file) for file in files])
+    )
 
 
 def table_bytes(path: Path) -> int:
@@ -79,11 +81,13 @@ def read_table(path: Path, key: str = "data.path") -> Iterator[tuple[int, dict[s
             else:
                 batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
             for batch in batches:
-                batch.validate(full=True)  # Arrow believes the file's offsets: reading by false ones kills the process
+                # Arrow believes the file's offsets: reading by false ones kills the process.
+                batch.validate(full=True)
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
                     yield number, row
-        # KeyError: a key twice in one map; ValueError, OverflowError: a date or text that Python has no form for
+        # KeyError: a key twice in one map; ValueError, OverflowError: a date or text that Python has no form
+        # for
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
             raise UserError(
                 f"{file}: cannot be read after {number} rows ({brief(str(error))}). Write the file again."
@@ -100,12 +104,15 @@ def _files(path: Path, key: str) -> list[Path]:
         files = [path / entry.filename for entry in state.data_files]
         if missing := [file.name for file in files if not file.is_file()]:
             raise UserError(
-                f"{path}/state.json: _data_files: the file {brief(missing[0])} is missing. Save the data set again."
+                f"{path}/state.json: _data_files: the file {brief(missing[0])} is missing. Save the data "
+                "set again."
             )
         return files
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(_saved(path / "dataset_dict.json", _SavedSplits).splits)
-        raise UserError(f"{key}: {path} holds several splits. Name the directory of one of them ({brief(splits)}).")
+        raise UserError(
+            f"{key}: {path} holds several splits. Name the directory of one of them ({brief(splits)})."
+        )
     files = sorted(path.glob("*.parquet"))
     if not files:
         raise UserError(

@@ -17,7 +17,8 @@ from megatron_fuse.instructions.row_texts import Row, characters
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.text_safety import brief
 
-CALL_ROLES = {"function_call", "tool_call", "tool_calls"}  # turns whose text is JSON: a call, or a list of them
+# Turns whose text is JSON: a call, or a list of them.
+CALL_ROLES = {"function_call", "tool_call", "tool_calls"}
 OUTPUT_ROLES = {
     *("tool", "function", "observation", "ipython"),
     *("tool_response", "tool_result", "function_response", "function_result"),
@@ -54,7 +55,9 @@ def _function(entry: Any, what: str) -> dict[str, Any]:
             return inner
         if inner is None:
             return {key: value for key, value in entry.items() if key not in ("type", "function", "id")}
-    raise _bad(f"{what} is {quoted(entry)}, not {{name, ...}} and not {{type: function, function: {{name, ...}}}}")
+    raise _bad(
+        f"{what} is {quoted(entry)}, not {{name, ...}} and not {{type: function, function: {{name, ...}}}}"
+    )
 
 
 def _require_name(function: dict[str, Any], what: str) -> str:

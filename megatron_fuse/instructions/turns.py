@@ -58,7 +58,9 @@ def conversation(row: Row, key: str, role_key: str, text_key: str) -> Turns:
     _check_order(messages)
     began_with_answer = bool(messages) and messages[0]["role"] == "assistant"
     if began_with_answer:
-        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+        first = next(
+            (index for index, message in enumerate(messages) if message["role"] == "user"), len(messages)
+        )
         del messages[:first]
     if not messages:
         but = " after a user's turn" if began_with_answer else " except calls of tools" if calls else ""
@@ -132,7 +134,8 @@ def _is_learned(turn: Row) -> bool:
     for key, value in masks.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise BadRow(
-                Kind.BAD_MASK, f"{key} of a turn is {quoted(value)}, but must be 1 (learned) or 0 (not learned)"
+                Kind.BAD_MASK,
+                f"{key} of a turn is {quoted(value)}, but must be 1 (learned) or 0 (not learned)",
             )
     if len(set(masks.values())) > 1:
         raise BadRow(Kind.BAD_MASK, f"{' and '.join(masks)} of a turn contradict each other")

@@ -21,7 +21,8 @@ from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
-SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}  # by model_type
+# By model_type.
+SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 # The frequencies of these types do not depend on the sequence length,
 # and the types do not scale cosine and sine.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
@@ -30,7 +31,10 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Sizes are counts of elements."""
+    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    Sizes are counts of elements.
+    """
 
     family: str  # the Hugging Face class, e.g. "LlamaForCausalLM"
     num_layers: int
@@ -44,9 +48,8 @@ class Architecture:
     rms_norm_eps: float
     qkv_bias: bool
     tied_embeddings: bool  # the output layer has the embedding's weights
-    sliding_window: (
-        int | None
-    )  # in layers with a window a token sees itself and the sliding_window - 1 tokens before it
+    # In layers with a window a token sees itself and the sliding_window - 1 tokens before it.
+    sliding_window: int | None
     sliding_layers: tuple[bool, ...]  # [num_layers]: whether the layer has a window
     inverse_frequencies: tuple[float, ...]  # [head_dim / 2], rotation per position in radians, exact in fp32
     initializer_range: float
@@ -105,7 +108,11 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     that FusionGPTModel does not have.
     """
     if isinstance(source, PreTrainedConfig):
-        origin, family, content = "the model's config", _family(source, "the model's config"), source.to_dict()
+        origin, family, content = (
+            "the model's config",
+            _family(source, "the model's config"),
+            source.to_dict(),
+        )
     else:
         path = Path(source) / "config.json"
         origin, family, content = str(path), None, _read_supported(path)
@@ -129,7 +136,10 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = getattr(config, "sliding_window", None)  # Qwen2's is None unless use_sliding_window
     kinds = {*(stated.layer_types or ())}
-    if kinds - {"full_attention", *(["sliding_attention"] if window and family == "Qwen2ForCausalLM" else [])}:
+    if kinds - {
+        "full_attention",
+        *(["sliding_attention"] if window and family == "Qwen2ForCausalLM" else []),
+    }:
         refuse(
             "layer_types",
             sorted(kinds),
@@ -183,7 +193,9 @@ def check_layout(
         "the padded vocabulary": architecture.padded_vocab_size,
     }
     allowed = [
-        size for size in range(1, architecture.num_query_groups + 1) if not any(n % size for n in divided.values())
+        size
+        for size in range(1, architecture.num_query_groups + 1)
+        if not any(n % size for n in divided.values())
     ]
     for name, count in divided.items():
         if count % tensor:
@@ -265,21 +277,26 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
     if rope_type not in SUPPORTED_ROPE_TYPES:
         allowed = ", ".join(SUPPORTED_ROPE_TYPES)
         raise UserError(
-            f"{origin}: rope type {quoted(rope_type)} is not supported. Choose a model with a rope_type of {allowed}."
+            f"{origin}: rope type {quoted(rope_type)} is not supported. Choose a model with a rope_type of "
+            f"{allowed}."
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
-            f"{origin}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, but only 1.0 is supported"
+            f"{origin}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, but only 1.0 is "
+            "supported"
         )
     for key, value in rope.items():
         if isinstance(value, list):
             raise UserError(f"{origin}: {key} is {quoted(value)}, but must be one number for all layers")
     if theta is None:
-        raise UserError(f"{origin}: rope_theta is missing. Add the base of the rotary frequencies, such as 10000.0.")
+        raise UserError(
+            f"{origin}: rope_theta is missing. Add the base of the rotary frequencies, such as 10000.0."
+        )
     if rope_type == "default":
         if rope.get("factor") not in (None, 1):
             raise UserError(
-                f"{origin}: factor is {rope['factor']}, but rope_type is 'default', which has no factor. Set rope_type."
+                f"{origin}: factor is {rope['factor']}, but rope_type is 'default', which has no factor. "
+                "Set rope_type."
             )
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         frequencies = 1.0 / (theta**exponents)
@@ -291,5 +308,7 @@ def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -
                 f"{origin}: the frequencies cannot be computed from rope_scaling: {reason(error)}"
             ) from error
     if not (frequencies.isfinite() & (frequencies > 0)).all():
-        raise UserError(f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0")
+        raise UserError(
+            f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0"
+        )
     return tuple(frequencies.tolist())

@@ -10,7 +10,8 @@ block-diagonal mask would cost the
   square of the sum.
 - A window is a band along the diagonal. It is attended block by block, which costs s (window + BLOCK).
 
-Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries), both of this rank, d channels of a head.
+Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries), both of this rank, d channels
+of a head.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,8 @@ class CausalAttention(MegatronModule):
         for option, supported in {"attention_dropout": 0.0, "softmax_type": "vanilla"}.items():
             if getattr(config, option) != supported:
                 raise UserError(
-                    f"{option} is {getattr(config, option)!r}, but local attention supports only {supported!r}"
+                    f"{option} is {getattr(config, option)!r}, but local attention supports only "
+                    f"{supported!r}"
                 )
         if attention_type != "self":
             raise UserError(f"attention_type is {attention_type!r}, but a decoder's attention is 'self'")
@@ -112,7 +114,9 @@ class CausalAttention(MegatronModule):
                 "this attention is causal and takes no mask and no bias: give packed_seq_params or a window"
             )
         lengths = None if packed_seq_params is None else packed_seq_params.lengths
-        context = causal_attention(query, key, value, lengths=lengths, window=self.window, scale=self.softmax_scale)
+        context = causal_attention(
+            query, key, value, lengths=lengths, window=self.window, scale=self.softmax_scale
+        )
         return context.flatten(2)
 
 
@@ -184,5 +188,7 @@ def _band(queries: int, window: int, device: torch.device) -> Tensor:
 
     Key 0 is the oldest key that query 0 sees.
     """
-    distance = torch.arange(queries + window - 1, device=device) - torch.arange(queries, device=device)[:, None]
+    distance = (
+        torch.arange(queries + window - 1, device=device) - torch.arange(queries, device=device)[:, None]
+    )
     return (distance >= 0) & (distance < window)

@@ -105,7 +105,10 @@ def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | No
 
 
 def resolve_transformer_impl(transformer_impl: str) -> str:
-    """`auto` decided for this machine. Raises UserError for an unknown word or a missing Transformer Engine."""
+    """`auto` decided for this machine.
+
+    Raises UserError for an unknown word or a missing Transformer Engine.
+    """
     available = torch.cuda.is_available() and has_transformer_engine()
     if transformer_impl == "auto":
         return "transformer_engine" if available else "local"
@@ -115,5 +118,7 @@ def resolve_transformer_impl(transformer_impl: str) -> str:
             "can import. Set it to local or auto, or see docs/install.md."
         )
     if transformer_impl not in ("local", "transformer_engine"):
-        raise UserError(f"--transformer-impl is {transformer_impl!r}. Choose auto, local or transformer_engine.")
+        raise UserError(
+            f"--transformer-impl is {transformer_impl!r}. Choose auto, local or transformer_engine."
+        )
     return transformer_impl

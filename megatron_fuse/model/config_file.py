@@ -42,16 +42,21 @@ def _each(is_right: Callable[[Any], bool], expected: str) -> AfterValidator:
 
 
 def _is_dtype(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype))
+    return isinstance(value, dict) or (
+        isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+    )
 
 
 def _integers(least: int, most: int) -> AfterValidator:
-    return _each(lambda value: type(value) is int and least <= value <= most, f"an integer from {least} to {most}")
+    return _each(
+        lambda value: type(value) is int and least <= value <= most, f"an integer from {least} to {most}"
+    )
 
 
 def _numbers(least: float, most: float) -> AfterValidator:
     return _each(
-        lambda value: type(value) in (int, float) and least <= value <= most, f"a number from {least:g} to {most:g}"
+        lambda value: type(value) in (int, float) and least <= value <= most,
+        f"a number from {least:g} to {most:g}",
     )
 
 
@@ -197,7 +202,8 @@ def check_config(model: type[Config], content: dict[str, Any], place: str) -> Co
     """The content of a config.json as an object of class `model`. place: the file, for errors. Raises
     UserError for a wrong key."""
     config = parse_record(content, model, place, _CORRECT)
-    for key in ("rope_scaling", "rope_parameters"):  # one mapping for all layers, or one for each kind of layer
+    # One mapping for all layers, or one for each kind of layer.
+    for key in ("rope_scaling", "rope_parameters"):
         rope = getattr(config, key)
         for kind, part in (rope.model_extra or {}).items() if rope else ():
             if isinstance(part, dict):
@@ -246,10 +252,14 @@ def ends_of_answers(model_dir: Path) -> list[int]:
 def _ids(value: Any) -> list[int]:
     """The ids in a value that is one id, a list of ids, or none:
     null, or -1 in the configs of the first Llama."""
-    return [token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0]
+    return [
+        token for token in (value if isinstance(value, list) else [value]) if token is not None and token >= 0
+    ]
 
 
-def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> PreTrainedConfig:
+def load_config(
+    model_dir: Path, *, trust_remote_code: bool = False, allowed_by: str | None = None
+) -> PreTrainedConfig:
     """transformers' config of a model directory, after read_model_config. allowed_by: see not_loadable.
 
     Raises UserError, which names the file and the key, if transformers refuses the config. Code of the model
@@ -258,7 +268,9 @@ def load_config(model_dir: Path, *, trust_remote_code: bool = False, allowed_by:
     read_model_config(model_dir)
     path = model_dir / "config.json"
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            model_dir, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers reports a bad value in many classes
         raise not_loadable(path, error, _key_at_fault(read_object(path)), allowed_by) from error
     if not trust_remote_code and isinstance(rope := getattr(config, "rope_parameters", None), dict):

@@ -1,4 +1,5 @@
-"""Weights between a Hugging Face model directory and this rank's part of a GPTModel, at any TP x PP x virtual PP.
+"""Weights between a Hugging Face model directory and this rank's part of a GPTModel, at any TP x PP x virtual
+PP.
 
 One table, `weight_blocks`, says which rectangles of which Hugging Face tensors make up a Megatron parameter.
 Loading copies the rectangles in one direction, exporting in the other. Nothing is computed, so that a round
@@ -48,7 +49,9 @@ class WeightBlock:
     size: int  # elements along `dim`
 
 
-def weight_blocks(parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int) -> list[WeightBlock]:
+def weight_blocks(
+    parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int
+) -> list[WeightBlock]:
     """The blocks of one Megatron parameter on one tensor-parallel rank.
 
     parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer
@@ -170,7 +173,8 @@ def write_hugging_face_model(
     dtype: str,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat template.
+    """Writes a whole model (TP=1, PP=1) into an empty directory: safetensors, config, tokenizer, chat
+    template.
 
     reference: the model that the target was made from. All files but the weights are copied from it, and its
         config gets `dtype` (fp32, bf16 or fp16).
@@ -235,8 +239,13 @@ def _assembler(model: torch.nn.Module, dtype: torch.dtype | None) -> Callable[[s
     """A function that makes the tensor of a Hugging Face name, on the CPU. So an export has few tensors in
     memory at a time."""
     bare = _bare(model)
-    if not (bare.pre_process and bare.post_process) or parallel_state.get_tensor_model_parallel_world_size() > 1:
-        raise ValueError("only a whole model (TP=1, PP=1) can be exported: load its checkpoint in one process first")
+    if (
+        not (bare.pre_process and bare.post_process)
+        or parallel_state.get_tensor_model_parallel_world_size() > 1
+    ):
+        raise ValueError(
+            "only a whole model (TP=1, PP=1) can be exported: load its checkpoint in one process first"
+        )
     shapes = hugging_face_shapes(bare.architecture)
     sources: dict[str, list[tuple[Tensor, WeightBlock]]] = {name: [] for name in shapes}
     for parameter, blocks in parameter_blocks(bare):

@@ -21,7 +21,9 @@ IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_fr
 
 
 def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers' order."""
+    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers'
+    order.
+    """
     a = architecture
     query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
@@ -78,7 +80,9 @@ def check_weights(files: WeightFiles, architecture: Architecture) -> None:
                 "Load the model with transformers, dequantise it and save it again."
             )
     if tied_twice:  # some checkpoints store the tied weight under both names
-        embedding, output = (files.read(name, 0, 0, architecture.vocab_size).float() for name in (EMBEDDING, OUTPUT))
+        embedding, output = (
+            files.read(name, 0, 0, architecture.vocab_size).float() for name in (EMBEDDING, OUTPUT)
+        )
         if not torch.equal(embedding, output):
             raise UserError(
                 f"{where}: {OUTPUT} differs from {EMBEDDING}. Set tie_word_embeddings to false in {config}."
@@ -89,8 +93,10 @@ def _sizes(architecture: Architecture) -> str:
     """The sizes that decide names and shapes, by the config's keys, for messages."""
     a = architecture
     return (
-        f"vocab_size {a.vocab_size}, hidden_size {a.hidden_size}, intermediate_size {a.ffn_hidden_size}, num_hidden_layers "
-        f"{a.num_layers}, num_attention_heads {a.num_attention_heads}, num_key_value_heads {a.num_query_groups}, head_dim "
+        f"vocab_size {a.vocab_size}, hidden_size {a.hidden_size}, intermediate_size {a.ffn_hidden_size}, "
+        "num_hidden_layers "
+        f"{a.num_layers}, num_attention_heads {a.num_attention_heads}, num_key_value_heads "
+        f"{a.num_query_groups}, head_dim "
         f"{a.head_dim}, tie_word_embeddings {str(a.tied_embeddings).lower()}"
     )
 

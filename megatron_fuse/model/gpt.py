@@ -1,6 +1,7 @@
 """The target as Megatron-core's GPTModel, with the fusion loss computed inside it.
 
-Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stored teacher entries per token, n = s b tokens.
+Legend: s sequence, b batch, v padded vocabulary, p tensor-parallel size, k stored teacher entries per token,
+n = s b tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -134,7 +135,9 @@ class FusionGPTModel(GPTModel):
             rotations = rotations[position_ids[0]]
         return (hidden_states, rotations, *others)
 
-    def _postprocess(self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object
+    ) -> Tensor:
         """From hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
 
         Without `fused_linear` this is GPTModel's _postprocess. With it the losses come from here, without a
@@ -171,7 +174,12 @@ class FusionGPTModel(GPTModel):
         return self._losses(loss, labels, sequence, batch, columns)
 
     def _losses(
-        self, loss: Callable[..., TokenLosses], targets: FusionTargets, sequence: int, batch: int, columns: int
+        self,
+        loss: Callable[..., TokenLosses],
+        targets: FusionTargets,
+        sequence: int,
+        batch: int,
+        columns: int,
     ) -> Tensor:
         """[6, b, s] from a loss function that already has the student's rows [s b], in the order of [s, b].
 
@@ -254,7 +262,9 @@ def build_model_chunks(
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # Megatron's specs
-    """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl names."""
+    """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl
+    names.
+    """
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -291,4 +301,6 @@ def _mark_tensor_parallel_weights(model: GPTModel) -> None:
         if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             # A shard of linear_fc1 has two pieces: one of the gate, one of the up projection.
             stride = 2 if name.endswith("linear_fc1") else 1
-            tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimensions[type(module)], stride)
+            tensor_parallel_layers.set_tensor_model_parallel_attributes(
+                weight, True, dimensions[type(module)], stride
+            )

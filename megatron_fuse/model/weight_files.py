@@ -25,14 +25,16 @@ from megatron_fuse.storage.safetensors_header import read_safetensors_header, re
 from megatron_fuse.storage.strict_json import file_size, read_object
 from megatron_fuse.text_safety import brief
 
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in order of preference, an index before the single file
+# In order of preference, an index before the single file.
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SAFETENSORS_DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 class WeightFiles:
-    """The tensors of a Hugging Face model directory, safetensors or torch's .bin, in one file or in shards with an index.
+    """The tensors of a Hugging Face model directory, safetensors or torch's .bin, in one file or in shards
+    with an index.
 
     Raises UserError, which names the file, if files are missing or damaged or hold other things than tensors,
     if a tensor is not in the file that the index names, or if the index names a file outside the directory.
@@ -117,7 +119,9 @@ class WeightFiles:
 
     def _part(self, name: str) -> Any:  # a safetensors slice or a memory-mapped tensor
         if name not in self.file_of:
-            raise UserError(f"{self.model_dir} does not have the tensor {brief(name, 100)}. Fetch the model again.")
+            raise UserError(
+                f"{self.model_dir} does not have the tensor {brief(name, 100)}. Fetch the model again."
+            )
         file = self._open(self.file_of[name])
         try:
             return file[name] if isinstance(file, Mapping) else file.get_slice(name)
@@ -127,7 +131,8 @@ class WeightFiles:
                 "places there. Fetch the model again."
             ) from None
 
-    def _open(self, file: str, wanted: str = "weights") -> Any:  # a safetensors file or the tensors of a .bin file
+    # A safetensors file or the tensors of a .bin file.
+    def _open(self, file: str, wanted: str = "weights") -> Any:
         if file not in self._opened:
             path = self.model_dir / file
             if not path.exists():
@@ -162,7 +167,13 @@ def _read_index(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: weight_map is empty. Fetch the model again.")
     for name, file in file_of.items():
         path = PurePath(file)
-        if not file.isprintable() or not path.name or len(file) > 255 or path.is_absolute() or ".." in path.parts:
+        if (
+            not file.isprintable()
+            or not path.name
+            or len(file) > 255
+            or path.is_absolute()
+            or ".." in path.parts
+        ):
             raise UserError(
                 f"{index}: weight_map.{brief(name, 100)} is {quoted(file)}, but must be the name of a file "
                 "in the directory"
@@ -206,7 +217,9 @@ def _load_bin(path: Path) -> Mapping[str, Tensor]:
             raise _not_tensors_alone(path, f"{quoted(name)} is sparse, quantised or empty")
         # A view may repeat its elements: a few bytes in the file, terabytes in memory.
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise _not_tensors_alone(path, f"{quoted(name)} of shape {list(value.shape)} repeats what is stored")
+            raise _not_tensors_alone(
+                path, f"{quoted(name)} of shape {list(value.shape)} repeats what is stored"
+            )
     return content
 
 
@@ -218,7 +231,9 @@ def common_dtype(dtypes: Iterable[str]) -> str:
 
 
 def _not_tensors_alone(path: Path, content: str) -> UserError:
-    return UserError(f"{path} holds not only named tensors ({content}). Save the tensors alone as safetensors.")
+    return UserError(
+        f"{path} holds not only named tensors ({content}). Save the tensors alone as safetensors."
+    )
 
 
 def write_weight_files(
@@ -243,7 +258,11 @@ def write_weight_files(
             return tensor(name)
 
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = (
+                "model.safetensors"
+                if len(shards) == 1
+                else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            )
             tensors = {name: shown(count, name) for count, name in enumerate(names, len(file_of))}
             # transformers refuses a file that does not say that it comes from torch.
             write_safetensors(directory / file, tensors, {"format": "pt"})
@@ -251,7 +270,9 @@ def write_weight_files(
         progress.update(len(file_of))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterable[list[str]]:

@@ -35,7 +35,9 @@ def estimate_amounts(context: Context) -> Amounts:
         return _amounts(recipe, counts["examples"], counts["held_out"], sizes, scale)
     rows = read_rows(recipe.data.path, recipe.data.format, every_turn=recipe.data.supervise == "every_turn")
     if not rows:
-        raise UserError(f"{recipe.data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form")
+        raise UserError(
+            f"{recipe.data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form"
+        )
     examples = min(recipe.data.samples or len(rows), len(rows))
     # Taken from all parts of the file, because its rows may be sorted.
     looked_at = list(rows.lines)[:: -(-len(rows) // _LOOKED_AT)]
@@ -67,7 +69,9 @@ def _mean_sizes(recipe: Recipe, examples: Sequence[Example]) -> _Sizes:
     for example in examples:
         response = _tokens(example.response)
         conversation += (
-            _tokens(example.system or "") + sum(_tokens(each["content"]) for each in example.messages) + response
+            _tokens(example.system or "")
+            + sum(_tokens(each["content"]) for each in example.messages)
+            + response
         )
         calls = [each["tool_calls"] for each in example.messages if "tool_calls" in each]
         conversation += sum(_tokens(text) for text in texts_in([example.tools, calls]))

@@ -36,7 +36,9 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
     Each is a function that raises UserError if its file or model is missing.
     """
     yield partial(table_bytes, recipe.data.path)
-    models = {"target": recipe.target} | {f"sources.{name}": options for name, options in recipe.sources.items()}
+    models = {"target": recipe.target} | {
+        f"sources.{name}": options for name, options in recipe.sources.items()
+    }
     for key, options in models.items():
         yield partial(resolve_model, options.model, f"{key}.model")
         if options.responses:

@@ -57,11 +57,15 @@ def _run_command(stage: Stage, recipe: Path, processes: int) -> None:
         launcher += ["-m", "megatron_fuse.torchrun", "--standalone", f"--nproc-per-node={processes}"]
     level = [] if log_level() == DEFAULT_LEVEL else ["--log-level", log_level()]
     words = [*stage.module, "--recipe", str(recipe), *level]
-    logger.info(f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(words)}")
+    logger.info(
+        f"$ {'torchrun --nproc-per-node ' + str(processes) if processes > 1 else 'python'} {' '.join(words)}"
+    )
     start = time.perf_counter()
     environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1)), **os.environ}
     if code := run_tied([*launcher, *words], env=environment):
-        raise UserError(f"{stage.name} ended with exit code {code}. Fix the error above and run this command again.")
+        raise UserError(
+            f"{stage.name} ended with exit code {code}. Fix the error above and run this command again."
+        )
     logger.info(f"{stage.name}: {time.perf_counter() - start:.1f} s")
 
 

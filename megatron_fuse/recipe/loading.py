@@ -54,7 +54,9 @@ def _element_type(annotation: Any) -> type | tuple | None:
 
 def _metadata(field: FieldInfo) -> list[Any]:
     """The limits of a field's value. If the field may be null, these are the limits of the other values."""
-    inner = [part for part in typing.get_args(field.annotation) if typing.get_origin(part) is typing.Annotated]
+    inner = [
+        part for part in typing.get_args(field.annotation) if typing.get_origin(part) is typing.Annotated
+    ]
     nested = FieldInfo.from_annotation(inner[0]).metadata if len(inner) == 1 else []
     return [*field.metadata, *nested]
 
@@ -84,13 +86,21 @@ def _flag(section: str, key: str) -> str:
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds --recipe, --print-recipe and one flag for every option that is a single value or a list of them."""
-    parser.add_argument("--recipe", type=path_argument, required=required, help="YAML file that describes the run")
-    parser.add_argument("--print-recipe", action="store_true", help="print the recipe with all defaults and exit")
+    """Adds --recipe, --print-recipe and one flag for every option that is a single value or a list of
+    them.
+    """
+    parser.add_argument(
+        "--recipe", type=path_argument, required=required, help="YAML file that describes the run"
+    )
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="print the recipe with all defaults and exit"
+    )
     group = parser.add_argument_group("options that override keys of the recipe")
     for flag, path, field in _flags():
         kind = _scalar_type(field.annotation)
-        description = "; ".join(filter(None, (field.description, limits(_metadata(field))))).replace("%", "%%")
+        description = "; ".join(filter(None, (field.description, limits(_metadata(field))))).replace(
+            "%", "%%"
+        )
         if path in RENAMED:
             description = f"deprecated: use {_flag(*RENAMED[path])}"
         keywords: dict[str, Any] = {"dest": ".".join(path), "default": argparse.SUPPRESS, "help": description}
@@ -131,7 +141,9 @@ def recipe_from_arguments(arguments: argparse.Namespace) -> Recipe:
         for key in path[:-1]:
             mapping = mapping.setdefault(key, {})
             if not isinstance(mapping, dict):
-                raise UserError(f"{document.place((key,))}: must be a mapping, because {flag} sets a key in it")
+                raise UserError(
+                    f"{document.place((key,))}: must be a mapping, because {flag} sets a key in it"
+                )
         mapping[path[-1]] = value
         flags[path] = flag
         if path == ("schedule", "preset"):
@@ -166,7 +178,9 @@ def load_recipe(description: str | None = None, argv: Sequence[str] | None = Non
 
     Raises UserError and SystemExit as recipe_from_arguments.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_recipe_arguments(parser)
     return recipe_from_arguments(parser.parse_args(argv))
 

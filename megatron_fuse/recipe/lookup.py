@@ -11,7 +11,10 @@ def recipe_key(name: str) -> str:
 
 
 def answering_options(recipe: Recipe, name: str) -> AnsweringOptions:
-    """The options of a source by its name, or of the target. Raises UserError with the names that the recipe has."""
+    """The options of a source by its name, or of the target.
+
+    Raises UserError with the names that the recipe has.
+    """
     return recipe.target if name == TARGET else source_options(recipe, name)
 
 

@@ -57,7 +57,8 @@ class ResponseFile(FileOptions):
     id: Line = Field("id", description="key of the example's id, with match: id")
     prompt: Line = Field(
         "prompt",
-        description="key of the text of the last user message, or of a list of all messages, with match: prompt",
+        description="key of the text of the last user message, or of a list of all messages, with match: "
+        "prompt",
     )
 
 
@@ -76,7 +77,8 @@ class ServerOptions(Options):
     model: Line = Field(description="name of the model on the server")
     answers_as: Line | None = Field(
         None,
-        description="name of the model in the server's answers, if it is different (for example behind a deployment)",
+        description="name of the model in the server's answers, if it is different (for example behind a "
+        "deployment)",
     )
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key, if the server needs one"
@@ -86,7 +88,9 @@ class ServerOptions(Options):
         description="chat: the server applies its own template; completions: the prompt is rendered here and "
         "sent as text",
     )
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(16, description="number of requests at the same time")
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        16, description="number of requests at the same time"
+    )
     timeout: Annotated[float, Field(ge=0.001, le=1e6)] = Field(600.0, description="seconds for one answer")
     max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
         6, description="repeated tries of a request, with growing pauses"
@@ -106,10 +110,20 @@ class ServerOptions(Options):
                 "url must not hold a user name, a password or a query: put a key into an environment "
                 "variable (api_key_variable)"
             )
-        reserved = self.extra.keys() & {"model", "messages", "prompt", "stop", "seed", "stream", "n", "api_key"}
+        reserved = self.extra.keys() & {
+            "model",
+            "messages",
+            "prompt",
+            "stop",
+            "seed",
+            "stream",
+            "n",
+            "api_key",
+        }
         if reserved:
             raise ValueError(
-                f"extra must not have {', '.join(sorted(reserved))}: the recipe has its own keys for the model, "
+                f"extra must not have {', '.join(sorted(reserved))}: the recipe has its own keys for the "
+                "model, "
                 "the stop texts and the seed, the server's key is read from the environment, and every "
                 "request asks for one whole answer"
             )
@@ -119,8 +133,12 @@ class ServerOptions(Options):
 class AnsweringOptions(ModelOptions):
     dtype: Precision = Field("bf16", description="precision in which the model answers and is captured")
     device_map: Line | None = Field(None, description="'auto' divides a model over several GPUs")
-    stop: list[str] = Field(default_factory=list, description="texts at which an answer ends; they are not part of it")
-    responses: ResponseFile | None = Field(None, description="file of existing answers, instead of generating them")
+    stop: list[str] = Field(
+        default_factory=list, description="texts at which an answer ends; they are not part of it"
+    )
+    responses: ResponseFile | None = Field(
+        None, description="file of existing answers, instead of generating them"
+    )
     server: ServerOptions | None = Field(
         None, description="server that generates the answers, instead of the model in this process"
     )
@@ -131,7 +149,8 @@ class AnsweringOptions(ModelOptions):
             raise ValueError("responses (a file) and server are both set. Remove one of the two.")
         if self.responses and self.stop:
             raise ValueError(
-                "responses (a file) and stop are both set, but answers of a file are not cut. Remove one of the two."
+                "responses (a file) and stop are both set, but answers of a file are not cut. Remove one of "
+                "the two."
             )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, at which every answer would end at once. Remove it.")
@@ -158,7 +177,9 @@ class ScoreFile(FileOptions):
 
     path: Location = Field(description="JSONL, Parquet or a directory of Parquet")
     id: Line = Field("id", description="key of the example's id")
-    scores: Line = Field("scores", description="key of the mapping from source to score; a.b is the key b in a")
+    scores: Line = Field(
+        "scores", description="key of the mapping from source to score; a.b is the key b in a"
+    )
 
 
 class RewardModelOptions(Options):

@@ -4,7 +4,8 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """INFERENCE compares sources by the answers that they generate, TRAINING by the ground truth that they predict.
+    """INFERENCE compares sources by the answers that they generate, TRAINING by the ground truth that they
+    predict.
 
     Tensors with one entry per mode hold the modes in this order.
     """

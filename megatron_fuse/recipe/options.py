@@ -50,17 +50,21 @@ SEQUENCE_MULTIPLE = 8
 
 class DataOptions(Options):
     path: Location = Field(
-        description="file of the instructions: JSONL, a JSON array, Parquet, or a directory that `datasets` saved"
+        description="file of the instructions: JSONL, a JSON array, Parquet, or a directory that `datasets` "
+        "saved"
     )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "orca"] = Field(
         "auto", description="form of the rows of the file"
     )
-    samples: Positive | None = Field(None, description="use a seeded random sample of this many examples; default: all")
+    samples: Positive | None = Field(
+        None, description="use a seeded random sample of this many examples; default: all"
+    )
     validation_samples: Count = Field(
         0, description="number of examples kept out of training, on which CE and KL are evaluated"
     )
     too_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="what happens to a response that is longer than --seq-length in any of the models"
+        "truncate",
+        description="what happens to a response that is longer than --seq-length in any of the models",
     )
     supervise: Literal["every_turn", "last_turn"] = Field(
         "every_turn", description="assistant turns of a ground-truth conversation that are learned"
@@ -87,9 +91,13 @@ class ResponseOptions(Options):
         1.0, description="sampling temperature; 0: always the likeliest token (the paper gives no value)"
     )
     top_p: Share = Field(
-        1.0, description="nucleus sampling: share of the probability that is sampled from (the paper gives no value)"
+        1.0,
+        description="nucleus sampling: share of the probability that is sampled from (the paper gives no "
+        "value)",
     )
-    max_new_tokens: Tokens = Field(512, description="most tokens of an answer, counted in the model's own tokenizer")
+    max_new_tokens: Tokens = Field(
+        512, description="most tokens of an answer, counted in the model's own tokenizer"
+    )
     batch_tokens: BatchTokens = Field(
         32768, description="positions that are generated together: prompts, longest answers and padding"
     )
@@ -129,9 +137,12 @@ class ReferenceOptions(Options):
 
 
 class CaptureOptions(Options):
-    top_k: Annotated[int, Field(ge=1, le=128)] = Field(10, description="most entries that are stored per token")
+    top_k: Annotated[int, Field(ge=1, le=128)] = Field(
+        10, description="most entries that are stored per token"
+    )
     top_p: Share = Field(
-        0.95, description="entries are stored, the likeliest first, until they hold this share of the probability"
+        0.95,
+        description="entries are stored, the likeliest first, until they hold this share of the probability",
     )
     filter: Literal["full_vocabulary", "hugging_face"] = Field(
         "full_vocabulary",
@@ -177,43 +188,55 @@ class Margin(Options):
 class SelectionOptions(Options):
     training: Literal["sum", "per_byte", "per_token", "average", "winner", "by_category", "random"] = Field(
         "sum",
-        description="which source teaches the ground truth; sum: the one with the least cross-entropy over the "
+        description="which source teaches the ground truth; sum: the one with the least cross-entropy over "
+        "the "
         "response (MinCE); per_byte, per_token: the same per unit, per_token as FuseLLM, which favours small "
         "pieces; average: all sources, mixed by their cross-entropies (AvgCE); winner: the source whose own "
-        "answer wins; by_category: the source with the best mean score in the example's category; random: a control",
+        "answer wins; by_category: the source with the best mean score in the example's category; random: a "
+        "control",
     )
     inference: Literal["vote", "reference", "by_category", "random"] = Field(
         "vote",
         description="how the winning answer is chosen; vote: by the votes of the reward models; reference: "
-        "by the score against the ground truth; by_category: the answer of the source with the best mean score "
+        "by the score against the ground truth; by_category: the answer of the source with the best mean "
+        "score "
         "in the example's category; random: a control",
     )
     sources: list[Name] | None = Field(
-        None, min_length=1, description="sources that can win; default: all. All sources are captured in any case"
+        None,
+        min_length=1,
+        description="sources that can win; default: all. All sources are captured in any case",
     )
     reward_models: list[Name] | None = Field(
         None,
-        description="reward models that vote; if there is only one, its score decides; default: all of reward_models",
+        description="reward models that vote; if there is only one, its score decides; default: all of "
+        "reward_models",
     )
     training_margin: Margin | None = Field(
         None,
-        description="smallest difference between the best and the second best source, in nats per byte of the "
-        "response; winner: in the unit of inference_margin; by_category: in standard deviations of the scores",
+        description="smallest difference between the best and the second best source, in nats per byte of "
+        "the "
+        "response; winner: in the unit of inference_margin; by_category: in standard deviations of the "
+        "scores",
     )
     inference_margin: Margin | None = Field(
         None,
-        description="smallest difference between the winner's answer and the next, in votes (one reward model "
+        description="smallest difference between the winner's answer and the next, in votes (one reward "
+        "model "
         "or reference: in scores; by_category: in standard deviations of the scores)",
     )
     strongest: Name | None = Field(
         None,
-        description="reward model whose score decides between answers with equal votes; default: the first that votes",
+        description="reward model whose score decides between answers with equal votes; default: the first "
+        "that votes",
     )
 
 
 class LossOptions(Options):
     teacher_temperature: Temperature = Field(2.0, description="temperature of the sources' distributions")
-    student_temperature: Temperature = Field(1.0, description="temperature of the target's distributions in the KL")
+    student_temperature: Temperature = Field(
+        1.0, description="temperature of the target's distributions in the KL"
+    )
     temperature_squared: bool = Field(
         False, description="multiply the KL by student_temperature^2 (Hinton et al. 2015)"
     )
@@ -265,7 +288,9 @@ class ParallelOptions(Options):
         description="divide norms and residuals over the tensor-parallel ranks, along the sequence. Needs "
         "Transformer Engine",
     )
-    context_parallel_size: Ranks = Field(1, description="only 1 is supported: sequences are not divided over ranks")
+    context_parallel_size: Ranks = Field(
+        1, description="only 1 is supported: sequences are not divided over ranks"
+    )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @model_validator(mode="after")
@@ -280,7 +305,9 @@ class ParallelOptions(Options):
 
     @model_validator(mode="after")
     def _has_weights_to_gather(self) -> Self:
-        missing = [name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)]
+        missing = [
+            name for name in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(self, name)
+        ]
         if self.overlap_param_gather and missing:
             raise ValueError(
                 f"overlap_param_gather needs {' and '.join(missing)}. Set "
@@ -342,7 +369,8 @@ class TrainingOptions(Options):
     )
     lr_warmup_iters: Count = Field(0, description="steps in which the learning rate rises from 0 to lr")
     lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="length of the warm-up as a share of lr_decay_iters; default: lr_warmup_iters is used"
+        None,
+        description="length of the warm-up as a share of lr_decay_iters; default: lr_warmup_iters is used",
     )
     lr_wsd_decay_iters: Positive | None = Field(
         None, description="steps of the decay of WSD, at the end of lr_decay_iters"
@@ -359,7 +387,8 @@ class TrainingOptions(Options):
     clip_grad: GradientNorm = Field(1.0, description="largest norm of the gradient; 0 switches clipping off")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16",
-        description="precision of parameters and activations; bf16 keeps fp32 copies of the weights in the optimizer",
+        description="precision of parameters and activations; bf16 keeps fp32 copies of the weights in the "
+        "optimizer",
     )
     deterministic: bool = Field(
         False,
@@ -372,7 +401,9 @@ class TrainingOptions(Options):
     train_iters: Positive | None = Field(
         None, description="stop after this step; the schedule stays that of the whole run"
     )
-    save: Location | None = Field(None, description="checkpoint directory; default: WORKDIR/training/checkpoints")
+    save: Location | None = Field(
+        None, description="checkpoint directory; default: WORKDIR/training/checkpoints"
+    )
     load: Location | None = Field(
         None, description="checkpoint directory from which the run continues; default: the save directory"
     )
@@ -398,7 +429,9 @@ class TrainingOptions(Options):
         description="compare checkpoints, exports and fusion data with their checksums; without it, only "
         "presence and sizes are compared",
     )
-    exit_signal_handler: bool = Field(True, description="at SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save and exit")
+    exit_signal_handler: bool = Field(
+        True, description="at SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save and exit"
+    )
     exit_interval: Positive | None = Field(
         None, description="save and exit after the next step that is a multiple of this number"
     )
@@ -426,7 +459,9 @@ class TrainingOptions(Options):
     tensorboard_dir: Location | None = Field(
         None, description="directory of the TensorBoard logs; default: WORKDIR/training/tensorboard"
     )
-    wandb_project: Line | None = Field(None, description="log to this Weights & Biases project; default: none")
+    wandb_project: Line | None = Field(
+        None, description="log to this Weights & Biases project; default: none"
+    )
     wandb_exp_name: Line | None = Field(
         None, description="name of the run in Weights & Biases; default: the name of WORKDIR"
     )
@@ -435,14 +470,19 @@ class TrainingOptions(Options):
     )
     check_for_spiky_loss: bool = Field(True, description="warn if the loss is far above its running median")
     check_weight_hash_across_dp_replicas_interval: Positive | None = Field(
-        None, description="steps between comparisons of the weights on all data-parallel ranks; default: never"
+        None,
+        description="steps between comparisons of the weights on all data-parallel ranks; default: never",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _names_the_decay_of_wsd(cls, value: Any) -> Any:
         """Writes out Megatron-LM's default, so that the resolved recipe shows it."""
-        if isinstance(value, dict) and value.get("lr_decay_style") == "WSD" and not value.get("lr_wsd_decay_style"):
+        if (
+            isinstance(value, dict)
+            and value.get("lr_decay_style") == "WSD"
+            and not value.get("lr_wsd_decay_style")
+        ):
             return value | {"lr_wsd_decay_style": "exponential"}
         return value
 
@@ -482,11 +522,15 @@ class TrainingOptions(Options):
             if decay is not None:
                 self.require_room_for_wsd(decay)
         else:
-            of_wsd = {"lr_wsd_decay_iters": self.lr_wsd_decay_iters, "lr_wsd_decay_style": self.lr_wsd_decay_style}
+            of_wsd = {
+                "lr_wsd_decay_iters": self.lr_wsd_decay_iters,
+                "lr_wsd_decay_style": self.lr_wsd_decay_style,
+            }
             for key, value in of_wsd.items():
                 if value is not None:
                     raise ValueError(
-                        f"{key} is {value}, but lr_decay_style is {style}. Remove {key}, or set lr_decay_style to WSD."
+                        f"{key} is {value}, but lr_decay_style is {style}. Remove {key}, or set "
+                        "lr_decay_style to WSD."
                     )
         if style == "constant" and self.min_lr:
             raise ValueError(
@@ -502,7 +546,9 @@ class TrainingOptions(Options):
 
     def warmup_steps(self, decay_iters: int) -> float:
         """Number of warm-up steps, not always an integer. decay_iters: lr_decay_iters, or its default."""
-        return self.lr_warmup_iters if self.lr_warmup_fraction is None else self.lr_warmup_fraction * decay_iters
+        return (
+            self.lr_warmup_iters if self.lr_warmup_fraction is None else self.lr_warmup_fraction * decay_iters
+        )
 
     def require_room_for_wsd(self, decay_iters: int) -> None:
         """Raises ValueError if the warm-up and the decay of WSD together take more than decay_iters steps."""
@@ -540,7 +586,8 @@ class ExportOptions(Options):
     )
     dtype: Precision = "bf16"
     checkpoint: Literal["best", "latest"] = Field(
-        "best", description="best: the checkpoint with the lowest validation cross-entropy; latest: the last one"
+        "best",
+        description="best: the checkpoint with the lowest validation cross-entropy; latest: the last one",
     )
 
 
@@ -597,14 +644,17 @@ class Recipe(Options):
         strongest = self.selection.strongest
         if strongest is not None and strongest not in self.voting_reward_models:
             raise ValueError(
-                f"selection.strongest is {strongest!r}, but the reward models that vote are {self.voting_reward_models}. "
+                f"selection.strongest is {strongest!r}, but the reward models that vote are "
+                f"{self.voting_reward_models}. "
                 "Set it to one of them."
             )
         scored = {"vote", "by_category"} & self.rules_for_answers
         if scored and len(self.candidates) > 1 and not self.voting_reward_models:
             raise ValueError(
-                f"selection compares the answers of several sources ({', '.join(sorted(scored))}), but no reward "
-                "model votes. Add a reward model to reward_models, set selection.inference to reference, or choose "
+                f"selection compares the answers of several sources ({', '.join(sorted(scored))}), but no "
+                "reward "
+                "model votes. Add a reward model to reward_models, set selection.inference to reference, or "
+                "choose "
                 "a preset without inference mode (csft, fuse) and another selection.training."
             )
         if self.schedule.order == "target_reward" and not self.voting_reward_models:
@@ -677,7 +727,9 @@ class Recipe(Options):
         """
         target = self.target
         for name, source in self.sources.items():
-            same = all(getattr(source, key) == getattr(target, key) for key in ("model", "chat_template", "system"))
+            same = all(
+                getattr(source, key) == getattr(target, key) for key in ("model", "chat_template", "system")
+            )
             differing = [
                 value
                 for key in ("stop", "responses", "server")
@@ -706,8 +758,8 @@ class Recipe(Options):
         """Maps each answering model to its scorers, by the names in scores/NAME/SCORER.
 
         The answers of a source are scored by the reward models that vote, by `reference` if the rule is
-        reference, or by both if the two modes have such rules. If the target's reward orders the examples (schedule.order
-        target_reward), the strongest reward model scores the target's answers too.
+        reference, or by both if the two modes have such rules. If the target's reward orders the examples
+        (schedule.order target_reward), the strongest reward model scores the target's answers too.
         """
         scored_by = {
             "vote": self.voting_reward_models,
@@ -715,7 +767,9 @@ class Recipe(Options):
             "reference": [REFERENCE],
             "random": [],
         }
-        chosen_by = list(dict.fromkeys(scorer for rule in sorted(self.rules_for_answers) for scorer in scored_by[rule]))
+        chosen_by = list(
+            dict.fromkeys(scorer for rule in sorted(self.rules_for_answers) for scorer in scored_by[rule])
+        )
         scorers = {name: list(chosen_by) for name in self.sources} if self.uses_answers else {}
         if self.schedule.order == "target_reward":
             of_target = scorers.setdefault(self.target_as_source or TARGET, [])

@@ -32,7 +32,9 @@ def _form(value: Any) -> str:
 
 # The form decides the type, so that an error is about the type that was meant. The tags are no keys: errors
 # leave out names in brackets.
-Schedulable = Annotated[Annotated[Weight, Tag("[number]")] | Annotated[Ramp, Tag("[ramp]")], Discriminator(_form)]
+Schedulable = Annotated[
+    Annotated[Weight, Tag("[number]")] | Annotated[Ramp, Tag("[ramp]")], Discriminator(_form)
+]
 
 
 def value_at(value: float | Ramp, progress: float) -> float:
@@ -73,7 +75,9 @@ class Phase(Options):
     @model_validator(mode="after")
     def _learns_something(self) -> "Phase":
         if not self.inference.is_used and not self.training.is_used:
-            raise ValueError("both modes have weight 0, so the phase learns nothing. Give one of them a weight.")
+            raise ValueError(
+                "both modes have weight 0, so the phase learns nothing. Give one of them a weight."
+            )
         return self
 
 

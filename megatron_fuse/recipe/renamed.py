@@ -1,4 +1,7 @@
-"""Keys of a recipe that were renamed. Release 0.1 still reads the old name, with a warning that gives the new one."""
+"""Keys of a recipe that were renamed.
+
+Release 0.1 still reads the old name, with a warning that gives the new one.
+"""
 
 import warnings
 from typing import Any
@@ -19,7 +22,9 @@ def renamed(content: dict[str, Any]) -> dict[str, Any]:
     for (section, old), (_, new) in RENAMED.items():
         options = content.get(section)
         if isinstance(options, dict) and old in options:
-            options = {new if key == old and new not in options else key: value for key, value in options.items()}
+            options = {
+                new if key == old and new not in options else key: value for key, value in options.items()
+            }
             options.pop(old, None)
             content = content | {section: options}
     return content
@@ -49,5 +54,7 @@ def given_twice(place: str, new: str, old: str) -> str:
 def warn_of_old_name(place: str, new: str) -> None:
     """place: the old key with its file and line, or the old flag."""
     warnings.warn(
-        f"{printable(place)} is deprecated: write {new}. Release 0.2 will refuse it", FutureWarning, stacklevel=3
+        f"{printable(place)} is deprecated: write {new}. Release 0.2 will refuse it",
+        FutureWarning,
+        stacklevel=3,
     )

@@ -19,7 +19,9 @@ _PATH_BYTES, _NAME_BYTES = 4095, 255  # limits of Linux
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 def user_path(text: str | Path) -> Path:
@@ -64,7 +66,8 @@ def _refuse_no_line(text: str) -> None:
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             raise ValueError(
-                f"holds {character!a}, but a name or path must not hold control characters or halves of characters"
+                f"holds {character!a}, but a name or path must not hold control characters or halves of "
+                "characters"
             )
 
 
@@ -107,12 +110,15 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 # Texts
 Location = Annotated[
-    Path, Strict(False), BeforeValidator(lambda value: user_path(value) if isinstance(value, str | Path) else value)
+    Path,
+    Strict(False),
+    BeforeValidator(lambda value: user_path(value) if isinstance(value, str | Path) else value),
 ]
 ModelPlace = Annotated[str, AfterValidator(_model_place)]
 # A name, a title, a key of the user's rows.
 Line = Annotated[str, Field(max_length=1000), AfterValidator(_line)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # becomes a directory name
+# Becomes a directory name.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 # Counts
 Positive = _whole(1, 10**9)
@@ -140,7 +146,9 @@ def limits(metadata: list[Any]) -> str:
     """The range in a field's metadata: `from 1 to 10`, `0 or from 0.01 to 100`; empty if it has no limits."""
     rules = (getattr(item, "func", None) for item in metadata)
     least = next((rule.least for rule in rules if isinstance(rule, UnlessZero)), None)
-    bounds = {key: getattr(item, key) for item in metadata for key in ("ge", "le", "lt") if hasattr(item, key)}
+    bounds = {
+        key: getattr(item, key) for item in metadata for key in ("ge", "le", "lt") if hasattr(item, key)
+    }
     if not bounds:
         return ""
     low = "0 or from" if least is not None else "from"

@@ -124,7 +124,8 @@ class _Loader(yaml.SafeLoader):
             self._size += 1 + (len(event.value) if isinstance(event, yaml.ScalarEvent) else 0)
         if self._size > LIMIT:
             raise _Refusal(
-                f"the file holds more than {LIMIT} characters and values once aliases are replaced", event.start_mark
+                f"the file holds more than {LIMIT} characters and values once aliases are replaced",
+                event.start_mark,
             )
         if self._depth == DEPTH:
             raise _Refusal(_TOO_DEEP, event.start_mark)
@@ -153,7 +154,9 @@ class _Loader(yaml.SafeLoader):
         try:  # JSON, which is also YAML, may write a character above U+FFFF as a surrogate pair
             text = node.value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         except UnicodeDecodeError as error:
-            raise _Refusal(f"{shortened(ascii(node.value), 60)} holds half of a character", node.start_mark) from error
+            raise _Refusal(
+                f"{shortened(ascii(node.value), 60)} holds half of a character", node.start_mark
+            ) from error
         if "\0" in text:
             raise _Refusal(f"{shortened(ascii(text), 60)} holds a NUL", node.start_mark)
         return text
@@ -173,7 +176,9 @@ class _Loader(yaml.SafeLoader):
         if digits.endswith((".inf", ".nan")):
             return float(digits.replace(".", ""))
         value = float(digits)
-        if value in (float("inf"), float("-inf")) or (value == 0 and re.search("[1-9]", digits.partition("e")[0])):
+        if value in (float("inf"), float("-inf")) or (
+            value == 0 and re.search("[1-9]", digits.partition("e")[0])
+        ):
             raise _Refusal(f"{shortened(node.value, 60)} does not fit into a 64-bit number", node.start_mark)
         return value
 
@@ -188,7 +193,10 @@ class _Loader(yaml.SafeLoader):
                 f'write the number, or "{value}" in quotes',
             )
         elif "b" in value:
-            both, fix = "a binary number in YAML 1.1 and text in YAML 1.2", f'write the number, or "{value}" in quotes'
+            both, fix = (
+                "a binary number in YAML 1.1 and text in YAML 1.2",
+                f'write the number, or "{value}" in quotes',
+            )
         else:
             both, fix = (
                 "octal in YAML 1.1 and decimal in YAML 1.2",
@@ -245,7 +253,9 @@ def read_document(path: Path) -> Document:
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror})") from error
     if len(data) > LIMIT:
-        raise UserError(f"{shown}: larger than {LIMIT} bytes, so it is not a file of options. Name the right file.")
+        raise UserError(
+            f"{shown}: larger than {LIMIT} bytes, so it is not a file of options. Name the right file."
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -254,7 +264,8 @@ def read_document(path: Path) -> Document:
     if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = 1 + text.count("\n", 0, control.start())
         raise UserError(
-            f"{shown}:{line}: not valid YAML: it holds the control character {control[0]!a}. Remove this character."
+            f"{shown}:{line}: not valid YAML: it holds the control character {control[0]!a}. Remove this "
+            "character."
         )
     loader = _Loader(text)
     try:
@@ -285,7 +296,9 @@ def plain_value(text: str) -> Any:
     """
     loader = _Loader("")
     try:
-        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+        return loader.construct_object(
+            yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+        )
     except ConstructorError as error:
         raise ValueError(error.problem) from error
 

@@ -15,7 +15,8 @@ from megatron_fuse.training.metrics import LOSS_CURVE, METRICS, STEP, VALIDATION
 
 # Two of Okabe and Ito's colours, which the colour-blind can tell apart.
 MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
-VALIDATION_SIZES = {"training": 8, "inference": 4.5}  # the latter are drawn over the former, and often coincide
+# The latter are drawn over the former, and often coincide.
+VALIDATION_SIZES = {"training": 8, "inference": 4.5}
 LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}
 LOSSES = {"ce": "cross-entropy (nats per token)", "kl": "KL to the teacher (nats per token)"}
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys by one literal of all names
@@ -40,14 +41,16 @@ def write_loss_curve(directory: Path) -> None:
 def draw_losses(rows: Rows) -> Figure:
     """One panel per loss, one colour per mode: steps as a pale line, their running median as a strong line.
 
-    Validation values are points. A dashed line marks the begin of a phase. Values that were not finite leave a
-    gap.
+    Validation values are points. A dashed line marks the begin of a phase. Values that were not finite leave
+    a gap.
     rows: those of metrics.jsonl, with at least one step with a finite loss.
     """
     steps = [row for row in rows if row["kind"] == STEP]
     validation = [row for row in rows if row["kind"] == VALIDATION]
     losses = [
-        loss for loss in LOSSES if any(row.get(f"{loss}/{mode}") is not None for row in steps for mode in MODE_COLOURS)
+        loss
+        for loss in LOSSES
+        if any(row.get(f"{loss}/{mode}") is not None for row in steps for mode in MODE_COLOURS)
     ]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10, 0.9 + 2.9 * len(losses)))
@@ -60,7 +63,11 @@ def draw_losses(rows: Rows) -> Figure:
             axes.set_xlim(0, max(row["iteration"] for row in rows) * 1.01)
             for mode in MODE_COLOURS:
                 axes.plot(
-                    *_series(steps, f"{loss}/{mode}"), color=MODE_COLOURS[mode], alpha=0.3, linewidth=0.8, zorder=1
+                    *_series(steps, f"{loss}/{mode}"),
+                    color=MODE_COLOURS[mode],
+                    alpha=0.3,
+                    linewidth=0.8,
+                    zorder=1,
                 )
             axes.set_ylabel(LOSSES[loss])
             axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)

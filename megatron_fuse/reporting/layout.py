@@ -39,7 +39,8 @@ img { display: block; max-width: 100%; height: auto; margin: .8em 0; }
 _DPI = 160  # of pictures on the disk and on paper
 _PIXELS_PER_INCH = 102  # of pictures on the screen: a picture of 11 inches fills a page of 1280 px
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # heading, rows; the first column holds names, the others numbers
+# Heading, rows; the first column holds names, the others numbers.
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def escape(text: str) -> str:
@@ -51,8 +52,14 @@ def escape(text: str) -> str:
 
 
 def html_page(title: str, body: str, style: str = "") -> str:
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}{style}</style></head>\n<body>{body}</body></html>\n'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{escape(title)}</title>'
+    )
+    return (
+        "<!DOCTYPE html>\n<html "
+        f'lang="en"><head>{head}<style>{STYLE}{style}</style></head>\n<body>{body}</body></html>\n'
+    )
 
 
 def html_table(table: Table, kind: str = "numbers") -> str:
@@ -76,7 +83,10 @@ def text_table(table: Table) -> list[str]:
     widths = [max(map(len, column)) for column in zip(heading, *rows, strict=True)]
     lines = []
     for row in (heading, *rows):
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
 

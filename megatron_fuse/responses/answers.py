@@ -41,7 +41,9 @@ def learned_of(answer: Response, reasoning: str) -> Learned:
         return Learned("", False)  # the answer was cut off within its thought
     if reasoning == "supervise":
         return Learned(with_thought(answer.reasoning, answer.response), not answer.truncated)
-    return Learned(answer.response, not answer.truncated, answer.reasoning if reasoning == "template" else None)
+    return Learned(
+        answer.response, not answer.truncated, answer.reasoning if reasoning == "template" else None
+    )
 
 
 def learned_of_example(example: Example) -> Learned:

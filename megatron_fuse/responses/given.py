@@ -85,7 +85,8 @@ def _by_example(
     asked: the keys of each example (see _keys). by_key: the answers by key.
     """
     given: dict[str, _Given] = {}
-    first_of: dict[str, tuple[str, str]] = {}  # last message -> (the first example found by it, all its messages)
+    # Last message -> (the first example found by it, all its messages).
+    first_of: dict[str, tuple[str, str]] = {}
     for name, keys in asked.items():
         key = next((key for key in keys if key in by_key), None)
         if key is None:
@@ -215,7 +216,9 @@ def _given(options: ResponseFile, row: dict[str, Any], line: int, place: str) ->
         return None
     if not isinstance(text, str):
         inner = f". Name one of {keys_shown({options.response: text})}." if isinstance(text, dict) else ""
-        raise UserError(f"{place}: {options.response} is a {type(text).__name__}, not the text of an answer{inner}")
+        raise UserError(
+            f"{place}: {options.response} is a {type(text).__name__}, not the text of an answer{inner}"
+        )
     refuse_half_characters(text, options.response, place)
     if not isinstance(truncated, bool | None):
         raise UserError(

@@ -68,7 +68,9 @@ def _row(request: str, reply: Reply) -> dict[str, object]:
 
 
 def _damaged(path: Path, line: int, why: str) -> UserError:
-    return UserError(f"{path}:{line}: damaged ({why}). Remove the file; its answers are then requested again.")
+    return UserError(
+        f"{path}:{line}: damaged ({why}). Remove the file; its answers are then requested again."
+    )
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat, report: Report 
         prompts = _prompts(recipe, name, model(), chat, examples)
         batch_tokens = recipe.responses.batch_tokens
         answers = generate(model(), prompts, sampling, batch_tokens=batch_tokens, report=report)
-        return [_response(example.id, chat, each, stop_texts) for example, each in zip(examples, answers, strict=True)]
+        return [
+            _response(example.id, chat, each, stop_texts)
+            for example, each in zip(examples, answers, strict=True)
+        ]
 
     return answer
 

@@ -31,7 +31,9 @@ _SEEDS = 2**31  # llama.cpp takes 32 bits, and the highest means "any"; others t
 _TRIAL = Example("", None, [{"role": "user", "content": "Say hello."}], "")  # any model can answer it
 
 
-def served_answers(recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Progress) -> Answerer:
+def served_answers(
+    recipe: Recipe, name: str, chat: ChatFormat, directory: Path, progress: Progress
+) -> Answerer:
     """Requests answers from the recipe's server for the model with this name.
 
     Replies for a shard are kept under `directory` until the artifact is complete. A prompt that leaves no
@@ -65,7 +67,9 @@ def served_answers(recipe: Recipe, name: str, chat: ChatFormat, directory: Path,
                 progress.found(len(examples) - len(missing))
                 server.ask(missing, trial, receive, report)
             replies = {key: journal.reply(request) for key, request in requests.items()}
-        return [format.response(each.id, replies.get(each.id, Reply("", truncated=True))) for each in examples]
+        return [
+            format.response(each.id, replies.get(each.id, Reply("", truncated=True))) for each in examples
+        ]
 
     return answer
 
@@ -84,7 +88,11 @@ class _Format:
         self.limit = min(recipe.training.seq_length, positions or recipe.training.seq_length)
         # A server that gets the prompt as text may not know which tokens end a turn in our template.
         ends = sorted(chat.end_ids, key=lambda token: (token != chat.stop_id, token))
-        names = filter(None, map(chat.tokenizer.token_text, ends)) if self.server.endpoint == "completions" else ()
+        names = (
+            filter(None, map(chat.tokenizer.token_text, ends))
+            if self.server.endpoint == "completions"
+            else ()
+        )
         self.stops = list(dict.fromkeys([*options.stop, *names]))
         self.stop_texts = StopTexts(self.stops, chat)
 
@@ -175,7 +183,8 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: message[key] for key in keys if key in message}
     if "tool_calls" in plain:
         plain["tool_calls"] = [
-            call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+            call
+            | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
             for call in plain["tool_calls"]
             for function in [call["function"]]
         ]

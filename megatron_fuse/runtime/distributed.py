@@ -108,7 +108,9 @@ def start_runtime(
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     data_parallel_rank = parallel_state.get_data_parallel_rank()
-    is_logging_rank = is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    is_logging_rank = (
+        is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
     choose_logging_rank(is_logging_rank)
     return Runtime(
         rank=rank,
@@ -146,14 +148,21 @@ def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
     """A few lines about layout, device and job, with a clear notice if the machine has no GPU. what: the
     lines about the job."""
     lines = [
-        f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP {runtime.pipeline_parallel_size}"
+        f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP "
+        f"{runtime.pipeline_parallel_size}"
         f" x DP {runtime.data_parallel_size}"
-        + (f" (virtual PP {runtime.virtual_pipeline_parallel_size})" if runtime.virtual_pipeline_parallel_size else ""),
+        + (
+            f" (virtual PP {runtime.virtual_pipeline_parallel_size})"
+            if runtime.virtual_pipeline_parallel_size
+            else ""
+        ),
         f"device: {_device_name(runtime.device)}   backend: {dist.get_backend()}",
         *what,
     ]
     if runtime.device.type == "cpu":
-        lines.append("NO GPU: Megatron-core runs on gloo through megatron_fuse/runtime/cpu.py; correct, not fast")
+        lines.append(
+            "NO GPU: Megatron-core runs on gloo through megatron_fuse/runtime/cpu.py; correct, not fast"
+        )
     width = max(map(len, lines))
     return "\n".join(["=" * width, *lines, "=" * width])
 

@@ -16,7 +16,8 @@ from typing import Any
 
 _KNOWN_MESSAGES = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
-    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not "
+    "provided",
 }
 
 

@@ -8,7 +8,8 @@ part of the text. A reward depends on its own conversation alone: other rows of 
 prompt, change it only by rounding.
 
     a row read alone     prompt answer · · ·              padded on the right
-    a shared prompt      · · prompt | answer · · ·        the prompt is padded on the left, so that each answer begins directly
+    a shared prompt      · · prompt | answer · · ·        the prompt is padded on the left, so that each
+                                                          answer begins directly
                                                           behind it: the distances between tokens, which ALiBi
                                                           models use, stay right
 """
@@ -56,7 +57,9 @@ def score_conversations(
     conversations = [ids for group in groups for ids in group]
     if conversations:
         refuse_unknown_ids(
-            reward_model.backbone, max(int(ids.max()) for ids in conversations), f"reward_models.{reward_model.name}"
+            reward_model.backbone,
+            max(int(ids.max()) for ids in conversations),
+            f"reward_models.{reward_model.name}",
         )
     share = share_prompts and _can_share(reward_model)
     prompts = np.array([_prompt_length(group) if share else 0 for group in groups], np.int64)
@@ -144,12 +147,16 @@ def _rewards_behind_prompts(
 ) -> np.ndarray:
     """The rewards float32 of these groups' conversations, concatenated. All prompts, of lengths [groups], are
     read once, together."""
-    read = _read_prompts(reward_model, [group[0][:length] for group, length in zip(groups, prompts, strict=True)])
+    read = _read_prompts(
+        reward_model, [group[0][:length] for group, length in zip(groups, prompts, strict=True)]
+    )
     places = ragged.row_numbers([len(group) for group in groups])
     rests = [ids[length:] for group, length in zip(groups, prompts, strict=True) for ids in group]
     rewards = np.zeros(len(rests), np.float32)
     for batch in token_budget_batches([read.mask.shape[1] + len(rest) for rest in rests], batch_tokens):
-        rewards[batch] = _rewards(reward_model, [rests[row] for row in batch], behind=read.rows(places[batch]))
+        rewards[batch] = _rewards(
+            reward_model, [rests[row] for row in batch], behind=read.rows(places[batch])
+        )
     return rewards
 
 
@@ -167,7 +174,9 @@ class _Prompts:
         layers = []
         for layer in self.cache.layers:
             assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-            layers.append((layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)]))
+            layers.append(
+                (layer.keys[index.to(layer.keys.device)], layer.values[index.to(layer.values.device)])
+            )
         return _Prompts(DynamicCache(layers), self.mask[index])
 
 

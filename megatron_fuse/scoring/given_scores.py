@@ -127,7 +127,9 @@ def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> d
         mapping = {source: row["score"]}
         answer = None if response is None else _answer_hash(response)
     if not isinstance(mapping, dict | None):
-        raise UserError(f"{place}: {options.scores} is a {type(mapping).__name__}, not a mapping from source to score")
+        raise UserError(
+            f"{place}: {options.scores} is a {type(mapping).__name__}, not a mapping from source to score"
+        )
     return {
         source: _Score(_number(value, source, place), answer, line)
         for source, value in (mapping or {}).items()
@@ -138,7 +140,8 @@ def _scores(options: ScoreFile, row: dict[str, Any], line: int, place: str) -> d
 def _number(value: Any, source: str, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         raise UserError(
-            f"{place}: the score of {quoted(source)} is {quoted(value)}, which is not a finite number in float32"
+            f"{place}: the score of {quoted(source)} is {quoted(value)}, which is not a finite number in "
+            "float32"
         )
     return float(value)
 

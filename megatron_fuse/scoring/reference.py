@@ -4,9 +4,11 @@ The alternative to the vote of reward models is the score 0.25 BLEU + 0.25 ROUGE
 2408.04998). The paper does not say how the three are computed. Here each is from 0 to 1, computed as its
 package does it:
 
-BLEU       sacrebleu, of a sentence: tokenization 13a, case kept, exponential smoothing, and effective order, which leaves out
+BLEU       sacrebleu, of a sentence: tokenization 13a, case kept, exponential smoothing, and effective order,
+           which leaves out
            the lengths of n-grams that a short answer cannot have
-ROUGE-L    rouge-score, F-measure of the longest common subsequence of the whole texts, without stemming; its words are runs of
+ROUGE-L    rouge-score, F-measure of the longest common subsequence of the whole texts, without stemming; its
+           words are runs of
            a-z and 0-9, so that a text in another script has 0
 BERTScore  bert-score, F1 in fp32, without idf weights and without rescaling; a text that is longer than the
 encoder can read is
@@ -64,7 +66,9 @@ def reference_measures(
         measures[answered, 2] = _bertscore(options.bertscore_model, options.bertscore_layer, *texts)
     if answered:
         means = measures[answered].mean(0)
-        shown = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(MEASURES, means, strict=True) if mean == mean)
+        shown = ", ".join(
+            f"{name} {mean:.3f}" for name, mean in zip(MEASURES, means, strict=True) if mean == mean
+        )
         logger.debug(f"answers against the ground truth: {len(answered):,}, on average {shown}")
     return measures
 
@@ -142,13 +146,16 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
     def load(auto_class: Any, **options: Any) -> Any:
         try:
             with without_bars():
-                return auto_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+                return auto_class.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False, **options
+                )
         except Exception as error:  # transformers raises many kinds for missing, damaged or unknown files
             raise not_loadable(directory, error, where) from error
 
     check_before_loading(AutoModel, directory, where, trust_remote_code=False)
     config, tokenizer = load_config(directory), load(AutoTokenizer)
-    if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):  # bert-score asks for it with every text, in vain
+    # Bert-score asks for it with every text, in vain.
+    if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):
         tokenizer = load(AutoTokenizer, add_prefix_space=True)
     layers = getattr(config, "num_hidden_layers", 0)
     if layer is not None and layer > layers:
@@ -161,9 +168,12 @@ def _load_encoder(model: str, layer: int | None) -> tuple[Any, Any]:
         )
     config.num_hidden_layers = layer or layers
     encoder, report = load(AutoModel, config=config, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)  # which BERTScore does not read
+    # Which BERTScore does not read.
+    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
-        raise UserError(f"{where}: {directory} has no weights for {', '.join(missing[:3])}. Name a complete model.")
+        raise UserError(
+            f"{where}: {directory} has no weights for {', '.join(missing[:3])}. Name a complete model."
+        )
     for name, parameter in encoder.named_parameters():
         refuse_non_finite(parameter, f"{where}: {directory}: {name}")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_text(encoder) or _NO_LIMIT)

@@ -1,6 +1,7 @@
 """The second part of the scores stage: how close the sources' answers are to the ground truth.
 
-    scores/NAME/reference/shard-00000.npy    float32 [examples of the shard, 3]: BLEU, ROUGE-L, BERTScore, each from 0 to 1
+    scores/NAME/reference/shard-00000.npy    float32 [examples of the shard, 3]: BLEU, ROUGE-L, BERTScore,
+                                             each from 0 to 1
 
 The three measures are stored separately. Their weights (`reference` in the recipe) apply when a later stage
 uses them, so that other weights need no new run. A row of NaN marks an empty answer. A column of NaN for
@@ -88,17 +89,24 @@ def _package_versions(options: ReferenceOptions) -> dict[str, str]:
     try:
         return {name: version(name) for name in names}
     except PackageNotFoundError as error:
-        raise UserError(f"{error.name} is not installed. Run pip install 'megatron-fuse[reference]'.") from error
+        raise UserError(
+            f"{error.name} is not installed. Run pip install 'megatron-fuse[reference]'."
+        ) from error
 
 
 def _small_files(directory: Path) -> str:
     """sha256 of all files of a model directory but its weights. They hold the tokenizer, in whatever form."""
-    files = [path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix not in WEIGHT_SUFFIXES]
+    files = [
+        path for path in sorted(directory.iterdir()) if path.is_file() and path.suffix not in WEIGHT_SUFFIXES
+    ]
     return sha256_of_parts(*(part for path in files for part in (path.name.encode(), path.read_bytes())))
 
 
 def score_against_reference(context: Context, sources: Sequence[str] | None = None) -> list[Artifact]:
-    """Compares the answers of these sources (default: all) with the ground truth. Returns the finished artifacts."""
+    """Compares the answers of these sources (default: all) with the ground truth.
+
+    Returns the finished artifacts.
+    """
     recipe, instructions = context.recipe, context.open(INSTRUCTIONS)
     examples = example_shards(instructions)
     progress = ShardProgress("reference scores", "answers", shard_sizes(instructions))

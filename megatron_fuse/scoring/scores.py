@@ -1,6 +1,7 @@
 """The scores stage: the score of each reward model for each answer.
 
-    scores/NAME/REWARD_MODEL/shard-00000.npy    float32 [examples of the shard], in the order of the instructions
+    scores/NAME/REWARD_MODEL/shard-00000.npy    float32 [examples of the shard], in the order of the
+                                                instructions
 
 NAME: a source, or `target` if the target's own answers order the examples. NaN marks an answer without a
 score, which cannot win: an empty answer, or a conversation longer than the reward model can read. An answer
@@ -97,7 +98,12 @@ def _flops(context: Context, amounts: Amounts, _: str, name: str) -> float:
 
 
 def _keys(recipe: Recipe) -> list[Key]:
-    return [(name, scorer) for name, scorers in recipe.scorers.items() for scorer in scorers if scorer != REFERENCE]
+    return [
+        (name, scorer)
+        for name, scorers in recipe.scorers.items()
+        for scorer in scorers
+        if scorer != REFERENCE
+    ]
 
 
 SCORES = Stage(
@@ -137,7 +143,9 @@ def score_responses(context: Context, name: str, sources: Sequence[str] | None =
         if options.scores:
             return _given(options.scores, name, plans, examples)
         reward_model = load_reward_model(options, name)
-        return lambda shard, shard_answers: _score(reward_model, recipe, shard, shard_answers, progress.update)
+        return lambda shard, shard_answers: _score(
+            reward_model, recipe, shard, shard_answers, progress.update
+        )
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         scores = scorer()(examples[index], {source: answers[source][index] for source in prefixes})
@@ -148,7 +156,10 @@ def score_responses(context: Context, name: str, sources: Sequence[str] | None =
 
 def save_shard(prefix: Path, scores: np.ndarray) -> dict[str, int]:
     """Writes scores float32 [n] or [n, measures]; returns the counts for the manifest."""
-    with temporary_then_rename(prefix.with_name(f"{prefix.name}.npy")) as temporary, temporary.open("wb") as file:
+    with (
+        temporary_then_rename(prefix.with_name(f"{prefix.name}.npy")) as temporary,
+        temporary.open("wb") as file,
+    ):
         np.save(file, scores)
     return {"examples": len(scores), "unscored": int(np.isnan(scores.reshape(len(scores), -1)).all(1).sum())}
 
@@ -157,7 +168,9 @@ def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shar
     given = given_scores(options, f"reward_models.{name}.scores")
     for source in sources:
         given.check(source, chain.from_iterable(examples))
-    return lambda shard, answers: {source: given.of_source(source, shard, answers[source]) for source in answers}
+    return lambda shard, answers: {
+        source: given.of_source(source, shard, answers[source]) for source in answers
+    }
 
 
 def _score(
@@ -185,7 +198,8 @@ def _score(
         for index, value in zip(group, values, strict=True):
             if not np.isfinite(value):
                 raise UserError(
-                    f"reward_models.{reward_model.name} gives {value} to the answer of {names[index]!r} to example "
+                    f"reward_models.{reward_model.name} gives {value} to the answer of {names[index]!r} to "
+                    "example "
                     f"{examples[row].id!r}. Its weights are damaged, or its dtype overflows. Set its dtype "
                     "to bf16 or fp32, or fetch the model again."
                 )
@@ -193,7 +207,9 @@ def _score(
     return scores
 
 
-def _readable(reward_model: RewardModel, example: Example, responses: Sequence[Response]) -> dict[int, np.ndarray]:
+def _readable(
+    reward_model: RewardModel, example: Example, responses: Sequence[Response]
+) -> dict[int, np.ndarray]:
     """Encoded conversations by the index of their answer in `responses`.
 
     Empty and too long ones are left out.
@@ -229,6 +245,7 @@ def _read_shard(path: Path) -> np.ndarray:
             raise ValueError(f"the array is {scores.dtype} with {scores.ndim} dimensions")
     except Exception as error:  # numpy raises many kinds for a damaged header
         raise UserError(
-            f"{path}: not the scores of a shard ({brief(str(error))}). Remove the file and run {COMMAND} again."
+            f"{path}: not the scores of a shard ({brief(str(error))}). Remove the file and run {COMMAND} "
+            "again."
         ) from error
     return scores

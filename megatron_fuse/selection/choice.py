@@ -1,18 +1,24 @@
 """The choice of a source per example, as small arrays beside the documents. A new choice takes a second and
 no new capture.
 
-FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n]; response_tokens int32
+FUSION/selection/training-RULE.safetensors    ce_sum float64 [n, S]; lossy [n, S]; response_bytes int64 [n];
+                                              response_tokens int32
                                               [n, S]; by average: mixture float64 [n, S], the sources' weights
-                                              by winner: answer int64 [n, S], and what the rule for answers has
-FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not scored; votes int16 [n, S]
-                                              by reference: reference float32 [n, S, 3], its measures; score float64 [n, S], their mean
-either, by by_category                        scores as by vote; category int32 [n]; category_score float64 [n, S]
-both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight float32 [n]
+                                              by winner: answer int64 [n, S], and what the rule for answers
+                                              has
+FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R], NaN = not scored; votes int16
+                                              [n, S]
+                                              by reference: reference float32 [n, S, 3], its measures; score
+                                              float64 [n, S], their mean
+either, by by_category                        scores as by vote; category int32 [n]; category_score float64
+                                              [n, S]
+both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight
+                                              float32 [n]
 
-n examples, S sources in the recipe's order, R reward models (recipe.voting_reward_models). A source that selection.sources
-leaves out is not available. RULE is a hash of all options of the choice, so that the files of several rules
-can exist side by side. The header holds the inputs and the rule of the choice (array_file.py). Unlike an
-artifact the file is overwritten by every build.
+n examples, S sources in the recipe's order, R reward models (recipe.voting_reward_models). A source that
+selection.sources leaves out is not available. RULE is a hash of all options of the choice, so that the files
+of several rules can exist side by side. The header holds the inputs and the rule of the choice
+(array_file.py). Unlike an artifact the file is overwritten by every build.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +38,13 @@ from megatron_fuse.scoring.reference_scores import REFERENCE_SCORES
 from megatron_fuse.scoring.scores import SCORES
 from megatron_fuse.selection.array_file import read_arrays, write_arrays
 from megatron_fuse.selection.evidence import answer_rule, read_evidence
-from megatron_fuse.selection.margins import category_margin, example_weights, score_margin, training_margin, vote_margin
+from megatron_fuse.selection.margins import (
+    category_margin,
+    example_weights,
+    score_margin,
+    training_margin,
+    vote_margin,
+)
 from megatron_fuse.selection.rules import (
     NONE,
     able_answers,
@@ -117,19 +129,28 @@ def _basis(recipe: Recipe, mode: str, parents: Mapping[str, str]) -> dict[str, A
 
 
 def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
-    """The text and the sources' rows; if answers decide, also their scores, and the answers if they are not rows."""
+    """The text and the sources' rows; if answers decide, also their scores, and the answers if they are
+    not rows.
+    """
     parents: dict[str, tuple[Stage, Key]] = {"text": (TEXT, ())}
     parents |= {source: (TEACHERS, (source, mode)) for source in recipe.sources}
     rule = answer_rule(recipe, mode)
     if mode == "training" and recipe.selection.training == "winner":
         parents |= {f"answers of {source}": (RESPONSES, (source,)) for source in recipe.sources}
     if rule in ("vote", "by_category"):
-        pairs = [(source, reward_model) for source in recipe.sources for reward_model in recipe.voting_reward_models]
+        pairs = [
+            (source, reward_model)
+            for source in recipe.sources
+            for reward_model in recipe.voting_reward_models
+        ]
         parents |= {
-            f"scores of {source} by {reward_model}": (SCORES, (source, reward_model)) for source, reward_model in pairs
+            f"scores of {source} by {reward_model}": (SCORES, (source, reward_model))
+            for source, reward_model in pairs
         }
     if rule == "reference":
-        parents |= {f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources}
+        parents |= {
+            f"reference scores of {source}": (REFERENCE_SCORES, (source,)) for source in recipe.sources
+        }
     return parents
 
 
@@ -162,13 +183,18 @@ def select(context: Context, mode: str, text: Artifact, teachers: Mapping[str, A
     example_arrays = [_example_arrays(teachers[source]) for source in recipe.sources]
     evidence = read_evidence(context, mode, len(example_arrays[0]["available"]))
     arrays = choose(recipe, mode, example_arrays, evidence)
-    basis = _basis(recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}})
+    basis = _basis(
+        recipe, mode, {"text": text.sha256, **{name: teachers[name].sha256 for name in recipe.sources}}
+    )
     write_arrays(selection_path(recipe, mode), arrays, basis)
     return Selection.of(arrays, basis)
 
 
 def choose(
-    recipe: Recipe, mode: str, example_arrays: Sequence[Mapping[str, np.ndarray]], evidence: Mapping[str, np.ndarray]
+    recipe: Recipe,
+    mode: str,
+    example_arrays: Sequence[Mapping[str, np.ndarray]],
+    evidence: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The arrays of a selection.
 
@@ -176,7 +202,8 @@ def choose(
     evidence: see read_evidence.
     """
     candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
-    available = np.stack([each["available"] for each in example_arrays], 1).astype(bool) & candidates  # [n, S]
+    # [n, S].
+    available = np.stack([each["available"] for each in example_arrays], 1).astype(bool) & candidates
     if mode == "training":
         arrays = _of_ground_truth(recipe, example_arrays, available, evidence)
     else:
@@ -207,8 +234,8 @@ def _of_ground_truth(
         if rule == "random":
             chosen = {"source": random_source(able, (recipe.seed, 0))}
         else:
-            # The source of a mixture is the one with the largest weight, and so with the least cross-entropy. Ties go
-            # to the first.
+            # The source of a mixture is the one with the largest weight, and so with the least cross-entropy.
+            # Ties go to the first.
             compared = "sum" if rule == "average" else rule
             counts = {"response_bytes": response_bytes, "response_tokens": response_tokens}
             chosen = {"source": min_ce(ce, lossy, **counts, rule=compared)}
@@ -234,7 +261,9 @@ def _by_winner(recipe: Recipe, able: np.ndarray, evidence: Mapping[str, np.ndarr
     return {**evidence, **won, "source": source, "margin": margin}
 
 
-def _of_answers(recipe: Recipe, answers: np.ndarray, evidence: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _of_answers(
+    recipe: Recipe, answers: np.ndarray, evidence: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The choice between the sources' answers. answers int [n, S]: see able_answers."""
     rule = recipe.selection.inference
     if rule == "by_category":

@@ -6,7 +6,8 @@ gives no more detail. Here `schedule.order` sorts the whole epoch, in every phas
 the highest reward to the lowest. Either order goes from easy to hard. The examples of a batch then have about
 the same length, or the same reward.
 
-FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground truth in the target's tokens, with the stop
+FUSION/curriculum-ORDER.safetensors    gt_tokens int32 [n]: labels of the ground truth in the target's tokens,
+                                       with the stop
                                        token; 0: it does not fit
                                        target_reward float32 [n], if schedule.order needs it: the score that
                                        the strongest reward model gives to the target's own answer; NaN: it
@@ -118,7 +119,9 @@ def read_measures(recipe: Recipe, text: str) -> dict[str, np.ndarray]:
             raise UserError(f"{path} has no {name}. {FIX}")
         for key, want in basis.items():
             if (have := made_from[name].get(key)) != want:
-                raise UserError(f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}. {FIX}")
+                raise UserError(
+                    f"{path}: {name} was made with {key} = {have!r}, but now it is {want!r}. {FIX}"
+                )
     return {name: arrays[name] for name in wanted}
 
 

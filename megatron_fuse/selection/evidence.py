@@ -13,7 +13,10 @@ from megatron_fuse.stages import Context
 
 
 def answer_rule(recipe: Recipe, mode: str) -> str | None:
-    """The rule that compares the sources' answers in a mode. None if cross-entropies decide, or chance on them."""
+    """The rule that compares the sources' answers in a mode.
+
+    None if cross-entropies decide, or chance on them.
+    """
     if mode == "inference":
         return recipe.selection.inference
     return {"winner": recipe.selection.inference, "by_category": "by_category"}.get(recipe.selection.training)
@@ -73,7 +76,8 @@ def _categories(context: Context) -> np.ndarray:
     ]
     if list(numbers) == [None]:
         raise UserError(
-            f"{context.recipe.data.path}: no example has a category, but selection chooses by_category: add the key "
+            f"{context.recipe.data.path}: no example has a category, but selection chooses by_category: add "
+            "the key "
             "category to the rows, or choose another rule"
         )
     return np.array(categories, np.int32)

@@ -10,7 +10,9 @@ from megatron_fuse.recipe import Margin
 from megatron_fuse.selection.rules import NONE, able_answers, able_readers
 
 
-def training_margin(ce: np.ndarray, lossy: np.ndarray, response_bytes: np.ndarray, source: np.ndarray) -> np.ndarray:
+def training_margin(
+    ce: np.ndarray, lossy: np.ndarray, response_bytes: np.ndarray, source: np.ndarray
+) -> np.ndarray:
     """How far the winner's cross-entropy lies below the least of the others, in nats per byte of response.
     Arguments as in min_ce.
 

@@ -29,7 +29,9 @@ def mix(documents: Sequence[Document], weights: Sequence[float]) -> Document:
     rows = np.concatenate([ragged.row_numbers(source_counts) for source_counts in counts])
     ids = np.concatenate([document.teacher_ids for document in documents])
     logprobs = np.concatenate([document.teacher_logprobs for document in documents]).astype(np.float64)
-    logprobs += np.log(np.concatenate([np.repeat(share, count) for share, count in zip(shares, counts, strict=True)]))
+    logprobs += np.log(
+        np.concatenate([np.repeat(share, count) for share, count in zip(shares, counts, strict=True)])
+    )
     order = np.argsort(rows, kind="stable")
     return replace(
         documents[0],

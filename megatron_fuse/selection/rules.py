@@ -26,7 +26,12 @@ def able_readers(ce: np.ndarray, lossy: np.ndarray) -> np.ndarray:
 
 
 def min_ce(
-    ce: np.ndarray, lossy: np.ndarray, *, response_bytes: np.ndarray, response_tokens: np.ndarray, rule: str = "sum"
+    ce: np.ndarray,
+    lossy: np.ndarray,
+    *,
+    response_bytes: np.ndarray,
+    response_tokens: np.ndarray,
+    rule: str = "sum",
 ) -> np.ndarray:
     """The source that predicts the ground truth best:
     the least cross-entropy (arXiv 2408.04998, equations 1 and 2).
@@ -85,7 +90,9 @@ def able_answers(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return (answers != 0) & ~np.isnan(scores).any(2)
 
 
-def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def majority_vote(
+    scores: np.ndarray, answers: np.ndarray, strongest: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """The answer with most votes of the reward models, and the votes of all answers.
 
     scores float [n, S, R] and answers int [n, S]: see able_answers.
@@ -102,9 +109,8 @@ def majority_vote(scores: np.ndarray, answers: np.ndarray, strongest: int = 0) -
     # If two sources gave the same answer, both get the same best score, so that argmax finds the first.
     best = np.where(same[..., None], scores[:, None], -np.inf).max(2)  # [n, S, R]
     ballots = best.argmax(1)  # [n, R]
-    votes = np.take_along_axis(same, ballots[:, None, :], 2).sum(
-        2
-    )  # a vote for one of identical answers counts for each
+    # A vote for one of identical answers counts for each.
+    votes = np.take_along_axis(same, ballots[:, None, :], 2).sum(2)
     tied = able & (votes == votes.max(1, keepdims=True))
     decider = best[..., strongest] if scores.shape[2] else np.zeros(able.shape)
     winner = np.where(tied, decider, -np.inf).argmax(1)

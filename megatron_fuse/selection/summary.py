@@ -44,9 +44,13 @@ def selection_line(recipe: Recipe, mode: str, selection: Selection) -> str:
     """The share of examples that each source wins,
     and the effect of the margin on those with a small lead."""
     examples = len(selection.source)
-    names = {index: name for index, name in enumerate(recipe.sources) if name in recipe.candidates} | {NONE: "none"}
+    names = {index: name for index, name in enumerate(recipe.sources) if name in recipe.candidates} | {
+        NONE: "none"
+    }
     wins = ((name, int((selection.source == index).sum())) for index, name in names.items())
-    line = f"{mode} mode, advantage of " + ", ".join(f"{name}: {won:,} ({won / examples:.1%})" for name, won in wins)
+    line = f"{mode} mode, advantage of " + ", ".join(
+        f"{name}: {won:,} ({won / examples:.1%})" for name, won in wins
+    )
     margin = recipe.selection.training_margin if mode == "training" else recipe.selection.inference_margin
     if margin is None:
         return line
@@ -60,14 +64,17 @@ def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
     measures: the arrays of the curriculum's file."""
     tokens = measures[GT_TOKENS]
     line = (
-        f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to {tokens.max():,} target tokens, "
+        f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to "
+        f"{tokens.max():,} target tokens, "
         f"median {np.median(tokens):,.0f}"
     )
     if TARGET_REWARD not in measures:
         return line
     rewards = measures[TARGET_REWARD]
     scored = rewards[~np.isnan(rewards)]
-    extent = f"{scored.min():.3g} to {scored.max():.3g}, median {np.median(scored):.3g}" if len(scored) else "none"
+    extent = (
+        f"{scored.min():.3g} to {scored.max():.3g}, median {np.median(scored):.3g}" if len(scored) else "none"
+    )
     return (
         f"{line}; reward of {recipe.target_as_source or TARGET}'s answers by {recipe.strongest}: {extent}, "
         f"{len(rewards) - len(scored):,} not scored"

@@ -107,7 +107,9 @@ def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None
         raise Malformed(f"choices.0.message: no content, although finish_reason is {choice.finish_reason!r}")
     text = message.content or message.refusal or ""
     if most_bytes is not None and (size := len((text + (message.thought or "")).encode())) > most_bytes:
-        raise Malformed(f"an answer of {size:,} bytes, which is more than the requested number of tokens can hold")
+        raise Malformed(
+            f"an answer of {size:,} bytes, which is more than the requested number of tokens can hold"
+        )
     refused = bool(message.refusal) or choice.finish_reason == "content_filter"
     reply = Reply(text, choice.finish_reason in _CUT_OFF, refused, reasoning=message.thought)
     return Completion(reply, completion.model or None)
@@ -138,7 +140,9 @@ def read_object(content: bytes) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = {key: whole_characters(value) if isinstance(value, str) else value for key, value in pairs}
     if len(members) < len(pairs):
-        repeated = next(key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]])
+        repeated = next(
+            key for number, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:number]]
+        )
         raise Malformed(f"the key {repeated!r} is given twice")
     return members
 
@@ -159,8 +163,12 @@ def is_name_of(said: str, asked: str) -> bool:
     `gpt-4o-2024-08-06` is `gpt-4o`, /models/mistral-7b.Q4.gguf is `mistral-7b`, and `small@main` is
     `org/small`. `gpt-4o-mini` is not `gpt-4o`.
     """
-    shorter, longer = sorted((name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (said, asked)), key=len)
+    shorter, longer = sorted(
+        (name.rstrip("/").rsplit("/", 1)[-1].casefold() for name in (said, asked)), key=len
+    )
     behind = longer.removeprefix(shorter)
     if not shorter or (behind == longer and shorter != longer):
         return False
-    return behind[:1] in ("", "@", ":", ".") or (behind[0] == "-" and behind[1:5].isdecimal() and len(behind) >= 5)
+    return behind[:1] in ("", "@", ":", ".") or (
+        behind[0] == "-" and behind[1:5].isdecimal() and len(behind) >= 5
+    )

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to answer: its ids, the most tokens of an answer, and the 128-bit key of its random stream."""
+    """One prompt to answer: its ids, the most tokens of an answer, and the 128-bit key of its random
+    stream.
+    """
 
     name: str
     ids: Sequence[int]
@@ -98,7 +100,10 @@ def generate(
         else:
             batch = generator.step(batch)
         under_way = [*waiting, *batch.rows]
-        tokens, left = sum(len(row.ids) for row in rows), sum(row.prompt.room - len(row.ids) for row in under_way)
+        tokens, left = (
+            sum(len(row.ids) for row in rows),
+            sum(row.prompt.room - len(row.ids) for row in under_way),
+        )
         report(len(rows) - len(under_way), tokens, tokens / (tokens + left))
     return [Answer(row.ids, row.stopped) for row in rows]
 
@@ -113,7 +118,9 @@ class _Row:
     uniforms: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.uniforms = np.random.Generator(np.random.Philox(key=self.prompt.seed)).random(max(self.prompt.room, 0))
+        self.uniforms = np.random.Generator(np.random.Philox(key=self.prompt.seed)).random(
+            max(self.prompt.room, 0)
+        )
 
     @property
     def limit(self) -> int:
@@ -211,7 +218,9 @@ class _Generator:
         """Gives every row its next token, and returns the batch of the rows that continue."""
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in batch.rows], device=self.device)
         chosen = sample(self._logits(batch), uniforms, self.sampling.temperature, self.sampling.top_p)
-        goes_on = [row.take(token, self.sampling) for row, token in zip(batch.rows, chosen.tolist(), strict=True)]
+        goes_on = [
+            row.take(token, self.sampling) for row, token in zip(batch.rows, chosen.tolist(), strict=True)
+        ]
         rows, mask = batch.rows, batch.mask
         if not all(goes_on):
             order = _closed_ranks(goes_on)

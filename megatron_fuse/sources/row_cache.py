@@ -57,7 +57,9 @@ class RowCache(Cache):
         for layer, joined in zip(self.row_layers, other.row_layers, strict=True):
             width = max(layer.width, joined.width)
             pairs = zip(layer.held(), joined.held(), strict=True)
-            keys, values = (torch.cat([pad(x, (0, 0, width - x.shape[2], 0)) for x in pair]) for pair in pairs)
+            keys, values = (
+                torch.cat([pad(x, (0, 0, width - x.shape[2], 0)) for x in pair]) for pair in pairs
+            )
             layer.hold(keys, values, width)
 
 

@@ -1,4 +1,5 @@
-"""A source model behind a server with OpenAI's interface: vLLM, SGLang, llama.cpp, `transformers serve`, a hosted one.
+"""A source model behind a server with OpenAI's interface: vLLM, SGLang, llama.cpp, `transformers serve`, a
+hosted one.
 
 No server is trusted. An exchange is bounded in time and bytes and never redirected (bounded_http.py). A
 response counts as an answer only if it has the right form (completions.py) and comes from the requested
@@ -37,7 +38,8 @@ _PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 # Statuses that may concern one request only: they have several
 # meanings, or this request alone causes the fault.
 _ABOUT_ONE_REQUEST = (400, 413, 422, 500)
-_FILTERED = ("content_filter", "content_policy_violation")  # error codes of hosted servers that refuse a prompt
+# Error codes of hosted servers that refuse a prompt.
+_FILTERED = ("content_filter", "content_policy_violation")
 _CONNECT_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
 _LONGEST_QUOTE = 160  # the most characters of a server's text in an error
@@ -96,7 +98,8 @@ class Server:
                     reply = await self._send(client, body)
                     if reply.fault and (fault := (await self._send(client, trial)).fault):
                         raise self._error(
-                            f"refuses every request ({fault}). Fix {self.where}, or the sampling options of the recipe."
+                            f"refuses every request ({fault}). Fix {self.where}, or the sampling options of "
+                            "the recipe."
                         )
                 received(name, reply)
 
@@ -113,7 +116,9 @@ class Server:
         client = openai.AsyncOpenAI(
             base_url=options.url,
             api_key=self._key or "none",  # local servers need no key, but the package must have one to send
-            timeout=openai.Timeout(options.timeout, connect=min(options.timeout, _CONNECT_SECONDS), pool=None),
+            timeout=openai.Timeout(
+                options.timeout, connect=min(options.timeout, _CONNECT_SECONDS), pool=None
+            ),
             max_retries=options.max_retries,
             http_client=self._http.BoundedClient(),
         )
@@ -236,7 +241,9 @@ class Server:
             )
         if isinstance(error, openai.APIConnectionError):
             cause = self._short(error.__cause__ or error)
-            return self._error(f"cannot be reached ({cause}). Start the server, or fix {self.where}.url. {_STAYS}")
+            return self._error(
+                f"cannot be reached ({cause}). Start the server, or fix {self.where}.url. {_STAYS}"
+            )
         said = self._said(error)
         match status := getattr(error, "status_code", None):
             case 301 | 302 | 303 | 307 | 308:
@@ -260,7 +267,8 @@ class Server:
                 )
             case 402 | 429:
                 return self._error(
-                    f"accepts no more requests for now ({said}). Wait, or lower {self.where}.concurrency. {_STAYS}"
+                    f"accepts no more requests for now ({said}). Wait, or lower {self.where}.concurrency. "
+                    f"{_STAYS}"
                 )
         return self._error(f"fails ({said}). See the log of the server. {_STAYS}")
 

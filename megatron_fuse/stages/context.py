@@ -20,7 +20,8 @@ from megatron_fuse.storage import Artifact, Plan, completed, open_artifact
 
 
 class Context:
-    """A recipe with the chat formats of its models, the fingerprints of their weights, and the artifacts opened so far.
+    """A recipe with the chat formats of its models, the fingerprints of their weights, and the artifacts
+    opened so far.
 
     An artifact that was opened is not read again. After a command has written artifacts, make a new context.
     """
@@ -60,7 +61,10 @@ class Context:
         return self.once("reward model's format", name, lambda: load_reward_model_format(options, name))
 
     def model_directory(self, name: str) -> Path:
-        """Where the model of a source, or of `target`, lies. Raises UserError if it is not on this machine."""
+        """Where the model of a source, or of `target`, lies.
+
+        Raises UserError if it is not on this machine.
+        """
         return resolve_model(answering_options(self.recipe, name).model, f"{recipe_key(name)}.model")
 
     def fingerprint(self, name: str) -> str:
@@ -122,7 +126,10 @@ class Context:
                 self._open(stage, key, {})
 
     def state(self, stage: Stage, *key: str) -> str:
-        """`done`, `to do` or `k of n shards`. Raises UserError if the artifact was made with other options or inputs."""
+        """`done`, `to do` or `k of n shards`.
+
+        Raises UserError if the artifact was made with other options or inputs.
+        """
         if stage.state is not None:
             return stage.state(self, *key)
         directory = stage.directory(self.recipe, *key)
@@ -163,7 +170,9 @@ class Context:
 
 
 def lineage(recipe: Recipe, parents: Parents) -> list[tuple[Stage, Key]]:
-    """All artifacts that these parents are made from, and the parents: each one once, after its own parents."""
+    """All artifacts that these parents are made from, and the parents: each one once, after its own
+    parents.
+    """
     in_order: dict[tuple[Stage, Key], None] = {}
 
     def visit(parents: Parents) -> None:

@@ -87,4 +87,8 @@ class Stage:
     def label(self, recipe: Recipe, *key: str) -> str:
         """The name of an artifact in tables: its directory relative to the workdir, else the stage's name."""
         directory = self.directory(recipe, *key)
-        return str(directory.relative_to(recipe.workdir)) if directory.is_relative_to(recipe.workdir) else self.name
+        return (
+            str(directory.relative_to(recipe.workdir))
+            if directory.is_relative_to(recipe.workdir)
+            else self.name
+        )

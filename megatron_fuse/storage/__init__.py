@@ -2,11 +2,13 @@
 
 An artifact is complete or can be resumed, and records the hashes of all its inputs.
 
-    DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards; written first
+    DIRECTORY/plan.json             what is being made: stage, options, input hashes, number of shards;
+                                    written first
     DIRECTORY/shard-00000.*         data files; they are moved here when the shard is whole
     DIRECTORY/shard-00000.done      {files: {name: {bytes, sha256}}, counts}: the shard is whole
     DIRECTORY/manifest.json         plan, files and summed counts; written last, its presence means complete
-    .DIRECTORY.lock                 beside it, while processes are at work: locks of the shards, with their owners' names
+    .DIRECTORY.lock                 beside it, while processes are at work: locks of the shards, with their
+                                    owners' names
 
 A rerun compares the plan. If it is equal, the rerun makes only the shards that have no marker, or whose files
 are missing or have another size. If it differs, a UserError names the key and both values, and nothing is

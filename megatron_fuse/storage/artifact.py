@@ -25,7 +25,8 @@ class Plan:
     directory: Path
     stage: str
     options: dict[str, Any]  # JSON values: every option that changes the bytes
-    inputs: dict[str, str]  # what it is made from, by name: sha256 of parent manifests, tokenizers, templates, models
+    # What it is made from, by name: sha256 of parent manifests, tokenizers, templates, models.
+    inputs: dict[str, str]
     shards: int
     shard_names: list[str] | None = field(default=None)  # default: shard-00000, ...
 
@@ -91,7 +92,9 @@ class Artifact:
         return path
 
     def damage(self) -> str | None:
-        """The first file that is missing or has another size than the manifest says; None if there is none."""
+        """The first file that is missing or has another size than the manifest says; None if there is
+        none.
+        """
         return first_damage(self.directory, self.manifest["files"])
 
     def verify(self, *, checksums: bool = True) -> "Artifact":
@@ -125,7 +128,9 @@ def damage_of(path: Path, size: int) -> str | None:
 
 
 def first_damage(directory: Path, files: Mapping[str, Any]) -> str | None:
-    """damage_of the first of these files that has any. files: {name: {bytes, ...}}, as in manifests and markers."""
+    """damage_of the first of these files that has any. files: {name: {bytes, ...}}, as in manifests and
+    markers.
+    """
     damages = (damage_of(directory / name, recorded["bytes"]) for name, recorded in files.items())
     return next((damage for damage in damages if damage), None)
 
@@ -221,9 +226,13 @@ def _refuse_difference(directory: Path, key: str, have: Any, want: Any, advice: 
     if isinstance(have, dict) and isinstance(want, Mapping):
         inner = next(k for k in [*want, *have] if have.get(k) != want.get(k) or (k in have) != (k in want))
         if inner not in have:  # written by an older version, which did not record this key
-            raise UserError(f"{directory} was made without {key}.{inner}, but now it is {shown(want[inner])}. {advice}")
+            raise UserError(
+                f"{directory} was made without {key}.{inner}, but now it is {shown(want[inner])}. {advice}"
+            )
         key, have, want = f"{key}.{inner}", have.get(inner), want.get(inner)
-    raise UserError(f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}. {advice}")
+    raise UserError(
+        f"{directory} was made with {key} = {shown(have)}, but now {key} = {shown(want)}. {advice}"
+    )
 
 
 def shown(value: Any) -> str:

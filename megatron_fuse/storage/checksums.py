@@ -71,7 +71,8 @@ def parse_records(value: Any, place: str) -> dict[str, FileRecord]:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])[:100]
         raise UserError(
-            f"{place}: {f'{key}: ' if key else ''}{first['msg']}. The file is damaged, or another program wrote it."
+            f"{place}: {f'{key}: ' if key else ''}{first['msg']}. The file is damaged, or another program "
+            "wrote it."
         ) from error
     for name in records:
         parts = PurePosixPath(name).parts

@@ -87,8 +87,8 @@ def _locked(temporary: Path) -> Iterator[None]:
 def remove_abandoned(directory: Path) -> None:
     """Removes temporary files that killed processes left in a directory.
 
-    A writer holds the lock of its file, and the system releases the lock when the process ends, however it ends. If the lock
-    can be taken, the file is orphaned and safe to delete, also if another machine wrote it.
+    A writer holds the lock of its file, and the system releases the lock when the process ends, however it
+    ends. If the lock can be taken, the file is orphaned and safe to delete, also if another machine wrote it.
     """
     for leftover in directory.glob(".*.tmp"):
         with suppress(OSError), leftover.open("rb") as file:
@@ -160,7 +160,9 @@ def parse_row(line: bytes, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error}). A row must be a JSON object on one line.") from error
+        raise UserError(
+            f"{place}: not valid JSON ({error}). A row must be a JSON object on one line."
+        ) from error
     if not isinstance(row, dict):
         raise UserError(f"{place}: a row must be a JSON object on one line, not a {type(row).__name__}")
     return row

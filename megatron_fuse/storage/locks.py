@@ -101,7 +101,9 @@ class LockFile:
         return True
 
     def lock(self, number: int, waiting: Callable[[str], None]) -> None:
-        """Waits for lock `number`. waiting(owner) is called at once if another process has it, then every minute."""
+        """Waits for lock `number`. waiting(owner) is called at once if another process has it, then every
+        minute.
+        """
         reminder = time.monotonic()
         while not self.try_lock(number):
             if time.monotonic() >= reminder:
@@ -142,7 +144,9 @@ class LockFile:
                 "mount it with -o flock)."
             )
         if isinstance(error, FileExistsError):  # from mkdir
-            return UserError(f"{self.path.parent}: cannot be written (Not a directory). Choose another place.")
+            return UserError(
+                f"{self.path.parent}: cannot be written (Not a directory). Choose another place."
+            )
         return UserError(f"{self.path}: cannot be written ({error.strerror})")
 
 

@@ -1,6 +1,7 @@
 """Directories that a command writes as a whole, such as an exported model, with a record of their files.
 
-    PARENT/NAME/RECORD           JSON: what the directory was made from, and size and checksum of every other file
+    PARENT/NAME/RECORD           JSON: what the directory was made from, and size and checksum of every other
+                                 file
     PARENT/.NAME.lock            exists while a process makes or replaces NAME
     PARENT/.NAME.1a2b3c4d.new    the directory that is being written
     PARENT/.NAME.1a2b3c4d.old    the directory that is replaced; renamed back after a kill if NAME is missing
@@ -82,7 +83,9 @@ def find(directory: Path, record: str, option: str, *, verify: bool = True) -> F
     if not os.path.lexists(directory):
         return None
     if not (directory / record).is_file():
-        raise UserError(f"{option}: {directory} exists but has no {record}. Move it, or choose another directory.")
+        raise UserError(
+            f"{option}: {directory} exists but has no {record}. Move it, or choose another directory."
+        )
     content = read_sealed(directory / record)
     if "files" not in content:
         raise UserError(
@@ -171,7 +174,9 @@ def refusals_of(directory: Path, temporary: Path | None = None) -> Iterator[None
             raise
         raise UserError(str(error).replace(str(temporary), str(directory)) + _room(directory)) from error
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error}){_room(directory)}") from error
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror or error}){_room(directory)}"
+        ) from error
 
 
 def _room(directory: Path) -> str:

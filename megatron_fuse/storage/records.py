@@ -15,7 +15,15 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.files import read_sealed
@@ -106,7 +114,10 @@ def parse_record(content: object, model: type[Model], place: str, fix: str) -> M
 
 
 def read_typed_rows(path: Path, kind: type[T], fix: str | None = None) -> Iterator[T]:
-    """The rows of a JSONL file that a stage wrote, as dataclasses or models. Raises UserError naming file, line and key."""
+    """The rows of a JSONL file that a stage wrote, as dataclasses or models.
+
+    Raises UserError naming file, line and key.
+    """
     fix = fix or f"Restore the file, or remove {path.parent} and run the stage again."
     # mypy believes that type[T] is not hashable.
     adapter = _adapter(kind)  # type: ignore[arg-type]

@@ -55,7 +55,8 @@ def id_at(row: dict[str, Any], key: str, place: str) -> str:
     name = as_id(value)
     if name is None:
         raise UserError(
-            f"{place}: {key} is {quoted(value)}, but a row needs the id of its example: text or a whole number"
+            f"{place}: {key} is {quoted(value)}, but a row needs the id of its example: text or a whole "
+            "number"
         )
     return name
 

@@ -34,7 +34,9 @@ _DTYPES = {
 }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes numpy arrays or torch tensors on the CPU as one safetensors file, whole or not at all.
 
     Only one tensor at a time is copied in memory. Raises UserError for an error of the operating system,

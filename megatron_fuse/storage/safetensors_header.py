@@ -1,6 +1,7 @@
 """The header of a safetensors file: the names, dtypes and shapes of its tensors, and where their bytes lie.
 
-    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text: text}} | data
+    8 bytes n, little endian | n bytes of JSON {name: {dtype, shape, data_offsets}, "__metadata__": {text:
+    text}} | data
 
 Every file that the safetensors library accepts is accepted here, with one exception: if a name occurs twice,
 the library drops one of the two tensors silently, and this module raises UserError.
@@ -94,7 +95,9 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     content = parse_object(text, str(path))
     metadata = content.pop(METADATA, None)
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
         raise UserError(f"{path}: {METADATA} is {quoted(metadata)}, but must be an object of texts. {_FETCH}")
     data = 8 + len(text)
     tensors = {name: _tensor(name, entry, data, path) for name, entry in content.items()}
@@ -110,7 +113,9 @@ def refuse_lfs_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
-                raise UserError(f"{path} is a Git LFS pointer, not the file itself. Fetch the file with git lfs pull.")
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the file itself. Fetch the file with git lfs pull."
+                )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -120,7 +125,8 @@ def _header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
         raise UserError(
-            f"{path} is not a complete safetensors file: its header would have {length} bytes of {size}. {_FETCH}"
+            f"{path} is not a complete safetensors file: its header would have {length} bytes of {size}. "
+            f"{_FETCH}"
         )
     return file.read(length)
 
@@ -130,7 +136,9 @@ def _tensor(name: str, entry: object, data: int, path: Path) -> StoredTensor:
     tensor = parse_record(entry, _Tensor, place, _FETCH)
     start, end = tensor.data_offsets
     if tensor.dtype not in DTYPE_BITS:
-        raise UserError(f"{place}: dtype is {quoted(tensor.dtype)}, which safetensors does not have. {_FETCH}")
+        raise UserError(
+            f"{place}: dtype is {quoted(tensor.dtype)}, which safetensors does not have. {_FETCH}"
+        )
     bits = math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype]
     if bits != 8 * (end - start):
         raise UserError(
@@ -153,5 +161,6 @@ def _check_cover(tensors: dict[str, StoredTensor], data: int, size: int, path: P
     if end != size:
         what = "is cut off" if end > size else "has bytes that belong to no tensor"
         raise UserError(
-            f"{path} {what}: its header describes {end} bytes (data_offsets), but the file has {size}. {_FETCH}"
+            f"{path} {what}: its header describes {end} bytes (data_offsets), but the file has {size}. "
+            f"{_FETCH}"
         )

@@ -15,7 +15,13 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.artifact import Artifact, Plan, completed, first_damage
-from megatron_fuse.storage.files import flush_to_disk, remove_abandoned, sha256_of_file, sha256_of_json, write_sealed
+from megatron_fuse.storage.files import (
+    flush_to_disk,
+    remove_abandoned,
+    sha256_of_file,
+    sha256_of_json,
+    write_sealed,
+)
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.records import MarkerRecord, read_record
 
@@ -130,7 +136,9 @@ class ShardFiles:
         """
         try:
             paths = sorted(prefix.parent.iterdir())
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths
+            }
             self._write_plan()  # a rank that failed at its first shard may have removed it (forget_if_empty)
             # The order matters, because a kill may come at any point. A marker must never describe files that
             # are being replaced, so the old one goes first; the new one is written when all files are on the

@@ -43,7 +43,9 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: ShardProgress | None =
     Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds
     another plan or cannot be written.
     """
-    return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get("")
+    return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get(
+        ""
+    )
 
 
 def run_plans(
@@ -133,7 +135,9 @@ def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:
     """
     markers = {name: each.marker(index) for name, each in files.items()}
     missing = {name for name, marker in markers.items() if marker is None}
-    cut_off = {name for name, marker in markers.items() if marker and missing & set(marker.get("together", []))}
+    cut_off = {
+        name for name, marker in markers.items() if marker and missing & set(marker.get("together", []))
+    }
     return {name: each for name, each in files.items() if name in missing | cut_off}
 
 

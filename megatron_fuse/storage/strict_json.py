@@ -44,7 +44,8 @@ def read_small_file(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     size = file_size(path)
     if size > most_bytes:
         raise UserError(
-            f"{path} has {size} bytes, more than {most_bytes}, so it is another file. Put the right file there."
+            f"{path} has {size} bytes, more than {most_bytes}, so it is another file. Put the right file "
+            "there."
         )
     try:
         return path.read_bytes()
@@ -61,7 +62,9 @@ def file_size(path: Path) -> int:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}. Put the file there.")
+        raise UserError(
+            f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}. Put the file there."
+        )
     return status.st_size
 
 
@@ -87,7 +90,9 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
         if depth > _MOST_DEPTH:
             raise UserError(f"{place}: {_named(path)}: {_too_deep(text)}")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{place}: {_named(path)} is {quoted(value)}: half of a surrogate pair is not a character")
+            raise UserError(
+                f"{place}: {_named(path)} is {quoted(value)}: half of a surrogate pair is not a character"
+            )
     return content
 
 

@@ -10,12 +10,16 @@ from megatron_fuse.tokenization.tokenizer import Tokenizer
 __all__ = ["Tokenizer", "load_tokenizer"]
 
 EXPECTED = (
-    "a directory with tokenizer.json, with tokenizer.model (SentencePiece, or Llama-3's tiktoken ranks), with T5's "
-    "spiece.model, with vocab.json and merges.txt, or with one *.tiktoken rank file; or such a .model or .tiktoken file itself"
+    "a directory with tokenizer.json, with tokenizer.model (SentencePiece, or Llama-3's tiktoken ranks), "
+    "with T5's "
+    "spiece.model, with vocab.json and merges.txt, or with one *.tiktoken rank file; or such a .model or "
+    ".tiktoken file itself"
 )
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, allowed_by: str | None = None
+) -> Tokenizer:
     """Reads a tokenizer from local files.
 
     trust_remote_code: whether a tokenizer class that comes with the model may run. allowed_by: the option
@@ -61,7 +65,8 @@ _CONVERSIONS = {
     ),
     "tiktoken.model": (
         "",
-        "import sys; from transformers import AutoTokenizer as A; from transformers.convert_slow_tokenizer import TikTokenConverter as C; "
+        "import sys; from transformers import AutoTokenizer as A; from transformers.convert_slow_tokenizer "
+        "import TikTokenConverter as C; "
         'd = sys.argv[1]; t = A.from_pretrained(d); C(d + "/tiktoken.model", t.pat_str, '
         'extra_special_tokens=t.special_tokens).converted().save(d + "/tokenizer.json")',
         " (transformers asks whether to run the Python code in the directory)",

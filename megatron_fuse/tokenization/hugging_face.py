@@ -63,7 +63,10 @@ class HuggingFaceBackend:
         for begin in range(0, len(texts), _TEXTS_AT_ONCE):
             together = texts[begin : begin + _TEXTS_AT_ONCE]
             encoding = self._continuation.encode(together, is_pretokenized=True, add_special_tokens=False)
-            ids, counts = encoding.ids, np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(together))
+            ids, counts = (
+                encoding.ids,
+                np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(together)),
+            )
             ends = np.cumsum(counts).tolist()
             yield from (ids[first:end] for first, end in pairwise([0, *ends]))
 
@@ -89,8 +92,12 @@ class HuggingFaceBackend:
         return self._transformers
 
 
-def load_hugging_face(directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None) -> Tokenizer:
-    """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt (GPT-2)."""
+def load_hugging_face(
+    directory: Path, trust_remote_code: bool = False, allowed_by: str | None = None
+) -> Tokenizer:
+    """Reads a directory that transformers' AutoTokenizer can read, or a bare pair vocab.json + merges.txt
+    (GPT-2).
+    """
     with _collector_paused():
         said = check_tokenizer_files(directory)
         return _load(directory, said, trust_remote_code, allowed_by)
@@ -140,7 +147,9 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
         if not _is_of_a_file(error):
             raise
         part = _damaged_part(directory / "tokenizer.json")
-        raise not_loadable(directory, error, f"tokenizer.json, {part}" if part else "tokenizer", allowed_by) from error
+        raise not_loadable(
+            directory, error, f"tokenizer.json, {part}" if part else "tokenizer", allowed_by
+        ) from error
 
 
 def _is_of_a_file(error: BaseException) -> bool:
@@ -155,7 +164,9 @@ def _damaged_part(path: Path) -> str | None:
     """The key of tokenizer.json that cannot be used even by itself; None if the damage is not found there."""
     try:
         state = json.loads(path.read_bytes())
-        plain = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation"))
+        plain = dict.fromkeys(
+            ("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", "truncation")
+        )
         plain |= {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     except (OSError, ValueError, TypeError):
         return None

@@ -49,7 +49,9 @@ def as_in_file(
     was allowed to run, so its tokenizer stays as it is.
     """
     by_class = type(tokenizer)
-    if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith("transformers."):
+    if by_class is transformers.PreTrainedTokenizerFast or not by_class.__module__.startswith(
+        "transformers."
+    ):
         return tokenizer
     if _same(said, state) and _has_its_names(tokenizer):
         return tokenizer
@@ -100,7 +102,8 @@ def _warn(directory: Path, by_class: str, text: str, read: tuple[str, ...], rebu
     logger.warning(
         f"{directory}: tokenizer.json splits {_quoted(text)} into {_quoted(*read)}, but transformers' "
         f"{by_class} splits it into {_quoted(*rebuilt)}. Training uses tokenizer.json. A server with "
-        f'transformers 5 may split text as {by_class} does. Set "tokenizer_class": "PreTrainedTokenizerFast" in '
+        f'transformers 5 may split text as {by_class} does. Set "tokenizer_class": '
+        '"PreTrainedTokenizerFast" in '
         f"{directory / 'tokenizer_config.json'}, and name its special tokens there."
     )
 

@@ -29,14 +29,22 @@ _ModelProto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]
 
 
 class SentencePieceBackend:
-    def __init__(self, model: Any, added: dict[str, int], always: dict[str, int], strips: Strips, legacy: bool) -> None:
+    def __init__(
+        self, model: Any, added: dict[str, int], always: dict[str, int], strips: Strips, legacy: bool
+    ) -> None:
         """added: strings that become ids in a template's text.
 
         always: those of them that become ids in any text.
 
         strips: white space that the added tokens remove, in `encode` only: a continuation keeps every byte.
         """
-        self._model, self._added, self._always, self._strips, self._legacy = model, added, always, strips, legacy
+        self._model, self._added, self._always, self._strips, self._legacy = (
+            model,
+            added,
+            always,
+            strips,
+            legacy,
+        )
         self._whole = _processor(model)
         self._continuation = _processor(
             model,
@@ -202,7 +210,11 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     _hide_from_text(model, {*settings.special, *named.values()})
     processor = _processor(model)
     control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
-    special = {*control.values(), *settings.special, *(token for token in named.values() if token is not None)}
+    special = {
+        *control.values(),
+        *settings.special,
+        *(token for token in named.values() if token is not None),
+    }
     token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
     # The order matters: added tokens override the model's pieces, and special tokens have no bytes at all.
     for token, piece_bytes in own_bytes.items():

@@ -14,13 +14,19 @@ from megatron_fuse.tokenization.transformers_export import wrap_backend
 BPE = 2  # TrainerSpec.ModelType
 
 
-def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy: bool) -> PreTrainedTokenizerFast:
+def as_transformers(
+    tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy: bool
+) -> PreTrainedTokenizerFast:
     """The transformers tokenizer of a SentencePiece model. model: the ModelProto.
 
     Raises UserError if the model is not BPE or normalises text.
     """
     normalizer = model.normalizer_spec
-    if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+    if (
+        model.trainer_spec.model_type != BPE
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+    ):
         raise UserError(
             f"{tokenizer.name}: only BPE models without normalisation can be written as tokenizer.json here. "
             "Convert this one with transformers, and name the directory with its tokenizer.json."
@@ -58,7 +64,9 @@ def as_transformers(tokenizer: Tokenizer, model: Any, strips: Strips, *, legacy:
         )
         backend.add_special_tokens([entry]) if entry.special else backend.add_tokens([entry])
         if backend.token_to_id(text) != token:
-            raise UserError(f"{tokenizer.name}: token {text!r} has id {token}, but the ids before it are not all used")
+            raise UserError(
+                f"{tokenizer.name}: token {text!r} has id {token}, but the ids before it are not all used"
+            )
     return wrap_backend(tokenizer, backend, unk_token=unknown)
 
 
@@ -68,7 +76,9 @@ def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     If scores are equal (runs of spaces), SentencePiece takes the leftmost pair, so that a run grows from the
     left. To list the longer piece first has the same effect.
     """
-    usable = {entry.piece: entry.score for entry in model.pieces if entry.type in (entry.NORMAL, entry.USER_DEFINED)}
+    usable = {
+        entry.piece: entry.score for entry in model.pieces if entry.type in (entry.NORMAL, entry.USER_DEFINED)
+    }
     pairs = [
         (-score, -len(piece), piece[:cut], piece[cut:])
         for piece, score in usable.items()

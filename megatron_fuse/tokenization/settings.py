@@ -107,7 +107,9 @@ def _known_ids(vocabulary: Any) -> Any:
     if isinstance(vocabulary, dict):
         for token in vocabulary.values():
             if type(token) is not int or not 0 <= token < MOST_IDS:
-                raise ValueError(f"every id must be a whole number below {MOST_IDS}, but one is {str(token)[:20]}")
+                raise ValueError(
+                    f"every id must be a whole number below {MOST_IDS}, but one is {str(token)[:20]}"
+                )
         if len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError("two tokens have the same id")
     return vocabulary
@@ -168,7 +170,8 @@ class Settings:
     chat_template: str | None
 
     def named_token(self, kind: str, tokens: dict[str, int], default: int | None) -> int | None:
-        """The id of `bos_token`, `eos_token` or `pad_token` (kind: bos, eos, pad) if it is named, else default.
+        """The id of `bos_token`, `eos_token` or `pad_token` (kind: bos, eos, pad) if it is named, else
+        default.
 
         Raises UserError if BOS or EOS is not a token of this tokenizer: the model would not know it.
         """

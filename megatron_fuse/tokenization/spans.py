@@ -50,7 +50,8 @@ class TokenSpans:
     def join(cls, parts: Sequence["TokenSpans"], offsets: Sequence[int] | np.ndarray) -> "TokenSpans":
         """Concatenates responses. offsets: the place where each response begins in the concatenated bytes."""
         moved = [
-            (part.tokens, part.starts + o, part.ends + o, part.flags) for part, o in zip(parts, offsets, strict=True)
+            (part.tokens, part.starts + o, part.ends + o, part.flags)
+            for part, o in zip(parts, offsets, strict=True)
         ]
         nothing = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint8))
         return cls(*(np.concatenate(arrays) for arrays in zip(nothing, *moved, strict=True)))

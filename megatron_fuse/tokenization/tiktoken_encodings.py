@@ -24,7 +24,9 @@ class PublishedEncoding:
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CAPITALS, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+{_CONTRACTIONS}?"
@@ -47,7 +49,9 @@ _LLAMA3_NAMED = {
     10: "<|python_tag|>",
 }
 _LLAMA3_RESERVED = (offset for offset in range(256) if offset not in _LLAMA3_NAMED)
-_LLAMA3 = _LLAMA3_NAMED | {offset: f"<|reserved_special_token_{n}|>" for n, offset in enumerate(_LLAMA3_RESERVED)}
+_LLAMA3 = _LLAMA3_NAMED | {
+    offset: f"<|reserved_special_token_{n}|>" for n, offset in enumerate(_LLAMA3_RESERVED)
+}
 
 _PUBLISHED = (
     PublishedEncoding(

@@ -108,9 +108,13 @@ def load_tiktoken(path: Path) -> Tokenizer:
         added_tokens=special,
         adds_bos=adds_bos,
         chat_template=settings.chat_template,
-        sha256=sha256_of_parts("tiktoken", encoding.pattern, str([sorted(special.items()), named, adds_bos]), data),
+        sha256=sha256_of_parts(
+            "tiktoken", encoding.pattern, str([sorted(special.items()), named, adds_bos]), data
+        ),
         backend=TiktokenBackend(
-            tiktoken.Encoding(path.stem, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=special),
+            tiktoken.Encoding(
+                path.stem, pat_str=encoding.pattern, mergeable_ranks=ranks, special_tokens=special
+            ),
             ranks,
             encoding.pattern,
             special,
@@ -134,7 +138,9 @@ def _special_tokens(
     shift = ranks - encoding.ranks if encoding.follows else 0
     published = {text: token + shift for text, token in encoding.special.items()}
     renamed = set(settings.added.values())
-    return published, {text: token for text, token in published.items() if token not in renamed} | settings.added
+    return published, {
+        text: token for text, token in published.items() if token not in renamed
+    } | settings.added
 
 
 def _known_encoding(path: Path) -> PublishedEncoding:
@@ -178,7 +184,8 @@ def _read_ranks(data: bytes, path: Path) -> dict[bytes, int]:
         ) from error
     if sorted(ranks.values()) != list(range(len(pairs))):
         raise UserError(
-            f"{path}: the ranks of its {len(pairs)} lines are not 0, 1, 2 ... The file is damaged: fetch it again."
+            f"{path}: the ranks of its {len(pairs)} lines are not 0, 1, 2 ... The file is damaged: fetch it "
+            "again."
         )
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:

@@ -94,7 +94,8 @@ class Tokenizer:
         return composed == self.encode("a\u00e9") and self.joined_bytes(composed).endswith("\u00e9".encode())
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that follows other text: no dummy prefix, no Unicode normalisation, special strings are text.
+        """Ids of a text that follows other text: no dummy prefix, no Unicode normalisation, special strings
+        are text.
 
         The joined token_bytes are the text's UTF-8 if the vocabulary can spell it. Byte-level BPE, byte
         fallback and tiktoken always can.
@@ -115,7 +116,9 @@ class Tokenizer:
 
     def encode_continuations(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """`encode_continuation` of each text. Short texts take less time together."""
-        together = iter(self.backend.encode_continuations([text for text in texts if VISIBLE_SPACE not in text]))
+        together = iter(
+            self.backend.encode_continuations([text for text in texts if VISIBLE_SPACE not in text])
+        )
         for text in texts:
             yield self.encode_continuation(text) if VISIBLE_SPACE in text else next(together)
 

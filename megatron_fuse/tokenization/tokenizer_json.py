@@ -76,7 +76,11 @@ def with_paired_merges(state: State) -> State:
 def _spelling(state: State, byte_level: bool, name: str) -> Callable[[list[str]], list[bytes]]:
     """The function that gives the bytes of pieces, of a whole vocabulary in one call."""
     model = state["model"]
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix") or model["type"] == "WordPiece":
+    if (
+        model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+        or model["type"] == "WordPiece"
+    ):
         raise UserError(
             f"{name}: the tokens of a {model['type']} vocabulary with word marks have no exact bytes. Choose "
             "a model with a byte-level or SentencePiece-like tokenizer."
@@ -124,7 +128,8 @@ def _spaced(piece: str) -> bytes:
 def _makes_spaces_visible(state: State) -> bool:
     """Whether pieces write spaces as U+2581. Then some part of the pipeline turns one into the other."""
     return any(
-        part["type"] == "Metaspace" or (part["type"] == "Replace" and _replaced(part) in (_SPACE_SHOWN, _SPACE_READ))
+        part["type"] == "Metaspace"
+        or (part["type"] == "Replace" and _replaced(part) in (_SPACE_SHOWN, _SPACE_READ))
         for key in _PIPELINE
         for part in _parts(state[key])
     )
@@ -165,14 +170,20 @@ def own_normalizer(state: State) -> tuple[State, bool]:
     Also returns whether white space at the end of a text is dropped. White space at the beginning is not
     dropped, because the beginning of a continuation is the middle of a text.
     """
-    parts = [part for part in _parts(state["normalizer"]) if not _only_spells(part) and part["type"] != "Prepend"]
+    parts = [
+        part for part in _parts(state["normalizer"]) if not _only_spells(part) and part["type"] != "Prepend"
+    ]
     strips = any(part["type"] == "Strip" and part["strip_right"] for part in parts)
     parts = [part for part in parts if part["type"] != "Strip"]
     if any(part["type"] == "WhitespaceSplit" for part in _parts(state["pre_tokenizer"])):
         parts.append({"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "})
         strips = True
     normalizer = {"type": "Sequence", "normalizers": parts}
-    return {"version": "1.0", "normalizer": normalizer, "model": {"type": "BPE", "vocab": {}, "merges": []}}, strips
+    return {
+        "version": "1.0",
+        "normalizer": normalizer,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }, strips
 
 
 def _only_spells(part: State) -> bool:

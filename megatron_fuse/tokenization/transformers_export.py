@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_fuse.tokenization.tokenizer import Tokenizer
 
 
-def wrap_backend(tokenizer: Tokenizer, backend: tokenizers.Tokenizer, **named: str) -> PreTrainedTokenizerFast:
+def wrap_backend(
+    tokenizer: Tokenizer, backend: tokenizers.Tokenizer, **named: str
+) -> PreTrainedTokenizerFast:
     """A transformers tokenizer around `backend`, which has the ids of `tokenizer`.
 
     named: special tokens that only the backend knows.

@@ -24,18 +24,23 @@ def describe_run(
     attention = type(chunks[0].decoder.layers[0].self_attention.core_attention).__name__
     masters = "with fp32 masters" if training.precision == "bf16" else "throughout"
     of_optimizer = [
-        "sharded over data-parallel ranks" if layout.use_distributed_optimizer else "whole on every data-parallel rank",
+        "sharded over data-parallel ranks"
+        if layout.use_distributed_optimizer
+        else "whole on every data-parallel rank",
         *(["gradients reduced during the backward pass"] if layout.overlap_grad_reduce else []),
         *(["weights gathered during the forward pass"] if layout.overlap_param_gather else []),
     ]
     how = "with the output layer, in chunks" if recipe.loss.fused_linear else "over whole logits"
     return [
-        f"target: {architecture.family}, {architecture.num_layers} layers, hidden {architecture.hidden_size}, "
+        f"target: {architecture.family}, {architecture.num_layers} layers, hidden "
+        f"{architecture.hidden_size}, "
         f"vocabulary {architecture.vocab_size} padded to {architecture.padded_vocab_size}",
-        f"layers: {config.transformer_impl}   attention: {attention}   precision: {training.precision} {masters}   "
+        f"layers: {config.transformer_impl}   attention: {attention}   precision: {training.precision} "
+        f"{masters}   "
         f"recompute: {_yes(training.recompute)}",
         f"optimizer: {fused_adam_library() or 'torch'} Adam, {', '.join(of_optimizer)}",
-        f"loss: {_loss_implementation(recipe, architecture, entries_per_row)}, {how}   tail: {recipe.loss.tail}   "
+        f"loss: {_loss_implementation(recipe, architecture, entries_per_row)}, {how}   tail: "
+        f"{recipe.loss.tail}   "
         f"temperature: {recipe.loss.student_temperature:g}",
         f"sequences: {training.seq_length} tokens, {'packed' if training.packing else 'padded'}, "
         f"{training.micro_batch_size} a micro-batch, {training.global_batch_size} examples a step",

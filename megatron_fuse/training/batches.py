@@ -41,7 +41,8 @@ class MicroBatch:
     position_ids: torch.Tensor  # [b, s] int64
     targets: FusionTargets | None
     mode: torch.Tensor  # [b] int64, index in MODES
-    source: torch.Tensor  # [b], or [parts] if packed, int64: the teacher's index in the dataset's sources, -1 = none
+    # [b], or [parts] if packed, int64: the teacher's index in the dataset's sources, -1 = none.
+    source: torch.Tensor
     cu_seqlens: torch.Tensor | None = None  # int32, from 0 to s
     lengths: tuple[int, ...] | None = None  # positions of each part
 
@@ -63,7 +64,8 @@ class GlobalBatch:
     # mode -> weights (CE, KL) of one supervised token, for an example of weight 1
     weights: dict[str, tuple[float, float]]
     supervised_tokens: dict[str, int]  # mode -> number of labels, whatever their weight
-    positions: np.ndarray  # [documents] int64: input positions of each document that carry a token, of all ranks
+    # [documents] int64: input positions of each document that carry a token, of all ranks.
+    positions: np.ndarray
     seq_length: int  # padded length of the sequences of this step
     micro_batches: int  # of each data-parallel rank, empty ones included
     micro_batch_size: int  # sequences of each micro-batch, empty ones included
@@ -117,7 +119,9 @@ def plan_batch(
     present_in = {mode: examples[dataset.lengths(mode)[examples] > 0] for mode in weights}
     positions_in = {mode: dataset.lengths(mode)[present] - 1 for mode, present in present_in.items()}
     if pack_into:
-        arranged = pack_evenly(list(positions_in.values()), pack_into, data_parallel_size * micro_batch_multiple)
+        arranged = pack_evenly(
+            list(positions_in.values()), pack_into, data_parallel_size * micro_batch_multiple
+        )
     else:
         arranged = [[[number] for number in range(len(present))] for present in present_in.values()]
     sequences: list[list[tuple[str, int]]] = []
@@ -185,7 +189,9 @@ def phase_weights(phase: Phase, *, progress: float, kl_factor: float) -> dict[st
     for mode in MODES:
         mode_weights: ModeWeights = getattr(phase, mode)
         if mode_weights.is_used:
-            weight, lambda_ = (value_at(value, progress) for value in (mode_weights.weight, mode_weights.lambda_))
+            weight, lambda_ = (
+                value_at(value, progress) for value in (mode_weights.weight, mode_weights.lambda_)
+            )
             weights[mode] = (weight, weight * lambda_ * kl_factor)
     return weights
 

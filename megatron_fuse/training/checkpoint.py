@@ -1,7 +1,8 @@
 """Checkpoints through Megatron's dist_checkpointing: complete or absent, and loadable at any tensor, pipeline
 and data layout.
 
-    DIRECTORY/iter_0000120/                       sharded model and optimizer, facts.json, and checksums.json of all files
+    DIRECTORY/iter_0000120/                       sharded model and optimizer, facts.json, and checksums.json
+                                                  of all files
     DIRECTORY/latest_checkpointed_iteration.txt   as Megatron-LM names it; written last
     DIRECTORY/best_checkpointed_iteration.txt     the checkpoint with the least validation cross-entropy
 
@@ -95,9 +96,11 @@ class CheckpointMetadata:
     consumed_samples: Annotated[int, Field(ge=0, strict=True)]
     model: dict[str, Any]  # sizes of the architecture
     run: dict[str, Any]  # what a resumed run must share: phases, batch size, seed, loss, order, data hash
-    best_loss: Annotated[float, Field(strict=True)] | None  # least validation cross-entropy so far, nats per token
+    # Least validation cross-entropy so far, nats per token.
+    best_loss: Annotated[float, Field(strict=True)] | None
     versions: dict[str, str]
-    optimizer: dict[str, Any] = field(default_factory=dict)  # the form of its state; empty without an optimizer
+    # The form of its state; empty without an optimizer.
+    optimizer: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)  # for human readers; empty for imported weights
 
 
@@ -184,10 +187,13 @@ def _metadata_in(files: CheckpointFiles) -> CheckpointMetadata:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(str(part) for part in first['loc'])[:100]}: {first['msg']}"
-        raise UserError(f"{place}: not a checkpoint of this version ({what}). Name another checkpoint.") from error
+        raise UserError(
+            f"{place}: not a checkpoint of this version ({what}). Name another checkpoint."
+        ) from error
     if re.fullmatch(r"iter_[0-9]+", path.name) and int(path.name.removeprefix("iter_")) != metadata.iteration:
         raise UserError(
-            f"{path} holds the checkpoint of iteration {metadata.iteration}, as its facts.json says. Rename the "
+            f"{path} holds the checkpoint of iteration {metadata.iteration}, as its facts.json says. Rename "
+            "the "
             "directory to the name of that iteration."
         )
     return metadata
@@ -217,16 +223,24 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def refuse_other_model(path: Path, metadata: CheckpointMetadata, architecture: Architecture) -> None:
     """Raises UserError if a checkpoint holds another model or vocabulary."""
     if differing := differences(metadata.model, model_identity(architecture)):
-        raise UserError(f"{path}: the checkpoint {'; '.join(differing)}. Load it into the model that it was made from.")
+        raise UserError(
+            f"{path}: the checkpoint {'; '.join(differing)}. Load it into the model that it was made from."
+        )
 
 
 def _by_name(chunks: Sequence[FusionGPTModel]) -> dict[str, FusionGPTModel]:
     """Model chunks by the names that Megatron-LM gives them in a checkpoint."""
-    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+    return (
+        {"model": chunks[0]}
+        if len(chunks) == 1
+        else {f"model{index}": chunk for index, chunk in enumerate(chunks)}
+    )
 
 
 def _state(chunks: Sequence[FusionGPTModel], optimizer: Any | None, *, loading: bool) -> dict[str, Any]:
-    state = {name: _without_extra_state(chunk.sharded_state_dict()) for name, chunk in _by_name(chunks).items()}
+    state = {
+        name: _without_extra_state(chunk.sharded_state_dict()) for name, chunk in _by_name(chunks).items()
+    }
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=_OPTIMIZER_FORM)
     return state
@@ -238,10 +252,13 @@ def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     """Fills a chunk. Raises RuntimeError, as load_state_dict does, if a weight is missing or unknown."""
-    model = chunk.module if isinstance(chunk, Float16Module) else chunk  # Float16Module does not report missing weights
+    # Float16Module does not report missing weights.
+    model = chunk.module if isinstance(chunk, Float16Module) else chunk
     missing, unknown = model.load_state_dict(state, strict=False)
     if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
-        raise RuntimeError(f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}")
+        raise RuntimeError(
+            f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}"
+        )
 
 
 class CheckpointWriter:
@@ -377,8 +394,12 @@ def save_checkpoint(
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
     """Bytes of all tensors of a sharded state, over all ranks, each tensor counted once. One all-reduce."""
-    shards = [value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)]
-    local = sum(shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id))
+    shards = [
+        value for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)
+    ]
+    local = sum(
+        shard.data.nbytes for shard in shards if shard.data is not None and is_main_replica(shard.replica_id)
+    )
     total = torch.tensor([local], device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total.item())

@@ -75,7 +75,9 @@ def iteration_of(checkpoint: Path) -> int:
 
 def checkpoints_in(directory: Path) -> dict[int, Path]:
     return {
-        iteration_of(path): path for path in directory.glob("iter_*") if re.fullmatch(r"iter_[0-9]{1,12}", path.name)
+        iteration_of(path): path
+        for path in directory.glob("iter_*")
+        if re.fullmatch(r"iter_[0-9]{1,12}", path.name)
     }
 
 
@@ -96,4 +98,6 @@ def remove_leftovers(directory: Path) -> None:
 
 def free_bytes(directory: Path) -> int:
     """Free bytes on the file system of a directory, which need not exist yet."""
-    return shutil.disk_usage(next(path for path in [directory, *directory.absolute().parents] if path.exists())).free
+    return shutil.disk_usage(
+        next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    ).free

@@ -1,6 +1,7 @@
 """Checks that a checkpoint's files are those that were written: sizes and checksums, compared at every load.
 
-    iter_0000120/checksums.json    files: {"facts.json": {"bytes": 4399, "xxh3_128": "..."}, ...}, of the small files
+    iter_0000120/checksums.json    files: {"facts.json": {"bytes": 4399, "xxh3_128": "..."}, ...}, of the
+                                   small files
                                    items: {"__0_0.distcp": {"bytes": 667222, "items": [[0, "..."], [1261,
                                    "..."], ...]}, ...}: of the large ones the checksum of each stored item,
                                    which ends where the next begins
@@ -36,7 +37,8 @@ from megatron_fuse.storage.checksums import (
 CHECKSUMS = "checksums.json"
 LARGE = ".distcp"  # suffix of the files that the ranks write
 _THREADS = 2  # for the items that the load does not need
-_BLOCK = 1 << 19  # bytes that stay in a core's cache between the read and the hash, which both release the GIL
+# Bytes that stay in a core's cache between the read and the hash, which both release the GIL.
+_BLOCK = 1 << 19
 _FIX = "Name another checkpoint, or restore this one from a copy."
 
 
@@ -48,12 +50,16 @@ class StoredItems:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     bytes: Annotated[int, Field(ge=0, strict=True)]
-    items: list[tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]]
+    items: list[
+        tuple[Annotated[int, Field(ge=0, strict=True)], Annotated[str, Field(pattern="^[0-9a-f]{32}$")]]
+    ]
 
     def spans(self) -> dict[int, tuple[int, str]]:
         """Offset of each item -> its length and checksum."""
         ends = [start for start, _ in self.items[1:]] + [self.bytes]
-        return {start: (end - start, checksum) for (start, checksum), end in zip(self.items, ends, strict=True)}
+        return {
+            start: (end - start, checksum) for (start, checksum), end in zip(self.items, ends, strict=True)
+        }
 
 
 def write_checksums(directory: Path, written: Mapping[str, StoredItems]) -> None:
@@ -121,13 +127,15 @@ class CheckpointFiles:
         if self.small is None:
             if Path(name).name != name or not (self.path / name).is_file():
                 raise UserError(
-                    f"{self.path / name[:100]}: the file is missing, but .metadata places tensors there. {_FIX}"
+                    f"{self.path / name[:100]}: the file is missing, but .metadata places tensors there. "
+                    f"{_FIX}"
                 )
         elif name not in self.large:
             raise self._not_listed(name)
         elif self._span(name, offset)[0] != length:
             raise self._damaged(
-                name, f".metadata places an item of {length} bytes at {offset}, but no such item is stored there"
+                name,
+                f".metadata places an item of {length} bytes at {offset}, but no such item is stored there",
             )
 
     def compare_sizes(self, rank: int, world_size: int) -> None:
@@ -146,7 +154,9 @@ class CheckpointFiles:
         """Reads the whole item at `offset` of a large file and compares it. file: opened unbuffered."""
         self._read(file, name, offset, len(into), lambda at: into[at : at + _BLOCK])
 
-    def _read(self, file: BinaryIO, name: str, offset: int, length: int, block_at: Callable[[int], memoryview]) -> None:
+    def _read(
+        self, file: BinaryIO, name: str, offset: int, length: int, block_at: Callable[[int], memoryview]
+    ) -> None:
         """As read_item. block_at(n): the memory that takes the item's bytes from byte n on."""
         digest = xxhash.xxh3_128() if self.verify and self.small is not None else None
         file.seek(offset)
@@ -160,7 +170,9 @@ class CheckpointFiles:
                 digest.update(block[:count])
             read += count
         if digest is not None and (actual := digest.hexdigest()) != (expected := self._span(name, offset)[1]):
-            raise self._damaged(name, f"checksum {actual[:12]}... instead of {expected[:12]}... at byte {offset}")
+            raise self._damaged(
+                name, f"checksum {actual[:12]}... instead of {expected[:12]}... at byte {offset}"
+            )
 
     @contextmanager
     def comparing_rest(self, rank: int, world_size: int) -> Iterator[None]:
@@ -216,13 +228,19 @@ class CheckpointFiles:
     def _share(self, rank: int, world_size: int) -> list[str]:
         """A rank's part of the large files. At an unchanged layout these are the files that it wrote, and
         mostly those that it loads."""
-        return [name for index, name in enumerate(sorted(self.large)) if _writer(name, index) % world_size == rank]
+        return [
+            name for index, name in enumerate(sorted(self.large)) if _writer(name, index) % world_size == rank
+        ]
 
     def _damaged(self, name: str, wrong: str) -> UserError:
-        return UserError(f"{self.path / name}: {wrong}. The file is damaged or belongs to another checkpoint. {_FIX}")
+        return UserError(
+            f"{self.path / name}: {wrong}. The file is damaged or belongs to another checkpoint. {_FIX}"
+        )
 
     def _not_listed(self, name: str) -> UserError:
-        return UserError(f"{self.path / CHECKSUMS} does not list {name[:100]}. One of the two is damaged. {_FIX}")
+        return UserError(
+            f"{self.path / CHECKSUMS} does not list {name[:100]}. One of the two is damaged. {_FIX}"
+        )
 
 
 def _read_checksums(place: Path) -> tuple[dict[str, FileRecord], dict[str, StoredItems]]:

@@ -15,7 +15,8 @@ from megatron_fuse.dataset.checksums import BackgroundVerification
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import Artifact
 
-WHOLE, UNKNOWN, DAMAGED = range(3)  # in this order, so that the highest status of all ranks is that of the data
+# In this order, so that the highest status of all ranks is that of the data.
+WHOLE, UNKNOWN, DAMAGED = range(3)
 
 
 class DataCheck:
@@ -84,5 +85,6 @@ class DataCheck:
 
 def _ended_by(message: str) -> UserError:
     return UserError(
-        f"{message.removesuffix('.')}. Training ends. No checkpoint was written from these data since it started."
+        f"{message.removesuffix('.')}. Training ends. No checkpoint was written from these data since it "
+        "started."
     )

@@ -28,7 +28,8 @@ def print_dry_run(trainer: Trainer) -> None:
     sequence = sequence_of_run(trainer.recipe, trainer.dataset)
     place = {"sequence": sequence, "data_parallel_size": runtime.data_parallel_size}
     memory = {
-        stage: estimate_memory(trainer.recipe, trainer.architecture, stage=stage, **place) for stage in parameters
+        stage: estimate_memory(trainer.recipe, trainer.architecture, stage=stage, **place)
+        for stage in parameters
     }
     training = trainer.recipe.training
     kind = "packed" if training.packing else "padded to the longest document"
@@ -54,10 +55,12 @@ def dry_run_text(
     """Lines for a terminal. parameters, memory: by pipeline stage, of one rank. micro_batch: the size of the
     largest one, in words."""
     return [
-        "One rank of each pipeline stage: parameters, and about how much memory it needs at the height of a step",
+        "One rank of each pipeline stage: parameters, and about how much memory it needs at the height of a "
+        "step",
         *text_table(_memory_table(parameters, memory)),
         f"  largest micro-batch: {micro_batch}",
-        "  activations: see training/memory.py for the formula; communication buffers and fragments come on top",
+        "  activations: see training/memory.py for the formula; communication buffers and fragments come on "
+        "top",
         "",
         f"Steps of the schedule (without the {validation_examples:,} validation examples)",
         *text_table(_step_table(plans)),
@@ -92,7 +95,17 @@ def _step_table(plans: Sequence[PhasePlan]) -> Table:
         )
         for plan in plans
     ]
-    sums = [sum(column) for column in zip(*((plan.steps, plan.samples, plan.tokens) for plan in plans), strict=True)]
+    sums = [
+        sum(column)
+        for column in zip(*((plan.steps, plan.samples, plan.tokens) for plan in plans), strict=True)
+    ]
     of_modes = [sum(plan.supervised_tokens.get(mode, 0) for plan in plans) for mode in modes]
     rows.append(("run", "", *(f"{number:,}" for number in (*sums, *of_modes))))
-    return ("phase", "iterations", "steps", "samples", "tokens", *(f"supervised, {mode}" for mode in modes)), rows
+    return (
+        "phase",
+        "iterations",
+        "steps",
+        "samples",
+        "tokens",
+        *(f"supervised, {mode}" for mode in modes),
+    ), rows

@@ -1,6 +1,7 @@
 """The fused model of a recipe as a Hugging Face directory, made from its best or latest checkpoint.
 
-    export/fusion.json    the checkpoint, its metadata, the dtype, and size and checksum of every file of the export
+    export/fusion.json    the checkpoint, its metadata, the dtype, and size and checksum of every file of the
+                          export
 
 If an export of the same checkpoint exists and its files are unchanged, nothing happens. A missing file is
 made again. A file that was changed, or that the export did not write, is never removed: if it is in the way,
@@ -66,13 +67,16 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
             if end is not None:
                 add_end(temporary, end)
                 logger.info(
-                    f"generation_config.json: answers end at {chat.tokenizer.token_text(end)!r} ({end}) as well"
+                    f"generation_config.json: answers end at {chat.tokenizer.token_text(end)!r} ({end}) as "
+                    "well"
                 )
             record_files(temporary, RECORD, origin)
     return output, checkpoint
 
 
-def _origin(checkpoint: Path, dtype: str, template: str | None, end: int | None, *, verify: bool) -> dict[str, Any]:
+def _origin(
+    checkpoint: Path, dtype: str, template: str | None, end: int | None, *, verify: bool
+) -> dict[str, Any]:
     """All inputs of an export's files.
 
     Two checkpoints may have the same metadata, but not the same checksums.

@@ -80,7 +80,11 @@ class StepGuard:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def watch(
-        self, iteration: int, phase: str, values: Mapping[str, float], example_ids: Callable[[], Sequence[str]]
+        self,
+        iteration: int,
+        phase: str,
+        values: Mapping[str, float],
+        example_ids: Callable[[], Sequence[str]],
     ) -> str | None:
         """A warning about a finished step, or None.
 
@@ -92,7 +96,9 @@ class StepGuard:
         norm = values["grad norm"]
         if not math.isfinite(norm):
             self.skipped_in_a_row += 1
-            problem = f"iteration {iteration}: the gradient norm is {norm}, on examples {_named(example_ids())}"
+            problem = (
+                f"iteration {iteration}: the gradient norm is {norm}, on examples {_named(example_ids())}"
+            )
             if self.skipped_in_a_row >= self.max_skipped:
                 raise UserError(
                     f"{problem}: this is skipped step {self.skipped_in_a_row} in a row "
@@ -113,7 +119,8 @@ class StepGuard:
         if not spike:
             return None
         return (
-            f"iteration {iteration}: the loss is {loss:.4g}, the median of the last {len(self.losses) - 1} was "
+            f"iteration {iteration}: the loss is {loss:.4g}, the median of the last {len(self.losses) - 1} "
+            "was "
             f"{before:.4g}, on examples {_named(example_ids())}"
         )
 
@@ -136,7 +143,9 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
     weights = {name: weight for chunk in chunks for name, weight in chunk.named_parameters()}
     digests = [hashlib.sha256(_bytes(weight)).digest() for weight in weights.values()]
     device = next(iter(weights.values())).device
-    local = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
+    local = (
+        torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
+    )
     group = parallel_state.get_data_parallel_group()
     all_replicas = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(all_replicas, local, group=group)
@@ -146,7 +155,11 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
     anywhere = torch.tensor([len(different)], device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     if anywhere.item():
-        named = f"{', '.join(different[:4])} ({len(different)} of {len(weights)})" if different else "on other ranks"
+        named = (
+            f"{', '.join(different[:4])} ({len(different)} of {len(weights)})"
+            if different
+            else "on other ranks"
+        )
         raise UserError(
             f"iteration {iteration}: the weights of data-parallel replicas differ: {named}. Look for a "
             "broken device or link, and continue from a checkpoint before the last comparison without a "

@@ -72,7 +72,11 @@ class Interruption:
         now = time.monotonic()
         if not self._received:
             self._received, self._since = number, now
-        elif number == signal.SIGINT and now - self._since > _AGAIN and callable(before := self._before[number]):
+        elif (
+            number == signal.SIGINT
+            and now - self._since > _AGAIN
+            and callable(before := self._before[number])
+        ):
             before(number, frame)
 
     def reason(self, iteration: int) -> str | None:

@@ -51,11 +51,15 @@ class LearningRate:
 
     def __str__(self) -> str:
         rise = (
-            f"{self.lr:g} after a warm-up of {self.warmup:g} steps" if self.warmup else f"{self.lr:g} without warm-up"
+            f"{self.lr:g} after a warm-up of {self.warmup:g} steps"
+            if self.warmup
+            else f"{self.lr:g} without warm-up"
         )
         if self.decay is None:
             return f"{rise}, then constant"
-        return f"{rise}, {self.decay} to {self.min_lr:g} from step {self.decay_from:g} to step {self.decay_to}"
+        return (
+            f"{rise}, {self.decay} to {self.min_lr:g} from step {self.decay_from:g} to step {self.decay_to}"
+        )
 
 
 def make_learning_rate(options: TrainingOptions, total_steps: int) -> LearningRate:

@@ -113,7 +113,11 @@ class TrainingLog:
         speed, timed = (self._speed(), self._timed(*STEP_TIMERS)) if prints else ({}, {})
         if self.active:
             numbers = {"learning rate": lr, **values}
-            counts = {"tokens": tokens, "skipped iterations": self.skipped, "consumed samples": consumed_samples}
+            counts = {
+                "tokens": tokens,
+                "skipped iterations": self.skipped,
+                "consumed samples": consumed_samples,
+            }
             self._record(STEP, iteration, {**numbers, **speed, **timed, **counts}, phase=phase)
             if prints:
                 self._print(iteration, consumed_samples, phase, numbers, speed, timed)
@@ -152,7 +156,9 @@ class TrainingLog:
         timed: Mapping[str, float],
     ) -> None:
         rate = speed["tokens per second"]
-        of_phase, of_run = (duration(left / rate if rate else 0) for left in tokens_left(self.plans, iteration))
+        of_phase, of_run = (
+            duration(left / rate if rate else 0) for left in tokens_left(self.plans, iteration)
+        )
         parts = [
             f"iteration {iteration:8d}/{self.total_steps:8d}",
             f"consumed samples: {consumed_samples:12d}",
@@ -172,8 +178,8 @@ class TrainingLog:
             logger.info(f" time per iteration on the slowest rank (ms) | {_shown_times(timed)}")
 
     def evaluation(self, iteration: int, values: Mapping[str, float], examples: int) -> None:
-        """Records and prints an evaluation. values: those of reduce_report on the validation examples, without
-        the loss, and perplexity/MODE."""
+        """Records and prints an evaluation. values: those of reduce_report on the validation examples,
+        without the loss, and perplexity/MODE."""
         if self.active:
             self.metrics.write(VALIDATION, iteration, values)
             for tracker in self.trackers:
@@ -187,7 +193,9 @@ class TrainingLog:
         timed = self.timers.seconds(SAVE)
         if timed and self.active:
             self._record(SAVED, iteration, timed)
-            logger.info(f" saved at iteration {iteration}, time on the slowest rank (ms) | {_shown_times(timed)}")
+            logger.info(
+                f" saved at iteration {iteration}, time on the slowest rank (ms) | {_shown_times(timed)}"
+            )
         self.restart_clock()
 
     def close(self) -> None:

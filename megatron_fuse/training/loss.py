@@ -122,7 +122,9 @@ def reduce_report(
     dist.all_reduce(sums, group=group)
     loss, losses, fits = sums.cpu().split([1, 2 * len(MODES), 4 * len(MODES) * len(sources)])
     values = {"loss": loss.item() / dist.get_world_size(group)}
-    by_mode = zip(MODES, losses.view(len(MODES), 2).tolist(), fits.view(len(MODES), 4, len(sources)), strict=True)
+    by_mode = zip(
+        MODES, losses.view(len(MODES), 2).tolist(), fits.view(len(MODES), 4, len(sources)), strict=True
+    )
     for mode, (ce, kl), fit in by_mode:
         if not supervised_tokens.get(mode):
             continue
@@ -141,4 +143,8 @@ def _fit(where: str, sums: Sequence[float]) -> dict[str, float]:
     Empty without such tokens.
     """
     tokens, *fit_sums = sums
-    return {f"{name}/{where}": value / tokens for name, value in zip(FIT, fit_sums, strict=True)} if tokens else {}
+    return (
+        {f"{name}/{where}": value / tokens for name, value in zip(FIT, fit_sums, strict=True)}
+        if tokens
+        else {}
+    )

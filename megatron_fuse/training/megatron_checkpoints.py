@@ -76,10 +76,13 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
         torch.save(common, directory / _COMMON)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # True: of equal shards only one rank's
+    # True: of equal shards only one rank's.
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     writer = _Writer(directory, thread_count=_FILES_PER_RANK)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    planned, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner)
+    planned, *_ = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(by_key), writer, None, 0, planner=planner
+    )
     write, stage, arguments = writer.get_save_function_and_args()
 
     def name_format() -> None:
@@ -219,7 +222,9 @@ def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
     place = str(files.path / _COMMON)
     common = read_plain(files.content(_COMMON), place)
     if not isinstance(common, dict):
-        raise UserError(f"{place} holds a {type(common).__name__} instead of a mapping. Name another checkpoint.")
+        raise UserError(
+            f"{place} holds a {type(common).__name__} instead of a mapping. Name another checkpoint."
+        )
     metadata = read_metadata(files.content(".metadata"), str(files.path / ".metadata"))
     for place in metadata.storage_data.values():
         files.check_place(place.relative_path, place.offset, place.length)
@@ -287,7 +292,9 @@ class _Reader(FileSystemReader):
             place = self.storage_data[item.storage_index]
             wanted.setdefault(place.relative_path, {}).setdefault(place.offset, []).append(item)
             longest = max(longest, place.length)
-        self.files.compare_all_but({(name, offset) for name, by_offset in wanted.items() for offset in by_offset})
+        self.files.compare_all_but(
+            {(name, offset) for name, by_offset in wanted.items() for offset in by_offset}
+        )
         # One buffer serves all items, one after the other:
         # new memory for each would take longer than the reading.
         buffer = memoryview(bytearray(longest))

@@ -199,7 +199,10 @@ def advise_when_out_of_memory(
         }
         needed = estimate_memory(recipe, architecture, **place)
         parts = ", ".join(f"{name} {readable_size(size)}" for name, size in vars(needed).items())
-        mends = [f"{words} saves about {readable_size(size)}" for words, size in savings(recipe, architecture, **place)]
+        mends = [
+            f"{words} saves about {readable_size(size)}"
+            for words, size in savings(recipe, architecture, **place)
+        ]
         raise UserError(
             f"out of memory: {str(error).strip() or type(error).__name__}\n"
             f"A rank of pipeline stage {stage} needs about {readable_size(needed.total)}: {parts}.\n"

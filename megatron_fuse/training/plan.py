@@ -30,7 +30,9 @@ class PhasePlan:
         return self.last_iteration - self.first_iteration
 
 
-def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Architecture) -> tuple[PhasePlan, ...]:
+def plan_phases(
+    schedule: Schedule, dataset: FusionDataset, architecture: Architecture
+) -> tuple[PhasePlan, ...]:
     """The plan of every phase of a schedule."""
     plans, samples = [], 0
     for phase in schedule.phases:
@@ -50,7 +52,8 @@ def plan_phases(schedule: Schedule, dataset: FusionDataset, architecture: Archit
                 samples=phase_samples,
                 tokens=phase.epochs * int(positions.sum()),
                 supervised_tokens={
-                    mode: phase.epochs * int(dataset.supervised_tokens(mode)[dataset.train].sum()) for mode in modes
+                    mode: phase.epochs * int(dataset.supervised_tokens(mode)[dataset.train].sum())
+                    for mode in modes
                 },
                 flops=phase.epochs * training_flops(architecture, positions),
             )

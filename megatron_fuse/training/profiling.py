@@ -75,7 +75,8 @@ class StepProfiler:
         if self.ranks:
             whose = ", ".join(map(str, self.ranks))
             logger.info(
-                f"profiling iterations {self.first} to {self.end - 1} on rank {whose}: traces go to {self.directory}"
+                f"profiling iterations {self.first} to {self.end - 1} on rank {whose}: traces go to "
+                f"{self.directory}"
             )
         if self._profiler:
             self._profiler.start()

@@ -73,9 +73,9 @@ def resume(
 
     Returns the state of the run: its metadata.
 
-    run: run_identity. Raises UserError if the checkpoint is of another run. With --override each difference is
-    only a warning; another version of a library is always only a warning. Raises UserError in any case if the
-    optimizer's state has another form.
+    run: run_identity. Raises UserError if the checkpoint is of another run. With --override each difference
+    is only a warning; another version of a library is always only a warning. Raises UserError in any case if
+    the optimizer's state has another form.
     """
     options, save = recipe.training, checkpoint_directory(recipe)
     start = CheckpointMetadata(
@@ -94,7 +94,9 @@ def resume(
     path = named_checkpoint(options.load or save)
     if path is None:
         if options.load is not None:
-            raise UserError(f"--load {options.load}: there is no {LATEST}. Name a directory that --save wrote.")
+            raise UserError(
+                f"--load {options.load}: there is no {LATEST}. Name a directory that --save wrote."
+            )
         return start
     stored = read_metadata(path, verify=options.verify)
     other_run = differences(_with_defaults(stored.run), run)
@@ -108,7 +110,8 @@ def resume(
     refuse_other_model(path, stored, architecture)
     if other_form := differences(stored.optimizer, start.optimizer):
         raise UserError(
-            f"{path}: the optimizer {'; '.join(other_form)}, so its state does not fit. Restore the old value."
+            f"{path}: the optimizer {'; '.join(other_form)}, so its state does not fit. Restore the old "
+            "value."
         )
     for difference in other_run + differences(stored.versions, start.versions):
         if runtime.is_logging_rank:  # the same on every rank
@@ -116,13 +119,16 @@ def resume(
     load_checkpoint(path, chunks, optimizer, architecture, verify=options.verify)
     logger.info(f"continuing from {path} at iteration {stored.iteration}")
     return replace(
-        start, iteration=stored.iteration, consumed_samples=stored.consumed_samples, best_loss=stored.best_loss
+        start,
+        iteration=stored.iteration,
+        consumed_samples=stored.consumed_samples,
+        best_loss=stored.best_loss,
     )
 
 
 def _with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """run_identity of a checkpoint. An option that an older version did not have gets today's default, which is
-    how it behaved."""
+    """run_identity of a checkpoint. An option that an older version did not have gets today's default, which
+    is how it behaved."""
     step = run.get("step")
     defaults = TrainingOptions().model_dump(include=_STEP_OPTIONS)
     return run | {"step": defaults | step} if isinstance(step, dict) else run

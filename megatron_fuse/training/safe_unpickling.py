@@ -104,7 +104,8 @@ def read_metadata(content: bytes, place: str) -> Metadata:
 
 def _as_metadata(record: Any) -> Metadata:
     tensors, places = (
-        _checked(_kind(record, "Metadata").field(key), dict) for key in ("state_dict_metadata", "storage_data")
+        _checked(_kind(record, "Metadata").field(key), dict)
+        for key in ("state_dict_metadata", "storage_data")
     )
     return Metadata(
         state_dict_metadata={_checked(key, str): _as_storage(value) for key, value in tensors.items()},
@@ -116,13 +117,19 @@ def _as_storage(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if _kind(record).kind == "BytesStorageMetadata":
         return BytesStorageMetadata()
     record = _kind(record, "TensorStorageMetadata")
-    properties = _checked(getattr(_kind(record.field("properties"), "TensorProperties"), "state", None), tuple)
+    properties = _checked(
+        getattr(_kind(record.field("properties"), "TensorProperties"), "state", None), tuple
+    )
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=_checked(properties[0], torch.dtype)),
         size=_as_size(record.field("size")),
         chunks=[
-            ChunkStorageMetadata(offsets=_as_size(chunk.field("offsets")), sizes=_as_size(chunk.field("sizes")))
-            for chunk in (_kind(one, "ChunkStorageMetadata") for one in _checked(record.field("chunks"), list))
+            ChunkStorageMetadata(
+                offsets=_as_size(chunk.field("offsets")), sizes=_as_size(chunk.field("sizes"))
+            )
+            for chunk in (
+                _kind(one, "ChunkStorageMetadata") for one in _checked(record.field("chunks"), list)
+            )
         ],
     )
 
@@ -172,7 +179,9 @@ def read_plain(content: bytes, place: str) -> Any:
         value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damage and refusals are reported in classes of several libraries
         reason = next(iter(str(error).splitlines()), "")[:160]
-        raise UserError(f"{place} cannot be read without running code, or is damaged ({reason}). {_FIX}") from error
+        raise UserError(
+            f"{place} cannot be read without running code, or is damaged ({reason}). {_FIX}"
+        ) from error
     if (foreign_type := _not_plain(value)) is not None:
         raise UserError(f"{place} holds {foreign_type}, which no checkpoint of this project does. {_FIX}")
     return value

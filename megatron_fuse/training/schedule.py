@@ -46,7 +46,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.examples == 0:
             raise UserError(
-                "the fusion data hold no training example. See the counts in the manifest.json of the instructions."
+                "the fusion data hold no training example. See the counts in the manifest.json of the "
+                "instructions."
             )
 
     def _phase_samples(self, index: int) -> int:
@@ -114,7 +115,9 @@ class Schedule:
 
 def make_schedule(recipe: Recipe, examples: int, *, ranks: np.ndarray | None = None) -> Schedule:
     """The recipe's schedule over so many training examples. ranks: see Schedule."""
-    return Schedule(tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.training_seed, ranks)
+    return Schedule(
+        tuple(recipe.phases), examples, recipe.training.global_batch_size, recipe.training_seed, ranks
+    )
 
 
 @functools.lru_cache(maxsize=2)  # a step that crosses from one epoch to the next reads both

@@ -1,4 +1,7 @@
-"""Training and export as stages of the pipeline. Their commands find out by themselves whether anything is left to do."""
+"""Training and export as stages of the pipeline.
+
+Their commands find out by themselves whether anything is left to do.
+"""
 
 from megatron_fuse.dataset import FusionDataset, data_parents
 from megatron_fuse.errors import UserError
@@ -22,7 +25,9 @@ def require_whole_training(recipe: Recipe) -> None:
     wanted = make_schedule(recipe, len(FusionDataset(recipe).train)).last_step(recipe.training.train_iters)
     reached = reached_step(recipe) or 0
     if reached < wanted:
-        raise UserError(f"training stopped at step {reached} of {wanted}. Run this command again to continue.")
+        raise UserError(
+            f"training stopped at step {reached} of {wanted}. Run this command again to continue."
+        )
 
 
 def training_tokens(recipe: Recipe, amounts: Amounts) -> float:

@@ -72,7 +72,9 @@ def build_chunks(
 def _whole_model(model_dir: Path) -> tuple[Architecture, list[FusionGPTModel]]:
     """The model of a Hugging Face directory in fp32 on one rank. Its parameters are unset."""
     architecture = read_architecture(model_dir)
-    return architecture, build_model_chunks(architecture, transformer_config(architecture, params_dtype=torch.float32))
+    return architecture, build_model_chunks(
+        architecture, transformer_config(architecture, params_dtype=torch.float32)
+    )
 
 
 def dtype_of_reference(reference: Path) -> str:
@@ -80,11 +82,18 @@ def dtype_of_reference(reference: Path) -> str:
     else that of its config, else fp32."""
     try:
         weights = WeightFiles(reference)
-        dtype_name = common_dtype(weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference)))
+        dtype_name = common_dtype(
+            weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference))
+        )
     except UserError:  # a directory without weights: its config is enough
         stated = read_model_config(reference)
         dtype_name = next(
-            (name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"), ""
+            (
+                name
+                for name, dtype in DTYPES.items()
+                if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"
+            ),
+            "",
         )
     return dtype_name if dtype_name in DTYPES else "fp32"
 
@@ -108,7 +117,9 @@ def export_checkpoint(
 
 
 def load_whole_model(checkpoint: Path, reference: Path, *, verify: bool) -> torch.nn.Module:
-    """The model of a checkpoint of any layout, in fp32 in one process. reference, verify: see export_checkpoint."""
+    """The model of a checkpoint of any layout, in fp32 in one process. reference, verify: see
+    export_checkpoint.
+    """
     architecture, chunks = _whole_model(reference)
     load_checkpoint(checkpoint, chunks, None, architecture, verify=verify)
     return chunks[0]
@@ -128,6 +139,11 @@ def import_hugging_face(model_dir: Path, output: Path) -> Path:
     architecture, chunks = _whole_model(model_dir)
     load_hugging_face_weights(chunks, model_dir)
     metadata = CheckpointMetadata(
-        iteration=0, consumed_samples=0, model=model_identity(architecture), run={}, best_loss=None, versions=versions()
+        iteration=0,
+        consumed_samples=0,
+        model=model_identity(architecture),
+        run={},
+        best_loss=None,
+        versions=versions(),
     )
     return save_checkpoint(output, chunks, None, metadata)

@@ -20,10 +20,13 @@ T = TypeVar("T")
 # Timer -> the lowest level that has it. The timers of a step:
 STEP_TIMERS = {
     "forward-backward": 1,  # Megatron's: the schedule as a whole
-    "all-grads-sync": 1,  # Megatron's, within it: what is left of the gradients' reduction after the last backward pass
+    # Megatron's, within it: what is left of the gradients' reduction after the last backward pass.
+    "all-grads-sync": 1,
     "optimizer": 1,  # the gradient's norm, clipping, the update
-    "forward-compute": 2,  # Megatron's: forward passes and losses, and what they wait for: their micro-batches
-    "batch-generator": 2,  # what a step holds; within forward-compute, its micro-batches: read, collated, sent to the device
+    # Megatron's: forward passes and losses, and what they wait for: their micro-batches.
+    "forward-compute": 2,
+    # What a step holds; within forward-compute, its micro-batches: read, collated, sent to the device.
+    "batch-generator": 2,
     "backward-compute": 2,  # Megatron's: backward passes
     # Megatron's, between pipeline stages: transfers, and the wait for the other stage
     "forward-recv": 2,
@@ -41,7 +44,9 @@ _LEVELS = {**STEP_TIMERS, SAVE: 1}
 
 
 class StepTimers:
-    """The timers of one rank. level: 0 makes every method do nothing. config: the one that Megatron's schedule reads."""
+    """The timers of one rank. level: 0 makes every method do nothing. config: the one that Megatron's
+    schedule reads.
+    """
 
     def __init__(self, level: int, config: TransformerConfig) -> None:
         self._timers = Timers(level, "max")
@@ -82,7 +87,9 @@ class StepTimers:
         elapsed = [self._timers(name, log_level=_LEVELS[name]).elapsed(reset=False) for name in asked]
         longest = torch.tensor(elapsed, dtype=torch.float64, device=torch.cuda.current_device())
         dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        return {f"seconds/{name}": value for name, value in zip(asked, longest.tolist(), strict=True) if value > 0}
+        return {
+            f"seconds/{name}": value for name, value in zip(asked, longest.tolist(), strict=True) if value > 0
+        }
 
     def reset(self) -> None:
         """Sets every timer back to 0."""

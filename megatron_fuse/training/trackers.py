@@ -38,7 +38,9 @@ class TensorBoard:
 def check_wandb() -> None:
     """Raises UserError if Weights & Biases is not installed. Imports nothing."""
     if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
-        raise UserError("--wandb-project needs the package wandb. Run pip install wandb, or remove the option.")
+        raise UserError(
+            "--wandb-project needs the package wandb. Run pip install wandb, or remove the option."
+        )
 
 
 class WeightsAndBiases:

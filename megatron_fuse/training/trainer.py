@@ -12,7 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -70,9 +74,15 @@ class Trainer:
 
 
 def make_trainer(
-    recipe: Recipe, runtime: Runtime, architecture: Architecture, chunks: list[FusionGPTModel], dataset: FusionDataset
+    recipe: Recipe,
+    runtime: Runtime,
+    architecture: Architecture,
+    chunks: list[FusionGPTModel],
+    dataset: FusionDataset,
 ) -> Trainer:
-    """Wraps the model chunks (weights loaded) for data parallelism, mixed precision and optimization by Megatron-core."""
+    """Wraps the model chunks (weights loaded) for data parallelism, mixed precision and optimization by
+    Megatron-core.
+    """
     options, layout = recipe.training, recipe.parallel
     bf16 = options.precision == "bf16"
     config = chunks[0].config
@@ -110,7 +120,9 @@ def make_trainer(
         wrapped,
     )
     curriculum = read_curriculum(recipe, dataset.text.sha256)
-    schedule = make_schedule(recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None)
+    schedule = make_schedule(
+        recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None
+    )
     learning_rate = make_learning_rate(options, schedule.total_steps)
     run = run_identity(recipe, dataset, curriculum)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
@@ -193,7 +205,13 @@ def _run(trainer: Trainer) -> None:
             metadata = replace(metadata, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
             flops = training_flops(trainer.architecture, batch.positions)
             trainer.log.step(
-                metadata.iteration, metadata.consumed_samples, step.phase.name, lr, values, batch.tokens, flops
+                metadata.iteration,
+                metadata.consumed_samples,
+                step.phase.name,
+                lr,
+                values,
+                batch.tokens,
+                flops,
             )
             tokens += batch.tokens
             progress.update(metadata.iteration - first, tokens)
@@ -206,7 +224,9 @@ def _run(trainer: Trainer) -> None:
             evaluates = not stop and (pause or _is_due(metadata.iteration, options.eval_interval))
             loss = _evaluate(trainer, metadata.iteration) if evaluates else None
             # NaN compares false, so that it never becomes the best.
-            improved = loss is not None and loss < (math.inf if metadata.best_loss is None else metadata.best_loss)
+            improved = loss is not None and loss < (
+                math.inf if metadata.best_loss is None else metadata.best_loss
+            )
             metadata = replace(metadata, best_loss=loss) if improved else metadata
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(metadata.iteration, options.save_interval):
@@ -219,7 +239,8 @@ def _run(trainer: Trainer) -> None:
     trainer.log.close()
     if stop:
         logger.info(
-            f"stopped after iteration {metadata.iteration} of {last_step} ({stop}), saved in {trainer.save_directory}: "
+            f"stopped after iteration {metadata.iteration} of {last_step} ({stop}), saved in "
+            f"{trainer.save_directory}: "
             "the same command continues from there"
         )
     if interruption.is_interrupt:
@@ -248,8 +269,11 @@ def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[f
     )
 
 
-def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
-    """All micro-batches of a step through Megatron's schedule: what the forward steps report (loss.make_forward_step) of each.
+def forward_backward(
+    trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """All micro-batches of a step through Megatron's schedule: what the forward steps report
+    (loss.make_forward_step) of each.
 
     Waits for the GPU at no point.
     """
@@ -268,7 +292,9 @@ def forward_backward(trainer: Trainer, batch: GlobalBatch, *, forward_only: bool
     # Each virtual pipeline chunk reads the same micro-batches, with an iterator of its own.
     iterators = [trainer.timers.each("batch-generator", micro_batch_iterator()) for _ in trainer.wrapped]
     return get_forward_backward_func()(
-        forward_step_func=make_forward_step(micro_batches=batch.micro_batches, sources=len(trainer.dataset.sources)),
+        forward_step_func=make_forward_step(
+            micro_batches=batch.micro_batches, sources=len(trainer.dataset.sources)
+        ),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=trainer.wrapped if len(trainer.wrapped) > 1 else trainer.wrapped[0],
         num_microbatches=batch.micro_batches,
@@ -361,7 +387,9 @@ def _evaluate(trainer: Trainer, iteration: int) -> float | None:
     # Without `loss`: the losses of the batches have different denominators, so that their sum means nothing.
     means = {name: means[name] for name in sorted(means.keys() - {"loss"})}
     means |= {
-        f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0)) for mode in MODES if f"ce/{mode}" in means
+        f"perplexity/{mode}": math.exp(min(means[f"ce/{mode}"], 700.0))
+        for mode in MODES
+        if f"ce/{mode}" in means
     }
     trainer.log.evaluation(iteration, means, len(dataset.validation))
     return _from_last_stage(trainer, means.get("ce/training", math.nan)) if counts["training"] else None

@@ -42,7 +42,10 @@ def expected_artifacts(context: Context) -> list[Expected]:
 
 def _expected(context: Context, stage: Stage, key: Key) -> Expected:
     recipe, is_fusion_data = context.recipe, stage in (TEXT, TEACHERS)
-    parents = {name: parent.directory(recipe, *names) for name, (parent, names) in stage.parents(recipe, *key).items()}
+    parents = {
+        name: parent.directory(recipe, *names)
+        for name, (parent, names) in stage.parents(recipe, *key).items()
+    }
     return Expected(
         stage.directory(recipe, *key),
         is_fusion_data,

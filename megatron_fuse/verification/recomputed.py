@@ -25,10 +25,13 @@ def difference_problems(
         if stored_array is None or stored_array.shape != array.shape:
             yield f"{path}: {name} is missing, or its shape is not the one that {basis} give. {fix}"
             continue
-        differs = ~np.isclose(stored_array, array, rtol=0, atol=0, equal_nan=True).reshape(len(array), -1).all(1)
+        differs = ~np.isclose(stored_array, array, rtol=0, atol=0, equal_nan=True).reshape(
+            len(array), -1
+        ).all(1)
         if differs.any():
             example = int(differs.argmax())
             yield (
-                f"{path}: example {names[example]!r}: {name} is {stored_array[example].tolist()}, but {basis} give "
+                f"{path}: example {names[example]!r}: {name} is {stored_array[example].tolist()}, but "
+                f"{basis} give "
                 f"{array[example].tolist()} ({differs.sum():,} examples differ). {fix}"
             )

@@ -33,7 +33,8 @@ def read_example_arrays(path: Path, examples: int) -> ExampleArrays:
         for name in EXAMPLE_ARRAYS:
             if example_arrays[name].shape != (examples,) or example_arrays[name].dtype.kind not in "biuf":
                 raise UserError(
-                    f"{name} is {example_arrays[name].dtype} {example_arrays[name].shape}, but {examples} real numbers are needed"
+                    f"{name} is {example_arrays[name].dtype} {example_arrays[name].shape}, but {examples} "
+                    "real numbers are needed"
                 )
     except (UserError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -56,9 +57,10 @@ def example_problems(
         "but it has no document": (example_arrays["available"] == 1) & (rows == 0),
     }
     if mode == "training":
+        # May be infinite.
         rules["but it has no cross-entropy"] = (example_arrays["available"] == 1) & np.isnan(
             example_arrays["ce_sum"]
-        )  # may be infinite
+        )
     for what, bad in rules.items():
         if bad.any():
             example = int(bad.argmax())
@@ -68,11 +70,16 @@ def example_problems(
 
 
 def selection_problems(
-    context: Context, mode: str, parents: Mapping[str, str], example_arrays: list[ExampleArrays], names: list[str]
+    context: Context,
+    mode: str,
+    parents: Mapping[str, str],
+    example_arrays: list[ExampleArrays],
+    names: list[str],
 ) -> Problems:
     """Problems of the stored selection of one mode.
 
-    parents: sha256 of the text and of the rows of every source. example_arrays: of each source, in the recipe's order.
+    parents: sha256 of the text and of the rows of every source. example_arrays: of each source, in the
+    recipe's order.
     names: ids of the examples.
     """
     recipe = context.recipe
@@ -101,7 +108,8 @@ def selection_problems(
 
 
 def _evidence(context: Context, mode: str, examples: int, stored: ExampleArrays) -> ExampleArrays | None:
-    """What the choice compares, from its stages; if that is missing or damaged, what is stored with the selection.
+    """What the choice compares, from its stages; if that is missing or damaged, what is stored with the
+    selection.
 
     None if it is not there either. The check of the artifacts reports the damage itself.
     """

@@ -57,13 +57,16 @@ class ShardFiles:
                 continue
             if len(stream) != len(names):
                 problems.append(
-                    f"{prefix}.{field}.idx: {len(stream)} examples, but the text has {len(names)}{fix(prefix)}"
+                    f"{prefix}.{field}.idx: {len(stream)} examples, but the text has "
+                    f"{len(names)}{fix(prefix)}"
                 )
             else:
                 readable[field] = Field(stream.values(), stream.lengths)
         return cls(prefix, names, readable, problems)
 
-    def wrong(self, field: str, bad: np.ndarray, place: Callable[[int], str], say: Callable[[int], str]) -> Problems:
+    def wrong(
+        self, field: str, bad: np.ndarray, place: Callable[[int], str], say: Callable[[int], str]
+    ) -> Problems:
         """At most one line, for the first index that is bad [m].
 
         place(index), say(index): where it is and what is wrong.
@@ -104,7 +107,9 @@ def read_listed(prefix: Path) -> dict[str, int]:
     try:
         return {row.id: row.supervised_tokens for row in read_listed_examples(path)}
     except (UserError, OSError) as error:
-        raise UserError(f"{path}: the examples cannot be read ({str(error).removesuffix('.')}){fix(prefix)}") from error
+        raise UserError(
+            f"{path}: the examples cannot be read ({str(error).removesuffix('.')}){fix(prefix)}"
+        ) from error
 
 
 def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) -> Problems:
@@ -135,7 +140,10 @@ def document_problems(shard: ShardFiles, *, vocab_size: int, seq_length: int) ->
         labelled = np.zeros(len(marks.lengths), bool)
         labelled[present] = marks.values[first[present]] != 0
         yield from shard.wrong(
-            "supervised", labelled, shard.example, lambda i: "its first token is a label, which nothing predicts"
+            "supervised",
+            labelled,
+            shard.example,
+            lambda i: "its first token is a label, which nothing predicts",
         )
     if tokens is not None and marks is not None:
         yield from shard.wrong(
@@ -159,7 +167,10 @@ def listed_problems(shard: ShardFiles, labels: np.ndarray | None, listed: np.nda
     """Problems of the text: labels [n], counted from its marks, against those in its list of examples."""
     if labels is not None:
         yield from shard.wrong(
-            "supervised", labels != listed, shard.example, lambda i: f"{labels[i]} labels, but {listed[i]} are listed"
+            "supervised",
+            labels != listed,
+            shard.example,
+            lambda i: f"{labels[i]} labels, but {listed[i]} are listed",
         )
 
 
@@ -185,7 +196,9 @@ def span_problems(path: Path, labels: np.ndarray, names: list[str]) -> Problems:
         )
 
 
-def row_problems(shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: int, entries_per_row: int) -> Problems:
+def row_problems(
+    shard: ShardFiles, labels: np.ndarray | None, *, vocab_size: int, entries_per_row: int
+) -> Problems:
     """Problems of the fields of rows.
 
     labels int64 [n]: supervised tokens of the rows' documents; None if unknown.
@@ -284,10 +297,15 @@ def _whole_row_problems(shard: ShardFiles, counts: Field, ids: np.ndarray, logpr
         mass = np.bincount(row, np.exp(logprobs.astype(np.float64)), len(counts.values))
     possible = np.isfinite(mass) & (np.bincount(row, logprobs > 0, len(counts.values)) == 0)
     yield from shard.wrong(
-        "entry_logprobs", possible & (mass > MOST_MASS), place, lambda i: f"the mass is {mass[i]:.6f}, more than 1"
+        "entry_logprobs",
+        possible & (mass > MOST_MASS),
+        place,
+        lambda i: f"the mass is {mass[i]:.6f}, more than 1",
     )
     key = np.sort(row.astype(np.int64) << 32 | (ids.astype(np.int64) & 0xFFFFFFFF))
     twice = key[1:][np.diff(key) == 0]
     repeated = np.zeros(len(counts.values), np.int64)
     repeated[twice >> 32] = 1 + (twice & 0xFFFFFFFF)
-    yield from shard.wrong("entry_ids", repeated > 0, place, lambda i: f"id {repeated[i] - 1} is twice in the row")
+    yield from shard.wrong(
+        "entry_ids", repeated > 0, place, lambda i: f"id {repeated[i] - 1} is twice in the row"
+    )

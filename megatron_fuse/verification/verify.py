@@ -15,7 +15,12 @@ from megatron_fuse.progress import Progress
 from megatron_fuse.selection.curriculum import curriculum_path
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
-from megatron_fuse.verification.artifacts import expected_artifacts, file_problems, lineage_problems, open_artifacts
+from megatron_fuse.verification.artifacts import (
+    expected_artifacts,
+    file_problems,
+    lineage_problems,
+    open_artifacts,
+)
 from megatron_fuse.verification.curriculum import curriculum_problems
 from megatron_fuse.verification.selection import (
     ExampleArrays,
@@ -60,7 +65,9 @@ def verify_fusion_data(context: Context) -> Verification:
                 artifact = artifacts[entry.directory]
                 verification.problems += [*file_problems(artifact), *lineage_problems(entry, artifacts)]
                 files = artifact.manifest["files"].values()
-                verification.counts.update(artifacts=1, files=len(files), bytes=sum(file["bytes"] for file in files))
+                verification.counts.update(
+                    artifacts=1, files=len(files), bytes=sum(file["bytes"] for file in files)
+                )
                 progress.update(verification.counts["artifacts"])
     text = artifacts.get(TEXT.directory(recipe))
     if text:
@@ -126,21 +133,36 @@ class _ShardVerifier:
         If the order is `shuffled`, the file may be missing.
         """
         path = curriculum_path(self.recipe)
-        if all(shard.names for shard in shards) and (path.exists() or self.recipe.schedule.order != "shuffled"):
+        if all(shard.names for shard in shards) and (
+            path.exists() or self.recipe.schedule.order != "shuffled"
+        ):
             names = list(chain.from_iterable(shard.names for shard in shards))
             listed = np.concatenate([shard.listed for shard in shards])
             self.verification.problems += curriculum_problems(self.context, text.sha256, listed, names)
 
-    def mode(self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]) -> None:
-        """Checks the rows of these sources, and the selection if the examples' arrays of all sources are readable."""
-        arrays_or_none = [self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()]
+    def mode(
+        self, mode: str, text: Artifact, shards: list[_TextShard], teachers: dict[str, Artifact]
+    ) -> None:
+        """Checks the rows of these sources, and the selection if the examples' arrays of all sources are
+        readable.
+        """
+        arrays_or_none = [
+            self._teacher(mode, source, teacher, shards) for source, teacher in teachers.items()
+        ]
         example_arrays = [each for each in arrays_or_none if each is not None]
         if len(example_arrays) == len(self.recipe.sources) and all(shard.names for shard in shards):
-            parents = {"text": text.sha256, **{source: teacher.sha256 for source, teacher in teachers.items()}}
+            parents = {
+                "text": text.sha256,
+                **{source: teacher.sha256 for source, teacher in teachers.items()},
+            }
             names = list(chain.from_iterable(shard.names for shard in shards))
-            self.verification.problems += selection_problems(self.context, mode, parents, example_arrays, names)
+            self.verification.problems += selection_problems(
+                self.context, mode, parents, example_arrays, names
+            )
 
-    def _teacher(self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]) -> ExampleArrays | None:
+    def _teacher(
+        self, mode: str, source: str, teacher: Artifact, shards: list[_TextShard]
+    ) -> ExampleArrays | None:
         """Checks the rows of one source. Returns the arrays of all examples; None if some cannot be read."""
         prefixes = _prefixes(teacher)
         if len(prefixes) != len(shards):
@@ -151,13 +173,17 @@ class _ShardVerifier:
             return None
         pairs = zip(prefixes, shards, strict=True)
         most = TEACHERS.options(self.recipe, source, mode)["entries_per_row"]
-        arrays_or_none = [self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names]
+        arrays_or_none = [
+            self._row_shard(mode, prefix, shard, most) for prefix, shard in pairs if shard.names
+        ]
         example_arrays = [each for each in arrays_or_none if each is not None]
         if not example_arrays or len(example_arrays) < len(arrays_or_none):
             return None
         return {name: np.concatenate([part[name] for part in example_arrays]) for name in example_arrays[0]}
 
-    def _row_shard(self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int) -> ExampleArrays | None:
+    def _row_shard(
+        self, mode: str, prefix: Path, text: _TextShard, entries_per_row: int
+    ) -> ExampleArrays | None:
         """Checks the rows of one shard. Returns the arrays of its examples; None if they cannot be read."""
         self._checking()
         labels = text.labels
@@ -190,10 +216,14 @@ class _ShardVerifier:
         Returns the number of supervised tokens of each, int64 [n]; None if unreadable.
         """
         seq_length = self.recipe.training.seq_length
-        self.verification.problems += document_problems(shard, vocab_size=self.vocab_size, seq_length=seq_length)
+        self.verification.problems += document_problems(
+            shard, vocab_size=self.vocab_size, seq_length=seq_length
+        )
         labels = labels_per_example(shard)
         if labels is not None:
-            self.verification.counts.update(documents=int((labels > 0).sum()), supervised_tokens=int(labels.sum()))
+            self.verification.counts.update(
+                documents=int((labels > 0).sum()), supervised_tokens=int(labels.sum())
+            )
         return labels
 
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 
 def edit_distance(one: Sequence, other: Sequence) -> int:
-    """Fewest insertions, deletions and replacements that turn one into the other: a row of the table at a time."""
+    """Fewest insertions, deletions and replacements that turn one into the other: a row of the table at a
+    time.
+    """
     row = list(range(len(other) + 1))
     for i, a in enumerate(one, 1):
         above, row = row, [i]
@@ -14,7 +16,9 @@ def edit_distance(one: Sequence, other: Sequence) -> int:
 
 
 def nearest_of_all(piece: bytes, vocabulary: Sequence[bytes]) -> bytes:
-    """Least distance in characters (stray bytes are such); then the longest common beginning; then byte order."""
+    """Least distance in characters (stray bytes are such); then the longest common beginning; then byte
+    order.
+    """
     text = piece.decode("utf-8", "surrogateescape")
 
     def key(other: bytes) -> tuple[int, int, bytes]:

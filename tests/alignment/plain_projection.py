@@ -1,4 +1,6 @@
-"""The definitions of alignment and projection read once more, row by row in plain Python, over bytes and dictionaries."""
+"""The definitions of alignment and projection read once more, row by row in plain Python, over bytes and
+dictionaries.
+"""
 
 import math
 from collections import defaultdict
@@ -51,7 +53,9 @@ def plain_row(
         if inside:
             to = int(vocabulary_map.remainder(np.array([token]), np.array([len(consumed)]))[0])
         else:
-            leads = 2 * bool(spans.flags[place] & SpanFlag.LEADING) + bool(target.flags[row] & SpanFlag.LEADING)
+            leads = 2 * bool(spans.flags[place] & SpanFlag.LEADING) + bool(
+                target.flags[row] & SpanFlag.LEADING
+            )
             to = int(vocabulary_map.table()[leads, token])
         if to >= 0:
             result[to] += probability * (1 - share if token == first else 1)
@@ -91,7 +95,9 @@ def label_share(theirs: Side, capture: Capture, response: bytes, place: int, end
             f *= math.exp(capture.logp_1[row][came])
         else:
             left = response[int(spans.starts[row]) : end]
-            known = {i for i in {*capture.stored[row], came} if i < len(pieces) and pieces[i].startswith(left)}
+            known = {
+                i for i in {*capture.stored[row], came} if i < len(pieces) and pieces[i].startswith(left)
+            }
             f *= sum(math.exp(capture.logp_1[row][i]) for i in known)
         row += 1
     return f

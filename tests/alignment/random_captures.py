@@ -1,4 +1,6 @@
-"""Conversations cut into spans by the tokenizers alone, texts of many scripts, and captures of random distributions."""
+"""Conversations cut into spans by the tokenizers alone, texts of many scripts, and captures of random
+distributions.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +21,49 @@ from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
 
 _PARTS = [
-    *("sure", " sure", " internationalization", "nation", "ization", " station", " hello", " été", "日本", " 日", "x"),
-    *("12", "345", " 1", " ", "  ", "    ", "\n", "\n\n  ", "\t", ",", ".", "🙂", "👩‍🚀", "▁", "</s>", "<|im_end|>"),
+    *(
+        "sure",
+        " sure",
+        " internationalization",
+        "nation",
+        "ization",
+        " station",
+        " hello",
+        " été",
+        "日本",
+        " 日",
+        "x",
+    ),
+    *(
+        "12",
+        "345",
+        " 1",
+        " ",
+        "  ",
+        "    ",
+        "\n",
+        "\n\n  ",
+        "\t",
+        ",",
+        ".",
+        "🙂",
+        "👩‍🚀",
+        "▁",
+        "</s>",
+        "<|im_end|>",
+    ),
     *("مرحبا", " Привет", "ελ", "한국어", "हिन्दी", "e\u0301", "ﬁ", "\u200b", "ÿ", " the answer is"),
 ]
-texts = st.lists(st.sampled_from(_PARTS) | st.characters(codec="utf-8", exclude_characters="\0"), max_size=14).map(
-    "".join
-)
+texts = st.lists(
+    st.sampled_from(_PARTS) | st.characters(codec="utf-8", exclude_characters="\0"), max_size=14
+).map("".join)
 conversations = st.lists(texts, min_size=1, max_size=3)
 
 
 @cache
 def small(kind: str) -> Tokenizer:
-    """One of KINDS of small_tokenizers; `crossing`, whose tokens cross words, so that they meet others' boundaries seldom
-    and end inside their tokens; or `bytes`, whose tokens are single bytes."""
+    """One of KINDS of small_tokenizers; `crossing`, whose tokens cross words, so that they meet others'
+    boundaries seldom and end inside their tokens; or `bytes`, whose tokens are single bytes."""
     sizes = {"bytes": 257, "crossing": 400}
     if kind not in sizes:
         return load_tokenizer(make_tokenizer(kind, Path(mkdtemp())))
@@ -46,7 +77,9 @@ def small(kind: str) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator([" ".join(text.split()[::-1]) for text in CORPUS[::7]], trainer)
-    return wrap_hugging_face(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"), kind)
+    return wrap_hugging_face(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"), kind
+    )
 
 
 @dataclass(frozen=True)
@@ -58,8 +91,8 @@ class Side:
     stop: int
 
     def spans(self, turns: Sequence[str], *, stop: bool = True) -> TokenSpans | None:
-        """Supervised tokens of a conversation's turns; stop: the last one ends in a stop token. None where the
-        tokenizer cannot spell a text."""
+        """Supervised tokens of a conversation's turns; stop: the last one ends in a stop token. None where
+        the tokenizer cannot spell a text."""
         parts, offsets, offset = [], [], 0
         for number, turn in enumerate(turns):
             space = self.separator if turn else ""
@@ -105,8 +138,8 @@ def join(parts: Sequence[TokenSpans], conversations: Sequence[Sequence[str]]) ->
 
 @dataclass(frozen=True)
 class Capture:
-    """source: what a capture stores; logp_1, logp_t: a dictionary id -> log-probability for every row, over every id of
-    any probability; stored: the ids that the capture holds, row by row."""
+    """source: what a capture stores; logp_1, logp_t: a dictionary id -> log-probability for every row, over
+    every id of any probability; stored: the ids that the capture holds, row by row."""
 
     source: SourceRows
     logp_1: list[dict[int, float]]
@@ -117,11 +150,12 @@ class Capture:
 def random_capture(
     seed: int, side: Side, spans: TokenSpans, *, keep: int, temperature: float, dense: bool = False
 ) -> Capture:
-    """Every row is a softmax over all tokens and five padded columns of the logits; the `keep` largest are stored.
+    """Every row is a softmax over all tokens and five padded columns of the logits; the `keep` largest are
+    stored.
 
-    Logits are multiples of 1/2, so that ties are common; tokens that begin like the one that came are likelier than
-    others; the one that came is sometimes not stored. dense: only 150 tokens, none padded, have any probability, so that
-    all of it can be stored.
+    Logits are multiples of 1/2, so that ties are common; tokens that begin like the one that came are
+    likelier than others; the one that came is sometimes not stored. dense: only 150 tokens, none padded, have
+    any probability, so that all of it can be stored.
     """
     rng, tokenizer = np.random.default_rng(seed), side.tokenizer
     usable = np.array([i for i, piece in enumerate(tokenizer.token_bytes) if piece] + [side.stop])
@@ -150,9 +184,13 @@ def random_capture(
     source = SourceRows(
         tokenizer=tokenizer,
         spans=spans,
-        rows=Rows(counts, np.array([i for row in stored for i in row], np.int32), np.array(logprobs, np.float32)),
+        rows=Rows(
+            counts, np.array([i for row in stored for i in row], np.int32), np.array(logprobs, np.float32)
+        ),
         temperature=temperature,
-        token_logprobs=np.array([row[t] for row, t in zip(logp_1, spans.tokens.tolist(), strict=True)], np.float32),
+        token_logprobs=np.array(
+            [row[t] for row, t in zip(logp_1, spans.tokens.tolist(), strict=True)], np.float32
+        ),
         logsumexp=lse[:, 0].astype(np.float32),
         logsumexp_temperature=lse[:, 1].astype(np.float32),
     )

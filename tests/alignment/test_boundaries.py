@@ -39,7 +39,8 @@ def test_matches_exactly_where_prefixes_are_equal(pair):
             assert source[row] == start
     matched = rows[rows >= 0]
     assert np.all(np.diff(matched) >= 0)  # text is read forward
-    assert rows[-1] == len(source) - 1  # both stop rows start at the end, and the last row pairs with the last
+    # Both stop rows start at the end, and the last row pairs with the last.
+    assert rows[-1] == len(source) - 1
 
 
 @quick
@@ -58,7 +59,8 @@ def test_equal_tokenizations_pair_row_by_row_and_matching_is_mutual(pair):
         ([0, 6, 9], [0, 4, 6, 9], [0, -1, 1, 2]),  # a start inside a source token
         ([0, 4, 6], [0, 6, 9], [0, 2, -1]),  # the source was cut off: it has no stop row
         ([0, 4, 9], [0, 4], [0, 1]),  # the target was cut off: its last row is a token's
-        ([0, 2], [0, 0, 1, 2], [0, 0, -1, 1]),  # `▁` `1` `2` of the target against `12`: both take the first row
+        # `▁` `1` `2` of the target against `12`: both take the first row.
+        ([0, 2], [0, 0, 1, 2], [0, 0, -1, 1]),
         ([0, 0, 1, 2], [0, 2], [1, 3]),  # the other way: the row that has read the white space
         ([0, 0, 1, 2], [0, 0, 1, 2], [0, 1, 2, 3]),
         ([0, 0, 0, 3], [0, 0, 3], [1, 2, 3]),
@@ -77,11 +79,13 @@ def test_cases(source, target, rows):
         ("0-6 6-9 9-10$", "0-4 4-6 6-9 9-10$", [0, 0, 1, 2], [0, 1, 0, 0]),
         ("0-0 0-2 2-3$", "0-1 1-2 2-3$", [1, 1, 2], [0, 1, 0]),  # `▁` `12` against `1` `2`
         ("0-2 2-3$", "0-0 0-1 1-2 2-3$", [0, 0, 0, 1], [0, 0, 1, 0]),  # `12` against `▁` `1` `2`
-        ("0-2 2-3$ 3-6 6-7$", "0-1 1-2 2-3$ 3-4 4-6 6-7$", [0, 0, 1, 2, 2, 3], [0, 1, 0, 0, 1, 0]),  # two turns
+        # Two turns.
+        ("0-2 2-3$ 3-6 6-7$", "0-1 1-2 2-3$ 3-4 4-6 6-7$", [0, 0, 1, 2, 2, 3], [0, 1, 0, 0, 1, 0]),
         ("0-2 3-6 6-7$", "0-1 1-2 2-3$ 3-6 6-7$", [0, 0, -1, 1, 2], [0, 1, 0, 0, 0]),  # no stop row to take
         ("3-6 6-7$", "0-1 1-2 2-3$ 3-6 6-7$", [-1, -1, -1, 0, 1], [0] * 5),  # the source lacks the first turn
         ("0-2 2-3$", "0-1 1-2 2-3$ 3-5 5-6$", [0, 0, 1, -1, -1], [0, 1, 0, 0, 0]),  # and the second
-        ("0-2 2-4? 4-6 6-7$", "0-2 2-3 3-4 4-6 6-7$", [0, -1, -1, 2, 3], [0] * 5),  # only the lossy row is lost
+        # Only the lossy row is lost.
+        ("0-2 2-4? 4-6 6-7$", "0-2 2-3 3-4 4-6 6-7$", [0, -1, -1, 2, 3], [0] * 5),
         ("0-2 2-4 4-6 6-7$", "0-2 2-3? 3-4 4-6? 6-7$", [0, -1, 1, -1, 3], [0, 0, 1, 0, 0]),
         ("0-2? 2-2? 2-3$", "0-2 2-3$", [-1, 2], [0, 0]),  # the stop row follows a lossy end
         ("0-2 2-2? 3-4 4-5$", "0-2 2-3$ 3-4 4-5$", [0, -1, 2, 3], [0] * 4),  # which no stop row may take

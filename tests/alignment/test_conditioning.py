@@ -16,7 +16,8 @@ from megatron_fuse.tokenization.spans import SpanFlag, response_bytes
 TURNS = ["12 internationalization stations", "345 été, 日本 the station 678", "🙂 hello hello"]
 
 
-# White space before the response, so that it is part of a first token that the target's second row begins inside of.
+# White space before the response, so that it is part of a first token that the target's second row begins
+# inside of.
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
@@ -29,7 +30,9 @@ TURNS = ["12 internationalization stations", "345 été, 日本 the station 678"
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_agrees_with_the_dense_distribution(theirs, ours, temperature, seed):
-    """With every token of any probability stored: enumerate them all, keep those that begin so, renormalise."""
+    """With every token of any probability stored: enumerate them all, keep those that begin so,
+    renormalise.
+    """
     theirs, ours = small_side(*theirs), small_side(*ours)
     target, vocabulary_map, response = ours.spans(TURNS), map_between(theirs, ours), response_bytes(TURNS)
     capture = random_capture(seed, theirs, theirs.spans(TURNS), keep=200, temperature=temperature, dense=True)

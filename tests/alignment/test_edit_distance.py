@@ -11,7 +11,8 @@ from plain_edit_distance import nearest_of_all
 from megatron_fuse.alignment import edit_distance, edit_patterns
 from megatron_fuse.alignment.edit_distance import characters, nearest_pieces
 
-# few different parts, so that ties and equal pieces are common: letters, a space, a character, its first byte alone
+# few different parts, so that ties and equal pieces are common: letters, a space, a character, its first byte
+# alone
 PIECES = st.lists(st.sampled_from([b"a", b"b", b" ", "é".encode(), b"\xc3", b"\0"]), max_size=6).map(b"".join)
 
 
@@ -35,17 +36,21 @@ def test_nearest_is_what_comparing_with_all_finds(longest, monkeypatch):
 def words(seed: int, alphabet: str, longest: int, count: int) -> list[bytes]:
     """Different words, long ones among them that share beginnings, endings or the middle with others."""
     rng = random.Random(seed)
-    parts = ["".join(rng.choices(alphabet, k=rng.randint(1, max(longest // 3, 1)))) for _ in range(count // 4)]
+    parts = [
+        "".join(rng.choices(alphabet, k=rng.randint(1, max(longest // 3, 1)))) for _ in range(count // 4)
+    ]
     made = {"".join(rng.choices(parts, k=rng.randint(1, 3))).encode() for _ in range(3 * count)}
     return rng.sample(sorted(made), min(count, len(made)))
 
 
-# a few letters: many ties; an alphabet: as in words; several scripts: up to 4 bytes a character; long: farther than 3 edits
+# a few letters: many ties; an alphabet: as in words; several scripts: up to 4 bytes a character; long:
+# farther than 3 edits
 @pytest.mark.parametrize(
     ("alphabet", "longest"),
     [("ab", 6), ("abcdefghijklmnopqrstuvwxyz ", 12), ("ae é日本語🙂ßж", 9), ("abcdefgh", 24)],
 )
-@pytest.mark.parametrize("in_parts", [False, True])  # some pieces, and some strings of the vocabulary, at once
+# Some pieces, and some strings of the vocabulary, at once.
+@pytest.mark.parametrize("in_parts", [False, True])
 def test_words(alphabet, longest, in_parts, monkeypatch):
     if in_parts:
         monkeypatch.setattr(edit_patterns, "_QUERY_KEYS", 2000)
@@ -58,7 +63,9 @@ def test_words(alphabet, longest, in_parts, monkeypatch):
 
 @pytest.mark.parametrize("distinct", [1, 2, 3])
 def test_equal_hashes_of_different_patterns_do_no_harm(distinct, monkeypatch):
-    """Here a hash knows characters by a remainder only, so that most look-ups find strings that are farther away."""
+    """Here a hash knows characters by a remainder only, so that most look-ups find strings that are
+    farther away.
+    """
     monkeypatch.setattr(edit_patterns, "_mixed", lambda codes: codes.astype(np.uint64) % np.uint64(distinct))
     made = words(5, "abcdefg", 9, 200)
     pieces, vocabulary = made[:50], made[50:]
@@ -81,9 +88,10 @@ def test_long_pieces(length):
     pieces = [bytes(rng.choices(b"ab", k=length)), vocabulary[4][1:], b"c" * length, b"", b"c"]
     found = [vocabulary[index] for index in nearest_pieces(pieces, vocabulary)]
     assert found == [nearest_of_all(piece, vocabulary) for piece in pieces]
+    # All lengths differ by hundreds.
     assert [vocabulary[index] for index in nearest_pieces(pieces, vocabulary[:2])] == [
         nearest_of_all(piece, vocabulary[:2]) for piece in pieces
-    ]  # all lengths differ by hundreds
+    ]
 
 
 def test_empty_sides():

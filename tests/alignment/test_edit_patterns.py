@@ -34,7 +34,9 @@ def test_neighbours_are_those_that_comparing_finds(distance):
 def test_ranks_beside_a_place(ranked, data):
     """first_from and last_before are those among all members of all of a query's groups."""
     texts = data.draw(st.lists(st.text("abé", min_size=2, max_size=2), min_size=1, max_size=6))
-    ranks = np.array(data.draw(st.lists(st.integers(0, len(ranked)), min_size=len(texts), max_size=len(texts))))
+    ranks = np.array(
+        data.draw(st.lists(st.integers(0, len(ranked)), min_size=len(texts), max_size=len(texts)))
+    )
     found = PatternIndex(ranked).neighbours(texts, 2, 1)
     first, last = found.first_from(ranks), found.last_before(ranks)
     for query in range(len(texts)):

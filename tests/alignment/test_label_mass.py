@@ -11,12 +11,22 @@ from megatron_fuse.alignment.label_mass import label_mass
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans
 
 LABEL = 99
-PIECES = {300: b" international", 301: b"ization", 302: b"izat", 303: b"ize", 304: b"iz", 305: b" intern", 306: b"al"}
+PIECES = {
+    300: b" international",
+    301: b"ization",
+    302: b"izat",
+    303: b"ize",
+    304: b"iz",
+    305: b" intern",
+    306: b"al",
+}
 
 
 def tokenizer_with(pieces: dict[int, bytes]):
     tokenizer = small("byte_level")
-    return replace(tokenizer, token_bytes=[pieces.get(i, piece) for i, piece in enumerate(tokenizer.token_bytes)])
+    return replace(
+        tokenizer, token_bytes=[pieces.get(i, piece) for i, piece in enumerate(tokenizer.token_bytes)]
+    )
 
 
 def spans(tokens: list[int], pieces: dict[int, bytes], offset: int = 0) -> TokenSpans:
@@ -24,7 +34,9 @@ def spans(tokens: list[int], pieces: dict[int, bytes], offset: int = 0) -> Token
     return TokenSpans(np.array(tokens, np.int32), ends[:-1], ends[1:], np.zeros(len(tokens), np.uint8))
 
 
-def source_rows(came: TokenSpans, rows: list[dict[int, float]], token_probabilities, temperature=2.0) -> SourceRows:
+def source_rows(
+    came: TokenSpans, rows: list[dict[int, float]], token_probabilities, temperature=2.0
+) -> SourceRows:
     """rows: id -> probability at the temperature; log-sum-exps of 0."""
     nothing = np.zeros(len(came), np.float32)
     with np.errstate(divide="ignore"):
@@ -75,8 +87,9 @@ def test_own_mass_adds_to_what_the_map_gives_the_label():
 
 @pytest.mark.parametrize(("stored", "mass"), [([301, 302, 304], 0.5 + 0.2), ([302, 304, 303], 0.2 + 0.5)])
 def test_label_that_ends_inside_a_source_token(stored, mass):
-    """ " internationaliza" here, " international" + "ization" there: the mass of all known tokens there that begin with
-    "iza", each once; the one that came, of probability 0.5, is known also where it is not stored."""
+    """ " internationaliza" here, " international" + "ization" there: the mass of all known tokens there that
+    begin with "iza", each once; the one that came, of probability 0.5, is known also where it is not
+    stored."""
     second = {301: 0.5, 302: 0.2, 303: 0.1, 304: 0.05}
     rows = [{300: 0.6}, {token: second[token] for token in stored}]
     source = source_rows(spans([300, 301], PIECES), rows, [0.6, 0.5], temperature=1.0)
@@ -88,12 +101,13 @@ def test_first_token_that_is_not_stored_takes_from_the_tail():
     source = source_rows(spans([300, 301], PIECES), [{7: 0.7}, {301: 0.9}], [0.04, 0.5])
     target = spans([LABEL], {LABEL: b" internationalization"})
     rows, *_ = project_responses(source, target, only(i7=7), unmatched="skip")
-    assert as_dicts(rows) == [pytest.approx({7: 0.7, LABEL: 0.2 * 0.5}, rel=1e-5)]  # 0.2: sqrt(0.04), at T = 2
+    # 0.2: sqrt(0.04), at T = 2.
+    assert as_dicts(rows) == [pytest.approx({7: 0.7, LABEL: 0.2 * 0.5}, rel=1e-5)]
 
 
 def test_row_that_begins_inside_the_first_token():
-    """ " intern" is read; " international" + "ization" there, "ationalization" here: p(300 | begins so) times p_1(301).
-    Where 300 is not stored, conditioning has left no tail for it to come out of."""
+    """ " intern" is read; " international" + "ization" there, "ationalization" here: p(300 | begins so) times
+    p_1(301). Where 300 is not stored, conditioning has left no tail for it to come out of."""
     target = spans([98, LABEL], {98: b" intern", LABEL: b"ationalization"})
     lengths = tokenizer_with(PIECES).byte_lengths.astype(np.int32)
     everything = np.full(np.maximum(lengths - 1, 0).sum(), 50, np.int32)  # whatever is left over goes to 50
@@ -141,6 +155,8 @@ def test_long_shards_lose_no_digits():
     logprobs[::1000] = -700
     source = source_rows(spans([5] * count, {5: b"x"}), [{}] * count, np.ones(count))
     target = spans([LABEL] * (count // 3), {LABEL: b"xxx"})
-    found = label_mass(replace(source, token_logprobs=logprobs), target, *find_source_rows(source.spans, target))
+    found = label_mass(
+        replace(source, token_logprobs=logprobs), target, *find_source_rows(source.spans, target)
+    )
     wanted = logprobs[1::3] + logprobs[2::3]
     np.testing.assert_allclose(found.log_fraction, wanted, rtol=1e-15)

@@ -1,4 +1,6 @@
-"""Mass is conserved: what meets adds up, what cannot be mapped joins the tail, and every row is what its definition says."""
+"""Mass is conserved: what meets adds up, what cannot be mapped joins the tail, and every row is what its
+definition says.
+"""
 
 import math
 from collections import Counter
@@ -46,7 +48,9 @@ def test_every_row_is_what_its_definition_says(theirs, ours, unmatched, keep, te
     theirs, ours = small_side(*theirs), small_side(*ours)
     rng = np.random.default_rng(keep)
     ends = [n != 2 for n in range(len(CONVERSATIONS))]  # one response was cut off
-    both = [[side.spans(c, stop=s) for c, s in zip(CONVERSATIONS, ends, strict=True)] for side in (theirs, ours)]
+    both = [
+        [side.spans(c, stop=s) for c, s in zip(CONVERSATIONS, ends, strict=True)] for side in (theirs, ours)
+    ]
     source, target = (flag_some(rng, join(parts, CONVERSATIONS), lossy) for parts in both)
     capture = random_capture(keep, theirs, source, keep=keep, temperature=temperature)
     vocabulary_map = map_between(theirs, ours)
@@ -65,7 +69,9 @@ def test_every_row_is_what_its_definition_says(theirs, ours, unmatched, keep, te
 
 
 def test_the_conversations_hold_the_hard_cases():
-    """Labels of several source tokens, labels that end inside a source token, both also of rows that begin inside one."""
+    """Labels of several source tokens, labels that end inside a source token, both also of rows that begin
+    inside one.
+    """
     seen: Counter[tuple[bool, bool]] = Counter()
     for names in PAIRS:
         theirs, ours = (join([small_side(*n).spans(c) for c in CONVERSATIONS], CONVERSATIONS) for n in names)
@@ -78,7 +84,9 @@ def test_the_conversations_hold_the_hard_cases():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_shard_is_its_examples_one_after_the_other(seed):
-    """Bit for bit, whatever the others hold: masked tokens, rows without entries, no rows on one side or on both."""
+    """Bit for bit, whatever the others hold: masked tokens, rows without entries, no rows on one side or
+    on both.
+    """
     rng = np.random.default_rng(seed)
     theirs, ours = small_side("tiktoken", ""), small_side("sentencepiece", " ")
     vocabulary_map = map_between(theirs, ours)
@@ -98,15 +106,17 @@ def test_a_shard_is_its_examples_one_after_the_other(seed):
     whole = SourceRows(
         theirs.tokenizer,
         join(sources, turns),
-        Rows(*(np.concatenate([getattr(c.rows, n) for c in captures]) for n in ("counts", "ids", "logprobs"))),
+        Rows(
+            *(np.concatenate([getattr(c.rows, n) for c in captures]) for n in ("counts", "ids", "logprobs"))
+        ),
         2.0,
         *(np.concatenate([getattr(c, name) for c in captures]) for name in fields),
     )
     rows, match, _ = project_responses(whole, join(targets, turns), vocabulary_map, unmatched="condition")
     for name in ("counts", "ids", "logprobs"):
-        assert np.array_equal(getattr(rows, name), np.concatenate([getattr(r, name) for r, *_ in projected])), (
-            f"{seed=}"
-        )
+        assert np.array_equal(
+            getattr(rows, name), np.concatenate([getattr(r, name) for r, *_ in projected])
+        ), f"{seed=}"
     assert np.array_equal(match, np.concatenate([m for _, m, _ in projected]))
 
 
@@ -150,7 +160,9 @@ def test_kept_mass_is_the_captured_mass_where_everything_is_mapped(seed):
     rng = np.random.default_rng(seed)
     places = np.repeat(np.arange(20), 255)
     mass = rng.dirichlet(np.full(255, 0.3), 20).ravel() * np.repeat(rng.random(20), 255)
-    entries = Entries(places, rng.integers(0, 3, len(places)).astype(np.int32), np.log(np.maximum(mass, 1e-300)))
+    entries = Entries(
+        places, rng.integers(0, 3, len(places)).astype(np.int32), np.log(np.maximum(mass, 1e-300))
+    )
     merged = merge_entries(entries, 20)
     assert np.abs(merged.kept() - np.bincount(places, mass)).max() < 1e-6, f"{seed=}"
     assert merged.counts.max() <= 3
@@ -160,7 +172,11 @@ def test_nothing_to_project():
     side = small_side("byte_level", "")
     nothing = TokenSpans.join([], [])
     vocabulary_map = map_between(side, side)
-    for source, target in ((nothing, side.spans(["sure"])), (side.spans(["sure"]), nothing), (nothing, nothing)):
+    for source, target in (
+        (nothing, side.spans(["sure"])),
+        (side.spans(["sure"]), nothing),
+        (nothing, nothing),
+    ):
         capture = random_capture(0, side, source, keep=3, temperature=1.0)
         rows, match, _ = project_responses(capture.source, target, vocabulary_map, unmatched="condition")
         assert rows.counts.tolist() == match.tolist() == [0] * len(target)

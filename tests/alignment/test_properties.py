@@ -38,7 +38,9 @@ seeds = st.integers(0, 2**32 - 1)
 unmatched = st.sampled_from(UNMATCHED)
 
 
-def both_spans(theirs: Side, ours: Side, turns: list[str], stop: bool = True) -> tuple[TokenSpans, TokenSpans]:
+def both_spans(
+    theirs: Side, ours: Side, turns: list[str], stop: bool = True
+) -> tuple[TokenSpans, TokenSpans]:
     source, target = theirs.spans(turns, stop=stop), ours.spans(turns, stop=stop)
     assume(source is not None and target is not None)
     return source, target
@@ -107,8 +109,9 @@ def test_a_permuted_target_vocabulary_gives_the_permuted_result(theirs, ours, tu
 @quick
 @given(sides, conversations, seeds, st.data())
 def test_a_token_split_in_two_keeps_the_mass_of_the_chain_rule(side, turns, seed, data):
-    """A source that differs from the target in one token, which it writes as two: where the label is that token, it has
-    p_T(first) p_1(second | first), the first half keeps the rest, and no other row is changed by a bit."""
+    """A source that differs from the target in one token, which it writes as two: where the label is that
+    token, it has p_T(first) p_1(second | first), the first half keeps the rest, and no other row is changed
+    by a bit."""
     target, _ = both_spans(side, side, turns)
     token_bytes = side.tokenizer.token_bytes
     long = sorted({t for t in target.tokens.tolist() if len(token_bytes[t]) > 1 and t != side.stop})
@@ -121,11 +124,14 @@ def test_a_token_split_in_two_keeps_the_mass_of_the_chain_rule(side, turns, seed
     capture = random_capture(seed, side, target, keep=20, temperature=temperature).source
     captured = capture.rows.below(first)
 
-    # Every row that holds the token holds its first half instead; a row for the second half follows where it came.
+    # Every row that holds the token holds its first half instead; a row for the second half follows where it
+    # came.
     came = target.tokens == token
     repeats = 1 + came
     behind = (np.cumsum(repeats) - 1)[came]
-    spans = TokenSpans(*(np.repeat(a, repeats) for a in (target.tokens, target.starts, target.ends, target.flags)))
+    spans = TokenSpans(
+        *(np.repeat(a, repeats) for a in (target.tokens, target.starts, target.ends, target.flags))
+    )
     spans.tokens[behind - 1], spans.tokens[behind] = first, second
     middle = spans.ends[behind] - len(halves[1])
     spans.ends[behind - 1] = spans.starts[behind] = np.maximum(middle, spans.starts[behind - 1])
@@ -141,7 +147,9 @@ def test_a_token_split_in_two_keeps_the_mass_of_the_chain_rule(side, turns, seed
         capture,
         tokenizer=replace(side.tokenizer, token_bytes=[*token_bytes, *halves]),
         spans=spans,
-        rows=Rows(counts, np.where(captured.ids == token, first, captured.ids).astype(np.int32), captured.logprobs),
+        rows=Rows(
+            counts, np.where(captured.ids == token, first, captured.ids).astype(np.int32), captured.logprobs
+        ),
         token_logprobs=token_logprobs,
         logsumexp=np.repeat(capture.logsumexp, repeats),
         logsumexp_temperature=np.repeat(capture.logsumexp_temperature, repeats),
@@ -155,7 +163,10 @@ def test_a_token_split_in_two_keeps_the_mass_of_the_chain_rule(side, turns, seed
     for row, got in enumerate(as_dicts(rows)):
         wanted = {half if i == token else i: p for i, p in whole[row].items()}
         if came[row]:
-            p, f = math.exp(capture.tempered_token_logprobs(row)), math.exp(token_logprobs[row + came[: row + 1].sum()])
+            p, f = (
+                math.exp(capture.tempered_token_logprobs(row)),
+                math.exp(token_logprobs[row + came[: row + 1].sum()]),
+            )
             wanted[token] = p * f
             if half in wanted:
                 wanted[half] = p * (1 - f)
@@ -166,8 +177,12 @@ def test_a_token_split_in_two_keeps_the_mass_of_the_chain_rule(side, turns, seed
 
 @quick
 @given(sides, sides, conversations, seeds, st.sampled_from([1.0, 2.0]))
-def test_labels_between_source_boundaries_have_the_chain_of_their_tokens(theirs, ours, turns, seed, temperature):
-    """At least p_T of the first source token times p_1 of the others; that, where no other entry maps there."""
+def test_labels_between_source_boundaries_have_the_chain_of_their_tokens(
+    theirs, ours, turns, seed, temperature
+):
+    """At least p_T of the first source token times p_1 of the others; that, where no other entry maps
+    there.
+    """
     source, target = both_spans(theirs, ours, turns)
     capture = random_capture(seed, theirs, source, keep=40, temperature=temperature)
     vocabulary_map = map_between(theirs, ours)
@@ -193,8 +208,9 @@ def test_labels_between_source_boundaries_have_the_chain_of_their_tokens(theirs,
 @quick
 @given(sides, texts, seeds)
 def test_the_bytes_of_a_token_have_together_the_probability_of_all_that_begin_like_it(theirs, text, seed):
-    """A target that reads single bytes conditions on every byte read: the product of what its rows say of the bytes of a
-    source token is the mass of the tokens that begin with these bytes, nothing gained and nothing lost."""
+    """A target that reads single bytes conditions on every byte read: the product of what its rows say of the
+    bytes of a source token is the mass of the tokens that begin with these bytes, nothing gained and nothing
+    lost."""
     ours = small_side("bytes", "")
     source, target = both_spans(replace(theirs, separator=""), ours, [text])
     capture = random_capture(seed, theirs, source, keep=200, temperature=1.0, dense=True)
@@ -226,7 +242,8 @@ def real(name: str) -> Side:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "word"), [("byte_level", "sentencepiece", "sure"), ("real/gpt_neox_mpt", "real/llama2", "Sure")]
+    ("theirs", "ours", "word"),
+    [("byte_level", "sentencepiece", "sure"), ("real/gpt_neox_mpt", "real/llama2", "Sure")],
 )
 def test_white_space_that_one_template_has_before_a_response_belongs_to_its_first_token(theirs, ours, word):
     """Vicuna <- MPT: after `ASSISTANT:` comes `▁Sure`, after `<|im_start|>assistant\\n` comes `Sure`."""
@@ -240,7 +257,9 @@ def test_white_space_that_one_template_has_before_a_response_belongs_to_its_firs
     for source, target, first in ((theirs, ours, f" {word}"), (ours, theirs, word)):
         spans = target.spans(turns)
         certainly = certain(source, source.spans(turns))
-        rows, *_ = project_responses(certainly, spans, map_between(source, target, remainders=False), unmatched="skip")
+        rows, *_ = project_responses(
+            certainly, spans, map_between(source, target, remainders=False), unmatched="skip"
+        )
         (token,) = target.tokenizer.encode_continuation(first)
         begins = [0, int(np.flatnonzero(spans.has(SpanFlag.STOP))[0]) + 1]
         assert spans.tokens[begins].tolist() == [token, token]

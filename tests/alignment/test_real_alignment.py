@@ -1,4 +1,5 @@
-"""Real tokenizers on real answers: every response aligns to its last byte, and what does not match is where it has to be.
+"""Real tokenizers on real answers: every response aligns to its last byte, and what does not match is where
+it has to be.
 
 Needs ../shared/data beside the repository.
 """
@@ -76,8 +77,12 @@ def test_every_response_aligns_to_its_last_byte(pair: str) -> None:
     assert share == pytest.approx(EXACT[pair], abs=0.002)
     classes = text_classes(chat(ours))[target.tokens]
     by_class = {name: 1 - inside[classes == place].mean() for place, name in enumerate(TEXT_CLASSES)}
-    print(f"\n{pair}: exact {share:.3f}; " + ", ".join(f"{name} {value:.3f}" for name, value in by_class.items()))
-    # Llama-2 cuts every digit apart, the others join them (cl100k at most three): most later digits lie inside a token.
+    print(
+        f"\n{pair}: exact {share:.3f}; "
+        + ", ".join(f"{name} {value:.3f}" for name, value in by_class.items())
+    )
+    # Llama-2 cuts every digit apart, the others join them (cl100k at most three): most later digits lie
+    # inside a token.
     if ours == "llama2":
         assert by_class["digits"] < 0.75 < 0.8 < by_class["Latin letters"]
     else:

@@ -13,14 +13,18 @@ def cut(rng: np.random.Generator, size: int, share: float, vocabulary: int) -> T
     """Tokens of a text of `size` bytes that ends with a stop token, some of them leading or lossy."""
     inner = 1 + np.flatnonzero(rng.random(size - 2) < share)
     edges = np.concatenate([[0], inner, [size - 1, size]])
-    flags = rng.choice([0, SpanFlag.LOSSY, SpanFlag.LEADING], len(edges) - 1, p=[0.9, 0.05, 0.05]).astype(np.uint8)
+    flags = rng.choice([0, SpanFlag.LOSSY, SpanFlag.LEADING], len(edges) - 1, p=[0.9, 0.05, 0.05]).astype(
+        np.uint8
+    )
     flags[-1] = SpanFlag.STOP
     tokens = rng.integers(0, vocabulary, len(edges) - 1).astype(np.int32)
     return TokenSpans(tokens, edges[:-1], edges[1:], flags)
 
 
 def as_counter(pairs: PairCounts) -> Counter:
-    return Counter(dict(zip(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True), pairs.counts, strict=True)))
+    return Counter(
+        dict(zip(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True), pairs.counts, strict=True))
+    )
 
 
 def counted_one_by_one(source: TokenSpans, target: TokenSpans) -> Counter:
@@ -87,6 +91,8 @@ def test_a_planted_mapping_is_found():
     planted = rng.permutation(50)
     size = 4000
     source = cut(rng, size, 1.0, 50)
-    tokens = np.where(rng.random(size) < 0.75, planted[source.tokens], rng.integers(0, 50, size)).astype(np.int32)
+    tokens = np.where(rng.random(size) < 0.75, planted[source.tokens], rng.integers(0, 50, size)).astype(
+        np.int32
+    )
     target = TokenSpans(tokens, source.starts, source.ends, source.flags)
     assert (PairCounts.of(source, target).most_frequent(np.full(50, -1)) == planted).all()

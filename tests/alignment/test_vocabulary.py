@@ -39,7 +39,9 @@ def small(kind: str) -> Tokenizer:
 def build(source: Tokenizer, target: Tokenizer, **options) -> VocabularyMap:
     if options.get("kind") == "ms":
         options = {"pairs": lambda: some_pairs(source, target), "texts_sha256": "texts"} | options
-    return build_vocabulary_map(source, target, source_stop=source.eos_id, target_stop=target.eos_id, **options)
+    return build_vocabulary_map(
+        source, target, source_stop=source.eos_id, target_stop=target.eos_id, **options
+    )
 
 
 def ordinary(tokenizer: Tokenizer) -> list[int]:
@@ -71,7 +73,8 @@ def test_a_token_goes_to_one_that_begins_its_bytes(one, other):
     assert vocabulary_map.ids.dtype == np.int32 and len(vocabulary_map.ids) == source.vocab_size
     special = [t for t in source.special_ids if t != source.eos_id]
     assert (vocabulary_map.table()[:, special] == -1).all() and not vocabulary_map.exact[special].any()
-    usable = [t for t, piece in enumerate(source.token_bytes) if piece]  # the rest are holes: tiktoken has 99 thousand
+    # The rest are holes: tiktoken has 99 thousand.
+    usable = [t for t, piece in enumerate(source.token_bytes) if piece]
     assert (vocabulary_map.ids >= 0).sum() == len(usable) + 1
     for token in [*usable, source.eos_id]:
         piece, to = source.token_bytes[token], vocabulary_map.ids[token]
@@ -121,7 +124,8 @@ def test_one_vocabulary_on_both_sides_gives_every_id_back(kind, rule):
     everything = np.arange(tokenizer.vocab_size)
     alike = build(tokenizer, tokenizer, kind=rule)
     assert (alike.ids == everything).all() and (alike.both_leading == everything).all() and alike.exact.all()
-    # another pad token gives another hash and the same ids; other white space is another matter on leading rows only
+    # another pad token gives another hash and the same ids; other white space is another matter on leading
+    # rows only
     relative = replace(tokenizer, sha256="0" * 64, pad_id=tokenizer.eos_id)
     other = build(tokenizer, relative, kind=rule, target_separator="\n")
     assert (other.ids == everything).all()
@@ -260,7 +264,8 @@ def test_a_remainder_is_what_its_bytes_alone_go_to(one, other, rule, data):
     found = vocabulary_map.remainder(np.array(tokens, np.int32), np.array(consumed, np.int64))
     assert found.dtype == np.int32
     assert found.tolist() == [
-        alone(target, source.token_bytes[token][begin:], rule) for token, begin in zip(tokens, consumed, strict=True)
+        alone(target, source.token_bytes[token][begin:], rule)
+        for token, begin in zip(tokens, consumed, strict=True)
     ]
 
 
@@ -282,9 +287,14 @@ def alone(target: Tokenizer, rest: bytes, rule: str) -> int:
 def test_remainders_of_special_tokens_and_beyond_the_end():
     source, target = small("byte_level"), small("llama_json")
     stop = source.added_tokens["<|im_end|>"]
-    spelled = replace(source, token_bytes=[*source.token_bytes[:stop], b"<|im_end|>", *source.token_bytes[stop + 1 :]])
-    spelled = replace(spelled, special_ids=source.special_ids - {stop})  # an added token that is not special has bytes
-    vocabulary_map = build_vocabulary_map(spelled, target, source_stop=stop, target_stop=target.eos_id, remainders=True)
+    spelled = replace(
+        source, token_bytes=[*source.token_bytes[:stop], b"<|im_end|>", *source.token_bytes[stop + 1 :]]
+    )
+    # An added token that is not special has bytes.
+    spelled = replace(spelled, special_ids=source.special_ids - {stop})
+    vocabulary_map = build_vocabulary_map(
+        spelled, target, source_stop=stop, target_stop=target.eos_id, remainders=True
+    )
     assert vocabulary_map.remainder(np.array([stop, stop]), np.array([1, 10])).tolist() == [-1, -1]
     last = source.vocab_size - 1
     whole = len(source.token_bytes[last])
@@ -299,7 +309,9 @@ def test_remainders_of_special_tokens_and_beyond_the_end():
 
 @pytest.mark.parametrize(("one", "other"), list(product(KINDS, KINDS)))
 def test_first_rows_follow_each_sides_white_space(one, other):
-    """Laws in bytes: what a source token says about the response, written by a target that is, or is not, leading."""
+    """Laws in bytes: what a source token says about the response, written by a target that is, or is not,
+    leading.
+    """
     source, target = small(one), small(other)
     vocabulary_map = build(source, target)
     for token in range(0, source.vocab_size, 3):
@@ -330,7 +342,9 @@ def test_sure_becomes_sure_with_a_space_and_back():
 
 def test_bytes_that_are_no_text_go_to_the_longest_target_token_they_begin_with():
     source, target = small("tiktoken"), small("llama_json")
-    broken = [t for t, p in enumerate(source.token_bytes) if len(p) > 1 and p.decode(errors="ignore").encode() != p]
+    broken = [
+        t for t, p in enumerate(source.token_bytes) if len(p) > 1 and p.decode(errors="ignore").encode() != p
+    ]
     assert broken
     known = {piece for t, piece in enumerate(target.token_bytes) if t not in target.special_ids}
     vocabulary_map = build(source, target)
@@ -338,9 +352,13 @@ def test_bytes_that_are_no_text_go_to_the_longest_target_token_they_begin_with()
         piece = source.token_bytes[token]
         best = max((piece[:n] for n in range(1, len(piece) + 1) if piece[:n] in known), key=len)
         assert target.token_bytes[vocabulary_map.ids[token]] == best
-    begun, cut = "猫".encode()[:2], "猫".encode() + b"\xe7"  # two bytes of a character; all three and one of the next
+    # Two bytes of a character; all three and one of the next.
+    begun, cut = "猫".encode()[:2], "猫".encode() + b"\xe7"
     wider = replace(target, token_bytes=[*target.token_bytes[:-1], begun])
-    assert build(replace(source, token_bytes=[cut, *source.token_bytes[1:]]), wider).ids[0] == target.vocab_size - 1
+    assert (
+        build(replace(source, token_bytes=[cut, *source.token_bytes[1:]]), wider).ids[0]
+        == target.vocab_size - 1
+    )
 
 
 def test_stop_tokens_are_the_chat_formats_not_the_vocabularys():
@@ -351,7 +369,9 @@ def test_stop_tokens_are_the_chat_formats_not_the_vocabularys():
     assert vocabulary_map.ids[source.eos_id] == -1
 
 
-@pytest.mark.parametrize("options", [{}, {"remainders": True, "source_separator": ""}, {"kind": "em"}, {"kind": "ms"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"remainders": True, "source_separator": ""}, {"kind": "em"}, {"kind": "ms"}]
+)
 def test_written_and_read_again(tmp_path, options):
     for target in (small("sentencepiece"), small("tiktoken")):  # ids of two bytes, and of four
         vocabulary_map = build(small("byte_level"), target, **options)

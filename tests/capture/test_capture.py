@@ -1,4 +1,6 @@
-"""Laws of capture: a source's rows are those of reading one example at a time, whatever the batch, for the token that comes next."""
+"""Laws of capture: a source's rows are those of reading one example at a time, whatever the batch, for the
+token that comes next.
+"""
 
 import shutil
 from pathlib import Path
@@ -52,13 +54,17 @@ def test_batches_are_a_partition_within_the_budget() -> None:
     for budget in (1, 250, 1000, 100_000):
         batches = token_budget_batches(lengths, budget)
         assert sorted(index for batch in batches for index in batch) == list(range(100)), f"seed {seed}"
-        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches), f"seed {seed}"
+        assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches), (
+            f"seed {seed}"
+        )
     assert len(token_budget_batches(lengths, 100_000)) == 1
     assert token_budget_batches([], 10) == []
 
 
 def test_logits_at_is_the_model_itself() -> None:
-    """Gemma caps its logits after the head; GPT-2 has its head tied; Mamba attends to nothing; the last names no head."""
+    """Gemma caps its logits after the head; GPT-2 has its head tied; Mamba attends to nothing; the last
+    names no head.
+    """
     torch.manual_seed(0)
     small = {"vocab_size": 61, "max_position_embeddings": 32}
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -91,14 +97,18 @@ def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
 # 1: every example alone; 150: two or three together; 10**6: whole shards
 @pytest.mark.parametrize(("source", "batch_tokens"), [("alpha", 1), ("beta", 150), ("gamma", 10**6)])
 @pytest.mark.parametrize("mode", ["training", "inference"])
-def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str, batch_tokens: int, mode: str) -> None:
+def test_capture_equals_reading_one_example_at_a_time(
+    fresh: Recipe, source: str, batch_tokens: int, mode: str
+) -> None:
     recipe = changed(fresh, capture={"batch_tokens": batch_tokens})
     capture(Context(recipe), source, mode)
     shards = read(recipe, source, mode)
     options = source_options(recipe, source)
     model, chat = load_causal_lm(options), load_format(options, source)
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
-    answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard]
+    answers = [
+        answer for shard in response_shards(Context(recipe).open(RESPONSES, source)) for answer in shard
+    ]
     place = [(shard, index) for shard in shards for index in range(len(shard.status))]
     seen = set()
     for example, answer, (shard, index) in zip(examples, answers, place, strict=True):
@@ -113,7 +123,9 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
             assert span.start == span.stop
             assert np.isnan(shard.ce_sum[index]) and np.isnan(shard.ce_stop[index])
             continue
-        encoded = chat.encode_conversation(example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn)
+        encoded = chat.encode_conversation(
+            example.prompt(chat.system), text, stop=not truncated, every_turn=every_turn
+        )
         with torch.inference_mode():
             logits = model(torch.from_numpy(encoded.ids[None].astype(np.int64))).logits[0].double()
         dense = torch.log_softmax(logits, 1)
@@ -122,7 +134,8 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
         rows = np.flatnonzero(encoded.supervised) - 1
         expected = dense[rows, labels].numpy()
         assert shard.tokens[span].tolist() == labels.tolist()
-        np.testing.assert_allclose(shard.token_logprobs[span], expected, atol=2e-4)  # fp32 attention in other shapes
+        # Fp32 attention in other shapes.
+        np.testing.assert_allclose(shard.token_logprobs[span], expected, atol=2e-4)
         stop = encoded.spans.has(SpanFlag.STOP)
         assert stop.sum() == len(turns) - truncated
         np.testing.assert_allclose(shard.ce_sum[index], -expected[~stop].sum(), rtol=1e-5)
@@ -138,8 +151,12 @@ def test_capture_equals_reading_one_example_at_a_time(fresh: Recipe, source: str
             assert ids == dense[row].topk(last - first).indices.tolist()
             np.testing.assert_allclose(shard.logprobs(1, 2.0)[first:last], tempered[row, ids], atol=2e-4)
     wanted = {("captured", False, 1)}
-    wanted |= {("captured", False, 2)} if mode == "training" else {("captured", True, 1), ("no_response", False, 1)}
-    assert wanted <= seen, "the data holds no truncated, empty or long conversation: the test tells less than it says"
+    wanted |= (
+        {("captured", False, 2)} if mode == "training" else {("captured", True, 1), ("no_response", False, 1)}
+    )
+    assert wanted <= seen, (
+        "the data holds no truncated, empty or long conversation: the test tells less than it says"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -179,7 +196,10 @@ def test_spans_of_a_shard_are_those_of_its_conversations(
         spans = []
         for number, example in enumerate(examples):
             encoded = chat.encode_conversation(
-                example.prompt(chat.system), example.response, stop=not example.truncated, every_turn=every_turn
+                example.prompt(chat.system),
+                example.response,
+                stop=not example.truncated,
+                every_turn=every_turn,
             )
             spans.append(encoded.spans)
             assert_same_spans(shard.spans(number), encoded.spans)
@@ -203,9 +223,13 @@ def test_a_response_that_the_tokenizer_cannot_spell_is_read_and_its_rows_are_fla
     (directory / "tokenizer.model").write_bytes(sentencepiece_model("bpe", byte_fallback=False))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=130, max_position_embeddings=512, **sizes)).save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(vocab_size=130, max_position_embeddings=512, **sizes)).save_pretrained(
+        directory
+    )
     texts = ["the station is 12", "the 日本 station 🙂 is"]
-    data = write_rows(tmp_path / "data.jsonl", [{"instruction": "station?", "output": text} for text in texts])
+    data = write_rows(
+        tmp_path / "data.jsonl", [{"instruction": "station?", "output": text} for text in texts]
+    )
     options = {"model": str(directory), "chat_template": "vicuna_v1.1"}
     recipe = small_recipe(tmp_path / "run", data, directory, {"lossy": options}, training={"seq_length": 256})
     recipe = changed(recipe, target={"chat_template": "vicuna_v1.1"})
@@ -251,10 +275,21 @@ def test_the_batch_budget_changes_rounding_alone(fresh: Recipe) -> None:
         shards[budget] = read(recipe, "gamma", "training")
     for budget in (1, 170):
         for found, expected in zip(shards[budget], shards[10**6], strict=True):
-            for name in ("offsets", "status", "tokens", "starts", "ends", "flags", "counts", "response_bytes"):
+            for name in (
+                "offsets",
+                "status",
+                "tokens",
+                "starts",
+                "ends",
+                "flags",
+                "counts",
+                "response_bytes",
+            ):
                 np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
             for name in ("token_logprobs", "lse", "entry_logits", "ce_sum"):  # sums in another order, in fp32
-                np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-5)
+                np.testing.assert_allclose(
+                    getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-5
+                )
             # Two entries may change places where their logits differ by no more than rounding.
             moved = found.entry_ids != expected.entry_ids
             assert moved.mean() < 0.01
@@ -295,7 +330,8 @@ def test_conversations_that_do_not_fit_are_left_out_and_counted(fresh: Recipe, t
     chat = load_format(late, "late")
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     lengths = [
-        len(chat.encode_conversation(e.prompt(chat.system), e.response, stop=not e.truncated).ids) for e in examples
+        len(chat.encode_conversation(e.prompt(chat.system), e.response, stop=not e.truncated).ids)
+        for e in examples
     ]
     expected = [length - 1 > 150 for length in lengths]
     status = np.concatenate([shard.status for shard in read(recipe, "late", "training")])
@@ -311,7 +347,9 @@ def test_numbers_that_are_none_are_refused_by_source_example_and_row(
     example = load_examples(Context(fresh).open(INSTRUCTIONS))[1]
     ids = chat.encode_conversation(example.prompt(chat.system), example.response).ids
 
-    def overflow(model: object, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def overflow(
+        model: object, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         logits = logits_at(model, tokens, mask, positions)
         batch_row = int((tokens[:, : len(ids) - 1] == torch.from_numpy(ids[:-1])).all(1).nonzero()[0])
         own = (positions // tokens.shape[1] == batch_row).nonzero()
@@ -338,7 +376,9 @@ def test_a_capture_of_something_else_is_refused_with_both_values(fresh: Recipe) 
     with pytest.raises(UserError, match=r"options.top_k = 10, but now options.top_k = 4"):
         capture(Context(changed(fresh, capture={"top_k": 4})), "beta", "training")
     # Another budget or another source in the recipe is the same capture.
-    same = changed(fresh, capture={"batch_tokens": 77}).model_copy(update={"sources": {"beta": fresh.sources["beta"]}})
+    same = changed(fresh, capture={"batch_tokens": 77}).model_copy(
+        update={"sources": {"beta": fresh.sources["beta"]}}
+    )
     assert Context(same).open(CAPTURES, "beta", "training").sha256 == artifact.sha256
 
 
@@ -354,7 +394,9 @@ def test_a_damaged_shard_is_refused_by_name(fresh: Recipe) -> None:
     flipped = bytearray(good)
     flipped[-40] ^= 1  # within a number, where nothing but the checksum tells
     path.write_bytes(flipped)
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: the sha256 is .* Restore the file, or remove"):
+    with pytest.raises(
+        UserError, match=r"shard-00001.safetensors: the sha256 is .* Restore the file, or remove"
+    ):
         capture_shard(artifact, 1)
 
 
@@ -391,7 +433,9 @@ def test_arrays_of_other_lengths_are_refused(captured_shard: CaptureShard, tmp_p
     path = tmp_path / "shard.safetensors"
     for name in sorted(vars(captured_shard).keys() - {"offsets", "vocab_size"}):
         CaptureShard(**(vars(captured_shard) | {name: getattr(captured_shard, name)[:-1]})).save(path)
-        with pytest.raises(UserError, match=r"but the other arrays need|counts add up to|offsets do not divide"):
+        with pytest.raises(
+            UserError, match=r"but the other arrays need|counts add up to|offsets do not divide"
+        ):
             read_capture_shard(path)
 
 
@@ -415,7 +459,8 @@ def test_a_shard_of_which_nothing_was_captured_can_be_read(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_an_answer_of_a_megabyte_is_counted_as_too_long(world: tuple[Path, Models], tmp_path: Path) -> None:
     answers = write_rows(
-        tmp_path / "long.jsonl", [{"id": "e0", "response": "word " * 200_000}, {"id": "e1", "response": "Yes."}]
+        tmp_path / "long.jsonl",
+        [{"id": "e0", "response": "word " * 200_000}, {"id": "e1", "response": "Yes."}],
     )
     recipe = fresh_recipe(world, tmp_path)
     shutil.rmtree(recipe.workdir / "responses" / "beta")

@@ -1,4 +1,6 @@
-"""Laws of imported captures: what our own capture says in another program's form comes back the same, and nothing else comes in."""
+"""Laws of imported captures: what our own capture says in another program's form comes back the same, and
+nothing else comes in.
+"""
 
 import json
 import runpy
@@ -48,7 +50,9 @@ def conversations(recipe: Recipe, mode: str) -> list[tuple[str, EncodedConversat
     examples = [example for shard in example_shards(Context(recipe).open(INSTRUCTIONS)) for example in shard]
     answers = [None] * len(examples)
     if mode == "inference":
-        answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, SOURCE)) for answer in shard]
+        answers = [
+            answer for shard in response_shards(Context(recipe).open(RESPONSES, SOURCE)) for answer in shard
+        ]
     return [
         (
             example.id,
@@ -74,7 +78,9 @@ def export(recipe: Recipe, form: str, mode: str = "training", *, logsumexp: bool
         logits = [shard.entry_logits[a:b].astype(np.float64) for a, b in pairwise(bounds)]
         logprobs = [(values - lse[row, 0]).tolist() for row, values in enumerate(logits)]
         own = shard.token_logprobs[span].astype(np.float64).tolist()
-        sums = {f"{t:g}": lse[:, column].tolist() for column, t in enumerate([1.0, *recipe.capture_temperatures])}
+        sums = {
+            f"{t:g}": lse[:, column].tolist() for column, t in enumerate([1.0, *recipe.capture_temperatures])
+        }
         rows.append({"id": name, **FORMS[form](conversation, ids, logprobs, own, sums if logsumexp else {})})
     return rows
 
@@ -83,7 +89,9 @@ def write(path: Path, rows: list[Row]) -> Path:
     if path.suffix != ".parquet":
         return write_rows(path, rows)
     mapping = pa.map_(pa.string(), pa.struct([("logprob", pa.float64()), ("rank", pa.int64())]))
-    columns = {name: pa.array([row.get(name) for row in rows], mapping_type(name, mapping)) for name in rows[0]}
+    columns = {
+        name: pa.array([row.get(name) for row in rows], mapping_type(name, mapping)) for name in rows[0]
+    }
     parquet.write_table(pa.table(columns), path, row_group_size=4)
     return path
 
@@ -112,7 +120,12 @@ def assert_same_rows(found: list[CaptureShard], expected: list[CaptureShard]) ->
 # OpenAI's form is JSON as it comes from a server; nobody has it in columns.
 @pytest.mark.parametrize(
     ("form", "suffix"),
-    [(form, suffix) for form in FORMS for suffix in ("jsonl", "parquet") if (form, suffix) != ("openai", "parquet")],
+    [
+        (form, suffix)
+        for form in FORMS
+        for suffix in ("jsonl", "parquet")
+        if (form, suffix) != ("openai", "parquet")
+    ],
 )
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
 def test_our_own_capture_in_another_form_comes_back_bit_for_bit(
@@ -151,7 +164,9 @@ def test_a_file_is_truncated_as_a_model_s_rows_are(
     direct = changed(fresh, capture=wanted)
     capture(Context(direct), SOURCE, "training")
     expected = read(direct, SOURCE, "training")
-    assert len({count for shard in expected for count in shard.counts.tolist()}) > (top_p < 1), "nothing was cut"
+    assert len({count for shard in expected for count in shard.counts.tolist()}) > (top_p < 1), (
+        "nothing was cut"
+    )
     assert_same_rows(read(recipe, SOURCE, "training"), expected)
 
 
@@ -161,12 +176,15 @@ def test_another_temperature_than_1_needs_its_log_sum_exp(fresh: Recipe, tmp_pat
     recipe = with_file(fresh, write(tmp_path / "plain.jsonl", export(fresh, form, logsumexp=False)))
     with pytest.raises(
         UserError,
-        match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2, .*teacher_temperature to 1",
+        match=r"plain.jsonl:1 \(id 'e0'\): logsumexp is not given at temperature 2, .*teacher_temperature "
+        r"to 1",
     ):
         capture(Context(recipe), SOURCE, "training")
     at_one = changed(recipe, loss={"teacher_temperature": 1.0})
     capture(Context(at_one), SOURCE, "training")
-    for found, expected in zip(read(at_one, SOURCE, "training"), read(fresh, SOURCE, "training"), strict=True):
+    for found, expected in zip(
+        read(at_one, SOURCE, "training"), read(fresh, SOURCE, "training"), strict=True
+    ):
         np.testing.assert_array_equal(found.lse, expected.lse[:, [0, 0]])
         np.testing.assert_array_equal(found.entry_logits, expected.entry_logits)
 
@@ -191,7 +209,9 @@ def test_ranks_share_the_work_and_an_unchanged_file_is_not_read_again(
     assert Context(recipe).open(CAPTURES, SOURCE, "training") == artifact
 
 
-def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(fresh: Recipe, tmp_path: Path) -> None:
+def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run(
+    fresh: Recipe, tmp_path: Path
+) -> None:
     capture(Context(fresh), SOURCE, "training")
     recipe = with_file(fresh, write(tmp_path / "far.jsonl", export(fresh, "ours")))
     directory = tmp_path / "tokenizer only"
@@ -200,18 +220,23 @@ def test_neither_weights_nor_positions_are_asked_of_a_model_that_others_have_run
     recipe = recipe.model_copy(update={"sources": {SOURCE: options}})
     capture(Context(recipe), SOURCE, "training")
     assert_same_rows(read(recipe, SOURCE, "training"), read(fresh, SOURCE, "training"))
-    with pytest.raises(UserError, match=r"--backend hf: sources.beta.captures.training names a file\. Remove it"):
+    with pytest.raises(
+        UserError, match=r"--backend hf: sources.beta.captures.training names a file\. Remove it"
+    ):
         require_backend(recipe, SOURCE, "training", "hf")
     require_backend(recipe, SOURCE, "training", "file")
 
 
-def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: Recipe, tmp_path: Path) -> None:
+def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(
+    fresh: Recipe, tmp_path: Path
+) -> None:
     capture(Context(fresh), SOURCE, "training")
     rows = export(fresh, "ours")
     del rows[4]
     token = rows[7]["token_ids"][2]
     rows[7]["token_ids"][2] = token + 1
-    for name in ("token_ids", "top_ids", "top_logprobs", "token_logprobs"):  # one token more than the response has
+    # One token more than the response has.
+    for name in ("token_ids", "top_ids", "top_logprobs", "token_logprobs"):
         rows[9][name].append(rows[9][name][-1])
     del rows[9]["logsumexp"]
     recipe = with_file(fresh, write(tmp_path / "some.jsonl", rows))
@@ -222,7 +247,8 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(fresh: R
     counts = {name: artifact.counts[name] for name in STATUSES}
     assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}
     assert any(
-        f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"ours is {token} (" in line for line in lines
+        f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"ours is {token} (" in line
+        for line in lines
     )
     assert any("id 'e10')" in line and "ours is missing" in line for line in lines)
     expected = read(fresh, SOURCE, "training")
@@ -259,7 +285,10 @@ def test_entries_whose_rounded_mass_is_a_little_above_one_leave_no_tail_below_ze
     rows = export(fresh, "ours")
     for row in rows:  # two entries that hold everything, in three digits
         for place, token in enumerate(row["token_ids"]):
-            row["top_ids"][place], row["top_logprobs"][place] = [token, (token + 1) % 256], [-0.713, -0.673][::-1]
+            row["top_ids"][place], row["top_logprobs"][place] = (
+                [token, (token + 1) % 256],
+                [-0.713, -0.673][::-1],
+            )
             row["token_logprobs"][place] = None
         sums = {t: float(np.logaddexp(0, -0.04 / t)) for t in (1.0, 2.0)}
         row["logsumexp"] = {f"{t:g}": [value] * len(row["token_ids"]) for t, value in sums.items()}
@@ -319,7 +348,10 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (without_own, "is not an entry, and token_logprobs does not give"),
         (put("top_logprobs", 3, 0, value=float("nan")), "response row 3 has a log-probability that is NaN"),
         (put("top_logprobs", 3, 1, value=0.2), "response row 3 has more probability than one"),
-        (put("top_logprobs", 3, 1, value=float("inf")), "response row 3 has a log-probability that is infinite"),
+        (
+            put("top_logprobs", 3, 1, value=float("inf")),
+            "response row 3 has a log-probability that is infinite",
+        ),
         (put("top_logprobs", 3, 1, value="NaN"), "top_logprobs.3.1: must be a valid number, not 'NaN'"),
         (put("top_logprobs", 3, 1, value=None), "top_logprobs.3.1: must be a valid number, not None"),
         (put("top_logprobs", 3, 1, value="a lot"), "top_logprobs.3.1: must be a valid number, not 'a lot'"),
@@ -335,16 +367,28 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (put("top_ids", 2, 4, value=2**64), "18446744073709551616 is too large for a token id"),
         (put("token_ids", 1, value=3.0), "token_ids.1: must be a valid integer, not 3.0"),
         (put("token_ids", 1, value="x" * 5000), "token_ids.1: must be a valid integer, not 'xxx"),
-        (lambda row: row["top_ids"][2].__setitem__(4, row["top_ids"][2][3]), "response row 2 has an id twice"),
+        (
+            lambda row: row["top_ids"][2].__setitem__(4, row["top_ids"][2][3]),
+            "response row 2 has an id twice",
+        ),
         (put("top_ids", 2, value=None), "top_ids.2: must be a valid list, not None .docs/captures.md"),
-        (put("token_logprobs", 1, value=0.0), "token .* has another probability among the entries, or must be one"),
-        (put("token_logprobs", 1, value=float("nan")), "response row 1: token .* has a log-probability that is NaN"),
+        (
+            put("token_logprobs", 1, value=0.0),
+            "token .* has another probability among the entries, or must be one",
+        ),
+        (
+            put("token_logprobs", 1, value=float("nan")),
+            "response row 1: token .* has a log-probability that is NaN",
+        ),
         (
             put("token_logprobs", 1, value=float("inf")),
             "response row 1: token .* has a log-probability that is infinite",
         ),
         (put("token_logprobs", 1, value="NaN"), "token_logprobs.1: must be a valid number, not 'NaN'"),
-        (put("logsumexp", "2", 3, value=0.0), "logsumexp is smaller than that of the entries alone .response row 3"),
+        (
+            put("logsumexp", "2", 3, value=0.0),
+            "logsumexp is smaller than that of the entries alone .response row 3",
+        ),
         (put("logsumexp", "2", 3, value=float("inf")), "logsumexp is not finite .response row 3"),
         (put("logsumexp", "2", 3, value=None), "logsumexp is not finite .response row 3"),
         (put("logsumexp", "2", 3, value=[]), "logsumexp.2.3: must be a valid number"),
@@ -357,7 +401,10 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
         (lambda row: row["top_logprobs"].pop(), "top_logprobs has .* items, but there are .* tokens"),
         (lambda row: row.pop("token_logprobs"), "token_logprobs: missing"),
         (lambda row: row.pop("top_ids"), "the form of the row is not known: the row has id, token_ids"),
-        (lambda row: (row.pop("top_ids"), row.update(compressed_logprobs=[[1]])), "DistillKit's compressed columns"),
+        (
+            lambda row: (row.pop("top_ids"), row.update(compressed_logprobs=[[1]])),
+            "DistillKit's compressed columns",
+        ),
         (
             lambda row: (row.pop("top_ids"), row.update(prompt_logprobs=[None], prompt_token_ids=[1, 2])),
             "1 items, but prompt_token_ids has 2",
@@ -366,7 +413,9 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
             lambda row: (
                 row.pop("top_ids"),
                 row.update(
-                    choices=[{"logprobs": {"tokens": [" the"], "token_logprobs": [-1.0], "top_logprobs": [None]}}]
+                    choices=[
+                        {"logprobs": {"tokens": [" the"], "token_logprobs": [-1.0], "top_logprobs": [None]}}
+                    ]
                 ),
             ),
             "' the' is not a token id, .*return_tokens_as_token_ids",
@@ -385,11 +434,17 @@ def test_a_row_that_is_no_distribution_is_refused_by_place_and_id(
 
 def entries_at(row: Row, form: str, place: int) -> dict[str, Any]:
     """What a server's row has of one token's alternatives, by id."""
-    return row["prompt_logprobs"][place] if form == "vllm" else row["choices"][0]["logprobs"]["top_logprobs"][place]
+    return (
+        row["prompt_logprobs"][place]
+        if form == "vllm"
+        else row["choices"][0]["logprobs"]["top_logprobs"][place]
+    )
 
 
 def set_logprob(row: Row, form: str, place: int, token: int, value: Any) -> None:
-    """As the server writes it: among the alternatives, and where the token came and the form has it, by itself."""
+    """As the server writes it: among the alternatives, and where the token came and the form has it, by
+    itself.
+    """
     if form == "vllm":
         entries_at(row, form, place)[str(token)]["logprob"] = value
         return
@@ -409,7 +464,9 @@ def last_alternative(row: Row, form: str, place: int, came: int) -> int:
 # vLLM writes -9999.0 for -inf; what a file means by probability 0 must not depend on the number it chose
 @pytest.mark.parametrize("zero", [-9999.0, -1000.5, -np.inf])
 @pytest.mark.parametrize("form", ["vllm", "openai"])
-def test_an_alternative_of_probability_0_is_absent(fresh: Recipe, tmp_path: Path, form: str, zero: float) -> None:
+def test_an_alternative_of_probability_0_is_absent(
+    fresh: Recipe, tmp_path: Path, form: str, zero: float
+) -> None:
     """The file with the number gives what the file without the alternative gives."""
     capture(Context(fresh), SOURCE, "training")
     chats = dict(conversations(fresh, "training"))
@@ -506,12 +563,16 @@ def test_a_file_that_is_not_there_or_no_parquet_is_refused(
     with pytest.raises(UserError, match=r"text.parquet: there is no column id, only token_ids"):
         capture(Context(recipe), SOURCE, "training")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"text.parquet: pyarrow is needed to read Parquet\. Run pip install pyarrow"):
+    with pytest.raises(
+        UserError, match=r"text.parquet: pyarrow is needed to read Parquet\. Run pip install pyarrow"
+    ):
         capture(Context(recipe), SOURCE, "training")
     path.unlink()
     with pytest.raises(UserError, match=r"sources.beta.captures.training: .*text.parquet does not exist"):
         capture(Context(recipe), SOURCE, "training")
-    with pytest.raises(UserError, match=r"--backend file: sources.beta.captures.inference is not set\. Name a file"):
+    with pytest.raises(
+        UserError, match=r"--backend file: sources.beta.captures.inference is not set\. Name a file"
+    ):
         require_backend(recipe, SOURCE, "inference", "file")
 
 

@@ -1,4 +1,6 @@
-"""Laws of sparse rows: they say exactly what the dense logits say, and which entries they hold depends on a row alone."""
+"""Laws of sparse rows: they say exactly what the dense logits say, and which entries they hold depends on
+a row alone.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, spar
 
 
 def kept_by_definition(z: np.ndarray, top_k: int, top_p: float, filter: str, temperature: float) -> list[int]:
-    """Ids that the filter keeps of one row of float64 logits; equal logits stand in the order of their ids."""
+    """Ids that the filter keeps of one row of float64 logits; equal logits stand in the order of their
+    ids.
+    """
     order = np.argsort(-z, kind="stable")[:top_k]
     among = np.arange(len(z)) if filter == "full_vocabulary" else order
     scale = 1.0 if filter == "full_vocabulary" else temperature
@@ -23,7 +27,8 @@ def kept_by_definition(z: np.ndarray, top_k: int, top_p: float, filter: str, tem
     return kept
 
 
-# top_k beyond the vocabulary; top_p that keeps one entry, some, all; temperatures that share an exponential, above and below 1
+# top_k beyond the vocabulary; top_p that keeps one entry, some, all; temperatures that share an exponential,
+# above and below 1
 @pytest.mark.parametrize(("top_k", "top_p"), [(10, 0.95), (3, 1.0), (64, 0.9999), (10, 1e-6)])
 @pytest.mark.parametrize("filter", ["full_vocabulary", "hugging_face"])
 @pytest.mark.parametrize("temperatures", [[2.0], [1.0], [2.0, 0.5]])
@@ -50,13 +55,14 @@ def test_sparse_rows_give_back_the_dense_distribution(
     for row in range(rows):
         span = slice(bounds[row], bounds[row + 1])
         ids = sparse.ids[span]
-        assert ids.tolist() == kept_by_definition(dense[row].numpy(), top_k, top_p, filter, temperatures[0]), (
-            f"{seed=} {row=}"
-        )
+        assert ids.tolist() == kept_by_definition(
+            dense[row].numpy(), top_k, top_p, filter, temperatures[0]
+        ), f"{seed=} {row=}"
         for column, temperature in enumerate([1.0, *temperatures]):
             expected = torch.log_softmax(dense[row] / temperature, 0)[ids.tolist()].numpy()
             found = sparse.logits[span] / temperature - sparse.lse[row, column]
-            np.testing.assert_allclose(found, expected, atol=2e-6)  # fp32 sums of exponentials of numbers up to 20
+            # Fp32 sums of exponentials of numbers up to 20.
+            np.testing.assert_allclose(found, expected, atol=2e-6)
         expected = torch.log_softmax(dense[row], 0)[tokens[row]]
         np.testing.assert_allclose(sparse.token_logprobs[row], expected, atol=4e-6)
 
@@ -66,7 +72,9 @@ def test_which_entries_a_row_holds_depends_on_the_row_alone(monkeypatch: pytest.
     monkeypatch.setattr(topk, "_BLOCK", 8)
     seed, top_k = 11, 10
     logits = torch.randint(-2, 3, (64, 203), generator=torch.Generator().manual_seed(seed)).float()
-    logits *= torch.where(torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0)
+    logits *= torch.where(
+        torch.rand(logits.shape, generator=torch.Generator().manual_seed(seed)) < 0.5, -1.0, 1.0
+    )
     assert (logits == 0).sum() > (logits.view(torch.int32) == 0).sum() > 0, "no zero of either sign"
     expected = np.argsort(-logits.numpy(), axis=1, kind="stable")[:, :top_k]
 
@@ -82,7 +90,9 @@ def test_which_entries_a_row_holds_depends_on_the_row_alone(monkeypatch: pytest.
             torch.set_num_threads(before)
 
     for rows, chunk, threads in [(slice(None), 2**20, 2), (slice(None), 1, 1), (slice(7, 8), 2**20, 1)]:
-        np.testing.assert_array_equal(ids(rows, chunk, threads), expected[rows], err_msg=f"{seed=} {rows} {chunk}")
+        np.testing.assert_array_equal(
+            ids(rows, chunk, threads), expected[rows], err_msg=f"{seed=} {rows} {chunk}"
+        )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, "all masked"])
@@ -94,7 +104,12 @@ def test_rows_that_are_no_distribution_are_refused(monkeypatch: pytest.MonkeyPat
         logits[4, 9] = bad
     with pytest.raises(NotFiniteError) as error:
         sparse_rows(
-            logits, torch.zeros(7, dtype=torch.int64), top_k=3, top_p=1.0, filter="full_vocabulary", temperatures=[2.0]
+            logits,
+            torch.zeros(7, dtype=torch.int64),
+            top_k=3,
+            top_p=1.0,
+            filter="full_vocabulary",
+            temperatures=[2.0],
         )
     assert error.value.row == 4
 

@@ -1,4 +1,6 @@
-"""Laws of chat formats: the bytes of the response tokens are the response, whatever the template and the tokenizer."""
+"""Laws of chat formats: the bytes of the response tokens are the response, whatever the template and the
+tokenizer.
+"""
 
 import dataclasses
 from functools import cache
@@ -70,13 +72,15 @@ def chat_format(kind: str, template: str) -> ChatFormat:
         ),
         (
             "llama3",
-            "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
+            "<s><|start_header_id|>system<|end_header_id|>\n\nBe "
+            "kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
             "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
             "<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
         (
             "alpaca",
-            "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nWho?\n\n### Response:\n",
+            "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nWho?\n\n### "
+            "Response:\n",
         ),
         (
             "starling_rm",
@@ -103,7 +107,9 @@ def test_default_system_messages():
 
 
 def assert_spans_lie_in(spans: TokenSpans, data: bytes, tokenizer: Tokenizer) -> None:
-    """Spans partition the bytes that they claim, each token ends in its own, and stop tokens cover the ends of turns."""
+    """Spans partition the bytes that they claim, each token ends in its own, and stop tokens cover the
+    ends of turns.
+    """
     position = 0
     for token, start, end, flags in zip(spans.tokens, spans.starts, spans.ends, spans.flags, strict=True):
         if position < start:  # a turn whose stop token the template does not print
@@ -135,7 +141,10 @@ def test_response_tokens_spell_the_response(kind, template, examples):
         behind = encoded.ids[len(prompt) :]
         unlearned = len(behind) - len(spans)  # the template's white space before the stop token
         assert encoded.supervised[len(prompt) : len(encoded.ids) - unlearned - stop].all()
-        assert tokenizer.joined_bytes(behind[-1 - unlearned : -1]) == form.closing.encode() * stop or not unlearned
+        assert (
+            tokenizer.joined_bytes(behind[-1 - unlearned : -1]) == form.closing.encode() * stop
+            or not unlearned
+        )
         assert bool(unlearned) == bool(form.closing and stop)
         assert encoded.ids[encoded.supervised].tolist() == spans.tokens.tolist()
         assert spans.has(SpanFlag.STOP).tolist() == [False] * (len(spans) - stop) + [True] * stop
@@ -164,7 +173,9 @@ def test_every_turn_is_supervised_with_its_stop_token(kind, template, examples):
     form = chat_format(kind, template)
 
     @settings(quick, max_examples=examples)
-    @given(st.lists(st.tuples(TURNS, TEXTS.filter(bool)), min_size=1, max_size=3), TURNS, TEXTS, st.booleans())
+    @given(
+        st.lists(st.tuples(TURNS, TEXTS.filter(bool)), min_size=1, max_size=3), TURNS, TEXTS, st.booleans()
+    )
     def law(pairs, question, response, stop):
         talk = [
             {"role": role, "content": text}
@@ -185,17 +196,23 @@ def test_every_turn_is_supervised_with_its_stop_token(kind, template, examples):
         ends = np.cumsum([len(turn.encode()) + 1 for turn in turns]) - 1
         assert covered[np.setdiff1d(np.arange(len(data)), ends)].all()
         stops = covered[ends[:-1]]
-        # A template's end of turn may be plain text to a tokenizer, so that an earlier turn ends without a token of its own.
+        # A template's end of turn may be plain text to a tokenizer, so that an earlier turn ends without a
+        # token of its own.
         end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(template)
         plain = end is not None and end not in form.tokenizer.added_tokens
         assert stops.all() if not plain else not stops.any()
         assert covered[ends[-1]] == stop
-        # The last turn alone gives its rows; and the same ids, unless context may have its normal form or run into a turn.
+        # The last turn alone gives its rows; and the same ids, unless context may have its normal form or run
+        # into a turn.
         last = form.encode_conversation(messages, response, stop=stop)
         count = len(last.spans)
         assert spans.tokens[len(spans) - count :].tolist() == last.spans.tokens.tolist()
         assert (spans.starts[len(spans) - count :] - ends[-2] - 1).tolist() == last.spans.starts.tolist()
-        if stops.all() and not form.closing and not any(not turn.isascii() or turn != turn.strip() for turn in turns):
+        if (
+            stops.all()
+            and not form.closing
+            and not any(not turn.isascii() or turn != turn.strip() for turn in turns)
+        ):
             assert encoded.ids.tolist() == last.ids.tolist()
 
     law()
@@ -224,7 +241,9 @@ def test_a_template_without_the_earlier_turns_is_refused(tmp_path):
         "Q: {{ messages[-1]['content'] if add_generation_prompt else messages[0]['content'] }} A:"
         "{% if messages[-1]['role'] == 'assistant' %}{{ messages[-1]['content'] + eos_token }}{% endif %}",
     )
-    with pytest.raises(UserError, match=r"prints 0 of the 1 earlier assistant turns\. .* data.supervise to last_turn"):
+    with pytest.raises(
+        UserError, match=r"prints 0 of the 1 earlier assistant turns\. .* data.supervise to last_turn"
+    ):
         form.encode_conversation(TALK, "x", every_turn=True)
 
 
@@ -268,7 +287,9 @@ def test_ids_are_those_of_apply_chat_template(tmp_path):
 
 
 def test_first_token_begins_in_the_white_space():
-    """After `ASSISTANT:` Llama's first token is `▁the`: clipped, its end counts from the response's first byte."""
+    """After `ASSISTANT:` Llama's first token is `▁the`: clipped, its end counts from the response's first
+    byte.
+    """
     form = chat_format("llama_json", "vicuna_v1.1")
     encoded = form.encode_conversation(USER, "the station")
     first = form.tokenizer.token_bytes[encoded.ids[encoded.prompt_length]]
@@ -291,9 +312,14 @@ def test_empty_response():
 
 
 def test_joint_tokenization_that_changes_the_prompt_is_not_taken():
-    """A template whose prompt ends in a space: jointly the space would move into `▁the`, in generation it cannot."""
+    """A template whose prompt ends in a space: jointly the space would move into `▁the`, in generation it
+    cannot.
+    """
     tokenizer = small("byte_level")
-    template = "{{ messages[0]['content'] + ': ' }}{% if messages|length > 1 %}{{ messages[1]['content'] }}{% endif %}"
+    template = (
+        "{{ messages[0]['content'] + ': ' }}{% if messages|length > 1 %}{{ messages[1]['content'] "
+        "}}{% endif %}"
+    )
     form = dataclasses.replace(chat_format("byte_level", "chatml"), template=template)
     encoded = form.encode_conversation(USER, "the station")
     prompt = tokenizer.encode("Hi: ")
@@ -360,7 +386,8 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match=r"sources\[1\].chat_template to one of vicuna_v1.1"):
         load_chat_format(tokenizer, where="sources[1]")
     with pytest.raises(
-        UserError, match=r"target.chat_template: 'chatlm' is not a known template and not a file\. Set it to one of"
+        UserError,
+        match=r"target.chat_template: 'chatlm' is not a known template and not a file\. Set it to one of",
     ):
         load_chat_format(tokenizer, "chatlm")
     with pytest.raises(UserError, match=r'has no EOS token.* Set "eos_token" in its tokenizer_config'):

@@ -1,4 +1,7 @@
-"""Laws of chat formats over the families in use. The reference is transformers' `apply_chat_template` on whole conversations."""
+"""Laws of chat formats over the families in use.
+
+The reference is transformers' `apply_chat_template` on whole conversations.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +29,9 @@ def printed(name: str, messages: list[dict[str, str]], **options: bool) -> list[
 
 
 def folded(name: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The system message where the family takes it: in front of the first question, if its template refuses it."""
+    """The system message where the family takes it: in front of the first question, if its template
+    refuses it.
+    """
     if "no system" not in FAMILIES[name].template:
         return [SYSTEM, *messages]
     first = {"role": "user", "content": f"{SYSTEM['content']}\n\n{messages[0]['content']}"}
@@ -36,7 +41,9 @@ def folded(name: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
 @pytest.mark.parametrize("every_turn", [False, True])
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_finished_conversation_is_what_the_template_prints(name: str, system: bool, every_turn: bool) -> None:
+def test_a_finished_conversation_is_what_the_template_prints(
+    name: str, system: bool, every_turn: bool
+) -> None:
     """Ids up to the stop token, and no other token a label than those of the answers and their ends."""
     chat, tokenizer = format_of(name), tokenizer_of(name)
     messages = folded(name, TALK) if system else TALK
@@ -72,7 +79,11 @@ def test_generation_begins_where_the_template_begins_it(name: str) -> None:
 def test_every_end_that_the_model_has_ends_an_answer(name: str) -> None:
     family, chat, tokenizer = FAMILIES[name], format_of(name), tokenizer_of(name)
     assert tokenizer.convert_ids_to_tokens(chat.stop_id) == family.stop
-    assert set(tokenizer.convert_ids_to_tokens(sorted(chat.end_ids))) == {family.stop, family.tokens[0], *family.listed}
+    assert set(tokenizer.convert_ids_to_tokens(sorted(chat.end_ids))) == {
+        family.stop,
+        family.tokens[0],
+        *family.listed,
+    }
     ids = chat.encode_conversation(TALK, ANSWER).ids.tolist()
     answer = chat.tokenizer.encode_continuation(ANSWER)
     for end in chat.end_ids:
@@ -108,9 +119,8 @@ def test_a_thought_is_context_where_the_template_prints_it(name: str) -> None:
     text = tokenizer.decode(found.ids[~found.supervised])
     assert (thought in text) == (name in ("qwen3", "qwen3 thinking", "nemotron 3", "glm 4.5"))
     ends = [token for token in found.ids if token in chat.tokenizer.special_ids]
-    assert ends == [
-        token for token in plain.ids if token in chat.tokenizer.special_ids
-    ]  # the thought's <|im_end|> is text
+    # The thought's <|im_end|> is text.
+    assert ends == [token for token in plain.ids if token in chat.tokenizer.special_ids]
 
 
 def test_white_space_before_the_stop_token_is_context_to_a_source_and_left_out_for_a_learner() -> None:

@@ -37,7 +37,8 @@ END = "</think>"
         ("[THINK]add[/THINK]4", None, False, ("add", "4")),
         ("add and add", END, True, ("add and add", "")),  # no end: all of it is thought
         ("half</think>\n\nParis", END, False, ("half", "Paris")),  # a server's parser left the end in
-        ("half</think>Paris", None, False, (None, "half</think>Paris")),  # text of a model that does not think
+        # Text of a model that does not think.
+        ("half</think>Paris", None, False, (None, "half</think>Paris")),
         ("<think> is a tag", None, False, (None, "<think> is a tag")),
         ("<p>a</p>b", None, False, (None, "<p>a</p>b")),
         ("  plain \n", END, False, (None, "  plain \n")),
@@ -45,7 +46,9 @@ END = "</think>"
         ("a</think>b</think>c", END, True, ("a", "b</think>c")),
     ],
 )
-def test_a_thought_is_split_from_its_answer(text: str, end: str | None, opened: bool, expected: tuple) -> None:
+def test_a_thought_is_split_from_its_answer(
+    text: str, end: str | None, opened: bool, expected: tuple
+) -> None:
     assert split_thought(text, end, opened=opened) == expected
 
 
@@ -75,8 +78,12 @@ def test_a_sampled_answer_begins_behind_the_thought(tmp_path: Path) -> None:
         return _response("e", chat, Answer(chat.tokenizer.encode_continuation(text), stopped), stops)
 
     tokens = len(chat.tokenizer.encode_continuation("Paris"))
-    assert answer("so STOP it\n</think>\n\nParis") == Response("e", "Paris", False, tokens, reasoning="so STOP it")
-    assert answer("so\n</think>\n\nParis STOP it") == Response("e", "Paris ", False, tokens + 1, reasoning="so")
+    assert answer("so STOP it\n</think>\n\nParis") == Response(
+        "e", "Paris", False, tokens, reasoning="so STOP it"
+    )
+    assert answer("so\n</think>\n\nParis STOP it") == Response(
+        "e", "Paris ", False, tokens + 1, reasoning="so"
+    )
     assert answer("so it goes on", stopped=False) == Response("e", "", True, 0, reasoning="so it goes on")
     assert answer("so it ends") is None and answer("so</think>\n") is None
     ids = chat.tokenizer.encode_continuation("a STOP b</think>c STOP d")
@@ -89,7 +96,9 @@ def test_a_response_that_was_cut_within_its_thought_gets_no_empty_one(tmp_path: 
     """Nor is it an end of an answer: what is learned of it ends within the thought."""
     chat = load_chat_format(load_tokenizer(save_tokenizer("qwen3", tmp_path)))
     question = [{"role": "user", "content": "hello"}]
-    text = chat.tokenizer.decode(chat.encode_conversation(question, "<think>\nso it goes", stop=False).ids.tolist())
+    text = chat.tokenizer.decode(
+        chat.encode_conversation(question, "<think>\nso it goes", stop=False).ids.tolist()
+    )
     assert text.endswith("assistant\n<think>\nso it goes") and "</think>" not in text
     assert split_thought("<think>\nso it", cut=True) == ("so it", "")
     cut = Response("e", "", True, 0, reasoning="so it goes")
@@ -159,7 +168,9 @@ def test_what_a_server_says_beside_an_answer(tmp_path: Path) -> None:
         tokens = len(tokenizer.encode_continuation(text))
         assert rows[f"e{place}"] == Response(f"e{place}", text, place == 12, tokens, reasoning=thought)
     (unmatched,) = tmp_path.rglob("*.unmatched.txt")
-    assert unmatched.read_text().split() == [f"e{place}" for place, (_, expected) in SERVED.items() if expected is None]
+    assert unmatched.read_text().split() == [
+        f"e{place}" for place, (_, expected) in SERVED.items() if expected is None
+    ]
 
 
 ROWS = [
@@ -189,12 +200,16 @@ ROWS = [
         ("supervise", "<think>\ntwo\n</think>\n\n4", None, {"content": "<think>\none\n</think>\n\n3"}),
     ],
 )
-def test_thoughts_in_the_data(option: str, response: str, thought: str | None, earlier: dict, tmp_path: Path) -> None:
+def test_thoughts_in_the_data(
+    option: str, response: str, thought: str | None, earlier: dict, tmp_path: Path
+) -> None:
     model = save_model(tmp_path / "model", "llama", seed=6)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     options = {"reasoning": option, "validation_samples": 0}
-    recipe = small_recipe(tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options)
+    recipe = small_recipe(
+        tmp_path / "run", path, model, {"a": {"model": str(model), "dtype": "fp32"}}, data=options
+    )
     examples = load_examples(prepare_instructions(Context(recipe)))
     by_answer = {example.response: example for example in examples}
     assert by_answer.keys() == {response, "6", "<think>two</think>8"} and by_answer["6"].reasoning is None
@@ -207,8 +222,12 @@ def test_thoughts_in_the_data(option: str, response: str, thought: str | None, e
 
 
 @pytest.mark.parametrize("option", ["template", "drop", "supervise"])
-def test_source_and_target_learn_the_same_bytes_of_an_answer_with_a_thought(option: str, tmp_path: Path) -> None:
-    """The source's own answer as it is captured, and as the target's document: the thought is label, context or nowhere in both."""
+def test_source_and_target_learn_the_same_bytes_of_an_answer_with_a_thought(
+    option: str, tmp_path: Path
+) -> None:
+    """The source's own answer as it is captured, and as the target's document: the thought is label,
+    context or nowhere in both.
+    """
     source, target = (
         load_chat_format(load_tokenizer(save_tokenizer(name, tmp_path / name)), learns=name == "qwen3")
         for name in ("nemotron 3", "qwen3")

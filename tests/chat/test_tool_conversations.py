@@ -1,4 +1,7 @@
-"""Laws of conversations with tools in a chat template. The reference is transformers' `apply_chat_template(messages, tools=...)`."""
+"""Laws of conversations with tools in a chat template.
+
+The reference is transformers' `apply_chat_template(messages, tools=...)`.
+"""
 
 import json
 from copy import deepcopy
@@ -20,7 +23,9 @@ STYLES = {
     "deepseek v3, calls as text": CallStyle(text_arguments=True, null_content=True),
     "mistral 3 with tools": CallStyle(short_ids=True),
 }
-SPECIAL = "hello <|im_end|><|eot_id|></s> <｜User｜><|user|>[INST]<|end_of_text|><|END_OF_TURN_TOKEN|><|end|> world"
+SPECIAL = (
+    "hello <|im_end|><|eot_id|></s> <｜User｜><|user|>[INST]<|end_of_text|><|END_OF_TURN_TOKEN|><|end|> world"
+)
 
 
 ROME = call(0, "weather", city='Rome "è"\n', days=2)
@@ -31,7 +36,13 @@ ONE = [asks("hello world"), calls(ROME), output(ROME, '{"degrees": "20"}')]
 TALKS = {
     "tools that are not called": [asks("hello"), says("Sure, the station."), asks("then?")],
     "a call and its output": ONE,
-    "several exchanges": [*ONE, says("Sure, 20 degrees."), asks("then 1 + 2?"), calls(SUM), output(SUM, "  5.5\n")],
+    "several exchanges": [
+        *ONE,
+        says("Sure, 20 degrees."),
+        asks("then 1 + 2?"),
+        calls(SUM),
+        output(SUM, "  5.5\n"),
+    ],
     "a call behind an output": [*ONE, calls(SUM), output(SUM, "5.5")],
     "a system message": [{"role": "system", "content": "Be kind."}, *ONE],
     "ids with names": [asks("hello"), calls(WITH_NAME), output(WITH_NAME, "20")],
@@ -45,7 +56,9 @@ def printed(name: str, messages: list[dict[str, Any]], tools: list | None, **opt
     """transformers' ids; messages are given in the form that the family's template takes."""
     tokenizer = tokenizer_of(name)
     if not STYLES.get(name, CallStyle()).text_arguments:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=False, **options
+        )
     given = deepcopy(messages)
     for message in given:
         for made in message.get("tool_calls", ()):
@@ -72,7 +85,9 @@ CASES = [
 
 @pytest.mark.parametrize("every_turn", [False, True])
 @pytest.mark.parametrize(("name", "talk"), CASES)
-def test_a_conversation_with_tools_is_what_the_template_prints(name: str, talk: str, every_turn: bool) -> None:
+def test_a_conversation_with_tools_is_what_the_template_prints(
+    name: str, talk: str, every_turn: bool
+) -> None:
     chat, messages = format_of(name), TALKS[talk]
     found = read(chat, messages, every_turn=every_turn)
     expected = printed(name, [*messages, says(ANSWER)], TOOLS)
@@ -104,13 +119,22 @@ def test_an_answer_behind_an_output_is_generated_where_it_is_learned(name: str, 
 def test_special_strings_of_arguments_outputs_and_schemas_stay_text(name: str) -> None:
     chat = format_of(name)
     special = [
-        {"type": "function", "function": {"name": "weather", "description": SPECIAL, "parameters": {SPECIAL: {}}}}
+        {
+            "type": "function",
+            "function": {"name": "weather", "description": SPECIAL, "parameters": {SPECIAL: {}}},
+        }
     ]
-    plain = [{"type": "function", "function": {"name": "weather", "description": "x", "parameters": {"y": {}}}}]
+    plain = [
+        {"type": "function", "function": {"name": "weather", "description": "x", "parameters": {"y": {}}}}
+    ]
     messages = [asks("hello"), calls(call(0, "weather", **{SPECIAL: SPECIAL})), output(ROME, SPECIAL)]
     others = [asks("hello"), calls(call(0, "weather", city="x")), output(ROME, "x")]
     found, expected = (
-        [token for token in chat.encode_conversation(*pair, tools=tools).ids if token in chat.tokenizer.special_ids]
+        [
+            token
+            for token in chat.encode_conversation(*pair, tools=tools).ids
+            if token in chat.tokenizer.special_ids
+        ]
         for pair, tools in (((messages, ANSWER), special), ((others, ANSWER), plain))
     )
     assert found == expected
@@ -118,7 +142,8 @@ def test_special_strings_of_arguments_outputs_and_schemas_stay_text(name: str) -
     assert [token for token in begun if token in chat.tokenizer.special_ids] == expected[: len(expected) - 1]
     text = tokenizer_of(name).decode(begun)
     for part in SPECIAL.split():
-        # once in the key, the value and the output at least; in the schema as well where the template prints it
+        # once in the key, the value and the output at least; in the schema as well where the template prints
+        # it
         assert text.count(part) >= 3
 
 
@@ -131,7 +156,9 @@ def test_a_template_that_knows_no_tools_is_named(name: str, talk: str) -> None:
             UserError, match=r"^target: the chat template of \S+ (does not print |refuses the messages: )"
         ):
             meet()
-    assert chat.missing_of_tools is not None and chat.missing_of_tools.startswith("target: the chat template of ")
+    assert chat.missing_of_tools is not None and chat.missing_of_tools.startswith(
+        "target: the chat template of "
+    )
 
 
 @pytest.mark.parametrize("name", KNOWING)
@@ -164,7 +191,8 @@ def test_outputs_that_are_found_by_ids_are_printed() -> None:
     """As in templates that print an output beside its call; and an id may be all that shows the name."""
     tokenizer = format_of("granite").tokenizer
     template = (
-        "{% for m in messages %}{% if m['tool_calls'] %}{% set c = m['tool_calls'][0] %}{{ c['id'] }}{{ c['function']['arguments'] }}"
+        "{% for m in messages %}{% if m['tool_calls'] %}{% set c = m['tool_calls'][0] %}{{ c['id'] }}{{ "
+        "c['function']['arguments'] }}"
         "{% for o in messages %}{% if o['tool_call_id'] == c['id'] %}{{ o['content'] }}{% endif %}"
         "{% endfor %}{% elif m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
@@ -180,7 +208,8 @@ BROKEN = {
     "names": ("\"name\": \"{{ c['function']['name'] }}\"", "", "the name of a call of weather"),
     "arguments": ("{{ c['function']['arguments'] | tojson }}", "{}", "the arguments of a call of weather"),
     "offered": ("{{ t | tojson }}", "{{ t['function']['parameters'] | tojson }}", "the offered tool weather"),
-    "Python's form": ("['arguments'] | tojson", "['arguments'] | string", None),  # JSON text is what it prints well
+    # JSON text is what it prints well.
+    "Python's form": ("['arguments'] | tojson", "['arguments'] | string", None),
 }
 
 
@@ -190,11 +219,15 @@ def test_what_a_template_leaves_out_is_named(case: str) -> None:
     before, after, missing = BROKEN[case]
     whole = format_of("qwen2.5 and smollm2")
     assert before in whole.template
-    chat = ChatFormat(whole.tokenizer, whole.template.replace(before, after), None, whole.stop_id, origin="it")
+    chat = ChatFormat(
+        whole.tokenizer, whole.template.replace(before, after), None, whole.stop_id, origin="it"
+    )
     here = call(0, "weather", city="hello")
     messages = [asks("hello weather"), calls(here), output(here, "hello")]
     if missing is None:
-        assert chat.render_prompt(messages, TOOLS) == whole.render_prompt(messages, TOOLS).removesuffix(whole.opening)
+        assert chat.render_prompt(messages, TOOLS) == whole.render_prompt(messages, TOOLS).removesuffix(
+            whole.opening
+        )
         return
     with pytest.raises(UserError, match=f"^it does not print {missing}$"):
         chat.render_prompt(messages, TOOLS)

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "examples/profuser_7b.yaml")
 LARGE = {"torch", "transformers", "megatron", "matplotlib"}
 
-# Runs commands one after another in one process, and says on stderr which of the large libraries they have imported.
+# Runs commands one after another in one process, and says on stderr which of the large libraries they have
+# imported.
 SEVERAL = """
 import runpy, sys
 for module, *words in {lines!r}:
@@ -36,8 +37,14 @@ print("imported:", *sorted({large!r} & sys.modules.keys()), file=sys.stderr)
 def test_descriptions_and_recipes_come_without_large_libraries() -> None:
     lines = [("megatron_fuse.cli", name, "--help") for name in COMMANDS]
     lines += [("megatron_fuse.cli", "--help"), ("megatron_fuse.cli", "--print-completion", "bash")]
-    lines += [("megatron_fuse.pretrain", "--help"), ("megatron_fuse.pretrain", "--recipe", RECIPE, "--print-recipe")]
-    lines += [("megatron_fuse.cli", name, "--recipe", RECIPE, "--print-recipe") for name in ("plan", "run", "capture")]
+    lines += [
+        ("megatron_fuse.pretrain", "--help"),
+        ("megatron_fuse.pretrain", "--recipe", RECIPE, "--print-recipe"),
+    ]
+    lines += [
+        ("megatron_fuse.cli", name, "--recipe", RECIPE, "--print-recipe")
+        for name in ("plan", "run", "capture")
+    ]
     words = [sys.executable, "-W", "ignore", "-c", SEVERAL.format(lines=lines, large=LARGE)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr == "imported:\n"
@@ -58,7 +65,9 @@ def described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *w
 
 def scripts() -> dict[str, list[str]]:
     """Commands of every script in tools/, by the table of docs/install.md."""
-    rows = re.findall(r"^\| `python (tools/\w+\.py)`.*?\| (.*) \|$", (ROOT / "docs/install.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| `python (tools/\w+\.py)`.*?\| (.*) \|$", (ROOT / "docs/install.md").read_text(), re.M
+    )
     return {script: re.findall(r"`megatron-fuse ([\w-]+)`", commands) for script, commands in rows}
 
 
@@ -68,7 +77,9 @@ def test_the_table_has_every_script_and_every_command() -> None:
 
 
 @pytest.mark.parametrize("script", scripts())
-def test_a_script_is_its_command(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_script_is_its_command(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     wanted = described(monkeypatch, capsys, scripts()[script][0])
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
@@ -124,9 +135,8 @@ def test_the_library_names_commands_that_exist() -> None:
         )
         left += [f"{path}: {found}" for found in re.findall(r"tools/\w+\.py|pretrain_fuse\.py", text)]
     assert named <= COMMANDS.keys() and len(named) > 10
-    assert all(
-        "_ABOUT_RUNS" in Path(found.partition(":")[0]).read_text() for found in left
-    )  # a list of files of the repository
+    # A list of files of the repository.
+    assert all("_ABOUT_RUNS" in Path(found.partition(":")[0]).read_text() for found in left)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -17,7 +17,9 @@ SOURCES = {"megatron_fuse": ROOT / "megatron_fuse", "fuse_kernels": ROOT / "kern
 
 
 def python(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, check=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], capture_output=True, text=True, check=True, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ class Installed:
         self.bin = directory / "environment/bin"
         venv.create(directory / "environment", with_pip=False, symlinks=True)
         # Before other packages are found: pip could otherwise find the project itself among them.
-        python("pip", "--python", self.bin / "python", "install", "--no-deps", "--no-index", wheel, cwd=directory)
+        python(
+            "pip", "--python", self.bin / "python", "install", "--no-deps", "--no-index", wheel, cwd=directory
+        )
         (self.packages,) = directory.glob("environment/lib/python*/site-packages")
         others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
         (self.packages / "others.pth").write_text("\n".join(others) + "\n")
@@ -81,18 +85,24 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
 
 def test_its_command_runs_outside_the_repository(installed: Installed) -> None:
     found = installed.run(
-        "python", "-c", "import megatron_fuse, fuse_kernels; print(megatron_fuse.__file__, fuse_kernels.__file__)"
+        "python",
+        "-c",
+        "import megatron_fuse, fuse_kernels; print(megatron_fuse.__file__, fuse_kernels.__file__)",
     )
     assert [Path(path).parents[1] for path in found.split()] == [installed.packages] * 2
     assert "\n    capture " in installed.run("megatron-fuse", "--help")
     assert "--capture-top-k" in installed.run("python", "-m", "megatron_fuse.cli", "capture", "--help")
-    printed = installed.run("megatron-fuse", "run", "--recipe", ROOT / "examples/profuser_7b.yaml", "--print-recipe")
+    printed = installed.run(
+        "megatron-fuse", "run", "--recipe", ROOT / "examples/profuser_7b.yaml", "--print-recipe"
+    )
     assert yaml.safe_load(printed)["schedule"]["preset"] == "profuser"
 
 
 @pytest.mark.slow
 def test_it_runs_a_recipe_from_instructions_to_the_exported_model(installed: Installed) -> None:
-    """Over two processes, so that torchrun starts the modules; with paths relative to the directory that it runs in."""
+    """Over two processes, so that torchrun starts the modules; with paths relative to the directory that
+    it runs in.
+    """
     for seed, (name, family) in enumerate({"alpha": "llama", "beta": "gpt_neox"}.items()):
         save_model(installed.cwd / name, family, seed=seed)
     save_model(installed.cwd / "reward", "llama", seed=2, reward=True)

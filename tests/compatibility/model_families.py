@@ -1,7 +1,8 @@
 """Small random models of the families in use, and what each can be here: a source, a target, a reward model.
 
-A cell says what a run found. `yes` means that the numbers are those of transformers alone: log-probabilities and greedy answers of
-a source, weights of a target after import and export (every bit), rewards of a reward model.
+A cell says what a run found. `yes` means that the numbers are those of transformers alone: log-probabilities
+and greedy answers of a source, weights of a target after import and export (every bit), rewards of a reward
+model.
 """
 
 import json
@@ -37,7 +38,12 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 WHOLE_HEADS = SIZES | {"num_key_value_heads": 4}
-EXPERTS = SIZES | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = SIZES | {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 FAMILIES: dict[str, dict] = {
     "llama": SIZES,
     "mistral": SIZES | {"sliding_window": None},
@@ -82,10 +88,15 @@ _ANSWER = "It is 42."
 
 
 def save_family(family: str, directory: Path, *, reward: bool = False) -> Path:
-    """A random model in fp32 with a byte-level tokenizer. Raises ValueError where transformers has no such class."""
+    """A random model in fp32 with a byte-level tokenizer.
+
+    Raises ValueError where transformers has no such class.
+    """
     size = save_tokenizer(directory) + 5
     labels = {"num_labels": 1} if reward else {}
-    config = AutoConfig.for_model(family, vocab_size=size, bos_token_id=0, eos_token_id=2, **FAMILIES[family], **labels)
+    config = AutoConfig.for_model(
+        family, vocab_size=size, bos_token_id=0, eos_token_id=2, **FAMILIES[family], **labels
+    )
     config.pad_token_id = None
     torch.manual_seed(0)
     model = (AutoModelForSequenceClassification if reward else AutoModelForCausalLM).from_config(config)
@@ -130,7 +141,9 @@ def answers(directory: Path) -> None:
     chat, model = load_format(options, "sources.a"), load_causal_lm(options, where="sources.a")
     allowed = torch.from_numpy(chat.tokenizer.byte_lengths > 0)
     allowed[sorted(chat.end_ids)] = True
-    prompts = [chat.encode_prompt([{"role": "user", "content": text}]) for text in ("What is 12 + 30?", "fig")]
+    prompts = [
+        chat.encode_prompt([{"role": "user", "content": text}]) for text in ("What is 12 + 30?", "fig")
+    ]
     asked = [Prompt(str(n), ids, 8, n) for n, ids in enumerate(prompts)]
     found = generate(model, asked, Sampling(chat.end_ids, allowed, temperature=0.0), batch_tokens=200)
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -147,7 +160,10 @@ def answers(directory: Path) -> None:
 
 
 def round_trip(directory: Path, output: Path) -> str | None:
-    """On a rank: the model as a Megatron model, written back. Returns the refusal where it cannot be a target."""
+    """On a rank: the model as a Megatron model, written back.
+
+    Returns the refusal where it cannot be a target.
+    """
     from megatron_fuse.model.config import transformer_config
     from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
     from megatron_fuse.model.gpt import build_model
@@ -165,7 +181,9 @@ def round_trip(directory: Path, output: Path) -> str | None:
 
 
 def is_target(directory: Path, ranks: Callable, output: Path, original: Path | None = None) -> None:
-    """Every bit of the weights comes back. original: a directory with one weight file that holds the same weights."""
+    """Every bit of the weights comes back. original: a directory with one weight file that holds the same
+    weights.
+    """
     [refusal] = ranks(1, round_trip, directory, output)
     if refusal is not None:
         raise UserError(refusal)

@@ -74,7 +74,10 @@ def _models(root: Path, ranks: Callable) -> Iterator[tuple[str, ...]]:
 
 
 def _weights(root: Path, ranks: Callable) -> Iterator[tuple[str, ...]]:
-    model, reward_model = save_family("llama", root / "llama"), save_family("llama", root / "reward", reward=True)
+    model, reward_model = (
+        save_family("llama", root / "llama"),
+        save_family("llama", root / "reward", reward=True),
+    )
     for number, form in enumerate(weight_forms.FORMS):
         own = weight_forms.in_form(form, model, root / f"model-{number}")
         # The export is compared with the file that the form was made of.
@@ -92,7 +95,12 @@ def _tokenizers(root: Path) -> Iterator[tuple[str, ...]]:
         path = make(root / str(number))
         read = cell(tokenizer_forms.same_ids, path, reference)
         spelt = ("yes" if tokenizer_forms.spells(path) else "no") if read == "yes" else ""
-        yield f"`{name}`" if "." in name and "," not in name and " " not in name else name, read, library, spelt
+        yield (
+            f"`{name}`" if "." in name and "," not in name and " " not in name else name,
+            read,
+            library,
+            spelt,
+        )
 
 
 def _templates(root: Path) -> Iterator[tuple[str, ...]]:

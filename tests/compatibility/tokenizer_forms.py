@@ -44,7 +44,9 @@ def _kind(kind: str) -> Callable[[Path], Path]:
 
 
 def _rebuilt(directory: Path) -> Path:
-    """A tokenizer.json whose digits are cut apart, and a class for which transformers 5 makes another pre-tokenizer."""
+    """A tokenizer.json whose digits are cut apart, and a class for which transformers 5 makes another
+    pre-tokenizer.
+    """
     make_tokenizer("byte_level", directory)
     path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     content = json.loads(path.read_text())
@@ -68,16 +70,28 @@ def _only(name: str) -> Callable[[Path], Path]:
 # name -> (maker, what cuts the probe beside us, its name)
 FORMS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Ids] | None, str]] = {
     "tokenizer.json, byte-level BPE": (_kind("byte_level"), _tokenizers, "tokenizers"),
-    "tokenizer.json, byte-level BPE, of a class that transformers 5 rebuilds": (_rebuilt, _tokenizers, "tokenizers"),
+    "tokenizer.json, byte-level BPE, of a class that transformers 5 rebuilds": (
+        _rebuilt,
+        _tokenizers,
+        "tokenizers",
+    ),
     "tokenizer.json, BPE with byte fallback, prefix by the normaliser": (
         _kind("llama_json"),
         _tokenizers,
         "tokenizers",
     ),
-    "tokenizer.json, BPE with byte fallback, Metaspace": (_kind("llama_metaspace"), _tokenizers, "tokenizers"),
+    "tokenizer.json, BPE with byte fallback, Metaspace": (
+        _kind("llama_metaspace"),
+        _tokenizers,
+        "tokenizers",
+    ),
     "tokenizer.json, unigram with NFKC (T5)": (_kind("t5_json"), _tokenizers, "tokenizers"),
     "tokenizer.model, BPE with byte fallback": (_kind("sentencepiece"), _sentencepiece, "sentencepiece"),
-    "tokenizer.model, unigram with byte fallback": (_kind("sentencepiece_unigram"), _sentencepiece, "sentencepiece"),
+    "tokenizer.model, unigram with byte fallback": (
+        _kind("sentencepiece_unigram"),
+        _sentencepiece,
+        "sentencepiece",
+    ),
     "tokenizer.model, unigram with NFKC (T5)": (_kind("t5"), _sentencepiece, "sentencepiece"),
     "cl100k_base.tiktoken": (_kind("tiktoken"), _tiktoken("tiktoken"), "tiktoken"),
     "o200k_base.tiktoken": (_kind("o200k"), _tiktoken("o200k"), "tiktoken"),

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 Weights = dict[str, torch.Tensor]
 
 
-def _in_shards(directory: Path, weights: Weights, save: Callable, stem: str, ending: str) -> list[dict[str, str]]:
+def _in_shards(
+    directory: Path, weights: Weights, save: Callable, stem: str, ending: str
+) -> list[dict[str, str]]:
     """Two files and their index; returns which tensor is in which."""
     names, half = sorted(weights), len(weights) // 2
     index = {}
@@ -55,7 +57,11 @@ def bin_shards(directory: Path) -> None:
 def file_beside_index(directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     _in_shards(
-        directory, {name: 1.5 * tensor for name, tensor in weights.items()}, _safetensors, "model", "safetensors"
+        directory,
+        {name: 1.5 * tensor for name, tensor in weights.items()},
+        _safetensors,
+        "model",
+        "safetensors",
     )
 
 

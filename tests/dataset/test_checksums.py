@@ -1,4 +1,6 @@
-"""Laws of fusion data's checksums: damage anywhere is named, and what was found whole is not read again until it changes."""
+"""Laws of fusion data's checksums: damage anywhere is named, and what was found whole is not read again
+until it changes.
+"""
 
 import json
 import os
@@ -64,14 +66,19 @@ def test_values_that_a_dataset_takes_without_a_word_are_named(
     path = fusion_directory(copied) / name
     rewrite_in_place(path, edit)
     with pytest.raises(
-        UserError, match=rf"^{path}: the sha256 is .*, but the manifest has .*\. Restore the file, or remove it and run"
+        UserError,
+        match=rf"^{path}: the sha256 is .*, but the manifest has .*\. Restore the file, or remove it and run",
     ):
         opened(copied)
 
 
 def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe) -> None:
-    """Of each kind of file one, by its suffix and directory; before training ends, or as the data are opened."""
-    curriculum = copied.model_copy(update={"schedule": copied.schedule.model_copy(update={"order": "gt_length"})})
+    """Of each kind of file one, by its suffix and directory; before training ends, or as the data are
+    opened.
+    """
+    curriculum = copied.model_copy(
+        update={"schedule": copied.schedule.model_copy(update={"order": "gt_length"})}
+    )
     fusion, draw = fusion_directory(copied), np.random.default_rng(3)
     kinds = {}
     for path in sorted(fusion.rglob("*.*")):
@@ -80,7 +87,8 @@ def test_one_bit_flipped_in_any_file_that_training_reads_is_named(copied: Recipe
     build_fusion_data(Context(curriculum))
     kinds["curriculum"] = fusion / "curriculum-gt_length.safetensors"
     kinds = {kind: path for kind, path in kinds.items() if path.name != "curriculum-shuffled.safetensors"}
-    # text (with its spans) and rows of both modes, each with a manifest and a list or arrays of examples; choice, order
+    # text (with its spans) and rows of both modes, each with a manifest and a list or arrays of examples;
+    # choice, order
     assert len(kinds) == 2 * 2 + 3 + 3 * (4 * 2 + 2) + 3 * (6 * 2 + 2) + 1 + 1
     opened(curriculum)
     for kind, path in kinds.items():
@@ -199,8 +207,17 @@ def test_threads_end_with_their_block(copied: Recipe, read: list[Path]) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["[]", '{"id": 1}', '{"id": "a", "held_out": 0, "supervised_tokens": 3}', '{"id": "a", "held_out": true}', "{"]
-    + [f'{{"id": "a", "held_out": true, "supervised_tokens": {n}}}' for n in ("-1", "1e99", '"3"', "9" * 5000)],
+    [
+        "[]",
+        '{"id": 1}',
+        '{"id": "a", "held_out": 0, "supervised_tokens": 3}',
+        '{"id": "a", "held_out": true}',
+        "{",
+    ]
+    + [
+        f'{{"id": "a", "held_out": true, "supervised_tokens": {n}}}'
+        for n in ("-1", "1e99", '"3"', "9" * 5000)
+    ],
 )
 def test_a_list_of_examples_with_other_types_is_named_by_its_line(copied: Recipe, line: str) -> None:
     path = fusion_directory(copied) / "text/shard-00001.examples.jsonl"

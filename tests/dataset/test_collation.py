@@ -1,4 +1,6 @@
-"""Laws of collation and packing: whatever the arrangement, every label keeps its input, its weights and its teacher's row."""
+"""Laws of collation and packing: whatever the arrangement, every label keeps its input, its weights and
+its teacher's row.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -41,7 +43,9 @@ def draw_document(draw: np.random.Generator, tokens: int, dtype: type = np.uint1
 
 
 Position = tuple[int, int, float, float, tuple[tuple[int, float], ...]]
-"""(input, label, weight of CE, weight of KL, the teacher's entries); label NO_LABEL: nothing is learned there."""
+"""(input, label, weight of CE, weight of KL, the teacher's entries); label NO_LABEL: nothing is learned
+there.
+"""
 
 
 def positions_of(document: Document, weights: tuple[float, float]) -> Iterator[Position]:
@@ -61,9 +65,12 @@ def collated_positions(inputs: Inputs, targets: Targets) -> list[Position]:
     """What the arrays say of every position, in the order of memory."""
     flat = [inputs.tokens, targets.labels, targets.ce_weight, targets.kl_weight]
     columns = [array.reshape(-1).tolist() for array in flat]
-    ids, logprobs = (array.reshape(-1, K).tolist() for array in (targets.teacher_ids, targets.teacher_logprobs))
+    ids, logprobs = (
+        array.reshape(-1, K).tolist() for array in (targets.teacher_ids, targets.teacher_logprobs)
+    )
     rows = [
-        tuple(pair for pair in zip(*row, strict=True) if pair[0] != NO_ENTRY) for row in zip(ids, logprobs, strict=True)
+        tuple(pair for pair in zip(*row, strict=True) if pair[0] != NO_ENTRY)
+        for row in zip(ids, logprobs, strict=True)
     ]
     return list(zip(*columns, rows, strict=True))
 
@@ -71,10 +78,14 @@ def collated_positions(inputs: Inputs, targets: Targets) -> list[Position]:
 PADDING: Position = (0, NO_LABEL, 0.0, 0.0, ())
 
 # 2: one position; a prompt may be all there is; none: a rank with nothing to do
-batches = st.tuples(st.lists(st.integers(2, 40), max_size=7), st.integers(0, 2**32), st.sampled_from([*VOCABULARY]))
+batches = st.tuples(
+    st.lists(st.integers(2, 40), max_size=7), st.integers(0, 2**32), st.sampled_from([*VOCABULARY])
+)
 
 
-def draw_batch(lengths: list[int], seed: int, dtype: type) -> tuple[list[Document], list[tuple[float, float]]]:
+def draw_batch(
+    lengths: list[int], seed: int, dtype: type
+) -> tuple[list[Document], list[tuple[float, float]]]:
     draw = np.random.default_rng(seed)
     documents = [draw_document(draw, tokens, dtype) for tokens in lengths]
     return documents, [tuple(draw.random(2).tolist()) for _ in documents]
@@ -124,7 +135,9 @@ def test_packing_changes_the_place_of_a_label_and_nothing_else(batch: tuple, cap
     documents, weights = draw_batch(*batch)
 
     def learned(inputs: Inputs, targets: Targets) -> Counter[Position]:
-        return Counter(position for position in collated_positions(inputs, targets) if position[1] != NO_LABEL)
+        return Counter(
+            position for position in collated_positions(inputs, targets) if position[1] != NO_LABEL
+        )
 
     padded = padded_inputs(documents, len(documents), 40)
     expected = learned(padded, make_targets(documents, weights, padded, K))
@@ -217,11 +230,15 @@ def test_even_packing_shares_what_one_sequence_cannot_hold() -> None:
     assert [len(sequence) for sequence in pack(ten, 700)] == [7, 3]
     # Five ranks wait for the longest sequence anyway; a group's documents stay among themselves.
     assert [len(sequence) for sequence in pack_evenly([ten], 700, multiple=5)[0]] == [2] * 5
-    assert [[len(s) for s in of_group] for of_group in pack_evenly([ten, ten[:5]], 700, multiple=3)] == [[5, 5], [5]]
+    assert [[len(s) for s in of_group] for of_group in pack_evenly([ten, ten[:5]], 700, multiple=3)] == [
+        [5, 5],
+        [5],
+    ]
 
 
 def test_best_fit_takes_the_fullest_sequence_with_room() -> None:
-    # 7 and 6 begin sequences; 3 fits both and goes where it leaves nothing; 4 fills the other; equal ones go in order
+    # 7 and 6 begin sequences; 3 fits both and goes where it leaves nothing; 4 fills the other; equal ones go
+    # in order
     assert pack([3, 6, 7, 4], 10) == [[0, 2], [1, 3]]
     assert pack([5, 5, 5], 10) == [[0, 1], [2]]
     assert pack([], 10) == []

@@ -1,4 +1,6 @@
-"""Questions of every benchmark, made by the tests: as files of `--data`, and as the rows that the harness's own tasks read on the hub."""
+"""Questions of every benchmark, made by the tests: as files of `--data`, and as the rows that the
+harness's own tasks read on the hub.
+"""
 
 import json
 import random
@@ -18,7 +20,9 @@ Rows = dict[str, list[dict[str, Any]]]  # file or split -> rows
 
 
 def question_files(seed: int = 0) -> Rows:
-    """Rows by the names of the files; every question names itself, so that a prompt shows which rows it is made of."""
+    """Rows by the names of the files; every question names itself, so that a prompt shows which rows it is
+    made of.
+    """
     rng = random.Random(seed)
 
     def words(count: int) -> str:
@@ -55,7 +59,12 @@ def question_files(seed: int = 0) -> Rows:
 
     return {
         "arc_challenge.jsonl": [
-            {"id": str(n), "query": f"Question: <{n}> {words(3)}", "choices": choices(4), "gold": rng.randrange(4)}
+            {
+                "id": str(n),
+                "query": f"Question: <{n}> {words(3)}",
+                "choices": choices(4),
+                "gold": rng.randrange(4),
+            }
             for n in range(ROWS)
         ],
         "hellaswag.jsonl": [
@@ -121,11 +130,15 @@ def hub_rows(task: str, rows: Rows) -> Rows:
         files = {"test": "mmlu_test.jsonl", "dev": "mmlu_dev_5shot.jsonl"}
         return {
             split: [
-                row | {"answer": "ABCD".index(row["answer"])} for row in rows[name] if row["subject"] == SUBJECTS[0]
+                row | {"answer": "ABCD".index(row["answer"])}
+                for row in rows[name]
+                if row["subject"] == SUBJECTS[0]
             ]
             for split, name in files.items()
         }
-    name = {"hellaswag": "hellaswag.jsonl", "truthfulqa_mc2": "truthfulqa_mc.jsonl"}.get(task, "gsm8k_test.jsonl")
+    name = {"hellaswag": "hellaswag.jsonl", "truthfulqa_mc2": "truthfulqa_mc.jsonl"}.get(
+        task, "gsm8k_test.jsonl"
+    )
     return {"test": json.loads(json.dumps(rows[name]))}
 
 

@@ -17,11 +17,20 @@ ARC, GSM8K = BENCHMARKS["arc_challenge"], BENCHMARKS["gsm8k"]
 outcome = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
 
 
-def result(model: str, benchmark=ARC, outcomes=(1.0, 0.0, 1.0), metric: str | None = None, **changes) -> Result:
+def result(
+    model: str, benchmark=ARC, outcomes=(1.0, 0.0, 1.0), metric: str | None = None, **changes
+) -> Result:
     value = None if None in outcomes else statistics.fmean(outcomes)
     metrics = {metric or benchmark.metric: Metric(value, 0.1, outcomes)}
     questions = [f"{benchmark.local}/{n} {n:016x}" for n in range(len(outcomes))]
-    fields = {"made_from": {}, "directory": "", "batch_size": 8, "seconds": 1.0, "positions": 128, "shortened": 0}
+    fields = {
+        "made_from": {},
+        "directory": "",
+        "batch_size": 8,
+        "seconds": 1.0,
+        "positions": 128,
+        "shortened": 0,
+    }
     return Result(model, benchmark.name, **(fields | {"questions": questions} | changes), metrics=metrics)
 
 
@@ -32,7 +41,9 @@ def compared(*results: Result, benchmarks=(ARC,), **failures: str) -> Comparison
 
 
 @given(st.lists(st.tuples(outcome, outcome), min_size=2, max_size=60))
-def test_a_paired_difference_is_the_mean_of_differences_with_its_error(pairs: list[tuple[float, float]]) -> None:
+def test_a_paired_difference_is_the_mean_of_differences_with_its_error(
+    pairs: list[tuple[float, float]],
+) -> None:
     baseline, other = zip(*pairs, strict=True)
     found = paired_difference(baseline, other)
     differences = [after - before for before, after in pairs]
@@ -73,7 +84,9 @@ def test_one_question_has_no_error_and_no_difference() -> None:
 
 def test_the_table_shows_values_errors_and_verdicts_beside_the_baseline() -> None:
     better, worse = (0.0, *[1.0] * 9), (0.0,) * 10
-    comparison = compared(result("a", outcomes=worse), result("b", outcomes=better), result("c", outcomes=worse))
+    comparison = compared(
+        result("a", outcomes=worse), result("b", outcomes=better), result("c", outcomes=worse)
+    )
     heading, (row,) = comparison_table(comparison)
     assert heading == ["", "questions", "a", "b", "b - a", "c", "c - a"]
     assert row == [
@@ -96,7 +109,10 @@ def test_the_table_shows_values_errors_and_verdicts_beside_the_baseline() -> Non
 @pytest.mark.parametrize(
     ("other", "note"),
     [
-        (result("b", metric="acc,none"), "b on ARC-Challenge: the result has no acc_norm,none, only acc,none"),
+        (
+            result("b", metric="acc,none"),
+            "b on ARC-Challenge: the result has no acc_norm,none, only acc,none",
+        ),
         (
             result("b", outcomes=(1.0, None, 0.0)),
             "b on ARC-Challenge: acc_norm,none is not a number on 1 of 3 questions",
@@ -117,7 +133,8 @@ def test_a_number_that_is_missing_is_a_blank_with_a_note(other: Result | None, n
 def test_what_nobody_has_measured_and_shortened_prompts_are_noted() -> None:
     comparison = compared(result("a", shortened=2), benchmarks=(ARC, GSM8K))
     assert comparison.notes == [
-        "a on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their beginning",
+        "a on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their "
+        "beginning",
         "a on GSM8K: not measured",
     ]
 
@@ -125,11 +142,14 @@ def test_what_nobody_has_measured_and_shortened_prompts_are_noted() -> None:
 def test_a_note_of_several_models_and_benchmarks_stands_once() -> None:
     comparison = compared(result("a", shortened=2), result("b", shortened=2), benchmarks=(ARC, GSM8K))
     assert comparison.notes == [
-        "a, b on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their beginning",
+        "a, b on ARC-Challenge: 2 of 3 prompts were longer than the model's 128 positions and lost their "
+        "beginning",
         "a, b on GSM8K: not measured",
     ]
 
 
 def test_models_that_were_asked_different_questions_are_not_compared() -> None:
-    with pytest.raises(UserError, match=r"arc_challenge: a answered 3 questions, and b answered 3 other questions"):
+    with pytest.raises(
+        UserError, match=r"arc_challenge: a answered 3 questions, and b answered 3 other questions"
+    ):
         compared(result("a"), result("b", questions=["x", "y", "z"]))

@@ -1,4 +1,6 @@
-"""The tool's numbers are the harness's; finished measurements are kept, what does not belong with them is refused."""
+"""The tool's numbers are the harness's; finished measurements are kept, what does not belong with them is
+refused.
+"""
 
 import json
 import shutil
@@ -30,7 +32,9 @@ QUICK = [WINOGRANDE, TRUTHFULQA]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, small_models: list[EvaluatedModel], questions: Path) -> Path:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, small_models: list[EvaluatedModel], questions: Path
+) -> Path:
     """OUTPUT of both models on two tasks; to be read."""
     output = tmp_path_factory.mktemp("finished")
     evaluate(small_models, QUICK, output, data=questions, settings=FEW)
@@ -66,7 +70,8 @@ def test_the_numbers_are_those_of_the_harness_called_directly(
     comparison, failures = evaluate([model], [*BENCHMARKS.values()], tmp_path, data=questions, settings=FEW)
     assert not failures
     monkeypatch.chdir(questions)  # the YAML files name files of the working directory
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes seconds to list installed packages
+    # Takes seconds to list installed packages.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     options = {"limit": FEW.limit, "batch_size": 8, "gen_kwargs": {"max_gen_toks": 8}, "device": "cpu"}
     table = json.loads((tmp_path / "evaluation.json").read_text())
@@ -85,7 +90,9 @@ def test_the_numbers_are_those_of_the_harness_called_directly(
         samples = [sample for sample in direct["samples"][row.benchmark.local] if sample["filter"] == kind]
         result = load_result(result_path(tmp_path, model.name, row.benchmark.name))
         assert list(result.metrics[row.benchmark.metric].outcomes) == [sample[metric] for sample in samples]
-        assert [text.split()[1] for text in result.questions] == [sample["doc_hash"][:16] for sample in samples]
+        assert [text.split()[1] for text in result.questions] == [
+            sample["doc_hash"][:16] for sample in samples
+        ]
         assert result.metrics.keys() == {name for name in expected if "," in name and "_stderr" not in name}
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
@@ -131,7 +138,11 @@ def other_question(model: Path, data: Path) -> None:
         (Settings(3, False, 9), None, "made with max_new_tokens 8, but this call has 9"),
         (FEW, other_weights, "made with model fingerprint '[0-9a-f]{64}', but this call has '[0-9a-f]{64}'"),
         (FEW, other_template, "made with model fingerprint"),
-        (FEW, other_question, "made with data winogrande.jsonl '[0-9a-f]{64}', but this call has '[0-9a-f]{64}'"),
+        (
+            FEW,
+            other_question,
+            "made with data winogrande.jsonl '[0-9a-f]{64}', but this call has '[0-9a-f]{64}'",
+        ),
     ],
 )
 def test_results_of_something_else_are_refused(
@@ -149,7 +160,8 @@ def test_results_of_something_else_are_refused(
     if change:
         change(alpha.directory, data)
     with pytest.raises(
-        UserError, match=rf"alpha/winogrande.json: the file was {message}.*\. Give another --output, or remove"
+        UserError,
+        match=rf"alpha/winogrande.json: the file was {message}.*\. Give another --output, or remove",
     ):
         evaluate([alpha], [WINOGRANDE], output, data=data, settings=settings)
 
@@ -158,7 +170,9 @@ def test_a_model_that_is_not_named_now_guards_the_settings_too(
     output: Path, small_models: list[EvaluatedModel], questions: Path, nothing_runs: None
 ) -> None:
     gamma = EvaluatedModel("gamma", small_models[0].directory)
-    with pytest.raises(UserError, match=r"alpha/winogrande.json: was made with limit 3, but this call has None"):
+    with pytest.raises(
+        UserError, match=r"alpha/winogrande.json: was made with limit 3, but this call has None"
+    ):
         evaluate([gamma], [WINOGRANDE], output, data=questions, settings=Settings(max_new_tokens=8))
 
 
@@ -204,7 +218,9 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(
     broken = EvaluatedModel("broken", shutil.copytree(small_models[0].directory, tmp_path / "broken"))
     (broken.directory / "config.json").write_text('{"model_type": "none of ours"}')
     output = tmp_path / "output"
-    comparison, failures = evaluate([broken, small_models[1]], [WINOGRANDE], output, data=questions, settings=FEW)
+    comparison, failures = evaluate(
+        [broken, small_models[1]], [WINOGRANDE], output, data=questions, settings=FEW
+    )
     assert list(failures) == [("broken", "winogrande")]
     assert comparison.rows[0].values["beta"].value is not None
     assert comparison.rows[0].differences == {"beta": None}
@@ -226,7 +242,9 @@ def test_an_interruption_leaves_whole_results_only(
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["winogrande.json"]
 
 
-def test_a_short_model_is_measured_and_what_it_did_not_read_is_counted(questions: Path, tmp_path: Path) -> None:
+def test_a_short_model_is_measured_and_what_it_did_not_read_is_counted(
+    questions: Path, tmp_path: Path
+) -> None:
     from small_models import save_model
 
     short = EvaluatedModel("short", save_model(tmp_path / "short", "llama", positions=64))
@@ -234,7 +252,9 @@ def test_a_short_model_is_measured_and_what_it_did_not_read_is_counted(questions
     comparison, failures = evaluate([short], tasks, tmp_path / "output", data=questions, settings=FEW)
     assert not failures
     (note,) = comparison.notes
-    assert note.startswith("short on WinoGrande; GSM8K: 3 of 3 prompts were longer than the model's 64 positions")
+    assert note.startswith(
+        "short on WinoGrande; GSM8K: 3 of 3 prompts were longer than the model's 64 positions"
+    )
 
 
 def test_the_chat_template_changes_what_is_asked(
@@ -262,7 +282,12 @@ def test_the_harness_s_own_tasks_run_over_rows_of_the_hub_s_form(
     import datasets
 
     rows = question_files()
-    tasks = {"ai2_arc": "arc_challenge", "hellaswag": "hellaswag", "mmlu": "mmlu", "truthful_qa": "truthfulqa_mc2"}
+    tasks = {
+        "ai2_arc": "arc_challenge",
+        "hellaswag": "hellaswag",
+        "mmlu": "mmlu",
+        "truthful_qa": "truthfulqa_mc2",
+    }
     tasks |= {"winogrande": "winogrande", "gsm8k": "gsm8k"}
 
     def load_dataset(path: str, name: str | None = None, **_) -> dict:
@@ -292,9 +317,13 @@ SLICES = Path(__file__).parents[3] / "shared" / "data" / "eval"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SLICES.is_dir(), reason="needs the evaluation slices")
-def test_real_questions_are_asked_without_the_network(small_models: list[EvaluatedModel], tmp_path: Path) -> None:
+def test_real_questions_are_asked_without_the_network(
+    small_models: list[EvaluatedModel], tmp_path: Path
+) -> None:
     settings = Settings(limit=2, max_new_tokens=4)
-    comparison, failures = evaluate(small_models[:1], [*BENCHMARKS.values()], tmp_path, data=SLICES, settings=settings)
+    comparison, failures = evaluate(
+        small_models[:1], [*BENCHMARKS.values()], tmp_path, data=SLICES, settings=settings
+    )
     assert not failures
     assert [row.questions for row in comparison.rows] == [2] * len(BENCHMARKS)
 
@@ -302,6 +331,9 @@ def test_real_questions_are_asked_without_the_network(small_models: list[Evaluat
 def test_importing_the_package_brings_neither_torch_nor_the_harness(tmp_path: Path) -> None:
     import subprocess
 
-    code = "import sys, megatron_fuse.evaluation; print([m for m in ('torch', 'lm_eval', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, megatron_fuse.evaluation; print([m for m in ('torch', 'lm_eval', 'transformers') if "
+        "m in sys.modules])"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"

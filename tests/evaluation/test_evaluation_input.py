@@ -37,14 +37,19 @@ def test_a_name_stands_for_one_model(small_models: list[EvaluatedModel]) -> None
         models_named([text, text])
 
 
-def test_an_unknown_task_and_baseline_are_told_the_known(small_models: list[EvaluatedModel], tmp_path: Path) -> None:
+def test_an_unknown_task_and_baseline_are_told_the_known(
+    small_models: list[EvaluatedModel], tmp_path: Path
+) -> None:
     with pytest.raises(
-        UserError, match=r"'arc' is not a known task. Choose from arc_challenge, .*gsm8k and the group openllm \(all of"
+        UserError,
+        match=r"'arc' is not a known task. Choose from arc_challenge, .*gsm8k and the group openllm \(all of",
     ):
         benchmarks_named(["arc"])
     assert benchmarks_named(["gsm8k", "openllm"])[0] is BENCHMARKS["gsm8k"]
     assert len(benchmarks_named(["gsm8k", "openllm"])) == len(BENCHMARKS)
-    with pytest.raises(UserError, match=r"--baseline 'gamma' is not one of the models\. Choose one of alpha, beta"):
+    with pytest.raises(
+        UserError, match=r"--baseline 'gamma' is not one of the models\. Choose one of alpha, beta"
+    ):
         evaluate(small_models, QUICK, tmp_path, baseline="gamma")
 
 
@@ -112,7 +117,12 @@ def without(key: str):
             lambda row: row | {"mc2_targets": {"choices": ["a"], "labels": [0]}},
             r":2: mc2_targets.labels: must have a label for every choice",
         ),
-        ("gsm8k", "gsm8k_test.jsonl", without("answer"), r":2: answer: missing: rows of gsm8k need question, answer"),
+        (
+            "gsm8k",
+            "gsm8k_test.jsonl",
+            without("answer"),
+            r":2: answer: missing: rows of gsm8k need question, answer",
+        ),
         (
             "arc_challenge",
             "arc_challenge.jsonl",
@@ -122,19 +132,44 @@ def without(key: str):
         ("arc_challenge", "arc_challenge.jsonl", lambda row: row | {"choices": []}, r":2: choices: "),
         ("arc_challenge", "arc_challenge.jsonl", lambda row: row | {"choices": ["a", 5]}, r":2: choices.1: "),
         ("arc_challenge", "arc_challenge.jsonl", lambda row: row | {"gold": True}, r":2: gold: .*, not True"),
-        ("arc_challenge", "arc_challenge.jsonl", lambda row: row | {"gold": -1}, r":2: gold: must be the index"),
-        ("hellaswag", "hellaswag.jsonl", lambda row: row | {"endings": "abcd"}, r":2: endings: must be a valid list"),
-        ("mmlu", "mmlu_test.jsonl", lambda row: row | {"subject": ["x"]}, r":2: subject: must be a valid string"),
+        (
+            "arc_challenge",
+            "arc_challenge.jsonl",
+            lambda row: row | {"gold": -1},
+            r":2: gold: must be the index",
+        ),
+        (
+            "hellaswag",
+            "hellaswag.jsonl",
+            lambda row: row | {"endings": "abcd"},
+            r":2: endings: must be a valid list",
+        ),
+        (
+            "mmlu",
+            "mmlu_test.jsonl",
+            lambda row: row | {"subject": ["x"]},
+            r":2: subject: must be a valid string",
+        ),
         ("mmlu", "mmlu_test.jsonl", lambda row: row | {"answer": 4}, r":2: answer"),
         ("mmlu", "mmlu_test.jsonl", lambda row: row | {"choices": ["a"] * 5}, r":2: choices: "),
-        ("truthfulqa_mc2", "truthfulqa_mc.jsonl", lambda row: row | {"mc2_targets": 5}, r":2: mc2_targets: .*not 5"),
+        (
+            "truthfulqa_mc2",
+            "truthfulqa_mc.jsonl",
+            lambda row: row | {"mc2_targets": 5},
+            r":2: mc2_targets: .*not 5",
+        ),
         (
             "truthfulqa_mc2",
             "truthfulqa_mc.jsonl",
             lambda row: row | {"mc2_targets": {"choices": ["a"], "labels": [True]}},
             r":2: mc2_targets.labels.0: .*not True",
         ),
-        ("gsm8k", "gsm8k_test.jsonl", lambda row: row | {"question": "\ud800"}, r":2: question: .*surrogate pair"),
+        (
+            "gsm8k",
+            "gsm8k_test.jsonl",
+            lambda row: row | {"question": "\ud800"},
+            r":2: question: .*surrogate pair",
+        ),
         (
             "gsm8k",
             "gsm8k_test.jsonl",
@@ -144,7 +179,13 @@ def without(key: str):
     ],
 )
 def test_a_bad_row_is_named_before_anything_runs(
-    small_models: list[EvaluatedModel], tmp_path: Path, task: str, file: str, change, message: str, nothing_runs: None
+    small_models: list[EvaluatedModel],
+    tmp_path: Path,
+    task: str,
+    file: str,
+    change,
+    message: str,
+    nothing_runs: None,
 ) -> None:
     rows = question_files()
     rows[file][1] = change(rows[file][1])
@@ -159,7 +200,9 @@ def test_missing_files_and_too_few_rows_are_named(
     arc = [BENCHMARKS["arc_challenge"]]
     data = shutil.copytree(questions, tmp_path / "data")
     write_rows(data / "arc_challenge.jsonl", question_files()["arc_challenge.jsonl"][: ROWS - 2])
-    with pytest.raises(UserError, match=r"arc_challenge.jsonl: has 25 rows, but arc_challenge needs at least 26"):
+    with pytest.raises(
+        UserError, match=r"arc_challenge.jsonl: has 25 rows, but arc_challenge needs at least 26"
+    ):
         evaluate(small_models, arc, tmp_path, data=data)
     (data / "arc_challenge.jsonl").unlink()
     with pytest.raises(

@@ -1,4 +1,6 @@
-"""The tasks over files ask what the harness's own tasks ask, and no question finds its own answer among its examples."""
+"""The tasks over files ask what the harness's own tasks ask, and no question finds its own answer among
+its examples.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,13 @@ def our_requests(name: str, data: Path, cache: Path, limit: int | None = None) -
 def test_a_task_over_files_makes_the_prompts_of_the_harness_s_own(name: str, tmp_path: Path) -> None:
     rows = question_files(seed=3)
     if name == "mmlu":
-        rows |= {file: [row for row in rows[file] if row["subject"] == SUBJECTS[0]] for file in BENCHMARKS[name].files}
-    files = {split: str(write_rows(tmp_path / f"{split}.jsonl", of)) for split, of in hub_rows(name, rows).items()}
+        rows |= {
+            file: [row for row in rows[file] if row["subject"] == SUBJECTS[0]]
+            for file in BENCHMARKS[name].files
+        }
+    files = {
+        split: str(write_rows(tmp_path / f"{split}.jsonl", of)) for split, of in hub_rows(name, rows).items()
+    }
     own = load_yaml(HARNESS_TASKS / HARNESS_FILES[name])
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     if BENCHMARKS[name].examples_in_same_file and BENCHMARKS[name].shots:
@@ -87,10 +94,14 @@ def test_a_question_is_not_among_its_own_examples(name: str, questions: Path, tm
         marks = [text.split(">")[0] for text in context.split("<")[1:] if text.split(">")[0].isdigit()]
         per_prompt.append(marks)
         assert len(set(marks)) == len(marks) == BENCHMARKS[name].shots + 1
-    assert len({marks[-1] for marks in per_prompt}) == len(question_files()[next(iter(BENCHMARKS[name].files))])
+    assert len({marks[-1] for marks in per_prompt}) == len(
+        question_files()[next(iter(BENCHMARKS[name].files))]
+    )
 
 
-def test_the_examples_of_mmlu_are_the_first_of_the_question_s_subject(questions: Path, tmp_path: Path) -> None:
+def test_the_examples_of_mmlu_are_the_first_of_the_question_s_subject(
+    questions: Path, tmp_path: Path
+) -> None:
     contexts = list(dict.fromkeys(context for context, _ in our_requests("mmlu", questions, tmp_path)))
     asked = [row["subject"] for row in question_files()["mmlu_test.jsonl"]]
     assert len(contexts) == len(asked)

@@ -46,7 +46,10 @@ def experiment(directory: Path, **keys: Any) -> Path:
         ({"prepare": 5}, "prepare: .*valid string"),
         ({"evaluate": ""}, "evaluate: must not be empty"),
         ({"evaluate": "m {model} {output} {"}, "evaluate: Single '{'|evaluate: expected '}'"),
-        ({"evaluate": "m {model:>99999999999} {output}"}, "evaluate: the placeholders are .* without a format"),
+        (
+            {"evaluate": "m {model:>99999999999} {output}"},
+            "evaluate: the placeholders are .* without a format",
+        ),
         ({"evaluate": "m {model!r} {output}"}, "evaluate: the placeholders are"),
         ({"evaluate": "m {model.__class__} {output}"}, "evaluate: the placeholders are"),
         ({"evaluate": "m {} {output}"}, "evaluate: the placeholders are"),
@@ -69,20 +72,32 @@ def experiment(directory: Path, **keys: Any) -> Path:
         ({"variants": {"v": 5}}, r"variants\.v: must be a mapping"),
         ({"variants": {"v": {"schedule": 5}}}, r"variants\.v\.schedule: must be a mapping"),
         ({"variants": {"v": {"data": None}}}, r"variants\.v\.data: the key is required"),
-        ({"variants": {"v": {"training": {"lr": 1e300}}}}, r"experiment\.yaml:\d+: variants\.v\.training\.lr: "),
+        (
+            {"variants": {"v": {"training": {"lr": 1e300}}}},
+            r"experiment\.yaml:\d+: variants\.v\.training\.lr: ",
+        ),
         (
             {"common": {"loss": {"teacher_temperature": 1e300}}},
             r"experiment\.yaml:\d+: common\.loss\.teacher_temperature: ",
         ),
         ({"common": 5}, "common: must be a mapping"),
         ({"merges": {"x": {"method": "slerp", "models": "m"}}}, r"merges\.x\.models: .*valid list"),
-        ({"merges": {"x": {"method": "slerp", "models": ["m", "v"], "options": {"t": [1]}}}}, r"merges\.x\.options\.t"),
-        ({"tables": {"main": {"title": "A", "rows": "m", "baseline": "m"}}}, r"tables\.main\.rows: .*valid list"),
+        (
+            {"merges": {"x": {"method": "slerp", "models": ["m", "v"], "options": {"t": [1]}}}},
+            r"merges\.x\.options\.t",
+        ),
+        (
+            {"tables": {"main": {"title": "A", "rows": "m", "baseline": "m"}}},
+            r"tables\.main\.rows: .*valid list",
+        ),
         (
             {"tables": {"main": {"title": "", "rows": ["m"], "baseline": "m"}}},
             r"tables\.main\.title: must not be empty",
         ),
-        ({"tables": {"main": {"title": "A", "rows": ["m"], "baseline": "m", "x": {"m": "1"}}}}, r"tables\.main\.x\.m"),
+        (
+            {"tables": {"main": {"title": "A", "rows": ["m"], "baseline": "m", "x": {"m": "1"}}}},
+            r"tables\.main\.x\.m",
+        ),
         ({"tables": {"main": None}}, r"tables\.main: must be a mapping"),
         ({"workdir": ""}, "workdir: must not be empty"),
         ({"results": "a\0b"}, r"experiment\.yaml:\d+: .*holds a NUL"),
@@ -116,8 +131,16 @@ def test_an_error_of_the_recipe_is_placed_there(tmp_path: Path) -> None:
         (Made, {"options": {}, "training_seconds": None, "tokens": 1.5}, "tokens"),
         (Evaluation, {"command": "c", "commit": "c"}, "metrics"),
         (Evaluation, {"command": "c", "commit": "c", "metrics": {"m": 5}}, r"metrics\.m"),
-        (Evaluation, {"command": "c", "commit": "c", "metrics": {"m": {"value": "1", "n": 1}}}, r"metrics\.m\.value"),
-        (Evaluation, {"command": "c", "commit": "c", "metrics": {"m": {"value": 1, "n": -1}}}, r"metrics\.m\.n"),
+        (
+            Evaluation,
+            {"command": "c", "commit": "c", "metrics": {"m": {"value": "1", "n": 1}}},
+            r"metrics\.m\.value",
+        ),
+        (
+            Evaluation,
+            {"command": "c", "commit": "c", "metrics": {"m": {"value": 1, "n": -1}}},
+            r"metrics\.m\.n",
+        ),
         (
             Evaluation,
             {"command": "c", "commit": "c", "metrics": {"m": {"value": float("nan"), "n": 1}}},
@@ -137,10 +160,15 @@ def test_a_damaged_record_is_named_with_its_key(
     assert len(str(caught.value)) <= 600
 
 
-@pytest.mark.parametrize("change", [("0.5", "nan"), ("0.5", "x"), ("0.5", ""), ("1,test", "x,test"), ("value", "valu")])
+@pytest.mark.parametrize(
+    "change", [("0.5", "nan"), ("0.5", "x"), ("0.5", ""), ("1,test", "x,test"), ("value", "valu")]
+)
 def test_a_damaged_csv_is_named(tmp_path: Path, change: tuple[str, str]) -> None:
     path = tmp_path / "results.csv"
-    text = "variant,seed,split,metric,value,n,steps,tokens,seconds,commit,data,machine,date\nm,1,test,right,0.5,10,,,,c,,x,d\n"
+    text = (
+        "variant,seed,split,metric,value,n,steps,tokens,seconds,commit,data,machine,date\n"
+        "m,1,test,right,0.5,10,,,,c,,x,d\n"
+    )
     path.write_text(text)
     assert read_results(path)[0].value == 0.5
     path.write_text(text.replace(*change))

@@ -20,7 +20,8 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 model, output, seed, condition = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-value = 10 * len(model.name) + seed + 100 * (condition == "hard" and model.name == "aaa") + seed % 2 * len(model.name) / 10
+letters = len(model.name)
+value = 10 * letters + seed + 100 * (condition == "hard" and model.name == "aaa") + seed % 2 * letters / 10
 output.write_text(json.dumps({"right": {"value": value, "n": 50}}))
 """
 
@@ -42,9 +43,14 @@ def experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "metrics": {"right": "right %"},
         "models": {name: str(tmp_path / name) for name in ("a", "bb", "aaa")},
         "variants": {"x": {"schedule": {"preset": "csft"}}, "y": {"training": {"lr": 0.5}}},
-        "conditions": {"easy": {}, "hard": {"data": {"path": "{condition}-{seed}.jsonl"}, "training": {"lr": 0.25}}},
+        "conditions": {
+            "easy": {},
+            "hard": {"data": {"path": "{condition}-{seed}.jsonl"}, "training": {"lr": 0.25}},
+        },
         "tables": {"easy": {"title": "Easy", "condition": "easy", "rows": ["a", "bb"], "baseline": "a"}},
-        "maps": {"all": {"title": "All", "conditions": ["easy", "hard"], "rows": ["bb", "aaa"], "baseline": "a"}},
+        "maps": {
+            "all": {"title": "All", "conditions": ["easy", "hard"], "rows": ["bb", "aaa"], "baseline": "a"}
+        },
     }
     return write(tmp_path / "experiment.yaml", content)
 
@@ -76,17 +82,23 @@ def test_only_the_conditions_that_are_shown_run(experiment_file: Path) -> None:
     assert {result.variant for result in found} == {"easy/a", "easy/bb"}
     made(experiment_file, "all")
     found = collect_results(experiment, "test")
-    assert {result.variant for result in found} == {f"{c}/{n}" for c in ("easy", "hard") for n in ("a", "bb", "aaa")}
+    assert {result.variant for result in found} == {
+        f"{c}/{n}" for c in ("easy", "hard") for n in ("a", "bb", "aaa")
+    }
     assert write_results(experiment, found, "test") == [] and read_results(experiment.results) == found
 
 
 def test_a_map_shows_the_differences_under_every_condition(experiment_file: Path, tmp_path: Path) -> None:
     experiment = made(experiment_file, "easy", "all")
     path = tmp_path / "docs/RESULTS.md"
-    write_report([Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path)
+    write_report(
+        [Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path
+    )
     text = path.read_text()
     lines = {
-        line.split(" | ")[0].strip("| "): line for line in text.partition("## All")[2].splitlines() if " | " in line
+        line.split(" | ")[0].strip("| "): line
+        for line in text.partition("## All")[2].splitlines()
+        if " | " in line
     }
     assert "+10.1" in lines["easy"] and "+120.1" in lines["hard"] and lines["hard"].count("▲") == 2
     assert "12.1 ± 0.6" in lines["easy"], "the mean of the baseline a"
@@ -117,7 +129,17 @@ def test_a_map_shows_the_differences_under_every_condition(experiment_file: Path
             "easy: the name is used in tables and in maps",
         ),
         (
-            {"tables": {"t": {"title": "T", "condition": "easy", "rows": ["a"], "baseline": "a", "expected": ["bb"]}}},
+            {
+                "tables": {
+                    "t": {
+                        "title": "T",
+                        "condition": "easy",
+                        "rows": ["a"],
+                        "baseline": "a",
+                        "expected": ["bb"],
+                    }
+                }
+            },
             "tables.t.expected: bb is not a row",
         ),
     ],

@@ -1,4 +1,6 @@
-"""An experiment's file, its runs, its CSV and its report; models only, measured by a script of the test's own."""
+"""An experiment's file, its runs, its CSV and its report; models only, measured by a script of the test's
+own.
+"""
 
 import json
 from dataclasses import replace
@@ -19,7 +21,8 @@ from megatron_fuse.experiments.runner import run_experiment
 from megatron_fuse.experiments.runs import Run
 from megatron_fuse.recipe import dump_recipe
 
-# Value 10 * letters of the model's name + seed; counts its calls; fails where the directory is called "broken".
+# Value 10 * letters of the model's name + seed; counts its calls; fails where the directory is called
+# "broken".
 MEASURE = """
 import json, sys
 from pathlib import Path
@@ -84,7 +87,9 @@ def test_only_what_is_missing_runs(experiment_file: Path) -> None:
     assert run(experiment_file)[2] == []
     assert run(changed(experiment_file, seeds=[1, 2, 5]))[2] == ["a 5 test", "bb 5 test"]
     assert run(experiment_file, tables=["more"])[2] == ["cccc 1 test", "cccc 2 test", "cccc 5 test"]
-    assert run(experiment_file, split="dev")[2] == [f"{name} {seed} dev" for name in ("a", "bb") for seed in (1, 2, 5)]
+    assert run(experiment_file, split="dev")[2] == [
+        f"{name} {seed} dev" for name in ("a", "bb") for seed in (1, 2, 5)
+    ]
     experiment = load_experiment(experiment_file)
     results = collect_results(experiment, "test")
     assert {(r.variant, r.seed): r.value for r in results if r.metric == "right"} == {
@@ -107,14 +112,21 @@ def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> Non
 def test_the_report_tells_differences_ties_and_gaps(experiment_file: Path, tmp_path: Path) -> None:
     experiment, *_ = run(experiment_file)
     path = tmp_path / "docs/RESULTS.md"
-    write_report([Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path)
+    write_report(
+        [Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path
+    )
     assert "## More" not in path.read_text() and "- More (`--only more`): cccc" in path.read_text()
     run(experiment_file, tables=["more"])
-    write_report([Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path)
+    write_report(
+        [Reported(experiment, collect_results(experiment, "test"), "megatron-fuse experiments E")], path
+    )
     text = path.read_text()
     assert "| bb | – | 21.5 ± 0.5 (+10.0 ± 0.0)▲ |" in text and "–: not measured (bb)." in text
     assert "Clearly above a: bb (+10.0)." in text and "## More" in text and "(results-main.png)" in text
-    assert "--only main`; seeds 1, 2; split test" in text and (tmp_path / "docs/results-more.png").stat().st_size > 1000
+    assert (
+        "--only main`; seeds 1, 2; split test" in text
+        and (tmp_path / "docs/results-more.png").stat().st_size > 1000
+    )
 
 
 def test_a_crash_leaves_the_others_and_says_where(experiment_file: Path, tmp_path: Path) -> None:
@@ -128,7 +140,9 @@ def test_a_crash_leaves_the_others_and_says_where(experiment_file: Path, tmp_pat
     assert run(experiment_file)[1:] == ([], ["a 1 test", "a 2 test"])
 
 
-def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_another_commit_or_data_are_refused(
+    experiment_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment, *_ = run(experiment_file)
     path = Run(experiment, "a", 1).directory / "result.json"
     made = json.loads(path.read_text())
@@ -142,7 +156,8 @@ def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, mo
     monkeypatch.setattr("megatron_fuse.experiments.results.code_version", lambda: "0123456789")
     with pytest.raises(
         UserError,
-        match=r"4 runs of commit .* for example a \(seed 1\), but the current commit is 0123456789\. Check out",
+        match=r"4 runs of commit .* for example a \(seed 1\), but the current commit is 0123456789\. Check "
+        r"out",
     ):
         run(experiment_file)
 
@@ -150,10 +165,17 @@ def test_results_of_another_commit_or_data_are_refused(experiment_file: Path, mo
 def test_what_another_command_measured_is_measured_anew(experiment_file: Path) -> None:
     run(experiment_file)
     command = yaml.safe_load(experiment_file.read_text())["evaluate"] + " --twice"
-    assert run(changed(experiment_file, evaluate=command))[2] == ["a 1 test", "a 2 test", "bb 1 test", "bb 2 test"]
+    assert run(changed(experiment_file, evaluate=command))[2] == [
+        "a 1 test",
+        "a 2 test",
+        "bb 1 test",
+        "bb 2 test",
+    ]
 
 
-def test_code_that_changes_under_a_run_makes_no_result(experiment_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_changes_under_a_run_makes_no_result(
+    experiment_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_fuse.experiments.runner.code_version", lambda: "before")
     monkeypatch.setattr(runs_module, "code_version", lambda: "after")
     experiment, failed, _ = run(experiment_file)
@@ -171,7 +193,10 @@ def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: 
     lost = [replace(row, commit="another", variant="csft") for row in kept]
     experiment.results.parent.mkdir()
     assert write_results(experiment, kept + lost + found, "test") == []
-    assert write_results(experiment, [], "test") == [] and read_results(experiment.results) == found + kept + lost
+    assert (
+        write_results(experiment, [], "test") == []
+        and read_results(experiment.results) == found + kept + lost
+    )
     assert write_results(experiment, found, "test") == ["csft"]
     assert read_results(experiment.results) == found + kept
 
@@ -186,7 +211,10 @@ def test_an_unfinished_run_of_other_code_or_options_is_refused(experiment_file: 
     _, failed, calls = run(experiment_file)
     of_commit, of_options = sorted(failed)
     assert "seed-1 holds a run of commit 0123456789, but the current commit is" in of_commit
-    assert "seed-2 holds a run with other options than a has now. Remove the directory" in of_options and calls == []
+    assert (
+        "seed-2 holds a run with other options than a has now. Remove the directory" in of_options
+        and calls == []
+    )
 
 
 def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Path, tmp_path: Path) -> None:
@@ -195,7 +223,9 @@ def test_a_workdir_has_one_experiment_and_a_run_one_meaning(experiment_file: Pat
     with pytest.raises(UserError, match=r"belongs to the experiment .*experiment.yaml, not to .*other.yaml"):
         run(other)
     models = yaml.safe_load(experiment_file.read_text())["models"] | {"a": str(tmp_path / "cccc")}
-    with pytest.raises(UserError, match=r"holds a run with other options than a has now\. Remove the directory"):
+    with pytest.raises(
+        UserError, match=r"holds a run with other options than a has now\. Remove the directory"
+    ):
         run(changed(experiment_file, models=models, seeds=[1, 2, 3]))
 
 
@@ -235,7 +265,10 @@ def test_what_cannot_be_run_is_refused(experiment_file: Path, keys: dict[str, An
 
 
 def test_a_seed_may_name_models_and_data_of_its_own(experiment_file: Path, tmp_path: Path) -> None:
-    common = {"sources": {"one": None, "two": {"model": f"{tmp_path}/set-{{seed}}"}}, "data": {"path": "{seed}.jsonl"}}
+    common = {
+        "sources": {"one": None, "two": {"model": f"{tmp_path}/set-{{seed}}"}},
+        "data": {"path": "{seed}.jsonl"},
+    }
     prepare = f"python -c \"import os; os.makedirs('{tmp_path}/set-{{seed}}')\""
     keys = {"common": common, "prepare": prepare, "models": {"a": f"{tmp_path}/set-{{seed}}"}}
     tables = {"main": {"title": "All", "rows": ["a"], "baseline": "a"}}
@@ -248,7 +281,10 @@ def test_a_seed_may_name_models_and_data_of_its_own(experiment_file: Path, tmp_p
 def test_a_command_that_cannot_be_started_is_named(experiment_file: Path) -> None:
     command = yaml.safe_load(experiment_file.read_text())["evaluate"].replace("python", "pyhton")
     _, failed, _ = run(changed(experiment_file, evaluate=command))
-    assert len(failed) == 4 and failed[0] == "pyhton cannot be started: the program does not exist or is not executable"
+    assert (
+        len(failed) == 4
+        and failed[0] == "pyhton cannot be started: the program does not exist or is not executable"
+    )
     with pytest.raises(UserError, match="--jobs must be from 1 to 1024, not 0"):
         run(experiment_file, jobs=0)
 
@@ -259,16 +295,24 @@ def test_an_unknown_table_is_refused(experiment_file: Path) -> None:
 
 
 def test_variants_share_the_data_of_a_seed_and_nothing_else(experiment_file: Path) -> None:
-    experiment = load_experiment(changed(experiment_file, variants={"x": {"schedule": {"preset": "fuse"}}, "y": {}}))
+    experiment = load_experiment(
+        changed(experiment_file, variants={"x": {"schedule": {"preset": "fuse"}}, "y": {}})
+    )
     x, y, later = (variant_recipe(experiment, name, seed) for name, seed in (("x", 1), ("y", 1), ("y", 2)))
     assert x.workdir == y.workdir != later.workdir and (x.seed, later.seed) == (1, 2)
     assert (
-        len({recipe.training.save for recipe in (x, y, later)} | {recipe.export.path for recipe in (x, y, later)}) == 6
+        len(
+            {recipe.training.save for recipe in (x, y, later)}
+            | {recipe.export.path for recipe in (x, y, later)}
+        )
+        == 6
     )
     assert x.phases[0].name == "fuse"
 
 
 def test_options_are_laid_over_key_by_key() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "d": 3}
-    assert laid_over(base, {"a": {"c": [5], "e": {"f": 1}}, "d": None}) == {"a": {"b": 1, "c": [5], "e": {"f": 1}}}
+    assert laid_over(base, {"a": {"c": [5], "e": {"f": 1}}, "d": None}) == {
+        "a": {"b": 1, "c": [5], "e": {"f": 1}}
+    }
     assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 3}

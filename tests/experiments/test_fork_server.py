@@ -28,13 +28,16 @@ def script(directory: Path, text: str) -> list[str]:
 
 SEES = """
 import beside, os, sys
-print(__name__, sys.argv[1:], beside.VALUE, os.environ["GREETING"], os.getcwd(), "fractions" in sys.modules, sys.stdin.read() == "")
+given = sys.argv[1:], beside.VALUE, os.environ["GREETING"], os.getcwd()
+print(__name__, *given, "fractions" in sys.modules, sys.stdin.read() == "")
 print("to stderr", file=sys.stderr)
 beside.VALUE += 1
 """
 
 
-def test_a_script_finds_what_python_would_give_it_and_leaves_nothing(commands: Commands, tmp_path: Path) -> None:
+def test_a_script_finds_what_python_would_give_it_and_leaves_nothing(
+    commands: Commands, tmp_path: Path
+) -> None:
     words, log = script(tmp_path, SEES), tmp_path / "log.txt"
     (tmp_path / "scripts/beside.py").write_text("VALUE = 1\n")
     assert [commands.run(words, log) for _ in range(2)] == [0, 0]
@@ -84,7 +87,8 @@ def test_a_lost_parent_is_told_and_replaced(commands: Commands, tmp_path: Path) 
     ends_its_parent = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
     with pytest.raises(
         UserError,
-        match=f"script.py could not be started: the process that starts it ended with exit code -{signal.SIGKILL.value}",
+        match="script.py could not be started: the process that starts it ended with exit code "
+        f"-{signal.SIGKILL.value}",
     ):
         commands.run(script(tmp_path, ends_its_parent), log)
     assert commands.run(script(tmp_path, "print('next')"), log) == 0

@@ -32,13 +32,16 @@ def test_mean_and_standard_error(values: list[float]) -> None:
     found = mean(values)
     assert found is not None and found.n == len(values)
     assert math.isclose(found.value, statistics.fmean(values), abs_tol=1e-9)
-    assert math.isclose(found.error, statistics.stdev(values) / math.sqrt(len(values)), rel_tol=1e-6, abs_tol=1e-9)
+    assert math.isclose(
+        found.error, statistics.stdev(values) / math.sqrt(len(values)), rel_tol=1e-6, abs_tol=1e-9
+    )
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 9, 29, 30])
 def test_the_interval_holds_95_percent_of_student_t(degrees: int) -> None:
     half = Mean(0.0, 1.0, degrees + 1, degrees).confidence
-    # Student's density is proportional to (1 + t^2 / degrees)^-(degrees + 1)/2; substituting t = tan(u) makes the range finite.
+    # Student's density is proportional to (1 + t^2 / degrees)^-(degrees + 1)/2; substituting t = tan(u) makes
+    # the range finite.
     u = np.linspace(0, np.pi / 2, 2_000_001)[:-1]
     density = (1 + np.tan(u) ** 2 / degrees) ** (-(degrees + 1) / 2) / np.cos(u) ** 2
     inside = np.tan(u) <= half
@@ -47,7 +50,8 @@ def test_the_interval_holds_95_percent_of_student_t(degrees: int) -> None:
 
 @given(st.dictionaries(st.integers(0, 20), st.floats(-100, 100), min_size=2), st.floats(-10, 10))
 def test_what_a_seed_does_to_both_drops_out(baseline: dict[int, float], gain: float) -> None:
-    of = {seed: value + gain for seed, value in baseline.items()} | {99: 1e6}  # a seed that the baseline has not
+    # A seed that the baseline has not.
+    of = {seed: value + gain for seed, value in baseline.items()} | {99: 1e6}
     found = paired_difference(of, baseline)
     assert found is not None and found.n == len(baseline)
     assert math.isclose(found.value, gain, abs_tol=1e-9) and found.error < 1e-9
@@ -81,7 +85,9 @@ def test_gamma_functions_are_those_of_torch(x: float) -> None:
 
 
 def slow_holm(p_values: dict[str, float]) -> set[str]:
-    """A hypothesis is rejected if its adjusted value, the running maximum of rank-wise products, is at most 5 %."""
+    """A hypothesis is rejected if its adjusted value, the running maximum of rank-wise products, is at
+    most 5 %.
+    """
     order, highest, found = sorted(p_values, key=lambda name: p_values[name]), 0.0, set()
     for rank, name in enumerate(order):
         highest = max(highest, (len(order) - rank) * p_values[name])
@@ -94,7 +100,9 @@ def test_holm_rejects_what_its_adjusted_values_say(p_values: dict[str, float]) -
     assert clear(p_values) == slow_holm(p_values)
 
 
-def tables(rows: int, seeds: int, effect: float, rng: np.random.Generator) -> dict[str, dict[str, dict[int, float]]]:
+def tables(
+    rows: int, seeds: int, effect: float, rng: np.random.Generator
+) -> dict[str, dict[str, dict[int, float]]]:
     """A table of noise, whose first row has an effect."""
     noise = rng.normal(size=(rows + 1, seeds)) * 2
     noise[1] += effect
@@ -129,7 +137,11 @@ def test_equal_variances_are_pooled_and_unequal_ones_are_not() -> None:
     equal = {f"r{n}": mean(rng.normal(size=5).tolist()) for n in range(40)}
     found = moderated(equal)
     errors = [each.error for each in found.values()]
-    assert max(errors) / min(errors) < 1.6 < max(e.error for e in equal.values()) / min(e.error for e in equal.values())
+    assert (
+        max(errors) / min(errors)
+        < 1.6
+        < max(e.error for e in equal.values()) / min(e.error for e in equal.values())
+    )
     assert {each.degrees for each in found.values()} != {4}
     unequal = {f"r{n}": mean((rng.normal(size=5) * 10.0 ** (n % 5)).tolist()) for n in range(40)}
     shrunk = moderated(unequal)

@@ -21,7 +21,10 @@ Campaign = Callable[[str, list[Target], int], None]
 
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    """campaign(kind, targets, cases): that many cases over the targets in turn. Fails with the seeds that break the law."""
+    """campaign(kind, targets, cases): that many cases over the targets in turn.
+
+    Fails with the seeds that break the law.
+    """
     path = os.environ.get("FAULT_OUTCOMES")
     if path:
         outcomes.write_rows(Path(path), [outcomes.head()])
@@ -34,7 +37,9 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
             rows.append(run_case(kind, targets[case % len(targets)], f"{outcomes.SEED}-{case}"))
             if path:
                 outcomes.write_rows(Path(path), rows[-1:])
-        broken = [f"{row['target']}, {kind}, seed {row['seed']}: {row['problem']}" for row in rows if row["problem"]]
+        broken = [
+            f"{row['target']}, {kind}, seed {row['seed']}: {row['problem']}" for row in rows if row["problem"]
+        ]
         assert not broken, f"{len(broken)} of {cases}:\n" + "\n".join(broken[:10])
 
     return run
@@ -49,7 +54,9 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """The process that has imported torch and transformers, and the directory of the recipe that it has made."""
+    """The process that has imported torch and transformers, and the directory of the recipe that it has
+    made.
+    """
     root = tmp_path_factory.mktemp("stages")
     server = start_server(root)
     yield server, root

@@ -1,6 +1,8 @@
-"""Files that change under an artifact, finished or begun: the stage makes them again or refuses them, or a later one refuses them.
+"""Files that change under an artifact, finished or begun: the stage makes them again or refuses them, or a
+later one refuses them.
 
-What no later result depends on (a marker of a finished artifact, say) may stay as it is: then a later stage gives the same bytes.
+What no later result depends on (a marker of a finished artifact, say) may stay as it is: then a later stage
+gives the same bytes.
 """
 
 import random
@@ -83,7 +85,9 @@ def _look(target: Target, changed: Damage, state: str) -> dict[str, Any]:
         require_rerun(target)
         return {**facts, "outcome": "refused"}
     if not target.differences():
-        made = _shards_of(name for name, identity in _identities(target).items() if before.get(name) != identity)
+        made = _shards_of(
+            name for name, identity in _identities(target).items() if before.get(name) != identity
+        )
         if state == "finished" and (more := made - _shards_of(changed)):
             raise Broken(f"shards were made again that had no damage: {', '.join(sorted(more))}")
         return {**facts, "outcome": "made again" if changed else "no damage", "made": len(made)}
@@ -91,7 +95,9 @@ def _look(target: Target, changed: Damage, state: str) -> dict[str, Any]:
 
 
 def _read_later(target: Target, changed: Damage) -> str:
-    """The stage has ended with 0 over damage: a later one has to refuse it, or to give the same bytes without it."""
+    """The stage has ended with 0 over damage: a later one has to refuse it, or to give the same bytes
+    without it.
+    """
     reader = target.reader
     if reader is None:
         raise Broken("the damage stays, and nothing reads it later")
@@ -110,7 +116,9 @@ def _read_later(target: Target, changed: Damage) -> str:
 
 
 def _require_named(target: Target, text: str, changed: Damage) -> None:
-    """Raises Broken unless a message names a file that was changed, or the directory whose plan or manifest was."""
+    """Raises Broken unless a message names a file that was changed, or the directory whose plan or
+    manifest was.
+    """
     said = text[text.rfind("error: ") :]
     paths = [target.directory / name for name in changed]
     if not any(
@@ -130,4 +138,8 @@ def _identities(target: Target) -> dict[str, tuple[int, int]]:
 
 def _shards_of(names: Any) -> set[str]:
     """Shards are known by their name alone: those of artifacts that share work are made together."""
-    return {name for name in (Path(path).name.split(".")[0] for path in names) if name.startswith(("shard-", "part"))}
+    return {
+        name
+        for name in (Path(path).name.split(".")[0] for path in names)
+        if name.startswith(("shard-", "part"))
+    }

@@ -1,7 +1,8 @@
-"""A process that has imported the large libraries once and forks jobs, which can be killed and stopped at moments of their own.
+"""A process that has imported the large libraries once and forks jobs, which can be killed and stopped at
+moments of their own.
 
-A moment is right before one of the job's own file system operations under a directory, which Python's audit events announce.
-Operations are counted from 1; every job's count lies in a file that all processes share.
+A moment is right before one of the job's own file system operations under a directory, which Python's audit
+events announce. Operations are counted from 1; every job's count lies in a file that all processes share.
 """
 
 import ctypes
@@ -33,11 +34,12 @@ _PERMISSIONS_VERSION = 0x20080522
 
 @dataclass(frozen=True)
 class Watch:
-    """What a job does to itself. kill_at, stop_at: the operation before which it gets SIGKILL (or `number`) or SIGSTOP; 0: never.
+    """What a job does to itself. kill_at, stop_at: the operation before which it gets SIGKILL (or `number`)
+    or SIGSTOP; 0: never.
 
-    half: where that is a rename, the file is cut in half first, as a kill within the writing leaves it. after: (job, operations)
-    before which this one does not begin. file_size: the largest file that it may write, in bytes. plain_user: permissions hold
-    for it, even if it runs as root.
+    half: where that is a rename, the file is cut in half first, as a kill within the writing leaves it.
+    after: (job, operations) before which this one does not begin. file_size: the largest file that it may
+    write, in bytes. plain_user: permissions hold for it, even if it runs as root.
     """
 
     under: Path = ROOT
@@ -53,7 +55,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Job:
-    """A function of an importable module in a process of its own. place: of its count, different for jobs at the same time."""
+    """A function of an importable module in a process of its own. place: of its count, different for jobs
+    at the same time.
+    """
 
     function: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -99,12 +103,18 @@ class Running:
 
 
 class Server:
-    """Starts jobs as forks of a process that has imported `modules` and has called `warm_up`, whose caches all jobs have then."""
+    """Starts jobs as forks of a process that has imported `modules` and has called `warm_up`, whose caches
+    all jobs have then.
+    """
 
-    def __init__(self, modules: Sequence[str], warm_up: Callable[..., object] | None = None, *arguments: Any) -> None:
+    def __init__(
+        self, modules: Sequence[str], warm_up: Callable[..., object] | None = None, *arguments: Any
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, list(modules), warm_up, arguments), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(other, list(modules), warm_up, arguments), daemon=True
+        )
         self._process.start()
         other.close()
         self._connection.recv()  # ready
@@ -131,9 +141,14 @@ def end_all(jobs: Sequence[Running]) -> None:
 
 
 def _serve(
-    connection: Connection, modules: Sequence[str], warm_up: Callable[..., object] | None, arguments: Sequence[Any]
+    connection: Connection,
+    modules: Sequence[str],
+    warm_up: Callable[..., object] | None,
+    arguments: Sequence[Any],
 ) -> None:
-    """Replies to a Job with the pid of its process, to a pid with a change of that process's state, as waitpid has it, or None."""
+    """Replies to a Job with the pid of its process, to a pid with a change of that process's state, as
+    waitpid has it, or None.
+    """
     for name in modules:
         importlib.import_module(name)
     if warm_up:
@@ -218,9 +233,8 @@ def _begin(job: Job) -> None:
             os.kill(os.getpid(), watch.number)
 
     if watch.number == signal.SIGINT:
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # not ignored, as where the tests run in the background
+        # Not ignored, as where the tests run in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.addaudithook(happen)
 
 
@@ -228,7 +242,8 @@ def _counts(event: str, arguments: tuple, under: str) -> bool:
     path = str(arguments[0])
     if event == "open":
         return path.startswith(under) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-    return path.startswith(under) or not path.startswith("/")  # shutil.rmtree's names are relative to a directory
+    # Shutil.rmtree's names are relative to a directory.
+    return path.startswith(under) or not path.startswith("/")
 
 
 def _obey_permissions() -> None:
@@ -238,7 +253,11 @@ def _obey_permissions() -> None:
         _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
 
     class Data(ctypes.Structure):
-        _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+        _fields_ = (
+            ("effective", ctypes.c_uint32),
+            ("permitted", ctypes.c_uint32),
+            ("inheritable", ctypes.c_uint32),
+        )
 
     libc, header, data = ctypes.CDLL(None, use_errno=True), Header(_PERMISSIONS_VERSION, 0), (Data * 2)()
     libc.capget(ctypes.byref(header), data)

@@ -1,8 +1,9 @@
-"""The kinds of fault. Each draws one from a seed, does it to a target, checks the law, and says what came of it.
+"""The kinds of fault. Each draws one from a seed, does it to a target, checks the law, and says what came of
+it.
 
-The law: every process ends with exit code 0 or 2 (killed ones aside) and without a traceback; who worked alone and ended with 0 has
-left a whole artifact; a rerun ends with 0; the artifact equals the undisturbed one byte for byte, without any other file; no other
-file has changed.
+The law: every process ends with exit code 0 or 2 (killed ones aside) and without a traceback; who worked
+alone and ended with 0 has left a whole artifact; a rerun ends with 0; the artifact equals the undisturbed one
+byte for byte, without any other file; no other file has changed.
 """
 
 import os
@@ -87,7 +88,9 @@ def raced_by_four(target: Target, draw: random.Random) -> Facts:
 
 
 def stopped(target: Target, draw: random.Random) -> Facts:
-    """One of several processes is stopped at a drawn operation, and goes on when the others have ended or wait."""
+    """One of several processes is stopped at a drawn operation, and goes on when the others have ended or
+    wait.
+    """
     members = _members(target, draw, draw.randint(2, 4))
     one = draw.choice(members)
     one.watch = replace(one.watch, stop_at=draw.randint(1, _share(target, one)))
@@ -108,7 +111,9 @@ def _share(target: Target, member: Member) -> int:
 
 
 def _members(target: Target, draw: random.Random, processes: int) -> list[Member]:
-    """Independent ones, a launcher's set, a set of which one rank is there twice, or a set beside one on its own."""
+    """Independent ones, a launcher's set, a set of which one rank is there twice, or a set beside one on
+    its own.
+    """
     layout = draw.choice(
         ("independent", "independent", "set", "twice", "beside") if target.ranked else ("independent",)
     )
@@ -137,9 +142,8 @@ def _race(target: Target, members: list[Member]) -> Facts:
     target.clear_counts()
     jobs = [target.start(member.watch, member.environment(), place) for place, member in enumerate(members)]
     aside: set[int] = set()  # pids of the ranks whose launcher has ended them, as another one was killed
-    finished: dict[
-        int, list[str]
-    ] = {}  # by pid of those that worked alone and ended with 0: what was not whole by then
+    # By pid of those that worked alone and ended with 0: what was not whole by then.
+    finished: dict[int, list[str]] = {}
     seen: list[int] = []
     since = killed_since = time.monotonic()
 
@@ -227,7 +231,10 @@ def _refused_then_rerun(target: Target, watch: Watch, fix: Callable[[], object],
 
 @contextmanager
 def _small_file_system(target: Target, draw: random.Random) -> Iterator[Callable[[], object]]:
-    """Everything under `under` moves to a tmpfs that has room for a drawn part of the artifact. Yields what makes it large."""
+    """Everything under `under` moves to a tmpfs that has room for a drawn part of the artifact.
+
+    Yields what makes it large.
+    """
 
     inputs = target.scratch / "inputs"
     shutil.rmtree(inputs, ignore_errors=True)
@@ -253,7 +260,9 @@ def may_mount(directory: Path) -> bool:
     if os.geteuid():
         return False
     try:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", directory], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "none", directory], check=True, capture_output=True
+        )
         subprocess.run(["umount", directory], check=True)
     except (OSError, subprocess.CalledProcessError):
         return False
@@ -291,4 +300,11 @@ def run_case(kind: str, target: Target, seed: str) -> Facts:
     finally:
         target.restore()
     seconds = round(time.monotonic() - begin, 3)
-    return {"kind": kind, "target": target.name, "seed": seed, "seconds": seconds, "problem": problem, **facts}
+    return {
+        "kind": kind,
+        "target": target.name,
+        "seed": seed,
+        "seconds": seconds,
+        "problem": problem,
+        **facts,
+    }

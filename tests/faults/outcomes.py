@@ -1,4 +1,5 @@
-"""What came of a campaign's cases: a JSON line for each, and the table of their counts in docs/reliability.md.
+"""What came of a campaign's cases: a JSON line for each, and the table of their counts in
+docs/reliability.md.
 
     FAULT_OUTCOMES=faults.jsonl python -m pytest tests/faults -m slow
     python tests/faults/outcomes.py faults.jsonl                        # writes the table between its marks
@@ -31,7 +32,8 @@ def head() -> Row:
     """What a campaign's outcomes begin with."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short=10", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short=10", "HEAD")
+        + ("+" if _git("status", "--porcelain", "-uno") else ""),
         "machine": f"{os.cpu_count()} CPU cores, Linux {platform.release().split('-')[0]}",
         "seed": SEED,
         "cases": CASES,
@@ -67,7 +69,8 @@ def table(heads: Sequence[Row], rows: Sequence[Row]) -> str:
     commits = ", ".join(dict.fromkeys(of["commit"] for of in heads))
     processes = sum(len(row.get("codes", [])) for row in rows)
     lines = [
-        f"{first['date']}, commit {commits}, {first['machine']}, seed {', '.join(dict.fromkeys(of['seed'] for of in heads))}: "
+        f"{first['date']}, commit {commits}, {first['machine']}, seed "
+        f"{', '.join(dict.fromkeys(of['seed'] for of in heads))}: "
         f"{len(rows):,} cases of {processes:,} processes, {sum(bad.values())} of them against the promises.",
         "",
         line("", *kinds),
@@ -87,7 +90,8 @@ def table(heads: Sequence[Row], rows: Sequence[Row]) -> str:
                 str(len(of_kind)),
                 ", ".join(f"{name}: {count}" for name, count in outcomes.most_common()),
                 ", ".join(
-                    f"{'killed' if code < 0 else code}: {count}" for code, count in sorted(codes.items(), reverse=True)
+                    f"{'killed' if code < 0 else code}: {count}"
+                    for code, count in sorted(codes.items(), reverse=True)
                 ),
             )
         )
@@ -95,10 +99,16 @@ def table(heads: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("outcomes", type=Path, nargs="+")
     arguments = parser.parse_args()
-    found = [json.loads(line) for path in arguments.outcomes for line in path.read_text(encoding="utf-8").splitlines()]
+    found = [
+        json.loads(line)
+        for path in arguments.outcomes
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     heads, rows = [row for row in found if "commit" in row], [row for row in found if "kind" in row]
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

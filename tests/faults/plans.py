@@ -1,4 +1,6 @@
-"""Artifacts of `run_plan` and `run_plans` alone: their shards cost milliseconds, so that hundreds of races take seconds."""
+"""Artifacts of `run_plan` and `run_plans` alone: their shards cost milliseconds, so that hundreds of races
+take seconds.
+"""
 
 import random
 import time
@@ -11,7 +13,9 @@ SHARDS = 10
 
 
 def make_artifact(directory: Path) -> None:
-    """Shards of two files, one of them in a directory's worth of small writes, at a pace that changes from process to process."""
+    """Shards of two files, one of them in a directory's worth of small writes, at a pace that changes from
+    process to process.
+    """
     from megatron_fuse.storage import Plan, run_plan
 
     pace = random.Random()
@@ -27,7 +31,9 @@ def make_artifacts(directory: Path) -> None:
     from megatron_fuse.storage import Plan, run_plans
 
     pace = random.Random()
-    plans = {name: Plan(directory / name, "toy", {"seed": 1, "name": name}, {}, SHARDS) for name in ("one", "two")}
+    plans = {
+        name: Plan(directory / name, "toy", {"seed": 1, "name": name}, {}, SHARDS) for name in ("one", "two")
+    }
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         return {name: _write(index, prefix, pace) for name, prefix in prefixes.items()}
@@ -80,7 +86,9 @@ def plan_targets(server: Server, root: Path) -> dict[str, Target]:
             return Target(name, _exit_code, (function, *more), directory, of[0], of[1], server)
 
         made = target(name, function, under / "artifacts", under / "artifacts").learn()
-        reader = target(f"{name}'s reader", read_artifacts, under / "read", under / "artifacts", under / "read")
+        reader = target(
+            f"{name}'s reader", read_artifacts, under / "read", under / "artifacts", under / "read"
+        )
         made.reader = reader.learn()
         targets[name] = made
     return targets

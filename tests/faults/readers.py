@@ -59,7 +59,16 @@ def evaluation_target(server: Server, root: Path) -> Target:
     for directory in (under, scratch):
         directory.mkdir()
     models = [f"{name}={root / name}" for name in ("alpha", "beta")]
-    words = [*models, "--tasks", "winogrande", "truthfulqa_mc2", "--limit", "2", "--data", str(root / "questions")]
+    words = [
+        *models,
+        "--tasks",
+        "winogrande",
+        "truthfulqa_mc2",
+        "--limit",
+        "2",
+        "--data",
+        str(root / "questions"),
+    ]
     arguments = ("evaluate", [*words, "--output", str(under / "results")])
     target = Target("evaluate", run_tool, arguments, under / "results", under, scratch, server, ranked=False)
     target.normal = _without_times
@@ -103,7 +112,9 @@ def experiment_target(server: Server, root: Path) -> Target:
     }
     (root / "experiment.yaml").write_text(yaml.safe_dump(content))
     arguments = (root / "experiment.yaml",)
-    target = Target("run_experiments", run_experiments, arguments, under / "experiment", under, scratch, server)
+    target = Target(
+        "run_experiments", run_experiments, arguments, under / "experiment", under, scratch, server
+    )
     target.ranked, target.normal = False, _without_times
     return target.learn()
 

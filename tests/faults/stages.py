@@ -26,7 +26,9 @@ _IMPORTED = (
 
 
 def start_server(root: Path) -> Server:
-    """A process in which a job finds all modules imported, and the caches filled; it has made the models and ROOT/recipe.yaml."""
+    """A process in which a job finds all modules imported, and the caches filled; it has made the models
+    and ROOT/recipe.yaml.
+    """
     return Server(_IMPORTED, _prepare, root)
 
 
@@ -70,7 +72,8 @@ def stage_targets(server: Server, root: Path) -> dict[str, Target]:
     for directory in (root / "work", root / "scratch"):
         directory.mkdir()
     targets = {
-        tool: recipe_target(server, root, tool, [], directory).learn() for tool, (directory, _) in STAGES.items()
+        tool: recipe_target(server, root, tool, [], directory).learn()
+        for tool, (directory, _) in STAGES.items()
     }
     inspect = recipe_target(server, root, "inspect_data", ["--verify"], "inspected")
     for tool, (_, reader) in STAGES.items():
@@ -81,4 +84,6 @@ def stage_targets(server: Server, root: Path) -> dict[str, Target]:
 def recipe_target(server: Server, root: Path, tool: str, words: list[str], directory: str) -> Target:
     """A tool over the recipe of `start_server`, which writes WORKDIR/directory."""
     arguments = (tool, [*words, "--recipe", str(root / "recipe.yaml")])
-    return Target(tool, run_tool, arguments, root / "work" / directory, root / "work", root / "scratch", server)
+    return Target(
+        tool, run_tool, arguments, root / "work" / directory, root / "work", root / "scratch", server
+    )

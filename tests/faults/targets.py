@@ -36,10 +36,11 @@ def _read_those_there(paths: Iterable[Path], read: Callable[[Path], T]) -> dict[
 
 @dataclass
 class Target:
-    """directory: what the command writes, below `under`, where nothing else may change. reader: what reads it later.
+    """directory: what the command writes, below `under`, where nothing else may change. reader: what reads it
+    later.
 
-    normal: (file, bytes) -> the bytes that have to be equal; files that it returns None for may differ or be missing.
-    undisturbed, operations, seconds: of a run that nothing disturbs.
+    normal: (file, bytes) -> the bytes that have to be equal; files that it returns None for may differ or be
+    missing. undisturbed, operations, seconds: of a run that nothing disturbs.
     """
 
     name: str
@@ -52,7 +53,8 @@ class Target:
     ranked: bool = True  # several processes may share the work by RANK and WORLD_SIZE
     reader: "Target | None" = None
     normal: Callable[[str, bytes], bytes | None] = lambda _, content: content
-    locks_may_stay: bool = False  # a process that is killed at its very end leaves a lock that nobody holds or needs
+    # A process that is killed at its very end leaves a lock that nobody holds or needs.
+    locks_may_stay: bool = False
     undisturbed: Files = field(default_factory=dict)
     operations: int = 0
     seconds: float = 0
@@ -95,7 +97,10 @@ class Target:
         return job
 
     def wait_for(self, jobs: Sequence[Running], meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Until all have ended; `meanwhile` is called in between. Raises Broken where none of them gets on."""
+        """Until all have ended; `meanwhile` is called in between.
+
+        Raises Broken where none of them gets on.
+        """
         seen, since = [], time.monotonic()
         while True:
             ended = [job.poll() for job in jobs]
@@ -149,7 +154,9 @@ class Target:
         found, wanted = self.files(), self.undisturbed
         lines = []
         for name in sorted(found.keys() | wanted.keys()):
-            have, want = (self.normal(name, files[name]) if name in files else None for files in (found, wanted))
+            have, want = (
+                self.normal(name, files[name]) if name in files else None for files in (found, wanted)
+            )
             if have != want:
                 state = "missing" if name not in found else "left over" if name not in wanted else "different"
                 lines.append(f"{name} is {state}")
@@ -160,13 +167,17 @@ class Target:
     def surroundings(self) -> dict[str, tuple[int, int]]:
         """(size, time of the last change) of all other files under `under`."""
         written = {self.directory, *([self.reader.directory] if self.reader else [])}
-        paths = [path for path in self.under.rglob("*") if self._counts(path) and not written & set(path.parents)]
+        paths = [
+            path for path in self.under.rglob("*") if self._counts(path) and not written & set(path.parents)
+        ]
         found = _read_those_there(paths, Path.stat)
         return {str(path): (state.st_size, state.st_mtime_ns) for path, state in found.items()}
 
 
 def require_good_end(job: Running, *, may_be_killed: bool = False, may_be_silent: bool = False) -> None:
-    """Raises Broken unless a process has ended with 0, or with 2 and a message; silent where its output has no room either."""
+    """Raises Broken unless a process has ended with 0, or with 2 and a message; silent where its output
+    has no room either.
+    """
     if may_be_killed and job.exit_code == -9:
         return
     if "Traceback" in job.text or job.exit_code not in (0, 2):
@@ -177,7 +188,9 @@ def require_good_end(job: Running, *, may_be_killed: bool = False, may_be_silent
 
 def require_whole(target: Target, when: str) -> None:
     if differences := target.differences():
-        shown = "; ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
+        shown = "; ".join(differences[:4]) + (
+            f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        )
         raise Broken(f"{when}: {shown}")
 
 

@@ -1,7 +1,8 @@
 """Kills, races, stopped processes, full disks and damaged files: the law of kinds.py holds after each.
 
 FAULT_SEED=7 python -m pytest tests/faults                    # a few of each kind, drawn from another seed
-FAULT_CASES=1000 python -m pytest tests/faults -m slow        # default: 100 of each kind; outcomes.py makes a table of them
+FAULT_CASES=1000 python -m pytest tests/faults -m slow        # default: 100 of each kind; outcomes.py makes a
+                                                              table of them
 """
 
 import errno
@@ -28,7 +29,9 @@ def kinds(few: dict[str, int]) -> list:
     return plain + [pytest.param(kind, CASES, marks=slow, id=f"{kind}, many") for kind in kinds]
 
 
-@pytest.mark.parametrize(("kind", "cases"), kinds({"raced": 8, "stopped": 4, "killed in a race": 4, "damaged": 8}))
+@pytest.mark.parametrize(
+    ("kind", "cases"), kinds({"raced": 8, "stopped": 4, "killed in a race": 4, "damaged": 8})
+)
 def test_shards_alone(plans: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
     campaign(kind, list(plans.values()), cases)
 
@@ -68,7 +71,11 @@ def test_evaluation(evaluation: Target, campaign: Campaign, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "cases"),
-    [("killed", 1), ("raced", 1), *(pytest.param(kind, CASES, marks=slow) for kind in ("killed", "raced", "full"))],
+    [
+        ("killed", 1),
+        ("raced", 1),
+        *(pytest.param(kind, CASES, marks=slow) for kind in ("killed", "raced", "full")),
+    ],
 )
 def test_experiments(experiment: Target, campaign: Campaign, kind: str, cases: int) -> None:
     campaign(kind, [experiment], cases)

@@ -1,4 +1,6 @@
-"""Laws of fusion data: which rows stand at which tokens, that mass is kept, that a choice is remade without touching documents."""
+"""Laws of fusion data: which rows stand at which tokens, that mass is kept, that a choice is remade
+without touching documents.
+"""
 
 import shutil
 from collections import Counter, defaultdict
@@ -48,12 +50,17 @@ def texts(recipe: Recipe, source: str, mode: str) -> list[tuple[Example, str, bo
     examples = load_examples(Context(recipe).open(INSTRUCTIONS))
     if mode == "training":
         return [(example, example.response, not example.truncated) for example in examples]
-    answers: list[Response] = [a for shard in response_shards(Context(recipe).open(RESPONSES, source)) for a in shard]
+    answers: list[Response] = [
+        a for shard in response_shards(Context(recipe).open(RESPONSES, source)) for a in shard
+    ]
     return [(example, a.response, not a.truncated) for example, a in zip(examples, answers, strict=True)]
 
 
 def captured(recipe: Recipe, source: str, mode: str) -> list[tuple[CaptureShard, int]]:
-    shards = [read_capture_shard(path) for path in Context(recipe).open(CAPTURES, source, mode).files(".safetensors")]
+    shards = [
+        read_capture_shard(path)
+        for path in Context(recipe).open(CAPTURES, source, mode).files(".safetensors")
+    ]
     return [(shard, index) for shard in shards for index in range(len(shard.status))]
 
 
@@ -78,7 +85,8 @@ def test_documents_are_the_conversation_in_the_targets_tokens(world: Recipe, sou
         assert len(document.counts) == len(document.match) == document.supervised.sum()
         assert len(document.teacher_ids) == len(document.teacher_logprobs) == document.counts.sum()
         assert document.counts.max(initial=0) <= dataset.entries_per_row
-        assert document.tokens.dtype == document.teacher_ids.dtype == np.uint16  # as stored: a vocabulary below 65536
+        # As stored: a vocabulary below 65536.
+        assert document.tokens.dtype == document.teacher_ids.dtype == np.uint16
         assert document.teacher_logprobs.dtype == np.float16
         assert document.supervised.dtype == bool
 
@@ -132,7 +140,10 @@ def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
         logprobs, labels = shard.logprobs(1, 2.0), document.tokens[document.supervised]
         for row, start in enumerate(starts):
             own = slice(bounds[row], bounds[row + 1])
-            ids, found = document.teacher_ids[own].tolist(), np.exp(document.teacher_logprobs[own].astype(np.float64))
+            ids, found = (
+                document.teacher_ids[own].tolist(),
+                np.exp(document.teacher_logprobs[own].astype(np.float64)),
+            )
             assert found.sum() <= 1
             if start not in source_starts:
                 assert (document.counts[row], MATCHES[document.match[row]]) == (0, "skip")
@@ -144,7 +155,8 @@ def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
             end = starts[row + 1] if row + 1 < len(starts) else total
             ends = [*source_starts[1:], total]
             if start < total and ends[first] < end:
-                # The label goes on after the first source token. Where it ends with one: at least the chain of them.
+                # The label goes on after the first source token. Where it ends with one: at least the chain
+                # of them.
                 if end in ends:
                     pieces = np.arange(first, ends.index(end) + 1) + span.start
                     token, lse = shard.token_logprobs[pieces[0]], shard.lse[pieces[0]]
@@ -159,7 +171,9 @@ def test_rows_of_another_tokenizer_stand_where_both_have_read_the_same_bytes(
             for token, logprob in zip(shard.entry_ids[entries], logprobs[entries], strict=True):
                 if token < chat.tokenizer.vocab_size and mapping[state, token] >= 0:
                     expected[int(mapping[state, token])] += float(np.exp(logprob))
-            assert dict(zip(ids, found, strict=True)) == pytest.approx(expected, abs=4e-4), f"{example.id}, row {row}"
+            assert dict(zip(ids, found, strict=True)) == pytest.approx(expected, abs=4e-4), (
+                f"{example.id}, row {row}"
+            )
             assert MATCHES[document.match[row]] == ("exact" if expected else "skip")
             seen["exact"] += 1
             seen["stop"] += start == total
@@ -196,13 +210,19 @@ def test_selected_documents_and_their_lengths(world: Recipe) -> None:
 
 def test_min_ce_selects_what_the_captures_say(world: Recipe) -> None:
     dataset = FusionDataset(world)
-    ce = np.array([[shard.ce_sum[index] for shard, index in captured(world, source, "training")] for source in SOURCES])
-    assert [dataset.selected_source("training", n) for n in range(ce.shape[1])] == [SOURCES[i] for i in ce.argmin(0)]
+    ce = np.array(
+        [[shard.ce_sum[index] for shard, index in captured(world, source, "training")] for source in SOURCES]
+    )
+    assert [dataset.selected_source("training", n) for n in range(ce.shape[1])] == [
+        SOURCES[i] for i in ce.argmin(0)
+    ]
 
 
 def test_empty_answers_never_win_and_nobody_wins_where_all_are_empty(copied: Recipe) -> None:
     dataset = FusionDataset(copied)
-    empty = np.array([[not text.strip() for _, text, _ in texts(copied, source, "inference")] for source in SOURCES])
+    empty = np.array(
+        [[not text.strip() for _, text, _ in texts(copied, source, "inference")] for source in SOURCES]
+    )
     assert empty.any()
     for number in range(empty.shape[1]):
         winner = dataset.selected_source("inference", number)
@@ -255,7 +275,9 @@ def test_only_the_reward_models_that_the_recipe_names_decide(copied: Recipe) -> 
     found = FusionDataset(alone).selections["inference"].arrays
     np.testing.assert_array_equal(found["scores"], both["scores"][..., 1:])
     scores = np.where(found["available"] == 1, found["scores"][..., 0], -np.inf)
-    said = list(zip(*([text for _, text, _ in texts(copied, source, "inference")] for source in SOURCES), strict=True))
+    said = list(
+        zip(*([text for _, text, _ in texts(copied, source, "inference")] for source in SOURCES), strict=True)
+    )
     for number, place in enumerate(found["source"]):  # identical texts have the best of their scores
         of_winner = [scores[number, s] for s, text in enumerate(said[number]) if text == said[number][place]]
         assert max(of_winner) == scores[number].max()
@@ -413,13 +435,18 @@ def test_csft_needs_no_source_and_its_text_has_rows_without_entries(copied: Reci
 def test_what_does_not_fit_the_recipe_is_refused(copied: Recipe, world: Recipe) -> None:
     fusion = fusion_directory(copied)
     with pytest.raises(UserError, match=r"was made with inputs.target tokenizer = .* but now"):
-        FusionDataset(changed(copied, target={"model": str(copied.sources["gamma"].model), "chat_template": None}))
+        FusionDataset(
+            changed(copied, target={"model": str(copied.sources["gamma"].model), "chat_template": None})
+        )
     with pytest.raises(UserError, match=r"was made with inputs.target chat format"):
         FusionDataset(changed(copied, target={"chat_template": "alpaca"}))
-    with pytest.raises(UserError, match=r"was made with options.seq_length = 200, but now options.seq_length = 100"):
+    with pytest.raises(
+        UserError, match=r"was made with options.seq_length = 200, but now options.seq_length = 100"
+    ):
         FusionDataset(changed(copied, training={"seq_length": 100}))
     with pytest.raises(
-        UserError, match=r"was made with options.temperatures = \[2.0\], but now options.temperatures = \[3.0\]"
+        UserError,
+        match=r"was made with options.temperatures = \[2.0\], but now options.temperatures = \[3.0\]",
     ):
         FusionDataset(changed(copied, loss={"teacher_temperature": 3.0}))
     (fusion / "teachers/beta/training/manifest.json").unlink()

@@ -1,4 +1,6 @@
-"""Laws of the stored streams: Megatron's own form, nothing lost, damage found, probabilities never rounded up."""
+"""Laws of the stored streams: Megatron's own form, nothing lost, damage found, probabilities never rounded
+up.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from megatron_fuse.fusion_data.streams import Stream, write_stream
 # empty sequences at the ends and between; nothing but empty ones; none at all
 @pytest.mark.parametrize("lengths", [[0, 3, 0, 0, 5, 1, 0], [0, 0], []])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
-def test_streams_are_megatrons_and_give_back_what_was_written(tmp_path: Path, lengths: list[int], dtype: type) -> None:
+def test_streams_are_megatrons_and_give_back_what_was_written(
+    tmp_path: Path, lengths: list[int], dtype: type
+) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     top = min(np.iinfo(dtype).max, 2**30)
@@ -51,7 +55,11 @@ def test_a_shard_is_mapped_when_it_is_read_and_holds_no_file_descriptor(tmp_path
         write_stream(prefix, np.full(3, number, np.uint16), [1, 2])
 
     def mapped() -> set[str]:
-        return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+        return {
+            line.split()[-1]
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if str(tmp_path) in line
+        }
 
     before = len(list(Path("/proc/self/fd").iterdir()))
     stream = Stream(prefixes)
@@ -97,7 +105,9 @@ def small_documents() -> dict[str, tuple[np.ndarray, list[int]]]:
     }
 
 
-def open_documents(directory: Path, fields: dict[str, tuple[np.ndarray, list[int]]], **facts: Any) -> DocumentStreams:
+def open_documents(
+    directory: Path, fields: dict[str, tuple[np.ndarray, list[int]]], **facts: Any
+) -> DocumentStreams:
     for field, (values, lengths) in fields.items():
         write_stream(directory / field, values, lengths)
     text, rows = ({field: Stream([directory / field]) for field in of} for of in (TEXT_FIELDS, ROW_FIELDS))
@@ -159,7 +169,9 @@ def test_a_document_whose_parts_do_not_fit_is_refused_when_read(
 def test_half_precision_rounds_down_to_the_next_number() -> None:
     seed = 13
     random = np.random.default_rng(seed)
-    values = np.concatenate([-np.exp(random.uniform(-20, 12, 20_000)), [0, -0.0, -1e-9, -1e9, -1, -2.5, 1e-7]])
+    values = np.concatenate(
+        [-np.exp(random.uniform(-20, 12, 20_000)), [0, -0.0, -1e-9, -1e9, -1, -2.5, 1e-7]]
+    )
     values = values.astype(np.float32)
     half = round_down_to_half(values)
     found = half.astype(np.float32)

@@ -1,4 +1,7 @@
-"""What our own stages wrote: plans, markers, manifests, shards, journals, results, metrics. Damage is refused or made good, never read."""
+"""What our own stages wrote: plans, markers, manifests, shards, journals, results, metrics.
+
+Damage is refused or made good, never read.
+"""
 
 import json
 from functools import cache
@@ -42,7 +45,9 @@ def _recipe(directory: Path) -> Recipe:
 
 def _make_stages(directory: Path) -> None:
     write_rows(directory / "data.jsonl", rows_in("messages"))
-    write_rows(directory / "answers.jsonl", [{"id": f"e{n}", "response": text} for n, text in enumerate(TEXTS)])
+    write_rows(
+        directory / "answers.jsonl", [{"id": f"e{n}", "response": text} for n, text in enumerate(TEXTS)]
+    )
     write_rows(directory / "scores.jsonl", [{"id": f"e{n}", "scores": {"s": n / 3}} for n in range(8)])
     recipe = _recipe(directory)
     prepare_instructions(Context(recipe))
@@ -77,7 +82,9 @@ def _sealed(path: Path, random: Random) -> Mutation:
 
 
 def _own_up(path: Path, random: Random) -> Mutation:
-    """The manifest is an older version's, which states no sha256 of itself, and says of the other files what they now hold."""
+    """The manifest is an older version's, which states no sha256 of itself, and says of the other files
+    what they now hold.
+    """
     manifest = path.parent / "manifest.json"
     content = json.loads(manifest.read_text())
     content.pop("sha256", None)
@@ -147,7 +154,9 @@ def _write_results(directory: Path) -> None:
         }
         made_from = {"data": {"mmlu_test.jsonl": "x" * 64}, "limit": None}
         questions = [f"mmlu/{n} {n:016x}" for n in range(6)]
-        Result(model, "mmlu", made_from, f"/models/{model}", 8, 1.5, 128, 2, questions, metrics).save(directory)
+        Result(model, "mmlu", made_from, f"/models/{model}", 8, 1.5, 128, 2, questions, metrics).save(
+            directory
+        )
 
 
 def _read_results(directory: Path) -> None:
@@ -159,7 +168,13 @@ def _read_results(directory: Path) -> None:
 def _write_metrics(directory: Path) -> None:
     file = MetricsFile(directory / METRICS, continue_at=0)
     for step in range(1, 9):
-        losses = {"loss": 1 / step, "ce/training": 1.0, "kl/training": 0.5, "grad norm": 1.0, "learning rate": 1e-4}
+        losses = {
+            "loss": 1 / step,
+            "ce/training": 1.0,
+            "kl/training": 0.5,
+            "grad norm": 1.0,
+            "learning rate": 1e-4,
+        }
         file.write(STEP, step, {"phase": "first" if step < 5 else "second", **losses, "tokens": 100})
         file.write("held-out", step, {"ce/training": 1.1, "kl/training": 0.2})
     file.close()

@@ -1,11 +1,13 @@
-"""Fuzzing of the files that users bring: drawn damage, one reader at a time, and a law about how each case may end.
+"""Fuzzing of the files that users bring: drawn damage, one reader at a time, and a law about how each case
+may end.
 
-The law: a reader succeeds, or raises a UserError (or what the system says of a named file, which commands report likewise) of at
-most 600 characters that names the file and the key or line, within
-CASE_SECONDS of processor time and CASE_BYTES of further memory. Cases run in a forked child that reports each one, so that
-a case that kills the interpreter or hangs in native code is known too.
+The law: a reader succeeds, or raises a UserError (or what the system says of a named file, which commands
+report likewise) of at most 600 characters that names the file and the key or line, within CASE_SECONDS of
+processor time and CASE_BYTES of further memory. Cases run in a forked child that reports each one, so that a
+case that kills the interpreter or hangs in native code is known too.
 
-A module `*_targets.py` beside this one lists its readers as TARGETS. A case is one draw from (seed, target, number) alone:
+A module `*_targets.py` beside this one lists its readers as TARGETS. A case is one draw from (seed, target,
+number) alone:
 
     FUZZ_TARGET=instructions FUZZ_SEED=7 FUZZ_CASE=123 pytest tests/fuzz -k one_case -s
 """
@@ -44,9 +46,10 @@ _SILENT_SECONDS = 300  # a child that has not said anything for so long hangs wh
 class FuzzTarget:
     """One reader of user files.
 
-    make_seeds(directory): writes valid files, once per campaign. run(directory): reads them as the project does; what it
-    writes goes below the directory too. files: patterns of the files to damage, relative to the directory. share: of the
-    campaign's cases, relative to the other targets; small for slow readers. change: the damage, if not `mutate`.
+    make_seeds(directory): writes valid files, once per campaign. run(directory): reads them as the project
+    does; what it writes goes below the directory too. files: patterns of the files to damage, relative to the
+    directory. share: of the campaign's cases, relative to the other targets; small for slow readers. change:
+    the damage, if not `mutate`.
     names: what a message may name in the place of a file with its key or line, such as a recipe's key.
     """
 
@@ -91,7 +94,10 @@ class Result:
     faults: list[Outcome] = field(default_factory=list)
 
     def line(self) -> str:
-        counts = {kind: self.counts[kind] for kind in ("accepted", "refused", *sorted({f.kind for f in self.faults}))}
+        counts = {
+            kind: self.counts[kind]
+            for kind in ("accepted", "refused", *sorted({f.kind for f in self.faults}))
+        }
         return json.dumps({"target": self.target, "seed": self.seed, "cases": self.counts.total(), **counts})
 
 
@@ -100,7 +106,10 @@ class CaseTimeout(BaseException):
 
 
 def run_campaign(target: FuzzTarget, seeds: Path, work: Path, *, seed: int, cases: range) -> Result:
-    """All cases in children, a new one after each that dies. Damaged files of the first faults stay in work/kept."""
+    """All cases in children, a new one after each that dies.
+
+    Damaged files of the first faults stay in work/kept.
+    """
     result = Result(target.name, seed)
     todo = cases
     while todo:
@@ -119,7 +128,9 @@ def _record(result: Result, outcome: Outcome) -> None:
         result.faults.append(outcome)
 
 
-def _run_child(target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range, result: Result) -> Outcome | None:
+def _run_child(
+    target: FuzzTarget, seeds: Path, work: Path, seed: int, cases: range, result: Result
+) -> Outcome | None:
     """Runs cases until they are done, or until the child dies: then the case in which it did.
 
     Raises AssertionError where it does not come to the first case: the reader fails on the seeds.
@@ -257,7 +268,12 @@ def misfit(message: str, mutation: Mutation, directory: Path, names: tuple[str, 
     if "not valid JSON" in message:
         return None  # of the file as a whole
     has_line = re.search(r"(:\d+|\b(line|row|item|char|column) \d+)", message)
-    if not by_bytes and mutation.keys and not has_line and not any(key in message for key in mutation.keys if key):
+    if (
+        not by_bytes
+        and mutation.keys
+        and not has_line
+        and not any(key in message for key in mutation.keys if key)
+    ):
         return f"names no line and none of the keys {', '.join(mutation.keys)}"
     return None
 
@@ -275,8 +291,12 @@ def _time_is_up(*_: object) -> None:
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """Of processor time, since other processes may be at work; of address space, above what the process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    """Of processor time, since other processes may be at work; of address space, above what the process
+    has now.
+    """
+    pages = (
+        int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if pages is not None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + CASE_BYTES, hard))

@@ -23,7 +23,9 @@ CHECKSUMS, CHECKPOINT = "checksums.json", Path("work/training/checkpoints/iter_0
 
 def _recipe(directory: Path) -> Any:
     parallel = {"use_distributed_optimizer": True}
-    return make_tiny_recipe(directory / "work", directory / "target", parallel=parallel, training={"train_iters": 1})
+    return make_tiny_recipe(
+        directory / "work", directory / "target", parallel=parallel, training={"train_iters": 1}
+    )
 
 
 def _trainer(directory: Path) -> Any:

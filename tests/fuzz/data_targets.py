@@ -1,4 +1,6 @@
-"""Files of data: instructions in their forms and containers, answers and scores from elsewhere, questions of benchmarks."""
+"""Files of data: instructions in their forms and containers, answers and scores from elsewhere, questions
+of benchmarks.
+"""
 
 import json
 import tempfile
@@ -31,7 +33,12 @@ Rows = list[dict[str, Any]]
 TEXTS = ["Sure: 12 + 30 = 42.", "日本 and été are words. 🙂", "Yes.", " begins and ends with a space "]
 _CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 12.5, "b": [null, {"c": "é"}]}'}}
 FORMS: dict[str, Callable[[int, str], dict[str, Any]]] = {
-    "alpaca": lambda n, text: {"instruction": f"Question {n}?", "input": "", "output": text, "system": "Be brief."},
+    "alpaca": lambda n, text: {
+        "instruction": f"Question {n}?",
+        "input": "",
+        "output": text,
+        "system": "Be brief.",
+    },
     "sharegpt": lambda n, text: {
         "conversations": [{"from": "human", "value": f"Question {n}?"}, {"from": "gpt", "value": text}]
     },
@@ -45,7 +52,8 @@ FORMS: dict[str, Callable[[int, str], dict[str, Any]]] = {
             {"role": "tool", "content": text, "tool_call_id": f"call_{n}"},
             {"role": "assistant", "content": text},
         ],
-        "tools": '[{"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}]',
+        "tools": '[{"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": '
+        '"number"}}}}]',
     },
     "orca": lambda n, text: {"system_prompt": "", "question": f"Question {n}?", "response": text},
 }
@@ -91,7 +99,9 @@ def instructions(form: str) -> FuzzTarget:
 
 
 def _save_parquet(directory: Path) -> None:
-    parquet.write_table(pyarrow.Table.from_pylist(rows_in("messages")), directory / "data.parquet", row_group_size=3)
+    parquet.write_table(
+        pyarrow.Table.from_pylist(rows_in("messages")), directory / "data.parquet", row_group_size=3
+    )
 
 
 def _save_as_datasets_do(directory: Path) -> None:
@@ -101,7 +111,11 @@ def _save_as_datasets_do(directory: Path) -> None:
     path = directory / "saved/train/data-00000-of-00001.arrow"
     with path.open("wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "x", "_split": "train"}
+    state = {
+        "_data_files": [{"filename": "data-00000-of-00001.arrow"}],
+        "_fingerprint": "x",
+        "_split": "train",
+    }
     (directory / "saved/train/state.json").write_text(json.dumps(state))
     (directory / "saved/dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
 
@@ -132,7 +146,9 @@ def _prepare(directory: Path) -> None:
 def _answers(directory: Path) -> None:
     rows = [{"id": f"e{n}", "response": text, "truncated": n == 1} for n, text in enumerate(TEXTS * 2)]
     write_rows(directory / "by_id.jsonl", rows)
-    prompts = [{"prompt": f"Question {n}?", "answers": {"vicuna-7b-v1.5": text}} for n, text in enumerate(TEXTS)]
+    prompts = [
+        {"prompt": f"Question {n}?", "answers": {"vicuna-7b-v1.5": text}} for n, text in enumerate(TEXTS)
+    ]
     prompts += [{"prompt": [{"role": "user", "content": "Question 7?"}], "answers": {"vicuna-7b-v1.5": "x"}}]
     write_rows(directory / "by_prompt.jsonl", prompts)
 
@@ -140,13 +156,17 @@ def _answers(directory: Path) -> None:
 def _read_answers(directory: Path) -> None:
     by_id = ResponseFile(path=directory / "by_id.jsonl")
     given_answers(by_id, "sources.s.responses", chat_format(), examples())(0, examples())
-    by_prompt = ResponseFile(path=directory / "by_prompt.jsonl", match="prompt", response="answers.vicuna-7b-v1.5")
+    by_prompt = ResponseFile(
+        path=directory / "by_prompt.jsonl", match="prompt", response="answers.vicuna-7b-v1.5"
+    )
     answers = given_answers(by_prompt, "sources.s.responses", chat_format(), examples())(0, examples())
     write_jsonl(directory / "out.jsonl", [asdict(answer) for answer in answers if answer])
 
 
 def _scores(directory: Path) -> None:
-    write_rows(directory / "mappings.jsonl", [{"id": f"e{n}", "scores": {"a": n / 3, "b": -n}} for n in range(8)])
+    write_rows(
+        directory / "mappings.jsonl", [{"id": f"e{n}", "scores": {"a": n / 3, "b": -n}} for n in range(8)]
+    )
     triples = [{"id": f"e{n}", "source": "a", "score": n, "response": TEXTS[0]} for n in range(8)]
     write_rows(directory / "triples.jsonl", triples)
 
@@ -163,14 +183,26 @@ def _questions() -> dict[str, Rows]:
     choices = ["a fox", "two dogs", "figs", "pears"]
     arc = [{"id": str(n), "query": f"Question: {n}", "choices": choices, "gold": n % 4} for n in range(27)]
     hellaswag = [
-        {"ind": n, "activity_label": "Cooking", "ctx_a": f"A {n}", "ctx_b": "he", "endings": choices, "label": n % 4}
+        {
+            "ind": n,
+            "activity_label": "Cooking",
+            "ctx_a": f"A {n}",
+            "ctx_b": "he",
+            "endings": choices,
+            "label": n % 4,
+        }
         for n in range(12)
     ]
     mmlu = [
-        {"subject": "anatomy", "question": f"Q {n}?", "choices": choices, "answer": "ABCD"[n % 4]} for n in range(6)
+        {"subject": "anatomy", "question": f"Q {n}?", "choices": choices, "answer": "ABCD"[n % 4]}
+        for n in range(6)
     ]
-    truthful = [{"question": f"Q {n}?", "mc2_targets": {"choices": choices, "labels": [1, 0, 1, 0]}} for n in range(3)]
-    winogrande = [{"context_options": ["he", "she"], "continuation": f"ran {n}", "gold": n % 2} for n in range(8)]
+    truthful = [
+        {"question": f"Q {n}?", "mc2_targets": {"choices": choices, "labels": [1, 0, 1, 0]}} for n in range(3)
+    ]
+    winogrande = [
+        {"context_options": ["he", "she"], "continuation": f"ran {n}", "gold": n % 2} for n in range(8)
+    ]
     gsm8k = [{"question": f"{n} + 1?", "answer": f"It is.\n#### {n + 1}"} for n in range(8)]
     return {
         "arc_challenge.jsonl": arc,

@@ -1,4 +1,5 @@
-"""Damage to files as users and disks make it: seeded changes of bytes, of values in JSON, JSONL and YAML, and of whole files.
+"""Damage to files as users and disks make it: seeded changes of bytes, of values in JSON, JSONL and YAML, and
+of whole files.
 
 `mutate(path, random)` changes one file in place and says what it did. The same seed makes the same change.
 """
@@ -21,7 +22,8 @@ import yaml
 class Mutation:
     """What was done to a file.
 
-    keys: the keys on the way to a changed value, so that a message can be asked to name one of them. line: of a changed row, from 1.
+    keys: the keys on the way to a changed value, so that a message can be asked to name one of them. line: of
+    a changed row, from 1.
     """
 
     file: str
@@ -138,7 +140,8 @@ _FILES: tuple[Callable[[Path], None], ...] = (_delete, _empty, _directory, _syml
 
 
 def mutate_file(path: Path, random: Random) -> Mutation:
-    change = random.choice(_FILES if os.geteuid() == 0 else (*_FILES, _unreadable))  # root may read everything
+    # Root may read everything.
+    change = random.choice(_FILES if os.geteuid() == 0 else (*_FILES, _unreadable))
     change(path)
     return Mutation(path.name, f"file: {change.__name__.strip('_')}")
 
@@ -182,7 +185,22 @@ _TEXTS: tuple[Any, ...] = (
     *("x" * 5000, "{{ 1 / 0 }}"),
 )
 _OTHERS: tuple[Any, ...] = (
-    *(None, None, True, False, [], {}, [None], [[1], 5], {"a": 1}, {"": None}, [{}], ["x"], [1, "x"], [1.5, None]),
+    *(
+        None,
+        None,
+        True,
+        False,
+        [],
+        {},
+        [None],
+        [[1], 5],
+        {"a": 1},
+        {"": None},
+        [{}],
+        ["x"],
+        [1, "x"],
+        [1.5, None],
+    ),
     Raw("[" * _DEEP + "]" * _DEEP),
     Raw('{"a":' * _DEEP + "1" + "}" * _DEEP),
 )
@@ -215,7 +233,8 @@ _YAML_TEXTS = (
         "=",
         "[1, 2",
     ),
-    "[&a [x,x], &b [*a,*a], &c [*b,*b], &d [*c,*c], &e [*d,*d], &f [*e,*e], &g [*f,*f], &h [*g,*g], [*h,*h,*h,*h]]",
+    "[&a [x,x], &b [*a,*a], &c [*b,*b], &d [*c,*c], &e [*d,*d], &f [*e,*e], &g [*f,*f], &h [*g,*g], "
+    "[*h,*h,*h,*h]]",
 )
 
 
@@ -301,7 +320,9 @@ def change_value(value: Any, random: Random) -> _Changed:
     if how == 3 and isinstance(parent, dict):
         other = _other_value(parent[last], random)
         parent["added"] = other
-        return _Changed(root, f"{'.'.join(map(str, [*way, 'added']))} = {_shown(other)}", (*keys[:-1], "added"))
+        return _Changed(
+            root, f"{'.'.join(map(str, [*way, 'added']))} = {_shown(other)}", (*keys[:-1], "added")
+        )
     other = _other_value(parent[last], random)
     parent[last] = other
     return _Changed(root, f"{place} -> {_shown(other)}", keys)
@@ -400,7 +421,9 @@ def mutate_text(path: Path, random: Random) -> Mutation:
     elif what == "swapped":
         parts[a], parts[b] = parts[b], parts[a]
     else:
-        parts[a] = random.choice(("", "-1", "9" * 5000, "nan", "x", "\0", "\x1b[2J", "x" * 100_000, "{%", "}}"))
+        parts[a] = random.choice(
+            ("", "-1", "9" * 5000, "nan", "x", "\0", "\x1b[2J", "x" * 100_000, "{%", "}}")
+        )
     _replace(path, separator.join(parts).encode("utf-8", "surrogateescape"))
     return Mutation(path.name, f"text: part {a} {what}", line=None)
 

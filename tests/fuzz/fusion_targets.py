@@ -26,7 +26,9 @@ from megatron_fuse.verification import verify_fusion_data
 def world() -> Recipe:
     """Models, captures and fusion data that no target damages."""
     recipe = build_world(Path(tempfile.mkdtemp(prefix="fuzz-fusion-")))
-    ordered = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"order": "target_reward"})})
+    ordered = recipe.model_copy(
+        update={"schedule": recipe.schedule.model_copy(update={"order": "target_reward"})}
+    )
     build_fusion_data(Context(ordered))
     return ordered
 
@@ -45,7 +47,9 @@ def make_seeds(directory: Path) -> None:
 
 
 def all_that_training_reads(recipe: Recipe) -> str:
-    """A hash of every document of every source, and of all that decides which of them a step learns from, and how."""
+    """A hash of every document of every source, and of all that decides which of them a step learns from,
+    and how.
+    """
     dataset = FusionDataset(recipe)
     order = read_curriculum(recipe, dataset.text.sha256)
     verify_once(dataset.artifacts)

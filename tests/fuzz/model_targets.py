@@ -1,4 +1,6 @@
-"""Model directories: config, index, headers and bodies of weight files, as targets, sources, reward models and parts of a merge."""
+"""Model directories: config, index, headers and bodies of weight files, as targets, sources, reward models
+and parts of a merge.
+"""
 
 import json
 import shutil
@@ -42,7 +44,10 @@ _LLAMA3_ROPE = {
 _TARGETS: dict[str, tuple[PreTrainedConfig, str]] = {
     "llama": (LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE), "safetensors"),
     "mistral": (MistralConfig(**_SIZES, head_dim=16, sliding_window=7), "bin"),
-    "qwen2": (Qwen2Config(**_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7), "whole"),
+    "qwen2": (
+        Qwen2Config(**_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7),
+        "whole",
+    ),
 }
 
 
@@ -55,7 +60,9 @@ def _in_shards(directory: Path, suffix: str) -> None:
     for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         path = directory / f"{stem}-{number:05d}-of-00002.{suffix}"
         part = {name: tensors[name] for name in names}
-        save_file(part, path, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(part, path)
+        save_file(part, path, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(
+            part, path
+        )
         file_of |= dict.fromkeys(names, path.name)
     index = {"metadata": {"total_size": 1}, "weight_map": file_of}
     (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
@@ -99,7 +106,9 @@ def _make_reward_model(form: str, directory: Path) -> None:
     if form == "classifier":
         return
     path = directory / "model/model.safetensors"
-    tensors = load_file(path) | {"v_head.weight": torch.randn(1, 32, generator=torch.Generator().manual_seed(2))}
+    tensors = load_file(path) | {
+        "v_head.weight": torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
+    }
     save_file(tensors, path, metadata={"format": "pt"})
     _in_shards(directory / "model", "bin")
 
@@ -127,9 +136,14 @@ def _read_merge(directory: Path) -> None:
 
 
 TARGETS = [
-    *(FuzzTarget(f"model-target-{name}", partial(_make_target, name), _read_target, _FILES, 2) for name in _TARGETS),
     *(
-        FuzzTarget(f"model-source-{family}", partial(_make_source, family, container), _read_source, _FILES, 0.5)
+        FuzzTarget(f"model-target-{name}", partial(_make_target, name), _read_target, _FILES, 2)
+        for name in _TARGETS
+    ),
+    *(
+        FuzzTarget(
+            f"model-source-{family}", partial(_make_source, family, container), _read_source, _FILES, 0.5
+        )
         for family, container in (("llama", "whole"), ("mpt", "bin"), ("gpt_neox", "safetensors"))
     ),
     *(

@@ -16,21 +16,47 @@ from megatron_fuse.recipe import dump_recipe, load_recipe
 _RECIPE = {
     "seed": 7,
     "workdir": "runs/a",
-    "target": {"model": "models/target", "chat_template": "chatml", "system": "Be brief.", "trust_remote_code": False},
+    "target": {
+        "model": "models/target",
+        "chat_template": "chatml",
+        "system": "Be brief.",
+        "trust_remote_code": False,
+    },
     "sources": {
         "mpt": {"model": "models/mpt", "dtype": "bf16", "captures": {"training": "mpt.jsonl"}},
-        "llama": {"model": "models/llama", "responses": {"path": "llama.jsonl", "match": "prompt", "prompt": "q"}},
-        "served": {"model": "models/x", "server": {"url": "http://host:8000/v1", "model": "x", "extra": {"top_k": 20}}},
+        "llama": {
+            "model": "models/llama",
+            "responses": {"path": "llama.jsonl", "match": "prompt", "prompt": "q"},
+        },
+        "served": {
+            "model": "models/x",
+            "server": {"url": "http://host:8000/v1", "model": "x", "extra": {"top_k": 20}},
+        },
     },
     "reward_models": {"reward": {"model": "models/reward"}, "given": {"scores": "scores.jsonl"}},
-    "data": {"path": "data.jsonl", "format": "auto", "samples": 1000, "validation_samples": 10, "shard_size": 100},
+    "data": {
+        "path": "data.jsonl",
+        "format": "auto",
+        "samples": 1000,
+        "validation_samples": 10,
+        "shard_size": 100,
+    },
     "responses": {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 256},
     "capture": {"top_k": 10, "top_p": 0.95, "filter": "full_vocabulary"},
     "alignment": {"vocabulary_map": "exact", "unmatched": "skip"},
-    "selection": {"inference": "vote", "reward_models": ["reward", "given"], "strongest": "reward", "training": "sum"},
+    "selection": {
+        "inference": "vote",
+        "reward_models": ["reward", "given"],
+        "strongest": "reward",
+        "training": "sum",
+    },
     "schedule": {
         "phases": [
-            {"name": "a", "epochs": 1, "inference": {"weight": {"from": 1, "to": 0, "shape": "cosine"}, "lambda": 0.5}},
+            {
+                "name": "a",
+                "epochs": 1,
+                "inference": {"weight": {"from": 1, "to": 0, "shape": "cosine"}, "lambda": 0.5},
+            },
             {
                 "name": "b",
                 "epochs": 2,
@@ -64,8 +90,13 @@ _EXPERIMENT = {
     "metrics": {"right": "right %", "fast": "fast"},
     "common": {"loss": {"teacher_temperature": 1.0}},
     "models": {"a": "models/a", "b": "models/b"},
-    "variants": {"csft": {"schedule": {"preset": "csft", "phases": None}}, "fuse": {"training": {"lr": 1e-5}}},
-    "merges": {"ties": {"method": "ties", "models": ["csft", "fuse"], "base": "a", "options": {"density": 0.5}}},
+    "variants": {
+        "csft": {"schedule": {"preset": "csft", "phases": None}},
+        "fuse": {"training": {"lr": 1e-5}},
+    },
+    "merges": {
+        "ties": {"method": "ties", "models": ["csft", "fuse"], "base": "a", "options": {"density": 0.5}}
+    },
     "tables": {"main": {"title": "All", "rows": ["a", "csft", "ties"], "baseline": "a", "note": "x"}},
 }
 
@@ -109,7 +140,9 @@ def _write_results(directory: Path) -> None:
         for seed in (1, 2)
         for metric in ("right", "fast")
     ]
-    rows = [[str(value) if value is not None else "" for value in asdict(result).values()] for result in results]
+    rows = [
+        [str(value) if value is not None else "" for value in asdict(result).values()] for result in results
+    ]
     lines = [",".join(asdict(results[0])), *(",".join(f'"{cell}"' for cell in row) for row in rows)]
     (directory / "results.csv").write_text("\n".join(lines) + "\n")
 
@@ -119,14 +152,19 @@ def _read_results(directory: Path) -> None:
     with contextlib.chdir(directory):
         experiment = load_experiment(Path("experiment.yaml"))
         tables = {"main": experiment.tables["main"].model_copy(update={"x": {}})}
-        write_report([Reported(experiment.model_copy(update={"tables": tables}), results, "run")], Path("report.md"))
+        write_report(
+            [Reported(experiment.model_copy(update={"tables": tables}), results, "run")], Path("report.md")
+        )
     json.dumps([asdict(result) for result in results], allow_nan=False)
 
 
 TARGETS = [
     FuzzTarget("recipe", _write, _load, ("recipe.yaml",), share=2),
     FuzzTarget(
-        "experiment", _write, _load_experiment, names=("cannot be read (No such file", "experiment.yaml: variants.")
+        "experiment",
+        _write,
+        _load_experiment,
+        names=("cannot be read (No such file", "experiment.yaml: variants."),
     ),
     FuzzTarget("experiment-results", _write_results, _read_results, ("results.csv",), share=0.3),
 ]

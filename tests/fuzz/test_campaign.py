@@ -75,7 +75,9 @@ def test_every_end_is_known(
     monkeypatch.setattr(campaign, "_SILENT_SECONDS", 1)
     (tmp_path / "seeds").mkdir()
     (tmp_path / "seeds/a.json").write_text('{"key": 1}')
-    target = FuzzTarget("law", lambda directory: None, lambda directory: None if whole(directory) else end(directory))
+    target = FuzzTarget(
+        "law", lambda directory: None, lambda directory: None if whole(directory) else end(directory)
+    )
     result = run_campaign(target, tmp_path / "seeds", tmp_path, seed=1, cases=range(3))
     assert result.counts == {kind: 3}
     assert len(result.faults) == (0 if kind in ("accepted", "refused") else 3)

@@ -1,7 +1,7 @@
 """The law of campaign.py over all targets: 500 cases in a plain run, FUZZ_CASES (20,000) under `slow`.
 
-FUZZ_SEED: another draw. FUZZ_TARGET: only the targets whose name begins so. FUZZ_CASE: with both, this case alone. FUZZ_COUNTS: a
-file that gets the counts of every target as one JSON line.
+FUZZ_SEED: another draw. FUZZ_TARGET: only the targets whose name begins so. FUZZ_CASE: with both, this case
+alone. FUZZ_COUNTS: a file that gets the counts of every target as one JSON line.
 """
 
 import os
@@ -36,7 +36,8 @@ def judge(result: Result) -> None:
         with open(counts, "a", encoding="utf-8") as file:
             file.write(result.line() + "\n")
     shown = [
-        f"FUZZ_TARGET={result.target} FUZZ_SEED={result.seed} FUZZ_CASE={fault.case}: {fault.kind}: {fault.file}: {fault.what}\n"
+        f"FUZZ_TARGET={result.target} FUZZ_SEED={result.seed} FUZZ_CASE={fault.case}: {fault.kind}: "
+        f"{fault.file}: {fault.what}\n"
         f"    {fault.detail}"
         for fault in result.faults[: int(os.environ.get("FUZZ_SHOWN", 20))]
     ]
@@ -63,6 +64,8 @@ def test_many_damaged_files_are_read_or_refused(name: str, root: Path) -> None:
 @pytest.mark.skipif("FUZZ_CASE" not in os.environ, reason="FUZZ_TARGET, FUZZ_SEED and FUZZ_CASE name no case")
 def test_one_case(root: Path) -> None:
     target = TARGETS[ONLY]
-    outcome = run_case(target, seeds_of(ONLY, root), root / ONLY, seed=SEED, case=int(os.environ["FUZZ_CASE"]))
+    outcome = run_case(
+        target, seeds_of(ONLY, root), root / ONLY, seed=SEED, case=int(os.environ["FUZZ_CASE"])
+    )
     print(outcome, f"files: {root / ONLY / 'case'}")
     assert not outcome.fault, outcome.detail

@@ -29,7 +29,9 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
 def read_tokenizer(directory: Path) -> None:
     """Loads it, and puts a conversation into ids and back."""
     tokenizer = load_tokenizer(directory)
-    form = load_chat_format(tokenizer, None if tokenizer.chat_template else "vicuna_v1.1", where=str(directory))
+    form = load_chat_format(
+        tokenizer, None if tokenizer.chat_template else "vicuna_v1.1", where=str(directory)
+    )
     encoded = form.encode_conversation(TALK, RESPONSE, every_turn=True)
     assert encoded.ids.min() >= 0 and encoded.ids.max() < tokenizer.vocab_size
     form.decode_response(encoded.ids[encoded.prompt_length :].tolist())
@@ -56,7 +58,8 @@ def _beside(directory: Path, kind: str) -> None:
     _write(directory / "generation_config.json", {"eos_token_id": [2], "temperature": 0.6, "do_sample": True})
     if (directory / "tokenizer.json").exists():
         _write(
-            directory / "special_tokens_map.json", {"eos_token": "</s>" if kind == "llama_json" else "<|endoftext|>"}
+            directory / "special_tokens_map.json",
+            {"eos_token": "</s>" if kind == "llama_json" else "<|endoftext|>"},
         )
         return
     special = {"sentencepiece": "<s>", "llama3": "<|begin_of_text|>"}.get(kind, "<|endoftext|>")
@@ -114,7 +117,10 @@ TEMPLATE_PIECES = (
         "{{ 10 ** 10 ** 10 }}",
         "{{ loop }}",
     ),
-    *("{% for m in messages %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}", "{{ bos_token * 100000 }}"),
+    *(
+        "{% for m in messages %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
+        "{{ bos_token * 100000 }}",
+    ),
 )
 
 

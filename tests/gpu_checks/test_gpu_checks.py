@@ -1,4 +1,6 @@
-"""tools/check_gpu.py: what becomes of a check that crashes, hangs or comes too late, and the whole command without a GPU."""
+"""tools/check_gpu.py: what becomes of a check that crashes, hangs or comes too late, and the whole command
+without a GPU.
+"""
 
 import json
 import os
@@ -41,7 +43,11 @@ def lines(output: Path) -> list[dict]:
 
 def test_rows_are_printed_and_written(tmp_path: Path) -> None:
     (rows,) = checked(tmp_path, example("good")).values()
-    assert [(row.what, row.verdict) for row in rows] == [("device", ""), ("speed", "ok"), ("a | b", "not run")]
+    assert [(row.what, row.verdict) for row in rows] == [
+        ("device", ""),
+        ("speed", "ok"),
+        ("a | b", "not run"),
+    ]
     assert lines(tmp_path) == [{"verdict": row.verdict, **vars(row)} for row in rows]
     table = (tmp_path / "checks.md").read_text()
     assert "| good | speed | 5 | km/h | >= 4 | ok |" in table and "1 ok, 0 FAILED, 1 not run" in table
@@ -52,7 +58,9 @@ def test_rows_are_printed_and_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"), [("crashing", "RuntimeError: broken in the middle"), ("killed", "ended by SIGKILL")]
 )
-def test_a_check_that_dies_keeps_its_rows_and_takes_no_other_along(tmp_path: Path, name: str, said: str) -> None:
+def test_a_check_that_dies_keeps_its_rows_and_takes_no_other_along(
+    tmp_path: Path, name: str, said: str
+) -> None:
     found = checked(tmp_path, example(name), example("good"))
     assert [(row.what, row.ok) for row in found[name]] == [
         ("device", None),
@@ -74,7 +82,11 @@ def test_a_check_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
 def test_a_fresh_process_does_what_a_fork_does(tmp_path: Path) -> None:
     """As on a GPU."""
     rows = list(rows_of(example("good"), "elsewhere", tmp_path / "good", process_context("cuda"), left=600))
-    assert [(row.what, row.value) for row in rows] == [("device", "elsewhere"), ("speed", 5.0), ("a | b", None)]
+    assert [(row.what, row.value) for row in rows] == [
+        ("device", "elsewhere"),
+        ("speed", 5.0),
+        ("a | b", None),
+    ]
     assert (tmp_path / "good.log").read_text() == "said by good\n"
 
 
@@ -123,13 +135,19 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 @pytest.mark.parametrize(("only", "code"), [(["good"], 0), (["slow", "good"], 1), ([], 1)], ids=str)
 def test_the_exit_code_says_whether_all_is_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], only: list[str], code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    only: list[str],
+    code: int,
 ) -> None:
     options = ["--only", *only] if only else []
     assert run_command(monkeypatch, "--device", "cpu", "--out", str(tmp_path / "out"), *options) == code
     assert {line["check"] for line in lines(tmp_path / "out")} == set(only or ["good", "slow"])
     printed = capsys.readouterr().out
-    assert (tmp_path / "out/checks.md").read_text().strip() in printed and f"written to {tmp_path / 'out'}" in printed
+    assert (
+        tmp_path / "out/checks.md"
+    ).read_text().strip() in printed and f"written to {tmp_path / 'out'}" in printed
 
 
 @pytest.mark.parametrize(
@@ -154,8 +172,19 @@ def test_bad_usage_is_refused(
 
 def test_all_checks_run_without_a_gpu(tmp_path: Path) -> None:
     """At tiny sizes. Where a GPU is needed they say so, and nothing fails."""
-    command = [sys.executable, str(COMMAND), "--device", "cpu", "--minutes", "30", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        str(COMMAND),
+        "--device",
+        "cpu",
+        "--minutes",
+        "30",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     rows = lines(tmp_path / "out")
     assert list(dict.fromkeys(row["check"] for row in rows)) == [check.name for check in gpu_checks.CHECKS]

@@ -1,4 +1,6 @@
-"""A GGUF file becomes a model directory by one command, and is refused with that command wherever a model is named."""
+"""A GGUF file becomes a model directory by one command, and is refused with that command wherever a model
+is named.
+"""
 
 import json
 import runpy
@@ -69,7 +71,9 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     texts = AutoTokenizer.from_pretrained(model).convert_ids_to_tokens(list(range(size)))
-    written = [(text, 1) for text in texts] + [(f"[PAD{number}]", 5) for number in range(size, config.vocab_size)]
+    written = [(text, 1) for text in texts] + [
+        (f"[PAD{number}]", 5) for number in range(size, config.vocab_size)
+    ]
     written = [tokens.get(token, one) for token, one in enumerate(written)]
     writer.add_token_list([text for text, _ in written])
     writer.add_token_types([kind for _, kind in written])
@@ -113,7 +117,10 @@ def test_a_gguf_file_is_converted_with_the_original_tokenizer(
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert load_tokenizer(output).sha256 == load_tokenizer(model).sha256
     before, after = load_file(model / "model.safetensors"), load_file(output / "model.safetensors")
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and after.keys() == before.keys()
+    assert (
+        all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        and after.keys() == before.keys()
+    )
     ids = torch.arange(4, 20)[None]
     logits = [AutoModelForCausalLM.from_pretrained(one)(ids).logits for one in (model, output)]
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
@@ -228,7 +235,10 @@ def test_scaled_rotary_positions_are_those_of_the_original(model: Path, tmp_path
 def test_a_file_without_scaling_keeps_its_own_positions(model: Path, tmp_path: Path) -> None:
     file = write_gguf(model, tmp_path / "x.gguf", keys={"llama.rope.scaling.type": "none"})
     convert_gguf(file, model, tmp_path / "out")
-    assert read_architecture(tmp_path / "out").inverse_frequencies == read_architecture(model).inverse_frequencies
+    assert (
+        read_architecture(tmp_path / "out").inverse_frequencies
+        == read_architecture(model).inverse_frequencies
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,7 +286,9 @@ def test_a_damaged_file_is_refused(model: Path, tmp_path: Path, content: bytes) 
         convert_gguf(tmp_path / "x.bin", model, tmp_path / "out")
 
 
-def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_without_the_package_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Path
+) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'megatron-fuse\[gguf\]'"):

@@ -29,11 +29,15 @@ def test_a_view_shows_the_distribution_that_predicts_each_token(world: Recipe, m
         assert [token["id"] for token in view["tokens"]] == document.tokens.tolist()
         supervised = [token for token in view["tokens"] if token["supervised"]]
         assert [len(token["entries"]) for token in supervised] == document.counts.tolist()
-        assert [entry["id"] for token in supervised for entry in token["entries"]] == document.teacher_ids.tolist()
+        assert [
+            entry["id"] for token in supervised for entry in token["entries"]
+        ] == document.teacher_ids.tolist()
         for token in view["tokens"]:
             assert list(token) == ["id", "text", "supervised", "match", "entries", "tail"]
             assert token["match"] in MATCHES
-            assert token["tail"] == pytest.approx(1 - sum(np.exp(entry["logprob"]) for entry in token["entries"]))
+            assert token["tail"] == pytest.approx(
+                1 - sum(np.exp(entry["logprob"]) for entry in token["entries"])
+            )
             assert -1e-6 <= token["tail"] <= 1
         json.dumps(view)
         text = format_view(view, dataset)
@@ -86,7 +90,11 @@ def test_inspect_data_prints_json_and_refuses_with_code_2(
 
 
 def test_the_fusion_directory_is_enough_wherever_it_lies(
-    world: Recipe, tmp_path: Path, tool: Callable, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    world: Recipe,
+    tmp_path: Path,
+    tool: Callable,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     what = ("--index", "3", "--mode", "inference", "--json")
     assert tool(fusion_directory(world), *what) == 0

@@ -1,4 +1,6 @@
-"""Laws of the view of a chat template: what is shown as learned and as an end is what training and sampling use."""
+"""Laws of the view of a chat template: what is shown as learned and as an end is what training and
+sampling use.
+"""
 
 import json
 import runpy
@@ -41,7 +43,9 @@ def test_a_view_shows_what_is_learned_and_what_ends_an_answer(name: str, tmp_pat
     for shown in (family.generation, family.opening, family.closing):
         assert repr(shown) in text or not shown
     assert ("tools: the template prints offered tools, calls and outputs" in text) == bool(family.calls)
-    assert ("tools: rows with tools are left out: sources.x: the chat template of" in text) == (not family.calls)
+    assert ("tools: rows with tools are left out: sources.x: the chat template of" in text) == (
+        not family.calls
+    )
     assert ("takes no system message" in text) == ("no system" in family.template)
 
 
@@ -63,7 +67,9 @@ def test_a_template_for_one_question_is_shown_with_one(tmp_path: Path) -> None:
     model, template = _model("chatml and mpt", tmp_path / "model"), tmp_path / "one.jinja"
     refusal = "{% if messages|length > 3 %}{{ raise_exception('one question only') }}{% endif %}"
     template.write_text(refusal + FAMILIES["chatml and mpt"].template)
-    view = view_template("x", load_format(ModelOptions(model=str(model), chat_template=str(template)), "sources.x"))
+    view = view_template(
+        "x", load_format(ModelOptions(model=str(model), chat_template=str(template)), "sources.x")
+    )
     assert "".join(token["text"] for token in view["tokens"] if token["supervised"]) == "It is 7.<|im_end|>"
     assert "It is 5." not in "".join(token["text"] for token in view["tokens"])
 

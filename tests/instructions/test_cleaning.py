@@ -30,8 +30,12 @@ NFD, NFC = "e\u0301te\u0301", "\u00e9t\u00e9"
 TEXT = st.text(alphabet="e\u0301\u00e9 \n가각\u1100\u1161a", max_size=12)
 
 
-@given(system=st.none() | TEXT, texts=st.tuples(TEXT, TEXT, TEXT, TEXT), nfc=st.booleans(), strip=st.booleans())
-def test_each_text_is_cleaned_as_its_role_asks(system: str | None, texts: tuple, nfc: bool, strip: bool) -> None:
+@given(
+    system=st.none() | TEXT, texts=st.tuples(TEXT, TEXT, TEXT, TEXT), nfc=st.booleans(), strip=st.booleans()
+)
+def test_each_text_is_cleaned_as_its_role_asks(
+    system: str | None, texts: tuple, nfc: bool, strip: bool
+) -> None:
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts[:3], strict=True)]
     messages[1]["supervised"] = False
@@ -48,7 +52,9 @@ def test_each_text_is_cleaned_as_its_role_asks(system: str | None, texts: tuple,
 
 
 # NFC; no normaliser; T5's own, which is NFKC with more
-@pytest.mark.parametrize("kind, composes", [("byte_level", True), ("llama_json", False), ("sentencepiece", False)])
+@pytest.mark.parametrize(
+    "kind, composes", [("byte_level", True), ("llama_json", False), ("sentencepiece", False)]
+)
 def test_a_tokenizer_that_composes_is_known(tmp_path: Path, kind: str, composes: bool) -> None:
     tokenizer = load_tokenizer(make_tokenizer(kind, tmp_path / kind))
     assert tokenizer.composes == composes
@@ -71,7 +77,9 @@ ROWS = [
 ]
 
 
-def recipe_for(models: dict[str, Path], path: Path, rows: list, target: str = "plain", **data: object) -> Recipe:
+def recipe_for(
+    models: dict[str, Path], path: Path, rows: list, target: str = "plain", **data: object
+) -> Recipe:
     file = write_rows(path / "rows.jsonl", rows)
     recipe = small_recipe(path / "run", file, models[target], {"beta": models["plain"]}, data=data)
     chatml = recipe.target.model_copy(update={"chat_template": "chatml"})
@@ -95,7 +103,9 @@ def test_options_clean_the_artifact_and_leave_ids_alone(
     artifact = prepare_instructions(Context(recipe))
     examples = load_examples(artifact)
     assert [example.response for example in examples] == responses
-    assert [example.id for example in examples] == [example.id for example in read_rows(recipe.data.path).read()]
+    assert [example.id for example in examples] == [
+        example.id for example in read_rows(recipe.data.path).read()
+    ]
     assert artifact.counts["not_in_nfc"] == (data.get("normalize") is None)
     for key, value in {"normalize": "nfc", "strip": True}.items():
         if data.get(key) != value:
@@ -105,7 +115,8 @@ def test_options_clean_the_artifact_and_leave_ids_alone(
 
 
 @pytest.mark.parametrize(
-    "target, data, hint", [("composing", {}, True), ("composing", {"normalize": "nfc"}, False), ("plain", {}, False)]
+    "target, data, hint",
+    [("composing", {}, True), ("composing", {"normalize": "nfc"}, False), ("plain", {}, False)],
 )
 def test_the_hint_appears_where_a_tokenizer_would_compose(
     models: dict[str, Path], tmp_path: Path, target: str, data: dict, hint: bool
@@ -114,7 +125,8 @@ def test_the_hint_appears_where_a_tokenizer_would_compose(
         prepare_instructions(Context(recipe_for(models, tmp_path, ROWS, target, **data)))
     hints = [line for line in said.getvalue().splitlines() if "data.normalize: nfc" in line]
     expected = (
-        "warning: 1 of 3 examples have responses that are not in Unicode's form NFC, which target would read as NFC"
+        "warning: 1 of 3 examples have responses that are not in Unicode's form NFC, which target "
+        "would read as NFC"
     )
     assert [line.startswith(expected) for line in hints] == [True] * hint
 
@@ -135,7 +147,9 @@ def test_the_table_counts_every_kind_with_its_first_line(models: dict[str, Path]
     assert list(left_out(prepare_instructions(Context(recipe_for(models, tmp_path / "whole", ROWS))))) == []
 
 
-def test_instructions_of_an_older_version_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
+def test_instructions_of_an_older_version_are_refused_by_name(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = recipe_for(models, tmp_path, ROWS)
     artifact = prepare_instructions(Context(recipe))
     for name in ("manifest.json", "plan.json"):
@@ -143,5 +157,7 @@ def test_instructions_of_an_older_version_are_refused_by_name(models: dict[str, 
         del content["options"]["normalize"], content["sha256"]
         (artifact.directory / name).write_text(json.dumps(content))
     for refuse in (lambda context: context.open(INSTRUCTIONS), prepare_instructions):
-        with pytest.raises(UserError, match=r"was made without options\.normalize, but now it is 'none'\. .*[Rr]emove"):
+        with pytest.raises(
+            UserError, match=r"was made without options\.normalize, but now it is 'none'\. .*[Rr]emove"
+        ):
             refuse(Context(recipe))

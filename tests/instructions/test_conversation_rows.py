@@ -1,4 +1,6 @@
-"""Laws of rows as people have them: what is read, what a mask leaves out, which ids are certain, what is listed by which kind."""
+"""Laws of rows as people have them: what is read, what a mask leaves out, which ids are certain, what is
+listed by which kind.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,9 @@ DOCUMENT = Path(__file__).parents[2] / "docs/data.md"
 
 
 def turns(*said: str, **masks: object) -> dict:
-    """A row: "u: text" is the user's, "a: text" the assistant's, another letter that of a role's name; a mask is of turn tN."""
+    """A row: "u: text" is the user's, "a: text" the assistant's, another letter that of a role's name; a
+    mask is of turn tN.
+    """
     roles = {"u": "user", "a": "assistant", "s": "system"}
     messages = []
     for number, entry in enumerate(said):
@@ -56,26 +60,46 @@ def test_a_leading_answer_is_left_off_and_counted(tmp_path: Path) -> None:
 
 LISTED = {
     "an image": (turns("u: ", "a: A") | {"x": 0}, Kind.NOT_TEXT, "image_url"),
-    "a number as content": ({"messages": [{"role": "user", "content": 5}]}, Kind.NOT_TEXT, "content is a int"),
+    "a number as content": (
+        {"messages": [{"role": "user", "content": 5}]},
+        Kind.NOT_TEXT,
+        "content is a int",
+    ),
     "null": ({"messages": [{"role": "user", "content": None}]}, Kind.MISSING, "content is missing"),
     "no turns": ({"messages": "hello"}, Kind.NO_TURNS, "not a list of turns"),
-    "columns of two lengths": ({"messages": {"role": ["user"], "content": []}}, Kind.NO_TURNS, "different lengths"),
+    "columns of two lengths": (
+        {"messages": {"role": ["user"], "content": []}},
+        Kind.NO_TURNS,
+        "different lengths",
+    ),
     "two users": (turns("u: Q", "u: R", "a: A"), Kind.SAME_ROLE, "two turns of user follow each other"),
-    "two answers": (turns("u: Q", "a: A", "a: B"), Kind.SAME_ROLE, "two turns of assistant follow each other"),
+    "two answers": (
+        turns("u: Q", "a: A", "a: B"),
+        Kind.SAME_ROLE,
+        "two turns of assistant follow each other",
+    ),
     "two leading answers": (
         turns("a: A", "a: B", "u: Q", "a: C"),
         Kind.SAME_ROLE,
         "two turns of assistant follow each other",
     ),
     "a late system turn": (turns("u: Q", "s: S", "a: A"), Kind.LATE_SYSTEM, "the system's"),
-    "a leading answer alone": (turns("a: A", "u: Q"), Kind.NO_ANSWER, "no assistant turn after a user's turn"),
+    "a leading answer alone": (
+        turns("a: A", "u: Q"),
+        Kind.NO_ANSWER,
+        "no assistant turn after a user's turn",
+    ),
     "no answer": (turns("u: Q"), Kind.NO_ANSWER, "no assistant turn"),
     "an unknown role": (turns("u: Q", "bot: A"), Kind.UNKNOWN_ROLE, "'bot'"),
     "an empty answer": (turns("u: Q", "a:  "), Kind.EMPTY, "response is empty"),
     "half a weight": (turns("u: Q", "a: A", t1={"weight": 0.5}), Kind.BAD_MASK, "weight of a turn is 0.5"),
     "a mask of text": (turns("u: Q", "a: A", t1={"train": "no"}), Kind.BAD_MASK, "train of a turn is 'no'"),
     "masks at odds": (turns("u: Q", "a: A", t1={"weight": 0, "loss": True}), Kind.BAD_MASK, "contradict"),
-    "a mask of the last": (turns("u: Q", "a: A", t1={"loss": False}), Kind.MASKED, "every assistant turn is masked"),
+    "a mask of the last": (
+        turns("u: Q", "a: A", t1={"loss": False}),
+        Kind.MASKED,
+        "every assistant turn is masked",
+    ),
     "an id beyond floats": (turns("u: Q", "a: A") | {"id": 1e20}, Kind.BAD_ID, "id is 1e+20"),
     "a broken id": (turns("u: Q", "a: A") | {"id": 1.5}, Kind.BAD_ID, "id is 1.5"),
 }
@@ -100,13 +124,20 @@ def test_every_kind_is_documented() -> None:
 
 
 @pytest.mark.parametrize("tools", [None, "", "[]", []])
-@pytest.mark.parametrize("mask", [{"weight": 1}, {"weight": 1.0, "loss": None}, {"loss": True, "train": True}, {}])
+@pytest.mark.parametrize(
+    "mask", [{"weight": 1}, {"weight": 1.0, "loss": None}, {"loss": True, "train": True}, {}]
+)
 def test_masks_and_tools_that_say_nothing_change_nothing(tmp_path: Path, tools: object, mask: dict) -> None:
     plain = read_one(tmp_path, turns("u: Q", "a: A", "u: R", "a: B"))
-    assert read_one(tmp_path, turns("u: Q", "a: A", "u: R", "a: B", t1=mask, t3=mask) | {"tools": tools}) == plain
+    assert (
+        read_one(tmp_path, turns("u: Q", "a: A", "u: R", "a: B", t1=mask, t3=mask) | {"tools": tools})
+        == plain
+    )
 
 
-@pytest.mark.parametrize("mask", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False, "weight": None}])
+@pytest.mark.parametrize(
+    "mask", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False, "weight": None}]
+)
 def test_a_masked_turn_is_context_only(tmp_path: Path, mask: dict) -> None:
     row = turns("u: Q", "a: A", "u: R", "a: B", "u: S", "a: C", t1=mask)
     example = read_one(tmp_path, row)
@@ -130,20 +161,27 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatFormat:
     """With a template that would show a mask."""
     path = tmp_path_factory.mktemp("chat")
     (path / "all.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{% for key, value in m.items() %}{{ key if key != 'content' }}{{ value }}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{% for key, value in m.items() %}{{ key if key != 'content' "
+        "}}{{ value }}{% endfor %}"
         "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>roleassistant{% endif %}"
     )
-    return load_chat_format(load_tokenizer(make_tokenizer("byte_level", path / "model")), str(path / "all.jinja"))
+    return load_chat_format(
+        load_tokenizer(make_tokenizer("byte_level", path / "model")), str(path / "all.jinja")
+    )
 
 
 @pytest.mark.parametrize("masked", [(), (1,), (3,), (1, 3)])
-def test_labels_are_those_of_the_turns_that_no_mask_leaves_out(tmp_path: Path, chat: ChatFormat, masked: tuple) -> None:
+def test_labels_are_those_of_the_turns_that_no_mask_leaves_out(
+    tmp_path: Path, chat: ChatFormat, masked: tuple
+) -> None:
     said = ["u: Q", "a: Ay", "u: R", "a: Bee", "u: S", "a: See"]
     whole = read_one(tmp_path, turns(*said))
     example = read_one(tmp_path, turns(*said, **{f"t{number}": {"weight": 0} for number in masked}))
     expected = [text for number, text in ((1, "Ay"), (3, "Bee"), (5, "See")) if number not in masked]
     encoded = chat.encode_conversation(example.prompt(), example.response, every_turn=True)
-    assert np.array_equal(encoded.ids, chat.encode_conversation(whole.prompt(), whole.response, every_turn=True).ids)
+    assert np.array_equal(
+        encoded.ids, chat.encode_conversation(whole.prompt(), whole.response, every_turn=True).ids
+    )
     labels = encoded.ids[encoded.supervised]
     assert chat.tokenizer.joined_bytes(labels[labels != chat.stop_id]).decode() == "".join(expected)
     assert (labels == chat.stop_id).sum() == len(expected)
@@ -154,8 +192,12 @@ def test_labels_are_those_of_the_turns_that_no_mask_leaves_out(tmp_path: Path, c
 def test_a_mask_does_not_reach_a_server(tmp_path: Path, chat: ChatFormat) -> None:
     example = read_one(tmp_path, turns("u: Q", "a: A", "u: R", "a: B", t1={"weight": 0}))
     save_model(tmp_path / "model", "llama")
-    recipe = small_recipe(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "model", {"s": tmp_path / "model"})
-    served = SourceOptions(model=str(tmp_path / "model"), server={"url": "http://localhost:1/v1", "model": "x"})
+    recipe = small_recipe(
+        tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "model", {"s": tmp_path / "model"}
+    )
+    served = SourceOptions(
+        model=str(tmp_path / "model"), server={"url": "http://localhost:1/v1", "model": "x"}
+    )
     body = _Format(recipe.model_copy(update={"sources": {"s": served}}), "s", chat).body(example, 5)
     assert body["messages"] == [
         {"role": "user", "content": "Q"},
@@ -178,7 +220,9 @@ CONTENT = {"instruction": "Q", "output": "A"}
         (["a", None], ["a", "content"], {}),
     ],
 )
-def test_an_id_that_different_rows_have_is_nobodys(tmp_path: Path, ids: list, kept: list, kinds: dict) -> None:
+def test_an_id_that_different_rows_have_is_nobodys(
+    tmp_path: Path, ids: list, kept: list, kinds: dict
+) -> None:
     """Which of the rows another file means is not known: taking one would pair it with another's answers."""
     rows = []
     for name in ids:
@@ -209,7 +253,10 @@ def test_parquet_rows_with_null_masks_are_read(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    rows = [turns("u: Q", "a: A", "u: R", "a: B", t1={"weight": 0}), turns("u: Q", "a: A", t1={"tool_calls": ["x"]})]
+    rows = [
+        turns("u: Q", "a: A", "u: R", "a: B", t1={"weight": 0}),
+        turns("u: Q", "a: A", t1={"tool_calls": ["x"]}),
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     found = read_rows(tmp_path / "rows.parquet")
     plain = read_rows(write_rows(tmp_path / "rows.jsonl", rows))

@@ -36,7 +36,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A target and two sources with vocabularies of other sizes; only tokenizer and config, which is all this stage reads."""
+    """A target and two sources with vocabularies of other sizes; only tokenizer and config, which is all
+    this stage reads.
+    """
     root = tmp_path_factory.mktemp("models")
     for name, vocab_size in {"target": 300, "coarse": 340, "bytes": 260}.items():
         save_tokenizer(root / name, vocab_size)
@@ -65,7 +67,10 @@ FORMS = {
             {"role": "user", "content": "nobody answers this"},
         ]
     },
-    "sharegpt": {"system": "S", "conversations": [{"from": "human", "value": "Q\n\nI"}, {"from": "gpt", "value": "A"}]},
+    "sharegpt": {
+        "system": "S",
+        "conversations": [{"from": "human", "value": "Q\n\nI"}, {"from": "gpt", "value": "A"}],
+    },
 }
 
 
@@ -81,7 +86,9 @@ def test_all_forms_give_the_same_example(tmp_path: Path, form: str) -> None:
 
 
 def test_several_turns_and_default_system(tmp_path: Path) -> None:
-    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    turns = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
     (example,) = read_rows(write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])).read()
     assert (example.messages, example.response, example.system) == (turns[:3], "d", None)
     assert example.prompt("be brief") == [{"role": "system", "content": "be brief"}, *turns[:3]]
@@ -171,7 +178,9 @@ def save_table(path: Path, rows: list[dict]) -> Path:
                 file.write_table(part)
     if path.name == "saved":
         names = [{"filename": f"{name}.arrow"} for name in halves]
-        (path / "state.json").write_text(json.dumps({"_data_files": names, "_format_type": None, "_split": "train"}))
+        (path / "state.json").write_text(
+            json.dumps({"_data_files": names, "_format_type": None, "_split": "train"})
+        )
     return path
 
 
@@ -214,7 +223,9 @@ def test_directories_that_are_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no .*parquet file and no state\.json"):
         read_rows(tmp_path)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(UserError, match=r"several splits\. Name the directory of one of them \(train, test\)"):
+    with pytest.raises(
+        UserError, match=r"several splits\. Name the directory of one of them \(train, test\)"
+    ):
         read_rows(tmp_path)
 
 
@@ -265,10 +276,13 @@ def test_false_offsets_in_an_arrow_file_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["id", "category"])
-def test_a_row_without_characters_leaves_no_directory(models: dict[str, Path], tmp_path: Path, key: str) -> None:
+def test_a_row_without_characters_leaves_no_directory(
+    models: dict[str, Path], tmp_path: Path, key: str
+) -> None:
     recipe = recipe_for(models, tmp_path, [f'{{"instruction": "Q", "output": "A", "{key}": "\\ud800"}}'])
     with pytest.raises(
-        UserError, match=rf"data.jsonl: none of its .* rows can be used .*line 1: {key} holds half a surrogate pair"
+        UserError,
+        match=rf"data.jsonl: none of its .* rows can be used .*line 1: {key} holds half a surrogate pair",
     ):
         prepare_instructions(Context(recipe))
     assert not recipe.workdir.exists()
@@ -303,7 +317,9 @@ def test_sample_and_split_depend_on_seed_and_ids_only(models: dict[str, Path], t
     assert set(draw("seed", rows, seed=99, **some)) != set(first)
 
 
-def test_a_directory_made_under_the_old_name_of_a_key_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_directory_made_under_the_old_name_of_a_key_goes_on(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     """Recorded names stay as they were, so that plans of older versions are plans of today's recipes."""
     data = {"samples": 5, "validation_samples": 2}
     recipe = recipe_for(models, tmp_path, [alpaca(number) for number in range(9)], data=data)
@@ -335,11 +351,19 @@ def test_a_directory_made_under_the_old_name_of_a_key_goes_on(models: dict[str, 
     assert made == {path: path.stat().st_mtime_ns for path in artifact.directory.iterdir()}
 
 
-@pytest.mark.parametrize("seq_length", [40, 41, 42, 43, 64])  # neighbours: the cut falls on every byte of a character
+# Neighbours: the cut falls on every byte of a character.
+@pytest.mark.parametrize("seq_length", [40, 41, 42, 43, 64])
 def test_a_cut_response_is_the_longest_that_fits_every_model(
     models: dict[str, Path], tmp_path: Path, seq_length: int
 ) -> None:
-    texts = ["The quick brown fox. " * 20, "日本語のテキスト" * 9, "👍🏽é" * 12, "12345 " * 30, "ok", "\r\n\0 x" * 30]
+    texts = [
+        "The quick brown fox. " * 20,
+        "日本語のテキスト" * 9,
+        "👍🏽é" * 12,
+        "12345 " * 30,
+        "ok",
+        "\r\n\0 x" * 30,
+    ]
     rows = [{"id": str(i), "instruction": "Q?", "output": text} for i, text in enumerate(texts)]
     recipe = recipe_for(models, tmp_path, rows, training={"seq_length": seq_length})
     artifact = prepare_instructions(Context(recipe))
@@ -350,7 +374,8 @@ def test_a_cut_response_is_the_longest_that_fits_every_model(
     for example, text in zip(examples, texts, strict=True):
         assert text.startswith(example.response)
         encoded = [
-            f.encode_conversation(example.prompt(), example.response, stop=not example.truncated) for f in formats
+            f.encode_conversation(example.prompt(), example.response, stop=not example.truncated)
+            for f in formats
         ]
         assert example.target_tokens == len(encoded[0].ids)
         longest = max(len(e.ids) for e in encoded)
@@ -358,10 +383,15 @@ def test_a_cut_response_is_the_longest_that_fits_every_model(
         if example.truncated:  # up to three byte tokens are given up for a whole character
             assert longest >= seq_length - 3
             more = text[: len(example.response) + 1]
-            assert max(len(f.encode_conversation(example.prompt(), more, stop=False).ids) for f in formats) > seq_length
+            assert (
+                max(len(f.encode_conversation(example.prompt(), more, stop=False).ids) for f in formats)
+                > seq_length
+            )
 
 
-def test_text_stays_whole_where_only_its_stop_token_is_too_much(models: dict[str, Path], tmp_path: Path) -> None:
+def test_text_stays_whole_where_only_its_stop_token_is_too_much(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     chat = load_format(recipe_for(models, tmp_path, [alpaca(1)]).target, "target")
     example = Example("x", None, [{"role": "user", "content": "Q"}], "abc 👍")
     length = len(chat.encode_conversation(example.prompt(), example.response).ids)
@@ -371,20 +401,26 @@ def test_text_stays_whole_where_only_its_stop_token_is_too_much(models: dict[str
     assert (cut.response, cut.truncated) == ("abc ", True)
 
 
-# llama2 keeps every turn's white space and ends it with EOS; vicuna_v1.1's first token of a turn is a leading one.
+# llama2 keeps every turn's white space and ends it with EOS; vicuna_v1.1's first token of a turn is a leading
+# one.
 @pytest.mark.parametrize("template", ["chatml", "vicuna_v1.1", "llama2"])
 @pytest.mark.parametrize("every_turn", [False, True])
 def test_only_the_last_response_is_cut_at_any_length(tmp_path: Path, template: str, every_turn: bool) -> None:
     kinds = ["byte_level"] if template == "chatml" else ["sentencepiece", "llama_json"]
     formats = [
-        (kind, load_chat_format(load_tokenizer(make_tokenizer(kind, tmp_path / kind)), template)) for kind in kinds
+        (kind, load_chat_format(load_tokenizer(make_tokenizer(kind, tmp_path / kind)), template))
+        for kind in kinds
     ]
     turns = ["international?", "Sure: été 🙂", "and 12?", "x", "more", "nation 日本 answer"]
-    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, turns, strict=True)]
+    messages = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, turns, strict=True)
+    ]
     example = Example("x", None, messages[:-1], turns[-1])
 
     def tokens(text: str, stop: bool) -> int:
-        encoded = [f.encode_conversation(messages[:-1], text, stop=stop, every_turn=every_turn) for _, f in formats]
+        encoded = [
+            f.encode_conversation(messages[:-1], text, stop=stop, every_turn=every_turn) for _, f in formats
+        ]
         return max(len(e.ids) for e in encoded)
 
     outcomes = set()
@@ -400,7 +436,9 @@ def test_only_the_last_response_is_cut_at_any_length(tmp_path: Path, template: s
         assert fitted.messages == example.messages and turns[-1].startswith(fitted.response), seq_length
         assert tokens(fitted.response, not fitted.truncated) <= seq_length, seq_length
         if fitted.truncated and fitted.response != turns[-1]:
-            assert tokens(turns[-1][: len(fitted.response) + 1], False) > seq_length, f"{seq_length}: more would fit"
+            assert tokens(turns[-1][: len(fitted.response) + 1], False) > seq_length, (
+                f"{seq_length}: more would fit"
+            )
     assert outcomes == {"left out", "cut", "whole"}
 
 
@@ -434,7 +472,9 @@ _MORE_MEGABYTES = [("a", "truncate")] + [
     [*_MEGABYTES, *(pytest.param(*case, marks=pytest.mark.slow) for case in _MORE_MEGABYTES)],
     ids=ascii,
 )
-def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, text: str, policy: str) -> None:
+def test_a_megabyte_is_cut_or_dropped(
+    models: dict[str, Path], tmp_path: Path, text: str, policy: str
+) -> None:
     whole = text * (10**6 // len(text.encode())) + "end"
     recipe = recipe_for(models, tmp_path, [alpaca(1), alpaca(2, output=whole)], data={"too_long": policy})
     artifact = prepare_instructions(Context(recipe))
@@ -450,12 +490,16 @@ def test_a_megabyte_is_cut_or_dropped(models: dict[str, Path], tmp_path: Path, t
 
 
 def test_earlier_turns_count_as_the_recipe_supervises_them(models: dict[str, Path], tmp_path: Path) -> None:
-    """A template that forgets earlier turns cannot show them to be learned, and need not where the last one alone is."""
+    """A template that forgets earlier turns cannot show them to be learned, and need not where the last
+    one alone is.
+    """
     template = tmp_path / "last.jinja"
     template.write_text("{{ messages[-1]['content'] }}{{ '<|im_end|>' if not add_generation_prompt }}")
     turns = [{"role": role, "content": role} for role in ["user", "assistant"] * 2]
     recipe = recipe_for(models, tmp_path, [{"messages": turns}], data={"supervise": "last_turn"})
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
+    recipe = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update={"chat_template": str(template)})}
+    )
     prepare_instructions(Context(recipe))
     every = recipe.model_copy(update={"data": recipe.data.model_copy(update={"supervise": "every_turn"})})
     with pytest.raises(UserError, match=r"options\.supervise = 'last_turn', but now .* 'every_turn'"):
@@ -501,7 +545,9 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
     for run, examples in enumerate((4, 4, 24)):  # the first is for what stays in memory after it
         (tmp_path / str(run)).mkdir()
         rows = [alpaca(n, instruction="Question? " * 1000) for n in range(examples)]  # 10 kB each
-        recipe = recipe_for(models, tmp_path / str(run), rows, data={"shard_size": 2}, training={"seq_length": 10**6})
+        recipe = recipe_for(
+            models, tmp_path / str(run), rows, data={"shard_size": 2}, training={"seq_length": 10**6}
+        )
         prepared = peak(lambda recipe=recipe: prepare_instructions(Context(recipe)))
         shards = example_shards(Context(recipe).open(INSTRUCTIONS))
         peaks.append((prepared, peak(lambda shards=shards: [len(shard) for shard in shards])))
@@ -509,7 +555,9 @@ def test_texts_are_in_memory_one_shard_at_a_time(models: dict[str, Path], tmp_pa
         assert many < few + 100_000, peaks  # ids and counts grow; the texts by 200 kB
 
 
-def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_plan_is_free_of_sources_and_other_options_are_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     rows = [alpaca(number) for number in range(9)]
     recipe = recipe_for(models, tmp_path, rows, data={"shard_size": 4})
     artifact = prepare_instructions(Context(recipe))
@@ -517,7 +565,9 @@ def test_plan_is_free_of_sources_and_other_options_are_refused(models: dict[str,
     artifact.verify()
     one = recipe.model_copy(update={"sources": {"coarse": recipe.sources["coarse"]}})
     assert Context(one).plan(INSTRUCTIONS) == Context(recipe).plan(INSTRUCTIONS)
-    assert prepare_instructions(Context(one)).sha256 == artifact.sha256 == Context(one).open(INSTRUCTIONS).sha256
+    assert (
+        prepare_instructions(Context(one)).sha256 == artifact.sha256 == Context(one).open(INSTRUCTIONS).sha256
+    )
     other = recipe.model_copy(update={"seed": 5})
     for refuse in (prepare_instructions, lambda context: context.open(INSTRUCTIONS)):
         with pytest.raises(UserError, match=r"seed = 1234.*5"):
@@ -528,7 +578,8 @@ def test_the_command_prints_counts_and_exits_with_2_on_bad_data(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     recipe = recipe_for(models, tmp_path, [alpaca(1), {"instruction": "Q"}])
-    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_none=True))  # JSON is YAML
+    # JSON is YAML.
+    (tmp_path / "recipe.yaml").write_text(recipe.model_dump_json(by_alias=True, exclude_none=True))
 
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["prepare", "--recipe", str(tmp_path / "recipe.yaml"), *arguments])

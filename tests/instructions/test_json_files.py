@@ -1,4 +1,6 @@
-"""Laws of reading JSON files: the form of a file does not change its rows, and a broken one is named with its place."""
+"""Laws of reading JSON files: the form of a file does not change its rows, and a broken one is named with
+its place.
+"""
 
 import gzip
 import io
@@ -17,7 +19,13 @@ from megatron_fuse.instructions.json_values import JsonError, array_elements
 from megatron_fuse.instructions.tables import read_table
 
 ROWS = [
-    {"id": n, "messages": [{"role": "user", "content": f'[{{\\" {n}\n'}, {"role": "assistant", "content": "été 🙂"}]}
+    {
+        "id": n,
+        "messages": [
+            {"role": "user", "content": f'[{{\\" {n}\n'},
+            {"role": "assistant", "content": "été 🙂"},
+        ],
+    }
     for n in range(5)
 ]
 VALUES = st.recursive(
@@ -31,7 +39,9 @@ CHUNKS = st.sampled_from([1, 2, 7, 64, 10**6])
 
 
 @given(rows=ARRAYS, chunk=CHUNKS, indent=st.sampled_from([None, 0, 3]), ascii_only=st.booleans())
-def test_an_array_is_read_as_json_loads_reads_it(rows: list, chunk: int, indent: int | None, ascii_only: bool) -> None:
+def test_an_array_is_read_as_json_loads_reads_it(
+    rows: list, chunk: int, indent: int | None, ascii_only: bool
+) -> None:
     text = f" {json.dumps(rows, indent=indent, ensure_ascii=ascii_only)}\n"
     assert list(array_elements(io.StringIO(text), chunk)) == json.loads(text)
 
@@ -63,7 +73,9 @@ def test_an_array_is_never_whole_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     with path.open("w") as file:
         file.write(
-            "[" + ",".join(json.dumps({"instruction": f"{n} " * 500, "output": "A"}) for n in range(20_000)) + "]"
+            "["
+            + ",".join(json.dumps({"instruction": f"{n} " * 500, "output": "A"}) for n in range(20_000))
+            + "]"
         )
     tracemalloc.start()
     try:
@@ -141,7 +153,9 @@ TURNS = ROWS[0]["messages"]
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
-def test_an_object_with_turns_or_with_no_columns_is_a_row(tmp_path: Path, row: dict, indent: int | None) -> None:
+def test_an_object_with_turns_or_with_no_columns_is_a_row(
+    tmp_path: Path, row: dict, indent: int | None
+) -> None:
     (tmp_path / "x.json").write_text(json.dumps(row, indent=indent))
     assert list(read_table(tmp_path / "x.json")) == [(1, row)]
 
@@ -152,7 +166,10 @@ BROKEN = {
     "no bracket": ('[{"a": 1}', r"x\.json:1: element 2 is not valid JSON .*closing bracket is missing"),
     "comma at the end": ('[{"a": 1},\n]', r"x\.json:2: element 2 is not valid JSON"),
     "two arrays": ("[]\n[]", r"x\.json:2: .*more text after the array"),
-    "an error far from the end": ('[{"a" 1},' + " " * 99 + "{}]", r"x\.json:1: element 1 is not valid JSON .*':'"),
+    "an error far from the end": (
+        '[{"a" 1},' + " " * 99 + "{}]",
+        r"x\.json:1: element 1 is not valid JSON .*':'",
+    ),
     "deep": ("[" + '{"a":' * 100_000, r"x\.json:1: element 1 is not valid JSON"),
     "digits": ('[{"a": ' + "1" * 9999 + "}]", r"x\.json:1: element 1 is not valid JSON"),
     "no UTF-8": (b'[{"a": "\xff"}]', r"x\.json: not UTF-8 after 0 elements"),

@@ -1,4 +1,6 @@
-"""Laws of rows with tools: the forms in which people have them become one, and what is malformed is listed with its reason."""
+"""Laws of rows with tools: the forms in which people have them become one, and what is malformed is listed
+with its reason.
+"""
 
 import json
 from pathlib import Path
@@ -106,11 +108,14 @@ def test_every_form_becomes_the_same_example(tmp_path: Path, name: str) -> None:
 def test_outputs_belong_to_calls_by_id_or_in_order(tmp_path: Path) -> None:
     made = [call("tip", id="one"), call("add", id="two")]
     swapped = read_one(
-        tmp_path, openai(USER, calls(*made), output("2", tool_call_id="two"), output("1", tool_call_id="one"), ANSWER)
+        tmp_path,
+        openai(USER, calls(*made), output("2", tool_call_id="two"), output("1", tool_call_id="one"), ANSWER),
     )
     assert [(turn["name"], turn["content"]) for turn in swapped.messages[2:]] == [("add", "2"), ("tip", "1")]
     plain = [call("tip"), call("add"), call("tip")]
-    row = openai(USER, calls(*plain[:2]), output("1"), output("2", name="sum"), calls(plain[2]), output("3"), ANSWER)
+    row = openai(
+        USER, calls(*plain[:2]), output("1"), output("2", name="sum"), calls(plain[2]), output("3"), ANSWER
+    )
     example = read_one(tmp_path, row)
     ids = [each["id"] for turn in example.messages for each in turn.get("tool_calls", ())]
     assert ids == ["call00000", "call00001", "call00002"]
@@ -157,7 +162,8 @@ for _ in range(70):
     DEEP = [DEEP]
 LISTED = {
     "an output alone": (openai(USER, output(), ANSWER), "a tool's turn has no call before it"),
-    "an output more": (openai(USER, calls(call()), output(), output(), ANSWER), "a tool's turn has no call before it"),
+    "an output more": (openai(USER, calls(call()), output(), output(), ANSWER), "a tool's turn has no call "
+                                                                                "before it"),
     "an output behind an answer": (openai(USER, ANSWER, output()), "a tool's turn has no call before it"),
     "a call written as text": (
         openai(USER, {"role": "assistant", "content": "<tool_call>"}, output(), ANSWER),
@@ -177,13 +183,18 @@ LISTED = {
     ),
     "arguments that are a list": (openai(USER, calls(call(arguments="[1]")), output(), ANSWER), "are [1], not a JSON object"),
     "arguments that are no JSON": (openai(USER, calls(call(arguments="{a: 1}")), output(), ANSWER), "is not JSON ("),
-    "arguments that are a number": (openai(USER, calls(call(arguments=5)), output(), ANSWER), "are 5, not a JSON object"),
-    "no number": (openai(USER, calls(call(arguments='{"a": NaN}')), output(), ANSWER), "holds nan, which is not a JSON value"),
+    "arguments that are a number": (openai(USER, calls(call(arguments=5)), output(), ANSWER), "are 5, not a "
+                                                                                              "JSON object"),
+    "no number": (openai(USER, calls(call(arguments='{"a": NaN}')), output(), ANSWER), "holds nan, which is "
+                                                                                       "not a JSON value"),
     "half a surrogate pair": (openai(USER, calls(call(arguments='{"\\ud800": 1}')), output(), ANSWER), "half a surrogate pair"),
-    "too deep": (openai(USER, calls(call(arguments={"a": DEEP})), output(), ANSWER), "nested in more than 64 levels"),
+    "too deep": (openai(USER, calls(call(arguments={"a": DEEP})), output(), ANSWER), "nested in more than "
+                                                                                     "64 levels"),
     "no name": (openai(USER, calls(call(name="")), output(), ANSWER), "a call has the name ''"),
-    "an id that is a number": (openai(USER, calls(call(id=5)), output(), ANSWER), "id of a call is 5, not text"),
-    "a name that is a number": (openai(USER, calls(call()), output(name=5), ANSWER), "name of a turn is 5, not text"),
+    "an id that is a number": (openai(USER, calls(call(id=5)), output(), ANSWER), "id of a call is 5, not "
+                                                                                  "text"),
+    "a name that is a number": (openai(USER, calls(call()), output(name=5), ANSWER), "name of a turn is 5, "
+                                                                                     "not text"),
     "a call that is text": (openai(USER, calls("tip"), output(), ANSWER), "a call is 'tip', not {name, ...}"),
     "calls that are an object": (openai(USER, calls() | {"tool_calls": call()}, output(), ANSWER), "not a list of calls"),
     "another type of call": (openai(USER, calls({"type": "custom", "custom": {"name": "x"}}), output(), ANSWER), "and not {type: function"),
@@ -192,7 +203,9 @@ LISTED = {
         "a call is [1], not {name, ...}",
     ),
     "a call of text that is none": (sharegpt(("human", "Q"), ("function_call", "tip(5)"), *GLAIVE[2:]), "is not JSON ("),
-    "an empty call": (sharegpt(("human", "Q"), ("function_call", "[]"), *GLAIVE[2:]), "a turn of function_call has no call"),
+    "an empty call": (sharegpt(("human", "Q"), ("function_call", "[]"), *GLAIVE[2:]), "a turn of "
+                                                                                      "function_call has no "
+                                                                                      "call"),
     "tools that are no JSON": (openai(USER, ANSWER, tools="tip"), "tools: 'tip' is not JSON"),
     "tools that are an object": (openai(USER, ANSWER, tools=FUNCTION), "not a list of tools"),
     "a tool without a name": (openai(USER, ANSWER, tools=[{"type": "function", "function": {}}]), "has the name None"),
@@ -213,7 +226,10 @@ def test_what_is_malformed_is_listed(tmp_path: Path, name: str) -> None:
 def test_a_row_without_an_answer_in_text_is_listed(tmp_path: Path, turns: list[dict]) -> None:
     listed = read_one(tmp_path, openai(USER, *turns))
     assert (listed["kind"], listed["reason"]) == (Kind.NO_ANSWER, "no assistant turn except calls of tools")
-    assert read_one(tmp_path, openai(USER, calls(call()), calls(call()), output(), ANSWER))["kind"] == Kind.SAME_ROLE
+    assert (
+        read_one(tmp_path, openai(USER, calls(call()), calls(call()), output(), ANSWER))["kind"]
+        == Kind.SAME_ROLE
+    )
 
 
 @pytest.mark.parametrize("arguments", [None, "", " ", "{}", {}, "null"])
@@ -226,7 +242,10 @@ def test_parquet_rows_with_tools_are_read_as_those_of_json(tmp_path: Path) -> No
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    rows = [openai(USER, calls(call()), output(), ANSWER, tools=json.dumps([TOOL])), openai(USER, ANSWER, tools=None)]
+    rows = [
+        openai(USER, calls(call()), output(), ANSWER, tools=json.dumps([TOOL])),
+        openai(USER, ANSWER, tools=None),
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     found, plain = read_rows(tmp_path / "rows.parquet"), read_rows(write_rows(tmp_path / "rows.jsonl", rows))
     assert list(found.read()) == list(plain.read()) and found.bad == plain.bad and len(found) == 2

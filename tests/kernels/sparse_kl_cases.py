@@ -1,4 +1,6 @@
-"""Random arguments of the loss with everything in them that can go wrong, and the fp64 answer to compare with."""
+"""Random arguments of the loss with everything in them that can go wrong, and the fp64 answer to compare
+with.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +8,8 @@ import torch
 from fuse_kernels import sparse_kl_cross_entropy
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels, which are interpreted on a CPU
+# Of the Triton kernels, which are interpreted on a CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Case:
 
 
 def make_case(seed: int, *, n=16, vocab=97, k=10, padding=3, dtype=torch.float32, skipped=True) -> Case:
-    """Rows cycle through the odd ones (see the comments); all other values are random. 16 rows hold all odd ones.
+    """Rows cycle through the odd ones (see the comments); all other values are random. 16 rows hold all odd
+    ones.
 
     skipped: some rows weigh nothing.
     """
@@ -42,13 +46,15 @@ def make_case(seed: int, *, n=16, vocab=97, k=10, padding=3, dtype=torch.float32
     ids[3::8, -1] = ids[3::8, 0]  # a repeated id
     labels[3::8] = ids[3::8, 0]  # ... that is also the label
     labels[4::8] = ids[4::8, -1]  # label among the entries
-    mass[5::8] /= mass[5::8].sum(1, keepdim=True)  # the teacher's whole mass is stored: m = 1, rounded either way
+    # The teacher's whole mass is stored: m = 1, rounded either way.
+    mass[5::8] /= mass[5::8].sum(1, keepdim=True)
     ce_weight[6::16], kl_weight[14::16] = 0, 0  # one part only
     if skipped:
         ce_weight[7::8] = kl_weight[7::8] = 0
         logits[7::8] = torch.nan
         ids[10::16], labels[10::16] = -1, -100  # weights, but nothing to weigh
-    logits[3::8].scatter_add_(1, ids[3::8, :1].clamp(min=0), torch.full((n, 1), 25.0, dtype=torch.float64))  # certain
+    # Certain.
+    logits[3::8].scatter_add_(1, ids[3::8, :1].clamp(min=0), torch.full((n, 1), 25.0, dtype=torch.float64))
     logits[:, vocab:] = torch.nan  # padding is never looked at
     logprobs = mass.log().masked_fill(ids < 0, torch.nan)  # nor are empty slots
     # Gradients in bf16 are written forward, and rounded once more where the upstream gradient is not 1.
@@ -57,8 +63,8 @@ def make_case(seed: int, *, n=16, vocab=97, k=10, padding=3, dtype=torch.float32
 
 
 def run(case: Case, implementation: str, *, dtype=None, columns=slice(None), device="cpu", **options):
-    """(loss, ce, kl, gradient [n, v/p] in the logits' dtype, teacher mass, student mass, agreement) of sum(upstream * loss), on the
-    CPU; dtype: convert the logits first."""
+    """(loss, ce, kl, gradient [n, v/p] in the logits' dtype, teacher mass, student mass, agreement) of
+    sum(upstream * loss), on the CPU; dtype: convert the logits first."""
     logits = case.logits[:, columns].detach().to(device, dtype or case.logits.dtype).clone().requires_grad_()
     losses = sparse_kl_cross_entropy(
         logits,
@@ -84,20 +90,27 @@ def assert_close(actual, expected, case: Case, note: str) -> None:
     dtype = case.logits.dtype
     largest = case.logits[case.logits.isfinite()].abs().max().item()
     for name, a, e in zip(("loss", "ce", "kl"), actual[:3], expected[:3], strict=True):
-        # A log-sum-exp cannot be more precise than one rounding of the largest logit; half types compute in fp32.
+        # A log-sum-exp cannot be more precise than one rounding of the largest logit; half types compute in
+        # fp32.
         bound = 1e-13 if dtype == torch.float64 else 1e-6
         error = (a.double() - e).abs() / e.abs().clamp(min=max(1.0, largest))
-        assert error.max() <= bound, f"{note}: {name} of row {error.argmax()} is off by {error.max():.2e} > {bound}"
+        assert error.max() <= bound, (
+            f"{note}: {name} of row {error.argmax()} is off by {error.max():.2e} > {bound}"
+        )
     bound = (1e-13 if dtype == torch.float64 else 1e-6) * max(1.0, largest)
     for name, a, e in zip(("teacher mass", "student mass"), actual[4:6], expected[4:6], strict=True):
-        assert (a.double() - e).abs().max() <= bound, f"{note}: {name} is off by {(a.double() - e).abs().max():.2e}"
+        assert (a.double() - e).abs().max() <= bound, (
+            f"{note}: {name} is off by {(a.double() - e).abs().max():.2e}"
+        )
     assert torch.equal(actual[6].double(), expected[6]), f"{note}: agreement"
     gradient, exact_gradient = actual[3].double(), expected[3]
     assert torch.isfinite(gradient).all(), f"{note}: gradient is not finite"
     error = (gradient - exact_gradient).norm()
     if dtype in (torch.bfloat16, torch.float16):
         # Against the error of merely rounding the exact gradient, plus fp32 arithmetic.
-        bound = 1.05 * (exact_gradient.to(dtype).double() - exact_gradient).norm() + 1e-6 * exact_gradient.norm()
+        bound = (
+            1.05 * (exact_gradient.to(dtype).double() - exact_gradient).norm() + 1e-6 * exact_gradient.norm()
+        )
     else:
         bound = (1e-13 if dtype == torch.float64 else 3e-6) * exact_gradient.norm()
     assert error <= bound, f"{note}: gradient is off by {error:.2e} > {bound:.2e}"

@@ -17,7 +17,10 @@ COMPILED = "dense torch.compile"  # a compiler's run for every shape
 
 @pytest.fixture(autouse=True)
 def siblings(monkeypatch):
-    """A folder of scripts, which import each other by their file's name. What measures a shard leaves a group behind."""
+    """A folder of scripts, which import each other by their file's name.
+
+    What measures a shard leaves a group behind.
+    """
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     if dist.is_initialized():
@@ -121,7 +124,9 @@ def test_a_wrong_provider_is_reported_and_not_timed(mistake, dtype):
     bad, good = measure(case, [wrong, right], CpuMeter(), "cpu", repeats=2)
     assert bad.failed and bad.note and not bad.milliseconds
     assert not good.failed and not good.note and good.milliseconds
-    assert [row["provider"] for row in result_rows(case, [bad, good]) if row.get("p50_ms")] == ["dense eager"] * 3
+    assert [row["provider"] for row in result_rows(case, [bad, good]) if row.get("p50_ms")] == [
+        "dense eager"
+    ] * 3
 
 
 @pytest.mark.parametrize("kernel", ["sparse_kl", "fused_linear"])
@@ -152,7 +157,9 @@ def test_every_call_meets_the_same_inputs(kernel):
 
 
 def test_memory_is_what_a_call_adds():
-    """Forward keeps `size` bytes; backward takes two such scratch buffers beside it, and the gradient is one more."""
+    """Forward keeps `size` bytes; backward takes two such scratch buffers beside it, and the gradient is
+    one more.
+    """
     from cases import Case
     from inputs import make_inputs
     from providers import Provider
@@ -179,7 +186,9 @@ def test_memory_is_what_a_call_adds():
 
 
 def test_gpu_marks_are_read_after_the_device_has_finished(monkeypatch):
-    """A device that finishes only when waited for: times are differences of its own clock, the flush not among them."""
+    """A device that finishes only when waited for: times are differences of its own clock, the flush not
+    among them.
+    """
     queue, finished = [], []
 
     class Event:
@@ -257,7 +266,9 @@ def test_a_provider_without_memory_is_a_row_and_no_failure():
 
     case = Case("sparse_kl", 24, 97, 3, 2.0, torch.float32)
     right = next(p for p in sparse_kl_providers("cpu") if p.name == "dense eager")
-    too_large, good = measure(case, [Provider("large", large, right.exact), right], CpuMeter(), "cpu", repeats=2)
+    too_large, good = measure(
+        case, [Provider("large", large, right.exact), right], CpuMeter(), "cpu", repeats=2
+    )
     assert too_large.note == "out of memory" and not too_large.failed and not too_large.milliseconds
     assert good.milliseconds
 
@@ -274,7 +285,9 @@ def test_a_wrong_top_k_is_noticed(mistake):
     right = next(p for p in top_k_providers(case.k) if p.name.startswith("torch"))
 
     def wrong(*arguments):
-        results = dict(zip(("ids", "logits", "relative_lse", "label_logits"), right.loss(*arguments), strict=True))
+        results = dict(
+            zip(("ids", "logits", "relative_lse", "label_logits"), right.loss(*arguments), strict=True)
+        )
         results[mistake] = results[mistake].flip(0) if mistake == "ids" else results[mistake] * 1.1
         return tuple(results.values())
 

@@ -1,4 +1,6 @@
-"""The loss from hidden states equals the product followed by the loss: values and all gradients, whole and over shards."""
+"""The loss from hidden states equals the product followed by the loss: values and all gradients, whole and
+over shards.
+"""
 
 import random
 from dataclasses import replace
@@ -30,11 +32,15 @@ def arguments(case: Case) -> tuple[tuple, dict]:
 
 
 def exact(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
-    """loss, ce, kl, gradients of hidden and weight, what is known of the fit: fp64, all logits at once, plain autograd."""
+    """loss, ce, kl, gradients of hidden and weight, what is known of the fit: fp64, all logits at once,
+    plain autograd.
+    """
     hidden, weight = (tensor.double().nan_to_num(0).requires_grad_() for tensor in (hidden, weight))
     targets, weights = arguments(case)
     logits = hidden @ weight.t()
-    loss, ce, kl, *fit = sparse_kl_cross_entropy(logits, *targets, **weights, implementation="reference", **options)
+    loss, ce, kl, *fit = sparse_kl_cross_entropy(
+        logits, *targets, **weights, implementation="reference", **options
+    )
     loss.backward(case.upstream.double())
     return loss.detach(), ce, kl, hidden.grad, weight.grad, *fit[:2]
 
@@ -44,14 +50,19 @@ def fused(case: Case, hidden: torch.Tensor, weight: torch.Tensor, **options):
     hidden, weight = (tensor.to(device).clone().requires_grad_() for tensor in (hidden, weight))
     targets, weights = arguments(case)
     targets = [target.to(device) for target in targets]
-    weights = {name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in weights.items()}
+    weights = {
+        name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in weights.items()
+    }
     loss, ce, kl, *fit = fused_linear_sparse_kl(hidden, weight, *targets, **weights, **options)
     loss.backward(case.upstream.to(device, loss.dtype))
     return tuple(tensor.cpu() for tensor in (loss.detach(), ce, kl, hidden.grad, weight.grad, *fit[:2]))
 
 
 def assert_near(actual, expected, dtype: torch.dtype) -> None:
-    """Relative to the norm of each. Half types: the logits themselves are rounded, by up to 2^-9 (bf16) of each."""
+    """Relative to the norm of each.
+
+    Half types: the logits themselves are rounded, by up to 2^-9 (bf16) of each.
+    """
     bound = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     names = ("loss", "ce", "kl", "hidden", "weight", "teacher mass", "student mass")
     for name, a, e in zip(names, actual, expected, strict=True):
@@ -67,13 +78,16 @@ CASES = [
     for tail, temperature in (("bucket", 2.0), ("renormalize", 1.0), ("ignore", 3.7))
     for dtype in (torch.float64, torch.float32, *HALF)
     # Interpreted kernels are slow and take no fp64; of half types one case each says all.
-    if implementation != "triton" or (chunk_tokens == 7 and dtype in (torch.float32, *HALF[: tail == "bucket"]))
+    if implementation != "triton"
+    or (chunk_tokens == 7 and dtype in (torch.float32, *HALF[: tail == "bucket"]))
     if dtype not in HALF or chunk_tokens == 7
 ]
 
 
 @pytest.mark.parametrize(("implementation", "chunk_tokens", "tail", "temperature", "dtype"), CASES, ids=str)
-def test_equals_the_product_followed_by_the_loss(implementation, chunk_tokens, tail, temperature, dtype, seed):
+def test_equals_the_product_followed_by_the_loss(
+    implementation, chunk_tokens, tail, temperature, dtype, seed
+):
     case, hidden, weight = make_linear_case(seed, n=16, vocab=61, k=5, dtype=dtype)
     if implementation == "triton":
         hidden = hidden.nan_to_num(0)  # its rows stay in the products, where NaN would spread
@@ -104,11 +118,14 @@ def test_gradient_adds_to_megatrons_main_gradient(dtype, unit, seed):
     weight = weight.clone().requires_grad_()
     weight.main_grad = torch.full(weight.shape, 0.5)
     hooks = []
-    accumulation = weight.expand_as(weight).grad_fn.next_functions[0][0]  # where Megatron's data parallelism waits
+    # Where Megatron's data parallelism waits.
+    accumulation = weight.expand_as(weight).grad_fn.next_functions[0][0]
     accumulation.register_hook(lambda *_: hooks.append(weight.grad))
     targets, weights = arguments(case)
     for micro_batch in (1, 2):
-        loss = fused_linear_sparse_kl(hidden, weight, *targets, **weights, chunk_tokens=8, unit_upstream=unit)[0]
+        loss = fused_linear_sparse_kl(
+            hidden, weight, *targets, **weights, chunk_tokens=8, unit_upstream=unit
+        )[0]
         loss.backward(case.upstream)
         assert len(hooks) == micro_batch and hooks[-1].is_sparse and hooks[-1]._nnz() == 0
         weight.grad = None
@@ -153,7 +170,8 @@ def test_products_of_a_unit_upstream(seed):
 
 
 def test_chunks_have_a_size_of_their_own():
-    # 1024 rows of Llama-3's vocabulary in bf16 are 250 MB; a shard of a quarter has four times as many; never fewer than 128
+    # 1024 rows of Llama-3's vocabulary in bf16 are 250 MB; a shard of a quarter has four times as many; never
+    # fewer than 128
     assert [chunk_rows(*shape) for shape in ((128256, 2), (32064, 2), (128256, 4), (1 << 24, 4))] == [
         1024,
         4096,
@@ -163,7 +181,9 @@ def test_chunks_have_a_size_of_their_own():
 
 
 def test_tied_weight_keeps_its_other_gradient(seed):
-    """Of an embedding that is the output layer too, autograd adds up both gradients, whichever comes first."""
+    """Of an embedding that is the output layer too, autograd adds up both gradients, whichever comes
+    first.
+    """
     case, _, weight = make_linear_case(seed, n=16, vocab=61, k=5, skipped=False)
     ids = torch.randint(61, (16,), generator=torch.Generator().manual_seed(seed))
     targets, weights = arguments(case)
@@ -230,13 +250,16 @@ def test_bad_arguments(change, message):
         fused_linear_sparse_kl(**(given | change))
 
 
-# --- over shards -------------------------------------------------------------------------------------------------------
+# --- over shards
+# -------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {"tp2": (61, [32, 32]), "tp4 padding": (40, [16] * 4), "tp2 uneven": (61, [3, 60])}
 
 
 def compare_with_whole(seed: int) -> dict[str, str]:
-    """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all is well."""
+    """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all
+    is well.
+    """
     from test_sparse_kl_vocab_parallel import Collectives
 
     dist.init_process_group("gloo")
@@ -258,16 +281,25 @@ def compare_with_whole(seed: int) -> dict[str, str]:
         expected_of[True] = (*unit[:4], unit[4][shard], *unit[5:])
         choices = product(("torch", "triton", *["reference"] * (len(set(widths)) == 1)), (False, True))
         for implementation, unit in choices:
-            place = {"vocab_start": start, "group": group, "implementation": implementation, "unit_upstream": unit}
+            place = {
+                "vocab_start": start,
+                "group": group,
+                "implementation": implementation,
+                "unit_upstream": unit,
+            }
             try:
                 with Collectives() as collectives:
-                    actual = fused(case_of[unit], hidden, weight[shard], temperature=2.0, chunk_tokens=6, **place)
+                    actual = fused(
+                        case_of[unit], hidden, weight[shard], temperature=2.0, chunk_tokens=6, **place
+                    )
                 assert_near(actual, expected_of[unit], torch.float32)
                 if implementation != "reference":
                     weighed = int(((case.ce_weight != 0) | (case.kl_weight != 0)).sum())
                     rows = 12 if implementation == "triton" else weighed
                     gathers = collectives.seen["c10d::_allgather_base_"]
-                    assert gathers <= -(-rows // 6) and collectives.seen["c10d::allreduce_"] == 1, collectives.seen
+                    assert gathers <= -(-rows // 6) and collectives.seen["c10d::allreduce_"] == 1, (
+                        collectives.seen
+                    )
                 complaints[f"{name} {implementation} {unit}"] = ""
             except AssertionError as error:
                 complaints[f"{name} {implementation} {unit}"] = f"rank {rank}: {error}"

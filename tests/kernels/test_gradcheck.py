@@ -1,4 +1,6 @@
-"""The gradient against finite differences of the loss, in fp64: what every other test of a gradient rests on."""
+"""The gradient against finite differences of the loss, in fp64: what every other test of a gradient rests
+on.
+"""
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ TAILS = ("bucket", "renormalize", "ignore")
 
 def loss_of(logits: torch.Tensor, case: Case, **options) -> torch.Tensor:
     weights = {"ce_weight": case.ce_weight, "kl_weight": case.kl_weight, "vocab_size": case.vocab_size}
-    return sparse_kl_cross_entropy(logits, case.labels, case.teacher_ids, case.teacher_logprobs, **weights, **options)[
-        0
-    ]
+    return sparse_kl_cross_entropy(
+        logits, case.labels, case.teacher_ids, case.teacher_logprobs, **weights, **options
+    )[0]
 
 
 class _FreshLogits(torch.autograd.Function):
-    """`loss_of`, whose backward makes a forward pass of its own: gradcheck walks a graph once for every output, and an
-    implementation that writes the gradient over the logits can be walked but once."""
+    """`loss_of`, whose backward makes a forward pass of its own: gradcheck walks a graph once for every
+    output, and an implementation that writes the gradient over the logits can be walked but once."""
 
     @staticmethod
     def forward(ctx, logits, case, options):
@@ -41,10 +43,13 @@ class _FreshLogits(torch.autograd.Function):
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
 def test_gradient_is_the_derivative(temperature, tail, implementation, seed):
     case = make_case(seed, n=8, vocab=7, k=3, padding=1, dtype=torch.float64)
-    # Finite differences cannot step from NaN, nor see what is left of a softmax as sharp as the cases' certain row.
+    # Finite differences cannot step from NaN, nor see what is left of a softmax as sharp as the cases'
+    # certain row.
     logits = case.logits.nan_to_num(0.0).clamp(-6, 6).requires_grad_()
     options = {"temperature": temperature, "tail": tail, "implementation": implementation}
-    assert torch.autograd.gradcheck(_FreshLogits.apply, (logits, case, options), eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        _FreshLogits.apply, (logits, case, options), eps=1e-6, atol=1e-7, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch"])

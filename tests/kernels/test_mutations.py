@@ -1,4 +1,7 @@
-"""The table of planted errors keeps up with the code that it damages. The check itself is kernels/checks/mutations.py."""
+"""The table of planted errors keeps up with the code that it damages.
+
+The check itself is kernels/checks/mutations.py.
+"""
 
 from pathlib import Path
 

@@ -19,12 +19,15 @@ TEMPERATURES = (1.0, 2.0, 4.0, 3.7)
 
 def cases():
     """Everything with everything; of the largest shape a plain run has a part."""
-    # 97: smaller than a vector loop's unit; 1023: rows unaligned; 32000: the paper's vocabulary, several chunks.
-    # k 1: the smallest; 10: the recipes'; 33: a third of the vocabulary of 97, so that the tail is no afterthought
+    # 97: smaller than a vector loop's unit; 1023: rows unaligned; 32000: the paper's vocabulary, several
+    # chunks. k 1: the smallest; 10: the recipes'; 33: a third of the vocabulary of 97, so that the tail is no
+    # afterthought
     shapes = [(97, 1, 24), (97, 33, 48), (1023, 10, 24), (1023, 33, 24), (32000, 10, 16)]
     dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     # skipped rows are gathered around; without any, the rows are read and written where they lie
-    for shape, tail, temperature, dtype, skipped in product(shapes, TAILS, TEMPERATURES, dtypes, [True, False]):
+    for shape, tail, temperature, dtype, skipped in product(
+        shapes, TAILS, TEMPERATURES, dtypes, [True, False]
+    ):
         usual = [tail == "bucket", temperature == 2.0, dtype == torch.float32, skipped]
         marks = [pytest.mark.slow] if shape[0] == 32000 and sum(usual) < 3 else []
         values = (*shape, tail, temperature, dtype, skipped)
@@ -38,18 +41,27 @@ def test_chunked_equals_dense_formula(vocab, k, n, tail, temperature, dtype, ski
     assert_close(run(case, "torch", **options), exact(case, **options), case, f"seed {seed}")
 
 
-@pytest.mark.parametrize("temperature", [0.5, 100.0])  # far from 1 on both sides: powers of exponentials would overflow
+# Far from 1 on both sides: powers of exponentials would overflow.
+@pytest.mark.parametrize("temperature", [0.5, 100.0])
 def test_extreme_temperatures(temperature, seed):
     case = make_case(seed)
     assert_close(
-        run(case, "torch", temperature=temperature), exact(case, temperature=temperature), case, f"seed {seed}"
+        run(case, "torch", temperature=temperature),
+        exact(case, temperature=temperature),
+        case,
+        f"seed {seed}",
     )
 
 
 def one_row(logits, ids, mass, label=-100, **options):
     """(ce, kl) of a single row at weights 1, as floats."""
     mass = torch.tensor([mass], dtype=torch.float64)
-    arguments = (torch.tensor([logits], dtype=torch.float64), torch.tensor([label]), torch.tensor([ids]), mass.log())
+    arguments = (
+        torch.tensor([logits], dtype=torch.float64),
+        torch.tensor([label]),
+        torch.tensor([ids]),
+        mass.log(),
+    )
     weight = torch.ones(1)
     losses = sparse_kl_cross_entropy(*arguments, ce_weight=weight, kl_weight=weight, **options)
     return losses.ce.item(), losses.kl.item()
@@ -89,7 +101,9 @@ def test_bucket_is_zero_exactly_at_the_teacher(temperature, seed):
     loss.sum().backward()
     assert kl.abs().max() < 1e-14 and logits.grad.abs().max() < 1e-14
     nudged = before + 0.1 * torch.randn(6, 50, generator=g, dtype=torch.float64)
-    _, _, kl, *_ = sparse_kl_cross_entropy(nudged, *arguments, ce_weight=none, kl_weight=one, temperature=temperature)
+    _, _, kl, *_ = sparse_kl_cross_entropy(
+        nudged, *arguments, ce_weight=none, kl_weight=one, temperature=temperature
+    )
     assert (kl > 0).all()
 
 
@@ -114,10 +128,14 @@ def test_stored_mass_of_one_or_more_leaves_no_tail(implementation, tail):
     for excess in (0.0, 1e-7, 5e-4):  # exact; fp32 rounding; half-precision rounding
         mass = [0.75 + excess, 0.25]
         _, kl = one_row([2.0, 1.0, 0.0], [0, 1], mass, tail=tail, implementation=implementation)
-        _, closed = one_row([2.0, 1.0, 0.0], [0, 1], [0.75, 0.25], tail="ignore", implementation=implementation)
+        _, closed = one_row(
+            [2.0, 1.0, 0.0], [0, 1], [0.75, 0.25], tail="ignore", implementation=implementation
+        )
         assert kl == pytest.approx(closed, abs=1e-3 if excess else 1e-12)
     # Every column stored: nothing is left over that could hold a tail.
-    _, kl = one_row([2.0, 1.0, 0.0], [0, 1, 2], [0.5, 0.3, 0.2 - 1e-7], tail=tail, implementation=implementation)
+    _, kl = one_row(
+        [2.0, 1.0, 0.0], [0, 1, 2], [0.5, 0.3, 0.2 - 1e-7], tail=tail, implementation=implementation
+    )
     assert math.isfinite(kl) and kl > 0
 
 
@@ -151,7 +169,9 @@ def test_what_is_skipped_and_what_is_reported(implementation, tail):
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_masked_logits_of_minus_infinity(implementation, seed):
-    """A banned column costs nothing where neither label nor teacher wants it, and poisons no unweighted part."""
+    """A banned column costs nothing where neither label nor teacher wants it, and poisons no unweighted
+    part.
+    """
     case = make_case(seed, n=4, vocab=30, k=3, padding=0)
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(seed))
     logits[:, 20:] = -torch.inf
@@ -161,7 +181,9 @@ def test_masked_logits_of_minus_infinity(implementation, seed):
     mass = torch.full((4, 3), 0.2)
     case = replace(case, logits=logits, labels=labels, teacher_ids=ids, teacher_logprobs=mass.log())
     case = replace(case, ce_weight=ce_weight, kl_weight=kl_weight)
-    loss, ce, kl, gradient, *_ = run(case, implementation, device=DEVICE if implementation == "triton" else "cpu")
+    loss, ce, kl, gradient, *_ = run(
+        case, implementation, device=DEVICE if implementation == "triton" else "cpu"
+    )
     assert loss.isfinite().all() and gradient.isfinite().all()
     assert ce[1] == torch.inf and kl[2] == torch.inf and (gradient[:, 20:] == 0).all()
 
@@ -183,7 +205,9 @@ def test_degenerate_sizes(implementation):
         ids, logprobs = torch.zeros((n, k), dtype=torch.int32), torch.zeros(n, k)
         weights = {"ce_weight": torch.full((n,), weight), "kl_weight": torch.full((n,), weight)}
         labels = torch.zeros(n, dtype=torch.int32)
-        results = sparse_kl_cross_entropy(logits, labels, ids, logprobs, **weights, implementation=implementation)
+        results = sparse_kl_cross_entropy(
+            logits, labels, ids, logprobs, **weights, implementation=implementation
+        )
         results[0].sum().backward()
         return [r.tolist() for r in results], logits.grad
 
@@ -217,7 +241,9 @@ def test_without_a_gradient_the_same_results_and_the_same_logits(dtype, implemen
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_an_upstream_gradient_scales_its_row(skipped, implementation, seed):
-    """In bf16 a row whose upstream gradient is not 1 is rounded a second time; one of 1 is not touched again."""
+    """In bf16 a row whose upstream gradient is not 1 is rounded a second time; one of 1 is not touched
+    again.
+    """
     device = DEVICE if implementation == "triton" else "cpu"
     case = make_case(seed, n=16, vocab=300, dtype=torch.bfloat16, skipped=skipped)
     unit = run(case, implementation, device=device)[3]
@@ -238,7 +264,8 @@ def test_how_student_and_teacher_fit(implementation):
     ids = torch.tensor([[0, 2], [0, 2], [1, 2], [-1, -1]])
     mass = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3], [1.0, 1.0]])  # in the last row of empty slots
     losses = sparse_kl_cross_entropy(
-        probabilities.log().to(device), torch.full((4,), 3, device=device), ids.to(device), mass.log().to(device),
+        probabilities.log().to(device), torch.full((4,), 3, device=device), ids.to(device),
+        mass.log().to(device),
         ce_weight=torch.ones(4, device=device), kl_weight=torch.ones(4, device=device), tail="renormalize",
         implementation=implementation,
     )  # fmt: skip
@@ -329,13 +356,19 @@ def test_case_holds_what_it_promises():
     """The random cases must keep their odd rows, or the tests above check less than they say."""
     case: Case = make_case(1, n=48, vocab=97, k=33)
     mass = torch.where(case.teacher_ids >= 0, case.teacher_logprobs.exp(), 0).sum(1)
-    assert (case.labels == -100).any() and (case.teacher_ids < 0).all(1).any() and case.logits.isnan().all(1).any()
+    assert (
+        (case.labels == -100).any()
+        and (case.teacher_ids < 0).all(1).any()
+        and case.logits.isnan().all(1).any()
+    )
     assert any(len(set(row)) < len(row) for row in case.teacher_ids[3::8].tolist())
     assert ((mass - 1).abs() < 1e-6).any() and (mass < 0.9).any()
 
 
 def test_chunks_on_a_gpu_keep_it_busy():
-    """Of 131072 columns a chunk for a CPU's cache has one row, whose launches alone would take longer than its work."""
+    """Of 131072 columns a chunk for a CPU's cache has one row, whose launches alone would take longer than
+    its work.
+    """
     logits = torch.empty(8192, 131072, device="meta", dtype=torch.bfloat16)
     rows = SimpleNamespace(labels=torch.empty(8192, device="meta"))
     starts = [start for start, *_ in off_ids.buffers(logits, rows, VocabularyShard(0, 131072, 131072, None))]

@@ -31,8 +31,14 @@ def bad(**changes):
         ({"labels": torch.tensor([0, 7, 0])}, r"labels\[1\] is 7, but must be -100 or 0 ... 6"),
         ({"labels": torch.tensor([0, -1, 0])}, r"labels\[1\] is -1"),
         ({"teacher_ids": torch.tensor([[0, 1], [2, 9], [0, 1]])}, r"teacher_ids\[1, 1\] is 9"),
-        ({"teacher_logprobs": torch.zeros(3, 5)}, r"teacher_logprobs is \[3, 5\], but logits of 3 rows need \[3, 2\]"),
-        ({"teacher_logprobs": torch.full((3, 2), 0.5)}, r"teacher_logprobs\[0, 0\] is 0.5, but must be at most 0"),
+        (
+            {"teacher_logprobs": torch.zeros(3, 5)},
+            r"teacher_logprobs is \[3, 5\], but logits of 3 rows need \[3, 2\]",
+        ),
+        (
+            {"teacher_logprobs": torch.full((3, 2), 0.5)},
+            r"teacher_logprobs\[0, 0\] is 0.5, but must be at most 0",
+        ),
         ({"teacher_logprobs": torch.full((3, 2), torch.nan)}, r"teacher_logprobs\[0, 0\] is nan"),
         ({"kl_weight": torch.ones(3, 1)}, r"kl_weight is \[3, 1\]"),
         ({"ce_weight": torch.ones(3, device="meta")}, "ce_weight is on meta, but logits is on cpu"),

@@ -1,4 +1,6 @@
-"""The vocabulary split over gloo ranks: the loss of every rank and the gradient of every shard against the whole."""
+"""The vocabulary split over gloo ranks: the loss of every rank and the gradient of every shard against the
+whole.
+"""
 
 import random
 from collections import Counter
@@ -14,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LAYOUTS = {
     "tp2 padded": (1003, [512, 512]),  # 21 padded columns, all in the last shard
     "tp4 padded": (1003, [256] * 4),
-    "tp4 shards of padding": (150, [128] * 4),  # the second shard is mostly, the third and fourth wholly padding
+    # The second shard is mostly, the third and fourth wholly padding.
+    "tp4 shards of padding": (150, [128] * 4),
     "tp4 tiny": (9, [3] * 4),  # a shard may hold nothing but teacher entries
     "tp4 uneven": (360, [100, 57, 200, 3]),
     "tp2 uneven": (200, [3, 211]),
@@ -42,7 +45,9 @@ def implementations(even: bool, dtype: torch.dtype) -> list[str]:
 
 
 def compare_with_whole(seed: int) -> dict[str, str]:
-    """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all is well."""
+    """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all
+    is well.
+    """
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -100,7 +105,9 @@ def results(request, ranks):
 def test_shards_equal_the_whole(results, tail):
     size, seed, found = results
     layouts = [name for name, (_, widths) in LAYOUTS.items() if len(widths) == size]
-    cases = sum(len(implementations(len(set(LAYOUTS[name][1])) == 1, dtype)) for name in layouts for dtype in DTYPES)
+    cases = sum(
+        len(implementations(len(set(LAYOUTS[name][1])) == 1, dtype)) for name in layouts for dtype in DTYPES
+    )
     for complaints in found:
         mine = [complaint for key, complaint in complaints.items() if f" {tail} " in key]
         assert len(mine) == cases
@@ -119,11 +126,21 @@ def refused_shards() -> str:
     case = make_case(1, n=8, vocab=500, padding=12)
     start = dist.get_rank() * 250  # shards of 256 columns that overlap
     try:
-        run(case, "torch", columns=slice(start, start + 256), vocab_start=start, group=dist.group.WORLD, check=True)
+        run(
+            case,
+            "torch",
+            columns=slice(start, start + 256),
+            vocab_start=start,
+            group=dist.group.WORLD,
+            check=True,
+        )
     except ValueError as error:
         return str(error)
     return ""
 
 
 def test_shards_that_do_not_tile_the_vocabulary_are_refused_where_asked(ranks):
-    assert ranks(2, refused_shards) == ["vocab_start: a shard begins at column 250, but those before it end at 256"] * 2
+    assert (
+        ranks(2, refused_shards)
+        == ["vocab_start: a shard begins at column 250, but those before it end at 256"] * 2
+    )

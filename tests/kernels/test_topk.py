@@ -14,13 +14,16 @@ ROWS = 8
 
 
 def make_logits(seed: int, vocab: int, padding: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [8, vocab + padding] and labels: ties of all kinds, masked columns, padding that must not be looked at."""
+    """Logits [8, vocab + padding] and labels: ties of all kinds, masked columns, padding that must not be
+    looked at.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = (torch.randn(ROWS, vocab + padding, generator=g) * 3).to(dtype)
     logits[0] = -3.0  # all equal
     logits[1, 1:] = -torch.inf  # one column alone
     logits[2] = torch.randint(-1, 2, logits.shape[1:], generator=g).to(dtype)
-    logits[3] = torch.where(torch.rand(logits.shape[1], generator=g) < 0.5, -0.0, 0.0)  # zeros of either sign are equal
+    # Zeros of either sign are equal.
+    logits[3] = torch.where(torch.rand(logits.shape[1], generator=g) < 0.5, -0.0, 0.0)
     logits[4] += 1e4  # far from 0
     logits[:, vocab:] = torch.nan
     return logits, torch.randint(vocab, (ROWS,), generator=g)
@@ -39,13 +42,15 @@ def exact(logits: torch.Tensor, labels: torch.Tensor, vocab: int, k: int, temper
 def assert_same(actual: TopK, expected: TopK) -> None:
     assert torch.equal(actual.ids.cpu(), expected.ids)
     assert torch.equal(actual.logits.cpu().double(), expected.logits)
-    torch.testing.assert_close(actual.relative_lse.cpu().double(), expected.relative_lse, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        actual.relative_lse.cpu().double(), expected.relative_lse, rtol=2e-6, atol=2e-6
+    )
     assert torch.equal(actual.label_logits.cpu().double(), expected.label_logits)
 
 
 def cases():
-    """Everything with everything. Interpreted, a plain run has the unaligned rows with everything, and two of the
-    others' cases: neither the types' nor the temperatures' branches depend on the shape."""
+    """Everything with everything. Interpreted, a plain run has the unaligned rows with everything, and two of
+    the others' cases: neither the types' nor the temperatures' branches depend on the shape."""
     # 7: fewer columns than k; 97: one tile; 1003: rows that are not aligned; 4096: whole tiles alone
     shapes = [(7, 1, 10), (97, 3, 1), (1003, 0, 10), (4096, 0, 33)]
     # one exponential for both; the general way; without T = 1; two that are not 1
@@ -97,7 +102,11 @@ def test_a_row_that_is_no_distribution_has_no_finite_sum(bad, implementation):
 def test_no_rows_and_no_labels(implementation):
     device = DEVICE if implementation == "triton" else "cpu"
     found = topk_logsumexp(torch.zeros(0, 50, device=device), 3, [1.0, 2.0], implementation=implementation)
-    assert [list(found.ids.shape), list(found.logits.shape), list(found.relative_lse.shape)] == [[0, 3], [0, 3], [0, 2]]
+    assert [list(found.ids.shape), list(found.logits.shape), list(found.relative_lse.shape)] == [
+        [0, 3],
+        [0, 3],
+        [0, 2],
+    ]
     assert found.label_logits is None
 
 
@@ -112,7 +121,10 @@ def test_no_rows_and_no_labels(implementation):
         ({"vocab_size": 6}, "vocab_size is 6, but the logits have 5 columns"),
         ({"implementation": "fast"}, "implementation is 'fast'"),
         ({"implementation": "triton", "k": 65}, "k is 65, the kernel keeps 64"),
-        ({"implementation": "triton", "logits": torch.zeros(2, 5, dtype=torch.float64)}, "logits is torch.float64"),
+        (
+            {"implementation": "triton", "logits": torch.zeros(2, 5, dtype=torch.float64)},
+            "logits is torch.float64",
+        ),
     ],
 )
 def test_bad_arguments(change, message):
@@ -129,10 +141,13 @@ def test_the_operator_keeps_the_promises_of_custom_operators(seed):
     for given in (labels, None):
         # Label logits are not written without labels: operators that are compared have to have all.
         named = tests if given is not None else tests[:2]
-        torch.library.opcheck(torch.ops.fuse_kernels.topk.default, (logits, given, 4, 2.0, 97, 0), test_utils=named)
+        torch.library.opcheck(
+            torch.ops.fuse_kernels.topk.default, (logits, given, 4, 2.0, 97, 0), test_utils=named
+        )
 
 
-# --- over shards -------------------------------------------------------------------------------------------------------
+# --- over shards
+# -------------------------------------------------------------------------------------------------------
 
 # (real vocabulary, columns of each shard): padding; shards that are padding alone; fewer columns than k
 LAYOUTS = [(1003, [512, 512]), (150, [128] * 4), (9, [3] * 4), (200, [3, 211])]
@@ -151,7 +166,12 @@ def compare_with_whole(seed: int) -> list[str]:
         expected = exact(logits, labels, vocab, 5, [1.0, 2.0])
         shard = logits[:, start : start + widths[rank]]
         for implementation in IMPLEMENTATIONS:
-            place = {"vocab_size": vocab, "vocab_start": start, "group": group, "implementation": implementation}
+            place = {
+                "vocab_size": vocab,
+                "vocab_start": start,
+                "group": group,
+                "implementation": implementation,
+            }
             try:
                 with Collectives() as collectives:
                     assert_same(topk_logsumexp(shard, 5, [1.0, 2.0], labels=labels, **place), expected)

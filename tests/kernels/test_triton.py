@@ -28,7 +28,9 @@ def poisoned_memory():
 
 
 def cases():
-    """Everything with everything; interpreted it takes minutes, so that a plain run has a part in which each value occurs."""
+    """Everything with everything; interpreted it takes minutes, so that a plain run has a part in which
+    each value occurs.
+    """
     # 97: one masked tile; 1023: rows unaligned; k 1, 33, 128: the smallest, no power of two, the largest
     shapes = [(97, 1, 16), (97, 33, 16), (1023, 10, 16), (1000, 128, 16)]
     # 1, 2, 4: one exponential serves both softmaxes; 3.7: the general road
@@ -52,7 +54,9 @@ def test_kernels_equal_dense_formula(vocab, k, n, tail, temperature, dtype, seed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [2.0, 3.7])
 def test_few_rows_are_shared_among_programs(temperature, dtype, seed, monkeypatch):
-    """As where there are fewer rows than processors: the gradient is written forward by the kernels of parts of rows."""
+    """As where there are fewer rows than processors: the gradient is written forward by the kernels of
+    parts of rows.
+    """
     launch = triton_loss._launch
     monkeypatch.setattr(triton_loss, "_launch", lambda logits: replace(launch(logits), whole_rows=False))
     case = make_case(seed, n=16, vocab=1003, k=10, dtype=dtype)
@@ -61,21 +65,34 @@ def test_few_rows_are_shared_among_programs(temperature, dtype, seed, monkeypatc
 
 
 def real_vocabularies():
-    """Of Llama-2, MPT (padded), Llama-3, Qwen-2 and Gemma: several tiles and splits, some of them unmasked."""
-    plain = [(32000, torch.bfloat16), (50277, torch.float32), (128256, torch.float32), (128256, torch.bfloat16)]
+    """Of Llama-2, MPT (padded), Llama-3, Qwen-2 and Gemma: several tiles and splits, some of them
+    unmasked.
+    """
+    plain = [
+        (32000, torch.bfloat16),
+        (50277, torch.float32),
+        (128256, torch.float32),
+        (128256, torch.bfloat16),
+    ]
     for values in product((32000, 50277, 128256, 151936, 262144), (torch.float32, torch.bfloat16)):
-        yield pytest.param(*values, marks=[] if values in plain else pytest.mark.slow, id=f"{values[1]}-{values[0]}")
+        yield pytest.param(
+            *values, marks=[] if values in plain else pytest.mark.slow, id=f"{values[1]}-{values[0]}"
+        )
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), real_vocabularies())
 def test_real_vocabularies(vocab, dtype, seed):
     case = make_case(seed, n=16, vocab=vocab, k=10, padding=-vocab % 128, dtype=dtype)
     assert_close(
-        run(case, "triton", device=DEVICE, temperature=2.0), exact(case, temperature=2.0), case, f"seed {seed}"
+        run(case, "triton", device=DEVICE, temperature=2.0),
+        exact(case, temperature=2.0),
+        case,
+        f"seed {seed}",
     )
 
 
-@pytest.mark.parametrize("temperature", [0.5, 100.0])  # far from 1 on both sides: powers of exponentials would overflow
+# Far from 1 on both sides: powers of exponentials would overflow.
+@pytest.mark.parametrize("temperature", [0.5, 100.0])
 def test_extreme_temperatures(temperature, seed):
     case = make_case(seed)
     actual = run(case, "triton", device=DEVICE, temperature=temperature)
@@ -96,9 +113,9 @@ def test_a_tiny_student_tail_keeps_its_digits(spike, temperature, seed):
     for name, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         moved = [tensor.to(DEVICE) for tensor in (logits.to(dtype), torch.full((n,), -100), ids, logprobs)]
         options = {key: value.to(DEVICE) for key, value in weights.items()}
-        results[name] = sparse_kl_cross_entropy(*moved, **options, temperature=temperature, implementation=name)[
-            2
-        ].cpu()
+        results[name] = sparse_kl_cross_entropy(
+            *moved, **options, temperature=temperature, implementation=name
+        )[2].cpu()
     torch.testing.assert_close(results["triton"].double(), results["reference"], rtol=1e-5, atol=0)
 
 
@@ -192,9 +209,8 @@ def test_operators_keep_the_promises_of_custom_operators(seed):
         namespace.losses_and_gradient_: both,
         namespace.scale_: (logits.clone(), upstream, weights),
     }
-    torch.use_deterministic_algorithms(
-        False
-    )  # which poisons what no kernel needs to write, so that runs compare unequal
+    # Which poisons what no kernel needs to write, so that runs compare unequal.
+    torch.use_deterministic_algorithms(False)
     for operator, given in calls.items():
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(operator.default, given, test_utils=tests)
@@ -213,22 +229,28 @@ def test_no_rows(seed):
     case = make_case(seed)
     empty = type(case)(*(getattr(case, name)[:0] for name in list(case.__dict__)[:-1]), case.vocab_size)
     loss, ce, kl, gradient, *fit = run(empty, "triton", device=DEVICE)
-    assert [len(values) for values in (loss, ce, kl, *fit)] == [0] * 6 and gradient.shape == empty.logits.shape
+    assert [len(values) for values in (loss, ce, kl, *fit)] == [
+        0
+    ] * 6 and gradient.shape == empty.logits.shape
 
 
-# 80, 90, 100: A100, H100 and H200, B200. A plain run compiles the general way of the temperature, which computes
-# both exponentials.
+# 80, 90, 100: A100, H100 and H200, B200. A plain run compiles the general way of the temperature, which
+# computes both exponentials.
 @pytest.mark.parametrize(
     ("dtype", "capability", "modes", "compiled"),
     [
         pytest.param("bf16", 90, [0], 23, id="bf16-90-general"),
         *(
-            pytest.param(dtype, capability, [0, 1, 2, 4], 44, marks=pytest.mark.slow, id=f"{dtype}-{capability}")
+            pytest.param(
+                dtype, capability, [0, 1, 2, 4], 44, marks=pytest.mark.slow, id=f"{dtype}-{capability}"
+            )
             for dtype, capability in product(["bf16", "fp16", "fp32"], [80, 90, 100])
         ),
     ],
 )
-def test_compiled_ahead_of_time_nothing_spills_and_loads_are_wide(capability, dtype, modes, compiled, tmp_path):
+def test_compiled_ahead_of_time_nothing_spills_and_loads_are_wide(
+    capability, dtype, modes, compiled, tmp_path
+):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, CHECKS / "ahead_of_time.py", str(capability), "--dtype", dtype]
@@ -242,7 +264,9 @@ def test_compiled_ahead_of_time_nothing_spills_and_loads_are_wide(capability, dt
     ("dtype", "expected"),
     [
         (torch.float32, ["gather_kernel", "whole_row_kernel", "special_gradient_kernel", "scale_kernel"]),
-        (torch.float16, ["gather_kernel", "off_ids_kernel", "finish_kernel", "gradient_kernel", "special_gradient_kernel"]),
+        (torch.float16, [
+            "gather_kernel", "off_ids_kernel", "finish_kernel", "gradient_kernel", "special_gradient_kernel"
+        ]),
     ],
 )  # fmt: skip
 def test_kernels_are_launched_on_the_device_of_their_tensors(dtype, expected, seed, monkeypatch):

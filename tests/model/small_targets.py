@@ -28,7 +28,9 @@ _SIZES = {
 
 
 def small_config(name: str) -> PreTrainedConfig:
-    """Vocabulary 1003 is no multiple of anything; 1024 needs no padding; 900 leaves the last of two shards mostly real."""
+    """Vocabulary 1003 is no multiple of anything; 1024 needs no padding; 900 leaves the last of two shards
+    mostly real.
+    """
     return {
         "llama2": lambda: LlamaConfig(**_SIZES, vocab_size=1003),
         # head_dim is not hidden_size / heads; grouped queries; output tied
@@ -78,7 +80,9 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def random_batches(vocab_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches with ignored labels, empty teacher slots and rows of weight 0. ids [b, s], the rest as FusionTargets."""
+    """Micro-batches with ignored labels, empty teacher slots and rows of weight 0. ids [b, s], the rest as
+    FusionTargets.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one() -> dict[str, torch.Tensor]:
@@ -93,8 +97,10 @@ def random_batches(vocab_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
             "labels": labels,
             "teacher_ids": teacher_ids,
             "teacher_logprobs": (0.9 * teacher / teacher.sum(-1, keepdim=True)).log(),
-            "ce_weight": torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7),
-            "kl_weight": torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7),
+            "ce_weight": torch.rand(shape, generator=generator)
+            * (torch.rand(shape, generator=generator) < 0.7),
+            "kl_weight": torch.rand(shape, generator=generator)
+            * (torch.rand(shape, generator=generator) < 0.7),
         }
 
     return [one() for _ in range(MICRO_BATCHES)]

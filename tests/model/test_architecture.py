@@ -1,4 +1,6 @@
-"""Configs are read as transformers reads them; what the target could not reproduce, or a layout not hold, is refused early."""
+"""Configs are read as transformers reads them; what the target could not reproduce, or a layout not hold,
+is refused early.
+"""
 
 import json
 
@@ -48,7 +50,9 @@ def test_vicuna_7b(tmp_path):
     architecture = read_architecture(write_config(tmp_path))
     assert (architecture.num_layers, architecture.num_query_groups, architecture.head_dim) == (32, 32, 128)
     assert (architecture.vocab_size, architecture.padded_vocab_size) == (32000, 32000)
-    assert not architecture.tied_embeddings and not architecture.qkv_bias and architecture.sliding_window is None
+    assert (
+        not architecture.tied_embeddings and not architecture.qkv_bias and architecture.sliding_window is None
+    )
     check_layout(architecture, tensor_model_parallel_size=8, pipeline_model_parallel_size=4, seq_length=2048)
 
 
@@ -140,11 +144,20 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
 @pytest.mark.parametrize(
     ("layout", "said"),
     [
-        ({"tensor_model_parallel_size": 3}, r"3 does not divide num_attention_heads \(4\).*Choose one of 1, 2\.$"),
-        ({"tensor_model_parallel_size": 4}, r"4 does not divide num_key_value_heads \(2\).*Choose one of 1, 2\.$"),
+        (
+            {"tensor_model_parallel_size": 3},
+            r"3 does not divide num_attention_heads \(4\).*Choose one of 1, 2\.$",
+        ),
+        (
+            {"tensor_model_parallel_size": 4},
+            r"4 does not divide num_key_value_heads \(2\).*Choose one of 1, 2\.$",
+        ),
         ({"tensor_model_parallel_size": 0}, "at least 1"),
         ({"pipeline_model_parallel_size": 3}, r"3 does not divide num_hidden_layers \(4\)"),
-        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4}, "2 x .* 4 does not divide"),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
+            "2 x .* 4 does not divide",
+        ),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs --pipeline-model-parallel-size of at least 2"),
         ({"seq_length": 129}, r"129 is longer than max_position_embeddings \(128\)"),
     ],
@@ -167,14 +180,17 @@ def test_a_layout_that_can_be_is_accepted(layout):
 
 
 # Megatron would split either: heads 6 over TP 3, but not this feed-forward network, nor 128 columns
-@pytest.mark.parametrize(("ffn", "vocab", "said"), [(172, 384, "intermediate_size"), (174, 128, "padded vocabulary")])
+@pytest.mark.parametrize(
+    ("ffn", "vocab", "said"), [(172, 384, "intermediate_size"), (174, 128, "padded vocabulary")]
+)
 def test_every_sharded_dimension_is_checked(ffn, vocab, said):
     config = LlamaConfig(hidden_size=96, num_attention_heads=6, intermediate_size=ffn, vocab_size=vocab)
     with pytest.raises(UserError, match=said):
         check_layout(read_architecture(config), tensor_model_parallel_size=3)
 
 
-# As transformers' attention has it: Mistral in every layer, Qwen2 only where asked and from max_window_layers on, Llama never.
+# As transformers' attention has it: Mistral in every layer, Qwen2 only where asked and from max_window_layers
+# on, Llama never.
 @pytest.mark.parametrize(
     ("config", "window", "layers"),
     [

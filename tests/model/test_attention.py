@@ -1,4 +1,6 @@
-"""Attention without scores in memory equals the dense softmax in fp64, gradients included, whatever documents and windows."""
+"""Attention without scores in memory equals the dense softmax in fp64, gradients included, whatever
+documents and windows.
+"""
 
 from itertools import product
 
@@ -13,7 +15,8 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model import attention
 from megatron_fuse.model.attention import CausalAttention, PackedDocuments, causal_attention
 
-# of values and gradients of the order of 1: as many roundings as a row has keys, the worst at the shortest documents
+# of values and gradients of the order of 1: as many roundings as a row has keys, the worst at the shortest
+# documents
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
@@ -50,8 +53,8 @@ def assert_equals_dense(seed, dtype, sizes, **options):
 
 
 def types_and_heads():
-    """Heads, key/value heads: each its own, one for all, in between. A plain run has all types with the last, and
-    fp64 with all: the type decides nothing but the rounding."""
+    """Heads, key/value heads: each its own, one for all, in between. A plain run has all types with the last,
+    and fp64 with all: the type decides nothing but the rounding."""
     for dtype, (h, g) in product(TOLERANCES, [(4, 4), (4, 1), (6, 2)]):
         marks = [] if dtype == torch.float64 or (h, g) == (6, 2) else [pytest.mark.slow]
         yield pytest.param(dtype, h, g, marks=marks, id=f"{dtype}-{h}-{g}")
@@ -59,8 +62,8 @@ def types_and_heads():
 
 # head dimensions that are no power of two (Phi's 96, here 24)
 @pytest.mark.parametrize(("dtype", "h", "g"), types_and_heads())
-# documents: one; several, of one position, of none, of more than a block; windows: none, of one position, within a block, longer
-# than a block, longer than all documents but one
+# documents: one; several, of one position, of none, of more than a block; windows: none, of one position,
+# within a block, longer than a block, longer than all documents but one
 @pytest.mark.parametrize("lengths", [None, [1, 0, 300, 37, 262]], ids=["one", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 20, 290])
 def test_attention_equals_the_dense_softmax(dtype, h, g, lengths, window):

@@ -1,4 +1,6 @@
-"""Weights go in and out without losing a bit, every element of every tensor has its one place, and damage is named."""
+"""Weights go in and out without losing a bit, every element of every tensor has its one place, and damage
+is named.
+"""
 
 # ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
 
@@ -93,7 +95,9 @@ def test_shapes_are_those_that_transformers_writes(small_models, name):
 
 
 def load_and_export(model_dir, output_dirs):
-    """On a rank: loads model_dir and saves it in every way asked for; output_dirs: directory -> (dtype, bytes per shard)."""
+    """On a rank: loads model_dir and saves it in every way asked for; output_dirs: directory -> (dtype,
+    bytes per shard).
+    """
     from test_gpt_model import start
 
     from megatron_fuse.model.conversion import (
@@ -157,13 +161,17 @@ def test_an_export_says_where_it_rounds(ranks, small_models, tmp_path):
     for dtype, (line,) in lines.items():
         lost = sum(not torch.equal(tensor.to(DTYPES[dtype]).float(), tensor) for tensor in original.values())
         assert lost > 0
-        assert line.startswith(f"warning: {lost} of {len(original)} tensors are rounded to {dtype}: fp32 keeps")
+        assert line.startswith(
+            f"warning: {lost} of {len(original)} tensors are rounded to {dtype}: fp32 keeps"
+        )
     again = ranks(1, exported_lines, tmp_path / "bf16", {tmp_path / "again": "bf16"})[0]
     assert again == {"bf16": []}  # what has been rounded stays
 
 
 def exports_of_large_values(model_dir, output_dir):
-    """Three exports (fp16, bf16, fp32) each of a model with a first, second and third value put in: the error, or None."""
+    """Three exports (fp16, bf16, fp32) each of a model with a first, second and third value put in: the
+    error, or None.
+    """
     from test_gpt_model import start
 
     from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
@@ -199,13 +207,22 @@ def test_values_that_a_dtype_cannot_hold_are_not_exported(ranks, small_models, t
 
 def test_an_export_carries_what_the_tokenizer_needs_and_says_its_dtype(ranks, small_models, tmp_path):
     reference = Path(shutil.copytree(small_models["llama2"], tmp_path / "reference"))
-    carried = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "merges.txt")
+    carried = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "merges.txt",
+    )
     for file in (*carried, "training_args.bin", "README.md"):
         (reference / file).write_text(f"the reference's {file}")
     (reference / "additional_chat_templates").mkdir()
     (reference / "additional_chat_templates" / "tools.jinja").write_text("tools")
     ranks(
-        1, load_and_export, reference, {tmp_path / "out" / "bf16": ("bf16", 10**9), tmp_path / "fp16": ("fp16", 10**9)}
+        1,
+        load_and_export,
+        reference,
+        {tmp_path / "out" / "bf16": ("bf16", 10**9), tmp_path / "fp16": ("fp16", 10**9)},
     )
 
     for output, dtype in ((tmp_path / "out" / "bf16", torch.bfloat16), (tmp_path / "fp16", torch.float16)):
@@ -224,10 +241,15 @@ def test_an_export_carries_what_the_tokenizer_needs_and_says_its_dtype(ranks, sm
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_a_config_beside_plain_weights_says_their_type_and_no_quantisation(small_models, tmp_path, dtype):
-    """Before transformers 5 a loader knows torch_dtype alone, and it would quantise by a leftover quantization_config."""
+    """Before transformers 5 a loader knows torch_dtype alone, and it would quantise by a leftover
+    quantization_config.
+    """
     reference = Path(shutil.copytree(small_models["llama2"], tmp_path / "reference"))
     path = reference / "config.json"
-    given = json.loads(path.read_text()) | {"torch_dtype": "float64", "quantization_config": {"quant_method": "gptq"}}
+    given = json.loads(path.read_text()) | {
+        "torch_dtype": "float64",
+        "quantization_config": {"quant_method": "gptq"},
+    }
     path.write_text(json.dumps(given))
     (tmp_path / "out").mkdir()
     lines = []
@@ -236,7 +258,9 @@ def test_a_config_beside_plain_weights_says_their_type_and_no_quantisation(small
     name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     del given["quantization_config"]
     assert written == given | {"dtype": name, "torch_dtype": name}
-    assert lines == [f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}"]
+    assert lines == [
+        f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}"
+    ]
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.dtype == getattr(torch, name) and getattr(config, "quantization_config", None) is None
 
@@ -294,8 +318,14 @@ def test_weights_that_do_not_fit_the_config_are_refused_by_name(ranks, small_mod
             case(2, "llama2", lambda t: t.update({down: torch.ones(172, 64)})),
             r"has shape \[172, 64\].*needs \[64, 172\]",
         ),
-        (case(3, "llama2", lambda t: t.update({embedding: torch.ones(1004, 64)})), r"\[1004, 64\].*\[1003, 64\]"),
-        (case(4, "qwen2", lambda t: [t.pop(key) for key in list(t) if key.endswith("bias")]), "and 11 more tensors"),
+        (
+            case(3, "llama2", lambda t: t.update({embedding: torch.ones(1004, 64)})),
+            r"\[1004, 64\].*\[1003, 64\]",
+        ),
+        (
+            case(4, "qwen2", lambda t: [t.pop(key) for key in list(t) if key.endswith("bias")]),
+            "and 11 more tensors",
+        ),
         (
             case(5, "qwen2", lambda t: t.update({"lm_head.weight": t[embedding].clone()})),
             None,
@@ -347,7 +377,8 @@ def test_missing_and_damaged_files_are_named(tmp_path, kind, said):
         files.shape(next(iter(files.file_of)))
 
 
-# what torch.load would call is looked up in the pickle, whichever of its refusals names it; `os` is on a list of its own
+# what torch.load would call is looked up in the pickle, whichever of its refusals names it; `os` is on a list
+# of its own
 PICKLES = {
     "code": ({"w": torch.ones(2), "share": Fraction(1, 2)}, r"reading it would run fractions\.Fraction"),
     "blocked code": ({"w": torch.ones(2), "run": os.system}, r"reading it would run posix\.system"),
@@ -369,7 +400,8 @@ def test_a_pickle_of_more_than_named_tensors_is_refused(tmp_path, kind, zipped, 
     if indexed:
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
     with pytest.raises(
-        UserError, match=rf"{tmp_path / file} holds not only named tensors \({said}\)\. Save .* safetensors\.$"
+        UserError,
+        match=rf"{tmp_path / file} holds not only named tensors \({said}\)\. Save .* safetensors\.$",
     ):
         WeightFiles(tmp_path).shape("w")
 
@@ -421,4 +453,6 @@ def whole_model_only(model_dir):
 
 
 def test_a_part_of_a_model_is_not_exported(ranks, small_models):
-    assert all("only a whole model" in message for message in ranks(2, whole_model_only, small_models["qwen2"]))
+    assert all(
+        "only a whole model" in message for message in ranks(2, whole_model_only, small_models["qwen2"])
+    )

@@ -1,4 +1,6 @@
-"""Damaged or impossible model directories are refused by file and key, before memory is taken or code is run."""
+"""Damaged or impossible model directories are refused by file and key, before memory is taken or code is
+run.
+"""
 
 import json
 import os
@@ -67,7 +69,9 @@ def write_config(directory: Path, change: Change) -> Path:
     if callable(change):
         change(path)
     elif isinstance(change, dict):
-        path.write_text(json.dumps({key: value for key, value in (CONFIG | change).items() if value is not ...}))
+        path.write_text(
+            json.dumps({key: value for key, value in (CONFIG | change).items() if value is not ...})
+        )
     else:
         path.write_bytes(change if isinstance(change, bytes) else change.encode())
     return directory
@@ -113,8 +117,14 @@ def huge(path: Path) -> None:
         ({"rope_theta": float("inf")}, "rope_theta: .* not inf"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor: .* not 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "rope_scaling.factor: .* not -1.0"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor .1.0. .* high_freq_factor .1.0."),
-        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "original_max_position_embeddings: "),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "low_freq_factor .1.0. .* high_freq_factor .1.0.",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings: ",
+        ),
         (
             {"rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_type"}},
             "factor is 8.0.*rope_type",
@@ -148,7 +158,9 @@ def huge(path: Path) -> None:
     ],
     ids=lambda value: None if callable(value) else str(value)[:50],
 )
-def test_a_config_that_cannot_be_meant_is_refused_by_its_key(tmp_path: Path, change: Change, said: str) -> None:
+def test_a_config_that_cannot_be_meant_is_refused_by_its_key(
+    tmp_path: Path, change: Change, said: str
+) -> None:
     message = refusal(lambda: read_architecture(write_config(tmp_path, change)))
     assert str(tmp_path / "config.json") in message
     with pytest.raises(UserError, match=said):
@@ -197,7 +209,9 @@ def test_what_lies_beside_a_model_is_checked(tmp_path: Path, name: str, text: st
         check_model_directory(tmp_path)
 
 
-def write_safetensors_text(path: Path, header: object, body: bytes = bytes(16), length: int | None = None) -> Path:
+def write_safetensors_text(
+    path: Path, header: object, body: bytes = bytes(16), length: int | None = None
+) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + body)
     return path
@@ -317,19 +331,26 @@ def test_a_weight_index_names_files_of_its_directory(tmp_path: Path, index: obje
 
 def test_a_tensor_that_the_index_lacks_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors"}})
+    )
     assert "does not have the tensor b" in refusal(lambda: WeightFiles(tmp_path).shape("b"))
 
 
 def split(directory: Path, factor: float = 1.0) -> dict[str, Path]:
-    """Writes the weights, times factor, as an index with two shards beside the single file. Returns the files by a short name."""
+    """Writes the weights, times factor, as an index with two shards beside the single file.
+
+    Returns the files by a short name.
+    """
     tensors = {name: tensor * factor for name, tensor in load_file(directory / "model.safetensors").items()}
     names = sorted(tensors)
     shards = {f"model-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
     for file, part in shards.items():
         save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
     index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {n: f for f, part in shards.items() for n in part}}))
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": {n: f for f, part in shards.items() for n in part}})
+    )
     single, first, second = directory / "model.safetensors", *(directory / file for file in shards)
     return {"single": single, "index": index, "first": first, "second": second}
 
@@ -393,12 +414,16 @@ ROLES = {
 }
 
 
-@pytest.mark.parametrize("layout", [two_sets, a_stale_index, a_stale_tensor, a_missing_shard], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "layout", [two_sets, a_stale_index, a_stale_tensor, a_missing_shard], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("role", ROLES)
 def test_a_directory_that_can_be_read_in_two_ways_is_refused_in_every_role(
     tmp_path: Path, role: str, layout: Callable[[Path], list[str]]
 ) -> None:
-    """transformers reads other tensors there than the index says: a source and a target would be two models."""
+    """transformers reads other tensors there than the index says: a source and a target would be two
+    models.
+    """
     directory = save_model(tmp_path / "model", "llama", reward=role == "reward")
     said = layout(directory)
     message = refusal(lambda: ROLES[role](directory))
@@ -406,7 +431,9 @@ def test_a_directory_that_can_be_read_in_two_ways_is_refused_in_every_role(
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_an_index_with_its_shards_alone_or_of_the_single_file_is_read_in_every_role(tmp_path: Path, role: str) -> None:
+def test_an_index_with_its_shards_alone_or_of_the_single_file_is_read_in_every_role(
+    tmp_path: Path, role: str
+) -> None:
     """Some programs write an index beside a single file, too."""
     directory = save_model(tmp_path / "model", "llama", reward=role == "reward")
     names = list(load_file(directory / "model.safetensors"))
@@ -450,7 +477,14 @@ def test_a_bin_file_that_is_cut_or_no_archive_is_refused(tmp_path: Path) -> None
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(1000)}, path)
     whole = path.read_bytes()
-    for content in (whole[:100], whole[:-100], b"", b"\x80\x02.", pickle.dumps(_Call(tmp_path / "made")), whole[100:]):
+    for content in (
+        whole[:100],
+        whole[:-100],
+        b"",
+        b"\x80\x02.",
+        pickle.dumps(_Call(tmp_path / "made")),
+        whole[100:],
+    ):
         path.write_bytes(content)
         assert str(path) in refusal(lambda: WeightFiles(tmp_path).open_all())
     assert not (tmp_path / "made").exists()
@@ -487,11 +521,16 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (lambda path: set_config(path, num_hidden_layers=3), "model.layers.2.*num_hidden_layers 3"),
         (lambda path: set_config(path, num_hidden_layers=1), "model.layers.1.*num_hidden_layers 1"),
         (lambda path: set_config(path, vocab_size=300), "embed_tokens.weight .*vocab_size 300"),
-        (lambda path: edit_weights(path, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})), f"{DOWN} is I8"),
+        (
+            lambda path: edit_weights(path, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),
+            f"{DOWN} is I8",
+        ),
         (lambda path: edit_weights(path, lambda t: t.update({DOWN: t[DOWN].double()})), f"{DOWN} is F64"),
     ],
 )
-def test_a_targets_weights_are_compared_before_a_model_is_made(model: Path, damage: Callable, said: str) -> None:
+def test_a_targets_weights_are_compared_before_a_model_is_made(
+    model: Path, damage: Callable, said: str
+) -> None:
     damage(model)
     with pytest.raises(UserError, match=said):
         check_weights(WeightFiles(model), read_architecture(model))
@@ -515,14 +554,23 @@ def put_nan(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: set_config(path, hidden_size=10**6), "describes a model of .* elements .*hidden_size 1000000"),
-        (lambda path: set_config(path, vocab_size=10**9), "describes a model of .* elements .*vocab_size 1000000000"),
+        (
+            lambda path: set_config(path, hidden_size=10**6),
+            "describes a model of .* elements .*hidden_size 1000000",
+        ),
+        (
+            lambda path: set_config(path, vocab_size=10**9),
+            "describes a model of .* elements .*vocab_size 1000000000",
+        ),
         (lambda path: set_config(path, num_hidden_layers=9999), "has 9999 layers .*holds only 21 tensors"),
         (
             lambda path: set_config(path, num_hidden_layers=1),
             "holds model.layers.1.*num_hidden_layers 1",
         ),  # was cut silently
-        (lambda path: set_config(path, vocab_size=300), "has shape .305, 32., but config.json gives .300, 32."),
+        (
+            lambda path: set_config(path, vocab_size=300),
+            "has shape .305, 32., but config.json gives .300, 32.",
+        ),
         (lambda path: set_config(path, hidden_act="no_such"), "hidden_act: KeyError: 'no_such'"),
         (lambda path: edit_weights(path, put_nan), f"{DOWN} holds NaN"),
         (lambda path: edit_weights(path, lambda t: t.pop(DOWN)), f"has no weights for {DOWN}"),
@@ -532,7 +580,9 @@ def put_nan(tensors: dict[str, torch.Tensor]) -> None:
 def test_a_source_is_loaded_whole_or_refused(model: Path, damage: Callable, said: str) -> None:
     load_causal_lm(SourceOptions(model=str(model), dtype="fp32"), where="sources.s")
     damage(model)
-    message = refusal(lambda: load_causal_lm(SourceOptions(model=str(model), dtype="fp32"), where="sources.s"))
+    message = refusal(
+        lambda: load_causal_lm(SourceOptions(model=str(model), dtype="fp32"), where="sources.s")
+    )
     assert str(model) in message
     with pytest.raises(UserError, match=said):
         raise UserError(message)
@@ -541,13 +591,22 @@ def test_a_source_is_loaded_whole_or_refused(model: Path, damage: Callable, said
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda path: set_config(path, hidden_size=10**6), "describes a model of .* elements .*hidden_size 1000000"),
+        (
+            lambda path: set_config(path, hidden_size=10**6),
+            "describes a model of .* elements .*hidden_size 1000000",
+        ),
         (lambda path: set_config(path, num_hidden_layers=9999), "has 9999 layers"),
         (lambda path: set_config(path, architectures={}), "architectures: "),
         (lambda path: set_config(path, rms_norm_eps=float("nan")), "rms_norm_eps: .* not nan"),
         (lambda path: edit_weights(path, put_nan), f"{DOWN} holds NaN"),
-        (lambda path: edit_weights(path, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})), f"{DOWN} is I8"),
-        (lambda path: edit_weights(path, lambda t: t["score.weight"].fill_(float("inf"))), "score.weight holds NaN"),
+        (
+            lambda path: edit_weights(path, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),
+            f"{DOWN} is I8",
+        ),
+        (
+            lambda path: edit_weights(path, lambda t: t["score.weight"].fill_(float("inf"))),
+            "score.weight holds NaN",
+        ),
     ],
 )
 def test_a_reward_model_is_loaded_whole_or_refused(tmp_path: Path, damage: Callable, said: str) -> None:

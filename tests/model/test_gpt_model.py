@@ -1,4 +1,6 @@
-"""The GPTModel built from a config computes what transformers computes, at every layout: logits, losses and all gradients."""
+"""The GPTModel built from a config computes what transformers computes, at every layout: logits, losses
+and all gradients.
+"""
 
 # ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
 
@@ -27,7 +29,9 @@ def start(layout, model_dir, **options):
     from megatron_fuse.runtime import start_runtime
 
     tensor, pipeline, virtual = layout
-    start_runtime(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, virtual_pipeline_parallel_size=virtual)
+    start_runtime(
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, virtual_pipeline_parallel_size=virtual
+    )
     architecture = read_architecture(model_dir)
     config = transformer_config(
         architecture,
@@ -64,7 +68,9 @@ def test_logits_equal_transformers(ranks, small_models, name):
 
 
 def train_once(layout, model_dir, fused_linear=False):
-    """Losses of each micro-batch (last stage only), and this rank's part of every weight and gradient by Hugging Face name."""
+    """Losses of each micro-batch (last stage only), and this rank's part of every weight and gradient by
+    Hugging Face name.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -80,7 +86,10 @@ def train_once(layout, model_dir, fused_linear=False):
         batch = dict(next(batches))
         output = model(batch.pop("ids"), None, None, labels=FusionTargets(**batch))
         # Megatron divides by the number of micro-batches; the model counts on an upstream gradient of 1.
-        return output, lambda losses: (losses[0].sum() * small.MICRO_BATCHES, {"losses": losses.detach().numpy()})
+        return output, lambda losses: (
+            losses[0].sum() * small.MICRO_BATCHES,
+            {"losses": losses.detach().numpy()},
+        )
 
     batches = small.random_batches(architecture.vocab_size, SEED)
     report = get_forward_backward_func()(
@@ -106,7 +115,8 @@ def train_once(layout, model_dir, fused_linear=False):
     return [micro["losses"] for micro in report], parts
 
 
-TRAINED = ("llama2", "mistral", "qwen2")  # untied; untied with a window; tied with biases, and windows in some layers
+# Untied; untied with a window; tied with biases, and windows in some layers.
+TRAINED = ("llama2", "mistral", "qwen2")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +137,9 @@ def expected(small_models):
 @pytest.mark.parametrize("fused_linear", [False, True], ids=["logits", "fused linear"])
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name, fused_linear):
+def test_losses_weights_and_gradients_equal_transformers(
+    ranks, small_models, expected, layout, name, fused_linear
+):
     tensor, pipeline, _ = LAYOUTS[layout]
     results = ranks(tensor * pipeline, train_once, LAYOUTS[layout], small_models[name], fused_linear)
     weights, losses = expected[name]
@@ -136,7 +148,9 @@ def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, ex
     assert len(last_stage) == tensor, "every tensor rank of the last stage reports"
     for found in last_stage:
         # fp32 through 4 layers and two summation orders; the losses themselves are about 10
-        torch.testing.assert_close(torch.from_numpy(np.stack(found)), torch.stack(losses), atol=2e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(np.stack(found)), torch.stack(losses), atol=2e-4, rtol=1e-5
+        )
 
     gradients = {key: torch.zeros_like(weight) for key, weight in weights.items()}
     seen = {key: torch.zeros(weight.shape, dtype=torch.bool) for key, weight in weights.items()}
@@ -146,9 +160,8 @@ def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, ex
             assert torch.equal(torch.from_numpy(weight), weights[block.tensor].narrow(*place)), (
                 f"{block} is not the same bits"
             )
-            gradients[block.tensor].narrow(*place).add_(
-                torch.from_numpy(gradient)
-            )  # a tied weight has two parts under PP
+            # A tied weight has two parts under PP.
+            gradients[block.tensor].narrow(*place).add_(torch.from_numpy(gradient))
             seen[block.tensor].narrow(*place).fill_(True)
     for key, weight in weights.items():
         assert seen[key].all(), f"{key} is on no rank"
@@ -199,7 +212,11 @@ def half_precision_losses(model_dir):
 
 def test_losses_are_fp32_in_a_wrapped_bf16_model(ranks, small_models, expected):
     dtype, shape, cross_entropy, gradient_dtypes = ranks(1, half_precision_losses, small_models["llama2"])[0]
-    assert (dtype, shape, gradient_dtypes) == ("torch.float32", [6, small.BATCH, small.SEQUENCE], {"torch.bfloat16"})
+    assert (dtype, shape, gradient_dtypes) == (
+        "torch.float32",
+        [6, small.BATCH, small.SEQUENCE],
+        {"torch.bfloat16"},
+    )
     # bf16 keeps 8 bits: 4 layers of it move a cross entropy of about 10 by some hundredths
     assert np.abs(cross_entropy - expected["llama2"][1][0][1].numpy()).mean() < 0.2
 

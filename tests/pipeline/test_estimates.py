@@ -1,4 +1,6 @@
-"""What `--plan` takes a run to cost follows the recipe: the sample, the prompts, the answers' limit, the steps, the weights' type."""
+"""What `--plan` takes a run to cost follows the recipe: the sample, the prompts, the answers' limit, the
+steps, the weights' type.
+"""
 
 import json
 from pathlib import Path
@@ -17,7 +19,8 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Context
 from megatron_fuse.training.stage import training_flops, training_tokens
 
-ROWS = [{"instruction": "Copy it. " + "w" * 31, "output": "x" * (8 if i % 2 else 24)} for i in range(40)]  # 10; 2 or 6
+# 10; 2 or 6.
+ROWS = [{"instruction": "Copy it. " + "w" * 31, "output": "x" * (8 if i % 2 else 24)} for i in range(40)]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,12 @@ def recipe_of(tmp_path: Path, model: Path, rows: list = ROWS, **sections: object
     data = write_rows(tmp_path / "data.jsonl", rows)
     reward_model = {"reward": {"model": str(model)}}
     return small_recipe(
-        tmp_path / "work", data, model, {"alpha": model, "beta": model}, reward_models=reward_model, **sections
+        tmp_path / "work",
+        data,
+        model,
+        {"alpha": model, "beta": model},
+        reward_models=reward_model,
+        **sections,
     )
 
 
@@ -44,10 +52,13 @@ def test_a_sample_is_counted_before_the_instructions_are_prepared(
     assert amounts.examples == examples
     assert amounts.prompt_tokens == pytest.approx(10 * examples)
     assert amounts.response_tokens == pytest.approx(4 * examples)
-    assert amounts.answer_tokens == pytest.approx((4 + 2) / 2 * examples)  # max_new_tokens cuts the longer half
+    # Max_new_tokens cuts the longer half.
+    assert amounts.answer_tokens == pytest.approx((4 + 2) / 2 * examples)
 
 
-def test_a_file_of_longer_conversations_than_seq_length_costs_what_is_kept(tmp_path: Path, model: Path) -> None:
+def test_a_file_of_longer_conversations_than_seq_length_costs_what_is_kept(
+    tmp_path: Path, model: Path
+) -> None:
     rows = [{"instruction": "a" * 400, "output": "b" * 400}] * 1
     amounts = estimate_amounts(Context(recipe_of(tmp_path, model, rows, training={"seq_length": 20})))
     assert amounts.read("training") == pytest.approx(20)
@@ -82,7 +93,8 @@ def test_training_costs_as_many_steps_as_it_takes(tmp_path: Path, model: Path) -
     whole = recipe_of(tmp_path, model, data={"validation_samples": 8})
     amounts = estimate_amounts(Context(whole))
     total = training_tokens(whole, amounts)
-    # ProFuser: one epoch of the inference mode, two of both, over the 32 of 40 that are no validation examples
+    # ProFuser: one epoch of the inference mode, two of both, over the 32 of 40 that are no validation
+    # examples
     assert total == pytest.approx(32 / 40 * (3 * amounts.read("inference") + 2 * amounts.read("training")))
     one_step = training_tokens(recipe_of(tmp_path, model, training={"train_iters": 1}), amounts)
     two_steps = training_tokens(recipe_of(tmp_path, model, training={"train_iters": 2}), amounts)

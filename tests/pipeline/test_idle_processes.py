@@ -1,4 +1,6 @@
-"""Where a stage has fewer shards than processes, a line says so and names the data.shard_size that gives each of them work."""
+"""Where a stage has fewer shards than processes, a line says so and names the data.shard_size that gives
+each of them work.
+"""
 
 import re
 from pathlib import Path
@@ -75,7 +77,9 @@ def test_the_first_process_of_a_stage_says_it_once(
     )
 
 
-def test_nothing_is_said_of_instructions_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_said_of_instructions_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with logged("warning") as said:
         warn_of_idle_processes(Context(recipe_of(tmp_path, 512)))

@@ -1,5 +1,5 @@
-"""Only what a recipe uses is planned, a source that joins later runs its own stages and no others, and a recipe with missing files
-is refused at once."""
+"""Only what a recipe uses is planned, a source that joins later runs its own stages and no others, and a
+recipe with missing files is refused at once."""
 
 import re
 import shutil
@@ -40,7 +40,9 @@ def run_data_stages(recipe: Recipe) -> None:
 def to_do(recipe: Recipe) -> set[str]:
     """Labels of the artifacts before training that are not done."""
     context = Context(recipe)
-    data = [work for works in steps(recipe).values() for work in works if work.stage not in (TRAINING, EXPORT)]
+    data = [
+        work for works in steps(recipe).values() for work in works if work.stage not in (TRAINING, EXPORT)
+    ]
     return {work.label(recipe) for work in data if work.state(context) != "done"}
 
 
@@ -61,7 +63,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return {
         "data": write_rows(directory / "data.jsonl", rows),
         "reward": save_model(directory / "reward", "llama", reward=True),
-        **{name: save_model(directory / name, family, seed=i) for i, (name, family) in enumerate(families.items())},
+        **{
+            name: save_model(directory / name, family, seed=i)
+            for i, (name, family) in enumerate(families.items())
+        },
     }
 
 
@@ -78,12 +83,17 @@ def recipe_of(tmp_path: Path, parts: dict, *sources: str) -> Recipe:
 
 
 def test_a_source_that_joins_later_runs_only_its_own_stages(tmp_path: Path, parts: dict) -> None:
-    two, three = recipe_of(tmp_path, parts, "alpha", "beta"), recipe_of(tmp_path, parts, "alpha", "beta", "gamma")
+    two, three = (
+        recipe_of(tmp_path, parts, "alpha", "beta"),
+        recipe_of(tmp_path, parts, "alpha", "beta", "gamma"),
+    )
     run_data_stages(two)
     assert not to_do(two)
     before = files(two.workdir)
     fusion = "fusion/exact-skip-T2"
-    chosen = {str(selection_path(three, mode).relative_to(three.workdir)) for mode in ("inference", "training")}
+    chosen = {
+        str(selection_path(three, mode).relative_to(three.workdir)) for mode in ("inference", "training")
+    }
     assert to_do(three) == chosen | {
         "responses/gamma",
         "scores/gamma/reward",
@@ -167,7 +177,10 @@ def test_what_is_made_elsewhere_costs_no_computation_here(tmp_path: Path, parts:
     context = Context(recipe)
     amounts = estimate_amounts(context)
     free = {
-        name for stage in stages for name, work in works(recipe, stage).items() if work.flops(context, amounts) == 0
+        name
+        for stage in stages
+        for name, work in works(recipe, stage).items()
+        if work.flops(context, amounts) == 0
     }
     assert free == {
         "responses/beta",
@@ -212,26 +225,35 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
     assert sorted(problem.partition(":")[0] for problem in problems) == sorted(keys)
 
 
-def test_a_reference_without_its_encoder_is_refused_before_anybody_answers(tmp_path: Path, parts: dict) -> None:
+def test_a_reference_without_its_encoder_is_refused_before_anybody_answers(
+    tmp_path: Path, parts: dict
+) -> None:
     sections = {"selection": {"inference": "reference"}, "schedule": {"preset": "profuser"}}
     sources = {name: parts[name] for name in ("alpha", "beta")}
     recipe = small_recipe(tmp_path / "w", parts["data"], parts["alpha"], sources, **sections)
     with pytest.raises(UserError, match=r"there is no reference\.bertscore_model"):
         check_files(recipe)
     without = {"without_bertscore": "renormalize"}
-    check_files(small_recipe(tmp_path / "w", parts["data"], parts["alpha"], sources, reference=without, **sections))
+    check_files(
+        small_recipe(tmp_path / "w", parts["data"], parts["alpha"], sources, reference=without, **sections)
+    )
 
 
-def test_a_plan_of_damaged_weights_is_a_whole_table(tmp_path: Path, parts: dict, capsys: pytest.CaptureFixture) -> None:
+def test_a_plan_of_damaged_weights_is_a_whole_table(
+    tmp_path: Path, parts: dict, capsys: pytest.CaptureFixture
+) -> None:
     damaged = {name: Path(shutil.copytree(parts[name], tmp_path / name)) for name in ("alpha", "beta")}
     for directory in damaged.values():
         (directory / "model.safetensors").write_bytes(b"\xff" * 100)
-    recipe = recipe_of(tmp_path, {**parts, **damaged}, "alpha", "beta", "gamma")  # alpha is the target as well
+    # Alpha is the target as well.
+    recipe = recipe_of(tmp_path, {**parts, **damaged}, "alpha", "beta", "gamma")
     with pytest.raises(UserError) as refusal:
         print_plan(Context(recipe), 1)
     for directory in damaged.values():
         assert str(refusal.value).count(f"{directory / 'model.safetensors'} is not a complete") == 1
-    states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()}
+    states = {
+        line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines() if line.split()
+    }
     assert states["responses/alpha"] == states["responses/beta"] == states["training"] == "refused"
     assert states["responses/gamma"] == states["export"] == "to"
 

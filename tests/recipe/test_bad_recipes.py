@@ -1,4 +1,6 @@
-"""Recipes that nobody can mean are refused at once, in one short message with the file and the line; texts keep their meaning."""
+"""Recipes that nobody can mean are refused at once, in one short message with the file and the line; texts
+keep their meaning.
+"""
 
 import random
 import time
@@ -50,8 +52,14 @@ BAD: dict[str, tuple[Change, str]] = {
     "tag of Python": (with_line("seed: !!python/object/apply:os.getpid []"), r":7: the tag !!python/object"),
     "own tag": (with_line("seed: !x 5"), r":7: the tag !x"),
     "5000 digits": (with_line(f"seed: {'9' * 5000}"), r":7: 9+ \.\.\. 9+ does not fit into a 64-bit integer"),
-    "65 bits": (extra("18446744073709551616"), r":3: 18446744073709551616 does not fit into a 64-bit integer"),
-    "5000 digits of a float": (with_line(f"training: {{lr: {'9' * 5000}.0}}"), r":7: .* does not fit into a 64-bit"),
+    "65 bits": (
+        extra("18446744073709551616"),
+        r":3: 18446744073709551616 does not fit into a 64-bit integer",
+    ),
+    "5000 digits of a float": (
+        with_line(f"training: {{lr: {'9' * 5000}.0}}"),
+        r":7: .* does not fit into a 64-bit",
+    ),
     "too large": (extra("1e400"), r":3: 1e400 does not fit"),
     "too small": (extra("-1e-400"), r":3: -1e-400 does not fit"),
     "directive": (lambda text: f"%YAML {'9' * 5000}.1\n---\n{text}", r":1: not valid YAML"),
@@ -64,7 +72,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "no octal": (with_line("seed: 089"), r":7: 089 is octal in YAML 1\.1 and decimal"),
     "base 60": (with_line("seed: 1:30"), r":7: 1:30 is a number to the base 60 .* and text"),
     "binary": (with_line("seed: 0b11"), r":7: 0b11 is a binary number"),
-    "yes": (with_line("training: {packing: yes}"), r":7: yes is true in YAML 1\.1 and text in YAML 1\.2: write true"),
+    "yes": (
+        with_line("training: {packing: yes}"),
+        r":7: yes is true in YAML 1\.1 and text in YAML 1\.2: write true",
+    ),
     "No": (with_line("training: {packing: No}"), r":7: No is false .*: write false, or \"No\" in quotes"),
     "on in a place without a type": (extra("[on]"), r":3: on is true"),
     "off as a key": (extra("{off: 1}"), r":3: off is false"),
@@ -74,7 +85,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "mappings 3000 deep": (extra("{a: " * 3000 + "}" * 3000), r":3: more than 64 lists and mappings"),
     "an alias in itself": (extra("&a {b: *a}"), r":3: the alias \*a is used inside its own value"),
     "a list in itself": (extra("&a [1, *a]"), r":3: the alias \*a"),
-    "doubling aliases": (with_line(DOUBLING), r":2\d: the file holds more than 1048576 characters and values"),
+    "doubling aliases": (
+        with_line(DOUBLING),
+        r":2\d: the file holds more than 1048576 characters and values",
+    ),
     "doubling merges": (
         with_line(
             "a: &a {x: 1}\n"
@@ -107,7 +121,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "NUL": (with_line("seed: a\0b"), r":7: not valid YAML: it holds the control character '\\x00'"),
     "bell": (with_line("seed: 'a\x07b'"), r":7: not valid YAML: it holds the control character '\\x07'"),
     "NUL, escaped": (instead("workdir: w", 'workdir: "a\\0b"'), r":1: 'a\\x00b' holds a NUL"),
-    "half of a character": (instead("workdir: w", 'workdir: "\\ud800"'), r":1: '\\ud800' holds half of a character"),
+    "half of a character": (
+        instead("workdir: w", 'workdir: "\\ud800"'),
+        r":1: '\\ud800' holds half of a character",
+    ),
     "half of a character as a key": (extra('{"\\udfff": 1}'), r":3: '\\udfff' holds half"),
     "Latin-1": (
         lambda text: text.encode() + b"seed: \xe9\n",
@@ -121,9 +138,18 @@ BAD: dict[str, tuple[Change, str]] = {
         instead("workdir: w", "workdir: ~nouser/w"),
         r":1: workdir: there is no home directory of ~nouser",
     ),
-    "unknown user, model": (instead("model: t", "model: ~nouser/w"), r":2: target\.model: there is no home directory"),
-    "unknown user, save": (with_line("training: {save: ~nouser}"), r":7: training\.save: there is no home directory"),
-    "unknown user, export": (with_line("export: {path: ~nouser}"), r":7: export\.path: there is no home directory"),
+    "unknown user, model": (
+        instead("model: t", "model: ~nouser/w"),
+        r":2: target\.model: there is no home directory",
+    ),
+    "unknown user, save": (
+        with_line("training: {save: ~nouser}"),
+        r":7: training\.save: there is no home directory",
+    ),
+    "unknown user, export": (
+        with_line("export: {path: ~nouser}"),
+        r":7: export\.path: there is no home directory",
+    ),
     "long name": (
         instead("workdir: w", f"workdir: {'w' * 256}"),
         r":1: workdir: a path must have at most 4095 bytes .* this one has 256 and 256",
@@ -154,8 +180,14 @@ BAD: dict[str, tuple[Change, str]] = {
         r":5: data\.samples: .*valid integer \(given: True\)",
     ),
     "a text as a number": (with_line("seed: '5'"), r":7: seed: .*valid integer \(given: '5'\)"),
-    "a text as a truth value": (with_line("training: {packing: 'true'}"), r":7: training\.packing: .*valid boolean"),
-    "a number as a text": (instead("model: t", "model: 5"), r":2: target\.model: .*valid string \(given: 5\)"),
+    "a text as a truth value": (
+        with_line("training: {packing: 'true'}"),
+        r":7: training\.packing: .*valid boolean",
+    ),
+    "a number as a text": (
+        instead("model: t", "model: 5"),
+        r":2: target\.model: .*valid string \(given: 5\)",
+    ),
     "a number as a path": (instead("workdir: w", "workdir: 5"), r":1: workdir: .*path .*\(given: 5\)"),
     "a list as a section": (with_line("training: [1]"), r":7: training: must be a mapping of keys"),
     "a form of a weight": (
@@ -281,12 +313,18 @@ def test_every_number_of_a_recipe_has_a_lower_and_an_upper_limit_in_its_help() -
             ["--lr-decay-style", "wsd"],
             r"^--lr-decay-style: training\.lr_decay_style: .*'constant', 'linear', 'cosine' or 'WSD'",
         ),
-        (["--lr-warmup-fraction", "1"], r"^--lr-warmup-fraction: training\.lr_warmup_fraction: .*less than 1"),
+        (
+            ["--lr-warmup-fraction", "1"],
+            r"^--lr-warmup-fraction: training\.lr_warmup_fraction: .*less than 1",
+        ),
         (["--seed", "two"], r"^--seed: seed: .*valid integer \(given: 'two'\)"),
         (["--lr", "1e308"], r"^--lr: training\.lr: .*less than or equal to 10"),
         (["--lr", "1e-400"], r"^--lr: 1e-400 does not fit"),
         (["--responses-top-p", "1e-320"], r"^--responses-top-p: responses\.top_p: "),
-        (["--loss-teacher-temperature", "1e300"], r"^--loss-teacher-temperature: loss\.teacher_temperature: "),
+        (
+            ["--loss-teacher-temperature", "1e300"],
+            r"^--loss-teacher-temperature: loss\.teacher_temperature: ",
+        ),
         (["--workdir", ""], r"^--workdir: workdir: must not be empty"),
         (["--workdir", "~nouser/x"], r"^--workdir: workdir: there is no home directory of ~nouser"),
         (["--save", "a\nb"], r"^--save: training\.save: holds '\\n'"),
@@ -328,7 +366,8 @@ def test_a_tilde_is_the_home_directory_in_every_path(tmp_path: Path, monkeypatch
 def test_readings_that_everybody_agrees_on_stay(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(
         b"\xef\xbb\xbfa: [1_000, 0x10, 0o17, 1e3, 1.5e-05, .5, -3, +4, .inf]\nb: [true, False, null, ~, ]\n"
-        b"c: [2024-02-28, 1.2.3, a:b, 10.0.0.1:80, 'yes', \"0777\", y, n, '=']\nd: &d {x: 1}\ne: {<<: *d, y: *d}\nf: \"\\ud83d\\ude00\"\n"
+        b"c: [2024-02-28, 1.2.3, a:b, 10.0.0.1:80, 'yes', \"0777\", y, n, '=']\nd: &d {x: 1}\ne: {<<: *d, "
+        b'y: *d}\nf: "\\ud83d\\ude00"\n'
     )
     content = read_document(tmp_path / "a.yaml").content
     assert content["a"] == [1000, 16, 15, 1000.0, 1.5e-5, 0.5, -3, 4, float("inf")]

@@ -1,4 +1,6 @@
-"""A recipe is refused with the path of the wrong key and what is allowed there, and printing it loses nothing."""
+"""A recipe is refused with the path of the wrong key and what is allowed there, and printing it loses
+nothing.
+"""
 
 from pathlib import Path
 
@@ -57,14 +59,34 @@ def with_change(path: str, value: object) -> dict:
             {"path": "r", "pth": 1},
             r"sources\.b\.responses\.pth: unknown key; allowed here: path,",
         ),
-        ("sources.b.responses", {"path": "r", "match": "title"}, r"sources\.b\.responses\.match: .*'id' or 'prompt'"),
+        (
+            "sources.b.responses",
+            {"path": "r", "match": "title"},
+            r"sources\.b\.responses\.match: .*'id' or 'prompt'",
+        ),
         ("sources.b.responses", 3, r"sources\.b\.responses: must be a mapping of keys \(given: 3\)"),
-        ("target.server", {**SERVER, "uri": 1}, r"target\.server\.uri: unknown key; allowed here: url, model,.*extra"),
+        (
+            "target.server",
+            {**SERVER, "uri": 1},
+            r"target\.server\.uri: unknown key; allowed here: url, model,.*extra",
+        ),
         ("target.server", {"model": "m"}, r"target\.server\.url: the key is required, but missing"),
-        ("target.server", {**SERVER, "concurrency": 0}, r"target\.server\.concurrency: .*greater than or equal to 1"),
+        (
+            "target.server",
+            {**SERVER, "concurrency": 0},
+            r"target\.server\.concurrency: .*greater than or equal to 1",
+        ),
         ("target.server", {**SERVER, "extra": 3}, r"target\.server\.extra: must be a mapping"),
-        ("sources.b.captures", {"trainng": "p"}, r"sources\.b\.captures\.trainng: .*'inference' or 'training'"),
-        ("reward_models.j", {"scores": {"path": "s", "score": 1}}, r"reward_models\.j\.scores\.score: unknown key"),
+        (
+            "sources.b.captures",
+            {"trainng": "p"},
+            r"sources\.b\.captures\.trainng: .*'inference' or 'training'",
+        ),
+        (
+            "reward_models.j",
+            {"scores": {"path": "s", "score": 1}},
+            r"reward_models\.j\.scores\.score: unknown key",
+        ),
         (
             "selection.training_margin",
             {"atleast": 1},
@@ -82,7 +104,11 @@ def with_change(path: str, value: object) -> dict:
             {"model": "b", "responses": "r", "server": SERVER},
             r"sources\.b: responses .* and server are both set",
         ),
-        ("target", {"model": "t", "responses": "r", "server": SERVER}, r"target: responses .* and server are both set"),
+        (
+            "target",
+            {"model": "t", "responses": "r", "server": SERVER},
+            r"target: responses .* and server are both set",
+        ),
         (
             "sources.b",
             {"model": "b", "responses": "r", "stop": ["##"]},
@@ -101,21 +127,49 @@ def with_change(path: str, value: object) -> dict:
         ("sources.b.stop", ["User:", ""], r"sources\.b: stop holds an empty text"),
         # names that the workspace needs for itself
         ("sources.target", {"model": "x"}, r"'target' is the name of the target's own answers"),
-        ("reward_models.reference", {"model": "x"}, r"'reference' is the name of the score against the ground truth"),
+        (
+            "reward_models.reference",
+            {"model": "x"},
+            r"'reference' is the name of the score against the ground truth",
+        ),
         # who votes
-        ("selection.reward_models", ["k"], r"selection\.reward_models has \['k'\], but reward_models has only \['j'\]"),
+        (
+            "selection.reward_models",
+            ["k"],
+            r"selection\.reward_models has \['k'\], but reward_models has only \['j'\]",
+        ),
         ("selection.reward_models", [], r"of several sources .*no reward model votes"),
         ("selection.reward_models", ["../up"], r"selection\.reward_models\.0"),
         ("schedule.order", "longest", r"schedule\.order: .*'shuffled', 'gt_length' or 'target_reward'"),
         # margins: a winner cannot win by less than nothing; from weight 1 on nothing would be weighed down
-        ("selection.training_margin", {"at_least": -0.1}, r"training_margin\.at_least: .*greater than or equal to 0"),
-        ("selection.training_margin", {"at_least": 1, "weight": 1}, r"training_margin\.weight: .*less than 1"),
-        ("selection.inference_margin", {"at_least": 1, "weight": -1}, r"inference_margin\.weight: .*or equal to 0"),
+        (
+            "selection.training_margin",
+            {"at_least": -0.1},
+            r"training_margin\.at_least: .*greater than or equal to 0",
+        ),
+        (
+            "selection.training_margin",
+            {"at_least": 1, "weight": 1},
+            r"training_margin\.weight: .*less than 1",
+        ),
+        (
+            "selection.inference_margin",
+            {"at_least": 1, "weight": -1},
+            r"inference_margin\.weight: .*or equal to 0",
+        ),
         ("selection.inference_margin", {"at_least": float("nan")}, r"inference_margin\.at_least: .*finite"),
         ("selection.inference_margin", 1.5, r"selection\.inference_margin: must be a mapping"),
-        ("reference", {"bleu": 0, "rouge_l": 0}, r"reference: all weights are 0, or only bertscore has a weight"),
+        (
+            "reference",
+            {"bleu": 0, "rouge_l": 0},
+            r"reference: all weights are 0, or only bertscore has a weight",
+        ),
         # what a sequence may be
-        ("training", {"packing": True, "micro_batch_size": 4}, r"training: packing needs micro_batch_size 1, not 4"),
+        (
+            "training",
+            {"packing": True, "micro_batch_size": 4},
+            r"training: packing needs micro_batch_size 1, not 4",
+        ),
         (
             "parallel.sequence_parallel",
             True,
@@ -126,36 +180,42 @@ def with_change(path: str, value: object) -> dict:
         (
             "training",
             {"lr_warmup_iters": 15, "lr_warmup_fraction": 0.1},
-            r"training: lr_warmup_iters is 15 and lr_warmup_fraction is 0\.1, .*\. Set lr_warmup_iters to 0, or remove",
+            r"training: lr_warmup_iters is 15 and lr_warmup_fraction is 0\.1, .*\. Set lr_warmup_iters to "
+            r"0, or remove",
         ),
         *(
             (
                 "training",
                 {"lr_warmup_iters": 15, "lr_decay_iters": decay},
-                rf"training: lr_decay_iters \({decay}\) .* must be above lr_warmup_iters \(15\).*\. Raise lr_decay_iters, or lower",
+                rf"training: lr_decay_iters \({decay}\) .* must be above lr_warmup_iters \(15\).*\. Raise "
+                r"lr_decay_iters, or lower",
             )
             for decay in (14, 15)
         ),
         (
             "training",
             {"lr_decay_style": "constant", "min_lr": 1e-6},
-            r"training: min_lr is 1e-06, but with lr_decay_style constant .* stays at lr\. Set min_lr to 0, or choose",
+            r"training: min_lr is 1e-06, but with lr_decay_style constant .* stays at lr\. Set min_lr to 0, "
+            r"or choose",
         ),
         (
             "training",
             {"lr_decay_style": "constant", "lr_decay_iters": 9},
-            r"training: lr_decay_iters is 9, but with lr_decay_style constant .* stays at lr\. Remove lr_decay_iters, or choose",
+            r"training: lr_decay_iters is 9, but with lr_decay_style constant .* stays at lr\. Remove "
+            r"lr_decay_iters, or choose",
         ),
         (
             "training",
             {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear"},
-            r"training: lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay\. Set lr_wsd_decay_iters, or choose",
+            r"training: lr_decay_style WSD needs lr_wsd_decay_iters, the steps of its decay\. Set "
+            r"lr_wsd_decay_iters, or choose",
         ),
         *(
             (
                 "training",
                 {**style, key: value},
-                rf"training: {key} is {value}, but lr_decay_style is {style.get('lr_decay_style', 'cosine')}\. Remove {key}, or set "
+                rf"training: {key} is {value}, but lr_decay_style is "
+                rf"{style.get('lr_decay_style', 'cosine')}\. Remove {key}, or set "
                 "lr_decay_style to WSD",
             )
             for style in ({}, {"lr_decay_style": "linear"}, {"lr_decay_style": "constant"})
@@ -165,7 +225,8 @@ def with_change(path: str, value: object) -> dict:
             (
                 "training",
                 {"lr_decay_style": "WSD", "lr_decay_iters": 20, "lr_wsd_decay_iters": 11, warmup: value},
-                rf"training: lr_wsd_decay_iters \(11\) and the 10 steps of {warmup} are together more than lr_decay_iters \(20\)\. Lower",
+                rf"training: lr_wsd_decay_iters \(11\) and the 10 steps of {warmup} are together more than "
+                r"lr_decay_iters \(20\)\. Lower",
             )
             for warmup, value in {"lr_warmup_iters": 10, "lr_warmup_fraction": 0.5}.items()
         ),
@@ -173,7 +234,8 @@ def with_change(path: str, value: object) -> dict:
         (
             "parallel.overlap_param_gather",
             True,
-            r"parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce\. Set them to true",
+            r"parallel: overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce\. Set "
+            r"them to true",
         ),
         (
             "parallel",
@@ -209,7 +271,9 @@ def test_the_strongest_is_one_of_those_that_vote() -> None:
     # The order is that of reward_models, however the reward models are listed: it decides what ties go to.
     two = make_recipe({**three, "selection": {"reward_models": ["k", "j"]}})
     assert (two.voting_reward_models, two.strongest) == (["j", "k"], "j")
-    assert make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "k"}}).strongest == "k"
+    assert (
+        make_recipe({**three, "selection": {"reward_models": ["k", "j"], "strongest": "k"}}).strongest == "k"
+    )
     with pytest.raises(
         UserError, match=r"selection\.strongest is 'i', but the reward models that vote are \['j', 'k'\]"
     ):
@@ -252,7 +316,8 @@ def test_only_answers_that_are_used_are_made_and_scored(
     assert recipe.target_as_source == ("a" if target == "a" else None)
 
 
-# A template, a system message or answers of its own make the target another than the source with the same weights.
+# A template, a system message or answers of its own make the target another than the source with the same
+# weights.
 @pytest.mark.parametrize(
     ("own", "same"),
     [
@@ -266,7 +331,9 @@ def test_only_answers_that_are_used_are_made_and_scored(
     ],
 )
 def test_the_target_is_a_source_where_it_answers_as_that_source_does(own: dict, same: bool) -> None:
-    assert make_recipe(with_change("target", {"model": "a", **own})).target_as_source == ("a" if same else None)
+    assert make_recipe(with_change("target", {"model": "a", **own})).target_as_source == (
+        "a" if same else None
+    )
     shared = with_change("target", {"model": "a", **own})
     shared["sources"]["a"] |= own
     assert make_recipe(shared).target_as_source == "a"
@@ -280,8 +347,14 @@ def test_a_phase_that_learns_nothing_is_refused() -> None:
 
 def test_printing_and_reading_back_gives_the_same_recipe() -> None:
     everything = {
-        "target": {"model": "t", "server": {**SERVER, "extra": {"top_k": 5, "nested": {"a": [1]}}}, "stop": ["User:"]},
-        "sources": {"a": {"model": "a", "responses": {"path": "r", "response": "responses.gpt-4", "match": "prompt"}}},
+        "target": {
+            "model": "t",
+            "server": {**SERVER, "extra": {"top_k": 5, "nested": {"a": [1]}}},
+            "stop": ["User:"],
+        },
+        "sources": {
+            "a": {"model": "a", "responses": {"path": "r", "response": "responses.gpt-4", "match": "prompt"}}
+        },
         "reward_models": {"j": {"model": "j", "body": "b", "form": "value_head"}, "k": {"scores": "s.jsonl"}},
         "selection": {"reward_models": ["k"], "training_margin": {"at_least": 0.1}, "inference": "reference"},
         "reference": {"bertscore_model": "e", "bertscore_layer": 9},
@@ -299,7 +372,11 @@ def test_printing_and_reading_back_gives_the_same_recipe() -> None:
         ({}, "cosine", None),
         ({"lr_decay_style": "constant"}, "constant", None),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9}, "WSD", "exponential"),
-        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_wsd_decay_style": "minus_sqrt"}, "WSD", "minus_sqrt"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 9, "lr_wsd_decay_style": "minus_sqrt"},
+            "WSD",
+            "minus_sqrt",
+        ),
     ],
 )
 def test_the_resolved_recipe_names_the_decay(training: dict, style: str, of_wsd: str | None) -> None:
@@ -323,7 +400,9 @@ def test_a_training_takes_the_seed_of_the_recipe_or_its_own(tmp_path: Path) -> N
 def test_a_path_alone_stands_for_a_file_with_the_usual_keys() -> None:
     for path, value in {"sources.a.responses": "r.jsonl", "target.responses": "r.jsonl"}.items():
         assert make_recipe(with_change(path, value)) == make_recipe(with_change(path, {"path": value}))
-    scores = [make_recipe(with_change("reward_models.j", {"scores": value})) for value in ("s", {"path": "s"})]
+    scores = [
+        make_recipe(with_change("reward_models.j", {"scores": value})) for value in ("s", {"path": "s"})
+    ]
     assert scores[0] == scores[1]
 
 
@@ -336,7 +415,8 @@ def test_flags_with_megatron_names_override_the_file(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     flags = (
-        "--tensor-model-parallel-size 2 --lr 1e-4 --seq-length 64 --no-loss-temperature-squared --schedule-preset csft"
+        "--tensor-model-parallel-size 2 --lr 1e-4 --seq-length 64 --no-loss-temperature-squared "
+        "--schedule-preset csft"
     )
     recipe = load_recipe(argv=["--recipe", str(path), *flags.split()])
     assert recipe.parallel.tensor_model_parallel_size == 2
@@ -352,7 +432,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: str) -> None
         load_recipe(argv=["--recipe", str(path)])
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
+)
 def test_the_shipped_recipes_are_valid(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     if "variants" in content:

@@ -1,4 +1,6 @@
-"""An old name of a key is read for one release, in a file and as a flag; the new name is recommended, both are refused."""
+"""An old name of a key is read for one release, in a file and as a flag; the new name is recommended, both
+are refused.
+"""
 
 import warnings
 from pathlib import Path
@@ -44,11 +46,17 @@ def from_file(path: Path, *flags: str) -> Recipe:
 
 
 @EACH
-def test_an_old_key_in_a_file_is_read_as_the_new_one_with_a_warning(tmp_path: Path, old: tuple[str, ...]) -> None:
+def test_an_old_key_in_a_file_is_read_as_the_new_one_with_a_warning(
+    tmp_path: Path, old: tuple[str, ...]
+) -> None:
     value, _, _ = VALUES[old]
     path, new = write(tmp_path / "r.yaml", with_key(old, value)), ".".join(RENAMED[old])
-    line = 1 + next(n for n, line in enumerate(path.read_text().splitlines()) if line.strip().startswith(f"{old[1]}:"))
-    with pytest.warns(FutureWarning, match=rf"r\.yaml:{line}: {'.'.join(old)} is deprecated: write {new}\.") as caught:
+    line = 1 + next(
+        n for n, line in enumerate(path.read_text().splitlines()) if line.strip().startswith(f"{old[1]}:")
+    )
+    with pytest.warns(
+        FutureWarning, match=rf"r\.yaml:{line}: {'.'.join(old)} is deprecated: write {new}\."
+    ) as caught:
         recipe = from_file(path)
     assert len(caught) == 1
     with warnings.catch_warnings(action="error"):
@@ -60,7 +68,8 @@ def test_an_old_key_in_a_file_is_read_as_the_new_one_with_a_warning(tmp_path: Pa
 def test_an_old_flag_is_read_as_the_new_one_with_a_warning(tmp_path: Path, old: tuple[str, ...]) -> None:
     value, texts, other = VALUES[old]
     flag, new_flag, new = _flag(*old), _flag(*RENAMED[old]), RENAMED[old]
-    path = write(tmp_path / "r.yaml", with_key(new, other))  # the flag overrides the file, whichever name each has
+    # The flag overrides the file, whichever name each has.
+    path = write(tmp_path / "r.yaml", with_key(new, other))
     with pytest.warns(FutureWarning, match=f"^{flag} is deprecated: write {new_flag}"):
         assert from_file(path, flag, *texts) == make_recipe(with_key(new, value))
     path = write(tmp_path / "r.yaml", with_key(old, other))
@@ -71,13 +80,20 @@ def test_an_old_flag_is_read_as_the_new_one_with_a_warning(tmp_path: Path, old: 
 @EACH
 def test_both_names_are_refused(tmp_path: Path, old: tuple[str, ...]) -> None:
     value, texts, _ = VALUES[old]
-    path, new = write(tmp_path / "both.yaml", with_key(RENAMED[old], value, with_key(old, value))), RENAMED[old]
-    message = rf"both\.yaml:\d+: {'.'.join(old)}: the old name of {'.'.join(new)}, which is given too: leave out"
+    path, new = (
+        write(tmp_path / "both.yaml", with_key(RENAMED[old], value, with_key(old, value))),
+        RENAMED[old],
+    )
+    message = (
+        rf"both\.yaml:\d+: {'.'.join(old)}: the old name of {'.'.join(new)}, which is given too: leave out"
+    )
     with pytest.raises(UserError, match=message):
         from_file(path)
     flag, new_flag = _flag(*old), _flag(*new)
     path = write(tmp_path / "r.yaml", MINIMAL)
-    with pytest.raises(UserError, match=f"^{flag}: the old name of {new_flag}, which is given too: leave out {flag}"):
+    with pytest.raises(
+        UserError, match=f"^{flag}: the old name of {new_flag}, which is given too: leave out {flag}"
+    ):
         from_file(path, flag, *texts, new_flag, *texts)
 
 
@@ -89,7 +105,9 @@ def test_an_error_about_an_old_key_names_what_is_in_the_file(tmp_path: Path, old
 
 
 @EACH
-def test_layers_of_an_experiment_fit_on_each_other_by_either_name(tmp_path: Path, old: tuple[str, ...]) -> None:
+def test_layers_of_an_experiment_fit_on_each_other_by_either_name(
+    tmp_path: Path, old: tuple[str, ...]
+) -> None:
     value, _, other = VALUES[old]
     recipe = write(tmp_path / "r.yaml", with_key(old, other))
     experiment = {

@@ -7,8 +7,8 @@ _VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """links: all that the page takes from elsewhere; tags: how often each occurs; text: what is shown; unclosed: elements that
-    are closed in another order than they were opened, or not at all."""
+    """links: all that the page takes from elsewhere; tags: how often each occurs; text: what is shown;
+    unclosed: elements that are closed in another order than they were opened, or not at all."""
 
     def __init__(self, content: str) -> None:
         super().__init__()
@@ -24,8 +24,12 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
-        self.links += [value or "" for name, value in attributes if name == "style" and "url(" in (value or "")]
+        self.links += [
+            value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")
+        ]
+        self.links += [
+            value or "" for name, value in attributes if name == "style" and "url(" in (value or "")
+        ]
         if tag not in _VOID:
             self._open.append((tag, dict(attributes).get("class") or ""))
 

@@ -1,4 +1,6 @@
-"""Random observations for the advantage report: any number of sources and reward models, identical, empty and unscored answers."""
+"""Random observations for the advantage report: any number of sources and reward models, identical, empty
+and unscored answers.
+"""
 
 import numpy as np
 
@@ -31,7 +33,12 @@ def random_observations(
         tokens = random.integers(1, 90, shape)
         source = min_ce(ce, lossy, response_bytes=response_bytes, response_tokens=tokens)
         margin = training_margin(ce, lossy, response_bytes, source)
-        selections["training"] = {"ce_sum": ce, "response_bytes": response_bytes, "source": source, "margin": margin}
+        selections["training"] = {
+            "ce_sum": ce,
+            "response_bytes": response_bytes,
+            "source": source,
+            "margin": margin,
+        }
     same = random.integers(0, 4, shape)  # few different texts, so that some are identical; 0 = empty
     answering = "inference" in modes
     if answering and rule == "reference":
@@ -61,7 +68,9 @@ def random_observations(
         answers = Answers(**{name: values[:, :0] for name, values in vars(answers).items()})
     return Observations(
         sources=[f"source-{place}" for place in range(sources)],
-        reward_models=[f"reward-{place}" for place in range(reward_models)] if answering and rule == "vote" else [],
+        reward_models=[f"reward-{place}" for place in range(reward_models)]
+        if answering and rule == "vote"
+        else [],
         strongest=0,
         rules={mode: {"training": "sum", "inference": rule}[mode] for mode in modes},
         numbers=np.arange(examples),
@@ -81,7 +90,9 @@ def random_observations(
 def texts_of(seen: Observations, place: int, text: str) -> tuple[Example, list[Response]]:
     """An example and its answers, all of them this text and a mark of their own."""
     messages = [{"role": "user", "content": f"{text} instruction"}]
-    example = Example(f"e{place} {text}", f"{text} system", messages, f"{text} truth", category=f"{text} category")
+    example = Example(
+        f"e{place} {text}", f"{text} system", messages, f"{text} truth", category=f"{text} category"
+    )
     answers = seen.answers
     flags = (values[place].tolist() for values in (answers.same, answers.truncated, answers.refused))
     return example, [

@@ -1,4 +1,6 @@
-"""Laws of the example cards: at most ten different examples, the same for the same data, each showing what its reason says."""
+"""Laws of the example cards: at most ten different examples, the same for the same data, each showing what
+its reason says.
+"""
 
 import numpy as np
 import pytest
@@ -53,8 +55,19 @@ def test_cards_are_different_examples_that_show_their_reason(
 
 
 def test_every_kind_of_card_is_shown_where_the_data_have_it() -> None:
-    reasons = " ".join(choice.reason for choice in choose_cards(random_observations(1, reward_models=2, examples=300)))
-    for kind in ("clear win", "tie", "disagree", "both modes", "narrow win", "cut off", "declines", "no source"):
+    reasons = " ".join(
+        choice.reason for choice in choose_cards(random_observations(1, reward_models=2, examples=300))
+    )
+    for kind in (
+        "clear win",
+        "tie",
+        "disagree",
+        "both modes",
+        "narrow win",
+        "cut off",
+        "declines",
+        "no source",
+    ):
         assert kind in reasons
 
 
@@ -74,7 +87,9 @@ def test_a_card_tells_of_every_answer_what_it_was_chosen_by(rule: str) -> None:
         assert truth["text"] == "text truth"
         for place, (name, answer) in enumerate(zip(seen.sources, answers, strict=True)):
             assert answer["name"] == name
-            assert answer["wins"] == [mode for mode in seen.selections if seen.selections[mode]["source"][n] == place]
+            assert answer["wins"] == [
+                mode for mode in seen.selections if seen.selections[mode]["source"][n] == place
+            ]
             nats = training["ce_sum"][n, place] / training["response_bytes"][n]
             assert answer["nats_per_byte"] == (None if np.isnan(nats) else pytest.approx(nats))
             others = [other for other in answers[:place] if other["text"] and other["text"] == answer["text"]]

@@ -30,7 +30,9 @@ SOURCES = [1, 3, 8]
 
 
 @given(st.integers(0, 400), st.integers(0, 400))
-def test_wilsons_interval_ends_where_the_share_is_just_as_far_as_95_of_100_samples_stray(part: int, rest: int) -> None:
+def test_wilsons_interval_ends_where_the_share_is_just_as_far_as_95_of_100_samples_stray(
+    part: int, rest: int
+) -> None:
     whole = part + rest
     low, high = wilson(part, whole)
     if not whole:
@@ -39,7 +41,9 @@ def test_wilsons_interval_ends_where_the_share_is_just_as_far_as_95_of_100_sampl
     share = part / whole
     assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
     for end in (low, high):  # |share - p| = z sqrt(p (1 - p) / n), the interval's definition
-        assert abs(share - end) == pytest.approx(1.959964 * np.sqrt(max(end * (1 - end), 0) / whole), abs=1e-7)
+        assert abs(share - end) == pytest.approx(
+            1.959964 * np.sqrt(max(end * (1 - end), 0) / whole), abs=1e-7
+        )
 
 
 @given(st.lists(st.integers(NONE, 4), max_size=50))
@@ -62,7 +66,9 @@ def test_agreement_is_cohens_kappa(pairs: list[tuple[int, int]]) -> None:
     if not chosen:
         assert found["agree"] is found["chance"] is found["kappa"] is None
         return
-    share = [[Fraction(sum(pair[side] == c for pair in chosen), len(chosen)) for c in range(4)] for side in (0, 1)]
+    share = [
+        [Fraction(sum(pair[side] == c for pair in chosen), len(chosen)) for c in range(4)] for side in (0, 1)
+    ]
     agree = Fraction(sum(one == other for one, other in chosen), len(chosen))
     chance = sum(one * other for one, other in zip(*share, strict=True))
     assert found["agree"] == pytest.approx(float(agree)) and found["chance"] == pytest.approx(float(chance))
@@ -72,7 +78,9 @@ def test_agreement_is_cohens_kappa(pairs: list[tuple[int, int]]) -> None:
 @pytest.mark.parametrize("sources", SOURCES)
 @pytest.mark.parametrize("reward_models", [1, 2, 3])
 def test_reward_models_favourites_and_ties_by_hand(sources: int, reward_models: int) -> None:
-    seen = random_observations(sources + reward_models, sources=sources, reward_models=reward_models, examples=200)
+    seen = random_observations(
+        sources + reward_models, sources=sources, reward_models=reward_models, examples=200
+    )
     arrays, same = seen.selections["inference"], seen.answers.same
     scores, votes = arrays["scores"], arrays["votes"]
     liked, ties = favourites(scores, same), tied(votes, same)
@@ -82,7 +90,9 @@ def test_reward_models_favourites_and_ties_by_hand(sources: int, reward_models: 
         for reward_model in range(reward_models):
             if able:
                 # Identical texts are one answer, worth the best of its scores.
-                worth = [max(scores[n, o, reward_model] for o in able if same[n, o] == same[n, s]) for s in able]
+                worth = [
+                    max(scores[n, o, reward_model] for o in able if same[n, o] == same[n, s]) for s in able
+                ]
                 assert liked[n, reward_model] == able[worth.index(max(worth))]
                 ballots.append(same[n, liked[n, reward_model]])
             else:

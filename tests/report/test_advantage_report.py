@@ -1,4 +1,6 @@
-"""Laws of the advantage report: it counts what the trainer learns from, its page stands alone, and no text can break it."""
+"""Laws of the advantage report: it counts what the trainer learns from, its page stands alone, and no text
+can break it.
+"""
 
 import json
 import runpy
@@ -48,10 +50,14 @@ def test_wins_are_those_of_the_examples_that_are_learned_from(world: Recipe, rep
 
 
 def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -> None:
-    validation = {example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.is_validation}
+    validation = {
+        example.id for example in load_examples(Context(world).open(INSTRUCTIONS)) if example.is_validation
+    }
     for source in SOURCES:
         artifact = Context(world).open(RESPONSES, source)
-        answers = [answer for shard in response_shards(artifact) for answer in shard if answer.id not in validation]
+        answers = [
+            answer for shard in response_shards(artifact) for answer in shard if answer.id not in validation
+        ]
         files = [path.read_text().split() for path in artifact.files(".unmatched.txt")]
         found = report["answers"][source]
         lengths = [len(answer.response) for answer in answers if answer.response.strip()]
@@ -62,7 +68,10 @@ def test_answers_are_those_of_the_responses_stage(world: Recipe, report: dict) -
         assert found["characters"] == {"mean": pytest.approx(np.mean(lengths)), "median": np.median(lengths)}
         texts = {answer.id: answer.response for answer in answers}
         for shown in report["cards"]:
-            assert next(answer["text"] for answer in shown["answers"] if answer["name"] == source) == texts[shown["id"]]
+            assert (
+                next(answer["text"] for answer in shown["answers"] if answer["name"] == source)
+                == texts[shown["id"]]
+            )
 
 
 def test_a_schedule_without_teachers_has_no_advantage(world: Recipe) -> None:
@@ -75,12 +84,16 @@ def random_report(text: str = "text", **options: object) -> dict:
     seen = random_observations(5, **options)
     cards = [card(seen, choice, *texts_of(seen, choice.example, text)) for choice in choose_cards(seen)]
     if not seen.answers.same.shape[1]:
-        cards = [card(seen, choice, texts_of(seen, choice.example, text)[0], []) for choice in choose_cards(seen)]
+        cards = [
+            card(seen, choice, texts_of(seen, choice.example, text)[0], []) for choice in choose_cards(seen)
+        ]
     return {"fusion_data": "run/fusion/exact-skip-T2", **advantage_numbers(seen), "cards": cards}
 
 
 def page_of(report: dict) -> Page:
-    charts = {name: (title, b"\x89PNG".ljust(24, b"\0")) for name, (title, _) in advantage_charts(report).items()}
+    charts = {
+        name: (title, b"\x89PNG".ljust(24, b"\0")) for name, (title, _) in advantage_charts(report).items()
+    }
     return Page(advantage_page(report, charts))
 
 
@@ -100,7 +113,9 @@ def test_any_number_of_sources_reward_models_and_modes_makes_a_page(
     sources: int, reward_models: int, modes: tuple[str, ...]
 ) -> None:
     rule = "vote" if reward_models else "reference"
-    report = random_report(sources=sources, reward_models=reward_models, modes=modes, rule=rule, systems=sources % 4)
+    report = random_report(
+        sources=sources, reward_models=reward_models, modes=modes, rule=rule, systems=sources % 4
+    )
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     page = page_of(report)
     assert page.tags["img"] == 4 + (len(modes) == 2)  # wins, lengths, length of instruction, category; modes

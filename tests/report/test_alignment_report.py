@@ -1,4 +1,6 @@
-"""Laws of the alignment report: its shares are those of the documents that the trainer reads, and its page stands alone."""
+"""Laws of the alignment report: its shares are those of the documents that the trainer reads, and its page
+stands alone.
+"""
 
 import json
 import re
@@ -22,7 +24,14 @@ from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.report.alignment import alignment_report, alignment_text, write_alignment_report
-from megatron_fuse.report.alignment.numbers import LONGEST, TEXT_CLASSES, Labels, Tally, text_classes, unmatched_spans
+from megatron_fuse.report.alignment.numbers import (
+    LONGEST,
+    TEXT_CLASSES,
+    Labels,
+    Tally,
+    text_classes,
+    unmatched_spans,
+)
 from megatron_fuse.report.alignment.page import alignment_page
 from megatron_fuse.stages import Context
 from megatron_fuse.tokenization.hugging_face import wrap_hugging_face
@@ -81,11 +90,11 @@ def test_a_source_with_the_targets_tokenizer_loses_nothing(report: dict) -> None
         found = teacher(report, "alpha", mode)
         assert found["rows"]["all"]["exact"] > 0.99
         assert found["examples"]["whole"] == 1
-        assert (
-            found["vocabulary"]["exact"] > 0.97
-        )  # a letter and its byte token are one text, and the map takes one of them
+        # A letter and its byte token are one text, and the map takes one of them.
+        assert found["vocabulary"]["exact"] > 0.97
         assert found["label_mass"] == 0
-        # Rounding down and padded columns of the logits, which no tokenizer knows, are all that mass is lost to.
+        # Rounding down and padded columns of the logits, which no tokenizer knows, are all that mass is lost
+        # to.
         assert found["rows"]["all"]["mass"] == pytest.approx(found["captured"]["mass"], abs=0.1)
 
 
@@ -114,14 +123,21 @@ def test_text_classes_of_tokens() -> None:
     data = [piece if isinstance(piece, bytes) else piece.encode() for _, piece in pieces]
 
     tokenizer = SimpleNamespace(token_bytes=[*data, b"</s>"])  # all that a class depends on
-    found = [TEXT_CLASSES[code] for code in text_classes(SimpleNamespace(tokenizer=tokenizer, stop_id=len(data)))]
+    found = [
+        TEXT_CLASSES[code] for code in text_classes(SimpleNamespace(tokenizer=tokenizer, stop_id=len(data)))
+    ]
     assert found == [*(name for name, _ in pieces), "end of turn"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.integers(0, 5)), max_size=40))
-def test_unmatched_spans_are_the_longest_different_runs_within_an_example(rows: list[tuple[int, bool, int]]) -> None:
+def test_unmatched_spans_are_the_longest_different_runs_within_an_example(
+    rows: list[tuple[int, bool, int]],
+) -> None:
     tokenizer = wrap_hugging_face(hugging_face("byte_level"), "small")
-    words = [tokenizer.encode_continuation(text)[0] for text in ("a", " the", "1", "internationalization", "\n", "日")]
+    words = [
+        tokenizer.encode_continuation(text)[0]
+        for text in ("a", " the", "1", "internationalization", "\n", "日")
+    ]
     rows = sorted(rows, key=lambda row: row[0])
     labels = Labels(
         example=np.array([row[0] for row in rows], np.int64),
@@ -150,7 +166,9 @@ def test_tallies_of_parts_add_up_to_the_tally_of_the_whole(rows: list[tuple[int,
 
     def tally(part: list[tuple[int, int]]) -> Tally:
         tokens, match = (np.array([row[i] for row in part], np.int64) for i in (0, 1))
-        return Tally.of(Labels(np.zeros(len(part), np.int64), tokens, match.astype(np.uint8), tokens / 8), classes)
+        return Tally.of(
+            Labels(np.zeros(len(part), np.int64), tokens, match.astype(np.uint8), tokens / 8), classes
+        )
 
     whole, parts = tally(rows), Tally.none() + tally(rows[:cut]) + tally(rows[cut:])
     assert whole.rows.tolist() == parts.rows.tolist()
@@ -161,7 +179,9 @@ def test_the_page_stands_alone_and_escapes_what_the_data_says(report: dict) -> N
     hostile = "<script>alert('&\"')</script> https://example.org/a.js"
     span = {"example": hostile, "tokens": 3, "bytes": 9, "text": hostile}
     first, *others = report["teachers"]
-    page = alignment_page({**report, "teachers": [{**first, "longest_unmatched": [span]}, *others]}, b"\x89PNG")
+    page = alignment_page(
+        {**report, "teachers": [{**first, "longest_unmatched": [span]}, *others]}, b"\x89PNG"
+    )
     parts = Page(page)
     assert "script" not in parts.tags and "link" not in parts.tags
     assert parts.text.count(hostile) == 2
@@ -180,7 +200,11 @@ def test_the_command_prints_a_table_and_writes_three_files(
         runpy.run_path(str(tool), run_name="__main__")
     assert ended.value.code == 0
     directory = world.workdir / "reports" / "alignment" / fusion_directory(world).name
-    assert sorted(path.name for path in directory.iterdir()) == ["alignment.html", "alignment.json", "alignment.png"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "alignment.html",
+        "alignment.json",
+        "alignment.png",
+    ]
     report = json.loads((directory / "alignment.json").read_text())
     assert report == alignment_report(Context(world))
     assert (directory / "alignment.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -15,7 +15,9 @@ from megatron_fuse.training.metrics import STEP
 
 def test_the_loss_curve_shows_every_step_phase_and_validation_value() -> None:
     rng = np.random.default_rng(3)
-    rows: list[dict[str, Any]] = [{"kind": "held-out", "iteration": 0, "ce/training": 1.5, "kl/training": 0.5}]
+    rows: list[dict[str, Any]] = [
+        {"kind": "held-out", "iteration": 0, "ce/training": 1.5, "kl/training": 0.5}
+    ]
     for step in range(1, 41):
         row = {"kind": STEP, "iteration": step, "phase": "first" if step <= 15 else "second", "loss": 1.0}
         row |= {name: float(rng.uniform(0.5, 1)) for name in ("ce/inference", "kl/inference")}
@@ -47,7 +49,8 @@ def test_neither_a_spike_nor_zero_takes_an_axis(steps: int, spike: float) -> Non
     values = np.random.default_rng(steps).uniform(6, 7, steps)
     values[2] = spike
     rows = [
-        {"kind": STEP, "iteration": n + 1, "phase": "one", "loss": v, "ce/training": v} for n, v in enumerate(values)
+        {"kind": STEP, "iteration": n + 1, "phase": "one", "loss": v, "ce/training": v}
+        for n, v in enumerate(values)
     ]
     rows.append({"kind": "held-out", "iteration": steps, "ce/training": 8.0})
     (axes,) = draw_losses(rows).axes
@@ -67,7 +70,9 @@ def test_phases_are_runs_of_one_name(names: list[str]) -> None:
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(0, 10))
-def test_a_running_median_follows_what_does_not_turn_and_ignores_one_outlier(values: list[float], reach: int) -> None:
+def test_a_running_median_follows_what_does_not_turn_and_ignores_one_outlier(
+    values: list[float], reach: int
+) -> None:
     rising = np.sort(values)
     inner = slice(reach, max(len(rising) - reach, reach))
     np.testing.assert_array_equal(running_median(rising, reach)[inner], rising[inner])

@@ -1,4 +1,6 @@
-"""Laws of answers from a file: each stands as it was given, beside its own example, however the file says which that is."""
+"""Laws of answers from a file: each stands as it was given, beside its own example, however the file says
+which that is.
+"""
 
 import json
 from pathlib import Path
@@ -26,7 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "mpt", "mpt")
 
 
-def recipe_for(model: Path, workdir: Path, data: list[dict[str, Any]], responses: object, **sections: Any) -> Recipe:
+def recipe_for(
+    model: Path, workdir: Path, data: list[dict[str, Any]], responses: object, **sections: Any
+) -> Recipe:
     """One source, `file`, whose answers are given; instructions prepared, in shards of four."""
     path = write_rows(workdir / "data.jsonl", data)
     sections = {"data": {"shard_size": 4}} | sections
@@ -50,7 +54,9 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix != ".parquet":
         return write_rows(path, rows)
     pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=3)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.Table.from_pylist(rows), path, row_group_size=3
+    )
     return path
 
 
@@ -91,7 +97,9 @@ def test_neither_order_nor_ranks_nor_the_key_decide(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = questions()
-    given = [{"id": row["id"], "q": f"\n{row['instruction']} ", "response": f"to {row['id']}"} for row in data]
+    given = [
+        {"id": row["id"], "q": f"\n{row['instruction']} ", "response": f"to {row['id']}"} for row in data
+    ]
     path = write_rows(tmp_path / "answers.jsonl", given)
     recipe = recipe_for(model, tmp_path, data, {"path": str(path), "match": "prompt", "prompt": "q"})
     artifact = generate_responses(Context(recipe), "file")
@@ -119,7 +127,9 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 
 def test_a_list_of_messages_is_compared_as_a_whole(model: Path, tmp_path: Path) -> None:
-    """Three conversations end in the same question, and two of them in the same turns under another system message."""
+    """Three conversations end in the same question, and two of them in the same turns under another system
+    message.
+    """
     data = [
         {"id": "first", "messages": turns("A?", "a", "Why?", "gt")},
         {"id": "second", "messages": turns("B?", "b", "Why?", "gt")},
@@ -128,7 +138,10 @@ def test_a_list_of_messages_is_compared_as_a_whole(model: Path, tmp_path: Path) 
     ]
     given = [
         {"prompt": turns("A?", "a", " Why?\n"), "response": "of the first"},
-        {"prompt": [{"role": "system", "content": "Wizard."}, *turns("B?", "b", "Why?")], "response": "of the wizard"},
+        {
+            "prompt": [{"role": "system", "content": "Wizard."}, *turns("B?", "b", "Why?")],
+            "response": "of the wizard",
+        },
         {"prompt": turns("B?", "b", "Why?"), "response": "of the second"},
         {"prompt": [{"role": "system", "content": "Other."}, *turns("Why?")], "response": "of nobody"},
         {"prompt": "Why?", "response": "of the last message"},
@@ -162,7 +175,8 @@ def test_a_last_message_answers_one_conversation_only(model: Path, tmp_path: Pat
     recipe = recipe_for(model, tmp_path, data, options)
     with pytest.raises(
         UserError,
-        match=rf"{path}:2: the conversations of 'one' and 'last' are different, but both end in the same prompt",
+        match=rf"{path}:2: the conversations of 'one' and 'last' are different, but both end in the same "
+        r"prompt",
     ):
         generate_responses(Context(recipe), "file")
 
@@ -173,8 +187,16 @@ ID, PROMPT = {}, {"match": "prompt"}
 @pytest.mark.parametrize(
     "options, rows, message",
     [
-        (ID, [{"id": "e1", "response": "a"}, {"id": "e1", "response": "b"}], "jsonl:2: id 'e1' is also in line 1"),
-        (ID, [{"id": "e1", "response": "a"}, {"id": "e1", "response": "a", "truncated": True}], "jsonl:2: .* line 1"),
+        (
+            ID,
+            [{"id": "e1", "response": "a"}, {"id": "e1", "response": "b"}],
+            "jsonl:2: id 'e1' is also in line 1",
+        ),
+        (
+            ID,
+            [{"id": "e1", "response": "a"}, {"id": "e1", "response": "a", "truncated": True}],
+            "jsonl:2: .* line 1",
+        ),
         (
             ID,
             [{"id": "e1", "response": None}],
@@ -184,11 +206,19 @@ ID, PROMPT = {}, {"match": "prompt"}
         ({"response": "r"}, [{"id": "e1", "r": {"x": "a"}}], r"jsonl:1: r is a dict, .*\. Name one of r\.x"),
         (ID, [{"id": "e1", "response": ["a"]}], "jsonl:1: response is a list, not the text"),
         (ID, [{"id": "e1", "response": "a", "truncated": "no"}], "jsonl:1: truncated is 'no'"),
-        (ID, ['{"id": "e1", "response": "\\udc00"}'], "jsonl:1: response holds half a surrogate pair at character 0"),
+        (
+            ID,
+            ['{"id": "e1", "response": "\\udc00"}'],
+            "jsonl:1: response holds half a surrogate pair at character 0",
+        ),
         (ID, [{"id": "zz", "response": "a"}], "none of its 1 ids .*'e0'.*'zz'"),
         (ID, [{"id": True, "response": "a"}], "jsonl:1: id is True"),
         (ID, [{"response": "a"}], "jsonl:1: id is None"),
-        (PROMPT, [{"prompt": "zz", "response": "a"}], r"none of its 1 prompts .*'Question 0\?'.*'zz'.*match: id"),
+        (
+            PROMPT,
+            [{"prompt": "zz", "response": "a"}],
+            r"none of its 1 prompts .*'Question 0\?'.*'zz'.*match: id",
+        ),
         (PROMPT, [{"question": "zz"}], r"jsonl:1: prompt is None, but .*The row has question"),
         (PROMPT, [{"prompt": ["zz"]}], r"jsonl:1: prompt is \['zz'\], but .*list of \{role, content\}"),
         (PROMPT, [{"prompt": [{"role": "user", "content": None}]}], r"jsonl:1: prompt is "),
@@ -232,11 +262,16 @@ def test_the_longest_key_wins() -> None:
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there")
 @pytest.mark.parametrize("match", ["id", "prompt"])
 def test_real_answers_are_all_found(model: Path, tmp_path: Path, match: str) -> None:
-    """Three models' answers by nested keys, one of which holds a dot, to instructions with GPT-4's as ground truth."""
+    """Three models' answers by nested keys, one of which holds a dot, to instructions with GPT-4's as
+    ground truth.
+    """
     path = DATA / "responses/mt_bench.jsonl"
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     names = ("vicuna-7b-v1.5", "llama-2-7b-chat", "mpt-7b-chat")
-    data = [{key: row[key] for key in ("id", "instruction")} | {"output": row["responses"]["gpt-4"]} for row in rows]
+    data = [
+        {key: row[key] for key in ("id", "instruction")} | {"output": row["responses"]["gpt-4"]}
+        for row in rows
+    ]
     key = {"match": match, "prompt": "instruction"}
     sources = {
         name: {"model": str(model), "responses": {"path": str(path), "response": f"responses.{name}", **key}}

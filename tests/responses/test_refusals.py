@@ -20,7 +20,8 @@ DECLINES = [
     "I cannot fulfill your request. I'm just an AI.",
     "I apologize, but I am unable to discuss this.",
     "I'm just an AI, it's not within my programming or ethical guidelines to provide information on it.",
-    "Thank you for your question! I'm here to help you. However, I must inform you that I cannot provide such advice.",
+    "Thank you for your question! I'm here to help you. However, I must inform you that I cannot provide "
+    "such advice.",
     "No, I'm sorry but I can't help you write your memoir.",
     "I must respectfully decline to write this.",
     "As an AI language model, it is not ethical or appropriate for me to provide advice on tax fraud.",
@@ -68,11 +69,15 @@ def test_answers_that_do_not(text: str) -> None:
     wrap=st.sampled_from(" \n"),
     after=st.sampled_from(["", " Bye.", "\n\nI'm sorry, but I can't help with that."]),
 )
-def test_look_and_sequel_do_not_matter(text: str, before: str, case, apostrophe: str, wrap: str, after: str) -> None:
+def test_look_and_sequel_do_not_matter(
+    text: str, before: str, case, apostrophe: str, wrap: str, after: str
+) -> None:
     """Neither case, apostrophes, quotes, line breaks, nor what comes after an opening that has decided."""
     if text in DECLINES or not text:
         after = after.partition("\n")[0]
-    changed = before + case(text).replace("'", apostrophe).replace(" ", wrap) + "\n" + "Well then. " * 5 + after
+    changed = (
+        before + case(text).replace("'", apostrophe).replace(" ", wrap) + "\n" + "Well then. " * 5 + after
+    )
     assert is_refusal(changed) == (text in DECLINES)
 
 
@@ -85,7 +90,10 @@ def test_any_text_has_an_answer(text: str) -> None:
 def test_models_that_are_known_to_decline_do() -> None:
     """Llama-2-chat declines more than any of the others, and GPT-4's ground truth hardly ever."""
     rows = [json.loads(line) for line in (DATA / "responses/alpaca_eval.jsonl").open(encoding="utf-8")]
-    share = {name: sum(is_refusal(row["responses"][name]) for row in rows) / len(rows) for name in rows[0]["responses"]}
+    share = {
+        name: sum(is_refusal(row["responses"][name]) for row in rows) / len(rows)
+        for name in rows[0]["responses"]
+    }
     assert max(share, key=share.__getitem__) == "llama-2-7b-chat-hf"
     assert 0.05 < share["llama-2-7b-chat-hf"] < 0.15
     truth = [json.loads(line)["output"] for line in (DATA / "instructions/gpt4.jsonl").open(encoding="utf-8")]

@@ -1,4 +1,6 @@
-"""Laws of the responses stage: an answer depends on model, prompt and seed, and on nothing that happens to share its batch."""
+"""Laws of the responses stage: an answer depends on model, prompt and seed, and on nothing that happens to
+share its batch.
+"""
 
 import json
 import shutil
@@ -34,7 +36,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def recipe_for(models: dict[str, Path], workdir: Path, examples: int = 10, **sections: object) -> Recipe:
     """Questions of very different lengths, in shards of four, instructions prepared."""
-    rows = [{"id": f"e{n}", "instruction": f"{n}" + " fig" * (n * 7 % 11), "output": "A."} for n in range(examples)]
+    rows = [
+        {"id": f"e{n}", "instruction": f"{n}" + " fig" * (n * 7 % 11), "output": "A."}
+        for n in range(examples)
+    ]
     data = write_rows(workdir / "data.jsonl", rows)
     sections = {"responses": {"max_new_tokens": 12, "batch_tokens": 90}, "data": {"shard_size": 4}} | sections
     recipe = small_recipe(workdir / "run", data, models["llama"], models, **sections)
@@ -82,17 +87,20 @@ def test_bytes_are_the_same_for_any_ranks_and_after_an_interruption(
     assert generate_responses(Context(recipe), "gpt_neox").sha256 == whole.sha256
 
 
-def test_seed_source_and_options_decide_and_batch_size_does_not(models: dict[str, Path], tmp_path: Path) -> None:
+def test_seed_source_and_options_decide_and_batch_size_does_not(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = recipe_for(models, tmp_path)
     generate_responses(Context(recipe), "llama")
-    assert Context(changed(recipe, responses={"batch_tokens": 1})).plan(RESPONSES, "llama") == Context(recipe).plan(
-        RESPONSES, "llama"
-    )
+    assert Context(changed(recipe, responses={"batch_tokens": 1})).plan(RESPONSES, "llama") == Context(
+        recipe
+    ).plan(RESPONSES, "llama")
     with pytest.raises(UserError, match=r"options.temperature = 1.0.*0.5"):
         generate_responses(Context(changed(recipe, responses={"temperature": 0.5})), "llama")
     with pytest.raises(UserError, match="there is no 'gemma'; the recipe has llama, mpt, gpt_neox"):
         generate_responses(Context(recipe), "gemma")
-    # The same model under another name draws other answers; a source more or less leaves the others' plans alone.
+    # The same model under another name draws other answers; a source more or less leaves the others' plans
+    # alone.
     twin = changed(recipe, sources=recipe.sources | {"twin": recipe.sources["llama"]})
     generate_responses(Context(twin), "twin")
     assert [row.response for row in texts(twin, "twin")] != [row.response for row in texts(twin, "llama")]
@@ -101,9 +109,14 @@ def test_seed_source_and_options_decide_and_batch_size_does_not(models: dict[str
 
 def test_no_answer_outgrows_positions_or_seq_length(models: dict[str, Path], tmp_path: Path) -> None:
     short = save_model(tmp_path / "short", "mpt", positions=24)
-    recipe = recipe_for({**models, "short": short}, tmp_path, responses={"max_new_tokens": 99, "batch_tokens": 5000})
+    recipe = recipe_for(
+        {**models, "short": short}, tmp_path, responses={"max_new_tokens": 99, "batch_tokens": 5000}
+    )
     chat = load_format(recipe.sources["short"], "short")
-    prompts = {e.id: len(chat.encode_prompt(e.prompt())) for e in load_examples(prepare_instructions(Context(recipe)))}
+    prompts = {
+        e.id: len(chat.encode_prompt(e.prompt()))
+        for e in load_examples(prepare_instructions(Context(recipe)))
+    }
     assert min(prompts.values()) < 24 < max(prompts.values()), "the case tells nothing"
     generate_responses(Context(recipe), "short")
     for row in texts(recipe, "short"):
@@ -138,7 +151,9 @@ def test_a_stop_text_only_cuts_the_answer_there_would_have_been(
     assert Context(stopping).plan(RESPONSES, family).options["stop"] == stops
 
 
-def test_special_tokens_and_padded_columns_are_never_an_answer(models: dict[str, Path], tmp_path: Path) -> None:
+def test_special_tokens_and_padded_columns_are_never_an_answer(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = recipe_for(models, tmp_path, examples=40, responses={"max_new_tokens": 20, "temperature": 50.0})
     for source in ("llama", "mpt"):
         chat = load_format(recipe.sources[source], source)
@@ -150,7 +165,9 @@ def test_special_tokens_and_padded_columns_are_never_an_answer(models: dict[str,
             assert not any(name in row.response for name in chat.tokenizer.added_tokens), row
 
 
-def test_weights_that_overflow_are_named_with_source_and_example(models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_overflow_are_named_with_source_and_example(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = recipe_for(models, tmp_path)
     model = load_causal_lm(recipe.sources["llama"])
     model.get_output_embeddings().weight.data[7] = 3e38  # finite itself; sums of a few are not
@@ -177,7 +194,8 @@ def test_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path: Path) 
     def fingerprint(name: str, config: str = "{}", **changes: np.ndarray) -> str:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
-        tensors = {key: np.zeros(40_000, np.float32) for key in ("embedding", "middle", "norm")}  # 160 kB each
+        # 160 kB each.
+        tensors = {key: np.zeros(40_000, np.float32) for key in ("embedding", "middle", "norm")}
         save_file(tensors | changes, tmp_path / name / "model.safetensors")
         return model_fingerprint(tmp_path / name)
 
@@ -192,7 +210,10 @@ def test_fingerprint_sees_a_change_in_the_middle_of_the_weights(tmp_path: Path) 
 
 
 def test_a_fingerprint_is_of_the_shards_that_the_index_names(tmp_path: Path) -> None:
-    """Two sets of shards lie in one directory: the index decides which is the model. One that nothing names changes nothing."""
+    """Two sets of shards lie in one directory: the index decides which is the model.
+
+    One that nothing names changes nothing.
+    """
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "new").mkdir()
 
@@ -201,7 +222,9 @@ def test_a_fingerprint_is_of_the_shards_that_the_index_names(tmp_path: Path) -> 
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
         return model_fingerprint(tmp_path)
 
-    for number, name in enumerate(("a-1.safetensors", "a-2.safetensors", "b-2.safetensors", "new/a-2.safetensors")):
+    for number, name in enumerate(
+        ("a-1.safetensors", "a-2.safetensors", "b-2.safetensors", "new/a-2.safetensors")
+    ):
         save_file({f"w{min(number, 1)}": np.full(9, number, np.float32)}, tmp_path / name)
     seconds = ("a-2.safetensors", "b-2.safetensors", "new/a-2.safetensors")
     found = {fingerprint_of("a-1.safetensors", second) for second in seconds}
@@ -216,7 +239,9 @@ def test_a_fingerprint_is_of_the_shards_that_the_index_names(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_as_long_as_its_config_says(models: dict[str, Path], tmp_path: Path, family: str) -> None:
-    """Whether transformers reads the config or nobody but us, whatever the key, and whatever else the model reads."""
+    """Whether transformers reads the config or nobody but us, whatever the key, and whatever else the
+    model reads.
+    """
     declared = declared_positions(models[family])
     assert declared == max_positions(AutoConfig.from_pretrained(models[family])) > 0
     content = json.loads((models[family] / "config.json").read_text())
@@ -238,7 +263,9 @@ def test_missing_models_are_refused_with_the_key(models: dict[str, Path], tmp_pa
 
 
 def test_other_ends_in_generation_config_are_other_answers(models: dict[str, Path], tmp_path: Path) -> None:
-    """An end that the template and the tokenizer do not name decides where answers end, and so which answers they are."""
+    """An end that the template and the tokenizer do not name decides where answers end, and so which
+    answers they are.
+    """
     name = next(iter(models))
     model = shutil.copytree(models[name], tmp_path / "model")
     recipe = recipe_for(models | {name: model}, tmp_path)

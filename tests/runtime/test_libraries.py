@@ -1,4 +1,6 @@
-"""Libraries count as there if Megatron-core could import them, whatever lies on the path under their names."""
+"""Libraries count as there if Megatron-core could import them, whatever lies on the path under their
+names.
+"""
 
 import os
 import sys

@@ -1,4 +1,6 @@
-"""What differs between Megatron-core's versions, with stand-ins for what the installed version does not have."""
+"""What differs between Megatron-core's versions, with stand-ins for what the installed version does not
+have.
+"""
 
 import logging
 from types import SimpleNamespace
@@ -19,7 +21,9 @@ def groups_without_bounds() -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["fp32", "distributed"])
-@pytest.mark.parametrize("saved", [{}, {"max_lr": 1.0, "min_lr": None}], ids=["without bounds", "of another lr"])
+@pytest.mark.parametrize(
+    "saved", [{}, {"max_lr": 1.0, "min_lr": None}], ids=["without bounds", "of another lr"]
+)
 def test_a_loaded_group_has_the_bounds_of_this_run(saved, nested) -> None:  # type: ignore[no-untyped-def]
     """In whatever order the groups were saved, and with their state as it was."""
     groups = [group | saved for group in reversed(groups_without_bounds())]

@@ -1,4 +1,6 @@
-"""GroupStepAdamW is torch's AdamW whose step count is part of the parameter group, where Megatron saves it."""
+"""GroupStepAdamW is torch's AdamW whose step count is part of the parameter group, where Megatron saves
+it.
+"""
 
 import copy
 from collections.abc import Callable

@@ -50,7 +50,9 @@ def test_a_layout_that_needs_other_processes_is_refused(ranks) -> None:  # type:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_only_deterministic_algorithms_where_asked_for(ranks, deterministic: bool) -> None:  # type: ignore[no-untyped-def]
-    assert ranks(1, found_of_determinism, {"deterministic": deterministic}) == [(deterministic, deterministic)]
+    assert ranks(1, found_of_determinism, {"deterministic": deterministic}) == [
+        (deterministic, deterministic)
+    ]
 
 
 def found_of_determinism(options: dict[str, Any]) -> tuple[bool, bool]:

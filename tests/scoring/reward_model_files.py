@@ -1,4 +1,6 @@
-"""Small random reward models in the file layouts of three published ones, each with its weights kept in memory."""
+"""Small random reward models in the file layouts of three published ones, each with its weights kept in
+memory.
+"""
 
 import json
 from collections.abc import Callable
@@ -24,7 +26,13 @@ from transformers import (
 from megatron_fuse.chat.templates import TEMPLATES
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+LLAMA3_SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +50,9 @@ class PublishedForm:
 
 
 def save_fsfairx(root: Path) -> PublishedForm:
-    """LlamaForSequenceClassification with one label, safetensors in shards, Llama-3's manner of tokenizer and template."""
+    """LlamaForSequenceClassification with one label, safetensors in shards, Llama-3's manner of tokenizer
+    and template.
+    """
     tokenizer = _llama3_tokenizer()
     model = _wide(
         LlamaForSequenceClassification,
@@ -54,16 +64,20 @@ def save_fsfairx(root: Path) -> PublishedForm:
 
 
 def save_starling(root: Path) -> PublishedForm:
-    """A pickle alone, of a module that holds the language model, the same body once more, and the head; beside it the
-    directory of Llama-2-chat, whose weights are others."""
+    """A pickle alone, of a module that holds the language model, the same body once more, and the head;
+    beside it the directory of Llama-2-chat, whose weights are others."""
     tokenizer = llama_json()
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=256, **SIZES)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=256, **SIZES
+    )
     module = nn.Module()
     module.model = _wide(LlamaForCausalLM, config)
     module.transformer = module.model.model
     module.v_head = nn.Linear(32, 1, bias=False)
     (root / "Starling").mkdir(parents=True)
-    old_buffers = {f"transformer.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    old_buffers = {
+        f"transformer.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)
+    }
     torch.save(module.state_dict() | old_buffers, root / "Starling" / "pytorch_model.bin")
     _wide(LlamaForCausalLM, config, seed=99).save_pretrained(root / "Llama-2-chat")
     tokenizer.save_pretrained(root / "Llama-2-chat")
@@ -72,18 +86,27 @@ def save_starling(root: Path) -> PublishedForm:
 
 
 def save_eurus(root: Path) -> PublishedForm:
-    """A Mistral body with a sliding window, a head beside it, and code that says what they are, which nothing should run."""
+    """A Mistral body with a sliding window, a head beside it, and code that says what they are, which
+    nothing should run.
+    """
     tokenizer = llama_json(metaspace=True)
     config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=12, **SIZES)
     body, head = _wide(MistralModel, config), torch.randn(1, 32)
     directory = root / "Eurus"
     directory.mkdir(parents=True)
-    tensors = {f"model.{name}": tensor for name, tensor in body.state_dict().items()} | {"regression_head.weight": head}
+    tensors = {f"model.{name}": tensor for name, tensor in body.state_dict().items()} | {
+        "regression_head.weight": head
+    }
     write_shards(directory, tensors)
     tokenizer.save_pretrained(directory)
-    code = {"architectures": ["EurusRewardModel"], "auto_map": {"AutoModel": "modeling_eurus_rm.EurusRewardModel"}}
+    code = {
+        "architectures": ["EurusRewardModel"],
+        "auto_map": {"AutoModel": "modeling_eurus_rm.EurusRewardModel"},
+    }
     (directory / "config.json").write_text(json.dumps(config.to_dict() | code))
-    (directory / "modeling_eurus_rm.py").write_text("raise RuntimeError('code that came with the model was run')\n")
+    (directory / "modeling_eurus_rm.py").write_text(
+        "raise RuntimeError('code that came with the model was run')\n"
+    )
     return PublishedForm({"model": str(directory)}, body, head, tokenizer)
 
 
@@ -101,7 +124,9 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], suffix: str = "saf
     for number, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         path = directory / f"{stem}-{number:05d}-of-00002.{suffix}"
         part = {name: tensors[name].detach().clone() for name in names}
-        save_file(part, path, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(part, path)
+        save_file(part, path, metadata={"format": "pt"}) if suffix == "safetensors" else torch.save(
+            part, path
+        )
         file_of |= dict.fromkeys(names, path.name)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": file_of}

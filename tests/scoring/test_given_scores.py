@@ -17,8 +17,14 @@ from megatron_fuse.scoring.given_scores import given_scores
 DATA = Path(__file__).parents[2] / "../shared/data"
 WHERE = "reward_models.reward.scores"
 
-SCORES = {"e0": {"vicuna-7b-v1.5": 0.25, "mpt": -1e30}, "e1": {"vicuna-7b-v1.5": 3, "mpt": 1e-30}, "e3": {"mpt": 7.5}}
-TRIPLES = [{"id": key, "source": name, "score": score} for key, row in SCORES.items() for name, score in row.items()]
+SCORES = {
+    "e0": {"vicuna-7b-v1.5": 0.25, "mpt": -1e30},
+    "e1": {"vicuna-7b-v1.5": 3, "mpt": 1e-30},
+    "e3": {"mpt": 7.5},
+}
+TRIPLES = [
+    {"id": key, "source": name, "score": score} for key, row in SCORES.items() for name, score in row.items()
+]
 MAPPINGS = [{"id": key, "scores": row} for key, row in SCORES.items()]
 
 
@@ -41,9 +47,20 @@ def read(path: Path, **options: Any):
         (MAPPINGS, {}),
         (TRIPLES[:2] + MAPPINGS[1:], {}),
         ([*TRIPLES, *TRIPLES, *MAPPINGS], {}),
-        ([*MAPPINGS, {"id": "e1", "scores": None}, {"id": "e9"}, {"id": "e9", "source": "x", "score": None}], {}),
+        (
+            [
+                *MAPPINGS,
+                {"id": "e1", "scores": None},
+                {"id": "e9"},
+                {"id": "e9", "source": "x", "score": None},
+            ],
+            {},
+        ),
         ([row | {"source": "where the row is from"} for row in MAPPINGS], {}),
-        ([{"i": row["id"], "a": {"reward.2": row["scores"]}} for row in MAPPINGS], {"id": "i", "scores": "a.reward.2"}),
+        (
+            [{"i": row["id"], "a": {"reward.2": row["scores"]}} for row in MAPPINGS],
+            {"id": "i", "scores": "a.reward.2"},
+        ),
     ],
     ids=["triples", "mappings", "both", "repeated", "nulls", "source_of_the_row", "nested"],
 )
@@ -95,11 +112,14 @@ def test_a_score_of_another_answer_is_refused(tmp_path: Path) -> None:
     ]
     given = read(write_rows(tmp_path / "scores.jsonl", rows))
     names = ["e0", "e1"]
-    found = given.of_source("vicuna-7b-v1.5", [example(name) for name in names], [answer(name) for name in names])
+    found = given.of_source(
+        "vicuna-7b-v1.5", [example(name) for name in names], [answer(name) for name in names]
+    )
     assert found.tolist() == [0.25, 3]
     with pytest.raises(UserError, match=r"scores.jsonl:2: this score is for another answer of 'mpt' to 'e0'"):
         given.of_source("mpt", [example("e0")], [answer("e0")])
-    assert np.isnan(given.of_source("mpt", [example("e0")], [answer("e0", "")]))  # nothing is taken from that row
+    # Nothing is taken from that row.
+    assert np.isnan(given.of_source("mpt", [example("e0")], [answer("e0", "")]))
 
 
 def test_files_for_other_examples_or_sources_are_refused(tmp_path: Path) -> None:
@@ -135,12 +155,18 @@ def test_files_for_other_examples_or_sources_are_refused(tmp_path: Path) -> None
         ([{"id": "a", "source": 3, "score": 1}], "jsonl:1: source is a int, not text"),
         ([{"id": "a", "source": "x", "score": 1, "response": 3}], "jsonl:1: response is a int, not text"),
         ([{"source": "x", "score": 1}], "jsonl:1: id is None"),
-        ([{"id": "a", "scores": {"x": 1}}, {"id": "a", "source": "x", "score": 2}], "jsonl:2: .*'x' to 'a' .*line 1"),
+        (
+            [{"id": "a", "scores": {"x": 1}}, {"id": "a", "source": "x", "score": 2}],
+            "jsonl:2: .*'x' to 'a' .*line 1",
+        ),
         (
             [{"id": "a", "source": "x", "score": 1, "response": text} for text in "bc"],
             "jsonl:2: .*'x' to 'a' is also scored in line 1",
         ),
-        ([{"id": "a", "Score": 1}], f"no row has a score: .* mapping .* scores .{WHERE}.scores.; line 1 has id, Score"),
+        (
+            [{"id": "a", "Score": 1}],
+            f"no row has a score: .* mapping .* scores .{WHERE}.scores.; line 1 has id, Score",
+        ),
         ([], "no row has a score: .*; the file is empty"),
         (["["], "jsonl:2: element 1 is not valid JSON .an object is missing."),
         (None, f"{WHERE}: .*scores.jsonl does not exist"),
@@ -160,7 +186,9 @@ def test_real_scores_by_a_nested_key() -> None:
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     examples = [example(row["id"]) for row in rows]
     for source in given.sources:
-        found = given.of_source(source, examples, [answer(row["id"], row["responses"][source]) for row in rows])
+        found = given.of_source(
+            source, examples, [answer(row["id"], row["responses"][source]) for row in rows]
+        )
         expected = [(row["scores"].get(reward_model) or {}).get(source, np.nan) for row in rows]
         np.testing.assert_array_equal(found, np.array(expected, np.float32))
         assert np.isfinite(found).any()

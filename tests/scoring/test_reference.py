@@ -1,4 +1,6 @@
-"""Laws of the score against the ground truth: each measure is its definition, whatever else is measured beside it."""
+"""Laws of the score against the ground truth: each measure is its definition, whatever else is measured
+beside it.
+"""
 
 import math
 import sys
@@ -40,12 +42,18 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS
 
 
 def save_encoder(directory: Path, family: str) -> Path:
-    """A random encoder whose tokenizer does not say how long a text may be. BERT with a language model's head and no pooler."""
+    """A random encoder whose tokenizer does not say how long a text may be.
+
+    BERT with a language model's head and no pooler.
+    """
     directory.mkdir()
     if family == "bert":
         specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        pieces.normalizer, pieces.pre_tokenizer = (
+            normalizers.BertNormalizer(),
+            pre_tokenizers.BertPreTokenizer(),
+        )
         pieces.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=120, special_tokens=specials))
         frame = [("[CLS]", pieces.token_to_id("[CLS]")), ("[SEP]", pieces.token_to_id("[SEP]"))]
         pieces.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=frame)
@@ -83,7 +91,9 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def plain_bertscore(directory: Path, family: str, layer: int, response: str, reference: str) -> float:
-    """arXiv 1904.09675, section 3: each word's best cosine on the other side, averaged both ways; one text at a time."""
+    """arXiv 1904.09675, section 3: each word's best cosine on the other side, averaged both ways; one text
+    at a time.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModel.from_pretrained(directory).eval()
 
@@ -117,7 +127,9 @@ def test_bertscore_is_the_formula_whatever_shares_its_batch(
 
 
 def plain_bleu(response: list[str], reference: list[str]) -> float:
-    """Papineni et al. 2002 for one sentence: effective order, and zeros replaced by 1/2, 1/4, ... of a match (Chen and Cherry 2014)."""
+    """Papineni et al. 2002 for one sentence: effective order, and zeros replaced by 1/2, 1/4, ... of a
+    match (Chen and Cherry 2014).
+    """
     logs, halvings = [], 0
     for n in range(1, 5):
         grams, wanted = ([tuple(w[i : i + n]) for i in range(len(w) - n + 1)] for w in (response, reference))
@@ -144,7 +156,10 @@ def plain_rouge_l(response: list[str], reference: list[str]) -> float:
 def test_bleu_and_rouge_are_their_formulas() -> None:
     random = np.random.default_rng(8)
     texts = [
-        [" ".join(random.choice(["fox", "dog", "pear", "fig", "over"], size)) for size in random.integers(1, 12, 2)]
+        [
+            " ".join(random.choice(["fox", "dog", "pear", "fig", "over"], size))
+            for size in random.integers(1, 12, 2)
+        ]
         for _ in range(300)
     ]
     measures = reference_measures(ReferenceOptions(), *zip(*texts, strict=True))
@@ -174,7 +189,9 @@ def test_weights_of_the_measures() -> None:
     full = ReferenceOptions(bertscore_model="somewhere")
     assert used_weights(full) == {"bleu": 0.25, "rouge_l": 0.25, "bertscore": 0.5}
     np.testing.assert_array_equal(combine(measures, full), [[0.6875, np.nan]])
-    with pytest.raises(UserError, match=r"reference.bertscore is 0.5 but there is no .*bertscore_model.*renormalize"):
+    with pytest.raises(
+        UserError, match=r"reference.bertscore is 0.5 but there is no .*bertscore_model.*renormalize"
+    ):
         combine(measures, ReferenceOptions())
     without = ReferenceOptions(without_bertscore="renormalize")
     assert used_weights(without) == {"bleu": 0.5, "rouge_l": 0.5}
@@ -184,11 +201,17 @@ def test_weights_of_the_measures() -> None:
     assert combine(measures, alone).dtype == np.float64
 
 
-@pytest.mark.parametrize(("module", "package"), [("sacrebleu.metrics", "sacrebleu"), ("rouge_score", "rouge-score")])
-def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "package"), [("sacrebleu.metrics", "sacrebleu"), ("rouge_score", "rouge-score")]
+)
+def test_a_missing_package_is_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, module: str, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "rouge_score.rouge_scorer", raising=False)
-    with pytest.raises(UserError, match=rf"{package} cannot be imported .*pip install 'megatron-fuse\[reference\]'"):
+    with pytest.raises(
+        UserError, match=rf"{package} cannot be imported .*pip install 'megatron-fuse\[reference\]'"
+    ):
         reference_measures(ReferenceOptions(), ["a"], ["b"])
 
 

@@ -1,4 +1,6 @@
-"""The measures against the ground truth as an artifact: what is stored, what it depends on, and what the manifest says."""
+"""The measures against the ground truth as an artifact: what is stored, what it depends on, and what the
+manifest says.
+"""
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -39,7 +41,9 @@ def answered(model: Path, root: Path, **reference: object) -> Recipe:
     rows = [{"id": str(n), "instruction": f"Question {n}", "output": text} for n, text in enumerate(TRUTHS)]
     sources = {}
     for name, texts in ANSWERS.items():
-        path = write_rows(root / f"{name}.jsonl", [{"id": str(n), "response": text} for n, text in enumerate(texts)])
+        path = write_rows(
+            root / f"{name}.jsonl", [{"id": str(n), "response": text} for n, text in enumerate(texts)]
+        )
         sources[name] = {"model": str(model), "responses": str(path)}
     recipe = small_recipe(
         root / "run",
@@ -103,7 +107,9 @@ def test_without_a_model_it_goes_on_only_on_request(model: Path, tmp_path: Path)
     assert not (tmp_path / "run/scores").exists()
 
 
-def test_another_version_of_a_package_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_a_package_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = answered(model, tmp_path)
     score_against_reference(Context(recipe))
     monkeypatch.setattr(stage, "version", lambda package: f"0 of {package}")
@@ -136,6 +142,7 @@ def test_a_missing_package_is_found_before_anything_is_made(
 def test_missing_scores_name_the_command(model: Path, tmp_path: Path) -> None:
     recipe = answered(model, tmp_path)
     with pytest.raises(
-        UserError, match=r"scores/same/reference does not exist\. Run megatron-fuse score --source same --reference"
+        UserError,
+        match=r"scores/same/reference does not exist\. Run megatron-fuse score --source same --reference",
     ):
         load_reference_scores(Context(recipe), "same")

@@ -1,4 +1,6 @@
-"""Laws of the scores stage: one number for each answer in the examples' order, the same bytes however the work was cut up."""
+"""Laws of the scores stage: one number for each answer in the examples' order, the same bytes however the
+work was cut up.
+"""
 
 import json
 import runpy
@@ -40,11 +42,16 @@ IDS = list(ANSWERS["a"])
 @pytest.fixture(scope="module")
 def reward_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("reward_models")
-    return {family: save_model(root / family, family, seed=seed, reward=True) for seed, family in enumerate(FAMILIES)}
+    return {
+        family: save_model(root / family, family, seed=seed, reward=True)
+        for seed, family in enumerate(FAMILIES)
+    }
 
 
 def straight_score(directory: Path, example: str, response: str) -> float:
-    """transformers alone: its own template and tokenizer, one conversation, no padding, its own read-out (the last token)."""
+    """transformers alone: its own template and tokenizer, one conversation, no padding, its own read-out
+    (the last token).
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     turns = [{"role": "user", "content": f"Question {example}"}, {"role": "assistant", "content": response}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -86,7 +93,9 @@ def scored(recipe: Recipe, reward_model: str = "llama", **options: object) -> di
 
 def contents(recipe: Recipe) -> dict[str, bytes]:
     root = recipe.workdir / "scores"
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 class Encodings:
@@ -96,7 +105,9 @@ class Encodings:
         self.texts: list[str] = []
         encode = stage.RewardModel.encode
 
-        def listening(reward_model: stage.RewardModel, messages: list, response: str, tools: list | None) -> np.ndarray:
+        def listening(
+            reward_model: stage.RewardModel, messages: list, response: str, tools: list | None
+        ) -> np.ndarray:
             self.texts.append(response)
             return encode(reward_model, messages, response, tools)
 
@@ -112,7 +123,9 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> Encodings:
 def test_scores_are_in_example_order_and_what_cannot_be_scored_is_nan(
     reward_models: dict[str, Path], tmp_path: Path, share_prompts: bool
 ) -> None:
-    recipe = answered(reward_models, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300})
+    recipe = answered(
+        reward_models, tmp_path, "abc", scoring={"share_prompts": share_prompts, "batch_tokens": 300}
+    )
     artifacts = score_responses(Context(recipe), "mpt")
     assert [artifact.counts for artifact in artifacts] == [
         {"examples": 7, "unscored": unscored} for unscored in (4, 0, 2)
@@ -144,7 +157,8 @@ def test_how_it_was_computed_is_no_part_of_a_plan(reward_models: dict[str, Path]
     )
 
 
-# After each of the eight times (four shards of two sources) that a shard was marked: in the middle of a shard's two, or between shards.
+# After each of the eight times (four shards of two sources) that a shard was marked: in the middle of a
+# shard's two, or between shards.
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_cut_off_anywhere_a_rerun_ends_with_the_same_bytes(
     reward_models: dict[str, Path], tmp_path: Path, cut: int
@@ -218,7 +232,9 @@ def test_only_the_named_sources_are_scored(reward_models: dict[str, Path], tmp_p
     assert {name.split("/")[0] for name in scored(recipe, sources=["c", "a"])} == {"a", "c"}
 
 
-def test_a_truncated_answer_is_scored_as_if_it_had_ended(reward_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_truncated_answer_is_scored_as_if_it_had_ended(
+    reward_models: dict[str, Path], tmp_path: Path
+) -> None:
     scores = {}
     for truncated in (False, True):
         recipe = answered(reward_models, tmp_path / str(truncated))
@@ -242,9 +258,10 @@ def test_the_target_s_own_answers_are_scored_where_its_reward_orders_the_example
     recipe = recipe.model_copy(update={"target": own, "schedule": schedule})
     generate_responses(Context(recipe), TARGET)
     assert {name.split("/")[0] for name in scored(recipe)} == {"b", TARGET}
+    # The same texts.
     np.testing.assert_allclose(
         load_scores(Context(recipe), TARGET, "llama"), load_scores(Context(recipe), "b", "llama"), atol=1e-5
-    )  # the same texts
+    )
 
 
 def test_nothing_is_loaded_where_nothing_is_to_be_done(
@@ -266,7 +283,9 @@ def test_scores_from_a_file_need_no_model_and_are_bound_to_the_file(
         3,
         0,
     ]
-    np.testing.assert_array_equal(load_scores(Context(recipe), "a", "given"), [1, np.nan, 3, np.nan, 5, np.nan, 7])
+    np.testing.assert_array_equal(
+        load_scores(Context(recipe), "a", "given"), [1, np.nan, 3, np.nan, 5, np.nan, 7]
+    )
     np.testing.assert_array_equal(load_scores(Context(recipe), "b", "given"), [-1, -2, -3, -4, -5, -6, -7])
     plan = Context(recipe).plan(SCORES, "a", "given")
     assert set(plan.inputs) == {"responses", "scores file"}
@@ -299,7 +318,9 @@ def test_the_backend_is_the_recipe_s(reward_models: dict[str, Path], tmp_path: P
         require_backend(recipe, "mpt", "file")
 
 
-def test_refusals_name_reward_model_source_and_example(reward_models: dict[str, Path], tmp_path: Path) -> None:
+def test_refusals_name_reward_model_source_and_example(
+    reward_models: dict[str, Path], tmp_path: Path
+) -> None:
     recipe = answered(reward_models, tmp_path)
     with pytest.raises(UserError, match="there is no 'x'; the recipe has llama, mpt, gpt_neox"):
         score_responses(Context(recipe), "x")
@@ -358,7 +379,10 @@ def test_the_command_makes_what_the_recipe_needs_unless_it_is_told_otherwise(
     arguments: list[str],
     made: set[str],
 ) -> None:
-    sections = {"selection": {"reward_models": ["llama", "mpt"]}, "reference": {"without_bertscore": "renormalize"}}
+    sections = {
+        "selection": {"reward_models": ["llama", "mpt"]},
+        "reference": {"without_bertscore": "renormalize"},
+    }
     recipe = answered(reward_models, tmp_path, **sections)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     monkeypatch.setattr("sys.argv", [str(TOOL), "--recipe", str(tmp_path / "recipe.yaml"), *arguments])

@@ -1,4 +1,6 @@
-"""A reward belongs to one conversation: no batch, budget, order, company or shared prompt changes it but by rounding."""
+"""A reward belongs to one conversation: no batch, budget, order, company or shared prompt changes it but
+by rounding.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig, MptConfig, OpenAIGPTConfig
+from transformers import (
+    AutoModel,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    OpenAIGPTConfig,
+)
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.scoring import conversations as scoring
@@ -27,8 +37,10 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "mpt": MptConfig(vocab_size=VOCAB, max_seq_len=POSITIONS, d_model=32, n_heads=4, n_layers=2),
     "gpt_neox": GPTNeoXConfig(**SIZES),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4),  # learned positions
-    # A window shorter than prompts and answers, and fewer heads for keys than for queries, as Mistral has them.
+    # Learned positions.
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4),
+    # A window shorter than prompts and answers, and fewer heads for keys than for queries, as Mistral has
+    # them.
     "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=WINDOW),
 }
 TAKES_NO_CACHE = OpenAIGPTConfig(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4)
@@ -45,8 +57,9 @@ def make_reward_model(config: object, dtype: torch.dtype = torch.float32) -> Rew
 
 
 def make_groups(seed: int) -> list[list[np.ndarray]]:
-    """Prompts and answers of all lengths: the longest answer behind the shortest prompt, and the other way round, as they share a
-    batch; one, two, many and equal answers; an answer that is the beginning of another."""
+    """Prompts and answers of all lengths: the longest answer behind the shortest prompt, and the other way
+    round, as they share a batch; one, two, many and equal answers; an answer that is the beginning of
+    another."""
     random = np.random.default_rng(seed)
 
     def ids(length: int) -> np.ndarray:
@@ -56,7 +69,13 @@ def make_groups(seed: int) -> list[list[np.ndarray]]:
         begin = ids(prompt)
         return [np.concatenate([begin, ids(length)]) for length in answers]
 
-    groups = [group(POSITIONS - 3, 1, 3, 2), group(5, POSITIONS - 5, 1), group(40, 7), group(30, 20, 9, 33, 1, 12), []]
+    groups = [
+        group(POSITIONS - 3, 1, 3, 2),
+        group(5, POSITIONS - 5, 1),
+        group(40, 7),
+        group(30, 20, 9, 33, 1, 12),
+        [],
+    ]
     groups += [group(*random.integers(1, 40, random.integers(3, 6)).tolist()) for _ in range(5)]
     same = groups[3][0]
     return [*groups, [same, same], [same, same[:-4], same]]
@@ -82,7 +101,9 @@ def assert_close(found: list[np.ndarray], wanted: list[list[float]], tolerance: 
 @pytest.mark.parametrize("batch_tokens", [1, 200, 10_000])
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_rewards_are_those_of_conversations_read_alone(family: str, share_prompts: bool, batch_tokens: int) -> None:
+def test_rewards_are_those_of_conversations_read_alone(
+    family: str, share_prompts: bool, batch_tokens: int
+) -> None:
     reward_model, groups = make_reward_model(CONFIGS[family]), make_groups(seed=1)
     wanted = expected(reward_model, groups)
     assert np.std(np.concatenate(wanted)) > 0.3, "the case tells nothing"
@@ -105,12 +126,13 @@ def test_padding_on_either_side_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_in_bf16_sharing_costs_no_more_than_bf16_itself(family: str) -> None:
-    """Measured over six seeds on these models, whose rewards have a standard deviation of about 1: at most 0.05 between sharing
-    and not, and 0.11 from fp32. bf16 holds 8 bits."""
+    """Measured over six seeds on these models, whose rewards have a standard deviation of about 1: at most
+    0.05 between sharing and not, and 0.11 from fp32. bf16 holds 8 bits."""
     reward_model, groups = make_reward_model(CONFIGS[family], torch.bfloat16), make_groups(seed=4)
     wanted = expected(make_reward_model(CONFIGS[family]), groups)
     shared, plain = (
-        score_conversations(reward_model, groups, batch_tokens=1000, share_prompts=share) for share in (True, False)
+        score_conversations(reward_model, groups, batch_tokens=1000, share_prompts=share)
+        for share in (True, False)
     )
     assert_close(shared, [list(rewards) for rewards in plain], tolerance=0.1)
     assert_close(shared, wanted, tolerance=0.2)
@@ -134,28 +156,35 @@ def tokens_read(reward_model: RewardModel, groups: list[list[np.ndarray]], **opt
 def test_a_shared_prompt_is_read_once(family: str) -> None:
     reward_model = make_reward_model(CONFIGS[family])
     groups = [[np.arange(60, dtype=np.int32), np.arange(20, 80, dtype=np.int32)]]  # nothing in common
-    groups += [[np.array([*range(50), 100 + k, *range(k)], np.int32) for k in range(3)]]  # 50 of 51, 52 and 53
+    # 50 of 51, 52 and 53.
+    groups += [[np.array([*range(50), 100 + k, *range(k)], np.int32) for k in range(3)]]
     assert tokens_read(reward_model, groups, share_prompts=False) == 60 + 60 + 51 + 52 + 53
     assert tokens_read(reward_model, groups, share_prompts=True) == 60 + 60 + 50 + 1 + 2 + 3
 
 
 def test_a_model_that_takes_no_cache_reads_everything_plainly() -> None:
     reward_model, groups = make_reward_model(TAKES_NO_CACHE), make_groups(seed=5)
-    assert tokens_read(reward_model, groups, share_prompts=True) == sum(len(ids) for group in groups for ids in group)
+    assert tokens_read(reward_model, groups, share_prompts=True) == sum(
+        len(ids) for group in groups for ids in group
+    )
     assert_close(score_conversations(reward_model, groups, batch_tokens=300), expected(reward_model, groups))
 
 
 def test_nothing_to_score_is_no_error() -> None:
     reward_model = make_reward_model(CONFIGS["llama"])
     assert score_conversations(reward_model, [], batch_tokens=100) == []
-    assert [len(rewards) for rewards in score_conversations(reward_model, [[], []], batch_tokens=100)] == [0, 0]
+    assert [len(rewards) for rewards in score_conversations(reward_model, [[], []], batch_tokens=100)] == [
+        0,
+        0,
+    ]
 
 
 def test_ids_that_the_reward_model_does_not_have_are_refused() -> None:
     reward_model = make_reward_model(CONFIGS["llama"])
     with pytest.raises(
         UserError,
-        match=rf"reward_models\.reward: the tokenizer has the id {VOCAB}, but the model knows only {VOCAB} ids",
+        match=rf"reward_models\.reward: the tokenizer has the id {VOCAB}, but the model knows only {VOCAB} "
+        r"ids",
     ):
         score_conversations(reward_model, [[np.array([1, VOCAB], np.int32)]], batch_tokens=100)
 
@@ -186,6 +215,7 @@ def test_what_is_shared_is_common_to_all_and_leaves_something_of_each(rows: list
     assert length < min(len(ids) for ids in group)
     assert all((ids[:length] == group[0][:length]).all() for ids in group)
     common = next(
-        (n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(map(len, rows)) - 1
+        (n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1),
+        min(map(len, rows)) - 1,
     )
     assert length in (0, common)

@@ -32,7 +32,9 @@ from megatron_fuse.verification import verify_fusion_data
 
 
 def ordered(recipe: Recipe, order: str, **schedule: Any) -> Recipe:
-    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"order": order, **schedule})})
+    return recipe.model_copy(
+        update={"schedule": recipe.schedule.model_copy(update={"order": order, **schedule})}
+    )
 
 
 def order_of(recipe: Recipe) -> Curriculum | None:
@@ -47,10 +49,14 @@ def built(recipe: Recipe, order: str) -> Recipe:
 
 
 # few different values, so that many are equal; NaN is one of them
-values_of_examples = st.lists(st.sampled_from([-1.5, -0.0, 0.0, 2.0, 3e38, float("nan")]), min_size=1, max_size=30)
+values_of_examples = st.lists(
+    st.sampled_from([-1.5, -0.0, 0.0, 2.0, 3e38, float("nan")]), min_size=1, max_size=30
+)
 
 
-@given(values=values_of_examples.map(lambda values: np.array(values, np.float32)), highest_first=st.booleans())
+@given(
+    values=values_of_examples.map(lambda values: np.array(values, np.float32)), highest_first=st.booleans()
+)
 def test_ranks_sort_the_values_and_leave_nan_to_the_end(values: np.ndarray, highest_first: bool) -> None:
     ranks = curriculum(values, highest_first=highest_first).ranks
     for i, j in np.ndindex(len(values), len(values)):
@@ -120,7 +126,10 @@ def overwrite(recipe: Recipe) -> None:
 REFUSALS: dict[str, tuple[Callable[[Recipe], object], str]] = {
     "missing": (lambda recipe: curriculum_path(recipe).unlink(), "does not exist"),
     "no safetensors": (lambda recipe: curriculum_path(recipe).write_bytes(b"x"), "damaged"),
-    "no header": (lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)), "the header has no 'made'"),
+    "no header": (
+        lambda recipe: save_file({"a": np.zeros(1)}, curriculum_path(recipe)),
+        "the header has no 'made'",
+    ),
     "other values": (overwrite, r"damaged \(arrays and basis have sha256"),
     "other text": (
         lambda recipe: rewrite(recipe, lambda arrays, header: header["target_reward"].update(text="0" * 64)),
@@ -168,7 +177,10 @@ def test_verification_measures_again(copied: Recipe, name: str) -> None:
 
     rewrite(recipe, edit)
     (problem,) = verify_fusion_data(Context(recipe)).problems
-    assert f"{curriculum_path(recipe).name}: example 'e4': {name} is 7" in problem and "(1 examples differ)" in problem
+    assert (
+        f"{curriculum_path(recipe).name}: example 'e4': {name} is 7" in problem
+        and "(1 examples differ)" in problem
+    )
 
 
 def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None:
@@ -180,9 +192,12 @@ def test_a_machine_that_only_trains_verifies_what_it_has(copied: Recipe) -> None
 
 
 def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) -> None:
-    """CSFT in the order of the target's own reward: nobody else answers, nobody else is scored, nothing is captured."""
+    """CSFT in the order of the target's own reward: nobody else answers, nobody else is scored, nothing is
+    captured.
+    """
     rows = [
-        {"id": f"e{i}", "instruction": f"Add {i} and {i + 1}.", "output": f"That makes {2 * i + 1}."} for i in range(14)
+        {"id": f"e{i}", "instruction": f"Add {i} and {i + 1}.", "output": f"That makes {2 * i + 1}."}
+        for i in range(14)
     ]
     recipe = small_recipe(
         tmp_path / "work",
@@ -191,7 +206,10 @@ def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) 
         {"beta": save_model(tmp_path / "beta", "gpt_neox", seed=2)},
         data={"shard_size": 4, "validation_samples": 3},
         reward_models={
-            name: {"model": str(save_model(tmp_path / name, "llama", seed=seed, reward=True)), "dtype": "fp32"}
+            name: {
+                "model": str(save_model(tmp_path / name, "llama", seed=seed, reward=True)),
+                "dtype": "fp32",
+            }
             for name, seed in (("weak", 4), ("strong", 3))
         },
         selection={"strongest": "strong"},
@@ -212,7 +230,9 @@ def test_a_target_that_is_no_source_answers_and_is_scored_first(tmp_path: Path) 
 
     rewards = load_file(curriculum_path(recipe))["target_reward"]
     assert np.array_equal(rewards, load_scores(Context(recipe), "target", "strong"), equal_nan=True)
-    answers = [answer for shard in response_shards(Context(recipe).open(RESPONSES, "target")) for answer in shard]
+    answers = [
+        answer for shard in response_shards(Context(recipe).open(RESPONSES, "target")) for answer in shard
+    ]
     assert np.isnan(rewards).tolist() == [not answer.response.strip() for answer in answers]
     scored = rewards[~np.isnan(rewards)]
     assert len(scored) > 3 and len(set(scored.tolist())) > 3  # so that there is something to order
@@ -241,7 +261,9 @@ def test_the_command_says_what_was_chosen_and_measured(
             won = int((chosen.source == place).sum())
             assert re.search(rf"^{mode} mode, .*\b{name}: {won} \({won / examples:.1%}\)", said, re.MULTILINE)
     below = int((dataset.selections["training"].weight < 1).sum())
-    assert below > 0 and f"; {below} ({below / examples:.1%}) are won by less than 1e+09 and count 0.25" in said
+    assert (
+        below > 0 and f"; {below} ({below / examples:.1%}) are won by less than 1e+09 and count 0.25" in said
+    )
     measures = load_file(curriculum_path(recipe))
     least, most = measures["gt_tokens"].min(), measures["gt_tokens"].max()
     assert f"order of the examples: target_reward; ground truth of {least} to {most} target tokens" in said
@@ -293,7 +315,9 @@ def test_training_keeps_to_the_order_and_a_checkpoint_to_its_curriculum(ranks, c
     run = json.loads(facts.read_text())["run"]
     assert (run["order"], run["curriculum"]) == ("gt_length", order_of(recipe).sha256)
     (message,) = ranks(1, refusal_in_order, ordered(recipe, "shuffled"))
-    assert "order = 'gt_length', but this run has order = 'shuffled'" in message and "another --save" in message
+    assert (
+        "order = 'gt_length', but this run has order = 'shuffled'" in message and "another --save" in message
+    )
 
     def lengthen(arrays: dict, header: dict) -> None:
         arrays["gt_tokens"][dataset.train[0]] += 1000

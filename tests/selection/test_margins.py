@@ -49,9 +49,8 @@ def test_inference_margin_is_to_the_next_different_answer(case: tuple[np.ndarray
         if won == NONE:
             assert np.isnan(margin[n])
             continue
-        value: dict[
-            int, float
-        ] = {}  # of every text that could win: its votes, or its best score by the only reward model
+        # Of every text that could win: its votes, or its best score by the only reward model.
+        value: dict[int, float] = {}
         for s, text in enumerate(answers[n].tolist()):
             if text != 0 and not np.isnan(scores[n, s]).any():
                 own = scores[n, s, 0] if scores.shape[2] == 1 else votes[n, s]

@@ -1,4 +1,6 @@
-"""Several teachers as one: the mixture's rows against sums of dense distributions; a subset of the sources, and chance."""
+"""Several teachers as one: the mixture's rows against sums of dense distributions; a subset of the
+sources, and chance.
+"""
 
 from dataclasses import replace
 
@@ -29,7 +31,9 @@ def dense(document: Document) -> np.ndarray:
 
 @st.composite
 def teachers(draw: st.DrawFn) -> list[Document]:
-    """The rows of two to four teachers over the same few tokens; some rows are empty, some ids occur twice."""
+    """The rows of two to four teachers over the same few tokens; some rows are empty, some ids occur
+    twice.
+    """
     labels = draw(st.integers(0, 5))
     tokens, supervised = np.arange(labels + 1, dtype=np.uint16), np.arange(labels + 1) > 0
     documents = []
@@ -43,16 +47,17 @@ def teachers(draw: st.DrawFn) -> list[Document]:
 
 
 @given(teachers(), st.data())
-def test_a_mixture_is_the_weighed_sum_of_those_who_speak(documents: list[Document], data: st.DataObject) -> None:
+def test_a_mixture_is_the_weighed_sum_of_those_who_speak(
+    documents: list[Document], data: st.DataObject
+) -> None:
     weights = [data.draw(st.floats(1e-3, 1)) for _ in documents]
     mixed = mix(documents, weights)
     speaking = np.stack([document.counts > 0 for document in documents]) * np.array(weights)[:, None]
     shares = speaking / np.maximum(speaking.sum(0), 1e-300)
     wanted = sum(share[:, None] * dense(document) for share, document in zip(shares, documents, strict=True))
     found = dense(mixed)
-    assert (found <= wanted * (1 + 1e-12)).all() and np.allclose(
-        found, wanted, rtol=1.6e-2, atol=0
-    )  # float16 down to -32
+    # Float16 down to -32.
+    assert (found <= wanted * (1 + 1e-12)).all() and np.allclose(found, wanted, rtol=1.6e-2, atol=0)
     assert mixed.counts.tolist() == np.sum([document.counts for document in documents], 0, dtype=int).tolist()
     assert mixed.tokens is documents[0].tokens
 
@@ -113,7 +118,8 @@ def test_a_mixture_of_too_many_entries_is_refused(copied: Recipe, monkeypatch: p
     recipe, _ = rebuilt(copied, training="average")
     monkeypatch.setattr("megatron_fuse.dataset.reader.MOST_ENTRIES", 20)
     with pytest.raises(
-        UserError, match=r"average of 3 sources needs 33 entries per row, but a row holds at most 20\. Name fewer"
+        UserError,
+        match=r"average of 3 sources needs 33 entries per row, but a row holds at most 20\. Name fewer",
     ):
         FusionDataset(recipe)
 

@@ -1,4 +1,6 @@
-"""Laws of the choice between sources: MinCE and the majority vote, against loops that say the rule word by word."""
+"""Laws of the choice between sources: MinCE and the majority vote, against loops that say the rule word by
+word.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from hypothesis.extra.numpy import arrays
 from megatron_fuse.selection.rules import NONE, best_score, majority_vote, min_ce
 
 NAN = np.nan
-CE = np.array([[3.0, 2.0, 2.0], [NAN, 5.0, 4.0], [NAN, NAN, NAN], [np.inf, 9.0, NAN], [1.0, 1.0, 1.0], [0, NAN, 1]])
+CE = np.array(
+    [[3.0, 2.0, 2.0], [NAN, 5.0, 4.0], [NAN, NAN, NAN], [np.inf, 9.0, NAN], [1.0, 1.0, 1.0], [0, NAN, 1]]
+)
 BYTES = np.array([4, 1, 9, 2, 3, 0])
 WHOLE = np.zeros(CE.shape, bool)
 ONES = np.ones(CE.shape, np.int32)
@@ -66,7 +70,9 @@ def slow_vote(scores: np.ndarray, answers: np.ndarray, strongest: int) -> tuple[
 
 @st.composite
 def scored_examples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """scores [n, S, R] and answers [n, S]; few different values, so that ties, identical, empty and unscored answers all occur."""
+    """scores [n, S, R] and answers [n, S]; few different values, so that ties, identical, empty and
+    unscored answers all occur.
+    """
     examples, sources, models = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(0, 4))
     score = st.sampled_from([0.0, 1.0, 2.0, NAN])
     scores = draw(arrays(np.float32, (examples, sources, models), elements=score))
@@ -84,7 +90,10 @@ def test_vote_equals_the_rule_in_words(case: tuple[np.ndarray, np.ndarray]) -> N
     for strongest in range(max(scores.shape[2], 1)):
         winner, votes = majority_vote(scores, answers, strongest)
         for n in range(len(scores)):
-            assert (winner[n], votes[n].tolist()) == slow_vote(scores[n], answers[n], strongest), (n, strongest)
+            assert (winner[n], votes[n].tolist()) == slow_vote(scores[n], answers[n], strongest), (
+                n,
+                strongest,
+            )
 
 
 @settings(max_examples=200, deadline=None)
@@ -113,7 +122,8 @@ def test_min_ce_equals_the_rule_in_words(data: st.DataObject, rule: str) -> None
     for n in range(shape[0]):
         readers = [s for s in range(shape[1]) if np.isfinite(ce[n, s])]
         readers = [s for s in readers if not lossy[n, s]] or readers
-        per = {s: max(tokens[n, s], 1) if rule == "per_token" else 1 for s in readers}  # bytes are the same for all
+        # Bytes are the same for all.
+        per = {s: max(tokens[n, s], 1) if rule == "per_token" else 1 for s in readers}
         assert chosen[n] == min(readers, key=lambda s: ce[n, s] / per[s], default=NONE)
 
 

@@ -48,7 +48,9 @@ def test_a_reward_model_of_another_scale_weighs_the_same() -> None:
     scores = rng.normal(size=(40, 3, 2)).astype(np.float32)
     categories = np.arange(40) % 4
     wide = scores * np.array([1, 1000], np.float32)
-    np.testing.assert_allclose(category_scores(wide, categories), category_scores(scores, categories), rtol=1e-5)
+    np.testing.assert_allclose(
+        category_scores(wide, categories), category_scores(scores, categories), rtol=1e-5
+    )
 
 
 def test_the_best_able_source_of_the_category_and_its_margin() -> None:
@@ -94,8 +96,11 @@ def test_the_winner_of_the_answers_teaches_the_ground_truth(fused: Recipe) -> No
     won = answers.source != NONE
     assert won.sum() > 3
     assert len(set(truth.source.tolist())) > 2
-    able = np.take_along_axis(np.isfinite(truth.arrays["ce_sum"]), np.maximum(answers.source, 0)[:, None], 1)[:, 0]
-    # The vote here is also over answers that are not available as rows, so that only common winners are compared.
+    able = np.take_along_axis(np.isfinite(truth.arrays["ce_sum"]), np.maximum(answers.source, 0)[:, None], 1)[
+        :, 0
+    ]
+    # The vote here is also over answers that are not available as rows, so that only common winners are
+    # compared.
     available = answers.arrays["available"].all(1)
     assert (available & won & able).sum() > 3
     rows = available & won & able

@@ -1,4 +1,6 @@
-"""The skills: right answers are right, splits do not leak, and packing, decoding and chat ids are what they claim."""
+"""The skills: right answers are right, splits do not leak, and packing, decoding and chat ids are what
+they claim.
+"""
 
 import random
 import re
@@ -38,8 +40,18 @@ def solve(problem: skills.Problem) -> str:
         return " ".join(reversed(letters))
     if problem.skill == "shifting":
         return " ".join(chr((ord(letter) - ord("a") + numbers[0]) % 26 + ord("a")) for letter in letters)
-    sizes = {"week": 7, "year": 12, "feet": 12, "pound": 16, "hours and": 60, "minutes and": 60, "days and": 24}
-    return str(numbers[0] * next(size for word, size in sizes.items() if re.search(rf"\d {word}", text)) + numbers[1])
+    sizes = {
+        "week": 7,
+        "year": 12,
+        "feet": 12,
+        "pound": 16,
+        "hours and": 60,
+        "minutes and": 60,
+        "days and": 24,
+    }
+    return str(
+        numbers[0] * next(size for word, size in sizes.items() if re.search(rf"\d {word}", text)) + numbers[1]
+    )
 
 
 @pytest.mark.parametrize("skill", skills.SKILLS)
@@ -50,7 +62,10 @@ def test_answers_are_right_and_wrong_ones_are_wrong(skill):
         assert problem.answer == solve(problem), problem
         for form in skills.FORMS:
             assert skills.answer_of(problem.response(form)) == problem.answer
-            assert skills.answer_of(skills.wrong_response(problem, form, rng)) not in (problem.answer, None), problem
+            assert skills.answer_of(skills.wrong_response(problem, form, rng)) not in (
+                problem.answer,
+                None,
+            ), problem
         assert len({problem.answer, *skills.wrong_answers(problem, rng)}) == 4
 
 
@@ -65,7 +80,9 @@ def test_splits_share_no_problem_and_are_reproducible():
     assert skills.distinct("test", 40, seed=3) == drawn["test"]
     seen = [(problem.skill, problem.values) for problems in drawn.values() for problem in problems]
     assert len(seen) == len(set(seen)) == 40 * len(skills.SKILLS) * len(skills.SPLITS)
-    reworded = [skills.SKILLS[p.skill].word(p.values, random.Random(n)) for p in drawn["test"] for n in range(3)]
+    reworded = [
+        skills.SKILLS[p.skill].word(p.values, random.Random(n)) for p in drawn["test"] for n in range(3)
+    ]
     assert {problem.split for problem in reworded} == {"test"}
 
 
@@ -103,14 +120,17 @@ def test_sentencepiece_and_hugging_face_agree(build):
     directory = build / "tokenizers" / "alpha"
     processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    # Words that were never seen, letters of several bytes, two spaces, a line break: all go through merges or bytes.
+    # Words that were never seen, letters of several bytes, two spaces, a line break: all go through merges or
+    # bytes.
     for text in [*make_tokenizers.corpus(9, per_skill=20), "Zürich  is\nnice", "internationalization 1234"]:
         assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text), text
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packing_and_padding_change_nothing(build, name):
-    """Log-probabilities and greedy answers are those of one conversation alone, without packing, padding or a cache."""
+    """Log-probabilities and greedy answers are those of one conversation alone, without packing, padding
+    or a cache.
+    """
     torch.manual_seed(4)
     tokenizer, _, chats = chats_of(build, name)
     model = train_sources.build(name, tokenizer).eval()
@@ -124,7 +144,8 @@ def test_packing_and_padding_change_nothing(build, name):
         np.testing.assert_allclose(evaluate.response_logprobs(model, chats), alone, rtol=1e-4)
 
         prompts = [ids[:length] for ids, length in chats[:4]]
-        stop_id = int(model(torch.tensor([prompts[0]])).logits[0, -1].argmax())  # so that one answer ends at once
+        # So that one answer ends at once.
+        stop_id = int(model(torch.tensor([prompts[0]])).logits[0, -1].argmax())
         responses = evaluate.generate(model, prompts, stop_id, batch_size=3)
     assert responses[0] == []
     for prompt, response in zip(prompts, responses, strict=True):

@@ -1,4 +1,6 @@
-"""Laws of generation in process: an answer depends on model, prompt and seed alone, and ends before the first stop text."""
+"""Laws of generation in process: an answer depends on model, prompt and seed alone, and ends before the
+first stop text.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,7 +78,9 @@ def naive_answer(
     ],
 )
 def test_a_model_that_keeps_a_state_is_refused(model_class: type, config: Any) -> None:
-    """One whose layers read nothing but the last token of what is in the cache would answer something else."""
+    """One whose layers read nothing but the last token of what is in the cache would answer something
+    else.
+    """
     sampling = Sampling(frozenset({2}), torch.ones(40, dtype=torch.bool))
     with pytest.raises(UserError, match=rf"{model_class.__name__} keeps other state than keys and values"):
         generate(model_class(config), [Prompt("e", [4, 5], 3, 0)], sampling, batch_tokens=10)
@@ -101,10 +105,13 @@ def test_answers_equal_those_without_batch_cache_and_padding(
     model, chat = loaded(models, family)
     seed = 20 + FAMILIES.index(family)
     random = np.random.default_rng(seed)
-    # Lengths far apart, and room up to the last position that the model has: a batch must not outgrow it (ALiBi tables end there).
+    # Lengths far apart, and room up to the last position that the model has: a batch must not outgrow it
+    # (ALiBi tables end there).
     lengths = [1, 2, 40, 90, 120, 127, 128, 11, 12, 60, 3, 30, 100, 5, 70]
     prompts = [
-        Prompt(str(i), random.integers(4, 260, n).tolist(), POSITIONS - n if n > 60 else 9 + i, seed * 100 + i)
+        Prompt(
+            str(i), random.integers(4, 260, n).tolist(), POSITIONS - n if n > 60 else 9 + i, seed * 100 + i
+        )
         for i, n in enumerate(lengths)
     ]
     allowed = torch.ones(chat.tokenizer.vocab_size, dtype=torch.bool)
@@ -122,7 +129,9 @@ def test_answers_equal_those_without_batch_cache_and_padding(
     passes = watch(model)
     for batch_tokens in (1, 300, 700, 5000):
         passes.clear()
-        assert generate(model, prompts, sampling, batch_tokens=batch_tokens) == expected, f"seed {seed}, {batch_tokens}"
+        assert generate(model, prompts, sampling, batch_tokens=batch_tokens) == expected, (
+            f"seed {seed}, {batch_tokens}"
+        )
         assert all(rows * width <= batch_tokens or rows == 1 for rows, _, width in passes)
         assert max(width for _, _, width in passes) <= POSITIONS
         if batch_tokens == 700:  # prompts took the places of finished rows while others were under way
@@ -146,17 +155,23 @@ def test_answers_equal_those_without_batch_cache_and_padding(
 def test_budgets_differ_only_where_two_tokens_are_as_likely(
     models: dict[str, Path], family: str, dtype: str, nearest: float, share: float, count: int
 ) -> None:
-    """Sums differ with the batch's shape: a greedy answer may turn where the two likeliest tokens are that near to each other.
+    """Sums differ with the batch's shape: a greedy answer may turn where the two likeliest tokens are that
+    near to each other.
 
-    In fp32 they are nearer than 1e-4, and fewer than 1 in 100 answers turn: none of these does. In bf16 they need not be: it has 8
-    bits, and its rounding moves logits by whole steps. Of these answers up to 17 % turn, at gaps up to 0.0033.
+    In fp32 they are nearer than 1e-4, and fewer than 1 in 100 answers turn: none of these does. In bf16 they
+    need not be: it has 8 bits, and its rounding moves logits by whole steps. Of these answers up to 17 %
+    turn, at gaps up to 0.0033.
     """
     model, chat = loaded(models, family, dtype=dtype)
     random = np.random.default_rng(7)
-    prompts = [Prompt(str(i), random.integers(4, 260, random.integers(1, 30)).tolist(), 24, i) for i in range(count)]
+    prompts = [
+        Prompt(str(i), random.integers(4, 260, random.integers(1, 30)).tolist(), 24, i) for i in range(count)
+    ]
     allowed = torch.from_numpy(chat.tokenizer.byte_lengths > 0)
     sampling = Sampling(frozenset(range(5, 300, 60)), allowed, temperature=0.0)
-    budgets = [generate(model, prompts, sampling, batch_tokens=batch_tokens) for batch_tokens in (400, 2000, 20000)]
+    budgets = [
+        generate(model, prompts, sampling, batch_tokens=batch_tokens) for batch_tokens in (400, 2000, 20000)
+    ]
     gaps, turned = [], set()
     for prompt, first, *others in zip(prompts, *budgets, strict=True):
         for other in others:
@@ -174,8 +189,14 @@ def first_gap(model: Any, prompt: Prompt, answer: Answer, other: Answer, samplin
         if one != two:
             break
         same += 1
-    logits = model(torch.tensor([[*prompt.ids, *answer.ids[:same]]])).logits[0, -1].double()[: len(sampling.allowed)]
-    first, second = torch.softmax(logits.masked_fill(~sampling.allowed, -torch.inf), 0).topk(2).values.tolist()
+    logits = (
+        model(torch.tensor([[*prompt.ids, *answer.ids[:same]]]))
+        .logits[0, -1]
+        .double()[: len(sampling.allowed)]
+    )
+    first, second = (
+        torch.softmax(logits.masked_fill(~sampling.allowed, -torch.inf), 0).topk(2).values.tolist()
+    )
     return first - second
 
 
@@ -195,7 +216,8 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
     logits = torch.randn(1, 11) * 2
     logits[0, [0, 10]] = -torch.inf
     draws = 2000
-    grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws  # an even grid hits every token in its exact share
+    # An even grid hits every token in its exact share.
+    grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     share = torch.bincount(sample(logits.expand(draws, -1), grid, temperature, top_p), minlength=11) / draws
     expected = torch.softmax(logits[0].double() / temperature, 0)
     order = expected.argsort(descending=True)
@@ -216,12 +238,17 @@ def test_the_ends_of_the_random_range_give_possible_tokens() -> None:
 def formats(models: dict[str, Path]) -> dict[str, ChatFormat]:
     """One tokenizer, by the white space that the template puts before a response."""
     options = SourceOptions(model=str(models["mpt"]))
-    chosen = [load_format(options.model_copy(update={"chat_template": name}), "mpt") for name in (None, "vicuna_v1.1")]
+    chosen = [
+        load_format(options.model_copy(update={"chat_template": name}), "mpt")
+        for name in (None, "vicuna_v1.1")
+    ]
     assert [chat.separator for chat in chosen] == ["", " "]
     return {chat.separator: chat for chat in chosen}
 
 
-def test_text_is_the_exact_decode_without_separator_and_broken_characters(formats: dict[str, ChatFormat]) -> None:
+def test_text_is_the_exact_decode_without_separator_and_broken_characters(
+    formats: dict[str, ChatFormat],
+) -> None:
     plain, spaced = formats[""], formats[" "]
     ids = plain.tokenizer.encode_continuation("  Sure 👍\n")
     assert answer_text(plain, Answer(ids, stopped=True)) == ("  Sure 👍\n", len(ids))
@@ -244,7 +271,9 @@ def test_an_answer_ends_before_the_stop_text_that_is_whole_first(
     assert max(len(pieces[token]) for token in letters) > 2  # whole stop texts inside a token
     texts = data.draw(st.lists(st.text(" pearl", min_size=1, max_size=5), min_size=1, max_size=3))
     spelled = st.sampled_from(texts).map(lambda text: [pieces.index(bytes([byte])) for byte in text.encode()])
-    parts = data.draw(st.lists(st.sampled_from(letters).map(lambda token: [token]) | spelled, min_size=1, max_size=12))
+    parts = data.draw(
+        st.lists(st.sampled_from(letters).map(lambda token: [token]) | spelled, min_size=1, max_size=12)
+    )
     ids = [token for part in parts for token in part]
     stop = StopTexts(texts, chat)
     whole = b"".join(pieces[token] for token in ids)
@@ -259,7 +288,8 @@ def test_an_answer_ends_before_the_stop_text_that_is_whole_first(
     begin, end = endings[0] if endings else (len(whole), len(whole) + 1)
     ends = np.cumsum([len(pieces[token]) for token in ids])
     completed = [stop.completed_by(ids[:count]) for count in range(1, len(ids) + 1)]
-    before = int(np.searchsorted(ends, end))  # tokens until the stop text is whole: what comes later is never asked for
+    # Tokens until the stop text is whole: what comes later is never asked for.
+    before = int(np.searchsorted(ends, end))
     assert completed[: before + 1] == [False] * before + [True] * (before < len(ids))
     text, tokens = answer_text(chat, Answer(ids[: before + 1], stopped=True), stop)
     assert text.encode() == whole[space:begin]

@@ -1,4 +1,5 @@
-"""Laws of servers that lie: nothing wrong becomes an answer, every exchange has an end, and what came in is kept.
+"""Laws of servers that lie: nothing wrong becomes an answer, every exchange has an end, and what came in is
+kept.
 
 One example is lied about, once or for ever, or all are; Liar and LiarAboutMany say which.
 """
@@ -40,7 +41,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(finish: Any = "stop", **choice: Any) -> Act:
-    return Act({"choices": [{"index": 0, "finish_reason": finish, "message": {"content": "a lie"}, **choice}]})
+    return Act(
+        {"choices": [{"index": 0, "finish_reason": finish, "message": {"content": "a lie"}, **choice}]}
+    )
 
 
 def said(message: Any, finish: str = "stop") -> Act:
@@ -49,7 +52,14 @@ def said(message: Any, finish: str = "stop") -> Act:
 
 def body(data: bytes, *headers: str) -> Act:
     """A response with status 200 whose bytes are these."""
-    head = ["HTTP/1.1 200 OK", "content-type: application/json", f"content-length: {len(data)}", *headers, "", ""]
+    head = [
+        "HTTP/1.1 200 OK",
+        "content-type: application/json",
+        f"content-length: {len(data)}",
+        *headers,
+        "",
+        "",
+    ]
     return Act(write=lambda file: file.write("\r\n".join(head).encode() + data))
 
 
@@ -63,25 +73,29 @@ NO_ANSWERS = {
     "no choice": (Act({"choices": []}), "choices: List should have at least 1 item"),
     "choices null": (Act({"choices": None}), "choices: Input should be a valid list"),
     "choices mapping": (Act({"choices": {"0": {}}}), "choices: Input should be a valid list"),
-    "two choices": (Act({"choices": completion("a lie").content["choices"] * 2}), "choices: List should have at most 1"),
+    "two choices": (Act({"choices": completion("a lie").content["choices"] * 2}), "choices: List should "
+                                                                                  "have at most 1"),
     "another index": (chosen(index=1), "choices.0.index: Input should be"),
     "index text": (chosen(index="0"), "choices.0.index: Input should be"),
     "index true": (chosen(index=False), "choices.0.index: Input should be"),
     "message null": (said(None), "choices.0.message: Input should be a valid dictionary"),
     "message text": (said("a lie"), "choices.0.message: Input should be a valid dictionary"),
     "no message": (Act({"choices": [{"finish_reason": "stop", "delta": {"content": "a lie"}}]}), "choices.0.message"),
-    "other endpoint": (Act({"choices": [{"finish_reason": "stop", "text": "a lie"}]}), "choices.0.message: Field required"),
+    "other endpoint": (Act({"choices": [{"finish_reason": "stop", "text": "a lie"}]}), "choices.0.message: "
+                                                                                       "Field required"),
     "content number": (said({"content": 5}), "choices.0.message.content: Input should be a valid string"),
     "content parts": (said({"content": [{"type": "text", "text": "a lie"}]}), "choices.0.message.content"),
     "content null": (said({"content": None}), "no content, although finish_reason is 'stop'"),
     "content missing": (said({"role": "assistant"}), "no content, although finish_reason is 'stop'"),
     "refusal number": (said({"content": "a lie", "refusal": 5}), "choices.0.message.refusal"),
-    "no finish": (Act({"choices": [{"message": {"content": "a lie"}}]}), "choices.0.finish_reason: Field required"),
+    "no finish": (Act({"choices": [{"message": {"content": "a lie"}}]}), "choices.0.finish_reason: Field "
+                                                                         "required"),
     **{
         f"finish {finish}": (chosen(finish), "choices.0.finish_reason: Input should be 'stop'")
         for finish in (None, 5, "", "banana", "STOP", "error", "abort", "tool_calls", ["stop"])
     },
-    "model number": (Act({**completion("a lie").content, "model": 5}), "model: Input should be a valid string"),
+    "model number": (Act({**completion("a lie").content, "model": 5}), "model: Input should be a valid "
+                                                                       "string"),
     "empty": (body(b""), "not JSON"),
     "html": (Act("<html><body>Bad gateway: a lie</body></html>"), "not JSON"),
     "half": (body(TRUE[:-9]), "not JSON"),
@@ -93,10 +107,13 @@ NO_ANSWERS = {
     "deep": (body(b"[" * 100_000), "not JSON"),
     "digits": (body(b'{"choices": ' + b"9" * 5000 + b"}"), "not JSON"),
     "key twice": (body(TRUE[:-1] + b', "choices": []}'), "the key 'choices' is given twice"),
-    "content twice": (body(TRUE.replace(b'"a lie"', b'"a lie", "content": "an answer"')), "the key 'content' is given twice"),
+    "content twice": (body(TRUE.replace(b'"a lie"', b'"a lie", "content": "an answer"')), "the key "
+                                                                                          "'content' is "
+                                                                                          "given twice"),
     "stream": (body(b"data: " + TRUE + b"\n\ndata: [DONE]\n\n"), "not JSON"),
     "no content": (Act(write=lambda file: file.write(b"HTTP/1.1 204 No Content\r\n\r\n")), "not JSON"),
-    "10 MB": (completion("a lie " * 1_700_000), "bytes, which is more than the requested number of tokens can hold"),
+    "10 MB": (completion("a lie " * 1_700_000), "bytes, which is more than the requested number of tokens "
+                                                "can hold"),
     "the key": (completion(f"the key is {KEY}"), "the answer holds the key"),
 }  # fmt: skip
 
@@ -211,18 +228,22 @@ COMPRESSED = zlib.compress(bytes(10**7))[:9999]
 ENDLESS = 1.5  # seconds of time-out for those that never end: a true answer takes less on a busy machine, too
 
 BREAKS: dict[str, tuple[Callable[[BinaryIO], object], str]] = {
-    "cut body": (lambda f: f.write(head("content-length: 999") + TRUE), r"cannot be reached \(peer closed connection"),
+    "cut body": (lambda f: f.write(head("content-length: 999") + TRUE), r"cannot be reached \(peer closed "
+                                                                        r"connection"),
     "cut chunks": (lambda f: f.write(head("transfer-encoding: chunked") + b"5\r\n{\"cho\r\n"), "cannot be reached"),
-    "bad chunks": (lambda f: f.write(head("transfer-encoding: chunked") + b"zz\r\n" + TRUE), "cannot be reached"),
+    "bad chunks": (lambda f: f.write(head("transfer-encoding: chunked") + b"zz\r\n" + TRUE), "cannot be "
+                                                                                             "reached"),
     "no HTTP": (lambda f: f.write(b"\x00\x01 what?\r\n\r\n"), "cannot be reached"),
-    "two lengths": (lambda f: f.write(head("content-length: 5", "content-length: 9") + TRUE), "cannot be reached"),
+    "two lengths": (lambda f: f.write(head("content-length: 5", "content-length: 9") + TRUE), "cannot be "
+                                                                                              "reached"),
     "compressed": (
         lambda f: f.write(head("content-encoding: gzip", "content-length: 9999") + COMPRESSED),
         r"cannot be reached \(a body in 'gzip' came back\)",
     ),
     "silence": (nothing, "did not answer within 1.5 s, 2 times"),
     "silence in the body": (lambda f: (f.write(head("content-length: 999")), f.flush(), nothing(f)), "did not answer"),
-    "a byte now and then": (lambda f: (f.write(head()), until_it_breaks(f, b" ", 0.1)), "did not answer within 1.5 s"),
+    "a byte now and then": (lambda f: (f.write(head()), until_it_breaks(f, b" ", 0.1)), "did not answer "
+                                                                                        "within 1.5 s"),
     "a header now and then": (lambda f: (f.write(b"HTTP/1.1 200 OK\r\n"), until_it_breaks(f, b"a: b\r\n", 0.1)), "did not"),
     "endless header": (lambda f: (f.write(b"HTTP/1.1 200 OK\r\na: "), until_it_breaks(f, b"b" * 999)), "cannot be reached"),
 }  # fmt: skip
@@ -232,11 +253,15 @@ def test_an_exchange_that_breaks_or_has_no_end_is_tried_again(model: Path, tmp_p
     lies = [Act(write=write) for write, _ in BREAKS.values()]
     with scripted(LiarAboutMany(lies, 1)) as server:
         # Long enough for a true answer on a busy machine: none of them is to be lost.
-        assert_right(recipe_for(model, tmp_path, server.url, examples=len(lies), timeout=5, max_retries=9), len(lies))
+        assert_right(
+            recipe_for(model, tmp_path, server.url, examples=len(lies), timeout=5, max_retries=9), len(lies)
+        )
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_an_exchange_that_always_breaks_or_has_no_end_ends_the_run(model: Path, tmp_path: Path, name: str) -> None:
+def test_an_exchange_that_always_breaks_or_has_no_end_ends_the_run(
+    model: Path, tmp_path: Path, name: str
+) -> None:
     write, message = BREAKS[name]
     liar = Liar(Act(write=write))
     with scripted(liar) as server:
@@ -265,14 +290,18 @@ def test_an_endless_body_ends(model: Path, tmp_path: Path, monkeypatch: pytest.M
 
     with scripted(Liar(Act(write=endless))) as server:
         recipe = recipe_for(model, tmp_path, server.url, max_retries=0, timeout=50)
-        with pytest.raises(UserError, match=r"cannot be reached \(the server sent a body of more than 1 MiB\)"):
+        with pytest.raises(
+            UserError, match=r"cannot be reached \(the server sent a body of more than 1 MiB\)"
+        ):
             generate_responses(Context(recipe), "served")
     assert written[0] < 64 << 20  # what the system's buffers take of it
 
 
 def test_a_long_body_with_a_short_answer_is_an_answer(model: Path, tmp_path: Path) -> None:
     def script(asked: Asked) -> Act:
-        return Act({**echo(asked).content, "padding": "x" * 10_000_000 if number(asked) == LIED_ABOUT else ""})
+        return Act(
+            {**echo(asked).content, "padding": "x" * 10_000_000 if number(asked) == LIED_ABOUT else ""}
+        )
 
     with scripted(script) as server:
         assert_right(recipe_for(model, tmp_path, server.url))
@@ -309,9 +338,13 @@ def test_errors_are_quoted_in_short_and_as_a_terminal_may_show_them(
     assert len(str(caught.value)) <= 600 and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("after", ["-5", "nan", "banana", "1e999", "Thu, 01 Jan 1970 00:00:00 GMT", "999999", "0"])
+@pytest.mark.parametrize(
+    "after", ["-5", "nan", "banana", "1e999", "Thu, 01 Jan 1970 00:00:00 GMT", "999999", "0"]
+)
 def test_an_absurd_retry_after_is_no_reason_to_wait(model: Path, tmp_path: Path, after: str) -> None:
-    """Two minutes are the most that is waited for; what asks for more, or for no number, ends the run or is asked again soon."""
+    """Two minutes are the most that is waited for; what asks for more, or for no number, ends the run or
+    is asked again soon.
+    """
     with scripted(Liar(Act({"detail": "later"}, 429, {"retry-after": after}), times=1)) as server:
         recipe = recipe_for(model, tmp_path, server.url)
         with contextlib.suppress(UserError):
@@ -335,9 +368,14 @@ def test_an_answer_of_another_model_ends_the_run(model: Path, tmp_path: Path, na
             generate_responses(Context(recipe), "served")
         error = str(caught.value)
         assert (
-            error.startswith(f"sources.served.server: {server.url} answers as model ") and "asked is 'small'" in error
+            error.startswith(f"sources.served.server: {server.url} answers as model ")
+            and "asked is 'small'" in error
         )
-        assert quoted.replace("\\\\", "\\") in error and error.endswith("[at example 'e3']") and len(error) <= 600
+        assert (
+            quoted.replace("\\\\", "\\") in error
+            and error.endswith("[at example 'e3']")
+            and len(error) <= 600
+        )
         assert b"a lie" not in journals(recipe)[0].read_bytes()
         if name == "another":
             rows = answers(recipe_for(model, tmp_path / "known", server.url, answers_as=other))
@@ -347,14 +385,20 @@ def test_an_answer_of_another_model_ends_the_run(model: Path, tmp_path: Path, na
 @pytest.mark.parametrize(
     "said_of_models", [None, [], {"data": 5}, {"data": [5, {"id": 5}]}, "<html>", {"data": [[[]]]}]
 )
-def test_a_list_of_models_in_another_form_is_no_list(model: Path, tmp_path: Path, said_of_models: Any) -> None:
+def test_a_list_of_models_in_another_form_is_no_list(
+    model: Path, tmp_path: Path, said_of_models: Any
+) -> None:
     with scripted(echo, models=Act(said_of_models)) as server:
         assert_right(recipe_for(model, tmp_path, server.url))
 
 
-def test_models_that_never_end_are_no_list(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_never_end_are_no_list(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_fuse.sources.server._CONNECT_SECONDS", 0.5)
-    with scripted(echo, models=Act(write=lambda f: (f.write(head()), until_it_breaks(f, b" ", 0.1)))) as server:
+    with scripted(
+        echo, models=Act(write=lambda f: (f.write(head()), until_it_breaks(f, b" ", 0.1)))
+    ) as server:
         assert_right(recipe_for(model, tmp_path, server.url))
 
 
@@ -364,7 +408,9 @@ def elsewhere() -> Iterator[ScriptedServer]:
         yield server
 
 
-@pytest.mark.parametrize(("status", "models_too"), [(301, False), (302, True), (303, False), (307, True), (308, False)])
+@pytest.mark.parametrize(
+    ("status", "models_too"), [(301, False), (302, True), (303, False), (307, True), (308, False)]
+)
 def test_neither_prompts_nor_key_follow_a_redirect(
     model: Path,
     tmp_path: Path,
@@ -394,5 +440,11 @@ def test_names_of_one_model() -> None:
         ("mistral:latest", "Mistral"),
     ):
         assert is_name_of(one, other) and is_name_of(other, one), (one, other)
-    for one, other in (("gpt-4o-mini", "gpt-4o"), ("a", "b"), ("", "small"), ("llama-70b", "llama"), ("small", "all")):
+    for one, other in (
+        ("gpt-4o-mini", "gpt-4o"),
+        ("a", "b"),
+        ("", "small"),
+        ("llama-70b", "llama"),
+        ("small", "all"),
+    ):
         assert not is_name_of(one, other) and not is_name_of(other, one), (one, other)

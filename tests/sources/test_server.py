@@ -1,4 +1,6 @@
-"""Laws of answers that a server gives: the real server of transformers for what is right, a scripted one for what goes wrong."""
+"""Laws of answers that a server gives: the real server of transformers for what is right, a scripted one
+for what goes wrong.
+"""
 
 import json
 import re
@@ -48,7 +50,11 @@ def greedy(model: Path) -> dict[str, Any]:
     config = json.loads((model / "config.json").read_text())
     tokens = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     suppressed = [0, 1, 3, *range(len(tokens), config["vocab_size"])]
-    return {"generation_config": json.dumps({"do_sample": False, "eos_token_id": 2, "suppress_tokens": suppressed})}
+    return {
+        "generation_config": json.dumps(
+            {"do_sample": False, "eos_token_id": 2, "suppress_tokens": suppressed}
+        )
+    }
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
@@ -68,7 +74,9 @@ def test_a_real_server_answers_as_the_model_in_process(
 
 
 @pytest.mark.slow
-def test_a_real_server_killed_in_mid_run_and_started_again(real: RealServer, model: Path, tmp_path: Path) -> None:
+def test_a_real_server_killed_in_mid_run_and_started_again(
+    real: RealServer, model: Path, tmp_path: Path
+) -> None:
     options = {"model": str(model), "extra": greedy(model), "concurrency": 3, "max_retries": 1}
     recipe = recipe_for(model, tmp_path, real.url, examples=40, responses={"max_new_tokens": 60}, **options)
     whole = answers(recipe)
@@ -84,7 +92,8 @@ def test_a_real_server_killed_in_mid_run_and_started_again(real: RealServer, mod
     try:
         with pytest.raises(
             UserError,
-            match=rf"sources.served.server: {real.url} cannot be reached .*Start the server.*next run requests the others",
+            match=rf"sources.served.server: {real.url} cannot be reached .*Start the server.*next run "
+            r"requests the others",
         ):
             generate_responses(Context(recipe), "served")
     finally:
@@ -146,15 +155,22 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
 @pytest.mark.parametrize(
     "act, message",
     [
-        (Act(REFUSED, 401), r"does not accept the key \(401 .*\[key\].*environment variable FUSE_TEST_KEY holds it"),
+        (
+            Act(REFUSED, 401),
+            r"does not accept the key \(401 .*\[key\].*environment variable FUSE_TEST_KEY holds it",
+        ),
         (Act(REFUSED, 403), r"does not accept the key \(403"),
         (
             Act(REFUSED, 404),
-            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists small, tiny\. Fix sources",
+            r"has no model 'small', or nothing at /chat/completions \(404 .*\[key\]\); it lists small, "
+            r"tiny\. Fix sources",
         ),
         (Act(REFUSED, 400), r"refuses every request \(400 .*\[key\]\)\. Fix sources.served.server"),
         (Act({"detail": "Unexpected fields"}, 422), r"refuses every request \(422 Unexpected fields\)"),
-        (Act(REFUSED, 429), r"accepts no more requests for now \(429 .*\[key\]\).*next run requests the others"),
+        (
+            Act(REFUSED, 429),
+            r"accepts no more requests for now \(429 .*\[key\]\).*next run requests the others",
+        ),
         (Act(REFUSED, 429, {"retry-after": "9999"}), r"accepts no more requests for now"),
         (Act(f"<p>{KEY}</p>", 503), r"fails \(503 <p>\[key\]</p>\)"),
         (
@@ -163,14 +179,20 @@ REFUSED = {"error": {"message": f"Incorrect API key provided: {KEY}", "code": "x
         ),
         (
             Act({"error": KEY}),
-            r'refuses every request \(the server sent no completion but {"error": "\[key\]"} \(choices: Field required\)\)',
+            r'refuses every request \(the server sent no completion but {"error": "\[key\]"} \(choices: '
+            r"Field required\)\)",
         ),
         (Act(drop=True), r"cannot be reached \(.*\)\. Start the server, or fix sources.served.server.url"),
     ],
     ids=str,
 )
 def test_what_is_wrong_with_all_requests_ends_the_run(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, act: Act, message: str
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    act: Act,
+    message: str,
 ) -> None:
     monkeypatch.setenv("FUSE_TEST_KEY", KEY + "\n")  # as from `$(cat file)` in some shells
     with scripted(lambda asked: act, models=Act({"data": [{"id": "small"}, {"id": "tiny"}]})) as server:
@@ -203,7 +225,9 @@ def test_nobody_listens_or_the_key_is_wrong_before_anything_is_asked(
     assert not server.asked
     assert_nowhere(KEY, tmp_path, capfd, caught.value)
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
-    with pytest.raises(UserError, match=r"^the environment variable OPENAI_API_KEY holds characters that no key has"):
+    with pytest.raises(
+        UserError, match=r"^the environment variable OPENAI_API_KEY holds characters that no key has"
+    ):
         answers(recipe)
 
 
@@ -249,7 +273,12 @@ def test_a_path_may_be_served_without_being_listed(
     ids=str,
 )
 def test_a_name_that_the_server_does_not_list_is_refused_before_anything_is_asked(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Act, options: dict[str, str], refused: bool
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    models: Act,
+    options: dict[str, str],
+    refused: bool,
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with scripted(echo, models=models) as server:
@@ -261,7 +290,9 @@ def test_a_name_that_the_server_does_not_list_is_refused_before_anything_is_aske
             answers(recipe)
         error = str(caught.value)
         assert not server.asked
-        assert error.startswith(f"sources.served.server: {server.url} has no model {options['model']!r}; it lists ")
+        assert error.startswith(
+            f"sources.served.server: {server.url} has no model {options['model']!r}; it lists "
+        )
         assert error.endswith(
             "Fix sources.served.server.model. If it is the same model under another name, set "
             "sources.served.server.answers_as to its name in that list."
@@ -289,7 +320,9 @@ def test_an_example_that_the_server_refuses_is_listed_and_the_others_are_answere
             generate_responses(Context(recipe), "served")
         artifact = generate_responses(Context(recipe), "served")
         assert artifact is not None
-    assert capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \\ud83d") == 1
+    assert (
+        capsys.readouterr().out.count("no answer to example 'e5': 400 context length exceeded: \\ud83d") == 1
+    )
     (unmatched,) = artifact.files(".unmatched.txt")
     assert unmatched.read_text() == "e5\n"
     rows = answers(recipe)
@@ -303,13 +336,19 @@ REPLIES = {
     1: (completion("cut o", "length"), Response("e1", "cut o", True, 0)),
     2: (completion("", "content_filter"), Response("e2", "", True, 0, refused=True)),
     3: (completion(None, refusal="I must not."), Response("e3", "I must not.", False, 0, refused=True)),
-    4: (completion("I'm sorry, but I cannot help with that."), Response("e4", "I'm sorry, but I cannot help with that.", False, 0, refused=True)),
+    4: (completion("I'm sorry, but I cannot help with that."), Response(
+        "e4", "I'm sorry, but I cannot help with that.", False, 0, refused=True
+    )),
     5: (completion("yes", reasoning_content="hm"), Response("e5", "yes", False, 0, reasoning="hm")),
     6: (completion(None, "length", reasoning_content="hm"), Response("e6", "", True, 0, reasoning="hm")),
-    7: (completion("before STOP after", "length"), Response("e7", "before ", False, 0)),  # the server left the stop text in
+    # The server left the stop text in.
+    7: (completion("before STOP after", "length"), Response("e7", "before ", False, 0)),
     8: (completion("half a \ud83d"), Response("e8", "half a \ufffd", False, 0)),
     9: (completion("cut in é\ufffd", "length"), Response("e9", "cut in é", True, 0)),
-    10: (Act({"error": {"message": "filtered", "code": "content_filter"}}, 400), Response("e10", "", False, 0, refused=True)),
+    10: (
+        Act({"error": {"message": "filtered", "code": "content_filter"}}, 400),
+        Response("e10", "", False, 0, refused=True),
+    ),
     11: (completion("  white\n "), Response("e11", "  white\n ", False, 0)),
 }  # fmt: skip
 
@@ -351,7 +390,9 @@ def test_prompts_without_room_are_not_asked(model: Path, tmp_path: Path) -> None
 def test_a_prompt_as_text_has_one_bos_where_the_server_reads_it(
     model: Path, tmp_path: Path, kind: str, template: str
 ) -> None:
-    """A server reads it as tokenizers read any text; what the model meets has to be what capture shows it later."""
+    """A server reads it as tokenizers read any text; what the model meets has to be what capture shows it
+    later.
+    """
     other = make_tokenizer(kind, tmp_path / "other")
     other = other if other.is_dir() else other.parent
     shutil.copy(model / "config.json", other)
@@ -368,7 +409,9 @@ def test_a_prompt_as_text_has_one_bos_where_the_server_reads_it(
             chat.encode_prompt(examples[f"e{number(asked)}"].prompt()),
             read(asked.body["prompt"])["input_ids"],
         )
-        special = [[token for token in tokens if token in chat.tokenizer.special_ids] for tokens in (prompt, ids)]
+        special = [
+            [token for token in tokens if token in chat.tokenizer.special_ids] for tokens in (prompt, ids)
+        ]
         assert special[0] == special[1]
         assert special[0].count(chat.tokenizer.bos_id) <= 1
         # This one tokenizer puts a space in front of a text, but none behind a BOS that is in the text.
@@ -382,10 +425,15 @@ def test_a_prompt_as_text_has_one_bos_where_the_server_reads_it(
 def test_a_request_holds_messages_sampling_and_a_seed_of_its_own(model: Path, tmp_path: Path) -> None:
     extra = {"top_k": 7, "top_p": None, "max_tokens": None, "max_completion_tokens": 9}
     with scripted(echo) as server:
-        recipe = recipe_for(model, tmp_path, server.url, extra=extra, stop=["###"], responses={"temperature": 0.7})
+        recipe = recipe_for(
+            model, tmp_path, server.url, extra=extra, stop=["###"], responses={"temperature": 0.7}
+        )
         answers(recipe)
     bodies = {number(asked): asked.body for asked in server.asked}
-    assert bodies[0]["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q0"}]
+    assert bodies[0]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q0"},
+    ]
     assert bodies[1]["messages"] == [{"role": "user", "content": "Q1 fig fig"}]
     seeds = {body.pop("seed") for body in bodies.values() if body.pop("messages")}
     assert len(seeds) == 8
@@ -441,7 +489,9 @@ def test_a_damaged_journal_is_named(model: Path, tmp_path: Path) -> None:
             generate_responses(Context(recipe), "served")
 
 
-def test_progress_is_told_while_answers_come_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_told_while_answers_come_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("megatron_fuse.sources.server._PROGRESS_SECONDS", 0.01)
     monkeypatch.setattr("megatron_fuse.progress.INTERVAL", 0.0)
     told = threading.Event()
@@ -555,7 +605,9 @@ def test_the_command_refuses_another_backend_than_the_recipes(
             monkeypatch.setattr(sys, "argv", ["generate_responses.py", "--recipe", str(path), *arguments])
             main()
 
-        with pytest.raises(UserError, match="--backend hf: in the recipe, 'served' answers by backend openai"):
+        with pytest.raises(
+            UserError, match="--backend hf: in the recipe, 'served' answers by backend openai"
+        ):
             command("--source", "local", "--source", "served", "--backend", "hf")
         assert not (recipe.workdir / "responses").exists()
         command()

@@ -1,4 +1,6 @@
-"""Every key of a recipe either changes nothing that a stage writes, or is noticed by that stage and by those that build on it."""
+"""Every key of a recipe either changes nothing that a stage writes, or is noticed by that stage and by
+those that build on it.
+"""
 
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -37,8 +39,9 @@ STAGES: dict[str, Callable[[Context], Any]] = {
 
 ALL = "instructions responses scores captures fusion training"
 ANSWERS = "responses scores captures fusion training"
-# Which of these commands notice that a key has another value than what is there was made with. Training runs where only fusion data
-# is: it knows what tokenizers and weights gave, not these themselves, which the stages before it compare.
+# Which of these commands notice that a key has another value than what is there was made with. Training runs
+# where only fusion data is: it knows what tokenizers and weights gave, not these themselves, which the stages
+# before it compare.
 NOTICED = {
     "seed": ALL,
     "target.chat_template": ALL,
@@ -71,7 +74,8 @@ NOTICED = {
 # Keys that none of them notices, and why nothing that they write depends on it
 WITHOUT = {
     "workdir": "where it all lies",
-    "target.model": "its tokenizer and template count in all stages; its weights are those that training begins with",
+    "target.model": "its tokenizer and template count in all stages; its weights are those that training "
+    "begins with",
     "target.*": "of the target's own answers, which this recipe does not use",
     "*.trust_remote_code": "allows the code that the weights' fingerprint covers",
     "*.device_map": "where a model runs",
@@ -155,7 +159,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def files(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "recipe.yaml"}
+    return {
+        path: path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "recipe.yaml"
+    }
 
 
 def changed(recipe: Recipe, values: dict[str, Any]) -> Recipe:
@@ -174,7 +182,10 @@ def matching(table: dict[str, str], key: str) -> str | None:
 
 
 def noticed_by(key: str) -> set[str]:
-    """The commands of NOTICED; none for a key of WITHOUT. Fails for a key in neither: a new one is to be thought of."""
+    """The commands of NOTICED; none for a key of WITHOUT.
+
+    Fails for a key in neither: a new one is to be thought of.
+    """
     if key in WITHOUT:
         return set()
     names = matching(NOTICED, key)
@@ -308,7 +319,8 @@ KEYS = [
 
 
 @pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=[] if key in AT_ONCE else pytest.mark.slow) for key in KEYS if noticed_by(key)]
+    "key",
+    [pytest.param(key, marks=[] if key in AT_ONCE else pytest.mark.slow) for key in KEYS if noticed_by(key)],
 )
 def test_a_key_that_counts_is_noticed_wherever_it_counts(made: Recipe, key: str) -> None:
     other = changed(made, other_values(made, key, dict(keys_of(made))[key]))
@@ -329,7 +341,8 @@ def test_keys_that_do_not_count_are_noticed_nowhere_and_change_nothing(made: Rec
     for stage in STAGES.values():
         stage(Context(again))
     expected, found = (
-        {path.relative_to(of.workdir): content for path, content in files(of.workdir).items()} for of in (made, again)
+        {path.relative_to(of.workdir): content for path, content in files(of.workdir).items()}
+        for of in (made, again)
     )
     assert expected == found
 

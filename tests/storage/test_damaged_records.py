@@ -1,4 +1,6 @@
-"""Files of our own stages that are damaged, or of another version, are refused by file, line and key wherever they are read."""
+"""Files of our own stages that are damaged, or of another version, are refused by file, line and key
+wherever they are read.
+"""
 
 import json
 from dataclasses import asdict
@@ -95,7 +97,9 @@ def test_a_damaged_table_of_results(tmp_path: Path, row: str, message: str) -> N
     path = tmp_path / "results.csv"
     header = "variant,seed,split,metric,value,n,steps,tokens,seconds,commit,data,machine,date"
     path.write_text(f"{header}\na,1,test,m,0.5,5,10,,1.5,c,,x,2026-01-01\n")
-    assert [(row.steps, row.tokens, row.seconds, row.data) for row in read_results(path)] == [(10, None, 1.5, "")]
+    assert [(row.steps, row.tokens, row.seconds, row.data) for row in read_results(path)] == [
+        (10, None, 1.5, "")
+    ]
     path.write_text(f"{header}\na,1,test,m,0.5,5,,,,c,,x,2026-01-01\n{row}\n")
     with pytest.raises(UserError, match=rf"{path}:3: .*{message}"):
         read_results(path)
@@ -116,7 +120,9 @@ STEP = {"kind": "step", "iteration": 1, "phase": "one", "loss": 0.5, "ce/trainin
     ],
 )
 def test_damaged_metrics(tmp_path: Path, row: object, message: str) -> None:
-    path = write_rows(tmp_path / "metrics.jsonl", [STEP, {"kind": "held-out", "iteration": 1, "kl/training": 0.1}])
+    path = write_rows(
+        tmp_path / "metrics.jsonl", [STEP, {"kind": "held-out", "iteration": 1, "kl/training": 0.1}]
+    )
     assert len(read_metrics(path)) == 2
     write_rows(path, [STEP, row])
     with pytest.raises(UserError, match=rf"{path}:2: .*{message}"):
@@ -146,7 +152,8 @@ def test_a_damaged_journal(tmp_path: Path, line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("{}", "id: missing"), ('{"id": "a", "system": 5}', "system: "), ("[]", "must be an object")]
+    ("line", "message"),
+    [("{}", "id: missing"), ('{"id": "a", "system": 5}', "system: "), ("[]", "must be an object")],
 )
 def test_rows_of_stages_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     """Their checksums vouch for them: another version has written them, or somebody by hand."""

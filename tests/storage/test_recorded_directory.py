@@ -1,4 +1,6 @@
-"""A directory with a record of its files appears whole, is replaced whole, and loses nothing that is the user's."""
+"""A directory with a record of its files appears whole, is replaced whole, and loses nothing that is the
+user's.
+"""
 
 import os
 import signal
@@ -71,7 +73,11 @@ def test_what_was_changed_is_named_and_kept(output: Path, origin: str, content: 
     (output / "inner/b").write_bytes(content)
     message = refusal(lambda: make(output, origin))
     assert f"{output}/inner/b: " in message and "--output" in message
-    assert (output / "inner/b").read_bytes() == content and (output / "a").exists() and neighbours(output) == ["out"]
+    assert (
+        (output / "inner/b").read_bytes() == content
+        and (output / "a").exists()
+        and neighbours(output) == ["out"]
+    )
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "inner/mine", ".hidden", "link"])
@@ -94,7 +100,10 @@ def test_an_older_output_is_replaced_once_the_new_one_is_whole(output: Path) -> 
 )
 def test_what_breaks_off_leaves_the_older_output(output: Path, error: BaseException) -> None:
     def broken() -> None:
-        with sole_writer(output, RECORD), directory_then_rename(output, find(output, RECORD, "--output")) as new:
+        with (
+            sole_writer(output, RECORD),
+            directory_then_rename(output, find(output, RECORD, "--output")) as new,
+        ):
             (new / "a").write_text("half")
             raise error
 

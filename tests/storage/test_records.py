@@ -1,4 +1,6 @@
-"""Typed content of our own files: what is of another form is refused by file and key, what is unknown is kept."""
+"""Typed content of our own files: what is of another form is refused by file and key, what is unknown is
+kept.
+"""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +36,10 @@ def test_a_manifest_comes_back_as_it_is_in_the_file(tmp_path: Path) -> None:
         ({"files": None}, "files: must be a valid dictionary, not None"),
         ({"files": {"a.npy": 5}}, "files.a.npy: .*not 5"),
         ({"files": {"a.npy": {"bytes": 3}}}, "files.a.npy.sha256: missing"),
-        ({"files": {"a.npy": FACTS | {"bytes": True}}}, "files.a.npy.bytes: must be a valid integer, not True"),
+        (
+            {"files": {"a.npy": FACTS | {"bytes": True}}},
+            "files.a.npy.bytes: must be a valid integer, not True",
+        ),
         ({"files": {"a.npy": FACTS | {"bytes": -1}}}, "files.a.npy.bytes: .*not -1"),
         ({"files": {"a.npy": FACTS | {"sha256": "x\0\x1b"}}}, r"files.a.npy.sha256: .*not 'x\\x00\\x1b'"),
         ({"files": {"../a.npy": FACTS}}, "files.../a.npy: must be the name of a file in this directory"),
@@ -47,7 +52,9 @@ def test_a_manifest_comes_back_as_it_is_in_the_file(tmp_path: Path) -> None:
         ({"stage": None, "shards": None}, r"stage: .*\(and 1 more\)"),
     ],
 )
-def test_a_damaged_manifest_is_refused_by_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_damaged_manifest_is_refused_by_its_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(MANIFEST | changes))
     with pytest.raises(UserError, match=f"{path}: .*{message}") as caught:
@@ -60,7 +67,8 @@ def test_a_marker_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
     path = tmp_path / "shard-00000.done"
     path.write_text(
         json.dumps(
-            {name: value for name, value in MANIFEST.items() if name in ("files", "counts")} | {"together": ["a"]}
+            {name: value for name, value in MANIFEST.items() if name in ("files", "counts")}
+            | {"together": ["a"]}
         )
     )
     assert read_record(path, MarkerRecord).together == ["a"]

@@ -34,25 +34,38 @@ DTYPES = [
 def tensors_of(names: list[str]) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(3, 5, generator=generator) * 10
-    return {f"é {name} {index}": (values + index).to(getattr(torch, name)) for name in names for index in (1, 0)}
+    return {
+        f"é {name} {index}": (values + index).to(getattr(torch, name)) for name in names for index in (1, 0)
+    }
 
 
 @pytest.mark.parametrize("names", [DTYPES, ["float32"], ["uint8", "bfloat16"], []], ids=len)
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_torch_tensors_give_the_library_s_bytes(tmp_path: Path, names: list[str], metadata: dict | None) -> None:
-    tensors = tensors_of(names) | {"empty": torch.zeros(0, 4, dtype=torch.float16), "scalar": torch.tensor(3.5)}
+def test_torch_tensors_give_the_library_s_bytes(
+    tmp_path: Path, names: list[str], metadata: dict | None
+) -> None:
+    tensors = tensors_of(names) | {
+        "empty": torch.zeros(0, 4, dtype=torch.float16),
+        "scalar": torch.tensor(3.5),
+    }
     write_safetensors(tmp_path / "file", tensors, metadata)
     assert (tmp_path / "file").read_bytes() == safetensors.torch.save(tensors, metadata)
 
 
 def test_numpy_arrays_give_the_library_s_bytes_also_where_they_are_not_contiguous(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"a": rng.random((4, 6), np.float32), "t": rng.integers(0, 9, (5, 3)).T, "e": np.zeros((0, 2), np.uint8)}
+    arrays = {
+        "a": rng.random((4, 6), np.float32),
+        "t": rng.integers(0, 9, (5, 3)).T,
+        "e": np.zeros((0, 2), np.uint8),
+    }
     write_safetensors(tmp_path / "file", arrays)
     expected = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     assert (tmp_path / "file").read_bytes() == expected
     write_safetensors(tmp_path / "torch", {"w": torch.from_numpy(arrays["a"]).t()})
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "torch")["w"], torch.from_numpy(arrays["a"]).t())
+    assert torch.equal(
+        safetensors.torch.load_file(tmp_path / "torch")["w"], torch.from_numpy(arrays["a"]).t()
+    )
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])

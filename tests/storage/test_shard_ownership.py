@@ -1,4 +1,6 @@
-"""Several processes of one stage at once: each shard has one owner, and damaged shards alone are made again."""
+"""Several processes of one stage at once: each shard has one owner, and damaged shards alone are made
+again.
+"""
 
 import multiprocessing
 import os
@@ -18,7 +20,12 @@ SHARDS = 4
 
 
 def plan(directory: Path, **changes: object) -> Plan:
-    content = {"stage": "numbers", "options": {"k": 10}, "inputs": {"parent": "abc"}, "shards": SHARDS} | changes
+    content = {
+        "stage": "numbers",
+        "options": {"k": 10},
+        "inputs": {"parent": "abc"},
+        "shards": SHARDS,
+    } | changes
     return Plan(directory=directory, **content)
 
 
@@ -33,7 +40,9 @@ def silent(_: str) -> None: ...
 
 def contents(root: Path) -> dict[str, bytes]:
     """Every file under a directory, hidden ones too."""
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -73,7 +82,9 @@ def test_processes_with_the_same_share_make_every_shard_once(
         process.join(60)
     assert [process.exitcode for process in racing] == [0] * processes
     assert contents(tmp_path / "race") == whole
-    assert sorted(path.name.split("-")[0] for path in made.iterdir()) == [str(index) for index in range(SHARDS)]
+    assert sorted(path.name.split("-")[0] for path in made.iterdir()) == [
+        str(index) for index in range(SHARDS)
+    ]
 
 
 def test_a_shard_of_a_killed_process_is_taken_over_and_one_of_a_stopped_process_awaited(
@@ -92,7 +103,9 @@ def test_a_shard_of_a_killed_process_is_taken_over_and_one_of_a_stopped_process_
     owner = start(lambda: run_plan(plan(tmp_path / "race/a"), hang, silent))
     wait_for(begun.exists)
     os.kill(owner.pid, signal.SIGSTOP)
-    second = FORK.Process(target=lambda: run_plan(plan(tmp_path / "race/a"), make_shard, (tmp_path / "log").write_text))
+    second = FORK.Process(
+        target=lambda: run_plan(plan(tmp_path / "race/a"), make_shard, (tmp_path / "log").write_text)
+    )
     second.start()
     # All others are made; then it waits, and says for whom.
     log = tmp_path / "log"
@@ -155,7 +168,9 @@ def test_of_damaged_files_only_the_shard_is_made_again(
     DAMAGES[damage](directory / name)
     made: list[int] = []
     lines: list[str] = []
-    run_plan(plan(directory), lambda index, prefix: made.append(index) or make_shard(index, prefix), lines.append)
+    run_plan(
+        plan(directory), lambda index, prefix: made.append(index) or make_shard(index, prefix), lines.append
+    )
     # A finished artifact is what its manifest says: it does without markers.
     assert made == ([] if finished and name.endswith(".done") else [2])
     if made and (directory / name).suffix != ".done":
@@ -172,7 +187,10 @@ def test_a_damaged_manifest_is_written_again_from_the_markers(
     tmp_path: Path, whole: dict[str, bytes], damage: str
 ) -> None:
     path = tmp_path / "whole/a/manifest.json"
-    edit = {**DAMAGES, "edited": lambda path: path.write_text(path.read_text().replace('"lines": 10', '"lines": 11'))}
+    edit = {
+        **DAMAGES,
+        "edited": lambda path: path.write_text(path.read_text().replace('"lines": 10', '"lines": 11')),
+    }
     edit[damage](path)
     run_plan(plan(tmp_path / "whole/a"), pytest.fail, silent)
     assert contents(tmp_path / "whole") == whole
@@ -189,7 +207,9 @@ def test_markers_of_other_shards_are_not_believed(tmp_path: Path, whole: dict[st
     assert contents(tmp_path / "swapped") == whole
 
 
-def test_shards_of_another_plan_are_refused_though_plan_json_is_gone(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_shards_of_another_plan_are_refused_though_plan_json_is_gone(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     for name in ("plan.json", "manifest.json"):
         (tmp_path / "whole/a" / name).unlink()
     with pytest.raises(UserError, match=r"shard-00000\.done belongs to a shard with other options"):
@@ -212,7 +232,9 @@ def test_plans_made_together_race_without_a_deadlock(tmp_path: Path) -> None:
 
     orders = ["ab", "ba", "bc", "ac"]
     racing = [
-        start(lambda names=names: run_plans({name: plan(tmp_path / name) for name in names}, together, silent))
+        start(
+            lambda names=names: run_plans({name: plan(tmp_path / name) for name in names}, together, silent)
+        )
         for names in orders
     ]
     for process in racing:

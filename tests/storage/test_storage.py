@@ -1,4 +1,6 @@
-"""An artifact is whole or resumable, ends with the same bytes however it was interrupted, and refuses another plan."""
+"""An artifact is whole or resumable, ends with the same bytes however it was interrupted, and refuses
+another plan.
+"""
 
 import signal
 import subprocess
@@ -94,12 +96,16 @@ def plans(root: Path, names: str) -> dict[str, Plan]:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 # After every marker of four shards of two plans.
 @pytest.mark.parametrize("cut", range(1, 9))
-def test_plans_made_together_end_with_the_same_bytes_wherever_they_were_cut_off(tmp_path: Path, cut: int) -> None:
+def test_plans_made_together_end_with_the_same_bytes_wherever_they_were_cut_off(
+    tmp_path: Path, cut: int
+) -> None:
     lines = []
 
     def cutting(line: str) -> None:
@@ -115,7 +121,9 @@ def test_plans_made_together_end_with_the_same_bytes_wherever_they_were_cut_off(
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(tmp_path: Path, finished: bool) -> None:
+def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(
+    tmp_path: Path, finished: bool
+) -> None:
     made = []
 
     def make(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
@@ -140,7 +148,9 @@ def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(tmp_pat
 def test_of_plans_made_together_another_one_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run_plan(plan(tmp_path / "b"), make_shard, silent)
     with pytest.raises(UserError, match=r"options\.k = 10, but now options\.k = 5"):
-        run_plans({"a": plan(tmp_path / "a"), "b": plan(tmp_path / "b", options={"k": 5})}, make_together, silent)
+        run_plans(
+            {"a": plan(tmp_path / "a"), "b": plan(tmp_path / "b", options={"k": 5})}, make_together, silent
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -155,7 +165,9 @@ def test_an_error_leaves_of_plans_made_together_what_is_whole(tmp_path: Path, fa
     with pytest.raises(UserError, match="broken"):
         run_plans(plans(tmp_path, "ab"), fails, silent)
     whole = [f"shard-0000{index}" for index in range(failing)]
-    left = {f"{shard}.{suffix}" for shard in whole for suffix in ("txt", "done")} | ({"plan.json"} if whole else set())
+    left = {f"{shard}.{suffix}" for shard in whole for suffix in ("txt", "done")} | (
+        {"plan.json"} if whole else set()
+    )
     assert set(tree(tmp_path)) == {f"{name}/{file}" for name in "ab" for file in left}
 
 
@@ -186,7 +198,10 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
             {"options": {"k": 5}},
             r"options\.k = 10, but now options\.k = 5\. Remove .*/a and run make_numbers again, or restore",
         ),
-        ({"inputs": {"parent": "f" * 64}}, r"inputs\.parent = 'abc', but now inputs\.parent = ffffffffffff\.\.\.\. "),
+        (
+            {"inputs": {"parent": "f" * 64}},
+            r"inputs\.parent = 'abc', but now inputs\.parent = ffffffffffff\.\.\.\. ",
+        ),
         ({"inputs": {"other": "d"}}, r"was made without inputs\.other, but now it is 'd'\. "),
         ({"options": {"k": 5}, "remove": Path("all/of/it")}, r"Remove all/of/it and run make_numbers"),
     ],
@@ -197,7 +212,9 @@ def test_an_artifact_made_otherwise_is_refused_and_keys_not_given_are_not_compar
     made = run_plan(plan(tmp_path / "a", options={"k": 10, "p": 0.9}), make_shard, silent)
     with pytest.raises(UserError, match=message):
         open_artifact(tmp_path / "a", "numbers", "make_numbers", **wanted)
-    opened = open_artifact(tmp_path / "a", "numbers", "make_numbers", options={"k": 10}, inputs={"parent": "abc"})
+    opened = open_artifact(
+        tmp_path / "a", "numbers", "make_numbers", options={"k": 10}, inputs={"parent": "abc"}
+    )
     assert opened == made
 
 
@@ -213,7 +230,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes
         artifact.verify()
     shards = Shards(artifact, paths, Path.read_text)
     assert (len(shards), shards[1], shards[-1]) == (4, "shard 1\n" * 2, "shard 3\n" * 4)
-    with pytest.raises(UserError, match=r"shard-00002\.txt: .*(the manifest has|instead of).*run the stage again"):
+    with pytest.raises(
+        UserError, match=r"shard-00002\.txt: .*(the manifest has|instead of).*run the stage again"
+    ):
         list(shards)
 
 

@@ -1,4 +1,6 @@
-"""Laws of the settings beside a SentencePiece model: which user-defined pieces end a turn, and what added tokens strip."""
+"""Laws of the settings beside a SentencePiece model: which user-defined pieces end a turn, and what added
+tokens strip.
+"""
 
 import json
 from functools import cache
@@ -16,7 +18,8 @@ from megatron_fuse.tokenization import load_tokenizer
 quick = settings(max_examples=40, deadline=None, database=None)
 START, END = "<start_of_turn>", "<end_of_turn>"
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + '<end_of_turn>\n' }}"
+    "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] + "
+    "'<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
 )
 
@@ -116,7 +119,9 @@ def test_added_tokens_take_white_space(left: bool, right: bool, legacy: bool, tm
 def test_the_dummy_prefix_behind_a_special_token_is_the_models(
     control: bool, config: dict, prefixes: int, tmp_path: Path
 ) -> None:
-    """`]▁Say` where the tokenizer adds no prefix there, else `]▁▁Say`: the text's own space behind one more."""
+    """`]▁Say` where the tokenizer adds no prefix there, else `]▁▁Say`: the text's own space behind one
+    more.
+    """
     model = sentencepiece_model_pb2.ModelProto.FromString(sentencepiece_model("bpe", byte_fallback=True))
     if control:
         model.pieces.add(piece="[INST]", score=0, type=model.SentencePiece.CONTROL)

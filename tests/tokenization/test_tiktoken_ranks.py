@@ -31,8 +31,8 @@ def write_ranks(path, ranks):
 def test_ids_are_tiktokens_own(kind, tmp_path, monkeypatch):
     """With the pattern that tiktoken itself publishes; Llama-3's is cl100k_base's.
 
-    The ranks come from pieces that the pattern cuts out. (tiktoken writes cl100k_base's in another way today, which
-    keeps white space at the end of a text in one piece; no token of the real ranks shows it.)
+    The ranks come from pieces that the pattern cuts out. (tiktoken writes cl100k_base's in another way today,
+    which keeps white space at the end of a text in one piece; no token of the real ranks shows it.)
     """
     (tmp_path / RANK_FILES[kind]).write_bytes(rank_file("o200k" if kind == "o200k" else "llama3"))
     tokenizer = load_tokenizer(tmp_path)
@@ -51,8 +51,8 @@ def test_ids_are_tiktokens_own(kind, tmp_path, monkeypatch):
     law()
 
 
-# By hand from the published patterns. o200k: a word ends before a capital that follows a small letter, takes its marks and
-# its contraction along, and punctuation takes slashes along.
+# By hand from the published patterns. o200k: a word ends before a capital that follows a small letter, takes
+# its marks and its contraction along, and punctuation takes slashes along.
 CL100K_PIECES = [
     ("HelloWorld's 1234567", ["HelloWorld", "'s", " ", "123", "456", "7"]),
     ("don'T STOP it", ["don", "'T", " STOP", " it"]),
@@ -78,9 +78,13 @@ O200K_PIECES = [
     + [("o200k_base", *case) for case in O200K_PIECES],
 )
 def test_pattern(name, text, pieces):
-    """In both regex engines: tiktoken's, where every expected piece is one token, and that of `tokenizers`."""
+    """In both regex engines: tiktoken's, where every expected piece is one token, and that of
+    `tokenizers`.
+    """
     pattern = ENCODINGS[name].pattern
-    ranks = BYTES | {piece: 256 + n for n, piece in enumerate({p.encode(): 0 for p in pieces if len(p.encode()) > 1})}
+    ranks = BYTES | {
+        piece: 256 + n for n, piece in enumerate({p.encode(): 0 for p in pieces if len(p.encode()) > 1})
+    }
     encoding = tiktoken.Encoding("pieces", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     assert [encoding.decode([token]) for token in encoding.encode_ordinary(text)] == pieces
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated").pre_tokenize_str(text)
@@ -89,7 +93,9 @@ def test_pattern(name, text, pieces):
 
 @pytest.mark.parametrize("kind", RANK_FILES)
 def test_an_overlong_run_of_white_space_is_cut_alike(kind, monkeypatch):
-    """tiktoken's regex engine gives up on a million; here three are called overlong, where it can still be compared."""
+    """tiktoken's regex engine gives up on a million; here three are called overlong, where it can still be
+    compared.
+    """
     tokenizer = small_tokenizer(kind)
     special = next(iter(tokenizer.added_tokens))
 
@@ -120,7 +126,9 @@ def test_special_tokens_of_llama3():
     """256 behind the ranks, at the places they have in Llama-3.1."""
     tokenizer = small_tokenizer("llama3")
     first = tokenizer.bos_id
-    assert tokenizer.vocab_size == first + 256 and tokenizer.special_ids == frozenset(range(first, first + 256))
+    assert tokenizer.vocab_size == first + 256 and tokenizer.special_ids == frozenset(
+        range(first, first + 256)
+    )
     places = {tokenizer.added_tokens[text] - first: text for text in tokenizer.added_tokens}
     assert len(places) == 256
     assert [places[n] for n in (6, 7, 8, 9, 10)] == [
@@ -145,7 +153,9 @@ def test_special_tokens_of_llama3():
 
 
 def test_settings_beside_a_rank_file(tmp_path):
-    """tokenizer_config.json renames reserved tokens (here as Llama-3.0 has them), adds some, and says what ends a text."""
+    """tokenizer_config.json renames reserved tokens (here as Llama-3.0 has them), adds some, and says what
+    ends a text.
+    """
     path = make_tokenizer("llama3", tmp_path)
     plain = load_tokenizer(path)
     first = plain.bos_id
@@ -164,7 +174,11 @@ def test_settings_beside_a_rank_file(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (first, first + 9, first + 256)
-    assert (tokenizer.adds_bos, tokenizer.chat_template, tokenizer.vocab_size) == (False, "T", plain.vocab_size + 1)
+    assert (tokenizer.adds_bos, tokenizer.chat_template, tokenizer.vocab_size) == (
+        False,
+        "T",
+        plain.vocab_size + 1,
+    )
     assert tokenizer.token_text(first + 4) == "<|reserved_special_token_2|>"
     assert "<|finetune_right_pad_id|>" not in tokenizer.added_tokens
     assert tokenizer.encode("<|reserved_special_token_3|>", special=True) == [first + 5]
@@ -177,7 +191,9 @@ def test_settings_beside_a_rank_file(tmp_path):
 
 def test_a_model_file_is_told_by_its_content(tmp_path):
     write_ranks(tmp_path / "tokenizer.model", BYTES)
-    assert load_tokenizer(tmp_path).vocab_size == load_tokenizer(tmp_path / "tokenizer.model").vocab_size == 512
+    assert (
+        load_tokenizer(tmp_path).vocab_size == load_tokenizer(tmp_path / "tokenizer.model").vocab_size == 512
+    )
 
 
 @pytest.mark.parametrize("name", ["cl100k_base.tiktoken", "o200k_base.tiktoken", "tokenizer.model"])

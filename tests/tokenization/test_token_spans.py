@@ -1,4 +1,6 @@
-"""Laws of `encode_spans`: spans cover the text's bytes, no byte and no boundary is claimed that is not known."""
+"""Laws of `encode_spans`: spans cover the text's bytes, no byte and no boundary is claimed that is not
+known.
+"""
 
 import re
 import unicodedata
@@ -10,7 +12,15 @@ import sentencepiece
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import EXACT_KINDS, LOSSY_KINDS, REAL, REAL_KINDS, hugging_face, small_tokenizer, t5_model
+from small_tokenizers import (
+    EXACT_KINDS,
+    LOSSY_KINDS,
+    REAL,
+    REAL_KINDS,
+    hugging_face,
+    small_tokenizer,
+    t5_model,
+)
 from strange_texts import TEXTS
 from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -52,7 +62,8 @@ def _letters(text: str) -> str:
     return "".join(text.replace("▁", " ").split())
 
 
-# The libraries' own normalisers, white space left out: they add, drop and join it at the ends of what they are given.
+# The libraries' own normalisers, white space left out: they add, drop and join it at the ends of what they
+# are given.
 _sentencepiece = sentencepiece.SentencePieceNormalizer(
     model_proto=t5_model(), add_dummy_prefix=False, remove_extra_whitespaces=False
 )
@@ -66,8 +77,8 @@ NORMALIZED_LETTERS = {
 
 @pytest.mark.parametrize("kind", LOSSY_KINDS)
 def test_spans_of_a_tokenizer_that_normalises(kind):
-    """Behind every boundary that is claimed the text goes on as if it began there, and the tokens before it spell what the
-    text before it becomes."""
+    """Behind every boundary that is claimed the text goes on as if it began there, and the tokens before it
+    spell what the text before it becomes."""
     tokenizer, normalize = small_tokenizer(kind), NORMALIZED_LETTERS[kind]
 
     @quick
@@ -75,7 +86,8 @@ def test_spans_of_a_tokenizer_that_normalises(kind):
     @example("hello㌔ﬁ")  # several tokens of one character
     @example("\x01hello")  # offsets of `tokenizers` are one character off
     @example("\u1100\u1161")  # two characters that become one
-    @example("\u00a0\u0e31 \u0e31")  # `tokenizers` drops the first mark: what is left looks like the second one dropped
+    # `tokenizers` drops the first mark: what is left looks like the second one dropped.
+    @example("\u00a0\u0e31 \u0e31")
     def law(text):
         ids, ends, lossy = check_cover(tokenizer, text)
         exact = tokenizer.encode_continuation(text)
@@ -96,7 +108,9 @@ def test_spans_of_a_tokenizer_that_normalises(kind):
 
 @pytest.mark.parametrize("kind", LOSSY_KINDS)
 def test_lossy_ids_are_the_models_own(kind):
-    """Behind a newline, which T5 reads as the space of a dummy prefix, a continuation is a text of its own."""
+    """Behind a newline, which T5 reads as the space of a dummy prefix, a continuation is a text of its
+    own.
+    """
     tokenizer = small_tokenizer(kind)
 
     @quick
@@ -198,7 +212,9 @@ NORMALIZERS = {
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_trace(name):
-    """Whatever a normaliser does, a place is claimed only if what stands before it becomes what is said to be made of it."""
+    """Whatever a normaliser does, a place is claimed only if what stands before it becomes what is said to
+    be made of it.
+    """
     normalize = NORMALIZERS[name]
 
     @quick

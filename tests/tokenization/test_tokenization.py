@@ -1,4 +1,6 @@
-"""Laws of every tokenizer: ids are the library's own, bytes are the vocabulary's own, special strings only when asked."""
+"""Laws of every tokenizer: ids are the library's own, bytes are the vocabulary's own, special strings only
+when asked.
+"""
 
 import json
 import shlex
@@ -65,7 +67,9 @@ def test_continuation_spells_exactly_the_text(name):
     law()
 
 
-@pytest.mark.parametrize("kind", ["llama_json", "llama_metaspace", "byte_level", "t5_json", "t5_json_metaspace"])
+@pytest.mark.parametrize(
+    "kind", ["llama_json", "llama_metaspace", "byte_level", "t5_json", "t5_json_metaspace"]
+)
 @pytest.mark.parametrize("change", ["none", "another order", "another id", "a merge less", "no file"])
 def test_what_a_file_says_does_not_change_what_is_read_from_memory(kind, change):
     tokenizer = hugging_face(kind)
@@ -73,7 +77,9 @@ def test_what_a_file_says_does_not_change_what_is_read_from_memory(kind, change)
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     model, vocabulary = said["model"], said["model"]["vocab"]
     if change == "another order":
-        model["vocab"] = dict(reversed(vocabulary.items())) if isinstance(vocabulary, dict) else vocabulary[::-1]
+        model["vocab"] = (
+            dict(reversed(vocabulary.items())) if isinstance(vocabulary, dict) else vocabulary[::-1]
+        )
     elif change == "another id" and isinstance(vocabulary, dict):
         model["vocab"] = {piece: token + 1 for piece, token in vocabulary.items()}
     elif change == "a merge less" and "merges" in model:
@@ -93,7 +99,9 @@ def test_continuations_together_are_those_alone(name):
     @example(["", "a", "", "▁", " \n ", ""], 254)  # around the end of what the library takes at once
     def law(texts, before):
         texts = words[:before] + texts
-        assert list(tokenizer.encode_continuations(texts)) == [tokenizer.encode_continuation(text) for text in texts]
+        assert list(tokenizer.encode_continuations(texts)) == [
+            tokenizer.encode_continuation(text) for text in texts
+        ]
 
     law()
 
@@ -121,14 +129,18 @@ def test_whole_text_has_at_most_the_dummy_prefix_before_it(kind):
     @quick
     @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=12))
     def law(text):
-        dummy = b"" if kind == "llama_metaspace" and text.startswith(" ") else prefix  # that one adds none to a space
+        # That one adds none to a space.
+        dummy = b"" if kind == "llama_metaspace" and text.startswith(" ") else prefix
         assert tokenizer.joined_bytes(tokenizer.encode(text)) == dummy + text.encode()
 
     law()
 
 
 def test_a_piece_has_the_bytes_that_the_library_decodes_in_the_middle_of_a_text(tokenizer):
-    """Against the libraries' own decoders, an independent road from the same vocabulary. Whole characters only."""
+    """Against the libraries' own decoders, an independent road from the same vocabulary.
+
+    Whole characters only.
+    """
     anchor = tokenizer.encode_continuation("x")
     if "tiktoken" in type(tokenizer.backend).__module__:
         pytest.skip("tiktoken's file holds the bytes themselves")
@@ -191,7 +203,8 @@ def test_special_tokens(kind, bos, eos, adds_bos):
     assert tokenizer.token_text(tokenizer.eos_id) == eos
     assert tokenizer.adds_bos == adds_bos
     assert {tokenizer.token_bytes[token] for token in tokenizer.special_ids} == {b""}
-    assert tokenizer.joined_bytes([tokenizer.eos_id, tokenizer.vocab_size + 7]) == b""  # a padded logit column
+    # A padded logit column.
+    assert tokenizer.joined_bytes([tokenizer.eos_id, tokenizer.vocab_size + 7]) == b""
 
 
 def test_settings_beside_a_sentencepiece_model(tmp_path):
@@ -219,7 +232,8 @@ def test_settings_beside_a_sentencepiece_model(tmp_path):
     new = tokenizer.encode("a<end>b", special=True)
     old = load_tokenizer(make_tokenizer("sentencepiece", tmp_path / "old"))
     assert tokenizer.joined_bytes(new) == b" ab"
-    assert old.joined_bytes(old.encode("a</s>b", special=True)) == b" a b"  # legacy: a dummy prefix after each
+    # Legacy: a dummy prefix after each.
+    assert old.joined_bytes(old.encode("a</s>b", special=True)) == b" a b"
     assert tokenizer.sha256 != old.sha256
 
 
@@ -242,7 +256,9 @@ def test_hash_sees_an_added_token(tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in EXACT_KINDS if kind != "sentencepiece_unigram"])
 def test_hugging_face_tokenizer_for_export(kind, tmp_path):
-    """Saved and read again, it cuts text as the original does: an exported model sees what it was trained on."""
+    """Saved and read again, it cuts text as the original does: an exported model sees what it was trained
+    on.
+    """
     tokenizer = load_tokenizer(make_tokenizer(kind, tmp_path / "original"))
     tokenizer.hugging_face().save_pretrained(tmp_path / "export")
     exported = load_tokenizer(tmp_path / "export")
@@ -294,7 +310,11 @@ def test_bad_paths(files, ask, words, tmp_path):
     [
         ("tokenizer_config.json", "{", "not valid JSON"),
         ("added_tokens.json", "[1]", "must hold an object"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"500": "<tool>"}}', r"added_tokens_decoder\.500: "),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"500": "<tool>"}}',
+            r"added_tokens_decoder\.500: ",
+        ),
         (
             "tokenizer_config.json",
             '{"added_tokens_decoder": {"x": {"content": "<tool>"}}}',
@@ -315,7 +335,9 @@ def test_word_marks_have_no_exact_bytes(tmp_path):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]")
+    )
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="WordPiece"):
         load_tokenizer(tmp_path)
@@ -336,7 +358,10 @@ def test_a_pipeline_that_only_shows_spaces_tells_the_bytes(tmp_path):
 
 
 def test_bytes_that_cannot_be_told(tmp_path):
-    state = json.loads(hugging_face("t5_json").backend_tokenizer.to_str()) | {"decoder": None, "pre_tokenizer": None}
+    state = json.loads(hugging_face("t5_json").backend_tokenizer.to_str()) | {
+        "decoder": None,
+        "pre_tokenizer": None,
+    }
     hugging_face("t5_json").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="the bytes of its tokens are not known"):
@@ -358,7 +383,11 @@ def _change_json(path: Path, change: Callable[[dict], None]) -> None:
             lambda c: c["model"]["vocab"].update(x=2**32 - 1),
             r"model\.vocab: every id .* one is 4294967295",
         ),
-        ("tokenizer.json", lambda c: c["model"]["vocab"].update(x=7), r"model\.vocab: two tokens have the same id"),
+        (
+            "tokenizer.json",
+            lambda c: c["model"]["vocab"].update(x=7),
+            r"model\.vocab: two tokens have the same id",
+        ),
         ("tokenizer.json", lambda c: c["added_tokens"].append(5), r"added_tokens\.\d: must be an object"),
         # The library in Rust panics, with an exception that is no Exception.
         (
@@ -366,10 +395,18 @@ def _change_json(path: Path, change: Callable[[dict], None]) -> None:
             lambda c: c["post_processor"]["single"][0]["SpecialToken"].update(id="?"),
             "post_processor: transformers cannot load",
         ),
-        ("tokenizer.json", lambda c: c.update(normalizer={"type": "Replace"}), "normalizer: transformers cannot load"),
+        (
+            "tokenizer.json",
+            lambda c: c.update(normalizer={"type": "Replace"}),
+            "normalizer: transformers cannot load",
+        ),
         ("tokenizer_config.json", lambda c: c.update(eos_token=5), "eos_token"),
         ("tokenizer_config.json", lambda c: c.update(chat_template=["x"]), "chat_template"),
-        ("tokenizer_config.json", lambda c: c.update(added_tokens_decoder={"9999999": {"content": "x"}}), "9999999"),
+        (
+            "tokenizer_config.json",
+            lambda c: c.update(added_tokens_decoder={"9999999": {"content": "x"}}),
+            "9999999",
+        ),
         ("config.json", lambda c: c.update(model_type=[{}]), "model_type: must be a valid string"),
     ],
 )
@@ -392,7 +429,11 @@ def test_damaged_files_of_transformers(file, change, words, tmp_path):
         ),  # silently other bytes
         ("added_tokens.json", {"<tool>": 2**40}, "<tool>: "),
         ("added_tokens.json", {"<tool>": [1]}, "<tool>: "),
-        ("tokenizer_config.json", {"eos_token": "</nothing>"}, "eos_token is '</nothing>', which is not a token"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": "</nothing>"},
+            "eos_token is '</nothing>', which is not a token",
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1e3": {"content": "x"}}}, "1e3"),
         ("special_tokens_map.json", {"eos_token": 5}, "eos_token"),
     ],
@@ -422,10 +463,19 @@ def test_a_vocabulary_in_a_form_of_its_own_is_refused_with_the_command_that_conv
     directory = tmp_path / folder
     directory.mkdir()
     (directory / name).write_text("{}")
-    with pytest.raises(UserError, match=rf"{name} must be converted to tokenizer.json once\. Run ") as refused:
+    with pytest.raises(
+        UserError, match=rf"{name} must be converted to tokenizer.json once\. Run "
+    ) as refused:
         load_tokenizer(directory)
-    words = shlex.split(str(refused.value).split("once. Run ")[1].split(" (transformers asks")[0].rpartition("&& ")[2])
-    assert words[:2] == ["python", "-c"] and words[3:] == [str(directory)] and called in words[2] and name in words[2]
+    words = shlex.split(
+        str(refused.value).split("once. Run ")[1].split(" (transformers asks")[0].rpartition("&& ")[2]
+    )
+    assert (
+        words[:2] == ["python", "-c"]
+        and words[3:] == [str(directory)]
+        and called in words[2]
+        and name in words[2]
+    )
     compile(words[2], "command", "exec")
     hugging_face("byte_level").save_pretrained(directory)
     assert load_tokenizer(directory).encode("a")

@@ -27,7 +27,10 @@ def _digits_apart() -> tokenizers.Tokenizer:
     vocabulary = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "20", "23", "2023"]
     merges = [("2", "0"), ("2", "3"), ("20", "23")]
     backend = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(vocabulary)}, merges))
-    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, bytes_ = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>"])
@@ -80,7 +83,9 @@ def _directory(name: str) -> Path:
 
 @cache
 def _loaded(name: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
-    return load_tokenizer(_directory(name)), tokenizers.Tokenizer.from_file(str(_directory(name) / "tokenizer.json"))
+    return load_tokenizer(_directory(name)), tokenizers.Tokenizer.from_file(
+        str(_directory(name) / "tokenizer.json")
+    )
 
 
 @pytest.mark.parametrize("name", REBUILT | AGREEING)
@@ -124,7 +129,9 @@ def test_another_cut_is_said(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", REBUILT)
 def test_the_advised_class_reads_the_file(name: str, tmp_path: Path) -> None:
-    """The cure of the warning: AutoTokenizer, and so a server, has the file's ids, and nothing is said any more."""
+    """The cure of the warning: AutoTokenizer, and so a server, has the file's ids, and nothing is said any
+    more.
+    """
     _, file = _loaded(name)
     for path in _directory(name).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

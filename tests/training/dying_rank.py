@@ -1,4 +1,5 @@
-"""megatron_fuse.pretrain over the small target, with one rank that dies in its third step; to be started by torchrun.
+"""megatron_fuse.pretrain over the small target, with one rank that dies in its third step; to be started by
+torchrun.
 
 torchrun --nproc-per-node 2 dying_rank.py WORKDIR TARGET RANK
 """

@@ -1,4 +1,6 @@
-"""A fusion dataset of random documents and a tiny random target, for tests of training that need no stage before it."""
+"""A fusion dataset of random documents and a tiny random target, for tests of training that need no stage
+before it.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -15,8 +17,8 @@ from megatron_fuse.storage import Artifact
 
 
 class SyntheticDataset:
-    """The reader's interface over documents drawn from a seed. Some examples have no winning answer; one has no teacher rows.
-    Of three sources the last wins so rarely that it is in some steps alone.
+    """The reader's interface over documents drawn from a seed. Some examples have no winning answer; one has
+    no teacher rows. Of three sources the last wins so rarely that it is in some steps alone.
 
     With margins every third example counts less, by another weight in either mode.
     """
@@ -43,7 +45,9 @@ class SyntheticDataset:
         self.sources = ["alpha", "beta", "gamma"]
         draw = np.random.default_rng((seed, 1))
         self.won = {
-            mode: np.array([self._winner(draw, mode, index) for index in range(examples + validation)], np.int16)
+            mode: np.array(
+                [self._winner(draw, mode, index) for index in range(examples + validation)], np.int16
+            )
             for mode in ("inference", "training")
         }
 
@@ -76,7 +80,9 @@ class SyntheticDataset:
 
 
 @cache
-def _draw_documents(examples: int, vocab_size: int, entries: int, seed: int) -> dict[tuple[str, int], Document | None]:
+def _draw_documents(
+    examples: int, vocab_size: int, entries: int, seed: int
+) -> dict[tuple[str, int], Document | None]:
     """By mode and example."""
     rng = np.random.default_rng(seed)
     found: dict[tuple[str, int], Document | None] = {}

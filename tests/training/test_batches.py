@@ -37,7 +37,9 @@ def split(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int) -> Iterator
 
 
 def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int) -> Counter[Any]:
-    """(mode, source, position in its document, input, label, weights, the row's ids, their log-probabilities) of every label."""
+    """(mode, source, position in its document, input, label, weights, the row's ids, their
+    log-probabilities) of every label.
+    """
     found: Counter[Any] = Counter()
     for micro_batch in split(batch, dataset, ranks):
         targets = micro_batch.targets
@@ -45,7 +47,9 @@ def learned(batch: GlobalBatch, dataset: SyntheticDataset, ranks: int) -> Counte
         sources = micro_batch.sources_by_position()
         for b, s in (targets.labels != -100).nonzero().tolist():
             # Megatron averages the ranks' gradients, so that a weight is their number times what it counts.
-            weights = (float(f"{of[b, s].item() / ranks:.6g}") for of in (targets.ce_weight, targets.kl_weight))
+            weights = (
+                float(f"{of[b, s].item() / ranks:.6g}") for of in (targets.ce_weight, targets.kl_weight)
+            )
             found[
                 MODES[micro_batch.mode[b]],
                 int(sources[b, s]),
@@ -70,10 +74,18 @@ def whole(dataset: SyntheticDataset) -> Counter[Any]:
     return learned(batch, dataset, 1)
 
 
-# (ranks, micro-batch size, multiple of the number of micro-batches, capacity): 3 and 4 do not divide the documents
+# (ranks, micro-batch size, multiple of the number of micro-batches, capacity): 3 and 4 do not divide the
+# documents
 @pytest.mark.parametrize(
     ("ranks", "size", "multiple", "capacity"),
-    [(1, 1, 1, None), (2, 4, 1, None), (3, 2, 4, None), (1, 1, 1, CAPACITY), (2, 1, 4, CAPACITY), (3, 1, 1, 28)],
+    [
+        (1, 1, 1, None),
+        (2, 4, 1, None),
+        (3, 2, 4, None),
+        (1, 1, 1, CAPACITY),
+        (2, 1, 4, CAPACITY),
+        (3, 1, 1, 28),
+    ],
 )
 def test_a_split_changes_nothing_that_is_learned(
     dataset: SyntheticDataset, whole: Counter[Any], ranks: int, size: int, multiple: int, capacity: int | None
@@ -111,13 +123,16 @@ def test_micro_batches_are_no_larger_than_their_sequences_need(
 
 @pytest.mark.parametrize("capacity", [None, CAPACITY])
 def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity: int | None) -> None:
-    batch = plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=2, pack_into=capacity)
+    batch = plan_batch(
+        dataset, EXAMPLES, WEIGHTS, micro_batch_size=1, data_parallel_size=2, pack_into=capacity
+    )
     sums = torch.zeros(len(MODES), 2, dtype=torch.float64)
     for micro_batch in split(batch, dataset, 2):
         assert micro_batch.targets is not None
         for column, weights in enumerate((micro_batch.targets.ce_weight, micro_batch.targets.kl_weight)):
             sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1) / 2)  # of two ranks
-    # What is barely won counts less: of the inference mode beside the mode's other documents, of the training mode only its KL.
+    # What is barely won counts less: of the inference mode beside the mode's other documents, of the training
+    # mode only its KL.
     labels = dataset.supervised_tokens("training")[EXAMPLES]
     counted = (labels * dataset.example_weights("training")[EXAMPLES]).sum() / labels.sum()
     expected = {
@@ -127,7 +142,9 @@ def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity
     for number, mode in enumerate(MODES):
         assert sums[number].tolist() == pytest.approx(expected[mode], rel=1e-6)
         assert batch.supervised_tokens[mode] == dataset.supervised_tokens(mode)[EXAMPLES].sum()
-    assert batch.tokens == sum(len(dataset.document(mode, example).tokens) - 1 for mode, example in batch.documents)
+    assert batch.tokens == sum(
+        len(dataset.document(mode, example).tokens) - 1 for mode, example in batch.documents
+    )
 
 
 def test_a_document_counts_as_its_example_does() -> None:
@@ -136,7 +153,10 @@ def test_a_document_counts_as_its_example_does() -> None:
     sizes = {"micro_batch_size": 1, "data_parallel_size": 1}
     first, second = (plan_batch(dataset, EXAMPLES, WEIGHTS, **sizes) for dataset in (barely, alike))
     assert first.sequences == second.sequences
-    tokens, weights = barely.supervised_tokens("inference")[EXAMPLES], barely.example_weights("inference")[EXAMPLES]
+    tokens, weights = (
+        barely.supervised_tokens("inference")[EXAMPLES],
+        barely.example_weights("inference")[EXAMPLES],
+    )
     share = tokens.sum() / (tokens * weights).sum()  # of the smaller denominator
     pairs = zip(split(first, barely, 1), split(second, alike, 1), first.documents, strict=True)
     for ours, theirs, (mode, example) in pairs:
@@ -190,7 +210,9 @@ def test_packed_sequences_go_one_by_one(dataset: SyntheticDataset) -> None:
         plan_batch(dataset, EXAMPLES, WEIGHTS, micro_batch_size=2, data_parallel_size=1, pack_into=CAPACITY)
 
 
-def test_batches_are_copied_to_a_gpu_from_pinned_memory_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_copied_to_a_gpu_from_pinned_memory_while_it_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     copies = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copies.append("pinned") or tensor)
     monkeypatch.setattr(

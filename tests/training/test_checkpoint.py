@@ -32,7 +32,9 @@ def message_of_refusal(workdir: Path, target: Path, sections: dict[str, Any]) ->
 
 
 def message_with_short_files(workdir: Path, target: Path, sections: dict[str, Any], largest: int) -> str:
-    """The refusal of a run whose processes, the writers among them, cannot write a file beyond `largest` bytes."""
+    """The refusal of a run whose processes, the writers among them, cannot write a file beyond `largest`
+    bytes.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
     try:
@@ -42,7 +44,9 @@ def message_with_short_files(workdir: Path, target: Path, sections: dict[str, An
 
 
 def run_without_entry_points(workdir: Path, target: Path, sections: dict[str, Any]) -> Any:
-    """run_training in which Megatron's own `save` and `load`, whose parameters change from version to version, cannot be called."""
+    """run_training in which Megatron's own `save` and `load`, whose parameters change from version to
+    version, cannot be called.
+    """
     from megatron.core import dist_checkpointing
 
     with patch.object(dist_checkpointing, "save", None), patch.object(dist_checkpointing, "load", None):
@@ -106,12 +110,16 @@ def test_checkpoints_do_without_megatrons_own_entry_points(ranks, odd, tmp_path)
         "training": {"train_iters": 4, "load": str(checkpoints(odd[0])), "save": str(tmp_path)},
     }
     report = one_report(ranks(1, run_without_entry_points, *odd, sections))
-    assert [step["iteration"] for step in report["steps"]] == [4] and (tmp_path / "iter_0000004/common.pt").exists()
+    assert [step["iteration"] for step in report["steps"]] == [4] and (
+        tmp_path / "iter_0000004/common.pt"
+    ).exists()
 
 
 # 1024 and 1003 are padded alike: Megatron alone would load it and leave 21 rows of zeros
 @pytest.mark.parametrize(
-    ("vocab_size", "tied", "key"), [(1024, False, "vocab_size"), (1003, True, "tied_embeddings")], ids=["1024", "tied"]
+    ("vocab_size", "tied", "key"),
+    [(1024, False, "vocab_size"), (1003, True, "tied_embeddings")],
+    ids=["1024", "tied"],
 )
 def test_another_model_is_refused(ranks, odd, tmp_path, vocab_size, tied, key) -> None:  # type: ignore[no-untyped-def]
     other = make_tiny_target(tmp_path / "other", vocab_size=vocab_size, tied=tied)
@@ -122,7 +130,10 @@ def test_another_model_is_refused(ranks, odd, tmp_path, vocab_size, tied, key) -
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
-        ({"training": {"global_batch_size": 4}}, "global_batch_size = 8, but this run has global_batch_size = 4"),
+        (
+            {"training": {"global_batch_size": 4}},
+            "global_batch_size = 8, but this run has global_batch_size = 4",
+        ),
         ({"schedule": {"preset": "csft"}}, "phases = "),
         ({"loss": {"tail": "ignore"}}, "loss = "),
     ],
@@ -228,7 +239,12 @@ def test_a_library_of_another_version_is_a_warning(ranks, odd, tmp_path) -> None
     metadata = tmp_path / "old/iter_0000003/facts.json"
     metadata.write_text(re.sub(r'"torch": "[^"]*"', '"torch": "1.0"', metadata.read_text()))
     (metadata.parent / "checksums.json").unlink()
-    training = {"verify": False, "load": str(tmp_path / "old"), "save": str(tmp_path / "new"), "train_iters": 4}
+    training = {
+        "verify": False,
+        "load": str(tmp_path / "old"),
+        "save": str(tmp_path / "new"),
+        "train_iters": 4,
+    }
     sections = {"parallel": {"use_distributed_optimizer": True}, "training": training}
     (output,) = ranks(1, run_and_return_output, *odd, sections)
     assert "warning: " in output and "has torch = '1.0', but this run has torch = " in output
@@ -305,9 +321,16 @@ def test_an_imported_model_exports_bit_for_bit(ranks, odd, tmp_path) -> None:  #
 
 
 def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> bool:
-    """Whether weights come back where layers with a state beside their weights, as Transformer Engine's have, save or load."""
+    """Whether weights come back where layers with a state beside their weights, as Transformer Engine's
+    have, save or load.
+    """
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.checkpoint import CheckpointMetadata, load_checkpoint, model_identity, save_checkpoint
+    from megatron_fuse.training.checkpoint import (
+        CheckpointMetadata,
+        load_checkpoint,
+        model_identity,
+        save_checkpoint,
+    )
     from megatron_fuse.training.target import _whole_model
 
     start_runtime()
@@ -337,7 +360,9 @@ def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> b
 
 
 @pytest.mark.parametrize("extra_on_save", [True, False])
-def test_checkpoints_move_between_layers_with_and_without_extra_state(ranks, odd, tmp_path, extra_on_save) -> None:  # type: ignore[no-untyped-def]
+def test_checkpoints_move_between_layers_with_and_without_extra_state(
+    ranks, odd, tmp_path, extra_on_save
+) -> None:  # type: ignore[no-untyped-def]
     save = functools.partial(saved_and_loaded, extra_on_save=extra_on_save)
     assert ranks(1, save, tmp_path / "checkpoints", odd[1]) == [True]
 

@@ -116,16 +116,24 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(ranks, trained, cases: Ca
         for _ in range(3):
             cases.add(f"{name} flipped", flip(name, rng))
         if name != "metadata.json":  # the same in every checkpoint
-            cases.add(f"{name} of another step", rewrite(name, lambda _, name=name: (other / name).read_bytes()))
+            cases.add(
+                f"{name} of another step", rewrite(name, lambda _, name=name: (other / name).read_bytes())
+            )
     for what, message, _ in cases.outcomes(ranks, trained[1]):
         name = what.partition(" ")[0]
         assert name in message, (seed, what, message)
-        assert "another checkpoint" in message or "not a complete checkpoint" in message, (seed, what, message)
+        assert "another checkpoint" in message or "not a complete checkpoint" in message, (
+            seed,
+            what,
+            message,
+        )
         assert len(message) <= 600
 
 
 def test_damage_to_what_a_load_does_not_ask_for_is_found(ranks, trained, cases: Cases) -> None:  # type: ignore[no-untyped-def]
-    """The weights alone are loaded, as an export does it: of the optimizer's items nothing is read but to compare them."""
+    """The weights alone are loaded, as an export does it: of the optimizer's items nothing is read but to
+    compare them.
+    """
     metadata = pickle.loads((cases.checkpoint / ".metadata").read_bytes())
     places = [place for index, place in metadata.storage_data.items() if index.fqn.startswith("optimizer")]
 
@@ -136,8 +144,12 @@ def test_damage_to_what_a_load_does_not_ask_for_is_found(ranks, trained, cases: 
 
     for place in (places[0], places[-1]):
         at = place.offset + place.length - 1
-        cases.add(place.relative_path, lambda path, place=place, at=at: flip_last(path, place.relative_path, at))
-        cases.add("loaded", lambda path, place=place, at=at: flip_last(path, place.relative_path, at), verify=False)
+        cases.add(
+            place.relative_path, lambda path, place=place, at=at: flip_last(path, place.relative_path, at)
+        )
+        cases.add(
+            "loaded", lambda path, place=place, at=at: flip_last(path, place.relative_path, at), verify=False
+        )
     whole, *_ = ranks(1, load_all, trained[1], [(cases.checkpoint, True)])[0]
     for what, message, digest in cases.outcomes(ranks, trained[1]):
         assert what in message and digest == whole[1]
@@ -194,7 +206,9 @@ def test_damaged_checksums_are_named(ranks, trained, cases: Cases, verify: bool)
         contents.append(json.dumps({"files": {}, "items": {"a": {"bytes": 9, "items": items}}}))
     for content in contents:
         cases.add(
-            content, rewrite("checksums.json", lambda _, c=content: c.encode(errors="surrogateescape")), verify=verify
+            content,
+            rewrite("checksums.json", lambda _, c=content: c.encode(errors="surrogateescape")),
+            verify=verify,
         )
     for what, message, _ in cases.outcomes(ranks, trained[1]):
         assert "checksums.json" in message and len(message) <= 600, (what, message)
@@ -214,7 +228,9 @@ def facts_with(key: str, value: Any) -> Damage:
 
 def test_small_files_are_parsed_as_what_they_should_be(ranks, trained, cases: Cases) -> None:  # type: ignore[no-untyped-def]
     wrong: list[tuple[str, Damage]] = [
-        ("facts.json", facts_with(key, value)) for key in ("model", "run", "versions") for value in (None, 5, [])
+        ("facts.json", facts_with(key, value))
+        for key in ("model", "run", "versions")
+        for value in (None, 5, [])
     ]
     wrong += [("facts.json", facts_with("iteration", value)) for value in (None, "2", -1, True, 2.5, 3)]
     wrong += [
@@ -299,7 +315,10 @@ def recorded_anew(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         data = (path / name).read_bytes()
         starts = [start for start, _ in record["items"]]
         spans = zip(starts, [*starts[1:], len(data)], strict=True)
-        items[name] = {"bytes": len(data), "items": [[start, checksum(data[start:end])] for start, end in spans]}
+        items[name] = {
+            "bytes": len(data),
+            "items": [[start, checksum(data[start:end])] for start, end in spans],
+        }
     return {"files": files, "items": items}
 
 
@@ -354,11 +373,15 @@ def test_no_file_of_a_checkpoint_runs_code(ranks, trained, cases: Cases, tmp_pat
     assert mark.exists()
 
 
-def recorded_and_found(workdir: Path, target: Path, sections: dict[str, Any]) -> list[tuple[dict, dict, set[str]]]:
+def recorded_and_found(
+    workdir: Path, target: Path, sections: dict[str, Any]
+) -> list[tuple[dict, dict, set[str]]]:
     """Trains; on rank 0, of each checkpoint: checksums.json, what it should be, and the other files."""
     run_training(workdir, target, sections)
     found = []
-    for path in sorted((workdir / "training/checkpoints").glob("iter_*")) if os.environ["RANK"] == "0" else ():
+    for path in (
+        sorted((workdir / "training/checkpoints").glob("iter_*")) if os.environ["RANK"] == "0" else ()
+    ):
         recorded = json.loads((path / "checksums.json").read_text())
         names = {file.name for file in path.iterdir()} - {"checksums.json"}
         found.append((recorded, recorded_anew(path, recorded), names))
@@ -375,7 +398,9 @@ def test_every_rank_checksums_what_it_writes(ranks, tmp_path: Path, asynchronous
     for recorded, expected, names in found:
         assert recorded == expected and len(recorded["items"]) == 4 and len(recorded["files"]) == 4
         assert names == {*recorded["files"], *recorded["items"]}
-        assert all(record["items"][0][0] == 0 and len(record["items"]) > 4 for record in recorded["items"].values())
+        assert all(
+            record["items"][0][0] == 0 and len(record["items"]) > 4 for record in recorded["items"].values()
+        )
 
 
 def refusal(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
@@ -393,7 +418,11 @@ def test_every_rank_says_which_file_is_damaged(ranks, trained, tmp_path: Path) -
     shutil.copytree(trained[0], tmp_path / "damaged")
     flip("__0_1.distcp", random.Random(5))(tmp_path / "damaged/iter_0000002")
     sections = {"parallel": layout(tp=2, use_distributed_optimizer=True)}
-    sections["training"] = {"train_iters": 3, "load": str(tmp_path / "damaged"), "save": str(tmp_path / "new")}
+    sections["training"] = {
+        "train_iters": 3,
+        "load": str(tmp_path / "damaged"),
+        "save": str(tmp_path / "new"),
+    }
     messages = ranks(2, refusal, tmp_path / "work", trained[1], sections)
     assert messages[0] == messages[1] and "__0_1.distcp: checksum" in messages[0]
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").glob("iter_*"))
@@ -427,7 +456,14 @@ def run_tool(name: str, *arguments: str) -> tuple[Any, str]:
 def test_converting_a_damaged_checkpoint_is_refused(ranks, trained, cases: Cases, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     cases.add("flipped", flip("__0_0.distcp", random.Random(3)))
     path = cases.made[0][1]
-    arguments = ["--from-megatron", str(path), "--reference", str(trained[1]), "--output", str(tmp_path / "model")]
+    arguments = [
+        "--from-megatron",
+        str(path),
+        "--reference",
+        str(trained[1]),
+        "--output",
+        str(tmp_path / "model"),
+    ]
     ((code, error),) = ranks(1, run_tool, "convert_checkpoint.py", *arguments)
     assert code == 2 and f"{path}/__0_0.distcp: checksum" in error and not (tmp_path / "model").exists()
     ((code, error),) = ranks(1, run_tool, "convert_checkpoint.py", *arguments, "--no-verify")
@@ -439,7 +475,9 @@ _READERS = {
     r"\btorch\.load\(": r"weights_only=True",
     r"allow_pickle=True": r"^$",
     r"\byaml\.(unsafe_|full_)?load\(": r"_Loader",
-    r"\b(c?[pP]ickle|dill|cloudpickle|marshal|shelve|joblib)\b[.\w]*\.(loads?|open|Unpickler)\b": r"class _(Metadata|Tensor)Unpickler\(pickle\.Unpickler\)",
+    r"\b(c?[pP]ickle|dill|cloudpickle|marshal|shelve|joblib)\b[.\w]*\.(loads?|open|Unpickler)\b": (
+        r"class _(Metadata|Tensor)Unpickler\(pickle\.Unpickler\)"
+    ),
     r"(?<![.\w])(eval|exec)\(": r"^$",
     r"torch\.jit\.load|torch\.package|trust_remote_code=True": r"^$",
 }
@@ -451,7 +489,11 @@ def test_nothing_in_the_project_unpickles_without_an_allow_list() -> None:
     found = []
     for path in [
         *ROOT.glob("*.py"),
-        *(path for room in ("megatron_fuse", "tools", "kernels", "benchmarks") for path in (ROOT / room).rglob("*.py")),
+        *(
+            path
+            for room in ("megatron_fuse", "tools", "kernels", "benchmarks")
+            for path in (ROOT / room).rglob("*.py")
+        ),
     ]:
         if str(path.relative_to(ROOT)) in _OWN:
             continue

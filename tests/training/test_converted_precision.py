@@ -1,4 +1,6 @@
-"""A model that goes through a Megatron checkpoint comes back in the precision that it had, unless another is asked for."""
+"""A model that goes through a Megatron checkpoint comes back in the precision that it had, unless another
+is asked for.
+"""
 
 import json
 import shutil
@@ -13,7 +15,9 @@ from megatron_fuse.model.weight_files import DTYPES, common_dtype
 
 
 def round_trip(model_dir: Path, references: dict[Path, str | None], work: Path) -> list[str]:
-    """On a rank: the dtypes in which a checkpoint of model_dir is written; references: directory -> dtype asked for."""
+    """On a rank: the dtypes in which a checkpoint of model_dir is written; references: directory -> dtype
+    asked for.
+    """
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.training.target import export_checkpoint, import_hugging_face
 
@@ -29,7 +33,9 @@ def in_dtype(origin: Path, directory: Path, dtype: str, *, stated: str | None, w
     """A copy of a model with its weights in a dtype, or without them, and that of its config as stated."""
     shutil.copytree(origin, directory)
     tensors = load_file(directory / "model.safetensors")
-    save_file({name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, directory / "model.safetensors")
+    save_file(
+        {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, directory / "model.safetensors"
+    )
     if not weights:
         (directory / "model.safetensors").unlink()
     config = json.loads((directory / "config.json").read_text())
@@ -70,5 +76,7 @@ def test_a_model_comes_back_in_its_own_dtype_bit_for_bit(ranks, tmp_path: Path, 
 def test_the_common_type_holds_every_value(given: list[str], common: str) -> None:
     assert common_dtype(given) == common
     for dtype in given:
-        values = torch.tensor([torch.finfo(DTYPES[dtype]).max, torch.finfo(DTYPES[dtype]).eps + 1], dtype=DTYPES[dtype])
+        values = torch.tensor(
+            [torch.finfo(DTYPES[dtype]).max, torch.finfo(DTYPES[dtype]).eps + 1], dtype=DTYPES[dtype]
+        )
         assert torch.equal(values.to(DTYPES[common]).double(), values.double())

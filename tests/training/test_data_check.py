@@ -1,4 +1,6 @@
-"""Laws of training over damaged data: every rank ends with the same UserError, and No checkpoint was written."""
+"""Laws of training over damaged data: every rank ends with the same UserError, and No checkpoint was
+written.
+"""
 
 import os
 import threading
@@ -109,7 +111,10 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
     ranks, target, tmp_path, world_size, parallel, release, asynchronous
 ) -> None:
     made = artifact(tmp_path / "data", damaged=True)
-    sections = {"parallel": parallel, "training": {"train_iters": 6, "async_save": asynchronous, "eval_interval": 100}}
+    sections = {
+        "parallel": parallel,
+        "training": {"train_iters": 6, "async_save": asynchronous, "eval_interval": 100},
+    }
     results = ranks(world_size, run, tmp_path, target, sections, made, release)
     for message, steps, saved in results:
         assert message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ")
@@ -119,7 +124,9 @@ def test_damaged_data_end_a_run_on_all_ranks_before_anything_is_saved(  # type: 
     if world_size == 1:
         ((message, _, saved),) = ranks(1, run, tmp_path, target, sections, made)
         assert message and saved == []
-        ((message, _, saved),) = ranks(1, run, tmp_path, target, sections, artifact(tmp_path / "whole", damaged=False))
+        ((message, _, saved),) = ranks(
+            1, run, tmp_path, target, sections, artifact(tmp_path / "whole", damaged=False)
+        )
         assert not message and saved
 
 
@@ -150,5 +157,7 @@ def test_what_damage_breaks_first_is_explained_by_it(ranks, target, tmp_path, lo
     ((message, _, saved),) = ranks(1, run, *plan)
     assert saved == []
     assert (
-        message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ") if damaged else message == str(trouble)
+        message.startswith(f"{tmp_path}/data/shard-00001.bin: the sha256 is ")
+        if damaged
+        else message == str(trouble)
     )

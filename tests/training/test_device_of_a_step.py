@@ -1,4 +1,6 @@
-"""A training step on a GPU leaves nothing on the CPU and waits for nothing: on torch's "meta" device, in the place of the GPU."""
+"""A training step on a GPU leaves nothing on the CPU and waits for nothing: on torch's "meta" device, in
+the place of the GPU.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -18,12 +20,18 @@ STEPS: dict[str, dict[str, dict[str, Any]]] = {
     "recomputed": {"training": {"recompute": True}},
     "recomputed, packed": {"training": {"micro_batch_size": 1, "packing": True, "recompute": True}},
     "distributed optimizer": {
-        "parallel": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+        "parallel": {
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+        }
     },
 }
 
 
-def devices_after_a_step(directory: Path, target: Path, sections: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+def devices_after_a_step(
+    directory: Path, target: Path, sections: dict[str, dict[str, Any]]
+) -> dict[str, set[str]]:
     """Forward and backward passes of one step. What is on which device, by kind."""
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.target import read_target
@@ -34,7 +42,8 @@ def devices_after_a_step(directory: Path, target: Path, sections: dict[str, dict
     recipe = make_tiny_recipe(directory, target, **sections)
     runtime = dataclasses.replace(start_runtime(), device=META)
     with meta_in_place_of_cuda(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(targets, "load_hugging_face_weights", lambda *_: None)  # there are no values to compare
+        # There are no values to compare.
+        patched.setattr(targets, "load_hugging_face_weights", lambda *_: None)
         architecture = read_target(recipe)
         chunks = targets.build_target(recipe, architecture)
         trainer = make_trainer(recipe, runtime, architecture, chunks, SyntheticDataset())

@@ -1,4 +1,6 @@
-"""An export is of the checkpoint that it names, with the files that were written, and loses nothing that is the user's."""
+"""An export is of the checkpoint that it names, with the files that were written, and loses nothing that
+is the user's.
+"""
 
 import json
 import os
@@ -93,7 +95,9 @@ def story(workdir: Path, target: Path) -> None:
 
     # An export of a version that did not record its files
     record = json.loads((output / "fusion.json").read_text())
-    (output / "fusion.json").write_text(json.dumps({key: record[key] for key in ("checkpoint", "facts", "dtype")}))
+    (output / "fusion.json").write_text(
+        json.dumps({key: record[key] for key in ("checkpoint", "facts", "dtype")})
+    )
     assert "older version" in export(workdir, target)
     assert sorted(path.name for path in workdir.iterdir()) == ["export", "training"]
 
@@ -109,7 +113,9 @@ def another_template(workdir: Path, target: Path, template: Path) -> None:
 
     start_runtime()
     recipe = make_tiny_recipe(workdir, target)
-    recipe = recipe.model_copy(update={"target": recipe.target.model_copy(update={"chat_template": str(template)})})
+    recipe = recipe.model_copy(
+        update={"target": recipe.target.model_copy(update={"chat_template": str(template)})}
+    )
     for text in (TEMPLATES["alpaca"], TEMPLATES["alpaca"].replace("###", "##")):
         template.write_text(text)
         output, _ = module.export_fused_model(recipe)
@@ -134,7 +140,8 @@ def ends_of(workdir: Path, target: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
     [
-        ({"eos_token_id": 0, "top_k": 5}, {}, {"eos_token_id": [0, 2], "top_k": 5}),  # a base model with its own EOS
+        # A base model with its own EOS.
+        ({"eos_token_id": 0, "top_k": 5}, {}, {"eos_token_id": [0, 2], "top_k": 5}),
         ({"eos_token_id": [0, 1]}, {}, {"eos_token_id": [0, 1, 2]}),
         ({"top_k": 5}, {"eos_token_id": 0}, {"eos_token_id": [0, 2], "top_k": 5}),
         (None, {"eos_token_id": 0, "bos_token_id": 1}, {"eos_token_id": [0, 2], "bos_token_id": 1}),
@@ -152,7 +159,11 @@ def test_an_export_ends_answers_where_the_training_did(  # type: ignore[no-untyp
     if generation is not None:
         path.write_text(json.dumps(generation))
     known = json.loads((target / "config.json").read_text())
-    known = {key: value for key, value in known.items() if key not in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    known = {
+        key: value
+        for key, value in known.items()
+        if key not in ("eos_token_id", "bos_token_id", "pad_token_id")
+    }
     (target / "config.json").write_text(json.dumps(known | config))
     said = ranks(1, ends_of, workdir, target)[0]
     if expected is None:

@@ -1,4 +1,6 @@
-"""A bad step changes nothing and every rank knows of it; a spike is one in any unit; an allocator's error says what to turn."""
+"""A bad step changes nothing and every rank knows of it; a spike is one in any unit; an allocator's error
+says what to turn.
+"""
 
 import dataclasses
 import hashlib
@@ -57,7 +59,9 @@ def state_hash(trainer: Any) -> str:
 
 
 def poison(trainer: Any, bad: Iterable[int]) -> None:
-    """In these steps, counted from 1, one rank's first layers give NaN: of one replica, one stage and one tensor rank."""
+    """In these steps, counted from 1, one rank's first layers give NaN: of one replica, one stage and one
+    tensor rank.
+    """
     steps = 0
     zero_grad = trainer.optimizer.zero_grad
 
@@ -72,7 +76,9 @@ def poison(trainer: Any, bad: Iterable[int]) -> None:
     trainer.optimizer.zero_grad = counted
     if trainer.runtime.rank == 0:
         names = dict(trainer.chunks[0].named_modules())
-        next(module for name, module in names.items() if name.endswith("mlp.linear_fc1")).register_forward_hook(spoil)
+        next(
+            module for name, module in names.items() if name.endswith("mlp.linear_fc1")
+        ).register_forward_hook(spoil)
 
 
 def poisoned_run(workdir: Path, target: Path, sections: dict[str, Any]) -> list[tuple[int, float, str]]:
@@ -84,7 +90,9 @@ def poisoned_run(workdir: Path, target: Path, sections: dict[str, Any]) -> list[
     seen = [(0, 0.0, state_hash(trainer))]
 
     class HashingRecorder(Recorder):
-        def step(self, iteration: int, consumed: int, phase: str, lr: float, values: dict, *sizes: float) -> None:
+        def step(
+            self, iteration: int, consumed: int, phase: str, lr: float, values: dict, *sizes: float
+        ) -> None:
             seen.append((iteration, values["grad norm"], state_hash(trainer)))
 
     train(dataclasses.replace(trainer, log=HashingRecorder()))
@@ -104,7 +112,9 @@ def poisoned_run(workdir: Path, target: Path, sections: dict[str, Any]) -> list[
             {"precision": "bf16"},
             id="tp2-dp2-distributed-bf16",
         ),
-        pytest.param(2, layout(use_distributed_optimizer=True), {}, id="dp2-distributed-fp32", marks=pytest.mark.slow),
+        pytest.param(
+            2, layout(use_distributed_optimizer=True), {}, id="dp2-distributed-fp32", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_step_without_a_finite_gradient_changes_nothing_on_any_rank(  # type: ignore[no-untyped-def]
@@ -123,7 +133,9 @@ def aborted_run(workdir: Path, target: Path, parallel: dict[str, Any]) -> tuple[
     from megatron_fuse.errors import UserError
     from megatron_fuse.training.trainer import train
 
-    trainer = make_tiny_trainer(workdir, target, {"parallel": parallel, "training": {"max_skipped_iterations": 2}})
+    trainer = make_tiny_trainer(
+        workdir, target, {"parallel": parallel, "training": {"max_skipped_iterations": 2}}
+    )
     poison(trainer, BAD)
     examples = trainer.schedule.step(24).examples  # batches of 8
     ids = [trainer.dataset.example_ids[example] for example in trainer.dataset.train[examples]]
@@ -171,7 +183,9 @@ def test_only_skips_in_a_row_count(bad: list[bool], most: int) -> None:
     guard, stopped_at = StepGuard(most), None
     for iteration, is_bad in enumerate(bad, 1):
         try:
-            warning = guard.watch(iteration, "a", {"grad norm": math.nan if is_bad else 1.0}, lambda: ["example-7"])
+            warning = guard.watch(
+                iteration, "a", {"grad norm": math.nan if is_bad else 1.0}, lambda: ["example-7"]
+            )
         except UserError as error:
             assert "example-7" in str(error)
             stopped_at = iteration
@@ -190,12 +204,16 @@ def test_a_spike_is_one_in_any_unit_and_order(last: list[float], loss: float, ex
     from megatron_fuse.training.guards import is_spike
 
     scaled = [math.ldexp(value, exponent) for value in last]  # exact
-    assert is_spike(loss, last) == is_spike(math.ldexp(loss, exponent), scaled) == is_spike(loss, sorted(last))
+    assert (
+        is_spike(loss, last) == is_spike(math.ldexp(loss, exponent), scaled) == is_spike(loss, sorted(last))
+    )
 
 
 @settings(deadline=None)
 @given(losses, st.floats(1.01, 1e6))
-def test_what_lies_inside_the_window_is_no_spike_and_what_lies_far_above_is(last: list[float], factor: float) -> None:
+def test_what_lies_inside_the_window_is_no_spike_and_what_lies_far_above_is(
+    last: list[float], factor: float
+) -> None:
     from megatron_fuse.training.guards import is_spike
 
     assert not is_spike(float(np.median(last)), last) and not is_spike(min(last), last)
@@ -227,7 +245,9 @@ def test_a_spike_is_warned_of_with_its_examples_and_not_at_a_new_phase() -> None
     assert watch(32, "second", 3.0) is None  # weighted otherwise
 
 
-def differing_replicas(target: Path, workdir: Path, parallel: dict[str, Any], spoiled: tuple[int, ...]) -> str | None:
+def differing_replicas(
+    target: Path, workdir: Path, parallel: dict[str, Any], spoiled: tuple[int, ...]
+) -> str | None:
     from megatron_fuse.errors import UserError
     from megatron_fuse.training.guards import check_weights_across_replicas
 
@@ -251,7 +271,9 @@ def test_every_rank_hears_of_replicas_that_differ(ranks, target, tmp_path, spoil
         assert any("word_embeddings.weight" in message for message in messages)
 
 
-def out_of_memory(target: Path, workdir: Path, allocate: Callable[[], object], training: dict[str, Any]) -> str:
+def out_of_memory(
+    target: Path, workdir: Path, allocate: Callable[[], object], training: dict[str, Any]
+) -> str:
     from megatron_fuse.errors import UserError
     from megatron_fuse.runtime import start_runtime
     from megatron_fuse.target import read_target
@@ -300,7 +322,9 @@ def test_an_allocators_error_says_what_to_turn(ranks, target, tmp_path) -> None:
         knobs = ("--micro-batch-size 2 (now 4)", "--recompute", "--tensor-model-parallel-size 2 (now 1)")
         assert all(f"{knob} saves about" in message for knob in knobs)
         assert "--use-distributed-optimizer" not in message  # there is no other replica to share with
-    (message,) = ranks(1, out_of_memory, target, tmp_path, too_much, {"micro_batch_size": 1, "recompute": True})
+    (message,) = ranks(
+        1, out_of_memory, target, tmp_path, too_much, {"micro_batch_size": 1, "recompute": True}
+    )
     assert "--micro-batch-size" not in message and "--recompute" not in message
     (message,) = ranks(1, out_of_memory, target, tmp_path, another_error, {})
     assert message.startswith("passed on: ") and "size" in message
@@ -308,8 +332,12 @@ def test_an_allocators_error_says_what_to_turn(ranks, target, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
-def test_one_rank_that_dies_ends_the_job_and_is_the_one_named(target: Path, tmp_path: Path, dying: int) -> None:
-    """Its traceback comes first, and torchrun gives it as the cause, not those that lost their peer and may end sooner."""
+def test_one_rank_that_dies_ends_the_job_and_is_the_one_named(
+    target: Path, tmp_path: Path, dying: int
+) -> None:
+    """Its traceback comes first, and torchrun gives it as the cause, not those that lost their peer and
+    may end sooner.
+    """
     here = Path(__file__).parent
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {

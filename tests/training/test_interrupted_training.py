@@ -1,4 +1,6 @@
-"""A run that gets a signal stops on all ranks with a checkpoint, and one that is killed at any moment loses no step twice."""
+"""A run that gets a signal stops on all ranks with a checkpoint, and one that is killed at any moment
+loses no step twice.
+"""
 
 import contextlib
 import dataclasses
@@ -22,7 +24,9 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 @dataclasses.dataclass
 class Sender(Recorder):
-    """A log in which this process sends itself a signal, as a batch system would between the first step and its end."""
+    """A log in which this process sends itself a signal, as a batch system would between the first step
+    and its end.
+    """
 
     number: int = 0
     at: int = 1
@@ -79,7 +83,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(  # type: ignore[no-un
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_second_ctrl_c_after_a_while_does_not_wait_for_the_step(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+def test_a_second_ctrl_c_after_a_while_does_not_wait_for_the_step(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
     from megatron_fuse.training import interruption
 
     monkeypatch.setattr(interruption, "_AGAIN", 1e6 if waits else 0.0)
@@ -113,7 +119,11 @@ def test_a_signal_that_is_ignored_stays_ignored(number: signal.Signals, ignored:
 
 @pytest.mark.parametrize(
     ("option", "stops"),
-    [({"exit_interval": 3}, [3, 4]), ({"exit_duration_in_mins": 1e-6}, [1, 2]), ({"exit_duration_in_mins": 1e6}, [4])],
+    [
+        ({"exit_interval": 3}, [3, 4]),
+        ({"exit_duration_in_mins": 1e-6}, [1, 2]),
+        ({"exit_duration_in_mins": 1e6}, [4]),
+    ],
 )
 def test_a_run_stops_after_an_interval_or_a_time(ranks, target, tmp_path, option, stops) -> None:  # type: ignore[no-untyped-def]
     for stop in stops:
@@ -131,7 +141,8 @@ if __name__ == "__main__":
     import os
     work = Path({work!r})
     log = LineByLine(work / "losses.jsonl", os.environ["RANK"] == "0")
-    run_training(work, Path({target!r}), {{"parallel": layout(tp=2), "training": {{"train_iters": int(sys.argv[1])}}}}, log)
+    steps = {{"train_iters": int(sys.argv[1])}}
+    run_training(work, Path({target!r}), {{"parallel": layout(tp=2), "training": steps}}, log)
     (work / ("ended-" + os.environ["RANK"])).write_text(str(log.steps[-1]["iteration"]))
 """
 
@@ -148,12 +159,20 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(target: Path, tmp_path: Path) ->
     script, losses = tmp_path / "script.py", tmp_path / "losses.jsonl"
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     script.write_text(SCRIPT.format(paths=paths, work=str(tmp_path), target=str(target)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen([*launcher, "20"], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         until = time.monotonic() + 300
-        # After the first phase's end at 7 and its checkpoint: the process that collects for the writers is there by then.
+        # After the first phase's end at 7 and its checkpoint: the process that collects for the writers is
+        # there by then.
         while not losses.exists() or len(losses.read_text().splitlines()) < 8:
             assert time.monotonic() < until and torchrun.poll() is None
             time.sleep(0.01)
@@ -187,7 +206,15 @@ def test_ctrl_c_ends_a_training_with_one_line_and_the_same_command_goes_on(
         + "    from megatron_fuse.errors import exit_code\n    sys.exit(exit_code(main))\n"
     )
     script.write_text(before + main)
-    launcher = [sys.executable, "-m", "megatron_fuse.torchrun", "--standalone", "--nproc-per-node=2", str(script), "20"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "megatron_fuse.torchrun",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        "20",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen(
         launcher,

@@ -11,7 +11,8 @@ import torch
 from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two epochs.
+# Over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two
+# epochs.
 STEPS = 5
 TRAINING = {"global_batch_size": 28, "micro_batch_size": 14, "train_iters": STEPS}
 
@@ -80,7 +81,9 @@ def one_report(results: list) -> dict[str, Any]:
 
 
 def tolerance(name: str, value: float, relative: float) -> float:
-    """A probability is compared by its logarithm: an error of 1e-5 in a loss of 5 nats is one of 5e-5 in its probability."""
+    """A probability is compared by its logarithm: an error of 1e-5 in a loss of 5 nats is one of 5e-5 in
+    its probability.
+    """
     return relative * max(1.0, -math.log(value)) if "mass" in name and value > 0 else relative
 
 
@@ -103,7 +106,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # type: ignore[no-untyped-def]
     """The run of one process with micro-batches of fourteen, to which all others are compared."""
-    return one_report(ranks(1, run_training, tmp_path_factory.mktemp("alone"), target, {"training": TRAINING}))
+    return one_report(
+        ranks(1, run_training, tmp_path_factory.mktemp("alone"), target, {"training": TRAINING})
+    )
 
 
 def test_both_losses_fall(alone: dict[str, Any]) -> None:
@@ -114,8 +119,8 @@ def test_both_losses_fall(alone: dict[str, Any]) -> None:
     assert len(validation) == 3  # at the start, between the phases, at the end
 
 
-# fp32 sums in another order: 1e-7 in the first step, then 1e-5, for Adam divides by small second moments (seen under TP=2 with every
-# implementation of the loss)
+# fp32 sums in another order: 1e-7 in the first step, then 1e-5, for Adam divides by small second moments
+# (seen under TP=2 with every implementation of the loss)
 @pytest.mark.parametrize(
     ("world_size", "parallel", "training"),
     [
@@ -125,7 +130,9 @@ def test_both_losses_fall(alone: dict[str, Any]) -> None:
         pytest.param(2, layout(pp=2), {}, id="pp2"),
         pytest.param(2, layout(pp=2, vp=2), {}, id="pp2-vp2"),
         pytest.param(2, layout(), {}, id="dp2"),
-        pytest.param(2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), {}, id="dp2-distributed"),
+        pytest.param(
+            2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), {}, id="dp2-distributed"
+        ),
         pytest.param(4, layout(tp=2, pp=2), {"micro_batch_size": 7}, id="tp2-pp2"),
         pytest.param(4, layout(tp=2), {"micro_batch_size": 5}, id="tp2-dp2"),
     ],
@@ -163,14 +170,21 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
 ) -> None:
     sections = {"parallel": parallel, "loss": loss, "training": TRAINING | {"train_iters": iterations}}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
-    until = {"steps": alone["steps"][:iterations], "validation": alone["validation"][: len(found["validation"])]}
+    until = {
+        "steps": alone["steps"][:iterations],
+        "validation": alone["validation"][: len(found["validation"])],
+    }
     if iterations < STEPS:  # the last one is of another step then
         found, until = ({**report, "validation": report["validation"][:1]} for report in (found, until))
     assert_same(found, until, relative=1e-5)
 
 
-def run_with_a_bucket_per_weight(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[str, Any] | None:
-    """As run_training. Megatron puts 40 million weights into a bucket, so that a tiny model's would all be gathered together."""
+def run_with_a_bucket_per_weight(
+    workdir: Path, target: Path, sections: dict[str, Any]
+) -> dict[str, Any] | None:
+    """As run_training. Megatron puts 40 million weights into a bucket, so that a tiny model's would all be
+    gathered together.
+    """
     from megatron_fuse.training import trainer
 
     with pytest.MonkeyPatch.context() as patch:
@@ -179,8 +193,8 @@ def run_with_a_bucket_per_weight(workdir: Path, target: Path, sections: dict[str
         return run_training(workdir, target, sections)
 
 
-# The fused loss reads the output layer's weight without calling the layer, at whose call a gather ends. It is the embedding's
-# where the two are tied, on one stage, and a copy of it on the last of two.
+# The fused loss reads the output layer's weight without calling the layer, at whose call a gather ends. It is
+# the embedding's where the two are tied, on one stage, and a copy of it on the last of two.
 @pytest.mark.parametrize(
     ("world_size", "parallel", "fused_linear", "tied"),
     [
@@ -195,13 +209,23 @@ def run_with_a_bucket_per_weight(workdir: Path, target: Path, sections: dict[str
 def test_gathering_weights_in_the_forward_pass_changes_nothing(  # type: ignore[no-untyped-def]
     ranks, tmp_path, world_size, parallel, fused_linear, tied
 ) -> None:
-    """Losses, gradient norms and checkpoints bit for bit: the second step saves, the third compares replicas, the last evaluates."""
+    """Losses, gradient norms and checkpoints bit for bit: the second step saves, the third compares
+    replicas, the last evaluates.
+    """
     target = make_tiny_target(tmp_path / "target", layers=4, tied=tied)
     training = {"train_iters": 4, "save_interval": 2, "check_weight_hash_across_dp_replicas_interval": 3}
     reports, digests = [], []
     for overlap in (False, True):
-        options = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": overlap}
-        sections = {"parallel": parallel | options, "loss": {"fused_linear": fused_linear}, "training": training}
+        options = {
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": overlap,
+        }
+        sections = {
+            "parallel": parallel | options,
+            "loss": {"fused_linear": fused_linear},
+            "training": training,
+        }
         workdir = tmp_path / f"overlap-{overlap}"
         reports.append(one_report(ranks(world_size, run_with_a_bucket_per_weight, workdir, target, sections)))
         digests.append(ranks(1, digest, workdir / "training/checkpoints/iter_0000002"))
@@ -210,7 +234,8 @@ def test_gathering_weights_in_the_forward_pass_changes_nothing(  # type: ignore[
 
 
 ABOVE = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
-# Every factorisation of one, two and four ranks into tensor, pipeline and data parallelism; `slow`: those of the layouts above
+# Every factorisation of one, two and four ranks into tensor, pipeline and data parallelism; `slow`: those of
+# the layouts above
 FACTORISATIONS = [
     pytest.param(tp, pp, dp, id=f"{tp}-{pp}-{dp}", marks=[pytest.mark.slow] * ((tp, pp, dp) in ABOVE))
     for tp in (1, 2, 4)
@@ -253,10 +278,14 @@ def accounts(ranks, four_heads: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
     ranks, accounts, four_heads, tmp_path, tp, pp, dp, micro_batch_size
 ) -> None:
-    """The losses of both modes and the gradient norm of every step, and through them the weights after the first."""
+    """The losses of both modes and the gradient norm of every step, and through them the weights after the
+    first.
+    """
     sections = first_steps(micro_batch_size, layout(tp=tp, pp=pp))
     found = one_report(ranks(tp * pp * dp, run_training, tmp_path, four_heads, sections))
-    assert {"ce/inference", "kl/inference", "ce/training", "kl/training", "grad norm"} <= found["steps"][0].keys()
+    assert {"ce/inference", "kl/inference", "ce/training", "kl/training", "grad norm"} <= found["steps"][
+        0
+    ].keys()
     assert_same(found, accounts, relative=1e-5)
 
 
@@ -284,7 +313,9 @@ def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
 def test_a_run_continues_at_another_layout(ranks, alone, target, tmp_path, first, second, stop) -> None:  # type: ignore[no-untyped-def]
     start = {"parallel": first[1], "training": TRAINING | {"train_iters": stop, "micro_batch_size": 6}}
     ranks(first[0], run_training, tmp_path, target, start)
-    rest = one_report(ranks(second[0], run_training, tmp_path, target, {"parallel": second[1], "training": TRAINING}))
+    rest = one_report(
+        ranks(second[0], run_training, tmp_path, target, {"parallel": second[1], "training": TRAINING})
+    )
     expected = {"steps": alone["steps"][stop:], "validation": alone["validation"][-len(rest["validation"]) :]}
     assert_same(rest, expected, relative=1e-5)
 
@@ -310,7 +341,9 @@ def digest(path: Path) -> dict[str, str]:
         pytest.param(1, layout(), id="one"),
         pytest.param(2, layout(tp=2), id="tp2", marks=pytest.mark.slow),  # as those that are killed
         pytest.param(2, layout(pp=2), id="pp2"),
-        pytest.param(2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), id="dp2-distributed"),
+        pytest.param(
+            2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), id="dp2-distributed"
+        ),
     ],
 )
 def test_the_same_layout_continues_bit_for_bit(ranks, target, tmp_path, world_size, parallel) -> None:  # type: ignore[no-untyped-def]
@@ -326,7 +359,10 @@ def test_the_same_layout_continues_bit_for_bit(ranks, target, tmp_path, world_si
 
 
 def test_bf16_with_fp32_masters_follows_fp32(ranks, alone, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    sections = {"parallel": layout(tp=2, use_distributed_optimizer=True), "training": TRAINING | {"precision": "bf16"}}
+    sections = {
+        "parallel": layout(tp=2, use_distributed_optimizer=True),
+        "training": TRAINING | {"precision": "bf16"},
+    }
     found = one_report(ranks(4, run_training, tmp_path, target, sections))
     for a, b in zip(found["steps"], alone["steps"], strict=True):
         # bf16 keeps 8 bits: single logits are off by 1 %, means over a batch by less

@@ -1,4 +1,6 @@
-"""The learning rate of every step is what a formula in fp64 says, and Megatron-core's own scheduler; a run and its continuation have it."""
+"""The learning rate of every step is what a formula in fp64 says, and Megatron-core's own scheduler; a run
+and its continuation have it.
+"""
 
 import json
 import math
@@ -33,7 +35,8 @@ STYLES: dict[str, dict[str, Any]] = {
         for style in ("exponential", "linear", "cosine", "minus_sqrt")
     },
 }
-# None; one step; many; a share that is whole (0.1 * 60 is 6), one that is not, and one that is not in binary (0.3 * 60 is 18)
+# None; one step; many; a share that is whole (0.1 * 60 is 6), one that is not, and one that is not in binary
+# (0.3 * 60 is 18)
 WARMUPS: list[dict[str, Any]] = [
     {},
     {"lr_warmup_iters": 1},
@@ -85,11 +88,15 @@ def options_of(style: str, warmup: dict[str, Any], decay: int | None) -> Trainin
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("warmup", WARMUPS, ids=str)
 @pytest.mark.parametrize("style", STYLES)
-def test_every_step_has_the_rate_of_the_formula(style: str, warmup: dict[str, Any], decay: int | None) -> None:
+def test_every_step_has_the_rate_of_the_formula(
+    style: str, warmup: dict[str, Any], decay: int | None
+) -> None:
     options = options_of(style, warmup, decay)
     rate = make_learning_rate(options, TOTAL)
     found = [rate.at(step) for step in range(TOTAL + 5)]
-    assert found == pytest.approx([expected_rate(options, step, TOTAL) for step in range(TOTAL + 5)], rel=1e-12)
+    assert found == pytest.approx(
+        [expected_rate(options, step, TOTAL) for step in range(TOTAL + 5)], rel=1e-12
+    )
     assert max(found) <= options.lr * (1 + 1e-15)
     if style == "default":
         assert options.lr_decay_style == "cosine"
@@ -158,14 +165,17 @@ def test_without_the_options_the_rate_is_warm_up_and_cosine_bit_for_bit(
 def test_wsd_that_does_not_fit_into_the_schedule_is_refused(warmup: dict[str, Any]) -> None:
     options = TrainingOptions(**WSD, **warmup)
     (key,) = warmup
-    with pytest.raises(UserError, match=rf"60 steps, .*lr_wsd_decay_iters \(12\) .*{key} .*raise lr_decay_iters"):
+    with pytest.raises(
+        UserError, match=rf"60 steps, .*lr_wsd_decay_iters \(12\) .*{key} .*raise lr_decay_iters"
+    ):
         make_learning_rate(options, TOTAL)
     assert make_learning_rate(options, 100).decay_from == 88
 
 
 def test_a_dry_run_says_when_the_rate_changes() -> None:
     said = {
-        style: str(make_learning_rate(options_of(style, {"lr_warmup_fraction": 0.1}, None), TOTAL)) for style in STYLES
+        style: str(make_learning_rate(options_of(style, {"lr_warmup_fraction": 0.1}, None), TOTAL))
+        for style in STYLES
     }
     assert said["constant"] == "0.0003 after a warm-up of 6 steps, then constant"
     assert said["default"] == "0.0003 after a warm-up of 6 steps, cosine to 2e-05 from step 6 to step 60"
@@ -182,7 +192,12 @@ OF_RUN: dict[str, dict[str, Any]] = {
     "constant": {"lr_decay_style": "constant", "lr_warmup_iters": 4},
     "linear": {"lr_decay_style": "linear", "lr_warmup_fraction": 0.2, "min_lr": 1e-5},
     "cosine": {"lr_decay_iters": 6, "lr_warmup_iters": 2, "min_lr": 1e-5},
-    "WSD": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 6, "lr_wsd_decay_style": "minus_sqrt", "lr_warmup_iters": 1},
+    "WSD": {
+        "lr_decay_style": "WSD",
+        "lr_wsd_decay_iters": 6,
+        "lr_wsd_decay_style": "minus_sqrt",
+        "lr_warmup_iters": 1,
+    },
 }
 
 
@@ -228,7 +243,10 @@ WSD_OF_RUN = {
             {"lr_decay_style": "linear", "lr_wsd_decay_iters": None},
             r"'lr_decay_style': 'WSD', .*this run has step = \{'lr_decay_style': 'linear', ",
         ),
-        ({"lr_decay_iters": 8}, r"has step = {'lr_decay_iters': 9}, but this run has step = {'lr_decay_iters': 8}"),
+        (
+            {"lr_decay_iters": 8},
+            r"has step = {'lr_decay_iters': 9}, but this run has step = {'lr_decay_iters': 8}",
+        ),
         (
             {"lr_decay_iters": None},
             r"has step = {'lr_decay_iters': 9}, but this run has step = {'lr_decay_iters': None}",
@@ -237,8 +255,14 @@ WSD_OF_RUN = {
             {"lr_warmup_fraction": 0.2},
             r"{'lr_warmup_fraction': 0.1}, but this run has step = {'lr_warmup_fraction': 0.2}",
         ),
-        ({"lr_wsd_decay_iters": 5}, r"{'lr_wsd_decay_iters': 4}, but this run has step = {'lr_wsd_decay_iters': 5}"),
-        ({"lr_wsd_decay_style": "cosine"}, r"'exponential'}, but this run has step = {'lr_wsd_decay_style': 'cosine'}"),
+        (
+            {"lr_wsd_decay_iters": 5},
+            r"{'lr_wsd_decay_iters': 4}, but this run has step = {'lr_wsd_decay_iters': 5}",
+        ),
+        (
+            {"lr_wsd_decay_style": "cosine"},
+            r"'exponential'}, but this run has step = {'lr_wsd_decay_style': 'cosine'}",
+        ),
     ],
     ids=str,
 )
@@ -248,7 +272,9 @@ def test_a_changed_rate_or_seed_is_refused_as_another_run(ranks, begun, target, 
     assert re.search(message, refusal) and "Restore the old value" in refusal and "--override" in refusal
 
 
-def test_a_changed_rate_is_taken_with_a_warning_where_that_is_asked_for(ranks, begun, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_changed_rate_is_taken_with_a_warning_where_that_is_asked_for(
+    ranks, begun, target, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
     training = {**TRAINING, **WSD_OF_RUN, "lr_wsd_decay_iters": 5, "train_iters": 3, "override": True}
     training |= {"load": str(checkpoints(begun)), "save": str(tmp_path)}
     (output,) = ranks(1, run_and_return_output, begun, target, {"training": training})
@@ -258,7 +284,9 @@ def test_a_changed_rate_is_taken_with_a_warning_where_that_is_asked_for(ranks, b
 
 # A checkpoint of a version that knew one decay only names none
 @pytest.mark.parametrize(("style", "accepted"), [("cosine", True), ("linear", False)])
-def test_a_checkpoint_without_these_options_had_the_defaults(ranks, target, tmp_path, style, accepted) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_without_these_options_had_the_defaults(
+    ranks, target, tmp_path, style, accepted
+) -> None:  # type: ignore[no-untyped-def]
     ranks(1, run_training, tmp_path, target, {"training": {**TRAINING, "train_iters": 2}})
     metadata = checkpoints(tmp_path) / "iter_0000002/facts.json"
     content = json.loads(metadata.read_text())

@@ -1,4 +1,6 @@
-"""What a run tells, on the terminal, in metrics.jsonl and to Weights & Biases; a continued run repeats no row."""
+"""What a run tells, on the terminal, in metrics.jsonl and to Weights & Biases; a continued run repeats no
+row.
+"""
 
 import json
 import math
@@ -40,7 +42,9 @@ def test_a_killed_and_continued_file_is_that_of_one_run(
         if begin == 0:
             file.write("held-out", 0, {"ce/training": 2.0})
         for step in range(begin + 1, end + 1):
-            file.write(STEP, step, {"phase": "a", "loss": 1 / step, "grad norm": math.inf if step % 4 == 0 else 1.0})
+            file.write(
+                STEP, step, {"phase": "a", "loss": 1 / step, "grad norm": math.inf if step % 4 == 0 else 1.0}
+            )
             if step % 3 == 0:
                 file.write("held-out", step, {"ce/training": 1.0})
         file.close()
@@ -52,9 +56,12 @@ def test_a_killed_and_continued_file_is_that_of_one_run(
         killed_at = data.draw(st.integers(begin, total))
         run(directory / "killed.jsonl", begin, killed_at)
         with (directory / "killed.jsonl").open("rb+") as file:  # a machine that lost its power
-            file.truncate(file.seek(0, 2) - data.draw(st.integers(0, 5)) if killed_at > begin else file.seek(0, 2))
+            file.truncate(
+                file.seek(0, 2) - data.draw(st.integers(0, 5)) if killed_at > begin else file.seek(0, 2)
+            )
         whole = {
-            row["iteration"] for row in map(json.loads, (directory / "killed.jsonl").read_bytes().splitlines()[:-1])
+            row["iteration"]
+            for row in map(json.loads, (directory / "killed.jsonl").read_bytes().splitlines()[:-1])
         }
         begin = data.draw(st.sampled_from(sorted({0, begin} | {step for step in whole if step < killed_at})))
     run(directory / "killed.jsonl", begin, total)
@@ -101,9 +108,12 @@ def logged_run(
 
 
 LINE = re.compile(
-    r" \[[-\d: ]+\] iteration +(\d+)/ +21 \| consumed samples: +(\d+) \| phase: (\S+) \| elapsed time per iteration \(ms\): [\d.]+ "
-    r"\| learning rate: \d\.\d{6}E-\d\d \| loss: \d\.\d{6}E[-+]\d\d \| ce/inference: [\d.]+ \| kl/inference: [\d.]+ "
-    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| padding: [\d.]+ \| tokens/s: \d+ "
+    r" \[[-\d: ]+\] iteration +(\d+)/ +21 \| consumed samples: +(\d+) \| phase: (\S+) \| elapsed time per "
+    r"iteration \(ms\): [\d.]+ "
+    r"\| learning rate: \d\.\d{6}E-\d\d \| loss: \d\.\d{6}E[-+]\d\d \| ce/inference: [\d.]+ \| "
+    r"kl/inference: [\d.]+ "
+    r"(\| ce/training: [\d.]+ \| kl/training: [\d.]+ )?\| grad norm: [\d.]+ \| padding: [\d.]+ \| tokens/s: "
+    r"\d+ "
     r"\| tokens/s/GPU: \d+ \| TFLOP/s/GPU: [\d.e-]+ \| memory: [\d.]+ GiB "
     r"\| number of skipped iterations: 0 \| ETA: ([\d:]+) phase, ([\d:]+) run"
 )
@@ -145,7 +155,9 @@ def test_a_run_and_its_continuation_at_another_layout_write_one_record(ranks, ta
     assert (metrics_directory(recipe) / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_and_biases_has_to_be_installed(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_has_to_be_installed(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron_fuse.training import trackers
 
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -160,7 +172,9 @@ def test_a_run_with_a_save_directory_of_its_own_has_its_own_record(tmp_path: Pat
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_throughput_is_the_steps_own_flops_over_their_time_and_ranks(ranks, target, tmp_path, packing) -> None:  # type: ignore[no-untyped-def]
+def test_throughput_is_the_steps_own_flops_over_their_time_and_ranks(
+    ranks, target, tmp_path, packing
+) -> None:  # type: ignore[no-untyped-def]
     training = {"log_interval": 3, "train_iters": 9, "packing": packing, "micro_batch_size": 1}
     _, (rows, flops, tokens) = ranks(
         2, speeds_of_a_run, tmp_path, target, {"parallel": layout(pp=2), "training": training}
@@ -184,7 +198,9 @@ def test_throughput_is_the_steps_own_flops_over_their_time_and_ranks(ranks, targ
 PEAK = 1e9  # FLOP/s, as if of one GPU
 
 
-def speeds_of_a_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[list[dict], dict, dict] | None:
+def speeds_of_a_run(
+    workdir: Path, target: Path, sections: dict[str, Any]
+) -> tuple[list[dict], dict, dict] | None:
     """The steps' rows, and the model FLOPs and input tokens of each step, counted token by token."""
     from megatron_fuse.training.trainer import train
 
@@ -207,9 +223,8 @@ def speeds_of_a_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tu
                 for position in range(len(document.tokens) - 1):
                     seen = position + 1
                     products = weights + 2 * seen * a.num_layers * a.num_attention_heads * a.head_dim
-                    flops[iteration] += (
-                        3 * 2 * products
-                    )  # forward and twice as much backward, a multiplication and an addition
+                    # Forward and twice as much backward, a multiplication and an addition.
+                    flops[iteration] += 3 * 2 * products
                     tokens[iteration] += 1
     rows = [row for row in read_metrics(metrics_directory(trainer.recipe) / METRICS) if row["kind"] == STEP]
     return (rows, flops, tokens) if trainer.runtime.is_logging_rank else None

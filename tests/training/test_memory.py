@@ -37,9 +37,12 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
     weights = [weight for chunk in trainer.chunks for weight in chunk.parameters()]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     parts = trainer.optimizer.chained_optimizers
-    of_optimizer = [weight for part in parts for group in part.optimizer.param_groups for weight in group["params"]]
+    of_optimizer = [
+        weight for part in parts for group in part.optimizer.param_groups for weight in group["params"]
+    ]
     gradients = {
-        weight.main_grad.untyped_storage().data_ptr(): weight.main_grad.untyped_storage() for weight in weights
+        weight.main_grad.untyped_storage().data_ptr(): weight.main_grad.untyped_storage()
+        for weight in weights
     }
     return {
         "parameters": (
@@ -70,9 +73,14 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
     [
         pytest.param(2, layout(tp=2), {"precision": "bf16"}, id="tp2-bf16"),
         pytest.param(
-            4, layout(pp=2, use_distributed_optimizer=True), {"precision": "bf16"}, id="pp2-dp2-distributed-bf16"
+            4,
+            layout(pp=2, use_distributed_optimizer=True),
+            {"precision": "bf16"},
+            id="pp2-dp2-distributed-bf16",
         ),
-        pytest.param(2, layout(use_distributed_optimizer=True), {}, id="dp2-distributed-fp32", marks=pytest.mark.slow),
+        pytest.param(
+            2, layout(use_distributed_optimizer=True), {}, id="dp2-distributed-fp32", marks=pytest.mark.slow
+        ),
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
@@ -85,15 +93,20 @@ def test_the_memory_estimate_is_what_a_rank_then_holds(  # type: ignore[no-untyp
     for result in results:
         assert result["parameters"][0] == result["parameters"][1]
         for name, found in result["found"].items():
-            # A rank's share of the distributed optimizer is cut and padded to 128 elements, not to whole weights.
+            # A rank's share of the distributed optimizer is cut and padded to 128 elements, not to whole
+            # weights.
             assert found == pytest.approx(result["estimated"][name], rel=0.05), name
     (printed,) = [result["printed"] for result in results if "dry run" in result["printed"]]
     assert all(f"{result['parameters'][0]:,}" in printed for result in results)
-    assert re.search(r"inference +1 - 7 +7 +53 ", printed) and re.search(r"co-fusion +8 - 21 +14 +106 ", printed)
+    assert re.search(r"inference +1 - 7 +7 +53 ", printed) and re.search(
+        r"co-fusion +8 - 21 +14 +106 ", printed
+    )
 
 
 def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any]) -> tuple[int, float, str]:
-    """Positions of the largest micro-batch of any step, those whose logits are estimated, and what a dry run says of them."""
+    """Positions of the largest micro-batch of any step, those whose logits are estimated, and what a dry
+    run says of them.
+    """
     import contextlib
     import io
 
@@ -108,10 +121,16 @@ def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any])
         examples = trainer.dataset.train[step.examples]
         longest = max(
             longest,
-            plan_step(trainer, examples, phase_weights(step.phase, progress=step.progress, kl_factor=1.0)).seq_length,
+            plan_step(
+                trainer, examples, phase_weights(step.phase, progress=step.progress, kl_factor=1.0)
+            ).seq_length,
         )
         samples = step.consumed_samples
-    place = {"sequence": sequence_of_run(trainer.recipe, trainer.dataset), "data_parallel_size": 1, "stage": 0}
+    place = {
+        "sequence": sequence_of_run(trainer.recipe, trainer.dataset),
+        "data_parallel_size": 1,
+        "stage": 0,
+    }
     estimated = estimate_memory(trainer.recipe, trainer.architecture, **place).logits
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -120,11 +139,14 @@ def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any])
     return size * longest, estimated / (4 * trainer.architecture.padded_vocab_size), printed.getvalue()
 
 
-# The longest document takes 27 positions, 32 with its padding: --seq-length does not matter until documents are packed up to it.
+# The longest document takes 27 positions, 32 with its padding: --seq-length does not matter until documents
+# are packed up to it.
 @pytest.mark.parametrize(
     ("training", "says"),
     [
-        pytest.param({"seq_length": 40, "micro_batch_size": 1}, "1 x 32 positions, padded", marks=pytest.mark.slow),
+        pytest.param(
+            {"seq_length": 40, "micro_batch_size": 1}, "1 x 32 positions, padded", marks=pytest.mark.slow
+        ),
         ({"seq_length": 64, "micro_batch_size": 3}, "3 x 32 positions, padded"),
         ({"seq_length": 40, "micro_batch_size": 1, "packing": True}, "1 x 40 positions, packed"),
         pytest.param(
@@ -156,7 +178,9 @@ def kept_by_a_layer(shape: dict[str, int]) -> tuple[float, float]:
     start_runtime()
     tokens, totals = 128, []
     for layers in (1, 2):
-        config = LlamaConfig(vocab_size=128, num_hidden_layers=layers, max_position_embeddings=tokens, **shape)
+        config = LlamaConfig(
+            vocab_size=128, num_hidden_layers=layers, max_position_embeddings=tokens, **shape
+        )
         config.architectures = ["LlamaForCausalLM"]
         architecture = read_architecture(config)
         model = build_model(architecture, transformer_config(architecture, perform_initialization=True))
@@ -175,13 +199,18 @@ def kept_by_a_layer(shape: dict[str, int]) -> tuple[float, float]:
     return (totals[1] - totals[0]) / 4 / tokens, activation_elements(architecture, 1)
 
 
-# As many key/value heads as query heads and fewer; heads that are wider together than the hidden size; a wide and a narrow MLP.
+# As many key/value heads as query heads and fewer; heads that are wider together than the hidden size; a wide
+# and a narrow MLP.
 @pytest.mark.parametrize(
-    ("hidden", "mlp", "heads", "groups", "head_dim"), [(64, 172, 4, 4, 16), (64, 256, 4, 2, 32), (128, 128, 8, 1, 16)]
+    ("hidden", "mlp", "heads", "groups", "head_dim"),
+    [(64, 172, 4, 4, 16), (64, 256, 4, 2, 32), (128, 128, 8, 1, 16)],
 )
 def test_the_activations_of_a_layer_are_those_that_autograd_keeps(  # type: ignore[no-untyped-def]
     ranks, hidden, mlp, heads, groups, head_dim
 ) -> None:
     shape = {"hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads}
-    ((found, estimated),) = ranks(1, kept_by_a_layer, {**shape, "num_key_value_heads": groups, "head_dim": head_dim})
-    assert estimated == pytest.approx(found, rel=0.05)  # norms keep a number a row, attention one a head and row
+    ((found, estimated),) = ranks(
+        1, kept_by_a_layer, {**shape, "num_key_value_heads": groups, "head_dim": head_dim}
+    )
+    # Norms keep a number a row, attention one a head and row.
+    assert estimated == pytest.approx(found, rel=0.05)

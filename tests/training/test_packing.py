@@ -22,7 +22,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:  # type: ignore[no-untyped-def]
-    return one_report(ranks(1, run_training, tmp_path_factory.mktemp("unpacked"), target, {"training": UNPACKED}))
+    return one_report(
+        ranks(1, run_training, tmp_path_factory.mktemp("unpacked"), target, {"training": UNPACKED})
+    )
 
 
 # fp32 sums in another order, which Adam's division by small second moments lets grow
@@ -39,16 +41,25 @@ def unpacked(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 )
 def test_packing_changes_nothing(ranks, unpacked, target, tmp_path, world_size, parallel, training) -> None:  # type: ignore[no-untyped-def]
     sections = {"parallel": parallel, "training": PACKED | training}
-    assert_same(one_report(ranks(world_size, run_training, tmp_path, target, sections)), unpacked, relative=1e-5)
+    assert_same(
+        one_report(ranks(world_size, run_training, tmp_path, target, sections)), unpacked, relative=1e-5
+    )
 
 
 def test_a_packed_run_continues_packed_and_unpacked(ranks, unpacked, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Each step holds the same examples either way, so that a checkpoint fits both."""
-    at = {"training": PACKED | {"train_iters": 3}}, {"training": PACKED | {"train_iters": 6}}, {"training": UNPACKED}
+    at = (
+        {"training": PACKED | {"train_iters": 3}},
+        {"training": PACKED | {"train_iters": 6}},
+        {"training": UNPACKED},
+    )
     ranks(1, run_training, tmp_path, target, at[0])
     ranks(2, run_training, tmp_path, target, at[1] | {"parallel": layout(pp=2)})
     rest = one_report(ranks(1, run_training, tmp_path, target, at[2]))
-    expected = {"steps": unpacked["steps"][6:], "validation": unpacked["validation"][-len(rest["validation"]) :]}
+    expected = {
+        "steps": unpacked["steps"][6:],
+        "validation": unpacked["validation"][-len(rest["validation"]) :],
+    }
     assert_same(rest, expected, relative=1e-5)
 
 
@@ -68,7 +79,9 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
     found = []
     for pack_into in (None, 64):
         weights = {"inference": (0.1, 0.05), "training": (1.0, 0.5)}
-        plan = plan_batch(dataset, dataset.train[:24], weights, pack_into=pack_into, micro_batch_size=1, **ranks)
+        plan = plan_batch(
+            dataset, dataset.train[:24], weights, pack_into=pack_into, micro_batch_size=1, **ranks
+        )
         place = {"data_parallel_rank": 0, "with_targets": True, "device": runtime.device}
         batches = micro_batches(dataset, plan, **ranks, **place)
         forward_step = make_forward_step(micro_batches=plan.micro_batches, sources=3)
@@ -84,7 +97,12 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
 
 @pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
 def test_a_packed_document_has_the_losses_that_it_has_alone(ranks, tmp_path, window) -> None:  # type: ignore[no-untyped-def]
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(7)
     config = MistralConfig(vocab_size=503, **sizes, **heads, sliding_window=window, initializer_range=0.2)

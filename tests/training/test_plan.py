@@ -24,7 +24,8 @@ def test_flops_are_those_counted_by_hand(architecture: Architecture) -> None:
     """Hidden 32, 4 heads of 8 and 2 key/value groups, MLP 64, 4 layers, 503 tokens."""
     of_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     assert multiplying_parameters(architecture) == 4 * of_layer + 32 * 503 == 52960
-    # One position sees itself: 4 products of 32 channels in each of 4 layers forward make 2 * 2 * 32 * 4 FLOPs, backward twice.
+    # One position sees itself: 4 products of 32 channels in each of 4 layers forward make 2 * 2 * 32 * 4
+    # FLOPs, backward twice.
     assert training_flops(architecture, np.array([1])) == 6 * 52960 + 3 * (2 * 2 * 32 * 4)
     # Three positions see 1 + 2 + 3.
     assert training_flops(architecture, np.array([3])) == 3 * 6 * 52960 + 6 * 3 * (2 * 2 * 32 * 4)
@@ -45,7 +46,9 @@ def test_the_flops_of_llama_2_7b_are_the_known_ones() -> None:
 
 
 @given(st.lists(st.integers(0, 2048), max_size=20), st.lists(st.integers(0, 2048), max_size=20))
-def test_flops_add_up_over_documents_and_grow_when_two_become_one(first: list[int], second: list[int]) -> None:
+def test_flops_add_up_over_documents_and_grow_when_two_become_one(
+    first: list[int], second: list[int]
+) -> None:
     shape = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2}
     a: Any = SimpleNamespace(**shape, num_query_groups=1, head_dim=4, vocab_size=100)
     one, two = training_flops(a, np.array(first)), training_flops(a, np.array(second))
@@ -80,7 +83,12 @@ def test_the_plan_is_what_the_steps_add_up_to(architecture: Architecture, preset
     dataset: Any = SyntheticDataset()
     schedule = Schedule(tuple(PRESETS[preset]), len(dataset.train), batch, seed=1)
     plans = plan_phases(schedule, dataset, architecture)
-    tokens, supervised, ends, samples = [0] * len(plans), [dict.fromkeys(p.supervised_tokens, 0) for p in plans], [], 0
+    tokens, supervised, ends, samples = (
+        [0] * len(plans),
+        [dict.fromkeys(p.supervised_tokens, 0) for p in plans],
+        [],
+        0,
+    )
     while step := schedule.step(samples):
         of_step = plan_batch(
             dataset,

@@ -54,7 +54,9 @@ def options(start: int, end: int, ranks: list[int], **training: Any) -> dict[str
         pytest.param(1, layout(), {"train_iters": 2}, {}, id="without"),
         pytest.param(1, layout(), options(1, 2, [0]), {"rank-0.iterations-1-1": [1]}, id="the-first"),
         pytest.param(1, layout(), options(2, 4, [0]), {"rank-0.iterations-2-3": [2, 3]}, id="two"),
-        pytest.param(1, layout(), options(3, 9, [0]), {"rank-0.iterations-3-4": [3, 4]}, id="to-the-end-of-the-run"),
+        pytest.param(
+            1, layout(), options(3, 9, [0]), {"rank-0.iterations-3-4": [3, 4]}, id="to-the-end-of-the-run"
+        ),
         pytest.param(2, layout(tp=2), options(2, 3, [1]), {"rank-1.iterations-2-2": [2]}, id="one-of-two"),
         pytest.param(
             2,
@@ -92,14 +94,19 @@ def test_a_continued_run_traces_the_iterations_that_are_left(ranks, target, tmp_
 @pytest.mark.parametrize(
     ("training", "message"),
     [
-        (options(10, 10, [0]), r"training: profile_step_end is 10, but .* Set it above profile_step_start \(10\)"),
+        (
+            options(10, 10, [0]),
+            r"training: profile_step_end is 10, but .* Set it above profile_step_start \(10\)",
+        ),
         (options(0, 2, [0]), r"training\.profile_step_start: .*greater than or equal to 1"),
         (options(1, 2, []), r"training\.profile_ranks: .*at least 1 item"),
         (options(1, 2, [-1]), r"training\.profile_ranks\.0: .*greater than or equal to 0"),
         ({"timing_log_level": 3}, r"training\.timing_log_level: .*less than or equal to 2"),
     ],
 )
-def test_values_that_profile_nothing_are_refused(target: Path, tmp_path: Path, training: dict, message: str) -> None:
+def test_values_that_profile_nothing_are_refused(
+    target: Path, tmp_path: Path, training: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         make_tiny_recipe(tmp_path, target, training=training)
 
@@ -134,5 +141,7 @@ def test_flags_bear_megatrons_names(target: Path, tmp_path: Path) -> None:
     training = load_recipe(argv=["--recipe", str(path), *given.split()]).training
     assert training.profile and (training.profile_step_start, training.profile_step_end) == (3, 5)
     assert (training.profile_ranks, training.timing_log_level) == ([0, 3], 2)
-    with pytest.raises(UserError, match=r"--profile-ranks: training\.profile_ranks\.1: .*integer.*given: 'one'"):
+    with pytest.raises(
+        UserError, match=r"--profile-ranks: training\.profile_ranks\.1: .*integer.*given: 'one'"
+    ):
         load_recipe(argv=["--recipe", str(path), "--profile-ranks", "0", "one"])

@@ -1,4 +1,6 @@
-"""The schedule is a pure function of consumed samples, and every epoch shows every example once, in a curriculum's order."""
+"""The schedule is a pure function of consumed samples, and every epoch shows every example once, in a
+curriculum's order.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ def walk(schedule: Schedule) -> list:
     return steps
 
 
-# 1: batches of one; 7 and 32 leave short last batches; 100 is larger than the data, one step spans several epochs
+# 1: batches of one; 7 and 32 leave short last batches; 100 is larger than the data, one step spans several
+# epochs
 @pytest.mark.parametrize("batch", [1, 7, 32, 100])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_phase_shows_every_example_as_often_as_it_has_epochs(preset: str, batch: int) -> None:
@@ -44,14 +47,18 @@ def test_steps_of_the_paper() -> None:
 def test_a_step_depends_on_nothing_but_consumed_samples() -> None:
     schedule = Schedule(tuple(PRESETS["profuser"]), examples=45, global_batch_size=7, seed=5)
     for step in reversed(walk(schedule)):
-        again = Schedule(tuple(PRESETS["profuser"]), 45, 7, seed=5).step(step.consumed_samples - len(step.examples))
+        again = Schedule(tuple(PRESETS["profuser"]), 45, 7, seed=5).step(
+            step.consumed_samples - len(step.examples)
+        )
         assert again is not None and (again.examples == step.examples).all() and again.phase == step.phase
 
 
 def order_of_epochs(preset: str, seed: int, batch: int) -> list[tuple[int, ...]]:
     """Examples of each epoch of the run, in the order in which they are seen."""
     steps = walk(Schedule(tuple(PRESETS[preset]), examples=45, global_batch_size=batch, seed=seed))
-    return [tuple(epoch) for epoch in np.concatenate([step.examples for step in steps]).reshape(-1, 45).tolist()]
+    return [
+        tuple(epoch) for epoch in np.concatenate([step.examples for step in steps]).reshape(-1, 45).tolist()
+    ]
 
 
 # Batches that divide an epoch, do not, and span several: none moves an example to another place in the order.
@@ -75,12 +82,19 @@ ranks_of_examples = st.lists(st.integers(0, 4), min_size=1, max_size=40).map(np.
 
 
 @given(
-    ranks=ranks_of_examples, batch=st.integers(1, 50), seed=st.integers(0, 9), preset=st.sampled_from(sorted(PRESETS))
+    ranks=ranks_of_examples,
+    batch=st.integers(1, 50),
+    seed=st.integers(0, 9),
+    preset=st.sampled_from(sorted(PRESETS)),
 )
-def test_a_curriculum_sorts_every_epoch_as_drawn(ranks: np.ndarray, batch: int, seed: int, preset: str) -> None:
+def test_a_curriculum_sorts_every_epoch_as_drawn(
+    ranks: np.ndarray, batch: int, seed: int, preset: str
+) -> None:
     phases = tuple(PRESETS[preset])
     drawn = epochs_of(Schedule(phases, len(ranks), batch, seed))
-    for epoch, as_drawn in zip(epochs_of(Schedule(phases, len(ranks), batch, seed, ranks)), drawn, strict=True):
+    for epoch, as_drawn in zip(
+        epochs_of(Schedule(phases, len(ranks), batch, seed, ranks)), drawn, strict=True
+    ):
         # Lower ranks first, and within a rank the order in which the shuffled epoch has them.
         expected = [example for rank in range(5) for example in as_drawn if ranks[example] == rank]
         assert epoch.tolist() == expected
@@ -90,7 +104,9 @@ def test_a_curriculum_sorts_every_epoch_as_drawn(ranks: np.ndarray, batch: int, 
 def test_a_curriculum_is_a_function_of_consumed_samples_alone(ranks: np.ndarray, batch: int) -> None:
     phases = tuple(PRESETS["profuser"])
     for step in reversed(walk(Schedule(phases, len(ranks), batch, 5, ranks))):
-        again = Schedule(phases, len(ranks), batch, 5, ranks.copy()).step(step.consumed_samples - len(step.examples))
+        again = Schedule(phases, len(ranks), batch, 5, ranks.copy()).step(
+            step.consumed_samples - len(step.examples)
+        )
         assert again is not None and (again.examples == step.examples).all()
 
 
@@ -111,7 +127,12 @@ def test_a_ramp_goes_from_end_to_end_over_its_phase(shape: str) -> None:
     ramp = Ramp(from_=2.0, to=0.5, shape=shape)
     phases = (
         Phase(name="first", epochs=1, inference=ModeWeights(weight=1, lambda_=0.1)),
-        Phase(name="second", epochs=2, inference=ModeWeights(weight=ramp, lambda_=1), training=ModeWeights(weight=1)),
+        Phase(
+            name="second",
+            epochs=2,
+            inference=ModeWeights(weight=ramp, lambda_=1),
+            training=ModeWeights(weight=1),
+        ),
     )
     schedule, consumed, seen = Schedule(phases, 30, 7, seed=1), 0, []
     while step := schedule.step(consumed):
@@ -130,10 +151,16 @@ def test_a_ramp_that_touches_0_keeps_its_mode_and_one_that_stays_there_does_not(
     def phase(**ends: float) -> Phase:
         ramp = Ramp(**{"from": ends["start"], "to": ends["end"]})
         return Phase(
-            name="p", epochs=1, inference=ModeWeights(weight=ramp, lambda_=0.5), training=ModeWeights(weight=1)
+            name="p",
+            epochs=1,
+            inference=ModeWeights(weight=ramp, lambda_=0.5),
+            training=ModeWeights(weight=1),
         )
 
-    assert phase_weights(phase(start=0, end=1), progress=0, kl_factor=1) == {"inference": (0, 0), "training": (1, 0)}
+    assert phase_weights(phase(start=0, end=1), progress=0, kl_factor=1) == {
+        "inference": (0, 0),
+        "training": (1, 0),
+    }
     assert set(phase_weights(phase(start=0, end=0), progress=0, kl_factor=1)) == {"training"}
     assert not phase(start=0, end=0).inference.needs_teacher and phase(start=0, end=1).inference.needs_teacher
 

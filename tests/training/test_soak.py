@@ -1,6 +1,8 @@
-"""A long run that is killed three times, each time to go on at another layout, is the run that was left alone.
+"""A long run that is killed three times, each time to go on at another layout, is the run that was left
+alone.
 
-pytest -m slow -s tests/training/test_soak.py               # prints the seed of its moments and the largest drift
+pytest -m slow -s tests/training/test_soak.py               # prints the seed of its moments and the largest
+                                                            drift
 SOAK_SEED=1234 pytest -m slow -s tests/training/test_soak.py
 """
 
@@ -26,10 +28,11 @@ EXAMPLES, EPOCHS = 400, (5, 15)  # in batches of 8: 250 steps of the first phase
 STEPS = 1000
 # Ranks and their layout, from the beginning and after each kill
 PARTS = ((1, layout()), (2, layout(tp=2)), (2, layout(pp=2)), (2, layout()))
-# fp32 sums in another order: 2e-7 of a loss, and as much after 1000 steps, for at LEARNING_RATE a step does not enlarge what two
-# runs differ by. At 1e-3 a run drifted from 2e-7 to 1e-4 of a loss by step 800.
+# fp32 sums in another order: 2e-7 of a loss, and as much after 1000 steps, for at LEARNING_RATE a step does
+# not enlarge what two runs differ by. At 1e-3 a run drifted from 2e-7 to 1e-4 of a loss by step 800.
 LEARNING_RATE = 2e-4
-TOLERANCE = defaultdict(lambda: 1e-5, {"grad norm": 1e-4})  # a sum of squares, of gradients that nearly cancel
+# A sum of squares, of gradients that nearly cancel.
+TOLERANCE = defaultdict(lambda: 1e-5, {"grad norm": 1e-4})
 # What differs from run to run
 CLOCK = {
     "milliseconds per iteration",
@@ -55,7 +58,9 @@ class ReadDataset(SyntheticDataset):
 
 def long_recipe(workdir: Path, target: Path, parallel: dict[str, Any]) -> Recipe:
     phases = zip(PRESETS["profuser"], EPOCHS, strict=True)
-    written_out = [phase.model_copy(update={"epochs": epochs}).model_dump(by_alias=True) for phase, epochs in phases]
+    written_out = [
+        phase.model_copy(update={"epochs": epochs}).model_dump(by_alias=True) for phase, epochs in phases
+    ]
     training = {
         "train_iters": None,
         "lr": LEARNING_RATE,
@@ -70,7 +75,9 @@ def long_recipe(workdir: Path, target: Path, parallel: dict[str, Any]) -> Recipe
 
 
 def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, delay: float) -> None:
-    """One rank of one part. victim: the rank that is killed, `delay` seconds after it has done `kill_at` steps; 0 = never."""
+    """One rank of one part. victim: the rank that is killed, `delay` seconds after it has done `kill_at`
+    steps; 0 = never.
+    """
     from megatron_fuse.runtime import start_runtime, stop_runtime
     from megatron_fuse.target import read_target
     from megatron_fuse.training.logging import TrainingLog
@@ -92,7 +99,8 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
 
     sizes = recipe.parallel
     runtime = start_runtime(
-        tensor_parallel_size=sizes.tensor_model_parallel_size, pipeline_parallel_size=sizes.pipeline_model_parallel_size
+        tensor_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_parallel_size=sizes.pipeline_model_parallel_size,
     )
     architecture, dataset = read_target(recipe), ReadDataset()
     trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
@@ -103,7 +111,9 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
 
 
 def documents_by_step(workdir: Path) -> tuple[dict[int, set], list[tuple[int, set]]]:
-    """What all ranks together have read for each iteration, the last time that it was done, and every record of one rank."""
+    """What all ranks together have read for each iteration, the last time that it was done, and every
+    record of one rank.
+    """
     last: dict[int, tuple[int, set]] = {}
     records = []
     for path in sorted(workdir.glob("read-*.jsonl")):
@@ -143,7 +153,9 @@ def test_a_long_run_killed_and_moved_is_the_one_left_alone(tmp_path: Path) -> No
 
     expected, found = (read_metrics(metrics_directory(recipe) / METRICS) for recipe in (alone, killed[0]))
     assert [row["iteration"] for row in expected if row["kind"] == "step"] == list(range(1, STEPS + 1))
-    assert [(row["kind"], row["iteration"]) for row in found] == [(row["kind"], row["iteration"]) for row in expected]
+    assert [(row["kind"], row["iteration"]) for row in found] == [
+        (row["kind"], row["iteration"]) for row in expected
+    ]
     drift: dict[str, float] = defaultdict(float)
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys()

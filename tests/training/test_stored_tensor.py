@@ -32,7 +32,8 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8]
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8],
 )
 @pytest.mark.parametrize("crc32", [True, False])
 def test_a_plain_tensor_is_viewed(name: str, dtype: torch.dtype, crc32: bool) -> None:

@@ -1,4 +1,6 @@
-"""Teacher's mass, student's mass and agreement, per mode and source, against a model of Hugging Face's in fp64."""
+"""Teacher's mass, student's mass and agreement, per mode and source, against a model of Hugging Face's in
+fp64.
+"""
 
 from collections import defaultdict
 from pathlib import Path
@@ -29,7 +31,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_target(tmp_path_factory.mktemp("target"), layers=4)
 
 
-def expected_means(model: torch.nn.Module, dataset: SyntheticDataset, examples: list[int]) -> dict[str, float]:
+def expected_means(
+    model: torch.nn.Module, dataset: SyntheticDataset, examples: list[int]
+) -> dict[str, float]:
     """Token by token, over the supervised tokens with a teacher."""
     values = defaultdict(list)
     for example in examples:
@@ -38,7 +42,8 @@ def expected_means(model: torch.nn.Module, dataset: SyntheticDataset, examples: 
             if document is None:
                 continue
             with torch.no_grad():
-                logits = model(torch.from_numpy(document.tokens)[None]).logits[0]  # row t is about token t + 1
+                # Row t is about token t + 1.
+                logits = model(torch.from_numpy(document.tokens)[None]).logits[0]
             rows = [int(t) - 1 for t in document.supervised.nonzero()[0]]
             entry = 0
             for row, count in zip(rows, document.counts.tolist(), strict=True):

@@ -26,8 +26,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_target(tmp_path_factory.mktemp("target"))
 
 
-def timed_run(workdir: Path, target: Path, sections: dict[str, Any]) -> tuple[str, list[dict], list[int]] | None:
-    """What the reporting rank printed, its rows, and the micro-batches of every step. A clock ticks once at every look at it."""
+def timed_run(
+    workdir: Path, target: Path, sections: dict[str, Any]
+) -> tuple[str, list[dict], list[int]] | None:
+    """What the reporting rank printed, its rows, and the micro-batches of every step.
+
+    A clock ticks once at every look at it.
+    """
     from megatron.core import timers
 
     from megatron_fuse.training import trainer as trainers
@@ -62,7 +67,9 @@ def seconds_of(row: dict[str, Any]) -> dict[str, float]:
         pytest.param(2, layout(tp=2), 1, ONCE_A_STEP, id="tp2-level-1"),
         pytest.param(2, layout(pp=2), 1, ONCE_A_STEP, id="pp2-level-1"),
         pytest.param(2, layout(pp=2), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH | OF_TWO_STAGES, id="pp2-level-2"),
-        pytest.param(2, layout(overlap_grad_reduce=True), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH, id="dp2-level-2"),
+        pytest.param(
+            2, layout(overlap_grad_reduce=True), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH, id="dp2-level-2"
+        ),
     ],
 )
 def test_a_level_has_its_timers_in_log_metrics_and_tensorboard(  # type: ignore[no-untyped-def]
@@ -94,7 +101,13 @@ def test_a_level_has_its_timers_in_log_metrics_and_tensorboard(  # type: ignore[
 
 def test_timers_hold_a_steps_own_time_alone(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """By the ticks of the clock, to which evaluations and saves in between add nothing."""
-    training = {"timing_log_level": 2, "train_iters": 8, "log_interval": 3, "eval_interval": 3, "save_interval": 3}
+    training = {
+        "timing_log_level": 2,
+        "train_iters": 8,
+        "log_interval": 3,
+        "eval_interval": 3,
+        "save_interval": 3,
+    }
     ((_, rows, micro_batches),) = ranks(1, timed_run, tmp_path, target, {"training": training})
     found = {row["iteration"]: seconds_of(row) for row in rows if row["kind"] == "step" and seconds_of(row)}
     assert sorted(found) == [3, 6]
@@ -105,7 +118,8 @@ def test_timers_hold_a_steps_own_time_alone(ranks, target, tmp_path) -> None:  #
         assert seconds["backward-compute"] == pytest.approx(mean)
         assert seconds["optimizer"] == seconds["all-grads-sync"] == 1
         assert seconds["forward-backward"] > 6 * mean + 2
-    assert [seconds_of(row) for row in rows if row["kind"] == "save"] == [{SAVE: 1}] * 4  # 7 ends a phase, 8 the run
+    # 7 ends a phase, 8 the run.
+    assert [seconds_of(row) for row in rows if row["kind"] == "save"] == [{SAVE: 1}] * 4
 
 
 def test_level_0_starts_no_timer(ranks, target, tmp_path) -> None:  # type: ignore[no-untyped-def]

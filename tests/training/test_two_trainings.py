@@ -1,4 +1,5 @@
-"""Of two trainings into one directory the second is refused, on all its ranks, and neither disturbs the other.
+"""Of two trainings into one directory the second is refused, on all its ranks, and neither disturbs the
+other.
 
 RACES_SEED=1234 RACES=5 pytest -m slow -s tests/training/test_two_trainings.py
 """
@@ -45,7 +46,9 @@ def stop(ranks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_second_training_is_refused_on_all_its_ranks(trainings: Trainings, tmp_path: Path, world_size: int) -> None:
+def test_the_second_training_is_refused_on_all_its_ranks(
+    trainings: Trainings, tmp_path: Path, world_size: int
+) -> None:
     expected, operations = trainings.undisturbed(world_size, False)
     at = random.Random(f"{SEED} {world_size}").randint(operations // 4, operations * 3 // 4)
     workdir = tmp_path / "run"
@@ -56,7 +59,10 @@ def test_the_second_training_is_refused_on_all_its_ranks(trainings: Trainings, t
     _, second = trainings.start(workdir, world_size, False)
     assert trainings.ranks.wait(second) == [2] * world_size, outputs(workdir)
     assert content(workdir / "training") == before, f"RACES_SEED={SEED}"
-    owner = rf"process {shared.pids[0]} on {re.escape(socket.gethostname()[:64])} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    owner = (
+        rf"process {shared.pids[0]} on {re.escape(socket.gethostname()[:64])} since \d{{4}}-\d\d-\d\d "
+        r"\d\d:\d\d:\d\d UTC"
+    )
     assert re.search(
         rf"error: {workdir}/training/checkpoints: another run writes there \({owner}\)", outputs(workdir)[0]
     )
@@ -91,7 +97,10 @@ def test_weights_are_not_imported_under_a_training(trainings: Trainings, tmp_pat
 
 
 def race(trainings: Trainings, workdir: Path, draw: random.Random) -> list[list[int]]:
-    """Starts two to four trainings at about once; their ranks' exit codes. All that was recorded is what one alone would have."""
+    """Starts two to four trainings at about once; their ranks' exit codes.
+
+    All that was recorded is what one alone would have.
+    """
     world_size, asynchronous = draw.choice([1, 1, 2]), draw.random() < 0.5
     expected, _ = trainings.undisturbed(world_size, asynchronous)
     jobs: list[list[Any]] = []
@@ -99,7 +108,10 @@ def race(trainings: Trainings, workdir: Path, draw: random.Random) -> list[list[
         jobs.append(trainings.start(workdir, world_size, asynchronous)[1])
         time.sleep(draw.choice([0, draw.uniform(0, 2)]))
     codes = [trainings.ranks.wait(job) for job in jobs]
-    assert all(set(job) in ({0}, {2}) for job in codes) and [0] * world_size in codes, (codes, outputs(workdir))
+    assert all(set(job) in ({0}, {2}) for job in codes) and [0] * world_size in codes, (
+        codes,
+        outputs(workdir),
+    )
     assert trainings.records(workdir) == expected
     names = {path.name for path in (workdir / "training/checkpoints").iterdir()}
     assert names >= {"iter_0000007", "iter_0000009"} and not any(name.endswith(".tmp") for name in names)
@@ -114,5 +126,6 @@ def test_of_many_trainings_started_at_once_one_trains(trainings: Trainings, tmp_
         print(f"RACES_SEED={SEED}: race {number}", flush=True)
         ends.update(job[0] for job in race(trainings, tmp_path / str(number), draw))
     print(
-        f"RACES_SEED={SEED}: {RACES} races of {ends.total()} trainings in {time.monotonic() - began:.0f} s: {dict(ends)}"
+        f"RACES_SEED={SEED}: {RACES} races of {ends.total()} trainings in {time.monotonic() - began:.0f} s: "
+        f"{dict(ends)}"
     )

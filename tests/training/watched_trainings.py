@@ -1,4 +1,6 @@
-"""Trainings over a tiny target that tell the test how far they are, so that it can do something to them at a certain moment."""
+"""Trainings over a tiny target that tell the test how far they are, so that it can do something to them at
+a certain moment.
+"""
 
 import dataclasses
 import enum
@@ -38,7 +40,9 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What happens when a job has come to operation `at`: at once, with whoever came to it held there, or `delay` seconds later."""
+    """What happens when a job has come to operation `at`: at once, with whoever came to it held there, or
+    `delay` seconds later.
+    """
 
     kind: Kind
     world_size: int
@@ -69,7 +73,8 @@ class Watched:
         return self.state.value == _REACHED
 
     def operation(self) -> None:
-        # Without a lock, which a killed process might hold: of several that count at once one may pass over `at`.
+        # Without a lock, which a killed process might hold: of several that count at once one may pass over
+        # `at`.
         self.operations.value += 1
         if self.state.value == _NOT_YET and self.at and self.operations.value >= self.at:
             if os.getpid() not in self.pids[:]:
@@ -90,7 +95,9 @@ class Watched:
 
 
 def run_rank(rank: int, workdir: Path, target: Path, sections: dict[str, Any], shared: Watched) -> None:
-    """One rank, which counts as operations what it or its writers do to the work directory, every batch and every record."""
+    """One rank, which counts as operations what it or its writers do to the work directory, every batch
+    and every record.
+    """
     from megatron_fuse.training import trainer
     from megatron_fuse.training.checkpoint import CheckpointWriter
 
@@ -188,9 +195,17 @@ class Trainings:
         return shared, self.ranks.start(world_size, workdir, run_rank, *plan, torchrun=torchrun)
 
     def interrupted(self, workdir: Path, moment: Moment) -> bool:
-        """Runs a job until the moment, lets it happen, and waits until nothing of the job is left. Whether it came to it."""
+        """Runs a job until the moment, lets it happen, and waits until nothing of the job is left.
+
+        Whether it came to it.
+        """
         shared, children = self.start(
-            workdir, moment.world_size, moment.asynchronous, moment.at, holds=not moment.delay, torchrun=moment.torchrun
+            workdir,
+            moment.world_size,
+            moment.asynchronous,
+            moment.at,
+            holds=not moment.delay,
+            torchrun=moment.torchrun,
         )
         wait_until_reached(shared, children)
         time.sleep(moment.delay)

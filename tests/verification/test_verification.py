@@ -1,4 +1,6 @@
-"""Laws of `inspect_data.py --verify`: whole fusion data is found whole, and everything that is damaged is named."""
+"""Laws of `inspect_data.py --verify`: whole fusion data is found whole, and everything that is damaged is
+named.
+"""
 
 import json
 import re
@@ -57,9 +59,8 @@ def test_whole_fusion_data_is_found_whole(world: Recipe) -> None:
     ]
     assert found.counts["rows"] == sum(len(document.counts) for document in documents)
     assert found.counts["entries"] == sum(len(document.teacher_ids) for document in documents)
-    assert (
-        found.counts["artifacts"] == 1 + 3 + 3 * 2 + 6 + 1 + 6
-    )  # instructions, responses, scores, captures, text, rows
+    # Instructions, responses, scores, captures, text, rows.
+    assert found.counts["artifacts"] == 1 + 3 + 3 * 2 + 6 + 1 + 6
 
 
 def test_what_is_not_there_but_need_not_be_is_no_problem(copied: Recipe) -> None:
@@ -103,8 +104,18 @@ DAMAGES = {
         lambda v: v.put(2, 60000),
         "token 2: id 60000, but the target",
     ),
-    "mark": ("text/shard-00001.supervised.bin", np.uint8, lambda v: v.put(5, 2), "token 5: the mark is 2, not 0 or 1"),
-    "first label": ("text/shard-00000.supervised.bin", np.uint8, lambda v: v.put(0, 1), "its first token is a label"),
+    "mark": (
+        "text/shard-00001.supervised.bin",
+        np.uint8,
+        lambda v: v.put(5, 2),
+        "token 5: the mark is 2, not 0 or 1",
+    ),
+    "first label": (
+        "text/shard-00000.supervised.bin",
+        np.uint8,
+        lambda v: v.put(0, 1),
+        "its first token is a label",
+    ),
     "label lost": (
         "text/shard-00000.supervised.bin",
         np.uint8,
@@ -117,10 +128,30 @@ DAMAGES = {
         lambda v: v.put(0, 65535),
         "id 65535, but the target",
     ),
-    "own answer's id": (f"{ANSWERS}/shard-00000.tokens.bin", np.uint16, lambda v: v.put(0, 65535), "token 0: id 65535"),
-    "NaN": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0x7E01), "is nan, not a finite"),
-    "infinity": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0xFC00), "is -inf, not a"),
-    "positive": (f"{TEACHER}/shard-00000.entry_logprobs.bin", np.uint16, lambda v: v.put(0, 0x3C00), "is 1.0, not a"),
+    "own answer's id": (
+        f"{ANSWERS}/shard-00000.tokens.bin",
+        np.uint16,
+        lambda v: v.put(0, 65535),
+        "token 0: id 65535",
+    ),
+    "NaN": (
+        f"{TEACHER}/shard-00000.entry_logprobs.bin",
+        np.uint16,
+        lambda v: v.put(0, 0x7E01),
+        "is nan, not a finite",
+    ),
+    "infinity": (
+        f"{TEACHER}/shard-00000.entry_logprobs.bin",
+        np.uint16,
+        lambda v: v.put(0, 0xFC00),
+        "is -inf, not a",
+    ),
+    "positive": (
+        f"{TEACHER}/shard-00000.entry_logprobs.bin",
+        np.uint16,
+        lambda v: v.put(0, 0x3C00),
+        "is 1.0, not a",
+    ),
     "count": (
         f"{TEACHER}/shard-00000.counts.bin",
         np.uint8,
@@ -156,7 +187,8 @@ def test_an_id_twice_in_a_row_and_a_mass_above_one_are_named(copied: Recipe) -> 
     prefix = fusion_directory(copied) / TEACHER / "shard-00000"
     entry = row_with_entries(copied, TEACHER, 2)
     change(Path(f"{prefix}.entry_ids.bin"), np.uint16, lambda ids: ids.put(entry + 1, ids[entry]))
-    change(Path(f"{prefix}.entry_logprobs.bin"), np.uint16, lambda half: half.put([entry, entry + 1], 0x8000))  # -0.0
+    # -0.0.
+    change(Path(f"{prefix}.entry_logprobs.bin"), np.uint16, lambda half: half.put([entry, entry + 1], 0x8000))
     problems = verified(copied).problems
     expect(problems, r"entry_ids.bin: example 'e\d+', row \d+: id \d+ is twice in the row")
     expect(problems, r"entry_logprobs.bin: example 'e\d+', row \d+: the mass is 2\.\d+, more than 1")
@@ -168,7 +200,10 @@ def test_an_index_that_megatron_would_read_otherwise_is_named(copied: Recipe) ->
     data[-17] ^= 1  # within the document bounds, which follow from the lengths
     path.write_bytes(data)
     own_up(path)
-    expect(verified(copied).problems, "shard-00000.counts.idx: the lengths, offsets and bounds contradict each other")
+    expect(
+        verified(copied).problems,
+        "shard-00000.counts.idx: the lengths, offsets and bounds contradict each other",
+    )
 
 
 def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
@@ -176,9 +211,14 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
         return world.model_copy(update={section: getattr(world, section).model_copy(update=values)})
 
     gamma = other("target", model=str(world.sources["gamma"].model))
-    expect(verified(gamma).problems, r"text/manifest.json: inputs.target tokenizer is \w+..., the recipe has \w+\.")
+    expect(
+        verified(gamma).problems,
+        r"text/manifest.json: inputs.target tokenizer is \w+..., the recipe has \w+\.",
+    )
     expect(verified(other("target", chat_template="alpaca")).problems, "inputs.target chat format is")
-    expect(verified(other("training", seq_length=90)).problems, "options.seq_length is 200, the recipe has 90")
+    expect(
+        verified(other("training", seq_length=90)).problems, "options.seq_length is 200, the recipe has 90"
+    )
     fusion = fusion_directory(copied)
     for name, section, key, value in (
         ("text", "options", "supervise", "nothing"),
@@ -194,7 +234,8 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
     expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, the recipe has 2.0")
     expect(problems, f"{TEACHER}/manifest.json: options.vocabulary_map is 'em', the recipe has 'exact'")
     expect(problems, f"{ANSWERS}/manifest.json: inputs.capture is 0000.*captures/beta/inference is \\w+")
-    expect(problems, f"{TEACHER}/manifest.json: inputs.text is .*fusion/.*/text is ")  # its manifest is another now
+    # Its manifest is another now.
+    expect(problems, f"{TEACHER}/manifest.json: inputs.text is .*fusion/.*/text is ")
 
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
@@ -208,14 +249,20 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
     write_arrays(path, arrays, basis)
     problems = verified(copied).problems
     expect(problems, rf"{path.name}: example 'e\d+': source 7, the recipe has 3")
-    expect(problems, rf"{path.name}: example 'e\d+': source is \d, the sources' examples give \d \(2 examples differ\)")
     expect(
         problems,
-        rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], the sources' examples give .*1 examples differ",
+        rf"{path.name}: example 'e\d+': source is \d, the sources' examples give \d \(2 examples differ\)",
+    )
+    expect(
+        problems,
+        rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], the sources' examples give .*1 examples "
+        r"differ",
     )
     expect(problems, rf"{path.name}: example 'e6': margin is -3\.0, the sources' examples give")
     expect(
-        problems, rf"{path.name}: example 'e7': weight is 0\.125, the sources' examples give 1\.0 \(1 examples differ\)"
+        problems,
+        rf"{path.name}: example 'e7': weight is 0\.125, the sources' examples give 1\.0 \(1 examples "
+        r"differ\)",
     )
     build_fusion_data(Context(copied))
     assert verified(copied).problems == []
@@ -241,7 +288,10 @@ def test_missing_and_broken_files_are_all_named_at_once(copied: Recipe) -> None:
     problems = verified(copied).problems
     expect(problems, r"shard-00001.match.idx: missing\. Restore it")
     expect(problems, r"shard-00002.examples.jsonl: the examples cannot be read")
-    expect(problems, r"beta/inference/shard-00000.examples.safetensors: the values for the selection cannot be read")
+    expect(
+        problems,
+        r"beta/inference/shard-00000.examples.safetensors: the values for the selection cannot be read",
+    )
     expect(problems, r"teachers/gamma/training: missing or incomplete\. Run megatron-fuse build")
     expect(problems, r"captures/alpha/training/shard-00000.safetensors: 0 bytes instead of")
 

@@ -22,7 +22,8 @@ __all__ = ["advantage_report", "advantage_text", "write_advantage_report"]
 def advantage_report(context: Context) -> dict[str, Any]:
     """The numbers (numbers.py) with the fusion directory's name and the cards (cards.py).
 
-    Raises UserError where fusion data or a stage before are missing, or where the schedule learns from no source.
+    Raises UserError where fusion data or a stage before are missing, or where the schedule learns from no
+    source.
     """
     seen = observe(context)
     choices = choose_cards(seen)
@@ -33,7 +34,9 @@ def advantage_report(context: Context) -> dict[str, Any]:
 
 
 def write_advantage_report(context: Context) -> tuple[dict[str, Any], Path]:
-    """Writes WORKDIR/reports/advantage/FUSION/advantage.{json,html} and a PNG per chart; returns the numbers and the directory."""
+    """Writes WORKDIR/reports/advantage/FUSION/advantage.{json,html} and a PNG per chart; returns the
+    numbers and the directory.
+    """
     logger.info("advantage report: reading instructions, answers and selections")
     recipe, report = context.recipe, advantage_report(context)
     directory = recipe.workdir / "reports" / "advantage" / fusion_directory(recipe).name

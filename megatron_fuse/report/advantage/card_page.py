@@ -38,7 +38,9 @@ def swatch(sources: list[str], name: str) -> str:
 
 
 def html_card(card: dict[str, Any], sources: list[str]) -> str:
-    won = ", ".join(f"{mode} mode: {winner or NOBODY}{_weight(card, mode)}" for mode, winner in card["winners"].items())
+    won = ", ".join(
+        f"{mode} mode: {winner or NOBODY}{_weight(card, mode)}" for mode, winner in card["winners"].items()
+    )
     caption = [f"example {card['id']}", *([card["category"]] if card["category"] else []), f"wins in {won}"]
     system = f'<p class="note">System: {_folded(card["system"], _SYSTEM)}</p>' if card["system"] else ""
     turns = card["messages"]
@@ -50,7 +52,8 @@ def html_card(card: dict[str, Any], sources: list[str]) -> str:
     answers = "".join(_answer(answer, sources, _ONE_OF_MANY if many else _ANSWER) for answer in given)
     columns = 1 if len(given) == 1 else 3 if many else 2
     return (
-        f'<div class="card"><h3>{escape(_sentence(card["reason"]))}</h3><p class="note">{escape(" · ".join(caption))}</p>{system}'
+        f'<div class="card"><h3>{escape(_sentence(card["reason"]))}</h3><p '
+        f'class="note">{escape(" · ".join(caption))}</p>{system}'
         f'<div class="instruction text">{"<br>".join(spoken)}</div>{_scores(card)}'
         f'<div class="answers" style="grid-template-columns: repeat({columns}, 1fr)">{answers}</div></div>\n'
     )
@@ -79,7 +82,10 @@ def _scores(card: dict[str, Any]) -> str:
     rows = []
     columns: list[str] = []
     for answer in card["answers"][1:]:
-        cells = {f"score: {reward_model}": _number(score) for reward_model, score in answer.get("scores", {}).items()}
+        cells = {
+            f"score: {reward_model}": _number(score)
+            for reward_model, score in answer.get("scores", {}).items()
+        }
         cells |= {"votes": str(answer["votes"])} if "votes" in answer else {}
         cells |= {name: _number(value) for name, value in answer.get("reference", {}).items()}
         cells |= {"nats per byte": _number(answer["nats_per_byte"])} if "nats_per_byte" in answer else {}
@@ -104,13 +110,16 @@ def _answer(answer: dict[str, Any], sources: list[str], size: tuple[int, int]) -
         shown = _folded(text, size) if text else '<span class="note">(no text)</span>'
     truth = " truth" if name == GROUND_TRUTH else ""
     return (
-        f'<div class="answer{truth}" style="border-color:{colour_of(sources, name)}"><b>{escape(name)}</b>{won} '
+        f'<div class="answer{truth}" '
+        f'style="border-color:{colour_of(sources, name)}"><b>{escape(name)}</b>{won} '
         f'<span class="note">{len(text):,} characters</span><div class="text answer-text">{shown}</div></div>'
     )
 
 
 def _folded(text: str, size: tuple[int, int]) -> str:
-    """The beginning, of at most this many characters and lines; the rest can be opened and goes on where it ends."""
+    """The beginning, of at most this many characters and lines; the rest can be opened and goes on where
+    it ends.
+    """
     characters, lines = size
     if len(text) <= 1.2 * characters and text.count("\n") <= lines:
         return escape(text)

@@ -26,9 +26,9 @@ class Choice:
 
 
 def choose_cards(seen: Observations) -> list[Choice]:
-    """The first CARDS different examples, taken in turn from what can be seen in the data: clear wins of every source, ties,
-    disagreement and agreement of the modes, narrow wins, winners that are cut off or refuse, examples that nobody wins, or that
-    one wins without a competitor."""
+    """The first CARDS different examples, taken in turn from what can be seen in the data: clear wins of
+    every source, ties, disagreement and agreement of the modes, narrow wins, winners that are cut off or
+    refuse, examples that nobody wins, or that one wins without a competitor."""
     chosen: dict[int, str] = {}
     for turn in zip_longest(*_queues(seen)):
         for choice in turn:
@@ -50,7 +50,11 @@ def _queues(seen: Observations) -> list[Iterator[Choice]]:
     clear = order[(compared & ~ties & (arrays["margin"] > 0))[order]]
     return [
         _clear_wins(seen, mode, clear),
-        _each(order[ties[order]], "a tie of votes, which the strongest reward model decides for {inference}", seen),
+        _each(
+            order[ties[order]],
+            "a tie of votes, which the strongest reward model decides for {inference}",
+            seen,
+        ),
         *(_between_modes(seen) if len(seen.selections) == 2 else []),
         _each(clear[::-1], f"a narrow win of {{{mode}}} in {mode} mode", seen),
         *(_flagged_winners(seen) if mode == "inference" else []),
@@ -60,7 +64,9 @@ def _queues(seen: Observations) -> list[Iterator[Choice]]:
 
 
 def _between_modes(seen: Observations) -> list[Iterator[Choice]]:
-    """Examples with a winner in both modes, those first in which both are sure: the lower of the two ranks counts."""
+    """Examples with a winner in both modes, those first in which both are sure: the lower of the two ranks
+    counts.
+    """
     training, inference = (seen.selections[mode] for mode in ("training", "inference"))
     order = np.argsort(-np.minimum(_rank(training["margin"]), _rank(inference["margin"])), kind="stable")
     both = (training["source"] != NONE) & (inference["source"] != NONE)
@@ -83,7 +89,9 @@ def _flagged_winners(seen: Observations) -> list[Iterator[Choice]]:
 
 
 def _rank(margin: np.ndarray) -> np.ndarray:
-    """[n] place among the sorted margins, equal ones in the order of the examples; nothing comparable is last."""
+    """[n] place among the sorted margins, equal ones in the order of the examples; nothing comparable is
+    last.
+    """
     order = np.argsort(np.where(np.isfinite(margin), margin, -np.inf), kind="stable")
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -91,7 +99,9 @@ def _rank(margin: np.ndarray) -> np.ndarray:
 
 
 def _gap(seen: Observations, mode: str) -> np.ndarray:
-    """[n]: how far the winner is ahead in the strongest reward model's scores, which orders examples of equal votes."""
+    """[n]: how far the winner is ahead in the strongest reward model's scores, which orders examples of
+    equal votes.
+    """
     if mode == "training" or not seen.reward_models:
         return np.zeros(len(seen.numbers))
     arrays = seen.selections[mode]
@@ -128,14 +138,18 @@ def _winner(seen: Observations, mode: str, example: int) -> str | None:
 
 
 def card(seen: Observations, choice: Choice, example: Example, responses: list[Response]) -> dict[str, Any]:
-    """{id, reason, category, system, messages, winners {mode: source}, margins, weights {mode: number}, answers}.
+    """{id, reason, category, system, messages, winners {mode: source}, margins, weights {mode: number},
+    answers}.
 
-    answers: of the ground truth and every source {name, text, same_as: a source of the same text, wins: modes, flags, scores
-    {reward_model: number}, votes, reference {measure: number}, nats_per_byte}. What there is not is null or left out.
+    answers: of the ground truth and every source {name, text, same_as: a source of the same text, wins:
+    modes, flags, scores {reward_model: number}, votes, reference {measure: number}, nats_per_byte}. What
+    there is not is null or left out.
     """
     index = choice.example
     winners = {mode: _winner(seen, mode, index) for mode in seen.selections}
-    answers: list[dict[str, Any]] = [{"name": GROUND_TRUTH, "text": example.response, "truncated": example.truncated}]
+    answers: list[dict[str, Any]] = [
+        {"name": GROUND_TRUTH, "text": example.response, "truncated": example.truncated}
+    ]
     for number, source in enumerate(seen.sources):
         response = responses[number] if responses else None
         answers.append(
@@ -178,12 +192,15 @@ def _measures(seen: Observations, example: int, source: int) -> dict[str, Any]:
         if seen.reward_models:
             scores = inference["scores"][example, source]
             measures_of_answer["scores"] = {
-                reward_model: _number(score) for reward_model, score in zip(seen.reward_models, scores, strict=True)
+                reward_model: _number(score)
+                for reward_model, score in zip(seen.reward_models, scores, strict=True)
             }
             measures_of_answer["votes"] = int(inference["votes"][example, source])
         if "reference" in inference:
             measures = [*inference["reference"][example, source], inference["score"][example, source]]
-            measures_of_answer["reference"] = dict(zip([*MEASURES, "score"], map(_number, measures), strict=True))
+            measures_of_answer["reference"] = dict(
+                zip([*MEASURES, "score"], map(_number, measures), strict=True)
+            )
     if training := seen.selections.get("training"):
         divisor = max(int(training["response_bytes"][example]), 1)
         measures_of_answer["nats_per_byte"] = _number(training["ce_sum"][example, source] / divisor)

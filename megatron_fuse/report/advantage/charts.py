@@ -1,5 +1,5 @@
-"""The advantage report's pictures. A source has one colour in all of them; each says in its title what it shows, in which unit
-and of how many examples."""
+"""The advantage report's pictures. A source has one colour in all of them; each says in its title what it
+shows, in which unit and of how many examples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
 from megatron_fuse.reporting.layout import percent
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, in an order in which neighbours differ in lightness as well;
-# black is the ground truth. The eighth is not theirs.
+# Okabe and Ito's colours, which the colour-blind can tell apart, in an order in which neighbours differ in
+# lightness as well; black is the ground truth. The eighth is not theirs.
 SOURCE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 MODE_MARKERS = {"training": "o", "inference": "s"}
 _WIDTH = 11  # inches: 14 px a point of 10 in a page of 1280 px
@@ -57,7 +57,9 @@ def _draw_wins(report: dict[str, Any]) -> tuple[str, Figure]:
         for row, name in enumerate(names):
             share, low, high = (100 * by_source[name][key] for key in ("share", "low", "high"))
             hatch = "////" if name == NOBODY else None
-            axes.barh(row, share, color=colour_of(sources, name), edgecolor="#444444", linewidth=0.6, hatch=hatch)
+            axes.barh(
+                row, share, color=colour_of(sources, name), edgecolor="#444444", linewidth=0.6, hatch=hatch
+            )
             axes.hlines(row, low, high, color="black", linewidth=1)
             label = f"{percent(by_source[name]['share'])} ({by_source[name]['examples']:,})"
             axes.annotate(label, (high, row), (6, 0), textcoords="offset points", va="center")
@@ -76,8 +78,13 @@ def _most_wins_in_words(report: dict[str, Any]) -> str:
     most = most_wins(report)
     names = {name for name, _ in most.values()}
     if len(most) == 2 and len(names) == 1:
-        return f"{names.pop()} wins most often in both modes ({' and '.join(percent(share) for _, share in most.values())})"
-    sentences = [f"{name} wins most often in {mode} mode ({percent(share)})" for mode, (name, share) in most.items()]
+        return (
+            f"{names.pop()} wins most often in both modes "
+            f"({' and '.join(percent(share) for _, share in most.values())})"
+        )
+    sentences = [
+        f"{name} wins most often in {mode} mode ({percent(share)})" for mode, (name, share) in most.items()
+    ]
     return ", ".join(sentences) or "No source wins"
 
 
@@ -110,9 +117,8 @@ def _draw_modes(report: dict[str, Any]) -> tuple[str, Figure]:
     figure = Figure(figsize=(min(_WIDTH, 5.5 + 0.7 * len(sources)), 1.5 + 0.4 * len(sources)))
     axes = figure.subplots()
     shares = [[100 * count / modes["examples"] for count in row] for row in modes["table"]]
-    axes.imshow(
-        shares, cmap="Greys", vmin=0, vmax=1.6 * max(map(max, shares)), aspect="auto"
-    )  # the darkest is a mid-grey
+    # The darkest is a mid-grey.
+    axes.imshow(shares, cmap="Greys", vmin=0, vmax=1.6 * max(map(max, shares)), aspect="auto")
     for row, row_shares in enumerate(shares):
         for column, share in enumerate(row_shares):
             axes.text(column, row, f"{share:.1f}", ha="center", va="center")
@@ -122,24 +128,35 @@ def _draw_modes(report: dict[str, Any]) -> tuple[str, Figure]:
     axes.set_xticks(range(len(sources)), sources, **slant)
     axes.set_yticks(range(len(sources)), sources)
     axes.set_ylabel("winner in training mode")
-    title = f"Both modes choose the same source in {percent(modes['agree'])}, by chance it would be {percent(modes['chance'])}"
-    return _titled(figure, title, modes["examples"], "winner in inference mode (cells: per cent of the examples)")
+    title = (
+        f"Both modes choose the same source in {percent(modes['agree'])}, by chance it would be "
+        f"{percent(modes['chance'])}"
+    )
+    return _titled(
+        figure, title, modes["examples"], "winner in inference mode (cells: per cent of the examples)"
+    )
 
 
 def _draw_groups(report: dict[str, Any], name: str) -> tuple[str, Figure]:
     """One panel per source, one row per group, a mark with its 95 % interval per mode."""
     sources, groups, modes = report["sources"], report["groups"][name], list(report["wins"])
     figure, panels = _panels(sources, groups)
-    intervals = [interval for group in groups for wins in group["wins"].values() for interval in wins.values()]
+    intervals = [
+        interval for group in groups for wins in group["wins"].values() for interval in wins.values()
+    ]
     highest = 100 * max(interval["high"] for interval in intervals)
     shift = 0.16 if len(modes) == 2 else 0
     for source, axes in zip(sources, panels, strict=True):
         for mode, side in zip(modes, (-shift, shift), strict=False):
             face = colour_of(sources, source) if mode == "inference" else "white"
             for row, group in enumerate(groups):
-                share, low, high = (100 * group["wins"][mode][source][key] for key in ("share", "low", "high"))
+                share, low, high = (
+                    100 * group["wins"][mode][source][key] for key in ("share", "low", "high")
+                )
                 axes.hlines(row + side, low, high, color="#666666", linewidth=1.2)
-                axes.plot(share, row + side, MODE_MARKERS[mode], color=face, markeredgecolor="black", clip_on=False)
+                axes.plot(
+                    share, row + side, MODE_MARKERS[mode], color=face, markeredgecolor="black", clip_on=False
+                )
         axes.set_xlim(0, highest)
         axes.grid(axis="x", color="#DDDDDD")
     marks = {"training": "○ training mode", "inference": "■ inference mode"}
@@ -148,7 +165,9 @@ def _draw_groups(report: dict[str, Any], name: str) -> tuple[str, Figure]:
 
 
 def _finding(report: dict[str, Any], name: str) -> str:
-    """The source and mode whose share of wins differs most between two groups whose 95 % intervals do not overlap."""
+    """The source and mode whose share of wins differs most between two groups whose 95 % intervals do not
+    overlap.
+    """
     groups, clear = report["groups"][name], []
     for mode in report["wins"]:
         for source in report["sources"]:
@@ -160,16 +179,22 @@ def _finding(report: dict[str, Any], name: str) -> str:
         return f"No source's share of wins varies clearly by {name}: the 95 % intervals overlap"
     _, source, mode, least, low, most, high = max(clear, key=lambda row: row[0])
     return (
-        f"By {name}, {source}'s share of wins in {mode} mode varies most: {percent(least['share'], 0)} ({_short(low)}) to "
+        f"By {name}, {source}'s share of wins in {mode} mode varies most: {percent(least['share'], 0)} "
+        f"({_short(low)}) to "
         f"{percent(most['share'], 0)} ({_short(high)})"
     )
 
 
 def _draw_lengths(report: dict[str, Any]) -> tuple[str, Figure]:
-    """One panel per source, one row per group: the median length of its answers beside that of the ground truth."""
+    """One panel per source, one row per group: the median length of its answers beside that of the ground
+    truth.
+    """
     groups, sources = report["lengths"]["groups"], report["sources"]
     if report["lengths"]["by"] == "system message":  # numbered as in the page's table
-        ranks = {system["text"]: f"{rank}. " for rank, system in enumerate(report["system_messages"]["frequent"], 1)}
+        ranks = {
+            system["text"]: f"{rank}. "
+            for rank, system in enumerate(report["system_messages"]["frequent"], 1)
+        }
         groups = [{**group, "group": f"{ranks.get(group['group'], '')}{group['group']}"} for group in groups]
     whole = groups[0]["median"]
     answering = [source for source in sources if source in whole]
@@ -205,7 +230,9 @@ def _panels(names: Sequence[str], groups: Sequence[dict[str, Any]]) -> tuple[Fig
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
     for axes, name in zip(grid, names, strict=False):
         axes.set_title(name, loc="left", fontweight="bold")
-        axes.set_yticks(range(len(groups)), [f"{_short(group['group'])} ({group['examples']:,})" for group in groups])
+        axes.set_yticks(
+            range(len(groups)), [f"{_short(group['group'])} ({group['examples']:,})" for group in groups]
+        )
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
     for axes in grid[len(names) :]:

@@ -4,18 +4,24 @@ One JSON object. A share or mean of nothing is null; NOBODY stands for no source
 
     rules       {mode: rule}; sources, reward_models: names
     examples    counted: all others are of these; validation: left out
-    wins        {mode: {source or NOBODY: {examples, share, low, high}}}, low and high being Wilson's 95 % interval
-    margins     {mode: {median: of the winners' margins; lowered: winners that do not count in full; dropped: not at all}}
-    modes       of the examples with a winner in both: examples, agree, chance, kappa; table [S][S] of counts, rows by the
+    wins        {mode: {source or NOBODY: {examples, share, low, high}}}, low and high being Wilson's 95 %
+                interval
+    margins     {mode: {median: of the winners' margins; lowered: winners that do not count in full; dropped:
+                not at all}}
+    modes       of the examples with a winner in both: examples, agree, chance, kappa; table [S][S] of counts,
+                rows by the
                 training mode's winner, columns by the inference mode's; null unless both modes are in use
-    reward_models   favourites {reward model: {source: share}}; pairs [{reward_models: [a, b], examples, agree, chance,
-                kappa}]; winner {reward model: its agreement with the choice}; tied: share of the examples with a
-                winner where several answers have most votes; unanimous: share where all reward models have one
-                favourite; null without reward models
+    reward_models   favourites {reward model: {source: share}}; pairs [{reward_models: [a, b], examples,
+                    agree, chance,
+                kappa}]; winner {reward model: its agreement with the choice}; tied: share of the examples
+                with a winner where several answers have most votes; unanimous: share where all reward models
+                have one favourite; null without reward models
     groups      {"instruction length" or "category": [{group, examples, wins {mode: as above}}]}
-    lengths     by: what the groups are; groups [{group, examples, median {GROUND_TRUTH or source: characters}}]; the first is all
+    lengths     by: what the groups are; groups [{group, examples, median {GROUND_TRUTH or source:
+                characters}}]; the first is all
     system_messages     different, examples: that have one; frequent [{text, examples, share}]
-    answers     {GROUND_TRUTH or source: {answers, empty, truncated, refused, unmatched, characters {mean, median}, tokens
+    answers     {GROUND_TRUTH or source: {answers, empty, truncated, refused, unmatched, characters {mean,
+                median}, tokens
                 {mean, median}}}; lengths are of answers that are not empty
 """
 
@@ -85,7 +91,9 @@ def most_wins(report: dict[str, Any]) -> dict[str, tuple[str, float]]:
 
 
 def wilson(part: int, whole: int) -> tuple[float | None, float | None]:
-    """The interval that holds the true share in 95 of 100 cases (Wilson 1927), also near 0 and 1 and for few examples."""
+    """The interval that holds the true share in 95 of 100 cases (Wilson 1927), also near 0 and 1 and for
+    few examples.
+    """
     if not whole:
         return None, None
     share, correction = part / whole, _Z**2 / whole
@@ -97,8 +105,8 @@ def wilson(part: int, whole: int) -> tuple[float | None, float | None]:
 def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float | int | None]:
     """Of two raters' choices int [n], NONE = no choice, over the examples where both choose.
 
-    chance: the agreement of independent raters who choose as often as these do; kappa = (agree - chance) / (1 - chance) (Cohen
-    1960), null where chance is 1: both always choose the same one.
+    chance: the agreement of independent raters who choose as often as these do; kappa = (agree - chance) / (1
+    - chance) (Cohen 1960), null where chance is 1: both always choose the same one.
     """
     chosen = (first != NONE) & (second != NONE)
     first, second = first[chosen].astype(np.int64), second[chosen].astype(np.int64)
@@ -109,21 +117,30 @@ def agreement(first: np.ndarray, second: np.ndarray) -> dict[str, float | int | 
     agree = int((first == second).sum())
     by_chance, squared = int(one @ other), len(first) ** 2
     kappa = _ratio(agree * len(first) - by_chance, squared - by_chance)
-    return {"examples": len(first), "agree": agree / len(first), "chance": by_chance / squared, "kappa": kappa}
+    return {
+        "examples": len(first),
+        "agree": agree / len(first),
+        "chance": by_chance / squared,
+        "kappa": kappa,
+    }
 
 
 def favourites(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
     """int [n, R]: the source whose answer each reward model likes best, NONE where no answer can win.
 
-    scores float [n, S, R] and same int [n, S] as in `able_answers`: an answer without a score of any one is nobody's
-    favourite, and of identical texts the first is.
+    scores float [n, S, R] and same int [n, S] as in `able_answers`: an answer without a score of any one is
+    nobody's favourite, and of identical texts the first is.
     """
     able = np.where(able_answers(scores, same), same, 0)
-    return np.stack([best_score(scores[..., reward_model], able) for reward_model in range(scores.shape[2])], 1)
+    return np.stack(
+        [best_score(scores[..., reward_model], able) for reward_model in range(scores.shape[2])], 1
+    )
 
 
 def tied(votes: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """bool [n]: several different answers have the most votes. votes int [n, S], those of the source's answer."""
+    """bool [n]: several different answers have the most votes. votes int [n, S], those of the source's
+    answer.
+    """
     most = (votes == votes.max(1, keepdims=True)) & (votes > 0) & (same != 0)
     first = np.take_along_axis(same, most.argmax(1)[:, None], 1)
     return (most & (same != first)).any(1)
@@ -140,8 +157,14 @@ def margins(arrays: dict[str, np.ndarray]) -> dict[str, float | int | None]:
 
 
 def quartiles(characters: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """(range, bool [n]) of four groups as equal as equal lengths allow, which stay together; fewer where lengths do not differ."""
-    cuts = np.unique(np.quantile(characters, [0.25, 0.5, 0.75], method="lower")) if len(characters) else np.zeros(0)
+    """(range, bool [n]) of four groups as equal as equal lengths allow, which stay together; fewer where
+    lengths do not differ.
+    """
+    cuts = (
+        np.unique(np.quantile(characters, [0.25, 0.5, 0.75], method="lower"))
+        if len(characters)
+        else np.zeros(0)
+    )
     quarter = np.searchsorted(cuts, characters)
     parts = [quarter == part for part in range(len(cuts) + 1)]
     groups = []
@@ -153,7 +176,8 @@ def quartiles(characters: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 
 def frequent_groups(codes: np.ndarray, names: list[str], most: int) -> list[tuple[str, np.ndarray]]:
-    """(name, bool [n]) by falling frequency, then in the order of names; at most `most`, the rarest being one group.
+    """(name, bool [n]) by falling frequency, then in the order of names; at most `most`, the rarest being one
+    group.
 
     codes int [n]: places in names, -1 for none, which is the last group.
     """
@@ -235,7 +259,9 @@ def _system_messages(seen: Observations) -> dict[str, Any]:
     return {
         "different": len(np.unique(seen.system[seen.system >= 0])),
         "examples": int((seen.system >= 0).sum()),
-        "frequent": [{"text": text, "examples": count, "share": _ratio(count, examples)} for text, count in rows],
+        "frequent": [
+            {"text": text, "examples": count, "share": _ratio(count, examples)} for text, count in rows
+        ],
     }
 
 

@@ -1,7 +1,8 @@
-"""What the report counts: facts of every example that is learned from, read from instructions, answers and selections.
+"""What the report counts: facts of every example that is learned from, read from instructions, answers and
+selections.
 
-Legend: n examples, S sources in the recipe's order, R reward models in theirs. Validation examples are left out: nothing is learned from
-them, and whoever evaluates on them should not have looked at them.
+Legend: n examples, S sources in the recipe's order, R reward models in theirs. Validation examples are left
+out: nothing is learned from them, and whoever evaluates on them should not have looked at them.
 """
 
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ FLAGS = ("empty", "truncated", "refused", "unmatched")  # what an answer can be
 class Answers:
     """How the sources answered: all arrays [n, S]; S = 0 where the recipe does not use the inference mode.
 
-    characters int64; tokens int64: of each source's own tokenizer; same int64: equal numbers for identical texts within an
-    example, 0 for what was left out and cannot win; empty, truncated, refused, unmatched bool: unmatched is what a file of
-    answers has no row for, it is empty as well.
+    characters int64; tokens int64: of each source's own tokenizer; same int64: equal numbers for identical
+    texts within an example, 0 for what was left out and cannot win; empty, truncated, refused, unmatched
+    bool: unmatched is what a file of answers has no row for, it is empty as well.
     """
 
     characters: np.ndarray
@@ -39,11 +40,13 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """numbers int64 [n]: places in the instructions; validation: examples left out. characters int64 [n]: of the ground truth;
+    """numbers int64 [n]: places in the instructions; validation: examples left out. characters int64 [n]: of
+    the ground truth;
     instruction_characters int64 [n]: of all messages of user and assistant before it.
 
-    system, category int64 [n]: places in system_messages and categories, -1 = none. selections: mode -> the arrays of its
-    selection (selection/choice.py), of these examples only. strongest: place of the reward model that breaks ties.
+    system, category int64 [n]: places in system_messages and categories, -1 = none. selections: mode -> the
+    arrays of its selection (selection/choice.py), of these examples only. strongest: place of the reward
+    model that breaks ties.
     """
 
     sources: list[str]
@@ -72,7 +75,8 @@ def observe(context: Context) -> Observations:
     selected = FusionDataset(recipe).selections
     instructions, responses = _open(context)
     system_messages, categories = dict[str, int](), dict[str, int]()
-    rows: list[tuple[int, ...]] = []  # validation, characters, truncated, instruction_characters, system, category
+    # Validation, characters, truncated, instruction_characters, system, category.
+    rows: list[tuple[int, ...]] = []
     answered: list[list[tuple[int, ...]]] = []
     unmatched = [_unmatched(shards) for shards in responses]
     for shard, examples in enumerate(instructions):
@@ -90,10 +94,14 @@ def observe(context: Context) -> Observations:
             answered.append(_answer_columns(answers, [example.id in ids for ids in unmatched]))
     table = np.array(rows, np.int64)
     kept = table[:, 0] == 0
-    selections = {mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes}
+    selections = {
+        mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes
+    }
     answer_columns = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
     strongest = recipe.strongest
-    reward_models = recipe.voting_reward_models if "inference" in modes and recipe.selection.inference == "vote" else []
+    reward_models = (
+        recipe.voting_reward_models if "inference" in modes and recipe.selection.inference == "vote" else []
+    )
     return Observations(
         sources=list(recipe.sources),
         reward_models=reward_models,
@@ -114,7 +122,9 @@ def observe(context: Context) -> Observations:
 
 
 def read_texts(context: Context, numbers: list[int]) -> dict[int, tuple[Example, list[Response]]]:
-    """The examples of these places in the instructions, with every source's answer where there are answers."""
+    """The examples of these places in the instructions, with every source's answer where there are
+    answers.
+    """
     instructions, responses = _open(context)
     texts, first = dict[int, tuple[Example, list[Response]]](), 0
     for shard, examples in enumerate(instructions):

@@ -6,7 +6,15 @@ from megatron_fuse.report.advantage.card_page import CARD_STYLE, html_card, swat
 from megatron_fuse.report.advantage.charts import rule_in_words
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
 from megatron_fuse.report.advantage.observations import FLAGS
-from megatron_fuse.reporting.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
+from megatron_fuse.reporting.layout import (
+    Table,
+    escape,
+    html_page,
+    html_picture,
+    html_table,
+    percent,
+    text_table,
+)
 
 _STYLE = """
 ul.findings { padding-left: 1.2em; font-size: 1.06em; }
@@ -33,11 +41,15 @@ def advantage_page(report: dict[str, Any], charts: dict[str, tuple[str, bytes]])
         parts.append(f"<h2>The two modes</h2>\n{picture('modes') or _paragraph(_modes(report))}")
     if report["reward_models"]:
         parts.append(f"<h2>The reward models</h2>\n{_reward_model_tables(report)}")
-    parts.append(f"<h2>Where they win</h2>\n{''.join(picture(name.replace(' ', '_')) for name in report['groups'])}")
+    parts.append(
+        f"<h2>Where they win</h2>\n{''.join(picture(name.replace(' ', '_')) for name in report['groups'])}"
+    )
     if "category" not in report["groups"]:
         parts.append(_paragraph("No example has a category."))
     parts.append(f"<h2>How long the answers are</h2>\n{picture('lengths')}{_system_messages(report)}")
-    parts.append(f"<h2>What the answers are like</h2>\n{html_table(_answers_table(report))}{_paragraph(_ANSWERS)}")
+    parts.append(
+        f"<h2>What the answers are like</h2>\n{html_table(_answers_table(report))}{_paragraph(_ANSWERS)}"
+    )
     cards = "".join(html_card(card, report["sources"]) for card in report["cards"])
     parts.append(f"<h2>{len(report['cards'])} examples</h2>\n{cards}")
     return html_page("Advantage report", "".join(parts), _STYLE + CARD_STYLE)
@@ -50,9 +62,15 @@ def advantage_text(report: dict[str, Any]) -> str:
 
 
 def _origin(report: dict[str, Any]) -> str:
-    examples, rules = report["examples"], [f"{rule_in_words(report, mode)} ({mode} mode)" for mode in report["rules"]]
+    examples, rules = (
+        report["examples"],
+        [f"{rule_in_words(report, mode)} ({mode} mode)" for mode in report["rules"]],
+    )
     validation = f"; the {examples['validation']:,} of validation are not" if examples["validation"] else ""
-    return f"{report['fusion_data']}: {examples['counted']:,} examples are counted{validation}. Chosen by {', '.join(rules)}."
+    return (
+        f"{report['fusion_data']}: {examples['counted']:,} examples are counted{validation}. Chosen by "
+        f"{', '.join(rules)}."
+    )
 
 
 def _findings(report: dict[str, Any]) -> list[str]:
@@ -60,7 +78,9 @@ def _findings(report: dict[str, Any]) -> list[str]:
     for mode, (name, share) in most_wins(report).items():
         nobody = report["wins"][mode][NOBODY]
         none = f"; no source in {percent(nobody['share'])}" if nobody["examples"] else ""
-        sentences.append(f"{mode.capitalize()} mode: {name} wins most often, {percent(share)} of the examples{none}.")
+        sentences.append(
+            f"{mode.capitalize()} mode: {name} wins most often, {percent(share)} of the examples{none}."
+        )
     if report["modes"]:
         sentences.append(_modes(report))
     if report["reward_models"]:
@@ -68,8 +88,12 @@ def _findings(report: dict[str, Any]) -> list[str]:
     median = report["lengths"]["groups"][0]["median"]
     answers = [length for name, length in median.items() if name != GROUND_TRUTH and length]
     if answers:
-        times = dict.fromkeys(f"{median[GROUND_TRUTH] / length:.1f}" for length in (max(answers), min(answers)))
-        sentences.append(f"The median ground truth is {' to '.join(times)} times as long as a source's median answer.")
+        times = dict.fromkeys(
+            f"{median[GROUND_TRUTH] / length:.1f}" for length in (max(answers), min(answers))
+        )
+        sentences.append(
+            f"The median ground truth is {' to '.join(times)} times as long as a source's median answer."
+        )
     return sentences
 
 
@@ -78,7 +102,8 @@ def _modes(report: dict[str, Any]) -> str:
     if not modes["examples"]:
         return "No example has a winner in both modes."
     return (
-        f"The same source wins in both modes in {percent(modes['agree'])} of {modes['examples']:,} examples, where chance gives "
+        f"The same source wins in both modes in {percent(modes['agree'])} of {modes['examples']:,} "
+        "examples, where chance gives "
         f"{percent(modes['chance'])} (kappa {_kappa(modes['kappa'])})."
     )
 
@@ -90,21 +115,28 @@ def _reward_models(report: dict[str, Any]) -> str:
     kappas = [pair["kappa"] for pair in reward_models["pairs"] if pair["kappa"] is not None]
     extent = " to ".join(dict.fromkeys(map(_kappa, (min(kappas), max(kappas))))) if kappas else "-"
     return (
-        f"The {len(reward_models['favourites'])} reward models like one answer best in {percent(reward_models['unanimous'])} of the examples with a "
+        f"The {len(reward_models['favourites'])} reward models like one answer best in "
+        f"{percent(reward_models['unanimous'])} of the examples with a "
         f"winner, {percent(reward_models['tied'])} are ties of votes; between two of them kappa is {extent}."
     )
 
 
 def _reward_model_tables(report: dict[str, Any]) -> str:
-    """What every reward model likes best, and how often it agrees with the choice; then every pair of reward models."""
+    """What every reward model likes best, and how often it agrees with the choice; then every pair of
+    reward models.
+    """
     reward_models = report["reward_models"]
     names = list(reward_models["favourites"])
     rows = [
         [f"likes {source} best", *(percent(reward_models["favourites"][name][source]) for name in names)]
         for source in report["sources"]
     ]
-    rows.append(["likes the winner best", *(percent(reward_models["winner"][name]["agree"]) for name in names)])
-    rows.append(["kappa with the winner", *(_kappa(reward_models["winner"][name]["kappa"]) for name in names)])
+    rows.append(
+        ["likes the winner best", *(percent(reward_models["winner"][name]["agree"]) for name in names)]
+    )
+    rows.append(
+        ["kappa with the winner", *(_kappa(reward_models["winner"][name]["kappa"]) for name in names)]
+    )
     table = html_table((("share of examples", *names), rows))
     if not reward_models["pairs"]:
         return table
@@ -118,7 +150,9 @@ def _reward_model_tables(report: dict[str, Any]) -> str:
         ]
         for pair in reward_models["pairs"]
     ]
-    return table + html_table((("pair of reward models", "examples", "same favourite", "by chance", "kappa"), pairs))
+    return table + html_table(
+        (("pair of reward models", "examples", "same favourite", "by chance", "kappa"), pairs)
+    )
 
 
 _LOWERED = {"dropped": "are dropped", "lowered": "count less"}
@@ -130,9 +164,13 @@ def _margins(report: dict[str, Any]) -> str:
         lead = margins["median"]
         if lead is None:
             continue
-        changed = [f"{count:,} barely win and {what}" for key, what in _LOWERED.items() if (count := margins[key])]
+        changed = [
+            f"{count:,} barely win and {what}" for key, what in _LOWERED.items() if (count := margins[key])
+        ]
         low = f"; {' and '.join(changed)}" if changed else ""
-        sentences.append(f"{mode.capitalize()} mode: the median winner is ahead by {_lead(report, mode, lead)}{low}.")
+        sentences.append(
+            f"{mode.capitalize()} mode: the median winner is ahead by {_lead(report, mode, lead)}{low}."
+        )
     return " ".join(sentences)
 
 
@@ -154,14 +192,16 @@ def _system_messages(report: dict[str, Any]) -> str:
         for rank, system in enumerate(systems["frequent"], 1)
     ]
     text = (
-        f"{systems['examples']:,} of {examples:,} examples have a system message, of {systems['different']:,} different ones; "
+        f"{systems['examples']:,} of {examples:,} examples have a system message, of "
+        f"{systems['different']:,} different ones; "
         f"the {len(rows)} most frequent:"
     )
     return _paragraph(text) + html_table((("system message", "examples", "share"), rows), "texts")
 
 
 _ANSWERS = (
-    "Lengths are of answers that are not empty; tokens are of each source's own tokenizer. Truncated: cut off by a limit; "
+    "Lengths are of answers that are not empty; tokens are of each source's own tokenizer. Truncated: cut "
+    "off by a limit; "
     "refused: declines to answer; unmatched: a file of answers has none for the example."
 )
 
@@ -173,7 +213,10 @@ def _answers_table(report: dict[str, Any]) -> Table:
         [
             name,
             *("-" if answers[flag] is None else f"{answers[flag]:,}" for flag in flags),
-            *("-" if answers[unit][kind] is None else f"{answers[unit][kind]:,.0f}" for unit, kind in measures),
+            *(
+                "-" if answers[unit][kind] is None else f"{answers[unit][kind]:,.0f}"
+                for unit, kind in measures
+            ),
         ]
         for name, answers in report["answers"].items()
     ]

@@ -15,7 +15,8 @@ __all__ = ["TEXT_CLASSES", "alignment_report", "alignment_text", "text_classes",
 
 
 def write_alignment_report(context: Context) -> tuple[dict[str, Any], Path]:
-    """Writes WORKDIR/reports/alignment/FUSION/alignment.{json,png,html}; returns the numbers and the directory.
+    """Writes WORKDIR/reports/alignment/FUSION/alignment.{json,png,html}; returns the numbers and the
+    directory.
 
     Raises UserError where fusion data or captures are missing, or where nothing is learned from a source.
     """

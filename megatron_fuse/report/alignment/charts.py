@@ -1,4 +1,6 @@
-"""The alignment report as a picture: how the rows of every source and class of text were aligned, and the mass they keep."""
+"""The alignment report as a picture: how the rows of every source and class of text were aligned, and the
+mass they keep.
+"""
 
 from typing import Any
 
@@ -38,9 +40,13 @@ def _draw_shares(axes: Any, teacher: dict[str, Any], drawn: list[str]) -> None:
     begin = [0.0] * len(names)
     for match in drawn:
         shares = [100 * (teacher["rows"][name][match] or 0) for name in names]
-        axes.barh(names, shares, left=begin, color=MATCH_COLOURS[match], label=MATCH_NAMES[match], height=0.75)
+        axes.barh(
+            names, shares, left=begin, color=MATCH_COLOURS[match], label=MATCH_NAMES[match], height=0.75
+        )
         begin = [left + share for left, share in zip(begin, shares, strict=True)]
-    axes.set_title(f"{teacher['source']}, {teacher['mode']} mode", loc="left", fontsize="medium", fontweight="bold")
+    axes.set_title(
+        f"{teacher['source']}, {teacher['mode']} mode", loc="left", fontsize="medium", fontweight="bold"
+    )
     axes.set_yticks(range(len(names)), [f"{name} ({teacher['rows'][name]['rows']:,})" for name in names])
 
 

@@ -1,18 +1,25 @@
-"""How well each source's distributions came over into the target's tokens, and on which kinds of text they did not.
+"""How well each source's distributions came over into the target's tokens, and on which kinds of text they
+did not.
 
-Computed shard by shard from fusion data and captures. The numbers are one JSON object, {"fusion_data", "vocabulary_map",
-"unmatched", "temperature", "teachers": [one object per source and mode]}, each teacher being
+Computed shard by shard from fusion data and captures. The numbers are one JSON object, {"fusion_data",
+"vocabulary_map", "unmatched", "temperature", "teachers": [one object per source and mode]}, each teacher
+being
 
     source, mode
-    examples    all; read: the source has rows for them; whole: share of these whose every byte both tokenizers spell
-    vocabulary  tokens: the source's that stand for bytes; exact: share of them with a target token of equal bytes
-    captured    rows; mass: mean stored mass of a row at the KL temperature; exact_mass: share of it on exactly mapped tokens
+    examples    all; read: the source has rows for them; whole: share of these whose every byte both
+                tokenizers spell
+    vocabulary  tokens: the source's that stand for bytes; exact: share of them with a target token of equal
+                bytes
+    captured    rows; mass: mean stored mass of a row at the KL temperature; exact_mass: share of it on
+                exactly mapped tokens
     label_mass  share of the rows that the label's own mass changes
-    rows        {"all" or a class of text: rows; exact, condition, onehot, skip: shares of them; mass: mean stored mass of
+    rows        {"all" or a class of text: rows; exact, condition, onehot, skip: shares of them; mass: mean
+                stored mass of
                 the exact ones, which can be set beside the captured mass}
     longest_unmatched   [example, tokens, bytes, text] of the longest different runs of skipped labels
 
-Rows are the supervised tokens of the examples read; a class is that of the label's text. A share or mean of nothing is null.
+Rows are the supervised tokens of the examples read; a class is that of the label's text. A share or mean of
+nothing is null.
 """
 
 import unicodedata
@@ -40,12 +47,22 @@ from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
 from megatron_fuse.tokenization import Tokenizer
 
-TEXT_CLASSES = ("Latin letters", "digits", "white space", "punctuation and other", "non-Latin text", "end of turn")
+TEXT_CLASSES = (
+    "Latin letters",
+    "digits",
+    "white space",
+    "punctuation and other",
+    "non-Latin text",
+    "end of turn",
+)
 LONGEST = 10  # unmatched spans that are listed
 
 
 def alignment_report(context: Context) -> dict[str, Any]:
-    """The numbers of every source and mode. Raises UserError where fusion data or captures are missing or of another recipe."""
+    """The numbers of every source and mode.
+
+    Raises UserError where fusion data or captures are missing or of another recipe.
+    """
     recipe, classes = context.recipe, text_classes(context.target)
     modes, teachers = recipe.modes_with_teacher, []
     if not modes:
@@ -64,11 +81,15 @@ def alignment_report(context: Context) -> dict[str, Any]:
 
 
 def text_classes(target: ChatFormat) -> np.ndarray:
-    """uint8 [vocab_size]: place in TEXT_CLASSES of every token, by its first character that is no white space.
+    """uint8 [vocab_size]: place in TEXT_CLASSES of every token, by its first character that is no white
+    space.
 
-    Bytes that are no whole character count as non-Latin text: a vocabulary spells by bytes what it has no tokens for.
+    Bytes that are no whole character count as non-Latin text: a vocabulary spells by bytes what it has no
+    tokens for.
     """
-    classes = np.array([TEXT_CLASSES.index(_text_class(piece)) for piece in target.tokenizer.token_bytes], np.uint8)
+    classes = np.array(
+        [TEXT_CLASSES.index(_text_class(piece)) for piece in target.tokenizer.token_bytes], np.uint8
+    )
     classes[target.stop_id] = TEXT_CLASSES.index("end of turn")
     return classes
 
@@ -84,14 +105,19 @@ def _text_class(piece: bytes) -> str:
         return "digits"
     if first.isalpha() and unicodedata.name(first, "").startswith("LATIN"):
         return "Latin letters"
-    return "non-Latin text" if first.isalpha() or unicodedata.category(first)[0] == "M" else "punctuation and other"
+    return (
+        "non-Latin text"
+        if first.isalpha() or unicodedata.category(first)[0] == "M"
+        else "punctuation and other"
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
     """The supervised rows of one shard's examples that the source has read: r rows, labels of the target.
 
-    example int64 [r]: number in the shard; tokens int64 [r]; match uint8 [r]: place in MATCHES; mass float64 [r]: stored.
+    example int64 [r]: number in the shard; tokens int64 [r]; match uint8 [r]: place in MATCHES; mass float64
+    [r]: stored.
     """
 
     example: np.ndarray
@@ -109,7 +135,9 @@ class Tally:
 
     @classmethod
     def none(cls) -> "Tally":
-        return cls(np.zeros((len(TEXT_CLASSES), len(MATCHES)), np.int64), np.zeros((len(TEXT_CLASSES), len(MATCHES))))
+        return cls(
+            np.zeros((len(TEXT_CLASSES), len(MATCHES)), np.int64), np.zeros((len(TEXT_CLASSES), len(MATCHES)))
+        )
 
     @classmethod
     def of(cls, labels: Labels, classes: np.ndarray) -> "Tally":
@@ -124,7 +152,9 @@ class Tally:
     def shares(self) -> dict[str, dict[str, float | int | None]]:
         """Of all rows, and of every class that occurs."""
         parts = {"all": (self.rows.sum(0), self.mass.sum(0))}
-        parts |= {name: (self.rows[i], self.mass[i]) for i, name in enumerate(TEXT_CLASSES) if self.rows[i].any()}
+        parts |= {
+            name: (self.rows[i], self.mass[i]) for i, name in enumerate(TEXT_CLASSES) if self.rows[i].any()
+        }
         exact = MATCHES.index("exact")
         return {
             name: {
@@ -137,12 +167,17 @@ class Tally:
 
 
 def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> list[dict[str, Any]]:
-    """The LONGEST longest runs of skipped labels by bytes, of equal texts the first; none lies across two examples.
+    """The LONGEST longest runs of skipped labels by bytes, of equal texts the first; none lies across two
+    examples.
 
     names: of the shard's examples.
     """
     key = np.where(labels.match == MATCHES.index("skip"), labels.example, -1)
-    bounds = np.flatnonzero(np.concatenate([[True], np.diff(key) != 0, [True]])) if len(key) else np.zeros(1, np.int64)
+    bounds = (
+        np.flatnonzero(np.concatenate([[True], np.diff(key) != 0, [True]]))
+        if len(key)
+        else np.zeros(1, np.int64)
+    )
     begins, ends = bounds[:-1], bounds[1:]
     skipped = key[begins] >= 0
     begins, ends = begins[skipped], ends[skipped]
@@ -165,7 +200,8 @@ def unmatched_spans(labels: Labels, tokenizer: Tokenizer, names: list[str]) -> l
 
 def _longest(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the spans of several shards."""
-    first = {span["text"]: span for span in reversed(spans)}  # the later entry stays: of equal texts the first
+    # The later entry stays: of equal texts the first.
+    first = {span["text"]: span for span in reversed(spans)}
     return sorted(first.values(), key=lambda span: (-span["bytes"], spans.index(span)))[:LONGEST]
 
 
@@ -179,7 +215,9 @@ def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarra
         available = example_arrays["available"].astype(bool)
         examples += len(names)
         read += int(available.sum())
-        whole += int((available & (example_arrays["lossy"] == 0) & (example_arrays["target_lossy"] == 0)).sum())
+        whole += int(
+            (available & (example_arrays["lossy"] == 0) & (example_arrays["target_lossy"] == 0)).sum()
+        )
     return {
         "source": source,
         "mode": mode,
@@ -191,8 +229,13 @@ def _teacher_report(context: Context, source: str, mode: str, classes: np.ndarra
     }
 
 
-def _shards(text: Artifact, teacher: Artifact, mode: str) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
-    """Of every shard the examples' names, the arrays that selection needs of them, and the labels. Raises UserError for damage."""
+def _shards(
+    text: Artifact, teacher: Artifact, mode: str
+) -> Iterator[tuple[list[str], dict[str, np.ndarray], Labels]]:
+    """Of every shard the examples' names, the arrays that selection needs of them, and the labels.
+
+    Raises UserError for damage.
+    """
     verify_once([text, teacher])
     for shard in range(teacher.manifest["shards"]):
         name = f"shard-{shard:05d}"
@@ -211,7 +254,9 @@ def _shards(text: Artifact, teacher: Artifact, mode: str) -> Iterator[tuple[list
 
 def _labels(prefix: Path, tokens: np.ndarray, available: np.ndarray) -> Labels:
     """tokens: every supervised token of the shard's documents."""
-    counts, match, logprobs = (Stream([f"{prefix}.{field}"]) for field in ("counts", "match", "entry_logprobs"))
+    counts, match, logprobs = (
+        Stream([f"{prefix}.{field}"]) for field in ("counts", "match", "entry_logprobs")
+    )
     entry_rows = ragged.row_numbers(counts.values())
     mass = np.bincount(entry_rows, np.exp(logprobs.values().view(np.float16).astype(np.float64)), len(tokens))
     example = ragged.row_numbers(counts.lengths)

@@ -3,7 +3,15 @@
 from typing import Any
 
 from megatron_fuse.report.alignment.charts import MATCH_NAMES
-from megatron_fuse.reporting.layout import Table, escape, html_page, html_picture, html_table, percent, text_table
+from megatron_fuse.reporting.layout import (
+    Table,
+    escape,
+    html_page,
+    html_picture,
+    html_table,
+    percent,
+    text_table,
+)
 
 _SHOWN = 60  # characters of a span in the terminal
 
@@ -42,7 +50,8 @@ def alignment_page(report: dict[str, Any], chart: bytes) -> str:
 
 def _heading(report: dict[str, Any]) -> str:
     return (
-        f"{report['fusion_data']}: vocabulary map {report['vocabulary_map']}, unmatched {report['unmatched']}, "
+        f"{report['fusion_data']}: vocabulary map {report['vocabulary_map']}, unmatched "
+        f"{report['unmatched']}, "
         f"temperature {report['temperature']:g}"
     )
 
@@ -56,9 +65,11 @@ def _sentences(teacher: dict[str, Any]) -> list[str]:
     return [
         f"examples: the source has read {examples['read']:,} of {examples['all']:,}; "
         f"{percent(examples['whole'])} of these have every byte aligned",
-        f"vocabulary: {percent(vocabulary['exact'])} of {vocabulary['tokens']:,} tokens have a target token of equal bytes; "
+        f"vocabulary: {percent(vocabulary['exact'])} of {vocabulary['tokens']:,} tokens have a target token "
+        "of equal bytes; "
         f"{percent(captured['exact_mass'])} of the captured mass lies on them",
-        f"mass: {percent(captured['mass'])} of a captured row is stored, {percent(teacher['rows']['all']['mass'])} of an "
+        f"mass: {percent(captured['mass'])} of a captured row is stored, "
+        f"{percent(teacher['rows']['all']['mass'])} of an "
         f"exactly aligned one; the label's own mass changes {percent(teacher['label_mass'])} of the rows",
     ]
 
@@ -75,7 +86,9 @@ def _spans_table(teacher: dict[str, Any], shown: int | None = None) -> Table:
     spans = teacher["longest_unmatched"]
     return ("text", "tokens", "bytes", "example"), [
         [
-            span["text"] if shown is None else repr(span["text"][:shown]) + "..." * (len(span["text"]) > shown),
+            span["text"]
+            if shown is None
+            else repr(span["text"][:shown]) + "..." * (len(span["text"]) > shown),
             f"{span['tokens']:,}",
             f"{span['bytes']:,}",
             span["example"],

@@ -22,7 +22,12 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.bars import without_bars
 from megatron_fuse.huggingface.loading import load_model, this_device
 from megatron_fuse.huggingface.loading_checks import check_layers, check_size, sizes
-from megatron_fuse.huggingface.reward_models import FORMS, RewardModelFiles, find_reward_model, load_reward_model_format
+from megatron_fuse.huggingface.reward_models import (
+    FORMS,
+    RewardModelFiles,
+    find_reward_model,
+    load_reward_model_format,
+)
 from megatron_fuse.model.config_file import check_model_directory, load_config, reason
 from megatron_fuse.model.expected_weights import refuse_non_finite
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
@@ -31,7 +36,8 @@ from megatron_fuse.recipe import RewardModelOptions
 from megatron_fuse.scoring.reward_models.reward_model import RewardModel
 from megatron_fuse.text_safety import brief
 
-_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")  # left from the language model that the body was made from
+# Left from the language model that the body was made from.
+_OUTPUT_LAYERS = ("lm_head.weight", "embed_out.weight")
 _MEND = "Name a complete reward model, and name the model that it was trained from with the key `body`."
 
 
@@ -65,7 +71,8 @@ def _load_decoder(files: RewardModelFiles, dtype: torch.dtype, where: str) -> tu
     check_layers(stated, weights, files.body, f"{where}.model")
     config = load_config(files.body)
     try:
-        body_class: Any = MODEL_MAPPING[type(config)]  # transformers annotates its mappings as those of tokenizers
+        # Transformers annotates its mappings as those of tokenizers.
+        body_class: Any = MODEL_MAPPING[type(config)]
         with torch.device("meta"):
             empty = body_class(config)
     except Exception as error:  # transformers raises many kinds for unknown or impossible configs
@@ -127,7 +134,9 @@ def _bodies(weights: WeightFiles, head: str, embedding: str, where: str) -> dict
             if (found := get_close_matches(embedding, names, 1, 0.3))
             else ""
         )
-        raise UserError(f"{where}.model: {weights.model_dir} has no {embedding}, also not with a prefix{near}. {_MEND}")
+        raise UserError(
+            f"{where}.model: {weights.model_dir} has no {embedding}, also not with a prefix{near}. {_MEND}"
+        )
     return dict(sorted(bodies.items(), key=lambda body: -len(body[1])))
 
 
@@ -139,7 +148,8 @@ def _embedding_name(model: Any) -> str:
 def _load_head(weights: WeightFiles, name: str, hidden_size: int | None, where: str) -> nn.Linear:
     if name not in weights.file_of:
         raise UserError(
-            f"{where}.model: {weights.model_dir} has no {name}. Name a reward model, or set its form with {where}.form."
+            f"{where}.model: {weights.model_dir} has no {name}. Name a reward model, or set its form with "
+            f"{where}.form."
         )
     shape = weights.shape(name)
     if shape != (1, hidden_size):
@@ -180,7 +190,8 @@ def _refuse_incomplete(
     if report["missing_keys"]:
         name = prefix + min(report["missing_keys"])
         raise UserError(
-            f"{where}.model: {weights.model_dir} has no {name}, so this weight would be random ({stated}). {_MEND}"
+            f"{where}.model: {weights.model_dir} has no {name}, so this weight would be random ({stated}). "
+            f"{_MEND}"
         )
     if report["mismatched_keys"]:
         name, shape, expected_shape = min(report["mismatched_keys"])
@@ -206,7 +217,9 @@ def _refuse_another(weights: WeightFiles, prefix: str, copy: str, names: list[st
             _refuse_left_over(weights, copy + name, where)
         if not weights.shape(prefix + name) and not weights.shape(copy + name):
             continue  # scalars are no weights
-        one, other = (_read(weights, start + name) if weights.shape(start + name) else None for start in (prefix, copy))
+        one, other = (
+            _read(weights, start + name) if weights.shape(start + name) else None for start in (prefix, copy)
+        )
         if (
             one is None
             or other is None
