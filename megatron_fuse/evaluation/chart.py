@@ -4,9 +4,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_fuse.evaluation.comparison import TIE, Comparison
+from megatron_fuse.reporting.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _SPREAD = 0.7  # share of a benchmark's line that all models take together
 
 

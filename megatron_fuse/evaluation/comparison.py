@@ -1,14 +1,12 @@
 """Compares models on benchmarks: values with standard errors, and paired differences to a baseline."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import Benchmark
 from megatron_fuse.evaluation.results import Result
+from megatron_fuse.reporting.statistics import mean
 
 BETTER, WORSE, TIE = "better", "worse", "tie"
 
@@ -94,9 +92,12 @@ def paired_difference(baseline: Sequence[float | None], other: Sequence[float | 
     both = [after - before for before, after in pairs if before is not None and after is not None]
     if len(both) < 2:
         return None
-    mean, error = float(np.mean(both)), float(np.std(both, ddof=1) / math.sqrt(len(both)))
-    verdict = TIE if abs(mean) <= 2 * error else BETTER if mean > 0 else WORSE
-    return Difference(mean, error, len(both), verdict)
+    difference = mean(both)
+    assert difference is not None and difference.error is not None
+    verdict = (
+        TIE if abs(difference.value) <= 2 * difference.error else BETTER if difference.value > 0 else WORSE
+    )
+    return Difference(difference.value, difference.error, difference.n, verdict)
 
 
 def _value(result: Result | None, benchmark: Benchmark, failure: str) -> Value:

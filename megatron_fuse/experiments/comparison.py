@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_fuse.experiments.statistics import (
+from megatron_fuse.reporting.statistics import (
     Mean,
     clear,
     mean,

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from megatron_fuse.experiments.comparison import Comparison, Values, compare
 from megatron_fuse.experiments.experiment import Experiment, Map, Table, run_name
 from megatron_fuse.experiments.results import Result
-from megatron_fuse.experiments.statistics import Mean
 from megatron_fuse.reporting.layout import Table as Cells
 from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
+from megatron_fuse.reporting.statistics import Mean
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "

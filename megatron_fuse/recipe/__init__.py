@@ -20,9 +20,10 @@ from megatron_fuse.recipe.models import (
     SourceOptions,
 )
 from megatron_fuse.recipe.modes import MODES, Mode
-from megatron_fuse.recipe.options import Margin, Recipe, ReferenceOptions
+from megatron_fuse.recipe.options import Recipe
 from megatron_fuse.recipe.presets import PRESETS, ModeWeights, Phase, Ramp, value_at
 from megatron_fuse.recipe.renamed import renamed, with_new_names
+from megatron_fuse.recipe.stage_options import Margin, ReferenceOptions
 from megatron_fuse.recipe.values import Line, Name, Options, path_argument, user_path
 from megatron_fuse.recipe.yaml_files import Document, Keys, read_document
 

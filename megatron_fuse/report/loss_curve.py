@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_fuse.reporting.colours import BLUE, VERMILION
 from megatron_fuse.reporting.layout import save_picture
 from megatron_fuse.training.metrics import LOSS_CURVE, METRICS, STEP, VALIDATION, read_metrics
 
-# Two of Okabe and Ito's colours, which the colour-blind can tell apart.
-MODE_COLOURS = {"training": "#0072B2", "inference": "#D55E00"}
+MODE_COLOURS = {"training": BLUE, "inference": VERMILION}
 # The latter are drawn over the former, and often coincide.
 VALIDATION_SIZES = {"training": 8, "inference": 4.5}
 LEARNED_FROM = {"training": "ground truth", "inference": "winning answers"}

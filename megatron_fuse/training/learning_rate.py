@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe.options import TrainingOptions
+from megatron_fuse.recipe.training_options import TrainingOptions
 
 # The share of lr - min_lr that is left when a share `done` of the decay is done: 1 at 0, 0 at 1.
 _LEFT: dict[str, Callable[[float], float]] = {

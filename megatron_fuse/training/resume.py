@@ -10,7 +10,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.recipe.options import TrainingOptions
+from megatron_fuse.recipe.training_options import TrainingOptions
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import Curriculum
 from megatron_fuse.target import checkpoint_directory

@@ -15,7 +15,7 @@ from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.dataset.checksums import verify_once
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.recipe.options import ScheduleOptions
+from megatron_fuse.recipe.stage_options import ScheduleOptions
 from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed

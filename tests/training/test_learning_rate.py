@@ -18,7 +18,7 @@ from test_checkpoint import checkpoints, message_of_refusal, run_and_return_outp
 from test_layouts import one_report, run_training
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe.options import TrainingOptions
+from megatron_fuse.recipe.training_options import TrainingOptions
 from megatron_fuse.training.learning_rate import make_learning_rate
 from megatron_fuse.training.schedule import make_schedule
 

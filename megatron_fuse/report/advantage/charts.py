@@ -11,11 +11,11 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
+from megatron_fuse.reporting.colours import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, YELLOW
 from megatron_fuse.reporting.layout import percent
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, in an order in which neighbours differ in
-# lightness as well; black is the ground truth. The eighth is not theirs.
-SOURCE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
+# Neighbours differ in lightness too. Black is the ground truth.
+SOURCE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, GREY)
 MODE_MARKERS = {"training": "o", "inference": "s"}
 _WIDTH = 11  # inches: 14 px a point of 10 in a page of 1280 px
 _COLUMNS = 4  # most panels side by side

@@ -6,10 +6,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, from what is surest to what says nothing.
-MATCH_COLOURS = {"exact": "#0072B2", "condition": "#56B4E9", "onehot": "#E69F00", "skip": "#C8C8C8"}
+from megatron_fuse.reporting.colours import BLUE, GREEN, ORANGE, PALE_GREY, SKY
+
+# From the surest match to none.
+MATCH_COLOURS = {"exact": BLUE, "condition": SKY, "onehot": ORANGE, "skip": PALE_GREY}
 MATCH_NAMES = {"exact": "exact", "condition": "conditioned", "onehot": "one-hot", "skip": "skipped"}
-MASS_COLOUR = "#009E73"
+MASS_COLOUR = GREEN
 
 
 def draw_alignment(report: dict[str, Any]) -> Figure:

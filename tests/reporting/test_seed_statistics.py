@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_fuse.experiments.comparison import compare
-from megatron_fuse.experiments.statistics import (
+from megatron_fuse.reporting.statistics import (
     Mean,
     clear,
     digamma,
