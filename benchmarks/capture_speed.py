@@ -88,9 +88,8 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters, {len(ids)} conversations, {tokens} tokens, {rows} of them supervised; "
-        "padded tokens in a "
-        f"batch: {np.mean(padded):.0f} sorted, {np.mean([len(b) * lengths[b].max() for b in fixed]):.0f} in "
-        "the file's order"
+        f"padded tokens in a batch: {np.mean(padded):.0f} sorted, "
+        f"{np.mean([len(b) * lengths[b].max() for b in fixed]):.0f} in the file's order"
     )
     return [
         Measurement("capture of a shard", captured, "s", "bare padded forward pass", bare, "ratio <= 1.15"),

@@ -63,14 +63,9 @@ def _measure(options: argparse.Namespace, directory: Path) -> list[Measurement]:
     from megatron_fuse.model.architecture import read_architecture
     from megatron_fuse.model.config import transformer_config
     from megatron_fuse.model.gpt import build_model_chunks
-    from megatron_fuse.training.checkpoint import (
-        CheckpointMetadata,
-        load_checkpoint,
-        model_identity,
-        save_checkpoint,
-        versions,
-    )
+    from megatron_fuse.training.checkpoint import load_checkpoint, save_checkpoint
     from megatron_fuse.training.checkpoint_integrity import CheckpointFiles
+    from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata, model_identity, versions
 
     layer = 4 * HIDDEN**2 + 3 * HIDDEN * 2816
     layers = max(round((options.parameters * 1e6 - 2 * HIDDEN * VOCABULARY) / layer), 1)

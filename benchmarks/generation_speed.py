@@ -100,10 +100,9 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     )
     print(
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(prompts)} prompts "
-        "of "
-        f"{np.mean([len(prompt.ids) for prompt in prompts]):.0f} tokens ({max(len(p.ids) for p in prompts)} "
-        "the longest), "
-        f"{generated([prompts], batch_tokens)} tokens of answers, {batch_tokens} positions at once"
+        f"of {np.mean([len(prompt.ids) for prompt in prompts]):.0f} tokens "
+        f"({max(len(p.ids) for p in prompts)} the longest), {generated([prompts], batch_tokens)} tokens of "
+        f"answers, {batch_tokens} positions at once"
     )
     name = "generation by token budget"
     return [

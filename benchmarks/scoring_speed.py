@@ -127,8 +127,7 @@ def _groups(
     prompts = [len(chat.encode_prompt([{"role": "user", "content": row["instruction"]}])) for row in rows]
     print(
         f"K={answers}, context {context}: {len(lengths)} conversations of {len(groups)} examples, "
-        f"{np.mean(lengths):.0f} tokens "
-        f"each, of which the prompt {np.mean(prompts) + context:.0f}"
+        f"{np.mean(lengths):.0f} tokens each, of which the prompt {np.mean(prompts) + context:.0f}"
     )
     return groups
 

@@ -373,6 +373,5 @@ def _check_same_merge(output: Path, recorded: dict[str, Any], record: dict[str, 
         if key not in ("models", "base") and recorded.get(key) != value:
             raise UserError(
                 f"--output: {output} holds another merge: {key} is {recorded.get(key)!r} there, but "
-                f"{value!r} "
-                "here. Remove it or choose another directory."
+                f"{value!r} here. Remove it or choose another directory."
             )

@@ -208,8 +208,7 @@ _TRITON_TESTS = (
     "tests/kernels/test_triton.py",
     "-k",  # 128256 columns are the first of which interpreted parts have two tiles
     "equal_dense_formula and 97-33-16 and 2.0 or real_vocabularies and bfloat16-128256 or tiny_student_tail "
-    "and 30.0"
-    " or leaves_the_logits or few_rows and float32 and 2.0",
+    "and 30.0 or leaves_the_logits or few_rows and float32 and 2.0",
 )
 _CHUNKED_TESTS = (
     "tests/kernels/test_sparse_kl.py",

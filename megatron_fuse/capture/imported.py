@@ -134,8 +134,7 @@ class CaptureFile:
             part = "conversation" if given.whole else "response"
             raise _MismatchError(
                 f"token {index} of the {part} is {self._shown(file_tokens, index)}, but the source's "
-                "tokenizer "
-                f"gives {self._shown(own_tokens, index)}"
+                f"tokenizer gives {self._shown(own_tokens, index)}"
             )
         return (
             np.flatnonzero(conversation.supervised).tolist() if given.whole else list(range(len(own_tokens)))

@@ -4,10 +4,9 @@ There is one mechanism: every template, built in or not, is Jinja text in the fo
 `chat_template`. The response itself never goes through Jinja, so its bytes are the same for every model.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,15 @@ import numpy as np
 from megatron_fuse.chat.hidden_strings import HiddenStrings
 from megatron_fuse.chat.meter import TemplateLimit
 from megatron_fuse.chat.nested_texts import texts_in
-from megatron_fuse.chat.probe import end_token, surroundings
-from megatron_fuse.chat.templates import TEMPLATES, render
+from megatron_fuse.chat.templates import render
 from megatron_fuse.chat.thoughts import thought_end, without_empty_thought
 from megatron_fuse.chat.tool_rendering import CallStyle, Tools, best_style, has_tools, not_printed
+from megatron_fuse.chat.turns import Messages, for_template, may_be_learned, texts_of
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
-from megatron_fuse.tokenization.settings import read_text
 from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
-
-# Each message is {role, content}. An assistant turn may also have reasoning_content (its thought),
-# supervised: false (its mask) and tool_calls. A tool's turn may have name and tool_call_id.
-# instructions/examples.py defines these forms.
-Messages = Sequence[Mapping[str, Any]]
-
-_SYSTEM_MARKER = "SYSTEM9d41c7e2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +140,13 @@ class ChatFormat:
         """
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
-        hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools)])
+        hide = HiddenStrings(self.tokenizer, [*texts_of(turns), *texts_in(tools)])
         return self._ids(
             self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools)), hide
         )
 
     def _generation_prompt(self, turns: Messages, tools: Tools | None) -> str:
-        return self._render(turns, tools, prompt=True) + ("" if self.generation else self.opening)
+        return self.render(turns, tools, prompt=True) + ("" if self.generation else self.opening)
 
     def encode_conversation(
         self,
@@ -249,7 +240,7 @@ class ChatFormat:
         """The form in which the template takes calls; and why it does not print a simple call, or None."""
 
         def rendered(turns: Messages, tools: Tools | None) -> str:
-            return self._render(self.with_system(turns), tools, prompt=True, style=CallStyle())
+            return self.render(self.with_system(turns), tools, prompt=True, style=CallStyle())
 
         return best_style(rendered, self.origin)
 
@@ -261,12 +252,12 @@ class ChatFormat:
     def _require_tools_printed(self, turns: Messages, tools: Tools | None) -> None:
         if has_tools(turns, tools):
             missing = not_printed(
-                lambda marked, offered: self._render(marked, offered, prompt=True), turns, tools
+                lambda marked, offered: self.render(marked, offered, prompt=True), turns, tools
             )
             if missing:
                 raise UserError(f"{self.origin} does not print {brief(missing[0])}")
 
-    def _render(
+    def render(
         self, turns: Messages, tools: Tools | None = None, *, prompt: bool, style: CallStyle | None = None
     ) -> str:
         """style: the form of calls; by default the one that the template takes."""
@@ -276,7 +267,7 @@ class ChatFormat:
             f"{name}_token": (token(number) if number is not None else None) or ""
             for name, number in names.items()
         }
-        shown = list(map(_for_template, turns))
+        shown = list(map(for_template, turns))
         if style is None and has_tools(turns, tools):
             shown = self._call_style[0].shown(shown)
         try:
@@ -307,7 +298,7 @@ class ChatFormat:
         """
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
-        hide = HiddenStrings(self.tokenizer, [*_texts(turns), *texts_in(tools), response, reasoning or ""])
+        hide = HiddenStrings(self.tokenizer, [*texts_of(turns), *texts_in(tools), response, reasoning or ""])
         # Render once, with a mark for each supervised turn, and cut the text at the marks.
         learned = [every_turn and may_be_learned(turn) for turn in turns]
         shown = [
@@ -316,7 +307,7 @@ class ChatFormat:
         ]
         thought = {"reasoning_content": hide(reasoning)} if reasoning else {}
         finished = [*shown, {"role": "assistant", "content": hide.mark} | thought]
-        texts = self._render(finished, hide.in_value(tools), prompt=False).split(hide.mark)[:-1]
+        texts = self.render(finished, hide.in_value(tools), prompt=False).split(hide.mark)[:-1]
         answers = [turn["content"] for turn, mark in zip(turns, learned, strict=True) if mark] + [response]
         if len(texts) != len(answers):
             raise UserError(
@@ -414,43 +405,6 @@ class ChatFormat:
         return self.tokenizer.encode(text + "a", special=True)[1:] == self.tokenizer.encode("a")
 
 
-def _texts(turns: Messages) -> list[str]:
-    return [
-        text for turn in turns for key, value in turn.items() if key != "role" for text in texts_in(value)
-    ]
-
-
-def _for_template(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without the keys that only this project uses.
-
-    Templates read the thought under one of two names.
-    """
-    shown = {
-        key: turn[key] for key in ("role", "content", "tool_calls", "name", "tool_call_id") if key in turn
-    }
-    thought = turn.get("reasoning_content")
-    return shown | ({"reasoning_content": thought, "thinking": thought} if thought else {})
-
-
-def supervised_turns(messages: Messages, response: str, *, every_turn: bool) -> list[str]:
-    """The texts of the supervised turns. `EncodedConversation.spans` counts in their bytes."""
-    earlier = [message["content"] for message in messages if may_be_learned(message)]
-    return [*(earlier if every_turn else []), response]
-
-
-def may_be_learned(message: Mapping[str, Any]) -> bool:
-    """Whether a message is an assistant turn without a mask ({supervised: false}) and without calls of tools.
-
-    Calls are not learned, because each model writes them in a form of its own: no bytes are common to all
-    models.
-    """
-    return (
-        message["role"] == "assistant"
-        and bool(message.get("supervised", True))
-        and "tool_calls" not in message
-    )
-
-
 def _behind(before: list[int], ids: list[int]) -> list[int] | None:
     """The ids after `before`; None if they do not begin with it."""
     return ids[len(before) :] if ids[: len(before)] == before else None
@@ -462,75 +416,3 @@ def _stop_span(stop_id: int, end: int) -> TokenSpans:
     return TokenSpans(
         np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag
     )
-
-
-def load_chat_format(
-    tokenizer: Tokenizer,
-    chat_template: str | None = None,
-    system: str | None = None,
-    where: str = "target",
-    end_ids: Collection[int] = (),
-    learns: bool = False,
-) -> ChatFormat:
-    """Chooses the template (built-in name, path of a .jinja file, None = the tokenizer's own) and tries it
-    once.
-
-    where: the recipe's key, for error messages. end_ids: tokens at which the model ends an answer, from its
-    generation_config.json. learns: the model is trained on the format. Then `closing` is left out: it is
-    white space that is no label, so the model would not learn to write it before the stop token.
-    Raises UserError if there is no template or no stop token, or if the template does not print the response.
-    """
-    template, origin = _choose_template(tokenizer, chat_template, where)
-    stop_id = tokenizer.eos_id if tokenizer.eos_id is not None else -1
-    draft = ChatFormat(tokenizer, template, system, stop_id, origin=origin)
-    draft = replace(draft, folds_system=_forgets_system(draft))
-    question = draft.with_system([{"role": "user", "content": "Question"}])
-    around = surroundings(draft._render, question, where)
-    # Only special and added tokens count: a model that was saved with the defaults of another family may list
-    # an id that is ordinary text here.
-    ends = tokenizer.special_ids.union(tokenizer.added_tokens.values()).intersection(end_ids)
-    stop, closing = end_token(tokenizer, around, ends)
-    if stop is None:
-        raise UserError(
-            f"{where}: {tokenizer.name} has no EOS token, and the chat template prints no special token "
-            'after a response. Set "eos_token" in its tokenizer_config.json to the string of a token in its '
-            f"vocabulary. Or set {where}.chat_template to a template that ends a response with a special "
-            "token of this tokenizer."
-        )
-    return replace(
-        draft,
-        stop_id=stop,
-        end_ids=frozenset(token for token in (stop, tokenizer.eos_id, *ends) if token is not None),
-        separator=around.separator,
-        opening=around.before.removeprefix(around.separator),
-        generation=around.generation,
-        closing="" if learns else closing,
-    )
-
-
-def _choose_template(tokenizer: Tokenizer, chat_template: str | None, where: str) -> tuple[str, str]:
-    """The template's text, and its name in errors."""
-    known = f"one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
-    if chat_template is None:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{where}: {tokenizer.name} has no chat template. Set {where}.chat_template to {known}."
-            )
-        return tokenizer.chat_template, f"{where}: the chat template of {tokenizer.name}"
-    name = f"{where}.chat_template: {chat_template}"
-    if chat_template in TEMPLATES:
-        return TEMPLATES[chat_template], name
-    if not Path(chat_template).is_file():
-        raise UserError(
-            f"{where}.chat_template: {chat_template!r} is not a known template and not a file. Set it to "
-            f"{known}."
-        )
-    return read_text(Path(chat_template), f"{where}.chat_template"), name
-
-
-def _forgets_system(draft: ChatFormat) -> bool:
-    turns = [{"role": "system", "content": _SYSTEM_MARKER}, {"role": "user", "content": "Question"}]
-    try:
-        return _SYSTEM_MARKER not in draft._render(turns, prompt=True)
-    except UserError:
-        return True

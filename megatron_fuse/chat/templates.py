@@ -30,20 +30,17 @@ _ALPACA_SYSTEM = (
 
 TEMPLATES: dict[str, str] = {
     "vicuna_v1.1": (
-        _SYSTEM + "{% else %}{% set system = '" + _VICUNA_SYSTEM + "' %}{% set turns = messages %}{% endif %}"
-        "{% if system %}{{ system + ' ' }}{% endif %}"
-        "{% for turn in turns %}"
-        "{% if turn['role'] == 'user' %}{{ 'USER: ' + turn['content'] + ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' + turn['content'] + eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+        _SYSTEM + "{% else %}{% set system = '" + _VICUNA_SYSTEM + "' %}{% set turns = messages %}{% "
+        "endif %}{% if system %}{{ system + ' ' }}{% endif %}{% for turn in turns %}{% if "
+        "turn['role'] == 'user' %}{{ 'USER: ' + turn['content'] + ' ' }}{% else %}{{ 'ASSISTANT: ' "
+        "+ turn['content'] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+        "'ASSISTANT:' }}{% endif %}"
     ),
     "llama2": (
-        _NO_SYSTEM + "{% for turn in turns %}{% set content = turn['content'] %}"
-        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
-        "content %}{% endif %}"
-        "{% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
-        "{% else %}{{ ' ' + content + ' ' + eos_token }}{% endif %}"
-        "{% endfor %}"
+        _NO_SYSTEM + "{% for turn in turns %}{% set content = turn['content'] %}{% if loop.first and "
+        "system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + content %}{% endif "
+        "%}{% if turn['role'] == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}{% else "
+        "%}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
     ),
     "chatml": (
         "{% for turn in messages %}"
@@ -51,29 +48,26 @@ TEMPLATES: dict[str, str] = {
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}{% for turn in messages %}"
-        "{{ '<|start_header_id|>' + turn['role'] + '<|end_header_id|>\\n\\n' + turn['content'] | trim + "
-        "'<|eot_id|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' "
-        "}}{% endif %}"
+        "{{ bos_token }}{% for turn in messages %}{{ '<|start_header_id|>' + turn['role'] + "
+        "'<|end_header_id|>\\n\\n' + turn['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif "
+        "%}"
     ),
     "alpaca": (
-        _SYSTEM + "{% else %}{% set system = '" + _ALPACA_SYSTEM + "' %}{% set turns = messages %}{% endif %}"
-        "{% if system %}{{ system + '\\n\\n' }}{% endif %}"
-        "{% for turn in turns %}"
-        "{% if turn['role'] == 'user' %}{{ '### Instruction:\\n' + turn['content'] + '\\n\\n' }}"
-        "{% else %}{{ '### Response:\\n' + turn['content'] + eos_token + '\\n\\n' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+        _SYSTEM + "{% else %}{% set system = '" + _ALPACA_SYSTEM + "' %}{% set turns = messages %}{% "
+        "endif %}{% if system %}{{ system + '\\n\\n' }}{% endif %}{% for turn in turns %}{% if "
+        "turn['role'] == 'user' %}{{ '### Instruction:\\n' + turn['content'] + '\\n\\n' }}{% else "
+        "%}{{ '### Response:\\n' + turn['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor "
+        "%}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
     ),
     # The formats of two reward models (docs/reward_models.md). Their model cards show one turn each.
     # Eurus-RM's card leaves BOS to the tokenizer, and puts no end token after the last answer.
     "starling_rm": (
-        _NO_SYSTEM + "{{ bos_token }}{% for turn in turns %}{% set content = turn['content'] %}"
-        "{% if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
-        "content %}{% endif %}"
-        "{% if turn['role'] == 'user' %}{{ '[INST] ' + content + ' ' + eos_token + ' [/INST]' }}"
-        "{% else %}{{ ' ' + content + eos_token }}{% endif %}"
-        "{% endfor %}"
+        _NO_SYSTEM + "{{ bos_token }}{% for turn in turns %}{% set content = turn['content'] %}{% "
+        "if loop.first and system %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + "
+        "content %}{% endif %}{% if turn['role'] == 'user' %}{{ '[INST] ' + content + ' ' + "
+        "eos_token + ' [/INST]' }}{% else %}{{ ' ' + content + eos_token }}{% endif %}{% endfor "
+        "%}"
     ),
     "eurus_rm": (
         _NO_SYSTEM + "{% for turn in turns %}{% set content = turn['content'] %}"

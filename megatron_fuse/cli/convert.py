@@ -72,12 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.runtime import start_runtime, stop_runtime
     start_runtime()
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
-    from megatron_fuse.training import checkpoint, target
+    from megatron_fuse.training import checkpoint_metadata, target
     from megatron_fuse.training.checkpoint_files import LATEST
 
     if arguments.from_megatron:
         path = arguments.from_megatron
-        path = path if (path / "facts.json").exists() else checkpoint.named_checkpoint(path)
+        path = path if (path / "facts.json").exists() else checkpoint_metadata.named_checkpoint(path)
         if path is None:
             raise UserError(
                 f"{arguments.from_megatron}: not a checkpoint, because it has no {LATEST} and no facts.json. "

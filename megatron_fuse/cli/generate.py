@@ -50,8 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not names:
         say(
             "schedule: no phase gives the inference mode a weight, nor does the target's reward order the "
-            "examples: no answers are "
-            "needed (--source NAME makes them all the same)"
+            "examples: no answers are needed (--source NAME makes them all the same)"
         )
     for name in names:
         if arguments.backend not in (None, backend_of(recipe, name)):

@@ -151,7 +151,6 @@ def _notes(value: Value, result: Result | None) -> list[str]:
     if result and result.shortened:
         notes.append(
             f"{result.shortened} of {len(result.questions)} prompts were longer than the model's "
-            f"{result.positions} positions "
-            "and lost their beginning"
+            f"{result.positions} positions and lost their beginning"
         )
     return notes

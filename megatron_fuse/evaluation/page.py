@@ -12,8 +12,7 @@ from megatron_fuse.storage import write_json
 
 EXPLANATION = (
     "In per cent, ± one standard error. Differences are means over the same questions; `better` and `worse` "
-    "stand beyond two of their "
-    "standard errors, all others are ties."
+    "stand beyond two of their standard errors, all others are ties."
 )
 
 

@@ -180,8 +180,7 @@ class Experiment(Options):
     conditions: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
         description="name of the condition -> options that change the recipe before those of a variant; the "
-        "data "
-        "stages run once per condition and seed",
+        "data stages run once per condition and seed",
     )
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: dict[Name, Table] = Field(default_factory=dict)

@@ -21,12 +21,10 @@ from megatron_fuse.reporting.statistics import Mean
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
-    "of its 95 % confidence "
-    "interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's procedure over the "
-    "whole table, so that a table "
-    "without any true difference shows a mark with a chance of 5 % at most; all other differences are ties. "
-    "A * marks the rows whose "
-    "difference was the question before the runs were made: they are a family of their own."
+    "of its 95 % confidence interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's "
+    "procedure over the whole table, so that a table without any true difference shows a mark with a chance "
+    "of 5 % at most; all other differences are ties. A * marks the rows whose difference was the question "
+    "before the runs were made: they are a family of their own."
 )
 
 
@@ -156,8 +154,7 @@ def _origin(name: str, command: str, results: Sequence[Result]) -> str:
 
     return (
         f"`{command} --only {name}`; seeds {distinct('seed')}; split {distinct('split')}; commit "
-        f"{distinct('commit')}; "
-        f"{distinct('machine')}; {distinct('date')}."
+        f"{distinct('commit')}; {distinct('machine')}; {distinct('date')}."
     )
 
 

@@ -21,9 +21,8 @@ from megatron_fuse.gpu_checks.synthetic import LLAMA_TINY
 _POSITIONS = 256
 _SPECIALS = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 _CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 _THINGS = (
     "apples",

@@ -86,8 +86,7 @@ def format_template_view(view: dict[str, Any]) -> str:
         given = view["opening"] or view["separator"]
         lines.append(
             f"the generation prompt ends in {view['generation']!r}; before a given response the template "
-            "prints "
-            f"{repr(given) if given else 'nothing'} there"
+            f"prints {repr(given) if given else 'nothing'} there"
         )
     elif view["opening"]:
         lines.append(

@@ -159,8 +159,7 @@ def _choose(
     if data.validation_samples >= len(fitted):
         raise UserError(
             f"data.validation_samples is {data.validation_samples}, but there are only {len(fitted)} "
-            "examples, so none remains "
-            "for training. Lower data.validation_samples."
+            "examples, so none remains for training. Lower data.validation_samples."
         )
     return fitted, dropped
 

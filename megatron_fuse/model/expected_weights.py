@@ -94,10 +94,8 @@ def _sizes(architecture: Architecture) -> str:
     a = architecture
     return (
         f"vocab_size {a.vocab_size}, hidden_size {a.hidden_size}, intermediate_size {a.ffn_hidden_size}, "
-        "num_hidden_layers "
-        f"{a.num_layers}, num_attention_heads {a.num_attention_heads}, num_key_value_heads "
-        f"{a.num_query_groups}, head_dim "
-        f"{a.head_dim}, tie_word_embeddings {str(a.tied_embeddings).lower()}"
+        f"num_hidden_layers {a.num_layers}, num_attention_heads {a.num_attention_heads}, num_key_value_heads "
+        f"{a.num_query_groups}, head_dim {a.head_dim}, tie_word_embeddings {str(a.tied_embeddings).lower()}"
     )
 
 

@@ -28,15 +28,13 @@ def print_plan(context: Context, processes: int) -> None:
     recipe, amounts, rate = context.recipe, estimate_amounts(context), measured_flops_per_second()
     say(
         f"{recipe.workdir}: {amounts.examples:,} examples, about {amounts.prompt_tokens:,.0f} tokens of "
-        "prompts and "
-        f"{amounts.response_tokens:,.0f} of ground truth; rough estimates, one process"
+        f"prompts and {amounts.response_tokens:,.0f} of ground truth; rough estimates, one process"
     )
     if any(backend_of(recipe, name) == "hf" for name in recipe.answering):
         most = recipe.responses.max_new_tokens
         say(
-            f"answers are taken to be as long as the ground truth, about {amounts.answer_tokens:,.0f} "
-            "tokens a model; "
-            f"with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
+            f"answers are taken to be as long as the ground truth, about {amounts.answer_tokens:,.0f} tokens "
+            f"a model; with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
         )
     idle = idle_line(recipe, amounts.examples, processes)
     for line in [*([idle] if idle else []), *rule_lines(recipe)]:

@@ -123,9 +123,8 @@ class ServerOptions(Options):
         if reserved:
             raise ValueError(
                 f"extra must not have {', '.join(sorted(reserved))}: the recipe has its own keys for the "
-                "model, "
-                "the stop texts and the seed, the server's key is read from the environment, and every "
-                "request asks for one whole answer"
+                "model, the stop texts and the seed, the server's key is read from the environment, and "
+                "every request asks for one whole answer"
             )
         return self
 

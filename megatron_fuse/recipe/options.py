@@ -94,17 +94,15 @@ class Recipe(Options):
         if strongest is not None and strongest not in self.voting_reward_models:
             raise ValueError(
                 f"selection.strongest is {strongest!r}, but the reward models that vote are "
-                f"{self.voting_reward_models}. "
-                "Set it to one of them."
+                f"{self.voting_reward_models}. Set it to one of them."
             )
         scored = {"vote", "by_category"} & self.rules_for_answers
         if scored and len(self.candidates) > 1 and not self.voting_reward_models:
             raise ValueError(
                 f"selection compares the answers of several sources ({', '.join(sorted(scored))}), but no "
-                "reward "
-                "model votes. Add a reward model to reward_models, set selection.inference to reference, or "
-                "choose "
-                "a preset without inference mode (csft, fuse) and another selection.training."
+                "reward model votes. Add a reward model to reward_models, set selection.inference to "
+                "reference, or choose a preset without inference mode (csft, fuse) and another "
+                "selection.training."
             )
         if self.schedule.order == "target_reward" and not self.voting_reward_models:
             raise ValueError(

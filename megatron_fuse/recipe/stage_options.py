@@ -164,18 +164,16 @@ class SelectionOptions(Options):
     training: Literal["sum", "per_byte", "per_token", "average", "winner", "by_category", "random"] = Field(
         "sum",
         description="which source teaches the ground truth; sum: the one with the least cross-entropy over "
-        "the "
-        "response (MinCE); per_byte, per_token: the same per unit, per_token as FuseLLM, which favours small "
-        "pieces; average: all sources, mixed by their cross-entropies (AvgCE); winner: the source whose own "
-        "answer wins; by_category: the source with the best mean score in the example's category; random: a "
-        "control",
+        "the response (MinCE); per_byte, per_token: the same per unit, per_token as FuseLLM, which favours "
+        "small pieces; average: all sources, mixed by their cross-entropies (AvgCE); winner: the source "
+        "whose own answer wins; by_category: the source with the best mean score in the example's category; "
+        "random: a control",
     )
     inference: Literal["vote", "reference", "by_category", "random"] = Field(
         "vote",
         description="how the winning answer is chosen; vote: by the votes of the reward models; reference: "
         "by the score against the ground truth; by_category: the answer of the source with the best mean "
-        "score "
-        "in the example's category; random: a control",
+        "score in the example's category; random: a control",
     )
     sources: list[Name] | None = Field(
         None,
@@ -190,15 +188,13 @@ class SelectionOptions(Options):
     training_margin: Margin | None = Field(
         None,
         description="smallest difference between the best and the second best source, in nats per byte of "
-        "the "
-        "response; winner: in the unit of inference_margin; by_category: in standard deviations of the "
+        "the response; winner: in the unit of inference_margin; by_category: in standard deviations of the "
         "scores",
     )
     inference_margin: Margin | None = Field(
         None,
         description="smallest difference between the winner's answer and the next, in votes (one reward "
-        "model "
-        "or reference: in scores; by_category: in standard deviations of the scores)",
+        "model or reference: in scores; by_category: in standard deviations of the scores)",
     )
     strongest: Name | None = Field(
         None,

@@ -149,8 +149,7 @@ def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
     lines about the job."""
     lines = [
         f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP "
-        f"{runtime.pipeline_parallel_size}"
-        f" x DP {runtime.data_parallel_size}"
+        f"{runtime.pipeline_parallel_size} x DP {runtime.data_parallel_size}"
         + (
             f" (virtual PP {runtime.virtual_pipeline_parallel_size})"
             if runtime.virtual_pipeline_parallel_size

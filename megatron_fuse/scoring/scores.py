@@ -199,9 +199,8 @@ def _score(
             if not np.isfinite(value):
                 raise UserError(
                     f"reward_models.{reward_model.name} gives {value} to the answer of {names[index]!r} to "
-                    "example "
-                    f"{examples[row].id!r}. Its weights are damaged, or its dtype overflows. Set its dtype "
-                    "to bf16 or fp32, or fetch the model again."
+                    f"example {examples[row].id!r}. Its weights are damaged, or its dtype overflows. Set its "
+                    "dtype to bf16 or fp32, or fetch the model again."
                 )
             scores[names[index]][row] = value
     return scores

@@ -77,8 +77,7 @@ def _categories(context: Context) -> np.ndarray:
     if list(numbers) == [None]:
         raise UserError(
             f"{context.recipe.data.path}: no example has a category, but selection chooses by_category: add "
-            "the key "
-            "category to the rows, or choose another rule"
+            "the key category to the rows, or choose another rule"
         )
     return np.array(categories, np.int32)
 

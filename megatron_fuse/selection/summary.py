@@ -65,8 +65,7 @@ def curriculum_line(recipe: Recipe, measures: Mapping[str, np.ndarray]) -> str:
     tokens = measures[GT_TOKENS]
     line = (
         f"order of the examples: {recipe.schedule.order}; ground truth of {tokens.min():,} to "
-        f"{tokens.max():,} target tokens, "
-        f"median {np.median(tokens):,.0f}"
+        f"{tokens.max():,} target tokens, median {np.median(tokens):,.0f}"
     )
     if TARGET_REWARD not in measures:
         return line

@@ -11,9 +11,8 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 EXPECTED = (
     "a directory with tokenizer.json, with tokenizer.model (SentencePiece, or Llama-3's tiktoken ranks), "
-    "with T5's "
-    "spiece.model, with vocab.json and merges.txt, or with one *.tiktoken rank file; or such a .model or "
-    ".tiktoken file itself"
+    "with T5's spiece.model, with vocab.json and merges.txt, or with one *.tiktoken rank file; or such a "
+    ".model or .tiktoken file itself"
 )
 
 

@@ -36,12 +36,10 @@ def describe_run(
         f"{architecture.hidden_size}, "
         f"vocabulary {architecture.vocab_size} padded to {architecture.padded_vocab_size}",
         f"layers: {config.transformer_impl}   attention: {attention}   precision: {training.precision} "
-        f"{masters}   "
-        f"recompute: {_yes(training.recompute)}",
+        f"{masters}   recompute: {_yes(training.recompute)}",
         f"optimizer: {fused_adam_library() or 'torch'} Adam, {', '.join(of_optimizer)}",
         f"loss: {_loss_implementation(recipe, architecture, entries_per_row)}, {how}   tail: "
-        f"{recipe.loss.tail}   "
-        f"temperature: {recipe.loss.student_temperature:g}",
+        f"{recipe.loss.tail}   temperature: {recipe.loss.student_temperature:g}",
         f"sequences: {training.seq_length} tokens, {'packed' if training.packing else 'padded'}, "
         f"{training.micro_batch_size} a micro-batch, {training.global_batch_size} examples a step",
     ]

@@ -22,9 +22,9 @@ from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
-from megatron_fuse.training.checkpoint import named_checkpoint, read_metadata
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
+from megatron_fuse.training.checkpoint_metadata import named_checkpoint, read_metadata
 from megatron_fuse.training.target import load_whole_model
 
 logger = logging.getLogger(__name__)

@@ -120,8 +120,7 @@ class StepGuard:
             return None
         return (
             f"iteration {iteration}: the loss is {loss:.4g}, the median of the last {len(self.losses) - 1} "
-            "was "
-            f"{before:.4g}, on examples {_named(example_ids())}"
+            f"was {before:.4g}, on examples {_named(example_ids())}"
         )
 
 

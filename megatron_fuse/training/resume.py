@@ -14,17 +14,17 @@ from megatron_fuse.recipe.training_options import TrainingOptions
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.selection.curriculum import Curriculum
 from megatron_fuse.target import checkpoint_directory
-from megatron_fuse.training.checkpoint import (
+from megatron_fuse.training.checkpoint import load_checkpoint
+from megatron_fuse.training.checkpoint_files import LATEST
+from megatron_fuse.training.checkpoint_metadata import (
     CheckpointMetadata,
     differences,
-    load_checkpoint,
     model_identity,
     named_checkpoint,
     read_metadata,
     refuse_other_model,
     versions,
 )
-from megatron_fuse.training.checkpoint_files import LATEST
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,9 @@ from megatron_fuse.model.gpt import FusionGPTModel, FusionLossOptions, build_mod
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
-from megatron_fuse.training.checkpoint import (
-    CheckpointMetadata,
-    load_checkpoint,
-    model_identity,
-    save_checkpoint,
-    versions,
-)
+from megatron_fuse.training.checkpoint import load_checkpoint, save_checkpoint
 from megatron_fuse.training.checkpoint_files import checkpoints_in
+from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata, model_identity, versions
 
 
 def build_target(recipe: Recipe, architecture: Architecture) -> list[FusionGPTModel]:

@@ -240,8 +240,7 @@ def _run(trainer: Trainer) -> None:
     if stop:
         logger.info(
             f"stopped after iteration {metadata.iteration} of {last_step} ({stop}), saved in "
-            f"{trainer.save_directory}: "
-            "the same command continues from there"
+            f"{trainer.save_directory}: the same command continues from there"
         )
     if interruption.is_interrupt:
         raise KeyboardInterrupt

@@ -32,6 +32,5 @@ def difference_problems(
             example = int(differs.argmax())
             yield (
                 f"{path}: example {names[example]!r}: {name} is {stored_array[example].tolist()}, but "
-                f"{basis} give "
-                f"{array[example].tolist()} ({differs.sum():,} examples differ). {fix}"
+                f"{basis} give {array[example].tolist()} ({differs.sum():,} examples differ). {fix}"
             )

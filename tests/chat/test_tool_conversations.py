@@ -246,8 +246,8 @@ def test_rows_without_tools_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -
     """And their ids are those of a format that never met a tool."""
     chat = format_of("qwen3")
     rendered = []
-    original = ChatFormat._render
-    monkeypatch.setattr(ChatFormat, "_render", lambda *a, **k: rendered.append(1) or original(*a, **k))
+    original = ChatFormat.render
+    monkeypatch.setattr(ChatFormat, "render", lambda *a, **k: rendered.append(1) or original(*a, **k))
     plain = chat.encode_conversation([asks("hello")], ANSWER)
     assert len(rendered) == 1
     assert np.array_equal(plain.ids, chat.encode_conversation([asks("hello")], ANSWER, tools=[]).ids)

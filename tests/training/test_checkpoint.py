@@ -325,12 +325,8 @@ def saved_and_loaded(directory: Path, target: Path, *, extra_on_save: bool) -> b
     have, save or load.
     """
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.checkpoint import (
-        CheckpointMetadata,
-        load_checkpoint,
-        model_identity,
-        save_checkpoint,
-    )
+    from megatron_fuse.training.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata, model_identity
     from megatron_fuse.training.target import _whole_model
 
     start_runtime()
@@ -368,7 +364,7 @@ def test_checkpoints_move_between_layers_with_and_without_extra_state(
 
 
 def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_fuse.training import checkpoint
+    from megatron_fuse.training import checkpoint_metadata
 
     def version(package: str) -> str:
         if package == "megatron-fuse":
@@ -376,4 +372,8 @@ def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch: pytest.
         return "1.2"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert checkpoint.versions() == {"megatron-fuse": "not installed", "torch": "1.2", "megatron-core": "1.2"}
+    assert checkpoint_metadata.versions() == {
+        "megatron-fuse": "not installed",
+        "torch": "1.2",
+        "megatron-core": "1.2",
+    }

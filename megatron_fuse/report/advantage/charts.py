@@ -180,8 +180,7 @@ def _finding(report: dict[str, Any], name: str) -> str:
     _, source, mode, least, low, most, high = max(clear, key=lambda row: row[0])
     return (
         f"By {name}, {source}'s share of wins in {mode} mode varies most: {percent(least['share'], 0)} "
-        f"({_short(low)}) to "
-        f"{percent(most['share'], 0)} ({_short(high)})"
+        f"({_short(low)}) to {percent(most['share'], 0)} ({_short(high)})"
     )
 
 

@@ -102,9 +102,8 @@ def _modes(report: dict[str, Any]) -> str:
     if not modes["examples"]:
         return "No example has a winner in both modes."
     return (
-        f"The same source wins in both modes in {percent(modes['agree'])} of {modes['examples']:,} "
-        "examples, where chance gives "
-        f"{percent(modes['chance'])} (kappa {_kappa(modes['kappa'])})."
+        f"The same source wins in both modes in {percent(modes['agree'])} of {modes['examples']:,} examples, "
+        f"where chance gives {percent(modes['chance'])} (kappa {_kappa(modes['kappa'])})."
     )
 
 
@@ -201,8 +200,7 @@ def _system_messages(report: dict[str, Any]) -> str:
 
 _ANSWERS = (
     "Lengths are of answers that are not empty; tokens are of each source's own tokenizer. Truncated: cut "
-    "off by a limit; "
-    "refused: declines to answer; unmatched: a file of answers has none for the example."
+    "off by a limit; refused: declines to answer; unmatched: a file of answers has none for the example."
 )
 
 

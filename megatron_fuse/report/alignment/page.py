@@ -51,8 +51,7 @@ def alignment_page(report: dict[str, Any], chart: bytes) -> str:
 def _heading(report: dict[str, Any]) -> str:
     return (
         f"{report['fusion_data']}: vocabulary map {report['vocabulary_map']}, unmatched "
-        f"{report['unmatched']}, "
-        f"temperature {report['temperature']:g}"
+        f"{report['unmatched']}, temperature {report['temperature']:g}"
     )
 
 
@@ -66,8 +65,7 @@ def _sentences(teacher: dict[str, Any]) -> list[str]:
         f"examples: the source has read {examples['read']:,} of {examples['all']:,}; "
         f"{percent(examples['whole'])} of these have every byte aligned",
         f"vocabulary: {percent(vocabulary['exact'])} of {vocabulary['tokens']:,} tokens have a target token "
-        "of equal bytes; "
-        f"{percent(captured['exact_mass'])} of the captured mass lies on them",
+        f"of equal bytes; {percent(captured['exact_mass'])} of the captured mass lies on them",
         f"mass: {percent(captured['mass'])} of a captured row is stored, "
         f"{percent(teacher['rows']['all']['mass'])} of an "
         f"exactly aligned one; the label's own mass changes {percent(teacher['label_mass'])} of the rows",
