@@ -18,7 +18,7 @@ or AutoModelForSequenceClassification, and is kept when it was made with the sam
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -62,13 +62,14 @@ def be_modest() -> None:
     logging.disable_progress_bar()
 
 
-def make_models(output: Path, processes: int, seed: int = 0) -> None:
-    """Trains what is missing, in the order of JOBS; what goes on from another model waits for it. seed: of
-    the whole set.
+def make_models(output: Path, processes: int, seed: int = 0, further: Sequence[SourceSettings] = ()) -> None:
+    """Trains the missing models in the order of JOBS. A model that continues another one waits for it.
+
+    seed: of the whole set. further: sources beyond those of JOBS.
     """
     jobs = {
         reseeded(settings, seed): (train, after and reseeded(after, seed))
-        for settings, (train, after) in JOBS.items()
+        for settings, (train, after) in {**JOBS, **dict.fromkeys(further, (train_source, None))}.items()
     }
     todo = [settings for settings in jobs if not is_made(settings.directory(output), settings.hash(output))]
     if not todo:

@@ -3,17 +3,33 @@
     python examples/skills/measure.py --model DIRECTORY --output FILE.json --split dev --seed 1
 
 Metrics: `generation` and `choice`, as evaluate.py defines them, means over the skills in percent, and each of
-them by skill.
+them by skill. With --condition (conditions.py) also `learned` and `kept`: `generation` over the skills that
+the instructions teach, and over the others.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from conditions import CONDITIONS
 from evaluate import MEASURES, evaluate
-from skills import SPLITS
+from skills import SKILLS, SPLITS
 
 from megatron_fuse.errors import exit_code
+
+
+def learned_and_kept(generation: dict[str, dict], taught: Sequence[str]) -> dict[str, dict]:
+    """The mean accuracy over the taught skills, and over the others if there are any."""
+    groups = {"learned": list(taught), "kept": [skill for skill in SKILLS if skill not in taught]}
+    return {
+        name: {
+            "value": sum(generation[skill]["accuracy"] for skill in skills) / len(skills),
+            "n": sum(generation[skill]["problems"] for skill in skills),
+        }
+        for name, skills in groups.items()
+        if skills
+    }
 
 
 def main() -> None:
@@ -25,6 +41,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--seed", type=int, required=True, help="seed of the random choice of problems")
     parser.add_argument("--per-skill", type=int, default=60, help="problems of each skill")
+    parser.add_argument("--condition", choices=CONDITIONS, help="whose taught skills are reported apart")
     options = parser.parse_args()
     found = evaluate(options.model, options.split, options.per_skill, options.seed)
     metrics = {}
@@ -32,6 +49,8 @@ def main() -> None:
         for skill, of in found[measure].items():
             name = measure if skill == "mean" else f"{measure}/{skill}"
             metrics[name] = {"value": of["accuracy"], "n": of["problems"]}
+    if options.condition:
+        metrics |= learned_and_kept(found["generation"], CONDITIONS[options.condition].skills)
     metrics["response tokens"] = {"value": found["mean_response_tokens"], "n": metrics["generation"]["n"]}
     options.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 

@@ -52,14 +52,23 @@ MIXES = {
 
 @dataclass(frozen=True)
 class SourceSettings:
+    """How a source is trained. Architecture, tokenizer and mix of skills are those of its name by default."""
+
     name: str
     steps: int
     seed: int
     lr: float = 7e-3
+    family: str = ""  # whose architecture and tokenizer it has
+    skills: str = ""  # whose mix of skills it sees
+    forms: tuple[float, ...] = FORM_WEIGHTS
 
     @property
     def mix(self) -> tuple[float, ...]:
-        return MIXES[self.name]
+        return MIXES[self.skills or self.name]
+
+    @property
+    def built_as(self) -> str:
+        return self.family or self.name
 
     def directory(self, output: Path) -> Path:
         return output / "sources" / self.name
@@ -70,13 +79,23 @@ class SourceSettings:
         return fingerprint(
             asdict(self) | {"torch": torch.__version__},
             *scripts,
-            output / "tokenizers" / self.name / CACHE_FILE,
+            output / "tokenizers" / self.built_as / CACHE_FILE,
         )
 
 
 ALPHA = SourceSettings("alpha", 900, 11)
 BETA = SourceSettings("beta", 360, 12)
 GAMMA = SourceSettings("gamma", 950, 13)
+
+# For the map of conditions (conditions.py). The target must be a Llama, so the weaker sources exist as Llamas
+# too.
+BETA_LLAMA = SourceSettings("beta_llama", 360, 14, family="alpha", skills="beta")
+GAMMA_LLAMA = SourceSettings("gamma_llama", 950, 15, family="alpha", skills="gamma")
+# Sources that answer as fully as the ground truth does.
+WORKED = (0.1, 0.2, 0.7)
+ALPHA_WORKED = SourceSettings("alpha_worked", 900, 16, family="alpha", skills="alpha", forms=WORKED)
+BETA_WORKED = SourceSettings("beta_worked", 360, 17, family="beta", skills="beta", forms=WORKED)
+GAMMA_WORKED = SourceSettings("gamma_worked", 950, 18, family="gamma", skills="gamma", forms=WORKED)
 
 
 def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -119,15 +138,23 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def training_chats(
-    tokenizer: PreTrainedTokenizerBase, stop_token: str, mix: tuple[float, ...], rows: int, rng: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token: str,
+    mix: tuple[float, ...],
+    rows: int,
+    rng: random.Random,
+    forms: tuple[float, ...] = FORM_WEIGHTS,
 ) -> Packed:
-    """Right answers in all forms to problems of the `train` split, enough for so many packed rows."""
+    """Right answers to problems of the `train` split, enough for this number of packed rows.
+
+    mix: weights of the skills. forms: weights of FORMS.
+    """
     chats: list[Encoded] = []
     while True:
         pairs = []
         for skill in rng.choices(list(SKILLS), mix, k=2 * rows):
             problem = draw(skill, "train", rng)
-            pairs.append((problem.instruction, problem.response(rng.choices(FORMS, FORM_WEIGHTS)[0])))
+            pairs.append((problem.instruction, problem.response(rng.choices(FORMS, forms)[0])))
         chats += encode_chats(tokenizer, stop_token, pairs)
         packed = pack(chats, ROW_LENGTH)
         if len(packed.ids) >= rows:
@@ -136,10 +163,13 @@ def training_chats(
 
 def train_source(output: Path, settings: SourceSettings) -> None:
     rng = seed_all(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(output / "tokenizers" / settings.name, trust_remote_code=False)
-    stop_token = STOP_TOKENS[settings.name]
-    packed = training_chats(tokenizer, stop_token, settings.mix, settings.steps * ROWS_PER_STEP, rng)
-    model = build(settings.name, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(
+        output / "tokenizers" / settings.built_as, trust_remote_code=False
+    )
+    stop_token = STOP_TOKENS[settings.built_as]
+    rows = settings.steps * ROWS_PER_STEP
+    packed = training_chats(tokenizer, stop_token, settings.mix, rows, rng, settings.forms)
+    model = build(settings.built_as, tokenizer)
     losses = packed_losses(model, packed, ROWS_PER_STEP)
     fit(model, losses, steps=settings.steps, lr=settings.lr, name=f"source {settings.name}")
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
