@@ -1,7 +1,8 @@
-"""The losses of every preset, step by step, are those of the file: no change of the code moves them unnoticed.
+"""The losses of every preset, step by step, are those of the file: no change of the code moves them
+unnoticed.
 
-golden_losses.json holds, for each preset, the cross-entropies, KLs and gradient norms of five steps of a tiny model on
-made-up data in fp32. If a change means to move them, write the file again and say why in the commit:
+golden_losses.json holds, for each preset, the cross-entropies, KLs and gradient norms of five steps of a tiny
+model on made-up data in fp32. If a change means to move them, write the file again and say why in the commit:
 
     FUSE_WRITE_GOLDEN=1 python -m pytest tests/training/test_golden_losses.py
 """
