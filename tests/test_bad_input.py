@@ -78,6 +78,14 @@ def run(tool: str, root: Path, *arguments: object) -> int:
     raise AssertionError("the command did not end with an exit code")
 
 
+def the_error(capsys: pytest.CaptureFixture) -> str:
+    """The last line of stderr: the only error, without a traceback. Before it are messages about the work."""
+    *messages, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert not any(line.startswith(("error: ", "Traceback")) for line in messages)
+    return error
+
+
 @pytest.fixture
 def world(made: Path, tmp_path: Path) -> Path:
     """A copy of it to damage; its recipe names the copy's files."""
@@ -109,7 +117,7 @@ def edit_arrays(path: Path, **at_zero: float) -> None:
     ("text", "message"),
     [
         (b"workdir: caf\xe9\n", "not valid YAML: 'utf-8' codec"),  # Latin-1
-        (b"", "this file is empty"),
+        (b"", "must be a mapping of keys, but is empty"),
         # Would lose a source.
         (b"sources:\n  a: {model: x}\n  a: {model: y}\n", ":3: the key 'a' is given twice"),
         (b"sources: [a, b]\n", "sources: must be a mapping of keys"),
@@ -202,7 +210,7 @@ def test_the_first_stage_refuses_what_no_later_one_could_use(
     before = files(world)
     capsys.readouterr()
     assert run("prepare_instructions", world, *arguments) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = the_error(capsys)
     assert pytest.raises(UserError, match=message).matches(UserError(error)), error
     assert files(world) == before
 
@@ -306,7 +314,7 @@ def test_a_damaged_file_is_named_with_the_mend_by_the_stage_that_reads_it(
     damage(path)
     capsys.readouterr()
     assert run(tool, world) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = the_error(capsys)
     said = {flip_a_bit: "sha256 .*but the manifest has", halve: "bytes instead of", Path.unlink: "missing"}
     assert re.search(
         f"{path}: .*{said.get(damage, 'a list instead')}.*Restore (it|the file)[,.] .*run the stage again",
@@ -409,7 +417,7 @@ def test_what_was_made_otherwise_is_refused_by_the_stage_that_reads_it(
     shutil.rmtree(world / "work" / MADE.get(tool, "fusion"))
     capsys.readouterr()
     assert run(tool, world) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = the_error(capsys)
     assert re.search(
         rf"work/{message}.*\. Remove .* and run megatron-fuse .* again, or restore the old value", error
     )
@@ -473,7 +481,7 @@ def test_every_byte_of_a_text_arrives_in_captures_and_fusion_data(tmp_path: Path
 def test_names_that_the_recipe_does_not_have(made: Path, capsys: pytest.CaptureFixture) -> None:
     for tool in ("generate_responses", "score_responses", "capture_teacher"):
         assert run(tool, made, "--source", "gamma") == 2
-        assert "there is no 'gamma'; the recipe has alpha, beta" in capsys.readouterr().err
+        assert "there is no 'gamma'. Choose one of alpha, beta." in capsys.readouterr().err
 
 
 def test_an_error_in_the_first_shard_leaves_nothing_and_in_a_later_one_what_is_whole(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ MUTATIONS = (
     Mutation(
         "the KL gradient lost its 1 / T: at T = 2 the KL counts double",
         "triton_kernels.py",
-        "_factors(ce_weight, kl_weight * inv_t, lse_1",
-        "_factors(ce_weight, kl_weight, lse_1",
+        "ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE",
+        "ce_weight, kl_weight, lse_1, lse_t, off_t, total, tail, T_MODE",
     ),
     Mutation(
         "the student's tail is 1 - M: its digits cancel where the student is nearly certain",
@@ -199,8 +199,8 @@ MUTATIONS = (
     Mutation(
         "a lane remembers its last largest logit, not its first",
         "triton_topk.py",
-        "came = tl.where(tl.max(x, 0) > m, number, came)",
-        "came = tl.where(tl.max(x, 0) >= m, number, came)",
+        "first_tile = tl.where(tl.max(x, 0) > m, number, first_tile)",
+        "first_tile = tl.where(tl.max(x, 0) >= m, number, first_tile)",
     ),
 )
 

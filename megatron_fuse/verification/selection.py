@@ -101,7 +101,7 @@ def selection_problems(
         )
     evidence = _evidence(context, mode, len(names), stored)
     if evidence is None:
-        yield f"{path}: the scores that it was chosen by are missing, here and at their stage: {FIX}"
+        yield f"{path}: the scores behind this choice are missing, here and at their stage. {FIX}"
         return
     wanted = choose(recipe, mode, example_arrays, evidence)
     yield from difference_problems(path, stored, wanted, names, basis="the sources' examples", fix=FIX)

@@ -185,14 +185,14 @@ def test_nothing_to_project():
 
 def test_bad_input():
     side = small_side("byte_level", "")
-    with pytest.raises(ValueError, match="counts add up to 3, but 2 ids"):
+    with pytest.raises(ValueError, match="counts add up to 3, but there are 2 ids"):
         Rows(np.array([3], np.uint8), np.zeros(2, np.int32), np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="NaN"):
         Rows(np.array([1], np.uint8), np.zeros(1, np.int32), np.full(1, np.nan, np.float32))
     capture = random_capture(0, side, side.spans(["sure"]), keep=3, temperature=1.0).source
     with pytest.raises(ValueError, match="2 spans, but 1 logsumexp"):
         replace(capture, logsumexp=capture.logsumexp[:1])
-    with pytest.raises(UserError, match="'mean' is not one of skip, condition, onehot"):
+    with pytest.raises(UserError, match="'mean' is not allowed\. Set it to one of skip, condition, onehot"):
         project_responses(capture, side.spans(["sure"]), map_between(side, side), unmatched="mean")
     many = Entries(np.zeros(256, np.int64), np.arange(256, dtype=np.int32), np.full(256, -9.0))
     with pytest.raises(ValueError, match="256 entries, more than 255"):

@@ -247,10 +247,10 @@ def test_examples_without_a_row_and_rows_about_other_tokens_are_counted(
     counts = {name: artifact.counts[name] for name in STATUSES}
     assert counts == {"captured": 10, "too_long": 0, "no_response": 0, "mismatch": 2, "missing": 1}
     assert any(
-        f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"ours is {token} (" in line
+        f"id 'e8'): token 2 of the response is {token + 1} (" in line and f"tokenizer gives {token} (" in line
         for line in lines
     )
-    assert any("id 'e10')" in line and "ours is missing" in line for line in lines)
+    assert any("id 'e10')" in line and "tokenizer gives missing" in line for line in lines)
     expected = read(fresh, SOURCE, "training")
     for shard, whole in zip(read(recipe, SOURCE, "training"), expected, strict=True):
         for index in np.flatnonzero(shard.status == 0):
@@ -272,7 +272,8 @@ def test_a_file_about_other_tokens_is_refused_with_both(fresh: Recipe, tmp_path:
             row["choices"][0]["logprobs"]["tokens"][1] = "token_id:77"
     recipe = with_file(fresh, write(tmp_path / "other.jsonl", rows))
     with pytest.raises(
-        UserError, match=r"other.jsonl:1 \(id 'e0'\): token 1 of the .* ours is .*5 of 5 rows are about other"
+        UserError,
+        match=r"other.jsonl:1 \(id 'e0'\): token 1 of the .* tokenizer gives .*in 5 of 5 rows the",
     ):
         capture(Context(recipe), SOURCE, "training")
     assert not list(recipe.workdir.glob("captures/*/*/shard*"))

@@ -139,7 +139,7 @@ def test_a_template_is_refused_when_it_is_chosen_and_named(name: str, tmp_path: 
     path = tmp_path / "stranger.jinja"
     path.write_text(HOSTILE[name] + TEMPLATES["alpaca"])
     with pytest.raises(
-        UserError, match=r"sources\.x\.chat_template: .*/stranger\.jinja cannot be used, "
+        UserError, match=r"sources\.x\.chat_template: .*/stranger\.jinja cannot be used: "
     ) as refused:
         load_chat_format(small_tokenizer("llama_json"), str(path), where="sources.x")
     assert len(str(refused.value)) <= 600
@@ -153,7 +153,7 @@ def test_a_template_that_behaves_until_a_row_provokes_it_is_refused_there(name: 
     )
     form = load_chat_format(small_tokenizer("llama_json"), str(path))
     form.encode_conversation(USER, "fine")
-    with pytest.raises(UserError, match=r"sleeper\.jinja cannot be used, "):
+    with pytest.raises(UserError, match=r"sleeper\.jinja cannot be used: "):
         form.encode_conversation([{"role": "user", "content": "now"}], "fine")
 
 

@@ -171,7 +171,7 @@ def test_a_model_that_is_not_named_now_guards_the_settings_too(
 ) -> None:
     gamma = EvaluatedModel("gamma", small_models[0].directory)
     with pytest.raises(
-        UserError, match=r"alpha/winogrande.json: was made with limit 3, but this call has None"
+        UserError, match=r"alpha/winogrande.json: the file was made with limit 3, but this call has None"
     ):
         evaluate([gamma], [WINOGRANDE], output, data=questions, settings=Settings(max_new_tokens=8))
 

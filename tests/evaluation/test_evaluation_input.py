@@ -85,13 +85,13 @@ def without(key: str):
             "winogrande",
             "winogrande.jsonl",
             without("gold"),
-            r":2: gold: missing: rows of winogrande need context_options",
+            r":2: gold: missing. A row of winogrande needs the keys context_options",
         ),
         (
             "winogrande",
             "winogrande.jsonl",
             lambda row: row | {"gold": 2},
-            r":2: gold: must be the index of one of 2 context_options, not 2",
+            r":2: gold: must be the index of one of the 2 context_options, not 2",
         ),
         (
             "hellaswag",
@@ -121,7 +121,7 @@ def without(key: str):
             "gsm8k",
             "gsm8k_test.jsonl",
             without("answer"),
-            r":2: answer: missing: rows of gsm8k need question, answer",
+            r":2: answer: missing. A row of gsm8k needs the keys question, answer",
         ),
         (
             "arc_challenge",

@@ -121,7 +121,7 @@ def test_documents_are_views_of_the_files(tmp_path: Path) -> None:
     for field, (values, lengths) in fields.items():
         parts = np.split(values, np.cumsum(lengths)[:-1])
         for document, part in zip((streams[i] for i in range(3)), parts, strict=True):
-            found = getattr(document, field)
+            found = getattr(document, field.replace("entry", "teacher"))  # named so in memory
             assert found.view(part.dtype).tolist() == part.tolist()
             assert not found.flags.owndata and not found.flags.writeable
     assert streams[2].teacher_logprobs.dtype == np.float16 and streams[2].supervised.dtype == bool

@@ -130,7 +130,7 @@ def _make_merge(directory: Path) -> None:
 def _read_merge(directory: Path) -> None:
     output = directory / "out"
     shutil.rmtree(output, ignore_errors=True)
-    merge_models(Merge("linear", (directory / "a", directory / "b")), output, lambda line: None)
+    merge_models(Merge("linear", (directory / "a", directory / "b")), output)
     files = WeightFiles(output)
     check_weights(files, read_architecture(output))
 

@@ -110,7 +110,7 @@ def test_a_gguf_file_is_converted_with_the_original_tokenizer(
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
     assert end.value.code == 0, capsys.readouterr().err
-    assert "dequantised, in fp32" in capsys.readouterr().out
+    assert "dequantised, in fp32" in capsys.readouterr().err
     assert resolve_model(str(output), "target.model") == output
     assert not hasattr(AutoConfig.from_pretrained(output), "quantization_config")
     config = json.loads((output / "config.json").read_text())
@@ -282,7 +282,7 @@ def test_a_damaged_file_is_refused(model: Path, tmp_path: Path, content: bytes) 
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.gguf.*: "):
         convert_gguf(tmp_path / "x.gguf", model, tmp_path / "out")
-    with pytest.raises(UserError, match=r"x\.bin is no \.gguf file"):
+    with pytest.raises(UserError, match=r"x\.bin is not a \.gguf file"):
         convert_gguf(tmp_path / "x.bin", model, tmp_path / "out")
 
 

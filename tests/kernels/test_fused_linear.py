@@ -227,7 +227,7 @@ def test_no_rows_and_nothing_to_weigh(weight):
         ({"hidden": torch.zeros(2, 3, 4)}, r"hidden is \[2, 3, 4\]"),
         (
             {"weight": torch.zeros(5, 3)},
-            r"weight is \[5, 3\] torch.float32: hidden of \[2, 4\] torch.float32 needs \[v, 4\]",
+            r"weight is \[5, 3\] torch.float32, but hidden of \[2, 4\] torch.float32 needs \[v, 4\]",
         ),
         ({"weight": torch.zeros(5, 4).bfloat16()}, "weight is .*bfloat16"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\], but hidden of 2 rows"),

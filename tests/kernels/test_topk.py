@@ -120,7 +120,7 @@ def test_no_rows_and_no_labels(implementation):
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\]"),
         ({"vocab_size": 6}, "vocab_size is 6, but the logits have 5 columns"),
         ({"implementation": "fast"}, "implementation is 'fast'"),
-        ({"implementation": "triton", "k": 65}, "k is 65, the kernel keeps 64"),
+        ({"implementation": "triton", "k": 65}, "k is 65, but the kernel keeps at most 64"),
         (
             {"implementation": "triton", "logits": torch.zeros(2, 5, dtype=torch.float64)},
             "logits is torch.float64",

@@ -252,15 +252,16 @@ def test_a_config_beside_plain_weights_says_their_type_and_no_quantisation(small
     }
     path.write_text(json.dumps(given))
     (tmp_path / "out").mkdir()
-    lines = []
-    write_beside_weights(reference, tmp_path / "out", dtype, lines.append)
+    with logged() as text:
+        write_beside_weights(reference, tmp_path / "out", dtype)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     del given["quantization_config"]
     assert written == given | {"dtype": name, "torch_dtype": name}
-    assert lines == [
-        f"config.json: quantization_config of {reference} left out: the weights written are plain {dtype}"
-    ]
+    assert text.getvalue() == (
+        f"warning: config.json: quantization_config of {reference} left out: the weights written are plain "
+        f"{dtype}\n"
+    )
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert config.dtype == getattr(torch, name) and getattr(config, "quantization_config", None) is None
 

@@ -199,7 +199,7 @@ def test_a_config_of_several_parts_states_the_texts_sizes(tmp_path: Path) -> Non
         ),  # which transformers skips in silence
         ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id: .* not '</s>'"),
         ("generation_config.json", '{"temperature": -1}', "temperature: .* not -1"),
-        ("adapter_config.json", "{}", "adapter_config.json: an adapter beside a whole model"),
+        ("adapter_config.json", "{}", "adapter_config.json: there is an adapter beside a whole model"),
     ],
 )
 def test_what_lies_beside_a_model_is_checked(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -250,7 +250,7 @@ BAD_HEADERS = [
     ({"a": entry(0, 32, (8,))}, "is cut off"),
     ({"a": entry(0, 16, dtype="F31")}, "tensor a: dtype is 'F31'"),
     ({"a": entry(0, 16, dtype=None)}, "tensor a: dtype: "),
-    ({"a": entry(0, 16, (3,))}, r"tensor a: shape \[3\] of F32 has 12 bytes"),
+    ({"a": entry(0, 16, (3,))}, r"tensor a: shape \[3\] of F32 needs 12 bytes"),
     ({"a": entry(0, 16, (4.0,))}, "tensor a: shape.0: .* not 4.0"),
     ({"a": entry(0, 16, (2**32, 2**32))}, "tensor a: shape"),
     ({"__metadata__": {"a": 5}, "a": entry(0, 16)}, "__metadata__ is"),
@@ -398,7 +398,7 @@ def read_as_reward_model(directory: Path) -> None:
 
 
 def read_to_merge(directory: Path) -> None:
-    _common_shapes([WeightFiles(directory)], None, lambda line: None)
+    _common_shapes([WeightFiles(directory)], None)
 
 
 def read_to_chat(directory: Path) -> None:

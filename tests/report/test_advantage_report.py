@@ -193,7 +193,7 @@ def test_the_command_prints_the_numbers_and_writes_the_same_files_twice(
     assert advantage_text(report) in capsys.readouterr().out
     directory = world.workdir / "reports" / "advantage" / fusion_directory(world).name
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    charts = {"wins.png", "lengths.png", "modes.png", "instruction_length.png"}
+    charts = {"wins.png", "lengths.png", "modes.png", "instruction_length.png", "category.png"}
     assert set(files) == {"advantage.json", "advantage.html", *charts}
     assert json.loads(files["advantage.json"]) == report
     assert all(files[name].startswith(b"\x89PNG\r\n") for name in charts)

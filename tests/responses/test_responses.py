@@ -97,7 +97,7 @@ def test_seed_source_and_options_decide_and_batch_size_does_not(
     ).plan(RESPONSES, "llama")
     with pytest.raises(UserError, match=r"options.temperature = 1.0.*0.5"):
         generate_responses(Context(changed(recipe, responses={"temperature": 0.5})), "llama")
-    with pytest.raises(UserError, match="there is no 'gemma'; the recipe has llama, mpt, gpt_neox"):
+    with pytest.raises(UserError, match="there is no 'gemma'\. Choose one of llama, mpt, gpt_neox"):
         generate_responses(Context(recipe), "gemma")
     # The same model under another name draws other answers; a source more or less leaves the others' plans
     # alone.

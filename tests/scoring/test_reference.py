@@ -190,7 +190,7 @@ def test_weights_of_the_measures() -> None:
     assert used_weights(full) == {"bleu": 0.25, "rouge_l": 0.25, "bertscore": 0.5}
     np.testing.assert_array_equal(combine(measures, full), [[0.6875, np.nan]])
     with pytest.raises(
-        UserError, match=r"reference.bertscore is 0.5 but there is no .*bertscore_model.*renormalize"
+        UserError, match=r"reference.bertscore is 0.5, but there is no .*bertscore_model.*renormalize"
     ):
         combine(measures, ReferenceOptions())
     without = ReferenceOptions(without_bertscore="renormalize")

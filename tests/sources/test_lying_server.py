@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import pytest
 from local_server import Act, Asked, ScriptedServer, completion, scripted
+from log_lines import logged
 from served_recipes import KEY, answers, assert_nowhere, echo, journals, number, recipe_for
 from small_models import save_model
 
@@ -170,19 +171,21 @@ def test_what_stays_no_answer_is_listed_with_the_reason(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with scripted(LiarAboutMany([lie for lie, _ in NO_ANSWERS.values()], 99)) as server:
         recipe = recipe_for(model, tmp_path, server.url, examples=len(NO_ANSWERS), max_retries=1)
-        artifact = generate_responses(Context(recipe), "served")
+        with logged("warning") as text:
+            artifact = generate_responses(Context(recipe), "served")
         assert artifact is not None
         assert len(server.asked) == 3 * len(NO_ANSWERS)  # again, and a trial
-    printed = capfd.readouterr()
     for place, (name, (_, why)) in enumerate(NO_ANSWERS.items()):
-        (line,) = [line for line in printed.out.split("\n") if f"no answer to example 'e{place}': " in line]
+        (line,) = [
+            line for line in text.getvalue().split("\n") if f"no answer to example 'e{place}': " in line
+        ]
         assert "the server sent no completion but " in line and why in line and line.isprintable(), name
         assert len(line) <= 600 + len(str(recipe.workdir)), name
     assert {row.response for row in answers(recipe).values()} == {""}
     (unmatched,) = artifact.files(".unmatched.txt")
     assert unmatched.read_text().split() == [f"e{n}" for n in range(len(NO_ANSWERS))]
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"a lie" in path.read_bytes()]
-    assert KEY not in printed.out + printed.err
+    assert KEY not in text.getvalue()
     assert_nowhere(KEY, tmp_path, capfd)
 
 
@@ -238,7 +241,7 @@ BREAKS: dict[str, tuple[Callable[[BinaryIO], object], str]] = {
                                                                                               "reached"),
     "compressed": (
         lambda f: f.write(head("content-encoding: gzip", "content-length: 9999") + COMPRESSED),
-        r"cannot be reached \(a body in 'gzip' came back\)",
+        r"cannot be reached \(the server sent a body encoded as 'gzip'\)",
     ),
     "silence": (nothing, "did not answer within 1.5 s, 2 times"),
     "silence in the body": (lambda f: (f.write(head("content-length: 999")), f.flush(), nothing(f)), "did not answer"),
@@ -369,7 +372,7 @@ def test_an_answer_of_another_model_ends_the_run(model: Path, tmp_path: Path, na
         error = str(caught.value)
         assert (
             error.startswith(f"sources.served.server: {server.url} answers as model ")
-            and "asked is 'small'" in error
+            and "the requested model is 'small'" in error
         )
         assert (
             quoted.replace("\\\\", "\\") in error

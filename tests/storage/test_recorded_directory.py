@@ -127,7 +127,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "file").write_text("mine")
     for name in ("thesis", "file"):
-        assert f"holds no {RECORD}" in refusal(lambda name=name: make(tmp_path / name, "first"))
+        assert f"has no {RECORD}" in refusal(lambda name=name: make(tmp_path / name, "first"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis"]
 
 

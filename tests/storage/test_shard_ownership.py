@@ -2,6 +2,7 @@
 again.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from log_lines import logged
 
 from megatron_fuse.errors import UserError, exit_code
 from megatron_fuse.storage import LockFile, Plan, completed, read_sealed, run_plan, run_plans, write_sealed
@@ -35,9 +37,6 @@ def make_shard(index: int, prefix: Path) -> dict[str, int]:
     return {"lines": index + 1}
 
 
-def silent(_: str) -> None: ...
-
-
 def contents(root: Path) -> dict[str, bytes]:
     """Every file under a directory, hidden ones too."""
     return {
@@ -47,7 +46,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> dict[str, bytes]:
-    run_plan(plan(tmp_path / "whole/a"), make_shard, silent)
+    run_plan(plan(tmp_path / "whole/a"), make_shard)
     return contents(tmp_path / "whole")
 
 
@@ -77,7 +76,7 @@ def test_processes_with_the_same_share_make_every_shard_once(
         time.sleep(0.02)
         return make_shard(index, prefix)
 
-    racing = [start(lambda: run_plan(plan(tmp_path / "race/a"), make, silent)) for _ in range(processes)]
+    racing = [start(lambda: run_plan(plan(tmp_path / "race/a"), make)) for _ in range(processes)]
     for process in racing:
         process.join(60)
     assert [process.exitcode for process in racing] == [0] * processes
@@ -99,13 +98,17 @@ def test_a_shard_of_a_killed_process_is_taken_over_and_one_of_a_stopped_process_
             time.sleep(60)
         return {"lines": index + 1}
 
-    lines: list[str] = []
-    owner = start(lambda: run_plan(plan(tmp_path / "race/a"), hang, silent))
+    owner = start(lambda: run_plan(plan(tmp_path / "race/a"), hang))
     wait_for(begun.exists)
     os.kill(owner.pid, signal.SIGSTOP)
-    second = FORK.Process(
-        target=lambda: run_plan(plan(tmp_path / "race/a"), make_shard, (tmp_path / "log").write_text)
-    )
+
+    def join() -> None:
+        logger = logging.getLogger("megatron_fuse")
+        logger.addHandler(logging.FileHandler(tmp_path / "log"))
+        logger.setLevel(logging.INFO)
+        run_plan(plan(tmp_path / "race/a"), make_shard)
+
+    second = FORK.Process(target=join)
     second.start()
     # All others are made; then it waits, and says for whom.
     log = tmp_path / "log"
@@ -119,8 +122,9 @@ def test_a_shard_of_a_killed_process_is_taken_over_and_one_of_a_stopped_process_
     owner.join(60)
     assert second.exitcode == 0
     assert contents(tmp_path / "race") == whole
-    assert run_plan(plan(tmp_path / "race/a"), make_shard, lines.append) is not None
-    assert lines == []
+    with logged("warning") as text:
+        assert run_plan(plan(tmp_path / "race/a"), make_shard) is not None
+    assert text.getvalue() == ""
 
 
 def test_another_plan_beside_a_running_one_is_refused_and_touches_nothing(tmp_path: Path) -> None:
@@ -131,17 +135,17 @@ def test_another_plan_beside_a_running_one_is_refused_and_touches_nothing(tmp_pa
         wait_for(end.exists)
         return make_shard(index, prefix)
 
-    first = start(lambda: run_plan(plan(tmp_path / "a"), wait, silent))
+    first = start(lambda: run_plan(plan(tmp_path / "a"), wait))
     wait_for(begun.exists)
     with pytest.raises(UserError, match=r"options\.k = 10, but now options\.k = 5"):
-        run_plan(plan(tmp_path / "a", options={"k": 5}), make_shard, silent)
+        run_plan(plan(tmp_path / "a", options={"k": 5}), make_shard)
 
     def fails(index: int, prefix: Path) -> dict[str, int]:
         raise UserError("broken")
 
     # It fails at its first shard while no shard is whole: the plan is also the other process's.
     with pytest.raises(UserError, match="broken"):
-        run_plan(plan(tmp_path / "a"), fails, silent)
+        run_plan(plan(tmp_path / "a"), fails)
     assert (tmp_path / "a/plan.json").exists()
     end.touch()
     first.join(60)
@@ -167,14 +171,13 @@ def test_of_damaged_files_only_the_shard_is_made_again(
         (directory / "manifest.json").unlink()
     DAMAGES[damage](directory / name)
     made: list[int] = []
-    lines: list[str] = []
-    run_plan(
-        plan(directory), lambda index, prefix: made.append(index) or make_shard(index, prefix), lines.append
-    )
+    with logged() as text:
+        run_plan(plan(directory), lambda index, prefix: made.append(index) or make_shard(index, prefix))
+    lines = [line for line in text.getvalue().splitlines() if "made again" in line]
     # A finished artifact is what its manifest says: it does without markers.
     assert made == ([] if finished and name.endswith(".done") else [2])
     if made and (directory / name).suffix != ".done":
-        assert lines[0].startswith(f"{directory / name}: ")
+        assert len(lines) == 1 and f"{directory / name}: " in lines[0]
         assert lines[0].endswith("shard 2 is made again")
     assert contents(tmp_path / "whole") == {
         **whole,
@@ -192,18 +195,18 @@ def test_a_damaged_manifest_is_written_again_from_the_markers(
         "edited": lambda path: path.write_text(path.read_text().replace('"lines": 10', '"lines": 11')),
     }
     edit[damage](path)
-    run_plan(plan(tmp_path / "whole/a"), pytest.fail, silent)
+    run_plan(plan(tmp_path / "whole/a"), pytest.fail)
     assert contents(tmp_path / "whole") == whole
 
 
 def test_markers_of_other_shards_are_not_believed(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    run_plan(plan(tmp_path / "swapped/a"), make_shard, silent)
+    run_plan(plan(tmp_path / "swapped/a"), make_shard)
     first, second = (tmp_path / f"swapped/a/shard-0000{index}.done" for index in (1, 2))
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
     (tmp_path / "swapped/a/manifest.json").unlink()
-    run_plan(plan(tmp_path / "swapped/a"), make_shard, silent)
+    run_plan(plan(tmp_path / "swapped/a"), make_shard)
     assert contents(tmp_path / "swapped") == whole
 
 
@@ -213,7 +216,7 @@ def test_shards_of_another_plan_are_refused_though_plan_json_is_gone(
     for name in ("plan.json", "manifest.json"):
         (tmp_path / "whole/a" / name).unlink()
     with pytest.raises(UserError, match=r"shard-00000\.done belongs to a shard with other options"):
-        run_plan(plan(tmp_path / "whole/a", options={"k": 5}), make_shard, silent)
+        run_plan(plan(tmp_path / "whole/a", options={"k": 5}), make_shard)
     assert {name for name in whole if "shard" in name} <= set(contents(tmp_path / "whole"))
 
 
@@ -221,7 +224,7 @@ def test_files_that_are_not_the_stage_s_stay(tmp_path: Path, whole: dict[str, by
     directory = tmp_path / "whole/a"
     (directory / "notes.txt").write_text("mine")
     (directory / "shard-00002.txt").unlink()
-    run_plan(plan(directory), make_shard, silent)
+    run_plan(plan(directory), make_shard)
     assert contents(tmp_path / "whole") == {**whole, "a/notes.txt": b"mine"}
 
 
@@ -232,9 +235,7 @@ def test_plans_made_together_race_without_a_deadlock(tmp_path: Path) -> None:
 
     orders = ["ab", "ba", "bc", "ac"]
     racing = [
-        start(
-            lambda names=names: run_plans({name: plan(tmp_path / name) for name in names}, together, silent)
-        )
+        start(lambda names=names: run_plans({name: plan(tmp_path / name) for name in names}, together))
         for names in orders
     ]
     for process in racing:

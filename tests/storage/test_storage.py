@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from log_lines import at_every_shard
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage import (
@@ -38,11 +39,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def silent(_: str) -> None: ...
-
-
 def test_a_complete_artifact_opens_and_verifies(tmp_path: Path) -> None:
-    run_plan(plan(tmp_path / "a"), make_shard, silent)
+    run_plan(plan(tmp_path / "a"), make_shard)
     artifact = open_artifact(tmp_path / "a", "numbers", "make_numbers")
     artifact.verify()
     assert artifact.counts == {"lines": 10}
@@ -58,13 +56,13 @@ def test_interrupted_anywhere_a_rerun_ends_with_the_same_bytes(tmp_path: Path, f
             raise KeyboardInterrupt
         return counts
 
-    run_plan(plan(tmp_path / "whole"), make_shard, silent)
+    run_plan(plan(tmp_path / "whole"), make_shard)
     with pytest.raises(KeyboardInterrupt):
-        run_plan(plan(tmp_path / "broken"), fails, silent)
+        run_plan(plan(tmp_path / "broken"), fails)
     with pytest.raises(UserError, match=r"incomplete\. Run make_numbers"):
         open_artifact(tmp_path / "broken", "numbers", "make_numbers")
     made = []
-    run_plan(plan(tmp_path / "broken"), lambda i, p: made.append(i) or make_shard(i, p), silent)
+    run_plan(plan(tmp_path / "broken"), lambda i, p: made.append(i) or make_shard(i, p))
     assert made == list(range(failing, 4))
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -74,12 +72,12 @@ def test_interrupted_anywhere_a_rerun_ends_with_the_same_bytes(tmp_path: Path, f
 def test_any_number_of_ranks_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    run_plan(plan(tmp_path / "one"), make_shard, silent)
+    run_plan(plan(tmp_path / "one"), make_shard)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     results = []
     for rank in reversed(range(world_size)):
         monkeypatch.setenv("RANK", str(rank))
-        results.append(run_plan(plan(tmp_path / "many"), make_shard, silent))
+        results.append(run_plan(plan(tmp_path / "many"), make_shard))
     assert results[-1] is not None
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
@@ -113,10 +111,10 @@ def test_plans_made_together_end_with_the_same_bytes_wherever_they_were_cut_off(
         if len(lines) == cut:
             raise KeyboardInterrupt
 
-    assert [*run_plans(plans(tmp_path / "whole", "ab"), make_together, silent)] == ["a", "b"]
-    with pytest.raises(KeyboardInterrupt):
-        run_plans(plans(tmp_path / "broken", "ab"), make_together, cutting)
-    assert [*run_plans(plans(tmp_path / "broken", "ab"), make_together, silent)] == ["a", "b"]
+    assert [*run_plans(plans(tmp_path / "whole", "ab"), make_together)] == ["a", "b"]
+    with pytest.raises(KeyboardInterrupt), at_every_shard(cutting):
+        run_plans(plans(tmp_path / "broken", "ab"), make_together)
+    assert [*run_plans(plans(tmp_path / "broken", "ab"), make_together)] == ["a", "b"]
     assert tree(tmp_path / "broken") == tree(tmp_path / "whole")
 
 
@@ -132,12 +130,12 @@ def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(
         return make_together(index, prefixes)
 
     if finished:
-        run_plans(plans(tmp_path, "ab"), make, silent)
+        run_plans(plans(tmp_path, "ab"), make)
     else:
         with pytest.raises(KeyboardInterrupt):
-            run_plans(plans(tmp_path, "ab"), make, silent)
+            run_plans(plans(tmp_path, "ab"), make)
     made.append("from here on")
-    artifacts = run_plans(plans(tmp_path, "abc"), make, silent)
+    artifacts = run_plans(plans(tmp_path, "abc"), make)
     company = ["a b", "a b", "a b", "a b"] if finished else ["a b", "a b", "a b c", "a b c"]
     joined = ["c"] * 4 if finished else ["c", "c", "a b c", "a b c"]
     for name, expected in {"a": company, "b": company, "c": joined}.items():
@@ -146,11 +144,9 @@ def test_a_plan_that_joins_later_leaves_whole_shards_of_the_others_alone(
 
 
 def test_of_plans_made_together_another_one_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    run_plan(plan(tmp_path / "b"), make_shard, silent)
+    run_plan(plan(tmp_path / "b"), make_shard)
     with pytest.raises(UserError, match=r"options\.k = 10, but now options\.k = 5"):
-        run_plans(
-            {"a": plan(tmp_path / "a"), "b": plan(tmp_path / "b", options={"k": 5})}, make_together, silent
-        )
+        run_plans({"a": plan(tmp_path / "a"), "b": plan(tmp_path / "b", options={"k": 5})}, make_together)
     assert not (tmp_path / "a").exists()
 
 
@@ -163,7 +159,7 @@ def test_an_error_leaves_of_plans_made_together_what_is_whole(tmp_path: Path, fa
         return counts
 
     with pytest.raises(UserError, match="broken"):
-        run_plans(plans(tmp_path, "ab"), fails, silent)
+        run_plans(plans(tmp_path, "ab"), fails)
     whole = [f"shard-0000{index}" for index in range(failing)]
     left = {f"{shard}.{suffix}" for shard in whole for suffix in ("txt", "done")} | (
         {"plan.json"} if whole else set()
@@ -176,18 +172,18 @@ def test_an_error_leaves_of_plans_made_together_what_is_whole(tmp_path: Path, fa
     [
         ({"options": {"k": 5}}, r"options\.k = 10, but now options\.k = 5"),
         ({"inputs": {"parent": "xyz"}}, r"inputs\.parent = 'abc', but now inputs\.parent = 'xyz'"),
-        ({"inputs": {"parent": "abc", "other": "d"}}, r"was made without inputs\.other, now 'd'"),
+        ({"inputs": {"parent": "abc", "other": "d"}}, r"was made without inputs\.other, but now it is 'd'"),
         ({"shards": 5}, r"shards = 4, but now shards = 5"),
         ({"stage": "letters"}, r"stage = 'numbers', but now stage = 'letters'"),
     ],
 )
 def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, message: str) -> None:
-    run_plan(plan(tmp_path), make_shard, silent)
+    run_plan(plan(tmp_path), make_shard)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=message):
         completed(plan(tmp_path, **change))
     with pytest.raises(UserError, match=message):
-        run_plan(plan(tmp_path, **change), make_shard, silent)
+        run_plan(plan(tmp_path, **change), make_shard)
     assert contents(tmp_path) == before
 
 
@@ -209,7 +205,7 @@ def test_another_plan_is_refused_with_both_values(tmp_path: Path, change: dict, 
 def test_an_artifact_made_otherwise_is_refused_and_keys_not_given_are_not_compared(
     tmp_path: Path, wanted: dict, message: str
 ) -> None:
-    made = run_plan(plan(tmp_path / "a", options={"k": 10, "p": 0.9}), make_shard, silent)
+    made = run_plan(plan(tmp_path / "a", options={"k": 10, "p": 0.9}), make_shard)
     with pytest.raises(UserError, match=message):
         open_artifact(tmp_path / "a", "numbers", "make_numbers", **wanted)
     opened = open_artifact(
@@ -222,7 +218,7 @@ def test_an_artifact_made_otherwise_is_refused_and_keys_not_given_are_not_compar
     "damage", [lambda b: b[:-1], lambda b: bytes([b[0] ^ 1]) + b[1:]], ids=["truncated", "bit flip"]
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    artifact = run_plan(plan(tmp_path), make_shard, silent)
+    artifact = run_plan(plan(tmp_path), make_shard)
     assert artifact is not None
     paths = artifact.files(".txt")
     paths[2].write_bytes(damage(paths[2].read_bytes()))

@@ -290,8 +290,8 @@ def test_unigram_models_are_not_converted(kind):
     ("files", "ask", "words"),
     [
         ({}, "", "tokenizer.json"),  # nothing there: the expected files are named
-        ({"notes.txt": b"x"}, "", "found notes.txt"),
-        ({}, "absent", "no such file"),
+        ({"notes.txt": b"x"}, "", "no tokenizer found, only notes.txt"),
+        ({}, "absent", "absent does not exist"),
         ({"tokenizer.model": b"not a model"}, "tokenizer.model", "not a SentencePiece model"),
         ({"tokenizer.json": b"{"}, "", r"tokenizer\.json: Invalid JSON"),
         ({"vocab.txt": b""}, "vocab.txt", "not a tokenizer file"),

@@ -437,7 +437,7 @@ def test_a_tracker_of_nonsense_is_named(tmp_path: Path, content: str) -> None:
     from megatron_fuse.training.checkpoint_metadata import named_checkpoint
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(content)
-    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt: holds"):
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration\.txt: it holds"):
         named_checkpoint(tmp_path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from chat_families import save_tokenizer
+from log_lines import logged
 from synthetic import make_tiny_recipe, make_tiny_target
 from test_layouts import run_training
 
@@ -132,9 +133,9 @@ def ends_of(workdir: Path, target: Path) -> list[str]:
     from megatron_fuse.training.export import export_fused_model
 
     start_runtime()
-    lines: list[str] = []
-    export_fused_model(make_tiny_recipe(workdir, target), lines.append)
-    return [line for line in lines if "answers end" in line]
+    with logged() as text:
+        export_fused_model(make_tiny_recipe(workdir, target))
+    return [line for line in text.getvalue().splitlines() if "answers end" in line]
 
 
 @pytest.mark.parametrize(

@@ -213,11 +213,12 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
     gamma = other("target", model=str(world.sources["gamma"].model))
     expect(
         verified(gamma).problems,
-        r"text/manifest.json: inputs.target tokenizer is \w+..., the recipe has \w+\.",
+        r"text/manifest.json: inputs.target tokenizer is \w+..., but the recipe has \w+\.",
     )
     expect(verified(other("target", chat_template="alpaca")).problems, "inputs.target chat format is")
     expect(
-        verified(other("training", seq_length=90)).problems, "options.seq_length is 200, the recipe has 90"
+        verified(other("training", seq_length=90)).problems,
+        "options.seq_length is 200, but the recipe has 90",
     )
     fusion = fusion_directory(copied)
     for name, section, key, value in (
@@ -230,7 +231,7 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
         manifest[section][key] = value
         write_sealed(fusion / name / "manifest.json", manifest)
     problems = verified(copied).problems
-    expect(problems, "text/manifest.json: options.supervise is 'nothing', the recipe has 'every_turn'")
+    expect(problems, "text/manifest.json: options.supervise is 'nothing', but the recipe has 'every_turn'")
     expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, the recipe has 2.0")
     expect(problems, f"{TEACHER}/manifest.json: options.vocabulary_map is 'em', the recipe has 'exact'")
     expect(problems, f"{ANSWERS}/manifest.json: inputs.capture is 0000.*captures/beta/inference is \\w+")
@@ -248,20 +249,21 @@ def test_a_choice_that_the_facts_do_not_lead_to_is_named(copied: Recipe, mode: s
     arrays["margin"][6], arrays["weight"][7] = -3, 0.125
     write_arrays(path, arrays, basis)
     problems = verified(copied).problems
-    expect(problems, rf"{path.name}: example 'e\d+': source 7, the recipe has 3")
+    expect(problems, rf"{path.name}: example 'e\d+': the source is 7, but the recipe has 3")
     expect(
         problems,
-        rf"{path.name}: example 'e\d+': source is \d, the sources' examples give \d \(2 examples differ\)",
+        rf"{path.name}: example 'e\d+': source is \d, "
+        r"but the sources' examples give \d \(2 examples differ\)",
     )
     expect(
         problems,
-        rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], the sources' examples give .*1 examples "
+        rf"{path.name}: example 'e2': (ce_sum|scores) is \[.*\], but the sources' examples give .*1 examples "
         r"differ",
     )
-    expect(problems, rf"{path.name}: example 'e6': margin is -3\.0, the sources' examples give")
+    expect(problems, rf"{path.name}: example 'e6': margin is -3\.0, but the sources' examples give")
     expect(
         problems,
-        rf"{path.name}: example 'e7': weight is 0\.125, the sources' examples give 1\.0 \(1 examples "
+        rf"{path.name}: example 'e7': weight is 0\.125, but the sources' examples give 1\.0 \(1 examples "
         r"differ\)",
     )
     build_fusion_data(Context(copied))
