@@ -232,8 +232,8 @@ def test_data_of_another_making_is_named(world: Recipe, copied: Recipe) -> None:
         write_sealed(fusion / name / "manifest.json", manifest)
     problems = verified(copied).problems
     expect(problems, "text/manifest.json: options.supervise is 'nothing', but the recipe has 'every_turn'")
-    expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, the recipe has 2.0")
-    expect(problems, f"{TEACHER}/manifest.json: options.vocabulary_map is 'em', the recipe has 'exact'")
+    expect(problems, f"{TEACHER}/manifest.json: options.temperature is 3.0, but the recipe has 2.0")
+    expect(problems, f"{TEACHER}/manifest.json: options.vocabulary_map is 'em', but the recipe has 'exact'")
     expect(problems, f"{ANSWERS}/manifest.json: inputs.capture is 0000.*captures/beta/inference is \\w+")
     # Its manifest is another now.
     expect(problems, f"{TEACHER}/manifest.json: inputs.text is .*fusion/.*/text is ")
