@@ -3,7 +3,7 @@
     python examples/skills/measure.py --model DIRECTORY --output FILE.json --split dev --seed 1
 
 Metrics: `generation` and `choice`, as evaluate.py defines them, means over the skills in percent, and each of
-them by skill. With --condition (conditions.py) also `learned` and `kept`: `generation` over the skills that
+them by skill. With --scenario (scenarios.py) also `learned` and `kept`: `generation` over the skills that
 the instructions teach, and over the others.
 """
 
@@ -12,8 +12,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from conditions import CONDITIONS
 from evaluate import MEASURES, evaluate
+from scenarios import SCENARIOS
 from skills import SKILLS, SPLITS
 
 from megatron_fuse.errors import exit_code
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, required=True)
     parser.add_argument("--seed", type=int, required=True, help="seed of the random choice of problems")
     parser.add_argument("--per-skill", type=int, default=60, help="problems of each skill")
-    parser.add_argument("--condition", choices=CONDITIONS, help="whose taught skills are reported apart")
+    parser.add_argument("--scenario", choices=SCENARIOS, help="whose taught skills are reported apart")
     options = parser.parse_args()
     found = evaluate(options.model, options.split, options.per_skill, options.seed)
     metrics = {}
@@ -49,8 +49,8 @@ def main() -> None:
         for skill, of in found[measure].items():
             name = measure if skill == "mean" else f"{measure}/{skill}"
             metrics[name] = {"value": of["accuracy"], "n": of["problems"]}
-    if options.condition:
-        metrics |= learned_and_kept(found["generation"], CONDITIONS[options.condition].skills)
+    if options.scenario:
+        metrics |= learned_and_kept(found["generation"], SCENARIOS[options.scenario].skills)
     metrics["response tokens"] = {"value": found["mean_response_tokens"], "n": metrics["generation"]["n"]}
     options.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 

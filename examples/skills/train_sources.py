@@ -87,7 +87,7 @@ ALPHA = SourceSettings("alpha", 900, 11)
 BETA = SourceSettings("beta", 360, 12)
 GAMMA = SourceSettings("gamma", 950, 13)
 
-# For the map of conditions (conditions.py). The target must be a Llama, so the weaker sources exist as Llamas
+# For the map of scenarios (scenarios.py). The target must be a Llama, so the weaker sources exist as Llamas
 # too.
 BETA_LLAMA = SourceSettings("beta_llama", 360, 14, family="alpha", skills="beta")
 GAMMA_LLAMA = SourceSettings("gamma_llama", 950, 15, family="alpha", skills="gamma")

@@ -21,7 +21,7 @@ class Comparison:
     """One metric of one table.
 
     means: of the runs that have the metric.
-    differences: to the baseline of their condition, of the runs that share a seed with it.
+    differences: to the baseline of their scenario, of the runs that share a seed with it.
     clear: the runs whose difference Holm's procedure finds, in their family.
     expected: the runs of the first family, whose difference was the question before the runs were made.
     """

@@ -15,22 +15,22 @@
     tables:
       main: {title: Fusion beside its alternatives, rows: [alpha, csft, slerp], baseline: csft}
 
-Conditions repeat the same variants on other data or other models:
+Scenarios repeat the same variants on other data or other models:
 
-    conditions:
+    scenarios:
       clean: {}
       errors_30: {data: {path: examples/skills/build/errors_30.jsonl}}
     tables:
-      clean: {title: Without errors, condition: clean, rows: [csft, fuse], baseline: csft}
+      clean: {title: Without errors, scenario: clean, rows: [csft, fuse], baseline: csft}
     maps:
-      errors: {title: Errors in the ground truth, conditions: [clean, errors_30], rows: [fuse, profuser],
+      errors: {title: Errors in the ground truth, scenarios: [clean, errors_30], rows: [fuse, profuser],
       baseline: csft}
 
-A run is then called CONDITION/VARIANT.
+A run is then called SCENARIO/VARIANT.
 
 Every seed has its own data stages, which its variants share. The options of a variant decide which stages run
-again, usually only the selection and the training. Every condition has data stages of its own. `{seed}` and
-`{condition}` may stand in prepare, models, the recipe and the options that change it. Then the seeds also
+again, usually only the selection and the training. Every scenario has data stages of its own. `{seed}` and
+`{scenario}` may stand in prepare, models, the recipe and the options that change it. Then the seeds also
 differ in what is named there, for example in their source models.
 """
 
@@ -43,7 +43,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe.values import Line, Location, Name, Options, Seed
 
-PLACEHOLDERS = {"model", "output", "split", "seed", "condition"}
+PLACEHOLDERS = {"model", "output", "split", "seed", "scenario"}
 # Keys that the runner itself sets for every run.
 _OURS = {"workdir", "seed", "training.save", "training.load", "training.tensorboard_dir", "export.path"}
 
@@ -116,8 +116,8 @@ class Table(Options):
     """Rows of one table of the report, in their order."""
 
     title: Line
-    condition: Name | None = Field(
-        None, description="the condition of all rows, if the experiment has conditions"
+    scenario: Name | None = Field(
+        None, description="the scenario of all rows, if the experiment has scenarios"
     )
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
@@ -135,12 +135,12 @@ class Table(Options):
 
 
 class Map(Options):
-    """The same comparison under several conditions: one row of the report per condition, one column per
+    """The same comparison under several scenarios: one row of the report per scenario, one column per
     row.
     """
 
     title: Line
-    conditions: Annotated[list[Name], Field(min_length=1)]
+    scenarios: Annotated[list[Name], Field(min_length=1)]
     rows: Annotated[list[Name], Field(min_length=1)]
     baseline: Name
     expected: list[Name] = Field(default_factory=list, description="as in a table")
@@ -164,7 +164,7 @@ class Experiment(Options):
         "what exists",
     )
     evaluate: MeasuringCommand = Field(
-        description="command with {model}, {output}, {split}, {seed} and {condition}; it writes {metric: "
+        description="command with {model}, {output}, {split}, {seed} and {scenario}; it writes {metric: "
         "{value, n}} as JSON"
     )
     split: Name = Field("test", description="value of {split} if --split is not given")
@@ -177,10 +177,10 @@ class Experiment(Options):
     variants: dict[Name, dict[str, Any]] = Field(
         description="name of the variant -> options that change the recipe"
     )
-    conditions: dict[Name, dict[str, Any]] = Field(
+    scenarios: dict[Name, dict[str, Any]] = Field(
         default_factory=dict,
-        description="name of the condition -> options that change the recipe before those of a variant; the "
-        "data stages run once per condition and seed",
+        description="name of the scenario -> options that change the recipe before those of a variant; the "
+        "data stages run once per scenario and seed",
     )
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: dict[Name, Table] = Field(default_factory=dict)
@@ -207,7 +207,7 @@ class Experiment(Options):
         shown: dict[str, Table | Map] = {f"tables.{name}": table for name, table in self.tables.items()}
         shown |= {f"maps.{name}": each for name, each in self.maps.items()}
         for place, each in shown.items():
-            conditions = each.conditions if isinstance(each, Map) else [each.condition]
+            scenarios = each.scenarios if isinstance(each, Map) else [each.scenario]
             x = {} if isinstance(each, Map) else each.x
             unknown = sorted({*each.rows, each.baseline, *x} - set(names))
             if unknown:
@@ -219,13 +219,13 @@ class Experiment(Options):
                 raise ValueError(
                     f"{place}.expected: {', '.join(beside)} is not a row. Add it to rows, or remove it."
                 )
-            for condition in conditions:
-                if condition is None and self.conditions:
-                    raise ValueError(f"{place}: set condition to one of {', '.join(self.conditions)}.")
-                if condition is not None and condition not in self.conditions:
-                    known = ", ".join(self.conditions) or "none, because the key conditions is missing"
+            for scenario in scenarios:
+                if scenario is None and self.scenarios:
+                    raise ValueError(f"{place}: set scenario to one of {', '.join(self.scenarios)}.")
+                if scenario is not None and scenario not in self.scenarios:
+                    known = ", ".join(self.scenarios) or "none, because the key scenarios is missing"
                     raise ValueError(
-                        f"{place}: {condition} is not the name of a condition. There are: {known}."
+                        f"{place}: {scenario} is not the name of a scenario. There are: {known}."
                     )
         for name, merge in self.merges.items():
             unknown = sorted(set(merge.parts) - {*self.models, *self.variants})
@@ -234,19 +234,18 @@ class Experiment(Options):
         return self
 
     @model_validator(mode="after")
-    def _has_conditions_to_name(self) -> Self:
-        if not self.conditions and "{condition}" in f"{self.evaluate} {self.prepare}":
+    def _has_scenarios_to_name(self) -> Self:
+        if not self.scenarios and "{scenario}" in f"{self.evaluate} {self.prepare}":
             raise ValueError(
-                "evaluate or prepare has {condition}, but there are no conditions. Remove it, or add "
-                "conditions."
+                "evaluate or prepare has {scenario}, but there are no scenarios. Remove it, or add scenarios."
             )
         return self
 
     @model_validator(mode="after")
     def _leaves_places_to_the_runner(self) -> Self:
         of_variants = {f"variants.{name}": options for name, options in self.variants.items()}
-        of_conditions = {f"conditions.{name}": options for name, options in self.conditions.items()}
-        given_options = {"common": self.common} | of_conditions | of_variants
+        of_scenarios = {f"scenarios.{name}": options for name, options in self.scenarios.items()}
+        given_options = {"common": self.common} | of_scenarios | of_variants
         for place, options in given_options.items():
             sections = {section: value for section, value in options.items() if isinstance(value, dict)}
             given = {*options, *(f"{section}.{key}" for section, value in sections.items() for key in value)}
@@ -258,9 +257,9 @@ class Experiment(Options):
 
     @property
     def run_names(self) -> list[str]:
-        """The names of all runs that can be made: CONDITION/NAME, or NAME without conditions."""
+        """The names of all runs that can be made: SCENARIO/NAME, or NAME without scenarios."""
         names = [*self.models, *self.variants, *self.merges]
-        return [run_name(condition, name) for condition in self.conditions or [None] for name in names]
+        return [run_name(scenario, name) for scenario in self.scenarios or [None] for name in names]
 
     def needed(self, tables: list[str]) -> list[str]:
         """The runs that these tables and maps show, and the parts of their merges, in the order of
@@ -269,22 +268,22 @@ class Experiment(Options):
         shown = set[str]()
         for table in tables:
             each = self.tables.get(table) or self.maps[table]
-            conditions = each.conditions if isinstance(each, Map) else [each.condition]
+            scenarios = each.scenarios if isinstance(each, Map) else [each.scenario]
             names = {*each.rows, each.baseline}
             names |= {part for name in names & set(self.merges) for part in self.merges[name].parts}
-            shown |= {run_name(condition, name) for condition in conditions for name in names}
+            shown |= {run_name(scenario, name) for scenario in scenarios for name in names}
         return [name for name in self.run_names if name in shown]
 
 
-def run_name(condition: str | None, name: str) -> str:
-    """The name of a run: of a variant, model or merge under a condition."""
-    return name if condition is None else f"{condition}/{name}"
+def run_name(scenario: str | None, name: str) -> str:
+    """The name of a run: of a variant, model or merge under a scenario."""
+    return name if scenario is None else f"{scenario}/{name}"
 
 
-def condition_and_name(run: str) -> tuple[str | None, str]:
+def scenario_and_name(run: str) -> tuple[str | None, str]:
     """The parts of a run's name."""
-    condition, _, name = run.rpartition("/")
-    return condition or None, name
+    scenario, _, name = run.rpartition("/")
+    return scenario or None, name
 
 
 def require_tables(experiment: Experiment, names: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Reads an experiment's file, and makes the recipe of each run from its layers.
 
-The layers, from the lowest: the recipe, `common`, the condition, the variant, and what the runner sets.
+The layers, from the lowest: the recipe, `common`, the scenario, the variant, and what the runner sets.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fuse.errors import shortened
-from megatron_fuse.experiments.experiment import Experiment, condition_and_name, run_name
+from megatron_fuse.experiments.experiment import Experiment, run_name, scenario_and_name
 from megatron_fuse.recipe import Document, Keys, Recipe, checked, make_recipe, read_document, with_new_names
 from megatron_fuse.recipe.yaml_files import shown
 
@@ -21,12 +21,12 @@ def load_experiment(path: Path) -> Experiment:
     document = read_document(path)
     experiment = _with_new_names(checked(Experiment, document.content, document.place), document)
     recipe = read_document(experiment.recipe)
-    for condition in experiment.conditions or [None]:
-        given = [] if condition is None else [(document, ("conditions", condition))]
+    for scenario in experiment.scenarios or [None]:
+        given = [] if scenario is None else [(document, ("scenarios", scenario))]
         for name in experiment.variants:
             layers = [(document, ("variants", name)), *given, (document, ("common",)), (recipe, ())]
-            content = _variant(experiment, recipe, run_name(condition, name), experiment.seeds[0])
-            under = f" under conditions.{condition}" if condition else ""
+            content = _variant(experiment, recipe, run_name(scenario, name), experiment.seeds[0])
+            under = f" under scenarios.{scenario}" if scenario else ""
             make_recipe(content, _innermost(layers, f"{shortened(str(path), 200)}: variants.{name}{under}"))
     return experiment
 
@@ -38,10 +38,8 @@ def _with_new_names(experiment: Experiment, document: Document) -> Experiment:
         return with_new_names(content, lambda keys: document.place((*outer, *keys)))[0]
 
     variants = {name: options(content, "variants", name) for name, content in experiment.variants.items()}
-    conditions = {
-        name: options(content, "conditions", name) for name, content in experiment.conditions.items()
-    }
-    changed = {"common": options(experiment.common, "common"), "variants": variants, "conditions": conditions}
+    scenarios = {name: options(content, "scenarios", name) for name, content in experiment.scenarios.items()}
+    changed = {"common": options(experiment.common, "common"), "variants": variants, "scenarios": scenarios}
     return experiment.model_copy(update=changed)
 
 
@@ -62,9 +60,9 @@ def _innermost(layers: Sequence[tuple[Document, Keys]], otherwise: str) -> Calla
 
 
 def data_directory(experiment: Experiment, run: str, seed: int) -> Path:
-    """The directory of the data stages: runs of one condition and seed share them."""
-    condition, _ = condition_and_name(run)
-    return experiment.workdir / "data" / run_name(condition, f"seed-{seed}")
+    """The directory of the data stages: runs of one scenario and seed share them."""
+    scenario, _ = scenario_and_name(run)
+    return experiment.workdir / "data" / run_name(scenario, f"seed-{seed}")
 
 
 def run_directory(experiment: Experiment, run: str, seed: int) -> Path:
@@ -73,7 +71,7 @@ def run_directory(experiment: Experiment, run: str, seed: int) -> Path:
 
 
 def variant_recipe(experiment: Experiment, run: str, seed: int) -> Recipe:
-    """The recipe of one run: that of the experiment, changed by the condition and by the variant, with the
+    """The recipe of one run: that of the experiment, changed by the scenario and by the variant, with the
     run's directories.
 
     Raises UserError if the options are not valid.
@@ -85,7 +83,7 @@ def variant_recipe(experiment: Experiment, run: str, seed: int) -> Recipe:
 def _variant(experiment: Experiment, recipe: Document, run: str, seed: int) -> dict[str, Any]:
     content, _ = with_new_names(recipe.content, recipe.place)
     directory = run_directory(experiment, run, seed)
-    condition, name = condition_and_name(run)
+    scenario, name = scenario_and_name(run)
     set_by_runner = {
         "workdir": str(data_directory(experiment, run, seed)),
         "seed": seed,
@@ -95,21 +93,21 @@ def _variant(experiment: Experiment, recipe: Document, run: str, seed: int) -> d
         },
         "export": {"path": str(directory / "export")},
     }
-    of_condition = {} if condition is None else experiment.conditions[condition]
-    for options in (experiment.common, of_condition, experiment.variants[name], set_by_runner):
+    of_scenario = {} if scenario is None else experiment.scenarios[scenario]
+    for options in (experiment.common, of_scenario, experiment.variants[name], set_by_runner):
         content = laid_over(content, options)
-    return with_places(content, seed, condition)
+    return with_places(content, seed, scenario)
 
 
-def with_places(value: Any, seed: int, condition: str | None = None) -> Any:
-    """The value with {seed} and {condition} replaced in all its texts."""
+def with_places(value: Any, seed: int, scenario: str | None = None) -> Any:
+    """The value with {seed} and {scenario} replaced in all its texts."""
     if isinstance(value, dict):
-        return {key: with_places(item, seed, condition) for key, item in value.items()}
+        return {key: with_places(item, seed, scenario) for key, item in value.items()}
     if isinstance(value, list):
-        return [with_places(item, seed, condition) for item in value]
+        return [with_places(item, seed, scenario) for item in value]
     if not isinstance(value, str):
         return value
-    return value.replace("{seed}", str(seed)).replace("{condition}", condition or "{condition}")
+    return value.replace("{seed}", str(seed)).replace("{scenario}", scenario or "{scenario}")
 
 
 def laid_over(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -72,16 +72,16 @@ def _section(reported: Reported, name: str, table: Table | Map, values: Values, 
 
 def _baselines(table: Table | Map) -> dict[str, str]:
     """run -> the run that it is compared with, in the table's order."""
-    conditions = table.conditions if isinstance(table, Map) else [table.condition]
+    scenarios = table.scenarios if isinstance(table, Map) else [table.scenario]
     names = dict.fromkeys(
         [table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline]
     )
-    return {run_name(c, name): run_name(c, table.baseline) for c in conditions for name in names}
+    return {run_name(c, name): run_name(c, table.baseline) for c in scenarios for name in names}
 
 
 def _expected(table: Table | Map) -> list[str]:
-    conditions = table.conditions if isinstance(table, Map) else [table.condition]
-    return [run_name(condition, name) for condition in conditions for name in table.expected]
+    scenarios = table.scenarios if isinstance(table, Map) else [table.scenario]
+    return [run_name(scenario, name) for scenario in scenarios for name in table.expected]
 
 
 def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
@@ -94,7 +94,7 @@ def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> 
 def _table_section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
     experiment = reported.experiment
     compared = _comparisons(experiment, table, values)
-    runs = {row: run_name(table.condition, row) for row in table.rows}
+    runs = {row: run_name(table.scenario, row) for row in table.rows}
     of_table = [result for result in reported.results if result.variant in runs.values()]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
     save_picture(draw_table(experiment.metrics, table, compared), picture)
@@ -112,7 +112,7 @@ def _table_section(reported: Reported, name: str, table: Table, values: Values, 
 
 
 def _map_section(reported: Reported, name: str, table: Map, values: Values, path: Path) -> str:
-    """One Markdown table and one heat map per metric: a row per condition, a column per variant."""
+    """One Markdown table and one heat map per metric: a row per scenario, a column per variant."""
     experiment = reported.experiment
     compared = _comparisons(experiment, table, values)
     of_map = [result for result in reported.results if result.variant in _baselines(table)]
@@ -125,7 +125,7 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
             f"{table.baseline}",
             *(f"{row}*" if row in table.expected else row for row in table.rows),
         )
-        cells = [_map_row(table, condition, compared[metric]) for condition in table.conditions]
+        cells = [_map_row(table, scenario, compared[metric]) for scenario in table.scenarios]
         if any(cell != "–" for row in cells for cell in row[1:]):
             paragraphs += [
                 f"**{title}**{_power(compared[metric])}",
@@ -136,11 +136,11 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
     return "\n\n".join([*paragraphs, _origin(name, reported.command, of_map)])
 
 
-def _map_row(table: Map, condition: str, comparison: Comparison) -> list[str]:
-    baseline = comparison.means.get(run_name(condition, table.baseline))
-    runs = [run_name(condition, row) for row in table.rows]
+def _map_row(table: Map, scenario: str, comparison: Comparison) -> list[str]:
+    baseline = comparison.means.get(run_name(scenario, table.baseline))
+    runs = [run_name(scenario, row) for row in table.rows]
     return [
-        condition,
+        scenario,
         _with_error(baseline) if baseline else "–",
         *(_change(comparison, run) or "–" for run in runs),
     ]
@@ -164,7 +164,7 @@ def _rows(
     """One row per variant. The last columns hold the cost of its training."""
     rows = []
     for row in table.rows:
-        run = run_name(table.condition, row)
+        run = run_name(table.scenario, row)
         cells = [_cell(compared[metric], run) for metric in metrics]
         of_row = [result for result in results if result.variant == run]
         cells += [_cost(of_row, field) for field in ("steps", "tokens", "seconds")]
@@ -213,7 +213,7 @@ def findings(metrics: dict[str, str], table: Table, compared: dict[str, Comparis
     for metric, title in metrics.items():
         above, below, ties = list[str](), list[str](), list[str]()
         for row in table.rows:
-            run = run_name(table.condition, row)
+            run = run_name(table.scenario, row)
             difference = compared[metric].differences.get(run)
             if difference is None or difference.error is None:
                 continue  # a single seed has no standard error
@@ -253,7 +253,7 @@ def draw_table(metrics: dict[str, str], table: Table, compared: dict[str, Compar
     for axis, (metric, title) in zip(
         figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True
     ):
-        runs = {row: run_name(table.condition, row) for row in rows}
+        runs = {row: run_name(table.scenario, row) for row in rows}
         means = {
             row: compared[metric].means[run] for row, run in runs.items() if run in compared[metric].means
         }
@@ -292,14 +292,14 @@ def _apart(x: dict[str, float], rows: list[str]) -> dict[str, float]:
 
 
 def draw_map(metrics: dict[str, str], table: Map, compared: dict[str, Comparison]) -> Figure:
-    """A heat map per metric: the differences to the baseline of the same condition, clear ones in bold."""
-    rows, columns = len(table.conditions), len(table.rows)
+    """A heat map per metric: the differences to the baseline of the same scenario, clear ones in bold."""
+    rows, columns = len(table.scenarios), len(table.rows)
     size = (2.2 + 0.75 * columns * len(metrics) + 0.8 * len(metrics), 1.6 + 0.38 * rows)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
         differences = compared[metric].differences
-        cells = [[run_name(condition, row) for row in table.rows] for condition in table.conditions]
+        cells = [[run_name(scenario, row) for row in table.rows] for scenario in table.scenarios]
         values = [
             [differences[run].value if run in differences else float("nan") for run in line] for line in cells
         ]
@@ -322,7 +322,7 @@ def draw_map(metrics: dict[str, str], table: Map, compared: dict[str, Comparison
                         color="w" if dark else "k",
                     )
         axis.set_xticks(range(columns), table.rows, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks(range(rows), table.conditions, fontsize=8)
+        axis.set_yticks(range(rows), table.scenarios, fontsize=8)
         axis.set_title(f"{title}: difference to {table.baseline}", fontsize=9)
         figure.colorbar(image, ax=axis, fraction=0.05)
     return figure

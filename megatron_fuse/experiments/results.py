@@ -2,7 +2,7 @@
 
     variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date
 
-variant: with its condition before it, if the experiment has conditions (CONDITION/VARIANT).
+variant: with its scenario before it, if the experiment has scenarios (SCENARIO/VARIANT).
 
 value: the metric over n problems. steps, tokens (inputs without padding), seconds: of the training alone;
 empty for models and merges. data: the hash of the seed's instructions. One file never holds rows of different
@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_fuse.errors import UserError, shortened
-from megatron_fuse.experiments.experiment import Experiment, condition_and_name
+from megatron_fuse.experiments.experiment import Experiment, scenario_and_name
 from megatron_fuse.experiments.layers import data_directory
 from megatron_fuse.experiments.records import Evaluation, Made, read_record
 from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
@@ -152,8 +152,8 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
 
 
 def _data_key(row: Result) -> tuple[str | None, int]:
-    """What decides the data of a run: its condition and its seed."""
-    return condition_and_name(row.variant)[0], row.seed
+    """What decides the data of a run: its scenario and its seed."""
+    return scenario_and_name(row.variant)[0], row.seed
 
 
 def read_results(path: Path) -> list[Result]:

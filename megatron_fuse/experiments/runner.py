@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.experiment import Experiment, condition_and_name, require_tables
+from megatron_fuse.experiments.experiment import Experiment, require_tables, scenario_and_name
 from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.layers import data_directory, with_places
 from megatron_fuse.experiments.records import Owner, read_record
@@ -50,12 +50,12 @@ def run_experiment(
     names = experiment.needed(require_tables(experiment, list(tables)))
     with _only_one(experiment.workdir, path) as lock:
         collect_results(experiment, split)  # raises now the error that it would raise after hours of work
-        conditions = dict.fromkeys(condition_and_name(name)[0] for name in names)
+        scenarios = dict.fromkeys(scenario_and_name(name)[0] for name in names)
         commands = [experiment.prepare] if experiment.prepare else []
         for prepare in dict.fromkeys(
-            with_places(command, seed, condition)
+            with_places(command, seed, scenario)
             for command in commands
-            for condition in conditions
+            for scenario in scenarios
             for seed in experiment.seeds
         ):
             logger.info(f"$ {prepare}")

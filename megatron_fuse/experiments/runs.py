@@ -29,8 +29,8 @@ from megatron_fuse.experiments.experiment import (
     Experiment,
     Merge,
     command_parts,
-    condition_and_name,
     run_name,
+    scenario_and_name,
 )
 from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.layers import run_directory, variant_recipe, with_places
@@ -58,17 +58,17 @@ class Run:
     """A variant, merge or model of an experiment with one seed."""
 
     experiment: Experiment = field(compare=False)
-    name: str  # with its condition, as in Experiment.run_names
+    name: str  # with its scenario, as in Experiment.run_names
     seed: int
 
     @property
-    def condition(self) -> str | None:
-        return condition_and_name(self.name)[0]
+    def scenario(self) -> str | None:
+        return scenario_and_name(self.name)[0]
 
     @property
     def row(self) -> str:
         """The name of the variant, merge or model."""
-        return condition_and_name(self.name)[1]
+        return scenario_and_name(self.name)[1]
 
     @property
     def merge(self) -> Merge | None:
@@ -78,7 +78,7 @@ class Run:
     def parts(self) -> list["Run"]:
         """The runs that a merge is made from; empty for other runs."""
         names = self.merge.parts if self.merge else []
-        return [Run(self.experiment, run_name(self.condition, name), self.seed) for name in names]
+        return [Run(self.experiment, run_name(self.scenario, name), self.seed) for name in names]
 
     @property
     def directory(self) -> Path:
@@ -88,9 +88,7 @@ class Run:
     def model(self) -> Path:
         """The Hugging Face directory of the model that is measured."""
         given = self.experiment.models.get(self.row)
-        return (
-            Path(with_places(str(given), self.seed, self.condition)) if given else self.directory / "export"
-        )
+        return Path(with_places(str(given), self.seed, self.scenario)) if given else self.directory / "export"
 
     def evaluation(self, split: str) -> Path:
         return self.directory / f"evaluation-{split}.json"
@@ -160,7 +158,7 @@ def code_version() -> str:
 def make(run: Run, commands: Commands, data_lock: Lock, split: str, version: str) -> None:
     """Trains or merges a model, then measures it. Finished parts are not repeated.
 
-    data_lock: the lock of the data, because runs of one condition and seed must take turns with the data
+    data_lock: the lock of the data, because runs of one scenario and seed must take turns with the data
     stages. version: code_version() of the code that `commands` has imported.
 
     Raises RunFailed if a command fails. Raises UserError if the directory holds a run with other options or
@@ -274,7 +272,7 @@ def _evaluate(run: Run, commands: Commands, split: str) -> dict[str, Any]:
         "output": output,
         "split": split,
         "seed": run.seed,
-        "condition": run.condition,
+        "scenario": run.scenario,
     }
     _command(run, commands, [word.format(**places) for word in command_words(run.experiment.evaluate)])
     try:

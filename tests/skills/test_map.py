@@ -1,4 +1,4 @@
-"""The map of conditions: its data, its metrics, and that its file fits them."""
+"""The map of scenarios: its data, its metrics, and that its file fits them."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/skills"))
-import conditions  # noqa: E402
 import measure  # noqa: E402
+import scenarios  # noqa: E402
 import skills  # noqa: E402
 
 from megatron_fuse.experiments.layers import load_experiment, variant_recipe  # noqa: E402
@@ -19,34 +19,34 @@ from megatron_fuse.experiments.layers import load_experiment, variant_recipe  # 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     right = {skill: {"own": 0.5, "first": 0.25, "second": 1.0} for skill in skills.SKILLS}
-    monkeypatch.setattr(conditions, "accuracies", lambda *_: right)
+    monkeypatch.setattr(scenarios, "accuracies", lambda *_: right)
     (tmp_path / "map").mkdir()
     return tmp_path
 
 
 def rows_of(directory: Path, name: str) -> list[dict]:
-    assert conditions.write_condition(directory, name, seed=5) > 0
+    assert scenarios.write_scenario(directory, name, seed=5) > 0
     return [json.loads(line) for line in (directory / f"map/{name}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
     "name", ["base", "taught_2", "taught_3", "wrong_30", "examples_120", "examples_1500"]
 )
-def test_a_condition_has_its_skills_its_errors_and_enough_rows(written: Path, name: str) -> None:
-    condition, rows = conditions.CONDITIONS[name], rows_of(written, name)
+def test_a_scenario_has_its_skills_its_errors_and_enough_rows(written: Path, name: str) -> None:
+    scenario, rows = scenarios.SCENARIOS[name], rows_of(written, name)
     counts = Counter(row["category"] for row in rows)
-    assert set(counts) == set(condition.skills) and len(set(counts.values())) == 1
-    assert len(rows) >= condition.examples + conditions.LEFT_OUT
+    assert set(counts) == set(scenario.skills) and len(set(counts.values())) == 1
+    assert len(rows) >= scenario.examples + scenarios.LEFT_OUT
     assert len({row["instruction"] for row in rows}) > 0.9 * len(rows)
     problems = {row["id"]: row for row in rows}
     assert len(problems) == len(rows)
     right = 0
-    for problem, row in zip(conditions.problems(condition, seed=5), rows, strict=True):
+    for problem, row in zip(scenarios.problems(scenario, seed=5), rows, strict=True):
         assert row["category"] == problem.skill and row["instruction"] == problem.instruction
         assert problem.split == "fusion" and row["accuracy"]["first"] == 0.25
         right += skills.answer_of(row["output"]) == problem.answer
-    assert abs(1 - right / len(rows) - condition.wrong) < 0.06
-    if condition.wrong == 0:
+    assert abs(1 - right / len(rows) - scenario.wrong) < 0.06
+    if scenario.wrong == 0:
         assert right == len(rows)
 
 
@@ -65,16 +65,16 @@ def test_learned_and_kept_are_means_over_taught_and_other_skills() -> None:
     assert set(measure.learned_and_kept(generation, tuple(skills.SKILLS))) == {"learned"}
 
 
-def test_the_map_names_the_conditions_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_map_names_the_scenarios_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(Path("examples/skills/map.yaml"))
-    assert list(experiment.conditions) == list(conditions.CONDITIONS)
-    for name, condition in conditions.CONDITIONS.items():
+    assert list(experiment.scenarios) == list(scenarios.SCENARIOS)
+    for name, scenario in scenarios.SCENARIOS.items():
         recipe = variant_recipe(experiment, f"{name}/oracle", 1)
         models = {source: Path(options.model).name for source, options in recipe.sources.items()}
-        assert models == dict(condition.sources)
+        assert models == dict(scenario.sources)
         assert Path(recipe.target.model) == Path(recipe.sources["own"].model)
         assert recipe.target_as_source == "own"
-        assert recipe.data.samples == condition.examples + recipe.data.validation_samples
-        assert recipe.data.validation_samples == conditions.LEFT_OUT
+        assert recipe.data.samples == scenario.examples + recipe.data.validation_samples
+        assert recipe.data.validation_samples == scenarios.LEFT_OUT
         assert recipe.voting_reward_models == ["oracle"]

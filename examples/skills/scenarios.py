@@ -1,9 +1,9 @@
-"""The conditions of the map (map.yaml): what the instructions teach, how often they are wrong, how many they
+"""The scenarios of the map (map.yaml): what the instructions teach, how often they are wrong, how many they
 are, and who is fused.
 
-    python examples/skills/conditions.py --output examples/skills/build --condition taught_3
+    python examples/skills/scenarios.py --output examples/skills/build --scenario taught_3
 
-Makes the models of a condition and writes its instructions, `map/CONDITION.jsonl`. A row has two more keys
+Makes the models of a scenario and writes its instructions, `map/SCENARIO.jsonl`. A row has two more keys
 than those of skills.py: `category`, the skill, and `accuracy`, for each source the share of problems of this
 skill (split `train`) that it answers rightly. With `accuracy` as the scores of a reward model, the rule
 `by_category` is an oracle: it takes the source that is best at the skill.
@@ -39,7 +39,7 @@ MOST_PER_SKILL = 280  # conversion and weekday have few problems
 
 
 @dataclass(frozen=True)
-class Condition:
+class Scenario:
     """taught: number of skills. wrong: share of wrong answers in the ground truth. examples: rows for
     training.
 
@@ -62,46 +62,46 @@ def _sources(own: str, first: str, second: str) -> tuple[tuple[str, str], ...]:
     return (("own", own), ("first", first), ("second", second))
 
 
-CONDITIONS = {
-    "base": Condition(),
-    "taught_2": Condition(taught=2),
-    "taught_3": Condition(taught=3),
-    "taught_4": Condition(taught=4),
-    "wrong_15": Condition(wrong=0.15),
-    "wrong_30": Condition(wrong=0.3),
-    "wrong_50": Condition(wrong=0.5),
-    "examples_120": Condition(examples=120),
-    "examples_300": Condition(examples=300),
-    "examples_1500": Condition(examples=1500),
-    "target_beta": Condition(sources=_sources("beta_llama", "alpha", "gamma"), further=(BETA_LLAMA,)),
-    "target_gamma": Condition(sources=_sources("gamma_llama", "alpha", "beta"), further=(GAMMA_LLAMA,)),
-    "worked": Condition(
+SCENARIOS = {
+    "base": Scenario(),
+    "taught_2": Scenario(taught=2),
+    "taught_3": Scenario(taught=3),
+    "taught_4": Scenario(taught=4),
+    "wrong_15": Scenario(wrong=0.15),
+    "wrong_30": Scenario(wrong=0.3),
+    "wrong_50": Scenario(wrong=0.5),
+    "examples_120": Scenario(examples=120),
+    "examples_300": Scenario(examples=300),
+    "examples_1500": Scenario(examples=1500),
+    "target_beta": Scenario(sources=_sources("beta_llama", "alpha", "gamma"), further=(BETA_LLAMA,)),
+    "target_gamma": Scenario(sources=_sources("gamma_llama", "alpha", "beta"), further=(GAMMA_LLAMA,)),
+    "worked": Scenario(
         sources=_sources("alpha_worked", "beta_worked", "gamma_worked"),
         further=(ALPHA_WORKED, BETA_WORKED, GAMMA_WORKED),
     ),
     # Corners: what the axes do together.
-    "taught_3_wrong_30": Condition(taught=3, wrong=0.3),
-    "taught_3_examples_120": Condition(taught=3, examples=120),
-    "wrong_30_examples_120": Condition(wrong=0.3, examples=120),
-    "taught_3_wrong_30_examples_120": Condition(taught=3, wrong=0.3, examples=120),
-    "taught_3_worked": Condition(
+    "taught_3_wrong_30": Scenario(taught=3, wrong=0.3),
+    "taught_3_examples_120": Scenario(taught=3, examples=120),
+    "wrong_30_examples_120": Scenario(wrong=0.3, examples=120),
+    "taught_3_wrong_30_examples_120": Scenario(taught=3, wrong=0.3, examples=120),
+    "taught_3_worked": Scenario(
         taught=3,
         sources=_sources("alpha_worked", "beta_worked", "gamma_worked"),
         further=(ALPHA_WORKED, BETA_WORKED, GAMMA_WORKED),
     ),
-    "taught_3_target_beta": Condition(
+    "taught_3_target_beta": Scenario(
         taught=3, sources=_sources("beta_llama", "alpha", "gamma"), further=(BETA_LLAMA,)
     ),
 }
 
 
-def problems(condition: Condition, seed: int) -> list[Problem]:
+def problems(scenario: Scenario, seed: int) -> list[Problem]:
     """Different problems of the split `fusion`, equally many of each taught skill, in random order."""
     rng = random.Random(seed)
-    wanted = -(-(condition.examples + LEFT_OUT) // len(condition.skills))
+    wanted = -(-(scenario.examples + LEFT_OUT) // len(scenario.skills))
     per_skill = max(wanted, min(MOST_PER_SKILL, round(POOL * wanted)))
     chosen: list[Problem] = []
-    for skill in condition.skills:
+    for skill in scenario.skills:
         found: dict[tuple, Problem] = {}
         while len(found) < per_skill:
             problem = draw(skill, "fusion", rng)
@@ -111,13 +111,13 @@ def problems(condition: Condition, seed: int) -> list[Problem]:
     return chosen
 
 
-def accuracies(output: Path, condition: Condition) -> dict[str, dict[str, float]]:
+def accuracies(output: Path, scenario: Scenario) -> dict[str, dict[str, float]]:
     """skill -> source -> share of right answers on the split `train`.
 
     A model is measured once, and the numbers are kept.
     """
     found: dict[str, dict[str, float]] = {skill: {} for skill in SKILLS}
-    for name, directory in condition.sources:
+    for name, directory in scenario.sources:
         model = output / "sources" / directory
         kept = output / "map" / f"accuracy-{directory}.json"
         made_from = (model / "made_from.json").read_text()
@@ -131,17 +131,17 @@ def accuracies(output: Path, condition: Condition) -> dict[str, dict[str, float]
     return found
 
 
-def write_condition(output: Path, name: str, seed: int) -> int:
-    """Writes the instructions of a condition.
+def write_scenario(output: Path, name: str, seed: int) -> int:
+    """Writes the instructions of a scenario.
 
     Returns their number. The same file comes out on every machine.
     """
-    condition = CONDITIONS[name]
-    right, rng = accuracies(output, condition), random.Random(seed + 1)
+    scenario = SCENARIOS[name]
+    right, rng = accuracies(output, scenario), random.Random(seed + 1)
     path = output / "map" / f"{name}.jsonl"
     rows = []
-    for number, problem in enumerate(problems(condition, seed)):
-        is_wrong = rng.random() < condition.wrong
+    for number, problem in enumerate(problems(scenario, seed)):
+        is_wrong = rng.random() < scenario.wrong
         text = wrong_response(problem, "worked", rng) if is_wrong else problem.response("worked")
         row = {"id": f"{problem.skill}-{number:05d}", "instruction": problem.instruction, "input": ""}
         rows.append(row | {"output": text, "category": problem.skill, "accuracy": right[problem.skill]})
@@ -157,13 +157,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
-    parser.add_argument("--condition", choices=CONDITIONS, required=True)
+    parser.add_argument("--scenario", choices=SCENARIOS, required=True)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     make_tokenizers(options.output, seed=1234)
-    make_models(options.output, options.processes, further=CONDITIONS[options.condition].further)
-    count = write_condition(options.output, options.condition, seed=1234)
-    print(f"{options.output / 'map' / options.condition}.jsonl: {count} examples")
+    make_models(options.output, options.processes, further=SCENARIOS[options.scenario].further)
+    count = write_scenario(options.output, options.scenario, seed=1234)
+    print(f"{options.output / 'map' / options.scenario}.jsonl: {count} examples")
 
 
 if __name__ == "__main__":

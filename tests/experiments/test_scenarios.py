@@ -1,4 +1,4 @@
-"""The same variants under several conditions: their names, directories, data, results and maps."""
+"""The same variants under several scenarios: their names, directories, data, results and maps."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from megatron_fuse.recipe import dump_recipe
 MEASURE = """
 import json, sys
 from pathlib import Path
-model, output, seed, condition = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+model, output, seed, scenario = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 letters = len(model.name)
-value = 10 * letters + seed + 100 * (condition == "hard" and model.name == "aaa") + seed % 2 * letters / 10
+value = 10 * letters + seed + 100 * (scenario == "hard" and model.name == "aaa") + seed % 2 * letters / 10
 output.write_text(json.dumps({"right": {"value": value, "n": 50}}))
 """
 
@@ -39,17 +39,17 @@ def experiment_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "workdir": str(tmp_path / "work"),
         "results": str(tmp_path / "docs/results.csv"),
         "seeds": [1, 2, 3],
-        "evaluate": f"python {tmp_path / 'measure.py'} {{model}} {{output}} {{seed}} {{condition}}",
+        "evaluate": f"python {tmp_path / 'measure.py'} {{model}} {{output}} {{seed}} {{scenario}}",
         "metrics": {"right": "right %"},
         "models": {name: str(tmp_path / name) for name in ("a", "bb", "aaa")},
         "variants": {"x": {"schedule": {"preset": "csft"}}, "y": {"training": {"lr": 0.5}}},
-        "conditions": {
+        "scenarios": {
             "easy": {},
-            "hard": {"data": {"path": "{condition}-{seed}.jsonl"}, "training": {"lr": 0.25}},
+            "hard": {"data": {"path": "{scenario}-{seed}.jsonl"}, "training": {"lr": 0.25}},
         },
-        "tables": {"easy": {"title": "Easy", "condition": "easy", "rows": ["a", "bb"], "baseline": "a"}},
+        "tables": {"easy": {"title": "Easy", "scenario": "easy", "rows": ["a", "bb"], "baseline": "a"}},
         "maps": {
-            "all": {"title": "All", "conditions": ["easy", "hard"], "rows": ["bb", "aaa"], "baseline": "a"}
+            "all": {"title": "All", "scenarios": ["easy", "hard"], "rows": ["bb", "aaa"], "baseline": "a"}
         },
     }
     return write(tmp_path / "experiment.yaml", content)
@@ -66,7 +66,7 @@ def made(path: Path, *tables: str) -> Experiment:
     return experiment
 
 
-def test_a_condition_lies_between_the_recipe_and_the_variant(experiment_file: Path) -> None:
+def test_a_scenario_lies_between_the_recipe_and_the_variant(experiment_file: Path) -> None:
     experiment = load_experiment(experiment_file)
     recipes = {name: variant_recipe(experiment, name, 2) for name in ("easy/x", "hard/x", "hard/y")}
     assert [recipes[name].training.lr for name in ("hard/x", "hard/y")] == [0.25, 0.5]
@@ -76,7 +76,7 @@ def test_a_condition_lies_between_the_recipe_and_the_variant(experiment_file: Pa
     assert len({recipe.training.save for recipe in recipes.values()}) == 3
 
 
-def test_only_the_conditions_that_are_shown_run(experiment_file: Path) -> None:
+def test_only_the_scenarios_that_are_shown_run(experiment_file: Path) -> None:
     experiment = made(experiment_file, "easy")
     found = collect_results(experiment, "test")
     assert {result.variant for result in found} == {"easy/a", "easy/bb"}
@@ -88,7 +88,7 @@ def test_only_the_conditions_that_are_shown_run(experiment_file: Path) -> None:
     assert write_results(experiment, found, "test") == [] and read_results(experiment.results) == found
 
 
-def test_a_map_shows_the_differences_under_every_condition(experiment_file: Path, tmp_path: Path) -> None:
+def test_a_map_shows_the_differences_under_every_scenario(experiment_file: Path, tmp_path: Path) -> None:
     experiment = made(experiment_file, "easy", "all")
     path = tmp_path / "docs/RESULTS.md"
     write_report(
@@ -111,21 +111,21 @@ def test_a_map_shows_the_differences_under_every_condition(experiment_file: Path
     [
         (
             {"tables": {"t": {"title": "T", "rows": ["a"], "baseline": "a"}}},
-            "tables.t: set condition to one of easy, hard",
+            "tables.t: set scenario to one of easy, hard",
         ),
         (
-            {"maps": {"m": {"title": "M", "conditions": ["soft"], "rows": ["a"], "baseline": "a"}}},
-            "maps.m: soft is not the name of a condition",
+            {"maps": {"m": {"title": "M", "scenarios": ["soft"], "rows": ["a"], "baseline": "a"}}},
+            "maps.m: soft is not the name of a scenario",
         ),
         (
-            {"conditions": {}, "maps": {}, "tables": {"t": {"title": "T", "rows": ["a"], "baseline": "a"}}},
-            r"has \{condition\}, but there are no conditions",
+            {"scenarios": {}, "maps": {}, "tables": {"t": {"title": "T", "rows": ["a"], "baseline": "a"}}},
+            r"has \{scenario\}, but there are no scenarios",
         ),
-        ({"conditions": {"easy": {"seed": 3}, "hard": {}}}, "conditions.easy sets seed"),
-        ({"conditions": {"easy": {}, "hard": {"training": {"lrr": 1}}}}, "training.lrr: unknown key"),
+        ({"scenarios": {"easy": {"seed": 3}, "hard": {}}}, "scenarios.easy sets seed"),
+        ({"scenarios": {"easy": {}, "hard": {"training": {"lrr": 1}}}}, "training.lrr: unknown key"),
         ({"tables": {}, "maps": {}}, "there is no table"),
         (
-            {"maps": {"easy": {"title": "M", "conditions": ["easy"], "rows": ["a"], "baseline": "a"}}},
+            {"maps": {"easy": {"title": "M", "scenarios": ["easy"], "rows": ["a"], "baseline": "a"}}},
             "easy: the name is used in tables and in maps",
         ),
         (
@@ -133,7 +133,7 @@ def test_a_map_shows_the_differences_under_every_condition(experiment_file: Path
                 "tables": {
                     "t": {
                         "title": "T",
-                        "condition": "easy",
+                        "scenario": "easy",
                         "rows": ["a"],
                         "baseline": "a",
                         "expected": ["bb"],
