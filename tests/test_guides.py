@@ -47,7 +47,14 @@ def places() -> list[tuple[str, str]]:
 
 def test_the_index_has_the_questions_that_everyone_asks() -> None:
     questions = "\n".join(re.findall(r"^\| (.+\?) \|", guide("docs/README.md"), re.M))
-    for words in ("captured", "projected", "winner chosen", "phases become weights", "loss computed"):
+    for words in (
+        "captured",
+        "projected",
+        "winner chosen",
+        "phases become weights",
+        "loss computed",
+        "arithmetic",
+    ):
         assert words in questions
 
 
