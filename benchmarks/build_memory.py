@@ -1,7 +1,7 @@
 """Peak memory of build_fusion_data on some examples and on ten times as many.
 
-    python benchmarks/build_memory.py --target-tokenizer T --source-tokenizer S --instructions FILE.jsonl
-    --csv runs/build_memory.csv
+    python benchmarks/build_memory.py --target-tokenizer T --source-tokenizer S --instructions FILE.jsonl \
+        --csv runs/build_memory.csv
 
 Texts and tokenizers are real, the captured rows synthetic (synthetic_captures.py). Each build runs in a
 process of its own; what counts is the largest resident set that the system saw of it (getrusage), imports and

@@ -1,8 +1,7 @@
 r"""Bytes on disk per supervised token and source, beside the forms in which others keep the same rows.
 
-    python benchmarks/bytes_per_token.py --target-tokenizer T --source-tokenizer S --large-target-tokenizer L
-    \
-        --instructions FILE.jsonl --csv runs/bytes_per_token.csv
+    python benchmarks/bytes_per_token.py --target-tokenizer T --source-tokenizer S \
+        --large-target-tokenizer L --instructions FILE.jsonl --csv runs/bytes_per_token.csv
 
 Counted is everything under WORKDIR/fusion of the training mode with one source: text, rows, indices,
 manifests, vocabulary map, selection. The rows are synthetic (synthetic_captures.py), so many of 10 entries

@@ -1,7 +1,7 @@
 """What capture costs over a bare forward pass, and what sorting by length under a token budget saves.
 
-    python benchmarks/capture_speed.py --source-tokenizer TOKENIZER.model --instructions FILE.jsonl
-    [--examples 176]
+    python benchmarks/capture_speed.py --source-tokenizer TOKENIZER.model --instructions FILE.jsonl \
+        [--examples 176]
 
 The model is a random Llama of about 50 million parameters: a larger one, as sources are, leaves less to what
 capture adds. Texts, and so lengths, are real.

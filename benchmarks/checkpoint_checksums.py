@@ -1,7 +1,7 @@
 """What checksums cost a checkpoint's save and load, beside Megatron's own writer and reader without any.
 
-    python benchmarks/checkpoint_checksums.py [--parameters 100] [--pairs 9] [--directory DIR] [--csv
-    docs/benchmarks/checkpoints.csv]
+    python benchmarks/checkpoint_checksums.py [--parameters 100] [--pairs 9] [--directory DIR] [--csv \
+        docs/benchmarks/checkpoints.csv]
 
 One process saves and loads the fp32 weights of a random model, through the code that trains and exports; both
 ways take turns, so that a slow spell of the machine meets both; figures are medians. DIR should be on the

@@ -1,7 +1,7 @@
 """What batches by token budget and refilled places bring to generation, in tokens of answers a second.
 
-    python benchmarks/generation_speed.py [--source-tokenizer TOKENIZER.model --instructions FILE.jsonl]
-    [--prompts 96]
+    python benchmarks/generation_speed.py [--source-tokenizer TOKENIZER.model --instructions FILE.jsonl] \
+        [--prompts 96]
 
 The model is a random Llama of 42 million parameters with Llama-2's vocabulary. Prompts have the lengths of
 real ones, or without a file lengths of a long-tailed distribution. A random model prefers no token: so many

@@ -1,7 +1,7 @@
 """The benchmarks of answers, scores and selection in one command, each in a process of its own.
 
-    python benchmarks/inference_mode.py --tokenizer LLAMA2 --instructions GPT4.jsonl --answers
-    ALPACA_EVAL.jsonl \
+    python benchmarks/inference_mode.py --tokenizer LLAMA2 --instructions GPT4.jsonl --answers \
+        ALPACA_EVAL.jsonl \
         --csv docs/benchmarks/inference_mode.csv
 
 LLAMA2 is a tokenizer's file; ALPACA_EVAL.jsonl has rows as `selection_agreement.py` says. About forty minutes

@@ -1,8 +1,8 @@
 """Small reward models that learn what a strong judge prefers: three seeds of a Llama of 4.6 million
 parameters, from nothing.
 
-    python benchmarks/preference_models.py --answers alpaca_eval.jsonl --tokenizer TOKENIZER.model --output
-    REWARD_MODELS
+    python benchmarks/preference_models.py --answers alpaca_eval.jsonl --tokenizer TOKENIZER.model --output \
+        REWARD_MODELS
 
 --answers: JSONL rows {instruction, responses: {model: text}, scores: {judge: {model: score}}}. The loss is
 Bradley and Terry's, -log sigmoid(better - worse), over every pair of answers that one judge told apart. Each

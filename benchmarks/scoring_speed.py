@@ -1,7 +1,7 @@
 """What it saves a reward model to read the prompt that K answers share only once.
 
-    python benchmarks/scoring_speed.py --reward-model-tokenizer TOKENIZER.model --answers FILE.jsonl
-    [--examples 10]
+    python benchmarks/scoring_speed.py --reward-model-tokenizer TOKENIZER.model --answers FILE.jsonl \
+        [--examples 10]
 
 FILE.jsonl has rows {instruction, responses: {model: answer}} of real answers. The reward model is a random
 Llama of 48 million parameters.

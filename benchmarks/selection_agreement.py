@@ -1,7 +1,7 @@
 """How often a rule that selects among models' answers prefers the one that a strong judge preferred.
 
-    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4
-    [--reward-model-tokenizer TOKENIZER.model]
+    python benchmarks/selection_agreement.py --answers alpaca_eval.jsonl --reference gpt4 \
+        [--reward-model-tokenizer TOKENIZER.model]
 
 --answers: JSONL rows {id, instruction, responses: {model: text}, scores: {judge: {model: score}}}. For every
 judge and every pair of models that it compared with one baseline, the share of the rows, ties left out, in

@@ -1,8 +1,7 @@
 """The benchmarks of training in one command, each in a process of its own.
 
-    python benchmarks/training.py --tokenizer LLAMA2 --instructions GPT4.jsonl --csv
-    docs/benchmarks/training.csv \
-        --plot docs/benchmarks/training_step.png
+    python benchmarks/training.py --tokenizer LLAMA2 --instructions GPT4.jsonl \
+        --csv docs/benchmarks/training.csv --plot docs/benchmarks/training_step.png
 
 LLAMA2 is a tokenizer's file. About ten minutes on two cores; exits with 1 where a figure misses what is
 wanted.

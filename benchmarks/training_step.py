@@ -1,8 +1,8 @@
 """What fusion adds to a training step: beside plain fine-tuning, with dense teacher targets, over
 vocabularies and entries.
 
-    python benchmarks/training_step.py --csv docs/benchmarks/training.csv [--plot
-    docs/benchmarks/training_step.png]
+    python benchmarks/training_step.py --csv docs/benchmarks/training.csv [--plot \
+        docs/benchmarks/training_step.png]
 
 The steps are the trainer's own: plan, collation, forward pass, loss, backward pass and optimizer of a random
 Llama over synthetic documents of --seq-length tokens, three quarters of them labels. Two kinds of step take

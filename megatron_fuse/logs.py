@@ -92,7 +92,10 @@ class StderrHandler(logging.Handler):
     def _has_terminal(self) -> bool:
         if self._owner != os.getpid() or multiprocessing.parent_process() is not None:
             return False
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and _in_foreground()
+        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            return False
+        # A terminal without a width, as some programs open one, would show nothing of a bar.
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0 and _in_foreground()
 
 
 def _in_foreground() -> bool:

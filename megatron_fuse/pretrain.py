@@ -1,7 +1,7 @@
 """Fuse several source models into one target: the training job.
 
-    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml
-    --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe examples/quickstart/recipe.yaml \
+        --tensor-model-parallel-size 2
     torchrun --nproc-per-node 2 -m megatron_fuse.pretrain --recipe R.yaml --dry-run    # sizes and step plan
     python -m megatron_fuse.pretrain --recipe R.yaml --print-recipe                    # what would run
 

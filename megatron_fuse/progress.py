@@ -5,6 +5,7 @@ The bar and the lines have the same words: what is done of all, the rate, and th
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -142,12 +143,15 @@ class Progress:
 
     def _log_summary(self) -> None:
         seconds, done = self._clock() - self._began, self._done + self._items
-        made, tokens = done - self.already, self._tokens + self._part_tokens
+        made = done - self.already
+        # Items are those of all processes, tokens only this one's: of several, the sum is not known here.
+        tokens = 0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else self._tokens + self._part_tokens
         if not made and done == self.total:
             log_complete(self.what, self.total, self.unit)
             return
         amounts = [f"{made:,} {self.unit}", *([f"{tokens:,} tokens"] if tokens else [])]
-        rate = f", {self._rate(made, seconds)}" if seconds > 0 else ""
+        fast = readable_rate(tokens / seconds, "tokens") if tokens and seconds > 0 else None
+        rate = f", {fast or readable_rate(made / seconds, self.unit)}" if seconds > 0 else ""
         line = f"{self.what}: made {', '.join(amounts)} in {readable_seconds(seconds)}{rate}"
         line += f"; {self.already:,} were there already" if self.already else ""
         logger.info(line + (f"; {self.total - done:,} are left" if done < self.total else ""))

@@ -1,7 +1,7 @@
 """Measure models on the six skills and print one table.
 
-    python examples/skills/evaluate.py alpha=examples/skills/build/sources/alpha fused=runs/fused/export
-    --output runs
+    python examples/skills/evaluate.py alpha=examples/skills/build/sources/alpha fused=runs/fused/export \
+        --output runs
 
 Each model is a Hugging Face directory of a Llama, MPT or GPT-NeoX model with its tokenizer and chat template.
 Two measures, because they can tell opposite stories (a model that learns to show its working may forget how

@@ -1,7 +1,7 @@
 """The kernels beside what others do, in one run; on a GPU where there is one, else on the CPU.
 
-    python kernels/benchmarks/run.py --csv kernels/benchmarks/results/cpu.csv --plots
-    kernels/benchmarks/results
+    python kernels/benchmarks/run.py --csv kernels/benchmarks/results/cpu.csv --plots \
+        kernels/benchmarks/results
     python kernels/benchmarks/run.py --quick                       # everything once, on small shapes
     python kernels/benchmarks/run.py --only "sparse_kl 8192 x 32000" --providers ours "dense eager"
 

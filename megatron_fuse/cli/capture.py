@@ -1,7 +1,7 @@
 """Captures every source's distributions over responses: its likeliest tokens and the exact mass of the rest.
 
-    megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode
-    training|inference]
+    megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode \
+        training|inference]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli capture --recipe ...    # rank r takes every 8th shard
 
 Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule

@@ -1,8 +1,9 @@
 """Measure models with lm-evaluation-harness, side by side, with standard errors and paired differences.
 
-    megatron-fuse evaluate fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm --output
-    runs/evaluation --baseline vicuna megatron-fuse evaluate alpha=MODEL beta=MODEL --tasks arc_challenge
-    gsm8k_cot --output OUT --data DIRECTORY --limit 40
+    megatron-fuse evaluate fused=WORKDIR/export vicuna=models/vicuna-7b-v1.5 --tasks openllm \\
+        --output runs/evaluation --baseline vicuna
+    megatron-fuse evaluate alpha=MODEL beta=MODEL --tasks arc_challenge gsm8k_cot --output OUT \\
+        --data DIRECTORY --limit 40
 
 Every model is a Hugging Face model directory. Without --data the questions come from the Hugging Face hub,
 with --data from JSONL files. After an interruption, the same command continues where it stopped.

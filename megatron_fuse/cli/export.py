@@ -1,8 +1,8 @@
 """Write the fused model of a recipe as a Hugging Face directory: weights, config, tokenizer and chat
 template.
 
-    megatron-fuse export --recipe examples/quickstart/recipe.yaml [--export-checkpoint latest] [--export-dtype
-    fp32]
+    megatron-fuse export --recipe examples/quickstart/recipe.yaml [--export-checkpoint latest] \
+        [--export-dtype fp32]
 
 Reads a checkpoint of any parallel layout, in one process, without a GPU. A second run writes the model again
 only if there is a newer checkpoint to export.

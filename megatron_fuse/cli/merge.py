@@ -1,9 +1,11 @@
 """Merge models of one architecture into one, without data or training (the baselines of the paper's Table 3).
 
-    megatron-fuse merge --method slerp --model runs/csft/export --model models/Llama-2-7b-chat-hf --output
-    merged/slerp megatron-fuse merge --method ties --model A:0.7 --model B:0.3 --base models/Llama-2-7b-hf
-    --density .5 --output OUT megatron-fuse merge --method dare_ties --model A --model B --base BASE --density
-    .5 --seed 0 --output OUT
+    megatron-fuse merge --method slerp --model runs/csft/export --model models/Llama-2-7b-chat-hf \\
+        --output merged/slerp
+    megatron-fuse merge --method ties --model A:0.7 --model B:0.3 --base models/Llama-2-7b-hf \\
+        --density .5 --output OUT
+    megatron-fuse merge --method dare_ties --model A --model B --base BASE --density .5 --seed 0 \\
+        --output OUT
 
 Tokenizer, chat template and config come from the first --model. The merge runs on a CPU, offline, in fp32. If
 it is finished already, a second run does nothing. Needs mergekit: pip install 'megatron-fuse[merge]'.

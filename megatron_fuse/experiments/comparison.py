@@ -1,9 +1,10 @@
 """The differences of a table: every row against the baseline, paired by seed, and which of them are clear."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fuse.reporting.statistics import (
+    LEVEL,
     Mean,
     clear,
     mean,
@@ -38,7 +39,7 @@ class Comparison:
         """
         explored = self.differences.keys() - self.expected
         families = [[self.differences[run] for run in runs] for runs in (self.expected, explored)]
-        return smallest_seen(max(families, key=len))
+        return smallest_seen(max(families, key=len), _level(families))
 
 
 def compare(
@@ -62,4 +63,10 @@ def compare(
     families = [
         {run: differences[run].p_value for run in runs} for runs in (first, differences.keys() - first)
     ]
-    return Comparison(means, differences, clear(families[0]) | clear(families[1]), first)
+    level = _level(families)
+    return Comparison(means, differences, clear(families[0], level) | clear(families[1], level), first)
+
+
+def _level(families: Sequence[Collection]) -> float:
+    """The level of one family: two families share the level of their table."""
+    return LEVEL / max(1, sum(len(family) > 0 for family in families))

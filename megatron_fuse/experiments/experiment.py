@@ -4,8 +4,7 @@
     workdir: examples/skills/build/experiments   # data of every seed, runs, logs
     results: docs/results/skills.csv             # one row per variant, seed and metric
     seeds: [1, 2, 3, 4, 5]
-    evaluate: python examples/skills/measure.py --model {model} --output {output} --split {split} --seed
-    {seed}
+    evaluate: python measure.py --model {model} --output {output} --split {split} --seed {seed}
     metrics: {generation: generation, choice: choice}
     models: {alpha: examples/skills/build/sources/alpha}       # measured as they are
     variants:
@@ -23,8 +22,7 @@ Scenarios repeat the same variants on other data or other models:
     tables:
       clean: {title: Without errors, scenario: clean, rows: [csft, fuse], baseline: csft}
     maps:
-      errors: {title: Errors in the ground truth, scenarios: [clean, errors_30], rows: [fuse, profuser],
-      baseline: csft}
+      errors: {title: Errors, scenarios: [clean, errors_30], rows: [fuse, profuser], baseline: csft}
 
 A run is then called SCENARIO/VARIANT.
 

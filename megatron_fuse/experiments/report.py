@@ -21,10 +21,13 @@ from megatron_fuse.reporting.statistics import Mean
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
-    "of its 95 % confidence interval (Student's t). ▲ and ▼: clearly above or below the baseline by Holm's "
-    "procedure over the whole table, so that a table without any true difference shows a mark with a chance "
-    "of 5 % at most; all other differences are ties. A * marks the rows whose difference was the question "
-    "before the runs were made: they are a family of their own."
+    "of "
+    "its 95 % confidence interval (moderated t). ▲ and ▼: clearly above or below the baseline by Holm's "
+    "procedure at 5 % over all rows of a table, for each metric; all other differences are ties. A * marks "
+    "the "
+    "rows whose difference was the question before the runs were made: they are a group of their own, and "
+    "both "
+    "groups then share the 5 %."
 )
 
 

@@ -25,6 +25,7 @@ from megatron_fuse.experiments.fork_server import LIBRARIES
 from megatron_fuse.gpu_checks.catalogue import MINUTES, Check
 from megatron_fuse.gpu_checks.report import markdown
 from megatron_fuse.gpu_checks.rows import Row, failed, not_run
+from megatron_fuse.logs import start_logging
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.text_safety import brief
 
@@ -157,6 +158,7 @@ def _run(check: Check, device: str, directory: Path, log: Path, writer: Connecti
     for descriptor in (1, 2):  # also for output of libraries and of processes that the check starts
         os.dup2(output.fileno(), descriptor)
     sys.stdout = sys.stderr = output
+    start_logging()  # a spawned process has no handler of its parent
     for row in importlib.import_module(check.module).run(device, directory):
         writer.send(replace(row, check=check.name))
 

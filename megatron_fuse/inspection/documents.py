@@ -162,18 +162,24 @@ def _reasons(view: dict[str, Any], dataset: FusionDataset) -> list[str]:
 
 
 def _margin_unit(arrays: dict[str, np.ndarray]) -> str:
-    if "ce_sum" in arrays:
-        return "nats per byte"
-    return "votes" if "scores" in arrays and arrays["scores"].shape[2] != 1 else "of score"
+    if "category_score" in arrays:
+        return "standard deviations of the scores"
+    if "votes" in arrays:
+        return "votes" if arrays["scores"].shape[2] != 1 else "of score"
+    return "nats per byte" if "ce_sum" in arrays and "score" not in arrays else "of score"
 
 
 def _reason(arrays: dict[str, np.ndarray], example: int, column: int) -> str:
     """The numbers by which one source was compared with the others."""
-    if "ce_sum" in arrays:
-        nats, count = arrays["ce_sum"][example, column], arrays["response_bytes"][example]
-        return f"cross-entropy {nats:.2f} nats, {nats / max(count, 1):.4f} per byte"
+    if "category_score" in arrays:
+        return f"mean score in the category {arrays['category_score'][example, column]:.3f} deviations"
+    if "votes" in arrays:
+        scores = ", ".join(f"{score:.3f}" for score in arrays["scores"][example, column])
+        return f"{arrays['votes'][example, column]} votes, scores {scores or 'none'}"
     if "reference" in arrays:
         measures = ", ".join(f"{v:.3f}" for v in arrays["reference"][example, column])
         return f"score {arrays['score'][example, column]:.3f} of BLEU, ROUGE-L, BERTScore {measures}"
-    scores = ", ".join(f"{score:.3f}" for score in arrays["scores"][example, column])
-    return f"{arrays['votes'][example, column]} votes, scores {scores or 'none'}"
+    if "ce_sum" in arrays:
+        nats, count = arrays["ce_sum"][example, column], arrays["response_bytes"][example]
+        return f"cross-entropy {nats:.2f} nats, {nats / max(count, 1):.4f} per byte"
+    return "chosen by chance"

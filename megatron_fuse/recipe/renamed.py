@@ -3,6 +3,7 @@
 Release 0.1 still reads the old name, with a warning that gives the new one.
 """
 
+import os
 import warnings
 from typing import Any
 
@@ -52,7 +53,9 @@ def given_twice(place: str, new: str, old: str) -> str:
 
 
 def warn_of_old_name(place: str, new: str) -> None:
-    """place: the old key with its file and line, or the old flag."""
+    """place: the old key with its file and line, or the old flag. Under torchrun only rank 0 warns."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     warnings.warn(
         f"{printable(place)} is deprecated: write {new}. Release 0.2 will refuse it",
         FutureWarning,

@@ -12,8 +12,9 @@ differences are shrunk towards their common value, as far as they agree (the mod
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
-LEVEL = 0.05  # the chance of a false finding that a table allows
+LEVEL = 0.05  # the chance of a false finding that the rows of a table allow, for each metric
 POWER = 0.8  # the chance with which a difference of `smallest_seen` is found
 
 
@@ -40,10 +41,9 @@ class Mean:
 
         Two-sided t-test; 1 for one value.
         """
-        if self.error is None:
+        # Equal values do not show that there is no error, only that it is not known.
+        if not self.error:
             return 1.0
-        if self.error == 0:
-            return 1.0 if self.value == 0 else 0.0
         return 2 * t_tail(abs(self.value) / self.error, self.degrees)
 
 
@@ -71,8 +71,9 @@ def moderated(differences: Mapping[str, Mean]) -> dict[str, Mean]:
     """The differences with moderated standard errors (Smyth 2004, sections 3 to 6.2).
 
     The variances are taken as draws around a common variance. The prior's variance and its degrees of freedom
-    come from the mean and the spread of their logarithms. Without enough differences, or of different numbers
-    of seeds, nothing changes.
+    come from the mean and the spread of their logarithms. A variance far above the common one keeps its own
+    value: a noisy row is not made to look certain by its neighbours. Without enough differences, or of
+    different numbers of seeds, nothing changes.
     """
     known = {name: each for name, each in differences.items() if each.error is not None}
     degrees = {each.degrees for each in known.values()}
@@ -94,6 +95,8 @@ def moderated(differences: Mapping[str, Mean]) -> dict[str, Mean]:
 
     def shrunk(name: str, each: Mean) -> Mean:
         own = variances[name]
+        if d * own > prior * chi_square_quantile(0.95, d):
+            return each
         variance = prior if math.isinf(d0) else (d0 * prior + d * own) / (d0 + d)
         return replace(each, error=math.sqrt(variance / each.n), degrees=total)
 
@@ -113,7 +116,7 @@ def clear(p_values: Mapping[str, float], level: float = LEVEL) -> set[str]:
     return found
 
 
-def smallest_seen(differences: Sequence[Mean]) -> float | None:
+def smallest_seen(differences: Sequence[Mean], level: float = LEVEL) -> float | None:
     """The smallest true difference that a family of comparisons finds with a chance of 80 %. None without
     errors.
 
@@ -124,7 +127,7 @@ def smallest_seen(differences: Sequence[Mean]) -> float | None:
     if not known:
         return None
     error, degrees = known[len(known) // 2]
-    return error * (t_quantile(1 - LEVEL / (2 * len(known)), degrees) + t_quantile(POWER, degrees))
+    return error * (t_quantile(1 - level / (2 * len(known)), degrees) + t_quantile(POWER, degrees))
 
 
 def t_tail(t: float, degrees: int) -> float:
@@ -157,6 +160,12 @@ def t_quantile(share: float, degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if t_tail(middle, degrees) > 1 - share else (low, middle)
     return high
+
+
+def chi_square_quantile(share: float, degrees: int) -> float:
+    """The point of chi-square below which `share` of its mass lies (Wilson and Hilferty 1931)."""
+    spread = 2 / (9 * degrees)
+    return degrees * (1 - spread + NormalDist().inv_cdf(share) * math.sqrt(spread)) ** 3
 
 
 def digamma(x: float) -> float:

@@ -10,8 +10,8 @@ FUSION/selection/inference-RULE.safetensors   by vote: scores float32 [n, S, R],
                                               [n, S]
                                               by reference: reference float32 [n, S, 3], its measures; score
                                               float64 [n, S], their mean
-either, by by_category                        scores as by vote; category int32 [n]; category_score float64
-                                              [n, S]
+either, by by_category                        scores as by vote; category int32 [n]; validation uint8 [n];
+                                              category_score float64 [n, S]
 both                                          source int16 [n]; available [n, S]; margin float32 [n]; weight
                                               float32 [n]
 
@@ -229,7 +229,7 @@ def _of_ground_truth(
     if rule == "winner":
         chosen = _by_winner(recipe, able, evidence)
     elif rule == "by_category":
-        chosen = {**evidence, **_by_category(able, **evidence)}
+        chosen = {**evidence, **_by_category(recipe, able, **evidence)}
     else:
         if rule == "random":
             chosen = {"source": random_source(able, (recipe.seed, 0))}
@@ -268,7 +268,7 @@ def _of_answers(
     rule = recipe.selection.inference
     if rule == "by_category":
         able = able_answers(evidence["scores"], answers)
-        return _by_category(able, **evidence)
+        return _by_category(recipe, able, **evidence)
     rules: dict[str, Callable[..., dict[str, np.ndarray]]] = {
         "vote": _by_vote,
         "reference": _by_reference,
@@ -277,8 +277,13 @@ def _of_answers(
     return rules[rule](recipe, answers, **evidence)
 
 
-def _by_category(able: np.ndarray, scores: np.ndarray, category: np.ndarray) -> dict[str, np.ndarray]:
-    means = category_scores(scores, category)
+def _by_category(
+    recipe: Recipe, able: np.ndarray, scores: np.ndarray, category: np.ndarray, validation: np.ndarray
+) -> dict[str, np.ndarray]:
+    # Sources that cannot be chosen do not set the scale of the scores, or the lowest of them.
+    candidates = np.isin(list(recipe.sources), recipe.candidates)
+    of_candidates = np.where(candidates[None, :, None], scores, np.nan)
+    means = category_scores(of_candidates, category, validation == 0)
     source = best_in_category(means, able)
     return {"source": source, "margin": category_margin(means, able, source), "category_score": means}
 

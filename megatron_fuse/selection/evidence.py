@@ -26,10 +26,11 @@ def read_evidence(context: Context, mode: str, examples: int) -> dict[str, np.nd
     """What decides between the sources' answers, if answers decide in this mode.
 
     By the rule `vote`: `scores` float32 [n, S, R] of the reward models. By the rule `reference`: the measures
-    `reference` float32 [n, S, 3]. By the rule `by_category`: `scores`, and the number of each example's
-    `category` int32 [n]. By the rule `random`: nothing. If the winner teaches the ground truth: also `answer`
-    int64 [n, S], equal numbers for identical answers. Raises UserError if scores are missing or were made by
-    other options, or if no example has a category.
+    `reference` float32 [n, S, 3]. By the rule `by_category`: `scores`, the number of each example's
+    `category` int32 [n], and whether it is a `validation` example, whose scores do not count. By the rule
+    `random`: nothing. If the winner teaches the ground truth: also `answer` int64 [n, S], equal numbers for
+    identical answers. Raises UserError if scores are missing or were made by other options, or if no example
+    has a category.
     """
     recipe, rule = context.recipe, answer_rule(context.recipe, mode)
     sources, evidence = list(recipe.sources), {}
@@ -42,7 +43,7 @@ def read_evidence(context: Context, mode: str, examples: int) -> dict[str, np.nd
                 scores[:, s, r] = load_scores(context, source, reward_model)
         evidence["scores"] = scores
     if rule == "by_category":
-        evidence["category"] = _categories(context)
+        evidence |= _categories(context)
     if mode == "training" and recipe.selection.training == "winner":
         evidence["answer"] = np.stack([_answers(context, source) for source in sources], 1)
     return evidence
@@ -57,29 +58,28 @@ def evidence_shapes(recipe: Recipe, mode: str, examples: int) -> dict[str, tuple
     if rule in ("vote", "by_category"):
         shapes["scores"] = (examples, sources, len(recipe.voting_reward_models))
     if rule == "by_category":
-        shapes["category"] = (examples,)
+        shapes |= {"category": (examples,), "validation": (examples,)}
     if mode == "training" and recipe.selection.training == "winner":
         shapes["answer"] = (examples, sources)
     return shapes
 
 
-def _categories(context: Context) -> np.ndarray:
-    """int32 [n]: the number of each example's category, in the order of first appearance.
+def _categories(context: Context) -> dict[str, np.ndarray]:
+    """`category` int32 [n]: the number of each example's category, in the order of first appearance, and
+    `validation` uint8 [n]: whether it is a validation example.
 
     Examples without a category are one category.
     """
+    examples = [example for shard in example_shards(context.open(INSTRUCTIONS)) for example in shard]
     numbers: dict[str | None, int] = {}
-    categories = [
-        numbers.setdefault(example.category, len(numbers))
-        for examples in example_shards(context.open(INSTRUCTIONS))
-        for example in examples
-    ]
+    categories = [numbers.setdefault(example.category, len(numbers)) for example in examples]
     if list(numbers) == [None]:
         raise UserError(
             f"{context.recipe.data.path}: no example has a category, but selection chooses by_category: add "
             "the key category to the rows, or choose another rule"
         )
-    return np.array(categories, np.int32)
+    validation = [example.is_validation for example in examples]
+    return {"category": np.array(categories, np.int32), "validation": np.array(validation, np.uint8)}
 
 
 def _answers(context: Context, source: str) -> np.ndarray:

@@ -123,11 +123,13 @@ def best_score(scores: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return majority_vote(scores[..., None], answers)[0]
 
 
-def category_scores(scores: np.ndarray, categories: np.ndarray) -> np.ndarray:
+def category_scores(scores: np.ndarray, categories: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """The mean score of each source in the category of each example, float64 [n, S], in standard deviations.
 
     scores float [n, S, R]: NaN if an answer has no score.
     categories int [n]: equal numbers for examples of one category.
+    counted bool [n]: the examples whose scores count, in the means, the deviation and the lowest score. If a
+        category has none, all its examples count.
 
     Reward models have different scales. So the scores of each model are first divided by their standard
     deviation over all answers. Then the mean over the models is taken. A missing score counts as the lowest
@@ -135,12 +137,13 @@ def category_scores(scores: np.ndarray, categories: np.ndarray) -> np.ndarray:
     """
     means = np.zeros(scores.shape[:2])
     for model in np.moveaxis(scores.astype(np.float64), 2, 0):
-        given = model[~np.isnan(model)]
+        known = ~np.isnan(model)
+        given = model[known & counted[:, None]] if (known & counted[:, None]).any() else model[known]
         if len(given) and given.std() > 0:
             means += np.where(np.isnan(model), given.min(), model) / given.std() / scores.shape[2]
     for category in np.unique(categories):
         rows = categories == category
-        means[rows] = means[rows].mean(0)
+        means[rows] = means[rows & counted if (rows & counted).any() else rows].mean(0)
     return means
 
 

@@ -104,7 +104,8 @@ def generate(
             sum(len(row.ids) for row in rows),
             sum(row.prompt.room - len(row.ids) for row in under_way),
         )
-        report(len(rows) - len(under_way), tokens, tokens / (tokens + left))
+        # If all answers are empty, nothing was written and nothing is left.
+        report(len(rows) - len(under_way), tokens, tokens / max(tokens + left, 1) if under_way else 1.0)
     return [Answer(row.ids, row.stopped) for row in rows]
 
 

@@ -1,8 +1,8 @@
 """metrics.jsonl: the measurements of every step, evaluation and timed save, one row each,
 in the order of the run.
 
-    {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2,
-    "ce/training": 1.0, ...} {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
+    {"kind": "step", "iteration": 8, "phase": "co-fusion", "consumed samples": 120, "loss": 1.2, ...}
+    {"kind": "held-out", "iteration": 8, "ce/training": 1.1, "kl/training": 0.2, ...}
     {"kind": "save", "iteration": 8, "seconds/save-checkpoint": 1.5}
 
 A number that is not finite is null. So a step whose `grad norm` is null was skipped.

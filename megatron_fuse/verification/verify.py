@@ -206,9 +206,9 @@ class _ShardVerifier:
         return example_arrays
 
     def _checking(self) -> None:
-        """Counts the shard whose check begins."""
-        self.progress.update(self.checked)
+        """Counts the shard whose check begins, so that the last one counts too."""
         self.checked += 1
+        self.progress.update(self.checked)
 
     def _documents(self, shard: ShardFiles) -> np.ndarray | None:
         """Checks the conversations.

@@ -14,6 +14,7 @@ from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.selection.choice import _by_category
 from megatron_fuse.selection.margins import category_margin
 from megatron_fuse.selection.rules import NONE, best_in_category, category_scores, winner_if_able
 from megatron_fuse.stages import Context
@@ -29,13 +30,16 @@ def test_category_scores_are_the_rule_in_words(data: st.DataObject) -> None:
     score = st.sampled_from([0.0, 1.0, 2.5, NAN])
     scores = data.draw(arrays(np.float32, (examples, sources, models), elements=score))
     categories = data.draw(arrays(np.int32, examples, elements=st.integers(0, 2)))
-    found = category_scores(scores, categories)
+    counted = data.draw(arrays(np.bool_, examples))
+    found = category_scores(scores, categories, counted)
     for n in range(examples):
         rows = [i for i in range(examples) if categories[i] == categories[n]]
+        rows = [i for i in rows if counted[i]] or rows
         for source in range(sources):
             parts = []
             for model in range(models):
-                given_scores = [x for x in scores[..., model].ravel().tolist() if x == x]
+                all_scores = [x for x in scores[..., model].ravel().tolist() if x == x]
+                given_scores = [x for x in scores[counted, :, model].ravel().tolist() if x == x] or all_scores
                 deviation = np.std(given_scores) if given_scores else 0
                 values = [float(scores[i, source, model]) for i in rows]
                 filled = [min(given_scores) if np.isnan(v) else v for v in values] if given_scores else []
@@ -47,10 +51,9 @@ def test_a_reward_model_of_another_scale_weighs_the_same() -> None:
     rng = np.random.default_rng(3)
     scores = rng.normal(size=(40, 3, 2)).astype(np.float32)
     categories = np.arange(40) % 4
-    wide = scores * np.array([1, 1000], np.float32)
-    np.testing.assert_allclose(
-        category_scores(wide, categories), category_scores(scores, categories), rtol=1e-5
-    )
+    wide, everything = scores * np.array([1, 1000], np.float32), np.ones(40, bool)
+    found = category_scores(wide, categories, everything)
+    np.testing.assert_allclose(found, category_scores(scores, categories, everything), rtol=1e-5)
 
 
 def test_the_best_able_source_of_the_category_and_its_margin() -> None:
@@ -161,3 +164,20 @@ def test_without_a_reward_model_the_rule_is_refused(fused: Recipe) -> None:
     content = with_rules(fused, "fuse", training="by_category").model_dump(by_alias=True, mode="json")
     with pytest.raises(ValueError, match=r"by_category.*no reward model votes"):
         Recipe.model_validate(content | {"reward_models": {}})
+
+
+def test_scores_of_validation_rows_and_of_other_sources_decide_nothing(fused: Recipe) -> None:
+    """What the choice reads is changed in memory: a wild score of a row or source that does not count."""
+    recipe = with_rules(fused, "fuse", training="by_category", sources=["alpha", "beta"])
+    dataset = built(recipe)
+    arrays = dataset.selections["training"].arrays
+    assert arrays["validation"].sum() == 3
+    evidence = {name: arrays[name].copy() for name in ("scores", "category", "validation")}
+    able = np.isfinite(arrays["ce_sum"])
+    before = _by_category(recipe, able, **evidence)
+    assert before["source"].tolist() == arrays["source"].tolist()
+    gamma = list(recipe.sources).index("gamma")
+    evidence["scores"][:, gamma] = -1e6
+    evidence["scores"][evidence["validation"] == 1, 0] = 1e3
+    after = _by_category(recipe, able, **evidence)
+    assert after["source"].tolist() == before["source"].tolist()

@@ -17,6 +17,7 @@ from megatron_fuse.reporting.layout import percent
 # Neighbours differ in lightness too. Black is the ground truth.
 SOURCE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, GREY)
 MODE_MARKERS = {"training": "o", "inference": "s"}
+_BY_CATEGORY = "best mean score in the category"
 _WIDTH = 11  # inches: 14 px a point of 10 in a page of 1280 px
 _COLUMNS = 4  # most panels side by side
 _INTERVAL = "line: 95 % interval"
@@ -96,12 +97,16 @@ def rule_in_words(report: dict[str, Any], mode: str) -> str:
             "per_byte": "least cross-entropy a byte",
             "per_token": "least cross-entropy a token",
             "average": "least cross-entropy, of all sources mixed",
+            "winner": "the winner of the answers",
+            "by_category": _BY_CATEGORY,
             "random": "chance",
         }[rule]
     if rule == "random":
         return "chance"
     if rule == "reference":
         return "nearest to the ground truth"
+    if rule == "by_category":
+        return _BY_CATEGORY
     reward_models = len(report["reward_models"]["favourites"]) if report["reward_models"] else 0
     return (
         f"vote of {reward_models} reward models"

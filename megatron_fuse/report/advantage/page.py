@@ -174,7 +174,10 @@ def _margins(report: dict[str, Any]) -> str:
 
 
 def _lead(report: dict[str, Any], mode: str, lead: float) -> str:
-    if mode == "training":
+    rule = report["rules"][mode]
+    if rule == "by_category":
+        return f"{lead:.3g} standard deviations of the scores"
+    if mode == "training" and rule != "winner":
         return f"{lead:.3g} nats per byte"
     if report["reward_models"] and len(report["reward_models"]["favourites"]) > 1:
         return f"{lead:g} vote{'s' * (lead != 1)}"
