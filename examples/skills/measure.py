@@ -9,27 +9,13 @@ the instructions teach, and over the others.
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate import MEASURES, evaluate
-from scenarios import SCENARIOS
-from skills import SKILLS, SPLITS
+from scenarios import SCENARIOS, learned_and_kept
+from skills import SPLITS
 
 from megatron_fuse.errors import exit_code
-
-
-def learned_and_kept(generation: dict[str, dict], taught: Sequence[str]) -> dict[str, dict]:
-    """The mean accuracy over the taught skills, and over the others if there are any."""
-    groups = {"learned": list(taught), "kept": [skill for skill in SKILLS if skill not in taught]}
-    return {
-        name: {
-            "value": sum(generation[skill]["accuracy"] for skill in skills) / len(skills),
-            "n": sum(generation[skill]["problems"] for skill in skills),
-        }
-        for name, skills in groups.items()
-        if skills
-    }
 
 
 def main() -> None:

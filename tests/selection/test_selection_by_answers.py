@@ -1,6 +1,7 @@
 """The rules that let the sources' own answers decide: the winner, and the best source of a category."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from small_models import write_rows
 
 from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
+from megatron_fuse.inspection.documents import format_view, view_document
 from megatron_fuse.instructions import INSTRUCTIONS, load_examples
 from megatron_fuse.recipe import Margin, Recipe
+from megatron_fuse.recipe.stage_options import SelectionOptions
+from megatron_fuse.report.advantage import write_advantage_report
+from megatron_fuse.report.advantage.charts import rule_in_words
 from megatron_fuse.selection.choice import _by_category
 from megatron_fuse.selection.margins import category_margin
 from megatron_fuse.selection.rules import NONE, best_in_category, category_scores, winner_if_able
@@ -181,3 +186,25 @@ def test_scores_of_validation_rows_and_of_other_sources_decide_nothing(fused: Re
     evidence["scores"][evidence["validation"] == 1, 0] = 1e3
     after = _by_category(recipe, able, **evidence)
     assert after["source"].tolist() == before["source"].tolist()
+
+
+RULES = [
+    *(
+        ("fuse", {"training": rule})
+        for rule in get_args(SelectionOptions.model_fields["training"].annotation)
+    ),
+    *(("profuser", {"inference": rule}) for rule in ("vote", "by_category", "random")),
+]
+
+
+@pytest.mark.parametrize(("preset", "selection"), RULES)
+def test_every_rule_has_words_in_inspection_and_report(fused: Recipe, preset: str, selection: dict) -> None:
+    recipe = with_rules(fused, preset, **selection)
+    dataset = built(recipe)
+    mode, rule = next(iter(selection.items()))
+    assert rule_in_words({"rules": selection, "reward_models": None}, mode)
+    example = int(np.flatnonzero(dataset.selections[mode].source != NONE)[0])
+    text = format_view(view_document(recipe, dataset, mode, example), dataset)
+    units = {"winner": "votes", "by_category": "standard deviations of the scores", "vote": "votes"}
+    assert units.get(rule, "nats per byte" if mode == "training" else "of score") in text
+    assert write_advantage_report(Context(recipe))

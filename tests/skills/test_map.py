@@ -9,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/skills"))
-import measure  # noqa: E402
 import scenarios  # noqa: E402
 import skills  # noqa: E402
 
@@ -59,10 +58,10 @@ def test_the_same_file_is_written_again(written: Path) -> None:
 
 def test_learned_and_kept_are_means_over_taught_and_other_skills() -> None:
     generation = {name: {"accuracy": 10.0 * n, "problems": 4} for n, name in enumerate(skills.SKILLS)}
-    found = measure.learned_and_kept(generation, ("addition", "sorting"))
+    found = scenarios.learned_and_kept(generation, ("addition", "sorting"))
     assert found["learned"] == {"value": 10.0, "n": 8}
     assert found["kept"] == {"value": (10 + 30 + 40 + 50) / 4, "n": 16}
-    assert set(measure.learned_and_kept(generation, tuple(skills.SKILLS))) == {"learned"}
+    assert set(scenarios.learned_and_kept(generation, tuple(skills.SKILLS))) == {"learned"}
 
 
 def test_the_map_names_the_scenarios_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,20 @@ def test_prompts_without_room_and_none_at_all(models: dict[str, Path]) -> None:
     assert [(len(answer.ids), answer.stopped) for answer in answers] == [(0, False), (2, False), (0, False)]
 
 
+def test_empty_answers_alone_are_reported_as_finished(models: dict[str, Path]) -> None:
+    """Every first token is a stop token: no answer has a token, and none is left to come."""
+    model, chat = loaded(models, "llama")
+    size = chat.tokenizer.vocab_size
+    sampling = Sampling(frozenset(range(size)), torch.ones(size, dtype=torch.bool))
+    prompts = [Prompt(f"e{n}", [4, 5 + n], 3, n) for n in range(3)]
+    reports: list[tuple[int, int, float]] = []
+    answers = generate(
+        model, prompts, sampling, batch_tokens=8, report=lambda *values: reports.append(values)
+    )
+    assert answers == [Answer([], True)] * 3
+    assert reports[-1] == (3, 0, 1.0) and all(share <= 1 for _, _, share in reports)
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.6, 0.05])  # 0.05: less than the likeliest token has
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:

@@ -97,7 +97,7 @@ def observe(context: Context) -> Observations:
     selections = {
         mode: {name: array[kept] for name, array in selected[mode].arrays.items()} for mode in modes
     }
-    answer_columns = np.array(answered, np.int64).reshape(len(table), len(responses), -1)[kept]
+    answer_columns = np.array(answered, np.int64).reshape(len(table), len(responses), 3 + len(FLAGS))[kept]
     strongest = recipe.strongest
     reward_models = (
         recipe.voting_reward_models if "inference" in modes and recipe.selection.inference == "vote" else []
