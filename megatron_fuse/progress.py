@@ -115,11 +115,11 @@ class Progress:
             parts.append(f"nothing new for {readable_seconds(now - self._news)}")
         elif new > 0 and seconds > 0:
             left = readable_seconds((self.total - work) * seconds / new)
-            parts += [self._rate(new, seconds), f"{'at most ' * self._most}{left} left"]
+            tokens = self._tokens + self._part_tokens
+            parts += [self._rate(new, tokens, seconds), f"{'at most ' * self._most}{left} left"]
         return ", ".join(parts)
 
-    def _rate(self, items: float, seconds: float) -> str:
-        tokens = self._tokens + self._part_tokens
+    def _rate(self, items: float, tokens: int, seconds: float) -> str:
         return (
             readable_rate(tokens / seconds, "tokens") if tokens else readable_rate(items / seconds, self.unit)
         )
@@ -150,8 +150,7 @@ class Progress:
             log_complete(self.what, self.total, self.unit)
             return
         amounts = [f"{made:,} {self.unit}", *([f"{tokens:,} tokens"] if tokens else [])]
-        fast = readable_rate(tokens / seconds, "tokens") if tokens and seconds > 0 else None
-        rate = f", {fast or readable_rate(made / seconds, self.unit)}" if seconds > 0 else ""
+        rate = f", {self._rate(made, tokens, seconds)}" if seconds > 0 else ""
         line = f"{self.what}: made {', '.join(amounts)} in {readable_seconds(seconds)}{rate}"
         line += f"; {self.already:,} were there already" if self.already else ""
         logger.info(line + (f"; {self.total - done:,} are left" if done < self.total else ""))

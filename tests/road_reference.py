@@ -193,9 +193,8 @@ class Token:
 
 @dataclass
 class Conversation:
-    """ids of the whole; tokens: the supervised ones; text: the supervised answers on end, a zero byte after
-    each;
-    answers: how many these are."""
+    """ids: of the whole conversation; tokens: the supervised ones; text: the supervised answers,
+    concatenated, with a zero byte after each; answers: their number."""
 
     ids: list[int]
     tokens: list[Token]

@@ -34,9 +34,8 @@ CORPUS = [
     for c in ("été", "日本", "x")
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 RANK_FILES = {"tiktoken": "cl100k_base.tiktoken", "o200k": "o200k_base.tiktoken", "llama3": "tokenizer.model"}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluate import evaluate
+from lm import CACHE_FILE
 from make_models import make_models
 from make_tokenizers import make_tokenizers
 from skills import SKILLS, Problem, draw, wrong_response
@@ -121,7 +122,7 @@ def accuracies(output: Path, scenario: Scenario) -> dict[str, dict[str, float]]:
     for name, directory in scenario.sources:
         model = output / "sources" / directory
         kept = output / "map" / f"accuracy-{directory}.json"
-        made_from = (model / "made_from.json").read_text()
+        made_from = (model / CACHE_FILE).read_text()
         if not kept.exists() or json.loads(kept.read_text())["model"] != made_from:
             measured = evaluate(model, "train", 60, seed=7)["generation"]
             shares = {skill: measured[skill]["accuracy"] / 100 for skill in SKILLS}

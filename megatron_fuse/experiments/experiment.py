@@ -131,6 +131,11 @@ class Table(Options):
     x_label: str = ""
     note: str = Field("", description="what a reader has to know about the rows")
 
+    @property
+    def scenarios(self) -> list[Name | None]:
+        """The only scenario, in the form that a map has."""
+        return [self.scenario]
+
 
 class Map(Options):
     """The same comparison under several scenarios: one row of the report per scenario, one column per
@@ -205,7 +210,6 @@ class Experiment(Options):
         shown: dict[str, Table | Map] = {f"tables.{name}": table for name, table in self.tables.items()}
         shown |= {f"maps.{name}": each for name, each in self.maps.items()}
         for place, each in shown.items():
-            scenarios = each.scenarios if isinstance(each, Map) else [each.scenario]
             x = {} if isinstance(each, Map) else each.x
             unknown = sorted({*each.rows, each.baseline, *x} - set(names))
             if unknown:
@@ -217,7 +221,7 @@ class Experiment(Options):
                 raise ValueError(
                     f"{place}.expected: {', '.join(beside)} is not a row. Add it to rows, or remove it."
                 )
-            for scenario in scenarios:
+            for scenario in each.scenarios:
                 if scenario is None and self.scenarios:
                     raise ValueError(f"{place}: set scenario to one of {', '.join(self.scenarios)}.")
                 if scenario is not None and scenario not in self.scenarios:
@@ -266,10 +270,9 @@ class Experiment(Options):
         shown = set[str]()
         for table in tables:
             each = self.tables.get(table) or self.maps[table]
-            scenarios = each.scenarios if isinstance(each, Map) else [each.scenario]
             names = {*each.rows, each.baseline}
             names |= {part for name in names & set(self.merges) for part in self.merges[name].parts}
-            shown |= {run_name(scenario, name) for scenario in scenarios for name in names}
+            shown |= {run_name(scenario, name) for scenario in each.scenarios for name in names}
         return [name for name in self.run_names if name in shown]
 
 

@@ -1,6 +1,6 @@
 """The tables and maps of an experiment as Markdown with pictures, made from its CSV file alone.
 
-Every number is a mean over seeds ± its standard error. Beside it stands the difference to the baseline,
+Every number is a mean over seeds ± its standard error. Beside it is the difference to the baseline,
 paired by seed, with its 95 % confidence interval. ▲ and ▼ mark the differences that are clear in the whole
 table (statistics.py); the others are called ties.
 """
@@ -21,13 +21,10 @@ from megatron_fuse.reporting.statistics import Mean
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
-    "of "
-    "its 95 % confidence interval (moderated t). ▲ and ▼: clearly above or below the baseline by Holm's "
+    "of its 95 % confidence interval (moderated t). ▲ and ▼: clearly above or below the baseline by Holm's "
     "procedure at 5 % over all rows of a table, for each metric; all other differences are ties. A * marks "
-    "the "
-    "rows whose difference was the question before the runs were made: they are a group of their own, and "
-    "both "
-    "groups then share the 5 %."
+    "the rows whose difference was the question before the runs were made: they are a group of their own, "
+    "and both groups then share the 5 %."
 )
 
 
@@ -75,16 +72,18 @@ def _section(reported: Reported, name: str, table: Table | Map, values: Values, 
 
 def _baselines(table: Table | Map) -> dict[str, str]:
     """run -> the run that it is compared with, in the table's order."""
-    scenarios = table.scenarios if isinstance(table, Map) else [table.scenario]
     names = dict.fromkeys(
         [table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline]
     )
-    return {run_name(c, name): run_name(c, table.baseline) for c in scenarios for name in names}
+    return {
+        run_name(scenario, name): run_name(scenario, table.baseline)
+        for scenario in table.scenarios
+        for name in names
+    }
 
 
 def _expected(table: Table | Map) -> list[str]:
-    scenarios = table.scenarios if isinstance(table, Map) else [table.scenario]
-    return [run_name(scenario, name) for scenario in scenarios for name in table.expected]
+    return [run_name(scenario, name) for scenario in table.scenarios for name in table.expected]
 
 
 def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:

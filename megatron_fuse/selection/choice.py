@@ -157,7 +157,7 @@ def _parents(recipe: Recipe, mode: str) -> dict[str, tuple[Stage, Key]]:
 def _state(context: Context, mode: str) -> str:
     """`done` if there is a choice by the recipe's rule.
 
-    Every build makes it anew, because its scores may have changed.
+    Every build makes it again, because its scores may have changed.
     """
     return "done" if selection_path(context.recipe, mode).exists() else "to do"
 
@@ -201,9 +201,8 @@ def choose(
     example_arrays: for each source the arrays of all examples that its rows come with.
     evidence: see read_evidence.
     """
-    candidates = np.isin(list(recipe.sources), recipe.candidates)  # [S]
-    # [n, S].
-    available = np.stack([each["available"] for each in example_arrays], 1).astype(bool) & candidates
+    available = np.stack([each["available"] for each in example_arrays], 1).astype(bool)  # [n, S]
+    available &= _candidates(recipe)
     if mode == "training":
         arrays = _of_ground_truth(recipe, example_arrays, available, evidence)
     else:
@@ -211,6 +210,11 @@ def choose(
         arrays = {**evidence, **_of_answers(recipe, answers, evidence)}
     weight = example_weights(arrays["margin"], _margin_options(recipe, mode))
     return {"available": available.astype(np.uint8), **arrays, "weight": weight}
+
+
+def _candidates(recipe: Recipe) -> np.ndarray:
+    """bool [S]: the sources that selection chooses between."""
+    return np.isin(list(recipe.sources), recipe.candidates)
 
 
 def _of_ground_truth(
@@ -252,8 +256,7 @@ def _of_ground_truth(
 
 def _by_winner(recipe: Recipe, able: np.ndarray, evidence: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The source whose own answer wins, by the rule for answers, also teaches the ground truth."""
-    candidates = np.isin(list(recipe.sources), recipe.candidates)
-    answers = np.where(candidates, evidence["answer"], 0)
+    answers = np.where(_candidates(recipe), evidence["answer"], 0)
     scores = {name: array for name, array in evidence.items() if name != "answer"}
     won = _of_answers(recipe, answers, scores)
     source = winner_if_able(won["source"], able)
@@ -281,8 +284,7 @@ def _by_category(
     recipe: Recipe, able: np.ndarray, scores: np.ndarray, category: np.ndarray, validation: np.ndarray
 ) -> dict[str, np.ndarray]:
     # Sources that cannot be chosen do not set the scale of the scores, or the lowest of them.
-    candidates = np.isin(list(recipe.sources), recipe.candidates)
-    of_candidates = np.where(candidates[None, :, None], scores, np.nan)
+    of_candidates = np.where(_candidates(recipe)[:, None], scores, np.nan)
     means = category_scores(of_candidates, category, validation == 0)
     source = best_in_category(means, able)
     return {"source": source, "margin": category_margin(means, able, source), "category_score": means}

@@ -199,7 +199,7 @@ def advise_when_out_of_memory(
         }
         needed = estimate_memory(recipe, architecture, **place)
         parts = ", ".join(f"{name} {readable_size(size)}" for name, size in vars(needed).items())
-        mends = [
+        remedies = [
             f"{words} saves about {readable_size(size)}"
             for words, size in savings(recipe, architecture, **place)
         ]
@@ -207,8 +207,8 @@ def advise_when_out_of_memory(
             f"out of memory: {str(error).strip() or type(error).__name__}\n"
             f"A rank of pipeline stage {stage} needs about {readable_size(needed.total)}: {parts}.\n"
             + "\n".join(
-                ["Each of these changes saves memory:", *mends]
-                if mends
+                ["Each of these changes saves memory:", *remedies]
+                if remedies
                 else ["Use a shorter --seq-length or more ranks."]
             )
         ) from error

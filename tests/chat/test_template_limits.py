@@ -195,10 +195,9 @@ LLAMA_3_1 = """{{- bos_token }}
 {%- endfor %}
 """
 IDIOMS = {
-    "loop variables": "{% for m in messages %}{{ loop.index0 }}{{ loop.index }}{{ loop.revindex }}{{ "
-    "loop.length }}{{ loop.first }}"
-    "{{ loop.last }}{{ loop.cycle('a', 'b') }}{{ loop.previtem.role }}{{ loop.nextitem.role }}{{ "
-    "loop.changed(m.role) }}{% endfor %}",
+    "loop variables": "{% for m in messages %}{{ loop.index0 }}{{ loop.index }}{{ loop.revindex "
+    "}}{{ loop.length }}{{ loop.first }}{{ loop.last }}{{ loop.cycle('a', 'b') }}{{ "
+    "loop.previtem.role }}{{ loop.nextitem.role }}{{ loop.changed(m.role) }}{% endfor %}",
     "length before the first turn": "{% for m in messages %}{% if loop.length > 3 %}{{ m.role }}{% endif "
     "%}{% endfor %}",
     "a filtered loop": "{% for m in messages if m.role != 'system' %}{{ loop.index }}{{ m.content }}{% else "
@@ -211,23 +210,20 @@ IDIOMS = {
     "}}{% endfor %}",
     "reversed": "{% for m in messages[::-1] %}{{ m.role }}{% endfor %}{{ messages[-1]['content'] }}{{ "
     "messages[1:][0].content[2:-1] }}",
-    "namespace": "{% set ns = namespace(last=-1, text='') %}{% for m in messages %}{% if m.role == 'user' "
-    "%}{% set ns.last = loop.index0 %}"
-    "{% set ns.text = ns.text + m.content ~ '\n' ~ loop.index %}{% endif %}{% endfor %}{{ ns.last }}{{ "
-    "ns.text }}",
+    "namespace": "{% set ns = namespace(last=-1, text='') %}{% for m in messages %}{% if m.role == "
+    "'user' %}{% set ns.last = loop.index0 %}{% set ns.text = ns.text + m.content ~ '\n' ~ loop.index "
+    "%}{% endif %}{% endfor %}{{ ns.last }}{{ ns.text }}",
     "thinking": "{% for m in messages %}{% if '</think>' in m.content %}{{ "
     "m.content.split('</think>')[-1].lstrip('\n') }}"
     "{{ m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1] }}{% endif %}{% endfor %}",
-    "filters": "{% for m in messages %}{{ m.content|trim|upper|replace('H', 'h')|e }}{{ m.content|length "
-    "}}{{ m.role|capitalize }}"
-    "{{ m.content|indent(2, first=True) }}{{ m|tojson(indent=2) }}{{ m|tojson }}{{ m.missing|default('-') "
-    "}}{% endfor %}",
-    "lists": "{{ messages|map(attribute='role')|join(', ') }}{{ messages|selectattr('role', 'equalto', "
-    "'user')|list|length }}"
-    "{{ messages|rejectattr('role', 'equalto', 'user')|map(attribute='content')|list }}{{ "
-    "(messages|first).role }}{{ messages|last }}"
-    "{{ ['b', 'a']|sort|unique|list }}{{ {'b': 1, 'a': 2}|dictsort }}{{ [1, 2, 3]|sum }}{{ [3, 1]|max }}{{ "
-    "[1,2,3]|batch(2, 'x')|list }}",
+    "filters": "{% for m in messages %}{{ m.content|trim|upper|replace('H', 'h')|e }}{{ "
+    "m.content|length }}{{ m.role|capitalize }}{{ m.content|indent(2, first=True) }}{{ "
+    "m|tojson(indent=2) }}{{ m|tojson }}{{ m.missing|default('-') }}{% endfor %}",
+    "lists": "{{ messages|map(attribute='role')|join(', ') }}{{ messages|selectattr('role', "
+    "'equalto', 'user')|list|length }}{{ messages|rejectattr('role', 'equalto', "
+    "'user')|map(attribute='content')|list }}{{ (messages|first).role }}{{ messages|last }}{{ "
+    "['b', 'a']|sort|unique|list }}{{ {'b': 1, 'a': 2}|dictsort }}{{ [1, 2, 3]|sum }}{{ [3, "
+    "1]|max }}{{ [1,2,3]|batch(2, 'x')|list }}",
     "methods": "{{ messages[1].content.strip().startswith('Hi') }}{{ '{} and {:>6}|{0!r}'.format('a', 2) if "
     "false else '{:>6}|{}'.format(2, 'b') }}"
     "{{ '%s-%5.1f-%%' % ('a', 2.5) }}{{ ', '.join(['a', 'b']) }}{{ 'a'.center(9, '*') }}{{ "

@@ -314,8 +314,8 @@ def test_an_encoder_reads_up_to_its_last_position(
 
 
 def test_no_text_moves_the_read_out(form: str, loaded: dict[str, RewardModel]) -> None:
-    """Special-token strings stay text: one BOS, the template's own tokens and no other, and the last one
-    as ever.
+    """Special-token strings stay text: one BOS, the template's own tokens and no other, and the same last
+    token.
     """
     reward_model = loaded[form]
     tokenizer = reward_model.chat.tokenizer

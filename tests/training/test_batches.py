@@ -131,8 +131,8 @@ def test_weights_of_a_mode_add_up_to_its_own(dataset: SyntheticDataset, capacity
         assert micro_batch.targets is not None
         for column, weights in enumerate((micro_batch.targets.ce_weight, micro_batch.targets.kl_weight)):
             sums[:, column].index_add_(0, micro_batch.mode, weights.double().sum(1) / 2)  # of two ranks
-    # What is barely won counts less: of the inference mode beside the mode's other documents, of the training
-    # mode only its KL.
+    # An example with a small margin counts less: in the inference mode beside the mode's other documents, in
+    # the training mode only its KL.
     labels = dataset.supervised_tokens("training")[EXAMPLES]
     counted = (labels * dataset.example_weights("training")[EXAMPLES]).sum() / labels.sum()
     expected = {

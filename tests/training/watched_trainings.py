@@ -40,8 +40,8 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """What happens when a job has come to operation `at`: at once, with whoever came to it held there, or
-    `delay` seconds later.
+    """What happens when a job reaches operation `at`: at once, while the process that reached it waits
+    there, or `delay` seconds later.
     """
 
     kind: Kind

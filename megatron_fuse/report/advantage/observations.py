@@ -2,7 +2,8 @@
 selections.
 
 Legend: n examples, S sources in the recipe's order, R reward models in theirs. Validation examples are left
-out: nothing is learned from them, and whoever evaluates on them should not have looked at them.
+out: nothing is learned from them, and an evaluation on them is fair only if
+nobody has looked at them before.
 """
 
 from dataclasses import dataclass
