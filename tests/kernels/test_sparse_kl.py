@@ -241,9 +241,7 @@ def test_without_a_gradient_the_same_results_and_the_same_logits(dtype, implemen
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("skipped", [False, True])
 def test_an_upstream_gradient_scales_its_row(skipped, implementation, seed):
-    """In bf16 a row whose upstream gradient is not 1 is rounded a second time; one of 1 is not touched
-    again.
-    """
+    """In bf16 a row whose upstream gradient is not 1 is rounded a second time. A row of 1 is not changed."""
     device = DEVICE if implementation == "triton" else "cpu"
     case = make_case(seed, n=16, vocab=300, dtype=torch.bfloat16, skipped=skipped)
     unit = run(case, implementation, device=device)[3]
@@ -252,7 +250,8 @@ def test_an_upstream_gradient_scales_its_row(skipped, implementation, seed):
     case = replace(case, upstream=upstream)
     scaled, expected = run(case, implementation, device=device)[3], exact(case)[3]
     assert torch.equal(scaled[::3], unit[::3])
-    assert (scaled.double() - expected).norm() <= 2.1 * (expected.bfloat16().double() - expected).norm()
+    # A rounding to bf16 changes a value by at most 2**-8 of it. The rest is room for the fp32 arithmetic.
+    torch.testing.assert_close(scaled.double(), expected, rtol=2.05 * 2**-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
