@@ -25,6 +25,7 @@ import multiprocessing
 import random
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -127,9 +128,23 @@ def per_skill(problems: list[Problem], right: list[bool]) -> dict:
         share = sum(hits) / len(hits)
         error = math.sqrt(share * (1 - share) / len(hits))
         table[skill] = {"accuracy": 100 * share, "standard_error": 100 * error, "problems": len(hits)}
-    mean = sum(row["accuracy"] for row in table.values()) / len(table)
-    error = math.sqrt(sum(row["standard_error"] ** 2 for row in table.values())) / len(table)
-    return table | {"mean": {"accuracy": mean, "standard_error": error, "problems": len(problems)}}
+    return table | {"mean": mean(table, SKILLS)}
+
+
+def mean(table: dict[str, dict], names: Iterable[str]) -> dict[str, float]:
+    """The mean accuracy over these skills of a table of per_skill, with its standard error."""
+    rows = [table[name] for name in names]
+    return {
+        "accuracy": sum(row["accuracy"] for row in rows) / len(rows),
+        "standard_error": math.sqrt(sum(row["standard_error"] ** 2 for row in rows)) / len(rows),
+        "problems": sum(row["problems"] for row in rows),
+    }
+
+
+def learned_and_kept(table: dict[str, dict], taught: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The mean over the skills that the instructions teach, and over the others if there are any."""
+    others = [skill for skill in SKILLS if skill not in taught]
+    return {"learned": mean(table, taught)} | ({"kept": mean(table, others)} if others else {})
 
 
 def evaluate(directory: Path, split: str, problems_per_skill: int, seed: int) -> dict:
@@ -164,15 +179,22 @@ def evaluate(directory: Path, split: str, problems_per_skill: int, seed: int) ->
     }
 
 
-def markdown(results: dict[str, dict]) -> str:
-    """One table, a row for each model and measure; the mean with its standard error."""
-    heads = ["model", "measure", *SKILLS, "mean"]
-    rows = [heads, ["---", "---", *["---:"] * (len(SKILLS) + 1)]]
+def markdown(results: dict[str, dict], taught: Sequence[str] = tuple(SKILLS)) -> str:
+    """One table, a row for each model and measure; means with their standard errors.
+
+    taught: if it is not all skills, the means over the taught and over the other skills come first.
+    """
+    means = ["learned", "kept"] if set(taught) < set(SKILLS) else []
+    skills = [*taught, *(skill for skill in SKILLS if skill not in taught)]
+    heads = ["model", "measure", *means, *skills, "mean"]
+    rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
     for measure in MEASURES:
         for name, result in results.items():
-            cells = [f"{result[measure][skill]['accuracy']:.0f}" for skill in SKILLS]
-            mean = result[measure]["mean"]
-            rows.append([name, measure, *cells, f"{mean['accuracy']:.1f} ± {mean['standard_error']:.1f}"])
+            table = result[measure] | learned_and_kept(result[measure], taught)
+            accuracies = {skill: f"{table[skill]['accuracy']:.0f}" for skill in skills}
+            for key in (*means, "mean"):
+                accuracies[key] = f"{table[key]['accuracy']:.1f} ± {table[key]['standard_error']:.1f}"
+            rows.append([name, measure, *(accuracies[head] for head in heads[2:])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     justify = [str.ljust, str.ljust, *[str.rjust] * (len(heads) - 2)]
     lines = [
@@ -193,6 +215,13 @@ def main() -> None:
         type=int,
         default=100,
         help="problems of each skill (the skill `conversion` has only about 100 in the split test)",
+    )
+    parser.add_argument(
+        "--taught",
+        nargs="+",
+        choices=SKILLS,
+        default=list(SKILLS),
+        help="the skills that the instructions taught; the table gives means of these and of the others",
     )
     parser.add_argument("--seed", type=int, default=99)
     parser.add_argument(
@@ -216,7 +245,7 @@ def main() -> None:
             for d in directories
         ]
         results = {name: job.result() for name, job in zip(names, jobs, strict=True)}
-    table = markdown(results)
+    table = markdown(results, options.taught)
     print(
         f"accuracy in percent, split {options.split}, {options.per_skill} problems of each skill (choice: "
         f"chance is 25)\n\n{table}"
@@ -224,6 +253,7 @@ def main() -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         settings = {"split": options.split, "per_skill": options.per_skill, "seed": options.seed}
+        settings |= {"taught": options.taught}
         (options.output / "evaluation.md").write_text(table, encoding="utf-8")
         (options.output / "evaluation.json").write_text(
             json.dumps(settings | {"models": results}, indent=1) + "\n", encoding="utf-8"

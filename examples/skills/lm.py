@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from muon import Muon
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -159,14 +160,14 @@ def fit(
     ]
     chosen = {id(p) for p in blocks}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    # `match_rms_adamw` scales Muon's update to Adam's usual size, so that one learning rate serves both.
-    muon = torch.optim.Muon(blocks, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(blocks, lr=lr, weight_decay=0.01)  # in Adam's scale: one learning rate serves both
     adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     model.train()
     began = time.perf_counter(), time.process_time()
     for step in range(steps):
         rate = lr * min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
-        for group in (*muon.param_groups, *adam.param_groups):
+        muon.lr = rate
+        for group in adam.param_groups:
             group["lr"] = rate
         loss = next(losses)()
         loss.backward()

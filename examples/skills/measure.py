@@ -11,11 +11,16 @@ import argparse
 import json
 from pathlib import Path
 
-from evaluate import MEASURES, evaluate
-from scenarios import SCENARIOS, learned_and_kept
+from evaluate import MEASURES, evaluate, learned_and_kept
+from scenarios import SCENARIOS
 from skills import SPLITS
 
 from megatron_fuse.errors import exit_code
+
+
+def metric(accuracy: dict[str, float]) -> dict[str, float]:
+    """A row of evaluate.per_skill as an experiment asks for it."""
+    return {"value": accuracy["accuracy"], "n": accuracy["problems"]}
 
 
 def main() -> None:
@@ -34,9 +39,10 @@ def main() -> None:
     for measure in MEASURES:
         for skill, of in found[measure].items():
             name = measure if skill == "mean" else f"{measure}/{skill}"
-            metrics[name] = {"value": of["accuracy"], "n": of["problems"]}
+            metrics[name] = metric(of)
     if options.scenario:
-        metrics |= learned_and_kept(found["generation"], SCENARIOS[options.scenario].skills)
+        means = learned_and_kept(found["generation"], SCENARIOS[options.scenario].skills)
+        metrics |= {name: metric(of) for name, of in means.items()}
     metrics["response tokens"] = {"value": found["mean_response_tokens"], "n": metrics["generation"]["n"]}
     options.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 

@@ -12,7 +12,6 @@ skill (split `train`) that it answers rightly. With `accuracy` as the scores of 
 import argparse
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,19 +151,6 @@ def write_scenario(output: Path, name: str, seed: int) -> int:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
     return len(rows)
-
-
-def learned_and_kept(generation: dict[str, dict], taught: Sequence[str]) -> dict[str, dict]:
-    """The mean accuracy over the taught skills, and over the others if there are any."""
-    groups = {"learned": list(taught), "kept": [skill for skill in SKILLS if skill not in taught]}
-    return {
-        name: {
-            "value": sum(generation[skill]["accuracy"] for skill in skills) / len(skills),
-            "n": sum(generation[skill]["problems"] for skill in skills),
-        }
-        for name, skills in groups.items()
-        if skills
-    }
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import argparse
 import json
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,13 +276,13 @@ def draw(skill: str, split: str, rng: random.Random) -> Problem:
             return SKILLS[skill].word(values, rng)
 
 
-def distinct(split: str, per_skill: int, seed: int) -> list[Problem]:
-    """`per_skill` different problems of every skill, in the skills' order.
+def distinct(split: str, per_skill: int, seed: int, names: Iterable[str] = tuple(SKILLS)) -> list[Problem]:
+    """`per_skill` different problems of each of these skills, in their order.
 
     ValueError if a skill has not that many.
     """
     rng, problems = random.Random(seed), []
-    for skill in SKILLS:
+    for skill in names:
         found: dict[tuple, Problem] = {}
         for _ in range(200 * per_skill):
             problem = draw(skill, split, rng)
@@ -354,9 +354,9 @@ def changed(skill: str, values: tuple, rng: random.Random) -> tuple:
     return (*values[:place], new[place], *values[place + 1 :])
 
 
-def write_instructions(path: Path, per_skill: int, seed: int) -> int:
+def write_instructions(path: Path, per_skill: int, seed: int, names: Iterable[str] = tuple(SKILLS)) -> int:
     """Alpaca-form JSONL with ids, shuffled; returns the number of lines."""
-    problems = distinct("fusion", per_skill, seed)
+    problems = distinct("fusion", per_skill, seed, names)
     random.Random(seed).shuffle(problems)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -378,10 +378,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "build")
     parser.add_argument("--per-skill", type=int, default=250)
+    parser.add_argument(
+        "--skills", nargs="+", choices=SKILLS, default=list(SKILLS), help="what the instructions teach"
+    )
     parser.add_argument("--seed", type=int, default=1234)
     options = parser.parse_args()
     path = options.output / "instructions.jsonl"
-    print(f"{path}: {write_instructions(path, options.per_skill, options.seed)} examples")
+    count = write_instructions(path, options.per_skill, options.seed, options.skills)
+    print(f"{path}: {count} examples")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from transformers import (
 
 ROW_LENGTH = 192
 ROWS_PER_STEP = 10
-WIDTH, LAYERS, HEADS, POSITIONS = 96, 3, 4, 256
+WIDTH, LAYERS, HEADS, POSITIONS = 64, 3, 4, 2048
 # Short, brief, worked: what a source says when it is trained, hence when it is sampled.
 FORM_WEIGHTS = (0.2, 0.5, 0.3)
 
@@ -105,7 +105,7 @@ def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if name == "alpha":
         config = LlamaConfig(
             hidden_size=WIDTH,
-            intermediate_size=256,
+            intermediate_size=176,
             num_hidden_layers=LAYERS,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,

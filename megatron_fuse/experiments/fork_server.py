@@ -21,7 +21,7 @@ from typing import Self
 from megatron_fuse.errors import UserError
 from megatron_fuse.processes import end_with, tied
 
-LIBRARIES = ("torch", "transformers.modeling_utils", "matplotlib.pyplot", "megatron_fuse.fusion_data")
+LIBRARIES = ("torch", "transformers.modeling_utils", "matplotlib.pyplot", "megatron_fuse.pipeline")
 _MEGATRON = "--megatron"  # argument of the process from which scripts that use Megatron-core are forked
 
 

@@ -37,6 +37,8 @@ from megatron_fuse.experiments.layers import run_directory, variant_recipe, with
 from megatron_fuse.experiments.records import Begun, Evaluation, Metrics, read_record
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.instructions import INSTRUCTIONS
+from megatron_fuse.pipeline import check_files, steps
+from megatron_fuse.pipeline.run import is_done, write_resolved_recipe
 from megatron_fuse.recipe import Recipe, checked, dump_recipe, renamed
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_json, sha256_of_json, temporary_then_rename, write_json
@@ -234,7 +236,7 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
     with temporary_then_rename(path) as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
     with data_lock:
-        _command(run, commands, [*_FUSE, "run", "--recipe", str(path), "--until", TEXT.name])
+        _make_data(run, commands, recipe)
     commands.import_libraries(megatron=True)  # before the clock starts: the imports do not count as training
     start = time.perf_counter()
     _command(run, commands, [sys.executable, *TRAINING.module, "--recipe", str(path)], megatron=True)
@@ -248,6 +250,20 @@ def _train(run: Run, commands: Commands, data_lock: Lock) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in steps),
         "training_seconds": trained,
     }
+
+
+def _make_data(run: Run, commands: Commands, recipe: Recipe) -> None:
+    """Runs the unfinished data stages, as `megatron-fuse run --until "fusion data"` does.
+
+    That command would start one interpreter for itself and one for every stage. Here they are forks.
+    """
+    check_files(recipe)
+    resolved = write_resolved_recipe(recipe)
+    for name, works in steps(recipe).items():
+        if not is_done(works, recipe):
+            _command(run, commands, [sys.executable, *works[0].stage.module, "--recipe", str(resolved)])
+        if name == TEXT.name:
+            return
 
 
 def instructions_sha256(recipe: Recipe) -> str:

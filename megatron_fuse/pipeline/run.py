@@ -40,14 +40,21 @@ def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None
 
 def run_step(name: str, works: list[Work], recipe: Recipe, resolved: Path, processes: int) -> None:
     """Runs the command of a step, unless all its artifacts are done. Raises UserError as run_recipe does."""
-    context = Context(recipe)  # a new context for every step, because the step before has written artifacts
-    if not any(work.stage.always for work in works) and all(work.state(context) == "done" for work in works):
+    if is_done(works, recipe):
         logger.info(f"{name}: done")
         return
     stage = works[0].stage
     _run_command(stage, resolved, 1 if stage.one_process else processes)
     if stage == TRAINING:
         require_whole_training(recipe)
+
+
+def is_done(works: list[Work], recipe: Recipe) -> bool:
+    """Whether a step has nothing to do. Raises UserError as Context.state does."""
+    context = Context(recipe)  # a new context for every step, because the step before has written artifacts
+    return not any(work.stage.always for work in works) and all(
+        work.state(context) == "done" for work in works
+    )
 
 
 def _run_command(stage: Stage, recipe: Path, processes: int) -> None:

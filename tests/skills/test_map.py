@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/skills"))
+import evaluate  # noqa: E402
 import scenarios  # noqa: E402
 import skills  # noqa: E402
 
@@ -57,11 +58,34 @@ def test_the_same_file_is_written_again(written: Path) -> None:
 
 
 def test_learned_and_kept_are_means_over_taught_and_other_skills() -> None:
-    generation = {name: {"accuracy": 10.0 * n, "problems": 4} for n, name in enumerate(skills.SKILLS)}
-    found = scenarios.learned_and_kept(generation, ("addition", "sorting"))
-    assert found["learned"] == {"value": 10.0, "n": 8}
-    assert found["kept"] == {"value": (10 + 30 + 40 + 50) / 4, "n": 16}
-    assert set(scenarios.learned_and_kept(generation, tuple(skills.SKILLS))) == {"learned"}
+    generation = {
+        name: {"accuracy": 10.0 * n, "standard_error": 3.0, "problems": 4}
+        for n, name in enumerate(skills.SKILLS)
+    }
+    found = evaluate.learned_and_kept(generation, ("addition", "sorting"))
+    assert found["learned"] == {"accuracy": 10.0, "standard_error": pytest.approx(3 / 2**0.5), "problems": 8}
+    assert found["kept"] == {"accuracy": (10 + 30 + 40 + 50) / 4, "standard_error": 1.5, "problems": 16}
+    assert set(evaluate.learned_and_kept(generation, tuple(skills.SKILLS))) == {"learned"}
+
+
+def test_the_table_gives_what_was_learned_and_what_was_kept() -> None:
+    rows = {
+        name: {"accuracy": 10.0 * n, "standard_error": 3.0, "problems": 4}
+        for n, name in enumerate(skills.SKILLS)
+    }
+    table = rows | {"mean": evaluate.mean(rows, skills.SKILLS)}
+    results = {"fused": dict.fromkeys(evaluate.MEASURES, table)}
+    text = evaluate.markdown(results, ["addition", "sorting", "shifting"]).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text]
+    assert cells[0][2:7] == ["learned", "kept", "addition", "sorting", "shifting"]
+    assert cells[2][2:] == ["20.0 ± 1.7", "30.0 ± 1.7", "0", "20", "40", "10", "30", "50", "25.0 ± 1.2"]
+    assert "learned" not in evaluate.markdown(results)
+
+
+def test_instructions_teach_the_skills_that_are_asked_for(tmp_path: Path) -> None:
+    assert skills.write_instructions(tmp_path / "i.jsonl", 4, 1, ["addition", "sorting"]) == 8
+    rows = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
+    assert Counter(row["category"] for row in rows) == {"addition": 4, "sorting": 4}
 
 
 def test_the_map_names_the_scenarios_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
