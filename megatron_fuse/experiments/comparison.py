@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fuse.experiments.experiment import Experiment, Map, Table, run_name
 from megatron_fuse.reporting.statistics import (
     LEVEL,
     Mean,
@@ -70,3 +71,26 @@ def compare(
 def _level(families: Sequence[Collection]) -> float:
     """The level of one family: two families share the level of their table."""
     return LEVEL / max(1, sum(len(family) > 0 for family in families))
+
+
+def baselines(table: Table | Map) -> dict[str, str]:
+    """run -> the run that it is compared with, in the table's order."""
+    names = dict.fromkeys(
+        [table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline]
+    )
+    return {
+        run_name(scenario, name): run_name(scenario, table.baseline)
+        for scenario in table.scenarios
+        for name in names
+    }
+
+
+def _expected(table: Table | Map) -> list[str]:
+    return [run_name(scenario, name) for scenario in table.scenarios for name in table.expected]
+
+
+def comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
+    """metric -> comparison."""
+    return {
+        metric: compare(values, metric, baselines(table), _expected(table)) for metric in experiment.metrics
+    }

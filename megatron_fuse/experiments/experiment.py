@@ -188,7 +188,9 @@ class Experiment(Options):
     merges: dict[Name, Merge] = Field(default_factory=dict)
     tables: dict[Name, Table] = Field(default_factory=dict)
     maps: dict[Name, Map] = Field(default_factory=dict)
-    preface: str = Field("", description="Markdown before the tables of the report")
+    preface: str = Field(
+        "", description="Markdown before the tables of the report; [[TABLE METRIC RUN]] quotes a cell"
+    )
 
     @model_validator(mode="after")
     def _names_fit(self) -> Self:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_fuse.experiments.comparison import Comparison, Values, compare
+from megatron_fuse.experiments.comparison import Comparison, Values, baselines, comparisons
 from megatron_fuse.experiments.experiment import Experiment, Map, Table, run_name
+from megatron_fuse.experiments.numbers import MARKS, change, with_error, with_quotes
 from megatron_fuse.experiments.results import Result
 from megatron_fuse.reporting.layout import Table as Cells
 from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
-from megatron_fuse.reporting.statistics import Mean
 
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
@@ -47,12 +47,13 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
         values: dict[str, dict[str, dict[int, float]]] = {}
         for result in each.results:
             values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
-        parts += [each.experiment.preface.strip()] * bool(each.experiment.preface)
+        preface = with_quotes(each.experiment.preface.strip(), each.experiment, values)
+        parts += [preface] * bool(preface)
         parts += [LEGEND] * (each is reported[0])
         unfinished = []
         shown: dict[str, Table | Map] = {**each.experiment.maps, **each.experiment.tables}
         for name, table in shown.items():
-            lacking = [run for run in _baselines(table) if run not in values]
+            lacking = [run for run in baselines(table) if run not in values]
             if lacking:
                 unfinished.append(f"- {table.title} (`--only {name}`): {', '.join(lacking)}")
             else:
@@ -70,32 +71,9 @@ def _section(reported: Reported, name: str, table: Table | Map, values: Values, 
     return _table_section(reported, name, table, values, path)
 
 
-def _baselines(table: Table | Map) -> dict[str, str]:
-    """run -> the run that it is compared with, in the table's order."""
-    names = dict.fromkeys(
-        [table.baseline, *table.rows] if isinstance(table, Map) else [*table.rows, table.baseline]
-    )
-    return {
-        run_name(scenario, name): run_name(scenario, table.baseline)
-        for scenario in table.scenarios
-        for name in names
-    }
-
-
-def _expected(table: Table | Map) -> list[str]:
-    return [run_name(scenario, name) for scenario in table.scenarios for name in table.expected]
-
-
-def _comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
-    """metric -> comparison."""
-    return {
-        metric: compare(values, metric, _baselines(table), _expected(table)) for metric in experiment.metrics
-    }
-
-
 def _table_section(reported: Reported, name: str, table: Table, values: Values, path: Path) -> str:
     experiment = reported.experiment
-    compared = _comparisons(experiment, table, values)
+    compared = comparisons(experiment, table, values)
     runs = {row: run_name(table.scenario, row) for row in table.rows}
     of_table = [result for result in reported.results if result.variant in runs.values()]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
@@ -106,7 +84,7 @@ def _table_section(reported: Reported, name: str, table: Table, values: Values, 
         "\n".join(markdown_table(_rows(experiment.metrics, table, compared, of_table))),
         *([f"–: not measured ({', '.join(missing)})."] if missing else []),
         *findings(experiment.metrics, table, compared),
-        *([table.note.strip()] if table.note else []),
+        *([with_quotes(table.note.strip(), experiment, values)] if table.note else []),
         f"![{table.title}]({os.path.relpath(picture, path.parent)})",
         _origin(name, reported.command, of_table),
     ]
@@ -116,8 +94,8 @@ def _table_section(reported: Reported, name: str, table: Table, values: Values, 
 def _map_section(reported: Reported, name: str, table: Map, values: Values, path: Path) -> str:
     """One Markdown table and one heat map per metric: a row per scenario, a column per variant."""
     experiment = reported.experiment
-    compared = _comparisons(experiment, table, values)
-    of_map = [result for result in reported.results if result.variant in _baselines(table)]
+    compared = comparisons(experiment, table, values)
+    of_map = [result for result in reported.results if result.variant in baselines(table)]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
     save_picture(draw_map(experiment.metrics, table, compared), picture)
     paragraphs = [f"## {table.title}"]
@@ -133,7 +111,7 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
                 f"**{title}**{_power(compared[metric])}",
                 "\n".join(markdown_table((heading, cells))),
             ]
-    paragraphs += [table.note.strip()] if table.note else []
+    paragraphs += [with_quotes(table.note.strip(), experiment, values)] if table.note else []
     paragraphs += [f"![{table.title}]({os.path.relpath(picture, path.parent)})"]
     return "\n\n".join([*paragraphs, _origin(name, reported.command, of_map)])
 
@@ -143,8 +121,8 @@ def _map_row(table: Map, scenario: str, comparison: Comparison) -> list[str]:
     runs = [run_name(scenario, row) for row in table.rows]
     return [
         scenario,
-        _with_error(baseline) if baseline else "–",
-        *(_change(comparison, run) or "–" for run in runs),
+        with_error(baseline) if baseline else "–",
+        *(change(comparison, run) or "–" for run in runs),
     ]
 
 
@@ -180,28 +158,10 @@ def _rows(
 def _cell(comparison: Comparison, run: str) -> str:
     if run not in comparison.means:
         return "–"
-    change = _change(comparison, run)
-    return _with_error(comparison.means[run]) + (
-        f" ({change[:-1]}){change[-1]}" if change[-1:] in MARKS else f" ({change})" if change else ""
+    text = change(comparison, run)
+    return with_error(comparison.means[run]) + (
+        f" ({text[:-1]}){text[-1]}" if text[-1:] in MARKS else f" ({text})" if text else ""
     )
-
-
-MARKS = ("▲", "▼")
-
-
-def _change(comparison: Comparison, run: str) -> str:
-    """The difference with its interval and its mark; empty without one."""
-    difference = comparison.differences.get(run)
-    if difference is None:
-        return ""
-    width = f" ± {difference.confidence:.1f}" if difference.confidence is not None else ""
-    return f"{difference.value:+.1f}{width}" + (
-        MARKS[difference.value < 0] if run in comparison.clear else ""
-    )
-
-
-def _with_error(found: Mean) -> str:
-    return f"{found.value:.1f}" + (f" ± {found.error:.1f}" if found.error is not None else "")
 
 
 def _cost(results: Sequence[Result], field: str) -> str:

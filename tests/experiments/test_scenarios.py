@@ -1,5 +1,6 @@
 """The same variants under several scenarios: their names, directories, data, results and maps."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from small_models import small_recipe
 from megatron_fuse.errors import UserError
 from megatron_fuse.experiments.experiment import Experiment
 from megatron_fuse.experiments.layers import load_experiment, variant_recipe
+from megatron_fuse.experiments.numbers import with_quotes
 from megatron_fuse.experiments.report import Reported, write_report
 from megatron_fuse.experiments.results import collect_results, read_results, write_results
 from megatron_fuse.experiments.runner import run_experiment
@@ -18,6 +20,7 @@ from megatron_fuse.recipe import dump_recipe
 # 10 * letters of the model's name + seed, and 100 more for "aaa" under `hard`.
 MEASURE = """
 import json, sys
+import re
 from pathlib import Path
 model, output, seed, scenario = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 letters = len(model.name)
@@ -104,6 +107,26 @@ def test_a_map_shows_the_differences_under_every_scenario(experiment_file: Path,
     assert "12.1 ± 0.6" in lines["easy"], "the mean of the baseline a"
     assert "--only all`; seeds 1, 2, 3" in text and "found in 80 %" in text
     assert (tmp_path / "docs/results-all.png").stat().st_size > 1000
+
+
+def test_prose_quotes_the_cells_of_a_map(experiment_file: Path) -> None:
+    experiment = made(experiment_file, "easy")
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for result in collect_results(experiment, "test"):
+        values.setdefault(result.variant, {}).setdefault(result.metric, {})[result.seed] = result.value
+    (metric,) = experiment.metrics
+    text = f"gains [[easy {metric} easy/bb]] over [[easy {metric} easy/a]]; [[all {metric} hard/bb]]"
+    assert re.fullmatch(
+        r"gains \+10\.1 ± \d\.\d▲? over 12\.1 ± 0\.6; \(not measured\)", with_quotes(text, experiment, values)
+    )
+    for wrong, message in (
+        (f"[[odd {metric} easy/a]]", "quotes no number. Write .* map of easy, all"),
+        ("[[easy odd easy/a]]", f"a metric of {metric}"),
+        (f"[[easy {metric}]]", "quotes no number"),
+        (f"[[easy {metric} hard/a]]", "easy has no run hard/a. It has easy/a, easy/bb"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_quotes(wrong, experiment, values)
 
 
 @pytest.mark.parametrize(
