@@ -11,6 +11,9 @@ READY_FOR_TESTS = .venv/ready-for-tests-$(VERSION)
 # Without --no-compile pip would compile every module of every package, one after the other. Python compiles those that are imported.
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 export OMP_NUM_THREADS ?= 1
+# Some container images set this variable. Then every process would compile all modules that it imports: 12 CPU seconds more for torch and
+# transformers, in each of the hundreds of processes that the tests start.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup quickstart test check-gpu lint docs clean
 
