@@ -65,7 +65,10 @@ class ModeWeights(Options):
 
 
 class Phase(Options):
-    """Some epochs over all examples under one set of weights."""
+    """Some epochs over all examples under one set of weights.
+
+    epochs: may be a fraction. The last epoch of the phase then ends early, after its share of the examples.
+    """
 
     name: Line
     epochs: Epochs

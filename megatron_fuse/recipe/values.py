@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Strict, Tag
 
 from megatron_fuse.errors import shortened
 
@@ -124,7 +124,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Positive = _whole(1, 10**9)
 Count = _whole(0, 10**9)
 Seed = _whole(0, 2**32 - 1)
-Epochs = _whole(1, 10_000)
+# A whole number stays one in a resolved recipe. The tags are no keys: errors leave out names in brackets.
+Epochs = Annotated[
+    Annotated[int, Field(ge=1, le=10_000), Tag("[whole]")]
+    | Annotated[float, Field(ge=0.001, le=10_000), Tag("[part]")],
+    Discriminator(lambda value: "[part]" if isinstance(value, float) else "[whole]"),
+]
 Tokens = _whole(1, 2**24)  # of one sequence: the longest contexts have ten million
 BatchTokens = _whole(1, 2**30)
 Ranks = _whole(1, 2**20)

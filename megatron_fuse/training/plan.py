@@ -35,11 +35,12 @@ def plan_phases(
 ) -> tuple[PhasePlan, ...]:
     """The plan of every phase of a schedule."""
     plans, samples = [], 0
-    for phase in schedule.phases:
+    for index, phase in enumerate(schedule.phases):
         begins = schedule.step(samples)
         assert begins is not None
-        phase_samples = phase.epochs * schedule.examples
+        phase_samples = schedule.phase_samples(index)
         samples += phase_samples
+        epochs = phase_samples / schedule.examples
         follows = schedule.step(samples)
         modes = phase_weights(phase, progress=0.0, kl_factor=1.0)
         lengths = {mode: dataset.lengths(mode)[dataset.train] for mode in modes}
@@ -50,12 +51,12 @@ def plan_phases(
                 first_iteration=begins.iteration,
                 last_iteration=follows.iteration if follows else schedule.total_steps,
                 samples=phase_samples,
-                tokens=phase.epochs * int(positions.sum()),
+                tokens=round(epochs * int(positions.sum())),
                 supervised_tokens={
-                    mode: phase.epochs * int(dataset.supervised_tokens(mode)[dataset.train].sum())
+                    mode: round(epochs * int(dataset.supervised_tokens(mode)[dataset.train].sum()))
                     for mode in modes
                 },
-                flops=phase.epochs * training_flops(architecture, positions),
+                flops=epochs * training_flops(architecture, positions),
             )
         )
     return tuple(plans)

@@ -9,6 +9,7 @@ ranks (selection/curriculum.py); examples of equal rank keep their random order.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +51,12 @@ class Schedule:
                 "instructions."
             )
 
-    def _phase_samples(self, index: int) -> int:
-        return self.phases[index].epochs * self.examples
+    def phase_samples(self, index: int) -> int:
+        """The samples of a phase: at least one."""
+        return max(round(self.phases[index].epochs * self.examples), 1)
 
     def _phase_steps(self, index: int) -> int:
-        return -(-self._phase_samples(index) // self.global_batch_size)
+        return -(-self.phase_samples(index) // self.global_batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -62,7 +64,7 @@ class Schedule:
 
     @property
     def total_samples(self) -> int:
-        return sum(self._phase_samples(index) for index in range(len(self.phases)))
+        return sum(self.phase_samples(index) for index in range(len(self.phases)))
 
     def last_step(self, train_iters: int | None) -> int:
         """The number of steps after which a run ends: all of them, or train_iters if that is less."""
@@ -76,7 +78,7 @@ class Schedule:
         """
         first, iteration = 0, 0
         for index, phase in enumerate(self.phases):
-            samples = self._phase_samples(index)
+            samples = self.phase_samples(index)
             position = consumed_samples - first
             if position < samples:
                 if position % self.global_batch_size:
@@ -103,8 +105,9 @@ class Schedule:
     def _examples(self, phase_index: int, first: int, last: int) -> np.ndarray:
         """Positions first ... last - 1 of a phase, counted over its epochs,
         as positions among the training examples."""
-        # Epochs are counted over all phases, so that no two of them have the same order.
-        earlier_epochs = sum(phase.epochs for phase in self.phases[:phase_index])
+        # Epochs are counted over all phases, so that no two of them have the same order. A part of an epoch
+        # counts as one.
+        earlier_epochs = sum(math.ceil(phase.epochs) for phase in self.phases[:phase_index])
         picked = []
         for epoch in range(first // self.examples, -(-last // self.examples)):
             order = _epoch_order(self, earlier_epochs + epoch)

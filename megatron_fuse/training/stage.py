@@ -38,8 +38,8 @@ def training_tokens(recipe: Recipe, amounts: Amounts) -> float:
     steps = schedule.last_step(recipe.training.train_iters)
     samples = min(steps * recipe.training.global_batch_size, schedule.total_samples)
     read = 0.0
-    for phase in recipe.phases:
-        phase_samples = min(samples, phase.epochs * training_examples)
+    for index, phase in enumerate(recipe.phases):
+        phase_samples = min(samples, schedule.phase_samples(index))
         samples -= phase_samples
         modes = ["inference"] * phase.inference.is_used + ["training"] * phase.training.is_used
         read += phase_samples * sum(amounts.read(mode) for mode in modes) / amounts.examples

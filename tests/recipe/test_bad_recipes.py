@@ -234,7 +234,7 @@ NUMBERS: dict[str, tuple[list[float], list[float]]] = {
     "target.server.concurrency": ([0, 10**6], [1, 512]),
     "target.server.max_retries": ([-1, 10**6], [0, 6]),
     "selection.training_margin.at_least": ([-1, 1e308], [0, 1e9]),
-    "schedule.phases.0.epochs": ([0, 10**6], [1, 100]),
+    "schedule.phases.0.epochs": ([0, 1e-5, 10**6, 1e308], [1, 0.25, 100]),
     "schedule.phases.0.training.lambda": ([-1, 1e308, 1e-320], [0, 0.5, 10]),
     "schedule.phases.0.training.weight.from": ([-1, 1e308], [0, 1]),
 }

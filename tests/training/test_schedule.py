@@ -39,6 +39,19 @@ def test_every_phase_shows_every_example_as_often_as_it_has_epochs(preset: str, 
             assert sorted(epoch) == list(range(45))
 
 
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_a_part_of_an_epoch_shows_its_share_of_the_examples(batch: int) -> None:
+    learned = ModeWeights(weight=1)
+    phases = tuple(Phase(name=str(n), epochs=n, training=learned) for n in (0.3, 1.7, 0.001, 2))
+    steps = walk(schedule := Schedule(phases, examples=45, global_batch_size=batch, seed=5))
+    seen = [np.concatenate([step.examples for step in steps if step.phase_index == n]) for n in range(4)]
+    assert [len(examples) for examples in seen] == [14, 76, 1, 90] and schedule.total_samples == 181
+    assert all(step.progress <= 1 for step in steps) and sum(step.ends_phase for step in steps) == 4
+    first, rest = seen[1][:45], seen[1][45:]
+    assert len(set(seen[0])) == 14 and sorted(first) == list(range(45)) and len(set(rest)) == 31
+    assert seen[0].tolist() != first[:14].tolist(), "another order than the epoch before"
+
+
 def test_steps_of_the_paper() -> None:
     # ceil(N / B) + ceil(2 N / B), at 100k examples in batches of 128
     assert Schedule(tuple(PRESETS["profuser"]), 100_000, 128, seed=1).total_steps == 782 + 1563
