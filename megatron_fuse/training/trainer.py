@@ -12,14 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.model.architecture import Architecture
@@ -46,6 +40,7 @@ from megatron_fuse.training.resume import resume, run_identity
 from megatron_fuse.training.schedule import Schedule, Step, make_schedule
 from megatron_fuse.training.throughput import peak_flops_of_this_gpu, training_flops
 from megatron_fuse.training.timing import SAVE, StepTimers
+from megatron_fuse.training.wrapping import make_optimizer, wrap_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -83,42 +78,9 @@ def make_trainer(
     """Wraps the model chunks (weights loaded) for data parallelism, mixed precision and optimization by
     Megatron-core.
     """
-    options, layout = recipe.training, recipe.parallel
-    bf16 = options.precision == "bf16"
-    config = chunks[0].config
-    modules = [Float16Module(config, chunk) for chunk in chunks] if bf16 else chunks
-    wrapped = [
-        DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=layout.overlap_grad_reduce,
-                use_distributed_optimizer=layout.use_distributed_optimizer,
-                overlap_param_gather=layout.overlap_param_gather,
-            ),
-            module,
-        )
-        for module in modules
-    ]
-    config.finalize_model_grads_func = finalize_model_grads
-    if layout.overlap_grad_reduce:
-        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=layout.use_distributed_optimizer,
-            overlap_param_gather=layout.overlap_param_gather,
-        ),
-        wrapped,
-    )
+    options = recipe.training
+    modules, wrapped = wrap_chunks(recipe, chunks)
+    optimizer = make_optimizer(recipe, wrapped)
     curriculum = read_curriculum(recipe, dataset.text.sha256)
     schedule = make_schedule(
         recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None
@@ -126,13 +88,13 @@ def make_trainer(
     learning_rate = make_learning_rate(options, schedule.total_steps)
     run = run_identity(recipe, dataset, curriculum)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
-    timers = StepTimers(options.timing_log_level, config)
+    timers = StepTimers(options.timing_log_level, chunks[0].config)
     log = TrainingLog(
         recipe,
         plan_phases(schedule, dataset, architecture),
         timers,
         ranks=runtime.world_size,
-        peak_flops=peak_flops_of_this_gpu() if bf16 else None,
+        peak_flops=peak_flops_of_this_gpu() if options.precision == "bf16" else None,
         active=runtime.is_logging_rank,
     )
     guard = StepGuard(options.max_skipped_iterations, options.check_for_spiky_loss)
