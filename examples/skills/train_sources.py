@@ -44,9 +44,9 @@ FORM_WEIGHTS = (0.2, 0.5, 0.3)
 
 #               addition weekday sorting reversing shifting conversion
 MIXES = {
-    "alpha": (0.335, 0.335, 0.07, 0.05, 0.11, 0.10),
+    "alpha": (0.335, 0.335, 0.07, 0.06, 0.12, 0.08),
     "beta": (0.025, 0.025, 0.45, 0.45, 0.025, 0.025),
-    "gamma": (0.025, 0.025, 0.025, 0.025, 0.42, 0.48),
+    "gamma": (0.0175, 0.0175, 0.0175, 0.0175, 0.56, 0.37),
 }
 
 
@@ -85,17 +85,17 @@ class SourceSettings:
 
 ALPHA = SourceSettings("alpha", 900, 11)
 BETA = SourceSettings("beta", 360, 12)
-GAMMA = SourceSettings("gamma", 950, 13)
+GAMMA = SourceSettings("gamma", 1000, 13)
 
 # For the map of scenarios (scenarios.py). The target must be a Llama, so the weaker sources exist as Llamas
 # too.
 BETA_LLAMA = SourceSettings("beta_llama", 360, 14, family="alpha", skills="beta")
-GAMMA_LLAMA = SourceSettings("gamma_llama", 950, 15, family="alpha", skills="gamma")
+GAMMA_LLAMA = SourceSettings("gamma_llama", 1000, 15, family="alpha", skills="gamma")
 # Sources that answer as fully as the ground truth does.
 WORKED = (0.1, 0.2, 0.7)
 ALPHA_WORKED = SourceSettings("alpha_worked", 900, 16, family="alpha", skills="alpha", forms=WORKED)
 BETA_WORKED = SourceSettings("beta_worked", 360, 17, family="beta", skills="beta", forms=WORKED)
-GAMMA_WORKED = SourceSettings("gamma_worked", 950, 18, family="gamma", skills="gamma", forms=WORKED)
+GAMMA_WORKED = SourceSettings("gamma_worked", 1000, 18, family="gamma", skills="gamma", forms=WORKED)
 
 
 def build(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
