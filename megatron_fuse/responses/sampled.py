@@ -29,7 +29,9 @@ def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat, report: Report 
     """
     options, where = answering_options(recipe, name), recipe_key(name)
     stop_texts = StopTexts(options.stop, chat)
-    sampling = _sampling(recipe, chat, stop_texts)
+    sampling = make_sampling(
+        chat, stop_texts, temperature=recipe.responses.temperature, top_p=recipe.responses.top_p
+    )
     model = cache(lambda: load_causal_lm(options, where=where))
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
@@ -37,7 +39,7 @@ def sampled_answers(recipe: Recipe, name: str, chat: ChatFormat, report: Report 
         batch_tokens = recipe.responses.batch_tokens
         answers = generate(model(), prompts, sampling, batch_tokens=batch_tokens, report=report)
         return [
-            _response(example.id, chat, each, stop_texts)
+            read_response(example.id, chat, each, stop_texts)
             for example, each in zip(examples, answers, strict=True)
         ]
 
@@ -66,7 +68,8 @@ def _prompts(recipe: Recipe, name: str, model, chat: ChatFormat, examples: list[
     return prompts
 
 
-def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampling:
+def make_sampling(chat: ChatFormat, stop_texts: StopTexts, *, temperature: float, top_p: float) -> Sampling:
+    """How a model in process samples its answers. temperature 0 is greedy."""
     tokenizer = chat.tokenizer
     # Special tokens, unused ids and columns of the logits beyond the vocabulary have no text, so they are
     # never sampled. End tokens and the tags of thoughts are the exceptions.
@@ -75,13 +78,13 @@ def _sampling(recipe: Recipe, chat: ChatFormat, stop_texts: StopTexts) -> Sampli
     return Sampling(
         chat.end_ids,
         allowed,
-        temperature=recipe.responses.temperature,
-        top_p=recipe.responses.top_p,
+        temperature=temperature,
+        top_p=top_p,
         is_complete=stop_texts.completed_by if stop_texts.texts else None,
     )
 
 
-def _response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
+def read_response(name: str, chat: ChatFormat, answer: Answer, stop_texts: StopTexts) -> Response | None:
     """The response in the common form. None if the model ended after its thought, without an answer."""
     text, tokens = answer_text(chat, answer, stop_texts)
     thought, text = split_thought(text, chat.thought_end, opened=chat.opens_thought, cut=not answer.stopped)

@@ -71,6 +71,10 @@ class Answer:
     stopped: bool
 
 
+def _ignore(prompt: Prompt, answer: Answer) -> None:
+    """The default of `finished`."""
+
+
 @torch.inference_mode()
 def generate(
     model: "PreTrainedModel",
@@ -79,6 +83,7 @@ def generate(
     *,
     batch_tokens: int,
     report: Report = silent,
+    finished: Callable[[Prompt, Answer], None] = _ignore,
 ) -> list[Answer]:
     """The answers in the order of the prompts.
 
@@ -86,12 +91,15 @@ def generate(
     them may reach; a row that is longer than batch_tokens runs alone. The longest rows begin, so that a
     budget that is too large for the memory fails at once. A prompt without room gets an empty answer with
     stopped = False. report: called after every step with the finished answers, the tokens of all answers, and
-    the least share of all tokens that these are.
+    the least share of all tokens that these are. finished: called with every answer as soon as it ends.
     Raises UserError if logits are NaN or infinite.
     """
     rows = [_Row(prompt) for prompt in prompts]
     waiting = deque(sorted((row for row in rows if row.prompt.room > 0), key=lambda row: -row.limit))
-    generator = _Generator(model, sampling)
+    for row in rows:
+        if row.prompt.room <= 0:
+            finished(row.prompt, row.answer)
+    generator = _Generator(model, sampling, finished)
     batch = generator.start([])
     while waiting or batch.rows:
         newcomers = _newcomers(waiting, batch.rows, batch_tokens)
@@ -106,7 +114,7 @@ def generate(
         )
         # If all answers are empty, nothing was written and nothing is left.
         report(len(rows) - len(under_way), tokens, tokens / max(tokens + left, 1) if under_way else 1.0)
-    return [Answer(row.ids, row.stopped) for row in rows]
+    return [row.answer for row in rows]
 
 
 @dataclass(eq=False)
@@ -127,6 +135,10 @@ class _Row:
     def limit(self) -> int:
         """The most positions that the row may need."""
         return len(self.prompt.ids) + self.prompt.room
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.ids, self.stopped)
 
     def take(self, token: int, sampling: Sampling) -> bool:
         """Adds a token. Returns whether another token follows."""
@@ -190,8 +202,14 @@ def _closed_ranks(stays: list[bool]) -> list[int]:
 class _Generator:
     """Generates one token for each row of a batch."""
 
-    def __init__(self, model: "PreTrainedModel", sampling: Sampling) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        sampling: Sampling,
+        finished: Callable[[Prompt, Answer], None],
+    ) -> None:
         self.model, self.sampling, self.device = model, sampling, input_device(model)
+        self.finished = finished
         self.allowed = sampling.allowed.to(self.device)
         parameters = inspect.signature(model.forward).parameters
         argument = cache_argument(model.forward)
@@ -223,6 +241,9 @@ class _Generator:
             row.take(token, self.sampling) for row, token in zip(batch.rows, chosen.tolist(), strict=True)
         ]
         rows, mask = batch.rows, batch.mask
+        for row, stays in zip(rows, goes_on, strict=True):
+            if not stays:
+                self.finished(row.prompt, row.answer)
         if not all(goes_on):
             order = _closed_ranks(goes_on)
             rows, chosen, mask = [rows[index] for index in order], chosen[order], mask[order]

@@ -6,28 +6,9 @@ from typing import Any
 from megatron_fuse.report.advantage.charts import colour_of
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY
 from megatron_fuse.report.advantage.observations import FLAGS
+from megatron_fuse.reporting.cards import folded
 from megatron_fuse.reporting.layout import escape, html_table
 
-CARD_STYLE = """
-.card { border: 1px solid #999; border-radius: 6px; margin: 1.2em 0; padding: .8em 1.2em 1em; }
-.card h3 { margin: 0 0 .1em; }
-.card table { font-size: .93em; }
-.card td:last-child, .card th:last-child { text-align: left; }
-.won { display: inline-block; background: #222; color: #fff; border-radius: 3px; padding: 0 .4em; margin-left: .4em; white-space: nowrap; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; }
-.instruction { background: #f3f3f3; padding: .5em .8em; margin: .5em 0; }
-.answers { display: grid; gap: .8em 1.2em; align-items: start; }
-.answer { min-width: 0; border-left: 6px solid; padding-left: .7em; font-size: .93em; }
-.truth { border-left-style: double; }
-details { display: inline; } summary { cursor: pointer; list-style: none; display: inline; }
-summary .more { color: #0050a0; text-decoration: underline; white-space: nowrap; }
-details[open] summary .more { display: none; }
-@media print {
-  .card { break-inside: avoid; padding: .5em .8em; margin: .7em 0; font-size: 8.5pt; line-height: 1.35; }
-  .card p, .card table { margin: .25em 0; }
-  summary .more { color: #555; text-decoration: none; }
-}
-"""
 # Characters and lines that are seen at once.
 _INSTRUCTION, _SYSTEM, _ANSWER, _ONE_OF_MANY = (600, 10), (160, 2), (400, 7), (240, 5)
 _MANY = 5  # answers from which on three stand side by side
@@ -42,9 +23,9 @@ def html_card(card: dict[str, Any], sources: list[str]) -> str:
         f"{mode} mode: {winner or NOBODY}{_weight(card, mode)}" for mode, winner in card["winners"].items()
     )
     caption = [f"example {card['id']}", *([card["category"]] if card["category"] else []), f"wins in {won}"]
-    system = f'<p class="note">System: {_folded(card["system"], _SYSTEM)}</p>' if card["system"] else ""
+    system = f'<p class="note">System: {folded(card["system"], _SYSTEM)}</p>' if card["system"] else ""
     turns = card["messages"]
-    spoken = [_folded(_spoken(turn), _INSTRUCTION) for turn in turns]
+    spoken = [folded(_spoken(turn), _INSTRUCTION) for turn in turns]
     if len(turns) > 1:
         spoken = [f"<b>{escape(turn['role'])}:</b> {text}" for turn, text in zip(turns, spoken, strict=True)]
     given = [answer for answer in card["answers"] if answer["text"] is not None]
@@ -107,24 +88,10 @@ def _answer(answer: dict[str, Any], sources: list[str], size: tuple[int, int]) -
     if answer.get("same_as"):
         shown = f'<span class="note">the same text as {escape(answer["same_as"])}</span>'
     else:
-        shown = _folded(text, size) if text else '<span class="note">(no text)</span>'
+        shown = folded(text, size) if text else '<span class="note">(no text)</span>'
     truth = " truth" if name == GROUND_TRUTH else ""
     return (
         f'<div class="answer{truth}" '
         f'style="border-color:{colour_of(sources, name)}"><b>{escape(name)}</b>{won} '
         f'<span class="note">{len(text):,} characters</span><div class="text answer-text">{shown}</div></div>'
     )
-
-
-def _folded(text: str, size: tuple[int, int]) -> str:
-    """The beginning, of at most this many characters and lines; the rest can be opened and goes on where
-    it ends.
-    """
-    characters, lines = size
-    if len(text) <= 1.2 * characters and text.count("\n") <= lines:
-        return escape(text)
-    cut = len("\n".join(text.split("\n")[:lines]))
-    if cut > characters:  # between two words, where there are words
-        cut = 1 + max(text.rfind(space, characters // 2, characters) for space in " \n") or characters
-    more = f'<span class="more">… {len(text) - cut:,} more characters</span>'
-    return f"<details><summary>{escape(text[:cut])}{more}</summary>{escape(text[cut:])}</details>"

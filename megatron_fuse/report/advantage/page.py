@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from megatron_fuse.report.advantage.card_page import CARD_STYLE, html_card, swatch
+from megatron_fuse.report.advantage.card_page import html_card, swatch
 from megatron_fuse.report.advantage.charts import rule_in_words
 from megatron_fuse.report.advantage.numbers import GROUND_TRUTH, NOBODY, most_wins
 from megatron_fuse.report.advantage.observations import FLAGS
+from megatron_fuse.reporting.cards import CARD_STYLE
 from megatron_fuse.reporting.layout import (
     Table,
     escape,
