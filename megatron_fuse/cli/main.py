@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "report which source has the advantage, or how well the tokens are aligned",
     "convert": "convert between Hugging Face directories, Megatron checkpoints and GGUF files",
     "export": "stage: write the fused model as a Hugging Face directory",
-    "evaluate": "compare models with lm-evaluation-harness",
+    "evaluate": "compare models on benchmarks, or by judged answers to open-ended prompts",
     "merge": "merge models of one architecture into one, without training",
     "experiments": "run variants of one recipe with several seeds",
     "chat": "chat with a model in a terminal",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_server import completion, scripted
 from small_models import save_model, write_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -308,6 +309,49 @@ def test_the_command_prints_tables_and_escapes_the_page(
         "seed": 0,
     }
     assert written["made_from"]["models"]["alpha"]["dtype"] == "fp32" and written["baseline"] == "one"
+
+
+def test_a_recipe_gives_sources_and_reward_models_beside_a_judge_on_a_server(
+    run_tool: Callable[..., int],
+    reward_models: RewardModels,
+    small_models: list[EvaluatedModel],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    pytest.importorskip("openai", reason="openai is not installed: pip install 'megatron-fuse[server]'")
+    alpha, beta = (str(model.directory) for model in small_models)
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}"
+        "{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    recipe = {
+        "workdir": str(tmp_path / "run"),
+        "target": {"model": alpha, "dtype": "fp32"},
+        "sources": {"plain": {"model": alpha, "dtype": "fp32", "chat_template": str(template)}},
+        "data": {"path": "data.jsonl"},
+        "schedule": {"preset": "fuse"},
+        "reward_models": {name: each.model_dump() for name, each in reward_models.options.items()},
+        "selection": {"strongest": "third"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    prompts = write_rows(tmp_path / "p.jsonl", ROWS)
+    with scripted(lambda _: completion("[[C]]")) as server:
+        options = ["--recipe", str(tmp_path / "recipe.yaml"), "--judge-url", server.url]
+        options += ["--judge-model", "small", "--judge-extra", '{"max_tokens": null, "top_k": 1}']
+        options += ["--open-ended", str(prompts), "--output", str(tmp_path / "out"), "--dtype", "fp32"]
+        options += ["--max-new-tokens", "4", "--limit", "2"]
+        assert run_tool("target", "plain", f"beta={beta}", *options) == 0
+    assert all(asked.body["top_k"] == 1 and "max_tokens" not in asked.body for asked in server.asked)
+    written = json.loads((tmp_path / "out" / "open_ended.json").read_text())
+    of_rewards, of_server = written["judges"]
+    assert of_rewards["settings"]["strongest"] == "third" and of_server["judge"] == "small"
+    pairs = [(pair["model"], pair["opponent"]) for pair in of_server["pairs"]]
+    assert pairs == [("plain", "target"), ("beta", "target")] and written["turns"] == 4
+    assert all(pair["overall"]["ties"] == 4 for pair in of_server["pairs"])
+    formats = {name: each["chat format"] for name, each in written["made_from"]["models"].items()}
+    assert formats["plain"] != formats["target"]
+    assert "Win rates by small" in capsys.readouterr().out
 
 
 OPEN = ["one", "two", "--open-ended", "{prompts}", "--output", "{output}"]

@@ -8,9 +8,9 @@ import pytest
 from small_models import write_rows
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.evaluation.open_ended import participants_named, read_prompts
+from megatron_fuse.evaluation.open_ended import participants_named, read_prompts, reward_models_of
 from megatron_fuse.evaluation.open_ended.answers import Answer, conversation, given_answers, turns_of
-from megatron_fuse.recipe import Recipe, make_recipe
+from megatron_fuse.recipe import Recipe, RewardModelOptions, make_recipe
 
 MT_BENCH = {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."], "reference": ["a", "b"]}
 ALPACA = {"instruction": "Sort.", "input": "b a", "dataset": "koala", "output": "a b", "generator": "davinci"}
@@ -36,6 +36,15 @@ def test_both_forms_are_read_from_lines_and_from_a_list(tmp_path: Path, as_list:
     assert third.given == {"one": ["1", "11"], "two": ["2"]}
     assert [prompt.id for prompt in read_prompts(path, limit=2)] == ["81", "2"]
     assert turns_of([first, second]) == [("81", 1), ("2", 1), ("81", 2)]
+
+
+@pytest.mark.parametrize(
+    ("reference", "wanted"),
+    [(None, [None, None]), ("a", ["a", None]), (["a"], ["a", None]), ([None, "b"], [None, "b"])],
+)
+def test_a_reference_belongs_to_a_turn(tmp_path: Path, reference: Any, wanted: list[str | None]) -> None:
+    (prompt,) = read_prompts(write_rows(tmp_path / "p.jsonl", [MT_BENCH | {"reference": reference}]))
+    assert list(prompt.references) == wanted
 
 
 def test_answers_of_the_form_of_mt_bench_are_lists_by_turn(tmp_path: Path) -> None:
@@ -65,11 +74,12 @@ def changed(row: dict[str, Any], **keys: Any) -> dict[str, Any]:
         (changed(MT_BENCH, turns=["a", "  "]), ":2: turns.1: must not be blank"),
         (changed(MT_BENCH, turns="a"), ":2: turns: must be a valid list, not 'a'"),
         (changed(MT_BENCH, turns=["\ud800"]), ":2: turns.0: must not hold half of a surrogate pair"),
-        (changed(MT_BENCH, reference=["a"]), ":2: reference has 1 texts, but the prompt has 2 turns"),
+        (changed(MT_BENCH, reference=["a"] * 3), ":2: reference has 3 texts, but the prompt has 2 turns"),
+        (changed(MT_BENCH, question_id=True), ":2: question_id: must be a valid string, not True"),
         (changed(MT_BENCH, category=3), ":2: category: must be a valid string, not 3"),
         (changed(MT_BENCH, responses={"m": ["a", "b", "c"]}), r":2: there are 3 answers of 'm'.* has 2"),
         (changed(ALPACA, instruction=None), ":2: instruction: must be a valid string, not None"),
-        (changed(ALPACA, responses={"m": 3}), ":2: responses.m"),
+        (changed(ALPACA, responses={"m": 3}), ":2: responses.m: must be a valid list, not 3"),
         (changed(ANSWERED, turn2={"instruction": "S?", "responses": {"three": "x"}}), "has 0 of its answers"),
         (changed(ANSWERED, turn2={"responses": {"one": "x"}}), "there are 2 answers of 'one'"),
         ("[1]", ":2: a row must be a JSON object"),
@@ -92,7 +102,7 @@ def test_an_id_is_given_once_and_a_file_has_rows(tmp_path: Path) -> None:
         read_prompts(tmp_path / "missing.jsonl")
 
 
-def recipe() -> Recipe:
+def recipe(**sections: Any) -> Recipe:
     server = {"url": "http://localhost:1/v1", "model": "m"}
     return make_recipe(
         {
@@ -104,6 +114,7 @@ def recipe() -> Recipe:
             },
             "data": {"path": "d"},
             "schedule": {"preset": "fuse"},
+            **sections,
         }
     )
 
@@ -137,3 +148,22 @@ def test_a_name_of_both_is_refused(tmp_path: Path) -> None:
     prompts = read_prompts(write_rows(tmp_path / "p.jsonl", [row]))
     with pytest.raises(UserError, match="local: this is both a model of the recipe and a model with answers"):
         participants_named(["local", "one"], prompts, recipe(), "bf16")
+
+
+def test_the_reward_models_are_those_that_vote_in_the_recipe() -> None:
+    voting = {"reward_models": {name: {"model": name} for name in "abc"}}
+    voting["selection"] = {"reward_models": ["a", "c"], "strongest": "c"}
+    found = reward_models_of(recipe(**voting), {})
+    assert (list(found.options), found.strongest) == (["a", "c"], "c")
+    named = {"x": RewardModelOptions(model="x"), "y": RewardModelOptions(model="y")}
+    found = reward_models_of(recipe(**voting), named)
+    assert (list(found.options), found.strongest) == (["x", "y"], "x")
+    assert reward_models_of(recipe(), {}) is None and reward_models_of(None, {}) is None
+
+
+def test_a_file_of_scores_is_no_judge() -> None:
+    given = recipe(reward_models={"a": {"model": "a"}, "b": {"scores": "scores.jsonl"}})
+    with pytest.raises(
+        UserError, match=r"reward_models.b.scores: a file of scores has none of these answers"
+    ):
+        reward_models_of(given, {})

@@ -57,8 +57,8 @@ def test_win_rates_are_the_means_of_the_recorded_preferences(
 def test_a_model_with_longer_answers_loses_by_the_control_of_length(
     pairs: list[PairResult], rows: dict[str, dict]
 ) -> None:
-    """All three write more than the baseline, two of them a thousand characters more. The judge prefers longer
-    answers. So the control of length takes from all, and least from the model with the least difference.
+    """All three write more than the baseline, two of them a thousand characters more. The judge prefers long
+    answers. So the control of length takes from all, and least from the one with the least difference.
     """
     lost = {}
     for pair in pairs:

@@ -19,6 +19,9 @@ from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.benchmarks import BENCHMARKS
 from megatron_fuse.evaluation.data_files import check_files
+from megatron_fuse.evaluation.open_ended.answers import Answer
+from megatron_fuse.evaluation.open_ended.prompts import read_prompts
+from megatron_fuse.evaluation.open_ended.records import open_records
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import Example, prepare_instructions
 from megatron_fuse.instructions.rows import read_rows
@@ -225,6 +228,43 @@ def _check_questions(directory: Path) -> None:
         check_files(benchmark, directory)
 
 
+def _write_prompts(directory: Path) -> None:
+    mt_bench = [
+        {
+            "question_id": n,
+            "category": "writing",
+            "turns": [text, "Again?"],
+            "reference": [text, None],
+            "responses": {"one": [text, "yes"], "two": text},
+        }
+        for n, text in enumerate(TEXTS)
+    ]
+    alpaca = [
+        {
+            "id": f"a{n}",
+            "dataset": "koala",
+            "instruction": text,
+            "input": "",
+            "responses": {"one": text},
+            "turn2": {"instruction": "Again?", "responses": {"one": text}},
+        }
+        for n, text in enumerate(TEXTS)
+    ]
+    write_rows(directory / "prompts.jsonl", [*mt_bench, *alpaca])
+    with open_records(directory / "answers.jsonl", Answer, {"seed": 0, "stop": ["x"]}) as records:
+        for text in TEXTS:
+            records.add(Answer("p", 1, text, tokens=3))
+
+
+def _read_prompts(directory: Path) -> None:
+    read_prompts(directory / "prompts.jsonl")
+
+
+def _read_records(directory: Path) -> None:
+    with open_records(directory / "answers.jsonl", Answer, {"seed": 0, "stop": ["x"]}):
+        pass
+
+
 TARGETS = [
     *(instructions(form) for form in FORMS),
     FuzzTarget(
@@ -245,4 +285,12 @@ TARGETS = [
     FuzzTarget("given-responses", _answers, _read_answers, names=("sources.s.responses",)),
     FuzzTarget("given-scores", _scores, _read_scores, names=("reward_models.reward.scores",)),
     FuzzTarget("evaluation-questions", _write_questions, _check_questions, share=2),
+    FuzzTarget("open-ended-prompts", _write_prompts, _read_prompts, files=("prompts.jsonl",)),
+    FuzzTarget(
+        "open-ended-records",
+        _write_prompts,
+        _read_records,
+        files=("answers.jsonl",),
+        names=("the file was made with",),
+    ),
 ]

@@ -129,9 +129,15 @@ def test_answers_equal_those_without_batch_cache_and_padding(
     passes = watch(model)
     for batch_tokens in (1, 300, 700, 5000):
         passes.clear()
-        assert generate(model, prompts, sampling, batch_tokens=batch_tokens) == expected, (
-            f"seed {seed}, {batch_tokens}"
-        )
+        finished: dict[str, Answer] = {}
+
+        def note(prompt: Prompt, answer: Answer, finished: dict[str, Answer] = finished) -> None:
+            assert prompt.name not in finished
+            finished[prompt.name] = Answer(list(answer.ids), answer.stopped)
+
+        found = generate(model, prompts, sampling, batch_tokens=batch_tokens, finished=note)
+        assert found == expected, f"seed {seed}, {batch_tokens}"
+        assert finished == {prompt.name: answer for prompt, answer in zip(prompts, expected, strict=True)}
         assert all(rows * width <= batch_tokens or rows == 1 for rows, _, width in passes)
         assert max(width for _, _, width in passes) <= POSITIONS
         if batch_tokens == 700:  # prompts took the places of finished rows while others were under way
@@ -205,8 +211,12 @@ def test_prompts_without_room_and_none_at_all(models: dict[str, Path]) -> None:
     sampling = Sampling(frozenset(), torch.ones(chat.tokenizer.vocab_size, dtype=torch.bool))
     assert generate(model, [], sampling, batch_tokens=100) == []
     prompts = [Prompt("a", [5] * 9, 0, 1), Prompt("b", [6], 2, 2), Prompt("c", [7] * 200, -72, 3)]
-    answers = generate(model, prompts, sampling, batch_tokens=100)
+    finished = []
+    answers = generate(
+        model, prompts, sampling, batch_tokens=100, finished=lambda *pair: finished.append(pair)
+    )
     assert [(len(answer.ids), answer.stopped) for answer in answers] == [(0, False), (2, False), (0, False)]
+    assert sorted(finished, key=lambda pair: pair[0].name) == list(zip(prompts, answers, strict=True))
 
 
 def test_empty_answers_alone_are_reported_as_finished(models: dict[str, Path]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions.json_files import read_json_rows
@@ -44,8 +44,19 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _listed(value: Any) -> Any:
+    """A text alone is that of the first turn."""
+    return [value] if isinstance(value, str) else value
+
+
+def _text_of_number(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_Id = Annotated[Text, BeforeValidator(_text_of_number)]
 _Question = Annotated[Text, AfterValidator(_not_blank)]
-_Texts = Text | Annotated[list[Text], Field(min_length=1)]
+_ByTurn = Annotated[list[Text], BeforeValidator(_listed), Field(min_length=1)]
+_References = Annotated[list[Text | None], BeforeValidator(_listed)]
 
 
 class _SecondTurn(BaseModel):
@@ -60,12 +71,12 @@ class _Row(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    id: int | Text | None = None
-    question_id: int | Text | None = None
+    id: _Id | None = None
+    question_id: _Id | None = None
     category: Text | None = None
     dataset: Text | None = None
-    reference: _Texts | None = None
-    responses: dict[Text, _Texts] = {}
+    reference: _References | None = None
+    responses: dict[Text, _ByTurn] = {}
     turn2: _SecondTurn | None = None
 
     @property
@@ -126,21 +137,19 @@ def _prompt(row: Mapping[str, Any], number: int, place: str) -> Prompt:
         raise UserError(f"{place}: neither turns nor instruction is among the keys ({keys}). {_NEEDED}")
     read = parse_record(row, form, place, _NEEDED)
     questions = read.questions
-    name = next((each for each in (read.question_id, read.id) if each is not None), number)
+    name = next((each for each in (read.question_id, read.id) if each is not None), str(number))
     category = read.category if read.category is not None else read.dataset
-    return Prompt(str(name), category, questions, _references(read, place), _given(read, place))
+    return Prompt(name, category, questions, _references(read, place), _given(read, place))
 
 
 def _references(row: _Row, place: str) -> list[str | None]:
-    turns = len(row.questions)
-    if row.reference is None or isinstance(row.reference, str):
-        return [row.reference, *[None] * (turns - 1)]
-    if len(row.reference) != turns:
+    references, turns = row.reference or [], len(row.questions)
+    if len(references) > turns:
         raise UserError(
-            f"{place}: reference has {len(row.reference)} texts, but the prompt has {turns} turns. Give a "
-            "text for every turn, or null."
+            f"{place}: reference has {len(references)} texts, but the prompt has {turns} turns. Remove the "
+            "others, or add the turns."
         )
-    return list(row.reference)
+    return [*references, *[None] * (turns - len(references))]
 
 
 def _given(row: _Row, place: str) -> dict[str, list[str]]:
@@ -149,10 +158,7 @@ def _given(row: _Row, place: str) -> dict[str, list[str]]:
     Raises UserError for more answers than turns, and for an answer to the second turn without one to the
     first.
     """
-    given = {
-        model: [answers] if isinstance(answers, str) else list(answers)
-        for model, answers in row.responses.items()
-    }
+    given = {model: list(answers) for model, answers in row.responses.items()}
     for model, answer in (row.turn2.responses if row.turn2 else {}).items():
         if len(given.get(model, [])) != 1:
             raise UserError(
