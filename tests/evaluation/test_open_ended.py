@@ -198,7 +198,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
     parts = evaluated(tmp_path / "parts", replace(FEW, temperature=1.0))
     assert parts.answers == whole.answers
     for one, other in zip(parts.judges[0].judgements, whole.judges[0].judgements, strict=True):
-        assert (one.match, one.preference) == (other.match, other.preference)
+        assert (one.comparison, one.preference) == (other.comparison, other.preference)
         for name, scores in other.grounds["scores"].items():  # other batches round in another way
             assert one.grounds["scores"][name] == pytest.approx(scores, abs=1e-4)
     done = [row for row in added if row is not None]
@@ -275,7 +275,7 @@ def test_answers_that_no_reward_model_can_read_have_no_verdict(
     results = evaluate_open_ended(participants, prompts, tmp_path / "o", judges, sampling=FEW)
     (pair,) = results.judges[0].pairs
     assert pair.overall.no_verdict == 5 and pair.overall.win_rate is None
-    assert "5 of 5 matches have no verdict" in " ".join(results.notes)
+    assert "5 of 5 comparisons have no verdict" in " ".join(results.notes)
     assert "too long for a reward model" in (tmp_path / "o" / "judgements.jsonl").read_text()
 
 
@@ -319,7 +319,7 @@ def test_a_recipe_gives_sources_and_reward_models_beside_a_judge_on_a_server(
     capsys: pytest.CaptureFixture,
 ) -> None:
     pytest.importorskip("openai", reason="openai is not installed: pip install 'megatron-fuse[server]'")
-    alpha, beta = (str(model.directory) for model in small_models)
+    alpha = str(small_models[0].directory)
     template = tmp_path / "plain.jinja"
     template.write_text(
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if m['role'] == 'assistant' %}"
@@ -327,8 +327,8 @@ def test_a_recipe_gives_sources_and_reward_models_beside_a_judge_on_a_server(
     )
     recipe = {
         "workdir": str(tmp_path / "run"),
-        "target": {"model": alpha, "dtype": "fp32"},
-        "sources": {"plain": {"model": alpha, "dtype": "fp32", "chat_template": str(template)}},
+        "target": {"model": alpha, "dtype": "fp32", "chat_template": str(template)},
+        "sources": {"own": {"model": alpha, "dtype": "fp32"}},
         "data": {"path": "data.jsonl"},
         "schedule": {"preset": "fuse"},
         "reward_models": {name: each.model_dump() for name, each in reward_models.options.items()},
@@ -341,16 +341,18 @@ def test_a_recipe_gives_sources_and_reward_models_beside_a_judge_on_a_server(
         options += ["--judge-model", "small", "--judge-extra", '{"max_tokens": null, "top_k": 1}']
         options += ["--open-ended", str(prompts), "--output", str(tmp_path / "out"), "--dtype", "fp32"]
         options += ["--max-new-tokens", "4", "--limit", "2"]
-        assert run_tool("target", "plain", f"beta={beta}", *options) == 0
+        assert run_tool("target", "own", f"alpha={alpha}", *options) == 0
     assert all(asked.body["top_k"] == 1 and "max_tokens" not in asked.body for asked in server.asked)
     written = json.loads((tmp_path / "out" / "open_ended.json").read_text())
     of_rewards, of_server = written["judges"]
     assert of_rewards["settings"]["strongest"] == "third" and of_server["judge"] == "small"
     pairs = [(pair["model"], pair["opponent"]) for pair in of_server["pairs"]]
-    assert pairs == [("plain", "target"), ("beta", "target")] and written["turns"] == 4
+    assert pairs == [("own", "target"), ("alpha", "target")] and written["turns"] == 4
     assert all(pair["overall"]["ties"] == 4 for pair in of_server["pairs"])
-    formats = {name: each["chat format"] for name, each in written["made_from"]["models"].items()}
-    assert formats["plain"] != formats["target"]
+    made_from = written["made_from"]["models"]
+    # The same model in its own template, by either name, and in the template of the recipe.
+    assert made_from["own"] == made_from["alpha"]
+    assert made_from["target"]["chat format"] != made_from["own"]["chat format"]
     assert "Win rates by small" in capsys.readouterr().out
 
 

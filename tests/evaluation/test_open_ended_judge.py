@@ -16,7 +16,7 @@ from megatron_fuse.evaluation.open_ended import (
     read_prompts,
 )
 from megatron_fuse.evaluation.open_ended.answers import given_answers
-from megatron_fuse.evaluation.open_ended.judgements import Match
+from megatron_fuse.evaluation.open_ended.judgements import PairwiseComparison
 from megatron_fuse.evaluation.open_ended.results import OpenEndedResults
 from megatron_fuse.evaluation.open_ended.server_judge import preference_of, request_body, verdict_of
 from megatron_fuse.recipe import ServerOptions
@@ -96,7 +96,7 @@ def test_each_order_shows_the_answers_under_other_letters(tmp_path: Path) -> Non
     with scripted(by_length) as server:
         results = evaluate(tmp_path / "out", server.url)
     (pair,) = results.judges[0].pairs
-    # Of ten matches one has equal texts and one an empty answer; these two are not sent.
+    # Of ten comparisons one has equal texts and one an empty answer; these two are not sent.
     assert len(server.asked) == 16
     assert (pair.model, pair.overall.wins, pair.overall.ties, pair.overall.losses) == ("long", 8, 1, 1)
     assert {turn: tally.wins for turn, tally in pair.turns.items()} == {1: 3, 2: 5}
@@ -113,10 +113,14 @@ def test_each_order_shows_the_answers_under_other_letters(tmp_path: Path) -> Non
 def test_a_request_holds_the_reference_and_the_conversation(tmp_path: Path) -> None:
     prompts = read_prompts(write_rows(tmp_path / "p.jsonl", ROWS))
     answers = {name: given_answers(name, prompts) for name in ("short", "long")}
-    first = request_body("m", Match(prompts[2], 1, "long", "short"), "BA", answers)["messages"][1]["content"]
+    first = request_body("m", PairwiseComparison(prompts[2], 1, "long", "short"), "BA", answers)["messages"][
+        1
+    ]["content"]
     assert "Question 2?" in first and "forty-two" in first and "Then 2?" not in first
     assert first.index("a2\n") < first.index("a2 and more")
-    second = request_body("m", Match(prompts[2], 2, "long", "short"), "AB", answers)["messages"][1]["content"]
+    second = request_body("m", PairwiseComparison(prompts[2], 2, "long", "short"), "AB", answers)["messages"][
+        1
+    ]["content"]
     assert "forty-two" not in second  # the reference is for the first turn
     order = [second.index(text) for text in ("Question 2?", "a2 and more", "Then 2?", "b2 and more", "b2\n")]
     assert order == sorted(order) and second.count("Then 2?") == 2
@@ -128,7 +132,7 @@ def test_a_judge_with_a_favourite_position_makes_ties_that_are_reported(tmp_path
     (pair,) = results.judges[0].pairs
     assert (pair.overall.wins, pair.overall.ties, pair.overall.losses) == (0, 9, 1)
     assert results.judges[0].disagreements == 8
-    assert "in 8 of 10 matches the verdict changed with the order" in " ".join(results.notes)
+    assert "in 8 of 10 comparisons the verdict changed with the order" in " ".join(results.notes)
 
 
 def test_a_reply_without_a_verdict_is_no_tie(tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_a_reply_without_a_verdict_is_no_tie(tmp_path: Path) -> None:
     tally = results.judges[0].pairs[0].overall
     assert (tally.wins, tally.ties, tally.losses, tally.no_verdict) == (7, 1, 1, 1)
     assert tally.win_rate.value == 7.5 / 9
-    assert "1 of 10 matches have no verdict" in " ".join(results.notes)
+    assert "1 of 10 comparisons have no verdict" in " ".join(results.notes)
     rows = [json.loads(line) for line in (tmp_path / "out" / "judgements.jsonl").read_text().splitlines()]
     (undecided,) = [row for row in rows if row["preference"] is None]
     assert undecided["prompt"] == "0" and undecided["verdicts"] == {"AB": None, "BA": "B"}
@@ -159,7 +163,7 @@ def test_replies_are_requested_once_and_refused_requests_again(tmp_path: Path) -
 
     with scripted(script) as server:
         first = evaluate(tmp_path / "out", server.url)
-        # Both turns of prompt 4 hold its question, so that two matches have no verdict.
+        # Both turns of prompt 4 hold its question, so that two comparisons have no verdict.
         assert first.judges[0].pairs[0].overall.no_verdict == 2
         assert "too long" in (tmp_path / "out" / "judgements.jsonl").read_text()
         refusing, before = False, len(server.asked)

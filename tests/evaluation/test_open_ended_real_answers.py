@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_fuse.evaluation.open_ended.answers import given_answers
-from megatron_fuse.evaluation.open_ended.judgements import Judgement, matches_of, pairs_of
+from megatron_fuse.evaluation.open_ended.judgements import Judgement, comparisons_of, pairs_of
 from megatron_fuse.evaluation.open_ended.prompts import read_prompts
 from megatron_fuse.evaluation.open_ended.win_rates import PairResult, pair_results
 
@@ -31,8 +31,8 @@ def pairs(rows: dict[str, dict]) -> list[PairResult]:
     answers = {model: given_answers(model, prompts) for model in [BASELINE, *models]}
     compared = pairs_of(list(answers), BASELINE, "baseline")
     judgements = [
-        Judgement(match, rows[match.prompt.id]["scores"][SCORES][match.model])
-        for match in matches_of(prompts, answers, compared)
+        Judgement(comparison, rows[comparison.prompt.id]["scores"][SCORES][comparison.model])
+        for comparison in comparisons_of(prompts, answers, compared)
     ]
     return pair_results(judgements, answers, compared)
 

@@ -122,13 +122,22 @@ class Generator:
             MODEL: self.fingerprint,
         }
 
+    def check_earlier(self, prompts: Sequence[Prompt], output: Path) -> None:
+        """Raises UserError if there are answers of an earlier call that were made from something else."""
+        path = self._path(output)
+        if path.exists():
+            with open_records(path, Answer, self.made_from(prompts)):
+                pass
+
+    def _path(self, output: Path) -> Path:
+        return output / "answers" / f"{self.participant.name}.jsonl"
+
     def answers(self, prompts: Sequence[Prompt], output: Path, batch_tokens: int) -> Answers:
         """The answers to all turns. Those of an interrupted call are read and not made again.
 
         batch_tokens: see generate. Raises UserError if the file of answers was made from something else.
         """
-        path = output / "answers" / f"{self.participant.name}.jsonl"
-        turns = turns_of(prompts)
+        path, turns = self._path(output), turns_of(prompts)
         with open_records(path, Answer, self.made_from(prompts)) as records:
             answers = {(answer.prompt, answer.turn): answer for answer in records.rows}
             if all(turn in answers for turn in turns):

@@ -26,11 +26,11 @@ def draw_win_rates(judges: Sequence[Judged]) -> Figure:
                 VERMILION,
                 "length-controlled" if line == 0 else "",
             )
-        names = [printable(f"{pair.model} against {pair.opponent}") for pair in judged.pairs]
+        names = [_plain(f"{pair.model} against {pair.opponent}") for pair in judged.pairs]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(0, 100)
-        axes.set_title(judged.judge)
+        axes.set_title(_plain(judged.judge))
         axes.set_xlabel("per cent, with 95 % intervals")
         axes.axvline(50, color="#444444", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
@@ -38,6 +38,11 @@ def draw_win_rates(judges: Sequence[Judged]) -> Figure:
         axes.set_axisbelow(True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def _plain(text: str) -> str:
+    """A text that matplotlib shows as it is: a dollar would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _draw(axes, rate: Rate | None, line: float, colour: str, label: str) -> None:

@@ -1,4 +1,4 @@
-"""What is judged, and what a judge says: two models' answers to the same turn of a prompt."""
+"""Pairwise comparisons: two models' answers to the same turn of a prompt, and what a judge says of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ PAIRS = ("baseline", "all")
 
 
 @dataclass(frozen=True)
-class Match:
+class PairwiseComparison:
     """Two answers to one turn. Both are there."""
 
     prompt: Prompt
@@ -32,14 +32,14 @@ class Judgement:
     grounds: what the preference comes from, such as scores or verdicts, for the file of judgements.
     """
 
-    match: Match
+    comparison: PairwiseComparison
     preference: float | None
     grounds: Mapping[str, Any] = field(default_factory=dict)
 
     def as_row(self) -> dict[str, Any]:
-        match = self.match
-        names = {"prompt": match.prompt.id, "turn": match.turn, "model": match.model}
-        return {**names, "opponent": match.opponent, "preference": self.preference, **self.grounds}
+        comparison = self.comparison
+        names = {"prompt": comparison.prompt.id, "turn": comparison.turn, "model": comparison.model}
+        return {**names, "opponent": comparison.opponent, "preference": self.preference, **self.grounds}
 
 
 def pairs_of(models: Sequence[str], baseline: str, pairs: str) -> list[tuple[str, str]]:
@@ -51,27 +51,29 @@ def pairs_of(models: Sequence[str], baseline: str, pairs: str) -> list[tuple[str
     return found
 
 
-def matches_of(
+def comparisons_of(
     prompts: Sequence[Prompt], answers: Mapping[str, Answers], pairs: Sequence[tuple[str, str]]
-) -> list[Match]:
-    """The matches of these pairs of models, over all turns that both have answered."""
+) -> list[PairwiseComparison]:
+    """The comparisons of these pairs of models, over all turns that both have answered."""
     by_id = {prompt.id: prompt for prompt in prompts}
     return [
-        Match(by_id[place[0]], place[1], model, opponent)
+        PairwiseComparison(by_id[place[0]], place[1], model, opponent)
         for model, opponent in pairs
         for place in turns_of(prompts)
         if place in answers[model] and place in answers[opponent]
     ]
 
 
-def decided_without_judge(match: Match, answers: Mapping[str, Answers]) -> Judgement | None:
-    """The judgement of a match that needs no judge; None for all others.
+def decided_without_judge(comparison: PairwiseComparison, answers: Mapping[str, Answers]) -> Judgement | None:
+    """The judgement of a comparison that needs no judge; None for all others.
 
     Equal texts tie, and an empty answer loses against any other.
     """
-    first, second = (answers[name][match.place].text.strip() for name in (match.model, match.opponent))
+    first, second = (
+        answers[name][comparison.place].text.strip() for name in (comparison.model, comparison.opponent)
+    )
     if first == second:
-        return Judgement(match, TIE, {"reason": "equal texts"})
+        return Judgement(comparison, TIE, {"reason": "equal texts"})
     if not first or not second:
-        return Judgement(match, WIN if first else LOSS, {"reason": "the other answer is empty"})
+        return Judgement(comparison, WIN if first else LOSS, {"reason": "one answer is empty"})
     return None

@@ -23,9 +23,9 @@ from megatron_fuse.reporting.layout import (
 from megatron_fuse.storage import write_json, write_jsonl
 
 EXPLANATION = (
-    "Win rates in per cent: wins and half of the ties, of all decided matches; ± one standard error, and the "
-    "95 % interval, by a bootstrap over prompts. `length-controlled`: the win rate that a "
-    "regression predicts for answers of equal length."
+    "Win rates in per cent: wins and half of the ties, of all decided comparisons; ± one standard error, and "
+    "the 95 % interval, by a bootstrap over prompts. `length-controlled`: the win rate that a regression "
+    "predicts for answers of equal length."
 )
 _SHOWN = 24  # prompts on the page
 _QUESTION, _ANSWER = (600, 10), (500, 9)  # characters and lines that are seen at once
@@ -153,7 +153,7 @@ def _card(results: OpenEndedResults, prompt: Prompt, turn: int) -> str:
         f"<li>{escape(judged.judge)}: {escape(_verdict(judgement))}</li>"
         for judged in results.judges
         for judgement in judged.judgements
-        if judgement.match.place == (prompt.id, turn)
+        if judgement.comparison.place == (prompt.id, turn)
     )
     return (
         f'<div class="card"><h3>{escape(" · ".join(caption))}, turn {turn}</h3>'
@@ -164,5 +164,5 @@ def _card(results: OpenEndedResults, prompt: Prompt, turn: int) -> str:
 
 
 def _verdict(judgement: Judgement) -> str:
-    match, outcome = judgement.match, _OUTCOMES[judgement.preference]
-    return f"{match.model} against {match.opponent}: {outcome}"
+    comparison, outcome = judgement.comparison, _OUTCOMES[judgement.preference]
+    return f"{comparison.model} against {comparison.opponent}: {outcome}"

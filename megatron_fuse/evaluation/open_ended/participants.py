@@ -30,6 +30,7 @@ class Participant:
     name: str
     options: AnsweringOptions | None
     where: str
+    in_recipe: bool = False
 
     @property
     def directory(self) -> Path | None:
@@ -84,7 +85,7 @@ def _participant(
             f"{where}.{key}: this model does not answer in this process. Write {name}=DIR, or put its "
             "answers into the prompts file under another name."
         )
-    return Participant(name, options, where)
+    return Participant(name, options, where, in_recipe=True)
 
 
 def format_of(participant: Participant) -> ChatFormat:
@@ -92,7 +93,7 @@ def format_of(participant: Participant) -> ChatFormat:
     options, directory = participant.options, participant.directory
     if options is None or directory is None:
         raise ValueError(f"{participant.name} generates no answers")
-    if participant.where != participant.name:
+    if participant.in_recipe:
         return load_format(options, participant.where)
     tokenizer = load_tokenizer(directory)
     if tokenizer.chat_template is None:

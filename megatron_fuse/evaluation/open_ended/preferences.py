@@ -1,4 +1,4 @@
-"""The decided matches of one pair of models as arrays, for statistics."""
+"""The decided comparisons of one pair of models as arrays, for statistics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from megatron_fuse.evaluation.open_ended.judgements import Judgement
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
-    """The decided matches of one pair.
+    """The decided comparisons of one pair.
 
-    places: of each match. preference [n] in [0, 1]. difference [n]: characters of the model's answer minus
-    those of the opponent's.
+    places: of each comparison. preference [n] in [0, 1]. difference [n]: characters of the model's answer
+    minus those of the opponent's.
     """
 
     places: Sequence[Turn]
@@ -29,9 +29,9 @@ def preferences_of(judgements: Sequence[Judgement], answers: Mapping[str, Answer
     """The decided ones of the judgements of one pair. answers: by model, for their lengths."""
     decided = [each for each in judgements if each.preference is not None]
     lengths = [
-        len(answers[each.match.model][each.match.place].text)
-        - len(answers[each.match.opponent][each.match.place].text)
+        len(answers[each.comparison.model][each.comparison.place].text)
+        - len(answers[each.comparison.opponent][each.comparison.place].text)
         for each in decided
     ]
     preference = np.array([each.preference for each in decided], np.float64)
-    return Preferences([each.match.place for each in decided], preference, np.array(lengths, np.float64))
+    return Preferences([each.comparison.place for each in decided], preference, np.array(lengths, np.float64))

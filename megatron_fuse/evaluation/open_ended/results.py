@@ -15,7 +15,7 @@ STATISTICS = {
     "length control": {"ridge": RIDGE, "difficulty ridge": DIFFICULTY_RIDGE},
 }
 
-_ONE_SIDED = 0.1  # below this share of matches a regression has hardly seen answers of equal length
+_ONE_SIDED = 0.1  # below this share of comparisons a regression has hardly seen answers of equal length
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Judged:
 
     @property
     def disagreements(self) -> int:
-        """Matches that are ties because a judge changed its mind when the answers changed places."""
+        """Comparisons that are ties because the verdict changed when the answers changed places."""
         verdicts = [judgement.grounds.get("verdicts") for judgement in self.judgements]
         agreeing = ({"A", "B"}, {"C"})
         return sum(
@@ -85,17 +85,17 @@ class OpenEndedResults:
             undecided = sum(judgement.preference is None for judgement in judged.judgements)
             if undecided:
                 notes.append(
-                    f"{judged.judge}: {undecided} of {len(judged.judgements)} matches have no verdict, and "
-                    "are in no win rate (judgements.jsonl has the reasons)"
+                    f"{judged.judge}: {undecided} of {len(judged.judgements)} comparisons have no verdict, "
+                    "and are in no win rate (judgements.jsonl has the reasons)"
                 )
             if judged.disagreements:
                 notes.append(
-                    f"{judged.judge}: in {judged.disagreements} of {len(judged.judgements)} matches the "
+                    f"{judged.judge}: in {judged.disagreements} of {len(judged.judgements)} comparisons the "
                     "verdict changed with the order of the answers; these are ties"
                 )
             notes += [
                 f"{judged.judge}: {pair.model} has the longer answer in {100 * pair.longer:.0f} % of its "
-                f"matches against {pair.opponent}, so that its length-controlled win rate is an extrapolation"
+                f"comparisons against {pair.opponent}: its length-controlled win rate is an extrapolation"
                 for pair in judged.pairs
                 if pair.overall.judged and not _ONE_SIDED <= pair.longer <= 1 - _ONE_SIDED
             ]

@@ -12,7 +12,11 @@ import numpy as np
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.open_ended.answers import Answers, conversation
-from megatron_fuse.evaluation.open_ended.judgements import Judgement, Match, decided_without_judge
+from megatron_fuse.evaluation.open_ended.judgements import (
+    Judgement,
+    PairwiseComparison,
+    decided_without_judge,
+)
 from megatron_fuse.evaluation.open_ended.records import open_records
 from megatron_fuse.evaluation.results import MODEL
 from megatron_fuse.huggingface.reward_models import load_reward_model_format, reward_model_fingerprint
@@ -22,7 +26,6 @@ from megatron_fuse.scoring.conversations import score_conversations
 from megatron_fuse.scoring.reward_models import RewardModel, load_reward_model
 from megatron_fuse.storage import sha256_of_json
 
-NAME = "reward models"  # of this judge, in tables and files
 _GROUPS = 64  # answers to so many turns are scored between two writes
 
 
@@ -33,9 +36,11 @@ class RewardModels:
     options: Mapping[str, RewardModelOptions]
     strongest: str
 
-    def described(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What the votes depend on. Raises UserError if files of a reward model are missing or damaged."""
         models = {
-            name: {"model": options.model, "dtype": options.dtype} for name, options in self.options.items()
+            name: {"model": options.model, **_made_from(name, options)}
+            for name, options in self.options.items()
         }
         return {"reward models": models, "strongest": self.strongest}
 
@@ -69,33 +74,39 @@ class Score:
 
 def judge_by_reward_models(
     reward_models: RewardModels,
-    matches: Sequence[Match],
+    comparisons: Sequence[PairwiseComparison],
     answers: Mapping[str, Answers],
     output: Path,
     batch_tokens: int,
 ) -> list[Judgement]:
-    """The judgements of the matches, in their order.
+    """The judgements of the comparisons, in their order.
 
     Scores of an interrupted call are read and not made again.
     """
-    decided = [decided_without_judge(match, answers) for match in matches]
-    undecided = [match for match, judgement in zip(matches, decided, strict=True) if judgement is None]
+    decided = [decided_without_judge(comparison, answers) for comparison in comparisons]
+    undecided = [
+        comparison for comparison, judgement in zip(comparisons, decided, strict=True) if judgement is None
+    ]
     scores = {
         name: _scores(name, options, undecided, answers, output, batch_tokens)
         for name, options in reward_models.options.items()
     }
     place = list(scores).index(reward_models.strongest)
 
-    def judged(match: Match) -> Judgement:
+    def judged(comparison: PairwiseComparison) -> Judgement:
         pairs = {
-            name: [of_model[_key(match, side, answers)] for side in (match.model, match.opponent)]
+            name: [
+                of_model[_key(comparison, side, answers)] for side in (comparison.model, comparison.opponent)
+            ]
             for name, of_model in scores.items()
         }
         if any(score is None for pair in pairs.values() for score in pair):
-            return Judgement(match, None, {"reason": "too long for a reward model", "scores": pairs})
-        return Judgement(match, vote(np.array(list(pairs.values())), place), {"scores": pairs})
+            return Judgement(comparison, None, {"reason": "too long for a reward model", "scores": pairs})
+        return Judgement(comparison, vote(np.array(list(pairs.values())), place), {"scores": pairs})
 
-    return [judgement or judged(match) for match, judgement in zip(matches, decided, strict=True)]
+    return [
+        judgement or judged(comparison) for comparison, judgement in zip(comparisons, decided, strict=True)
+    ]
 
 
 def vote(scores: np.ndarray, strongest: int) -> float:
@@ -110,37 +121,39 @@ def vote(scores: np.ndarray, strongest: int) -> float:
     return float((1 + (total if total else ballots[strongest])) / 2)
 
 
-def _key(match: Match, name: str, answers: Mapping[str, Answers]) -> str:
-    """The hash of a conversation of the match: that of one of its two models."""
-    messages = conversation(match.prompt, match.turn, answers[name])
-    return sha256_of_json([messages, answers[name][match.place].text])
+def _made_from(name: str, options: RewardModelOptions) -> dict[str, Any]:
+    return {
+        "dtype": options.dtype,
+        "chat format": load_reward_model_format(options, name).sha256,
+        MODEL: reward_model_fingerprint(options, name),
+    }
+
+
+def _key(comparison: PairwiseComparison, name: str, answers: Mapping[str, Answers]) -> str:
+    """The hash of a conversation of the comparison: that of one of its two models."""
+    messages = conversation(comparison.prompt, comparison.turn, answers[name])
+    return sha256_of_json([messages, answers[name][comparison.place].text])
 
 
 def _scores(
     name: str,
     options: RewardModelOptions,
-    matches: Sequence[Match],
+    comparisons: Sequence[PairwiseComparison],
     answers: Mapping[str, Answers],
     output: Path,
     batch_tokens: int,
 ) -> dict[str, float | None]:
-    """The scores by one reward model of all answers of the matches, by the hash of their conversations."""
-    chat = load_reward_model_format(options, name)
-    made_from = {
-        "dtype": options.dtype,
-        "chat format": chat.sha256,
-        MODEL: reward_model_fingerprint(options, name),
-    }
+    """The scores of all answers by one reward model, by the hash of their conversations."""
     path = output / "scores" / f"{name}.jsonl"
-    with open_records(path, Score, made_from) as records:
+    with open_records(path, Score, _made_from(name, options)) as records:
         known = {row.conversation: row.score for row in records.rows}
         # Answers to one turn form a group, so that a prompt which they share is read once.
-        groups: dict[tuple[str, int], dict[str, tuple[Match, str]]] = {}
-        for match in matches:
-            for side in (match.model, match.opponent):
-                key = _key(match, side, answers)
+        groups: dict[tuple[str, int], dict[str, tuple[PairwiseComparison, str]]] = {}
+        for comparison in comparisons:
+            for side in (comparison.model, comparison.opponent):
+                key = _key(comparison, side, answers)
                 if key not in known:
-                    groups.setdefault(match.place, {})[key] = match, side
+                    groups.setdefault(comparison.place, {})[key] = comparison, side
         missing = sum(map(len, groups.values()))
         if not missing:
             log_complete(path, len(known), "scores")
@@ -160,7 +173,7 @@ def _scores(
 
 def _score_groups(
     reward_model: RewardModel,
-    groups: Sequence[Mapping[str, tuple[Match, str]]],
+    groups: Sequence[Mapping[str, tuple[PairwiseComparison, str]]],
     answers: Mapping[str, Answers],
     batch_tokens: int,
     progress: Progress,
@@ -168,7 +181,7 @@ def _score_groups(
     """(key, score) of every conversation of the groups."""
     limit = reward_model.max_tokens or np.inf
     encoded = [
-        {key: _encoded(reward_model, match, side, answers) for key, (match, side) in group.items()}
+        {key: _encoded(reward_model, comparison, side, answers) for key, (comparison, side) in group.items()}
         for group in groups
     ]
     readable = [{key: ids for key, ids in group.items() if len(ids) <= limit} for group in encoded]
@@ -191,7 +204,7 @@ def _score_groups(
 
 
 def _encoded(
-    reward_model: RewardModel, match: Match, name: str, answers: Mapping[str, Answers]
+    reward_model: RewardModel, comparison: PairwiseComparison, name: str, answers: Mapping[str, Answers]
 ) -> np.ndarray:
-    messages = conversation(match.prompt, match.turn, answers[name])
-    return reward_model.encode(messages, answers[name][match.place].text)
+    messages = conversation(comparison.prompt, comparison.turn, answers[name])
+    return reward_model.encode(messages, answers[name][comparison.place].text)

@@ -3,7 +3,6 @@ models.
 """
 
 import gc
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,17 +10,21 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.open_ended.answers import Answers, Generator, Sampling, given_answers
-from megatron_fuse.evaluation.open_ended.judgements import PAIRS, Judgement, Match, matches_of, pairs_of
+from megatron_fuse.evaluation.open_ended.judgements import (
+    PAIRS,
+    Judgement,
+    PairwiseComparison,
+    comparisons_of,
+    pairs_of,
+)
 from megatron_fuse.evaluation.open_ended.participants import Participant
 from megatron_fuse.evaluation.open_ended.prompts import Prompt
 from megatron_fuse.evaluation.open_ended.results import Judged, OpenEndedResults
 from megatron_fuse.evaluation.open_ended.reward_judge import RewardModels, judge_by_reward_models
-from megatron_fuse.evaluation.open_ended.server_judge import MAX_TOKENS, TEXTS, judge_by_server
+from megatron_fuse.evaluation.open_ended.server_judge import SAMPLING, TEXTS, judge_by_server
 from megatron_fuse.evaluation.open_ended.win_rates import pair_results
 from megatron_fuse.recipe import ServerOptions
 from megatron_fuse.storage import remove_abandoned, sha256_of_json
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,22 +35,36 @@ class Judges:
     server: ServerOptions | None = None
     batch_tokens: int = 16384
 
-    def judge(
-        self, matches: Sequence[Match], answers: Mapping[str, Answers], output: Path
-    ) -> list[tuple[str, dict[str, Any], list[Judgement]]]:
-        """(name, settings, judgements of the matches) of every judge."""
-        found: list[tuple[str, dict[str, Any], list[Judgement]]] = []
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Name of every judge -> everything that decides its verdicts.
+
+        Raises UserError if there is no judge, or if files of a reward model are missing or damaged.
+        """
+        found = {}
         if self.reward_models:
-            judgements = judge_by_reward_models(
-                self.reward_models, matches, answers, output, self.batch_tokens
-            )
             names = ", ".join(self.reward_models.options)
-            found.append((f"reward models ({names})", self.reward_models.described(), judgements))
+            found[f"reward models ({names})"] = self.reward_models.settings()
         if self.server:
-            judgements = judge_by_server(self.server, matches, answers, output)
-            options = self.server.model_dump(include={"model", "answers_as", "extra"})
-            settings = {**options, "temperature": 0.0, "max_tokens": MAX_TOKENS, "texts": TEXTS}
-            found.append((self.server.model, settings, judgements))
+            named = {"model": self.server.model, "answers_as": self.server.answers_as}
+            found[self.server.model] = {**named, **SAMPLING, **self.server.extra, "texts": TEXTS}
+        if not found:
+            raise UserError(
+                "nothing judges the answers: give --recipe with reward_models, or --reward-model, or "
+                "--judge-url and --judge-model"
+            )
+        return found
+
+    def judge(
+        self, comparisons: Sequence[PairwiseComparison], answers: Mapping[str, Answers], output: Path
+    ) -> list[list[Judgement]]:
+        """The judgements of the comparisons by every judge, in the order of `settings`."""
+        found = []
+        if self.reward_models:
+            found.append(
+                judge_by_reward_models(self.reward_models, comparisons, answers, output, self.batch_tokens)
+            )
+        if self.server:
+            found.append(judge_by_server(self.server, comparisons, answers, output))
         return found
 
 
@@ -78,14 +95,12 @@ def evaluate_open_ended(
         )
     if pairs not in PAIRS:
         raise ValueError(f"pairs is {pairs!r}, not one of {', '.join(PAIRS)}")
-    if not (judges.reward_models or judges.server):
-        raise UserError(
-            "nothing judges the answers: give --recipe with reward_models, or --reward-model, or --judge-url "
-            "and --judge-model"
-        )
-    remove_abandoned(output)
-    # All models are checked before the first one is loaded.
+    # Everything is checked before the first model is loaded.
+    judge_settings = judges.settings()
     generators = {each.name: Generator(each, sampling) for each in participants if each.options}
+    for generator in generators.values():
+        generator.check_earlier(prompts, output)
+    remove_abandoned(output)
     answers: dict[str, Answers] = {}
     made_from: dict[str, Any] = {}
     for name in names:
@@ -97,12 +112,13 @@ def evaluate_open_ended(
             answers[name] = given_answers(name, prompts)
             made_from[name] = {"answers of the prompts file": _answers_sha256(answers[name])}
     compared = pairs_of(names, baseline, pairs)
-    matches = matches_of(prompts, answers, compared)
-    if not matches:
+    comparisons = comparisons_of(prompts, answers, compared)
+    if not comparisons:
         raise UserError("no turn of a prompt has answers of two models that are compared: nothing to judge")
+    found = judges.judge(comparisons, answers, output)
     judged = [
         Judged(name, settings, pair_results(judgements, answers, compared), judgements)
-        for name, settings, judgements in judges.judge(matches, answers, output)
+        for (name, settings), judgements in zip(judge_settings.items(), found, strict=True)
     ]
     settings = {"sampling": asdict(sampling), "pairs": pairs, "models": made_from}
     results = OpenEndedResults(prompts, baseline, answers, judged, settings)

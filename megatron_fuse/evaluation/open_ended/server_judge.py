@@ -1,13 +1,14 @@
 """A language model behind a server as the judge ("LLM as a judge", Zheng et al., arXiv 2306.05685).
 
 The judge reads a question with two answers, and ends its reply with a verdict: [[A]], [[B]] or [[C]] for a
-tie. Judges tend to prefer one position, so each match is judged in both orders. A model wins only if both
-orders say so; otherwise the match is a tie. If a reply has no clear verdict, the match has none: it is
-counted, and not taken for a tie.
+tie. Judges tend to prefer one position, so each comparison is judged in both orders. A model wins only if
+both orders say so; otherwise the comparison is a tie. If a reply has no clear verdict, the comparison has
+none: it is counted, and not taken for a tie.
 
     OUTPUT/judge_replies.jsonl     every reply, by the hash of its request (responses/journal.py)
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from megatron_fuse.evaluation.open_ended.judgements import (
     TIE,
     WIN,
     Judgement,
-    Match,
+    PairwiseComparison,
     decided_without_judge,
 )
 from megatron_fuse.progress import Progress, log_complete
@@ -30,7 +31,7 @@ from megatron_fuse.sources.completions import Body, Reply
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 
-MAX_TOKENS = 2048  # of a reply: an explanation and the verdict
+SAMPLING = {"temperature": 0.0, "max_tokens": 2048}  # of a reply: an explanation and the verdict
 _LONGEST_TOKEN = 256  # bytes; bounds the length of a reply
 _ORDERS = ("AB", "BA")  # AB: the model's answer is A
 
@@ -55,32 +56,36 @@ TEXTS = {"instructions": INSTRUCTIONS, "further turn": FURTHER_TURN}
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
-def request_body(model: str, match: Match, order: str, answers: Mapping[str, Answers]) -> Body:
-    """The request for one order of a match. order: AB, or BA if the opponent's answer is A."""
-    names = (match.model, match.opponent) if order == "AB" else (match.opponent, match.model)
-    system = INSTRUCTIONS if match.turn == 1 else f"{INSTRUCTIONS}\n\n{FURTHER_TURN}"
+def request_body(
+    model: str, comparison: PairwiseComparison, order: str, answers: Mapping[str, Answers]
+) -> Body:
+    """The request for one order of a comparison. order: AB, or BA if the opponent's answer is A."""
+    names = (
+        (comparison.model, comparison.opponent) if order == "AB" else (comparison.opponent, comparison.model)
+    )
+    system = INSTRUCTIONS if comparison.turn == 1 else f"{INSTRUCTIONS}\n\n{FURTHER_TURN}"
     parts = []
-    if match.turn == 1:
-        parts.append(_marked("the user's question", match.prompt.turns[0]))
-    if (reference := match.prompt.references[match.turn - 1]) is not None:
+    if comparison.turn == 1:
+        parts.append(_marked("the user's question", comparison.prompt.turns[0]))
+    if (reference := comparison.prompt.references[comparison.turn - 1]) is not None:
         parts.append(_marked("a reference answer to the last question", reference))
     for letter, name in zip("AB", names, strict=True):
-        parts.append(_marked(f"assistant {letter}", _shown(match, answers[name])))
+        parts.append(_marked(f"assistant {letter}", _shown(comparison, answers[name])))
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
-    return {"model": model, "messages": messages, "temperature": 0.0, "max_tokens": MAX_TOKENS}
+    return {"model": model, "messages": messages, **SAMPLING}
 
 
 def _marked(title: str, text: str) -> str:
     return f"<<< begin of {title} >>>\n{text}\n<<< end of {title} >>>"
 
 
-def _shown(match: Match, answers: Answers) -> str:
+def _shown(comparison: PairwiseComparison, answers: Answers) -> str:
     """The answer to a first turn, or the whole conversation up to a further one."""
-    if match.turn == 1:
-        return answers[match.place].text
+    if comparison.turn == 1:
+        return answers[comparison.place].text
     turns = []
-    for turn, question in enumerate(match.prompt.turns[: match.turn], 1):
-        turns += [f"User: {question}", f"Assistant: {answers[match.prompt.id, turn].text}"]
+    for turn, question in enumerate(comparison.prompt.turns[: comparison.turn], 1):
+        turns += [f"User: {question}", f"Assistant: {answers[comparison.prompt.id, turn].text}"]
     return "\n\n".join(turns)
 
 
@@ -102,35 +107,44 @@ def preference_of(verdicts: Mapping[str, str | None]) -> float | None:
 
 
 def judge_by_server(
-    options: ServerOptions, matches: Sequence[Match], answers: Mapping[str, Answers], output: Path
+    options: ServerOptions,
+    comparisons: Sequence[PairwiseComparison],
+    answers: Mapping[str, Answers],
+    output: Path,
 ) -> list[Judgement]:
-    """The judgements of the matches, in their order. Replies of an interrupted call are not requested again.
+    """The judgements of the comparisons, in their order.
 
-    A request that the server refuses gives no verdict, and is sent again by the next call.
-    Raises UserError if the server cannot be used; what it has answered is kept.
+    Replies of an interrupted call are not requested again. A request that the server refuses gives no
+    verdict, and is sent again by the next call. Raises UserError if the server cannot be used; what it has
+    answered is kept.
     """
-    decided = [decided_without_judge(match, answers) for match in matches]
+    decided = [decided_without_judge(comparison, answers) for comparison in comparisons]
     bodies: dict[str, Body] = {}
-    for match, judgement in zip(matches, decided, strict=True):
+    for comparison, judgement in zip(comparisons, decided, strict=True):
         for order in _ORDERS if judgement is None else ():
-            body = request_body(options.model, match, order, answers) | options.extra
+            body = request_body(options.model, comparison, order, answers) | options.extra
             # A null among the options removes a key.
-            bodies[_label(match, order)] = {key: value for key, value in body.items() if value is not None}
+            bodies[_label(comparison, order)] = {
+                key: value for key, value in body.items() if value is not None
+            }
     replies = _replies(options, bodies, output / "judge_replies.jsonl")
 
-    def judged(match: Match) -> Judgement:
-        of_match = {order: replies[_label(match, order)] for order in _ORDERS}
-        verdicts = {order: verdict_of(reply) for order, reply in of_match.items()}
-        faults = [reply.fault for reply in of_match.values() if reply.fault]
+    def judged(comparison: PairwiseComparison) -> Judgement:
+        of_comparison = {order: replies[_label(comparison, order)] for order in _ORDERS}
+        verdicts = {order: verdict_of(reply) for order, reply in of_comparison.items()}
+        faults = [reply.fault for reply in of_comparison.values() if reply.fault]
         grounds: dict[str, Any] = {"verdicts": verdicts, **({"reason": "; ".join(faults)} if faults else {})}
-        return Judgement(match, preference_of(verdicts), grounds)
+        return Judgement(comparison, preference_of(verdicts), grounds)
 
-    return [judgement or judged(match) for match, judgement in zip(matches, decided, strict=True)]
+    return [
+        judgement or judged(comparison) for comparison, judgement in zip(comparisons, decided, strict=True)
+    ]
 
 
-def _label(match: Match, order: str) -> str:
-    """The name of a request, for errors."""
-    return f"{match.prompt.id}, turn {match.turn}, {match.model} and {match.opponent}, {order}"
+def _label(comparison: PairwiseComparison, order: str) -> str:
+    """The name of a request: unique, and readable in errors."""
+    names = [comparison.model, comparison.opponent]
+    return json.dumps([comparison.prompt.id, comparison.turn, *names, order], ensure_ascii=False)
 
 
 def _replies(options: ServerOptions, bodies: Mapping[str, Body], path: Path) -> dict[str, Reply]:

@@ -1,6 +1,7 @@
-"""Win rates: the share of judged matches that a model wins, ties counted half, with errors by a bootstrap.
+"""Win rates: the share of judged comparisons that a model wins, ties counted half, with errors by a
+bootstrap.
 
-The bootstrap draws prompts, not matches: the turns of one prompt are not independent of each other. An
+The bootstrap draws prompts, not comparisons: the turns of one prompt are not independent of each other. An
 unanimous result has an interval without width, because no drawn sample differs from it.
 """
 
@@ -10,10 +11,11 @@ from functools import partial
 
 import numpy as np
 
-from megatron_fuse.evaluation.open_ended.answers import Answers
+from megatron_fuse.evaluation.open_ended.answers import Answers, Turn
 from megatron_fuse.evaluation.open_ended.judgements import LOSS, TIE, WIN, Judgement
 from megatron_fuse.evaluation.open_ended.length_control import controlled_win_rate, instruction_difficulty
 from megatron_fuse.evaluation.open_ended.preferences import Preferences, preferences_of
+from megatron_fuse.progress import Progress
 
 SAMPLES, SEED = 1000, 0  # of the bootstrap
 _BLOCK = 1 << 21  # most weights of a block of samples: 16 MiB
@@ -33,8 +35,8 @@ class Rate:
 class Tally:
     """The judgements of one pair of models, or some of them.
 
-    no_verdict: matches that the judge did not decide; they are in no other number. win_rate: None without a
-    decided match. controlled: the length-controlled win rate; None if it was not computed.
+    no_verdict: comparisons that the judge did not decide; they are in no other number. win_rate: None without
+    a decided comparison. controlled: the length-controlled win rate; None if it was not computed.
     """
 
     wins: int
@@ -53,7 +55,7 @@ class Tally:
 class PairResult:
     """One model against another: over everything, by turn, and by category of the prompts.
 
-    longer: share of the decided matches in which the model's answer has more characters.
+    longer: share of the decided comparisons in which the model's answer has more characters.
     """
 
     model: str
@@ -67,16 +69,21 @@ class PairResult:
 def pair_results(
     judgements: Sequence[Judgement], answers: Mapping[str, Answers], pairs: Sequence[tuple[str, str]]
 ) -> list[PairResult]:
-    """The result of every pair that has a match, by the judgements of one judge.
+    """The result of every pair that has a comparison, by the judgements of one judge.
 
     answers: by model, for their lengths.
     """
     of_pair: dict[tuple[str, str], list[Judgement]] = {pair: [] for pair in pairs}
     for judgement in judgements:
-        of_pair[judgement.match.model, judgement.match.opponent].append(judgement)
+        of_pair[judgement.comparison.model, judgement.comparison.opponent].append(judgement)
     of_pair = {pair: found for pair, found in of_pair.items() if found}
     preferences = {pair: preferences_of(found, answers) for pair, found in of_pair.items()}
-    return [_pair_result(pair, found, answers, preferences) for pair, found in of_pair.items()]
+    results = []
+    with Progress("win rates", "pairs", len(of_pair)) as progress:
+        for pair, found in of_pair.items():
+            results.append(_pair_result(pair, found, answers, preferences))
+            progress.advance()
+    return results
 
 
 def _pair_result(
@@ -87,12 +94,13 @@ def _pair_result(
 ) -> PairResult:
     model, opponent = pair
     others = _others_against(opponent, model, preferences)
-    overall = _tally(judgements, answers, others)
-    turns = sorted({judgement.match.turn for judgement in judgements})
-    by_turn = {turn: [each for each in judgements if each.match.turn == turn] for turn in turns}
-    named = {each.match.prompt.category for each in judgements}
+    difficulty = instruction_difficulty(others) if others else {}
+    overall = _tally(judgements, answers, difficulty)
+    turns = sorted({judgement.comparison.turn for judgement in judgements})
+    by_turn = {turn: [each for each in judgements if each.comparison.turn == turn] for turn in turns}
+    named = {each.comparison.prompt.category for each in judgements}
     by_category = {
-        category: [each for each in judgements if each.match.prompt.category == category]
+        category: [each for each in judgements if each.comparison.prompt.category == category]
         for category in sorted(name for name in named if name is not None)
     }
     longer = preferences[pair].difference > 0
@@ -102,7 +110,7 @@ def _pair_result(
         float(longer.mean()) if len(longer) else 0.0,
         overall,
         {
-            turn: overall if len(turns) == 1 else _tally(found, answers, others)
+            turn: overall if len(turns) == 1 else _tally(found, answers, difficulty)
             for turn, found in by_turn.items()
         },
         # A category has too few prompts for a regression.
@@ -113,7 +121,7 @@ def _pair_result(
 def _others_against(
     opponent: str, model: str, preferences: Mapping[tuple[str, str], Preferences]
 ) -> list[Preferences]:
-    """The matches of all other models against the same opponent, as (other model, opponent)."""
+    """The comparisons of all other models against the same opponent, as (other model, opponent)."""
     others = [
         found for (first, second), found in preferences.items() if second == opponent and first != model
     ]
@@ -125,19 +133,24 @@ def _others_against(
 
 
 def _tally(
-    judgements: Sequence[Judgement], answers: Mapping[str, Answers], others: Sequence[Preferences] | None
+    judgements: Sequence[Judgement], answers: Mapping[str, Answers], difficulty: Mapping[Turn, float] | None
 ) -> Tally:
-    """others: of the other models against the same opponent; None leaves the regression out."""
+    """difficulty: empty for no such term in the regression; None for no regression."""
     given = [judgement.preference for judgement in judgements]
     preferences = preferences_of(judgements, answers)
     win_rate = controlled = None
     if preferences.places:
         win_rate = bootstrapped(preferences, partial(_weighted_mean, preferences.preference))
-        if others is not None:
-            difficulty = instruction_difficulty(preferences.places, others) if others else None
+        if difficulty is not None:
+            places = np.array([difficulty.get(place, 0.0) for place in preferences.places])
             controlled = bootstrapped(
                 preferences,
-                partial(controlled_win_rate, preferences.preference, preferences.difference, difficulty),
+                partial(
+                    controlled_win_rate,
+                    preferences.preference,
+                    preferences.difference,
+                    places if difficulty else None,
+                ),
             )
     return Tally(
         given.count(WIN), given.count(TIE), given.count(LOSS), given.count(None), win_rate, controlled
@@ -151,7 +164,7 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def bootstrapped(preferences: Preferences, estimate: Callable[[np.ndarray], np.ndarray]) -> Rate:
     """An estimate, with the spread of it over samples of the prompts.
 
-    estimate: weights [b, n] of the matches -> the estimates [b].
+    estimate: weights [b, n] of the comparisons -> the estimates [b].
     """
     value = float(estimate(np.ones((1, len(preferences.places))))[0])
     prompts = {
@@ -165,10 +178,10 @@ def bootstrapped(preferences: Preferences, estimate: Callable[[np.ndarray], np.n
     return Rate(value, float(drawn.std(ddof=1)), float(low), float(high))
 
 
-def _samples(prompts: int, matches: int) -> Iterator[np.ndarray]:
+def _samples(prompts: int, comparisons: int) -> Iterator[np.ndarray]:
     """How often each prompt is drawn in each sample, float64 [b, prompts], in blocks of samples."""
     random = np.random.default_rng(SEED)
-    size = max(_BLOCK // max(matches, prompts), 1)
+    size = max(_BLOCK // max(comparisons, prompts), 1)
     for begin in range(0, SAMPLES, size):
         count = min(size, SAMPLES - begin)
         yield random.multinomial(prompts, np.full(prompts, 1 / prompts), count).astype(np.float64)
