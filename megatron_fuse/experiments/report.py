@@ -19,6 +19,8 @@ from megatron_fuse.experiments.results import Result
 from megatron_fuse.reporting.layout import Table as Cells
 from megatron_fuse.reporting.layout import markdown_table, save_picture, save_text
 
+_NAMED = 4  # of the runs that a table lacks
+
 LEGEND = (
     "Means over seeds ± standard error. In brackets the difference to the baseline, paired by seed, ± half "
     "of its 95 % confidence interval (moderated t). ▲ and ▼: clearly above or below the baseline by Holm's "
@@ -55,7 +57,9 @@ def write_report(reported: Sequence[Reported], path: Path) -> None:
         for name, table in shown.items():
             lacking = [run for run in baselines(table) if run not in values]
             if lacking:
-                unfinished.append(f"- {table.title} (`--only {name}`): {', '.join(lacking)}")
+                more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+                named = ", ".join(lacking[:_NAMED])
+                unfinished.append(f"- {table.title} (`--only {name}`): {named}{more}")
             else:
                 parts.append(_section(each, name, table, values, path))
         if unfinished:
