@@ -55,4 +55,4 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
-	rm -rf .venv build *.egg-info examples/quickstart/build examples/skills/build
+	rm -rf .venv build *.egg-info examples/quickstart/build examples/skills/build examples/real_model/build
