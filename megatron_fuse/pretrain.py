@@ -21,7 +21,8 @@ from megatron_fuse.logs import add_log_level, start_logging
 from megatron_fuse.recipe import Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.start import importing
 
-logger = logging.getLogger(__name__)
+# Not __name__: under `python -m` that is __main__, whose messages start_logging does not show.
+logger = logging.getLogger("megatron_fuse.pretrain")
 
 
 def main() -> None:
