@@ -68,6 +68,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.dataset import FusionDataset
     from megatron_fuse.report.loss_curve import write_loss_curve
+    from megatron_fuse.training.advice import loss_advice, stored_mass_advice
     from megatron_fuse.training.banner import describe_run
     from megatron_fuse.training.dry_run import print_dry_run
     from megatron_fuse.training.memory import advise_when_out_of_memory
@@ -76,6 +77,10 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     from megatron_fuse.training.trainer import make_trainer, train
 
     dataset = FusionDataset(recipe)
+    # Every rank reads the same rows, so that damage in them ends all ranks alike.
+    advice = [*loss_advice(recipe), *stored_mass_advice(recipe, dataset)]
+    for line in advice if runtime.is_logging_rank else []:
+        logger.warning(line)
     with advise_when_out_of_memory(recipe, architecture, runtime, dataset):
         chunks = build_target(recipe, architecture)
         what = describe_run(recipe, architecture, chunks, entries_per_row=dataset.entries_per_row)

@@ -69,6 +69,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "shard_size": 16,
         },
         "responses": {"max_new_tokens": 12},
+        "loss": {"student_temperature": 1.0},  # the sources' is 2, so that the run warns
         "schedule": {"preset": "profuser"},
         "parallel": {"tensor_model_parallel_size": 2},
         "training": {
@@ -164,6 +165,21 @@ def test_training_goes_through_both_phases(finished: tuple[Path, str]) -> None:
     assert len(validation) == 3 and validation[-1] < validation[0]
 
 
+TEMPERATURES = "loss.teacher_temperature is 2, but loss.student_temperature is 1"
+
+
+def test_a_run_warns_once_of_its_temperatures_and_of_little_stored_mass(finished: tuple[Path, str]) -> None:
+    """Random models spread their mass over the whole vocabulary."""
+    _, output = finished
+    training = output[: output.index("iteration        1/")].splitlines()
+    assert sum(f"warning: {TEMPERATURES}" in line for line in training) == 1
+    dataset = FusionDataset(load_recipe(argv=["--recipe", str(finished[0] / "recipe.yaml")]))
+    for mode in ("inference", "training"):
+        winners = {dataset.sources[number] for number in dataset.winners(mode)[dataset.train] if number >= 0}
+        found = re.findall(rf"warning: source (\w+), {mode} mode: only \d+% of its mass", "\n".join(training))
+        assert winners and sorted(found) == sorted(winners)
+
+
 def test_megatron_opens_every_stream(finished: tuple[Path, str]) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -221,7 +237,7 @@ def test_a_second_run_finds_everything_done(
     lines = plan.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if line.startswith("artifact ")) + 1 :]
     states = [line.split("  ")[0] for line in table if " done " not in line + " "]
-    assert states == ["training"] and "at step 9" in plan
+    assert states == ["training"] and "at step 9" in plan and TEMPERATURES in plan
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from megatron_fuse.responses import backend_of
 from megatron_fuse.selection.summary import rule_lines
 from megatron_fuse.stages import Context
 from megatron_fuse.text_safety import say
+from megatron_fuse.training.advice import loss_advice
 
 # The forward pass of a transformer reaches about this share of the rate of a bare matrix product; only for
 # estimates.
@@ -37,7 +38,7 @@ def print_plan(context: Context, processes: int) -> None:
             f"a model; with responses.max_new_tokens = {most} they have {most * amounts.examples:,} at most"
         )
     idle = idle_line(recipe, amounts.examples, processes)
-    for line in [*([idle] if idle else []), *rule_lines(recipe)]:
+    for line in [*([idle] if idle else []), *rule_lines(recipe), *loss_advice(recipe)]:
         say(line)
     say(f"{'artifact':<48} {'state':<16} {'disk':>10} {'time':>10}")
     refusals = []
