@@ -120,6 +120,12 @@ class Recipe(Options):
         return self.seed if self.training.seed is None else self.training.seed
 
     @property
+    def student_temperature(self) -> float:
+        """The temperature of the target's distributions in the KL."""
+        own = self.loss.student_temperature
+        return self.loss.teacher_temperature if own is None else own
+
+    @property
     def uses_inference_mode(self) -> bool:
         return any(phase.inference.is_used for phase in self.phases)
 

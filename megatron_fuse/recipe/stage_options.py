@@ -205,8 +205,10 @@ class SelectionOptions(Options):
 
 class LossOptions(Options):
     teacher_temperature: Temperature = Field(2.0, description="temperature of the sources' distributions")
-    student_temperature: Temperature = Field(
-        1.0, description="temperature of the target's distributions in the KL"
+    student_temperature: Temperature | None = Field(
+        None,
+        description="temperature of the target's distributions in the KL; default: "
+        "loss.teacher_temperature, with which the KL is least where the target equals its source",
     )
     temperature_squared: bool = Field(
         False, description="multiply the KL by student_temperature^2 (Hinton et al. 2015)"

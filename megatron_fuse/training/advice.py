@@ -24,7 +24,7 @@ def loss_advice(recipe: Recipe) -> list[str]:
     if not any(mode.needs_teacher for phase in recipe.phases for mode in (phase.inference, phase.training)):
         return []
     loss, lines = recipe.loss, list[str]()
-    teacher, student = loss.teacher_temperature, loss.student_temperature
+    teacher, student = loss.teacher_temperature, recipe.student_temperature
     if teacher != student:
         lines.append(
             f"loss.teacher_temperature is {teacher:g}, but loss.student_temperature is {student:g}: the KL "

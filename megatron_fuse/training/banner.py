@@ -39,7 +39,7 @@ def describe_run(
         f"{masters}   recompute: {_yes(training.recompute)}",
         f"optimizer: {fused_adam_library() or 'torch'} Adam, {', '.join(of_optimizer)}",
         f"loss: {_loss_implementation(recipe, architecture, entries_per_row)}, {how}   tail: "
-        f"{recipe.loss.tail}   temperature: {recipe.loss.student_temperature:g}",
+        f"{recipe.loss.tail}   temperature: {recipe.student_temperature:g}",
         f"sequences: {training.seq_length} tokens, {'packed' if training.packing else 'padded'}, "
         f"{training.micro_batch_size} a micro-batch, {training.global_batch_size} examples a step",
     ]

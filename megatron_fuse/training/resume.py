@@ -53,7 +53,8 @@ def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum 
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
         "seed": recipe.training_seed,
-        "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"}),
+        "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"})
+        | {"student_temperature": recipe.student_temperature},
         "order": recipe.schedule.order,
         "curriculum": curriculum.sha256 if curriculum else None,
         "data": dataset.sha256,

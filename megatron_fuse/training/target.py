@@ -56,7 +56,7 @@ def build_chunks(
             "training.precision to bf16, or parallel.transformer_impl to local."
         )
     options = FusionLossOptions(
-        temperature=loss.student_temperature,
+        temperature=recipe.student_temperature,
         tail=loss.tail,
         implementation=loss.implementation,
         fused_linear=loss.fused_linear,

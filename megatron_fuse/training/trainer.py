@@ -213,7 +213,7 @@ def _is_due(iteration: int, interval: int | None) -> bool:
 
 
 def _kl_factor(recipe: Recipe) -> float:
-    return recipe.loss.student_temperature**2 if recipe.loss.temperature_squared else 1.0
+    return recipe.student_temperature**2 if recipe.loss.temperature_squared else 1.0
 
 
 def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[float, float]]) -> GlobalBatch:

@@ -397,6 +397,26 @@ def test_a_training_takes_the_seed_of_the_recipe_or_its_own(tmp_path: Path) -> N
         assert (recipe.seed, recipe.training_seed) == seeds
 
 
+def test_the_target_is_compared_at_the_temperature_of_its_sources_or_at_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "loss": {"teacher_temperature": 3.0}}))
+    for flags, temperatures in {
+        "": (3.0, 3.0),
+        "--loss-teacher-temperature 1.5": (1.5, 1.5),
+        "--loss-student-temperature 1": (3.0, 1.0),
+    }.items():
+        recipe = load_recipe(argv=["--recipe", str(path), *flags.split()])
+        assert (recipe.loss.teacher_temperature, recipe.student_temperature) == temperatures
+        # The resolved recipe of a run gives the same temperatures.
+        assert make_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_the_papers_recipe_states_its_temperatures_and_its_tail() -> None:
+    loss = yaml.safe_load((ROOT / "examples/profuser_7b.yaml").read_text())["loss"]
+    stated = {key: loss[key] for key in ("teacher_temperature", "student_temperature", "tail")}
+    assert stated == {"teacher_temperature": 2.0, "student_temperature": 1.0, "tail": "renormalize"}
+
+
 def test_a_path_alone_stands_for_a_file_with_the_usual_keys() -> None:
     for path, value in {"sources.a.responses": "r.jsonl", "target.responses": "r.jsonl"}.items():
         assert make_recipe(with_change(path, value)) == make_recipe(with_change(path, {"path": value}))

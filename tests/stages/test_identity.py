@@ -211,6 +211,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "selection.training_margin": {"at_least": 0.1},
         "selection.inference_margin": {"at_least": 1},
         "capture.temperatures": [1.0, 2.0],
+        "loss.student_temperature": 1.0,  # by default that of the sources, 2.0
         "parallel.overlap_param_gather": False,
         "parallel.context_parallel_size": 1,
         "parallel.sequence_parallel": False,
