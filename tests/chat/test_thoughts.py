@@ -18,7 +18,7 @@ from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import Example, load_examples, prepare_instructions
 from megatron_fuse.responses import Response, answer_text
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
-from megatron_fuse.responses.sampled import _response, _sampling
+from megatron_fuse.responses.sampled import make_sampling, read_response
 from megatron_fuse.responses.stop_texts import StopTexts
 from megatron_fuse.sources.generation import Answer
 from megatron_fuse.stages import Context
@@ -75,7 +75,7 @@ def test_a_sampled_answer_begins_behind_the_thought(tmp_path: Path) -> None:
     stops = StopTexts(["STOP"], chat)
 
     def answer(text: str, *, stopped: bool = True) -> Response | None:
-        return _response("e", chat, Answer(chat.tokenizer.encode_continuation(text), stopped), stops)
+        return read_response("e", chat, Answer(chat.tokenizer.encode_continuation(text), stopped), stops)
 
     tokens = len(chat.tokenizer.encode_continuation("Paris"))
     assert answer("so STOP it\n</think>\n\nParis") == Response(
@@ -111,11 +111,10 @@ def test_tags_that_are_special_tokens_are_sampled_and_found(tmp_path: Path) -> N
     begin, end = (chat.tokenizer.added_tokens[tag] for tag in ("[THINK]", "[/THINK]"))
     assert set(chat.thought_tags) == {begin, end} <= chat.tokenizer.special_ids
     ids = [*chat.tokenizer.encode("so STOP"), end, *chat.tokenizer.encode(" \n Paris STOP it")]
-    found = _response("e", chat, Answer(ids, stopped=True), StopTexts(["STOP"], chat))
+    found = read_response("e", chat, Answer(ids, stopped=True), StopTexts(["STOP"], chat))
     assert (found.response, found.reasoning) == ("Paris ", "so STOP")
     assert chat.decode_response([*ids, chat.stop_id]) == "so STOP[/THINK] \n Paris STOP it"
-    recipe = small_recipe(tmp_path / "run", tmp_path / "none", tmp_path, {"a": tmp_path})
-    sampling = _sampling(recipe, chat, StopTexts([], chat))
+    sampling = make_sampling(chat, StopTexts([], chat), temperature=1.0, top_p=1.0)
     assert sampling.allowed[[begin, end]].all()
 
 
@@ -125,7 +124,7 @@ def test_a_stop_text_is_not_sought_in_the_white_space_behind_a_thought(tmp_path:
     ids = chat.tokenizer.encode_continuation("so\n\nit\n</think>\n\nParis\n\nmore")
     complete = [count for count in range(1, len(ids) + 1) if stops.completed_by(ids[:count])]
     assert chat.tokenizer.joined_bytes(ids[: complete[0]]).endswith(b"Paris\n\n")
-    found = _response("e", chat, Answer(ids[: complete[0]], stopped=True), stops)
+    found = read_response("e", chat, Answer(ids[: complete[0]], stopped=True), stops)
     assert (found.response, found.reasoning) == ("Paris", "so\n\nit")
 
 

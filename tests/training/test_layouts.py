@@ -185,11 +185,11 @@ def run_with_a_bucket_per_weight(
     """As run_training. Megatron puts 40 million weights into a bucket, so that a tiny model's would all be
     gathered together.
     """
-    from megatron_fuse.training import trainer
+    from megatron_fuse.training import wrapping
 
     with pytest.MonkeyPatch.context() as patch:
-        config = functools.partial(trainer.DistributedDataParallelConfig, bucket_size=1)
-        patch.setattr(trainer, "DistributedDataParallelConfig", config)
+        config = functools.partial(wrapping.DistributedDataParallelConfig, bucket_size=1)
+        patch.setattr(wrapping, "DistributedDataParallelConfig", config)
         return run_training(workdir, target, sections)
 
 
