@@ -3,7 +3,6 @@
 So an interrupted shard does not send the same request again.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_fuse.errors import UserError
 from megatron_fuse.sources.completions import Reply
 from megatron_fuse.storage import sha256_of_json
+from megatron_fuse.storage.appending import open_for_appending, whole_lines
 from megatron_fuse.storage.records import first_problem
 
 
@@ -37,10 +37,7 @@ class Journal:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
         self._replies: dict[str, Reply] = {}
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)  # a last line without an end was being written when the process was killed
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        for number, line in enumerate(whole_lines(file), 1):
             try:
                 entry = _ENTRIES.validate_json(line, strict=True)
             except ValidationError as error:
@@ -81,15 +78,5 @@ def open_journal(path: Path) -> Iterator[Journal]:
     stage removes the temporary files that no process has locked.
     Raises UserError if another process has it open, or if it is damaged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{path}: another process requests the same answers. Wait until it ends, or stop it."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        file.seek(0)
+    with open_for_appending(path, "requests the same answers") as file:
         yield Journal(file, path)

@@ -4,7 +4,6 @@ The first line is {"made_from": ...}: everything that decides the other lines. A
 when the process was killed is dropped.
 """
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_fuse.errors import UserError
 from megatron_fuse.evaluation.results import refuse_other
 from megatron_fuse.storage import parse_row
+from megatron_fuse.storage.appending import open_for_appending, whole_lines
 from megatron_fuse.storage.records import first_problem
 
 Row = TypeVar("Row")
@@ -28,10 +28,7 @@ class Records(Generic[Row]):
 
     def __init__(self, file: BinaryIO, path: Path, kind: type[Row], made_from: Mapping[str, Any]) -> None:
         self._file = file
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
-        lines = content[:whole].split(b"\n")[:-1]
+        lines = whole_lines(file)
         if lines:
             header = parse_row(lines[0], f"{path}:1").get("made_from")
             if not isinstance(header, dict):
@@ -62,15 +59,5 @@ def open_records(path: Path, kind: type[Row], made_from: Mapping[str, Any]) -> I
 
     Raises UserError if another process has it open, if it is damaged, or if it was made from other inputs.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{path}: another process writes to this file. Wait until it ends, or stop it."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        file.seek(0)
+    with open_for_appending(path, "writes to this file") as file:
         yield Records(file, path, kind, made_from)
