@@ -19,7 +19,7 @@ It differs from AlpacaEval 2 in these points:
 - The coefficients have a small ridge penalty, RIDGE / 2 times their squares. It keeps them finite if the
   model always wins, or if length alone decides. AlpacaEval has an L1 penalty whose weight it finds by
   cross-validation.
-- AlpacaEval adds the comparisons of two models that were told to answer at length or briefly, with a weight
+- AlpacaEval adds the comparisons of two models that were asked to answer at length or briefly, with a weight
   of 0.2. They do not exist for other prompts and judges.
 """
 
