@@ -89,8 +89,11 @@ def _expected(table: Table | Map) -> list[str]:
     return [run_name(scenario, name) for scenario in table.scenarios for name in table.expected]
 
 
+def comparison_of(table: Table | Map, metric: str, values: Values) -> Comparison:
+    """All runs of a table or map in one metric."""
+    return compare(values, metric, baselines(table), _expected(table))
+
+
 def comparisons(experiment: Experiment, table: Table | Map, values: Values) -> dict[str, Comparison]:
     """metric -> comparison."""
-    return {
-        metric: compare(values, metric, baselines(table), _expected(table)) for metric in experiment.metrics
-    }
+    return {metric: comparison_of(table, metric, values) for metric in experiment.metrics}

@@ -8,7 +8,7 @@ the results.
 import re
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.experiments.comparison import Comparison, Values, baselines, comparisons
+from megatron_fuse.experiments.comparison import Comparison, Values, baselines, comparison_of
 from megatron_fuse.experiments.experiment import Experiment, Map, Table
 from megatron_fuse.reporting.statistics import Mean
 
@@ -43,20 +43,19 @@ def with_quotes(text: str, experiment: Experiment, values: Values) -> str:
 
 
 def _quoted(words: str, experiment: Experiment, values: Values) -> str:
-    name, metric, run = (words.split() + [""] * 3)[:3]
     tables: dict[str, Table | Map] = {**experiment.tables, **experiment.maps}
-    table = tables.get(name)
-    if table is None or metric not in experiment.metrics or len(words.split()) != 3:
-        raise UserError(
-            f"[[{words}]] quotes no number. Write [[TABLE METRIC RUN]] with a table or map of "
-            f"{', '.join(tables)} and a metric of "
-            f"{', '.join(experiment.metrics)}."
-        )
-    comparison = comparisons(experiment, table, values)[metric]
-    if run not in baselines(table):
-        raise UserError(
-            f"[[{words}]] quotes no number: {name} has no run {run}. It has {', '.join(baselines(table))}."
-        )
+    match words.split():
+        case name, metric, run if name in tables and metric in experiment.metrics:
+            table = tables[name]
+        case _:
+            raise UserError(
+                f"[[{words}]] quotes no number. Write [[TABLE METRIC RUN]] with a table or map of "
+                f"{', '.join(tables)} and a metric of {', '.join(experiment.metrics)}."
+            )
+    runs = baselines(table)
+    if run not in runs:
+        raise UserError(f"[[{words}]] quotes no number: {name} has no run {run}. It has {', '.join(runs)}.")
+    comparison = comparison_of(table, metric, values)
     if run not in comparison.means:
         return _NOT_MEASURED
     return change(comparison, run) or with_error(comparison.means[run])
