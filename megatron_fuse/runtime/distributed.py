@@ -74,29 +74,10 @@ def start_runtime(
     if virtual_pipeline_parallel_size == 1:  # Megatron would read 1 as an interleaved schedule
         virtual_pipeline_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    model_parallel_size = tensor_parallel_size * pipeline_parallel_size
-    if world_size % model_parallel_size:
-        raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size "
-            f"{pipeline_parallel_size} needs a multiple of {model_parallel_size} processes, but torchrun "
-            f"started {world_size}. Set --nproc-per-node (times the number of nodes) to a multiple of "
-            f"{model_parallel_size}."
-        )
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if not on_cpu:
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started process {device.index + 1} on this machine, but only "
-                f"{torch.cuda.device_count()} GPUs are visible. Set --nproc-per-node to "
-                f"{torch.cuda.device_count()} at most."
-            )
-        torch.cuda.set_device(device)
+    _refuse_uneven_layout(world_size, tensor_parallel_size, pipeline_parallel_size)
+    device = torch.device("cpu") if on_cpu else _use_own_gpu()
     if not dist.is_initialized():
-        backend, timeout = ("gloo" if on_cpu else "nccl"), timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join_processes("gloo" if on_cpu else "nccl", timedelta(minutes=timeout_minutes))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -124,6 +105,38 @@ def start_runtime(
         is_last_stage=is_last_stage,
         is_logging_rank=is_logging_rank,
     )
+
+
+def _refuse_uneven_layout(world_size: int, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
+    model_parallel_size = tensor_parallel_size * pipeline_parallel_size
+    if world_size % model_parallel_size:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size "
+            f"{pipeline_parallel_size} needs a multiple of {model_parallel_size} processes, but torchrun "
+            f"started {world_size}. Set --nproc-per-node (times the number of nodes) to a multiple of "
+            f"{model_parallel_size}."
+        )
+
+
+def _use_own_gpu() -> torch.device:
+    """Makes the GPU of this process, by LOCAL_RANK, the current one. Raises UserError if it has none."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"torchrun started process {device.index + 1} on this machine, but only "
+            f"{torch.cuda.device_count()} GPUs are visible. Set --nproc-per-node to "
+            f"{torch.cuda.device_count()} at most."
+        )
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_processes(backend: str, timeout: timedelta) -> None:
+    """Builds the process group of all ranks; a group of one if torchrun did not start this process."""
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _use_deterministic_algorithms(on: bool) -> None:

@@ -125,37 +125,45 @@ def plan_batch(
     else:
         arranged = [[[number] for number in range(len(present))] for present in present_in.values()]
     sequences: list[list[tuple[str, int]]] = []
-    supervised, denominators = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0.0)
     longest = 0
     for mode, chosen in zip(weights, arranged, strict=True):
         present, positions = present_in[mode], positions_in[mode]
         sequences += [[(mode, int(present[number])) for number in sequence] for sequence in chosen]
         longest = max([longest, *(int(positions[sequence].sum()) for sequence in chosen)])
-        # N of the mode. In the inference mode the tokens of an example count with the example's weight, so
-        # that a weight below 1 does not only make the gradient smaller.
-        # In the training mode they all count 1.
-        labels = dataset.supervised_tokens(mode)[present]
-        supervised[mode] = int(labels.sum())
-        counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
-        denominators[mode] = float((labels * counted).sum(dtype=np.float64))
-    # The division by N happens here, once, and nowhere in the loss:
-    # a token's weight then holds all its factors.
-    per_token = {
-        mode: (ce / denominators[mode], kl / denominators[mode]) if denominators[mode] else (0.0, 0.0)
-        for mode, (ce, kl) in weights.items()
-    }
     micro_batch_count = -(-len(sequences) // (micro_batch_size * data_parallel_size))
     micro_batch_count = max(-(-micro_batch_count // micro_batch_multiple), 1) * micro_batch_multiple
     return GlobalBatch(
         sequences=sequences,
         packed=pack_into is not None,
-        weights=per_token,
-        supervised_tokens=supervised,
+        weights=_weights_per_token(dataset, weights, present_in),
+        supervised_tokens={
+            mode: int(dataset.supervised_tokens(mode)[present].sum()) for mode, present in present_in.items()
+        },
         positions=np.concatenate(list(positions_in.values())),
         seq_length=_padded_length(longest),
         micro_batches=micro_batch_count,
         micro_batch_size=max(-(-len(sequences) // (micro_batch_count * data_parallel_size)), 1),
     )
+
+
+def _weights_per_token(
+    dataset: FusionDataset, weights: dict[str, tuple[float, float]], present_in: dict[str, np.ndarray]
+) -> dict[str, tuple[float, float]]:
+    """GlobalBatch.weights: the weights of each mode's means, divided by N.
+
+    present_in: mode -> the step's examples that have a document in it. The division by N happens here, once,
+    and nowhere in the loss: a token's weight then holds all its factors.
+    """
+    per_token = {}
+    for mode, (ce, kl) in weights.items():
+        present = present_in[mode]
+        labels = dataset.supervised_tokens(mode)[present]
+        # In the inference mode the tokens of an example count with the example's weight, so that a weight
+        # below 1 does not only make the gradient smaller. In the training mode they all count 1.
+        counted = dataset.example_weights(mode)[present] if mode == "inference" else 1
+        denominator = float((labels * counted).sum(dtype=np.float64))
+        per_token[mode] = (ce / denominator, kl / denominator) if denominator else (0.0, 0.0)
+    return per_token
 
 
 def longest_sequence(dataset: FusionDataset, phases: Iterable[Phase], *, pack_into: int | None = None) -> int:

@@ -79,19 +79,7 @@ def resume(
     the optimizer's state has another form.
     """
     options, save = recipe.training, checkpoint_directory(recipe)
-    start = CheckpointMetadata(
-        iteration=0,
-        consumed_samples=0,
-        model=model_identity(architecture),
-        run=run,
-        best_loss=None,
-        versions=versions(),
-        optimizer={
-            "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
-            "precision": options.precision,
-        },
-        recipe=recipe.model_dump(mode="json", by_alias=True),
-    )
+    start = _before_first_step(recipe, architecture, run)
     path = named_checkpoint(options.load or save)
     if path is None:
         if options.load is not None:
@@ -124,6 +112,23 @@ def resume(
         iteration=stored.iteration,
         consumed_samples=stored.consumed_samples,
         best_loss=stored.best_loss,
+    )
+
+
+def _before_first_step(recipe: Recipe, architecture: Architecture, run: dict[str, Any]) -> CheckpointMetadata:
+    """The state of a run that has done no step."""
+    return CheckpointMetadata(
+        iteration=0,
+        consumed_samples=0,
+        model=model_identity(architecture),
+        run=run,
+        best_loss=None,
+        versions=versions(),
+        optimizer={
+            "use_distributed_optimizer": recipe.parallel.use_distributed_optimizer,
+            "precision": recipe.training.precision,
+        },
+        recipe=recipe.model_dump(mode="json", by_alias=True),
     )
 
 

@@ -26,6 +26,7 @@ from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter
 from megatron_fuse.training.checkpoint_files import Retention
+from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata
 from megatron_fuse.training.data_check import DataCheck
 from megatron_fuse.training.guards import StepGuard, check_weights_across_replicas, step_optimizer
 from megatron_fuse.training.interruption import Interruption
@@ -159,22 +160,8 @@ def _run(trainer: Trainer) -> None:
             profiler.begin_step()
             step = trainer.schedule.step(metadata.consumed_samples)
             assert step is not None
-            lr = trainer.learning_rate.at(step.iteration)
-            weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
-            with trainer.timers("batch-generator"):
-                batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
-            values = train_step(trainer, batch, lr)
+            batch, values = _run_step(trainer, step)
             metadata = replace(metadata, iteration=step.iteration + 1, consumed_samples=step.consumed_samples)
-            flops = training_flops(trainer.architecture, batch.positions)
-            trainer.log.step(
-                metadata.iteration,
-                metadata.consumed_samples,
-                step.phase.name,
-                lr,
-                values,
-                batch.tokens,
-                flops,
-            )
             tokens += batch.tokens
             progress.update(metadata.iteration - first, tokens)
             _guard(trainer, step, values)
@@ -185,18 +172,12 @@ def _run(trainer: Trainer) -> None:
             # A run that must stop has little time left: it skips an evaluation that is due, and saves.
             evaluates = not stop and (pause or _is_due(metadata.iteration, options.eval_interval))
             loss = _evaluate(trainer, metadata.iteration) if evaluates else None
-            # NaN compares false, so that it never becomes the best.
-            improved = loss is not None and loss < (
-                math.inf if metadata.best_loss is None else metadata.best_loss
-            )
+            improved = loss is not None and _is_better(loss, metadata.best_loss)
             metadata = replace(metadata, best_loss=loss) if improved else metadata
             checkpoints.publish_finished()
             if pause or improved or stop or _is_due(metadata.iteration, options.save_interval):
                 data_check.finish()
-                gather_weights(trainer)
-                with trainer.timers(SAVE):
-                    checkpoints.save(metadata, best=improved)
-                trainer.log.saved(metadata.iteration)
+                _save(trainer, checkpoints, metadata, best=improved)
         checkpoints.finish()
     trainer.log.close()
     if stop:
@@ -206,6 +187,34 @@ def _run(trainer: Trainer) -> None:
         )
     if interruption.is_interrupt:
         raise KeyboardInterrupt
+
+
+def _run_step(trainer: Trainer, step: Step) -> tuple[GlobalBatch, dict[str, float]]:
+    """Plans, runs and logs one step of the schedule. Returns its plan and the values of train_step."""
+    lr = trainer.learning_rate.at(step.iteration)
+    weights = phase_weights(step.phase, progress=step.progress, kl_factor=_kl_factor(trainer.recipe))
+    with trainer.timers("batch-generator"):
+        batch = plan_step(trainer, trainer.dataset.train[step.examples], weights)
+    values = train_step(trainer, batch, lr)
+    flops = training_flops(trainer.architecture, batch.positions)
+    trainer.log.step(
+        step.iteration + 1, step.consumed_samples, step.phase.name, lr, values, batch.tokens, flops
+    )
+    return batch, values
+
+
+def _is_better(loss: float, best: float | None) -> bool:
+    """Whether a loss is lower than the best one so far, None if there is none. NaN never is."""
+    return loss < (math.inf if best is None else best)
+
+
+def _save(
+    trainer: Trainer, checkpoints: CheckpointWriter, metadata: CheckpointMetadata, *, best: bool
+) -> None:
+    gather_weights(trainer)
+    with trainer.timers(SAVE):
+        checkpoints.save(metadata, best=best)
+    trainer.log.saved(metadata.iteration)
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:
