@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
+from megatron_fuse.chat.encoding import ConversationEncoder, EncodedConversation
 from megatron_fuse.chat.hidden_strings import HiddenStrings
 from megatron_fuse.chat.meter import TemplateLimit
 from megatron_fuse.chat.nested_texts import texts_in
+from megatron_fuse.chat.template_ids import TemplateTokenizer
 from megatron_fuse.chat.templates import render
 from megatron_fuse.chat.thoughts import thought_end, without_empty_thought
 from megatron_fuse.chat.tool_rendering import CallStyle, Tools, best_style, has_tools, not_printed
@@ -22,36 +22,6 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.text_safety import brief
 from megatron_fuse.tokenization import Tokenizer
-from megatron_fuse.tokenization.spans import SpanFlag, TokenSpans, response_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedConversation:
-    """A conversation as one model reads it.
-
-    ids int32 [n]. supervised bool [n]: whether the token is a label, that is, a token of a response or the
-    stop token that ends it. The logits of row i - 1 predict token i.
-    spans: the places of the supervised tokens in `response_bytes` of the supervised turns; r =
-    supervised.sum() rows. size: bytes of these turns, without the zero bytes that stand for their ends.
-    """
-
-    ids: np.ndarray
-    supervised: np.ndarray
-    spans: TokenSpans
-    size: int
-
-    @property
-    def prompt_length(self) -> int:
-        """Index of the first supervised token; the number of tokens if there is none."""
-        return int(np.argmax(self.supervised)) if len(self.spans) else len(self.ids)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the tokens spell every byte.
-
-        They do if no byte is unknown to the tokenizer or changed by its normaliser.
-        """
-        return self.spans.bytes_spelled == self.size
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +111,12 @@ class ChatFormat:
         turns = self.with_system(messages)
         self._require_tools_printed(turns, tools)
         hide = HiddenStrings(self.tokenizer, [*texts_of(turns), *texts_in(tools)])
-        return self._ids(
-            self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools)), hide
-        )
+        prompt = self._generation_prompt([hide.in_turn(turn) for turn in turns], hide.in_value(tools))
+        return self._template_tokenizer.encode(prompt, hide)
+
+    @cached_property
+    def _template_tokenizer(self) -> TemplateTokenizer:
+        return TemplateTokenizer(self.tokenizer, self.stop_id)
 
     def _generation_prompt(self, turns: Messages, tools: Tools | None) -> str:
         return self.render(turns, tools, prompt=True) + ("" if self.generation else self.opening)
@@ -169,53 +142,16 @@ class ChatFormat:
         The text before the response is what the template prints there in the finished conversation. An empty
         thought at its end is left out if the response begins with a thought of its own.
 
-        The tokens of a turn are taken from the whole text up to its end, if they begin with the tokens of the
-        text before it and spell the turn's bytes. Otherwise the turn is tokenized as a continuation of that
-        text, as in generation.
-
         Raises UserError if the template refuses the messages, leaves out a supervised turn, or does not print
         an offered tool, a call or an output.
         """
         parts, hide = self._parts(messages, response, every_turn, reasoning, tools, cut=not stop)
-        ids, supervised, spans = list[int](), list[bool](), list[TokenSpans]()
-        # `text` is all text so far, and `text_ids` its ids. `begin`
-        # is the first byte of the turn in `response_bytes`.
-        text, text_ids, begin = "", list[int](), 0
-        for number, (before, space, turn) in enumerate(parts):
-            # 1. The template's text before the turn. Its ids are what the longer
-            # text adds to the ids so far. If the tokenizer joins characters across
-            # the border, no such ids exist, and the new text is a continuation.
-            prompt_ids = self._ids(text + before, hide)
-            added = _behind(text_ids, prompt_ids)
-            if added is None:
-                added = self._ids(before, hide, continued=True)
-            # 2. The stop token of the previous turn is in this text. It covers the zero byte after that turn,
-            # which is byte begin - 1.
-            stop_index = self._stop_index(added) if number else None
-            if stop_index is not None:
-                spans.append(_stop_span(self.stop_id, begin - 1))
-            supervised += [index == stop_index for index in range(len(added))]
-            # 3. The turn itself: all its tokens are labels, also the
-            # one that begins in the template's white space.
-            text += before + hide(space + turn)
-            text_ids = self._ids(text, hide)
-            answer, answer_spans = self._answer(_behind(prompt_ids, text_ids), space, turn, begin)
-            supervised += [True] * len(answer)
-            spans.append(answer_spans)
-            ids += added + answer
-            begin += len(response_bytes([turn]))
-        # The last turn has no later text of the template, so its stop token is added here.
+        encoder = ConversationEncoder(self._template_tokenizer, hide)
+        for before, space, turn in parts:
+            encoder.add_turn(before, space, turn)
         if stop:
-            end = [*self._closing_ids(text, text_ids, hide), self.stop_id]
-            ids += end
-            supervised += [index == len(end) - 1 for index in range(len(end))]
-            spans.append(_stop_span(self.stop_id, begin - 1))
-        # The spans are offset by `begin` already. `begin` counts one
-        # zero byte per turn, which `size` leaves out.
-        whole = TokenSpans.join(spans, [0] * len(spans))
-        return EncodedConversation(
-            np.array(ids, np.int32), np.array(supervised, bool), whole, begin - len(parts)
-        )
+            encoder.add_stop(self.closing)
+        return encoder.encoded()
 
     def decode_response(self, ids: Sequence[int]) -> str:
         """The text of generated ids up to their end token, as `encode_conversation` takes it.
@@ -329,90 +265,3 @@ class ChatFormat:
         # The generation prompt ends before the white space. An empty response takes no white space.
         before, space, _ = parts.pop()
         return [*parts, (before, space if response else "", response)], hide
-
-    def _closing_ids(self, text: str, text_ids: list[int], hide: HiddenStrings) -> list[int]:
-        """Ids of the white space that the template prints between the conversation so far and the stop token.
-
-        text, text_ids: the conversation so far.
-        """
-        if not self.closing:
-            return []
-        joint = _behind(text_ids, self._ids(text + self.closing, hide))
-        return self._ids(self.closing, hide, continued=True) if joint is None else joint
-
-    def _answer(
-        self, joint: list[int] | None, space: str, turn: str, begin: int
-    ) -> tuple[list[int], TokenSpans]:
-        """Ids of a turn after the template's white space (ASCII), and their spans.
-
-        begin: the place of the turn's first byte in `response_bytes`. joint: the ids of white space and turn
-        in the whole text, None if the tokenizer joins characters across the border. They are used only if
-        they spell the turn, which Unicode normalisation may prevent.
-        """
-        data = (space + turn).encode()
-        if joint is not None and self.tokenizer.joined_bytes(joint) == data:
-            ids, ends, lossy = (
-                joint,
-                np.cumsum(self.tokenizer.byte_lengths[joint]),
-                np.zeros(len(joint), bool),
-            )
-        else:
-            ids, ends, lossy = self.tokenizer.encode_spans(space + turn)
-        # Spans count from the turn's first byte. A token inside the white space becomes empty: it ends at 0.
-        ends = np.maximum(ends - len(space), 0).astype(np.int64)
-        flags = lossy * np.uint8(SpanFlag.LOSSY)
-        flags[:1] |= np.uint8(SpanFlag.LEADING if space else 0)
-        starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(ids)]
-        return ids, TokenSpans(np.array(ids, np.int32), begin + starts, begin + ends, flags)
-
-    def _stop_index(self, ids: list[int]) -> int | None:
-        """Index of the stop token in the template's ids after a turn.
-
-        None if anything but white space comes before it, or if there is none.
-        """
-        if self.stop_id not in ids:
-            return None
-        index = ids.index(self.stop_id)
-        special = self.tokenizer.special_ids & set(ids[:index])
-        return None if special or self.tokenizer.joined_bytes(ids[:index]).strip() else index
-
-    def _ids(self, text: str, hide: HiddenStrings, *, continued: bool = False) -> list[int]:
-        """Ids of a text with the template's special tokens. continued: other text comes before it."""
-        tokenizer = self.tokenizer
-        if not continued and not hide.is_in(text):
-            ids = tokenizer.encode(text, special=True)
-        else:
-            ids = []
-            # Hidden strings must not become special ids: each piece
-            # between special tokens is tokenized as plain text.
-            for index, part in enumerate(hide.split(text)):
-                if part in tokenizer.added_tokens:
-                    ids.append(tokenizer.added_tokens[part])
-                elif part:
-                    first = self._prefix_after_special if index else not continued
-                    ids += (tokenizer.encode if first else tokenizer.encode_continuation)(hide.reveal(part))
-        bos = tokenizer.bos_id
-        if tokenizer.adds_bos and bos is not None and not continued and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        return ids
-
-    @cached_property
-    def _prefix_after_special(self) -> bool:
-        """Whether the tokenizer treats text after a special token as the beginning of a text (dummy
-        prefix).
-        """
-        text = self.tokenizer.token_text(self.stop_id) or ""
-        return self.tokenizer.encode(text + "a", special=True)[1:] == self.tokenizer.encode("a")
-
-
-def _behind(before: list[int], ids: list[int]) -> list[int] | None:
-    """The ids after `before`; None if they do not begin with it."""
-    return ids[len(before) :] if ids[: len(before)] == before else None
-
-
-def _stop_span(stop_id: int, end: int) -> TokenSpans:
-    """The span of the stop token of a turn that ends at this byte."""
-    flag = np.array([SpanFlag.STOP], np.uint8)
-    return TokenSpans(
-        np.array([stop_id], np.int32), np.array([end], np.int64), np.array([end + 1], np.int64), flag
-    )
