@@ -10,7 +10,7 @@ whole or not at all.
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,33 +92,8 @@ def merge_models(merge: Merge, output: Path) -> bool:
     stored = common_dtype(weights.dtype(name) for weights in inputs for name in shapes)
     dtype = merge.dtype or stored
     merge = replace(merge, dtype=dtype)
-    out_dtype = DTYPES[dtype]
     record = _record(merge)
-    parameters = _mergekit_parameters(merge)
-    base_index = {"slerp": 0, "linear": None}.get(merge.method, len(merge.models))
-
-    def merged_tensor(name: str) -> Tensor:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_tensor_seed(merge.seed or 0, name))
-            common = min(weights.shape(name)[0] for weights in inputs)
-            tensors = [weights.read(name, 0, 0, common) for weights in inputs]
-            for weights, tensor in zip(inputs, tensors, strict=True):
-                refuse_non_finite(tensor, weights.place(name))
-            tensor = merge_tensors(
-                tensors,
-                merge.method,
-                parameters=parameters,
-                base_index=base_index,
-                name=name,
-                dtype=torch.float32,
-                out_dtype=out_dtype,
-            )
-            # Appended after the merge, because slerp, ties and dare compute with the norm or the ranks of a
-            # whole tensor.
-            if further := shapes[name][0] - common:
-                tensor = torch.cat([tensor, inputs[0].read(name, 0, common, further).to(out_dtype)])
-            refuse_non_finite(tensor, f"{name} of the merge, in {merge.dtype},")
-        return tensor.contiguous()
+    merged_tensor = _MergedTensor(merge, inputs, shapes, merge_tensors, dtype)
 
     with sole_writer(output, RECORD):
         previous = find(output, RECORD, "--output")
@@ -128,12 +103,11 @@ def merge_models(merge: Merge, output: Path) -> bool:
                 return False
             previous.refuse_changes("--output")
         with directory_then_rename(output, previous) as temporary:
-            if merge.dtype not in (stored, "fp32"):
+            if dtype not in (stored, "fp32"):
                 logger.warning(
-                    f"{stored} weights are written as {merge.dtype}, which rounds them: --dtype {stored} "
-                    "keeps them"
+                    f"{stored} weights are written as {dtype}, which rounds them: --dtype {stored} keeps them"
                 )
-            write_weight_files(temporary, shapes, merged_tensor, out_dtype, SHARD_BYTES)
+            write_weight_files(temporary, shapes, merged_tensor, DTYPES[dtype], SHARD_BYTES)
             write_beside_weights(merge.models[0], temporary, dtype)
             record_files(temporary, RECORD, record)
     return True
@@ -181,6 +155,41 @@ def _complete(merge: Merge) -> Merge:
     if merge.rescale is not None and merge.rescale not in RESCALES:
         raise UserError(f"--rescale is {merge.rescale!r}. Choose one of {', '.join(RESCALES)}.")
     return merge
+
+
+@dataclass(frozen=True)
+class _MergedTensor:
+    """Reads the tensors of one name from all models and merges them."""
+
+    merge: Merge  # with every option set
+    inputs: list[WeightFiles]  # of the models, then of the base
+    shapes: dict[str, tuple[int, ...]]  # of the result
+    merge_tensors: Callable[..., Tensor]  # mergekit's
+    dtype: str  # of the result
+
+    def __call__(self, name: str) -> Tensor:
+        merge, out_dtype = self.merge, DTYPES[self.dtype]
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_tensor_seed(merge.seed or 0, name))
+            common = min(weights.shape(name)[0] for weights in self.inputs)
+            tensors = [weights.read(name, 0, 0, common) for weights in self.inputs]
+            for weights, tensor in zip(self.inputs, tensors, strict=True):
+                refuse_non_finite(tensor, weights.place(name))
+            tensor = self.merge_tensors(
+                tensors,
+                merge.method,
+                parameters=_mergekit_parameters(merge),
+                base_index={"slerp": 0, "linear": None}.get(merge.method, len(merge.models)),
+                name=name,
+                dtype=torch.float32,
+                out_dtype=out_dtype,
+            )
+            # Appended after the merge, because slerp, ties and dare compute with the norm or the ranks of a
+            # whole tensor.
+            if further := self.shapes[name][0] - common:
+                tensor = torch.cat([tensor, self.inputs[0].read(name, 0, common, further).to(out_dtype)])
+            refuse_non_finite(tensor, f"{name} of the merge, in {self.dtype},")
+        return tensor.contiguous()
 
 
 def _mergekit_parameters(merge: Merge) -> dict[str, Any]:
