@@ -28,6 +28,7 @@ from megatron_fuse.instructions.rows import Rows, read_rows
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.progress import Progress, log_complete
 from megatron_fuse.recipe import TARGET, Recipe
+from megatron_fuse.recipe.stage_options import DataOptions
 from megatron_fuse.stages import Context, Stage
 from megatron_fuse.storage import (
     Artifact,
@@ -191,24 +192,17 @@ def prepare_instructions(context: Context) -> Artifact | None:
     if artifact or rank_and_world()[0] != 0:
         return artifact
     # The examples are chosen before anything is written, so that an error leaves no directory.
-    data = recipe.data
-    clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
-    rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
-    if not rows:
-        reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "the file is empty"
-        raise UserError(
-            f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})"
-        )
+    rows = _usable_rows(recipe.data)
     formats = [(name, context.format(name)) for name in (TARGET, *recipe.sources)]
     fitted, dropped = _choose(context, rows, formats)
-    validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: data.validation_samples])
+    validation_ids = set(_by_rank(fitted, recipe.seed, "held out")[: recipe.data.validation_samples])
 
     def make_shard(_: int, prefix: Path) -> dict[str, int]:
         examples = (
             fitted[example.id](example, is_validation=example.id in validation_ids)
             for example in rows.read(fitted)
         )
-        sizes = np.diff(shard_bounds(len(fitted), data.shard_size))
+        sizes = np.diff(shard_bounds(len(fitted), recipe.data.shard_size))
         for shard, size in enumerate(sizes):
             path = prefix.with_name(f"{prefix.name}.{shard:05d}.jsonl")
             write_jsonl(path, (example.as_row() for example in islice(examples, size)))
@@ -235,14 +229,32 @@ def prepare_instructions(context: Context) -> Artifact | None:
         }
 
     artifact = run_plan(plan, make_shard, ShardProgress(plan.directory, "examples", [len(fitted)]))
-    composing = [name for name, chat in formats if chat.tokenizer.composes]
-    if artifact and artifact.counts["not_in_nfc"] and composing:
-        logger.warning(
-            f"{artifact.counts['not_in_nfc']} of {len(fitted)} examples have responses that are not in "
-            "Unicode's form NFC, which "
-            f"{', '.join(composing)} would read as NFC when served: set data.normalize: nfc"
-        )
+    if artifact:
+        _warn_of_other_forms(artifact, formats)
     return artifact
+
+
+def _usable_rows(data: DataOptions) -> Rows:
+    """The rows of the user's file. Raises UserError if none of them can be used."""
+    clean = Cleaning(nfc=data.normalize == "nfc", strip=data.strip, reasoning=data.reasoning)
+    rows = read_rows(data.path, data.format, every_turn=data.supervise == "every_turn", clean=clean)
+    if not rows:
+        reason = f"line {rows.bad[0]['line']}: {rows.bad[0]['reason']}" if rows.bad else "the file is empty"
+        raise UserError(
+            f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})"
+        )
+    return rows
+
+
+def _warn_of_other_forms(artifact: Artifact, formats: list[tuple[str, ChatFormat]]) -> None:
+    """Warns if responses are not in NFC and a model's tokenizer changes text to NFC."""
+    composing = [name for name, chat in formats if chat.tokenizer.composes]
+    if artifact.counts["not_in_nfc"] and composing:
+        logger.warning(
+            f"{artifact.counts['not_in_nfc']} of {artifact.counts['examples']} examples have responses that "
+            f"are not in Unicode's form NFC, which {', '.join(composing)} would read as NFC when served: set "
+            "data.normalize: nfc"
+        )
 
 
 def example_shards(artifact: Artifact) -> Shards[list[Example]]:
