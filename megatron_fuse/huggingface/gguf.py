@@ -69,45 +69,13 @@ def convert_gguf(file: Path, tokenizer: Path, output: Path, dtype: str = "fp32")
         raise UserError(f"--from-gguf: {file} is not a {SUFFIX} file")
     file_size(file)
     held = _held(file)
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Versions of transformers with GgufConfig leave the weights quantised by default; earlier versions always
-    # dequantise.
-    config = getattr(transformers, "GgufConfig", None)
-    plain = {"quantization_config": config(gguf_file=file.name, dequantize=True)} if config else {}
-    with _read(f"--tokenizer: {tokenizer}"):
-        original_tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer, local_files_only=True, trust_remote_code=False
-        )
-    _compare_tokens(
-        {token: text for text, token in original_tokenizer.get_vocab().items()}, held, file, tokenizer
-    )
+    _compare_tokens(_vocabulary(tokenizer), held, file, tokenizer)
     if held.rotary_scaling:  # read before the weights, so that an error comes early
         original = _scaled_config(tokenizer, file, held.rotary_scaling)
-    with _read(f"--from-gguf: {file}"), without_bars():
-        # A pair, which transformers' annotation leaves out.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            local_files_only=True,
-            **plain,
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    model, report = loaded
-    check_after_loading(model, report, file, "--from-gguf")
-    for name, parameter in model.named_parameters():
-        refuse_non_finite(parameter.detach(), f"--from-gguf: {file}: {name}")
+    model = _load(file, dtype)
     if held.rotary_scaling:
         _compare_sizes(model.config, original, file, tokenizer)
         model.config.rope_parameters = original.rope_parameters
-    # The weights are dequantised now. Without this, save_pretrained would still follow the quantisation of
-    # the file.
-    model.hf_quantizer, model.is_quantized = None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
     with sole_writer(output, "config.json"):
         if output.exists():
             raise UserError(f"{output} already exists. Remove it or choose another directory.")
@@ -165,6 +133,47 @@ def _held(file: Path) -> _Held:
             value("tokenizer.ggml.token_type") or [],
             next(iter(tensors + keys), None),
         )
+
+
+def _vocabulary(tokenizer: Path) -> dict[int, str]:
+    """id -> text of the tokens of a Hugging Face directory."""
+    from transformers import AutoTokenizer
+
+    with _read(f"--tokenizer: {tokenizer}"):
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    return {token: text for text, token in loaded.get_vocab().items()}
+
+
+def _load(file: Path, dtype: str) -> Any:
+    """The model of a GGUF file, dequantised. Raises UserError if weights are missing or not finite."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    # Versions of transformers with GgufConfig leave the weights quantised by default; earlier versions always
+    # dequantise.
+    config = getattr(transformers, "GgufConfig", None)
+    plain = {"quantization_config": config(gguf_file=file.name, dequantize=True)} if config else {}
+    with _read(f"--from-gguf: {file}"), without_bars():
+        # A pair, which transformers' annotation leaves out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            local_files_only=True,
+            **plain,
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    check_after_loading(model, report, file, "--from-gguf")
+    for name, parameter in model.named_parameters():
+        refuse_non_finite(parameter.detach(), f"--from-gguf: {file}: {name}")
+    # The weights are dequantised now. Without this, save_pretrained would still follow the quantisation of
+    # the file.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def _scaled_config(tokenizer: Path, file: Path, scaling: str) -> Any:
