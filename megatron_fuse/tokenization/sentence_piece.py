@@ -7,6 +7,7 @@ there is no tokenizer.json.
 
 import json
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -178,51 +179,75 @@ def _visible(piece: str) -> bytes:
     return piece.replace(VISIBLE_SPACE, " ").encode()
 
 
-def load_sentence_piece(path: Path) -> Tokenizer:
-    """Reads a SentencePiece model file, and transformers' settings beside it (tokenizer_config.json, others).
+@dataclass(frozen=True)
+class _Pieces:
+    """The tokens of a model file."""
 
-    Raises UserError if the file is not a SentencePiece model, or if the settings belong to another model.
-    """
-    data = read_small_file(path)
+    ids: dict[str, int]  # piece -> id
+    token_bytes: dict[int, bytes]  # id -> the bytes that it stands for
+    named: dict[str, int | None]  # ids of "bos", "eos" and "pad"
+
+
+def _parse(data: bytes, path: Path) -> tuple[Any, _Pieces]:
+    """The model of a file, and its tokens. Raises UserError if the file is not a SentencePiece model."""
     model = _ModelProto()
     try:
         model.ParseFromString(data)
         if not model.pieces:
             raise ValueError("it has no pieces")
         processor = _processor(model)
-        pieces = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
-        own_bytes = {
+        ids = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
+        token_bytes = {
             token: bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else _visible(piece)
-            for piece, token in pieces.items()
+            for piece, token in ids.items()
         }
     except Exception as error:  # protobuf and sentencepiece raise their own kinds
         raise UserError(
             f"{path}: not a SentencePiece model ({brief(str(error))}), and not tiktoken ranks. Any other "
             "tokenizer needs a tokenizer.json beside it."
         ) from error
-    settings = read_settings(path.parent)
-    extra = {text: token for text, token in settings.added.items() if text not in pieces}
-    _refuse_other_bytes(model, extra, path)
-    named = {}
-    for kind in ("bos", "eos", "pad"):
-        model_token = getattr(processor, f"{kind}_id")()  # -1 = none
-        named[kind] = settings.named_token(kind, pieces | extra, model_token if model_token >= 0 else None)
-    _hide_from_text(model, {*settings.special, *named.values()})
-    processor = _processor(model)
-    control = {piece: i for piece, i in pieces.items() if processor.is_control(i) or processor.is_unknown(i)}
-    special = {
-        *control.values(),
-        *settings.special,
-        *(token for token in named.values() if token is not None),
-    }
-    token_bytes = [b""] * (1 + max([*pieces.values(), *extra.values()]))
+    named = {"bos": processor.bos_id(), "eos": processor.eos_id(), "pad": processor.pad_id()}  # -1 = none
+    return model, _Pieces(
+        ids, token_bytes, {kind: token if token >= 0 else None for kind, token in named.items()}
+    )
+
+
+def _token_bytes(pieces: _Pieces, extra: dict[str, int], special: Set[int]) -> list[bytes]:
+    """Tokenizer.token_bytes. extra: the added tokens that are no pieces. special: ids without bytes."""
+    token_bytes = [b""] * (1 + max([*pieces.ids.values(), *extra.values()]))
     # The order matters: added tokens override the model's pieces, and special tokens have no bytes at all.
-    for token, piece_bytes in own_bytes.items():
+    for token, piece_bytes in pieces.token_bytes.items():
         token_bytes[token] = piece_bytes
     for text, token in extra.items():
         token_bytes[token] = text.encode()
     for token in special:
         token_bytes[token] = b""
+    return token_bytes
+
+
+def load_sentence_piece(path: Path) -> Tokenizer:
+    """Reads a SentencePiece model file, and transformers' settings beside it (tokenizer_config.json, others).
+
+    Raises UserError if the file is not a SentencePiece model, or if the settings belong to another model.
+    """
+    data = read_small_file(path)
+    model, pieces = _parse(data, path)
+    settings = read_settings(path.parent)
+    extra = {text: token for text, token in settings.added.items() if text not in pieces.ids}
+    _refuse_other_bytes(model, extra, path)
+    named = {
+        kind: settings.named_token(kind, pieces.ids | extra, token) for kind, token in pieces.named.items()
+    }
+    _hide_from_text(model, {*settings.special, *named.values()})
+    processor = _processor(model)
+    control = {
+        piece: i for piece, i in pieces.ids.items() if processor.is_control(i) or processor.is_unknown(i)
+    }
+    special = {
+        *control.values(),
+        *settings.special,
+        *(token for token in named.values() if token is not None),
+    }
     always = {text: token for text, token in extra.items() if token not in special}
     added = control | extra
     legacy = settings.config.legacy
@@ -233,7 +258,7 @@ def load_sentence_piece(path: Path) -> Tokenizer:
     adds_bos = named["bos"] is not None and settings.config.add_bos_token is not False
     return Tokenizer(
         name=str(path),
-        token_bytes=token_bytes,
+        token_bytes=_token_bytes(pieces, extra, special),
         bos_id=named["bos"],
         eos_id=named["eos"],
         pad_id=named["pad"],
