@@ -92,6 +92,21 @@ def encode_ground_truth(recipe: Recipe, chat: ChatFormat, examples: Sequence[Exa
     )
 
 
+def encode_answers(
+    recipe: Recipe,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    responses: Sequence[Learned],
+    usable: np.ndarray,
+) -> Documents:
+    """A source's answers to the examples, as the inference mode learns them.
+
+    usable bool [n]: the other answers are left out.
+    """
+    chosen = [response if is_usable else None for response, is_usable in zip(responses, usable, strict=True)]
+    return encode_documents(chat, examples, chosen, every_turn=False, seq_length=recipe.training.seq_length)
+
+
 def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]:
     """The supervised bytes of every example's ground truth.
 
@@ -102,6 +117,12 @@ def supervised_bytes(recipe: Recipe, examples: Sequence[Example]) -> list[bytes]
         response_bytes(supervised_turns(example.messages, example.response, every_turn=every_turn))
         for example in examples
     ]
+
+
+def write_documents(prefix: Path, documents: Documents, dtype: type) -> None:
+    """Writes the ids and labels of documents. dtype: of the ids, see id_dtype."""
+    write_ragged(prefix, "tokens", documents.tokens, dtype)
+    write_ragged(prefix, "supervised", documents.supervised, np.uint8)
 
 
 def write_ragged(prefix: Path, field: str, arrays: Sequence[np.ndarray], dtype: type) -> None:

@@ -25,9 +25,10 @@ from megatron_fuse.fusion_data.answers import EMPTY_ANSWER, answer_key
 from megatron_fuse.fusion_data.documents import round_down_to_half
 from megatron_fuse.fusion_data.encoding import (
     Documents,
-    encode_documents,
+    encode_answers,
     id_dtype,
     supervised_bytes,
+    write_documents,
     write_ragged,
 )
 from megatron_fuse.fusion_data.layout import TEACHERS, TEXT
@@ -80,18 +81,8 @@ def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
         if answers:
             responses = [learned_of(answer, recipe.data.reasoning) for answer in answers[index]]
             texts = [response.text for response in responses]
-            documents = encode_documents(
-                target,
-                shard,
-                [
-                    response if is_usable else None
-                    for response, is_usable in zip(responses, usable, strict=True)
-                ],
-                every_turn=False,
-                seq_length=recipe.training.seq_length,
-            )
-            write_ragged(prefix, "tokens", documents.tokens, dtype)
-            write_ragged(prefix, "supervised", documents.supervised, np.uint8)
+            documents = encode_answers(recipe, target, shard, responses, usable)
+            write_documents(prefix, documents, dtype)
             data = [response_bytes([text]) for text in texts]
         else:
             texts = [example.response for example in shard]
@@ -102,27 +93,13 @@ def build_teacher(context: Context, source: str, mode: str) -> Artifact | None:
         # An example is available if both models read it whole: the source's capture, and the target's
         # seq_length.
         available = documents.present & usable
-        # Selection needs these arrays of all examples and sources. With them in a small file, it does not
-        # read the rows.
-        example_arrays = {
-            "available": available.astype(np.uint8),
-            "lossy": captured.lossy,
-            "target_lossy": documents.lossy.astype(np.uint8),
-            "ce_sum": captured.ce_sum,
-            "response_bytes": captured.response_bytes,
-            "response_tokens": captured.response_tokens,
-            "answer": np.array(
-                [answer_key(t) if a else EMPTY_ANSWER for t, a in zip(texts, available, strict=True)]
-            ),
-        }
-        write_safetensors(Path(f"{prefix}.examples.safetensors"), example_arrays)
-        with_label_mass = int(corrected.sum())
+        _write_example_arrays(prefix, captured, documents, texts, available)
         progress.update(len(texts), counts["rows"])  # a row is a supervised token
         return {
             "examples": len(texts),
             "available": int(available.sum()),
             **counts,
-            "rows_label_mass": with_label_mass,
+            "rows_label_mass": int(corrected.sum()),
         }
 
     return run_plan(plan, make_shard, progress)
@@ -144,6 +121,26 @@ def _write_rows(
         **{name: count for name, count in matches.items() if count},
         "entries": len(rows.ids),
     }
+
+
+def _write_example_arrays(
+    prefix: Path, captured: CaptureShard, documents: Documents, texts: Sequence[str], available: np.ndarray
+) -> None:
+    """Writes what selection needs of every example and source, so that it does not read the rows."""
+    answers = [
+        answer_key(text) if is_available else EMPTY_ANSWER
+        for text, is_available in zip(texts, available, strict=True)
+    ]
+    example_arrays = {
+        "available": available.astype(np.uint8),
+        "lossy": captured.lossy,
+        "target_lossy": documents.lossy.astype(np.uint8),
+        "ce_sum": captured.ce_sum,
+        "response_bytes": captured.response_bytes,
+        "response_tokens": captured.response_tokens,
+        "answer": np.array(answers),
+    }
+    write_safetensors(Path(f"{prefix}.examples.safetensors"), example_arrays)
 
 
 @dataclass(frozen=True)

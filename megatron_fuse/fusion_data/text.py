@@ -9,9 +9,7 @@ FUSION/text/shard-00000.examples.jsonl                   {id, held_out, supervis
 
 from pathlib import Path
 
-import numpy as np
-
-from megatron_fuse.fusion_data.encoding import encode_ground_truth, id_dtype, write_ragged
+from megatron_fuse.fusion_data.encoding import encode_ground_truth, id_dtype, write_documents
 from megatron_fuse.fusion_data.layout import TEXT
 from megatron_fuse.fusion_data.stored_spans import write_spans
 from megatron_fuse.instructions import INSTRUCTIONS, example_shards, shard_sizes
@@ -33,8 +31,7 @@ def build_text(context: Context) -> Artifact | None:
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
         examples = shards[index]
         documents = encode_ground_truth(recipe, target, examples)
-        write_ragged(prefix, "tokens", documents.tokens, id_dtype(target.tokenizer.vocab_size))
-        write_ragged(prefix, "supervised", documents.supervised, np.uint8)
+        write_documents(prefix, documents, id_dtype(target.tokenizer.vocab_size))
         write_spans(prefix, documents)
         rows = [
             {"id": example.id, "held_out": example.is_validation, "supervised_tokens": len(spans)}
