@@ -44,6 +44,7 @@ class Case:
     temperature: float
     dtype: torch.dtype
     h: int | None = None
+    softcap: float | None = None  # of the logits, only for "sparse_kl" without shards
     shards: int = 1  # of the vocabulary over a tensor-parallel group, of which the logits are one
     repeats: int = 9  # timed calls of each provider
     targets: tuple[Target, ...] = ()
@@ -51,12 +52,16 @@ class Case:
     def __str__(self) -> str:
         hidden = f", h={self.h}" if self.h else ""
         part = f", one of {self.shards} shards" if self.shards > 1 else ""
+        cap = f", softcap={self.softcap:g}" if self.softcap else ""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel} {self.n} x {self.v}{part}{hidden}, k={self.k}, T={self.temperature:g}, {dtype}"
+        shape = f"{self.n} x {self.v}{part}{hidden}, k={self.k}"
+        return f"{self.kernel} {shape}, T={self.temperature:g}{cap}, {dtype}"
 
     @property
     def label(self) -> str:
         """Of its rows in the CSV file."""
+        if self.softcap:
+            return f"{self.kernel}_softcap"
         return f"{self.kernel}_shard" if self.shards > 1 else self.kernel
 
     @property
@@ -98,6 +103,7 @@ def cpu_cases() -> list[Case]:
         dataclasses.replace(base, dtype=torch.bfloat16),
         dataclasses.replace(base, v=128256),
         *(dataclasses.replace(base, k=k) for k in (1, 64)),
+        dataclasses.replace(base, softcap=30.0),
         Case("fused_linear", 2048, 32000, 10, 2.0, torch.float32, h=512, repeats=3),
     ]
 
@@ -131,6 +137,7 @@ def gpu_cases() -> list[Case]:
     return [
         *headline_cases(),
         *(dataclasses.replace(base, v=v) for v in (32000, 50432, 151936, 262144)),
+        dataclasses.replace(base, v=256000, softcap=30.0),  # Gemma 2
         *(dataclasses.replace(base, dtype=dtype) for dtype in (torch.float16, torch.float32)),
         # 3: no power of two, two exponentials.
         *(dataclasses.replace(base, temperature=t) for t in (1.0, 4.0, 3.0)),
@@ -145,6 +152,7 @@ def quick_cases() -> list[Case]:
     return [
         Case("sparse_kl", 64, 1000, 4, 2.0, torch.float32, repeats=2),
         Case("sparse_kl", 48, 1003, 3, 3.0, torch.bfloat16, repeats=2),
+        Case("sparse_kl", 64, 999, 4, 2.0, torch.float32, softcap=3.0, repeats=2),
         Case("sparse_kl", 48, 250, 3, 2.0, torch.float32, shards=4, repeats=2),
         Case("fused_linear", 64, 1000, 4, 2.0, torch.float32, h=32, repeats=2),
         Case("top_k", 64, 1000, 4, 2.0, torch.float32, repeats=2),

@@ -12,4 +12,6 @@ def providers_of(case: Case, device: str) -> list[Provider]:
         return fused_linear_providers()
     if case.kernel == "top_k":
         return top_k_providers(case.k)
-    return shard_providers(case.shards) if case.shards > 1 else sparse_kl_providers(device)
+    if case.shards > 1:
+        return shard_providers(case.shards)
+    return sparse_kl_providers(device, case.softcap)

@@ -32,24 +32,34 @@ class Provider:
     main_grad: bool = False  # adds the weight's gradient to weight.main_grad and returns a sparse zero for it
 
 
-def sparse_kl_providers(device: str) -> list[Provider]:
+def sparse_kl_providers(device: str, softcap: float | None = None) -> list[Provider]:
+    """softcap: of the logits. Ours takes it as an option; the others get logits that torch has capped."""
+    capped = functools.partial(after_cap, softcap)
+    fused = functools.partial(ours, softcap=softcap)
     exact, liger_absent = (
-        functools.partial(ours, tail="ignore", implementation="reference"),
+        functools.partial(fused, tail="ignore", implementation="reference"),
         absent("liger_kernel"),
     )
     if not liger_absent and device != "cuda":
         liger_absent = "Liger's cross entropy runs on a GPU only"
     return [
-        Provider("ours", functools.partial(ours, tail="ignore"), exact),
+        Provider("ours", functools.partial(fused, tail="ignore"), exact),
         Provider(
-            "ours, bucket", functools.partial(ours, tail="bucket"), functools.partial(exact, tail="bucket")
+            "ours, bucket", functools.partial(fused, tail="bucket"), functools.partial(exact, tail="bucket")
         ),
-        Provider("dense eager", dense, exact),
-        Provider("dense torch.compile", compiled(dense), exact),
-        Provider("sparse autograd", sparse_autograd, exact),
-        Provider("chunked top-k", chunked_top_k, exact),
-        Provider("liger CE + sparse KL", liger_ce_and_sparse_kl, exact, liger_absent),
+        Provider("dense eager", capped(dense), exact),
+        Provider("dense torch.compile", compiled(capped(dense)), exact),
+        Provider("sparse autograd", capped(sparse_autograd), exact),
+        Provider("chunked top-k", capped(chunked_top_k), exact),
+        Provider("liger CE + sparse KL", capped(liger_ce_and_sparse_kl), exact, liger_absent),
     ]
+
+
+def after_cap(softcap: float | None, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss of soft-capped logits; the loss itself without a cap."""
+    if softcap is None:
+        return loss
+    return lambda logits, *rest: loss(softcap * torch.tanh(logits.float() / softcap), *rest)
 
 
 def absent(package: str) -> str:
@@ -84,7 +94,7 @@ def ours(
     *,
     tail,
     implementation=None,
-    **shard,
+    **options,
 ):
     return sparse_kl_cross_entropy(
         logits,
@@ -96,7 +106,7 @@ def ours(
         temperature=temperature,
         tail=tail,
         implementation=implementation or fitting_implementation(logits),
-        **shard,
+        **options,
     ).loss
 
 

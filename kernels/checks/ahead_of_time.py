@@ -49,6 +49,7 @@ _READING = (
     "scale_kernel",
     "topk_kernel",
 )
+_SOFTCAP = 30.0  # of Gemma 2
 _WRITING = ("whole_row_kernel", "gradient_kernel", "scale_kernel")
 
 
@@ -69,35 +70,45 @@ def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, 
     """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
 
     modes: the kernels' ways of taking the temperature (T_MODE).
-    A constant None is an argument that is left out.
+    A constant None is an argument that is left out. Kernels that take CAP occur with and without a cap.
     """
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     launch = choose_launch(8192, 128256, size, 132)
     for slots in (16, 128):
         for tail in ("bucket", "renormalize", "ignore"):
             yield "gather_kernel", {"TAIL": tail, "K": slots}, gather_warps(slots)
-        yield "finish_kernel", {"K": slots, "STATISTICS": None}, 1
-        yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None}, 1
-        yield "special_gradient_kernel", {"K": slots, "ROUND": False, "UPSTREAM": None}, 1
-        yield "special_gradient_kernel", {"K": slots, "ROUND": False}, 1
     yield "loss_kernel", {"B": 128}, 4
-    for mode in modes:
-        yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
-        for upstream in ({}, {"UPSTREAM": None}):
-            yield (
-                "gradient_kernel",
-                {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream},
-                launch.warps,
-            )
-        for width in (128256, 32064):
-            whole = choose_launch(8192, width, size, 132)
-            shape = row_shape(whole)
-            yield "whole_row_kernel", {**shape, "K": 16, "T_MODE": mode, "ROUND": False}, whole.row_warps
-        for slots in (16, 64):
-            lanes, neighbours, tiles = triton_topk.tile_shape(128256, size, slots)
-            constants = {"K": slots, "C": lanes, "R": neighbours, "S": tiles, "T_MODE": mode}
-            yield "topk_kernel", constants, 8
     yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
+    for cap in ({"CAP": None}, {"CAP": _SOFTCAP}):
+        for slots in (16, 128):
+            yield "finish_kernel", {"K": slots, "STATISTICS": None, **cap}, 1
+            yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None, **cap}, 1
+            for upstream in ({}, {"UPSTREAM": None}):
+                yield "special_gradient_kernel", {"K": slots, "ROUND": False, **upstream, **cap}, 1
+        for mode in modes:
+            yield from ((name, {**constants, **cap}, warps) for name, constants, warps in passes(size, mode))
+
+
+def passes(size: int, mode: int) -> Iterator[tuple[str, dict[str, object], int]]:
+    """The part of `variants` that passes over the logits, whose elements have `size` bytes."""
+    launch = choose_launch(8192, 128256, size, 132)
+    yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
+    for upstream in ({}, {"UPSTREAM": None}):
+        yield (
+            "gradient_kernel",
+            {"BLOCK": launch.block, "T_MODE": mode, "ROUND": False, **upstream},
+            launch.warps,
+        )
+    for width in (128256, 32064):
+        whole = choose_launch(8192, width, size, 132)
+        yield (
+            "whole_row_kernel",
+            {**row_shape(whole), "K": 16, "T_MODE": mode, "ROUND": False},
+            whole.row_warps,
+        )
+    for slots in (16, 64):
+        lanes, neighbours, tiles = triton_topk.tile_shape(128256, size, slots)
+        yield "topk_kernel", {"K": slots, "C": lanes, "R": neighbours, "S": tiles, "T_MODE": mode}, 8
 
 
 def compile_kernel(

@@ -191,6 +191,30 @@ MUTATIONS = (
         "False",
     ),
     Mutation(
+        "the gradient lacks the slope of the cap: capped logits learn as if they could grow",
+        "triton_softcap.py",
+        "result = gradient * (4.0 * e * inverse * inverse)",
+        "result = gradient",
+    ),
+    Mutation(
+        "small logits are capped by the formula for large ones: they lose their digits",
+        "triton_softcap.py",
+        "tl.where(tl.abs(y) < 0.6, near,",
+        "tl.where(tl.abs(y) < 0.0, near,",
+    ),
+    Mutation(
+        "the cap turns a masked column's -inf into -c: a token that is forbidden gets probability",
+        "softcap.py",
+        ".mul_(softcap).add_(infinite)",
+        ".mul_(softcap)",
+    ),
+    Mutation(
+        "the slope of the cap is a difference: it has no digit left where the cap saturates",
+        "softcap.py",
+        ".cosh_().square_().reciprocal_()",
+        ".tanh_().square_().neg_().add_(1)",
+    ),
+    Mutation(
         "of equal logits the last is kept, not the first",
         "topk.py",
         "<< 32) - numbers",
@@ -226,6 +250,12 @@ TESTS = {
     "off_ids.py": _CHUNKED_TESTS,
     "rows.py": _CHUNKED_TESTS,
     "linear.py": ("tests/kernels/test_fused_linear.py", "-k", "torch-7-bucket or main_gradient or promise"),
+    "softcap.py": ("tests/kernels/test_softcap.py", "-k", "torch and (masked or saturated)"),
+    "triton_softcap.py": (
+        "tests/kernels/test_softcap.py",
+        "-k",
+        "triton and (saturated and dtype0 or changes_nothing)",
+    ),
     "topk.py": ("tests/kernels/test_topk.py", "-k", "sort and 1003 and torch"),
     "triton_topk.py": ("tests/kernels/test_topk.py", "-k", "sort and 1003 and triton and float16"),
 }

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse_kernels.rows import VocabularyShard
+from fuse_kernels.rows import LossOptions, VocabularyShard
 
 TAILS = ("bucket", "renormalize", "ignore")
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -48,22 +48,34 @@ class Student:
     device: torch.device
 
 
+def check_options(temperature: float, tail: str, softcap: float | None) -> LossOptions:
+    """The options of the loss. Raises ValueError as `sparse_kl_cross_entropy` says."""
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}. Use one of {', '.join(TAILS)}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}, but must be a finite number above 0")
+    return LossOptions(float(temperature), tail, check_softcap(softcap))
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """The cap of the logits. Raises ValueError if it is neither None nor a finite number above 0."""
+    if softcap is None:
+        return None
+    if not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}, but must be a finite number above 0, or None for no cap")
+    return float(softcap)
+
+
 def check_arguments(
     student: Student,
     targets: Targets,
     *,
-    temperature: float,
-    tail: str,
     vocab_size: int | None,
     vocab_start: int,
     group: dist.ProcessGroup | None,
     check: bool | None,
 ) -> VocabularyShard:
     """This rank's part of the vocabulary. Raises ValueError as `sparse_kl_cross_entropy` says."""
-    if tail not in TAILS:
-        raise ValueError(f"tail is {tail!r}. Use one of {', '.join(TAILS)}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}, but must be a finite number above 0")
     _check_tensors(student, targets)
     shard = make_shard(student.columns, vocab_size, vocab_start, group)
     if check is None:

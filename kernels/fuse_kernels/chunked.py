@@ -32,18 +32,19 @@ from fuse_kernels.off_ids import (
 from fuse_kernels.rows import (
     OVERWRITTEN,
     ActiveRows,
+    LossOptions,
     SparseTarget,
     TokenLosses,
     VocabularyShard,
     sparse_target,
 )
+from fuse_kernels.softcap import cap_, slope_
 
 
 def chunked_loss(
     logits: Tensor,
     rows: ActiveRows,
-    temperature: float,
-    tail: str,
+    options: LossOptions,
     shard: VocabularyShard,
     *,
     in_forward: bool,
@@ -53,19 +54,19 @@ def chunked_loss(
     in_forward: the forward pass writes it, which needs the whole vocabulary on this rank;
     else the backward pass does.
     """
-    return TokenLosses(*_ChunkedLoss.apply(logits, rows, temperature, tail, shard, in_forward))
+    return TokenLosses(*_ChunkedLoss.apply(logits, rows, options, shard, in_forward))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard, in_forward: bool
+        ctx, logits, rows: ActiveRows, options: LossOptions, shard: VocabularyShard, in_forward: bool
     ):
         if in_forward:
-            losses = chunked_losses_and_gradient_(logits, rows, temperature, tail, shard)
+            losses = chunked_losses_and_gradient_(logits, rows, options, shard)
             ctx.state = None
         else:
-            losses, ctx.state = chunked_losses(logits, rows, temperature, tail, shard)
+            losses, ctx.state = chunked_losses(logits, rows, options, shard)
         ctx.rows, ctx.shard = rows, shard
         ctx.save_for_backward(logits)
         ctx.given_away = False
@@ -76,7 +77,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_others):
-        nothing = (None,) * 5
+        nothing = (None,) * 4
         if upstream is None:
             return None, *nothing
         if ctx.given_away:
@@ -97,47 +98,46 @@ class ChunkedState:
     rows: ActiveRows
     entries: "_LocalEntries"
     statistics: "_Statistics"
-    temperature: float
+    options: LossOptions
     shard: VocabularyShard
 
 
 def chunked_losses(
-    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+    logits: Tensor, rows: ActiveRows, options: LossOptions, shard: VocabularyShard
 ) -> tuple[TokenLosses, ChunkedState]:
     """The losses [a] each of logits [n, v], which stay as they are.
 
     Under a group: one all-gather of [7, a] fp64.
     """
-    target = sparse_target(rows, tail)
-    entries = _local_entries(logits, rows, target, shard)
+    target = sparse_target(rows, options.tail)
+    entries = _local_entries(logits, rows, target, options, shard)
     off_ids = no_columns(logits, rows)
     # Only the sums are wanted here. `exponentials` adds them to off_ids chunk by chunk.
-    for _ in exponentials(logits, rows, entries.row, entries.column, temperature, shard, off_ids):
+    for _ in exponentials(logits, rows, entries.row, entries.column, options, shard, off_ids):
         pass
-    statistics = _statistics(off_ids, _on_ids(target, entries, temperature), target, shard)
-    state = ChunkedState(rows, entries, statistics, temperature, shard)
-    return _losses(logits, rows, target, statistics, temperature), state
+    statistics = _statistics(off_ids, _on_ids(target, entries, options.temperature), target, shard)
+    state = ChunkedState(rows, entries, statistics, options, shard)
+    return _losses(logits, rows, target, statistics, options.temperature), state
 
 
 def chunked_losses_and_gradient_(
-    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+    logits: Tensor, rows: ActiveRows, options: LossOptions, shard: VocabularyShard
 ) -> TokenLosses:
     """The losses [a] each of logits [n, v]. Writes the gradient of sum(loss) over the logits.
 
     Only without a group.
     """
-    target = sparse_target(rows, tail)
+    temperature = options.temperature
+    target = sparse_target(rows, options.tail)
     # The entries and the label must be read before the loop writes the gradient over them.
-    entries = _local_entries(logits, rows, target, shard)
+    entries = _local_entries(logits, rows, target, options, shard)
     on_ids = _on_ids(target, entries, temperature)
     w_ce, w_kl = rows.ce_weight, rows.kl_weight / temperature
     weights = torch.stack((w_ce, w_kl * (target.mass.sum(1) + target.tail)))
-    of_tail = w_kl * target.tail if tail == "bucket" else None
+    of_tail = w_kl * target.tail if options.tail == "bucket" else None
     _clear(logits, rows, shard)
     off_ids = no_columns(logits, rows)
-    for start, stop, x, y in exponentials(
-        logits, rows, entries.row, entries.column, temperature, shard, off_ids
-    ):
+    for start, stop, x, y in exponentials(logits, rows, entries.row, entries.column, options, shard, off_ids):
         # The same factors as in `_write_off_ids`, for the rows of this chunk, whose sums off the ids are
         # known now. A softmax over all columns is exp(z - shift) / exp(lse - shift), and
         #     exp(lse - shift) = (sum off the ids) + exp(log-sum-exp on the ids - shift).
@@ -149,7 +149,7 @@ def chunked_losses_and_gradient_(
         factors = weights[:, part] / (on_ids[:2, part] - off_ids.shifts[:, part]).exp_().add_(sums)
         if of_tail is not None:
             factors[1].sub_(of_tail[part] / sums[1].clamp(min=1.0))
-        write_gradient(logits, rows, start, stop, x, y, factors)
+        write_gradient(logits, rows, start, stop, x, y, factors, options)
     statistics = _statistics(off_ids, on_ids, target, shard)
     _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature)
     return _losses(logits, rows, target, statistics, temperature)
@@ -157,11 +157,11 @@ def chunked_losses_and_gradient_(
 
 def chunked_gradient_(logits: Tensor, upstream: Tensor, state: ChunkedState) -> None:
     """Writes the gradient of sum(upstream [a] * loss) over the logits [n, v]."""
-    rows, statistics, temperature = state.rows, state.statistics, state.temperature
+    rows, statistics, temperature = state.rows, state.statistics, state.options.temperature
     w_ce = upstream.double() * rows.ce_weight
     w_kl = upstream.double() * rows.kl_weight / temperature
     _clear(logits, rows, state.shard)
-    _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, state.shard)
+    _write_off_ids(logits, rows, statistics, w_ce, w_kl, state.options, state.shard)
     _write_special(logits, rows, state.entries, statistics, w_ce, w_kl, temperature)
 
 
@@ -195,12 +195,14 @@ def _clear(logits: Tensor, rows: ActiveRows, shard: VocabularyShard) -> None:
     logits[:, shard.columns :] = 0
 
 
-def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> None:
-    """Writes w_ce p + w_kl (total q - tail r) to all columns, chunk by chunk,
+def _write_off_ids(logits, rows, statistics, w_ce, w_kl, options: LossOptions, shard) -> None:
+    """Writes dz / dx (w_ce p + w_kl (total q - tail r)) to all columns, chunk by chunk,
     from the statistics over all shards.
 
-    p = softmax(z), q = softmax(z / T), r = the softmax of z / T over the columns off the ids.
+    x are the stored logits, z the capped ones: without a cap the same. p = softmax(z), q = softmax(z / T), r
+    = the softmax of z / T over the columns off the ids.
     """
+    temperature = options.temperature
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # Rounded to the buffers' dtype and back: the factors below and the exponentials use the same shift, so
     # that its rounding error cancels. With x = exp(z / T - shift_t): q = x exp(shift_t - lse_t), r = x
@@ -214,16 +216,14 @@ def _write_off_ids(logits, rows, statistics, w_ce, w_kl, temperature, shard) -> 
     factors = torch.stack((w_ce * (shift_1 - statistics.lse_1).exp(), factor_t))
     shift_1, shift_t = shift_1.to(dtype)[:, None], shift_t.to(dtype)[:, None]
     for start, stop, x, y in buffers(logits, rows, shard):
-        read(logits, rows, start, stop, 1 / temperature, out=x)
+        read(logits, rows, start, stop, 1 / temperature, out=x, softcap=options.softcap)
         x.sub_(shift_t[start:stop]).exp_()
-        if temperature == 1:
-            y = x
-        elif temperature in POWERS:
+        if temperature in POWERS[1:]:
             power(x, temperature, out=y)
-        else:
-            read(logits, rows, start, stop, 1.0, out=y)
+        elif temperature != 1:
+            read(logits, rows, start, stop, 1.0, out=y, softcap=options.softcap)
             y.sub_(shift_1[start:stop]).exp_()
-        write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop])
+        write_gradient(logits, rows, start, stop, x, y, factors[:, start:stop], options)
 
 
 # --- the special columns: gathered, fp64
@@ -238,30 +238,48 @@ class _LocalEntries:
     slot: Tensor  # [e]
     column: Tensor  # [e] of the shard
     mass: Tensor  # [e] fp64
-    logit: Tensor  # [e] fp64
+    logit: Tensor  # [e] fp64, capped
+    slope: Tensor  # [e] fp64, what the cap multiplies the gradient by
     is_label: Tensor  # [e] fp64, 1 if the entry is the row's label, else 0
     label_row: Tensor  # [at most a]
     label_column: Tensor
-    label_logit: Tensor  # fp64
+    label_logit: Tensor  # fp64, capped
+    label_slope: Tensor  # fp64
 
 
 def _local_entries(
-    logits: Tensor, rows: ActiveRows, target: SparseTarget, shard: VocabularyShard
+    logits: Tensor, rows: ActiveRows, target: SparseTarget, options: LossOptions, shard: VocabularyShard
 ) -> _LocalEntries:
     row, slot = _in_shard(target.ids, shard).nonzero(as_tuple=True)
     (label_row,) = _in_shard(rows.labels, shard).nonzero(as_tuple=True)
     ids, label_ids = target.ids[row, slot], rows.labels[label_row]
+    logit, slope = _capped(logits[_position(rows, row), ids - shard.start], options.softcap)
+    label_logit, label_slope = _capped(
+        logits[_position(rows, label_row), label_ids - shard.start], options.softcap
+    )
     return _LocalEntries(
         row=row,
         slot=slot,
         column=ids - shard.start,
         mass=target.mass[row, slot],
-        logit=logits[_position(rows, row), ids - shard.start].double(),
+        logit=logit,
+        slope=slope,
         is_label=(ids == rows.labels[row]).double(),
         label_row=label_row,
         label_column=label_ids - shard.start,
-        label_logit=logits[_position(rows, label_row), label_ids - shard.start].double(),
+        label_logit=label_logit,
+        label_slope=label_slope,
     )
+
+
+def _capped(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """z and dz / dx of some logits x, both fp64; x and 1 without a cap."""
+    x = logits.double()
+    if softcap is None:
+        return x, torch.ones_like(x)
+    # z is computed in the dtype of the dense columns: equal logits have equal z on the ids and off them.
+    z = cap_(x.to(torch.promote_types(logits.dtype, torch.float32), copy=True), softcap)
+    return z.double(), slope_(x, softcap)
 
 
 def _in_shard(ids: Tensor, shard: VocabularyShard) -> Tensor:
@@ -282,20 +300,20 @@ def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -
     lse_1, lse_t, off_t = statistics.lse_1, statistics.lse_t, statistics.off_t
     total, tail = statistics.total, statistics.tail
 
-    # A label off the ids: w_ce (p - 1) + w_kl (total q - tail r).
+    # A label off the ids: dz / dx times w_ce (p - 1) + w_kl (total q - tail r).
     row, logit = entries.label_row, entries.label_logit
     p = (logit - lse_1[row]).exp()
     q = (logit / temperature - lse_t[row]).exp()
     r = (logit / temperature - off_t[row]).exp().where(tail[row] > 0, 0.0)
     value = w_ce[row] * (p - 1) + w_kl[row] * (total[row] * q - tail[row] * r)
-    logits[_position(rows, row), entries.label_column] = value.to(logits.dtype)
+    logits[_position(rows, row), entries.label_column] = (value * entries.label_slope).to(logits.dtype)
 
-    # An entry: w_ce (p - [it is the label]) + w_kl (total q - mass).
+    # An entry: dz / dx times w_ce (p - [it is the label]) + w_kl (total q - mass).
     row, logit = entries.row, entries.logit
     p = (logit - lse_1[row]).exp()
     q = (logit / temperature - lse_t[row]).exp()
     value = w_ce[row] * (p - entries.is_label) + w_kl[row] * (total[row] * q - entries.mass)
-    logits[_position(rows, row), entries.column] = value.to(logits.dtype)
+    logits[_position(rows, row), entries.column] = (value * entries.slope).to(logits.dtype)
 
 
 # --- per-row statistics: what the shards tell each other
@@ -304,8 +322,8 @@ def _write_special(logits, rows, entries, statistics, w_ce, w_kl, temperature) -
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Statistics of each row over all shards, [a] fp64 each. Suffix _1: of the logits. Suffix _t: of the
-    logits / temperature."""
+    """Statistics of each row over all shards, [a] fp64 each. Suffix _1: of the capped logits. Suffix _t: of
+    the capped logits / temperature."""
 
     lse_1: Tensor  # log-sum-exp over all columns
     lse_t: Tensor

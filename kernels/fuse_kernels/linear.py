@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fuse_kernels.arguments import Student, Targets, check_arguments, choose_implementation
+from fuse_kernels.arguments import Student, Targets, check_arguments, check_options, choose_implementation
 from fuse_kernels.chunked import chunked_gradient_, chunked_losses, chunked_losses_and_gradient_
 from fuse_kernels.reference import reference_loss
-from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard, active_rows, spread
+from fuse_kernels.rows import ActiveRows, LossOptions, TokenLosses, VocabularyShard, active_rows, spread
 
 CHUNK_BYTES = 1 << 28  # bytes of the logits that exist at once, unless the caller gives chunk_tokens
 _BLOCK = 8192  # rows of the weight's gradient that are added at once to an accumulator of another dtype
@@ -45,6 +45,7 @@ def fused_linear_sparse_kl(
     kl_weight: Tensor,
     temperature: float = 1.0,
     tail: str = "bucket",
+    softcap: float | None = None,
     vocab_size: int | None = None,
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
@@ -94,31 +95,29 @@ def fused_linear_sparse_kl(
         chunk_tokens = chunk_rows(len(weight), weight.element_size())
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1")
+    options = check_options(temperature, tail, softcap)
     student = Student("hidden", len(hidden), len(weight), hidden.dtype, hidden.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     shard = check_arguments(
         student,
         targets,
-        temperature=temperature,
-        tail=tail,
         vocab_size=vocab_size,
         vocab_start=vocab_start,
         group=group,
         check=check,
     )
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
-    temperature = float(temperature)
     needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     function = _GradientsInForward if unit_upstream and needed else _FusedLinear
     # Finding the active rows would wait for the device: the Triton kernels take all rows.
     if chosen == "triton":
-        passes = _triton_passes(targets, temperature, tail, shard)
+        passes = _triton_passes(targets, options, shard)
         return TokenLosses(*function.apply(hidden, weight, passes, chunk_tokens, shard.group))
     rows = active_rows(*targets)
     if rows.index is not None:
         hidden = hidden[rows.index]
     make_passes = _chunked_passes if chosen == "torch" else _reference_passes
-    passes = make_passes(rows, temperature, tail, shard)
+    passes = make_passes(rows, options, shard)
     return spread(TokenLosses(*function.apply(hidden, weight, passes, chunk_tokens, shard.group)), rows)
 
 
@@ -133,46 +132,44 @@ class _Passes:
     losses_and_gradient_: Callable[[Tensor, int, int], TokenLosses]
 
 
-def _triton_passes(targets: Targets, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
+def _triton_passes(targets: Targets, options: LossOptions, shard: VocabularyShard) -> _Passes:
     from fuse_kernels.triton_loss import triton_gradient_, triton_losses, triton_losses_and_gradient_
 
     def part(start: int, stop: int) -> Targets:
         return Targets(*(tensor[start:stop] for tensor in targets))
 
     return _Passes(
-        lambda logits, start, stop: triton_losses(logits, part(start, stop), temperature, tail, shard),
-        lambda logits, upstream, state: triton_gradient_(logits, upstream, state, temperature, shard),
-        lambda logits, start, stop: triton_losses_and_gradient_(
-            logits, part(start, stop), temperature, tail, shard
-        )[0],
+        lambda logits, start, stop: triton_losses(logits, part(start, stop), options, shard),
+        lambda logits, upstream, state: triton_gradient_(logits, upstream, state, options, shard),
+        lambda logits, start, stop: triton_losses_and_gradient_(logits, part(start, stop), options, shard)[0],
     )
 
 
-def _chunked_passes(rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
+def _chunked_passes(rows: ActiveRows, options: LossOptions, shard: VocabularyShard) -> _Passes:
     def losses_and_gradient_(logits: Tensor, start: int, stop: int) -> TokenLosses:
         part = rows.part(start, stop)
         if shard.group is None:
-            return chunked_losses_and_gradient_(logits, part, temperature, tail, shard)
-        losses, state = chunked_losses(logits, part, temperature, tail, shard)
+            return chunked_losses_and_gradient_(logits, part, options, shard)
+        losses, state = chunked_losses(logits, part, options, shard)
         chunked_gradient_(logits, torch.ones_like(losses.loss), state)
         return losses
 
     return _Passes(
-        lambda logits, start, stop: chunked_losses(logits, rows.part(start, stop), temperature, tail, shard),
+        lambda logits, start, stop: chunked_losses(logits, rows.part(start, stop), options, shard),
         chunked_gradient_,
         losses_and_gradient_,
     )
 
 
-def _reference_passes(rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard) -> _Passes:
+def _reference_passes(rows: ActiveRows, options: LossOptions, shard: VocabularyShard) -> _Passes:
     def losses(logits: Tensor, start: int, stop: int) -> tuple[TokenLosses, ActiveRows]:
         part = rows.part(start, stop)
-        return reference_loss(logits, part, temperature, tail, shard), part
+        return reference_loss(logits, part, options, shard), part
 
     def gradient_(logits: Tensor, upstream: Tensor, part: ActiveRows) -> None:
         with torch.enable_grad():
             leaf = logits.detach().clone().requires_grad_()
-            loss = reference_loss(leaf, part, temperature, tail, shard).loss
+            loss = reference_loss(leaf, part, options, shard).loss
             logits.copy_(torch.autograd.grad(loss, leaf, upstream)[0])
 
     def losses_and_gradient_(logits: Tensor, start: int, stop: int) -> TokenLosses:

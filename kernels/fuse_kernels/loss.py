@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse_kernels.arguments import Student, Targets, check_arguments, choose_implementation
+from fuse_kernels.arguments import Student, Targets, check_arguments, check_options, choose_implementation
 from fuse_kernels.chunked import chunked_loss
 from fuse_kernels.reference import reference_loss
 from fuse_kernels.rows import TokenLosses, VocabularyShard, active_rows, spread
@@ -20,14 +20,15 @@ def sparse_kl_cross_entropy(
     kl_weight: Tensor,
     temperature: float = 1.0,
     tail: str = "bucket",
+    softcap: float | None = None,
     vocab_size: int | None = None,
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
     implementation: str = "auto",
     check: bool | None = None,
 ) -> TokenLosses:
-    """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(logits /
-    T).
+    """Per row: loss = ce_weight * -log q_1[label] + kl_weight * D(teacher, q_T), with q_T = softmax(z / T),
+    where z are the logits, soft-capped if there is a `softcap`.
 
     logits [n, v] bf16, fp16, fp32 or fp64: this rank's vocabulary shard, columns vocab_start ... vocab_start
         + v - 1.
@@ -39,6 +40,9 @@ def sparse_kl_cross_entropy(
         them.
     temperature: T of the student. The gradient contains its 1 / T; the factor T^2, if wanted, is part of
         kl_weight.
+    softcap: c of z = c tanh(logits / c), as Gemma 2 caps its logits. `logits` are those before the cap, and
+        so is the gradient. The cap is computed in fp32. Infinite logits stay as they are, so that -inf is a
+        masked column. None: z are the logits.
     vocab_size: columns of all shards without padding. Columns beyond it are in no log-sum-exp and get
         gradient 0. None: the shards are equally wide and have no padding.
     group: the tensor-parallel process group. All arguments but `logits` are the same on all of its ranks.
@@ -79,29 +83,27 @@ def sparse_kl_cross_entropy(
         raise ValueError(
             f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point"
         )
+    options = check_options(temperature, tail, softcap)
     student = Student("logits", logits.shape[0], logits.shape[1], logits.dtype, logits.device)
     targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
     shard = check_arguments(
         student,
         targets,
-        temperature=temperature,
-        tail=tail,
         vocab_size=vocab_size,
         vocab_start=vocab_start,
         group=group,
         check=check,
     )
     chosen = choose_implementation(implementation, student, teacher_ids.shape[1])
-    temperature = float(temperature)
     if chosen == "triton":
         from fuse_kernels.triton_loss import triton_loss
 
-        return triton_loss(logits, targets, temperature, tail, shard, in_forward=_in_forward(logits, shard))
+        return triton_loss(logits, targets, options, shard, in_forward=_in_forward(logits, shard))
     rows = active_rows(*targets)
     if chosen == "torch":
-        losses = chunked_loss(logits, rows, temperature, tail, shard, in_forward=_in_forward(logits, shard))
+        losses = chunked_loss(logits, rows, options, shard, in_forward=_in_forward(logits, shard))
     else:
-        losses = reference_loss(logits, rows, temperature, tail, shard)
+        losses = reference_loss(logits, rows, options, shard)
     return spread(losses, rows)
 
 

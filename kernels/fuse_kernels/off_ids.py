@@ -2,7 +2,7 @@
 
 The exponentials are exp(z / T - shift). Any shift near the row's largest z / T is right. The shift is first
 rounded to the dtype of the buffers. The fp64 arithmetic around the exponentials uses the same rounded value,
-so that its rounding error cancels.
+so that its rounding error cancels. z are the logits, or the capped logits if there is a softcap.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fuse_kernels.rows import ActiveRows, VocabularyShard
+from fuse_kernels.rows import ActiveRows, LossOptions, VocabularyShard
+from fuse_kernels.softcap import cap_, slope_
 
 # Elements of a scratch buffer. On a CPU per thread: two buffers of 512 KB in fp32 stay in a core's own cache.
 # On a GPU as many as keep the device busy.
@@ -43,17 +44,18 @@ def exponentials(
     rows: ActiveRows,
     entry_rows: Tensor,
     entry_columns: Tensor,
-    temperature: float,
+    options: LossOptions,
     shard: VocabularyShard,
     off_ids: OffIds,
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Yields start, stop, exp(z / T - shift) and exp(z - shift) of each chunk of active rows,
-    with 0 on the ids.
+    """Yields start, stop, x = exp(z / T - shift) and y = exp(z - shift) of each chunk of active rows,
+    with 0 on the ids. At T = 1 they are equal: then x alone is filled.
 
     When a chunk is yielded, `off_ids` already holds its shifts and sums. The exponentials are [stop - start,
-    columns]; at T = 1 both are the same tensor. The next chunk reuses their memory. entry_rows (ascending),
-    entry_columns [e]: the places of the entries that lie in this shard.
+    columns]. The next chunk reuses their memory. entry_rows (ascending), entry_columns [e]: the places of the
+    entries that lie in this shard.
     """
+    temperature = options.temperature
     # entry_rows ascends: the entries of the rows start ... stop - 1 are those from first_entry[start] to
     # first_entry[stop].
     first_entry = torch.searchsorted(
@@ -67,7 +69,7 @@ def exponentials(
         sum_1, sum_t = off_ids.sums[:, start:stop]
 
         def take(scale: float, out: Tensor, shift: Tensor, start=start, stop=stop, on_ids=on_ids) -> None:
-            read(logits, rows, start, stop, scale, out=out)
+            read(logits, rows, start, stop, scale, out=out, softcap=options.softcap)
             out[on_ids] = -torch.inf
             torch.amax(out, 1, out=shift)
             out.sub_(shift.clamp_(min=lowest)[:, None]).exp_()
@@ -77,7 +79,7 @@ def exponentials(
         if temperature == 1:
             shift_1.copy_(shift_t)
             sum_1.copy_(sum_t)
-            yield start, stop, x, x
+            yield start, stop, x, y
             continue
         # exp(z / T - shift)^T = exp(z - T shift): a power serves if T is 2 or 4. At any other T the logits
         # are read again.
@@ -98,21 +100,32 @@ def power(x: Tensor, temperature: float, out: Tensor) -> None:
 
 
 def write_gradient(
-    logits: Tensor, rows: ActiveRows, start: int, stop: int, x: Tensor, y: Tensor, factors: Tensor
+    logits: Tensor,
+    rows: ActiveRows,
+    start: int,
+    stop: int,
+    x: Tensor,
+    y: Tensor,
+    factors: Tensor,
+    options: LossOptions,
 ) -> None:
     """Writes the gradient of every column as if it were off the ids and not the label:
-    factors[0] y + factors[1] x.
+    factors[0] y + factors[1] x, times the slope of the softcap.
 
-    x, y: exp(z / T - shift) and exp(z - shift) of `exponentials`, which this overwrites. factors [2, stop -
-    start] fp64. The columns of entries and label get wrong values here; the caller rewrites them afterwards.
+    x, y: of `exponentials`, which this overwrites. factors [2, stop - start] fp64. The columns of entries and
+    label get wrong values here; the caller rewrites them afterwards.
     """
     of_y, of_x = factors.to(x.dtype)[:, :, None]
     in_place = rows.index is None and logits.dtype == x.dtype
     gradient = logits[start:stop, : x.shape[1]] if in_place else x
-    if y is x:
-        torch.mul(x, of_x.add_(of_y), out=gradient)
+    of_z = gradient if options.softcap is None else x
+    if options.temperature == 1:
+        torch.mul(x, of_x.add_(of_y), out=of_z)
     else:
-        torch.addcmul(y.mul_(of_y), x, of_x, out=gradient)
+        torch.addcmul(y.mul_(of_y), x, of_x, out=of_z)
+    if options.softcap is not None:
+        read(logits, rows, start, stop, 1.0, out=y)
+        torch.mul(of_z, slope_(y, options.softcap), out=gradient)
     if not in_place:
         write_back(x, logits, rows, start, stop)
 
@@ -134,11 +147,22 @@ def buffers(
         yield start, stop, x[: stop - start], y[: stop - start]
 
 
-def read(logits: Tensor, rows: ActiveRows, start: int, stop: int, scale: float, out: Tensor) -> None:
-    """out = scale times the logits of the active rows start ... stop - 1, in the dtype of `out`."""
+def read(
+    logits: Tensor,
+    rows: ActiveRows,
+    start: int,
+    stop: int,
+    scale: float,
+    out: Tensor,
+    softcap: float | None = None,
+) -> None:
+    """out = scale times the logits, capped if there is a softcap, of the active rows start ... stop - 1, in
+    the dtype of `out`."""
     part = logits[start:stop] if rows.index is None else logits[rows.index[start:stop]]
     part = part[:, : out.shape[1]]
-    if part.dtype == out.dtype:
+    if softcap is not None:
+        cap_(out.copy_(part), softcap).mul_(scale)
+    elif part.dtype == out.dtype:
         torch.mul(part, scale, out=out)
     else:  # converted first: a product in a half type would be rounded to that type
         out.copy_(part).mul_(scale)

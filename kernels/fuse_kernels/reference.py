@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse_kernels.rows import ActiveRows, TokenLosses, VocabularyShard
+from fuse_kernels.rows import ActiveRows, LossOptions, TokenLosses, VocabularyShard
 
 
 def reference_loss(
-    logits: Tensor, rows: ActiveRows, temperature: float, tail: str, shard: VocabularyShard
+    logits: Tensor, rows: ActiveRows, options: LossOptions, shard: VocabularyShard
 ) -> TokenLosses:
     """The losses [a] each of logits [n, v], in the precision of the logits (half types in fp32).
 
@@ -29,6 +29,8 @@ def reference_loss(
         logits = _GatherVocabulary.apply(logits, shard.group)
     logits = logits if rows.index is None else logits[rows.index]
     z = logits[:, : shard.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+    if options.softcap is not None:
+        z = torch.where(z.isinf(), z, options.softcap * torch.tanh(z / options.softcap))
     zero = z.new_zeros(())
 
     has_label = rows.labels >= 0
@@ -44,11 +46,11 @@ def reference_loss(
     m = teacher.sum(1)
     likeliest = stored_columns & (teacher == teacher.amax(1, keepdim=True))
     agreement = z.masked_fill(~likeliest, -torch.inf).amax(1) >= z.amax(1)
-    if tail == "renormalize":
+    if options.tail == "renormalize":
         teacher = teacher / m.where(m > 0, 1)[:, None]
-    log_q = (z / temperature).log_softmax(1)
+    log_q = (z / options.temperature).log_softmax(1)
     kl = (teacher.xlogy(teacher) - torch.where(teacher > 0, teacher * log_q, zero)).sum(1)
-    if tail == "bucket":
+    if options.tail == "bucket":
         # A row without any column off the ids has no tail.
         # Its mask is lifted, because logsumexp(-inf ...) has no gradient.
         covered = stored_columns.all(1)

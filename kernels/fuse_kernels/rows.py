@@ -15,6 +15,15 @@ OVERWRITTEN = (
 )
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """Which loss it is; see `sparse_kl_cross_entropy`."""
+
+    temperature: float
+    tail: str
+    softcap: float | None
+
+
 class TokenLosses(NamedTuple):
     """The losses of every row, [n] each, in fp32 (fp64 for fp64 logits). Only `loss` is differentiable.
 

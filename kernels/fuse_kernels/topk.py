@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fuse_kernels.arguments import Student, make_shard, unfit_for_triton
+from fuse_kernels.arguments import Student, check_softcap, make_shard, unfit_for_triton
 from fuse_kernels.rows import VocabularyShard
+from fuse_kernels.softcap import cap_
 
 MOST_LARGEST = 64  # that the Triton kernel keeps of a row
 
@@ -44,6 +45,7 @@ def topk_logsumexp(
     temperatures: Sequence[float],
     *,
     labels: Tensor | None = None,
+    softcap: float | None = None,
     vocab_size: int | None = None,
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
@@ -54,13 +56,16 @@ def topk_logsumexp(
     logits [n, v], any floating-point type, not changed: this rank's vocabulary shard, columns vocab_start ...
         vocab_start + v - 1.
     labels [n]: global ids. None: no label logits.
+    softcap: as in `sparse_kl_cross_entropy`. All results are of the capped logits.
     vocab_size, group: as in `sparse_kl_cross_entropy`.
     implementation: "triton" (CUDA; k at most 64, no fp64), "torch" (any device), "auto" (triton if it can
         run, else torch).
 
     The log-sum-exps are relative to the row's largest logit: log p_T(id) = (logit - logits[:, 0]) / T -
     relative_lse. This keeps its digits however large the logits are. Equal logits rank by id, so that a row's
-    entries depend on its logits alone, not on the device, the neighbouring rows or the shards.
+    entries depend on its logits alone, not on the device, the neighbouring rows or the shards. With a softcap
+    the last digits of a capped logit are the device's, so that another device may rank logits that are equal
+    but for those digits in another order.
 
     Collectives: under a group one all-gather of 2 k + t + 1 numbers per row and rank (k candidates, and the
     label's logit). Memory: the outputs, and in "torch" one scratch buffer of 4 MB (CPU) or 256 MB (GPU).
@@ -81,14 +86,15 @@ def topk_logsumexp(
             f"labels is {list(labels.shape)} on {labels.device}, but logits need [{len(logits)}] on "
             f"{logits.device}"
         )
+    softcap = check_softcap(softcap)
     shard = make_shard(logits.shape[1], vocab_size, vocab_start, group)
     temperatures = [float(t) for t in temperatures]
     if _choose(implementation, logits, k) == "triton":
         from fuse_kernels.triton_topk import triton_topk
 
-        local = triton_topk(logits, k, temperatures, labels, shard)
+        local = triton_topk(logits, k, temperatures, labels, softcap, shard)
     else:
-        local = _torch_topk(logits, k, temperatures, labels, shard)
+        local = _torch_topk(logits, k, temperatures, labels, softcap, shard)
     return local if shard.group is None else _merged(local, k, temperatures, shard.group)
 
 
@@ -138,7 +144,12 @@ def _merged(local: TopK, k: int, temperatures: Sequence[float], group: dist.Proc
 
 
 def _torch_topk(
-    logits: Tensor, k: int, temperatures: Sequence[float], labels: Tensor | None, shard: VocabularyShard
+    logits: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    labels: Tensor | None,
+    softcap: float | None,
+    shard: VocabularyShard,
 ) -> TopK:
     """The TopK of this shard. A label in another shard has the label logit 0."""
     n, device = len(logits), logits.device
@@ -160,6 +171,8 @@ def _torch_topk(
         values = scratch[: rows.stop - first]
         values[:, : shard.columns] = logits[rows, : shard.columns]
         values[:, shard.columns :] = -torch.inf
+        if softcap is not None:
+            cap_(values, softcap)
         if labels is not None and results.label_logits is not None:
             column = labels[rows] - shard.start
             inside = (column >= 0) & (column < shard.columns)

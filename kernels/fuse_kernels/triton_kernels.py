@@ -16,7 +16,8 @@ Bytes moved for logits [n, v] in their own dtype: whole_row_kernel reads a row, 
 is in the cache, and writes it. If the forward pass cannot see the whole row, off_ids_kernel reads it in the
 forward pass, and gradient_kernel reads and writes it in the backward pass. All else is O(n k).
 
-Legend: n rows, v columns of this shard, k slots for entries. z are the logits, p = softmax(z), q = softmax(z
+Legend: n rows, v columns of this shard, k slots for entries. x are the logits that are stored, z the capped
+logits (the same if CAP is None; see triton_softcap.py), p = softmax(z), q = softmax(z
 / T), r = the softmax of z / T over the columns off the ids alone. The suffix _1 belongs to z, the suffix _t
 to z / T. Arrays with one number per row are [fields, n], so that neighbours in n are neighbours in memory.
 Row offsets are int64: n v passes 2^31 at 16384 x 131072.
@@ -24,6 +25,8 @@ Row offsets are int64: n v passes 2^31 at 16384 x 131072.
 
 import triton
 import triton.language as tl
+
+from fuse_kernels.triton_softcap import capped, times_slope
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(float("-inf"))
@@ -93,8 +96,8 @@ def gather_kernel(
     TEACHER,
     COLUMNS,  # [n, k] int32 out: this shard's column of an entry, -1 = empty, a repeat, or of another shard
     MASS,  # [n, k] fp32 out: the first slot of an id holds the sum of its repeats, 0 elsewhere
-    ON_IDS,  # [n, k] fp32 out: the logits at COLUMNS, -inf elsewhere
-    LABEL_LOGIT,  # [n] fp32 out: 0 if the label lies in another shard
+    ON_IDS,  # [n, k] fp32 out: the stored logits at COLUMNS, -inf elsewhere
+    LABEL_LOGIT,  # [n] fp32 out: the stored logit, 0 if the label lies in another shard
     stride,
     n,
     columns,  # columns of this shard without padding
@@ -191,7 +194,9 @@ def _online(x, m, sum_t, sum_1, inv_t, T_MODE: tl.constexpr):
 
 
 @triton.jit
-def _off_ids_sums(logits, first, last, inv_t, R: tl.constexpr, C: tl.constexpr, T_MODE: tl.constexpr):
+def _off_ids_sums(
+    logits, first, last, inv_t, R: tl.constexpr, C: tl.constexpr, T_MODE: tl.constexpr, CAP: tl.constexpr
+):
     """Maximum m, sum exp((z - m) / T) and sum exp(z - m) over the columns first ... last - 1 of a row."""
     tile = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     m = tl.full([C], NOTHING, tl.float32)
@@ -201,10 +206,11 @@ def _off_ids_sums(logits, first, last, inv_t, R: tl.constexpr, C: tl.constexpr, 
     # Whole tiles first, without a mask, so that every load moves 16 bytes;
     # then one masked tile with the rest.
     for at in range(first, whole, R * C):
-        m, sum_t, sum_1 = _online(tl.load(logits + at + tile).to(tl.float32), m, sum_t, sum_1, inv_t, T_MODE)
+        z = capped(tl.load(logits + at + tile).to(tl.float32), CAP)
+        m, sum_t, sum_1 = _online(z, m, sum_t, sum_1, inv_t, T_MODE)
     if whole < last:
         x = tl.load(logits + whole + tile, mask=whole + tile < last, other=NOTHING).to(tl.float32)
-        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+        m, sum_t, sum_1 = _online(capped(x, CAP), m, sum_t, sum_1, inv_t, T_MODE)
     # Each lane has its own maximum: bring all lanes to the largest one before their sums are added.
     top = tl.max(m, 0)
     scale_t, scale_1 = _powers(m - _finite(top), inv_t, T_MODE)
@@ -224,6 +230,7 @@ def off_ids_kernel(
     R: tl.constexpr,  # rows of a tile, all held by the same thread: the loads that a thread has in flight
     C: tl.constexpr,  # columns of a tile: 16 bytes for every thread
     T_MODE: tl.constexpr,
+    CAP: tl.constexpr,  # of the logits; None: no cap
 ):
     """One part of a row per program.
 
@@ -235,7 +242,7 @@ def off_ids_kernel(
         return
     first = (part * split_columns).to(tl.int32)
     last = tl.minimum(first + split_columns, columns)
-    top, sum_t, sum_1 = _off_ids_sums(LOGITS + row * stride, first, last, inv_t, R, C, T_MODE)
+    top, sum_t, sum_1 = _off_ids_sums(LOGITS + row * stride, first, last, inv_t, R, C, T_MODE, CAP)
     out = PARTS + part * 3 * n + row
     tl.store(out, top)
     tl.store(out + n, sum_t)
@@ -328,6 +335,7 @@ def finish_kernel(
     splits,
     inv_t,
     K: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """One row per program: this shard's part of the row's statistics or, without a group,
     the losses themselves."""
@@ -345,6 +353,7 @@ def finish_kernel(
     mass = tl.load(MASS + row * k + slot, mask=slot < k, other=0.0)
     # Converting back is exact: the value came from this dtype.
     tl.store(LOGITS + row * stride + column, on_ids.to(LOGITS.dtype.element_ty), mask=here)
+    on_ids = capped(on_ids, CAP)
 
     # The parts of the row have maxima of their own: first the largest of them, then all sums relative to it.
     # `sum_t` and `sum_1` then give the log-sum-exps off the ids,
@@ -365,7 +374,7 @@ def finish_kernel(
     on_1, on_t, on_largest, likeliest, product = _on_ids_sums(here, mass, on_ids, inv_t)
     lse_1 = _log_add(off_1, on_1)
     largest = tl.maximum(m, on_largest)
-    label_logit = tl.load(LABEL_LOGIT + row)
+    label_logit = capped(tl.load(LABEL_LOGIT + row), CAP)
     if STATISTICS is None:
         has_label = tl.load(LABELS + row) >= 0
         teacher_mass = tl.load(TEACHER + 3 * n + row)
@@ -480,7 +489,7 @@ def _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE: tl.constexpr)
 @triton.jit
 def _write_gradient(
     logits, first, real, last, shift, factor_t, factor_1, lse_1, inv_t,
-    BLOCK: tl.constexpr, T_MODE: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK: tl.constexpr, T_MODE: tl.constexpr, ROUND: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient over the columns first ... last - 1 of a row. The columns from `real` on are
     padding and get 0.
@@ -494,13 +503,13 @@ def _write_gradient(
     # First the masked rest behind the whole tiles, together with the padding.
     for at in range(whole, last, BLOCK):
         x = tl.load(logits + at + block, mask=at + block < real, other=NOTHING).to(tl.float32)
-        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
+        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE, CAP)
         _store(logits + at + block, tl.where(at + block < real, value, 0.0), at + block < last, ROUND)
     # Then the whole tiles, without a mask, so that every load and store moves 16 bytes.
     for tile in range(tiles):
         at = first + (tiles - 1 - tile) * BLOCK
         x = tl.load(logits + at + block).to(tl.float32)
-        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE)
+        value = _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE, CAP)
         _store(logits + at + block, value, None, ROUND)
 
 
@@ -537,6 +546,7 @@ def whole_row_kernel(
     BLOCK: tl.constexpr,
     T_MODE: tl.constexpr,
     ROUND: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """One row per program, without a group:
     computes the losses, then writes the gradient while the row is in the cache."""
@@ -549,7 +559,7 @@ def whole_row_kernel(
         _store_losses(RESULTS, row, n, True, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         return
     # First reading of the row: its sums off the ids.
-    m, sum_t, sum_1 = _off_ids_sums(logits, 0, columns, inv_t, R, C, T_MODE)
+    m, sum_t, sum_1 = _off_ids_sums(logits, 0, columns, inv_t, R, C, T_MODE, CAP)
     shift = _finite(m)
     off_t = shift * inv_t + tl.log(sum_t)
     off_1 = shift + tl.log(sum_1)
@@ -557,14 +567,15 @@ def whole_row_kernel(
     # The entries come from gather_kernel's buffers, as the row holds -inf at their columns.
     slot = tl.arange(0, K)
     here = tl.load(COLUMNS + row * k + slot, mask=slot < k, other=-1) >= 0
-    on_ids = tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING)
+    on_ids = capped(tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING), CAP)
     mass = tl.load(MASS + row * k + slot, mask=slot < k, other=0.0)
     on_1, on_t, on_largest, likeliest, product = _on_ids_sums(here, mass, on_ids, inv_t)
     lse_1 = _log_add(off_1, on_1)
+    label_logit = capped(tl.load(LABEL_LOGIT + row), CAP)
     has_label = tl.load(LABELS + row) >= 0
     teacher_mass = tl.load(TEACHER + 3 * n + row)
     loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
-        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, tl.load(LABEL_LOGIT + row),
+        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit,
         tl.maximum(m, on_largest), likeliest,
         tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass,
         inv_t,
@@ -577,7 +588,9 @@ def whole_row_kernel(
     shift, factor_t, factor_1 = _factors(
         ce_weight, kl_weight * inv_t, lse_1, lse_t, off_t, total, tail, T_MODE
     )
-    _write_gradient(logits, 0, columns, width, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
+    _write_gradient(
+        logits, 0, columns, width, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND, CAP
+    )
 
 
 @triton.jit
@@ -595,6 +608,7 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     T_MODE: tl.constexpr,
     ROUND: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """One part of a row per program: the gradient of every column as if it were off the ids and not the
     label.
@@ -623,17 +637,20 @@ def gradient_kernel(
         w_ce = upstream * w_ce
         w_kl = upstream * w_kl
     shift, factor_t, factor_1 = _factors(w_ce, w_kl, lse_1, lse_t, off_t, total, tail, T_MODE)
-    _write_gradient(logits, first, real, last, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND)
+    _write_gradient(
+        logits, first, real, last, shift, factor_t, factor_1, lse_1, inv_t, BLOCK, T_MODE, ROUND, CAP
+    )
 
 
 @triton.jit
-def _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE: tl.constexpr):
-    """dloss / dz of logits x that are off the ids and not the label:
-    u factor_t + u^T factor_1. See `_factors`."""
+def _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE: tl.constexpr, CAP: tl.constexpr):
+    """dloss / dx of logits x that are off the ids and not the label:
+    dz / dx times u factor_t + u^T factor_1. See `_factors`."""
+    z = capped(x, CAP)
     if T_MODE == 0:
-        value = factor_t * tl.exp2((x * inv_t - shift) * LOG2E) + factor_1 * tl.exp2((x - lse_1) * LOG2E)
+        value = factor_t * tl.exp2((z * inv_t - shift) * LOG2E) + factor_1 * tl.exp2((z - lse_1) * LOG2E)
     else:
-        u = tl.exp2((x * (1.0 / T_MODE) - shift) * LOG2E)
+        u = tl.exp2((z * (1.0 / T_MODE) - shift) * LOG2E)
         # value = u (factor_t + u^(T - 1) factor_1): `power` is the second summand.
         power = factor_1
         if T_MODE >= 2:
@@ -641,7 +658,7 @@ def _off_ids_gradient(x, factor_t, factor_1, shift, lse_1, inv_t, T_MODE: tl.con
         if T_MODE == 4:
             power = power * u * u
         value = u * (factor_t + power)
-    return value
+    return times_slope(value, x, CAP)
 
 
 @triton.jit
@@ -663,6 +680,7 @@ def special_gradient_kernel(
     inv_t,
     K: tl.constexpr,
     ROUND: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """One row per program: writes the gradient at the columns of entries and label,
     rounded once from fp32."""
@@ -687,23 +705,25 @@ def special_gradient_kernel(
     column = tl.load(COLUMNS + row * k + slot, mask=slot < k, other=-1)
     here = column >= 0
     mass = tl.load(MASS + row * k + slot, mask=here, other=0.0)
-    z = tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING)
+    x = tl.load(ON_IDS + row * k + slot, mask=here, other=NOTHING)
+    z = capped(x, CAP)
     label = tl.load(LABELS + row) - start
     is_label = here & (column == label)
     # On the ids: dloss / dz_j = w_ce (p_j - [j is the label]) + w_kl (total q_j - mass_j).
     value = w_ce * (tl.exp(z - lse_1) - is_label.to(tl.float32)) + w_kl * (
         total * tl.exp(z * inv_t - lse_t) - mass
     )
-    _store(LOGITS + row * stride + column, value, here, ROUND)
+    _store(LOGITS + row * stride + column, times_slope(value, x, CAP), here, ROUND)
 
     # A label that is no entry is off the ids: dloss / dz_j = w_ce (p_j - 1) + w_kl (total q_j - tail r_j).
     # `alone`: the label lies in this shard and is none of the entries,
     # whose store above would else be overwritten.
-    z = tl.load(LABEL_LOGIT + row)
+    x = tl.load(LABEL_LOGIT + row)
+    z = capped(x, CAP)
     r = tl.where(tail > 0.0, tl.exp(z * inv_t - off_t), 0.0)
     value = w_ce * (tl.exp(z - lse_1) - 1.0) + w_kl * (total * tl.exp(z * inv_t - lse_t) - tail * r)
     alone = (label >= 0) & (label < columns) & (tl.max(is_label.to(tl.int32), 0) == 0)
-    _store(LOGITS + row * stride + label, value, alone, ROUND)
+    _store(LOGITS + row * stride + label, times_slope(value, x, CAP), alone, ROUND)
 
 
 @triton.jit

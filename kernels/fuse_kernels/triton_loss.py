@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from fuse_kernels import triton_kernels as kernels
 from fuse_kernels.arguments import Targets
-from fuse_kernels.rows import OVERWRITTEN, TokenLosses, VocabularyShard
+from fuse_kernels.rows import OVERWRITTEN, LossOptions, TokenLosses, VocabularyShard
 
 POWERS = {1.0: 1, 2.0: 2, 4.0: 4}  # temperatures at which one exponential serves both softmaxes
 _ROWS_PER_PROGRAM = 128  # of loss_kernel
@@ -120,8 +120,7 @@ def _launch(logits: Tensor) -> Launch:
 def triton_loss(
     logits: Tensor,
     targets: Targets,
-    temperature: float,
-    tail: str,
+    options: LossOptions,
     shard: VocabularyShard,
     *,
     in_forward: bool,
@@ -135,7 +134,7 @@ def triton_loss(
 
     Collectives: under a group one all-gather of seven fp32 numbers per row and rank, in the forward pass.
     """
-    return TokenLosses(*_TritonLoss.apply(logits, *targets, temperature, tail, shard, in_forward))
+    return TokenLosses(*_TritonLoss.apply(logits, *targets, options, shard, in_forward))
 
 
 class _TritonLoss(torch.autograd.Function):
@@ -148,8 +147,7 @@ class _TritonLoss(torch.autograd.Function):
         teacher_logprobs,
         ce_weight,
         kl_weight,
-        temperature,
-        tail,
+        options,
         shard,
         in_forward,
     ):
@@ -157,12 +155,12 @@ class _TritonLoss(torch.autograd.Function):
             logits = logits.contiguous()
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
         if in_forward:
-            losses, *gradient = triton_losses_and_gradient_(logits, targets, temperature, tail, shard)
+            losses, *gradient = triton_losses_and_gradient_(logits, targets, options, shard)
             state = tuple(gradient)
         else:
-            losses, state = triton_losses(logits, targets, temperature, tail, shard)
+            losses, state = triton_losses(logits, targets, options, shard)
         ctx.save_for_backward(logits, *state)
-        ctx.options = (temperature, shard, in_forward)
+        ctx.call = (options, shard, in_forward)
         ctx.given_away = False
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*losses[1:])
@@ -171,30 +169,30 @@ class _TritonLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_others):
-        nothing = (None,) * 9
+        nothing = (None,) * 8
         if upstream is None:
             return None, *nothing
         if ctx.given_away:
             raise RuntimeError(OVERWRITTEN)
         ctx.given_away = True
-        temperature, shard, in_forward = ctx.options
+        options, shard, in_forward = ctx.call
         logits, *state = ctx.saved_tensors
         if in_forward:
             torch.ops.fuse_kernels.scale_(logits, upstream.float().contiguous(), *state)
         else:
-            triton_gradient_(logits, upstream, state, temperature, shard)
+            triton_gradient_(logits, upstream, state, options, shard)
         return logits, *nothing
 
 
 def triton_losses(
-    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
+    logits: Tensor, targets: Targets, options: LossOptions, shard: VocabularyShard
 ) -> tuple[TokenLosses, tuple[Tensor, ...]]:
     """The losses [n] each, and the state that the gradient needs from the forward pass, which is O(n k).
 
     logits [n, v], with unit stride along v. Collectives: as of `triton_loss`.
     """
     contiguous = _contiguous(targets)
-    place = (temperature, tail, shard.columns, shard.start)
+    place = (options.temperature, options.tail, options.softcap, shard.columns, shard.start)
     if shard.group is None:
         results, *state = torch.ops.fuse_kernels.losses(logits, *contiguous, *place)
         return TokenLosses(*results), (*state, contiguous.labels)
@@ -206,7 +204,7 @@ def triton_losses(
     all_shards = local.new_empty((dist.get_world_size(shard.group), *local.shape))
     dist.all_gather_into_tensor(all_shards.view(-1, local.shape[1]), local, group=shard.group)
     results, coefficients = torch.ops.fuse_kernels.losses_of_shards(
-        all_shards, teacher, weights, contiguous.labels, temperature
+        all_shards, teacher, weights, contiguous.labels, options.temperature
     )
     return TokenLosses(*results), (
         weights,
@@ -220,7 +218,7 @@ def triton_losses(
 
 
 def triton_losses_and_gradient_(
-    logits: Tensor, targets: Targets, temperature: float, tail: str, shard: VocabularyShard
+    logits: Tensor, targets: Targets, options: LossOptions, shard: VocabularyShard
 ) -> tuple[TokenLosses, Tensor]:
     """The losses [n] each, and the effective weights [2, n].
 
@@ -229,11 +227,11 @@ def triton_losses_and_gradient_(
     Collectives: as of `triton_loss`.
     """
     if shard.group is None:
-        place = (temperature, tail, shard.columns, shard.start)
+        place = (options.temperature, options.tail, options.softcap, shard.columns, shard.start)
         results, weights = torch.ops.fuse_kernels.losses_and_gradient_(logits, *_contiguous(targets), *place)
         return TokenLosses(*results), weights
-    losses, state = triton_losses(logits, targets, temperature, tail, shard)
-    triton_gradient_(logits, None, state, temperature, shard)
+    losses, state = triton_losses(logits, targets, options, shard)
+    triton_gradient_(logits, None, state, options, shard)
     return losses, state[0]
 
 
@@ -241,14 +239,15 @@ def triton_gradient_(
     logits: Tensor,
     upstream: Tensor | None,
     state: Sequence[Tensor],
-    temperature: float,
+    options: LossOptions,
     shard: VocabularyShard,
 ) -> None:
     """Writes the gradient of sum(upstream [n] * loss) over the logits
     [n, v]. upstream None means 1. No collective."""
     if upstream is not None:
         upstream = upstream.float().contiguous()
-    torch.ops.fuse_kernels.gradient_(logits, upstream, *state, temperature, shard.columns, shard.start)
+    place = (options.temperature, options.softcap, shard.columns, shard.start)
+    torch.ops.fuse_kernels.gradient_(logits, upstream, *state, *place)
 
 
 def _contiguous(targets: Targets) -> Targets:
@@ -303,7 +302,12 @@ def _fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _off_ids(
-    logits: Tensor, weights: Tensor, launch: Launch, temperature: float, real_columns: int
+    logits: Tensor,
+    weights: Tensor,
+    launch: Launch,
+    temperature: float,
+    softcap: float | None,
+    real_columns: int,
 ) -> Tensor:
     """PARTS [splits, 3, n] of off_ids_kernel: the maximum and the two sums of the columns off the ids, per
     part of a row."""
@@ -311,7 +315,8 @@ def _off_ids(
     parts = _fp32(logits, launch.splits, 3, n)
     kernels.off_ids_kernel[(n, launch.splits)](
         logits, weights, parts, logits.stride(0), n, real_columns, launch.split_columns, 1.0 / temperature,
-        R=launch.rows, C=launch.lanes, T_MODE=POWERS.get(temperature, 0), num_warps=launch.warps,
+        R=launch.rows, C=launch.lanes, T_MODE=POWERS.get(temperature, 0), CAP=softcap,
+        num_warps=launch.warps,
     )  # fmt: skip
     return parts
 
@@ -322,6 +327,7 @@ def _finish(
     parts: Tensor,
     labels: Tensor,
     temperature: float,
+    softcap: float | None,
     *,
     statistics: Tensor | None = None,
     results: Tensor | None = None,
@@ -336,7 +342,7 @@ def _finish(
         gathered.label_logit, labels,
         gathered.teacher, statistics, results, coefficients, logits.stride(0), n, k, len(parts),
         1.0 / temperature,
-        K=slots_of(k), num_warps=1,
+        K=slots_of(k), CAP=softcap, num_warps=1,
     )  # fmt: skip
 
 
@@ -351,6 +357,7 @@ def losses(
     kl_weight: Tensor,
     temperature: float,
     tail: str,
+    softcap: float | None,
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -361,8 +368,10 @@ def losses(
     if len(logits):
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
         gathered.launch(logits, targets, tail, real_columns, start)
-        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, real_columns)
-        _finish(logits, gathered, parts, labels, temperature, results=results, coefficients=coefficients)
+        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, softcap, real_columns)
+        _finish(
+            logits, gathered, parts, labels, temperature, softcap, results=results, coefficients=coefficients
+        )
     return (
         results,
         gathered.weights,
@@ -384,6 +393,7 @@ def _(
     kl_weight,
     temperature,
     tail,
+    softcap,
     real_columns,
     start,
 ):
@@ -411,6 +421,7 @@ def losses_and_gradient_(
     kl_weight: Tensor,
     temperature: float,
     tail: str,
+    softcap: float | None,
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor]:
@@ -432,16 +443,18 @@ def losses_and_gradient_(
             gathered.label_logit, results, coefficients, logits.stride(0), n, real_columns, width, k,
             1.0 / temperature,
             K=slots_of(k), **row_shape(launch), T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(),
-            num_warps=launch.row_warps,
+            CAP=softcap, num_warps=launch.row_warps,
         )  # fmt: skip
     else:  # few rows: a program for each would leave processors idle
-        parts = _off_ids(logits, gathered.weights, launch, temperature, real_columns)
-        _finish(logits, gathered, parts, labels, temperature, results=results, coefficients=coefficients)
-        _gradient(logits, None, gathered.weights, coefficients, launch, temperature, real_columns)
+        parts = _off_ids(logits, gathered.weights, launch, temperature, softcap, real_columns)
+        _finish(
+            logits, gathered, parts, labels, temperature, softcap, results=results, coefficients=coefficients
+        )
+        _gradient(logits, None, gathered.weights, coefficients, launch, temperature, softcap, real_columns)
     _special_gradient(
         logits, None, gathered.weights, coefficients, labels, gathered.label_logit, gathered.columns,
         gathered.mass,
-        gathered.on_ids, temperature, real_columns, start,
+        gathered.on_ids, temperature, softcap, real_columns, start,
     )  # fmt: skip
     return results, gathered.weights
 
@@ -456,6 +469,7 @@ def _(
     kl_weight,
     temperature,
     tail,
+    softcap,
     real_columns,
     start,
 ):
@@ -487,6 +501,7 @@ def statistics(
     kl_weight: Tensor,
     temperature: float,
     tail: str,
+    softcap: float | None,
     real_columns: int,
     start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -496,8 +511,8 @@ def statistics(
     if len(logits):
         targets = Targets(labels, teacher_ids, teacher_logprobs, ce_weight, kl_weight)
         gathered.launch(logits, targets, tail, real_columns, start)
-        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, real_columns)
-        _finish(logits, gathered, parts, labels, temperature, statistics=local)
+        parts = _off_ids(logits, gathered.weights, _launch(logits), temperature, softcap, real_columns)
+        _finish(logits, gathered, parts, labels, temperature, softcap, statistics=local)
     return (
         local,
         gathered.weights,
@@ -519,6 +534,7 @@ def _(
     kl_weight,
     temperature,
     tail,
+    softcap,
     real_columns,
     start,
 ):
@@ -569,39 +585,44 @@ def gradient_(
     label_logit: Tensor,
     labels: Tensor,
     temperature: float,
+    softcap: float | None,
     real_columns: int,
     start: int,
 ) -> None:
     """Writes the gradient over the logits [n, v]. No collective."""
     if len(logits) == 0:
         return
-    _gradient(logits, upstream, weights, coefficients, _launch(logits), temperature, real_columns)
+    _gradient(logits, upstream, weights, coefficients, _launch(logits), temperature, softcap, real_columns)
     _special_gradient(
         logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature,
+        softcap,
         real_columns,
         start,
     )  # fmt: skip
 
 
 def _gradient(
-    logits, upstream, weights, coefficients, launch: Launch, temperature: float, real_columns: int
-) -> None:
+    logits, upstream, weights, coefficients, launch: Launch, temperature: float, softcap: float | None,
+    real_columns: int,
+) -> None:  # fmt: skip
     n, width = logits.shape
     kernels.gradient_kernel[(n, launch.gradient_splits)](
         logits, upstream, weights, coefficients, logits.stride(0), n, real_columns, width,
         launch.gradient_columns,
         1.0 / temperature,
-        BLOCK=launch.block, T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(), num_warps=launch.warps,
+        BLOCK=launch.block, T_MODE=POWERS.get(temperature, 0), ROUND=interpreted(), CAP=softcap,
+        num_warps=launch.warps,
     )  # fmt: skip
 
 
 def _special_gradient(
-    logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature,
+    logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids, temperature, softcap,
     real_columns, start
 ) -> None:  # fmt: skip
     n, k = columns.shape
     kernels.special_gradient_kernel[(n,)](
         logits, upstream, weights, coefficients, labels, label_logit, columns, mass, on_ids,
         logits.stride(0), n,
-        real_columns, start, k, 1.0 / temperature, K=slots_of(k), ROUND=interpreted(), num_warps=1,
+        real_columns, start, k, 1.0 / temperature, K=slots_of(k), ROUND=interpreted(), CAP=softcap,
+        num_warps=1,
     )  # fmt: skip

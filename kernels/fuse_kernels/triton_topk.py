@@ -18,6 +18,7 @@ from fuse_kernels.rows import VocabularyShard
 from fuse_kernels.topk import TopK
 from fuse_kernels.triton_kernels import NOTHING, _finite, _online, _powers
 from fuse_kernels.triton_loss import POWERS, interpreted, on_its_device, slots_of
+from fuse_kernels.triton_softcap import capped
 
 _LOWEST = tl.constexpr(-(1 << 63))
 
@@ -49,6 +50,7 @@ def topk_kernel(
     R: tl.constexpr,  # neighbouring columns that a lane takes from a tile: 16 bytes
     S: tl.constexpr,  # power of two >= tiles of a row
     T_MODE: tl.constexpr,
+    CAP: tl.constexpr,  # of the logits; None: no cap
 ):
     """One row per program: the k largest logits and the two log-sum-exps, in one pass over the row."""
     row = tl.program_id(0).to(tl.int64)
@@ -62,14 +64,15 @@ def topk_kernel(
     whole_tiles = columns // (C * R)
     # Whole tiles without a mask, so that every load moves 16 bytes; then one masked tile with the rest.
     for number in range(whole_tiles):
-        x = tl.trans(tl.load(logits + number * (C * R) + tile).to(tl.float32))
-        first_tile = tl.where(tl.max(x, 0) > m, number, first_tile)
-        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+        z = capped(tl.trans(tl.load(logits + number * (C * R) + tile).to(tl.float32)), CAP)
+        first_tile = tl.where(tl.max(z, 0) > m, number, first_tile)
+        m, sum_t, sum_1 = _online(z, m, sum_t, sum_1, inv_t, T_MODE)
     at = whole_tiles * (C * R)
     if at < columns:
         x = tl.trans(tl.load(logits + at + tile, mask=at + tile < columns, other=NOTHING).to(tl.float32))
-        first_tile = tl.where(tl.max(x, 0) > m, whole_tiles, first_tile)
-        m, sum_t, sum_1 = _online(x, m, sum_t, sum_1, inv_t, T_MODE)
+        z = capped(x, CAP)
+        first_tile = tl.where(tl.max(z, 0) > m, whole_tiles, first_tile)
+        m, sum_t, sum_1 = _online(z, m, sum_t, sum_1, inv_t, T_MODE)
     scale_t, scale_1 = _powers(m - _finite(tl.max(m, 0)), inv_t, T_MODE)
     tl.store(LSE + row, tl.log(tl.sum(sum_t * scale_t, 0)))
     tl.store(LSE + n + row, tl.log(tl.sum(sum_1 * scale_1, 0)))
@@ -84,14 +87,14 @@ def topk_kernel(
         lanes = tl.where(slot == i, tl.max(tl.where(keys == best, lane, 0), 0), lanes)
         keys = tl.where(keys == best, _LOWEST, keys)
 
-    # Read all columns of those k lanes again, x [K, S * R]: element `part` of a lane is column part % R of
+    # Read all columns of those k lanes again, z [K, S * R]: element `part` of a lane is column part % R of
     # its piece of tile part // R.
     # Then pick the k best columns, one per turn; a key holds both the logit and the column.
     part = tl.arange(0, S * R)
     column = (part // R * (C * R) + part % R)[None, :] + (lanes * R)[:, None]
     inside = (column < columns) & (slot < k)[:, None] & (slot * R < columns)[:, None]
-    x = tl.load(logits + column, mask=inside, other=NOTHING).to(tl.float32)
-    keys = tl.where(inside, _rank_key(x, column), _LOWEST)
+    z = capped(tl.load(logits + column, mask=inside, other=NOTHING).to(tl.float32), CAP)
+    keys = tl.where(inside, _rank_key(z, column), _LOWEST)
     best_keys = tl.full([K], _LOWEST, tl.int64)
     for i in range(k):
         best = tl.max(tl.max(keys, 1), 0)
@@ -107,11 +110,17 @@ def topk_kernel(
     if LABELS is not None:
         label = tl.load(LABELS + row) - start
         here = (label >= 0) & (label < columns)
-        tl.store(LABEL_LOGIT + row, tl.load(logits + label, mask=here, other=0.0).to(tl.float32))
+        x = tl.load(logits + label, mask=here, other=0.0).to(tl.float32)
+        tl.store(LABEL_LOGIT + row, capped(x, CAP))
 
 
 def triton_topk(
-    logits: Tensor, k: int, temperatures: Sequence[float], labels: Tensor | None, shard: VocabularyShard
+    logits: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    labels: Tensor | None,
+    softcap: float | None,
+    shard: VocabularyShard,
 ) -> TopK:
     """The TopK of this shard, in one pass per temperature that is not 1. A label in another shard has the
     label logit 0."""
@@ -121,7 +130,7 @@ def triton_topk(
     lse = {}
     for temperature in sorted({t for t in temperatures if t != 1.0}) or [1.0]:
         ids, largest, sums, label_logits = torch.ops.fuse_kernels.topk(
-            logits, labels, k, temperature, shard.columns, shard.start
+            logits, labels, k, temperature, softcap, shard.columns, shard.start
         )
         lse[temperature], lse[1.0] = sums  # every pass gives T = 1 as well
     relative_lse = torch.stack([lse[temperature] for temperature in temperatures], 1)
@@ -140,7 +149,13 @@ def tile_shape(width: int, element_size: int, slots: int) -> tuple[int, int, int
 @torch.library.custom_op("fuse_kernels::topk", mutates_args=())
 @on_its_device
 def topk(
-    logits: Tensor, labels: Tensor | None, k: int, temperature: float, real_columns: int, start: int
+    logits: Tensor,
+    labels: Tensor | None,
+    k: int,
+    temperature: float,
+    softcap: float | None,
+    real_columns: int,
+    start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids and largest [n, k], log-sum-exps [2, n] at the temperature and at 1, label logits [n]."""
     outputs = _outputs(logits, k)
@@ -152,13 +167,13 @@ def topk(
             start, k,
             1.0 / temperature, K=slots_of(k), C=lanes, R=neighbours, S=tiles, T_MODE=POWERS.get(temperature,
             0),
-            num_warps=8,
+            CAP=softcap, num_warps=8,
         )  # fmt: skip
     return outputs
 
 
 @topk.register_fake
-def _(logits, labels, k, temperature, real_columns, start):
+def _(logits, labels, k, temperature, softcap, real_columns, start):
     return _outputs(logits, k)
 
 

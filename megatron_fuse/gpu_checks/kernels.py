@@ -80,6 +80,7 @@ def _drawn(draw: random.Random, device: str) -> Row:
         [(97, 5), (1003, 33), (32000, 10), (50432, 128), (128256, 10)][: 5 if device == "cuda" else 2]
     )
     tail, temperature = draw.choice(TAILS), draw.choice([1.0, 2.0, 4.0, 3.7])
+    softcap = draw.choice([None, None, 3.0, 30.0])  # the logits' spread is 3
     n, padding = draw.choice([1, 7, 64]), draw.choice([0, 3, 64])
     problem = make_problem(
         draw.randrange(2**31),
@@ -91,9 +92,10 @@ def _drawn(draw: random.Random, device: str) -> Row:
         padding=padding,
         tail=tail,
         temperature=temperature,
+        softcap=softcap,
     )
     name = (
-        f"{n} x {vocab} + {padding}, k={entries}, T={temperature:g}, {tail}, "
+        f"{n} x {vocab} + {padding}, k={entries}, T={temperature:g}, {tail}, softcap={softcap}, "
         f"{str(dtype).removeprefix('torch.')}"
     )
     return _compared(name, problem.solve(dtype, _implementation(device)), problem)

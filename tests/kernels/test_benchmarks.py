@@ -79,7 +79,8 @@ def test_command_reports_every_provider_and_case(quick_run, tmp_path):
     rows = quick_run("--providers", *sorted(wanted), "--plots", str(plots))
     assert_complete(rows, wanted)
     assert {path.name for path in plots.iterdir()} == {
-        f"quick_{kernel}.png" for kernel in ("sparse_kl", "sparse_kl_shard", "fused_linear")
+        f"quick_{kernel}.png"
+        for kernel in ("sparse_kl", "sparse_kl_softcap", "sparse_kl_shard", "fused_linear")
     }
 
 

@@ -109,6 +109,18 @@ def test_equals_the_product_followed_by_the_loss(
 
 
 @pytest.mark.parametrize("unit", [False, True], ids=["any upstream", "unit upstream"])
+@pytest.mark.parametrize("implementation", ["torch", "reference", "triton"])
+def test_the_cap_is_that_of_the_product(implementation, unit, seed):
+    case, hidden, weight = make_linear_case(seed, n=16, vocab=61, k=5, skipped=False)
+    if unit:
+        case = replace(case, upstream=torch.ones(16))
+    options = {"softcap": 3.0, "temperature": 2.0}
+    passes = {"implementation": implementation, "chunk_tokens": 7, "unit_upstream": unit}
+    actual = fused(case, hidden, weight, **passes, **options)
+    assert_near(actual, exact(case, hidden, weight, **options), torch.float32)
+
+
+@pytest.mark.parametrize("unit", [False, True], ids=["any upstream", "unit upstream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_adds_to_megatrons_main_gradient(dtype, unit, seed):
     case, hidden, weight = make_linear_case(seed, n=30, vocab=61, k=5, dtype=dtype)
@@ -233,6 +245,7 @@ def test_no_rows_and_nothing_to_weigh(weight):
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\], but hidden of 2 rows"),
         ({"labels": torch.full((2,), 5)}, r"labels\[0\] is 5, but must be -100 or 0 ... 4"),
         ({"chunk_tokens": 0}, "chunk_tokens is 0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
         ({"implementation": "fast"}, "implementation is 'fast'"),
     ],
 )

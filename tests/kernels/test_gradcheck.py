@@ -40,13 +40,21 @@ class _FreshLogits(torch.autograd.Function):
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
 @pytest.mark.parametrize("tail", TAILS)
 # 1, 2 and 4: one exponential serves both softmaxes; 3: the general road
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
-def test_gradient_is_the_derivative(temperature, tail, implementation, seed):
+@pytest.mark.parametrize(
+    ("temperature", "softcap"),
+    [(1.0, None), (2.0, None), (3.0, None), (4.0, None), (1.0, 3.0), (2.0, 3.0), (3.0, 3.0)],
+)
+def test_gradient_is_the_derivative(temperature, softcap, tail, implementation, seed):
     case = make_case(seed, n=8, vocab=7, k=3, padding=1, dtype=torch.float64)
     # Finite differences cannot step from NaN, nor see what is left of a softmax as sharp as the cases'
     # certain row.
     logits = case.logits.nan_to_num(0.0).clamp(-6, 6).requires_grad_()
-    options = {"temperature": temperature, "tail": tail, "implementation": implementation}
+    options = {
+        "temperature": temperature,
+        "tail": tail,
+        "softcap": softcap,
+        "implementation": implementation,
+    }
     assert torch.autograd.gradcheck(
         _FreshLogits.apply, (logits, case, options), eps=1e-6, atol=1e-7, rtol=1e-5
     )

@@ -118,6 +118,7 @@ def test_no_rows_and_no_labels(implementation):
         ({"temperatures": []}, r"temperatures is \[\]"),
         ({"temperatures": [1.0, 0.0]}, "finite numbers above 0"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels is \[3\]"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
         ({"vocab_size": 6}, "vocab_size is 6, but the logits have 5 columns"),
         ({"implementation": "fast"}, "implementation is 'fast'"),
         ({"implementation": "triton", "k": 65}, "k is 65, but the kernel keeps at most 64"),
@@ -138,11 +139,11 @@ def test_the_operator_keeps_the_promises_of_custom_operators(seed):
     logits, labels = logits[:3].to(DEVICE), labels[:3].to(DEVICE)  # the operator runs many times
     topk_logsumexp(logits, 4, [2.0], vocab_size=97, implementation="triton")  # defines the operator
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    for given in (labels, None):
+    for given, softcap in ((labels, 5.0), (None, None)):
         # Label logits are not written without labels: operators that are compared have to have all.
         named = tests if given is not None else tests[:2]
         torch.library.opcheck(
-            torch.ops.fuse_kernels.topk.default, (logits, given, 4, 2.0, 97, 0), test_utils=named
+            torch.ops.fuse_kernels.topk.default, (logits, given, 4, 2.0, softcap, 97, 0), test_utils=named
         )
 
 
@@ -176,6 +177,16 @@ def compare_with_whole(seed: int) -> list[str]:
                 with Collectives() as collectives:
                     assert_same(topk_logsumexp(shard, 5, [1.0, 2.0], labels=labels, **place), expected)
                 assert dict(collectives.seen) == {"c10d::_allgather_base_": 1}
+                # Capped logits are those of the whole, to the last bit.
+                capped = {"softcap": 4.0, "labels": labels}
+                whole = {"vocab_size": vocab, "implementation": implementation}
+                for over, of in zip(
+                    topk_logsumexp(shard, 5, [1.0, 2.0], **capped, **place),
+                    topk_logsumexp(logits, 5, [1.0, 2.0], **capped, **whole),
+                    strict=True,
+                ):
+                    same = {"rtol": 2e-6, "atol": 2e-6} if over.shape[1:] == (2,) else {"rtol": 0, "atol": 0}
+                    torch.testing.assert_close(over, of, **same)
             except AssertionError as error:
                 complaints.append(f"{vocab} {widths} {implementation}, rank {rank}: {error}")
     return complaints
