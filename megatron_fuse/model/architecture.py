@@ -8,32 +8,27 @@ so that an unsuitable recipe raises its error before anything starts.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import torch
-from pydantic import Field
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.config_file import MOST_LAYERS, ModelConfig, check_config, load_config, reason
+from megatron_fuse.model.config_file import ModelConfig, check_config, load_config
+from megatron_fuse.model.families import FAMILIES, Family
+from megatron_fuse.model.families.family import TargetConfig
+from megatron_fuse.model.rope import read_rotation
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_object
 from megatron_fuse.text_safety import brief
 
-# By model_type.
-SUPPORTED = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
-# The frequencies of these types do not depend on the sequence length,
-# and the types do not scale cosine and sine.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 VOCABULARY_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder of the Llama family: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A decoder: RMSNorm, rotary positions, grouped-query attention, a gated MLP.
 
-    Sizes are counts of elements.
+    Sizes are counts of elements. Fields with a default are what a Llama does not have.
     """
 
     family: str  # the Hugging Face class, e.g. "LlamaForCausalLM"
@@ -46,13 +41,13 @@ class Architecture:
     vocab_size: int  # the config's, which may differ from len(tokenizer)
     max_position_embeddings: int
     rms_norm_eps: float
-    qkv_bias: bool
     tied_embeddings: bool  # the output layer has the embedding's weights
     # In layers with a window a token sees itself and the sliding_window - 1 tokens before it.
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]  # [num_layers]: whether the layer has a window
     inverse_frequencies: tuple[float, ...]  # [head_dim / 2], rotation per position in radians, exact in fp32
     initializer_range: float
+    qkv_bias: bool = False
     origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 
     @property
@@ -64,42 +59,6 @@ class Architecture:
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-# The upper bounds are far above any published model. A larger value is a mistake, and would fill the memory
-# before it is noticed.
-Width = Annotated[int, Field(ge=1, le=2**24)]
-Heads = Annotated[int, Field(ge=1, le=2**16)]
-Positions = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-
-class TargetConfig(ModelConfig):
-    """config.json of a target.
-
-    A key is required if transformers would silently replace it by a default of its own.
-    """
-
-    vocab_size: Width
-    hidden_size: Width
-    intermediate_size: Width
-    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)]
-    num_attention_heads: Heads
-    num_key_value_heads: Heads | None = None
-    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] | None = None
-    max_position_embeddings: Positions
-    rms_norm_eps: Annotated[float, Field(ge=1e-30, le=1)]
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: Positions | None = None
-    use_sliding_window: bool | None = None
-    max_window_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)] | None = None
-    layer_types: list[str] | None = None
-    initializer_range: Annotated[float, Field(ge=0, le=1)] | None = None
-    # These keys would make another model of the same class, which is not supported.
-    is_causal: Literal[True] | None = None
-    per_layer_config: None = None
-    quantization_config: None = None
-
-
 def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architecture:
     """The architecture of a Hugging Face model directory or config.
 
@@ -108,61 +67,37 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     that FusionGPTModel does not have.
     """
     if isinstance(source, PreTrainedConfig):
-        origin, family, content = (
-            "the model's config",
-            _family(source, "the model's config"),
-            source.to_dict(),
-        )
+        origin = "the model's config"
+        config, family = source, _family(source, origin)
+        stated = check_config(family.config, source.to_dict(), origin)
     else:
         path = Path(source) / "config.json"
-        origin, family, content = str(path), None, _read_supported(path)
-    stated = check_config(TargetConfig, content, origin)
-    config = source if isinstance(source, PreTrainedConfig) else load_config(Path(source))
-    family = family or _family(config, origin)
-
-    def refuse(key: str, value: object, allowed: str) -> None:
-        raise UserError(f"{origin}: {key} is {quoted(value)}, but a target of class {family} needs {allowed}")
-
-    if config.hidden_act != "silu":
-        refuse("hidden_act", config.hidden_act, "'silu'")
-    for key in ("attention_bias", "mlp_bias"):  # Llama's attention_bias also gives o_proj a bias
-        if getattr(config, key, False):
-            refuse(key, True, "false (biases are supported on Qwen2's query, key and value only)")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-    if heads % groups:
-        refuse("num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
-    if stated.head_dim is None and config.hidden_size % (2 * heads):
-        refuse("hidden_size", config.hidden_size, f"an even multiple of num_attention_heads ({heads})")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None)  # Qwen2's is None unless use_sliding_window
-    kinds = {*(stated.layer_types or ())}
-    if kinds - {
-        "full_attention",
-        *(["sliding_attention"] if window and family == "Qwen2ForCausalLM" else []),
-    }:
-        refuse(
-            "layer_types",
-            sorted(kinds),
-            "only full_attention, or also sliding_attention for a Qwen2 model with a window",
-        )
+        origin, (content, family) = str(path), _read_supported(path)
+        stated = check_config(family.config, content, origin)
+        config = load_config(Path(source))
+        family = _family(config, origin)
+    _check_needs(config, family, origin)
+    head_dim = _head_dim(config, stated, family, origin)
+    window, sliding_layers = _windows(config, stated, family, origin)
+    rotation = read_rotation(config, head_dim, origin)
     return Architecture(
-        family=family,
+        family=family.name,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=heads,
-        num_query_groups=groups,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
-        qkv_bias=family == "Qwen2ForCausalLM",
         tied_embeddings=config.tie_word_embeddings,
         sliding_window=window,
-        sliding_layers=_sliding_layers(config, family, window),
-        inverse_frequencies=_inverse_frequencies(config, head_dim, origin),
+        sliding_layers=sliding_layers,
+        inverse_frequencies=rotation.inverse_frequencies,
         initializer_range=config.initializer_range,
         origin=origin,
+        **family.traits(config),
     )
 
 
@@ -223,92 +158,80 @@ def check_layout(
         )
 
 
-def _read_supported(path: Path) -> dict[str, Any]:
-    """The content of config.json.
+def _read_supported(path: Path) -> tuple[dict[str, Any], Family]:
+    """The content of config.json, and its family.
 
     Its class is checked first, because transformers does not know every class.
     """
     content = read_object(path)
     classes = check_config(ModelConfig, content, str(path)).architectures
     if not classes:
-        raise UserError(f"{path} has no key 'architectures'. Add the class: one of {', '.join(SUPPORTED)}.")
-    if not set(classes) & set(SUPPORTED):
+        raise UserError(f"{path} has no key 'architectures'. Add the class: one of {', '.join(FAMILIES)}.")
+    supported = [FAMILIES[name] for name in classes if name in FAMILIES]
+    if not supported:
         raise UserError(_unsupported(path, brief(", ".join(classes), 100)))
-    return content
+    return content, supported[0]
 
 
-def _family(config: PreTrainedConfig, origin: str) -> str:
-    """The class of a config, by its model_type if it names none.
+def _family(config: PreTrainedConfig, origin: str) -> Family:
+    """The family of a config, by its model_type if it names no class.
 
     Raises UserError for an unsupported class.
     """
-    family_of = {model_type: family for family, model_type in SUPPORTED.items()}
-    family = (config.architectures or [family_of.get(config.model_type, config.model_type)])[0]
-    if SUPPORTED.get(family) != config.model_type:
-        raise UserError(_unsupported(origin, f"{family} (model_type {config.model_type})"))
+    name_of = {family.model_type: name for name, family in FAMILIES.items()}
+    name = (config.architectures or [name_of.get(config.model_type, config.model_type)])[0]
+    family = FAMILIES.get(name)
+    if family is None or family.model_type != config.model_type:
+        raise UserError(_unsupported(origin, f"{name} (model_type {config.model_type})"))
     return family
 
 
 def _unsupported(origin: object, class_name: str) -> str:
     return (
         f"{origin}: architectures: a target of class {class_name} is not supported. Choose a model of class "
-        f"{', '.join(SUPPORTED)}."
+        f"{', '.join(FAMILIES)}."
     )
 
 
-def _sliding_layers(config: PreTrainedConfig, family: str, window: int | None) -> tuple[bool, ...]:
-    """[num_layers]: whether each layer has the window.
+def _refuse(origin: str, family: Family, key: str, value: object, allowed: str) -> None:
+    raise UserError(
+        f"{origin}: {key} is {quoted(value)}, but a target of class {family.name} needs {allowed}"
+    )
 
-    All layers of Mistral have it.
-    Of Qwen2 those that layer_types names have it, by default the layers from max_window_layers on.
+
+def _check_needs(config: PreTrainedConfig, family: Family, origin: str) -> None:
+    """Raises UserError for an option of the class that is not reproduced."""
+    for key, need in family.needs.items():
+        if (value := getattr(config, key, None)) not in need.values:
+            _refuse(origin, family, key, value, need.words)
+
+
+def _head_dim(config: PreTrainedConfig, stated: TargetConfig, family: Family, origin: str) -> int:
+    """Channels of a head. Raises UserError if the heads do not fit one another or the hidden size."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    if heads % groups:
+        _refuse(origin, family, "num_key_value_heads", groups, f"a divisor of num_attention_heads ({heads})")
+    if stated.head_dim is None and config.hidden_size % (2 * heads):
+        allowed = f"an even multiple of num_attention_heads ({heads})"
+        _refuse(origin, family, "hidden_size", config.hidden_size, allowed)
+    return getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _windows(
+    config: PreTrainedConfig, stated: TargetConfig, family: Family, origin: str
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window, and by layer whether it has the window.
+
+    Raises UserError for kinds of layers that the family does not have.
     """
-    if window is None:
-        return (False,) * config.num_hidden_layers
-    if family == "Qwen2ForCausalLM":
-        return tuple(kind == "sliding_attention" for kind in config.layer_types)
-    return (True,) * config.num_hidden_layers
-
-
-def _inverse_frequencies(config: PreTrainedConfig, head_dim: int, origin: str) -> tuple[float, ...]:
-    """The frequencies as transformers computes them. Megatron's Llama-3 scaling uses only the factor, and
-    would silently differ."""
-    rope = config.rope_parameters or {}
-    rope_type, theta = rope.get("rope_type", "default"), rope.get("rope_theta")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        allowed = ", ".join(SUPPORTED_ROPE_TYPES)
-        raise UserError(
-            f"{origin}: rope type {quoted(rope_type)} is not supported. Choose a model with a rope_type of "
-            f"{allowed}."
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{origin}: partial_rotary_factor is {quoted(rope['partial_rotary_factor'])}, but only 1.0 is "
-            "supported"
-        )
-    for key, value in rope.items():
-        if isinstance(value, list):
-            raise UserError(f"{origin}: {key} is {quoted(value)}, but must be one number for all layers")
-    if theta is None:
-        raise UserError(
-            f"{origin}: rope_theta is missing. Add the base of the rotary frequencies, such as 10000.0."
-        )
-    if rope_type == "default":
-        if rope.get("factor") not in (None, 1):
-            raise UserError(
-                f"{origin}: factor is {rope['factor']}, but rope_type is 'default', which has no factor. "
-                "Set rope_type."
-            )
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        frequencies = 1.0 / (theta**exponents)
+    window = None if family.windows == "none" else getattr(config, "sliding_window", None)
+    by_type = window is not None and family.windows == "by layer_types"
+    kinds = {*(stated.layer_types or ())}
+    if kinds - {"full_attention", *(["sliding_attention"] if by_type else [])}:
+        allowed = "only full_attention, or also sliding_attention for a class with windows by layer"
+        _refuse(origin, family, "layer_types", sorted(kinds), allowed)
+    if by_type:
+        sliding = tuple(kind == "sliding_attention" for kind in config.layer_types)
     else:
-        try:
-            frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config)
-        except Exception as error:  # a key is missing or null
-            raise UserError(
-                f"{origin}: the frequencies cannot be computed from rope_scaling: {reason(error)}"
-            ) from error
-    if not (frequencies.isfinite() & (frequencies > 0)).all():
-        raise UserError(
-            f"{origin}: rope_theta ({theta}) and its scaling give frequencies that are not above 0"
-        )
-    return tuple(frequencies.tolist())
+        sliding = (window is not None,) * config.num_hidden_layers
+    return window, sliding

@@ -1,16 +1,16 @@
 """Weights between a Hugging Face model directory and this rank's part of a GPTModel, at any TP x PP x virtual
 PP.
 
-One table, `weight_blocks`, says which rectangles of which Hugging Face tensors make up a Megatron parameter.
-Loading copies the rectangles in one direction, exporting in the other. Nothing is computed, so that a round
-trip returns every bit.
+One table (`families/weights.py`) says which rectangles of which Hugging Face tensors make up a Megatron
+parameter. Loading copies the rectangles in one direction, exporting in the other. Nothing is computed, so
+that a round trip returns every bit.
 """
 
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -21,13 +21,12 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.expected_weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    OUTPUT,
     check_weights,
     hugging_face_shapes,
     refuse_non_finite,
 )
+from megatron_fuse.model.families import layer_weights
+from megatron_fuse.model.families.weights import WeightBlock, outside_layers
 from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, write_weight_files
 from megatron_fuse.storage.recorded_directory import directory_then_rename, sole_writer
@@ -35,18 +34,11 @@ from megatron_fuse.storage.recorded_directory import directory_then_rename, sole
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class WeightBlock:
-    """A rectangle that a Hugging Face tensor and a Megatron parameter share.
-
-    It covers every dimension but `dim` completely.
-    """
-
-    tensor: str  # name of the Hugging Face tensor
-    dim: int
-    start: int  # first element along `dim` in the Hugging Face tensor
-    at: int  # first element along `dim` in the Megatron parameter
-    size: int  # elements along `dim`
+# The names under Transformer Engine, which computes a norm with the matrix after it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 def weight_blocks(
@@ -57,60 +49,15 @@ def weight_blocks(
     parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer
     counted over the whole model. Rows of the vocabulary's padding belong to no block. Raises KeyError for a
     name that FusionGPTModel does not have.
-
-    linear_qkv holds for each key/value group the group's query heads, its key and its value. linear_fc1 holds
-    the rank's part of the gate, then its part of the up projection.
     """
-    a = architecture
-
-    def part(tensor: str, dim: int, length: int) -> list[WeightBlock]:
-        share = length // tensor_size
-        return [WeightBlock(tensor, dim, tensor_rank * share, 0, share)]
-
-    def vocabulary(tensor: str) -> list[WeightBlock]:
-        share = a.padded_vocab_size // tensor_size
-        start = tensor_rank * share
-        size = min(a.vocab_size - start, share)
-        return [WeightBlock(tensor, 0, start, 0, size)] if size > 0 else []
-
-    def query_key_value(prefix: str, kind: str) -> Iterator[WeightBlock]:
-        # Megatron interleaves the groups; Hugging Face has three tensors, each with all groups in order.
-        groups, d = a.num_query_groups // tensor_size, a.head_dim
-        queries = a.num_attention_heads // a.num_query_groups * d
-        at = 0
-        for group in range(tensor_rank * groups, (tensor_rank + 1) * groups):
-            for name, size in (("q_proj", queries), ("k_proj", d), ("v_proj", d)):
-                yield WeightBlock(f"{prefix}self_attn.{name}.{kind}", 0, group * size, at, size)
-                at += size
-
-    def gate_and_up(prefix: str) -> list[WeightBlock]:
-        share = a.ffn_hidden_size // tensor_size
-        names = (f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
-        return [WeightBlock(name, 0, tensor_rank * share, i * share, share) for i, name in enumerate(names)]
-
-    def whole(tensor: str) -> list[WeightBlock]:
-        return [WeightBlock(tensor, 0, 0, 0, a.hidden_size)]
-
     if not (in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)):
-        return {
-            "embedding.word_embeddings.weight": lambda: vocabulary(EMBEDDING),
-            "output_layer.weight": lambda: vocabulary(EMBEDDING if a.tied_embeddings else OUTPUT),
-            "decoder.final_layernorm.weight": lambda: whole(FINAL_NORM),
-        }[parameter]()
-    prefix, name = f"model.layers.{in_layer[1]}.", in_layer[2]
-    return {
-        "input_layernorm.weight": lambda: whole(f"{prefix}input_layernorm.weight"),
-        "self_attention.linear_qkv.layer_norm_weight": lambda: whole(f"{prefix}input_layernorm.weight"),
-        "self_attention.linear_qkv.weight": lambda: list(query_key_value(prefix, "weight")),
-        "self_attention.linear_qkv.bias": lambda: list(query_key_value(prefix, "bias")),
-        "self_attention.linear_proj.weight": lambda: part(
-            f"{prefix}self_attn.o_proj.weight", 1, a.num_attention_heads * a.head_dim
-        ),
-        "pre_mlp_layernorm.weight": lambda: whole(f"{prefix}post_attention_layernorm.weight"),
-        "mlp.linear_fc1.layer_norm_weight": lambda: whole(f"{prefix}post_attention_layernorm.weight"),
-        "mlp.linear_fc1.weight": lambda: gate_and_up(prefix),
-        "mlp.linear_fc2.weight": lambda: part(f"{prefix}mlp.down_proj.weight", 1, a.ffn_hidden_size),
-    }[name]()
+        return list(outside_layers(architecture)[parameter].blocks(tensor_rank, tensor_size))
+    layer, name = in_layer.groups()
+    weight = layer_weights(architecture)[_FUSED_NORMS.get(name, name)]
+    return [
+        replace(block, tensor=f"model.layers.{layer}.{block.tensor}")
+        for block in weight.blocks(tensor_rank, tensor_size)
+    ]
 
 
 @torch.no_grad()

@@ -12,36 +12,25 @@ from torch import Tensor
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.families import layer_weights
+from megatron_fuse.model.families.weights import EMBEDDING, OUTPUT, outside_layers
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 from megatron_fuse.text_safety import brief
 
-EMBEDDING, OUTPUT, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # Buffers that transformers wrote before 2023. Their values follow from the config.
 IGNORED_TENSORS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def hugging_face_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, in transformers'
-    order.
-    """
-    a = architecture
-    query, key = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (a.vocab_size, a.hidden_size)}
-    for layer in range(a.num_layers):
+    """Name and shape of every tensor of a Hugging Face checkpoint of this architecture, layer by layer."""
+    embedding, *last = outside_layers(architecture).values()
+    in_layer = [weight.shapes() for weight in layer_weights(architecture).values()]
+    shapes = embedding.shapes()
+    for layer in range(architecture.num_layers):
         prefix = f"model.layers.{layer}."
-        for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-            if a.qkv_bias:
-                shapes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-            shapes[f"{prefix}self_attn.{name}.weight"] = (rows, a.hidden_size)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (a.hidden_size, query)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
-        shapes[f"{prefix}mlp.up_proj.weight"] = (a.ffn_hidden_size, a.hidden_size)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (a.hidden_size, a.ffn_hidden_size)
-        shapes[f"{prefix}input_layernorm.weight"] = (a.hidden_size,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (a.hidden_size,)
-    shapes[FINAL_NORM] = (a.hidden_size,)
-    if not a.tied_embeddings:
-        shapes[OUTPUT] = (a.vocab_size, a.hidden_size)
+        shapes |= {f"{prefix}{name}": shape for part in in_layer for name, shape in part.items()}
+    for weight in last:
+        shapes |= weight.shapes()
     return shapes
 
 

@@ -16,6 +16,8 @@ from megatron.core import parallel_state
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.families import layer_weights
+from megatron_fuse.model.families.weights import outside_layers
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
@@ -55,13 +57,12 @@ def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> i
     """
     a, layout = architecture, recipe.parallel
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    qkv = a.head_dim * (a.num_attention_heads + 2 * a.num_query_groups) * (a.hidden_size + a.qkv_bias)
-    sharded = qkv + a.hidden_size * (a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size)
-    embedding = a.padded_vocab_size * a.hidden_size // tensor
+    outside = outside_layers(a)
+    embedding = outside["embedding.word_embeddings.weight"].elements(tensor)
     first, last = stage == 0, stage == stages - 1
     output = last and not (first and a.tied_embeddings)
-    layers = a.num_layers // stages * (sharded // tensor + 2 * a.hidden_size)
-    return layers + embedding * (first + output) + a.hidden_size * last
+    layer = sum(weight.elements(tensor) for weight in layer_weights(a).values())
+    return a.num_layers // stages * layer + embedding * (first + output) + a.hidden_size * last
 
 
 def activation_elements(
