@@ -8,7 +8,7 @@ so that an unsuitable recipe raises its error before anything starts.
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -45,9 +45,22 @@ class Architecture:
     # In layers with a window a token sees itself and the sliding_window - 1 tokens before it.
     sliding_window: int | None
     sliding_layers: tuple[bool, ...]  # [num_layers]: whether the layer has a window
-    inverse_frequencies: tuple[float, ...]  # [head_dim / 2], rotation per position in radians, exact in fp32
+    inverse_frequencies: tuple[float, ...]  # [rotated channels / 2], radians per position, exact in fp32
     initializer_range: float
     qkv_bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gate
+    # The norms of a layer: before attention and MLP, and after both, before the residual sum.
+    norms_before: bool = True
+    norms_after: bool = False
+    zero_centered_norms: bool = False  # norms scale by 1 + weight
+    query_key_norm: Literal["none", "per head", "all heads"] = "none"
+    rotated_layers: tuple[bool, ...] | None = None  # whether the layer rotates; None: all do
+    rotation_scale: float = 1.0  # of the rotated channels: of yarn and longrope
+    longest_rotation: int | None = None  # tokens; inverse_frequencies are not those of longer sequences
+    local_inverse_frequencies: tuple[float, ...] | None = None  # of layers with a window, if they have others
+    attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores x become softcap tanh(x / softcap)
+    embedding_scale: float | None = None  # of the embedding's output, in the weights' dtype
     origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 
     @property
@@ -79,7 +92,11 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     _check_needs(config, family, origin)
     head_dim = _head_dim(config, stated, family, origin)
     window, sliding_layers = _windows(config, stated, family, origin)
-    rotation = read_rotation(config, head_dim, origin)
+    kinds = ("full_attention", "sliding_attention") if family.rope_by_layer_type else (None,)
+    rotation, *others = (
+        read_rotation(config, head_dim, origin, partial=family.partial_rotary, layer_type=kind)
+        for kind in kinds
+    )
     return Architecture(
         family=family.name,
         num_layers=config.num_hidden_layers,
@@ -95,6 +112,9 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         sliding_window=window,
         sliding_layers=sliding_layers,
         inverse_frequencies=rotation.inverse_frequencies,
+        local_inverse_frequencies=others[0].inverse_frequencies if others else None,
+        rotation_scale=rotation.scale,
+        longest_rotation=rotation.longest,
         initializer_range=config.initializer_range,
         origin=origin,
         **family.traits(config),
@@ -155,6 +175,13 @@ def check_layout(
         raise UserError(
             f"--seq-length {seq_length} is longer than max_position_embeddings "
             f"({architecture.max_position_embeddings}) of {where}. Choose a shorter length."
+        )
+    longest = architecture.longest_rotation
+    if seq_length is not None and longest is not None and seq_length > longest:
+        raise UserError(
+            f"--seq-length {seq_length} is longer than original_max_position_embeddings ({longest}) of "
+            f"{where}. longrope has other frequencies for longer texts, and a run cannot have both. Choose a "
+            f"length of at most {longest}."
         )
 
 

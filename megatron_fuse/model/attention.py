@@ -10,6 +10,9 @@ block-diagonal mask would cost the
   square of the sum.
 - A window is a band along the diagonal. It is attended block by block, which costs s (window + BLOCK).
 
+torch's function has no soft cap of the scores. With one, blocks of queries are attended in plain operations,
+and computed again in the backward pass.
+
 Legend: s sequence, b batch, h query heads, g key/value heads (grouped queries), both of this rank, d channels
 of a head.
 """
@@ -27,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from megatron_fuse.errors import UserError
 
@@ -75,6 +79,7 @@ class CausalAttention(MegatronModule):
         cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__(config=config)
         for option, supported in {"attention_dropout": 0.0, "softmax_type": "vanilla"}.items():
@@ -86,6 +91,7 @@ class CausalAttention(MegatronModule):
         if attention_type != "self":
             raise UserError(f"attention_type is {attention_type!r}, but a decoder's attention is 'self'")
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(d)
+        self.softcap = softcap
         # Megatron's window_size counts the visible positions to the (left, right) of a position,
         # without the position itself.
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
@@ -115,7 +121,13 @@ class CausalAttention(MegatronModule):
             )
         lengths = None if packed_seq_params is None else packed_seq_params.lengths
         context = causal_attention(
-            query, key, value, lengths=lengths, window=self.window, scale=self.softmax_scale
+            query,
+            key,
+            value,
+            lengths=lengths,
+            window=self.window,
+            scale=self.softmax_scale,
+            softcap=self.softcap,
         )
         return context.flatten(2)
 
@@ -128,6 +140,7 @@ def causal_attention(
     lengths: Sequence[int] | None = None,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale query key^T) value over the positions that each position sees.
 
@@ -136,17 +149,21 @@ def causal_attention(
     lengths: positions of each document; they add up to s. None: one document.
     window: number of positions that a position sees, itself included. None: all before it.
     scale: None for 1 / sqrt(d).
+    softcap: scores x become softcap tanh(x / softcap). None: they stay.
     """
+    attend = partial(_attend, window=window, scale=scale)
+    if softcap is not None:
+        attend = partial(_attend_capped, window=window, scale=scale, softcap=softcap)
     if lengths is None:
-        return _attend(query, key, value, window, scale).contiguous()
+        return attend(query, key, value).contiguous()
     # `split` and not slices: the gradient of a split is one concatenation, while each slice has a gradient of
     # the sequence's length.
     queries, keys, values = (tensor.split(list(lengths)) for tensor in (query, key, value))
     documents = zip(queries, keys, values, strict=True)
-    return torch.cat([_attend(*document, window, scale) for document in documents]).contiguous()
+    return torch.cat([attend(*document) for document in documents]).contiguous()
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None) -> Tensor:
     """Attention of one document, or of one unpacked sequence;
     shapes as in causal_attention, with s of the document."""
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, h or g, s, d]
@@ -171,6 +188,41 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
         mask = band[: stop - start, : stop - start + window - 1]
         parts.append(attend(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], attn_mask=mask))
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int | None, scale: float | None, softcap: float
+) -> Tensor:
+    """As _attend, with capped scores. A block of queries has its scores [b, h, BLOCK, keys] for a moment."""
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, h or g, s, d]
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    parts = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
+            first, stop, device=query.device
+        )
+        seen = (distance >= 0) & (distance < (window or length))
+        block = (query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], seen)
+        parts.append(
+            checkpoint(_attend_block, *block, scale, softcap, use_reentrant=False, preserve_rng_state=False)
+        )
+    return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
+
+
+def _attend_block(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """query [b, h, q, d], key and value [b, h, k, d], seen bool [q, k] -> [b, h, q, d]."""
+    scores = query @ key.transpose(2, 3) * scale
+    scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~seen, -torch.inf)
+    # At least in fp32, as transformers does.
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+    return scores.softmax(-1, dtype=softmax_dtype).to(value.dtype) @ value
 
 
 def takes_groups(device: torch.device, dtype: torch.dtype, has_band: bool) -> bool:

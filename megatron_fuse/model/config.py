@@ -1,11 +1,19 @@
 """Megatron's TransformerConfig of a target at a parallel layout, within what this machine can run."""
 
+import math
+from functools import partial
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
 from megatron_fuse.runtime.libraries import has_gradient_accumulation_fusion, has_transformer_engine
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 def transformer_config(
@@ -23,7 +31,7 @@ def transformer_config(
     """Megatron's config of this architecture at this layout.
 
     transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine if it and CUDA are
-        available, else local.
+        available and its layers have all parts of the architecture, else local.
     perform_initialization: False leaves parameters unset, because a target's weights always come from a
         checkpoint.
     megatron_options: further TransformerConfig fields by Megatron's own names, for example
@@ -39,6 +47,13 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
     )
     implementation = resolve_transformer_impl(transformer_impl)
+    if implementation == "transformer_engine" and (missing := _local_parts(architecture)):
+        if transformer_impl != "auto":
+            raise UserError(
+                f"--transformer-impl transformer_engine: a target of class {architecture.family} has "
+                f"{' and '.join(missing)}, which exists only in the local layers. Set it to local or auto."
+            )
+        implementation = "local"
     if sequence_parallel and implementation == "local":
         raise UserError(
             "--sequence-parallel needs Transformer Engine, which is not used here. Remove the option or "
@@ -60,8 +75,13 @@ def transformer_config(
         "kv_channels": architecture.head_dim,
         "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.rms_norm_eps,
+        "layernorm_zero_centered_gamma": architecture.zero_centered_norms,
+        # With it Megatron sums the tensor ranks' parts of these norms' gradients. A norm over all heads is
+        # split over the ranks instead.
+        "qk_layernorm": architecture.query_key_norm == "per head",
+        "softmax_scale": architecture.attention_scale,
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": ACTIVATIONS[architecture.activation],
         "add_bias_linear": False,
         "add_qkv_bias": architecture.qkv_bias,
         "hidden_dropout": 0.0,
@@ -82,11 +102,11 @@ def transformer_config(
         "use_cpu_initialization": not on_gpu,
         "calculate_per_token_loss": False,
         # These kernels exist only on a GPU, or only with Transformer Engine or apex.
-        "bias_activation_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu and architecture.activation == "silu",
         "bias_dropout_fusion": on_gpu,
         "deallocate_pipeline_outputs": on_gpu,
         "batch_p2p_comm": on_gpu,
-        "apply_rope_fusion": implementation == "transformer_engine",
+        "apply_rope_fusion": implementation == "transformer_engine" and architecture.rotation_scale == 1,
         "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
         "masked_softmax_fusion": False,
     }
@@ -95,7 +115,26 @@ def transformer_config(
     if architecture.sliding_window is not None:
         options["window_size"] = (architecture.sliding_window - 1, 0)
         options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]
-    return TransformerConfig(**(options | megatron_options))
+    if architecture.rotated_layers is not None:
+        options["no_rope_freq"] = [int(not rotated) for rotated in architecture.rotated_layers]
+    config = TransformerConfig(**(options | megatron_options))
+    if architecture.rotation_scale != 1:
+        # Attention multiplies cosine and sine by 0.1 mscale log(factor) + 1: here by rotation_scale.
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale = 10 * (architecture.rotation_scale - 1)
+        config.yarn_mscale_all_dim = 0.0
+    return config
+
+
+def _local_parts(architecture: Architecture) -> list[str]:
+    """The parts of an architecture that only the local layers have, in words."""
+    parts = {
+        "norms after attention and MLP": architecture.norms_after,
+        "query and key norms over all heads": architecture.query_key_norm == "all heads",
+        "soft-capped attention scores": architecture.attention_softcap is not None,
+        "two kinds of rotations": architecture.local_inverse_frequencies is not None,
+    }
+    return [words for words, present in parts.items() if present]
 
 
 def virtual_chunks(virtual_pipeline_model_parallel_size: int | None) -> int | None:

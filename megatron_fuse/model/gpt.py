@@ -5,26 +5,22 @@ n = s b tokens.
 """
 
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from fuse_kernels import TokenLosses, fused_linear_sparse_kl, sparse_kl_cross_entropy
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fuse.model.architecture import Architecture, check_layout
-from megatron_fuse.model.attention import CausalAttention, PackedDocuments
+from megatron_fuse.model.attention import PackedDocuments
+from megatron_fuse.model.layers import layer_spec
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class FusionGPTModel(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            layer_spec(config, vp_stage),
+            layer_spec(architecture, config, vp_stage),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=seq_length,
             pre_process=pre_process,
@@ -95,10 +91,15 @@ class FusionGPTModel(GPTModel):
         )
         self.architecture = architecture
         self.loss_options = loss_options
-        frequencies = self.rotary_pos_emb.inv_freq
-        self.rotary_pos_emb.inv_freq = torch.tensor(
-            architecture.inverse_frequencies, dtype=torch.float32, device=frequencies.device
-        )
+        device = self.rotary_pos_emb.inv_freq.device
+        self.rotary_pos_emb.inv_freq = torch.tensor(architecture.inverse_frequencies, device=device)
+        self.local_rotary_pos_emb = None
+        if (frequencies := architecture.local_inverse_frequencies) is not None:
+            self.local_rotary_pos_emb = copy(self.rotary_pos_emb)
+            self.local_rotary_pos_emb.inv_freq = torch.tensor(frequencies, device=device)
+        if (scale := architecture.embedding_scale) is not None:
+            scale = torch.tensor(scale, dtype=config.params_dtype).item()
+        self.embedding_scale = scale
         # Some layers of Megatron are not created on the GPU:
         # torch's RMSNorm is created on torch's default device.
         for module in self.modules():
@@ -123,14 +124,20 @@ class FusionGPTModel(GPTModel):
     def _preprocess(
         self, *rest: object, position_ids: Tensor, packed_seq_params: PackedDocuments | None = None, **named
     ):
-        """GPTModel's _preprocess, with one rotation per position of the sequence, [s, 1, 1, d], if rotations
-        go by position.
+        """GPTModel's _preprocess, with the embedding scaled, and with one rotation per position of the
+        sequence, [s, 1, 1, d], if rotations go by position.
+
+        If layers with a window have rotations of their own, both kinds come together, [s, 1, 2, d].
 
         Megatron's own table of rotations reaches up to the longest document. Megatron applies it document by
         document, which waits for the GPU.
         """
         named |= {"position_ids": position_ids, "packed_seq_params": packed_seq_params}
         hidden_states, rotations, *others = super()._preprocess(*rest, **named)
+        if self.pre_process and self.embedding_scale is not None:
+            hidden_states = hidden_states * self.embedding_scale
+        if self.local_rotary_pos_emb is not None:
+            rotations = torch.cat([rotations, self.local_rotary_pos_emb(len(rotations))], dim=2)
         if packed_seq_params is not None and packed_seq_params.rotates_by_position:
             rotations = rotations[position_ids[0]]
         return (hidden_states, rotations, *others)
@@ -261,20 +268,6 @@ def build_model_chunks(
     return [build(vp_stage=stage) for stage in stages]
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None):  # Megatron's specs
-    """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl
-    names.
-    """
-    if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    # The last norm is set here. Megatron would give it to apex if a package of that name is installed, but
-    # apex's kernel knows no RMSNorm.
-    layers = [spec] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=WrappedTorchNorm)
-
-
 def _run_pre_hooks(module: torch.nn.Module) -> None:
     """Runs the pre-hooks of a module whose weight is read without a call of the module.
 
@@ -298,9 +291,8 @@ def _mark_tensor_parallel_weights(model: GPTModel) -> None:
     }
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(module) in dimensions and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        dimension = next((dimensions[kind] for kind in type(module).mro() if kind in dimensions), None)
+        if dimension is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             # A shard of linear_fc1 has two pieces: one of the gate, one of the up projection.
             stride = 2 if name.endswith("linear_fc1") else 1
-            tensor_parallel_layers.set_tensor_model_parallel_attributes(
-                weight, True, dimensions[type(module)], stride
-            )
+            tensor_parallel_layers.set_tensor_model_parallel_attributes(weight, True, dimension, stride)

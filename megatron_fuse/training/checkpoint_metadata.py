@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,10 @@ _MODEL_KEYS = (
     "qkv_bias",
     "tied_embeddings",
 )
+# What decides which norms a layer has, with the values of a Llama. Only other values are written: checkpoints
+# from before these keys are of layers like a Llama's.
+_LAYER_KEYS = ("norms_before", "norms_after", "zero_centered_norms", "query_key_norm")
+_LLAMA_LAYER = {field.name: field.default for field in fields(Architecture) if field.name in _LAYER_KEYS}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ class CheckpointMetadata:
 
 
 def model_identity(architecture: Architecture) -> dict[str, Any]:
-    return {key: getattr(architecture, key) for key in _MODEL_KEYS}
+    sizes = {key: getattr(architecture, key) for key in _MODEL_KEYS}
+    layer = {key: getattr(architecture, key) for key in _LAYER_KEYS}
+    return sizes | {key: value for key, value in layer.items() if value != _LLAMA_LAYER[key]}
 
 
 def versions() -> dict[str, str]:
@@ -167,7 +173,8 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def refuse_other_model(path: Path, metadata: CheckpointMetadata, architecture: Architecture) -> None:
     """Raises UserError if a checkpoint holds another model or vocabulary."""
-    if differing := differences(metadata.model, model_identity(architecture)):
+    stored, wanted = _LLAMA_LAYER | metadata.model, _LLAMA_LAYER | model_identity(architecture)
+    if differing := differences(stored, wanted):
         raise UserError(
             f"{path}: the checkpoint {'; '.join(differing)}. Load it into the model that it was made from."
         )

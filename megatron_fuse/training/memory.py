@@ -73,14 +73,15 @@ def activation_elements(
     The count follows Korthikanti et al. (arXiv 2205.05198, section 4), for the local layer, without dropout,
     and without scores, which neither torch's attention nor Transformer Engine's keeps.
 
-    Whole on every tensor rank: input, scaled input and output of both norms (split with sequence
+    Whole on every tensor rank: input, scaled input and output of each norm (split with sequence
     parallelism); cosine and sine of the rotations. Split over the tensor ranks: queries and keys before and
     after the rotation, values, the attention's output; gate and up projection (2), the gate's SiLU and its
     copy, their product. Fused kernels keep fewer of the last group.
     """
     a, tensor = architecture, tensor_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
-    of_norms = 6 * a.hidden_size / (tensor if sequence_parallel else 1)
+    norms = 2 * (a.norms_before + a.norms_after)
+    of_norms = 3 * norms * a.hidden_size / (tensor if sequence_parallel else 1)
     return of_norms + 4 * a.head_dim + (3 * heads + 5 * a.ffn_hidden_size) / tensor
 
 

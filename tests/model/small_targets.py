@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from fuse_kernels import sparse_kl_cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 SEQUENCE, BATCH, ENTRIES, MICRO_BATCHES = 33, 3, 5, 2
 TEMPERATURE, TAIL = 2.0, "bucket"
@@ -17,6 +28,20 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # so short that all three bands of the scaling are in use
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# six frequencies: of three quarters of 16 channels
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    "partial_rotary_factor": 0.75,
 }
 _SIZES = {
     "hidden_size": 64,
@@ -55,10 +80,59 @@ def small_config(name: str) -> PreTrainedConfig:
             sliding_window=7,
             max_window_layers=2,
         ),
+        # three query heads a group, wider together than the hidden size; yarn's attention scale; untied
+        "qwen3": lambda: Qwen3Config(
+            **_SIZES | {"num_attention_heads": 6},
+            vocab_size=1003,
+            num_key_value_heads=2,
+            head_dim=20,
+            rope_parameters=YARN_ROPE,
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=2,
+        ),
+        # every other layer rotates, the rest have a window; tied
+        "smollm3": lambda: SmolLM3Config(
+            **_SIZES,
+            vocab_size=900,
+            num_key_value_heads=2,
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=9,
+            pad_token_id=None,
+        ),
+        "phi3": lambda: Phi3Config(
+            **_SIZES,
+            vocab_size=1003,
+            num_key_value_heads=2,
+            rope_parameters=LONGROPE,
+            original_max_position_embeddings=64,
+            sliding_window=10,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+        ),
+        # a key of three heads' width against a query of six heads'
+        "olmo2": lambda: Olmo2Config(
+            **_SIZES | {"hidden_size": 60, "num_attention_heads": 6}, vocab_size=1003, num_key_value_heads=2
+        ),
+        # both kinds of layers, with rotations of their own
+        "gemma3": lambda: Gemma3TextConfig(
+            **_SIZES | {"hidden_size": 60, "num_attention_heads": 6},
+            vocab_size=1003,
+            num_key_value_heads=2,
+            head_dim=12,
+            query_pre_attn_scalar=20,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
     }[name]()
 
 
-NAMES = ("llama2", "llama3", "mistral", "qwen2")
+NAMES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3")
 
 
 def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:
@@ -67,7 +141,8 @@ def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(1 + 0.2 * noise if "norm" in parameter_name else 0.15 * noise)
+        # Norms start at 1, those of Gemma at 0.
+        parameter.data.copy_(parameter + 0.2 * noise if "norm" in parameter_name else 0.15 * noise)
     model.save_pretrained(directory)
     return directory
 

@@ -3,15 +3,28 @@ is refused early.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import small_targets as small
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model import config as config_module
 from megatron_fuse.model.architecture import check_layout, read_architecture
+from megatron_fuse.model.config import transformer_config
 
 VICUNA_7B = {  # config.json of lmsys/vicuna-7b-v1.5, as published
     "_name_or_path": "vicuna-7b-v1.5",
@@ -78,12 +91,52 @@ def test_vicuna_7b(tmp_path):
         ),
         MistralConfig(head_dim=160),
         Qwen2Config(rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}),
+        LlamaConfig(rope_theta=10000.0, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        Qwen2Config(rope_parameters=small.YARN_ROPE),
+        # with the attention scale that DeepSeek's configs state, and with one stated outright
+        LlamaConfig(rope_parameters=small.YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.0}),
+        LlamaConfig(rope_parameters=small.YARN_ROPE | {"attention_factor": 1.3, "beta_fast": 16.0}),
+        small.small_config("phi3"),
+        Phi3Config(
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            pad_token_id=None,
+        ),
     ],
-    ids=["default", "linear", "llama3", "llama3.1", "mistral", "qwen2"],
+    ids=[
+        "default",
+        "linear",
+        "llama3",
+        "llama3.1",
+        "mistral",
+        "qwen2",
+        "dynamic",
+        "yarn",
+        "yarn-mscale",
+        "yarn-factor",
+        "longrope-partial",
+        "partial",
+    ],
 )
 def test_inverse_frequencies_are_those_of_transformers_to_the_bit(config):
-    ours = torch.tensor(read_architecture(config).inverse_frequencies, dtype=torch.float32)
-    assert torch.equal(ours, LlamaRotaryEmbedding(config).inv_freq)
+    theirs = (Phi3RotaryEmbedding if isinstance(config, Phi3Config) else LlamaRotaryEmbedding)(config)
+    architecture = read_architecture(config)
+    ours = torch.tensor(architecture.inverse_frequencies, dtype=torch.float32)
+    assert torch.equal(ours, theirs.inv_freq)
+    assert architecture.rotation_scale == theirs.attention_scaling
+
+
+def test_each_kind_of_layer_has_the_frequencies_of_transformers_to_the_bit():
+    config = small.small_config("gemma3")
+    architecture, theirs = read_architecture(config), Gemma3RotaryEmbedding(config)
+    assert architecture.inverse_frequencies == tuple(theirs.full_attention_inv_freq.tolist())
+    assert architecture.local_inverse_frequencies == tuple(theirs.sliding_attention_inv_freq.tolist())
+
+
+def test_longrope_beyond_its_short_frequencies_is_refused():
+    architecture = read_architecture(small.small_config("phi3"))
+    check_layout(architecture, seq_length=64)
+    with pytest.raises(UserError, match=r"65 is longer than original_max_position_embeddings \(64\)"):
+        check_layout(architecture, seq_length=65)
 
 
 @pytest.mark.parametrize("name", small.NAMES)
@@ -110,7 +163,7 @@ def test_a_config_reads_the_same_from_disk(tmp_path, name):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads is 3.*num_attention_heads \(32\)"),
         ({"head_dim": 33}, "head_dim: must be a multiple of 2, not 33"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope type 'proportional'"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
 )
@@ -118,6 +171,46 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
     with pytest.raises(UserError, match=said) as caught:
         read_architecture(write_config(tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("llama2", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("qwen3", "attention_bias", True, "attention_bias is True"),
+        ("smollm3", "mlp_bias", True, "mlp_bias is True"),
+        ("phi3", "resid_pdrop", 0.1, "resid_pdrop is 0.1"),
+        ("phi3", "rope_parameters", {"partial_rotary_factor": 0.7}, "0.7 of head_dim 16 is 11 channels"),
+        ("olmo2", "attention_bias", True, "attention_bias is True"),
+        ("olmo2", "clip_qkv", 8.0, "clip_qkv is 8.0"),
+        ("gemma3", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
+        ("gemma3", "final_logit_softcapping", 30.0, "final_logit_softcapping is 30.0"),
+        ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
+    ],
+)
+def test_an_option_of_a_family_that_cannot_be_reproduced_is_refused(name, key, value, said):
+    config = small.small_config(name)
+    setattr(config, key, config.rope_parameters | value if key == "rope_parameters" else value)
+    with pytest.raises(UserError, match=said):
+        read_architecture(config)
+
+
+@pytest.mark.parametrize("name", small.NAMES)
+def test_transformer_engine_takes_the_families_whose_parts_it_has(monkeypatch, name):
+    monkeypatch.setattr(config_module, "resolve_transformer_impl", lambda _: "transformer_engine")
+    monkeypatch.setattr(
+        config_module, "TransformerConfig", SimpleNamespace
+    )  # which would look for the library
+    architecture = read_architecture(small.small_config(name))
+    only_local = {
+        "olmo2": "norms after attention and MLP and query and key norms over all heads",
+        "gemma3": "norms after attention and MLP and two kinds of rotations",
+    }
+    chosen = transformer_config(architecture, transformer_impl="auto").transformer_impl
+    assert chosen == ("local" if name in only_local else "transformer_engine")
+    if name in only_local:
+        with pytest.raises(UserError, match=only_local[name]):
+            transformer_config(architecture, transformer_impl="transformer_engine")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +306,17 @@ def test_every_sharded_dimension_is_checked(ffn, vocab, said):
             64,
             (True, False),
         ),
+        # A window that use_sliding_window does not turn on, and Llama's, which its class does not read
+        (Qwen3Config(num_hidden_layers=2, sliding_window=64), None, (False,) * 2),
+        (LlamaConfig(num_hidden_layers=2, sliding_window=64), None, (False,) * 2),
+        (
+            SmolLM3Config(
+                num_hidden_layers=2, use_sliding_window=True, sliding_window=64, no_rope_layer_interval=2
+            ),
+            64,
+            (False, True),
+        ),
+        (Phi3Config(num_hidden_layers=2, sliding_window=64), 64, (True,) * 2),
     ],
 )
 def test_windows_are_those_of_transformers(config, window, layers):

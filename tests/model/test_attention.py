@@ -20,11 +20,12 @@ from megatron_fuse.model.attention import CausalAttention, PackedDocuments, caus
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 
-def dense_attention(query, key, value, *, lengths=None, window=None, scale=None):
+def dense_attention(query, key, value, *, lengths=None, window=None, scale=None, softcap=None):
     """By definition: every score, every position that may not be seen at minus infinity."""
     s, _, h, d = query.shape
     key, value = (of.repeat_interleave(h // of.shape[2], dim=2) for of in (key, value))
     scores = torch.einsum("ibhd,jbhd->bhij", query, key) * (d**-0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     document = torch.repeat_interleave(torch.arange(len(lengths or [s])), torch.tensor(lengths or [s]))
     distance = torch.arange(s)[:, None] - torch.arange(s)
     seen = (distance >= 0) & (distance < (window or s)) & (document[:, None] == document)
@@ -77,19 +78,28 @@ def test_attention_equals_the_dense_softmax_at_any_split(lengths, data):
     """Blocks so short that every document has several."""
     window = data.draw(st.none() | st.integers(1, 45))
     g, repeats, seed = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32)))
-    scale = data.draw(st.sampled_from([None, 0.3]))
+    scale, softcap = (data.draw(st.sampled_from([None, value])) for value in (0.3, 1.5))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", data.draw(st.integers(1, 16)))
         sizes = (sum(lengths), data.draw(st.integers(1, 2)), g * repeats, g, 8)
-        assert_equals_dense(seed, torch.float64, sizes, lengths=lengths, window=window, scale=scale)
+        assert_equals_dense(
+            seed, torch.float64, sizes, lengths=lengths, window=window, scale=scale, softcap=softcap
+        )
 
 
-def module(window_size=None, layer_number=1, **changes):
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("window", [None, 290])
+def test_capped_scores_equal_the_dense_softmax(dtype, window):
+    """A cap below most scores, over several blocks."""
+    assert_equals_dense(8, dtype, (600, 2, 6, 2, 24), window=window, softcap=0.7)
+
+
+def module(window_size=None, layer_number=1, softcap=None, **changes):
     sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
     config = TransformerConfig(**sizes, attention_dropout=0.0, window_size=window_size)
     for name, value in changes.items():
         setattr(config, name, value)
-    return CausalAttention(config, layer_number, AttnMaskType.causal, "self")
+    return CausalAttention(config, layer_number, AttnMaskType.causal, "self", softcap=softcap)
 
 
 def test_the_module_takes_and_returns_what_megatron_passes():
@@ -97,6 +107,8 @@ def test_the_module_takes_and_returns_what_megatron_passes():
     plain = module()(query, key, value, None, attn_mask_type=AttnMaskType.causal)
     assert plain.shape == (30, 1, 32)
     assert torch.equal(plain, causal_attention(query, key, value).flatten(2))
+    capped = module(softcap=0.5)(query, key, value, None)
+    assert torch.equal(capped, causal_attention(query, key, value, softcap=0.5).flatten(2))
     packed = PackedDocuments("thd", lengths=(11, 1, 18)).with_rotations_by_position()
     found = module()(query, key, value, None, packed_seq_params=packed)
     assert torch.equal(found, causal_attention(query, key, value, lengths=[11, 1, 18]).flatten(2))

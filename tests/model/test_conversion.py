@@ -24,16 +24,9 @@ from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
 from megatron_fuse.model.conversion import weight_blocks
 from megatron_fuse.model.expected_weights import hugging_face_shapes
+from megatron_fuse.model.families import layer_weights
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 
-PER_LAYER = (
-    "input_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_proj.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
 NORMS_UNDER_TRANSFORMER_ENGINE = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -41,7 +34,7 @@ NORMS_UNDER_TRANSFORMER_ENGINE = {
 
 
 def parameter_names(architecture):
-    per_layer = (*PER_LAYER, "self_attention.linear_qkv.bias") if architecture.qkv_bias else PER_LAYER
+    per_layer = layer_weights(architecture)
     yield "embedding.word_embeddings.weight"
     yield from (f"decoder.layers.{i}.{name}" for i in range(architecture.num_layers) for name in per_layer)
     yield "decoder.final_layernorm.weight"
@@ -53,7 +46,7 @@ def parameter_names(architecture):
 @pytest.mark.parametrize("tensor_size", [1, 2, 4])
 @pytest.mark.parametrize("name", [*small.NAMES, "mostly padding"])
 def test_every_element_lies_on_exactly_one_rank(name, tensor_size):
-    tiny = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 8}
+    tiny = {"hidden_size": 128, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = small.small_config("llama2" if name == "mostly padding" else name)
     vocab_size = 130 if name == "mostly padding" else 515
     for key, value in {**tiny, "num_key_value_heads": 4, "vocab_size": vocab_size}.items():
@@ -69,7 +62,10 @@ def test_every_element_lies_on_exactly_one_rank(name, tensor_size):
                 end += block.size
                 place = (slice(None),) * block.dim + (slice(block.start, block.start + block.size),)
                 copies[block.tensor][place] += 1
-    split = {tensor for tensor, shape in shapes.items() if "norm" not in tensor}
+    of_all_heads = ("q_norm", "k_norm") if architecture.query_key_norm == "all heads" else ("none",)
+    split = {
+        tensor for tensor in shapes if "norm" not in tensor or any(name in tensor for name in of_all_heads)
+    }
     for tensor, count in copies.items():
         assert (count == (1 if tensor in split else tensor_size)).all(), tensor
 

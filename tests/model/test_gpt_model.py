@@ -4,10 +4,13 @@ and all gradients.
 
 # ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
 
+import itertools
+
 import numpy as np
 import pytest
 import small_targets as small
 import torch
+from published_models import PUBLISHED
 from small_targets import small_models
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -108,15 +111,25 @@ def train_once(layout, model_dir, fused_linear=False):
             for block in blocks:
                 place = (block.dim, block.at, block.size)
                 weight, gradient = parameter.detach().narrow(*place), parameter.grad.narrow(*place)
-                if (
-                    getattr(parameter, "tensor_model_parallel", False) or first_tensor_rank
-                ):  # norms: the same on all ranks
+                # Norms are the same on all ranks, with the whole gradient. Those of queries and keys have a
+                # part of it on each.
+                summed = block.tensor.endswith(("q_norm.weight", "k_norm.weight"))
+                if getattr(parameter, "tensor_model_parallel", False) or summed or first_tensor_rank:
                     parts.append((block, weight.numpy(), gradient.numpy()))
     return [micro["losses"] for micro in report], parts
 
 
-# Untied; untied with a window; tied with biases, and windows in some layers.
-TRAINED = ("llama2", "mistral", "qwen2")
+# Untied; untied with a window; tied with biases, and windows in some layers; one of each further family.
+TRAINED = ("llama2", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3")
+FIRST = ("llama2", "mistral", "qwen2")
+
+
+def trained_at_layouts():
+    """A plain run has all layouts of the first families, and of the others the one that splits everything."""
+    for layout, name, fused_linear in itertools.product(LAYOUTS, TRAINED, (False, True)):
+        plain = name in FIRST or (layout == "tp2-pp2" and not fused_linear)
+        words = f"{layout}-{name}-{'fused linear' if fused_linear else 'logits'}"
+        yield pytest.param(layout, name, fused_linear, marks=[] if plain else pytest.mark.slow, id=words)
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +147,7 @@ def expected(small_models):
     return result
 
 
-@pytest.mark.parametrize("fused_linear", [False, True], ids=["logits", "fused linear"])
-@pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "name", "fused_linear"), trained_at_layouts())
 def test_losses_weights_and_gradients_equal_transformers(
     ranks, small_models, expected, layout, name, fused_linear
 ):
@@ -237,6 +248,20 @@ def meta_shapes(model_dir):
     shapes = hugging_face_shapes(architecture)
     assert read == {name: int(np.prod(shape)) for name, shape in shapes.items()}
     return sum(parameter.numel() for parameter in model.parameters()), architecture.padded_vocab_size
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_number_of_parameters(ranks, tmp_path, name):
+    """Shapes only, on the meta device, in transformers and in Megatron."""
+    count, config = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == count
+    config.architectures = [type(theirs).__name__]
+    config.save_pretrained(tmp_path)
+    ours, padded_vocab_size = ranks(1, meta_shapes, tmp_path)[0]
+    matrices = 1 if config.tie_word_embeddings else 2
+    assert ours - matrices * (padded_vocab_size - config.vocab_size) * config.hidden_size == count
 
 
 def test_vicuna_7b_fits_its_real_config(ranks, tmp_path):

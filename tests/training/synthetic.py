@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from megatron_fuse.fusion_data.documents import Document
 from megatron_fuse.recipe import Recipe, make_recipe
@@ -109,10 +119,58 @@ def _draw(rng: np.random.Generator, vocab_size: int, entries: int, *, rows: bool
     )
 
 
-def make_tiny_target(directory: Path, *, vocab_size: int = 503, layers: int = 2, tied: bool = False) -> Path:
-    """A random Llama with grouped-query attention."""
+# By name: the class, and what its tiny target has beyond the sizes.
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": 6}),
+    "qwen3": (
+        Qwen3Config,
+        {"head_dim": 12, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "smollm3": (
+        SmolLM3Config,
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, "pad_token_id": None},
+    ),
+    "phi3": (
+        Phi3Config,
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.5, 3.0],
+                "long_factor": [1.0, 4.0, 16.0],
+                "partial_rotary_factor": 0.75,
+            },
+            "original_max_position_embeddings": 64,
+            "sliding_window": 6,
+            "pad_token_id": None,
+        },
+    ),
+    "olmo2": (Olmo2Config, {}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}
+
+
+def make_tiny_target(
+    directory: Path,
+    *,
+    vocab_size: int = 503,
+    layers: int = 2,
+    tied: bool = False,
+    family: str = "llama",
+) -> Path:
+    """A random model with grouped-query attention. Families with kinds of layers need four layers."""
     torch.manual_seed(7)
-    config = LlamaConfig(
+    config_class, further = FAMILIES[family]
+    config = config_class(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
@@ -122,8 +180,9 @@ def make_tiny_target(directory: Path, *, vocab_size: int = 503, layers: int = 2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         initializer_range=0.2,  # logits far from uniform, so that every part of the loss counts
+        **further,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
 

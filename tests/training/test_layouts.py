@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
+from synthetic import FAMILIES, SyntheticDataset, make_tiny_recipe, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two
@@ -177,6 +178,60 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
     if iterations < STEPS:  # the last one is of another step then
         found, until = ({**report, "validation": report["validation"][:1]} for report in (found, until))
     assert_same(found, until, relative=1e-5)
+
+
+@pytest.fixture(scope="module")
+def family_alone(ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:  # type: ignore[no-untyped-def]
+    """By family: its target, and the run of one process."""
+
+    @functools.cache
+    def run(family: str) -> tuple[Path, dict[str, Any]]:
+        target = make_tiny_target(tmp_path_factory.mktemp(family), layers=4, family=family)
+        workdir = tmp_path_factory.mktemp(f"{family}-alone")
+        return target, one_report(ranks(1, run_training, workdir, target, {"training": WHOLE_RUN}))
+
+    return run
+
+
+# All steps of both phases
+WHOLE_RUN = {"train_iters": 20, "global_batch_size": 8, "micro_batch_size": 4}
+
+
+def families_at_layouts() -> Iterator[Any]:
+    layouts = {
+        "tp2-pp2": (4, layout(tp=2, pp=2)),
+        "tp2": (2, layout(tp=2)),
+        "pp2-vp2": (2, layout(pp=2, vp=2)),
+    }
+    for family in FAMILIES:
+        for name, (world_size, parallel) in layouts.items():
+            marks = pytest.mark.slow if family == "llama" or name != "tp2-pp2" else ()
+            yield pytest.param(family, world_size, parallel, id=f"{family}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("family", "world_size", "parallel"), families_at_layouts())
+def test_every_family_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
+    ranks, family_alone, tmp_path, family, world_size, parallel
+) -> None:
+    target, alone = family_alone(family)
+    sections = {"parallel": parallel, "training": WHOLE_RUN}
+    found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
+    assert len(found["steps"]) == WHOLE_RUN["train_iters"]
+    assert_same(found, alone, relative=1e-5)
+
+
+# Norms after attention and MLP, norms that are split over the ranks, norms that each rank has a gradient of
+@pytest.mark.parametrize(
+    "family", ["olmo2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3", "phi3"))]
+)
+def test_a_family_continues_at_another_layout(ranks, family_alone, tmp_path, family) -> None:  # type: ignore[no-untyped-def]
+    target, alone = family_alone(family)
+    first = {"parallel": layout(tp=2), "training": WHOLE_RUN | {"train_iters": 17}}
+    ranks(2, run_training, tmp_path, target, first)
+    second = {"parallel": layout(pp=2), "training": WHOLE_RUN}
+    rest = one_report(ranks(2, run_training, tmp_path, target, second))
+    expected = {"steps": alone["steps"][17:], "validation": alone["validation"][-len(rest["validation"]) :]}
+    assert_same(rest, expected, relative=1e-5)
 
 
 def run_with_a_bucket_per_weight(

@@ -83,11 +83,19 @@ def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -
         ),
     ],
 )
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        ("llama", False),
+        ("llama", True),
+        ("gemma3", True),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3", "phi3", "olmo2")),
+    ],
+)
 def test_the_memory_estimate_is_what_a_rank_then_holds(  # type: ignore[no-untyped-def]
-    ranks, tmp_path, world_size, parallel, training, tied
+    ranks, tmp_path, world_size, parallel, training, family, tied
 ) -> None:
-    target = make_tiny_target(tmp_path / "target", tied=tied)
+    target = make_tiny_target(tmp_path / "target", layers=4, tied=tied, family=family)
     sections = {"parallel": parallel, "training": {"train_iters": 1, **training}}
     results = ranks(world_size, built_and_estimated, tmp_path / "run", target, sections)
     for result in results:

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import SyntheticDataset, make_tiny_recipe, make_tiny_target
+from synthetic import FAMILIES, SyntheticDataset, make_tiny_recipe, make_tiny_target
 from test_layouts import assert_same, layout, one_report, run_training
-from transformers import MistralConfig, MistralForCausalLM
 
 STEPS = 9  # of 8 examples: 7 of the first phase, 2 of the second
 # Documents take 3 to 28 positions: two to six of them share a sequence.
@@ -95,19 +94,10 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
     return found
 
 
-@pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
-def test_a_packed_document_has_the_losses_that_it_has_alone(ranks, tmp_path, window) -> None:  # type: ignore[no-untyped-def]
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 64,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(7)
-    config = MistralConfig(vocab_size=503, **sizes, **heads, sliding_window=window, initializer_range=0.2)
-    MistralForCausalLM(config).save_pretrained(tmp_path / "target")
-    alone, packed = ranks(1, losses_of_documents, tmp_path, tmp_path / "target")[0]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_document_has_the_losses_that_it_has_alone(ranks, tmp_path, family) -> None:  # type: ignore[no-untyped-def]
+    target = make_tiny_target(tmp_path / "target", layers=4, family=family)
+    alone, packed = ranks(1, losses_of_documents, tmp_path, target)[0]
     assert alone.keys() == packed.keys() and len(alone) > 40
     for document, losses in alone.items():
         torch.testing.assert_close(

@@ -5,15 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_fuse.model.families.family import Family
+from megatron_fuse.model.families.gemma3 import GEMMA3
 from megatron_fuse.model.families.llama import LLAMA
 from megatron_fuse.model.families.mistral import MISTRAL
+from megatron_fuse.model.families.olmo2 import OLMO2
+from megatron_fuse.model.families.phi3 import PHI3
 from megatron_fuse.model.families.qwen2 import QWEN2
+from megatron_fuse.model.families.qwen3 import QWEN3
+from megatron_fuse.model.families.smollm3 import SMOLLM3
 from megatron_fuse.model.families.weights import Table
 
 if TYPE_CHECKING:
     from megatron_fuse.model.architecture import Architecture
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA3)
+}
 
 
 def layer_weights(architecture: Architecture) -> Table:

@@ -163,6 +163,24 @@ def norms_before(a: Architecture) -> Table:
     }
 
 
+def norms_after(a: Architecture) -> Table:
+    """The norms after the attention and after the MLP."""
+    return {
+        "self_attention.linear_proj.post_layernorm.weight": whole(
+            "post_attention_layernorm.weight", a.hidden_size
+        ),
+        "mlp.linear_fc2.post_layernorm.weight": whole("post_feedforward_layernorm.weight", a.hidden_size),
+    }
+
+
+def query_and_key_norms(a: Architecture) -> Table:
+    """The norms of the queries and keys of each head, which have one weight for all heads."""
+    return {
+        "self_attention.q_layernorm.weight": whole("self_attn.q_norm.weight", a.head_dim),
+        "self_attention.k_layernorm.weight": whole("self_attn.k_norm.weight", a.head_dim),
+    }
+
+
 def llama_layer(a: Architecture) -> Table:
     return {**projections(a), **norms_before(a)}
 
