@@ -68,27 +68,25 @@ def run(arguments: argparse.Namespace) -> None:
             from megatron_fuse.huggingface.gguf import convert_gguf
         convert_gguf(arguments.from_gguf, arguments.tokenizer, arguments.output, arguments.dtype or "fp32")
         return
-    with importing():
-        from megatron_fuse.runtime import start_runtime, stop_runtime
-    start_runtime()
-    # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
-    from megatron_fuse.training import checkpoint_metadata, target
-    from megatron_fuse.training.checkpoint_files import LATEST
-
     if arguments.from_megatron:
-        path = arguments.from_megatron
-        path = path if (path / "facts.json").exists() else checkpoint_metadata.named_checkpoint(path)
-        if path is None:
-            raise UserError(
-                f"{arguments.from_megatron}: not a checkpoint, because it has no {LATEST} and no facts.json. "
-                "Name a checkpoint directory."
-            )
-        verify = not arguments.no_verify
-        dtype = target.export_checkpoint(
-            path, arguments.reference, arguments.output, arguments.dtype, verify=verify
+        with importing():
+            from megatron_fuse.training.export import checkpoint_in, export_checkpoint
+        dtype = export_checkpoint(
+            checkpoint_in(arguments.from_megatron),
+            arguments.reference,
+            arguments.output,
+            arguments.dtype,
+            verify=not arguments.no_verify,
         )
     else:
-        target.import_hugging_face(arguments.from_hugging_face, arguments.output)
+        with importing():
+            from megatron_fuse.runtime import start_runtime, stop_runtime
+        start_runtime()
+        # Megatron-core may only be imported once the runtime has prepared the process for a machine without
+        # CUDA.
+        from megatron_fuse.training.target import import_hugging_face
+
+        import_hugging_face(arguments.from_hugging_face, arguments.output)
+        stop_runtime()
         dtype = "fp32"  # it holds every value of the other dtypes
     say(f"wrote {arguments.output} in {dtype}")
-    stop_runtime()

@@ -4,7 +4,8 @@ template.
     megatron-fuse export --recipe examples/quickstart/recipe.yaml [--export-checkpoint latest] \
         [--export-dtype fp32]
 
-Reads a checkpoint of any parallel layout, in one process, without a GPU. A second run writes the model again
+Reads a checkpoint of any parallel layout, in one process, without Megatron or a GPU. The memory is that of
+one file of weights (5 GB), however large the model is. A second run writes the model again
 only if there is a newer checkpoint to export.
 """
 
@@ -20,10 +21,6 @@ add_arguments = add_recipe_arguments
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
     with importing():
-        from megatron_fuse.runtime import start_runtime, stop_runtime
-    start_runtime()
-    from megatron_fuse.training.export import export_fused_model
-
+        from megatron_fuse.training.export import export_fused_model
     output, checkpoint = export_fused_model(recipe)
     say(f"{output}: the model of {checkpoint} in {recipe.export.dtype}")
-    stop_runtime()

@@ -15,17 +15,27 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.formats import load_format
+from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.carried_files import add_end, missing_end
-from megatron_fuse.model.conversion import write_hugging_face_model
+from megatron_fuse.model.config_file import read_model_config
+from megatron_fuse.model.expected_weights import hugging_face_shapes
+from megatron_fuse.model.hugging_face_files import new_model_directory, write_hugging_face_files
+from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
 from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.training.checkpoint_content import METADATA
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
-from megatron_fuse.training.checkpoint_metadata import named_checkpoint, read_metadata
-from megatron_fuse.training.target import load_whole_model
+from megatron_fuse.training.checkpoint_metadata import (
+    iteration_directory,
+    named_checkpoint,
+    named_iteration,
+    read_metadata,
+)
+from megatron_fuse.training.stored_parameters import stored_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +47,7 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
 
     The export's generation_config.json ends answers at the stop token of the training too. If that token had
     to be added, a line says so. An export of an older checkpoint is replaced; it keeps its
-    name until the new export is complete. Needs a runtime started with one process. Raises UserError if there
+    name until the new export is complete. Raises UserError if there
     is no checkpoint, if something else is at the place of the export, or if the export cannot be written.
     """
     directory, verify = checkpoint_directory(recipe), recipe.training.verify
@@ -59,9 +69,8 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
             return output, checkpoint
         if existing:
             existing.refuse_changes("export.path")
-        model = load_whole_model(checkpoint, reference, verify=verify)
         with directory_then_rename(place, existing) as temporary:
-            write_hugging_face_model(model, reference, temporary, recipe.export.dtype)
+            _write_parameters(checkpoint, reference, temporary, recipe.export.dtype, verify=verify)
             if template is not None:
                 (temporary / "chat_template.jinja").write_text(template, encoding="utf-8")
             if end is not None:
@@ -72,6 +81,71 @@ def export_fused_model(recipe: Recipe) -> tuple[Path, Path]:
                 )
             record_files(temporary, RECORD, origin)
     return output, checkpoint
+
+
+def dtype_of_reference(reference: Path) -> str:
+    """fp32, bf16 or fp16: the dtype of the weights in a Hugging Face directory,
+    else that of its config, else fp32."""
+    try:
+        weights = WeightFiles(reference)
+        dtype_name = common_dtype(
+            weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference))
+        )
+    except UserError:  # a directory without weights: its config is enough
+        stated = read_model_config(reference)
+        dtype_name = next(
+            (
+                name
+                for name, dtype in DTYPES.items()
+                if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"
+            ),
+            "",
+        )
+    return dtype_name if dtype_name in DTYPES else "fp32"
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The checkpoint that a user names: itself, or a directory whose latest checkpoint is taken.
+
+    It may be of another program that writes Megatron's format. Raises UserError if there is none.
+    """
+    if (path / METADATA).exists() or (path / "facts.json").exists():
+        return path
+    iteration = named_iteration(path, LATEST)
+    if iteration is None:
+        raise UserError(
+            f"{path}: not a checkpoint, because it has no {LATEST} and no {METADATA}. Name a "
+            "checkpoint directory."
+        )
+    checkpoint = iteration_directory(path, iteration)
+    return checkpoint if (checkpoint / METADATA).exists() else named_checkpoint(path) or checkpoint
+
+
+def export_checkpoint(
+    checkpoint: Path, reference: Path, output: Path, dtype: str | None = None, *, verify: bool = True
+) -> str:
+    """Writes a checkpoint of any layout as a Hugging Face model directory, in one process, without Megatron
+    or a GPU. Returns the dtype. The memory is that of one file of the output.
+
+    reference: Hugging Face directory that gives config, tokenizer and chat template; its weights are not
+        read.
+    dtype: fp32, bf16 or fp16; None: the reference's.
+    verify: compare the checksums of the checkpoint's files.
+
+    output must not exist.
+    """
+    dtype = dtype or dtype_of_reference(reference)
+    with new_model_directory(output) as temporary:
+        _write_parameters(checkpoint, reference, temporary, dtype, verify=verify)
+    return dtype
+
+
+def _write_parameters(
+    checkpoint: Path, reference: Path, directory: Path, dtype: str, *, verify: bool
+) -> None:
+    """Writes the model of a checkpoint into an empty directory. Raises UserError for any damage of it."""
+    with stored_parameters(checkpoint, read_architecture(reference), verify=verify) as parameters:
+        write_hugging_face_files(parameters, reference, directory, dtype)
 
 
 def _origin(

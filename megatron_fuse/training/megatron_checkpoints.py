@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,17 +52,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.storage.records import quoted
-from megatron_fuse.storage.strict_json import parse_object
+from megatron_fuse.training.checkpoint_content import COMMON, FORMAT, OpenedCheckpoint
 from megatron_fuse.training.checkpoint_integrity import CheckpointFiles, StoredItems
-from megatron_fuse.training.safe_unpickling import read_metadata, read_plain
 from megatron_fuse.training.stored_tensor import read_tensor
 
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-# Further keys that Megatron-core before 0.19 writes into metadata.json. Megatron reads that file by itself,
-# and a key that it does not know ends in a TypeError. So no key of ours is added.
-_OTHER_KEYS = {"common_backend", "common_backend_version"}
-_COMMON = "common.pt"
 _FILES_PER_RANK = 2  # written at the same time
 
 
@@ -75,7 +67,7 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
     """
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
-        torch.save(common, directory / _COMMON)
+        torch.save(common, directory / COMMON)
     # True: of equal shards only one rank's.
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     writer = _Writer(directory, thread_count=_FILES_PER_RANK)
@@ -87,7 +79,7 @@ def request_save(state: dict[str, Any], directory: Path) -> tuple[AsyncRequest, 
 
     def name_format() -> None:
         if dist.get_rank() == 0:
-            save_config(CheckpointingConfig(*_FORMAT.values()), str(directory))
+            save_config(CheckpointingConfig(*FORMAT.values()), str(directory))
 
     finalize = [partial(save_state_dict_async_finalize, *planned), name_format]
     return AsyncRequest(write, arguments, finalize, preload_fn=stage), writer.written
@@ -204,33 +196,6 @@ class _ChecksummingStream:
         self.descriptors.append(self.digest.hexdigest())
 
 
-@dataclass(frozen=True)
-class OpenedCheckpoint:
-    """The content of a checkpoint's small files, for `load`."""
-
-    files: CheckpointFiles
-    metadata: Metadata
-    common: dict[str, Any]  # the part of the state that is no tensor
-
-
-def open_for_loading(files: CheckpointFiles) -> OpenedCheckpoint:
-    """Reads the small files of a checkpoint. No collectives.
-
-    Raises UserError for a file that is damaged, is no part of a checkpoint of this format, or would run code.
-    """
-    _check_format(files)
-    place = str(files.path / _COMMON)
-    common = read_plain(files.content(_COMMON), place)
-    if not isinstance(common, dict):
-        raise UserError(
-            f"{place} holds a {type(common).__name__} instead of a mapping. Name another checkpoint."
-        )
-    metadata = read_metadata(files.content(".metadata"), str(files.path / ".metadata"))
-    for place in metadata.storage_data.values():
-        files.check_place(place.relative_path, place.offset, place.length)
-    return OpenedCheckpoint(files, metadata, common)
-
-
 def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
     """Reads the tensors that a sharded state names. All ranks call it together.
 
@@ -244,17 +209,6 @@ def load(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:
     merge(loaded, local)
     merge(loaded, _load_tensors(wanted, opened))
     return apply_factory_merges(loaded, factories)
-
-
-def _check_format(files: CheckpointFiles) -> None:
-    place = files.path / "metadata.json"
-    content = parse_object(files.content(place.name), str(place))
-    form = {key: value for key, value in content.items() if key not in _OTHER_KEYS}
-    if form != _FORMAT:
-        raise UserError(
-            f"{place}: it has {quoted(form, 200)}, but a checkpoint of this version has {_FORMAT}. Name "
-            "another checkpoint."
-        )
 
 
 def _load_tensors(state: dict[str, Any], opened: OpenedCheckpoint) -> dict[str, Any]:

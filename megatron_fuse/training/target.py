@@ -1,4 +1,4 @@
-"""The target in Megatron: this rank's part of it for training, and the whole model from any checkpoint."""
+"""The target in Megatron: this rank's part of it for training, and a checkpoint of its first weights."""
 
 from pathlib import Path
 
@@ -7,14 +7,11 @@ import torch
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.config import transformer_config
-from megatron_fuse.model.config_file import read_model_config
-from megatron_fuse.model.conversion import load_hugging_face_weights, save_hugging_face_model
-from megatron_fuse.model.expected_weights import hugging_face_shapes
+from megatron_fuse.model.conversion import load_hugging_face_weights
 from megatron_fuse.model.gpt import FusionGPTModel, FusionLossOptions, build_model_chunks
-from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
-from megatron_fuse.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_fuse.training.checkpoint import save_checkpoint
 from megatron_fuse.training.checkpoint_files import checkpoints_in
 from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata, model_identity, versions
 
@@ -70,54 +67,6 @@ def _whole_model(model_dir: Path) -> tuple[Architecture, list[FusionGPTModel]]:
     return architecture, build_model_chunks(
         architecture, transformer_config(architecture, params_dtype=torch.float32)
     )
-
-
-def dtype_of_reference(reference: Path) -> str:
-    """fp32, bf16 or fp16: the dtype of the weights in a Hugging Face directory,
-    else that of its config, else fp32."""
-    try:
-        weights = WeightFiles(reference)
-        dtype_name = common_dtype(
-            weights.dtype(name) for name in hugging_face_shapes(read_architecture(reference))
-        )
-    except UserError:  # a directory without weights: its config is enough
-        stated = read_model_config(reference)
-        dtype_name = next(
-            (
-                name
-                for name, dtype in DTYPES.items()
-                if str(dtype) == f"torch.{stated.dtype or stated.torch_dtype}"
-            ),
-            "",
-        )
-    return dtype_name if dtype_name in DTYPES else "fp32"
-
-
-def export_checkpoint(
-    checkpoint: Path, reference: Path, output: Path, dtype: str | None = None, *, verify: bool = True
-) -> str:
-    """Writes a checkpoint of any layout as a Hugging Face model directory, in one process, also on a CPU.
-    Returns the dtype.
-
-    reference: Hugging Face directory that gives config, tokenizer and chat template; its weights are not
-        read.
-    dtype: fp32, bf16 or fp16; None: the reference's.
-    verify: compare the checksums of the checkpoint's files.
-
-    output must not exist. Needs a runtime started with one process.
-    """
-    dtype = dtype or dtype_of_reference(reference)
-    save_hugging_face_model(load_whole_model(checkpoint, reference, verify=verify), reference, output, dtype)
-    return dtype
-
-
-def load_whole_model(checkpoint: Path, reference: Path, *, verify: bool) -> torch.nn.Module:
-    """The model of a checkpoint of any layout, in fp32 in one process. reference, verify: see
-    export_checkpoint.
-    """
-    architecture, chunks = _whole_model(reference)
-    load_checkpoint(checkpoint, chunks, None, architecture, verify=verify)
-    return chunks[0]
 
 
 def import_hugging_face(model_dir: Path, output: Path) -> Path:

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.carried_files import write_beside_weights
-from megatron_fuse.model.conversion import weight_blocks
 from megatron_fuse.model.expected_weights import hugging_face_shapes
 from megatron_fuse.model.families import layer_weights
+from megatron_fuse.model.weight_blocks import weight_blocks
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles
 
 NORMS_UNDER_TRANSFORMER_ENGINE = {

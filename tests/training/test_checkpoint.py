@@ -20,6 +20,8 @@ from synthetic import make_tiny_target
 from test_layouts import layout, one_report, run_training
 from transformers import AutoModelForCausalLM
 
+from megatron_fuse.training.export import export_checkpoint
+
 
 def message_of_refusal(workdir: Path, target: Path, sections: dict[str, Any]) -> str:
     from megatron_fuse.errors import UserError
@@ -51,14 +53,6 @@ def run_without_entry_points(workdir: Path, target: Path, sections: dict[str, An
 
     with patch.object(dist_checkpointing, "save", None), patch.object(dist_checkpointing, "load", None):
         return run_training(workdir, target, sections)
-
-
-def export(checkpoint: Path, target: Path, output: Path, dtype: str) -> None:
-    from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.target import export_checkpoint
-
-    start_runtime()
-    export_checkpoint(checkpoint, target, output, dtype)
 
 
 def import_at(model_dir: Path, output: Path) -> None:
@@ -299,9 +293,9 @@ def test_old_checkpoints_go_and_the_best_stays(ranks, tmp_path) -> None:  # type
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_checkpoint_of_any_layout_exports(ranks, odd, tmp_path, dtype) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_of_any_layout_exports(odd, tmp_path, dtype) -> None:  # type: ignore[no-untyped-def]
     workdir, target = odd
-    ranks(1, export, checkpoints(workdir) / "iter_0000003", target, tmp_path / "model", dtype)
+    export_checkpoint(checkpoints(workdir) / "iter_0000003", target, tmp_path / "model", dtype)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     before = AutoModelForCausalLM.from_pretrained(target)
     assert exported.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -314,7 +308,7 @@ def test_a_checkpoint_of_any_layout_exports(ranks, odd, tmp_path, dtype) -> None
 def test_an_imported_model_exports_bit_for_bit(ranks, odd, tmp_path) -> None:  # type: ignore[no-untyped-def]
     target = odd[1]
     ranks(1, import_at, target, tmp_path / "checkpoint")
-    ranks(1, export, tmp_path / "checkpoint/iter_0000000", target, tmp_path / "model", "fp32")
+    export_checkpoint(tmp_path / "checkpoint/iter_0000000", target, tmp_path / "model", "fp32")
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (target, tmp_path / "model")]
     for a, b in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(a, b)

@@ -12,21 +12,16 @@ from safetensors.torch import load_file, save_file
 from synthetic import make_tiny_target
 
 from megatron_fuse.model.weight_files import DTYPES, common_dtype
+from megatron_fuse.training.export import export_checkpoint
 
 
-def round_trip(model_dir: Path, references: dict[Path, str | None], work: Path) -> list[str]:
-    """On a rank: the dtypes in which a checkpoint of model_dir is written; references: directory -> dtype
-    asked for.
-    """
+def imported(model_dir: Path, directory: Path) -> Path:
+    """On a rank: a checkpoint of a model."""
     from megatron_fuse.runtime import start_runtime
-    from megatron_fuse.training.target import export_checkpoint, import_hugging_face
+    from megatron_fuse.training.target import import_hugging_face
 
     start_runtime()
-    checkpoint = import_hugging_face(model_dir, work / "checkpoints")
-    return [
-        export_checkpoint(checkpoint, reference, work / f"out-{number}", dtype)
-        for number, (reference, dtype) in enumerate(references.items())
-    ]
+    return import_hugging_face(model_dir, directory)
 
 
 def in_dtype(origin: Path, directory: Path, dtype: str, *, stated: str | None, weights: bool = True) -> Path:
@@ -53,7 +48,11 @@ def test_a_model_comes_back_in_its_own_dtype_bit_for_bit(ranks, tmp_path: Path, 
     bare = in_dtype(origin, tmp_path / "bare", dtype, stated=str(DTYPES[dtype])[6:], weights=False)
     silent = in_dtype(origin, tmp_path / "silent", dtype, stated=None, weights=False)
     references = {model: None, bare: None, silent: None, origin: "bf16"}
-    (written,) = ranks(1, round_trip, model, references, tmp_path)
+    (checkpoint,) = ranks(1, imported, model, tmp_path / "checkpoints")
+    written = [
+        export_checkpoint(checkpoint, reference, tmp_path / f"out-{number}", asked)
+        for number, (reference, asked) in enumerate(references.items())
+    ]
     assert written == [dtype, dtype, "fp32", "bf16"]
     before = load_file(model / "model.safetensors")
     for number, name in enumerate(written):

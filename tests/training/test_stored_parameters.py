@@ -1,0 +1,93 @@
+"""Checkpoints of Megatron-LM, which know nothing of this project, as Hugging Face directories."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import make_tiny_target
+
+from megatron_fuse.errors import UserError
+from megatron_fuse.training.export import checkpoint_in, export_checkpoint
+
+
+def save_as_megatron_lm(
+    model_dir: Path, directory: Path, tensor: int, pipeline: int, extra: str | None
+) -> None:
+    """On a rank: Megatron-core's own `save` of a model with arguments and an optimizer, as in Megatron-LM."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_fuse.model.architecture import read_architecture
+    from megatron_fuse.model.config import transformer_config
+    from megatron_fuse.model.conversion import load_hugging_face_weights
+    from megatron_fuse.model.gpt import build_model
+    from megatron_fuse.runtime import start_runtime
+
+    start_runtime(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    architecture = read_architecture(model_dir)
+    layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    model = build_model(architecture, transformer_config(architecture, **layout))
+    load_hugging_face_weights([model], model_dir)
+    momentum = torch.zeros(3)
+    state: dict[str, Any] = {
+        "args": argparse.Namespace(num_layers=architecture.num_layers),
+        "iteration": 7,
+        "model": model.sharded_state_dict(),
+        "optimizer": ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg.weight", momentum, replica_id=dist.get_rank()
+        ),
+    }
+    if extra:
+        state["extra"] = ShardedTensor.from_rank_offsets(extra, momentum, replica_id=dist.get_rank())
+    checkpoint = directory / "iter_0000007"
+    if dist.get_rank() == 0:
+        checkpoint.mkdir(parents=True)
+        (directory / "latest_checkpointed_iteration.txt").write_text("7")
+    dist.barrier()
+    dist_checkpointing.save(state, str(checkpoint))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_checkpoint_of_megatron_lm_becomes_a_model(  # type: ignore[no-untyped-def]
+    ranks, tmp_path: Path, tensor: int, pipeline: int, tied: bool
+) -> None:
+    target = make_tiny_target(tmp_path / "target", vocab_size=1003, tied=tied)
+    ranks(tensor * pipeline, save_as_megatron_lm, target, tmp_path / "theirs", tensor, pipeline, None)
+    checkpoint = checkpoint_in(tmp_path / "theirs")
+    assert checkpoint.name == "iter_0000007" and checkpoint == checkpoint_in(checkpoint)
+    assert export_checkpoint(checkpoint, target, tmp_path / "model", verify=False) == "fp32"
+    before, after = (load_file(path / "model.safetensors") for path in (target, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("extra", "changed", "said"),
+    [
+        ("mtp.layers.eh_proj.weight", {}, "holds mtp.layers.eh_proj.weight, which LlamaForCausalLM of "),
+        ("decoder.layers.mlp.router.weight", {}, "holds decoder.layers.0.mlp.router.weight, which LlamaFor"),
+        (None, {"num_hidden_layers": 3}, "does not hold all of model.layers.2."),
+        (None, {"vocab_size": 1200}, "embedding.word_embeddings.weight of "),
+        (None, {"intermediate_size": 72}, "mlp.linear_fc1.weight of "),
+    ],
+)
+def test_what_does_not_fit_the_reference_is_named(  # type: ignore[no-untyped-def]
+    ranks, tmp_path: Path, extra: str | None, changed: dict[str, int], said: str
+) -> None:
+    target = make_tiny_target(tmp_path / "target", vocab_size=1003)
+    ranks(1, save_as_megatron_lm, target, tmp_path / "theirs", 1, 1, extra)
+    config = json.loads((target / "config.json").read_text())
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference/config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(UserError, match="Name the Hugging Face directory") as refusal:
+        export_checkpoint(
+            tmp_path / "theirs/iter_0000007", tmp_path / "reference", tmp_path / "model", verify=False
+        )
+    assert said in str(refusal.value) and str(tmp_path / "theirs") in str(refusal.value)
+    assert not (tmp_path / "model").exists()
