@@ -4,7 +4,9 @@
     megatron-fuse convert --from-hugging-face models/target --output checkpoints
     megatron-fuse convert --from-gguf X.Q4_K_M.gguf --tokenizer models/x --output models/x-q4
 
-A Megatron checkpoint may have any TP x PP x DP layout. --reference gives config, tokenizer and chat template.
+A Megatron checkpoint may have any TP x PP x DP layout. It may also come from another program that writes
+Megatron's distributed format (torch_dist), such as Megatron-LM. That needs --no-verify, because it has no
+checksums. --reference gives config, tokenizer and chat template.
 A GGUF file (pip install 'megatron-fuse[gguf]') is dequantised, to fp32 by default. The tokenizer files and
 the chat template are those of --tokenizer, which must have the same tokens as the file.
 """
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="with --from-megatron: do not compare checksums of the checkpoint's files",
+        help="with --from-megatron: do not compare checksums of the checkpoint's files, or it has none",
     )
 
 

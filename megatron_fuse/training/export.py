@@ -19,7 +19,7 @@ from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.model.carried_files import add_end, missing_end
 from megatron_fuse.model.config_file import read_model_config
 from megatron_fuse.model.expected_weights import hugging_face_shapes
-from megatron_fuse.model.hugging_face_files import new_model_directory, write_hugging_face_files
+from megatron_fuse.model.hugging_face_files import SHARD_BYTES, new_model_directory, write_hugging_face_files
 from megatron_fuse.model.weight_files import DTYPES, WeightFiles, common_dtype
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import sha256_of_json
@@ -122,7 +122,13 @@ def checkpoint_in(path: Path) -> Path:
 
 
 def export_checkpoint(
-    checkpoint: Path, reference: Path, output: Path, dtype: str | None = None, *, verify: bool = True
+    checkpoint: Path,
+    reference: Path,
+    output: Path,
+    dtype: str | None = None,
+    *,
+    verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Writes a checkpoint of any layout as a Hugging Face model directory, in one process, without Megatron
     or a GPU. Returns the dtype. The memory is that of one file of the output.
@@ -131,21 +137,28 @@ def export_checkpoint(
         read.
     dtype: fp32, bf16 or fp16; None: the reference's.
     verify: compare the checksums of the checkpoint's files.
+    shard_bytes: the most bytes of a file of weights.
 
     output must not exist.
     """
     dtype = dtype or dtype_of_reference(reference)
     with new_model_directory(output) as temporary:
-        _write_parameters(checkpoint, reference, temporary, dtype, verify=verify)
+        _write_parameters(checkpoint, reference, temporary, dtype, verify=verify, shard_bytes=shard_bytes)
     return dtype
 
 
 def _write_parameters(
-    checkpoint: Path, reference: Path, directory: Path, dtype: str, *, verify: bool
+    checkpoint: Path,
+    reference: Path,
+    directory: Path,
+    dtype: str,
+    *,
+    verify: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the model of a checkpoint into an empty directory. Raises UserError for any damage of it."""
     with stored_parameters(checkpoint, read_architecture(reference), verify=verify) as parameters:
-        write_hugging_face_files(parameters, reference, directory, dtype)
+        write_hugging_face_files(parameters, reference, directory, dtype, shard_bytes)
 
 
 def _origin(

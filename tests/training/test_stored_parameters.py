@@ -28,12 +28,12 @@ def save_as_megatron_lm(
     from megatron_fuse.model.gpt import build_model
     from megatron_fuse.runtime import start_runtime
 
-    start_runtime(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    start_runtime(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
     architecture = read_architecture(model_dir)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     model = build_model(architecture, transformer_config(architecture, **layout))
     load_hugging_face_weights([model], model_dir)
-    momentum = torch.zeros(3)
+    momentum = torch.zeros(1, 3)
     state: dict[str, Any] = {
         "args": argparse.Namespace(num_layers=architecture.num_layers),
         "iteration": 7,
