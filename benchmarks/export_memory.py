@@ -13,7 +13,9 @@ import multiprocessing
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from table import Measurement, run
@@ -32,17 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> list[Measurement]:
     shard = options.shard_mebibytes
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        multiprocessing.get_context("spawn").Pool(1, end_with_pool, maxtasksperchild=1) as pool,
-    ):
-        checkpoint, size = pool.apply(_make, (Path(directory), options.layers))
-        small, large = (pool.apply(_export, (checkpoint, Path(directory), times * shard)) for times in (1, 2))
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        checkpoint, size = _apart(_make, directory, options.layers)
+        small, large = (_apart(_export, checkpoint, directory, times * shard) for times in (1, 2))
     title = f"export of a model of {size:,.0f} MiB: peak memory"
     return [
         Measurement(f"{title}, above the start", small, "MiB", "one file of weights", shard, ""),
         Measurement(f"{title}, growth", large - small, "MiB", "growth of a file", shard, "ratio <= 1.2"),
     ]
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, end_with_pool) as pool:
+        return pool.apply(function, arguments)
 
 
 def _make(directory: Path, layers: int) -> tuple[Path, float]:
