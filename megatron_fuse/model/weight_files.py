@@ -266,6 +266,7 @@ def write_weight_files(
             tensors = {name: shown(count, name) for count, name in enumerate(names, len(file_of))}
             # transformers refuses a file that does not say that it comes from torch.
             write_safetensors(directory / file, tensors, {"format": "pt"})
+            del tensors  # else they would still be there while those of the next file are made
             file_of |= dict.fromkeys(names, file)
         progress.update(len(file_of))
     if len(shards) > 1:
