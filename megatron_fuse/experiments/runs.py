@@ -259,11 +259,9 @@ def _make_data(run: Run, commands: Commands, recipe: Recipe) -> None:
     """
     check_files(recipe)
     resolved = write_resolved_recipe(recipe)
-    for name, works in steps(recipe).items():
+    for works in steps(recipe, TEXT.name).values():
         if not is_done(works, recipe):
             _command(run, commands, [sys.executable, *works[0].stage.module, "--recipe", str(resolved)])
-        if name == TEXT.name:
-            return
 
 
 def instructions_sha256(recipe: Recipe) -> str:

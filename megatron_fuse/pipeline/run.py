@@ -32,10 +32,8 @@ def run_recipe(recipe: Recipe, processes: int, until: str | None = None) -> None
     if processes > 1 and (line := idle_line(recipe, estimate_amounts(Context(recipe)).examples, processes)):
         logger.warning(line)
     resolved = write_resolved_recipe(recipe)
-    for name, works in steps(recipe).items():
+    for name, works in steps(recipe, until).items():
         run_step(name, works, recipe, resolved, processes)
-        if name == until:
-            break
 
 
 def run_step(name: str, works: list[Work], recipe: Recipe, resolved: Path, processes: int) -> None:

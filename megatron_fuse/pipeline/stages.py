@@ -55,13 +55,15 @@ class Work:
         return self.stage.disk(recipe, amounts, *self.key)
 
 
-def steps(recipe: Recipe) -> dict[str, list[Work]]:
+def steps(recipe: Recipe, until: str | None = None) -> dict[str, list[Work]]:
     """The steps of a recipe in order, one command each: name of the step -> artifacts of the command.
 
-    Steps without artifacts are left out.
+    Steps without artifacts are left out. until: the last step, None for all. Raises ValueError if the recipe
+    has no such step.
     """
     works: dict[str, list[Work]] = {}
     for stage in STAGES:
         for key in stage.keys(recipe):
             works.setdefault(stage.name, []).append(Work(stage, key))
-    return works
+    names = list(works)
+    return works if until is None else {name: works[name] for name in names[: names.index(until) + 1]}

@@ -155,6 +155,10 @@ def test_the_plan_is_of_all_answers_and_scores_that_are_used(
     names = list(steps(recipe))
     assert ("responses" in names, "scores" in names) == (bool(answering), bool(scored))
     assert ("captures" in names) == (preset != "csft")
+    for last, name in enumerate(names):
+        assert list(steps(recipe, name)) == names[: last + 1]
+    with pytest.raises(ValueError, match="no such step"):
+        steps(recipe, "no such step")
 
 
 def test_what_is_made_elsewhere_costs_no_computation_here(tmp_path: Path, parts: dict) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from megatron_fuse.chat import ChatFormat, load_chat_format
@@ -32,8 +33,9 @@ class Participant:
     where: str
     in_recipe: bool = False
 
-    @property
+    @cached_property
     def directory(self) -> Path | None:
+        """The Hugging Face directory of a model that generates. Raises UserError if there is none."""
         return resolve_model(self.options.model, f"{self.where}.model") if self.options else None
 
 
