@@ -85,6 +85,7 @@ class RopeParameters(_Strict):
     factor: Factors = None
     low_freq_factor: Factors = None
     high_freq_factor: Factors = None
+    attention_factor: Factors = None
     original_max_position_embeddings: Sizes = None
     partial_rotary_factor: Annotated[Any, _numbers(1e-6, 1)] = None
 

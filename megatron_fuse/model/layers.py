@@ -20,9 +20,9 @@ from megatron_fuse.model.attention import CausalAttention
 from megatron_fuse.model.norms import AllHeadsRMSNorm, NormedRowParallelLinear, ZeroCenteredRMSNorm
 
 
-def layer_spec(  # type: ignore[no-untyped-def]  # Megatron's specs have no types
+def layer_spec(
     architecture: Architecture, config: TransformerConfig, vp_stage: int | None = None
-):
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The transformer layers of this rank's chunk, by the implementation that config.transformer_impl
     names.
     """

@@ -16,6 +16,7 @@ from megatron_fuse.model.config_file import reason
 from megatron_fuse.storage.records import quoted
 
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "dynamic", "yarn", "longrope")
+LONGROPE_LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _check_values(rope: dict[str, Any], origin: str) -> None:
             f"{allowed}."
         )
     for key, value in rope.items():
-        if isinstance(value, list) and not (rope_type == "longrope" and key.endswith("_factor")):
+        if isinstance(value, list) and not (rope_type == "longrope" and key in LONGROPE_LISTS):
             raise UserError(f"{origin}: {key} is {quoted(value)}, but must be one number for all layers")
     if rope.get("rope_theta") is None:
         raise UserError(

@@ -147,6 +147,38 @@ def test_a_config_reads_the_same_from_disk(tmp_path, name):
     assert read_architecture(tmp_path) == read_architecture(config)
 
 
+# The keys of transformers 4, in which the published configs are
+OLD_ROPE = {
+    "qwen3": {
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+    "phi3": {
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": small.LONGROPE["short_factor"],
+            "long_factor": small.LONGROPE["long_factor"],
+        },
+    },
+    "gemma3": {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", OLD_ROPE)
+def test_rotations_in_the_old_form_read_the_same(tmp_path, name):
+    config = small.small_config(name)
+    family = read_architecture(config).family
+    old = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+    (tmp_path / "config.json").write_text(json.dumps(old | OLD_ROPE[name] | {"architectures": [family]}))
+    assert read_architecture(tmp_path) == read_architecture(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -179,6 +211,7 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
         ("llama2", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("qwen3", "attention_bias", True, "attention_bias is True"),
         ("smollm3", "mlp_bias", True, "mlp_bias is True"),
+        ("smollm3", "no_rope_layers", [1, 0], "no_rope_layers has 2 values, but num_hidden_layers is 4"),
         ("phi3", "resid_pdrop", 0.1, "resid_pdrop is 0.1"),
         ("phi3", "rope_parameters", {"partial_rotary_factor": 0.7}, "0.7 of head_dim 16 is 11 channels"),
         ("olmo2", "attention_bias", True, "attention_bias is True"),
