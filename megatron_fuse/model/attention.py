@@ -199,7 +199,7 @@ def _attend_capped(
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     parts = []
-    for start in range(0, length, BLOCK):
+    for start in range(0, max(length, 1), BLOCK):  # of an empty document, one empty block
         stop = min(start + BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
         distance = torch.arange(start, stop, device=query.device)[:, None] - torch.arange(
