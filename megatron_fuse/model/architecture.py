@@ -60,6 +60,7 @@ class Architecture:
     local_inverse_frequencies: tuple[float, ...] | None = None  # of layers with a window, if they have others
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
     attention_softcap: float | None = None  # scores x become softcap tanh(x / softcap)
+    logit_softcap: float | None = None  # so do logits
     embedding_scale: float | None = None  # of the embedding's output, in the weights' dtype
     origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 

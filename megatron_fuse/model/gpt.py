@@ -153,7 +153,12 @@ class FusionGPTModel(GPTModel):
         states' gradient over the tensor-parallel group.
         """
         if labels is None or not (self.post_process and self.loss_options.fused_linear):
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+            output = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+            softcap = self.architecture.logit_softcap
+            # The loss caps the logits by itself.
+            if labels is None and self.post_process and softcap is not None:
+                output = softcap * (output / softcap).tanh()
+            return output
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             # The gradient that arrives here is already summed over the group by the loss. So the backward
@@ -209,6 +214,7 @@ class FusionGPTModel(GPTModel):
             kl_weight=rows(targets.kl_weight),
             temperature=self.loss_options.temperature,
             tail=self.loss_options.tail,
+            softcap=self.architecture.logit_softcap,
             vocab_size=self.architecture.vocab_size,
             vocab_start=group.rank() * columns,
             group=group,

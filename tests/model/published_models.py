@@ -1,6 +1,7 @@
 """Configurations as published, written by hand, with the number of parameters of their checkpoints."""
 
 from transformers import (
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -119,6 +120,21 @@ PUBLISHED: dict[str, tuple[int, PreTrainedConfig]] = {
             max_position_embeddings=4096,
             rms_norm_eps=1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        ),
+    ),
+    "Gemma-2-9B": (
+        9_241_705_984,
+        Gemma2Config(
+            vocab_size=256000,
+            hidden_size=3584,
+            intermediate_size=14336,
+            num_hidden_layers=42,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+            max_position_embeddings=8192,
+            sliding_window=4096,
         ),
     ),
     # The text model alone, without the image encoder.

@@ -7,6 +7,7 @@ import torch
 from fuse_kernels import sparse_kl_cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -129,10 +130,21 @@ def small_config(name: str) -> PreTrainedConfig:
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         ),
+        # caps so low that both bend
+        "gemma2": lambda: Gemma2Config(
+            **_SIZES | {"hidden_size": 60, "num_attention_heads": 6},
+            vocab_size=900,
+            num_key_value_heads=2,
+            head_dim=12,
+            query_pre_attn_scalar=20,
+            sliding_window=8,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=8.0,
+        ),
     }[name]()
 
 
-NAMES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3")
+NAMES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3", "gemma2")
 
 
 def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:

@@ -217,7 +217,8 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
         ("olmo2", "attention_bias", True, "attention_bias is True"),
         ("olmo2", "clip_qkv", 8.0, "clip_qkv is 8.0"),
         ("gemma3", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
-        ("gemma3", "final_logit_softcapping", 30.0, "final_logit_softcapping is 30.0"),
+        ("gemma2", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
+        ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping"),
         ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
     ],
 )
@@ -238,6 +239,7 @@ def test_transformer_engine_takes_the_families_whose_parts_it_has(monkeypatch, n
     only_local = {
         "olmo2": "norms after attention and MLP and query and key norms over all heads",
         "gemma3": "norms after attention and MLP and two kinds of rotations",
+        "gemma2": "norms after attention and MLP and soft-capped attention scores",
     }
     chosen = transformer_config(architecture, transformer_impl="auto").transformer_impl
     assert chosen == ("local" if name in only_local else "transformer_engine")

@@ -120,7 +120,7 @@ def train_once(layout, model_dir, fused_linear=False):
 
 
 # Untied; untied with a window; tied with biases, and windows in some layers; one of each further family.
-TRAINED = ("llama2", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3")
+TRAINED = ("llama2", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3", "gemma2")
 FIRST = ("llama2", "mistral", "qwen2")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_fuse.model.families.family import Family
+from megatron_fuse.model.families.gemma2 import GEMMA2
 from megatron_fuse.model.families.gemma3 import GEMMA3
 from megatron_fuse.model.families.llama import LLAMA
 from megatron_fuse.model.families.mistral import MISTRAL
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_fuse.model.architecture import Architecture
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA3)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, PHI3, OLMO2, GEMMA2, GEMMA3)
 }
 
 

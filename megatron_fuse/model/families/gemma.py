@@ -15,10 +15,13 @@ from megatron_fuse.model.families.weights import Table, norms_after, projections
 if TYPE_CHECKING:
     from megatron_fuse.model.architecture import Architecture
 
+Cap = Annotated[float, Field(ge=1e-3, le=1e6)]
+
 
 class GemmaConfig(TargetConfig):
     head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]
     query_pre_attn_scalar: Annotated[float, Field(ge=1e-3, le=1e9)]
+    final_logit_softcapping: Cap | None = None
     use_bidirectional_attention: Literal[False] | None = None
 
 
@@ -43,5 +46,6 @@ def gemma_traits(config: PreTrainedConfig) -> dict[str, Any]:
         "norms_after": True,
         "zero_centered_norms": True,
         "attention_scale": config.query_pre_attn_scalar**-0.5,
+        "logit_softcap": config.final_logit_softcapping,
         "embedding_scale": config.hidden_size**0.5,
     }

@@ -2,7 +2,7 @@
 rotations of their own.
 """
 
-from megatron_fuse.model.families.family import Family, Need
+from megatron_fuse.model.families.family import Family
 from megatron_fuse.model.families.gemma import GEMMA_NEEDS, GemmaConfig, gemma_layer, gemma_traits
 from megatron_fuse.model.families.weights import query_and_key_norms
 
@@ -15,5 +15,5 @@ GEMMA3 = Family(
     windows="by layer_types",
     rope_by_layer_type=True,
     config=GemmaConfig,
-    needs={**GEMMA_NEEDS, "final_logit_softcapping": Need((None,), "null")},
+    needs=GEMMA_NEEDS,
 )
