@@ -172,13 +172,19 @@ def check_layout(
             f"{chunks} does not divide num_hidden_layers ({architecture.num_layers}) of {where}. Choose "
             f"sizes whose product divides {architecture.num_layers}."
         )
-    if seq_length is not None and seq_length > architecture.max_position_embeddings:
+    if seq_length is not None:
+        _check_length(architecture, seq_length)
+
+
+def _check_length(architecture: Architecture, seq_length: int) -> None:
+    where, most = architecture.origin, architecture.max_position_embeddings
+    if seq_length > most:
         raise UserError(
-            f"--seq-length {seq_length} is longer than max_position_embeddings "
-            f"({architecture.max_position_embeddings}) of {where}. Choose a shorter length."
+            f"--seq-length {seq_length} is longer than max_position_embeddings ({most}) of {where}. Choose a "
+            "shorter length."
         )
     longest = architecture.longest_rotation
-    if seq_length is not None and longest is not None and seq_length > longest:
+    if longest is not None and seq_length > longest:
         raise UserError(
             f"--seq-length {seq_length} is longer than original_max_position_embeddings ({longest}) of "
             f"{where}. longrope has other frequencies for longer texts, and a run cannot have both. Choose a "

@@ -1,14 +1,16 @@
 """Checkpoints of Megatron-LM, which know nothing of this project, as Hugging Face directories."""
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import make_tiny_target
+from synthetic import FAMILIES, make_tiny_target
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.training.export import checkpoint_in, export_checkpoint
@@ -52,12 +54,20 @@ def save_as_megatron_lm(
     dist_checkpointing.save(state, str(checkpoint))
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def families_and_layouts() -> Iterator[Any]:
+    for tensor, pipeline, tied in itertools.product((1, 2), (1, 2), (False, True)):
+        if tensor * pipeline < 4:
+            words = f"{tensor}-{pipeline}-{'tied' if tied else 'untied'}"
+            yield pytest.param("llama", tensor, pipeline, tied, id=words)
+    for family in FAMILIES:
+        yield pytest.param(family, 2, 2, "gemma" in family, id=f"{family}-2-2")
+
+
+@pytest.mark.parametrize(("family", "tensor", "pipeline", "tied"), families_and_layouts())
 def test_a_checkpoint_of_megatron_lm_becomes_a_model(  # type: ignore[no-untyped-def]
-    ranks, tmp_path: Path, tensor: int, pipeline: int, tied: bool
+    ranks, tmp_path: Path, family: str, tensor: int, pipeline: int, tied: bool
 ) -> None:
-    target = make_tiny_target(tmp_path / "target", vocab_size=1003, tied=tied)
+    target = make_tiny_target(tmp_path / "target", vocab_size=1003, layers=4, tied=tied, family=family)
     ranks(tensor * pipeline, save_as_megatron_lm, target, tmp_path / "theirs", tensor, pipeline, None)
     checkpoint = checkpoint_in(tmp_path / "theirs")
     assert checkpoint.name == "iter_0000007" and checkpoint == checkpoint_in(checkpoint)
