@@ -98,7 +98,7 @@ class FusionGPTModel(GPTModel):
             self.local_rotary_pos_emb = copy(self.rotary_pos_emb)
             self.local_rotary_pos_emb.inv_freq = torch.tensor(frequencies, device=device)
         if (scale := architecture.embedding_scale) is not None:
-            scale = torch.tensor(scale, dtype=config.params_dtype).item()
+            scale = torch.tensor(scale, dtype=config.params_dtype, device="cpu").item()
         self.embedding_scale = scale
         # Some layers of Megatron are not created on the GPU:
         # torch's RMSNorm is created on torch's default device.
