@@ -223,8 +223,8 @@ MUTATIONS = (
     Mutation(
         "a lane remembers its last largest logit, not its first",
         "triton_topk.py",
-        "first_tile = tl.where(tl.max(x, 0) > m, number, first_tile)",
-        "first_tile = tl.where(tl.max(x, 0) >= m, number, first_tile)",
+        "first_tile = tl.where(tl.max(z, 0) > m, number, first_tile)",
+        "first_tile = tl.where(tl.max(z, 0) >= m, number, first_tile)",
     ),
 )
 

@@ -571,11 +571,11 @@ def whole_row_kernel(
     mass = tl.load(MASS + row * k + slot, mask=slot < k, other=0.0)
     on_1, on_t, on_largest, likeliest, product = _on_ids_sums(here, mass, on_ids, inv_t)
     lse_1 = _log_add(off_1, on_1)
-    label_logit = capped(tl.load(LABEL_LOGIT + row), CAP)
     has_label = tl.load(LABELS + row) >= 0
     teacher_mass = tl.load(TEACHER + 3 * n + row)
     loss, ce, kl, student_mass, agreement, lse_t, tail, total = _losses(
-        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product, label_logit,
+        ce_weight, kl_weight, has_label, lse_1, off_t, on_t, product,
+        capped(tl.load(LABEL_LOGIT + row), CAP),
         tl.maximum(m, on_largest), likeliest,
         tl.load(TEACHER + row), tl.load(TEACHER + n + row), tl.load(TEACHER + 2 * n + row), teacher_mass,
         inv_t,

@@ -110,8 +110,7 @@ def topk_kernel(
     if LABELS is not None:
         label = tl.load(LABELS + row) - start
         here = (label >= 0) & (label < columns)
-        x = tl.load(logits + label, mask=here, other=0.0).to(tl.float32)
-        tl.store(LABEL_LOGIT + row, capped(x, CAP))
+        tl.store(LABEL_LOGIT + row, capped(tl.load(logits + label, mask=here, other=0.0).to(tl.float32), CAP))
 
 
 def triton_topk(
