@@ -3,6 +3,7 @@
     megatron-fuse capture --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--mode \
         training|inference]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli capture --recipe ...    # rank r takes every 8th shard
+    megatron-fuse capture --recipe ... --claim    # any number of these, on any machines over one file system
 
 Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule
 learns from. Mode training reads the ground truth, mode inference the source's own answer. After an
@@ -12,6 +13,7 @@ source, the file is read instead (docs/captures.md).
 
 import argparse
 
+from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
 from megatron_fuse.recipe import MODES, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.recipe.backends import CAPTURE_BACKENDS
 from megatron_fuse.start import importing
@@ -20,6 +22,7 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_claim_arguments(parser, may_leave=True)
     parser.add_argument(
         "--source",
         action="append",
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.no_truncate:
         setattr(arguments, "capture.top_p", "1")
     recipe = recipe_from_arguments(arguments)
+    take_claims(arguments)
     with importing():
         from megatron_fuse.capture import capture, require_backend
         from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes

@@ -2,6 +2,7 @@
 
     megatron-fuse generate --recipe examples/quickstart/recipe.yaml [--source NAME ...]
     torchrun --nproc-per-node 8 -m megatron_fuse.cli generate --recipe ...    # rank r takes every 8th shard
+    megatron-fuse generate --recipe ... --claim    # any number of these, on any machines over one file system
 
 Writes WORKDIR/responses/NAME, by default for all models whose answers the recipe uses: the sources if a phase
 gives the inference mode a weight, and the target (`--source target`) if its reward orders the examples. After
@@ -14,6 +15,7 @@ from a file (docs/responses.md).
 
 import argparse
 
+from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.recipe.backends import RESPONSE_BACKENDS
@@ -23,6 +25,7 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_claim_arguments(parser, may_leave=True)
     parser.add_argument(
         "--source",
         action="append",
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
+    take_claims(arguments)
     with importing():
         from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
         from megatron_fuse.responses import backend_of, generate_responses

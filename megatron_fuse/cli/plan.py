@@ -17,4 +17,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    run_command.run(argparse.Namespace(**vars(arguments), plan=True, until=None))
+    run_command.run(argparse.Namespace(**vars(arguments), plan=True, until=None, claim=None))

@@ -9,15 +9,20 @@ left out for its length. docs/data.md describes the forms of data.
 
 import argparse
 
+from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.start import importing
 from megatron_fuse.text_safety import say
 
-add_arguments = add_recipe_arguments
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    add_claim_arguments(parser, may_leave=False)
 
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
+    take_claims(arguments)
     with importing():
         from megatron_fuse.instructions import left_out, prepare_instructions
         from megatron_fuse.stages import Context

@@ -3,6 +3,7 @@
     megatron-fuse run --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
     megatron-fuse run --recipe R.yaml --plan         # what is done, what will run, what it may cost
     megatron-fuse run --recipe R.yaml --until "fusion data"
+    megatron-fuse run --recipe R.yaml --claim        # any number of these; all stages before the training
 
 After an interruption at any point, the same command continues. If a source is added to the recipe later, only
 the stages of that source run.
@@ -10,6 +11,7 @@ the stages of that source run.
 
 import argparse
 
+from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.start import importing
@@ -21,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="print the stages with their state and cost, and run nothing"
     )
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument(
+        "--until",
+        metavar="STAGE",
+        help="stop after this stage; with --claim, at the latest before the training",
+    )
+    add_claim_arguments(parser, may_leave=False)
 
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.pipeline.plan_table import print_plan
         from megatron_fuse.pipeline.run import run_recipe
         from megatron_fuse.stages import Context
+        from megatron_fuse.training.stage import TRAINING
     check_files(recipe)
     model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
     if not arguments.plan and (
@@ -51,5 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.plan:
         print_plan(Context(recipe), arguments.nproc_per_node)
+    elif take_claims(arguments):
+        shared = names[: names.index(TRAINING.name)]
+        if arguments.until not in (None, *shared):
+            raise UserError(
+                f"--until {arguments.until!r}: the training has one owner. With --claim, choose one of "
+                f"{', '.join(shared)}."
+            )
+        run_recipe(recipe, arguments.nproc_per_node, arguments.until or shared[-1])
     else:
         run_recipe(recipe, arguments.nproc_per_node, arguments.until)

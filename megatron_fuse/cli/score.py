@@ -3,6 +3,7 @@
     megatron-fuse score --recipe examples/quickstart/recipe.yaml [--source NAME ...] [--reward-model NAME ...]
     megatron-fuse score --recipe ... --reference    # BLEU, ROUGE-L and BERTScore against the ground truth
     torchrun --nproc-per-node 8 -m megatron_fuse.cli score --recipe ...    # rank r takes every 8th shard
+    megatron-fuse score --recipe ... --claim    # any number of these, on any machines over one file system
 
 Writes WORKDIR/scores/NAME/REWARD_MODEL with one float32 for each example, or WORKDIR/scores/NAME/reference
 with three. NAME is a source, or `target` if its reward orders the examples. After an interruption, the same
@@ -12,6 +13,7 @@ instead.
 
 import argparse
 
+from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
 from megatron_fuse.recipe import REFERENCE, Recipe, add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.recipe.backends import SCORE_BACKENDS
 from megatron_fuse.recipe.lookup import answering_options
@@ -21,6 +23,7 @@ from megatron_fuse.text_safety import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
+    add_claim_arguments(parser, may_leave=True)
     parser.add_argument(
         "--source",
         action="append",
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
+    take_claims(arguments)
     with importing():
         from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
         from megatron_fuse.scoring.reference_scores import score_against_reference

@@ -45,11 +45,11 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def temporary_then_rename(path: Path) -> Iterator[Path]:
+def temporary_then_rename(path: Path, *, once: bool = False) -> Iterator[Path]:
     """Yields an empty temporary file beside `path` and renames it to `path` at the end.
 
-    On an error it is removed. Raises UserError for an error of the operating system: no permission, a file in
-    a directory's place, a full disk.
+    once: a file that is there by then stays instead. On an error the temporary file is removed. Raises
+    UserError for an error of the operating system: no permission, a file in a directory's place, a full disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -58,7 +58,11 @@ def temporary_then_rename(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            if once:
+                with suppress(FileExistsError):
+                    os.link(temporary, path)
+            else:
+                temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
@@ -96,8 +100,8 @@ def remove_abandoned(directory: Path) -> None:
             leftover.unlink()
 
 
-def write_json(path: Path, value: Any) -> None:
-    with temporary_then_rename(path) as temporary:
+def write_json(path: Path, value: Any, *, once: bool = False) -> None:
+    with temporary_then_rename(path, once=once) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -106,12 +110,12 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
+def write_sealed(path: Path, content: dict[str, Any], *, once: bool = False) -> None:
     """Writes a JSON object with the sha256 of its content under the key "sha256".
 
-    read_sealed then notices any damage.
+    read_sealed then notices any damage. once: see temporary_then_rename.
     """
-    write_json(path, {**content, _SEAL: sha256_of_json(content)})
+    write_json(path, {**content, _SEAL: sha256_of_json(content)}, once=once)
 
 
 def read_sealed(path: Path) -> dict[str, Any]:

@@ -24,12 +24,16 @@ _POLL = 0.05  # seconds between two tries
 _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
+class NoLocks(UserError):
+    """The file system has no locks."""
+
+
 class LockFile:
     """The locks of one file, numbered from 1. A context manager: at its end this process holds none of them.
 
     The last process that uses the file removes it. Only one LockFile of a path may be open in a process:
     closing a file releases all locks that the process has on it. Raises UserError if the file cannot be made,
-    or if its file system has no locks.
+    NoLocks if its file system has no locks.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,14 +84,15 @@ class LockFile:
         finally:
             os.close(self._file)
 
-    def try_lock(self, number: int) -> bool:
+    def try_lock(self, number: int, *, shared: bool = False) -> bool:
         """Takes lock `number` if no other process has it. Returns whether this process holds it now.
 
-        Does not wait. Raises UserError if the file was removed, or if the system refuses the lock for another
-        reason.
+        shared: any number of processes may have the lock that also take it shared. Does not wait. Raises
+        UserError if the file was removed, or if the system refuses the lock for another reason.
         """
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number * RECORD)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.lockf(self._file, kind | fcntl.LOCK_NB, 1, number * RECORD)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -97,7 +102,7 @@ class LockFile:
             raise UserError(f"{self.path} was removed while this process used it. Run the command again.")
         # If the disk is full, the lock still holds. Only the messages lack the name.
         with suppress(OSError):
-            os.pwrite(self._file, _own_name().ljust(RECORD, b"\0"), number * RECORD)
+            os.pwrite(self._file, own_name().encode()[:RECORD].ljust(RECORD, b"\0"), number * RECORD)
         return True
 
     def lock(self, number: int, waiting: Callable[[str], None]) -> None:
@@ -138,10 +143,10 @@ class LockFile:
 
     def _refused(self, error: OSError) -> UserError:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return UserError(
+            return NoLocks(
                 f"{self.path}: this file system has no POSIX locks ({error.strerror}), so two processes "
                 "could damage each other's files. Choose a workdir on a file system that has locks (Lustre: "
-                "mount it with -o flock)."
+                "mount it with -o flock), or run the stages of the data with --claim, which needs none."
             )
         if isinstance(error, FileExistsError):  # from mkdir
             return UserError(
@@ -150,6 +155,7 @@ class LockFile:
         return UserError(f"{self.path}: cannot be written ({error.strerror})")
 
 
-def _own_name() -> bytes:
+def own_name() -> str:
+    """This process, its host and the time, for the messages of other processes."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    return f"process {os.getpid()} on {socket.gethostname()[:64]} since {since}".encode()[:RECORD]
+    return f"process {os.getpid()} on {socket.gethostname()[:64]} since {since}"

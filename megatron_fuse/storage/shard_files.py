@@ -2,12 +2,14 @@
 
 DIRECTORY/.shard-00000.XXXX.work/   files of a shard in work; the next owner removes them after a kill
 .DIRECTORY.lock                     beside the directory: lock 1 for plan and manifest, lock 2 + i for shard i
+
+claimed_shard_files.py has the same for processes that take shards by claim.
 """
 
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,7 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.storage.artifact import Artifact, Plan, completed, first_damage
+from megatron_fuse.storage.claims import remove_claims
 from megatron_fuse.storage.files import (
     flush_to_disk,
     remove_abandoned,
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Counts = dict[str, int]
 
-_DIRECTORY, _SHARDS = 1, 2  # numbers of locks: that of plan and manifest, that of the first shard
+_DIRECTORY, SHARDS = 1, 2  # numbers of locks: that of plan and manifest, that of the first shard
 
 
 class ShardFiles:
@@ -65,14 +68,23 @@ class ShardFiles:
     ) -> None:
         self._locks.__exit__(kind, error, trace)
 
+    def is_taken(self, index: int) -> bool:
+        """Whether try_lock would surely fail. False if only trying it can tell."""
+        return False
+
     def try_lock(self, index: int) -> bool:
-        return self._locks.try_lock(_SHARDS + index)
+        """Takes a shard, if no other process makes it. Does not wait."""
+        return self._locks.try_lock(SHARDS + index)
 
     def unlock(self, index: int) -> None:
-        self._locks.unlock(_SHARDS + index)
+        self._locks.unlock(SHARDS + index)
+
+    def holds(self, index: int) -> bool:
+        """Whether this process still has the shard that it has taken."""
+        return True
 
     def owner(self, index: int) -> str:
-        return self._locks.owner(_SHARDS + index)
+        return self._locks.owner(SHARDS + index)
 
     def marker(self, index: int) -> dict[str, Any] | None:
         """The content of a shard's marker, None if the shard must be made: no marker, or damaged files.
@@ -136,9 +148,7 @@ class ShardFiles:
         """
         try:
             paths = sorted(prefix.parent.iterdir())
-            files = {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths
-            }
+            marker = self._marker_of(paths, counts, together)
             self._write_plan()  # a rank that failed at its first shard may have removed it (forget_if_empty)
             # The order matters, because a kill may come at any point. A marker must never describe files that
             # are being replaced, so the old one goes first; the new one is written when all files are on the
@@ -152,23 +162,16 @@ class ShardFiles:
             flush_to_disk(self.directory)
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be written ({error.strerror or error})") from error
-        others = {"together": together} if len(together) > 1 else {}
-        write_sealed(self._marker(index), {"plan": self._sha256, "files": files, "counts": counts, **others})
+        write_sealed(self._marker(index), marker)
 
     def finish(self) -> Artifact:
         """Writes the manifest of a plan whose shards are all marked, unless another process has done so."""
         with self._alone():
             artifact = completed(self.plan)
             if artifact is None:
-                files: dict[str, Any] = {}
-                counts: Counts = {}
-                for index in range(len(self.names)):
-                    content = read_record(self._marker(index), MarkerRecord).content()
-                    files |= content["files"]
-                    for key, value in content["counts"].items():
-                        counts[key] = counts.get(key, 0) + value
-                artifact = Artifact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
+                artifact = self._whole_artifact()
                 remove_abandoned(self.directory)
+                remove_claims(self.directory)
                 write_sealed(self.directory / "manifest.json", artifact.manifest)
         return artifact
 
@@ -177,12 +180,15 @@ class ShardFiles:
 
         The next run may then use other options in the same directory.
         """
-        if not self.marked() and self._locks.try_alone():
+        if not self.marked() and self._is_alone():
             (self.directory / "plan.json").unlink(missing_ok=True)
             # OSError if the directory is not empty: it may hold kept answers of a generation server, which
             # stay.
             with suppress(OSError):
                 self.directory.rmdir()
+
+    def _is_alone(self) -> bool:
+        return self._locks.try_alone()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -191,6 +197,22 @@ class ShardFiles:
             yield
         finally:
             self._locks.unlock(_DIRECTORY)
+
+    def _whole_artifact(self) -> Artifact:
+        files: dict[str, Any] = {}
+        counts: Counts = {}
+        for index in range(len(self.names)):
+            content = read_record(self._marker(index), MarkerRecord).content()
+            files |= content["files"]
+            for key, value in content["counts"].items():
+                counts[key] = counts.get(key, 0) + value
+        return Artifact(self.directory, {**self.plan.content(), "counts": counts, "files": files})
+
+    def _marker_of(self, paths: Iterable[Path], counts: Counts, together: list[str]) -> dict[str, Any]:
+        """The content of the marker of a shard that has these files."""
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)} for path in paths}
+        others = {"together": together} if len(together) > 1 else {}
+        return {"plan": self._sha256, "files": files, "counts": counts, **others}
 
     def _write_plan(self) -> None:
         if not (self.directory / "plan.json").exists():

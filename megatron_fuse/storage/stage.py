@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fuse.claiming import Claiming, claiming
 from megatron_fuse.storage.artifact import Artifact, Plan, completed
+from megatron_fuse.storage.claimed_shard_files import ClaimedShardFiles, TakenOver
 from megatron_fuse.storage.shard_files import Counts, ShardFiles
 from megatron_fuse.storage.shard_progress import ShardProgress
+from megatron_fuse.text_safety import brief
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +25,7 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 def rank_and_world() -> tuple[int, int]:
     """(rank r, world size w) under torchrun, else (0, 1).
 
-    The process makes every w-th shard, beginning with shard r.
+    The process makes every w-th shard, beginning with shard r, unless it takes shards by claim.
     """
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -40,8 +43,8 @@ def run_plan(plan: Plan, make_shard: MakeShard, progress: ShardProgress | None =
 
     progress: shows the work; make_shard may update it. By default it counts shards.
 
-    Returns the artifact, or None if other ranks still make shards. Raises UserError if the directory holds
-    another plan or cannot be written.
+    Returns the artifact, or None if other processes still make shards. Raises UserError if the directory
+    holds another plan or cannot be written.
     """
     return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get(
         ""
@@ -61,19 +64,21 @@ def run_plans(
 
     A process holds the lock of a shard while it makes the shard. A second process with the same rank makes
     the other shards first. Then it waits, and makes the shards that a process which has ended left
-    unfinished.
+    unfinished. A process that takes shards by claim (claims.py) has the shards of all ranks as its own, and
+    waits only if its environment says so.
     """
+    by_claim = claiming()
     artifacts = {name: completed(plan) for name, plan in plans.items()}
     unfinished = {name: plans[name] for name in plans if artifacts[name] is None}
     if unfinished:
         with ExitStack() as stack:
             # No deadlock is possible: all processes enter the directories in the same order, and _make only
             # tries the locks of a shard. It never waits for one while it holds another.
-            files = {name: stack.enter_context(ShardFiles(unfinished[name])) for name in unfinished}
+            files = {name: stack.enter_context(_open(unfinished[name], by_claim)) for name in unfinished}
             progress = progress or ShardProgress(_where(files.values()), "shards", [1] * _shards(files))
             try:
                 with progress.over(files.values(), complete=len(plans) - len(files)):
-                    _make_missing(files, make_shards, progress)
+                    _make_missing(files, make_shards, progress, by_claim)
             except Exception:
                 for each in files.values():
                     each.forget_if_empty()
@@ -87,29 +92,47 @@ def run_plans(
     return {name: artifact for name, artifact in artifacts.items() if artifact}
 
 
-def _make_missing(files: dict[str, ShardFiles], make_shards: MakeShards, progress: ShardProgress) -> None:
+def _open(plan: Plan, by_claim: Claiming | None) -> ShardFiles:
+    return ClaimedShardFiles(plan, by_claim.lease) if by_claim else ShardFiles(plan)
+
+
+def _make_missing(
+    files: dict[str, ShardFiles], make_shards: MakeShards, progress: ShardProgress, by_claim: Claiming | None
+) -> None:
     # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all
-    # pending shards; only if other processes hold all of them does this process sleep.
-    rank, world_size = rank_and_world()
+    # pending shards; only if other processes have all of them does this process sleep.
+    rank, world_size = (0, 1) if by_claim else rank_and_world()
     pending = list(range(rank, _shards(files), world_size))
-    reminder = time.monotonic()
+    reminder = made = time.monotonic()
     while pending:
         busy = [index for index in pending if not _make(files, index, make_shards, progress)]
-        if len(busy) == len(pending):
-            if time.monotonic() >= reminder:
+        now = time.monotonic()
+        if len(busy) < len(pending):
+            made = now
+        elif by_claim and now - made >= by_claim.patience:
+            logger.info(
+                f"{_where(files.values())}: shards that other processes make: {len(busy)}. This process does "
+                "not wait for them"
+            )
+            return
+        else:
+            if now >= reminder:
                 owners = {each.owner(busy[0]) for each in files.values()}
                 made_by = " and ".join(sorted(owners))
                 logger.info(f"{_where(files.values())}: waiting for shard {busy[0]}, which {made_by} makes")
-                reminder = time.monotonic() + _REMINDER
-            time.sleep(_POLL)
+                reminder = now + _REMINDER
+            time.sleep(by_claim.poll if by_claim else _POLL)
         pending = busy
 
 
 def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, progress: ShardProgress) -> bool:
-    """Makes a shard for the plans that lack it, if any. Returns False if another process holds its lock."""
+    """Makes a shard for the plans that lack it, if any. Returns False if another process makes it."""
     # First without a lock: most shards of a resumed run are finished, and need none.
     if not _due(files, index):
         return True
+    # All are looked at before one is taken: a claim that is given back costs a file.
+    if any(each.is_taken(index) for each in files.values()):
+        return False
     with ExitStack() as stack:
         for each in files.values():
             if not each.try_lock(index):
@@ -120,12 +143,27 @@ def _make(files: dict[str, ShardFiles], index: int, make_shards: MakeShards, pro
             return True
         prefixes = {name: stack.enter_context(each.workplace(index)) for name, each in due.items()}
         progress.begin_shard(index, plans=len(due))
-        counts = make_shards(index, prefixes)
-        for name, each in due.items():
-            each.install(index, prefixes[name], counts[name], together=sorted(due))
-            logger.debug(f"{each.directory}: shard {len(each.marked())}/{len(each.names)}")
+        try:
+            counts = make_shards(index, prefixes)
+            for name, each in due.items():
+                each.install(index, prefixes[name], counts[name], together=sorted(due))
+                logger.debug(f"{each.directory}: shard {len(each.marked())}/{len(each.names)}")
+        except Exception as error:
+            if all(each.holds(index) for each in files.values()):
+                raise
+            progress.end_shard(files.values())
+            _report_loss(files, index, error)
+            return False
         progress.end_shard(files.values())
     return True
+
+
+def _report_loss(files: dict[str, ShardFiles], index: int, error: Exception) -> None:
+    why = "" if isinstance(error, TakenOver) else f" ({brief(str(error))})"
+    logger.warning(
+        f"{_where(files.values())}: another process has taken over shard {index}, because this process was "
+        f"stopped or too slow to renew its claim. What it has made of the shard is not used{why}"
+    )
 
 
 def _due(files: dict[str, ShardFiles], index: int) -> dict[str, ShardFiles]:

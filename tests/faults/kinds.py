@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,9 +35,11 @@ class Member:
 
     watch: Watch = field(default_factory=Watch)
     rank: tuple[int, int] | None = None
+    more: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
     def environment(self) -> dict[str, str]:
-        return dict(zip(("RANK", "WORLD_SIZE"), map(str, self.rank), strict=True)) if self.rank else {}
+        ranks = dict(zip(("RANK", "WORLD_SIZE"), map(str, self.rank), strict=True)) if self.rank else {}
+        return {**self.more, **ranks}
 
 
 def killed(target: Target, draw: random.Random) -> Facts:
@@ -128,7 +130,11 @@ def _members(target: Target, draw: random.Random, processes: int) -> list[Member
         ranks = [(0, 1)] * processes
     else:
         ranks = [(rank, processes) if layout == "set" else None for rank in range(processes)]
-    members = [Member(rank=rank) for rank in ranks]
+    environments = target.environments
+    members = [
+        Member(rank=rank, more=draw.choice(environments) if len(environments) > 1 else environments[0])
+        for rank in ranks
+    ]
     for place, member in enumerate(members):
         how = draw.random()
         if place and how < 0.4:  # at a moment of the first one's work

@@ -4,7 +4,9 @@ take seconds.
 
 import random
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jobs import Server
 from targets import Target
@@ -73,22 +75,38 @@ def _exit_code(function: object, *arguments: Path) -> None:
     raise SystemExit(exit_code(lambda: function(*arguments)))  # type: ignore[operator]
 
 
+BY_CLAIM = {"MEGATRON_FUSE_CLAIM": "0.3"}
+# How the processes of a target take shards: all by lock, all by claim, or each as it likes.
+MANNERS: dict[str, Sequence[Mapping[str, str]]] = {
+    "": ({},),
+    " by claim": (BY_CLAIM,),
+    " by either": (BY_CLAIM, {}),
+}
+
+
 def plan_targets(server: Server, root: Path) -> dict[str, Target]:
-    """The two, run once."""
-    targets = {}
-    for function in (make_artifact, make_artifacts):
-        name = "run_plan" if function is make_artifact else "run_plans"
-        under, scratch = root / name, root / f"{name}-scratch"
-        for directory in (under / "artifacts", under / "read", scratch):
-            directory.mkdir(parents=True)
+    """Both functions in every manner, run once."""
+    return {
+        f"{function}{manner}": _plan_target(server, root, function, manner)
+        for manner in MANNERS
+        for function in ("run_plan", "run_plans")
+    }
 
-        def target(name: str, function: object, directory: Path, *more: Path, of=(under, scratch)) -> Target:  # type: ignore[no-untyped-def]
-            return Target(name, _exit_code, (function, *more), directory, of[0], of[1], server)
 
-        made = target(name, function, under / "artifacts", under / "artifacts").learn()
-        reader = target(
-            f"{name}'s reader", read_artifacts, under / "read", under / "artifacts", under / "read"
-        )
-        made.reader = reader.learn()
-        targets[name] = made
-    return targets
+def _plan_target(server: Server, root: Path, name: str, manner: str) -> Target:
+    function = make_artifact if name == "run_plan" else make_artifacts
+    name += manner
+    under, scratch = root / name, root / f"{name}-scratch"
+    for directory in (under / "artifacts", under / "read", scratch):
+        directory.mkdir(parents=True)
+
+    def target(name: str, function: object, directory: Path, *more: Path, **options: Any) -> Target:
+        return Target(
+            name, _exit_code, (function, *more), directory, under, scratch, server, **options
+        ).learn()
+
+    made = target(name, function, under / "artifacts", under / "artifacts", environments=MANNERS[manner])
+    made.reader = target(
+        f"{name}'s reader", read_artifacts, under / "read", under / "artifacts", under / "read"
+    )
+    return made

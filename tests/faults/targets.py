@@ -1,5 +1,6 @@
 """What faults are done to: a command, the directory that it writes, and what it writes undisturbed."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,11 @@ def _read_those_there(paths: Iterable[Path], read: Callable[[Path], T]) -> dict[
     return found
 
 
+def _all_files(directory: Path) -> list[Path]:
+    """Unlike Path.rglob, os.walk passes over directories that a process removes meanwhile."""
+    return [Path(place, name) for place, _, names in os.walk(directory) for name in names]
+
+
 @dataclass
 class Target:
     """directory: what the command writes, below `under`, where nothing else may change. reader: what reads it
@@ -55,6 +61,8 @@ class Target:
     normal: Callable[[str, bytes], bytes | None] = lambda _, content: content
     # A process that is killed at its very end leaves a lock that nobody holds or needs.
     locks_may_stay: bool = False
+    # Of single processes; of several, each draws one. The first is that of the undisturbed run.
+    environments: Sequence[Mapping[str, str]] = ({},)
     undisturbed: Files = field(default_factory=dict)
     operations: int = 0
     seconds: float = 0
@@ -83,7 +91,7 @@ class Target:
                 self.arguments,
                 output=output,
                 counts=self.scratch / "counts.bin",
-                environment=environment or {},
+                environment=self.environments[0] if environment is None else environment,
                 watch=replace(watch or Watch(), under=self.under),
                 place=place,
             )
@@ -126,11 +134,11 @@ class Target:
         return np.fromfile(self.scratch / "counts.bin", np.int64).tolist()
 
     def _counts(self, path: Path) -> bool:
-        is_lock = path.name.startswith(".") and path.suffix == ".lock"
+        is_lock = (path.name.startswith(".") and path.suffix == ".lock") or ".claims" in path.parent.name
         return path.is_file() and path.name != _FOREIGN and not (is_lock and self.locks_may_stay)
 
     def files(self) -> Files:
-        paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
+        paths = sorted(path for path in _all_files(self.directory) if self._counts(path))
         found = _read_those_there(paths, Path.read_bytes)
         return {str(path.relative_to(self.directory)): content for path, content in found.items()}
 
@@ -138,6 +146,8 @@ class Target:
         """Removes what the command wrote; a file of the user's lies there instead."""
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.with_name(f".{self.directory.name}.lock").unlink(missing_ok=True)
+        for claims in self.directory.parent.glob(f".{self.directory.name}.claims*"):
+            shutil.rmtree(claims)
         self.directory.mkdir(parents=True)
         (self.directory / _FOREIGN).write_text("not yours")
 
@@ -168,7 +178,7 @@ class Target:
         """(size, time of the last change) of all other files under `under`."""
         written = {self.directory, *([self.reader.directory] if self.reader else [])}
         paths = [
-            path for path in self.under.rglob("*") if self._counts(path) and not written & set(path.parents)
+            path for path in _all_files(self.under) if self._counts(path) and not written & set(path.parents)
         ]
         found = _read_those_there(paths, Path.stat)
         return {str(path): (state.st_size, state.st_mtime_ns) for path, state in found.items()}

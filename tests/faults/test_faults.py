@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from kinds import KINDS
 from outcomes import CASES
+from plans import MANNERS
 from stages import STAGES
 from targets import Target
 
@@ -29,11 +30,14 @@ def kinds(few: dict[str, int]) -> list:
     return plain + [pytest.param(kind, CASES, marks=slow, id=f"{kind}, many") for kind in kinds]
 
 
+@pytest.mark.parametrize("manner", MANNERS, ids=lambda manner: manner.strip() or "by lock")
 @pytest.mark.parametrize(
     ("kind", "cases"), kinds({"raced": 8, "stopped": 4, "killed in a race": 4, "damaged": 8})
 )
-def test_shards_alone(plans: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
-    campaign(kind, list(plans.values()), cases)
+def test_shards_alone(
+    plans: dict[str, Target], campaign: Campaign, kind: str, cases: int, manner: str
+) -> None:
+    campaign(kind, [plans[f"run_plan{manner}"], plans[f"run_plans{manner}"]], cases)
 
 
 _LONG = dict.fromkeys(("raced by four", "stopped", "full", "file size", "read-only"), 0)
