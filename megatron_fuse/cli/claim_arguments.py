@@ -26,8 +26,8 @@ def add_claim_arguments(parser: argparse.ArgumentParser, *, may_leave: bool) -> 
         parser.add_argument(
             "--no-wait",
             action="store_true",
-            help="with --claim: go on, and end with exit code 0, if no shard was free for a third of SECONDS; "
-            "default: wait until all shards are made",
+            help="with --claim: go on, and end with exit code 0, if no shard was free for a third of "
+            "SECONDS; default: wait until all shards are made",
         )
 
 

@@ -6,7 +6,7 @@ DIRECTORY/.shard-00003.OWNER-1.work/    files of the shard in work, in a directo
 
 A shard is published in two steps. First its files and its marker are whole in the claim's directory, and the
 claim is committed. Then they are renamed into their places, the marker last. The second step can be done, or
-continued, by any process: who finds a commit without a marker does so before anything else. So an owner that
+continued, by any process: who claims a shard that has been committed before does so first. So an owner that
 is killed or stopped between the two leaves neither half a shard nor a shard for which others wait. Two
 processes may do the second step at once: each file can be renamed out of the claim's directory only once.
 
@@ -73,12 +73,13 @@ class ClaimedShardFiles(ShardFiles):
     def try_lock(self, index: int) -> bool:
         if self._has_locks and not self._locks.try_lock(SHARDS + index, shared=True):
             return False  # a process that works by locks makes the shard
-        if label := self._claims.committed(index):
-            self._publish(index, self._work(index, label))
         if not self._claims.take(index):
             self._unlock_file(index)
             return False
         try:
+            # Only now: an owner that was taken over cannot commit any more.
+            if label := self._claims.committed(index):
+                self._publish(index, self._work(index, label))
             self._own_work(index).mkdir(parents=True)
         except OSError as error:
             self.unlock(index)

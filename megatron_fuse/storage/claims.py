@@ -162,10 +162,8 @@ class Claims:
 
     def last(self, index: int) -> Entry | None:
         """The last entry in the chain of a shard."""
-        entry = None
-        while later := self._read(index, (entry.number if entry else 0) + 1):
-            entry = later
-        return entry
+        chain = self._chain(index)
+        return chain[-1] if chain else None
 
     def is_taken(self, index: int) -> bool:
         """Whether a process has a claim on the shard that is not stale."""
@@ -211,9 +209,9 @@ class Claims:
         return self._label(self._owner, self._held[index])
 
     def committed(self, index: int) -> str | None:
-        """The label of the claim that was committed last, if no claim has followed."""
-        last = self.last(index)
-        return self._label(last.owner, last.number - 1) if last and last.kind == COMMIT else None
+        """The label of the claim that was committed last, if any was."""
+        commits = [entry for entry in self._chain(index) if entry.kind == COMMIT]
+        return self._label(commits[-1].owner, commits[-1].number - 1) if commits else None
 
     def is_alone(self) -> bool:
         """Whether no other process has announced itself, or was killed before it could leave."""
@@ -221,6 +219,12 @@ class Claims:
         with unless_gone():
             names = os.listdir(self.directory)
         return not any(name.endswith(f".{CLAIM}") and name != self._file(CLAIM).name for name in names)
+
+    def _chain(self, index: int) -> list[Entry]:
+        chain: list[Entry] = []
+        while entry := self._read(index, len(chain) + 1):
+            chain.append(entry)
+        return chain
 
     def _label(self, owner: str, number: int) -> str:
         return f"{owner}-{number}"
