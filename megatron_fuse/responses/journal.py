@@ -4,8 +4,8 @@ So an interrupted shard does not send the same request again.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
@@ -39,13 +39,31 @@ class Journal:
         self._replies: dict[str, Reply] = {}
         for number, line in enumerate(whole_lines(file), 1):
             try:
-                entry = _ENTRIES.validate_json(line, strict=True)
+                self._read(line)
             except ValidationError as error:
                 raise _damaged(path, number, first_problem(error)) from error
-            reply = Reply(**{field.name: getattr(entry, field.name) for field in fields(Reply)})
-            if _row(entry.request, reply) != asdict(entry):
-                raise _damaged(path, number, "it does not have the sha256 that it states")
-            self._replies[entry.request] = reply
+            except ValueError as error:
+                raise _damaged(path, number, str(error)) from error
+
+    def _read(self, line: bytes) -> None:
+        """Raises ValueError (ValidationError is one) if the line is damaged."""
+        entry = _ENTRIES.validate_json(line, strict=True)
+        reply = Reply(**{field.name: getattr(entry, field.name) for field in fields(Reply)})
+        if _row(entry.request, reply) != asdict(entry):
+            raise ValueError("it does not have the sha256 that it states")
+        self._replies[entry.request] = reply
+
+    def read_beside(self, path: Path) -> None:
+        """Takes over the replies in the journal of another process.
+
+        It may still write: a line that is not whole is passed over.
+        """
+        content = b""
+        with suppress(OSError):  # removed by now
+            content = path.read_bytes()
+        for line in content.split(b"\n"):
+            with suppress(ValueError):
+                self._read(line)
 
     def __contains__(self, request: str) -> bool:
         return request in self._replies
@@ -71,12 +89,18 @@ def _damaged(path: Path, line: int, why: str) -> UserError:
 
 
 @contextmanager
-def open_journal(path: Path) -> Iterator[Journal]:
+def open_journal(path: Path, beside: Iterable[Path] = ()) -> Iterator[Journal]:
     """Opens a new or an existing journal for this process alone.
+
+    beside: journals of other processes for the same requests, whose replies it takes over.
 
     Its name is that of a temporary file (`.*.tmp`). It stays until the artifact is complete: at the end, a
     stage removes the temporary files that no process has locked.
     Raises UserError if another process has it open, or if it is damaged.
     """
     with open_for_appending(path, "requests the same answers") as file:
-        yield Journal(file, path)
+        journal = Journal(file, path)
+        for other in beside:
+            if other != path:
+                journal.read_beside(other)
+        yield journal

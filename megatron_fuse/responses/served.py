@@ -2,12 +2,14 @@
 
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.chat.thoughts import split_thought
+from megatron_fuse.claiming import claiming
 from megatron_fuse.huggingface.limits import declared_positions
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.instructions import Example, naming_example
@@ -43,13 +45,16 @@ def served_answers(
     format = _Format(recipe, name, chat)
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
     server = Server(format.server, f"{recipe_key(name)}.server", longest)
+    # A stopped process still has its journal open. Who takes its shard over by claim has a journal of its own.
+    suffix = f".{secrets.token_hex(4)}" if claiming() else ""
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
 
     def answer(shard: int, examples: list[Example]) -> list[Response | None]:
         rooms = {example.id: format.room(example) for example in examples}
         bodies = {each.id: format.body(each, rooms[each.id]) for each in examples if rooms[each.id] > 0}
         requests = {key: sha256_of_json([key, body]) for key, body in bodies.items()}
-        with open_journal(directory / f".answers-{shard:05d}.tmp") as journal:
+        journals = directory.glob(f".answers-{shard:05d}*.tmp")
+        with open_journal(directory / f".answers-{shard:05d}{suffix}.tmp", journals) as journal:
             missing = {key: body for key, body in bodies.items() if requests[key] not in journal}
             received = 0
 

@@ -10,6 +10,8 @@ An artifact is complete or can be resumed, and records the hashes of all its inp
     .DIRECTORY.lock                 beside it, while processes are at work: locks of the shards, with their
                                     owners' names
 
+    .DIRECTORY.claims/              in the place of locks, if processes take shards by claim (claims.py)
+
 A rerun compares the plan. If it is equal, the rerun makes only the shards that have no marker, or whose files
 are missing or have another size. If it differs, a UserError names the key and both values, and nothing is
 overwritten. Any number of processes may share the work, or do the same work: a process holds the lock of a

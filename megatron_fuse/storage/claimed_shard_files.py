@@ -63,9 +63,10 @@ class ClaimedShardFiles(ShardFiles):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered.close()
-        # This process may have announced itself after the artifact was complete.
+        # What a process leaves that was late, or that came after the artifact was complete.
         if (self.directory / "manifest.json").exists():
             remove_claims(self.directory)
+            remove_abandoned(self.directory)
 
     def is_taken(self, index: int) -> bool:
         return self._claims.is_taken(index)

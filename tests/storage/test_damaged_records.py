@@ -149,6 +149,8 @@ def test_a_damaged_journal(tmp_path: Path, line: str, message: str) -> None:
         file.write(f"{line}\n")
     with pytest.raises(UserError, match=rf"{path}:2: damaged \({message}"), open_journal(path):
         pass
+    with open_journal(tmp_path / "own", [tmp_path / "own", path, tmp_path / "removed"]) as journal:
+        assert "a" in journal and journal.reply("a").text == "x"  # the whole lines of another process count
 
 
 @pytest.mark.parametrize(
