@@ -2,8 +2,8 @@
 
     python benchmarks/claims_speed.py [--shards 32] [--seconds 0.5]
 
-Four processes make an artifact of equal shards by `run_plan`, with files of a megabyte. The work of a shard is
-a wait, as for a device: on fewer cores than processes, the processes would slow each other otherwise.
+Four processes make an artifact of equal shards by `run_plan`, with files of a megabyte. The work of a shard
+is a wait, as for a device: on fewer cores than processes, the processes would slow each other otherwise.
 Baseline: the same four processes as the ranks of torchrun, which have every fourth shard each. The time is
 that of the last process to end.
 """

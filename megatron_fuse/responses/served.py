@@ -45,7 +45,7 @@ def served_answers(
     format = _Format(recipe, name, chat)
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
     server = Server(format.server, f"{recipe_key(name)}.server", longest)
-    # A stopped process still has its journal open. Who takes its shard over by claim has a journal of its own.
+    # A stopped process still has its journal open. Who takes its shard over by claim has one of its own.
     suffix = f".{secrets.token_hex(4)}" if claiming() else ""
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))
 

@@ -8,12 +8,13 @@ FAULT_CASES=1000 python -m pytest tests/faults -m slow        # default: 100 of 
 import errno
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kinds import KINDS
 from outcomes import CASES
-from plans import MANNERS
+from plans import BY_CLAIM, MANNERS
 from stages import STAGES
 from targets import Target
 
@@ -48,6 +49,11 @@ _LONG = dict.fromkeys(("raced by four", "stopped", "full", "file size", "read-on
 def test_data_stages(stages: dict[str, Target], campaign: Campaign, kind: str, cases: int) -> None:
     place, targets = list(KINDS).index(kind), list(stages.values())
     campaign(kind, targets[place % len(targets) :] + targets[: place % len(targets)], cases)
+
+
+@pytest.mark.parametrize("cases", [len(STAGES), pytest.param(CASES, marks=slow)])
+def test_data_stages_by_claim(stages: dict[str, Target], campaign: Campaign, cases: int) -> None:
+    campaign("stopped", [replace(stage, environments=(BY_CLAIM,)) for stage in stages.values()], cases)
 
 
 @pytest.mark.parametrize("cases", [len(STAGES), pytest.param(CASES, marks=slow)])
