@@ -21,7 +21,7 @@ class Claiming:
 
     @property
     def poll(self) -> float:
-        """Seconds between two looks at shards that other processes make."""
+        """The most seconds between two looks at shards that other processes make."""
         return min(self.lease / 60, 1.0)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_fuse.claiming import claiming
 from megatron_fuse.errors import shortened
 from megatron_fuse.logs import stderr_handler
 from megatron_fuse.text_safety import printable
@@ -145,7 +146,8 @@ class Progress:
         seconds, done = self._clock() - self._began, self._done + self._items
         made = done - self.already
         # Items are those of all processes, tokens only this one's: of several, the sum is not known here.
-        tokens = 0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else self._tokens + self._part_tokens
+        is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1 or claiming() is not None
+        tokens = 0 if is_shared else self._tokens + self._part_tokens
         if not made and done == self.total:
             log_complete(self.what, self.total, self.unit)
             return

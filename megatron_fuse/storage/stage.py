@@ -18,7 +18,7 @@ from megatron_fuse.text_safety import brief
 
 logger = logging.getLogger(__name__)
 
-_POLL = 0.05  # seconds between two looks at shards that other processes make
+_POLL = 0.05  # seconds between the first two looks at shards that other processes make
 _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
@@ -104,11 +104,13 @@ def _make_missing(
     rank, world_size = (0, 1) if by_claim else rank_and_world()
     pending = list(range(rank, _shards(files), world_size))
     reminder = made = time.monotonic()
+    most = by_claim.poll if by_claim else _POLL
+    wait = _POLL
     while pending:
         busy = [index for index in pending if not _make(files, index, make_shards, progress)]
         now = time.monotonic()
         if len(busy) < len(pending):
-            made = now
+            made, wait = now, _POLL
         elif by_claim and now - made >= by_claim.patience:
             logger.info(
                 f"{_where(files.values())}: shards that other processes make: {len(busy)}. This process does "
@@ -121,7 +123,8 @@ def _make_missing(
                 made_by = " and ".join(sorted(owners))
                 logger.info(f"{_where(files.values())}: waiting for shard {busy[0]}, which {made_by} makes")
                 reminder = now + _REMINDER
-            time.sleep(by_claim.poll if by_claim else _POLL)
+            time.sleep(wait)
+            wait = min(2 * wait, most)
         pending = busy
 
 
