@@ -92,6 +92,8 @@ class ShardFiles:
         Raises UserError if the shard belongs to another plan, whose plan.json was removed.
         """
         path = self._marker(index)
+        if not path.exists():  # before it is read: another process may write it in between
+            return None
         try:
             content = read_record(path, MarkerRecord).content()
         except UserError:
