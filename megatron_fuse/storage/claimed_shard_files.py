@@ -116,7 +116,6 @@ class ClaimedShardFiles(ShardFiles):
             write_sealed(work / self._marker(index).name, self._marker_of(paths, counts, together))
             for path in paths:
                 flush_to_disk(path)
-            flush_to_disk(work)
             self._write_plan()  # a process that failed at its first shard may have removed it
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be written ({error.strerror or error})") from error
