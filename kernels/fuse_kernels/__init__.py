@@ -10,7 +10,7 @@ from fuse_kernels.arguments import IMPLEMENTATIONS, TAILS
 from fuse_kernels.linear import chunk_rows, fused_linear_sparse_kl
 from fuse_kernels.loss import sparse_kl_cross_entropy
 from fuse_kernels.rows import TokenLosses
-from fuse_kernels.topk import TopK, topk_logsumexp
+from fuse_kernels.topk import TopK, gather_topk_logsumexp, topk_logsumexp
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "TopK",
     "chunk_rows",
     "fused_linear_sparse_kl",
+    "gather_topk_logsumexp",
     "sparse_kl_cross_entropy",
     "topk_logsumexp",
 ]

@@ -73,6 +73,65 @@ def topk_logsumexp(
     Raises ValueError, which names the argument, if shapes or values do not fit,
     or if "triton" is given and cannot run.
     """
+    local, shard = _of_this_shard(
+        logits, k, temperatures, labels, softcap, vocab_size, vocab_start, group, implementation
+    )
+    if shard.group is None:
+        return local
+    packed = _packed(local)
+    all_shards = packed.new_empty((dist.get_world_size(group), *packed.shape))
+    dist.all_gather_into_tensor(all_shards.view(-1, packed.shape[1]), packed, group=group)
+    return _merged(all_shards, k, temperatures)
+
+
+def gather_topk_logsumexp(
+    logits: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    *,
+    labels: Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    implementation: str = "auto",
+) -> TopK | None:
+    """`topk_logsumexp` for a result that one rank stores: the first rank of the group gets it, the others
+    None.
+
+    Collectives: under a group one gather. Every rank but the first sends 2 k + t + 1 numbers per row, which
+    is less than an all-gather by a factor of the group's size.
+    """
+    local, shard = _of_this_shard(
+        logits, k, temperatures, labels, softcap, vocab_size, vocab_start, group, implementation
+    )
+    if shard.group is None:
+        return local
+    packed = _packed(local)
+    root = dist.get_global_rank(shard.group, 0)
+    if dist.get_rank() != root:
+        dist.gather(packed, dst=root, group=group)
+        return None
+    all_shards = packed.new_empty((dist.get_world_size(group), *packed.shape))
+    dist.gather(packed, list(all_shards), dst=root, group=group)
+    return _merged(all_shards, k, temperatures)
+
+
+def _of_this_shard(
+    logits: Tensor,
+    k: int,
+    temperatures: Sequence[float],
+    labels: Tensor | None,
+    softcap: float | None,
+    vocab_size: int | None,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+    implementation: str,
+) -> tuple[TopK, VocabularyShard]:
+    """The TopK of this rank's columns, and which columns these are.
+
+    Raises ValueError as `topk_logsumexp` says.
+    """
     if logits.dim() != 2 or not logits.dtype.is_floating_point:
         raise ValueError(
             f"logits is {list(logits.shape)} {logits.dtype}, but must be [n, v] and floating point"
@@ -92,10 +151,8 @@ def topk_logsumexp(
     if _choose(implementation, logits, k) == "triton":
         from fuse_kernels.triton_topk import triton_topk
 
-        local = triton_topk(logits, k, temperatures, labels, softcap, shard)
-    else:
-        local = _torch_topk(logits, k, temperatures, labels, softcap, shard)
-    return local if shard.group is None else _merged(local, k, temperatures, shard.group)
+        return triton_topk(logits, k, temperatures, labels, softcap, shard), shard
+    return _torch_topk(logits, k, temperatures, labels, softcap, shard), shard
 
 
 def _choose(implementation: str, logits: Tensor, k: int) -> str:
@@ -113,15 +170,17 @@ def _choose(implementation: str, logits: Tensor, k: int) -> str:
     return "torch" if reason else "triton"
 
 
-def _merged(local: TopK, k: int, temperatures: Sequence[float], group: dist.ProcessGroup) -> TopK:
-    """The TopK of all shards, from the TopK of each shard. One all-gather."""
+def _packed(local: TopK) -> Tensor:
+    """float32 [n, 2 k + t + 1 (with labels)]: a shard's TopK as one tensor, for one collective."""
     label_logits = local.label_logits
     numbers = [local.logits, local.relative_lse, *([] if label_logits is None else [label_logits[:, None]])]
-    # Ids travel as the bits of floats: one tensor, one collective.
-    packed = torch.cat((local.ids.int().view(torch.float32), *numbers), 1).contiguous()
-    all_shards = packed.new_empty((dist.get_world_size(group), *packed.shape))
-    dist.all_gather_into_tensor(all_shards.view(-1, packed.shape[1]), packed, group=group)
-    label_columns = packed.shape[1] - 2 * k - len(temperatures)
+    # Ids travel as the bits of floats.
+    return torch.cat((local.ids.int().view(torch.float32), *numbers), 1).contiguous()
+
+
+def _merged(all_shards: Tensor, k: int, temperatures: Sequence[float]) -> TopK:
+    """The TopK of the whole vocabulary. all_shards [ranks, n, ...]: _packed of every shard."""
+    label_columns = all_shards.shape[2] - 2 * k - len(temperatures)
     ids, logits, lse, labels = all_shards.split([k, k, len(temperatures), label_columns], 2)
     candidates = logits.transpose(0, 1).flatten(1)
     candidate_ids = ids.contiguous().view(torch.int32).long().transpose(0, 1).flatten(1)
@@ -132,14 +191,14 @@ def _merged(local: TopK, k: int, temperatures: Sequence[float], group: dist.Proc
     # Each shard's sum is relative to its own largest logit m: log sum exp((z - M) / T) = lse + (m - M) / T,
     # with M the largest of all shards. If a shard holds only -inf, or no column, m - M is NaN or -inf and the
     # shard adds nothing.
-    inverse = 1 / torch.tensor(temperatures, dtype=torch.float32, device=packed.device)
+    inverse = 1 / torch.tensor(temperatures, dtype=torch.float32, device=all_shards.device)
     shift = (logits[:, :, :1] - largest[:, :1]).nan_to_num(nan=-torch.inf)
     merged = (lse + shift * inverse).logsumexp(0)
     return TopK(
         candidate_ids.gather(1, chosen),
         largest,
         merged,
-        None if label_logits is None else labels[:, :, 0].sum(0),
+        labels[:, :, 0].sum(0) if label_columns else None,
     )
 
 

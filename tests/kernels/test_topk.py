@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from fuse_kernels import TopK, topk_logsumexp
+from fuse_kernels import TopK, gather_topk_logsumexp, topk_logsumexp
 from sparse_kl_cases import DEVICE
 
 IMPLEMENTATIONS = ("torch", "triton")
@@ -187,6 +187,12 @@ def compare_with_whole(seed: int) -> list[str]:
                 ):
                     same = {"rtol": 2e-6, "atol": 2e-6} if over.shape[1:] == (2,) else {"rtol": 0, "atol": 0}
                     torch.testing.assert_close(over, of, **same)
+                with Collectives() as collectives:
+                    gathered = gather_topk_logsumexp(shard, 5, [1.0, 2.0], labels=labels, **place)
+                assert (gathered is not None) == (rank == 0)
+                if gathered is not None:
+                    assert_same(gathered, expected)
+                assert dict(collectives.seen) == {"c10d::gather_": 1}
             except AssertionError as error:
                 complaints.append(f"{vocab} {widths} {implementation}, rank {rank}: {error}")
     return complaints
