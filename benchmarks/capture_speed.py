@@ -35,7 +35,7 @@ from megatron_fuse.tokenization import load_tokenizer
 
 # 51 million parameters. Embedding and head are one matrix, so that the head's share of the work (a third) is
 # not much larger still: in a model of 7 billion it is a fiftieth.
-_SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11, "num_attention_heads": 8}
+SIZES = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 11, "num_attention_heads": 8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +60,12 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     fast as the file's order.
     """
     chat = load_chat_format(load_tokenizer(options.source_tokenizer), "vicuna_v1.1")
-    conversations = _conversations(chat, options)
-    sizes = {"vocab_size": chat.tokenizer.vocab_size, "max_position_embeddings": options.seq_length, **_SIZES}
+    conversations = read_conversations(chat, options)
+    sizes = {"vocab_size": chat.tokenizer.vocab_size, "max_position_embeddings": options.seq_length, **SIZES}
     config = LlamaConfig(**sizes, tie_word_embeddings=True)
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    reader = SourceReader(_recipe(options), "source", model)
+    reader = SourceReader(capture_recipe(options), "source", model)
     ids = [conversation.encoded.ids[:-1] for conversation in conversations]
     lengths = np.array([len(tokens) for tokens in ids])
     budgeted = token_budget_batches(lengths.tolist(), options.batch_tokens)
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> list[Measurement]:
     ]
 
 
-def _conversations(chat, options: argparse.Namespace) -> list[Conversation]:
+def read_conversations(chat, options: argparse.Namespace) -> list[Conversation]:
     """In the file's order."""
     examples = list(read_rows(options.instructions).read())
     chosen = np.linspace(0, len(examples) - 1, options.examples).astype(int).tolist()
@@ -112,7 +112,7 @@ def _conversations(chat, options: argparse.Namespace) -> list[Conversation]:
     return [c for c in conversations if c.encoded is not None and len(c.encoded.ids) <= options.seq_length]
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def capture_recipe(options: argparse.Namespace) -> Recipe:
     """The defaults of capture; the files that it names are not read."""
     model = {"model": "none"}
     return make_recipe(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fuse_kernels import topk_logsumexp
+from fuse_kernels import TopK, topk_logsumexp
 
 from megatron_fuse import ragged
 
@@ -95,6 +95,17 @@ def sparse_rows(
     """
     vocab_size = logits.shape[1]
     largest = topk_logsumexp(logits, min(top_k, vocab_size), (1.0, *temperatures), labels=tokens)
+    return sparse_rows_of(largest, vocab_size, top_p=top_p, filter=filter, temperatures=temperatures)
+
+
+def sparse_rows_of(
+    largest: TopK, vocab_size: int, *, top_p: float, filter: str, temperatures: Sequence[float]
+) -> SparseRows:
+    """The sparse form of rows, of their largest logits and their log-sum-exps at T = 1 and `temperatures`.
+
+    largest: with the logits of the text's tokens as label_logits.
+    Raises NotFiniteError as sparse_rows does.
+    """
     top, lse = largest.logits[:, :1], largest.relative_lse
     # Every NaN or +inf in a row makes its sum not finite. So does a
     # row of -inf, which has no relative logits.

@@ -5,15 +5,18 @@ Only the logits of supervised positions are computed.
 captures/SOURCE/training/     distributions over the ground-truth response
 captures/SOURCE/inference/    distributions over the source's own answer
 
-Backends: `hf`, the source's model in process; `file`, the file in sources.NAME.captures, which another
-program made (docs/captures.md).
+Backends: `hf`, the source's model in process; `megatron`, the same model divided over the ranks of a job
+(docs/scaling.md); `file`, the file in sources.NAME.captures, which another program made (docs/captures.md).
 """
 
+import gc
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from megatron_fuse.capture.imported import CaptureFile
+from megatron_fuse.capture.megatron_layout import check_processes, source_architecture
 from megatron_fuse.capture.reading import SourceReader
 from megatron_fuse.capture.shards import (
     CAPTURED,
@@ -22,6 +25,7 @@ from megatron_fuse.capture.shards import (
     NO_RESPONSE,
     STATUSES,
     TOO_LONG,
+    CaptureShard,
     Conversation,
 )
 from megatron_fuse.chat import ChatFormat
@@ -35,14 +39,25 @@ from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.recipe.lookup import recipe_key, source_options
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
+from megatron_fuse.runtime import start_runtime
 from megatron_fuse.stages import Amounts, Context, Key, Stage
-from megatron_fuse.storage import Artifact, ShardProgress, Workspace, completed, run_plan, sha256_of_file
+from megatron_fuse.storage import (
+    Artifact,
+    Plan,
+    ShardProgress,
+    Workspace,
+    completed,
+    rank_and_world,
+    run_plan,
+    sha256_of_file,
+)
 from megatron_fuse.tokenization.spans import SpanFlag
 
 
 def _backend(recipe: Recipe, source: str, mode: str) -> str:
-    """`file` if the recipe names a file for the mode, else `hf`: the source's model in process."""
-    return "file" if mode in source_options(recipe, source).captures else "hf"
+    """`file` if the recipe names a file for the mode, else the backend of the source."""
+    options = source_options(recipe, source)
+    return "file" if mode in options.captures else options.backend
 
 
 def _captures_file(recipe: Recipe, source: str, mode: str) -> Path:
@@ -65,10 +80,10 @@ def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
         "seq_length": recipe.training.seq_length,
         **{key: getattr(recipe.capture, key) for key in ("top_k", "top_p", "filter")},
         "temperatures": recipe.capture_temperatures,
-        # batch_tokens is not recorded: a run may continue with a
-        # smaller budget. Results agree up to rounding.
+        # batch_tokens and the parallel layout are not recorded: a run may
+        # continue with others. Results agree up to rounding.
     }
-    if backend == "hf":
+    if backend != "file":
         options["dtype"] = source_options(recipe, source).dtype
     if mode == "training":
         options["supervise"] = recipe.data.supervise
@@ -86,7 +101,7 @@ def _formats(context: Context, source: str, _: str) -> dict[str, str]:
 
 
 def _origin(context: Context, source: str, mode: str) -> dict[str, str]:
-    if _backend(context.recipe, source, mode) == "hf":
+    if _backend(context.recipe, source, mode) != "file":
         return {"model": context.fingerprint(source)}
     path = _captures_file(context.recipe, source, mode)
     return {"captures file": context.once("captures file", str(path), lambda: sha256_of_file(path))}
@@ -123,14 +138,17 @@ CAPTURES = Stage(
 
 def require_backend(recipe: Recipe, source: str, mode: str, backend: str) -> None:
     """Raises UserError if the recipe names another backend for this capture: later stages use the recipe."""
-    if backend != _backend(recipe, source, mode):
-        key = f"sources.{source}.captures.{mode}"
-        what = (
-            "is not set. Name a file there"
-            if backend == "file"
-            else "names a file. Remove it from the recipe"
-        )
-        raise UserError(f"--backend {backend}: {key} {what} (docs/captures.md).")
+    expected = _backend(recipe, source, mode)
+    if backend == expected:
+        return
+    key = f"sources.{source}.captures.{mode}"
+    if backend == "file":
+        fix = f"{key} is not set. Name a file there"
+    elif expected == "file":
+        fix = f"{key} names a file. Remove it from the recipe"
+    else:
+        fix = f"sources.{source}.backend is {expected}. Change it"
+    raise UserError(f"--backend {backend}: {fix} (docs/captures.md).")
 
 
 def capture(context: Context, source: str, mode: str) -> Artifact | None:
@@ -144,7 +162,9 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
     recipe, where = context.recipe, recipe_key(source)
     options, chat = source_options(recipe, source), context.format(source)
     plan = context.plan(CAPTURES, source, mode)
-    artifact = completed(plan)
+    backend = plan.options["backend"]
+    # Ranks that hold a source together must agree on what is left to do: then only the leader looks.
+    artifact = None if backend == "megatron" and rank_and_world()[1] > 1 else completed(plan)
     if artifact:
         log_complete(plan.directory, artifact.counts["examples"], "examples")
         return artifact
@@ -153,9 +173,23 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
     answers = response_shards(context.open(RESPONSES, source)) if mode == "inference" else None
     progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions))
 
+    def conversations(index: int) -> list[Conversation]:
+        every_turn = answers is None and recipe.data.supervise == "every_turn"
+        shard_examples = examples[index]
+        learned: list[Learned | None] = [None] * len(shard_examples)  # None: the ground truth
+        if answers:
+            learned = [learned_of(each, recipe.data.reasoning) for each in answers[index]]
+        return [
+            conversation_of(chat, example, answer, every_turn=every_turn)
+            for example, answer in zip(shard_examples, learned, strict=True)
+        ]
+
+    if backend == "megatron":
+        return _capture_together(recipe, source, plan, conversations, progress)
+
     @cache  # the model or file is loaded at the first shard that needs it
     def reader() -> SourceReader | CaptureFile:
-        if plan.options["backend"] == "hf":
+        if backend == "hf":
             return SourceReader(recipe, source, load_causal_lm(options, where=where), progress.update)
         path = _captures_file(recipe, source, mode)
         size = declared_vocab_size(context.model_directory(source))
@@ -167,30 +201,74 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
             )
         return file
 
-    possible = [CAPTURED, TOO_LONG, NO_RESPONSE]
-    possible += [MISMATCH, MISSING] if plan.options["backend"] == "file" else []
-
     def make_shard(index: int, prefix: Path) -> dict[str, int]:
-        every_turn = answers is None and recipe.data.supervise == "every_turn"
-        shard_examples = examples[index]
-        learned: list[Learned | None] = [None] * len(shard_examples)  # None: the ground truth
-        if answers:
-            learned = [learned_of(each, recipe.data.reasoning) for each in answers[index]]
-        conversations = [
-            conversation_of(chat, example, answer, every_turn=every_turn)
-            for example, answer in zip(shard_examples, learned, strict=True)
-        ]
-        shard = reader().capture_shard(conversations)
-        shard.save(prefix.with_name(prefix.name + ".safetensors"))
-        return {
-            "examples": len(shard.status),
-            **{STATUSES[code]: int((shard.status == code).sum()) for code in possible},
-            "rows": len(shard.counts),
-            "lossy_rows": int(((shard.flags & SpanFlag.LOSSY) != 0).sum()),
-            "entries": len(shard.entry_ids),
-        }
+        return _write(reader().capture_shard(conversations(index)), prefix, backend)
 
     return run_plan(plan, make_shard, progress)
+
+
+def _capture_together(
+    recipe: Recipe,
+    source: str,
+    plan: Plan,
+    conversations: Callable[[int], list[Conversation]],
+    progress: ShardProgress,
+) -> Artifact | None:
+    """The shards of this rank's copy of a source in Megatron. Every rank of the job calls this.
+
+    conversations: those of a shard. Returns the artifact on the leader that finished it, else None. Raises
+    UserError if the model, its layout and the number of ranks do not fit together.
+    """
+    source_architecture(recipe, source)  # an error ends every rank here, before one waits for another
+    check_processes(recipe, source, rank_and_world()[1])
+    layout = source_options(recipe, source).parallel
+    runtime = start_runtime(
+        tensor_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_parallel_size=layout.pipeline_model_parallel_size,
+        # A rank may wait for hours until another copy of the source has made its last shard. torchrun
+        # ends the ranks that wait for one that has failed.
+        timeout_minutes=7 * 24 * 60,
+    )
+    # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
+    from megatron_fuse.capture.megatron_ranks import SourceRanks
+    from megatron_fuse.capture.megatron_reading import MegatronReader
+
+    ranks = SourceRanks.of(runtime)
+
+    @cache
+    def reader() -> MegatronReader:
+        return MegatronReader.load(recipe, source, ranks, progress.update)
+
+    def make_shard(index: int, prefix: Path) -> dict[str, int]:
+        ranks.announce(index)
+        return _write(reader().capture_shard(conversations(index)), prefix, "megatron")
+
+    artifact = None
+    if ranks.is_leader:
+        artifact = run_plan(plan, make_shard, progress, ranks.share)
+        ranks.dismiss()
+    else:
+        for index in ranks.announced():
+            reader().take_part(conversations(index))
+    ranks.leave()
+    # Megatron's modules refer to each other in circles. The weights must be gone before the next are read.
+    reader.cache_clear()
+    gc.collect()
+    return artifact
+
+
+def _write(shard: CaptureShard, prefix: Path, backend: str) -> dict[str, int]:
+    """Writes a shard's file. Returns its counts."""
+    possible = [CAPTURED, TOO_LONG, NO_RESPONSE]
+    possible += [MISMATCH, MISSING] if backend == "file" else []
+    shard.save(prefix.with_name(prefix.name + ".safetensors"))
+    return {
+        "examples": len(shard.status),
+        **{STATUSES[code]: int((shard.status == code).sum()) for code in possible},
+        "rows": len(shard.counts),
+        "lossy_rows": int(((shard.flags & SpanFlag.LOSSY) != 0).sum()),
+        "entries": len(shard.entry_ids),
+    }
 
 
 def conversation_of(

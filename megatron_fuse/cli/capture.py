@@ -8,7 +8,8 @@
 Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule
 learns from. Mode training reads the ground truth, mode inference the source's own answer. After an
 interruption, the same command continues where it stopped. If the recipe has `captures: {MODE: FILE}` for a
-source, the file is read instead (docs/captures.md).
+source, the file is read instead (docs/captures.md). A source with `backend: megatron` is divided over the
+ranks of torchrun by `parallel` (docs/scaling.md).
 """
 
 import argparse
@@ -33,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=CAPTURE_BACKENDS,
-        help="hf: run the source's model in this process. file: read the file that sources.NAME.captures "
-        "names. The recipe decides; this option is an error if the recipe decides otherwise",
+        help="hf: run the source's model in this process. megatron: run it in Megatron-core, divided over "
+        "the processes. file: read the file that sources.NAME.captures names. The recipe decides; this "
+        "option is an error if the recipe decides otherwise",
     )
     parser.add_argument(
         "--no-truncate",
@@ -52,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     with importing():
         from megatron_fuse.capture import capture, require_backend
         from megatron_fuse.pipeline.idle_processes import warn_of_idle_processes
+        from megatron_fuse.runtime import stop_runtime
         from megatron_fuse.stages import Context
     context = Context(recipe)
     warn_of_idle_processes(context)
@@ -65,3 +68,4 @@ def run(arguments: argparse.Namespace) -> None:
             artifact = capture(context, source, mode)
             if artifact:
                 say(artifact.summary)
+    stop_runtime()

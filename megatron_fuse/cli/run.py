@@ -38,6 +38,7 @@ def add_processes_argument(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
     with importing():
+        from megatron_fuse.capture.megatron_layout import check_processes
         from megatron_fuse.pipeline import check_files, steps
         from megatron_fuse.pipeline.plan_table import print_plan
         from megatron_fuse.pipeline.run import run_recipe
@@ -52,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"--nproc-per-node {arguments.nproc_per_node}: the number of processes must be a multiple of "
             f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most 4096"
         )
+    for source in [] if arguments.plan else recipe.sources:
+        check_processes(recipe, source, arguments.nproc_per_node)
     names = list(steps(recipe))
     if arguments.until and arguments.until not in names:
         raise UserError(

@@ -105,7 +105,11 @@ def refuse_unknown_ids(model: Any, largest: int, where: str) -> None:
     where: the model's recipe key. The ids of texts are compared, not the size of the tokenizer: a padding
     token that no text uses may lie beyond the embedding.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    refuse_ids_beyond(model.get_input_embeddings().weight.shape[0], largest, where)
+
+
+def refuse_ids_beyond(known: int, largest: int, where: str) -> None:
+    """refuse_unknown_ids for a model that knows the ids below `known`."""
     if largest >= known:
         raise UserError(
             f"{where}: the tokenizer has the id {largest}, but the model knows only {known} ids. The "

@@ -55,10 +55,18 @@ class FusionTargets:
         )
 
 
-class FusionGPTModel(GPTModel):
-    """This rank's part of the target.
+@dataclass(frozen=True)
+class ReadPositions:
+    """The positions whose next token a source predicts, passed to GPTModel as `labels`."""
 
-    With FusionTargets as `labels` the last stage returns losses, never logits.
+    flat: Tensor  # [n] int64, counted over the flattened tokens [b, s]
+
+
+class FusionGPTModel(GPTModel):
+    """This rank's part of the target, or of a source.
+
+    With FusionTargets as `labels` the last stage returns losses, never logits. With ReadPositions it returns
+    the hidden states [n, h] there, of which `logits_of` makes logits, some rows at a time.
 
     Returned logits would be copied twice: GPTModel transposes them, Float16Module casts them to fp32. Without
     labels the result is that of GPTModel: logits [b, s, v/p], padded columns included.
@@ -143,15 +151,24 @@ class FusionGPTModel(GPTModel):
         return (hidden_states, rotations, *others)
 
     def _postprocess(
-        self, hidden_states: Tensor, labels: FusionTargets | None = None, **rest: object
+        self,
+        hidden_states: Tensor,
+        labels: FusionTargets | ReadPositions | None = None,
+        **rest: object,
     ) -> Tensor:
-        """From hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits or losses.
+        """From hidden states [s, b, h] (sequence-parallel: [s/p, b, h]) to logits, losses, or the hidden
+        states of some positions.
 
         Without `fused_linear` this is GPTModel's _postprocess. With it the losses come from here, without a
         call of the output layer. So this must do what the output layer does besides its product: take the
         tied weight, wait for a weight that other ranks update, gather a split sequence, and sum the hidden
         states' gradient over the tensor-parallel group.
         """
+        if isinstance(labels, ReadPositions):
+            sequence, batch = hidden_states.shape[:2]
+            # Position t of text i lies at i s + t among the tokens [b, s], and at t b + i here.
+            rows = labels.flat % sequence * batch + labels.flat // sequence
+            return hidden_states.flatten(0, 1)[rows]
         if labels is None or not (self.post_process and self.loss_options.fused_linear):
             output = super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
             softcap = self.architecture.logit_softcap
@@ -173,6 +190,13 @@ class FusionGPTModel(GPTModel):
         loss = partial(fused_linear_sparse_kl, hidden_states.flatten(0, 1), weight, unit_upstream=True)
         sequence, batch = hidden_states.shape[:2]
         return self._losses(loss, labels, sequence, batch, columns=len(weight))
+
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """Logits [n, v/p] of this rank's columns from hidden states [n, h] of the last stage."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(hidden_states[:, None], weight=weight)
+        return logits[:, 0]
 
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
         """The fusion loss of every position. GPTModel calls it instead of its cross entropy.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from megatron_fuse.capture.megatron_layout import source_architecture
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.huggingface.reward_models import find_reward_model
@@ -44,6 +45,8 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
         if options.responses:
             yield partial(_require, options.responses.path, f"{key}.responses")
     for name, source in recipe.sources.items():
+        if source.backend == "megatron":
+            yield partial(source_architecture, recipe, name)
         for mode, path in source.captures.items():
             yield partial(_require, path, f"sources.{name}.captures.{mode}")
     for name, reward_model in recipe.reward_models.items():

@@ -1,8 +1,9 @@
 """The names of the backends for answers, captures and scores.
 
-hf: a Hugging Face model in this process. openai: a server. file: a file that the recipe names.
+hf: a Hugging Face model in this process. megatron: the same model in Megatron-core, divided over several
+processes. openai: a server. file: a file that the recipe names.
 """
 
 RESPONSE_BACKENDS = ("hf", "openai", "file")
-CAPTURE_BACKENDS = ("hf", "file")
+CAPTURE_BACKENDS = ("hf", "megatron", "file")
 SCORE_BACKENDS = ("hf", "file")

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, model_validator
 
-from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision
+from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision, Ranks
 
 TARGET = "target"  # directory name of the target's own answers, beside those of the sources
 # Directory name of the scores against the ground truth, beside those of the reward models.
@@ -160,12 +160,37 @@ class TargetOptions(AnsweringOptions):
     """Options of the target. It answers only if schedule.order is target_reward."""
 
 
+class SourceParallelOptions(Options):
+    """How the ranks of a capture divide a source. The other ranks are data-parallel over shards."""
+
+    tensor_model_parallel_size: Ranks = 1
+    pipeline_model_parallel_size: Ranks = 1
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+
+
 class SourceOptions(AnsweringOptions):
+    backend: Literal["hf", "megatron"] = Field(
+        "hf",
+        description="what captures the source's distributions; hf: its model in every process; megatron: "
+        "Megatron-core, which divides the model over several processes",
+    )
+    parallel: SourceParallelOptions = Field(
+        SourceParallelOptions(), description="how the processes divide the model, with backend: megatron"
+    )
     captures: dict[Literal["inference", "training"], Location] = Field(
         default_factory=dict,
         description="for each mode a Parquet or JSONL file of distributions that were captured elsewhere "
         "(docs/captures.md)",
     )
+
+    @model_validator(mode="after")
+    def _is_divided_by_megatron(self) -> Self:
+        if self.backend != "megatron" and self.parallel != SourceParallelOptions():
+            raise ValueError(
+                f"parallel divides a source of backend megatron, but backend is {self.backend}. Set backend "
+                "to megatron, or remove parallel."
+            )
+        return self
 
 
 class ScoreFile(FileOptions):

@@ -185,9 +185,10 @@ def _device_name(device: torch.device) -> str:
 
 def stop_runtime() -> None:
     """Destroys all process groups, if there are any."""
+    if not dist.is_initialized():
+        return
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.destroy_process_group()

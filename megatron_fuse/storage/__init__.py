@@ -37,7 +37,7 @@ from megatron_fuse.storage.files import (
 from megatron_fuse.storage.locks import LockFile
 from megatron_fuse.storage.safetensors_file import write_safetensors
 from megatron_fuse.storage.shard_progress import ShardProgress
-from megatron_fuse.storage.stage import rank_and_world, run_plan, run_plans, shard_bounds
+from megatron_fuse.storage.stage import Share, rank_and_world, run_plan, run_plans, shard_bounds
 from megatron_fuse.storage.workspace import Workspace
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Plan",
     "ShardProgress",
     "Shards",
+    "Share",
     "Workspace",
     "completed",
     "open_artifact",

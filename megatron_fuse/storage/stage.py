@@ -23,36 +23,43 @@ _REMINDER = 60.0  # seconds between two messages of a process that waits
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank r, world size w) under torchrun, else (0, 1).
-
-    The process makes every w-th shard, beginning with shard r, unless it takes shards by claim.
-    """
+    """(rank, world size) under torchrun, else (0, 1). This is by default the share of a process."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+
+Share = tuple[int, int]
+"""(r, w): every w-th shard, beginning with shard r."""
 
 MakeShard = Callable[[int, Path], Counts]
 MakeShards = Callable[[int, dict[str, Path]], dict[str, Counts]]
 
 
-def run_plan(plan: Plan, make_shard: MakeShard, progress: ShardProgress | None = None) -> Artifact | None:
-    """Makes the missing shards of this rank, then the manifest if all shards of all ranks are finished.
+def run_plan(
+    plan: Plan, make_shard: MakeShard, progress: ShardProgress | None = None, share: Share | None = None
+) -> Artifact | None:
+    """Makes the missing shards of this process, then the manifest if all shards of all processes are
+    finished.
 
     make_shard(index, prefix) writes files named `prefix.<suffix>` and returns counts, which are added up in
     the manifest. The prefix lies in a directory that only this process uses. The files are moved into the
     artifact when the shard is whole.
 
-    progress: shows the work; make_shard may update it. By default it counts shards.
+    progress: shows the work; make_shard may update it. By default it counts shards. share: the shards of this
+    process; default: rank_and_world().
 
     Returns the artifact, or None if other processes still make shards. Raises UserError if the directory
     holds another plan or cannot be written.
     """
-    return run_plans({"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress).get(
-        ""
-    )
+    return run_plans(
+        {"": plan}, lambda index, prefixes: {"": make_shard(index, prefixes[""])}, progress, share
+    ).get("")
 
 
 def run_plans(
-    plans: Mapping[str, Plan], make_shards: MakeShards, progress: ShardProgress | None = None
+    plans: Mapping[str, Plan],
+    make_shards: MakeShards,
+    progress: ShardProgress | None = None,
+    share: Share | None = None,
 ) -> dict[str, Artifact]:
     """run_plan for several plans that have the same shards and share work.
 
@@ -78,7 +85,9 @@ def run_plans(
             progress = progress or ShardProgress(_where(files.values()), "shards", [1] * _shards(files))
             try:
                 with progress.over(files.values(), complete=len(plans) - len(files)):
-                    _make_missing(files, make_shards, progress, by_claim)
+                    # A process that takes shards by claim may take any of them.
+                    of_this_process = (0, 1) if by_claim else share or rank_and_world()
+                    _make_missing(files, make_shards, progress, of_this_process, by_claim)
             except Exception:
                 for each in files.values():
                     each.forget_if_empty()
@@ -97,12 +106,16 @@ def _open(plan: Plan, by_claim: Claiming | None) -> ShardFiles:
 
 
 def _make_missing(
-    files: dict[str, ShardFiles], make_shards: MakeShards, progress: ShardProgress, by_claim: Claiming | None
+    files: dict[str, ShardFiles],
+    make_shards: MakeShards,
+    progress: ShardProgress,
+    share: Share,
+    by_claim: Claiming | None,
 ) -> None:
-    # Shards are taken in stride, so that any number of ranks ends with the same files. Each round tries all
-    # pending shards; only if other processes have all of them does this process sleep.
-    rank, world_size = (0, 1) if by_claim else rank_and_world()
-    pending = list(range(rank, _shards(files), world_size))
+    # Shards are taken in stride, so that any number of processes ends with the same files. Each round tries
+    # all pending shards; only if other processes have all of them does this process sleep.
+    first, step = share
+    pending = list(range(first, _shards(files), step))
     reminder = made = time.monotonic()
     most = by_claim.poll if by_claim else _POLL
     wait = _POLL

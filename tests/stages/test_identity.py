@@ -50,6 +50,7 @@ NOTICED = {
     "sources.*.chat_template": "responses scores captures fusion",
     "sources.*.system": "responses scores captures fusion",
     "sources.*.dtype": ANSWERS,
+    "sources.*.backend": "captures fusion training",
     "sources.*.stop": ANSWERS,
     "sources.*.responses": ANSWERS,
     "sources.*.server": ANSWERS,
@@ -79,6 +80,7 @@ WITHOUT = {
     "target.*": "of the target's own answers, which this recipe does not use",
     "*.trust_remote_code": "allows the code that the weights' fingerprint covers",
     "*.device_map": "where a model runs",
+    "sources.*.parallel.*": "where a model runs",
     "*.batch_tokens": "results agree to rounding",
     "scoring.share_prompts": "results agree to rounding",
     "reward_models.*.form": "auto names the same form",
@@ -216,6 +218,13 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "parallel.context_parallel_size": 1,
         "parallel.sequence_parallel": False,
         "parallel.virtual_pipeline_model_parallel_size": None,
+        # Of sources that Megatron reads, which these are not.
+        **{
+            f"sources.{name}.parallel.{size}_model_parallel_size": 1
+            for name in "ab"
+            for size in ("tensor", "pipeline")
+        },
+        **{f"sources.{name}.parallel.transformer_impl": "auto" for name in "ab"},
         "training.packing": False,
         "training.wandb_project": None,
         "reference.bertscore_model": None,
@@ -246,6 +255,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "load": str(root / "load"),
         "tensorboard_dir": str(root / "board"),
         "wandb_exp_name": "name",
+        "backend": "megatron",
         "supervise": "last_turn",
         "too_long": "drop",
         "normalize": "nfc",
