@@ -100,7 +100,7 @@ def test_the_tensors_are_those_of_transformers(name: str, tmp_path: Path) -> Non
     assert sum(map(prod, shapes.values())) == PARAMETERS[name]
 
 
-def write_sparse_weights(directory: Path, shards: int = 40) -> None:
+def write_sparse_weights(directory: Path, shards: int = 80) -> None:
     """Weight files with true headers and an index. The values take no space on the disk.
 
     shards: as many as it takes to keep each below 5 GB, as published ones are: the system refuses to map a
