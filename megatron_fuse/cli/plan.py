@@ -2,7 +2,10 @@
 
     megatron-fuse plan --recipe examples/quickstart/recipe.yaml --nproc-per-node 2
 
-The same as `megatron-fuse run --plan`.
+    megatron-fuse plan --recipe R.yaml --gpus 8xH100-80 --nodes 4 --rates checks.jsonl
+
+With --gpus the plan is for GPUs that need not be here: layout, memory, time and disk of every stage, from the
+models' config.json alone. docs/scaling.md has examples. The same as `megatron-fuse run --plan`.
 """
 
 import argparse
@@ -14,6 +17,7 @@ from megatron_fuse.recipe import add_recipe_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     run_command.add_processes_argument(parser)
+    run_command.add_plan_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

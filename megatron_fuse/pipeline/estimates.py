@@ -46,6 +46,24 @@ def estimate_amounts(context: Context) -> Amounts:
     return _amounts(recipe, examples, min(recipe.data.validation_samples, examples - 1), sizes, scale)
 
 
+def stated_amounts(recipe: Recipe, prompt_tokens: float, response_tokens: float) -> Amounts:
+    """The amounts of data.samples examples with so many tokens each: for a plan without the user's file.
+
+    Raises UserError if the recipe does not state data.samples.
+    """
+    if recipe.data.samples is None:
+        raise UserError(
+            "--prompt-tokens and --response-tokens are those of one example, but data.samples is not set. "
+            "Set it to the number of examples."
+        )
+    conversation = prompt_tokens + response_tokens
+    answer = min(response_tokens, recipe.responses.max_new_tokens)
+    sizes = _Sizes(conversation, response_tokens, response_tokens, answer)
+    scale = min(1.0, recipe.training.seq_length / conversation)
+    examples = recipe.data.samples
+    return _amounts(recipe, examples, min(recipe.data.validation_samples, examples - 1), sizes, scale)
+
+
 def _prepared(context: Context) -> Artifact | None:
     try:
         return context.open(INSTRUCTIONS)

@@ -15,6 +15,8 @@ PEAK_BF16_FLOPS = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,  # with sums in fp32 (NVIDIA's white paper on Ada, appendix A)
 }
 
 
