@@ -1,4 +1,6 @@
-"""Checks that source models read and answer on a GPU as on a CPU, and measures the time that capture adds."""
+"""Checks that source models read and answer on a GPU as on a CPU, and measures the time that capture adds,
+and the rates of reading and of decoding.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_fuse.chat import EncodedConversation
 from megatron_fuse.gpu_checks.clock import free_memory, seconds_in_turns
 from megatron_fuse.gpu_checks.rows import Row, held, measured, measured_or_held, not_run
 from megatron_fuse.gpu_checks.synthetic import LLAMA_1B, LLAMA_TINY, recipe_of_random_target
+from megatron_fuse.planning.sizes import size_of
 from megatron_fuse.sources.batching import token_budget_batches
 from megatron_fuse.sources.generation import Prompt, Sampling, generate
 from megatron_fuse.tokenization.spans import TokenSpans
@@ -31,12 +34,12 @@ def run(device: str, directory: Path) -> Iterator[Row]:
     yield from _equal_answers(device)
     free_memory(device)
     try:
-        yield from _cost_of_capture(device, directory)
+        yield from _of_large_model(device, directory)
     except torch.OutOfMemoryError:
-        yield not_run("capture by a large model", "out of memory")
+        yield not_run("capture and decoding by a large model", "out of memory")
 
 
-def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCausalLM:
     """A model with random weights. They are so large that the attended tokens decide the next token."""
     torch.manual_seed(3)
     with torch.device(device):
@@ -49,13 +52,13 @@ def _model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCa
 
 def _both(device: str) -> list[LlamaForCausalLM]:
     """The same model twice: on the CPU and on the device."""
-    on_cpu = _model(LLAMA_TINY, "cpu", torch.float32)
+    on_cpu = random_model(LLAMA_TINY, "cpu", torch.float32)
     on_device = LlamaForCausalLM(on_cpu.config).eval().requires_grad_(False)
     on_device.load_state_dict(on_cpu.state_dict())
     return [on_cpu, on_device.to(device)]
 
 
-def _conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation]:
+def random_conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation]:
     """Conversations of random ids. Three quarters of the tokens are supervised."""
     draw = np.random.default_rng(5)
     conversations = []
@@ -70,15 +73,15 @@ def _conversations(lengths: Sequence[int], vocab_size: int) -> list[Conversation
     return conversations
 
 
-def _reader(directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any]) -> SourceReader:
+def random_reader(directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any]) -> SourceReader:
     recipe = recipe_of_random_target(directory, sizes, _POSITIONS, capture={"batch_tokens": _BATCH_TOKENS})
     return SourceReader(recipe, "source", model)
 
 
 def _equal_rows(device: str, directory: Path) -> Iterator[Row]:
-    conversations = _conversations(range(20, 84, 2), LLAMA_TINY["vocab_size"])
+    conversations = random_conversations(range(20, 84, 2), LLAMA_TINY["vocab_size"])
     here, there = (
-        SparseRows.join(_reader(directory / str(index), model, LLAMA_TINY).read(conversations))
+        SparseRows.join(random_reader(directory / str(index), model, LLAMA_TINY).read(conversations))
         for index, model in enumerate(_both(device))
     )
     alike = here.counts == there.counts
@@ -125,12 +128,20 @@ def _equal_answers(device: str) -> Iterator[Row]:
         yield held(f"generation, {name}: answers as on the CPU", float(same), "", ">= 0.9")
 
 
-def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
+def _of_large_model(device: str, directory: Path) -> Iterator[Row]:
     sizes, count, longest = (LLAMA_1B, 64, 1024) if device == "cuda" else (LLAMA_TINY, 8, 64)
-    model = _model(sizes, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = random_model(sizes, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    yield from cost_of_capture(device, directory, model, sizes, count, longest)
+    yield from cost_of_decoding(device, model)
+
+
+def cost_of_capture(
+    device: str, directory: Path, model: LlamaForCausalLM, sizes: dict[str, Any], count: int, longest: int
+) -> Iterator[Row]:
+    """Captures `count` conversations of up to `longest` tokens, beside a bare forward pass over them."""
     lengths = np.linspace(longest // 8, longest, count).astype(int).tolist()
-    conversations = _conversations(lengths, sizes["vocab_size"])
-    reader = _reader(directory / "large", model, sizes)
+    conversations = random_conversations(lengths, sizes["vocab_size"])
+    reader = random_reader(directory / "large", model, sizes)
     batches = token_budget_batches([length - 1 for length in lengths], _BATCH_TOKENS)
     captured, bare = seconds_in_turns(
         device,
@@ -142,9 +153,30 @@ def _cost_of_capture(device: str, directory: Path) -> Iterator[Row]:
     )
     name = f"capture, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     yield measured(name, sum(lengths) / captured, "tokens/s")
+    supervised = sum(int(conversation.readable.supervised.sum()) for conversation in conversations)
+    flops = sum(size_of(model.config).forward_flops(length, length, 0) for length in lengths)
+    flops += 2 * size_of(model.config).head * supervised
+    yield measured("capture: rate", flops / captured / 1e12, "TFLOP/s")
     yield measured_or_held(
         f"{name}: time over a bare forward pass", captured / bare, "", "<= 1.15", counts=device == "cuda"
     )
+
+
+def cost_of_decoding(device: str, model: LlamaForCausalLM, rows: int = 32) -> Iterator[Row]:
+    """Answers of two lengths to the same prompts: the difference is that of the steps between."""
+    draw = np.random.default_rng(9)
+    vocab_size, layers = model.config.vocab_size, model.config.num_hidden_layers
+    prompts = [draw.integers(3, vocab_size, 64).tolist() for _ in range(rows)]
+    sampling = Sampling(frozenset(), torch.ones(vocab_size, dtype=torch.bool))
+
+    def answer(room: int) -> None:
+        chosen = [Prompt(str(number), ids, room, seed=number) for number, ids in enumerate(prompts)]
+        generate(model, chosen, sampling, batch_tokens=rows * (64 + room))
+
+    long, short = seconds_in_turns(device, 3, lambda: answer(65), lambda: answer(1))
+    step = (long - short) / 64
+    yield measured("generation: speed", rows / step, "tokens/s")
+    yield measured("generation: a layer of a step", 1e3 * step / layers, "ms")
 
 
 @torch.inference_mode()

@@ -111,11 +111,13 @@ def _rows(
         ratio = seconds / of_tuning[0]
         yield measured_or_held(f"{name}: step over fine-tuning", ratio, "", "<= 1.02", counts=counts)
     yield measured(f"{name}: speed", positions.sum() / seconds, "tokens/s")
+    rate = training_flops(fusion.architecture, positions) / seconds
+    yield measured(f"{name}: rate", rate / 1e12, "TFLOP/s")
     peak = peak_flops_of_this_gpu()
     if peak is None:
         yield not_run(f"{name}: MFU", "no peak rate of this device is known")
     else:
-        mfu = training_flops(fusion.architecture, positions) / seconds / peak
+        mfu = rate / peak
         yield measured_or_held(f"{name}: MFU", mfu, "", ">= 0.4", counts=variant.beside_tuning)
     values = train_step(fusion, batch, 1e-5)
     yield holds(

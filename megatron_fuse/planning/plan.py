@@ -369,5 +369,5 @@ def _change(key: str, choice: Choice, own: Layout, budget: str, batch_tokens: in
     elif layout.backend == "server" and own.backend != "server":
         words.append(f"{key}.server, on {layout.gpus_of_replica} GPUs each")
     if choice.batch_tokens != batch_tokens:
-        words.append(f"{budget}: {choice.batch_tokens}")
+        words.append(f"{budget}: {choice.batch_tokens} for {key}")
     return ", ".join(words)

@@ -82,18 +82,20 @@ def read_size(directory: Path, where: str, *, trust_remote_code: bool = False) -
     config = load_config(
         directory, trust_remote_code=trust_remote_code, allowed_by=f"{where}.trust_remote_code: true"
     )
+    return size_of(
+        config, place=f"{where}.model: {directory / 'config.json'}", trust_remote_code=trust_remote_code
+    )
+
+
+def size_of(
+    config: PreTrainedConfig, *, place: str = "the model's config", trust_remote_code: bool = False
+) -> ModelSize:
+    """The sizes of the model that a config describes. place: where the config is, for errors."""
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            model: Any = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and torch raise many kinds for an unknown or impossible model
-        raise UserError(
-            f"{where}.model: transformers cannot make a model from {directory / 'config.json'}: "
-            f"{reason(error, config)}"
-        ) from error
-    return _size_of(model, config, f"{where}.model: {directory / 'config.json'}")
-
-
-def _size_of(model: Any, config: PreTrainedConfig, place: str) -> ModelSize:
+        raise UserError(f"{place}: transformers cannot make this model: {reason(error, config)}") from error
     text: Any = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int):
@@ -134,10 +136,12 @@ def _first(config: Any, keys: tuple[str, ...]) -> int | None:
 
 def _quantised_bits(config: Any) -> int | None:
     """Bits of a weight by quantization_config; None if the config has none, or does not say how many."""
-    stated = getattr(config, "quantization_config", None)
+    stated: Any = getattr(config, "quantization_config", None)
     if not stated:
         return None
-    stated = stated if isinstance(stated, dict) else stated.to_dict()
-    if stated.get("load_in_4bit"):
+    method: dict[str, Any] = stated if isinstance(stated, dict) else stated.to_dict()
+    if method.get("load_in_4bit"):
         return 4
-    return stated.get("bits") or (8 if stated.get("load_in_8bit") else _BITS.get(stated.get("quant_method")))
+    return method.get("bits") or (
+        8 if method.get("load_in_8bit") else _BITS.get(str(method.get("quant_method")))
+    )

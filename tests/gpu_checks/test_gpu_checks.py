@@ -15,6 +15,8 @@ from megatron_fuse import gpu_checks
 from megatron_fuse.errors import UserError
 from megatron_fuse.gpu_checks import MINUTES, Check, Row
 from megatron_fuse.gpu_checks.runner import process_context, rows_of, run_checks
+from megatron_fuse.planning import GPUS, assumed_rates, read_rates
+from megatron_fuse.planning.rates import MEASURED
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools/check_gpu.py"
@@ -192,3 +194,6 @@ def test_all_checks_run_without_a_gpu(tmp_path: Path) -> None:
     assert measured == {check.name for check in gpu_checks.CHECKS}
     assert not any("no time left" in row["reason"] for row in rows)
     assert sum(row["verdict"] == "ok" for row in rows) > 20
+    # A plan finds all of its rates in the file.
+    rates = read_rates(tmp_path / "out/checks.jsonl", assumed_rates(GPUS["H200-141"]))
+    assert {name for name, words in rates.origins.items() if "measured" in words} == MEASURED.keys()

@@ -1,0 +1,44 @@
+"""Makes the plans of docs/scaling.md again: runs every command that the page quotes.
+
+    python examples/scaling/page.py
+
+Needs no GPU, no weights and no data. The recipes beside this file name models of which only config.json
+exists.
+"""
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+from megatron_fuse.cli.main import main as megatron_fuse
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "scaling.md"
+_QUOTED = re.compile(r"```text\n\$ megatron-fuse (?P<words>[^\n]+)\n.*?```", re.DOTALL)
+
+
+def updated(page: str) -> str:
+    """The page with the output of every command that it quotes."""
+    return _QUOTED.sub(_with_output, page)
+
+
+def _with_output(quoted: re.Match[str]) -> str:
+    words, printed = quoted["words"], io.StringIO()
+    with (
+        patch.object(sys, "argv", ["megatron-fuse", *shlex.split(words)]),
+        contextlib.redirect_stdout(printed),
+        contextlib.chdir(ROOT),
+    ):
+        megatron_fuse()
+    return f"```text\n$ megatron-fuse {words}\n{printed.getvalue()}```"
+
+
+if __name__ == "__main__":
+    # What libraries warn of at their import is not part of a plan.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
