@@ -19,7 +19,6 @@ LONG_FUNCTIONS = {
     "kernels/fuse_kernels/loss.py:sparse_kl_cross_entropy": CONTRACT,
     "kernels/fuse_kernels/linear.py:fused_linear_sparse_kl": CONTRACT,
     "megatron_fuse/model/config.py:transformer_config": "one table: each option of Megatron with its value",
-    "megatron_fuse/model/architecture.py:check_layout": "one refusal after the other, each by itself",
 }
 LONG_FILES = {
     "kernels/fuse_kernels/triton_kernels.py": "the kernels of one loss, with the functions that they share",

@@ -6,7 +6,8 @@ captures/SOURCE/training/     distributions over the ground-truth response
 captures/SOURCE/inference/    distributions over the source's own answer
 
 Backends: `hf`, the source's model in process; `megatron`, the same model divided over the ranks of a job
-(docs/scaling.md); `file`, the file in sources.NAME.captures, which another program made (docs/captures.md).
+(docs/large_sources.md); `file`, the file in sources.NAME.captures, which another program made
+(docs/captures.md).
 """
 
 import gc

@@ -9,7 +9,7 @@ Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode 
 learns from. Mode training reads the ground truth, mode inference the source's own answer. After an
 interruption, the same command continues where it stopped. If the recipe has `captures: {MODE: FILE}` for a
 source, the file is read instead (docs/captures.md). A source with `backend: megatron` is divided over the
-ranks of torchrun by `parallel` (docs/scaling.md).
+ranks of torchrun by `parallel` (docs/large_sources.md).
 """
 
 import argparse
