@@ -682,8 +682,7 @@ def special_gradient_kernel(
     ROUND: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """One row per program: writes the gradient at the columns of entries and label,
-    rounded once from fp32."""
+    """One row per program: writes the gradient of entries and label, rounded once from fp32."""
     row = tl.program_id(0).to(tl.int64)
     ce_weight = tl.load(WEIGHTS + row)
     kl_weight = tl.load(WEIGHTS + n + row)
@@ -716,8 +715,7 @@ def special_gradient_kernel(
     _store(LOGITS + row * stride + column, times_slope(value, x, CAP), here, ROUND)
 
     # A label that is no entry is off the ids: dloss / dz_j = w_ce (p_j - 1) + w_kl (total q_j - tail r_j).
-    # `alone`: the label lies in this shard and is none of the entries,
-    # whose store above would else be overwritten.
+    # `alone`: the label lies in this shard and is none of the entries, whose store this would overwrite.
     x = tl.load(LABEL_LOGIT + row)
     z = capped(x, CAP)
     r = tl.where(tail > 0.0, tl.exp(z * inv_t - off_t), 0.0)
