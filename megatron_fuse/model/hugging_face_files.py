@@ -56,10 +56,10 @@ def assembled(parameters: WholeParameters, architecture: Architecture) -> Callab
     for name, blocks in blocks_of.items():
         for block in blocks:
             parts[block.tensor].append((name, block))
-    for tensor, found in parts.items():
-        if sum(block.size for _, block in found) < (shapes[tensor][found[0][1].dim] if found else 1):
+    for missing, found in parts.items():
+        if sum(block.size for _, block in found) < (shapes[missing][found[0][1].dim] if found else 1):
             raise UserError(
-                f"{parameters.origin} does not hold all of {tensor}, which {architecture.origin} needs. "
+                f"{parameters.origin} does not hold all of {missing}, which {architecture.origin} needs. "
                 f"{_OTHER_MODEL}"
             )
     tensors_left = Counter(name for found in parts.values() for name in {name for name, _ in found})

@@ -37,6 +37,7 @@ from megatron_fuse.processes import end_with_pool
 from megatron_fuse.runtime.megatron_versions import adopt_learning_rates
 from megatron_fuse.storage import write_json
 from megatron_fuse.training import megatron_checkpoints
+from megatron_fuse.training.checkpoint_content import OpenedCheckpoint, open_for_loading
 from megatron_fuse.training.checkpoint_files import (
     BEST,
     LATEST,
@@ -271,12 +272,12 @@ def load_checkpoint(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def opened() -> tuple[CheckpointFiles, CheckpointMetadata, megatron_checkpoints.OpenedCheckpoint]:
+    def opened() -> tuple[CheckpointFiles, CheckpointMetadata, OpenedCheckpoint]:
         files = open_files(path, verify)
         metadata = metadata_in(files)
         refuse_other_model(path, metadata, architecture)
         files.compare_sizes(rank, world_size)
-        return files, metadata, megatron_checkpoints.open_for_loading(files)
+        return files, metadata, open_for_loading(files)
 
     def filled() -> None:
         with files.comparing_rest(rank, world_size):
