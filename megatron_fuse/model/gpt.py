@@ -105,8 +105,8 @@ class FusionGPTModel(GPTModel):
         if (frequencies := architecture.local_inverse_frequencies) is not None:
             self.local_rotary_pos_emb = copy(self.rotary_pos_emb)
             self.local_rotary_pos_emb.inv_freq = torch.tensor(frequencies, device=device)
-        if (scale := architecture.embedding_scale) is not None:
-            scale = torch.tensor(scale, dtype=config.params_dtype, device="cpu").item()
+        if (scale := architecture.embedding_scale) is not None:  # rounded as transformers rounds it
+            scale = torch.tensor(scale, device="cpu").to(config.params_dtype).item()
         self.embedding_scale = scale
         # Some layers of Megatron are not created on the GPU:
         # torch's RMSNorm is created on torch's default device.

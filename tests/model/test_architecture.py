@@ -219,6 +219,7 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
         ("gemma3", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
         ("gemma2", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
         ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping"),
+        ("gemma3", "sliding_window", None, "sliding_window"),
         ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
     ],
 )

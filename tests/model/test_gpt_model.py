@@ -232,6 +232,24 @@ def test_losses_are_fp32_in_a_wrapped_bf16_model(ranks, small_models, expected):
     assert np.abs(cross_entropy - expected["llama2"][1][0][1].numpy()).mean() < 0.2
 
 
+def embedding_scales(model_dir):
+    from megatron_fuse.model.gpt import build_model
+
+    scales = []
+    for dtype in (torch.float32, torch.bfloat16):
+        architecture, config = start((1, 1, None), model_dir, params_dtype=dtype)
+        scales.append(build_model(architecture, config, seq_length=small.SEQUENCE).embedding_scale)
+    return scales
+
+
+def test_the_scale_of_embeddings_is_rounded_as_in_transformers(ranks, small_models):
+    model = AutoModelForCausalLM.from_pretrained(small_models["gemma3"])
+    scale = model.model.embed_tokens.embed_scale
+    assert scale.bfloat16() != scale
+    expected = [scale.item(), scale.bfloat16().item()]
+    assert ranks(1, embedding_scales, small_models["gemma3"])[0] == expected
+
+
 def meta_shapes(model_dir):
     from megatron_fuse.model.conversion import hugging_face_shapes, parameter_blocks
     from megatron_fuse.model.gpt import build_model

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from megatron_fuse.model.families.family import NO_BIAS, Need, TargetConfig
+from megatron_fuse.model.families.family import NO_BIAS, Need, Positions, TargetConfig
 from megatron_fuse.model.families.weights import Table, norms_after, projections, whole
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ Cap = Annotated[float, Field(ge=1e-3, le=1e6)]
 
 class GemmaConfig(TargetConfig):
     head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)]
+    sliding_window: Positions
     query_pre_attn_scalar: Annotated[float, Field(ge=1e-3, le=1e9)]
     final_logit_softcapping: Cap | None = None
     use_bidirectional_attention: Literal[False] | None = None
