@@ -38,7 +38,7 @@ from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.progress import log_complete
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.recipe.lookup import recipe_key, source_options
-from megatron_fuse.responses import RESPONSES, response_shards
+from megatron_fuse.responses import RESPONSES, Response, response_shards
 from megatron_fuse.responses.answers import Learned, learned_of, learned_of_example
 from megatron_fuse.runtime import start_runtime
 from megatron_fuse.stages import Amounts, Context, Key, Stage
@@ -175,15 +175,8 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
     progress = ShardProgress(plan.directory, "examples", shard_sizes(instructions))
 
     def conversations(index: int) -> list[Conversation]:
-        every_turn = answers is None and recipe.data.supervise == "every_turn"
-        shard_examples = examples[index]
-        learned: list[Learned | None] = [None] * len(shard_examples)  # None: the ground truth
-        if answers:
-            learned = [learned_of(each, recipe.data.reasoning) for each in answers[index]]
-        return [
-            conversation_of(chat, example, answer, every_turn=every_turn)
-            for example, answer in zip(shard_examples, learned, strict=True)
-        ]
+        shard_answers = answers[index] if answers else None
+        return shard_conversations(context, source, mode, examples[index], shard_answers)
 
     if backend == "megatron":
         return _capture_together(recipe, source, plan, conversations, progress)
@@ -270,6 +263,21 @@ def _write(shard: CaptureShard, prefix: Path, backend: str) -> dict[str, int]:
         "lossy_rows": int(((shard.flags & SpanFlag.LOSSY) != 0).sum()),
         "entries": len(shard.entry_ids),
     }
+
+
+def shard_conversations(
+    context: Context, source: str, mode: str, examples: list[Example], answers: list[Response] | None
+) -> list[Conversation]:
+    """The examples of a shard as the source reads them. answers: the source's own, in mode inference."""
+    recipe, chat = context.recipe, context.format(source)
+    every_turn = mode == "training" and recipe.data.supervise == "every_turn"
+    learned: list[Learned | None] = [None] * len(examples)  # None: the ground truth
+    if answers is not None:
+        learned = [learned_of(each, recipe.data.reasoning) for each in answers]
+    return [
+        conversation_of(chat, example, answer, every_turn=every_turn)
+        for example, answer in zip(examples, learned, strict=True)
+    ]
 
 
 def conversation_of(

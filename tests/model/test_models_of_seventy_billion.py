@@ -19,6 +19,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.model.expected_weights import hugging_face_shapes
 from megatron_fuse.model.parameter_count import count_parameters
+from megatron_fuse.model.weight_blocks import weight_blocks
 from megatron_fuse.pipeline import check_files
 from megatron_fuse.pipeline.plan_table import print_plan
 from megatron_fuse.stages import Context
@@ -187,11 +188,6 @@ def megatron_shapes(architecture: Architecture, tensor: int) -> dict[str, tuple[
 @pytest.mark.parametrize("tensor", [1, 2, 8])
 def test_the_slices_of_all_ranks_are_the_whole_model(architecture: Architecture, tensor: int) -> None:
     """On tensors without values: every element of a split tensor belongs to one rank, and a norm to all."""
-    from megatron_fuse.runtime import enable_cpu_megatron
-
-    enable_cpu_megatron()
-    from megatron_fuse.model.conversion import weight_blocks
-
     theirs = {
         name: torch.empty(shape, device=META) for name, shape in hugging_face_shapes(architecture).items()
     }
