@@ -87,7 +87,7 @@ def _stage_table(plan: Plan) -> Table:
         if stage.need
     ]
     others = readable_bytes(sum(stage.disk for stage in plan.stages if not stage.need))
-    rows.append(("stages without a GPU", *["-"] * 5, others))
+    rows.append(("stages without a GPU", "-", "-", "-", "-", "-", others))
     return ("stage", "layout", "memory", "fits", "time", "GPU hours", "disk"), rows
 
 
