@@ -23,6 +23,7 @@ def save_as_megatron_lm(
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from megatron_fuse.model.architecture import read_architecture
     from megatron_fuse.model.config import transformer_config
@@ -51,6 +52,8 @@ def save_as_megatron_lm(
         checkpoint.mkdir(parents=True)
         (directory / "latest_checkpointed_iteration.txt").write_text("7")
     dist.barrier()
+    # As in a process of Megatron-LM: a save of another test in this process left a queue of this project.
+    filesystem_async._results_queue = None
     dist_checkpointing.save(state, str(checkpoint))
 
 
