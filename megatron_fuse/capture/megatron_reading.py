@@ -141,6 +141,7 @@ class MegatronReader:
                 min(self.recipe.capture.top_k, vocab_size),
                 (1.0, *self.recipe.capture_temperatures),
                 labels=labels_of_rows,
+                softcap=self.architecture.logit_softcap,
                 vocab_size=vocab_size,
                 vocab_start=group.rank() * columns,
                 group=group,

@@ -192,7 +192,10 @@ class FusionGPTModel(GPTModel):
         return self._losses(loss, labels, sequence, batch, columns=len(weight))
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Logits [n, v/p] of this rank's columns from hidden states [n, h] of the last stage."""
+        """Logits [n, v/p] of this rank's columns from hidden states [n, h] of the last stage.
+
+        They are not capped: like the loss, the function that takes them does that (logit_softcap).
+        """
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         logits, _ = self.output_layer(hidden_states[:, None], weight=weight)

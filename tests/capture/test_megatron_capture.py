@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from small_captures import TEXTS
 from small_models import save_model, write_rows
 from small_tokenizers import byte_level, llama_json, sentencepiece_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, capture_shard, require_backend
 from megatron_fuse.errors import UserError
@@ -97,6 +105,12 @@ def recipe_content(root: Path, sources: dict[str, Any], dtype: str = "fp32") -> 
 def jobs(content: dict[str, Any]) -> list[tuple[str, str]]:
     """The captures that are compared: every source over the ground truth, one over its own answers."""
     return [*((source, "training") for source in content["sources"]), ("wide", "inference")]
+
+
+def run_training_captures(content: dict[str, Any]) -> None:
+    recipe = make_recipe(content)
+    for source in recipe.sources:
+        capture(Context(recipe), source, "training")
 
 
 def run_captures(content: dict[str, Any]) -> None:
@@ -236,6 +250,26 @@ def test_the_vocabularies_of_llama_3_and_qwen(ranks, expected, tmp_path, vocab) 
     for found, shard in pairs:
         assert found.vocab_size == vocab
         assert_same_up_to_rounding(found, shard)
+
+
+def test_logits_with_a_soft_cap(ranks, expected, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A Gemma 2, which also caps the scores of its attention."""
+    model = Path(shutil.copytree(expected["sources"]["tied"]["model"], tmp_path / "model"))
+    caps = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+    shape = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(5)
+    save_random(model, Gemma2ForCausalLM(Gemma2Config(**SIZES, **shape, **caps, vocab_size=vocab)))
+    source = {"model": str(model), "dtype": "fp32"}
+    content = in_megatron({**expected, "sources": {"wide": source}}, tmp_path, **layout(tp=2))
+    plain = {**content, "workdir": str(tmp_path / "in-process"), "sources": {"wide": source}}
+    shutil.copytree(content["workdir"], plain["workdir"])
+    capture(Context(make_recipe(plain)), "wide", "training")
+    ranks(2, run_training_captures, content)
+    pairs = zip(*(read(make_recipe(each), "wide", "training") for each in (content, plain)), strict=True)
+    for found, shard in pairs:
+        assert_same_up_to_rounding(found, shard)
+        assert shard.entry_logits.min() > -6  # capped logits lie between -3 and 3
 
 
 def test_a_capture_continues_at_another_layout(ranks, expected, tmp_path) -> None:  # type: ignore[no-untyped-def]
