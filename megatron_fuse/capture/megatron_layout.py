@@ -21,6 +21,13 @@ def source_architecture(recipe: Recipe, source: str) -> Architecture:
             f"sources.{source}.backend is megatron, but Megatron cannot read this model: {error} Or remove "
             f"sources.{source}.backend: the backend hf reads every model that transformers knows."
         ) from error
+    length, longest = recipe.training.seq_length, architecture.longest_rotation
+    if longest is not None and length > longest:
+        raise UserError(
+            f"sources.{source}.backend is megatron and training.seq_length is {length}, but longrope of "
+            f"{architecture.origin} has other frequencies in texts of more than {longest} tokens. Set a "
+            f"training.seq_length of at most {longest}, or remove sources.{source}.backend."
+        )
     try:
         check_layout(
             architecture,

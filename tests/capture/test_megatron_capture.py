@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, capture_shard, require_backend
+from megatron_fuse.capture.megatron_layout import source_architecture
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
@@ -54,10 +55,10 @@ def save_random(directory: Path, model: PreTrainedModel) -> None:
 
 
 def save_sources(root: Path) -> dict[str, Any]:
-    """Three sources whose vocabularies are no multiple of anything.
+    """Four sources whose vocabularies are no multiple of anything.
 
-    wide: a Llama. tied: a Qwen2 whose head is its embedding. lossy: a Llama whose tokenizer cannot spell
-    every text; at TP=4 one of its ranks has padding alone.
+    wide: a Llama. tied: a Qwen2 whose head is its embedding. capped: a Gemma 2. lossy: a Llama whose
+    tokenizer cannot spell every text; at TP=4 one of its ranks has padding alone.
     """
     torch.manual_seed(3)
     wide, tied = llama_json(), byte_level()
@@ -65,13 +66,24 @@ def save_sources(root: Path) -> dict[str, Any]:
     config = Qwen2Config(**SIZES, vocab_size=len(tied) + 4 | 1, tie_word_embeddings=True)
     save_random(root / "tied", Qwen2ForCausalLM(config))
     save_random(root / "lossy", LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=131)))
+    capped = Gemma2Config(
+        **SIZES,
+        vocab_size=len(tied) + 2 | 1,
+        head_dim=8,
+        sliding_window=16,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+    )
+    save_random(root / "capped", Gemma2ForCausalLM(capped))
     wide.save_pretrained(root / "wide")
     tied.save_pretrained(root / "tied")
+    tied.save_pretrained(root / "capped")
     (root / "lossy" / "tokenizer.model").write_bytes(sentencepiece_model("bpe", byte_fallback=False))
     vicuna = {"chat_template": "vicuna_v1.1"}
     return {
         "wide": {"model": str(root / "wide"), "responses": str(root / "answers.jsonl"), **vicuna},
         "tied": {"model": str(root / "tied")},
+        "capped": {"model": str(root / "capped")},
         "lossy": {"model": str(root / "lossy"), **vicuna},
     }
 
@@ -327,6 +339,26 @@ def test_a_model_that_megatron_cannot_read_names_the_fix(expected: dict[str, Any
     message = error_of(with_model(expected, tmp_path, model))
     assert "sources.wide.backend is megatron, but Megatron cannot read this model" in message
     assert "MptForCausalLM is not supported" in message and "the backend hf reads" in message
+
+
+def test_a_source_with_longrope_reads_no_longer_texts_than_its_frequencies_are_for(
+    expected: dict[str, Any], tmp_path: Path
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    config = LlamaConfig(**SIZES, rope_parameters=rope, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path / "long")
+    content = in_megatron(expected, tmp_path)
+    content["sources"]["wide"]["model"] = str(tmp_path / "long")
+    with pytest.raises(
+        UserError, match=r"training\.seq_length of at most 64, or remove sources\.wide\.backend"
+    ):
+        source_architecture(make_recipe(content), "wide")
 
 
 @pytest.mark.parametrize("parallel", [layout(tp=2), layout(pp=2)])
