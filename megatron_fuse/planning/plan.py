@@ -327,6 +327,9 @@ class _Planner:
 
     def _capture_layouts(self, key: str, source: SourceOptions, size: ModelSize) -> list[Layout]:
         """The ways in which a source can be captured, the recipe's own first."""
+        if source.backend == "megatron":
+            own = self._megatron_layout(key, source)
+            return [own, *(each for each in megatron_layouts(self.cluster, size) if each != own)]
         if source.server:
             return server_layouts(self.cluster, size)
         in_process = in_process_layouts(self.cluster)
@@ -334,6 +337,18 @@ class _Planner:
         if self._is_supported(key, source):
             layouts += megatron_layouts(self.cluster, size)
         return layouts
+
+    def _megatron_layout(self, key: str, source: SourceOptions) -> Layout:
+        """The layout that the recipe states. Raises UserError if it does not divide the GPUs."""
+        tensor = source.parallel.tensor_model_parallel_size
+        pipeline = source.parallel.pipeline_model_parallel_size
+        gpus = self.cluster.gpus
+        if gpus % (tensor * pipeline):
+            raise UserError(
+                f"{key}.parallel needs a multiple of {tensor * pipeline} GPUs (tensor x pipeline), but "
+                f"--gpus is {self.cluster}. Change it, or plan for other GPUs."
+            )
+        return Layout("megatron", tensor, pipeline, gpus // (tensor * pipeline))
 
 
 def _own(in_process: list[Layout], options: AnsweringOptions) -> list[Layout]:

@@ -88,6 +88,26 @@ def test_a_training_that_does_not_fit_gets_the_smallest_change(
     assert code == 0 and "NOT EVERY STAGE FITS" in small and "nothing that was tried fits" in small
 
 
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "said"),
+    [(2, 2, r"captures/llama/training +2 x megatron, TP 2 x PP 2 "), (3, 1, "needs a multiple of 3 GPUs")],
+)
+def test_the_layout_of_a_source_is_that_of_the_recipe(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tensor: int,
+    pipeline: int,
+    said: str,
+) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    parallel = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    content["sources"]["llama"] |= {"backend": "megatron", "parallel": parallel}
+    recipe.write_text(yaml.safe_dump(content))
+    _, plan = planned(recipe, monkeypatch, capsys, "--gpus", "8xA100-80", *TOKENS)
+    assert re.search(said, plan), plan
+
+
 def test_measured_rates_take_the_place_of_assumed_ones(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
