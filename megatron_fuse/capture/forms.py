@@ -14,9 +14,10 @@ checks tokens and probabilities.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict  # that of typing is refused by pydantic before Python 3.12
 
 from megatron_fuse.storage.records import first_problem, quoted
 from megatron_fuse.text_safety import brief
@@ -96,9 +97,13 @@ class _DistillKit(_Columns):
         return GivenRows(self.input_ids, True, ids, logprobs, [None, *token_logprobs][:n], lse)
 
 
-class _Alternative(_Columns):
+class _Alternative(TypedDict):
+    """A dict and no model, because a conversation has tens of thousands of them."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
     logprob: float
-    rank: int | None = None
+    rank: NotRequired[int | None]
 
 
 class _Vllm(_Columns):
@@ -120,19 +125,19 @@ class _Vllm(_Columns):
             alternatives = {_token_id(key): value for key, value in (position or {}).items()}
             if position and token not in alternatives:
                 raise BadRowError(f"prompt_logprobs has no entry for token {token} of prompt_token_ids")
-            token_logprobs.append(alternatives[token].logprob if position else None)
+            token_logprobs.append(alternatives[token]["logprob"] if position else None)
             # Only entries without a gap in rank are the likeliest ones. The token
             # itself may have a higher rank than its place in the list: then
             # tokens that are not given lie between, and it is not an alternative.
-            falling = sorted(alternatives.items(), key=lambda item: -item[1].logprob)
+            falling = sorted(alternatives.items(), key=lambda item: -item[1]["logprob"])
             # NaN and infinity have no order. They stay here, so that imported.py refuses them.
             likeliest = [
                 item
                 for rank, item in enumerate(falling, 1)
-                if (item[1].rank or 0) <= rank or not item[1].logprob < math.inf
+                if (item[1].get("rank") or 0) <= rank or not item[1]["logprob"] < math.inf
             ]
             ids.append([key for key, _ in likeliest])
-            logprobs.append([value.logprob for _, value in likeliest])
+            logprobs.append([value["logprob"] for _, value in likeliest])
         lse = _by_temperature(self.logsumexp, len(tokens))
         return GivenRows(tokens, True, ids, logprobs, token_logprobs, lse)
 

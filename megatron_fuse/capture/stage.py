@@ -6,8 +6,8 @@ captures/SOURCE/training/     distributions over the ground-truth response
 captures/SOURCE/inference/    distributions over the source's own answer
 
 Backends: `hf`, the source's model in process; `megatron`, the same model divided over the ranks of a job
-(docs/large_sources.md); `file`, the file in sources.NAME.captures, which another program made
-(docs/captures.md).
+(docs/large_sources.md); `server`, a vLLM or SGLang with the source's model; `file`, the file in
+sources.NAME.captures, which another program made (docs/captures.md).
 """
 
 import gc
@@ -19,6 +19,7 @@ from typing import Any
 from megatron_fuse.capture.imported import CaptureFile
 from megatron_fuse.capture.megatron_layout import check_processes, source_architecture
 from megatron_fuse.capture.reading import SourceReader
+from megatron_fuse.capture.served import ServedReader
 from megatron_fuse.capture.shards import (
     CAPTURED,
     MISMATCH,
@@ -31,7 +32,7 @@ from megatron_fuse.capture.shards import (
 )
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
-from megatron_fuse.huggingface.limits import declared_vocab_size
+from megatron_fuse.huggingface.limits import declared_positions, declared_vocab_size
 from megatron_fuse.huggingface.loading import load_causal_lm
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example, shard_sizes
 from megatron_fuse.model.parameter_count import count_parameters
@@ -84,8 +85,12 @@ def capture_options(recipe: Recipe, source: str, mode: str) -> dict[str, Any]:
         # batch_tokens and the parallel layout are not recorded: a run may
         # continue with others. Results agree up to rounding.
     }
-    if backend != "file":
+    if backend in ("hf", "megatron"):
         options["dtype"] = source_options(recipe, source).dtype
+    # The address of a server and the way to reach it do not change what it knows, so they are not recorded.
+    server = source_options(recipe, source).server
+    if backend == "server" and server is not None:
+        options |= server.model_dump(include={"model", "engine"})
     if mode == "training":
         options["supervise"] = recipe.data.supervise
     return options
@@ -102,14 +107,17 @@ def _formats(context: Context, source: str, _: str) -> dict[str, str]:
 
 
 def _origin(context: Context, source: str, mode: str) -> dict[str, str]:
-    if _backend(context.recipe, source, mode) != "file":
+    backend = _backend(context.recipe, source, mode)
+    if backend == "server":  # its weights need not be here
+        return {}
+    if backend != "file":
         return {"model": context.fingerprint(source)}
     path = _captures_file(context.recipe, source, mode)
     return {"captures file": context.once("captures file", str(path), lambda: sha256_of_file(path))}
 
 
 def _flops(context: Context, amounts: Amounts, source: str, mode: str) -> float:
-    if _backend(context.recipe, source, mode) == "file":
+    if _backend(context.recipe, source, mode) in ("file", "server"):
         return 0.0
     return 2 * count_parameters(context.model_directory(source)) * amounts.read(mode)
 
@@ -181,13 +189,24 @@ def capture(context: Context, source: str, mode: str) -> Artifact | None:
     if backend == "megatron":
         return _capture_together(recipe, source, plan, conversations, progress)
 
-    @cache  # the model or file is loaded at the first shard that needs it
-    def reader() -> SourceReader | CaptureFile:
+    @cache  # the model or file is loaded, or the server reached, at the first shard that needs it
+    def reader() -> SourceReader | ServedReader | CaptureFile:
         if backend == "hf":
             return SourceReader(recipe, source, load_causal_lm(options, where=where), progress.update)
+        vocab_size = declared_vocab_size(context.model_directory(source)) or chat.tokenizer.vocab_size
+        if backend == "server":
+            positions = declared_positions(context.model_directory(source))
+            return ServedReader(
+                recipe,
+                source,
+                chat,
+                plan.directory,
+                vocab_size=vocab_size,
+                positions=positions,
+                report=progress.update,
+            )
         path = _captures_file(recipe, source, mode)
-        size = declared_vocab_size(context.model_directory(source))
-        file = CaptureFile(recipe, path, chat.tokenizer, size or chat.tokenizer.vocab_size)
+        file = CaptureFile(recipe, path, chat.tokenizer, vocab_size)
         if not any(example.id in file.rows for shard in examples for example in shard):
             raise UserError(
                 f"{path}: none of its {len(file.rows)} ids is the id of an example (an id of an example is "

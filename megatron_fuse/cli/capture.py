@@ -7,9 +7,10 @@
 
 Writes WORKDIR/captures/SOURCE/MODE, by default for every source and every mode that the recipe's schedule
 learns from. Mode training reads the ground truth, mode inference the source's own answer. After an
-interruption, the same command continues where it stopped. If the recipe has `captures: {MODE: FILE}` for a
-source, the file is read instead (docs/captures.md). A source with `backend: megatron` is divided over the
-ranks of torchrun by `parallel` (docs/large_sources.md).
+interruption, the same command continues where it stopped. A source with `backend: megatron` is divided over
+the ranks of torchrun by `parallel` (docs/large_sources.md). With `backend: server` a vLLM or SGLang server
+reads the conversations. If the recipe has `captures: {MODE: FILE}` for a source, the file is read instead
+(docs/captures.md).
 """
 
 import argparse
@@ -35,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=CAPTURE_BACKENDS,
         help="hf: run the source's model in this process. megatron: run it in Megatron-core, divided over "
-        "the processes. file: read the file that sources.NAME.captures names. The recipe decides; this "
-        "option is an error if the recipe decides otherwise",
+        "the processes. server: ask the server of sources.NAME.server. file: read the file that "
+        "sources.NAME.captures names. The recipe decides; this option is an error if the recipe decides "
+        "otherwise",
     )
     parser.add_argument(
         "--no-truncate",

@@ -1,10 +1,12 @@
-"""Shows one example of fusion data, each token with the teacher's distribution; or checks all fusion data.
+"""Shows one example of fusion data, each token with the teacher's distribution; or checks all fusion data; or
+compares a capture with the source's model.
 
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --index 0 --mode training [--source NAME] [--json]
     megatron-fuse inspect WORKDIR/fusion/exact-skip-T2 --verify
     megatron-fuse inspect --recipe examples/quickstart/recipe.yaml --id ID --mode inference
     megatron-fuse inspect --template MODEL
     megatron-fuse inspect --recipe examples/quickstart/recipe.yaml --template
+    megatron-fuse inspect --recipe R.yaml --capture SOURCE --mode training [--examples 64]
 
 --source: default is the selected source. --json prints one object: {"id", "mode", "source", "tokens": [{"id",
 "text", "supervised", "match", "entries": [{"id", "text", "logprob"}], "tail"}]}. The entries at a token are
@@ -13,6 +15,8 @@ the distribution that PREDICTS that token.
 --template shows a sample conversation as a model reads it: which tokens are learned, what ends an answer, and
 where generation begins. It takes a model directory, or the target, the sources and the reward models of a
 recipe. It needs no fusion data.
+--capture reads captured examples again with the source's model in this process, and prints how far the two
+lie apart. It is for captures of a server or of a file, if the weights are on this machine too.
 """
 
 import argparse
@@ -42,9 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="show how MODEL, or each model of the recipe, reads a conversation",
     )
+    what.add_argument(
+        "--capture", metavar="SOURCE", help="compare the capture of SOURCE with its model in this process"
+    )
     what.add_argument("--verify", action="store_true", help="check every file, row and choice")
     parser.add_argument("--mode", choices=MODES, help="mode of the document; needed to show an example")
     parser.add_argument("--source", help="source of the document; default: the source with the advantage")
+    parser.add_argument(
+        "--examples", type=int, default=64, help="most examples that --capture reads; default: 64"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -59,12 +69,18 @@ def run(arguments: argparse.Namespace) -> None:
             "--template shows conversations without data, but --mode and --source choose the document of an "
             "example. Remove them."
         )
+    if arguments.examples < 1:
+        raise UserError(f"--examples is {arguments.examples}. Set it to 1 or more.")
+    if arguments.capture is not None and arguments.source:
+        raise UserError("--capture names the source already. Remove --source.")
     if arguments.template is not None:
         _show_templates(arguments)
     elif arguments.verify:
         _verify(arguments)
     elif arguments.mode is None:
-        raise UserError("--mode is missing. It is needed to show an example.")
+        raise UserError("--mode is missing. It is needed to show an example, and with --capture.")
+    elif arguments.capture is not None:
+        _compare_capture(arguments)
     else:
         _show_example(arguments)
 
@@ -79,6 +95,16 @@ def _show_example(arguments: argparse.Namespace) -> None:
     example = find_example(dataset, arguments.index, arguments.id)
     view = view_document(recipe, dataset, arguments.mode, example, arguments.source)
     say(_as_json(view) if arguments.json else format_view(view, dataset))
+
+
+def _compare_capture(arguments: argparse.Namespace) -> None:
+    with importing():
+        from megatron_fuse.dataset.directory import fusion_data_recipe
+        from megatron_fuse.inspection.captures import compare_capture, format_comparison
+        from megatron_fuse.stages import Context
+    context = Context(fusion_data_recipe(arguments))
+    found = compare_capture(context, arguments.capture, arguments.mode, arguments.examples)
+    say(_as_json(found) if arguments.json else format_comparison(found))
 
 
 def _show_templates(arguments: argparse.Namespace) -> None:

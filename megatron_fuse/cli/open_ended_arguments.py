@@ -19,7 +19,7 @@ from megatron_fuse.text_safety import say
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
 # Keys of a server of the recipe that are options of the judge: the judge is always asked at `chat`.
-_JUDGE_KEYS = [key for key in ServerOptions.model_fields if key != "endpoint"]
+_JUDGE_KEYS = [key for key in ServerOptions.model_fields if key not in ("endpoint", "engine")]
 # Option of an answer -> the type of its value, its default and its help.
 _SAMPLING: dict[str, tuple[Any, Any, str]] = {
     "temperature": (SamplingTemperature, 0.0, "sampling temperature of all models; 0: the likeliest token"),

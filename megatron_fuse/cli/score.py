@@ -7,8 +7,8 @@
 
 Writes WORKDIR/scores/NAME/REWARD_MODEL with one float32 for each example, or WORKDIR/scores/NAME/reference
 with three. NAME is a source, or `target` if its reward orders the examples. After an interruption, the same
-command continues where it stopped. If the recipe has `scores: FILE` for a reward model, the file is read
-instead.
+command continues where it stopped. With `server` a vLLM or SGLang server gives the rewards. If the
+recipe has `scores: FILE` for a reward model, the file is read instead.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=SCORE_BACKENDS,
-        help="hf: run the reward model in this process. file: read the file that reward_models.NAME.scores "
+        help="hf: run the reward model in this process. server: ask the server of "
+        "reward_models.NAME.server. file: read the file that reward_models.NAME.scores "
         "names. The recipe decides; this option is an error if the recipe decides otherwise",
     )
 

@@ -70,8 +70,11 @@ def _is_host(url: str) -> bool:
         return False
 
 
-class ServerOptions(Options):
-    """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve` or a hosted one."""
+Engine = Literal["vllm", "sglang"]
+
+
+class ServerAddress(Options):
+    """Where a server is, and how it is asked."""
 
     url: Line = Field(description="base URL, such as http://localhost:8000/v1")
     model: Line = Field(description="name of the model on the server")
@@ -83,21 +86,12 @@ class ServerOptions(Options):
     api_key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)] = Field(
         "OPENAI_API_KEY", description="environment variable that holds the key, if the server needs one"
     )
-    endpoint: Literal["chat", "completions"] = Field(
-        "chat",
-        description="chat: the server applies its own template; completions: the prompt is rendered here and "
-        "sent as text",
-    )
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = Field(
         16, description="number of requests at the same time"
     )
     timeout: Annotated[float, Field(ge=0.001, le=1e6)] = Field(600.0, description="seconds for one answer")
     max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
         6, description="repeated tries of a request, with growing pauses"
-    )
-    extra: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="additional keys in the body of every request; null removes a key that is set by default",
     )
 
     @model_validator(mode="after")  # of the whole model: an error about a single key would quote its value
@@ -110,6 +104,28 @@ class ServerOptions(Options):
                 "url must not hold a user name, a password or a query: put a key into an environment "
                 "variable (api_key_variable)"
             )
+        return self
+
+
+class ServerOptions(ServerAddress):
+    """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve` or a hosted one."""
+
+    endpoint: Literal["chat", "completions"] = Field(
+        "chat",
+        description="of answers; chat: the server applies its own template; completions: the prompt is "
+        "rendered here and sent as text",
+    )
+    engine: Engine = Field(
+        "vllm", description="program of a server that a source is captured from (backend: server)"
+    )
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="additional keys in the body of every request for an answer; null removes a key that is "
+        "set by default",
+    )
+
+    @model_validator(mode="after")
+    def _extra_is_free(self) -> Self:
         reserved = self.extra.keys() & {
             "model",
             "messages",
@@ -129,6 +145,23 @@ class ServerOptions(Options):
         return self
 
 
+class RewardServerOptions(ServerAddress):
+    """A server that gives the rewards of a sequence classifier with one label, or of a reward model."""
+
+    engine: Engine = Field("vllm", description="program of the server")
+    endpoint: Literal["classify", "pooling"] = Field(
+        "classify",
+        description="of vLLM; classify: a sequence classifier; pooling: also a model with a reward per "
+        "token, of which the last counts",
+    )
+
+    @model_validator(mode="after")
+    def _endpoint_exists(self) -> Self:
+        if self.engine == "sglang" and self.endpoint != "classify":
+            raise ValueError("endpoint pooling is one of vLLM. Set endpoint to classify, or engine to vllm.")
+        return self
+
+
 class AnsweringOptions(ModelOptions):
     dtype: Precision = Field("bf16", description="precision in which the model answers and is captured")
     device_map: Line | None = Field(None, description="'auto' divides a model over several GPUs")
@@ -144,7 +177,7 @@ class AnsweringOptions(ModelOptions):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.responses and self.server:
+        if self.responses and self.server and not self._captured_from_server:
             raise ValueError("responses (a file) and server are both set. Remove one of the two.")
         if self.responses and self.stop:
             raise ValueError(
@@ -154,6 +187,11 @@ class AnsweringOptions(ModelOptions):
         if "" in self.stop:
             raise ValueError("stop holds an empty text, at which every answer would end at once. Remove it.")
         return self
+
+    @property
+    def _captured_from_server(self) -> bool:
+        """Whether `server` has another use than answers."""
+        return False
 
 
 class TargetOptions(AnsweringOptions):
@@ -169,10 +207,11 @@ class SourceParallelOptions(Options):
 
 
 class SourceOptions(AnsweringOptions):
-    backend: Literal["hf", "megatron"] = Field(
+    backend: Literal["hf", "megatron", "server"] = Field(
         "hf",
         description="what captures the source's distributions; hf: its model in every process; megatron: "
-        "Megatron-core, which divides the model over several processes",
+        "Megatron-core, which divides the model over several processes; server: the server of the key "
+        "`server`, a vLLM or SGLang",
     )
     parallel: SourceParallelOptions = Field(
         SourceParallelOptions(), description="how the processes divide the model, with backend: megatron"
@@ -184,13 +223,19 @@ class SourceOptions(AnsweringOptions):
     )
 
     @model_validator(mode="after")
-    def _is_divided_by_megatron(self) -> Self:
+    def _has_what_its_backend_needs(self) -> Self:
         if self.backend != "megatron" and self.parallel != SourceParallelOptions():
             raise ValueError(
                 f"parallel divides a source of backend megatron, but backend is {self.backend}. Set backend "
                 "to megatron, or remove parallel."
             )
+        if self.backend == "server" and self.server is None:
+            raise ValueError("backend is server, but server is not set. Set server.url and server.model.")
         return self
+
+    @property
+    def _captured_from_server(self) -> bool:
+        return self.backend == "server"
 
 
 class ScoreFile(FileOptions):
@@ -225,10 +270,17 @@ class RewardModelOptions(Options):
         "(Starling: Llama-2-7b-chat)",
     )
     dtype: Precision = Field("bf16", description="precision in which the reward model runs")
+    server: RewardServerOptions | None = Field(
+        None, description="server that gives the rewards, instead of the model in this process"
+    )
     scores: ScoreFile | None = Field(None, description="file of existing scores, instead of a model")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
+        if self.server and self.model is None:
+            raise ValueError(
+                "server is set, but model is not. Set model: its tokenizer and chat template are needed here."
+            )
         if (self.model is None) == (self.scores is None):
             raise ValueError("exactly one of model and scores (a file) must be set. Set one of the two.")
         return self

@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from megatron_fuse.recipe.exactness import beyond_server
 from megatron_fuse.recipe.models import (
     REFERENCE,
     TARGET,
@@ -104,6 +105,16 @@ class Recipe(Options):
                 "reference, or choose a preset without inference mode (csft, fuse) and another "
                 "selection.training."
             )
+        problem = beyond_server(
+            self.sources,
+            self.modes_with_teacher,
+            temperature=self.loss.teacher_temperature,
+            tail=self.loss.tail,
+            unmatched=self.alignment.unmatched,
+            mixed=self.selection.training == "average" and len(self.candidates) > 1,
+        )
+        if problem:
+            raise ValueError(problem)
         if self.schedule.order == "target_reward" and not self.voting_reward_models:
             raise ValueError(
                 "schedule.order is target_reward, but no reward model votes. Add one to reward_models to "

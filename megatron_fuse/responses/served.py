@@ -21,7 +21,8 @@ from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.responses.refusals import is_refusal
 from megatron_fuse.responses.sampled import example_seed
 from megatron_fuse.responses.stop_texts import StopTexts
-from megatron_fuse.sources.completions import Body, Reply
+from megatron_fuse.sources.completions import Completions, Reply
+from megatron_fuse.sources.request_kind import Body
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.text_safety import brief
@@ -44,7 +45,8 @@ def served_answers(
     """
     format = _Format(recipe, name, chat)
     longest = max(map(len, chat.tokenizer.token_bytes), default=1)
-    server = Server(format.server, f"{recipe_key(name)}.server", longest)
+    kind = Completions(format.server.endpoint, longest)
+    server = Server(format.server, f"{recipe_key(name)}.server", kind)
     # A stopped process still has its journal open. Who takes its shard over by claim has one of its own.
     suffix = f".{secrets.token_hex(4)}" if claiming() else ""
     trial = format.body(_TRIAL, max(format.room(_TRIAL), 1))

@@ -7,9 +7,9 @@ NAME: a source, or `target` if the target's own answers order the examples. NaN 
 score, which cannot win: an empty answer, or a conversation longer than the reward model can read. An answer
 that the limit of tokens cut off is scored as if it ended there, because the target would learn that text.
 
-Backends: `hf`, the reward model in this process; `file`, scores that exist already. All answers to one
-example are scored together, so that their prompt is read once. For a source that joins later, only its own
-answers are scored.
+Backends: `hf`, the reward model in this process; `server`, a vLLM or SGLang; `file`, existing scores. All
+answers to one example are scored together, so that their prompt is read once. For a source that joins later,
+only its own answers are scored.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +25,13 @@ from megatron_fuse.huggingface.reward_models import find_reward_model
 from megatron_fuse.instructions import INSTRUCTIONS, Example, example_shards, naming_example, shard_sizes
 from megatron_fuse.instructions.tables import table_sha256
 from megatron_fuse.model.parameter_count import count_parameters
-from megatron_fuse.progress import Report
 from megatron_fuse.recipe import REFERENCE, Recipe, ScoreFile
 from megatron_fuse.recipe.lookup import reward_model_options
 from megatron_fuse.responses import RESPONSES, Response, response_shards
 from megatron_fuse.scoring.conversations import score_conversations
 from megatron_fuse.scoring.given_scores import given_scores
 from megatron_fuse.scoring.reward_models import RewardModel, load_reward_model
+from megatron_fuse.scoring.served import ServedRewardModel
 from megatron_fuse.stages import Amounts, Context, Key, Stage
 from megatron_fuse.storage import Artifact, ShardProgress, Shards, Workspace, run_plans, temporary_then_rename
 from megatron_fuse.text_safety import brief
@@ -46,18 +46,21 @@ Scorer = Callable[[list[Example], dict[str, list[Response]]], dict[str, np.ndarr
 
 
 def _backend(recipe: Recipe, name: str) -> str:
-    """`file` if the recipe names a score file for this reward model, else `hf`."""
-    return "file" if reward_model_options(recipe, name).scores else "hf"
+    """`file` if the recipe names a score file for this reward model, `server` for a server, else `hf`."""
+    options = reward_model_options(recipe, name)
+    return "file" if options.scores else "server" if options.server else "hf"
 
 
 def require_backend(recipe: Recipe, name: str, backend: str) -> None:
     """Raises UserError unless the recipe gives this reward model the same backend:
     all later stages follow the recipe."""
-    if backend != _backend(recipe, name):
+    if backend != (decided := _backend(recipe, name)):
         key = f"reward_models.{name}"
         fix = f"{key} names a model. Name a file in {key}.scores instead."
-        if backend == "hf":
+        if decided == "file":
             fix = f"{key}.scores names a file. Name a model in {key}.model instead."
+        elif backend != "file":
+            fix = f"{key}.server is {'set. Remove it' if backend == 'hf' else 'not set. Set it'}."
         raise UserError(f"--backend {backend}: {fix}")
 
 
@@ -66,6 +69,8 @@ def scores_options(recipe: Recipe, name: str) -> dict[str, Any]:
     options = reward_model_options(recipe, name)
     if options.scores:
         return {"backend": "file", **options.scores.model_dump(exclude={"path"})}
+    if options.server:  # its address and the way to reach it do not change the rewards
+        return {"backend": "server", **options.server.model_dump(include={"model", "engine", "endpoint"})}
     # Without batch_tokens and share_prompts: they change memory and speed, and the scores only by rounding.
     return {"backend": "hf", "dtype": options.dtype}
 
@@ -82,17 +87,18 @@ def _formats(context: Context, _: str, name: str) -> dict[str, str]:
 
 
 def _origin(context: Context, _: str, name: str) -> dict[str, str]:
-    given = reward_model_options(context.recipe, name).scores
+    options = reward_model_options(context.recipe, name)
+    given = options.scores
     if given is None:
-        return {"model": context.reward_model_fingerprint(name)}
+        return {} if options.server else {"model": context.reward_model_fingerprint(name)}
     read = partial(table_sha256, given.path, f"reward_models.{name}.scores")
     return {"scores file": context.once("scores file", name, read)}
 
 
 def _flops(context: Context, amounts: Amounts, _: str, name: str) -> float:
-    """A reward model reads every answer once. Scores from a file cost nothing."""
+    """A reward model reads every answer once. Scores from a file or a server cost nothing here."""
     options = reward_model_options(context.recipe, name)
-    if options.scores:
+    if _backend(context.recipe, name) != "hf":
         return 0.0
     return 2 * count_parameters(find_reward_model(options, name).weights) * amounts.read("inference")
 
@@ -142,10 +148,22 @@ def score_responses(context: Context, name: str, sources: Sequence[str] | None =
         options = reward_model_options(recipe, name)
         if options.scores:
             return _given(options.scores, name, plans, examples)
+        if options.server:
+            served = ServedRewardModel(options, name)
+            rewards = partial(served.score, report=progress.update)
+            return lambda shard, shard_answers: _score(served, rewards, shard, shard_answers)
         reward_model = load_reward_model(options, name)
-        return lambda shard, shard_answers: _score(
-            reward_model, recipe, shard, shard_answers, progress.update
-        )
+
+        def rewards_here(groups: list[list[np.ndarray]], _: list[str]) -> list[np.ndarray]:
+            return score_conversations(
+                reward_model,
+                groups,
+                batch_tokens=recipe.scoring.batch_tokens,
+                share_prompts=recipe.scoring.share_prompts,
+                report=progress.update,
+            )
+
+        return lambda shard, shard_answers: _score(reward_model, rewards_here, shard, shard_answers)
 
     def make_shards(index: int, prefixes: dict[str, Path]) -> dict[str, dict[str, int]]:
         scores = scorer()(examples[index], {source: answers[source][index] for source in prefixes})
@@ -174,25 +192,21 @@ def _given(options: ScoreFile, name: str, sources: Iterable[str], examples: Shar
 
 
 def _score(
-    reward_model: RewardModel,
-    recipe: Recipe,
+    reward_model: RewardModel | ServedRewardModel,
+    rewards_of: Callable[[list[list[np.ndarray]], list[str]], list[np.ndarray]],
     examples: list[Example],
     answers: dict[str, list[Response]],
-    report: Report,
 ) -> dict[str, np.ndarray]:
-    """float32 [n] by source, NaN for an answer without a score."""
+    """float32 [n] by source, NaN for an answer without a score.
+
+    rewards_of(groups, names): the rewards of each group of encoded conversations, one group per example.
+    """
     scores = {source: np.full(len(examples), np.nan, np.float32) for source in answers}
     groups = [
         _readable(reward_model, example, [answers[source][row] for source in answers])
         for row, example in enumerate(examples)
     ]
-    rewards = score_conversations(
-        reward_model,
-        [list(group.values()) for group in groups],
-        batch_tokens=recipe.scoring.batch_tokens,
-        share_prompts=recipe.scoring.share_prompts,
-        report=report,
-    )
+    rewards = rewards_of([list(group.values()) for group in groups], [example.id for example in examples])
     names = list(answers)
     for row, (group, values) in enumerate(zip(groups, rewards, strict=True)):
         for index, value in zip(group, values, strict=True):
@@ -207,7 +221,7 @@ def _score(
 
 
 def _readable(
-    reward_model: RewardModel, example: Example, responses: Sequence[Response]
+    reward_model: RewardModel | ServedRewardModel, example: Example, responses: Sequence[Response]
 ) -> dict[int, np.ndarray]:
     """Encoded conversations by the index of their answer in `responses`.
 

@@ -6,22 +6,22 @@ from typing import Any
 
 import httpx2
 
-MOST_BYTES = 16 << 20  # the most bytes of a body: a hundred times the longest answers
+MOST_BYTES = 16 << 20  # the most bytes of a body: a hundred times the longest text
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
-    """A body that ends with an error if it is longer than MOST_BYTES."""
+    """A body that ends with an error if it is longer than `most` bytes."""
 
-    def __init__(self, stream: Any, request: httpx2.Request) -> None:
-        self._stream, self._request = stream, request
+    def __init__(self, stream: Any, request: httpx2.Request, most: int) -> None:
+        self._stream, self._request, self._most = stream, request, most
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         size = 0
         async for part in self._stream:
             size += len(part)
-            if size > MOST_BYTES:
+            if size > self._most:
                 raise httpx2.RemoteProtocolError(
-                    f"the server sent a body of more than {MOST_BYTES >> 20} MiB", request=self._request
+                    f"the server sent a body of more than {self._most >> 20} MiB", request=self._request
                 )
             yield part
 
@@ -37,7 +37,9 @@ class BoundedClient(httpx2.AsyncClient):
     become gigabytes. All errors are httpx2's own, so that the retrying code knows them.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, most_bytes: int | None = None, **options: Any) -> None:
+        """most_bytes: of a body; default: MOST_BYTES."""
+        self._most_bytes = MOST_BYTES if most_bytes is None else most_bytes
         super().__init__(follow_redirects=False, limits=httpx2.Limits(max_connections=None), **options)
 
     async def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
@@ -52,7 +54,7 @@ class BoundedClient(httpx2.AsyncClient):
                         raise httpx2.RemoteProtocolError(
                             f"the server sent a body encoded as {encoding!r}", request=request
                         )
-                    response.stream = _BoundedStream(response.stream, request)
+                    response.stream = _BoundedStream(response.stream, request, self._most_bytes)
                     await response.aread()
                 finally:
                     await response.aclose()

@@ -12,17 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Body = dict[str, Any]  # the body of a request, as JSON
+from megatron_fuse.sources.request_kind import Body, Malformed, NoAnswer, Received
 
 # Finish reasons of an answer that ends by itself.
 _WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
 _CUT_OFF = ("length", "max_tokens", "content_filter")
 _BYTES_OF_INVALID = 3  # bytes of U+FFFD, which replaces a token's byte that is not a character
 _SLACK = 256  # bytes beyond those of the tokens: a stop text that was left in, spaces of a template
-
-
-class Malformed(ValueError):
-    """The content of a response is not an answer. The message says why in a few words."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,6 @@ class Reply:
     refused: bool = False
     fault: str | None = None
     reasoning: str | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A reply and the name of the model that gave it, if the server names one."""
-
-    reply: Reply
-    model: str | None
 
 
 class _Form(BaseModel):
@@ -88,7 +76,29 @@ class _TextCompletion(_Form):
     choices: list[_TextChoice] = Field(min_length=1, max_length=1)
 
 
-def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None) -> Completion:
+class Completions:
+    """Requests for one whole answer (RequestKind). endpoint: `chat` or `completions`.
+
+    longest_token: bytes of the model's longest token. It bounds the length of a possible answer.
+    """
+
+    keys = ("endpoint",)
+    advice = "or the sampling options of the recipe"
+    kept = "The answers received so far are kept, and the next run requests the others."
+    most_bytes = None
+
+    def __init__(self, endpoint: str, longest_token: int) -> None:
+        self.path = {"chat": "chat/completions", "completions": "completions"}[endpoint]
+        self._endpoint, self._longest_token = endpoint, longest_token
+
+    def read(self, content: bytes, body: Body) -> Received[Reply]:
+        return read_completion(content, self._endpoint, most_bytes_of(body, self._longest_token))
+
+    def without_answer(self, _: str, refusal: NoAnswer) -> Reply:
+        return Reply("", refused=refusal.filtered, fault=None if refusal.filtered else refusal.reason)
+
+
+def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None) -> Received[Reply]:
     """Parses the body of a response with status 200. most_bytes: see most_bytes_of.
 
     Raises Malformed if it is not an answer, or longer than most_bytes.
@@ -112,7 +122,7 @@ def read_completion(content: bytes, endpoint: str, most_bytes: int | None = None
         )
     refused = bool(message.refusal) or choice.finish_reason == "content_filter"
     reply = Reply(text, choice.finish_reason in _CUT_OFF, refused, reasoning=message.thought)
-    return Completion(reply, completion.model or None)
+    return Received(reply, completion.model or None, text + (message.thought or ""))
 
 
 def most_bytes_of(body: Body, longest_token: int) -> int | None:

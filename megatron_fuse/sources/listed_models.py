@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from megatron_fuse.sources.completions import Malformed, is_name_of, read_object
+from megatron_fuse.sources.completions import is_name_of, read_object
+from megatron_fuse.sources.request_kind import Malformed
 
 _SHOWN = 8
 

@@ -1,9 +1,11 @@
-"""A source model behind a server with OpenAI's interface: vLLM, SGLang, llama.cpp, `transformers serve`, a
-hosted one.
+"""A model behind a server: vLLM, SGLang, llama.cpp, `transformers serve`, a hosted one.
+
+It is asked for answers, for the distributions of a source or for rewards. Each kind of request
+(request_kind.py) knows its form; this module knows the transport.
 
 No server is trusted. An exchange is bounded in time and bytes and never redirected (bounded_http.py). A
-response counts as an answer only if it has the right form (completions.py) and comes from the requested
-model. If it has another form, the request is sent again, at most as often as below.
+response counts as an answer only if it has the right form and comes from the requested model. If it has
+another form, the request is sent again, at most as often as below.
 
 The package `openai` retries after a lost connection, a time-out and the statuses 408, 409, 429 and 5xx. It
 retries at most `max_retries` times, after 0.5 s, 1 s, 2 s ... 8 s, or after the time in the server's
@@ -19,22 +21,15 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import ServerOptions
-from megatron_fuse.sources.completions import (
-    Body,
-    Malformed,
-    Reply,
-    is_name_of,
-    most_bytes_of,
-    read_completion,
-)
+from megatron_fuse.recipe import ServerAddress
+from megatron_fuse.sources.completions import is_name_of
 from megatron_fuse.sources.listed_models import listed_models, unlisted
+from megatron_fuse.sources.request_kind import Answer, Body, Malformed, NoAnswer, RequestKind
 from megatron_fuse.text_safety import brief
 
-_PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 # Statuses that may concern one request only: they have several
 # meanings, or this request alone causes the fault.
 _ABOUT_ONE_REQUEST = (400, 413, 422, 500)
@@ -44,14 +39,13 @@ _CONNECT_SECONDS = 10.0
 _PROGRESS_SECONDS = 5.0
 _LONGEST_QUOTE = 160  # the most characters of a server's text in an error
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before a retry after a malformed answer, as in the package
-_STAYS = "The answers received so far are kept, and the next run requests the others."
 
 
-class Server:
+class Server(Generic[Answer]):
     """A server of the recipe. `where` is the key of its options (`sources.mpt.server`), for errors."""
 
-    def __init__(self, options: ServerOptions, where: str, longest_token: int) -> None:
-        """longest_token: bytes of the model's longest token. It bounds the length of a possible answer.
+    def __init__(self, options: ServerAddress, where: str, kind: RequestKind[Answer]) -> None:
+        """kind: of all requests.
 
         Raises UserError if the package `openai` is missing, and if the key has characters that no request can
         carry.
@@ -65,7 +59,10 @@ class Server:
                 f"{where}: the package openai is needed. Run pip install 'megatron-fuse[server]'."
             ) from error
         self.options, self.where, self._openai, self._http = options, where, openai, bounded_http
-        self._longest_token = longest_token
+        self._kind = kind
+        root = options.url.rstrip("/").removesuffix("/v1")
+        # The package puts a relative path behind its base_url, and takes an absolute one as it is.
+        self._address = root + kind.path if kind.path.startswith("/") else kind.path
         self._key = os.environ.get(options.api_key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise UserError(
@@ -79,13 +76,13 @@ class Server:
         self,
         bodies: Mapping[str, Body],
         trial: Body,
-        received: Callable[[str, Reply], None],
+        received: Callable[[str, Answer], None],
         progress: Callable[[], None],
     ) -> None:
         """Sends every body, at most `concurrency` at the same time.
 
-        received: called with a body's name and its reply, as soon as the reply arrives. trial: a request like
-        the others that any model can answer. progress: called every few seconds.
+        received: called with a body's name and its answer, as soon as the answer arrives. trial: a request
+        like the others that any model can answer. progress: called every few seconds.
         Raises UserError at once if all requests must fail: there is no server or no such model, or the key is
         not accepted. Also raises UserError if a server is away or overloaded during all retries.
         """
@@ -95,13 +92,17 @@ class Server:
         async def ask_in_turn(client: Any) -> None:
             for name, body in waiting:
                 with self._naming(name):
-                    reply = await self._send(client, body)
-                    if reply.fault and (fault := (await self._send(client, trial)).fault):
-                        raise self._error(
-                            f"refuses every request ({fault}). Fix {self.where}, or the sampling options of "
-                            "the recipe."
-                        )
-                received(name, reply)
+                    answer = await self._send(client, body)
+                    if isinstance(answer, NoAnswer) and not answer.filtered:
+                        tried = await self._send(client, trial)
+                        if isinstance(tried, NoAnswer) and not tried.filtered:
+                            raise self._error(
+                                f"refuses every request ({tried.reason}). Fix {self.where}, "
+                                f"{self._kind.advice}."
+                            )
+                if isinstance(answer, NoAnswer):
+                    answer = self._kind.without_answer(name, answer)
+                received(name, answer)
 
         try:
             asyncio.run(self._together(ask_in_turn, min(self.options.concurrency, len(bodies)), progress))
@@ -120,7 +121,7 @@ class Server:
                 options.timeout, connect=min(options.timeout, _CONNECT_SECONDS), pool=None
             ),
             max_retries=options.max_retries,
-            http_client=self._http.BoundedClient(),
+            http_client=self._http.BoundedClient(self._kind.most_bytes),
         )
         async with client:
             if not self._reached:  # later a server may be away as long as the retries last
@@ -162,56 +163,54 @@ class Server:
                 f"name, set {self.where}.answers_as to its name in that list."
             )
 
-    async def _send(self, client: Any, body: Body) -> Reply:
-        """The reply to one request, after as many tries as the options allow."""
+    async def _send(self, client: Any, body: Body) -> Answer | NoAnswer:
+        """The answer to one request, after as many tries as the options allow."""
         for attempt in range(self.options.max_retries + 1):
             if attempt:
                 await asyncio.sleep(min(_FIRST_PAUSE * 2 ** (attempt - 1), _LONGEST_PAUSE))
             content = await self._post(client, body)
-            if isinstance(content, Reply):
+            if isinstance(content, NoAnswer):
                 return content
             try:
                 return self._read(content, body)
             except Malformed as error:
                 quoted = self._short(content[: 4 * _LONGEST_QUOTE].decode("utf-8", "replace"))
-                fault = f"the server sent no completion but {quoted} ({self._short(error)})"
-        return Reply("", fault=fault)
+                reason = f"the server sent no completion but {quoted} ({self._short(error)})"
+        return NoAnswer(reason)
 
-    async def _post(self, client: Any, body: Body) -> bytes | Reply:
-        """The body of a response with status 200; a Reply if the status alone decides it."""
+    async def _post(self, client: Any, body: Body) -> bytes | NoAnswer:
+        """The body of a response with status 200; NoAnswer if the status alone decides it."""
         openai = self._openai
         with self._explained():
             try:
                 # `chat.completions.create` is not used: it would reject fields of other servers, and the body
                 # must be sent as it was hashed.
-                response = await client.post(
-                    _PATHS[self.options.endpoint], body=body, cast_to=self._http.httpx2.Response
-                )
+                response = await client.post(self._address, body=body, cast_to=self._http.httpx2.Response)
             except openai.APIStatusError as error:
                 if error.code in _FILTERED:
-                    return Reply("", refused=True)
+                    return NoAnswer(self._said(error), filtered=True)
                 if error.status_code in _ABOUT_ONE_REQUEST:
-                    return Reply("", fault=self._said(error))
+                    return NoAnswer(self._said(error))
                 raise
         return response.content
 
-    def _read(self, content: bytes, body: Body) -> Reply:
-        """The reply in a response's body.
+    def _read(self, content: bytes, body: Body) -> Answer:
+        """The answer in a response's body.
 
         Raises Malformed if it is not an answer, UserError if another model answers than the requested one.
         """
-        completion = read_completion(content, self.options.endpoint, most_bytes_of(body, self._longest_token))
-        if self._key and self._key in completion.reply.text + (completion.reply.reasoning or ""):
+        received = self._kind.read(content, body)
+        if self._key and self._key in received.text:
             raise Malformed("the answer holds the key")
         options = self.options
         names = [options.model, *([options.answers_as] if options.answers_as else [])]
-        if completion.model is not None and not any(is_name_of(completion.model, name) for name in names):
+        if received.model is not None and not any(is_name_of(received.model, name) for name in names):
             raise self._error(
-                f"answers as model {self._short(repr(completion.model))}, but the requested model is "
+                f"answers as model {self._short(repr(received.model))}, but the requested model is "
                 f"{self._short(repr(options.model))}. Fix {self.where}.model. If it is the same model under "
                 f"another name, set {self.where}.answers_as to that name."
             )
-        return completion.reply
+        return received.answer
 
     @contextmanager
     def _naming(self, example: str) -> Iterator[None]:
@@ -237,12 +236,12 @@ class Server:
         if isinstance(error, openai.APITimeoutError):
             return self._error(
                 f"did not answer within {options.timeout:g} s, {options.max_retries + 1} times. Raise "
-                f"{self.where}.timeout or lower {self.where}.concurrency. {_STAYS}"
+                f"{self.where}.timeout or lower {self.where}.concurrency. {self._kind.kept}"
             )
         if isinstance(error, openai.APIConnectionError):
             cause = self._short(error.__cause__ or error)
             return self._error(
-                f"cannot be reached ({cause}). Start the server, or fix {self.where}.url. {_STAYS}"
+                f"cannot be reached ({cause}). Start the server, or fix {self.where}.url. {self._kind.kept}"
             )
         said = self._said(error)
         match status := getattr(error, "status_code", None):
@@ -260,17 +259,18 @@ class Server:
                 )
             case 404:
                 known = f"; it lists {self._short(', '.join(self._known[:8]))}" if self._known else ""
+                keys = ", ".join(f"{self.where}.{key}" for key in ("model", *self._kind.keys))
+                path = self._kind.path.lstrip("/")
                 return self._error(
-                    f"has no model {options.model!r}, or nothing at {_PATHS[options.endpoint]} "
-                    f"({said}){known}. Fix {self.where}.model, or {self.where}.url, which usually ends in "
-                    "/v1."
+                    f"has no model {options.model!r}, or nothing at /{path} ({said}){known}. Fix {keys}, or "
+                    f"{self.where}.url, which usually ends in /v1."
                 )
             case 402 | 429:
                 return self._error(
                     f"accepts no more requests for now ({said}). Wait, or lower {self.where}.concurrency. "
-                    f"{_STAYS}"
+                    f"{self._kind.kept}"
                 )
-        return self._error(f"fails ({said}). See the log of the server. {_STAYS}")
+        return self._error(f"fails ({said}). See the log of the server. {self._kind.kept}")
 
     def _error(self, problem: str) -> UserError:
         return UserError(f"{self.where}: {self.options.url} {problem}")

@@ -343,7 +343,7 @@ def put(name: str, *place: Any, value: Any) -> Callable[[Row], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shift, "the file is shifted by one token"),
+        (shift, "the rows are shifted by one token"),
         (absolute, "logsumexp is not relative to the largest logit"),
         (too_much, "is not an entry, but its probability and those of the entries add up to more than one"),
         (without_own, "is not an entry, and token_logprobs does not give"),

@@ -60,6 +60,7 @@ NOTICED = {
     "reward_models.*.system": "scores fusion",
     "reward_models.*.dtype": "scores fusion training",
     "reward_models.*.scores": "scores fusion training",
+    "reward_models.*.server": "scores fusion training",
     "data.path": "instructions responses scores captures fusion",
     "data.*": ALL,
     "responses.batch_tokens": "",

@@ -48,7 +48,7 @@ class RewardModels:
 def reward_models_of(recipe: Recipe | None, named: Mapping[str, RewardModelOptions]) -> RewardModels | None:
     """The reward models of the command line, or else those that vote in the recipe; None if there are none.
 
-    Raises UserError for a reward model of the recipe that is a file of scores.
+    Raises UserError for a reward model of the recipe that is a file of scores or behind a server.
     """
     if named:
         return RewardModels(named, next(iter(named)))
@@ -60,6 +60,11 @@ def reward_models_of(recipe: Recipe | None, named: Mapping[str, RewardModelOptio
             raise UserError(
                 f"reward_models.{name}.scores: a file of scores has none of these answers. Name a model in "
                 f"reward_models.{name}.model, or leave it out of selection.reward_models."
+            )
+        if each.server:
+            raise UserError(
+                f"reward_models.{name}.server: a reward model behind a server does not judge open-ended "
+                "answers. Give a model in this process with --reward-model."
             )
     return RewardModels(options, recipe.strongest)
 

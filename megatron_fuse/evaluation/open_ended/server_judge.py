@@ -27,7 +27,8 @@ from megatron_fuse.evaluation.open_ended.judgements import (
 from megatron_fuse.progress import Progress, log_complete
 from megatron_fuse.recipe import ServerOptions
 from megatron_fuse.responses.journal import open_journal
-from megatron_fuse.sources.completions import Body, Reply
+from megatron_fuse.sources.completions import Completions, Reply
+from megatron_fuse.sources.request_kind import Body
 from megatron_fuse.sources.server import Server
 from megatron_fuse.storage import sha256_of_json
 
@@ -159,7 +160,7 @@ def _replies(options: ServerOptions, bodies: Mapping[str, Body], path: Path) -> 
         if not missing:
             log_complete(path, total, "replies")
         else:
-            server = Server(options, "judge", _LONGEST_TOKEN)
+            server = Server(options, "judge", Completions(options.endpoint, _LONGEST_TOKEN))
             with Progress(path, "replies", total, already=total - len(missing)) as progress:
 
                 def receive(label: str, reply: Reply) -> None:

@@ -8,6 +8,12 @@ sources of the facts about them.
 
 from megatron_fuse.huggingface.reward_models import load_reward_model_format, reward_model_fingerprint
 from megatron_fuse.scoring.reward_models.loading import load_reward_model
-from megatron_fuse.scoring.reward_models.reward_model import RewardModel
+from megatron_fuse.scoring.reward_models.reward_model import RewardFormat, RewardModel
 
-__all__ = ["RewardModel", "load_reward_model", "load_reward_model_format", "reward_model_fingerprint"]
+__all__ = [
+    "RewardFormat",
+    "RewardModel",
+    "load_reward_model",
+    "load_reward_model_format",
+    "reward_model_fingerprint",
+]

@@ -1,4 +1,4 @@
-"""The common interface of all forms of reward models."""
+"""The common interface of all forms of reward models, and the text that they read."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,26 +15,14 @@ _PADDED = " Answer "
 
 
 @dataclass(frozen=True, eq=False)
-class RewardModel:
-    """A reward model with its own tokenizer and chat template.
+class RewardFormat:
+    """How a reward model reads conversations.
 
-    backbone: takes input_ids and attention_mask [b, s] and returns last_hidden_state [b, s, h], in the
-        recipe's dtype.
-    head: [.., h] -> [.., 1], both fp32: bf16 could not distinguish the rewards of two good answers.
     stop: whether a conversation ends with the stop token; else it ends with the answer's last token.
-    causal: whether the reward is read at the last token; an encoder's is read at its first token.
     """
 
-    name: str
-    backbone: nn.Module
-    head: nn.Module
     chat: ChatFormat
     stop: bool
-    causal: bool
-
-    @cached_property
-    def max_tokens(self) -> int | None:
-        return longest_text(self.backbone)
 
     def encode(self, messages: Messages, response: str, tools: Tools | None = None) -> np.ndarray:
         """The ids of a conversation, int32 [n], with one BOS if the tokenizer adds or the template prints
@@ -60,3 +48,34 @@ class RewardModel:
             turns.insert(0, {"role": "system", "content": self.chat.system})
         specials = {"bos_token": "", "eos_token": "", "pad_token": ""}
         return _PADDED not in render(self.chat.template, turns, None, add_generation_prompt=False, **specials)
+
+
+@dataclass(frozen=True, eq=False)
+class RewardModel:
+    """A reward model with its own tokenizer and chat template.
+
+    backbone: takes input_ids and attention_mask [b, s] and returns last_hidden_state [b, s, h], in the
+        recipe's dtype.
+    head: [.., h] -> [.., 1], both fp32: bf16 could not distinguish the rewards of two good answers.
+    stop: see RewardFormat.
+    causal: whether the reward is read at the last token; an encoder's is read at its first token.
+    """
+
+    name: str
+    backbone: nn.Module
+    head: nn.Module
+    chat: ChatFormat
+    stop: bool
+    causal: bool
+
+    @cached_property
+    def max_tokens(self) -> int | None:
+        return longest_text(self.backbone)
+
+    @cached_property
+    def format(self) -> RewardFormat:
+        return RewardFormat(self.chat, self.stop)
+
+    def encode(self, messages: Messages, response: str, tools: Tools | None = None) -> np.ndarray:
+        """RewardFormat.encode"""
+        return self.format.encode(messages, response, tools)
