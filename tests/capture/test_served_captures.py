@@ -362,7 +362,7 @@ def test_fusion_data_differ_by_rounding_alone(
         np.testing.assert_array_equal(a.teacher_ids[one], b.teacher_ids[two])
         logprobs = [each.teacher_logprobs.astype(np.float64) for each in (a, b)]
         if tail == "renormalize":
-            logprobs = [each - np.log(np.bincount(rows, np.exp(each)))[rows] for each in logprobs]
+            logprobs = [each - np.log(np.bincount(rows, np.exp(each))[rows]) for each in logprobs]
         # They are kept in half precision: a step is 2**-10 of the value.
         np.testing.assert_allclose(logprobs[0][one], logprobs[1][two], rtol=2e-3, atol=4e-3)
         compared += len(rows)
