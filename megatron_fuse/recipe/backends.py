@@ -6,3 +6,4 @@ processes. openai, server: a server. file: a file that the recipe names.
 
 RESPONSE_BACKENDS = ("hf", "openai", "file")
 CAPTURE_BACKENDS = ("hf", "megatron", "server", "file")
+SCORE_BACKENDS = ("hf", "server", "file")
