@@ -231,14 +231,14 @@ def _sums_of_entries(
     tokens: np.ndarray,
     token_logprobs: np.ndarray,
     temperatures: Sequence[float],
-) -> dict[float, list[float]]:
+) -> dict[float, list[float | None]]:
     """The log-sum-exp [n] by temperature over the entries and the text's token, relative to the largest.
 
     ids, logprobs [n, k]: the entries. tokens, token_logprobs [n]: of the text.
     """
     largest = logprobs[:, 0]
     outside = ~((ids == tokens[:, None]) & (logprobs > -np.inf)).any(1)
-    sums = {1.0: (-largest).tolist()}
+    sums: dict[float, list[float | None]] = {1.0: (-largest).tolist()}
     for temperature in temperatures:
         if temperature != 1.0:
             own = np.exp((token_logprobs - largest) / temperature) * outside

@@ -40,7 +40,9 @@ def compare_capture(context: Context, source: str, mode: str, most: int) -> dict
     for index, shard_examples in enumerate(examples):
         captured = capture_shard(artifact, index)
         chosen = np.flatnonzero(captured.status == CAPTURED)[: most - read].tolist()
-        given = shard_conversations(context, source, mode, shard_examples, answers and answers[index])
+        given = shard_conversations(
+            context, source, mode, shard_examples, answers[index] if answers else None
+        )
         own = reader.capture_shard([given[i] for i in chosen])
         for place, example in enumerate(chosen):
             if own.status[place] != CAPTURED:  # the model may read less than the server
