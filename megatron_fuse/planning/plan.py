@@ -242,7 +242,9 @@ class _Planner:
             part = "body" if options.body else "model"
             directory = resolve_model(options.body or options.model, f"{key}.{part}")
             self.sizes[key] = read_size(directory, key, trust_remote_code=options.trust_remote_code)
-        return self._read_once(plain, key, options.dtype, self.amounts.read("inference"))
+        tokens = self.amounts.read("inference")
+        served = options.server.concurrency if options.server else None
+        return self._read_once(plain, key, options.dtype, tokens, served)
 
     def _reference_scores(self, plain: StagePlan) -> StagePlan:
         model = self.recipe.reference.bertscore_model
@@ -253,16 +255,25 @@ class _Planner:
             self.sizes[key] = read_size(resolve_model(model, key), key)
         return self._read_once(plain, key, "fp32", self.amounts.answer_tokens + self.amounts.response_tokens)
 
-    def _read_once(self, plain: StagePlan, key: str, dtype: str, tokens: float) -> StagePlan:
-        """A model with one output for each text reads all of them, on one GPU for each process."""
+    def _read_once(
+        self, plain: StagePlan, key: str, dtype: str, tokens: float, served: int | None = None
+    ) -> StagePlan:
+        """A model with one output for each text reads all of them, on one GPU for each process.
+
+        served: the number of requests at the same time, if a server reads.
+        """
         size, length = self.sizes[key], tokens / self.amounts.examples
 
         def cost(layout: Layout, batch_tokens: int) -> tuple[Need, float]:
-            need = reading_need(size, dtype, batch_tokens=batch_tokens, logits=0)
+            if served:
+                tensor = layout.gpus_of_replica
+                need = served_need(size, dtype, rows=served, longest=length, tensor=tensor)
+            else:
+                need = reading_need(size, dtype, batch_tokens=batch_tokens, logits=0)
             return need, self._reading_seconds(size, dtype, layout, batch_tokens, tokens, length, 0)
 
         batch = self.recipe.scoring.batch_tokens
-        layouts = in_process_layouts(self.cluster)[:1]
+        layouts = server_layouts(self.cluster, size) if served else in_process_layouts(self.cluster)[:1]
         choice = choose(layouts, batch, _LEAST_TEXTS * length, self.cluster, cost)
         return _planned(plain, choice, _change(key, choice, layouts[0], "scoring.batch_tokens", batch))
 
@@ -330,13 +341,13 @@ class _Planner:
         if source.backend == "megatron":
             own = self._megatron_layout(key, source)
             return [own, *(each for each in megatron_layouts(self.cluster, size) if each != own)]
-        if source.server:
+        if source.backend == "server":
             return server_layouts(self.cluster, size)
         in_process = in_process_layouts(self.cluster)
         layouts = _own(in_process, source)
         if self._is_supported(key, source):
             layouts += megatron_layouts(self.cluster, size)
-        return layouts
+        return layouts + server_layouts(self.cluster, size)
 
     def _megatron_layout(self, key: str, source: SourceOptions) -> Layout:
         """The layout that the recipe states. Raises UserError if it does not divide the GPUs."""

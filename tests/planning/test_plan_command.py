@@ -108,6 +108,19 @@ def test_the_layout_of_a_source_is_that_of_the_recipe(
     assert re.search(said, plan), plan
 
 
+def test_a_server_of_the_recipe_captures(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(recipe.read_text())
+    server = {"url": "http://localhost:8000/v1", "model": "llama"}
+    content["sources"]["llama"] |= {"backend": "server", "server": server}
+    content["loss"] = {"teacher_temperature": 1.0}
+    recipe.write_text(yaml.safe_dump(content))
+    _, plan = planned(recipe, monkeypatch, capsys, "--gpus", "8xA100-80", *TOKENS)
+    assert re.search(r"captures/llama/training +8 x server, TP 1 ", plan), plan
+    assert "captures at 0.5 of the forward pass's rate" in plan
+
+
 def test_measured_rates_take_the_place_of_assumed_ones(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
