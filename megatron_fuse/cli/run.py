@@ -13,10 +13,10 @@ the stages of that source run.
 import argparse
 
 from megatron_fuse.cli.claim_arguments import add_claim_arguments, take_claims
+from megatron_fuse.cli.gpu_plan import add_gpu_plan_arguments, print_gpu_plan, wants_gpu_plan
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import Recipe, add_recipe_arguments, path_argument, recipe_from_arguments
+from megatron_fuse.recipe import add_recipe_arguments, recipe_from_arguments
 from megatron_fuse.start import importing
-from megatron_fuse.text_safety import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,47 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after this stage; with --claim, at the latest before the training",
     )
     add_claim_arguments(parser, may_leave=False)
-    add_plan_arguments(parser)
+    add_gpu_plan_arguments(parser)
 
 
 def add_processes_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc-per-node", type=int, default=1, help="number of processes of every stage")
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a plan for GPUs that need not be here."""
-    plan = parser.add_argument_group("plan for other GPUs: needs no weights, only each model's config.json")
-    plan.add_argument(
-        "--gpus",
-        metavar="8xH100-80",
-        help="number of GPUs of a node and their name; plans layouts, memory, time and disk for them",
-    )
-    plan.add_argument("--nodes", type=int, default=1, help="number of nodes with these GPUs (default: 1)")
-    plan.add_argument(
-        "--rates",
-        type=path_argument,
-        metavar="FILE",
-        help="checks.jsonl of `megatron-fuse check-gpu`: measured rates in the place of assumed ones",
-    )
-    for name, words in (("prompt", "the prompt"), ("response", "the ground truth")):
-        plan.add_argument(
-            f"--{name}-tokens",
-            type=float,
-            metavar="N",
-            help=f"mean tokens of {words} of an example, if the file of the instructions is not here",
-        )
-
-
 def run(arguments: argparse.Namespace) -> None:
     recipe = recipe_from_arguments(arguments)
-    if arguments.gpus is not None:
+    if wants_gpu_plan(arguments):
         if not arguments.plan:
             raise UserError("--gpus needs --plan: a run uses the GPUs that are here.")
-        _print_plan_for_gpus(recipe, arguments)
+        print_gpu_plan(recipe, arguments)
         return
-    for option in ("rates", "prompt_tokens", "response_tokens"):
-        if getattr(arguments, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} needs --gpus, the GPUs of the plan.")
     with importing():
         from megatron_fuse.capture.megatron_layout import check_processes
         from megatron_fuse.pipeline import check_files, steps
@@ -107,22 +80,3 @@ def run(arguments: argparse.Namespace) -> None:
         run_recipe(recipe, arguments.nproc_per_node, arguments.until or shared[-1])
     else:
         run_recipe(recipe, arguments.nproc_per_node, arguments.until)
-
-
-def _print_plan_for_gpus(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    tokens = (arguments.prompt_tokens, arguments.response_tokens)
-    if (tokens[0] is None) != (tokens[1] is None):
-        raise UserError("--prompt-tokens and --response-tokens belong together. Give both.")
-    if any(count is not None and not 1 <= count <= 1e7 for count in tokens):
-        raise UserError("--prompt-tokens and --response-tokens must be from 1 to 10 million")
-    with importing():
-        from megatron_fuse.pipeline.estimates import estimate_amounts, stated_amounts
-        from megatron_fuse.planning import assumed_rates, make_plan, parse_cluster, plan_lines, read_rates
-        from megatron_fuse.stages import Context
-    cluster = parse_cluster(arguments.gpus, arguments.nodes)
-    rates = assumed_rates(cluster.gpu)
-    if arguments.rates:
-        rates = read_rates(arguments.rates, rates)
-    stated = tokens[0] is not None
-    amounts = stated_amounts(recipe, *tokens) if stated else estimate_amounts(Context(recipe))
-    say("\n".join(plan_lines(recipe, make_plan(recipe, amounts, cluster, rates), rates)))
