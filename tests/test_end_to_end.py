@@ -24,10 +24,17 @@ import torch
 import yaml
 from killable_ranks import KillableRanks
 from small_models import save_model, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.carried_files import copy_beside_weights
 from megatron_fuse.pipeline import run
 from megatron_fuse.recipe import load_recipe
 
@@ -247,6 +254,46 @@ def test_the_tool_alone_ends_with_the_same_losses(
     done = run_tool(recipe_file, "--workdir", str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert logged_steps(done.stdout) == logged_steps(finished[1]) and (tmp_path / "work/export").exists()
+
+
+OTHER_TARGETS: dict[str, type[PreTrainedConfig]] = {"qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
+
+
+def save_other_target(directory: Path, family: str, tokenizer_of: Path) -> Path:
+    """A random model of a family with the tokenizer and the chat template of another model."""
+    directory.mkdir()
+    copy_beside_weights(tokenizer_of, directory)
+    config = OTHER_TARGETS[family](
+        vocab_size=json.loads((tokenizer_of / "config.json").read_text())["vocab_size"],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=None,
+    )
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHER_TARGETS)
+def test_a_target_of_another_family_is_one_line_of_the_recipe(
+    recipe_file: Path, tmp_path: Path, family: str
+) -> None:
+    target = save_other_target(tmp_path / "target", family, recipe_file.parent / "alpha")
+    done = run_tool(recipe_file, "--target-model", str(target), "--workdir", str(tmp_path / "work"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert list(logged_steps(done.stdout)) == list(range(1, 10))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "work/export").eval()
+    assert type(exported.config) is OTHER_TARGETS[family]
+    metadata = json.loads((tmp_path / "work/export/fusion.json").read_text())["facts"]
+    assert validation_cross_entropy(tmp_path / "work", exported) == pytest.approx(
+        metadata["best_loss"], rel=1e-4
+    )
 
 
 @pytest.mark.slow
