@@ -8,6 +8,7 @@ from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
 from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights
+from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
@@ -43,6 +44,7 @@ def read_target(recipe: Recipe) -> Architecture:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        split=stated_split(layout),
         seq_length=recipe.training.seq_length,
     )
     return architecture

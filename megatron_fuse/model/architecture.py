@@ -16,6 +16,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import ModelConfig, check_config, load_config
 from megatron_fuse.model.families import FAMILIES, Family
 from megatron_fuse.model.families.family import TargetConfig
+from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages
 from megatron_fuse.model.rope import read_rotation
 from megatron_fuse.storage.records import quoted
 from megatron_fuse.storage.strict_json import read_object
@@ -128,12 +129,14 @@ def check_layout(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    split: PipelineSplit = EVEN,
     seq_length: int | None = None,
 ) -> None:
     """Raises UserError, which names the option, both values and the fix,
     if the architecture does not fit this layout.
 
     virtual_pipeline_model_parallel_size: model chunks per pipeline rank; None or 1: one chunk.
+    split: what is stated of the layers of the stages.
     seq_length: tokens.
     """
     tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
@@ -164,14 +167,13 @@ def check_layout(
             f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size of at "
             "least 2, not 1"
         )
-    if architecture.num_layers % (pipeline * virtual):
-        chunks = f"--pipeline-model-parallel-size {pipeline}"
-        if virtual > 1:
-            chunks += f" x --virtual-pipeline-model-parallel-size {virtual}"
+    if virtual > 1 and architecture.num_layers % (pipeline * virtual):
         raise UserError(
-            f"{chunks} does not divide num_hidden_layers ({architecture.num_layers}) of {where}. Choose "
-            f"sizes whose product divides {architecture.num_layers}."
+            f"--pipeline-model-parallel-size {pipeline} x --virtual-pipeline-model-parallel-size {virtual} "
+            f"does not divide num_hidden_layers ({architecture.num_layers}) of {where}. Choose sizes whose "
+            f"product divides {architecture.num_layers}."
         )
+    layers_of_stages(architecture.num_layers, pipeline, split)
     if seq_length is not None:
         _check_length(architecture, seq_length)
 

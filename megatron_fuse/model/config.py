@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages
 from megatron_fuse.runtime.libraries import has_gradient_accumulation_fusion, has_transformer_engine
 
 ACTIVATIONS = {
@@ -22,6 +23,7 @@ def transformer_config(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    split: PipelineSplit = EVEN,
     params_dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     transformer_impl: str = "auto",
@@ -30,6 +32,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config of this architecture at this layout.
 
+    split: what is stated of the layers of the pipeline stages.
     transformer_impl: `transformer_engine`, `local`, or `auto`: Transformer Engine if it and CUDA are
         available and its layers have all parts of the architecture, else local.
     perform_initialization: False leaves parameters unset, because a target's weights always come from a
@@ -45,6 +48,7 @@ def transformer_config(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        split=split,
     )
     implementation = resolve_transformer_impl(transformer_impl)
     if implementation == "transformer_engine" and (missing := _local_parts(architecture)):
@@ -117,6 +121,10 @@ def transformer_config(
         options["window_attn_skip_freq"] = [int(sliding) for sliding in architecture.sliding_layers]
     if architecture.rotated_layers is not None:
         options["no_rope_freq"] = [int(not rotated) for rotated in architecture.rotated_layers]
+    stages = layers_of_stages(architecture.num_layers, pipeline_model_parallel_size, split)
+    if len(set(stages)) > 1:
+        options["num_layers_in_first_pipeline_stage"] = stages[0]
+        options["num_layers_in_last_pipeline_stage"] = stages[-1]
     config = TransformerConfig(**(options | megatron_options))
     if architecture.rotation_scale != 1:
         # Attention multiplies cosine and sine by 0.1 mscale log(factor) + 1: here by rotation_scale.

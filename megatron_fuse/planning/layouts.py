@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.planning.durations import Layout
 from megatron_fuse.planning.gpus import Cluster
 from megatron_fuse.planning.memory import FRAGMENTS, SERVER_SHARE, Need
@@ -79,7 +80,7 @@ def megatron_layouts(cluster: Cluster, size: ModelSize) -> list[Layout]:
             continue
         for pipeline in _SIZES:
             gpus = tensor * pipeline
-            if 1 < gpus <= cluster.gpus and cluster.gpus % gpus == 0 and size.layers % pipeline == 0:
+            if 1 < gpus <= cluster.gpus and cluster.gpus % gpus == 0 and pipeline <= size.layers:
                 layouts.append(Layout("megatron", tensor, pipeline, cluster.gpus // gpus))
     return layouts
 
@@ -251,7 +252,9 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
     if parallel.sequence_parallel and (tensor == 1 or SEQUENCE_MULTIPLE % tensor):
         return f"parallel.sequence_parallel does not go with tensor_model_parallel_size {tensor}"
     try:
-        check_layout(architecture, **sizes, seq_length=recipe.training.seq_length)
+        check_layout(
+            architecture, **sizes, split=stated_split(parallel), seq_length=recipe.training.seq_length
+        )
     except UserError as refusal:
         return str(refusal)
     return None

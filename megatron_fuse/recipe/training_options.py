@@ -29,6 +29,20 @@ class ParallelOptions(Options):
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1
     virtual_pipeline_model_parallel_size: Ranks | None = None
+    num_layers_in_first_pipeline_stage: Ranks | None = Field(
+        None,
+        description="layers of the first pipeline stage; default: evenly, or nearly so if the number of "
+        "stages does not divide the layers",
+    )
+    num_layers_in_last_pipeline_stage: Ranks | None = Field(
+        None, description="layers of the last pipeline stage; default: as for the first"
+    )
+    account_for_embedding_in_pipeline_split: bool = Field(
+        False, description="count the embedding as a layer of the first pipeline stage"
+    )
+    account_for_loss_in_pipeline_split: bool = Field(
+        False, description="count the output layer and the loss as a layer of the last pipeline stage"
+    )
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = Field(
@@ -53,6 +67,31 @@ class ParallelOptions(Options):
             raise ValueError(
                 f"virtual_pipeline_model_parallel_size {virtual} needs pipeline_model_parallel_size of at "
                 "least 2, not 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _splits_layers_in_one_way(self) -> Self:
+        counted = self.account_for_embedding_in_pipeline_split or self.account_for_loss_in_pipeline_split
+        stated = (self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage) != (
+            None,
+            None,
+        )
+        if (counted or stated) and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"{'account_for_..._in_pipeline_split' if counted else 'num_layers_in_..._pipeline_stage'} "
+                "needs pipeline_model_parallel_size of at least 2, not 1"
+            )
+        if counted and stated:
+            raise ValueError(
+                "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split have no "
+                "meaning beside num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage. "
+                "Remove one of the two."
+            )
+        if (counted or stated) and (self.virtual_pipeline_model_parallel_size or 1) > 1:
+            raise ValueError(
+                "virtual_pipeline_model_parallel_size needs an even split of the layers. Remove "
+                f"{'account_for_..._in_pipeline_split' if counted else 'num_layers_in_..._pipeline_stage'}."
             )
         return self
 

@@ -18,6 +18,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.model.families import layer_weights
 from megatron_fuse.model.families.weights import outside_layers
+from megatron_fuse.model.pipeline_split import layers_of_stages, stated_split
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
@@ -62,7 +63,12 @@ def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> i
     first, last = stage == 0, stage == stages - 1
     output = last and not (first and a.tied_embeddings)
     layer = sum(weight.elements(tensor) for weight in layer_weights(a).values())
-    return a.num_layers // stages * layer + embedding * (first + output) + a.hidden_size * last
+    return _layers(recipe, a, stage) * layer + embedding * (first + output) + a.hidden_size * last
+
+
+def _layers(recipe: Recipe, architecture: Architecture, stage: int) -> int:
+    stages = recipe.parallel.pipeline_model_parallel_size
+    return layers_of_stages(architecture.num_layers, stages, stated_split(recipe.parallel))[stage]
 
 
 def activation_elements(
@@ -114,7 +120,7 @@ def estimate_memory(
     # With the distributed optimizer each data-parallel rank holds its share of masters and moments.
     of_optimizer = parameters / (data_parallel_size if layout.use_distributed_optimizer else 1)
     tokens = training.micro_batch_size * sequence
-    layers = architecture.num_layers // stages
+    layers = _layers(recipe, architecture, stage)
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
     of_layer = activation_elements(architecture, tensor, sequence_parallel=layout.sequence_parallel)
     # With recompute every layer keeps its input, and one layer at a time all its activations.

@@ -9,6 +9,7 @@ from megatron_fuse.model.architecture import Architecture, read_architecture
 from megatron_fuse.model.config import transformer_config
 from megatron_fuse.model.conversion import load_hugging_face_weights
 from megatron_fuse.model.gpt import FusionGPTModel, FusionLossOptions, build_model_chunks
+from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.target import check_target_weights, target_directory
 from megatron_fuse.training.checkpoint import save_checkpoint
@@ -40,6 +41,7 @@ def build_chunks(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        split=stated_split(layout),
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         sequence_parallel=layout.sequence_parallel,
         transformer_impl=layout.transformer_impl,

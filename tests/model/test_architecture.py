@@ -282,7 +282,7 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
             r"4 does not divide num_key_value_heads \(2\).*Choose one of 1, 2\.$",
         ),
         ({"tensor_model_parallel_size": 0}, "at least 1"),
-        ({"pipeline_model_parallel_size": 3}, r"3 does not divide num_hidden_layers \(4\)"),
+        ({"pipeline_model_parallel_size": 5}, r"5 is more than the 4 layers of the model"),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
             "2 x .* 4 does not divide",

@@ -219,6 +219,10 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         "parallel.context_parallel_size": 1,
         "parallel.sequence_parallel": False,
         "parallel.virtual_pipeline_model_parallel_size": None,
+        "parallel.num_layers_in_first_pipeline_stage": None,
+        "parallel.num_layers_in_last_pipeline_stage": None,
+        "parallel.account_for_embedding_in_pipeline_split": False,
+        "parallel.account_for_loss_in_pipeline_split": False,
         # Of sources that Megatron reads, which these are not.
         **{
             f"sources.{name}.parallel.{size}_model_parallel_size": 1

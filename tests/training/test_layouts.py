@@ -130,6 +130,8 @@ def test_both_losses_fall(alone: dict[str, Any]) -> None:
         pytest.param(2, layout(tp=2), {}, id="tp2"),
         pytest.param(2, layout(pp=2), {}, id="pp2"),
         pytest.param(2, layout(pp=2, vp=2), {}, id="pp2-vp2"),
+        pytest.param(3, layout(pp=3), {}, id="pp3"),  # stages of 1, 2 and 1 layers
+        pytest.param(2, layout(pp=2, num_layers_in_first_pipeline_stage=3), {}, id="pp2-first-3"),
         pytest.param(2, layout(), {}, id="dp2"),
         pytest.param(
             2, layout(use_distributed_optimizer=True, overlap_grad_reduce=True), {}, id="dp2-distributed"
@@ -351,6 +353,7 @@ def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
     [
         pytest.param((2, layout(tp=2)), (2, layout(pp=2)), 1, id="tp2-to-pp2"),
         pytest.param((2, layout(pp=2, vp=2)), (1, layout()), 3, id="vp2-to-one"),
+        pytest.param((3, layout(pp=3)), (2, layout(pp=2)), 1, id="pp3-to-pp2"),
         pytest.param(
             (4, layout(tp=2, use_distributed_optimizer=True)),
             (2, layout(use_distributed_optimizer=True)),
