@@ -14,7 +14,6 @@ LONG_FUNCTIONS = {
     "kernels/fuse_kernels/triton_kernels.py:gather_kernel": KERNEL,
     "kernels/fuse_kernels/triton_kernels.py:finish_kernel": KERNEL,
     "kernels/fuse_kernels/triton_kernels.py:whole_row_kernel": KERNEL,
-    "kernels/fuse_kernels/triton_kernels.py:special_gradient_kernel": KERNEL,
     "kernels/fuse_kernels/triton_topk.py:topk_kernel": KERNEL,
     "kernels/fuse_kernels/loss.py:sparse_kl_cross_entropy": CONTRACT,
     "kernels/fuse_kernels/linear.py:fused_linear_sparse_kl": CONTRACT,

@@ -69,10 +69,9 @@ def _balanced(layers: int, stages: int, split: PipelineSplit) -> tuple[int, ...]
             f"--pipeline-model-parallel-size {stages} is more than the {layers} layers of the model. Choose "
             f"a size of at most {layers}."
         )
-    for between in range(-(-(layers + split.embedding + split.loss) // stages), 0, -1):
-        rest = layers - between * (stages - 2)
-        # Both ends get as many layers, with the embedding and the loss counted; the first gets an odd one.
-        first = (rest + split.loss - split.embedding + 1) // 2
-        if min(first, rest - first) >= 1:
-            return (first, *[between] * (stages - 2), rest - first)
-    raise AssertionError("one layer for each stage is always possible")
+    between = -(-(layers + split.embedding + split.loss) // stages)
+    while (rest := layers - between * (stages - 2)) < 2:  # both ends need a layer
+        between -= 1
+    # Both ends get as many layers, with the embedding and the loss counted; the first gets an odd one.
+    first = min(max((rest + split.loss - split.embedding + 1) // 2, 1), rest - 1)
+    return (first, *[between] * (stages - 2), rest - first)
