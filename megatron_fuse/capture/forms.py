@@ -129,7 +129,10 @@ class _Vllm(_Columns):
             # Only entries without a gap in rank are the likeliest ones. The token
             # itself may have a higher rank than its place in the list: then
             # tokens that are not given lie between, and it is not an alternative.
-            falling = sorted(alternatives.items(), key=lambda item: -item[1]["logprob"])
+            # Of equal ones the lower rank comes first: bf16 makes many equal.
+            falling = sorted(
+                alternatives.items(), key=lambda item: (-item[1]["logprob"], item[1].get("rank") or 0)
+            )
             # NaN and infinity have no order. They stay here, so that imported.py refuses them.
             likeliest = [
                 item

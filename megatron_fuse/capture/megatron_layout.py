@@ -39,6 +39,18 @@ def source_architecture(recipe: Recipe, source: str) -> Architecture:
     return architecture
 
 
+def takes_layout(recipe: Recipe, source: str, tensor: int, pipeline: int) -> bool:
+    """Whether source_architecture accepts the source at another layout than the recipe's."""
+    options = source_options(recipe, source)
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    changed = options.model_copy(update={"parallel": options.parallel.model_copy(update=sizes)})
+    try:
+        source_architecture(recipe.model_copy(update={"sources": recipe.sources | {source: changed}}), source)
+    except UserError:
+        return False
+    return True
+
+
 def check_processes(recipe: Recipe, source: str, processes: int) -> None:
     """Raises UserError if this number of processes does not hold whole copies of a source in capture."""
     layout = source_options(recipe, source).parallel

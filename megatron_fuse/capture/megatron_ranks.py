@@ -7,6 +7,7 @@ rank decides which shard is made next.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,28 +17,41 @@ from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import Share
 
 _NO_MORE = -1
+# A rank may wait for days until another process has made its shards. torchrun ends the ranks that wait for
+# one that has failed. The collectives of a batch keep Megatron's own, short limit: if a rank is lost, they
+# end.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class SourceRanks:
     """The ranks of one copy.
 
+    copy, everyone: the ranks of this copy and of all copies, for messages that may be waited for long.
     leader: its rank in the world: the first tensor-parallel rank of the last stage, which has the rows.
     share: the shards of this copy.
     """
 
-    group: dist.ProcessGroup
+    copy: dist.ProcessGroup
+    everyone: dist.ProcessGroup
     leader: int
     share: Share
     device: torch.device
 
     @classmethod
     def of(cls, runtime: Runtime) -> "SourceRanks":
-        group = parallel_state.get_model_parallel_group()
+        own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        copies: list[list[int]] = [[]] * runtime.world_size
+        dist.all_gather_object(copies, own)
+        groups = {  # every rank takes part in the making of every group
+            ranks: dist.new_group(list(ranks), timeout=_PATIENCE, backend="gloo")
+            for ranks in sorted(set(map(tuple, copies)))
+        }
+        everyone = dist.new_group(timeout=_PATIENCE, backend="gloo")
         # In the order of the group, the tensor-parallel ranks of a stage follow one another.
-        leader = dist.get_process_group_ranks(group)[-runtime.tensor_parallel_size]
+        leader = own[-runtime.tensor_parallel_size]
         share = (runtime.data_parallel_rank, runtime.data_parallel_size)
-        return cls(group, leader, share, runtime.device)
+        return cls(groups[tuple(own)], everyone, leader, share, runtime.device)
 
     @property
     def is_leader(self) -> bool:
@@ -60,11 +74,13 @@ class SourceRanks:
         """Waits for the ranks of all copies: without torchrun, the first rank holds what the others need to
         connect.
         """
-        dist.barrier()
+        dist.barrier(self.everyone)
+        for group in (self.copy, self.everyone):
+            dist.destroy_process_group(group)
 
     def _broadcast(self, shard: int) -> int:
-        message = torch.tensor([shard], device=self.device)
-        dist.broadcast(message, src=self.leader, group=self.group)
+        message = torch.tensor([shard])
+        dist.broadcast(message, src=self.leader, group=self.copy)
         return int(message)
 
 

@@ -151,6 +151,8 @@ class ServedReader:
                 f"{self.where}: {problem}. Start the server with this source's model and tokenizer, or fix "
                 f"{self.where}.url."
             )
+        if not any(path.parent.glob("*.done")):  # no shard is finished: an earlier probe binds nobody
+            path.unlink(missing_ok=True)
         earlier = _kept_probe(path, rows.token_logprobs)
         difference = float(np.abs(rows.token_logprobs - earlier).mean())
         if not difference <= _OTHER_MODEL:

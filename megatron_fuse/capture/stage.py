@@ -238,9 +238,6 @@ def _capture_together(
     runtime = start_runtime(
         tensor_parallel_size=layout.tensor_model_parallel_size,
         pipeline_parallel_size=layout.pipeline_model_parallel_size,
-        # A rank may wait for hours until another copy of the source has made its last shard. torchrun
-        # ends the ranks that wait for one that has failed.
-        timeout_minutes=7 * 24 * 60,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.capture.megatron_ranks import SourceRanks

@@ -16,7 +16,7 @@ def add_gpu_plan_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="8xH100-80",
         help="number of GPUs of a node and their name; plans layouts, memory, time and disk for them",
     )
-    plan.add_argument("--nodes", type=int, default=1, help="number of nodes with these GPUs (default: 1)")
+    plan.add_argument("--nodes", type=int, help="number of nodes with these GPUs (default: 1)")
     plan.add_argument(
         "--rates",
         type=path_argument,
@@ -34,7 +34,7 @@ def add_gpu_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def wants_gpu_plan(arguments: argparse.Namespace) -> bool:
     """Whether GPUs are named. Raises UserError for an option that has no meaning without them."""
-    for option in ("rates", "prompt_tokens", "response_tokens"):
+    for option in ("nodes", "rates", "prompt_tokens", "response_tokens"):
         if arguments.gpus is None and getattr(arguments, option) is not None:
             raise UserError(f"--{option.replace('_', '-')} needs --gpus, the GPUs of the plan.")
     return arguments.gpus is not None
@@ -54,7 +54,7 @@ def print_gpu_plan(recipe: Recipe, arguments: argparse.Namespace) -> None:
         from megatron_fuse.pipeline.estimates import estimate_amounts, stated_amounts
         from megatron_fuse.planning import assumed_rates, make_plan, parse_cluster, plan_lines, read_rates
         from megatron_fuse.stages import Context
-    cluster = parse_cluster(arguments.gpus, arguments.nodes)
+    cluster = parse_cluster(arguments.gpus, 1 if arguments.nodes is None else arguments.nodes)
     rates = assumed_rates(cluster.gpu)
     if arguments.rates:
         rates = read_rates(arguments.rates, rates)

@@ -99,6 +99,12 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         read_rotation(config, head_dim, origin, partial=family.partial_rotary, layer_type=kind)
         for kind in kinds
     )
+    for other in others:
+        if other.scale != rotation.scale or other.longest != rotation.longest:
+            raise UserError(
+                f"{origin}: rope_parameters: layers with and without a window have rotations of different "
+                "scales or lengths (yarn, longrope), which is not supported. Choose a model with one scale."
+            )
     return Architecture(
         family=family.name,
         num_layers=config.num_hidden_layers,

@@ -8,6 +8,7 @@ for any number.
 import logging
 import os
 
+from megatron_fuse.claiming import claiming
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import INSTRUCTIONS
 from megatron_fuse.processes import STARTED
@@ -19,7 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
-    """A line that says what to change so that every process has a shard; None if every process has one."""
+    """A line that says what to change so that every process has a shard; None if every process has one.
+
+    Also None if processes do not take shards one by one: by claim, others may join and leave; and a source in
+    Megatron may take several processes for a shard.
+    """
+    if claiming() or any(
+        source.parallel.tensor_model_parallel_size * source.parallel.pipeline_model_parallel_size > 1
+        for source in recipe.sources.values()
+    ):
+        return None
     size = recipe.data.shard_size
     shards = -(-examples // size)
     if processes <= shards:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_fuse.claiming import claiming
 from megatron_fuse.errors import UserError
 from megatron_fuse.logs import DEFAULT_LEVEL, log_level
 from megatron_fuse.pipeline.estimates import estimate_amounts
@@ -17,7 +18,7 @@ from megatron_fuse.pipeline.stages import Work, steps
 from megatron_fuse.processes import run_tied
 from megatron_fuse.recipe import Recipe, dump_recipe
 from megatron_fuse.stages import Context, Stage
-from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage import sha256_of_json, temporary_then_rename
 from megatron_fuse.training.stage import TRAINING, require_whole_training
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,12 @@ def _run_command(stage: Stage, recipe: Path, processes: int) -> None:
 def write_resolved_recipe(recipe: Recipe) -> Path:
     """Writes the recipe with all overrides to WORKDIR/recipe.yaml, which every stage then reads.
 
-    Returns its path.
+    If processes take shards by claim, several runs may have overrides of their own, such as a batch size for
+    their machine. Then each has a file of its own, WORKDIR/recipe-HASH.yaml. Returns the path.
     """
-    path = recipe.workdir / "recipe.yaml"
+    content = dump_recipe(recipe)
+    own = f"-{sha256_of_json(content)[:8]}" if claiming() else ""
+    path = recipe.workdir / f"recipe{own}.yaml"
     with temporary_then_rename(path) as temporary:
-        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
     return path

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_fuse.capture import CAPTURES
+from megatron_fuse.capture.megatron_layout import source_architecture, takes_layout
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.architecture import read_architecture
@@ -328,31 +329,27 @@ class _Planner:
             )
         return self.sizes[key]
 
-    def _is_supported(self, key: str, options: AnsweringOptions) -> bool:
-        """Whether Megatron's layers can hold the model."""
-        try:
-            read_architecture(resolve_model(options.model, f"{key}.model"))
-        except UserError:
-            return False
-        return True
-
     def _capture_layouts(self, key: str, source: SourceOptions, size: ModelSize) -> list[Layout]:
         """The ways in which a source can be captured, the recipe's own first."""
         if source.backend == "megatron":
             own = self._megatron_layout(key, source)
-            return [own, *(each for each in megatron_layouts(self.cluster, size) if each != own)]
+            return [own, *(each for each in self._megatron_layouts(key, size) if each != own)]
         if source.backend == "server":
             return server_layouts(self.cluster, size)
         in_process = in_process_layouts(self.cluster)
         layouts = _own(in_process, source)
-        if self._is_supported(key, source):
-            layouts += megatron_layouts(self.cluster, size)
-        return layouts + server_layouts(self.cluster, size)
+        return layouts + self._megatron_layouts(key, size) + server_layouts(self.cluster, size)
+
+    def _megatron_layouts(self, key: str, size: ModelSize) -> list[Layout]:
+        """The layouts at which a capture in Megatron would take the source."""
+        name, layouts = key.removeprefix("sources."), megatron_layouts(self.cluster, size)
+        return [each for each in layouts if takes_layout(self.recipe, name, each.tensor, each.pipeline)]
 
     def _megatron_layout(self, key: str, source: SourceOptions) -> Layout:
-        """The layout that the recipe states. Raises UserError if it does not divide the GPUs."""
+        """The layout that the recipe states. Raises UserError if it does not fit the model or the GPUs."""
         tensor = source.parallel.tensor_model_parallel_size
         pipeline = source.parallel.pipeline_model_parallel_size
+        source_architecture(self.recipe, key.removeprefix("sources."))
         gpus = self.cluster.gpus
         if gpus % (tensor * pipeline):
             raise UserError(

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from megatron_fuse import ragged
 from megatron_fuse.chat import Messages
 from megatron_fuse.chat.tool_rendering import Tools
+from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.limits import declared_positions
 from megatron_fuse.huggingface.reward_models import FORMS, find_reward_model, load_reward_model_format
 from megatron_fuse.progress import Report, silent
@@ -73,9 +75,13 @@ class ServedRewardModel:
     def _warn_of_activation(self, where: str) -> None:
         """Warns if the server's rewards may have passed a sigmoid, although none is asked for."""
         rewards: dict[str, float] = {}
-        bodies = {"probe": self._trial, "activated": self._trial | {"use_activation": True}}
-        self._server.ask(bodies, self._trial, rewards.__setitem__, lambda: None)
-        if "use_activation" in self._trial and rewards["probe"] == rewards["activated"]:
+        self._server.ask({"probe": self._trial}, self._trial, rewards.__setitem__, lambda: None)
+        if "use_activation" not in self._trial:
+            return
+        activated = {"activated": self._trial | {"use_activation": True}}
+        with suppress(UserError):  # a server that refuses the option cannot be asked
+            self._server.ask(activated, self._trial, rewards.__setitem__, lambda: None)
+        if rewards["probe"] == rewards.get("activated"):
             logger.warning(
                 f"{where}: the server gives the same reward with and without use_activation. If it applies a "
                 "sigmoid in both cases, large rewards are equal. Use a vLLM that knows use_activation."

@@ -82,9 +82,11 @@ class ClaimedShardFiles(ShardFiles):
             if label := self._claims.committed(index):
                 self._publish(index, self._work(index, label))
             self._own_work(index).mkdir(parents=True)
-        except OSError as error:
+        except BaseException as error:
             self.unlock(index)
-            raise UserError(f"{self.directory}: cannot be written ({error.strerror})") from error
+            if isinstance(error, OSError):
+                raise UserError(f"{self.directory}: cannot be written ({error.strerror})") from error
+            raise
         return True
 
     def unlock(self, index: int) -> None:
@@ -130,7 +132,11 @@ class ClaimedShardFiles(ShardFiles):
             content = (work / marker.name).read_bytes()
         except FileNotFoundError:  # it is renamed last
             return
-        files = json.loads(content)["files"]
+        try:
+            files = list(json.loads(content)["files"])
+        except (ValueError, KeyError, TypeError):  # damaged: the shard is made again
+            shutil.rmtree(work, ignore_errors=True)
+            return
         try:
             # A damaged shard is made again. Its old marker must not describe files that are being replaced.
             with unless_gone():

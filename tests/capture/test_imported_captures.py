@@ -21,6 +21,7 @@ from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import write_rows
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, require_backend
+from megatron_fuse.capture.forms import given_rows
 from megatron_fuse.capture.row_files import open_rows
 from megatron_fuse.capture.stage import conversation_of
 from megatron_fuse.chat import EncodedConversation
@@ -611,3 +612,15 @@ def test_the_tool_keeps_all_entries_and_the_manifest_says_so(
     assert all((shard.counts == 10).all() for shard in read(kept, SOURCE, "training"))
     with pytest.raises(UserError, match=r"options.top_p = 1.0, but now options.top_p = 0.95"):
         Context(recipe).open(CAPTURES, SOURCE, "training")
+
+
+def test_of_equal_alternatives_of_vllm_the_lower_rank_comes_first() -> None:
+    """vLLM puts the text's token first, and gives it its place among the likeliest as its rank."""
+    alternatives = {
+        "12": {"logprob": -1.0, "rank": 3},
+        "10": {"logprob": -0.5, "rank": 1},
+        "11": {"logprob": -1.0, "rank": 2},
+        "13": {"logprob": -2.0, "rank": 4},
+    }
+    rows = given_rows({"prompt_token_ids": [5, 12], "prompt_logprobs": [None, alternatives]})
+    assert rows.ids == [[], [10, 11, 12, 13]] and rows.token_logprobs == [None, -1.0]

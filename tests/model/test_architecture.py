@@ -220,6 +220,7 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
         ("gemma2", "hidden_activation", "gelu", "hidden_activation is 'gelu'"),
         ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping"),
         ("gemma3", "sliding_window", None, "sliding_window"),
+        ("gemma3", "rope_parameters", {"full_attention": small.YARN_ROPE}, "rotations of different scales"),
         ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
     ],
 )

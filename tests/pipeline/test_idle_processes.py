@@ -9,10 +9,11 @@ import pytest
 from log_lines import logged
 from small_models import save_model, small_recipe, write_rows
 
+from megatron_fuse.claiming import LEASE
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.pipeline.idle_processes import idle_line, warn_of_idle_processes
 from megatron_fuse.processes import STARTED
-from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe import Recipe, make_recipe
 from megatron_fuse.stages import Context
 
 
@@ -45,6 +46,20 @@ def test_the_value_that_is_named_gives_every_process_a_shard(
             f"Start {shards(shard_size)} processes, because there are no more examples" in line
             and shards(shard_size) == examples
         )
+
+
+def test_where_processes_do_not_take_shards_one_by_one_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, 7)
+    assert idle_line(recipe, 14, 8)
+    parallel = {"backend": "megatron", "parallel": {"tensor_model_parallel_size": 4}}
+    divided = make_recipe(
+        {**recipe.model_dump(mode="json"), "sources": {"a": {"model": "nowhere", **parallel}}}
+    )
+    assert idle_line(divided, 14, 8) is None
+    monkeypatch.setenv(LEASE, "180")
+    assert idle_line(recipe, 14, 8) is None
 
 
 @pytest.mark.parametrize(

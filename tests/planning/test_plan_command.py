@@ -150,6 +150,7 @@ def test_measured_rates_take_the_place_of_assumed_ones(
         (["--gpus", "8xA100-80", "--prompt-tokens", "5"], "belong together"),
         (["--gpus", "8xA100-80", "--prompt-tokens", "0", "--response-tokens", "5"], "from 1 to 10 million"),
         (["--prompt-tokens", "5", "--response-tokens", "5"], "--prompt-tokens needs --gpus"),
+        (["--nodes", "4"], "--nodes needs --gpus"),
         (["--gpus", "8xA100-80", *TOKENS, "--rates", "none.jsonl"], "none.jsonl"),
         (["--gpus", "3xA100-80", *TOKENS, "--tensor-model-parallel-size", "2"], "a multiple of 2 GPUs"),
         (["--gpus", "8xA100-80"], "rows.jsonl"),
