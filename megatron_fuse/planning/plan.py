@@ -349,13 +349,13 @@ class _Planner:
         """The layout that the recipe states. Raises UserError if it does not fit the model or the GPUs."""
         tensor = source.parallel.tensor_model_parallel_size
         pipeline = source.parallel.pipeline_model_parallel_size
-        source_architecture(self.recipe, key.removeprefix("sources."))
         gpus = self.cluster.gpus
         if gpus % (tensor * pipeline):
             raise UserError(
                 f"{key}.parallel needs a multiple of {tensor * pipeline} GPUs (tensor x pipeline), but "
                 f"--gpus is {self.cluster}. Change it, or plan for other GPUs."
             )
+        source_architecture(self.recipe, key.removeprefix("sources."))
         return Layout("megatron", tensor, pipeline, gpus // (tensor * pipeline))
 
 
