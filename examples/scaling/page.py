@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from megatron_fuse.cli.main import main as megatron_fuse
+from megatron_fuse.errors import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
@@ -38,7 +39,11 @@ def _with_output(quoted: re.Match[str]) -> str:
     return f"```text\n$ megatron-fuse {words}\n{printed.getvalue()}```"
 
 
-if __name__ == "__main__":
+def main() -> None:
     # What libraries warn of at their import is not part of a plan.
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

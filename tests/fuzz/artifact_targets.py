@@ -25,7 +25,7 @@ from megatron_fuse.report.loss_curve import draw_losses
 from megatron_fuse.responses import RESPONSES, generate_responses, response_shards
 from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.scoring.scores import load_scores, score_responses
-from megatron_fuse.sources.server import Reply
+from megatron_fuse.sources.completions import Reply
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Plan, open_artifact, run_plan, sha256_of_file
 from megatron_fuse.training.metrics import METRICS, STEP, MetricsFile, read_metrics

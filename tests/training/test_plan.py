@@ -65,7 +65,7 @@ def test_flops_add_up_over_documents_and_grow_when_two_become_one(
         ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA B200", 2250e12),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 3090", None),
     ],
 )
 def test_peak_flops_by_name(name: str, flops: float | None) -> None:
