@@ -253,7 +253,7 @@ def test_the_tool_alone_ends_with_the_same_losses(
 ) -> None:
     done = run_tool(recipe_file, "--workdir", str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert logged_steps(done.stdout) == logged_steps(finished[1]) and (tmp_path / "work/export").exists()
+    assert logged_steps(done.stdout + done.stderr) == logged_steps(finished[1]) and (tmp_path / "work/export").exists()
 
 
 OTHER_TARGETS: dict[str, type[PreTrainedConfig]] = {"qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
@@ -287,7 +287,7 @@ def test_a_target_of_another_family_is_one_line_of_the_recipe(
     target = save_other_target(tmp_path / "target", family, recipe_file.parent / "alpha")
     done = run_tool(recipe_file, "--target-model", str(target), "--workdir", str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert list(logged_steps(done.stdout)) == list(range(1, 10))
+    assert list(logged_steps(done.stdout + done.stderr)) == list(range(1, 10))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "work/export").eval()
     assert type(exported.config) is OTHER_TARGETS[family]
     metadata = json.loads((tmp_path / "work/export/fusion.json").read_text())["facts"]
