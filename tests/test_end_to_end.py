@@ -253,7 +253,8 @@ def test_the_tool_alone_ends_with_the_same_losses(
 ) -> None:
     done = run_tool(recipe_file, "--workdir", str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert logged_steps(done.stdout + done.stderr) == logged_steps(finished[1]) and (tmp_path / "work/export").exists()
+    assert logged_steps(done.stdout + done.stderr) == logged_steps(finished[1])
+    assert (tmp_path / "work/export").exists()
 
 
 OTHER_TARGETS: dict[str, type[PreTrainedConfig]] = {"qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
