@@ -11,9 +11,7 @@ import io
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 from megatron_fuse.cli.main import main as megatron_fuse
 from megatron_fuse.errors import exit_code
@@ -30,12 +28,8 @@ def updated(page: str) -> str:
 
 def _with_output(quoted: re.Match[str]) -> str:
     words, printed = quoted["words"], io.StringIO()
-    with (
-        patch.object(sys, "argv", ["megatron-fuse", *shlex.split(words)]),
-        contextlib.redirect_stdout(printed),
-        contextlib.chdir(ROOT),
-    ):
-        megatron_fuse()
+    with contextlib.redirect_stdout(printed), contextlib.chdir(ROOT):
+        megatron_fuse(shlex.split(words))
     return f"```text\n$ megatron-fuse {words}\n{printed.getvalue()}```"
 
 

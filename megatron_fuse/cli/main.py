@@ -6,7 +6,7 @@ import megatron_fuse.start  # noqa: F401  # first: from here on Ctrl-C ends with
 
 import argparse
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -50,9 +50,11 @@ def program() -> int:
     return exit_code(main)
 
 
-def main() -> int | None:
-    chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
-    arguments = make_parser([chosen] if chosen in COMMANDS else []).parse_args()
+def main(words: Sequence[str] | None = None) -> int | None:
+    """Runs `megatron-fuse WORDS`; None: the words of this process's command line."""
+    words = sys.argv[1:] if words is None else words
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    arguments = make_parser([chosen] if chosen in COMMANDS else []).parse_args(words)
     start_logging(arguments.log_level)
     return _module(arguments.command).run(arguments)
 
