@@ -100,11 +100,11 @@ def capture_in_batches(
     status, batches = reading_order(conversations, limit, recipe.capture.batch_tokens)
     lengths = {index: len(conversations[index].readable.ids) - 1 for batch in batches for index in batch}
     rows: dict[int, SparseRows] = {}
-    done = 0
+    total, done = sum(lengths.values()), 0
     for batch in batches:
         rows |= zip(batch, read([conversations[index] for index in batch]), strict=True)
         done += sum(lengths[index] for index in batch)
-        report(len(rows), done, done / sum(lengths.values()))
+        report(len(rows), done, done / total)
     nothing = SparseRows.none(len(recipe.capture_temperatures))
     joined = SparseRows.join([nothing, *(rows[index] for index in sorted(rows))])
     return CaptureShard.of(conversations, status, joined)
