@@ -13,6 +13,20 @@ def source_architecture(recipe: Recipe, source: str) -> Architecture:
     Raises UserError, which names the key and the fix, for a model that Megatron cannot read, and for a
     parallel layout that does not fit the model.
     """
+    architecture, layout = readable_source(recipe, source), source_options(recipe, source).parallel
+    try:
+        check_layout(
+            architecture,
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        )
+    except UserError as error:
+        raise UserError(f"sources.{source}.parallel: {error}") from error
+    return architecture
+
+
+def readable_source(recipe: Recipe, source: str) -> Architecture:
+    """The architecture of a source that Megatron can read at some layout. Raises UserError otherwise."""
     options = source_options(recipe, source)
     try:
         architecture = read_architecture(resolve_model(options.model, f"sources.{source}.model"))
@@ -28,33 +42,12 @@ def source_architecture(recipe: Recipe, source: str) -> Architecture:
             f"{architecture.origin} has other frequencies in texts of more than {longest} tokens. Set a "
             f"training.seq_length of at most {longest}, or remove sources.{source}.backend."
         )
-    try:
-        check_layout(
-            architecture,
-            tensor_model_parallel_size=options.parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=options.parallel.pipeline_model_parallel_size,
-        )
-    except UserError as error:
-        raise UserError(f"sources.{source}.parallel: {error}") from error
     return architecture
-
-
-def takes_layout(recipe: Recipe, source: str, tensor: int, pipeline: int) -> bool:
-    """Whether source_architecture accepts the source at another layout than the recipe's."""
-    options = source_options(recipe, source)
-    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-    changed = options.model_copy(update={"parallel": options.parallel.model_copy(update=sizes)})
-    try:
-        source_architecture(recipe.model_copy(update={"sources": recipe.sources | {source: changed}}), source)
-    except UserError:
-        return False
-    return True
 
 
 def check_processes(recipe: Recipe, source: str, processes: int) -> None:
     """Raises UserError if this number of processes does not hold whole copies of a source in capture."""
-    layout = source_options(recipe, source).parallel
-    copy = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size
+    copy = source_options(recipe, source).parallel.model_parallel_size
     if processes % copy:
         raise UserError(
             f"sources.{source}.parallel: tensor_model_parallel_size x pipeline_model_parallel_size is "

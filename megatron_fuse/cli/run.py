@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_fuse.stages import Context
         from megatron_fuse.training.stage import TRAINING
     check_files(recipe)
-    model_parallel = recipe.parallel.tensor_model_parallel_size * recipe.parallel.pipeline_model_parallel_size
+    model_parallel = recipe.parallel.model_parallel_size
     if not arguments.plan and (
         not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel
     ):

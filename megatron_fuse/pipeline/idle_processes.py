@@ -25,10 +25,7 @@ def idle_line(recipe: Recipe, examples: int, processes: int) -> str | None:
     Also None if processes do not take shards one by one: by claim, others may join and leave; and a source in
     Megatron may take several processes for a shard.
     """
-    if claiming() or any(
-        source.parallel.tensor_model_parallel_size * source.parallel.pipeline_model_parallel_size > 1
-        for source in recipe.sources.values()
-    ):
+    if claiming() or any(source.parallel.model_parallel_size > 1 for source in recipe.sources.values()):
         return None
     size = recipe.data.shard_size
     shards = -(-examples // size)

@@ -156,7 +156,7 @@ def training_seconds(
     element = BYTES[training.precision]
     ranks = cluster.gpus
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    data = ranks // (tensor * pipeline)
+    data = ranks // layout.model_parallel_size
     length = padded_length(recipe, work.mean_length)
     positions = (
         work.tokens * length / work.mean_length if not training.packing else work.tokens / PACKED_SHARE
@@ -191,7 +191,7 @@ def _exposed(
 
     Overlapped sums hide behind the computation of the last micro-batches, here a half of it.
     """
-    of_rank = size.parameters / (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+    of_rank = size.parameters / layout.model_parallel_size
     # Megatron numbers tensor ranks first, then data-parallel ones. In a node with several ranks of a group
     # NCCL's rings leave through all of their network cards.
     in_one_node = layout.tensor_model_parallel_size * data <= cluster.per_node

@@ -85,6 +85,19 @@ def megatron_layouts(cluster: Cluster, size: ModelSize) -> list[Layout]:
     return layouts
 
 
+def fits_model(layout: Layout, architecture: Architecture) -> bool:
+    """Whether Megatron can divide the model so."""
+    try:
+        check_layout(
+            architecture,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+        )
+    except UserError:
+        return False
+    return True
+
+
 def server_layouts(cluster: Cluster, size: ModelSize) -> list[Layout]:
     """Servers with tensor parallelism within a node, then with pipelines over nodes."""
     layouts = []
@@ -180,8 +193,7 @@ def _number(choice: TrainingChoice) -> int:
 
 def _judged(recipe: Recipe, change: Change, cluster: Cluster, cost: TrainingCost) -> TrainingChoice:
     need, seconds = cost(recipe)
-    parallel = recipe.parallel
-    data = cluster.gpus // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    data = cluster.gpus // recipe.parallel.model_parallel_size
     return TrainingChoice(recipe, change, data, need, seconds, need.fits(cluster.gpu.memory))
 
 
@@ -242,11 +254,10 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
     }
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if cluster.gpus % model_parallel:
+    if cluster.gpus % parallel.model_parallel_size:
         return (
-            f"the recipe's tensor x pipeline parallelism needs a multiple of {model_parallel} GPUs, but "
-            f"--gpus is {cluster}. Change parallel, or plan for other GPUs."
+            f"the recipe's tensor x pipeline parallelism needs a multiple of {parallel.model_parallel_size} "
+            f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
         )
     tensor = parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and (tensor == 1 or SEQUENCE_MULTIPLE % tensor):

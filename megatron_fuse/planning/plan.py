@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_fuse.capture import CAPTURES
-from megatron_fuse.capture.megatron_layout import source_architecture, takes_layout
+from megatron_fuse.capture.megatron_layout import readable_source, source_architecture
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.resolving import resolve_model
 from megatron_fuse.model.architecture import read_architecture
@@ -19,6 +19,7 @@ from megatron_fuse.planning.layouts import (
     Choice,
     TrainingChoice,
     choose,
+    fits_model,
     in_process_layouts,
     megatron_layouts,
     server_layouts,
@@ -140,9 +141,8 @@ class _Planner:
         )
 
         def cost(changed: Recipe) -> tuple[Need, float]:
-            parallel = changed.parallel
-            model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-            need = training_need(changed, architecture, data_parallel_size=cluster.gpus // model_parallel)
+            data = cluster.gpus // changed.parallel.model_parallel_size
+            need = training_need(changed, architecture, data_parallel_size=data)
             return need, durations.training_seconds(changed, size, work, cluster, self.rates)
 
         return TrainingPlan(*training_choices(recipe, architecture, cluster, cost))
@@ -342,21 +342,25 @@ class _Planner:
 
     def _megatron_layouts(self, key: str, size: ModelSize) -> list[Layout]:
         """The layouts at which a capture in Megatron would take the source."""
-        name, layouts = key.removeprefix("sources."), megatron_layouts(self.cluster, size)
-        return [each for each in layouts if takes_layout(self.recipe, name, each.tensor, each.pipeline)]
+        try:
+            architecture = readable_source(self.recipe, key.removeprefix("sources."))
+        except UserError:
+            return []
+        return [each for each in megatron_layouts(self.cluster, size) if fits_model(each, architecture)]
 
     def _megatron_layout(self, key: str, source: SourceOptions) -> Layout:
         """The layout that the recipe states. Raises UserError if it does not fit the model or the GPUs."""
         tensor = source.parallel.tensor_model_parallel_size
         pipeline = source.parallel.pipeline_model_parallel_size
         gpus = self.cluster.gpus
-        if gpus % (tensor * pipeline):
+        copy = source.parallel.model_parallel_size
+        if gpus % copy:
             raise UserError(
-                f"{key}.parallel needs a multiple of {tensor * pipeline} GPUs (tensor x pipeline), but "
+                f"{key}.parallel needs a multiple of {copy} GPUs (tensor x pipeline), but "
                 f"--gpus is {self.cluster}. Change it, or plan for other GPUs."
             )
         source_architecture(self.recipe, key.removeprefix("sources."))
-        return Layout("megatron", tensor, pipeline, gpus // (tensor * pipeline))
+        return Layout("megatron", tensor, pipeline, gpus // copy)
 
 
 def _own(in_process: list[Layout], options: AnsweringOptions) -> list[Layout]:

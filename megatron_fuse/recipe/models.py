@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, model_validator
 
-from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision, Ranks
+from megatron_fuse.recipe.model_parallel import ModelParallelOptions
+from megatron_fuse.recipe.values import Line, Location, ModelPlace, Options, Precision
 
 TARGET = "target"  # directory name of the target's own answers, beside those of the sources
 # Directory name of the scores against the ground truth, beside those of the reward models.
@@ -198,11 +199,9 @@ class TargetOptions(AnsweringOptions):
     """Options of the target. It answers only if schedule.order is target_reward."""
 
 
-class SourceParallelOptions(Options):
+class SourceParallelOptions(ModelParallelOptions):
     """How the ranks of a capture divide a source. The other ranks are data-parallel over shards."""
 
-    tensor_model_parallel_size: Ranks = 1
-    pipeline_model_parallel_size: Ranks = 1
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from megatron_fuse.recipe.model_parallel import ModelParallelOptions
 from megatron_fuse.recipe.values import (
     Count,
     Decay,
@@ -25,9 +26,7 @@ from megatron_fuse.recipe.values import (
 SEQUENCE_MULTIPLE = 8
 
 
-class ParallelOptions(Options):
-    tensor_model_parallel_size: Ranks = 1
-    pipeline_model_parallel_size: Ranks = 1
+class ParallelOptions(ModelParallelOptions):
     virtual_pipeline_model_parallel_size: Ranks | None = None
     num_layers_in_first_pipeline_stage: Ranks | None = Field(
         None,
