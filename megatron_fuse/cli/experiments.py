@@ -6,16 +6,21 @@
     megatron-fuse experiments EXPERIMENT.yaml ... --report docs/RESULTS.md   # the tables from the CSVs
 
 Finished runs are kept, and interrupted runs continue. If seeds are added to the list, only the new ones run.
-Results go to the experiment's CSV, one row per variant, seed and metric.
+Results go to the experiment's CSV, one row per variant, seed and metric, also if the command is interrupted.
+With --skip-measured, an experiment continues on another machine from the CSV alone.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Name, checked_value, path_argument
 from megatron_fuse.start import importing
 from megatron_fuse.text_safety import say
+
+if TYPE_CHECKING:
+    from megatron_fuse.experiments.experiment import Experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=2, help="number of runs at the same time, with one thread each"
     )
     parser.add_argument(
+        "--skip-measured",
+        action="store_true",
+        help="do not make runs whose results are in the CSV already, of the same commit and options",
+    )
+    parser.add_argument(
         "--report",
         type=path_argument,
         help="write the report of the CSV files to this Markdown file, and run nothing",
@@ -55,27 +65,46 @@ def run(arguments: argparse.Namespace) -> None:
         )
     with importing():
         from megatron_fuse.experiments.layers import load_experiment
-        from megatron_fuse.experiments.report import Reported, write_report
-        from megatron_fuse.experiments.results import collect_results, write_results
         from megatron_fuse.experiments.runner import run_experiment
     (path,) = arguments.experiments
     experiment = load_experiment(path)
     split = _split(arguments.split, experiment.split)
-    failed = run_experiment(experiment, path, tables=arguments.only, split=split, jobs=arguments.jobs)
-    results = collect_results(experiment, split)
-    if lost := write_results(experiment, results, split):
-        say(
-            f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, "
-            "data or seed"
+    try:
+        failed = run_experiment(
+            experiment,
+            path,
+            tables=arguments.only,
+            split=split,
+            jobs=arguments.jobs,
+            skip_measured=arguments.skip_measured,
         )
-    report = experiment.workdir / f"report-{split}.md"
-    write_report([Reported(experiment, results, _command(path))], report)
-    say(f"{experiment.results}: {len(results)} results; tables: {report}")
+    except KeyboardInterrupt:
+        _write_results(experiment, path, split)
+        raise
+    _write_results(experiment, path, split)
     if failed:
         raise UserError(
             f"{len(failed)} runs failed; the finished runs are kept. Fix the causes and run this command "
             "again:\n  " + "\n  ".join(failed)
         )
+
+
+def _write_results(experiment: "Experiment", path: Path, split: str) -> None:
+    """Writes the results of all finished runs into the CSV, and the report of the CSV into the workdir."""
+    with importing():
+        from megatron_fuse.experiments.report import Reported, write_report
+        from megatron_fuse.experiments.results import collect_results, read_results, write_results
+    if not (collected := collect_results(experiment, split)):
+        return
+    if lost := write_results(experiment, collected, split):
+        say(
+            f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, "
+            "data, options or seed"
+        )
+    results = [result for result in read_results(experiment.results) if result.split == split]
+    report = experiment.workdir / f"report-{split}.md"
+    write_report([Reported(experiment, results, _command(path))], report)
+    say(f"{experiment.results}: {len(results)} results; tables: {report}")
 
 
 def _report(paths: list[Path], split: str | None, output: Path) -> None:

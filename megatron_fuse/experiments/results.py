@@ -1,12 +1,12 @@
 """All results of an experiment as one tidy table: a row per variant, seed, split and metric.
 
-    variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date
+    variant, seed, split, metric, value, n, steps, tokens, seconds, commit, data, machine, date, options
 
 variant: with its scenario before it, if the experiment has scenarios (SCENARIO/VARIANT).
 
 value: the metric over n problems. steps, tokens (inputs without padding), seconds: of the training alone;
-empty for models and merges. data: the hash of the seed's instructions. One file never holds rows of different
-commits or data.
+empty for models and merges. data: the hash of the seed's instructions. options: the hash of the run's
+options, empty in files of older versions. One file never holds rows of different commits or data.
 """
 
 import csv
@@ -15,6 +15,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,7 +25,7 @@ from megatron_fuse.experiments.experiment import Experiment, scenario_and_name
 from megatron_fuse.experiments.layers import data_directory
 from megatron_fuse.experiments.records import Evaluation, Made, read_record
 from megatron_fuse.experiments.runs import Run, code_version, refuse_other_options
-from megatron_fuse.storage import temporary_then_rename
+from megatron_fuse.storage import sha256_of_json, temporary_then_rename
 from megatron_fuse.storage.records import first_problem
 from megatron_fuse.text_safety import brief
 
@@ -46,6 +47,7 @@ class Result:
     data: str
     machine: str
     date: str
+    options: str = ""
 
 
 _RESULT = TypeAdapter(Result)
@@ -95,6 +97,30 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
     return results
 
 
+def measured_runs(experiment: Experiment, split: str) -> set[Run]:
+    """The runs whose results are in the experiment's CSV, of the present commit and the present options.
+
+    They can be of another machine.
+    """
+    if not experiment.results.exists():
+        return set()
+    version, names = code_version(), set(experiment.run_names)
+    rows = [
+        row
+        for row in read_results(experiment.results)
+        if (row.split, row.commit) == (split, version)
+        and row.variant in names
+        and row.seed in experiment.seeds
+    ]
+    runs = {Run(experiment, row.variant, row.seed): row.options for row in rows}
+    return {run for run, options in runs.items() if options == options_hash(run)}
+
+
+def options_hash(run: Run) -> str:
+    """What the column `options` holds."""
+    return sha256_of_json(run.options())[:12]
+
+
 def _rows(run: Run, split: str, made: Made) -> list[Result]:
     path = run.evaluation(split)
     day = date.fromtimestamp(path.stat().st_mtime).isoformat()
@@ -113,6 +139,7 @@ def _rows(run: Run, split: str, made: Made) -> list[Result]:
             data=(made.data or "")[:12],
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             date=day,
+            options=options_hash(run),
         )
         for metric, measured in read_record(Evaluation, path).metrics.items()
     ]
@@ -122,17 +149,23 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
     """Writes the rows of a split into the experiment's CSV.
 
     Returns the names of which old rows of the split were removed. Old rows stay if they have the same commit
-    and data as the new ones, and are of another split, or of names and seeds of the experiment without new
-    rows.
+    and data as the new ones and the options of today, and are of another split, or of names and seeds of the
+    experiment without new rows.
     """
     names = experiment.run_names
     new = {(row.variant, row.seed, row.split) for row in results}
     commits = {row.commit for row in results}
     data = {_data_key(row): row.data for row in results if row.data}
 
+    @cache
+    def options(variant: str, seed: int) -> str:
+        return options_hash(Run(experiment, variant, seed))
+
     def stays(row: Result) -> bool:
+        if row.variant not in names or row.seed not in experiment.seeds:
+            return False
         fits = row.commit in commits and row.data in ("", data.get(_data_key(row), row.data))
-        return fits and row.variant in names and row.seed in experiment.seeds
+        return fits and row.options in ("", options(row.variant, row.seed))
 
     if not results:
         return []

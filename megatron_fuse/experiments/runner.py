@@ -15,7 +15,7 @@ from megatron_fuse.experiments.experiment import Experiment, require_tables, sce
 from megatron_fuse.experiments.fork_server import Commands
 from megatron_fuse.experiments.layers import data_directory, with_places
 from megatron_fuse.experiments.records import Owner, read_record
-from megatron_fuse.experiments.results import collect_results
+from megatron_fuse.experiments.results import collect_results, measured_runs
 from megatron_fuse.experiments.runs import Run, code_version, command_words, make
 from megatron_fuse.processes import run_tied
 from megatron_fuse.progress import Progress
@@ -34,12 +34,14 @@ def run_experiment(
     tables: Sequence[str] = (),
     split: str | None = None,
     jobs: int = 2,
+    skip_measured: bool = False,
 ) -> list[str]:
     """Makes the runs of these tables (default: the first table) and measures them.
 
     Returns one message per failed run.
 
     path: the experiment's file; the workdir records it. jobs: number of runs side by side, one thread each.
+    skip_measured: do not make the runs of results.measured_runs.
 
     Raises UserError if another experiment or process uses the workdir, or if the workdir holds finished runs
     that must not be compared with new ones (results.py).
@@ -68,6 +70,10 @@ def run_experiment(
         # by side.
         runs = [Run(experiment, name, seed) for name in names for seed in experiment.seeds]
         todo = [run for run in runs if not run.is_finished(split)]
+        if skip_measured:
+            measured = measured_runs(experiment, split)
+            wanted = {each for run in todo if run not in measured for each in (run, *run.parts)}
+            todo = [run for run in todo if run in wanted]
         already = len(runs) - len(todo)
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
         with ExitStack() as stack:

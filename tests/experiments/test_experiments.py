@@ -2,7 +2,9 @@
 own.
 """
 
+import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from megatron_fuse.experiments import runs as runs_module
 from megatron_fuse.experiments.experiment import Experiment
 from megatron_fuse.experiments.layers import laid_over, load_experiment, variant_recipe
 from megatron_fuse.experiments.report import Reported, write_report
-from megatron_fuse.experiments.results import collect_results, read_results, write_results
+from megatron_fuse.experiments.results import collect_results, options_hash, read_results, write_results
 from megatron_fuse.experiments.runner import run_experiment
 from megatron_fuse.experiments.runs import Run
 from megatron_fuse.recipe import dump_recipe
@@ -98,6 +100,40 @@ def test_only_what_is_missing_runs(experiment_file: Path) -> None:
         for name in ("a", "bb", "cccc")
         for seed in (1, 2, 5)
     }
+
+
+def test_an_experiment_continues_from_its_csv_alone(experiment_file: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    write_results(experiment, collect_results(experiment, "test"), "test")
+    shutil.rmtree(experiment.workdir)
+    assert run(experiment_file, skip_measured=True)[2] == []
+    assert run(experiment_file, skip_measured=True, split="dev")[2] == [
+        f"{name} {seed} dev" for name in ("a", "bb") for seed in (1, 2)
+    ]
+    assert run(experiment_file)[2] == ["a 1 test", "a 2 test", "bb 1 test", "bb 2 test"]
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [("commit", "0123456789"), ("options", "0123456789ab"), ("options", "")],
+    ids=["other commit", "other options", "options unknown"],
+)
+def test_results_of_other_code_or_options_do_not_count(
+    experiment_file: Path, column: str, value: str
+) -> None:
+    experiment, *_ = run(experiment_file)
+    write_results(experiment, collect_results(experiment, "test"), "test")
+    shutil.rmtree(experiment.workdir)
+    with experiment.results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if row["variant"] == "bb" and row["seed"] == "2":
+            row[column] = value
+    with experiment.results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert run(experiment_file, skip_measured=True)[2] == ["bb 2 test"]
 
 
 def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> None:
@@ -192,8 +228,13 @@ def test_code_that_changes_under_a_run_makes_no_result(
 def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: Path) -> None:
     experiment, *_ = run(experiment_file)
     found = collect_results(experiment, "test")
-    kept = [replace(row, variant="cccc") for row in found if row.variant == "a"]
-    lost = [replace(row, commit="another", variant="csft") for row in kept]
+    kept = [
+        replace(row, variant="cccc", options=options_hash(Run(experiment, "cccc", row.seed)))
+        for row in found
+        if row.variant == "a"
+    ]
+    csft = [replace(row, variant="csft") for row in kept]
+    lost = [replace(csft[0], commit="another"), *(replace(row, options="0123456789ab") for row in csft[1:])]
     experiment.results.parent.mkdir()
     assert write_results(experiment, kept + lost + found, "test") == []
     assert (
