@@ -41,9 +41,8 @@ def read_target(recipe: Recipe) -> Architecture:
     layout = recipe.parallel
     check_layout(
         architecture,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        **layout.sizes,
+        sequence_parallel=layout.sequence_parallel,
         split=stated_split(layout),
         seq_length=recipe.training.seq_length,
     )

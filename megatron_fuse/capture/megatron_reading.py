@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from fuse_kernels import TopK, gather_topk_logsumexp
 from megatron.core import parallel_state
+from torch.nn.functional import pad
 
 from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, sparse_rows_of
 from megatron_fuse.capture.megatron_layout import source_architecture
@@ -67,7 +68,10 @@ class MegatronReader:
         architecture = source_architecture(recipe, source)
         directory = resolve_model(options.model, f"sources.{source}.model")
         check_weights(WeightFiles(directory), architecture)  # before memory is taken for them
-        model = build_source(architecture, options.dtype, **options.parallel.model_dump())
+        layout = options.parallel
+        model = build_source(
+            architecture, options.dtype, **layout.sizes, transformer_impl=layout.transformer_impl
+        )
         load_hugging_face_weights([model], directory)
         neighbours = PipelineNeighbours(DTYPES[options.dtype], ranks.device)
         return cls(recipe, source, model, ranks, neighbours, report)
@@ -115,20 +119,37 @@ class MegatronReader:
         """
         refuse_ids_beyond(self.architecture.vocab_size, batch.largest_id, f"sources.{self.source}")
         device, neighbours = self.ranks.device, self.neighbours
-        count, length = batch.tokens.shape
+        tokens, positions = self._divisible(batch)
+        count, length = tokens.shape
         if not neighbours.is_first:
-            hidden_states = neighbours.receive((length, count, self.architecture.hidden_size))
+            own = length // self._shares_of_sequence
+            hidden_states = neighbours.receive((own, count, self.architecture.hidden_size))
             self.model.set_input_tensor(hidden_states)
         output = self.model(
-            batch.tokens.to(device),
+            tokens.to(device),
             torch.arange(length, device=device).expand(count, length),
             None,  # causal attention needs no mask: the padding is on the right
-            labels=ReadPositions(batch.positions.to(device)) if neighbours.is_last else None,
+            labels=ReadPositions(positions.to(device)) if neighbours.is_last else None,
         )
         if neighbours.is_last:
             return self._largest(output, batch.labels.to(device))
         neighbours.send(output)
         return None
+
+    @property
+    def _shares_of_sequence(self) -> int:
+        config = self.model.config
+        return config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+    def _divisible(self, batch: ReadingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens [b, s] of a batch and its supervised positions, with s a multiple of the shares.
+
+        The new tokens are padding on the right.
+        """
+        length = batch.tokens.shape[1]
+        padding = -length % self._shares_of_sequence
+        row, column = batch.positions // length, batch.positions % length
+        return pad(batch.tokens, (0, padding)), row * (length + padding) + column
 
     def _largest(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> TopK | None:
         """The TopK of rows of hidden states [n, h] over the whole vocabulary, on the leader; else None."""
@@ -159,6 +180,8 @@ def build_source(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     transformer_impl: str = "auto",
 ) -> FusionGPTModel:
     """This rank's part of a source in evaluation mode, in one precision, with unset parameters."""
@@ -166,6 +189,10 @@ def build_source(
         architecture,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
+        # The tensor ranks of a mixture share the tokens, so that each token is given to its experts once.
+        sequence_parallel=architecture.experts is not None and tensor_model_parallel_size > 1,
         params_dtype=DTYPES[dtype],
         transformer_impl=transformer_impl,
     )

@@ -6,7 +6,7 @@ so that an unsuitable recipe raises its error before anything starts.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.config_file import ModelConfig, check_config, load_config
 from megatron_fuse.model.families import FAMILIES, Family
 from megatron_fuse.model.families.family import TargetConfig
+from megatron_fuse.model.families.mixture import Experts
 from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages
 from megatron_fuse.model.rope import read_rotation
 from megatron_fuse.storage.records import quoted
@@ -27,7 +28,7 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder: RMSNorm, rotary positions, grouped-query attention, a gated MLP.
+    """A decoder: RMSNorm, rotary positions, grouped-query attention, a gated MLP or a mixture of them.
 
     Sizes are counts of elements. Fields with a default are what a Llama does not have.
     """
@@ -35,7 +36,7 @@ class Architecture:
     family: str  # the Hugging Face class, e.g. "LlamaForCausalLM"
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of the MLP, or of one expert
     num_attention_heads: int
     num_query_groups: int  # key/value heads
     head_dim: int
@@ -63,6 +64,7 @@ class Architecture:
     attention_softcap: float | None = None  # scores x become softcap tanh(x / softcap)
     logit_softcap: float | None = None  # so do logits
     embedding_scale: float | None = None  # of the embedding's output, in the weights' dtype
+    experts: Experts | None = None  # in the place of each MLP
     origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 
     @property
@@ -105,7 +107,7 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
                 f"{origin}: rope_parameters: layers with and without a window have rotations of different "
                 "scales or lengths (yarn, longrope), which is not supported. Choose a model with one scale."
             )
-    return Architecture(
+    base = Architecture(
         family=family.name,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -125,8 +127,11 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         longest_rotation=rotation.longest,
         initializer_range=config.initializer_range,
         origin=origin,
-        **family.traits(config),
     )
+    architecture = replace(base, **family.traits(config))
+    if architecture.experts is not None and architecture.experts.per_token == 1:
+        _refuse(origin, family, "num_experts_per_tok", 1, "at least 2: one expert alone has the weight 1")
+    return architecture
 
 
 def check_layout(
@@ -135,6 +140,9 @@ def check_layout(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    sequence_parallel: bool = False,
     split: PipelineSplit = EVEN,
     seq_length: int | None = None,
 ) -> None:
@@ -142,6 +150,7 @@ def check_layout(
     if the architecture does not fit this layout.
 
     virtual_pipeline_model_parallel_size: model chunks per pipeline rank; None or 1: one chunk.
+    expert_tensor_parallel_size: ranks of each expert; None: tensor_model_parallel_size.
     split: what is stated of the layers of the stages.
     seq_length: tokens.
     """
@@ -154,9 +163,10 @@ def check_layout(
     divided = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_key_value_heads": architecture.num_query_groups,
-        "intermediate_size": architecture.ffn_hidden_size,
         "the padded vocabulary": architecture.padded_vocab_size,
     }
+    if architecture.experts is None:
+        divided["intermediate_size"] = architecture.ffn_hidden_size
     allowed = [
         size
         for size in range(1, architecture.num_query_groups + 1)
@@ -168,6 +178,13 @@ def check_layout(
                 f"--tensor-model-parallel-size {tensor} does not divide {name} ({count}) of {where}. Choose "
                 f"one of {', '.join(map(str, allowed))}."
             )
+    _check_experts(
+        architecture,
+        tensor,
+        expert_model_parallel_size,
+        expert_tensor_parallel_size,
+        sequence_parallel=sequence_parallel,
+    )
     if virtual > 1 and pipeline == 1:
         raise UserError(
             f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size of at "
@@ -182,6 +199,40 @@ def check_layout(
     layers_of_stages(architecture.num_layers, pipeline, split)
     if seq_length is not None:
         _check_length(architecture, seq_length)
+
+
+def _check_experts(
+    architecture: Architecture,
+    tensor: int,
+    expert_parallel: int,
+    expert_tensor: int | None,
+    *,
+    sequence_parallel: bool,
+) -> None:
+    where, experts = architecture.origin, architecture.experts
+    if experts is None:
+        if expert_parallel > 1 or expert_tensor not in (None, 1, tensor):
+            option = "model" if expert_parallel > 1 else "tensor"
+            raise UserError(
+                f"--expert-{option}-parallel-size needs a mixture of experts, but the model of {where} has "
+                "no experts. Remove the option."
+            )
+        return
+    if experts.count % expert_parallel:
+        raise UserError(
+            f"--expert-model-parallel-size {expert_parallel} does not divide the {experts.count} experts of "
+            f"{where}. Choose a divisor."
+        )
+    if architecture.ffn_hidden_size % (expert_tensor or tensor):
+        raise UserError(
+            f"--expert-tensor-parallel-size {expert_tensor or tensor} does not divide the width of an expert "
+            f"({architecture.ffn_hidden_size}) of {where}. Choose a divisor."
+        )
+    if tensor > 1 and not sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {tensor}: a mixture of experts ({where}) needs "
+            "--sequence-parallel too, so that no token reaches its experts twice. Set both."
+        )
 
 
 def _check_length(architecture: Architecture, seq_length: int) -> None:

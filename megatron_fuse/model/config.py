@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.families.mixture import Experts
 from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages
 from megatron_fuse.runtime.libraries import has_gradient_accumulation_fusion, has_transformer_engine
 
@@ -23,11 +24,14 @@ def transformer_config(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     split: PipelineSplit = EVEN,
     params_dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
     transformer_impl: str = "auto",
     perform_initialization: bool = False,
+    moe_aux_loss_coeff: float = 0.0,
     **megatron_options: object,
 ) -> TransformerConfig:
     """Megatron's config of this architecture at this layout.
@@ -37,17 +41,21 @@ def transformer_config(
         available and its layers have all parts of the architecture, else local.
     perform_initialization: False leaves parameters unset, because a target's weights always come from a
         checkpoint.
+    moe_aux_loss_coeff: weight of the loss that spreads tokens over experts; 0: no such loss.
     megatron_options: further TransformerConfig fields by Megatron's own names, for example
         recompute_granularity.
 
-    Raises UserError as check_layout does, for an implementation or sequence parallelism that this machine
-    cannot run, and for context parallelism.
+    Raises UserError as check_layout does, for an implementation that this machine cannot run, and for context
+    parallelism.
     """
     check_layout(
         architecture,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
+        sequence_parallel=sequence_parallel,
         split=split,
     )
     implementation = resolve_transformer_impl(transformer_impl)
@@ -58,11 +66,6 @@ def transformer_config(
                 f"{' and '.join(missing)}, which exists only in the local layers. Set it to local or auto."
             )
         implementation = "local"
-    if sequence_parallel and implementation == "local":
-        raise UserError(
-            "--sequence-parallel needs Transformer Engine, which is not used here. Remove the option or "
-            "install Transformer Engine."
-        )
     if megatron_options.get("context_parallel_size", 1) != 1:
         raise UserError(
             "--context-parallel-size: sequences cannot be split over ranks, because the targets and the rows "
@@ -114,6 +117,13 @@ def transformer_config(
         "gradient_accumulation_fusion": on_gpu and has_gradient_accumulation_fusion(),
         "masked_softmax_fusion": False,
     }
+    if architecture.experts is not None:
+        options |= {
+            **_of_experts(architecture, architecture.experts, moe_aux_loss_coeff),
+            "moe_grouped_gemm": implementation == "transformer_engine",
+            "expert_model_parallel_size": expert_model_parallel_size,
+            "expert_tensor_parallel_size": expert_tensor_parallel_size,
+        }
     # Megatron counts the positions to the left of a position,
     # the architecture also counts the position itself.
     if architecture.sliding_window is not None:
@@ -132,6 +142,21 @@ def transformer_config(
         config.yarn_mscale = 10 * (architecture.rotation_scale - 1)
         config.yarn_mscale_all_dim = 0.0
     return config
+
+
+def _of_experts(architecture: Architecture, experts: Experts, aux_loss_coeff: float) -> dict[str, object]:
+    """Megatron's options of a mixture of experts, apart from its layout."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        "moe_router_topk": experts.per_token,
+        # False: a softmax over the experts of the token, so that their weights add up to 1.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": aux_loss_coeff,
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 def _local_parts(architecture: Architecture) -> list[str]:

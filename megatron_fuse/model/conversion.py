@@ -28,7 +28,7 @@ from megatron_fuse.model.hugging_face_files import (
     new_model_directory,
     write_hugging_face_files,
 )
-from megatron_fuse.model.weight_blocks import weight_blocks
+from megatron_fuse.model.weight_blocks import is_of_expert, weight_blocks
 from megatron_fuse.model.weight_files import WeightFiles
 
 
@@ -72,9 +72,10 @@ def whole_parameters(model: torch.nn.Module) -> WholeParameters:
     if (
         not (bare.pre_process and bare.post_process)
         or parallel_state.get_tensor_model_parallel_world_size() > 1
+        or parallel_state.get_expert_model_parallel_world_size() > 1
     ):
         raise ValueError(
-            "only a whole model (TP=1, PP=1) can be exported: load its checkpoint in one process first"
+            "only a whole model (TP=1, PP=1, EP=1) can be exported: load its checkpoint in one process first"
         )
     parameters = {name: parameter.detach() for name, parameter in _named_parameters(bare)}
     return WholeParameters(list(parameters), parameters.__getitem__, "the model to export")
@@ -112,18 +113,36 @@ def _bare(model: torch.nn.Module) -> FusionGPTModel:
 
 def parameter_blocks(model: FusionGPTModel) -> Iterator[tuple[Tensor, list[WeightBlock]]]:
     """Yields every parameter of this rank's bare model chunk, with its blocks."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    expert_tensor = parallel_state.get_expert_tensor_parallel_group()
     for name, parameter in _named_parameters(model):
-        yield parameter, weight_blocks(name, model.architecture, rank, size)
+        group = expert_tensor if is_of_expert(name) else tensor
+        yield parameter, weight_blocks(name, model.architecture, group.rank(), group.size())
 
 
 def _named_parameters(model: FusionGPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields the parameters of a bare model chunk by name, with the layers counted over the whole model."""
+    """Yields the parameters of a bare model chunk by name, with layers and experts counted over the whole
+    model.
+    """
     for name, parameter in model.named_parameters():
         if in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name):
             # Names count the layers of a chunk from 0. layer_number counts the layers of the whole model from
             # 1.
-            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1
-            name = f"decoder.layers.{layer}.{in_layer[2]}"
+            layer = model.decoder.layers[int(in_layer[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}.{_with_whole_count(in_layer[2], layer)}"
         yield name, parameter
+
+
+# Of the local layers: one module for each expert of the rank. Of Transformer Engine: one parameter for each.
+_OF_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<number>\d+)\.)?(?P<matrix>linear_fc[12])\.weight(?P<grouped>\d*)"
+)
+
+
+def _with_whole_count(name: str, layer: torch.nn.Module) -> str:
+    """The name of a layer's parameter, with an expert counted over the whole model and not on this rank."""
+    if not (of_expert := _OF_EXPERT.fullmatch(name)):
+        return name
+    own = int(of_expert["number"] or of_expert["grouped"])
+    expert = layer.get_submodule("mlp").local_expert_indices[own]  # type: ignore[operator,index]
+    return f"mlp.experts.local_experts.{expert}.{of_expert['matrix']}.weight"

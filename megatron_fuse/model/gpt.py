@@ -17,10 +17,12 @@ from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import linear
 
 from megatron_fuse.model.architecture import Architecture, check_layout
 from megatron_fuse.model.attention import PackedDocuments
 from megatron_fuse.model.layers import layer_spec
+from megatron_fuse.model.weight_blocks import is_of_expert
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class FusionGPTModel(GPTModel):
             if any(parameter.device.type == "cpu" for parameter in module.parameters(recurse=False)):
                 module.to(torch.cuda.current_device())
         _mark_tensor_parallel_weights(self)
+        _mark_weights_of_experts(self)
 
     def forward(
         self,
@@ -165,6 +168,10 @@ class FusionGPTModel(GPTModel):
         states' gradient over the tensor-parallel group.
         """
         if isinstance(labels, ReadPositions):
+            if self.config.sequence_parallel:
+                hidden_states = gather_from_sequence_parallel_region(
+                    hidden_states, group=self.pg_collection.tp
+                )
             sequence, batch = hidden_states.shape[:2]
             # Position t of text i lies at i s + t among the tokens [b, s], and at t b + i here.
             rows = labels.flat % sequence * batch + labels.flat // sequence
@@ -192,14 +199,14 @@ class FusionGPTModel(GPTModel):
         return self._losses(loss, labels, sequence, batch, columns=len(weight))
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
-        """Logits [n, v/p] of this rank's columns from hidden states [n, h] of the last stage.
+        """Logits [n, v/p] of this rank's columns from hidden states [n, h] of the last stage. No gradient.
 
         They are not capped: like the loss, the function that takes them does that (logit_softcap).
         """
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        logits, _ = self.output_layer(hidden_states[:, None], weight=weight)
-        return logits[:, 0]
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        # The output layer would gather the rows of a sequence that the ranks share. These are whole.
+        return linear(hidden_states, weight)
 
     def compute_language_model_loss(self, labels: FusionTargets, logits: Tensor) -> Tensor:
         """The fusion loss of every position. GPTModel calls it instead of its cross entropy.
@@ -309,6 +316,18 @@ def _run_pre_hooks(module: torch.nn.Module) -> None:
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
+
+
+def _mark_weights_of_experts(model: GPTModel) -> None:
+    """Marks the weights of experts as such also if every rank has all experts. Megatron does so only with
+    expert parallelism.
+
+    Then experts always have gradient buffers and an optimizer of their own, so that a checkpoint loads at any
+    number of ranks that share them.
+    """
+    for name, parameter in model.named_parameters():
+        if is_of_expert(name):
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:

@@ -9,7 +9,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -17,7 +16,12 @@ from torch import Tensor
 
 from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.model.attention import CausalAttention
-from megatron_fuse.model.norms import AllHeadsRMSNorm, NormedRowParallelLinear, ZeroCenteredRMSNorm
+from megatron_fuse.model.norms import (
+    AllHeadsRMSNorm,
+    NormedRowParallelLinear,
+    RMSNorm,
+    ZeroCenteredRMSNorm,
+)
 
 
 def layer_spec(
@@ -27,11 +31,15 @@ def layer_spec(
     names.
     """
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     # The norms are set here. Megatron would give the last one to apex if a package of that name is installed,
     # but apex's kernel knows no RMSNorm.
-    norm = ZeroCenteredRMSNorm if architecture.zero_centered_norms else WrappedTorchNorm
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    norm = ZeroCenteredRMSNorm if architecture.zero_centered_norms else RMSNorm
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     _set_attention(spec.submodules.self_attention, architecture, norm)
     before = norm if architecture.norms_before else IdentityOp
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = before

@@ -16,6 +16,14 @@ from torch import Tensor
 from torch.nn.functional import rms_norm
 
 
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, also for a sequence that the tensor-parallel ranks share."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps)
+        _mark_sequence_parallel(self.weight, config)
+
+
 class ZeroCenteredRMSNorm(torch.nn.Module):
     """RMSNorm that scales by 1 + weight. Computed in fp32, and rounded once to the input's type."""
 
@@ -23,10 +31,16 @@ class ZeroCenteredRMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+        _mark_sequence_parallel(self.weight, config)
 
     def forward(self, values: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and type."""
         return rms_norm(values.float(), self.weight.shape, 1 + self.weight.float(), self.eps).type_as(values)
+
+
+def _mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Marks a weight for Megatron, which then sums the gradients of the tensor ranks' positions."""
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class AllHeadsRMSNorm(torch.nn.Module):

@@ -14,14 +14,19 @@ _FUSED_NORMS = {
 }
 
 
+def is_of_expert(parameter: str) -> bool:
+    """Whether a parameter belongs to one expert, and is split over the tensor-parallel ranks of experts."""
+    return ".experts." in parameter
+
+
 def weight_blocks(
     parameter: str, architecture: Architecture, tensor_rank: int, tensor_size: int
 ) -> list[WeightBlock]:
-    """The blocks of one Megatron parameter on one tensor-parallel rank.
+    """The blocks of one Megatron parameter on one tensor-parallel rank, or on one of an expert's ranks.
 
     parameter: its name in a GPTModel of the local or the Transformer Engine layer spec, with the layer
-    counted over the whole model. Rows of the vocabulary's padding belong to no block. Raises KeyError for a
-    name that FusionGPTModel does not have.
+    and the expert counted over the whole model. Rows of the vocabulary's padding belong to no block. Raises
+    KeyError for a name that FusionGPTModel does not have.
     """
     if not (in_layer := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)):
         return list(outside_layers(architecture)[parameter].blocks(tensor_rank, tensor_size))

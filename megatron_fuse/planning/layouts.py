@@ -92,6 +92,7 @@ def fits_model(layout: Layout, architecture: Architecture) -> bool:
             architecture,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
+            sequence_parallel=True,
         )
     except UserError:
         return False
@@ -249,11 +250,6 @@ def _with(recipe: Recipe, change: Change) -> Recipe:
 def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> str | None:
     """Why these GPUs cannot train the target at the recipe's layout; None if they can."""
     parallel = recipe.parallel
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
-    }
     if cluster.gpus % parallel.model_parallel_size:
         return (
             f"the recipe's tensor x pipeline parallelism needs a multiple of {parallel.model_parallel_size} "
@@ -264,7 +260,11 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
         return f"parallel.sequence_parallel does not go with tensor_model_parallel_size {tensor}"
     try:
         check_layout(
-            architecture, **sizes, split=stated_split(parallel), seq_length=recipe.training.seq_length
+            architecture,
+            **parallel.sizes,
+            sequence_parallel=parallel.sequence_parallel,
+            split=stated_split(parallel),
+            seq_length=recipe.training.seq_length,
         )
     except UserError as refusal:
         return str(refusal)

@@ -204,6 +204,23 @@ class SourceParallelOptions(ModelParallelOptions):
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        # The tensor-parallel ranks share the experts, so that a copy of the source is whole without others.
+        return super().sizes | {
+            "expert_tensor_parallel_size": self.tensor_model_parallel_size // self.expert_model_parallel_size
+        }
+
+    @model_validator(mode="after")
+    def _shares_experts_over_tensor_ranks(self) -> Self:
+        tensor, experts = self.tensor_model_parallel_size, self.expert_model_parallel_size
+        if tensor % experts:
+            raise ValueError(
+                f"expert_model_parallel_size {experts} does not divide tensor_model_parallel_size {tensor}, "
+                "whose ranks share the experts of a source. Set it to a divisor, or to 1."
+            )
+        return self
+
 
 class SourceOptions(AnsweringOptions):
     backend: Literal["hf", "megatron", "server"] = Field(

@@ -28,6 +28,11 @@ SEQUENCE_MULTIPLE = 8
 
 class ParallelOptions(ModelParallelOptions):
     virtual_pipeline_model_parallel_size: Ranks | None = None
+    expert_tensor_parallel_size: Ranks | None = Field(
+        None,
+        description="tensor-parallel ranks of each expert, in a mixture of experts; default: "
+        "tensor_model_parallel_size",
+    )
     num_layers_in_first_pipeline_stage: Ranks | None = Field(
         None,
         description="layers of the first pipeline stage; default: evenly, or nearly so if the number of "
@@ -51,13 +56,20 @@ class ParallelOptions(ModelParallelOptions):
     )
     sequence_parallel: bool = Field(
         False,
-        description="divide norms and residuals over the tensor-parallel ranks, along the sequence. Needs "
-        "Transformer Engine",
+        description="divide norms and residuals over the tensor-parallel ranks, along the sequence. A "
+        "mixture of experts needs it if tensor_model_parallel_size is above 1",
     )
     context_parallel_size: Ranks = Field(
         1, description="only 1 is supported: sequences are not divided over ranks"
     )
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return super().sizes | {
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,
+            "expert_tensor_parallel_size": self.expert_tensor_parallel_size,
+        }
 
     @model_validator(mode="after")
     def _has_stages_to_interleave(self) -> Self:
@@ -176,6 +188,11 @@ class TrainingOptions(Options):
         1e-8, description="number that AdamW adds to the root of the mean of the squared gradient"
     )
     clip_grad: GradientNorm = Field(1.0, description="largest norm of the gradient; 0 switches clipping off")
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.0,
+        description="weight of the auxiliary loss that spreads the tokens of a mixture over its experts; 0: "
+        "no such loss, so that the target learns from its teachers alone",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "bf16",
         description="precision of parameters and activations; bf16 keeps fp32 copies of the weights in the "

@@ -2,13 +2,16 @@
 
 Megatron-core asks torch.cuda for its device, its streams and its random state, passes `device="cuda"` to
 factories and compares `tensor.type()` with "torch.cuda.FloatTensor". `enable_cpu_megatron` replaces these by
-the CPU's, for the whole process. Sequence parallelism is not possible here: the local RMSNorm refuses it.
+the CPU's, for the whole process.
 """
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -21,7 +24,8 @@ class _NoStream:
 
     def wait_event(self, *_: object) -> None: ...
 
-    def record_event(self, *_: object) -> None: ...
+    def record_event(self, *_: object) -> "_NoStream":
+        return self  # an event: there is nothing to wait for either
 
     def synchronize(self) -> None: ...
 
@@ -60,6 +64,44 @@ def _clip_by_total_norm(parameters, max_norm, total_norm, use_decoupled_grad=Fal
             gradient.mul_(coefficient)
 
 
+def _numbers_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's maybe_move_tensor_to_cpu, which returns a tensor that lies on the CPU already as it is, even
+    if the caller asks for numpy.
+    """
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gathering(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Megatron's gather along the first dimension, also for parts of different lengths."""
+
+    def gather(part: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False):
+        if output_split_sizes is None or group.size() == 1:
+            return even(part, group, use_global_buffer=use_global_buffer)
+        lengths = [int(length) for length in output_split_sizes]
+        whole = even(_lengthened(part, max(lengths)), group)
+        return torch.cat([each[:n] for each, n in zip(whole.split(max(lengths)), lengths, strict=True)])
+
+    return gather
+
+
+def _reducing(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Megatron's reduce-scatter along the first dimension, also for parts of different lengths."""
+
+    def reduce(whole: Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False):
+        if input_split_sizes is None or group.size() == 1:
+            return even(whole, group, use_global_buffer=use_global_buffer)
+        lengths = [int(length) for length in input_split_sizes]
+        parts = [_lengthened(part, max(lengths)) for part in whole.split(lengths)]
+        return even(torch.cat(parts), group)[: lengths[group.rank()]]
+
+    return reduce
+
+
+def _lengthened(tensor: Tensor, length: int) -> Tensor:
+    """The tensor with rows of zeros at its end."""
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+
 @functools.cache
 def enable_cpu_megatron() -> bool:
     """Prepares this process for Megatron-core without CUDA.
@@ -76,6 +118,8 @@ def enable_cpu_megatron() -> bool:
     cuda.current_device = lambda: CPU
     cuda.current_stream = lambda *_, **__: stream
     cuda.default_stream = lambda *_, **__: stream
+    cuda.Stream = _NoStream
+    cuda.stream = lambda *_, **__: contextlib.nullcontext()
     cuda.synchronize = lambda *_, **__: None
     cuda.set_device = lambda *_, **__: None
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
@@ -85,9 +129,16 @@ def enable_cpu_megatron() -> bool:
     _CudaMeansCpu().__enter__()
 
     import megatron.core.optimizer.optimizer as megatron_optimizer
+    import megatron.core.tensor_parallel.mappings as megatron_mappings
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_mappings._gather_along_first_dim = _gathering(megatron_mappings._gather_along_first_dim)
+    megatron_mappings._reduce_scatter_along_first_dim = _reducing(
+        megatron_mappings._reduce_scatter_along_first_dim
+    )
+    megatron_dispatcher.maybe_move_tensor_to_cpu = _numbers_on_cpu
     megatron_optimizer.clip_grad_by_total_norm_fp32 = _clip_by_total_norm
     return True

@@ -12,7 +12,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.logs import choose_logging_rank
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.libraries import importing_megatron
-from megatron_fuse.runtime.megatron_versions import quiet_known_messages
+from megatron_fuse.runtime.megatron_versions import complete_router, quiet_known_messages
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
 
 
@@ -26,6 +26,7 @@ class Runtime:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     virtual_pipeline_parallel_size: int | None
+    expert_parallel_size: int
     data_parallel_size: int
     data_parallel_rank: int
     is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
@@ -52,6 +53,8 @@ def start_runtime(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     virtual_pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     deterministic: bool = False,
     timeout_minutes: float = 30,
@@ -67,6 +70,7 @@ def start_runtime(
     with importing_megatron():
         on_cpu = enable_cpu_megatron()
         install_group_step_adamw()
+        complete_router()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     _use_deterministic_algorithms(deterministic)
@@ -75,6 +79,12 @@ def start_runtime(
         virtual_pipeline_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _refuse_uneven_layout(world_size, tensor_parallel_size, pipeline_parallel_size)
+    _refuse_uneven_experts(
+        world_size,
+        pipeline_parallel_size,
+        expert_parallel_size,
+        expert_tensor_parallel_size or tensor_parallel_size,
+    )
     device = torch.device("cpu") if on_cpu else _use_own_gpu()
     if not dist.is_initialized():
         _join_processes("gloo" if on_cpu else "nccl", timedelta(minutes=timeout_minutes))
@@ -84,6 +94,8 @@ def start_runtime(
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
+        expert_model_parallel_size=expert_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -100,6 +112,7 @@ def start_runtime(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
+        expert_parallel_size=expert_parallel_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=data_parallel_rank,
         is_last_stage=is_last_stage,
@@ -115,6 +128,17 @@ def _refuse_uneven_layout(world_size: int, tensor_parallel_size: int, pipeline_p
             f"{pipeline_parallel_size} needs a multiple of {model_parallel_size} processes, but torchrun "
             f"started {world_size}. Set --nproc-per-node (times the number of nodes) to a multiple of "
             f"{model_parallel_size}."
+        )
+
+
+def _refuse_uneven_experts(world_size: int, pipeline: int, experts: int, expert_tensor: int) -> None:
+    size = expert_tensor * experts * pipeline
+    if world_size % size:
+        raise UserError(
+            f"--expert-model-parallel-size {experts} x --expert-tensor-parallel-size {expert_tensor} "
+            "(default: --tensor-model-parallel-size) x --pipeline-model-parallel-size "
+            f"{pipeline} needs a multiple of {size} processes, but torchrun started {world_size}. Choose "
+            f"smaller sizes, or set --nproc-per-node (times the number of nodes) to a multiple of {size}."
         )
 
 
@@ -163,6 +187,7 @@ def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
     lines = [
         f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP "
         f"{runtime.pipeline_parallel_size} x DP {runtime.data_parallel_size}"
+        + (f" (EP {runtime.expert_parallel_size})" if runtime.expert_parallel_size > 1 else "")
         + (
             f" (virtual PP {runtime.virtual_pipeline_parallel_size})"
             if runtime.virtual_pipeline_parallel_size

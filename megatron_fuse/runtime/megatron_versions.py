@@ -31,6 +31,14 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_KNOWN_MESSAGES[record.name])
 
 
+def complete_router() -> None:
+    """Defines a name that the router of a mixture reads even without Transformer Engine, which has it."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def adopt_learning_rates(state: dict[str, Any], optimizer: Any) -> None:
     """Gives the parameter groups of a loaded optimizer state this run's bounds of the learning rate.
 
@@ -39,6 +47,8 @@ def adopt_learning_rates(state: dict[str, Any], optimizer: Any) -> None:
     finds no group. Groups differ in `wd_mult` alone. The trainer itself sets the learning rate at every step.
     """
     groups = {group["wd_mult"]: group for group in optimizer.param_groups}
-    for group in state.get("optimizer", state)["param_groups"]:
-        bounds = groups.get(group["wd_mult"], {})
-        group.update((key, bounds[key]) for key in ("max_lr", "min_lr") if key in bounds)
+    # The experts of a mixture have an optimizer of their own. Then the states are numbered.
+    for part in state.values() if 0 in state else [state]:
+        for group in part.get("optimizer", part)["param_groups"]:
+            bounds = groups.get(group["wd_mult"], {})
+            group.update((key, bounds[key]) for key in ("max_lr", "min_lr") if key in bounds)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +30,9 @@ _MODEL_KEYS = (
     "qkv_bias",
     "tied_embeddings",
 )
-# What decides which norms a layer has, with the values of a Llama. Only other values are written: checkpoints
-# from before these keys are of layers like a Llama's.
-_LAYER_KEYS = ("norms_before", "norms_after", "zero_centered_norms", "query_key_norm")
+# What decides the norms and experts of a layer, with the values of a Llama. Only other values are written:
+# checkpoints from before these keys are of layers like a Llama's.
+_LAYER_KEYS = ("norms_before", "norms_after", "zero_centered_norms", "query_key_norm", "experts")
 _LLAMA_LAYER = {field.name: field.default for field in fields(Architecture) if field.name in _LAYER_KEYS}
 
 
@@ -57,6 +57,7 @@ class CheckpointMetadata:
 def model_identity(architecture: Architecture) -> dict[str, Any]:
     sizes = {key: getattr(architecture, key) for key in _MODEL_KEYS}
     layer = {key: getattr(architecture, key) for key in _LAYER_KEYS}
+    layer["experts"] = architecture.experts and asdict(architecture.experts)
     return sizes | {key: value for key, value in layer.items() if value != _LLAMA_LAYER[key]}
 
 

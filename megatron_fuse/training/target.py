@@ -38,15 +38,14 @@ def build_chunks(
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = transformer_config(
         architecture,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        **layout.sizes,
         split=stated_split(layout),
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         sequence_parallel=layout.sequence_parallel,
         transformer_impl=layout.transformer_impl,
         deterministic_mode=training.deterministic,
         perform_initialization=perform_initialization,
+        moe_aux_loss_coeff=training.moe_aux_loss_coeff,
         **(recompute if training.recompute else {}),
     )
     if config.transformer_impl == "transformer_engine" and training.packing and training.precision == "fp32":

@@ -11,11 +11,14 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -141,10 +144,43 @@ def small_config(name: str) -> PreTrainedConfig:
             attn_logit_softcapping=3.0,
             final_logit_softcapping=8.0,
         ),
+        # weights of a token's experts that add up to 1; a window in all layers
+        "mixtral": lambda: MixtralConfig(
+            **_SIZES,
+            vocab_size=1003,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=10,
+        ),
+        # narrow experts, three for a token; a norm for each head; tied
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **_SIZES,
+            vocab_size=900,
+            num_key_value_heads=2,
+            head_dim=20,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+        ),
+        # weights that do not add up to 1; norms over all heads
+        "olmoe": lambda: OlmoeConfig(
+            **_SIZES,
+            vocab_size=1003,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            pad_token_id=None,
+            eos_token_id=2,
+        ),
     }[name]()
 
 
-NAMES = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3", "gemma2")
+DENSE = ("llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma3", "gemma2")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+NAMES = DENSE + MIXTURES
 
 
 def save_small_model(name: str, directory: Path, seed: int = 0) -> Path:

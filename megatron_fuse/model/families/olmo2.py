@@ -1,30 +1,12 @@
 """OLMo 2: norms after attention and MLP instead of before, and norms of queries and keys over all heads."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from megatron_fuse.model.families.family import LLAMA_NEEDS, Family, Need
-from megatron_fuse.model.families.weights import Table, head_widths, norms_after, projections, rows
-
-if TYPE_CHECKING:
-    from megatron_fuse.model.architecture import Architecture
-
-
-def _layer(a: Architecture) -> Table:
-    query, key, _ = head_widths(a)
-    return {
-        **projections(a),
-        "self_attention.q_layernorm.weight": rows("self_attn.q_norm.weight", query),
-        "self_attention.k_layernorm.weight": rows("self_attn.k_norm.weight", key),
-        **norms_after(a),
-    }
-
+from megatron_fuse.model.families.weights import norms_after, norms_over_all_heads, projections
 
 OLMO2 = Family(
     "Olmo2ForCausalLM",
     "olmo2",
-    layer=_layer,
+    layer=lambda a: {**projections(a), **norms_over_all_heads(a), **norms_after(a)},
     traits=lambda config: {
         "norms_before": False,
         "norms_after": True,

@@ -108,9 +108,9 @@ def columns(tensor: str, length: int, *across: int) -> Weight:
     return Weight(separate((tensor, length)), across, dim=1)
 
 
-def whole(tensor: str, length: int) -> Weight:
-    """A vector that every rank holds."""
-    return Weight(separate((tensor, length)), split=False)
+def whole(tensor: str, length: int, *across: int) -> Weight:
+    """A vector, or a matrix, that every rank holds."""
+    return Weight(separate((tensor, length)), across, split=False)
 
 
 def vocabulary(tensor: str, a: Architecture) -> Weight:
@@ -133,6 +133,18 @@ def head_widths(a: Architecture) -> tuple[int, int, int]:
 
 def projections(a: Architecture) -> Table:
     """The matrices of a Llama layer, with the biases of query, key and value if the architecture has them."""
+    return {
+        **attention(a),
+        "mlp.linear_fc1.weight": Weight(
+            separate(("mlp.gate_proj.weight", a.ffn_hidden_size), ("mlp.up_proj.weight", a.ffn_hidden_size)),
+            (a.hidden_size,),
+        ),
+        "mlp.linear_fc2.weight": columns("mlp.down_proj.weight", a.ffn_hidden_size, a.hidden_size),
+    }
+
+
+def attention(a: Architecture) -> Table:
+    """The attention's part of `projections`."""
     names = ("q_proj", "k_proj", "v_proj")
     query_key_and_value = {
         kind: separate(
@@ -147,11 +159,6 @@ def projections(a: Architecture) -> Table:
         "self_attention.linear_proj.weight": columns(
             "self_attn.o_proj.weight", head_widths(a)[0], a.hidden_size
         ),
-        "mlp.linear_fc1.weight": Weight(
-            separate(("mlp.gate_proj.weight", a.ffn_hidden_size), ("mlp.up_proj.weight", a.ffn_hidden_size)),
-            (a.hidden_size,),
-        ),
-        "mlp.linear_fc2.weight": columns("mlp.down_proj.weight", a.ffn_hidden_size, a.hidden_size),
     }
 
 
@@ -178,6 +185,15 @@ def query_and_key_norms(a: Architecture) -> Table:
     return {
         "self_attention.q_layernorm.weight": whole("self_attn.q_norm.weight", a.head_dim),
         "self_attention.k_layernorm.weight": whole("self_attn.k_norm.weight", a.head_dim),
+    }
+
+
+def norms_over_all_heads(a: Architecture) -> Table:
+    """The norms of the queries and of the keys over all heads together."""
+    query, key, _ = head_widths(a)
+    return {
+        "self_attention.q_layernorm.weight": rows("self_attn.q_norm.weight", query),
+        "self_attention.k_layernorm.weight": rows("self_attn.k_norm.weight", key),
     }
 
 
