@@ -47,6 +47,8 @@ def layer_spec(
         last = ModuleSpec(NormedRowParallelLinear, params={"norm": norm})
         spec.submodules.self_attention.submodules.linear_proj = last
         spec.submodules.mlp.submodules.linear_fc2 = last
+    if architecture.experts is not None:  # as Transformer Engine's layers name it, which have this norm too
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -4,8 +4,9 @@ Neither Megatron nor other ranks are needed. The checkpoint may be of another pr
 then it has no checksums, and its sizes are compared with the architecture when the parameters are used.
 
 Equal layers are stored as one tensor, with the layer as its first dimension:
-`decoder.layers.mlp.linear_fc1.weight` [layers, rows, columns]. Each rank stored its part of a layer as a
-chunk.
+`decoder.layers.mlp.linear_fc1.weight` [layers, rows, columns]. So are the experts of a layer:
+`decoder.layers.mlp.experts.experts.linear_fc1.weight` [layers, experts, rows, columns]. Each rank stored its
+part of a layer as a chunk.
 """
 
 import math
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from megatron_fuse.training.stored_tensor import read_tensor
 _NO_PARAMETER = re.compile(
     r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)\b.*"
 )
-_LAYERS = "decoder.layers."
+_LAYERS, _EXPERTS = "decoder.layers.", ".mlp.experts.experts."
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class _StoredParameter:
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: list[_Chunk]
-    has_layer: bool  # the stored tensors have the layer as a dimension of size 1 in front
+    stacked: int  # dimensions of size 1 in front of the stored tensors: layer and expert
 
 
 @contextmanager
@@ -87,20 +89,22 @@ def _parameters(metadata: Any, path: Path) -> Iterator[tuple[str, _StoredParamet
         # Values that are no tensors are scales of fp8, which is not used here.
         if not isinstance(stored, TensorStorageMetadata) or _NO_PARAMETER.fullmatch(key):
             continue
-        stacked = key.startswith(_LAYERS) and not key.removeprefix(_LAYERS)[0].isdigit()
-        chunks: dict[int, list[_Chunk]] = {}
+        has_layer = key.startswith(_LAYERS) and not key.removeprefix(_LAYERS)[0].isdigit()
+        stacked = has_layer + (_EXPERTS in key)
+        chunks: dict[tuple[int, ...], list[_Chunk]] = {}
         for chunk in stored.chunks:
             begins, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            if stacked and sizes[0] != 1:
+            if {*sizes[:stacked]} - {1}:
                 raise UserError(f"{path}: {key} is not stored layer by layer. Name another checkpoint.")
             place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            layer = begins[0] if stacked else 0
-            chunks.setdefault(layer, []).append(
+            chunks.setdefault(begins[:stacked], []).append(
                 _Chunk(begins[stacked:], sizes[stacked:], place.relative_path, place.offset, place.length)
             )
-        for layer in range(stored.size[0]) if stacked else [0]:
-            name = f"{_LAYERS}{layer}.{key.removeprefix(_LAYERS)}" if stacked else key
-            shape, parts = tuple(stored.size[stacked:]), chunks.get(layer, [])
+        for number in product(*map(range, stored.size[:stacked])):
+            name = f"{_LAYERS}{number[0]}.{key.removeprefix(_LAYERS)}" if has_layer else key
+            if _EXPERTS in name:
+                name = name.replace(_EXPERTS, f".mlp.experts.local_experts.{number[-1]}.")
+            shape, parts = tuple(stored.size[stacked:]), chunks.get(number, [])
             if sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
                 raise UserError(f"{path}: .metadata does not place all of {name}. Name another checkpoint.")
             yield name, _StoredParameter(stored.properties.dtype, shape, parts, stacked)
@@ -114,7 +118,7 @@ def _read(files: CheckpointFiles, parameter: _StoredParameter, what: str) -> Ten
         with path.open("rb", buffering=0) as file:
             files.read_item(file, chunk.file, chunk.offset, content)
         stored = read_tensor(content, f"{path}: {what} at byte {chunk.offset}")
-        sizes = ((1,) if parameter.has_layer else ()) + chunk.sizes
+        sizes = (1,) * parameter.stacked + chunk.sizes
         if tuple(stored.shape) != sizes:
             raise UserError(
                 f"{path}: {what} at byte {chunk.offset} has shape {list(stored.shape)} instead of "
@@ -123,5 +127,5 @@ def _read(files: CheckpointFiles, parameter: _StoredParameter, what: str) -> Ten
         region = tuple(
             slice(begin, begin + size) for begin, size in zip(chunk.begins, chunk.sizes, strict=True)
         )
-        result[region] = stored[0] if parameter.has_layer else stored
+        result[region] = stored[(0,) * parameter.stacked]
     return result

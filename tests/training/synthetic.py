@@ -14,10 +14,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -168,6 +171,15 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         },
     ),
 }
+_EIGHT = {"num_experts": 8, "num_experts_per_tok": 3}
+MIXTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"head_dim": 12, "moe_intermediate_size": 20, "norm_topk_prob": True} | _EIGHT,
+    ),
+    "olmoe": (OlmoeConfig, {"pad_token_id": None, "eos_token_id": 2} | _EIGHT),
+}
 
 
 def make_tiny_target(
@@ -180,7 +192,7 @@ def make_tiny_target(
 ) -> Path:
     """A random model with grouped-query attention. Families with kinds of layers need four layers."""
     torch.manual_seed(7)
-    config_class, further = FAMILIES[family]
+    config_class, further = (FAMILIES | MIXTURES)[family]
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=32,

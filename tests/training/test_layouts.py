@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import FAMILIES, SyntheticDataset, make_tiny_recipe, make_tiny_target
+from synthetic import FAMILIES, MIXTURES, SyntheticDataset, make_tiny_recipe, make_tiny_target
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Over 53 examples in batches of 28: 2 steps of the first phase, then 3 of the 4 of the second, which has two
@@ -58,6 +58,8 @@ def run_training(
         tensor_parallel_size=layout.tensor_model_parallel_size,
         pipeline_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        expert_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
     architecture = read_target(recipe)
     chunks = build_target(recipe, architecture)
@@ -235,6 +237,72 @@ def test_a_family_continues_at_another_layout(ranks, family_alone, tmp_path, fam
     rest = one_report(ranks(2, run_training, tmp_path, target, second))
     expected = {"steps": alone["steps"][17:], "validation": alone["validation"][-len(rest["validation"]) :]}
     assert_same(rest, expected, relative=1e-5)
+
+
+def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
+    sizes = {"expert_model_parallel_size": ranks}
+    return sizes | ({"sequence_parallel": True} if "tensor_model_parallel_size" in options else {}) | options
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen3_moe")) for name in MIXTURES]
+)
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        pytest.param(2, experts(2), id="ep2", marks=pytest.mark.slow),
+        pytest.param(
+            4,
+            experts(4, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
+            id="ep4-distributed",
+        ),
+        pytest.param(
+            4,
+            experts(2, tensor_model_parallel_size=2, use_distributed_optimizer=True),
+            id="tp2-ep2-dp2",
+        ),
+        pytest.param(
+            4,
+            experts(4, tensor_model_parallel_size=2, expert_tensor_parallel_size=1),
+            id="tp2-ep4-folded",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(4, experts(2, pipeline_model_parallel_size=2), id="pp2-ep2"),
+        pytest.param(
+            4,
+            experts(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+            id="tp2-pp2",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
+    ranks, family_alone, tmp_path, family, world_size, parallel
+) -> None:
+    target, alone = family_alone(family)
+    sections = {"parallel": parallel, "training": WHOLE_RUN}
+    found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
+    assert len(found["steps"]) == WHOLE_RUN["train_iters"]
+    assert_same(found, alone, relative=1e-5)
+
+
+@pytest.mark.parametrize(
+    "distributed",
+    [pytest.param(False, id="whole optimizer", marks=pytest.mark.slow), pytest.param(True, id="distributed")],
+)
+def test_a_mixture_continues_at_another_layout(ranks, family_alone, tmp_path, distributed) -> None:  # type: ignore[no-untyped-def]
+    """Experts over ranks, then over tensor ranks, then on a single one."""
+    target, alone = family_alone("qwen3_moe")
+    options = {"use_distributed_optimizer": distributed}
+    folded = experts(2, tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
+    layouts = [(4, experts(4)), (2, folded), (1, experts())]
+    for (world_size, parallel), last in zip(layouts, (6, 12, 20), strict=True):
+        sections = {"parallel": parallel | options, "training": WHOLE_RUN | {"train_iters": last}}
+        report = one_report(ranks(world_size, run_training, tmp_path, target, sections))
+        own = len(report["steps"])
+        steps = {"steps": alone["steps"][last - own : last], "validation": report["validation"]}
+        assert_same(report, steps, relative=1e-5)
+    assert own == 8
 
 
 def run_with_a_bucket_per_weight(

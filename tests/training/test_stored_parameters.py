@@ -17,7 +17,7 @@ from megatron_fuse.training.export import checkpoint_in, export_checkpoint
 
 
 def save_as_megatron_lm(
-    model_dir: Path, directory: Path, tensor: int, pipeline: int, extra: str | None
+    model_dir: Path, directory: Path, tensor: int, pipeline: int, extra: str | None, experts: int = 1
 ) -> None:
     """On a rank: Megatron-core's own `save` of a model with arguments and an optimizer, as in Megatron-LM."""
     import torch.distributed as dist
@@ -31,10 +31,12 @@ def save_as_megatron_lm(
     from megatron_fuse.model.gpt import build_model
     from megatron_fuse.runtime import start_runtime
 
-    start_runtime(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+    start_runtime(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, expert_parallel_size=experts)
     architecture = read_architecture(model_dir)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-    model = build_model(architecture, transformer_config(architecture, **layout))
+    layout |= {"expert_model_parallel_size": experts}
+    config = transformer_config(architecture, **layout, sequence_parallel=tensor > 1)
+    model = build_model(architecture, config)
     load_hugging_face_weights([model], model_dir)
     momentum = torch.zeros(1, 3)
     state: dict[str, Any] = {
@@ -74,6 +76,27 @@ def test_a_checkpoint_of_megatron_lm_becomes_a_model(  # type: ignore[no-untyped
     ranks(tensor * pipeline, save_as_megatron_lm, target, tmp_path / "theirs", tensor, pipeline, None)
     checkpoint = checkpoint_in(tmp_path / "theirs")
     assert checkpoint.name == "iter_0000007" and checkpoint == checkpoint_in(checkpoint)
+    assert export_checkpoint(checkpoint, target, tmp_path / "model", verify=False) == "fp32"
+    before, after = (load_file(path / "model.safetensors") for path in (target, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "pipeline", "experts"),
+    [
+        pytest.param("mixtral", 1, 1, 4, marks=pytest.mark.slow),
+        ("qwen3_moe", 2, 1, 2),
+        ("olmoe", 1, 2, 2),
+        pytest.param("qwen3_moe", 2, 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mixture_of_megatron_lm_becomes_a_model(  # type: ignore[no-untyped-def]
+    ranks, tmp_path: Path, family: str, tensor: int, pipeline: int, experts: int
+) -> None:
+    target = make_tiny_target(tmp_path / "target", vocab_size=1003, layers=4, family=family)
+    ranks(4, save_as_megatron_lm, target, tmp_path / "theirs", tensor, pipeline, None, experts)
+    checkpoint = checkpoint_in(tmp_path / "theirs")
     assert export_checkpoint(checkpoint, target, tmp_path / "model", verify=False) == "fp32"
     before, after = (load_file(path / "model.safetensors") for path in (target, tmp_path / "model"))
     assert before.keys() == after.keys()
