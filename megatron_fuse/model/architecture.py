@@ -68,6 +68,11 @@ class Architecture:
     origin: str = field(default="the model's config", compare=False)  # the config's file, for messages
 
     @property
+    def ffn_width(self) -> int:
+        """The width of the MLP that a token goes through: of a mixture, that of all its experts together."""
+        return self.ffn_hidden_size * (1 if self.experts is None else self.experts.per_token)
+
+    @property
     def padded_vocab_size(self) -> int:
         """The vocabulary size, rounded up.
 

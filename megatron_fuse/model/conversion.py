@@ -144,5 +144,5 @@ def _with_whole_count(name: str, layer: torch.nn.Module) -> str:
     if not (of_expert := _OF_EXPERT.fullmatch(name)):
         return name
     own = int(of_expert["number"] or of_expert["grouped"])
-    expert = layer.get_submodule("mlp").local_expert_indices[own]  # type: ignore[operator,index]
+    expert = layer.get_submodule("mlp").local_expert_indices[own]  # type: ignore[index]
     return f"mlp.experts.local_experts.{expert}.{of_expert['matrix']}.weight"

@@ -327,7 +327,7 @@ def _mark_weights_of_experts(model: GPTModel) -> None:
     """
     for name, parameter in model.named_parameters():
         if is_of_expert(name):
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def _mark_tensor_parallel_weights(model: GPTModel) -> None:

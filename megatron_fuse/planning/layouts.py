@@ -5,7 +5,7 @@ Pure functions of sizes: nothing here reads a file or needs a GPU.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from megatron_fuse.errors import UserError
@@ -131,7 +131,10 @@ class TrainingChoice:
     def layout(self) -> str:
         parallel = self.recipe.parallel
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        return f"TP {tensor} x PP {pipeline} x DP {self.data_parallel_size}"
+        experts = parallel.expert_model_parallel_size
+        return f"TP {tensor} x PP {pipeline} x DP {self.data_parallel_size}" + (
+            f" (EP {experts})" if experts > 1 else ""
+        )
 
     @property
     def options(self) -> str:
@@ -172,7 +175,7 @@ def training_choices(
     if refusal:
         raise UserError(refusal)
     judged = [_judged(recipe, {}, cluster, cost)]
-    for change in _changes(recipe, cluster):
+    for change in _changes(recipe, architecture, cluster):
         changed = _with(recipe, change)
         if not _refusal(changed, architecture, cluster):
             judged.append(_judged(changed, change, cluster, cost))
@@ -198,7 +201,7 @@ def _judged(recipe: Recipe, change: Change, cluster: Cluster, cost: TrainingCost
     return TrainingChoice(recipe, change, data, need, seconds, need.fits(cluster.gpu.memory))
 
 
-def _changes(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
+def _changes(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> Iterator[Change]:
     """All combinations of the options that decide memory and speed, without those that the recipe has."""
     parallel, training = recipe.parallel, recipe.training
     switches: list[Change] = []
@@ -217,20 +220,29 @@ def _changes(recipe: Recipe, cluster: Cluster) -> Iterator[Change]:
         )
     if training.micro_batch_size > 1:
         switches.append({"training": {"micro_batch_size": 1}})
-    now = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    layouts: list[Change] = [{}]
-    for tensor in _SIZES:
-        for pipeline in _SIZES:
-            names = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-            wanted = zip(names, (tensor, pipeline), now, strict=True)
-            differing = {name: value for name, value, current in wanted if value != current}
-            if differing and tensor <= cluster.per_node and tensor * pipeline <= cluster.gpus:
-                layouts.append({"parallel": differing})
-    for layout in layouts:
+    for layout in [{}, *_other_layouts(recipe, architecture, cluster)]:
         for count in range(len(switches) + 1):
             for chosen in combinations(switches, count):
                 if change := _merged([layout, *chosen]):
                     yield change
+
+
+def _other_layouts(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> Iterator[Change]:
+    """Layouts that differ from the recipe's. The experts of a mixture are shared by whole ranks."""
+    is_mixture = architecture.experts is not None
+    for tensor, pipeline, experts in product(_SIZES, _SIZES, _SIZES if is_mixture else (1,)):
+        if tensor > cluster.per_node or pipeline * max(tensor, experts) > cluster.gpus:
+            continue
+        wanted: dict[str, Any] = {
+            "tensor_model_parallel_size": tensor,
+            "pipeline_model_parallel_size": pipeline,
+        }
+        if is_mixture:
+            wanted |= {"expert_model_parallel_size": experts, "sequence_parallel": tensor > 1}
+            wanted |= {"expert_tensor_parallel_size": None if tensor == 1 else 1}
+        now = recipe.parallel
+        if differing := {name: value for name, value in wanted.items() if value != getattr(now, name)}:
+            yield {"parallel": differing}
 
 
 def _merged(changes: Sequence[Change]) -> Change:
@@ -253,6 +265,12 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
     if cluster.gpus % parallel.model_parallel_size:
         return (
             f"the recipe's tensor x pipeline parallelism needs a multiple of {parallel.model_parallel_size} "
+            f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
+        )
+    of_experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    if cluster.gpus % (of_experts * parallel.pipeline_model_parallel_size):
+        return (
+            f"the recipe's experts need a multiple of {of_experts * parallel.pipeline_model_parallel_size} "
             f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
         )
     tensor = parallel.tensor_model_parallel_size

@@ -139,6 +139,6 @@ def workspace_bytes(recipe: Recipe, architecture: Architecture) -> float:
     tensor = recipe.parallel.tensor_model_parallel_size
     tokens = recipe.training.micro_batch_size * recipe.training.seq_length
     embedding = architecture.padded_vocab_size * architecture.hidden_size / tensor
-    of_layer = 2 * architecture.hidden_size + 4 * architecture.ffn_hidden_size / tensor
+    of_layer = 2 * architecture.hidden_size + 4 * architecture.ffn_width / tensor
     # The fused loss adds its weight's gradient to the main gradients itself; the embedding's is whole.
     return element * max(embedding, tokens * of_layer)

@@ -65,6 +65,11 @@ class ParallelOptions(ModelParallelOptions):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @property
+    def expert_tensor_size(self) -> int:
+        """The tensor-parallel ranks of each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def sizes(self) -> dict[str, Any]:
         return super().sizes | {
             "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,

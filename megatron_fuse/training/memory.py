@@ -19,6 +19,7 @@ from megatron_fuse.model.architecture import Architecture
 from megatron_fuse.model.families import layer_weights
 from megatron_fuse.model.families.weights import outside_layers
 from megatron_fuse.model.pipeline_split import layers_of_stages, stated_split
+from megatron_fuse.model.weight_blocks import is_of_expert
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
@@ -52,17 +53,34 @@ class Memory:
 
 
 def rank_parameters(architecture: Architecture, recipe: Recipe, stage: int) -> int:
-    """Parameters of one rank of a pipeline stage.
+    """Parameters of one rank of a pipeline stage, with those of its experts.
 
     A tied embedding counts on the first stage and again on the last.
     """
+    experts = _parameters_of_experts(architecture, recipe, stage)
+    return _parameters_without_experts(architecture, recipe, stage) + experts
+
+
+def _parameters_of_experts(architecture: Architecture, recipe: Recipe, stage: int) -> int:
+    layout = recipe.parallel
+    layer = sum(
+        weight.elements(layout.expert_tensor_size)
+        for name, weight in layer_weights(architecture).items()
+        if is_of_expert(name)
+    )
+    return _layers(recipe, architecture, stage) * layer // layout.expert_model_parallel_size
+
+
+def _parameters_without_experts(architecture: Architecture, recipe: Recipe, stage: int) -> int:
     a, layout = architecture, recipe.parallel
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     outside = outside_layers(a)
     embedding = outside["embedding.word_embeddings.weight"].elements(tensor)
     first, last = stage == 0, stage == stages - 1
     output = last and not (first and a.tied_embeddings)
-    layer = sum(weight.elements(tensor) for weight in layer_weights(a).values())
+    layer = sum(
+        weight.elements(tensor) for name, weight in layer_weights(a).items() if not is_of_expert(name)
+    )
     return _layers(recipe, a, stage) * layer + embedding * (first + output) + a.hidden_size * last
 
 
@@ -72,7 +90,11 @@ def _layers(recipe: Recipe, architecture: Architecture, stage: int) -> int:
 
 
 def activation_elements(
-    architecture: Architecture, tensor_parallel_size: int, *, sequence_parallel: bool = False
+    architecture: Architecture,
+    tensor_parallel_size: int,
+    *,
+    sequence_parallel: bool = False,
+    expert_tensor_parallel_size: int = 1,
 ) -> float:
     """Elements that one layer keeps of one token for its backward pass, on one tensor rank.
 
@@ -83,12 +105,17 @@ def activation_elements(
     parallelism); cosine and sine of the rotations. Split over the tensor ranks: queries and keys before and
     after the rotation, values, the attention's output; gate and up projection (2), the gate's SiLU and its
     copy, their product. Fused kernels keep fewer of the last group.
+
+    In a mixture the last group counts once for each expert of the token. Each of them also keeps its input
+    and its output. Tokens are assumed to be spread evenly over the experts.
     """
     a, tensor = architecture, tensor_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
     norms = 2 * (a.norms_before + a.norms_after)
     of_norms = 3 * norms * a.hidden_size / (tensor if sequence_parallel else 1)
-    return of_norms + 4 * a.head_dim + (3 * heads + 5 * a.ffn_hidden_size) / tensor
+    dispatched = 0 if a.experts is None else 2 * a.experts.per_token * a.hidden_size
+    of_mlp = 5 * a.ffn_width + expert_tensor_parallel_size * dispatched
+    return of_norms + 4 * a.head_dim + (3 * heads + of_mlp) / tensor
 
 
 def micro_batches_in_flight(stages: int, virtual: int, stage: int) -> float:
@@ -114,15 +141,28 @@ def estimate_memory(
     """
     layout, training = recipe.parallel, recipe.training
     tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    parameters = rank_parameters(architecture, recipe, stage)
+    dense = _parameters_without_experts(architecture, recipe, stage)
+    of_experts = _parameters_of_experts(architecture, recipe, stage)
+    parameters = dense + of_experts
     bf16 = training.precision == "bf16"
     element = 2 if bf16 else 4
     # With the distributed optimizer each data-parallel rank holds its share of masters and moments.
-    of_optimizer = parameters / (data_parallel_size if layout.use_distributed_optimizer else 1)
+    of_optimizer: float = parameters
+    if layout.use_distributed_optimizer:
+        # The ranks that hold the same experts.
+        holders = (
+            data_parallel_size * tensor / (layout.expert_tensor_size * layout.expert_model_parallel_size)
+        )
+        of_optimizer = dense / data_parallel_size + of_experts / holders
     tokens = training.micro_batch_size * sequence
     layers = _layers(recipe, architecture, stage)
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
-    of_layer = activation_elements(architecture, tensor, sequence_parallel=layout.sequence_parallel)
+    of_layer = activation_elements(
+        architecture,
+        tensor,
+        sequence_parallel=layout.sequence_parallel,
+        expert_tensor_parallel_size=layout.expert_tensor_size,
+    )
     # With recompute every layer keeps its input, and one layer at a time all its activations.
     kept = (
         in_flight * layers * architecture.hidden_size / (tensor if layout.sequence_parallel else 1) + of_layer

@@ -1,6 +1,7 @@
 """The target in Megatron: this rank's part of it for training, and a checkpoint of its first weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,11 @@ def build_chunks(
     Raises UserError if Transformer Engine would have to attend to packed sequences in fp32.
     """
     layout, training, loss = recipe.parallel, recipe.training, recipe.loss
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute: dict[str, Any] = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     config = transformer_config(
         architecture,
         **layout.sizes,

@@ -34,13 +34,14 @@ def multiplying_parameters(architecture: Architecture) -> int:
     """The number of weights that every token is multiplied with:
     those of all layers, and of the output layer without padding.
 
-    The embedding counts only if it is also the output layer: otherwise it is only looked up. Norms and biases
-    do not count.
+    The embedding counts only if it is also the output layer: otherwise it is only looked up. Norms, biases
+    and the experts that a token does not use do not count.
     """
     a = architecture
     attention = 2 * a.hidden_size * a.head_dim * (a.num_attention_heads + a.num_query_groups)
-    mlp = 3 * a.hidden_size * a.ffn_hidden_size
-    return a.num_layers * (attention + mlp) + a.hidden_size * a.vocab_size
+    mlp = 3 * a.hidden_size * a.ffn_width
+    router = 0 if a.experts is None else a.hidden_size * a.experts.count
+    return a.num_layers * (attention + mlp + router) + a.hidden_size * a.vocab_size
 
 
 def training_flops(architecture: Architecture, positions: np.ndarray) -> float:

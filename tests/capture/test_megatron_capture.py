@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, capture_shard, require_backend
@@ -282,6 +284,40 @@ def test_logits_with_a_soft_cap(ranks, expected, tmp_path) -> None:  # type: ign
     for found, shard in pairs:
         assert_same_up_to_rounding(found, shard)
         assert shard.entry_logits.min() > -6  # capped logits lie between -3 and 3
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [
+        (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
+        pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+        (
+            4,
+            {
+                "tensor_model_parallel_size": 2,
+                "pipeline_model_parallel_size": 2,
+                "expert_model_parallel_size": 2,
+            },
+        ),
+    ],
+    ids=["tp2-ep2", "tp2", "tp2-pp2-ep2"],
+)
+def test_a_mixture_of_experts(ranks, expected, tmp_path, processes, parallel) -> None:  # type: ignore[no-untyped-def]
+    """The tensor ranks share the tokens and the experts; batches have odd lengths."""
+    model = Path(shutil.copytree(expected["sources"]["tied"]["model"], tmp_path / "model"))
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(5)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    save_random(model, Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, vocab_size=vocab)))
+    source = {"model": str(model), "dtype": "fp32"}
+    content = in_megatron({**expected, "sources": {"mixture": source}}, tmp_path, **parallel)
+    plain = {**content, "workdir": str(tmp_path / "in-process"), "sources": {"mixture": source}}
+    shutil.copytree(content["workdir"], plain["workdir"])
+    capture(Context(make_recipe(plain)), "mixture", "training")
+    ranks(processes, run_training_captures, content)
+    pairs = zip(*(read(make_recipe(each), "mixture", "training") for each in (content, plain)), strict=True)
+    for found, shard in pairs:
+        assert_same_up_to_rounding(found, shard)
 
 
 def test_a_capture_continues_at_another_layout(ranks, expected, tmp_path) -> None:  # type: ignore[no-untyped-def]

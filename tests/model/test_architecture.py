@@ -222,6 +222,12 @@ def test_a_config_that_cannot_be_reproduced_is_refused(tmp_path, changes, said):
         ("gemma3", "sliding_window", None, "sliding_window"),
         ("gemma3", "rope_parameters", {"full_attention": small.YARN_ROPE}, "rotations of different scales"),
         ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
+        ("mixtral", "router_jitter_noise", 0.1, "router_jitter_noise is 0.1"),
+        ("mixtral", "num_experts_per_tok", 5, "num_experts_per_tok is 5, but a layer has 4 experts"),
+        ("mixtral", "num_experts_per_tok", 1, "num_experts_per_tok is 1.* at least 2"),
+        ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step is 2"),
+        ("qwen3_moe", "mlp_only_layers", [1], r"mlp_only_layers is \[1\]"),
+        ("olmoe", "clip_qkv", 8.0, "clip_qkv is 8.0"),
     ],
 )
 def test_an_option_of_a_family_that_cannot_be_reproduced_is_refused(name, key, value, said):
@@ -239,6 +245,7 @@ def test_transformer_engine_takes_the_families_whose_parts_it_has(monkeypatch, n
     )  # which would look for the library
     architecture = read_architecture(small.small_config(name))
     only_local = {
+        "olmoe": "query and key norms over all heads",
         "olmo2": "norms after attention and MLP and query and key norms over all heads",
         "gemma3": "norms after attention and MLP and two kinds of rotations",
         "gemma2": "norms after attention and MLP and soft-capped attention scores",
@@ -269,6 +276,32 @@ def test_a_config_object_of_another_class_is_refused():
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1003, 1024), (1024, 1024), (1, 128), (32001, 32128)])
 def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded):
     assert read_architecture(LlamaConfig(vocab_size=vocab_size)).padded_vocab_size == padded
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"expert_model_parallel_size": 3}, "3 does not divide the 8 experts"),
+        ({"tensor_model_parallel_size": 2}, "needs --sequence-parallel too"),
+        (
+            {
+                "tensor_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 8,
+                "sequence_parallel": True,
+            },
+            r"8 does not divide the width of an expert \(36\)",
+        ),
+    ],
+)
+def test_a_layout_of_experts_that_cannot_be_is_refused(layout, said):
+    with pytest.raises(UserError, match=said):
+        check_layout(read_architecture(small.small_config("qwen3_moe")), **layout)
+
+
+@pytest.mark.parametrize("option", ["expert_model_parallel_size", "expert_tensor_parallel_size"])
+def test_experts_of_a_dense_model_are_refused(option):
+    with pytest.raises(UserError, match="has no experts"):
+        check_layout(read_architecture(small.small_config("mistral")), **{option: 2})
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
     runtime = start_runtime(
         tensor_parallel_size=sizes.tensor_model_parallel_size,
         pipeline_parallel_size=sizes.pipeline_model_parallel_size,
+        expert_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
     )
     architecture = read_target(recipe)
     return make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), SyntheticDataset())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from synthetic import make_tiny_target
 from test_guards import make_tiny_trainer
-from test_layouts import layout
+from test_layouts import experts, layout
 
 from megatron_fuse.model.architecture import read_architecture
 from megatron_fuse.training.metrics import metrics_directory
@@ -109,6 +109,24 @@ def test_the_memory_estimate_is_what_a_rank_then_holds(  # type: ignore[no-untyp
     assert re.search(r"inference +1 - 7 +7 +53 ", printed) and re.search(
         r"co-fusion +8 - 21 +14 +106 ", printed
     )
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        experts(4, use_distributed_optimizer=True),
+        experts(2, tensor_model_parallel_size=2, use_distributed_optimizer=True),
+        pytest.param(experts(2, pipeline_model_parallel_size=2), marks=pytest.mark.slow),
+    ],
+    ids=["ep4-distributed", "tp2-ep2-distributed", "pp2-ep2"],
+)
+def test_the_memory_estimate_counts_experts(ranks, tmp_path, parallel) -> None:  # type: ignore[no-untyped-def]
+    target = make_tiny_target(tmp_path / "target", layers=4, family="mixtral")
+    sections = {"parallel": parallel, "training": {"train_iters": 1}}
+    for result in ranks(4, built_and_estimated, tmp_path / "run", target, sections):
+        assert result["parameters"][0] == result["parameters"][1]
+        for name, found in result["found"].items():
+            assert found == pytest.approx(result["estimated"][name], rel=0.05), name
 
 
 def largest_and_estimated(workdir: Path, target: Path, training: dict[str, Any]) -> tuple[int, float, str]:
