@@ -165,24 +165,7 @@ def check_layout(
     for option, value in (("tensor", tensor), ("pipeline", pipeline), ("virtual-pipeline", virtual)):
         if value < 1:
             raise UserError(f"--{option}-model-parallel-size is {value}, but must be at least 1")
-    divided = {
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_key_value_heads": architecture.num_query_groups,
-        "the padded vocabulary": architecture.padded_vocab_size,
-    }
-    if architecture.experts is None:
-        divided["intermediate_size"] = architecture.ffn_hidden_size
-    allowed = [
-        size
-        for size in range(1, architecture.num_query_groups + 1)
-        if not any(n % size for n in divided.values())
-    ]
-    for name, count in divided.items():
-        if count % tensor:
-            raise UserError(
-                f"--tensor-model-parallel-size {tensor} does not divide {name} ({count}) of {where}. Choose "
-                f"one of {', '.join(map(str, allowed))}."
-            )
+    _check_tensor_parallel(architecture, tensor)
     _check_experts(
         architecture,
         tensor,
@@ -204,6 +187,27 @@ def check_layout(
     layers_of_stages(architecture.num_layers, pipeline, split)
     if seq_length is not None:
         _check_length(architecture, seq_length)
+
+
+def _check_tensor_parallel(architecture: Architecture, tensor: int) -> None:
+    divided = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_query_groups,
+        "the padded vocabulary": architecture.padded_vocab_size,
+    }
+    if architecture.experts is None:
+        divided["intermediate_size"] = architecture.ffn_hidden_size
+    allowed = [
+        size
+        for size in range(1, architecture.num_query_groups + 1)
+        if not any(n % size for n in divided.values())
+    ]
+    for name, count in divided.items():
+        if count % tensor:
+            raise UserError(
+                f"--tensor-model-parallel-size {tensor} does not divide {name} ({count}) of "
+                f"{architecture.origin}. Choose one of {', '.join(map(str, allowed))}."
+            )
 
 
 def _check_experts(

@@ -15,6 +15,8 @@ from megatron_fuse.runtime.libraries import importing_megatron
 from megatron_fuse.runtime.megatron_versions import complete_router, quiet_known_messages
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
 
+_TIMEOUT = timedelta(minutes=30)  # in which the other ranks must reach a collective
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -29,9 +31,13 @@ class Runtime:
     expert_parallel_size: int
     data_parallel_size: int
     data_parallel_rank: int
+    tensor_parallel_rank: int
     is_last_stage: bool  # this rank holds the last pipeline stage, where the loss is computed
-    # True on exactly one rank: the first tensor and data rank of the last stage, which has the loss
-    is_logging_rank: bool
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """True on exactly one rank: the first tensor and data rank of the last stage, which has the loss."""
+        return self.is_last_stage and self.data_parallel_rank == self.tensor_parallel_rank == 0
 
 
 def quiet_third_party_warnings() -> None:
@@ -57,7 +63,6 @@ def start_runtime(
     expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     deterministic: bool = False,
-    timeout_minutes: float = 30,
 ) -> Runtime:
     """Joins the processes that torchrun started, or runs alone, and builds Megatron's process groups.
 
@@ -72,40 +77,26 @@ def start_runtime(
         install_group_step_adamw()
         complete_router()
         from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     _use_deterministic_algorithms(deterministic)
 
     if virtual_pipeline_parallel_size == 1:  # Megatron would read 1 as an interleaved schedule
         virtual_pipeline_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    expert_size = expert_tensor_parallel_size or tensor_parallel_size
     _refuse_uneven_layout(world_size, tensor_parallel_size, pipeline_parallel_size)
-    _refuse_uneven_experts(
-        world_size,
-        pipeline_parallel_size,
-        expert_parallel_size,
-        expert_tensor_parallel_size or tensor_parallel_size,
-    )
+    _refuse_uneven_experts(world_size, pipeline_parallel_size, expert_parallel_size, expert_size)
     device = torch.device("cpu") if on_cpu else _use_own_gpu()
     if not dist.is_initialized():
-        _join_processes("gloo" if on_cpu else "nccl", timedelta(minutes=timeout_minutes))
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
+        _join_processes("gloo" if on_cpu else "nccl")
+    _build_groups(
+        seed,
         tensor_model_parallel_size=tensor_parallel_size,
         pipeline_model_parallel_size=pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
         expert_model_parallel_size=expert_parallel_size,
-        expert_tensor_parallel_size=expert_tensor_parallel_size,
+        expert_tensor_parallel_size=expert_size,
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    is_last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    data_parallel_rank = parallel_state.get_data_parallel_rank()
-    is_logging_rank = (
-        is_last_stage and data_parallel_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-    choose_logging_rank(is_logging_rank)
-    return Runtime(
+    runtime = Runtime(
         rank=rank,
         world_size=world_size,
         device=device,
@@ -114,10 +105,24 @@ def start_runtime(
         virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
         expert_parallel_size=expert_parallel_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        data_parallel_rank=data_parallel_rank,
-        is_last_stage=is_last_stage,
-        is_logging_rank=is_logging_rank,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
     )
+    choose_logging_rank(runtime.is_logging_rank)
+    return runtime
+
+
+def _build_groups(seed: int, **sizes: int | None) -> None:
+    """Builds Megatron's process groups, in the place of those of an earlier layout, and seeds this rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def _refuse_uneven_layout(world_size: int, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
@@ -155,12 +160,12 @@ def _use_own_gpu() -> torch.device:
     return device
 
 
-def _join_processes(backend: str, timeout: timedelta) -> None:
+def _join_processes(backend: str) -> None:
     """Builds the process group of all ranks; a group of one if torchrun did not start this process."""
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
 
 
 def _use_deterministic_algorithms(on: bool) -> None:

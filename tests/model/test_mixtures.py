@@ -185,3 +185,64 @@ def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, ex
             seen[key].narrow(*place).fill_(True)
     for key, everywhere in seen.items():
         assert everywhere.all(), f"{key} is on no rank"
+
+
+def router_gradient(model_dir, coefficient):
+    """On a rank: the gradient of the router from the auxiliary loss alone, over two micro-batches."""
+    from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+    from megatron_fuse.model.architecture import read_architecture
+    from megatron_fuse.model.config import transformer_config
+    from megatron_fuse.model.conversion import load_hugging_face_weights
+    from megatron_fuse.model.gpt import FusionGPTModel, FusionTargets, build_model
+    from megatron_fuse.runtime import start_runtime
+
+    start_runtime()
+    architecture = read_architecture(model_dir)
+    config = transformer_config(architecture, moe_aux_loss_coeff=coefficient)
+    model: FusionGPTModel = build_model(architecture, config, seq_length=LENGTH)
+    load_hugging_face_weights([model], model_dir)
+
+    def forward_step(data, model):
+        batch = dict(next(data))
+        batch["ce_weight"] = batch["kl_weight"] = torch.zeros_like(batch["ce_weight"])
+        output = model(batch.pop("ids"), None, None, labels=FusionTargets(**batch))
+        return output, lambda losses: (losses[0].sum(), {})
+
+    own = batches(architecture.vocab_size)[:2]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(own),
+        model=[model],
+        num_microbatches=len(own),
+        seq_length=LENGTH,
+        micro_batch_size=TEXTS,
+        forward_only=False,
+    )
+    return model.decoder.layers[0].mlp.router.weight.grad.numpy()
+
+
+def test_the_auxiliary_loss_is_that_of_the_switch_transformer(ranks, tmp_path):
+    """Coefficient x experts x sum of (share of tokens) x (mean probability): Fedus et al. 2021, section 2.2.
+
+    The share is of all choices of experts. The gradient is the mean of the micro-batches'.
+    """
+    config = small.small_config("mixtral")
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.model.layers[0].mlp.gate.weight, std=0.3)
+    model.save_pretrained(tmp_path)
+    coefficient, chosen = 0.7, config.num_experts_per_tok
+    losses = []
+    for batch in batches(config.vocab_size)[:2]:
+        (logits,) = model(batch["ids"], output_router_logits=True).router_logits
+        probabilities = logits.double().softmax(-1)
+        one_hot = torch.nn.functional.one_hot(probabilities.topk(chosen).indices, config.num_local_experts)
+        shares = one_hot.sum(1).double().mean(0) / chosen
+        losses.append(coefficient * config.num_local_experts * (shares * probabilities.mean(0)).sum())
+    torch.stack(losses).mean().backward()
+    expected = model.model.layers[0].mlp.gate.weight.grad
+    assert expected.abs().max() > 1e-3
+    found = torch.from_numpy(ranks(1, router_gradient, tmp_path, coefficient)[0])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    assert not ranks(1, router_gradient, tmp_path, 0.0)[0].any()

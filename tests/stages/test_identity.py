@@ -118,6 +118,7 @@ RUN_IDENTITY = {
     "training.adam_beta2",
     "training.adam_eps",
     "training.clip_grad",
+    "training.moe_aux_loss_coeff",
 }
 
 
@@ -227,7 +228,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         **{
             f"sources.{name}.parallel.{size}_model_parallel_size": 1
             for name in "ab"
-            for size in ("tensor", "pipeline")
+            for size in ("tensor", "pipeline", "expert")
         },
         **{f"sources.{name}.parallel.transformer_impl": "auto" for name in "ab"},
         "training.packing": False,
