@@ -5,12 +5,13 @@ from pathlib import Path
 from megatron_fuse.chat import ChatFormat
 from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.resolving import resolve_model
-from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture
+from megatron_fuse.model.architecture import Architecture, check_layout, read_architecture, shares_sequence
 from megatron_fuse.model.config_file import check_model_directory
 from megatron_fuse.model.expected_weights import check_weights
 from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.training_options import SEQUENCE_MULTIPLE
 from megatron_fuse.storage import Workspace
 
 
@@ -42,10 +43,16 @@ def read_target(recipe: Recipe) -> Architecture:
     check_layout(
         architecture,
         **layout.sizes,
-        sequence_parallel=layout.sequence_parallel,
         split=stated_split(layout),
         seq_length=recipe.training.seq_length,
     )
+    tensor = layout.tensor_model_parallel_size
+    if shares_sequence(architecture, tensor, layout.sequence_parallel) and SEQUENCE_MULTIPLE % tensor:
+        raise UserError(
+            f"--tensor-model-parallel-size is {tensor}, but the tensor-parallel ranks of a mixture of "
+            f"experts share sequences, whose length is a multiple of {SEQUENCE_MULTIPLE}. Choose a size of at "
+            f"most {SEQUENCE_MULTIPLE}."
+        )
     return architecture
 
 

@@ -30,6 +30,7 @@ from transformers import (
     Gemma3TextConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from megatron_fuse.dataset import FusionDataset
@@ -257,14 +258,22 @@ def test_the_tool_alone_ends_with_the_same_losses(
     assert (tmp_path / "work/export").exists()
 
 
-OTHER_TARGETS: dict[str, type[PreTrainedConfig]] = {"qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
+OTHER_TARGETS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "qwen3": (Qwen3Config, {}),
+    "gemma3": (Gemma3TextConfig, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    ),
+}
 
 
 def save_other_target(directory: Path, family: str, tokenizer_of: Path) -> Path:
     """A random model of a family with the tokenizer and the chat template of another model."""
     directory.mkdir()
     copy_beside_weights(tokenizer_of, directory)
-    config = OTHER_TARGETS[family](
+    config_class, further = OTHER_TARGETS[family]
+    config = config_class(
         vocab_size=json.loads((tokenizer_of / "config.json").read_text())["vocab_size"],
         hidden_size=32,
         intermediate_size=48,
@@ -274,6 +283,7 @@ def save_other_target(directory: Path, family: str, tokenizer_of: Path) -> Path:
         head_dim=8,
         max_position_embeddings=128,
         pad_token_id=None,
+        **further,
     )
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
@@ -290,7 +300,7 @@ def test_a_target_of_another_family_is_one_line_of_the_recipe(
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert list(logged_steps(done.stdout + done.stderr)) == list(range(1, 10))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "work/export").eval()
-    assert type(exported.config) is OTHER_TARGETS[family]
+    assert type(exported.config) is OTHER_TARGETS[family][0]
     metadata = json.loads((tmp_path / "work/export/fusion.json").read_text())["facts"]
     assert validation_cross_entropy(tmp_path / "work", exported) == pytest.approx(
         metadata["best_loss"], rel=1e-4

@@ -15,7 +15,7 @@ def source_architecture(recipe: Recipe, source: str) -> Architecture:
     """
     architecture, layout = readable_source(recipe, source), source_options(recipe, source).parallel
     try:
-        check_layout(architecture, **layout.sizes, sequence_parallel=True)
+        check_layout(architecture, **layout.sizes)
     except UserError as error:
         raise UserError(f"sources.{source}.parallel: {error}") from error
     return architecture

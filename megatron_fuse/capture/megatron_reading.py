@@ -191,8 +191,6 @@ def build_source(
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
-        # The tensor ranks of a mixture share the tokens, so that each token is given to its experts once.
-        sequence_parallel=architecture.experts is not None and tensor_model_parallel_size > 1,
         params_dtype=DTYPES[dtype],
         transformer_impl=transformer_impl,
     )

@@ -139,6 +139,14 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
     return architecture
 
 
+def shares_sequence(architecture: Architecture, tensor_model_parallel_size: int, asked: bool) -> bool:
+    """Whether the tensor ranks share the sequence between the matrices: as asked, and in a mixture always.
+
+    Otherwise each of them would give every token to its experts.
+    """
+    return asked or (architecture.experts is not None and tensor_model_parallel_size > 1)
+
+
 def check_layout(
     architecture: Architecture,
     *,
@@ -147,7 +155,6 @@ def check_layout(
     virtual_pipeline_model_parallel_size: int | None = None,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
-    sequence_parallel: bool = False,
     split: PipelineSplit = EVEN,
     seq_length: int | None = None,
 ) -> None:
@@ -166,13 +173,7 @@ def check_layout(
         if value < 1:
             raise UserError(f"--{option}-model-parallel-size is {value}, but must be at least 1")
     _check_tensor_parallel(architecture, tensor)
-    _check_experts(
-        architecture,
-        tensor,
-        expert_model_parallel_size,
-        expert_tensor_parallel_size,
-        sequence_parallel=sequence_parallel,
-    )
+    _check_experts(architecture, expert_model_parallel_size, expert_tensor_parallel_size, tensor)
     if virtual > 1 and pipeline == 1:
         raise UserError(
             f"--virtual-pipeline-model-parallel-size {virtual} needs --pipeline-model-parallel-size of at "
@@ -211,12 +212,7 @@ def _check_tensor_parallel(architecture: Architecture, tensor: int) -> None:
 
 
 def _check_experts(
-    architecture: Architecture,
-    tensor: int,
-    expert_parallel: int,
-    expert_tensor: int | None,
-    *,
-    sequence_parallel: bool,
+    architecture: Architecture, expert_parallel: int, expert_tensor: int | None, tensor: int
 ) -> None:
     where, experts = architecture.origin, architecture.experts
     if experts is None:
@@ -236,11 +232,6 @@ def _check_experts(
         raise UserError(
             f"--expert-tensor-parallel-size {expert_tensor or tensor} does not divide the width of an expert "
             f"({architecture.ffn_hidden_size}) of {where}. Choose a divisor."
-        )
-    if tensor > 1 and not sequence_parallel:
-        raise UserError(
-            f"--tensor-model-parallel-size {tensor}: a mixture of experts ({where}) needs "
-            "--sequence-parallel too, so that no token reaches its experts twice. Set both."
         )
 
 

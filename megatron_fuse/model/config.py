@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.architecture import Architecture, check_layout, shares_sequence
 from megatron_fuse.model.families.mixture import Experts
 from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages
 from megatron_fuse.runtime.libraries import has_gradient_accumulation_fusion, has_transformer_engine
@@ -41,6 +41,7 @@ def transformer_config(
         available and its layers have all parts of the architecture, else local.
     perform_initialization: False leaves parameters unset, because a target's weights always come from a
         checkpoint.
+    sequence_parallel: see shares_sequence.
     moe_aux_loss_coeff: weight of the loss that spreads tokens over experts; 0: no such loss.
     megatron_options: further TransformerConfig fields by Megatron's own names, for example
         recompute_granularity.
@@ -55,7 +56,6 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
-        sequence_parallel=sequence_parallel,
         split=split,
     )
     implementation = resolve_transformer_impl(transformer_impl)
@@ -99,7 +99,7 @@ def transformer_config(
         # Megatron takes any number, even 1, to mean an interleaved schedule.
         # One chunk per rank is not interleaved: None.
         "virtual_pipeline_model_parallel_size": virtual_chunks(virtual_pipeline_model_parallel_size),
-        "sequence_parallel": sequence_parallel,
+        "sequence_parallel": shares_sequence(architecture, tensor_model_parallel_size, sequence_parallel),
         "params_dtype": params_dtype,
         "pipeline_dtype": params_dtype,
         "bf16": params_dtype is torch.bfloat16,

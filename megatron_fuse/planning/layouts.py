@@ -9,7 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.architecture import Architecture, check_layout
+from megatron_fuse.model.architecture import Architecture, check_layout, shares_sequence
 from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.planning.durations import Layout
 from megatron_fuse.planning.gpus import Cluster
@@ -92,7 +92,6 @@ def fits_model(layout: Layout, architecture: Architecture) -> bool:
             architecture,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
-            sequence_parallel=True,
         )
     except UserError:
         return False
@@ -238,8 +237,10 @@ def _other_layouts(recipe: Recipe, architecture: Architecture, cluster: Cluster)
             "pipeline_model_parallel_size": pipeline,
         }
         if is_mixture:
-            wanted |= {"expert_model_parallel_size": experts, "sequence_parallel": tensor > 1}
-            wanted |= {"expert_tensor_parallel_size": None if tensor == 1 else 1}
+            wanted |= {
+                "expert_model_parallel_size": experts,
+                "expert_tensor_parallel_size": None if tensor == 1 else 1,
+            }
         now = recipe.parallel
         if differing := {name: value for name, value in wanted.items() if value != getattr(now, name)}:
             yield {"parallel": differing}
@@ -274,13 +275,13 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
             f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
         )
     tensor = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and (tensor == 1 or SEQUENCE_MULTIPLE % tensor):
-        return f"parallel.sequence_parallel does not go with tensor_model_parallel_size {tensor}"
+    shared = shares_sequence(architecture, tensor, parallel.sequence_parallel)
+    if shared and (tensor == 1 or SEQUENCE_MULTIPLE % tensor):
+        return f"the tensor-parallel ranks cannot share sequences at tensor_model_parallel_size {tensor}"
     try:
         check_layout(
             architecture,
             **parallel.sizes,
-            sequence_parallel=parallel.sequence_parallel,
             split=stated_split(parallel),
             seq_length=recipe.training.seq_length,
         )

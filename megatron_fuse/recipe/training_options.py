@@ -56,8 +56,8 @@ class ParallelOptions(ModelParallelOptions):
     )
     sequence_parallel: bool = Field(
         False,
-        description="divide norms and residuals over the tensor-parallel ranks, along the sequence. A "
-        "mixture of experts needs it if tensor_model_parallel_size is above 1",
+        description="divide norms and residuals over the tensor-parallel ranks, along the sequence. "
+        "Always so in a mixture of experts",
     )
     context_parallel_size: Ranks = Field(
         1, description="only 1 is supported: sequences are not divided over ranks"

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from megatron_fuse.dataset import FusionDataset
 from megatron_fuse.errors import UserError
-from megatron_fuse.model.architecture import Architecture
+from megatron_fuse.model.architecture import Architecture, shares_sequence
 from megatron_fuse.model.families import layer_weights
 from megatron_fuse.model.families.weights import outside_layers
 from megatron_fuse.model.pipeline_split import layers_of_stages, stated_split
@@ -157,15 +157,16 @@ def estimate_memory(
     tokens = training.micro_batch_size * sequence
     layers = _layers(recipe, architecture, stage)
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
+    shared = shares_sequence(architecture, tensor, layout.sequence_parallel)
     of_layer = activation_elements(
         architecture,
         tensor,
-        sequence_parallel=layout.sequence_parallel,
+        sequence_parallel=shared,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )
     # With recompute every layer keeps its input, and one layer at a time all its activations.
     kept = (
-        in_flight * layers * architecture.hidden_size / (tensor if layout.sequence_parallel else 1) + of_layer
+        in_flight * layers * architecture.hidden_size / (tensor if shared else 1) + of_layer
         if training.recompute
         else in_flight * layers * of_layer
     )

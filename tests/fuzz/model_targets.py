@@ -11,7 +11,22 @@ import torch
 from campaign import FuzzTarget
 from safetensors.torch import load_file, save_file
 from small_models import save_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OlmoeConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from megatron_fuse.huggingface.fingerprints import model_fingerprint
 from megatron_fuse.huggingface.loading import load_causal_lm
@@ -48,7 +63,20 @@ _TARGETS: dict[str, tuple[PreTrainedConfig, str]] = {
         Qwen2Config(**_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7),
         "whole",
     ),
+    "qwen3": (Qwen3Config(**_SIZES, head_dim=16), "whole"),
+    "phi3": (Phi3Config(**_SIZES, sliding_window=7, pad_token_id=None), "whole"),
+    "olmo2": (Olmo2Config(**_SIZES), "whole"),
+    "gemma2": (Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=7), "whole"),
+    "gemma3": (Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=7), "whole"),
+    "smollm3": (SmolLM3Config(**_SIZES, pad_token_id=None), "whole"),
+    "mixtral": (MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2), "whole"),
+    "qwen3_moe": (
+        Qwen3MoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+        "whole",
+    ),
+    "olmoe": (OlmoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, pad_token_id=None), "whole"),
 }
+_FIRST = ("llama", "mistral", "qwen2")  # each in another form of weight files
 
 
 def _in_shards(directory: Path, suffix: str) -> None:
@@ -137,7 +165,13 @@ def _read_merge(directory: Path) -> None:
 
 TARGETS = [
     *(
-        FuzzTarget(f"model-target-{name}", partial(_make_target, name), _read_target, _FILES, 2)
+        FuzzTarget(
+            f"model-target-{name}",
+            partial(_make_target, name),
+            _read_target,
+            _FILES,
+            2 if name in _FIRST else 0.5,
+        )
         for name in _TARGETS
     ),
     *(

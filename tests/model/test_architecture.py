@@ -282,12 +282,10 @@ def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded
     ("layout", "said"),
     [
         ({"expert_model_parallel_size": 3}, "3 does not divide the 8 experts"),
-        ({"tensor_model_parallel_size": 2}, "needs --sequence-parallel too"),
         (
             {
                 "tensor_model_parallel_size": 2,
                 "expert_tensor_parallel_size": 8,
-                "sequence_parallel": True,
             },
             r"8 does not divide the width of an expert \(36\)",
         ),

@@ -60,9 +60,8 @@ def train_once(sizes, model_dir):
 
     start_runtime(**{key.replace("_model_parallel", "_parallel"): size for key, size in sizes.items()})
     architecture = read_architecture(model_dir)
-    config = transformer_config(
-        architecture, **sizes, sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1
-    )
+    config = transformer_config(architecture, **sizes)
+    assert config.sequence_parallel == (sizes.get("tensor_model_parallel_size", 1) > 1)
     options = FusionLossOptions(temperature=small.TEMPERATURE, tail=small.TAIL)
     chunks = build_model_chunks(architecture, config, seq_length=LENGTH, loss_options=options)
     load_hugging_face_weights(chunks, model_dir)

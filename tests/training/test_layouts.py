@@ -240,8 +240,7 @@ def test_a_family_continues_at_another_layout(ranks, family_alone, tmp_path, fam
 
 
 def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
-    sizes = {"expert_model_parallel_size": ranks}
-    return sizes | ({"sequence_parallel": True} if "tensor_model_parallel_size" in options else {}) | options
+    return {"expert_model_parallel_size": ranks} | options
 
 
 @pytest.mark.parametrize(

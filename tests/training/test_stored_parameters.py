@@ -35,8 +35,7 @@ def save_as_megatron_lm(
     architecture = read_architecture(model_dir)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     layout |= {"expert_model_parallel_size": experts}
-    config = transformer_config(architecture, **layout, sequence_parallel=tensor > 1)
-    model = build_model(architecture, config)
+    model = build_model(architecture, transformer_config(architecture, **layout))
     load_hugging_face_weights([model], model_dir)
     momentum = torch.zeros(1, 3)
     state: dict[str, Any] = {
